@@ -1,0 +1,178 @@
+"""Every error qmpsnap raises, and the exit code each family owns.
+
+::
+
+    QmpsnapError                    1  anything without a family of its own
+     ├── UsageError                 2  the request itself is wrong
+     │    ├── NameRefused           2  a name outside [a-z0-9][a-z0-9._-]{0,62}
+     │    ├── SpecError             2  a machine spec, with file:line:column
+     │    └── ImageRefused          2  an image that is not what it is said to be
+     ├── NotFoundError              3  no such machine, snapshot, disk or layer
+     ├── StateError                 4  understood, but not in this state
+     │    ├── NameTaken             4
+     │    ├── LockHeld              4  another controller works on the machine
+     │    └── ForeignHost           4  the machine belongs to another host
+     ├── QemuGone                   5  QEMU or its monitor is not there (any more)
+     ├── DeadlinePassed             6  our wait ended; the effect may be unknown
+     ├── StoreMismatch              7  store, QEMU and disk disagree
+     │    └── StoreTooNew           7  written by a newer qmpsnap
+     ├── OperationPending           8  an earlier operation has to be recovered first
+     ├── HostCannot                 9  a program, a right or space is missing
+     └── QmpError                   1  QEMU refused a command (carries QEMU's class)
+
+A message says what failed and what is unchanged; ``hint`` says what to type next;
+``effect`` says whether anything changed: ``none``, ``applied`` or ``unknown``.
+"""
+
+from typing import ClassVar, Literal
+
+Effect = Literal["none", "applied", "unknown"]
+
+
+class QmpsnapError(Exception):
+    """The root: catch this to catch everything qmpsnap raises on purpose.
+
+    Attributes:
+        effect: whether the failed call changed anything.
+        hint: what to do next, a command where there is one; empty if nothing helps.
+        machine: the machine's name, where the error is about one.
+        operation: the id of the journalled operation, where there was one.
+        qmp_class: QEMU's error class, where QEMU said no.
+    """
+
+    exit_code: ClassVar[int] = 1
+    code: ClassVar[str] = "error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        effect: Effect = "none",
+        machine: str | None = None,
+        operation: str | None = None,
+        qmp_class: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.effect: Effect = effect
+        self.machine = machine
+        self.operation = operation
+        self.qmp_class = qmp_class
+
+    def as_dict(self) -> dict[str, str | None]:
+        """The error as ``-o json`` prints it on stderr."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "hint": self.hint,
+            "effect": self.effect,
+            "machine": self.machine,
+            "operation": self.operation,
+            "qmp_class": self.qmp_class,
+        }
+
+
+class UsageError(QmpsnapError):
+    """The request is wrong as it stands, whatever the machine's state."""
+
+    exit_code = 2
+    code = "usage"
+
+
+class NameRefused(UsageError):
+    """A name that qmpsnap does not allow."""
+
+    code = "bad-name"
+
+
+class SpecError(UsageError):
+    """A machine spec that cannot be used; the message starts with ``file:line:column:``."""
+
+    code = "bad-spec"
+
+
+class ImageRefused(UsageError):
+    """An image whose header, size or place is not acceptable."""
+
+    code = "bad-image"
+
+
+class NotFoundError(QmpsnapError):
+    """There is no machine, snapshot, disk or layer of that name."""
+
+    exit_code = 3
+    code = "not-found"
+
+
+class StateError(QmpsnapError):
+    """A request that is fine in itself but refused in the present state."""
+
+    exit_code = 4
+    code = "refused"
+
+
+class NameTaken(StateError):
+    """The name is in use."""
+
+    code = "name-taken"
+
+
+class LockHeld(StateError):
+    """Another controller holds the machine's lock; the message says who and since when."""
+
+    code = "locked"
+
+
+class ForeignHost(StateError):
+    """The machine is another host's."""
+
+    code = "foreign-host"
+
+
+class QemuGone(QmpsnapError):
+    """QEMU is not running, ended, or its monitor closed."""
+
+    exit_code = 5
+    code = "qemu-gone"
+
+
+class DeadlinePassed(QmpsnapError):
+    """We stopped waiting. If a command was under way, its effect is ``unknown``."""
+
+    exit_code = 6
+    code = "deadline"
+
+
+class StoreMismatch(QmpsnapError):
+    """Store, QEMU's graph and the headers on disk do not say the same."""
+
+    exit_code = 7
+    code = "mismatch"
+
+
+class StoreTooNew(StoreMismatch):
+    """The store's schema is newer than this qmpsnap."""
+
+    code = "store-too-new"
+
+
+class OperationPending(QmpsnapError):
+    """An earlier operation did not settle and could not be recovered by itself."""
+
+    exit_code = 8
+    code = "pending"
+
+
+class HostCannot(QmpsnapError):
+    """The host lacks a program, a right, a device or space."""
+
+    exit_code = 9
+    code = "host"
+
+
+class QmpError(QmpsnapError):
+    """QEMU answered a command with an error; the command had no effect."""
+
+    code = "qmp"

@@ -1,0 +1,61 @@
+"""The ``-blockdev`` / ``blockdev-add`` options of layers: one recipe for the start and for every later overlay.
+
+Every layer is spelled out with its driver and the lowest one (and every new overlay) says ``"backing": null``, so
+QEMU never follows a string from a header. The file name given here must be the very string in the header of the
+layer above: if it differs, QEMU treats the backing as overridden and its answers grow with the square of the depth.
+"""
+
+from typing import Any
+
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.names import NodeName
+from qmpsnap.model.spec import DiskSpec
+
+
+def node_name(layer: Layer) -> NodeName:
+    """The format node's name in QEMU; the protocol node below it is ``<name>.file``."""
+    return NodeName(layer.id)
+
+
+def layer_options(layer: Layer, disk: DiskSpec, *, backing: NodeName | None, read_only: bool) -> dict[str, Any]:
+    """Options of one layer's nodes (QAPI ``BlockdevOptions``), JSON-ready.
+
+    Args:
+        layer: the image.
+        disk: cache and discard modes come from here.
+        backing: node name of the layer below, or None for no backing at all.
+        read_only: open the image read-only; only the active layer is opened for writing.
+    """
+    discard = "unmap" if disk.discard and not read_only else "ignore"
+    cache = {"direct": disk.cache in ("none", "directsync"), "no-flush": disk.cache == "unsafe"}
+    options: dict[str, Any] = {
+        "node-name": node_name(layer),
+        "driver": layer.format,
+        "read-only": read_only,
+        "discard": discard,
+        "cache": cache,
+        "file": {
+            "driver": "file",
+            "filename": layer.path,
+            "node-name": f"{node_name(layer)}.file",
+            "read-only": read_only,
+            "discard": discard,
+            "cache": cache,
+        },
+    }
+    if layer.format == "qcow2":
+        options["backing"] = backing
+    return options
+
+
+def chain_options(chain: Chain, disk: DiskSpec) -> list[dict[str, Any]]:
+    """Options of a whole chain, base first: each entry names the one before it as its backing."""
+    return [
+        layer_options(
+            layer,
+            disk,
+            backing=node_name(below) if below else None,
+            read_only=layer is not chain.active or disk.read_only,
+        )
+        for below, layer in zip((None, *chain.layers), chain.layers, strict=False)
+    ]

@@ -1,0 +1,77 @@
+"""Layers and chains: one disk's images from its base up to where the guest writes."""
+
+from typing import Literal, Self
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.errors import NotFoundError
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.spec import Format
+
+LayerState = Literal["ok", "hidden", "consumed"]
+"""``ok``: in use or kept for a snapshot. ``hidden``: kept only because another layer reads it.
+``consumed``: its content was overwritten by a commit."""
+
+
+class Layer(Struct, frozen=True, kw_only=True):
+    """One image file.
+
+    Attributes:
+        id: unique in the store; also the node name in QEMU.
+        path: absolute path of the file, the very string QEMU and the overlay's header are given.
+        backing: the layer below, or None at the base.
+        virtual_size: bytes the guest sees.
+        device: ``st_dev`` of the file when it was recorded; with ``inode`` its identity.
+        inode: ``st_ino`` of the file.
+        owned: qmpsnap created the file; only owned files are ever written to by a job or removed.
+    """
+
+    id: LayerId
+    path: str
+    format: Format
+    backing: LayerId | None
+    virtual_size: int
+    device: int = 0
+    inode: int = 0
+    owned: bool = True
+    state: LayerState = "ok"
+
+
+class Chain(Struct, frozen=True):
+    """The layers of one disk, base first; the last one is active."""
+
+    disk: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def active(self) -> Layer:
+        """The layer the guest writes to."""
+        return self.layers[-1]
+
+    @property
+    def base(self) -> Layer:
+        """The lowest layer."""
+        return self.layers[0]
+
+    @property
+    def ids(self) -> tuple[LayerId, ...]:
+        """The layers' ids, base first: what two chains are compared by."""
+        return tuple(layer.id for layer in self.layers)
+
+    def layer(self, layer_id: str) -> Layer:
+        """The layer of that id.
+
+        Raises:
+            NotFoundError: the chain has no such layer.
+        """
+        for layer in self.layers:
+            if layer.id == layer_id:
+                return layer
+        raise NotFoundError(f"disk {self.disk} has no layer {layer_id} in its chain", hint="qmpsnap chain VM lists them")
+
+    def with_overlay(self, overlay: Layer) -> Self:
+        """The chain after ``overlay`` became active on top of today's active layer."""
+        if overlay.backing != self.active.id:
+            raise ValueError(f"{overlay.id} backs onto {overlay.backing}, not onto {self.active.id}")
+        return replace(self, layers=(*self.layers, overlay))

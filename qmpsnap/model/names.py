@@ -1,0 +1,63 @@
+"""Names people type and ids we make, kept apart by type."""
+
+import re
+from typing import NewType
+
+from qmpsnap.errors import NameRefused
+
+LayerId = NewType("LayerId", str)
+"""A layer's id in the store, unique over all machines, and its node name in QEMU: ``vda-17``."""
+
+NodeName = NewType("NodeName", str)
+"""A block node's name in QEMU: at most 31 characters."""
+
+JobId = NewType("JobId", str)
+"""A block job's id in QEMU: ``qs.<operation>.<disk>``."""
+
+OperationId = NewType("OperationId", int)
+"""An operation's number in the journal; its new layers carry the same number."""
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}\Z")
+DISK_NAME = re.compile(r"[a-z][a-z0-9]{0,15}\Z")
+
+
+def check_name(name: str, what: str) -> str:
+    """Return ``name`` when a machine or snapshot may bear it.
+
+    Args:
+        name: the name as typed.
+        what: what it names ("machine", "snapshot"), for the message.
+
+    Raises:
+        NameRefused: it is not of the form ``[a-z0-9][a-z0-9._-]{0,62}``.
+    """
+    if NAME.match(name):
+        return name
+    raise NameRefused(
+        f"{what} name {name!r} is not allowed; nothing was changed",
+        hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit",
+    )
+
+
+def check_disk_name(name: str) -> str:
+    """Return ``name`` when a disk may bear it: short, as node names are made from it.
+
+    Raises:
+        NameRefused: it is not a letter followed by at most 15 letters and digits.
+    """
+    if DISK_NAME.match(name):
+        return name
+    raise NameRefused(
+        f"disk name {name!r} is not allowed; nothing was changed",
+        hint="use a lower-case letter and at most 15 more letters or digits, as in 'vda' or 'data1'",
+    )
+
+
+def layer_id(disk: str, serial: int) -> LayerId:
+    """The id of the layer of ``disk`` that the store's serial number ``serial`` stands for."""
+    return LayerId(f"{disk}-{serial}")
+
+
+def job_id(operation: OperationId, disk: str) -> JobId:
+    """The deterministic id of an operation's job on one disk, so that a later process finds it."""
+    return JobId(f"qs.{operation}.{disk}")

@@ -1,0 +1,46 @@
+"""Snapshots: a named point in time of a machine, and where its content lies."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from qmpsnap.model.names import LayerId, OperationId
+
+SnapshotKind = Literal["disk", "full", "internal"]
+SnapshotState = Literal["ok", "consumed"]
+"""``ok``: every point reads as it did at its moment. ``consumed``: a commit overwrote a point; not revertable."""
+
+
+class Point(Struct, frozen=True, kw_only=True):
+    """Where one disk's content of a snapshot's moment lies: a frozen layer, or a tag inside a layer."""
+
+    disk: str
+    layer: LayerId
+    tag: str | None = None
+
+
+class Snapshot(Struct, frozen=True, kw_only=True):
+    """A named point in time of a machine.
+
+    Attributes:
+        parent: name of the snapshot the machine stood on when this one was taken, or None.
+        created: seconds since the epoch, UTC.
+        mode: how it was taken: ``live`` (running guest), ``paused`` or ``stopped``.
+        pause_ms: how long the guest's vCPUs were held, in milliseconds; None where no guest ran.
+        operation: the operation that took it.
+    """
+
+    name: str
+    kind: SnapshotKind
+    state: SnapshotState
+    parent: str | None
+    created: float
+    description: str
+    mode: str
+    points: tuple[Point, ...]
+    operation: OperationId
+    pause_ms: float | None = None
+
+    def point(self, disk: str) -> Point | None:
+        """The point of that disk, or None when the snapshot does not include it."""
+        return next((point for point in self.points if point.disk == disk), None)

@@ -1,0 +1,90 @@
+"""A machine's spec as a frozen value: what a user wrote, checked and with defaults filled in.
+
+:mod:`qmpsnap.machine.specfile` makes it from YAML; :mod:`qmpsnap.machine.argv` makes QEMU's arguments from it.
+"""
+
+from typing import Literal
+
+from msgspec import Struct
+
+Accel = Literal["auto", "kvm", "tcg"]
+Firmware = Literal["bios", "uefi"]
+Format = Literal["qcow2", "raw"]
+Bus = Literal["virtio", "scsi", "sata", "nvme"]
+Cache = Literal["writeback", "none", "writethrough", "directsync", "unsafe"]
+NicKind = Literal["user", "tap", "bridge"]
+Display = Literal["none", "vnc"]
+
+
+class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One disk: exactly one of ``size`` (a new image), ``image`` (an existing one) or ``base`` (a linked clone).
+
+    Attributes:
+        name: the disk's name, also its device id in QEMU.
+        size: virtual size in bytes of the image to create.
+        image: absolute path of an existing image; the guest writes to it until the first snapshot.
+        base: absolute path of an existing image that stays read-only under a new overlay.
+        format: format of ``image`` or ``base``, or of the new image; never probed.
+        snapshot: whether snapshots include this disk.
+    """
+
+    name: str
+    size: int | None = None
+    image: str | None = None
+    base: str | None = None
+    format: Format = "qcow2"
+    bus: Bus = "virtio"
+    cache: Cache = "writeback"
+    discard: bool = True
+    read_only: bool = False
+    snapshot: bool = True
+
+
+class Forward(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A port of the host (on ``address``, by default the loopback) that leads to a port of the guest."""
+
+    host: int
+    guest: int
+    protocol: Literal["tcp", "udp"] = "tcp"
+    address: str = "127.0.0.1"
+
+
+class NicSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One network card. ``user`` needs no rights; ``tap`` wants ``ifname``, ``bridge`` wants ``bridge``."""
+
+    kind: NicKind = "user"
+    mac: str | None = None
+    forwards: tuple[Forward, ...] = ()
+    ifname: str | None = None
+    bridge: str | None = None
+
+
+class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A whole machine. Sizes are bytes; paths are absolute.
+
+    Attributes:
+        machine: QEMU machine type; ``define`` replaces an alias such as ``q35`` by its versioned name.
+        cpu: QEMU CPU model; empty lets the accelerator choose (``host`` under KVM, ``max`` under TCG).
+        agent: give the guest a virtio-serial port for the QEMU guest agent.
+        extra: further QEMU arguments, refused unless ``define --allow-extra``.
+    """
+
+    name: str
+    machine: str = "q35"
+    accel: Accel = "auto"
+    cpu: str = ""
+    cpus: int = 1
+    memory: int = 1 << 30
+    kernel: str | None = None
+    initrd: str | None = None
+    append: str = ""
+    firmware: Firmware = "bios"
+    disks: tuple[DiskSpec, ...] = ()
+    nics: tuple[NicSpec, ...] = ()
+    agent: bool = True
+    display: Display = "none"
+    extra: tuple[str, ...] = ()
+
+    def disk(self, name: str) -> DiskSpec | None:
+        """The disk of that name, or None."""
+        return next((disk for disk in self.disks if disk.name == name), None)
