@@ -68,7 +68,7 @@ class Chain(Struct, frozen=True):
         for layer in self.layers:
             if layer.id == layer_id:
                 return layer
-        raise NotFoundError(f"disk {self.disk} has no layer {layer_id} in its chain", hint="qmpsnap chain VM lists them")
+        raise NotFoundError(f"disk {self.disk} has no layer {layer_id} in its chain", hint="see qmpsnap chain VM")
 
     def with_overlay(self, overlay: Layer) -> Self:
         """The chain after ``overlay`` became active on top of today's active layer."""

@@ -1,0 +1,1 @@
+"""Snapshots of QEMU machines over QMP: taken, kept, merged and reverted without libvirtd."""

@@ -1,0 +1,1 @@
+"""Images and graphs: what QEMU, qemu-img and the files themselves say of layers."""

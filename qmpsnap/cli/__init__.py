@@ -1,0 +1,1 @@
+"""The command line: one file per noun, `output` for what is printed."""

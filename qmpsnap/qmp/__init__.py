@@ -1,0 +1,1 @@
+"""QEMU's monitor: sessions with deadlines, typed commands, foreign errors translated once."""
