@@ -1,0 +1,142 @@
+"""QEMU's block graph, read as chains of our layers.
+
+Node names are layer ids, so names alone tell which image stands where. What stands between a device and its first
+layer must be a filter (throttle, a job's own); anything else is an image that somebody else put there.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+
+from qmpsnap.errors import StateError, StoreMismatch
+from qmpsnap.model.chain import Chain
+from qmpsnap.qmp import commands
+from qmpsnap.qmp.commands import BlockGraph, GraphNode
+from qmpsnap.qmp.session import Monitor
+
+FILTERS = frozenset(
+    {
+        "throttle",
+        "copy-on-read",
+        "mirror_top",
+        "commit_top",
+        "backup-top",
+        "copy-before-write",
+        "preallocate",
+        "compress",
+    }
+)
+"""Drivers that pass requests through and hold no data."""
+
+_DEVICE = re.compile(r"/machine/peripheral/([^/]+)(?:/|$)")
+
+
+class DiskGraph(Struct, frozen=True):
+    """What QEMU has behind one device.
+
+    Attributes:
+        nodes: node names base first, as far as ``backing`` leads; the last is where the guest writes.
+        above: nodes between the device and that one: filters, or images we do not know.
+        jobs: ids of block jobs that hold any of these nodes.
+    """
+
+    nodes: tuple[str, ...]
+    above: tuple[str, ...]
+    jobs: tuple[str, ...]
+
+
+async def read(monitor: Monitor) -> BlockGraph:
+    """QEMU's graph as it is now (``x-debug-query-block-graph``)."""
+    return await commands.query_block_graph(monitor)
+
+
+def node_names(graph: BlockGraph) -> frozenset[str]:
+    """The names of all block nodes, in use or not."""
+    return frozenset(node.name for node in graph.nodes if node.type == "block-driver")
+
+
+def by_disk(graph: BlockGraph, known: frozenset[str]) -> dict[str, DiskGraph]:
+    """The graph as chains, one per device that has an id and an image.
+
+    Args:
+        graph: QEMU's answer.
+        known: the layer ids of the machine; the walk goes through other nodes until it meets one.
+    """
+    vertices = {node.id: node for node in graph.nodes}
+    children: dict[int, dict[str, int]] = {}
+    for edge in graph.edges:
+        children.setdefault(edge.parent, {}).setdefault(edge.name, edge.child)
+    jobs = {edge.child: vertices[edge.parent].name for edge in graph.edges if vertices[edge.parent].type == "block-job"}
+    return {
+        device[1]: _walk(children[node.id]["root"], vertices, children, jobs, known)
+        for node in graph.nodes
+        if node.type == "block-backend" and (device := _DEVICE.match(node.name)) and "root" in children.get(node.id, {})
+    }
+
+
+def _walk(
+    root: int,
+    vertices: Mapping[int, GraphNode],
+    children: Mapping[int, Mapping[str, int]],
+    jobs: Mapping[int, str],
+    known: frozenset[str],
+) -> DiskGraph:
+    nodes: list[str] = []
+    above: list[str] = []
+    holders: set[str] = set()
+    at: int | None = root
+    while at is not None:
+        name, below = vertices[at].name, children.get(at, {})
+        if at in jobs:
+            holders.add(jobs[at])
+        if name in known or nodes:
+            nodes.append(name)
+            at = below.get("backing")
+        else:
+            above.append(name)
+            at = below.get("backing", below.get("file"))
+    return DiskGraph(tuple(reversed(nodes)), tuple(above), tuple(sorted(holders)))
+
+
+async def require_agreement(monitor: Monitor, chains: Sequence[Chain], *, machine: str) -> None:
+    """Make sure that QEMU's chains are the store's, and that no job holds them.
+
+    Raises:
+        StoreMismatch: a disk's chain in QEMU is another one than the store's.
+        StateError: a job that is not ours is working on a disk.
+    """
+    graph = await read(monitor)
+    disks = by_disk(graph, frozenset(layer for chain in chains for layer in chain.ids))
+    for chain in chains:
+        found = disks.get(chain.disk)
+        if found is None or found.nodes != chain.ids:
+            raise _mismatch(machine, chain, found.nodes if found else ())
+        if found.jobs:
+            raise StateError(
+                f"disk {chain.disk} of machine {machine} is busy with job {', '.join(found.jobs)}; nothing was changed",
+                hint="wait for the job to end or cancel it, then try again",
+                machine=machine,
+            )
+        if found.above:
+            await _require_filters(monitor, found.above, machine=machine, disk=chain.disk)
+
+
+async def _require_filters(monitor: Monitor, names: Sequence[str], *, machine: str, disk: str) -> None:
+    for node in await commands.query_nodes(monitor):
+        if node.node_name in names and node.drv not in FILTERS:
+            raise StoreMismatch(
+                f"the guest of machine {machine} writes disk {disk} to {node.file}, which somebody else put there;"
+                " nothing was changed",
+                hint=f"qmpsnap chain {machine} {disk} shows both sides",
+                machine=machine,
+            )
+
+
+def _mismatch(machine: str, chain: Chain, found: tuple[str, ...]) -> StoreMismatch:
+    return StoreMismatch(
+        f"disk {chain.disk} of machine {machine}: QEMU's chain is {' <- '.join(found) or 'empty'}, the store's is"
+        f" {' <- '.join(chain.ids)}; nothing was changed",
+        hint=f"qmpsnap chain {machine} {chain.disk} shows both sides",
+        machine=machine,
+    )

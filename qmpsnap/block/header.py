@@ -1,0 +1,236 @@
+"""What an image says of itself, learned without QEMU: reads headers, accepts or refuses files, follows backing strings.
+
+Every image that somebody else made passes here before any tool opens it; :mod:`qmpsnap.block.qcow2` judges the bytes.
+"""
+
+import errno
+import os
+import shlex
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.block.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
+from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.model.spec import Format
+
+__all__ = [
+    "MAX_DEPTH",
+    "FoundLayer",
+    "Header",
+    "backing_fault",
+    "detect",
+    "inspect",
+    "parse",
+    "printable",
+    "read",
+    "read_chain",
+    "require",
+]
+
+MAX_DEPTH: Final = 256
+
+_MAGICS: Final = (
+    (0, MAGIC, "qcow2"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"# Disk DescriptorFile", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (0, b"QED\0", "qed"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+)  # LUKS is not among them: an encrypted volume is opaque data, and raw is what it is
+
+_SECTOR: Final = 512
+_FIRST_READ: Final = 64 << 10  # one default cluster: nearly every image is read in one go
+
+
+class FoundLayer(Struct, frozen=True, kw_only=True):
+    """One layer of a chain as the headers tell it.
+
+    Attributes:
+        path: absolute path to open. Where the layer above has an absolute backing string it is that very string.
+        format: pinned: said by the caller for the top, by the header above for every other layer.
+        header: the layer's own header.
+    """
+
+    path: str
+    format: Format
+    header: Header
+
+
+def detect(data: bytes) -> Format:
+    """The format by its magic: qcow2, or else raw. For images of our own only; a foreign image's format is declared."""
+    return "qcow2" if data.startswith(MAGIC) else "raw"
+
+
+def inspect(descriptor: int, *, path: str, format: Format | None = None, foreign: bool = False) -> Header:  # noqa: A002
+    """As :func:`read`, from an open descriptor; ``path`` is only for messages."""
+    try:
+        status = os.fstat(descriptor)
+        # A device's st_size is 0; its end is found by seeking.
+        size = os.lseek(descriptor, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
+        data = os.pread(descriptor, _FIRST_READ, 0)
+        if data.startswith(MAGIC) and len(data) == _FIRST_READ and data[20:24] > b"\0\0\0\x10":
+            data = os.pread(descriptor, MAX_CLUSTER, 0)  # a cluster larger than the first read
+    except OSError as error:
+        raise HostCannot(f"{printable(path)} cannot be read: {error.strerror}; nothing was changed") from error
+    magic = next((kind for offset, bytes_, kind in _MAGICS if data.startswith(bytes_, offset)), None)
+    if format == "qcow2" and magic != "qcow2":
+        raise ImageRefused(
+            f"image {printable(path)} is declared qcow2 but has no qcow2 header; nothing was changed",
+            hint=f"declare its true format: it looks like {magic or 'raw'}",
+        )
+    if format == "raw" and foreign and magic:
+        raise ImageRefused(
+            f"image {printable(path)} is declared raw but begins like a {magic} image; nothing was changed",
+            hint="declare format: qcow2"
+            if magic == "qcow2"
+            else f"convert it first: qemu-img convert -f {magic} -O qcow2",
+        )
+    if (format or detect(data)) == "qcow2":
+        header = parse(data, size, path=path)
+    else:
+        header = Header(format="raw", virtual_size=-(-size // _SECTOR) * _SECTOR, file_size=size)
+    return replace(header, device=status.st_dev, inode=status.st_ino, allocated=status.st_blocks * 512)
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    format: Format | None = None,  # noqa: A002
+    foreign: bool = False,
+    block_device: bool = False,
+) -> Header:
+    """Read an image's header without following a symlink, blocking on a pipe or asking QEMU.
+
+    Args:
+        path: the image.
+        format: pinned format. ``raw`` stays raw whatever a guest wrote into its first sector; None goes by the magic.
+        foreign: with ``raw``, refuse an image that carries another format's magic.
+        block_device: allow a block device beside a regular file.
+
+    Raises:
+        ImageRefused: not there, a symlink, not a regular file, not of that format, or see :func:`parse`.
+        HostCannot: no right to read it, or the disk fails.
+    """
+    shown = printable(os.fspath(path))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except ValueError as error:
+        raise ImageRefused(f"{shown} is no path: {error}; nothing was changed") from error
+    except OSError as error:
+        raise _cannot_open(shown, error) from error
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not (stat.S_ISREG(mode) or (block_device and stat.S_ISBLK(mode))):
+            kind = "a block device, which is not allowed here" if stat.S_ISBLK(mode) else "not a regular file"
+            raise ImageRefused(f"{shown} is {kind}; nothing was changed", hint="name an image file")
+        return inspect(descriptor, path=os.fspath(path), format=format, foreign=foreign)
+    finally:
+        os.close(descriptor)
+
+
+def require(
+    path: str | os.PathLike[str],
+    *,
+    format: Format,  # noqa: A002
+    allowed: Sequence[Path] | None = None,
+    block_device: bool = False,
+) -> Header:
+    """Accept a foreign image only when it is what it is declared to be and lies where images may lie.
+
+    Not for a raw layer a guest has already written to: the guest chooses its first bytes. Use ``read(format="raw")``.
+
+    Args:
+        path: the image; its last component may not be a symlink, its folder may be reached through one.
+        format: the declared format.
+        allowed: folders it must lie in, directly or deeper; None when the caller has checked the place.
+        block_device: allow a block device beside a regular file.
+
+    Raises:
+        ImageRefused: it is not acceptable; the hint says what to declare or where to put it.
+        HostCannot: no right to read it, or the disk fails.
+    """
+    real = _inside(os.fspath(path), allowed)
+    return read(real, format=format, foreign=True, block_device=block_device)
+
+
+def read_chain(
+    path: str | os.PathLike[str],
+    format: Format,  # noqa: A002
+    *,
+    allowed: Sequence[Path] | None,
+    max_depth: int = MAX_DEPTH,
+    block_device: bool = False,
+) -> list[FoundLayer]:
+    """Follow the backing strings from the image at ``path`` down and return its layers, base first.
+
+    Raises:
+        ImageRefused: as :func:`require` for any layer; a loop; more than ``max_depth`` layers; a backing format
+            that is missing or neither raw nor qcow2.
+        HostCannot: no right to read one of them, or the disk fails.
+    """
+    layers: list[FoundLayer] = []
+    seen: set[tuple[int, int]] = set()
+    place, pinned = os.path.join(Path.cwd(), os.fspath(path)), format  # noqa: PTH118  Path would drop what QEMU keeps
+    while True:
+        if len(layers) == max_depth:
+            raise ImageRefused(f"{printable(os.fspath(path))} has more than {max_depth} layers; nothing was changed")
+        header = require(place, format=pinned, allowed=allowed, block_device=block_device)
+        if (header.device, header.inode) in seen:
+            raise ImageRefused(f"the chain of {printable(os.fspath(path))} loops at {printable(place)}")
+        seen.add((header.device, header.inode))
+        layers.append(FoundLayer(path=place, format=pinned, header=header))
+        if header.backing is None:
+            return layers[::-1]
+        pinned = _pinned_format(place, header)
+        place = os.path.join(os.path.dirname(place), header.backing)  # noqa: PTH118, PTH120  nothing may be normalised
+
+
+def _pinned_format(path: str, header: Header) -> Format:
+    """The recorded format of the layer below, which must not be guessed."""
+    if header.backing_format == "qcow2":
+        return "qcow2"
+    if header.backing_format == "raw":
+        return "raw"
+    backing = header.backing or ""
+    hint = f"record it: qemu-img rebase -u -F qcow2 -b {shlex.quote(backing)} {shlex.quote(path)}  (or -F raw)"
+    if header.backing_format is None:
+        problem = "names a backing image without its format: raw or qcow2 would have to be guessed"
+    else:
+        problem = f"names a backing image of format {printable(header.backing_format)}, not raw or qcow2"
+    raise ImageRefused(f"image {printable(path)} {problem}; nothing was changed", hint=printable(hint, 2000))
+
+
+def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
+    """The path with its folder resolved, once that folder is known to be an allowed one."""
+    folder, name = os.path.split(path)
+    try:
+        real = Path(os.path.realpath(folder, strict=True)) / name
+    except ValueError as error:
+        raise ImageRefused(f"{printable(path)} is no path: {error}; nothing was changed") from error
+    except OSError as error:
+        raise _cannot_open(printable(path), error) from error
+    if allowed is None or any(real.is_relative_to(os.path.realpath(place)) for place in allowed):
+        return real
+    places = ", ".join(str(place) for place in allowed) or "none"
+    raise ImageRefused(
+        f"image {printable(path)} lies outside the allowed folders; nothing was changed",
+        hint=f"allowed: {places}. Move the image there, or allow its folder",
+    )
+
+
+def _cannot_open(shown: str, error: OSError) -> ImageRefused | HostCannot:
+    """The error for an image that would not open."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO):
+        return ImageRefused(f"there is no image {shown} ({error.strerror}); nothing was changed")
+    if error.errno == errno.ELOOP:
+        return ImageRefused(f"{shown} is a symbolic link; nothing was changed", hint="name the image file itself")
+    return HostCannot(f"{shown} cannot be opened: {error.strerror}; nothing was changed")

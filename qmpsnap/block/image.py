@@ -1,0 +1,345 @@
+"""New images and their removal: made exclusively, verified, durable; or nothing left behind.
+
+The file is ours before qemu-img hears of it, and qemu-img is handed its descriptor, never its name: whatever appears
+at that name meanwhile, no other file is written to. What qemu-img made is then judged by our own header reader.
+"""
+
+import errno
+import os
+import stat
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Final, Self
+
+import anyio
+from anyio import lowlevel, to_thread
+from msgspec import Struct
+
+from qmpsnap.block import header
+from qmpsnap.block.header import Header, printable
+from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.spec import Format
+
+_SECTOR: Final = 512
+_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
+_CLEANUP_TIMEOUT: Final = 10.0  # seconds; an unlink and an fsync on a disk that still answers
+_UNCHANGED: Final = "nothing was changed"
+
+
+class ImageTool(Struct, frozen=True):
+    """Makes images with qemu-img.
+
+    Attributes:
+        binary: path of qemu-img, or a name found on PATH.
+        timeout: seconds one run of qemu-img may take.
+    """
+
+    binary: str = "qemu-img"
+    timeout: float = 60.0
+
+    async def create_overlay(self, path: str | os.PathLike[str], *, backing: Layer, virtual_size: int) -> Header:
+        """Make an empty overlay of ``backing`` that QEMU can take over as it is: verified, fsynced, mode 0600.
+
+        Its header names ``backing.path`` byte for byte, so that QEMU never sees an overridden backing.
+
+        Args:
+            path: absolute path of the new file, in a folder that exists.
+            backing: the layer below; its header is read, its content is not.
+            virtual_size: bytes, as QEMU reports them for the layer below.
+
+        Raises:
+            ImageRefused: path, size or backing cannot be used.
+            StateError: something is at ``path`` already.
+            HostCannot: qemu-img is missing or fails, no right, no space.
+            DeadlinePassed: qemu-img did not end in time.
+        """
+        place = _check_request(path, virtual_size)
+        if virtual_size < backing.virtual_size:
+            raise ImageRefused(
+                f"an overlay of {virtual_size} bytes would cut {backing.virtual_size} bytes below it; {_UNCHANGED}",
+                hint="make the overlay as large as the layer below",
+            )
+        await to_thread.run_sync(_check_backing, backing, abandon_on_cancel=True)  # it only reads
+        arguments = ["-u", "-F", backing.format, "-b", backing.path]
+        async with _claimed(place) as claim:
+            return await self._make_qcow2(claim, arguments, virtual_size, backing)
+
+    async def create_base(self, path: str | os.PathLike[str], *, format: Format, virtual_size: int) -> Header:  # noqa: A002
+        """Make an empty image without backing: verified, fsynced, mode 0600. Raw needs no qemu-img.
+
+        Raises:
+            ImageRefused: path or size cannot be used.
+            StateError: something is at ``path`` already.
+            HostCannot: qemu-img is missing or fails, no right, no space.
+            DeadlinePassed: qemu-img did not end in time.
+        """
+        place = _check_request(path, virtual_size)
+        async with _claimed(place) as claim:
+            if format == "raw":
+                return await to_thread.run_sync(claim.finish_raw, virtual_size)
+            return await self._make_qcow2(claim, [], virtual_size, None)
+
+    async def _make_qcow2(
+        self, claim: "_Claim", arguments: list[str], virtual_size: int, backing: Layer | None
+    ) -> Header:
+        # O_RDWR on /proc/self/fd/N opens the claimed inode; qemu-img only truncates it, so its identity stays.
+        target = f"/proc/self/fd/{claim.descriptor}"
+        options = ["-o", "compat=1.1", "--", target, str(virtual_size)]
+        await self._run(claim, ["create", "-q", "-f", "qcow2", *arguments, *options])
+        return await to_thread.run_sync(claim.finish_qcow2, virtual_size, backing)
+
+    async def _run(self, claim: "_Claim", arguments: list[str]) -> None:
+        """Run qemu-img to its end; it is killed when we are cancelled or its time is over."""
+        shown = printable(claim.path)
+        result: subprocess.CompletedProcess[bytes] | None = None
+        try:
+            with anyio.move_on_after(self.timeout):
+                result = await anyio.run_process(
+                    [self.binary, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    check=False,
+                    env={**os.environ, "LC_ALL": "C"},
+                    pass_fds=[claim.descriptor],
+                    start_new_session=True,  # a Ctrl-C is ours to answer, not its own
+                )
+        except OSError as error:
+            raise HostCannot(
+                f"{self.binary} cannot be run: {error.strerror}; {shown} was not created",
+                hint="install qemu-utils, or name the program in QMPSNAP_QEMU_IMG",
+            ) from error
+        if result is None:
+            raise DeadlinePassed(
+                f"{self.binary} did not end within {self.timeout:g} seconds; {shown} was not created",
+                hint="is the disk of that folder busy or gone?",
+            )
+        if result.returncode == 0:
+            return
+        said = _said(result.stderr).replace(f"/proc/self/fd/{claim.descriptor}", shown)
+        if any(os.strerror(number) in said for number in _NO_SPACE):
+            raise _no_space(claim.path)
+        how = f"signal {-result.returncode}" if result.returncode < 0 else f"exit {result.returncode}"
+        raise HostCannot(f"{self.binary} failed ({how}): {printable(said) or 'no message'}; {shown} was not created")
+
+
+async def remove(path: str | os.PathLike[str], *, device: int, inode: int) -> bool:
+    """Unlink an image durably, if it is still the file it was recorded as; say whether it was there.
+
+    Raises:
+        StoreMismatch: another file is at ``path``; it was not touched.
+        HostCannot: no right, or the disk fails.
+    """
+    # Not given up half-way: whoever called must learn whether the file is gone.
+    return await to_thread.run_sync(_remove, os.fspath(path), (device, inode))
+
+
+class _Claim:
+    """A file that we alone created, open from its birth until it is finished or discarded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self._name = path.name
+        # A task that is torn out of its thread discards while that thread may still be at work here.
+        self._lock = threading.Lock()
+        self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self.descriptor = os.open(path.name, flags, 0o600, dir_fd=self._folder)
+        except BaseException:
+            os.close(self._folder)
+            raise
+        status = os.fstat(self.descriptor)
+        self._identity = (status.st_dev, status.st_ino)
+        try:
+            os.fchmod(self.descriptor, 0o600)  # a strange umask may have taken our own rights away
+        except BaseException:
+            self.discard()
+            raise
+
+    @classmethod
+    def make(cls, path: Path) -> Self:
+        """The claim, with the errors of the family."""
+        shown = printable(str(path))
+        try:
+            with _translated(str(path)):
+                return cls(path)
+        except HostCannot as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+            raise StateError(
+                f"{shown} exists already; {_UNCHANGED}", hint="look at it, then move it away or choose another name"
+            ) from error.__cause__
+
+    def finish_raw(self, virtual_size: int) -> Header:
+        """Give an empty raw image its size and make it durable."""
+        with self._lock, _translated(self.path):
+            os.ftruncate(self.descriptor, virtual_size)
+            return self._settle(header.inspect(self.descriptor, path=self.path, format="raw"))
+
+    def finish_qcow2(self, virtual_size: int, backing: Layer | None) -> Header:
+        """Compare what qemu-img made with what was asked, and make it durable."""
+        with self._lock, _translated(self.path):
+            try:
+                made = header.inspect(self.descriptor, path=self.path, format="qcow2")
+            except ImageRefused as error:
+                raise self._unexpected(error.message.removesuffix(f"; {_UNCHANGED}")) from error
+            wanted = (virtual_size, backing.path if backing else None, backing.format if backing else None)
+            if (made.virtual_size, made.backing, made.backing_format) != wanted:
+                raise self._unexpected(f"size, backing and its format {wanted!r} were asked for")
+            if made.internal_snapshots or made.dirty or made.corrupt or made.encrypted:
+                raise self._unexpected("a new image has no tags, is clean and not encrypted")
+            if os.pread(self.descriptor, made.l1_size * 8, made.l1_offset).strip(b"\0"):
+                raise self._unexpected("a new image is empty")
+            return self._settle(made)
+
+    def discard(self) -> None:
+        """Remove the file durably, unless its name leads to another file by now, and let go of it."""
+        with self._lock:
+            try:
+                if _identity_at(self._folder, self._name) == self._identity:
+                    os.unlink(self._name, dir_fd=self._folder)
+                    os.fsync(self._folder)
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self.descriptor)
+        os.close(self._folder)
+        self.descriptor = self._folder = -1  # a thread that comes late meets EBADF, not somebody else's file
+
+    def _settle(self, made: Header) -> Header:
+        """Durable from here on: the file, then its name; and the name must still lead to it."""
+        os.fsync(self.descriptor)
+        os.fsync(self._folder)
+        if _identity_at(self._folder, self._name) != self._identity:
+            raise StoreMismatch(
+                f"another file appeared at {printable(self.path)} while the image was made; it was not touched"
+            )
+        return made
+
+    def _unexpected(self, what: str) -> HostCannot:
+        return HostCannot(f"qemu-img made {printable(self.path)} otherwise than asked: {what}; it was not kept")
+
+
+@asynccontextmanager
+async def _claimed(path: Path) -> AsyncIterator[_Claim]:
+    """A claim that is discarded when the block fails, is cancelled or runs out of time."""
+    # Not in a thread: no cancellation can come between the file's birth and our knowing of it.
+    claim = _Claim.make(path)
+    try:
+        yield claim
+        await lowlevel.checkpoint_if_cancelled()  # who is cancelled never learns of the file: then there is none
+    except BaseException as error:
+        problem = f"the disk did not answer within {_CLEANUP_TIMEOUT:g} seconds"
+        # Bounded: a hung disk must not keep us; the thread then ends by itself.
+        with anyio.move_on_after(_CLEANUP_TIMEOUT, shield=True):
+            problem = await to_thread.run_sync(_discard, claim, abandon_on_cancel=True)
+        if problem and isinstance(error, QmpsnapError):
+            error.effect = "unknown"
+            error.message = f"{error.message}; an unfinished file may be left there: {problem}"
+            error.args = (error.message,)
+        raise
+    claim.close()
+
+
+def _discard(claim: _Claim) -> str:
+    """Discard the claim and return what went wrong, or an empty string."""
+    try:
+        claim.discard()
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
+def _said(stderr: bytes) -> str:
+    """What qemu-img wrote, on one line."""
+    lines = stderr.decode(errors="backslashreplace").splitlines()
+    # It wants to unlink what it failed to make and cannot, having a descriptor only: that is for us to do.
+    return "; ".join(line.strip() for line in lines if "Error when deleting file" not in line)
+
+
+def _check_request(path: str | os.PathLike[str], virtual_size: int) -> Path:
+    """The place for a new image, once name and size are such that every tool agrees about them."""
+    text = os.fspath(path)
+    # It becomes the backing string of a later overlay, so the rules for those hold now.
+    problem = header.backing_fault(text) or ("" if text.startswith("/") else "the path is not absolute")
+    if not problem and Path(text).name in ("", ".."):
+        problem = "the path names no file"
+    if problem:
+        raise ImageRefused(f"no image can be made at {printable(text)!r}: {problem}; {_UNCHANGED}")
+    if virtual_size <= 0 or virtual_size % _SECTOR or virtual_size >= 1 << 63:
+        raise ImageRefused(
+            f"an image cannot have {virtual_size} bytes; {_UNCHANGED}",
+            hint=f"use a positive multiple of {_SECTOR} bytes",
+        )
+    return Path(text)
+
+
+def _check_backing(backing: Layer) -> None:
+    """The layer below as an overlay needs it: a plain absolute name, of its format, not encrypted."""
+    problem = header.backing_fault(backing.path) or ("" if backing.path.startswith("/") else "the path is not absolute")
+    if problem:
+        raise ImageRefused(f"{printable(backing.path)!r} cannot be a backing: {problem}; {_UNCHANGED}")
+    found = header.read(backing.path, format=backing.format, block_device=True)
+    if found.encrypted:
+        # The overlay would hold in plain text what the guest believes to be encrypted.
+        raise ImageRefused(
+            f"{printable(backing.path)} is encrypted, and overlays of encrypted images are not made yet; {_UNCHANGED}"
+        )
+
+
+def _remove(path: str, identity: tuple[int, int]) -> bool:
+    folder_path, name = os.path.split(path)
+    with _translated(path, "was not removed"):
+        try:
+            folder = os.open(folder_path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        try:
+            found = _identity_at(folder, name)
+            if found is None:
+                return False
+            if found != identity:
+                raise StoreMismatch(
+                    f"the file at {printable(path)} is not the recorded image; it was not touched",
+                    hint="see qmpsnap check VM",
+                )
+            os.unlink(name, dir_fd=folder)
+            with _translated(path, "is unlinked, but perhaps not durably", effect="unknown"):
+                os.fsync(folder)
+        finally:
+            os.close(folder)
+    return True
+
+
+def _identity_at(folder: int, name: str) -> tuple[int, int] | None:
+    """Identity of the regular file at that name, None if there is nothing; a file of another kind matches no image."""
+    try:
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else (-1, -1)
+
+
+@contextmanager
+def _translated(path: str, outcome: str = "was not created", *, effect: Effect = "none") -> Iterator[None]:
+    """The system's errors as the family's, at this one place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise _no_space(path) from error
+        hint = "make the folder first" if isinstance(error, FileNotFoundError) else ""
+        raise HostCannot(f"{printable(path)} {outcome}: {error.strerror}", hint=hint, effect=effect) from error
+
+
+def _no_space(path: str) -> HostCannot:
+    folder = printable(str(Path(path).parent))
+    return HostCannot(
+        f"no space left for {printable(path)}; it was not created and {_UNCHANGED}",
+        hint=f"free some space in {folder} (df -h {folder})",
+    )

@@ -1,0 +1,239 @@
+"""The library's API: composes, decides nothing.
+
+::
+
+    async with qmpsnap.open() as q:
+        vm = await q.start("machine.yaml")
+        snap = await vm.snapshot("before")
+        await vm.run("rm -rf /data")
+"""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from qmpsnap.block.image import ImageTool
+from qmpsnap.errors import NotFoundError, QmpError
+from qmpsnap.machine import agent, specfile
+from qmpsnap.machine.agent import Completed
+from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.machine.recipes import launch_dir
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.operation import CreatePlan, Operation
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.spec import MachineSpec
+from qmpsnap.ops import compare, create, define, power, undefine
+from qmpsnap.ops.compare import ChainView
+from qmpsnap.ops.context import Context, blocking, this_host
+from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops.work import working
+from qmpsnap.store.sqlite import SqliteStore
+
+
+@asynccontextmanager
+async def open_controller(home: str | os.PathLike[str] | None = None) -> AsyncIterator["Controller"]:
+    """A controller for the block: ``async with qmpsnap.open() as q``.
+
+    Args:
+        home: folder that holds everything, as ``QMPSNAP_HOME`` does; None goes by the environment, in which
+            ``QMPSNAP_QEMU`` and ``QMPSNAP_QEMU_IMG`` name other binaries.
+
+    Raises:
+        StoreTooNew: a newer qmpsnap wrote the store.
+        HostCannot: the store cannot be opened.
+    """
+    environment = dict(os.environ)
+    if home is not None:
+        environment["QMPSNAP_HOME"] = os.fspath(home)
+    places = Home.from_environment(environment, uid=os.geteuid())
+    store = await blocking(lambda: SqliteStore(places.store, machines=places.machines))
+    context = Context(
+        home=places,
+        store=store,
+        qemu=environment.get("QMPSNAP_QEMU") or "qemu-system-x86_64",
+        image=ImageTool(environment.get("QMPSNAP_QEMU_IMG") or "qemu-img"),
+        host=this_host(),
+    )
+    try:
+        yield Controller(context)
+    finally:
+        store.close()
+
+
+class Controller:
+    """All machines of one store, from :func:`qmpsnap.open`."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    async def machines(self) -> tuple["MachineHandle", ...]:
+        """Every machine of the store, by name."""
+        return tuple(MachineHandle(self.context, found.name) for found in await blocking(self.context.store.machines))
+
+    async def machine(self, name: str) -> "MachineHandle":
+        """The machine of that name.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        await blocking(self.context.store.machine, name)
+        return MachineHandle(self.context, name)
+
+    def read_spec(self, path: str | os.PathLike[str]) -> MachineSpec:
+        """A spec file as a value.
+
+        Raises:
+            SpecError: it describes no machine; the message has file, line and column.
+        """
+        return specfile.read(Path(path), guest_dir=self.context.home.guest, profile_dir=launch_dir() / "profiles")
+
+    async def define(
+        self,
+        spec: MachineSpec | str | os.PathLike[str],
+        *,
+        folders: Sequence[Path] = (),
+        allow_extra: bool = False,
+    ) -> "MachineHandle":
+        """Record a machine and create its disks.
+
+        Args:
+            spec: a spec, or the path of a spec file, whose folder is then one that images may lie in.
+            folders: further folders that images may lie in.
+            allow_extra: accept the spec's ``extra`` QEMU arguments.
+
+        Raises:
+            SpecError: the spec describes no machine this QEMU can run.
+            NameTaken: there is a machine of that name.
+            ImageRefused: an image is not what the spec says, or not in an allowed folder.
+        """
+        if not isinstance(spec, MachineSpec):
+            folders = (*folders, Path(spec).absolute().parent)
+            spec = self.read_spec(spec)
+        machine = await define.run(self.context, spec, folders=folders, allow_extra=allow_extra)
+        return MachineHandle(self.context, machine.name)
+
+    async def start(self, spec: str | os.PathLike[str], *, paused: bool = False) -> "MachineHandle":
+        """Start a machine, defining it first if the store does not have it.
+
+        Args:
+            spec: path of a spec file, or the name of a machine.
+            paused: leave the vCPUs stopped.
+        """
+        name = os.fspath(spec)
+        if Path(name).is_file():
+            wanted = self.read_spec(name)
+            try:
+                vm = await self.machine(wanted.name)
+            except NotFoundError:
+                vm = await self.define(name)
+        else:
+            vm = await self.machine(name)
+        await vm.start(paused=paused)
+        return vm
+
+
+class MachineHandle:
+    """One machine of the store, by name."""
+
+    def __init__(self, context: Context, name: str) -> None:
+        self._context = context
+        self.name = name
+
+    async def record(self) -> Machine:
+        """The machine as the store has it."""
+        return await blocking(self._context.store.machine, self.name)
+
+    async def start(self, *, paused: bool = False) -> Process:
+        """Start QEMU and return once its monitor answers; ``paused`` leaves the vCPUs stopped.
+
+        Raises:
+            StateError: it runs already.
+            StoreMismatch: an image is not the one the store knows.
+            QemuGone: QEMU ended at once.
+        """
+        return await power.start(self._context, self.name, paused=paused)
+
+    async def stop(self, *, force: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Switch the guest off, waiting up to ``timeout`` seconds (60); ``force`` then ends QEMU.
+
+        Raises:
+            StateError: it does not run.
+            DeadlinePassed: the guest did not switch itself off.
+        """
+        await power.stop(self._context, self.name, force=force, timeout=timeout)
+
+    async def state(self) -> str:
+        """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped``."""
+        return await compare.state(self._context, await self.record())
+
+    async def snapshot(
+        self, name: str | None = None, *, description: str = "", disks: Sequence[str] | None = None
+    ) -> Snapshot:
+        """Take a snapshot of the disks, all at one instant, without stopping the guest.
+
+        Args:
+            name: its name; None takes the next free ``snap-N``.
+            description: free text.
+            disks: names of the disks; None takes all that the spec does not leave out.
+
+        Raises:
+            NameTaken: there is a snapshot of that name.
+            StateError: a disk is read-only or busy with a job.
+            StoreMismatch: QEMU's chains are not the store's.
+        """
+        return await create.run(self._context, self.name, _request(name, description, disks))
+
+    async def preview_snapshot(
+        self, name: str | None = None, *, description: str = "", disks: Sequence[str] | None = None
+    ) -> tuple[Machine, CreatePlan]:
+        """What :meth:`snapshot` would do now, without doing it."""
+        return await create.preview(self._context, self.name, _request(name, description, disks))
+
+    async def snapshots(self) -> tuple[Snapshot, ...]:
+        """The snapshots, oldest first."""
+        return await blocking(self._context.store.snapshots, self.name)
+
+    async def chains(self, disk: str | None = None) -> tuple[ChainView, ...]:
+        """The layers of every disk (or one) as the store, QEMU and the files see them."""
+        return await compare.chains(self._context, self.name, disk)
+
+    async def run(self, command: str | Sequence[str], *, deadline: float = 60, check: bool = True) -> Completed:
+        """Run a command in the guest through its agent.
+
+        Args:
+            command: program and arguments, or a line for the guest's ``/bin/sh``.
+            deadline: seconds to wait for its end.
+            check: raise when it ends with another status than 0.
+
+        Raises:
+            QmpError: the guest refused, or with ``check`` the command failed.
+            DeadlinePassed: no agent, or the command takes longer.
+        """
+        words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+        socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
+        async with agent.connect(socket, machine=self.name, deadline=deadline) as guest:
+            done = await guest.run(words, deadline=deadline)
+        if check and done.status:
+            raise QmpError(
+                f"{command!r} ended with status {done.status} in the guest of {self.name}:"
+                f" {done.stderr.decode(errors='replace').strip()}",
+                effect="applied",
+                machine=self.name,
+            )
+        return done
+
+    async def recover(self) -> list[Operation]:
+        """End what an earlier operation left open; returns those operations as they were."""
+        pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
+        async with working(self._context, self.name, "recover"):
+            return list(pending)
+
+    async def undefine(self, *, disks: undefine.Fate | None = None) -> list[str]:
+        """Forget the machine and its snapshots; see :func:`qmpsnap.ops.undefine.run`."""
+        return await undefine.run(self._context, self.name, disks=disks)
+
+
+def _request(name: str | None, description: str, disks: Sequence[str] | None) -> CreateRequest:
+    return CreateRequest(name=name, description=description, disks=None if disks is None else tuple(disks))

@@ -1,0 +1,102 @@
+"""Which accelerator to start QEMU with: ``auto`` must not trust ``/dev/kvm``.
+
+There are hosts whose ``/dev/kvm`` opens, creates virtual machines, runs the firmware and still never gets a stock
+kernel to run: they lack the CPU's virtualisation flag. So KVM needs the flag, the device *and* a probe that saw a
+virtual CPU execute code within a bounded time; the probe's answer is kept until the next boot or another QEMU.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Literal
+
+import anyio
+from msgspec import Struct
+
+from qmpsnap.errors import HostCannot
+from qmpsnap.model.spec import Accel
+
+PROBE_DEADLINE = 5.0
+"""Seconds the firmware has to print its first line; it takes a twentieth of one."""
+
+KVM = Path("/dev/kvm")
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class Choice(Struct, frozen=True):
+    """An accelerator and the reason it was chosen, for ``doctor`` and ``show``."""
+
+    accel: Literal["kvm", "tcg"]
+    reason: str
+
+
+async def choose(accel: Accel, *, qemu: str, cache: Path) -> Choice:
+    """The accelerator for a spec's ``accel``.
+
+    Args:
+        accel: as in the spec; ``kvm`` and ``tcg`` are taken at their word.
+        qemu: the QEMU binary to probe with.
+        cache: folder where the probe's answer is kept.
+    """
+    if accel != "auto":
+        return Choice(accel, "the spec asks for it")
+    if reason := kvm_obstacle():
+        return Choice("tcg", reason)
+    if await _kvm_runs(qemu, cache):
+        return Choice("kvm", "the CPU has the flag and a virtual CPU ran")
+    return Choice("tcg", f"no virtual CPU ran under KVM within {PROBE_DEADLINE:g} s")
+
+
+def kvm_obstacle(*, device: Path = KVM, cpuinfo: Path = CPUINFO) -> str:
+    """Why KVM cannot be had on this host without even trying; empty when nothing speaks against it."""
+    if not device.exists():
+        return f"{device} is missing"
+    if not os.access(device, os.R_OK | os.W_OK):
+        return f"{device} may not be opened by this user"
+    flags = {word for line in cpuinfo.read_text().splitlines() if line.startswith("flags") for word in line.split()}
+    if not flags & {"vmx", "svm"}:
+        return f"{device} is there, but the CPU shows neither vmx nor svm"
+    return ""
+
+
+async def _kvm_runs(qemu: str, cache: Path) -> bool:
+    answer = cache / "kvm-probe.json"
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    try:
+        kept = json.loads(answer.read_text())
+        if kept["boot"] == boot_id and kept["qemu"] == qemu:
+            return bool(kept["runs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    runs = await vcpu_runs("kvm", qemu=qemu)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fresh = answer.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps({"boot": boot_id, "qemu": qemu, "runs": runs}))
+    fresh.replace(answer)
+    return runs
+
+
+async def vcpu_runs(accel: str, *, qemu: str, deadline: float = PROBE_DEADLINE) -> bool:
+    """Whether a virtual CPU executes code under ``accel``: the firmware's debug port says so by its first byte.
+
+    Raises:
+        HostCannot: there is no such QEMU.
+    """
+    argv = [
+        qemu, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc", "-accel", accel, "-m", "32",
+        "-chardev", "stdio,id=debug,signal=off", "-device", "isa-debugcon,iobase=0x402,chardev=debug",
+    ]  # fmt: skip
+    try:
+        process = await anyio.open_process(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError as error:
+        raise HostCannot(f"{qemu} cannot be run: {error}", hint="see qmpsnap doctor") from error
+    async with process:
+        try:
+            with anyio.move_on_after(deadline):
+                return process.stdout is not None and bool(await process.stdout.receive(1))
+        except anyio.EndOfStream:
+            pass
+        finally:
+            process.kill()
+    return False

@@ -1,0 +1,185 @@
+"""The QEMU guest agent: commands in the guest, with a deadline on each; what it answers is data, never trusted.
+
+Commands: ``guest-sync-delimited``, ``guest-ping``, ``guest-exec``, ``guest-exec-status`` (QGA's own schema).
+"""
+
+import base64
+import binascii
+import json
+import secrets
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+from anyio.abc import UNIXSocketStream
+from msgspec import Struct
+
+from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
+from qmpsnap.qmp.dial import dial
+
+REPLY_LIMIT = 64 << 20
+"""Bytes a reply may have; the agent caps captured output at 16 MiB, base64 makes it a third more."""
+
+
+class Completed(Struct, frozen=True, kw_only=True):
+    """A command that ended in the guest; ``status`` is its exit status, or 128 + the signal that killed it."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+
+class Agent:
+    """One conversation with the agent, from :func:`connect`."""
+
+    def __init__(self, stream: UNIXSocketStream, machine: str) -> None:
+        self._stream = stream
+        self._machine = machine
+        self._buffer = bytearray()
+
+    async def synchronise(self, *, deadline: float) -> None:
+        """Wait until the agent answers with our random number, past whatever an earlier client left in the channel.
+
+        Raises:
+            DeadlinePassed: no agent in the guest, or not yet.
+        """
+        number = secrets.randbits(62)
+        request = json.dumps({"execute": "guest-sync-delimited", "arguments": {"id": number}}).encode()
+        with self._bounded(deadline, "guest-sync"):
+            await self._stream.send(b"\xff" + request + b"\n")
+            while True:
+                await self._read_until(b"\xff")
+                answer = _decode(await self._read_until(b"\n"))
+                if answer.get("return") == number:
+                    return
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None, *, deadline: float = 10) -> Any:
+        """Run one agent command and return what it returned.
+
+        Raises:
+            QmpError: the agent refused it.
+            DeadlinePassed: no answer in time; effect unknown.
+            QemuGone: QEMU closed the channel.
+        """
+        request: dict[str, Any] = {"execute": command}
+        if arguments is not None:
+            request["arguments"] = arguments
+        with self._bounded(deadline, command):
+            await self._stream.send(json.dumps(request).encode() + b"\n")
+            answer = _decode(await self._read_until(b"\n"))
+        if "error" in answer:
+            error = answer["error"] if isinstance(answer["error"], dict) else {}
+            raise QmpError(
+                f"the guest agent refused {command}: {error.get('desc', 'no reason given')!s}",
+                machine=self._machine,
+                qmp_class=str(error.get("class", "GenericError")),
+            )
+        return answer.get("return")
+
+    async def run(self, command: Sequence[str], *, deadline: float, stdin: bytes = b"") -> Completed:
+        """Run a program in the guest and wait for its end.
+
+        Args:
+            command: program and arguments; no shell unless you name one.
+            deadline: seconds for the whole; the program is not ended by it.
+            stdin: what the program reads.
+        """
+        arguments: dict[str, Any] = {"path": command[0], "arg": list(command[1:]), "capture-output": True}
+        if stdin:
+            arguments["input-data"] = base64.b64encode(stdin).decode()
+        end = anyio.current_time() + deadline
+        started = await self.execute("guest-exec", arguments, deadline=deadline)
+        pid = started.get("pid") if isinstance(started, dict) else None
+        pause = 0.005
+        while True:
+            left = max(0.1, end - anyio.current_time())
+            status = await self.execute("guest-exec-status", {"pid": pid}, deadline=left)
+            if isinstance(status, dict) and status.get("exited"):
+                return self._completed(status)
+            if anyio.current_time() > end:
+                raise self._late(deadline, command[0])
+            await anyio.sleep(pause)
+            pause = min(pause * 1.5, 0.25)
+
+    def _completed(self, status: dict[str, Any]) -> Completed:
+        try:
+            code = int(status["exitcode"]) if "exitcode" in status else 128 + int(status.get("signal", 0))
+            return Completed(
+                status=code,
+                stdout=base64.b64decode(status.get("out-data", "")),
+                stderr=base64.b64decode(status.get("err-data", "")),
+            )
+        except (TypeError, ValueError, binascii.Error) as error:
+            raise QmpError(f"the guest agent of {self._machine} answered nonsense", machine=self._machine) from error
+
+    async def _read_until(self, mark: bytes) -> bytes:
+        searched = 0
+        while (end := self._buffer.find(mark, searched)) < 0:
+            if len(self._buffer) > REPLY_LIMIT:
+                raise QmpError(f"the guest agent of {self._machine} answered without end", machine=self._machine)
+            searched = len(self._buffer)
+            self._buffer += await self._stream.receive()
+        found = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return found
+
+    @contextmanager
+    def _bounded(self, seconds: float, what: str) -> Iterator[None]:
+        try:
+            with anyio.fail_after(seconds):
+                yield
+        except TimeoutError as error:
+            raise self._late(seconds, what) from error
+        except (anyio.EndOfStream, anyio.BrokenResourceError) as error:
+            raise QemuGone(
+                f"the agent's channel of machine {self._machine} closed during {what}",
+                hint=f"qmpsnap show {self._machine} tells what is left",
+                effect="unknown",
+                machine=self._machine,
+            ) from error
+
+    def _late(self, deadline: float, what: str) -> DeadlinePassed:
+        return DeadlinePassed(
+            f"the guest agent of machine {self._machine} did not finish {what} within {deadline:g} s",
+            hint="is qemu-guest-agent installed and running in the guest?",
+            effect="unknown",
+            machine=self._machine,
+        )
+
+
+@asynccontextmanager
+async def connect(path: Path, *, machine: str, deadline: float = 10) -> AsyncIterator[Agent]:
+    """A conversation with the agent behind the socket at ``path``, synchronised, closed with the block.
+
+    Args:
+        path: the socket of QEMU's agent channel; one client at a time.
+        machine: the machine's name, for errors.
+        deadline: seconds until the agent must have answered.
+
+    Raises:
+        QemuGone: nobody listens on the channel.
+        DeadlinePassed: QEMU is there, the agent is not (yet).
+    """
+    try:
+        endpoint = await dial(path)
+    except OSError as error:
+        raise QemuGone(
+            f"machine {machine} has no agent channel or does not run",
+            hint=f"qmpsnap show {machine}; the spec's 'agent' must be true",
+            machine=machine,
+        ) from error
+    async with await UNIXSocketStream.from_socket(endpoint) as stream:
+        agent = Agent(stream, machine)
+        await agent.synchronise(deadline=deadline)
+        yield agent
+
+
+def _decode(line: bytes) -> dict[str, Any]:
+    """The JSON object in a line, or an empty one: a line the agent was cut off in is not an answer."""
+    try:
+        answer = json.loads(line.lstrip(b"\xff"))
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}

@@ -1,0 +1,238 @@
+"""QEMU's arguments for a machine: a pure function of its spec, its chains and what the host offers.
+
+QEMU is started with the machine's run folder as its working directory, so the names of sockets and logs are relative:
+a socket's path has 107 bytes at most, a run folder's may need more. Whatever holds a path of the user's is JSON, where
+a comma is only a comma.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from typing import Any, Final, Literal
+
+from msgspec import Struct
+
+from qmpsnap.model.blockdev import chain_options, node_name
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
+
+QMP_SOCKET: Final = "qmp.sock"
+"""Our monitor. A QMP socket serves one client, so users have their own."""
+USER_SOCKET: Final = "user.sock"
+"""The user's monitor."""
+CONSOLE_SOCKET: Final = "console.sock"
+CONSOLE_LOG: Final = "console.log"
+AGENT_SOCKET: Final = "agent.sock"
+VNC_SOCKET: Final = "vnc.sock"
+PID_FILE: Final = "qemu.pid"
+RUN_FILES: Final = (QMP_SOCKET, USER_SOCKET, CONSOLE_SOCKET, CONSOLE_LOG, AGENT_SOCKET, VNC_SOCKET, PID_FILE)
+"""Everything QEMU makes in the run folder."""
+AGENT_PORT: Final = "org.qemu.guest_agent.0"
+
+SATA_PORTS: Final = 6
+"""Ports of one ICH9 AHCI controller."""
+
+Device = dict[str, Any]
+
+
+class Firmware(Struct, frozen=True):
+    """UEFI's flash: the code, shared and read-only, and the machine's own copy of the variable store."""
+
+    code: str
+    vars: str
+
+
+def build(
+    binary: Sequence[str] | str,
+    spec: MachineSpec,
+    chains: Sequence[Chain],
+    *,
+    uuid: str,
+    accel: Literal["kvm", "tcg"],
+    paused: bool = False,
+    firmware: Firmware | None = None,
+) -> list[str]:
+    """The whole argument list, the binary first.
+
+    Args:
+        binary: QEMU, or the words that start it.
+        spec: the machine.
+        chains: one for each of its disks, in any order.
+        uuid: the machine's UUID, by which a running QEMU is known again; network cards without a MAC get one from it.
+        accel: what :attr:`MachineSpec.accel` came to on this host.
+        paused: start with the vCPUs stopped.
+        firmware: the flash images; needed when the spec asks for UEFI.
+
+    Raises:
+        ValueError: a disk has no chain, or UEFI has no images; the caller prepares both.
+    """
+    return [
+        *([binary] if isinstance(binary, str) else binary),
+        *("-name", f"guest={spec.name},debug-threads=on", "-uuid", uuid),
+        *("-nodefaults", "-no-user-config", "-sandbox", _sandbox(spec)),
+        *(["-S"] if paused else []),
+        *("-pidfile", PID_FILE, "-msg", "timestamp=on", "-rtc", "base=utc"),
+        *_board(spec, accel, firmware),
+        *_monitors(),
+        *_display(spec),
+        *_agent(spec),
+        *_disks(spec, chains),
+        *_nics(spec, uuid),
+        *spec.extra,
+    ]
+
+
+def _sandbox(spec: MachineSpec) -> str:
+    # A bridge card is opened by qemu-bridge-helper, a set-uid program that QEMU has to spawn.
+    helper = "allow" if any(nic.kind == "bridge" for nic in spec.nics) else "deny"
+    return f"on,obsolete=deny,elevateprivileges={helper},spawn={helper},resourcecontrol=deny"
+
+
+def _board(spec: MachineSpec, accel: str, firmware: Firmware | None) -> Iterator[str]:
+    machine = spec.machine
+    if spec.firmware == "uefi":
+        if firmware is None:
+            raise ValueError(f"machine {spec.name} wants UEFI, and no flash images were given")
+        yield from _json("-blockdev", _flash("uefi-code", firmware.code, read_only=True))
+        yield from _json("-blockdev", _flash("uefi-vars", firmware.vars, read_only=False))
+        machine += ",pflash0=uefi-code,pflash1=uefi-vars"
+    if _is_microvm(spec) and accel == "tcg":
+        # Its ACPI promises no PIT and TCG no other clock of known rate: Linux would wait for its first tick for ever.
+        machine += ",acpi=off"
+    yield from ("-machine", machine)
+    yield from ("-accel", "kvm" if accel == "kvm" else "tcg,thread=multi")
+    yield from ("-cpu", spec.cpu or ("host" if accel == "kvm" else "max"))
+    yield from ("-smp", str(spec.cpus), "-m", f"size={spec.memory}B")
+    for option, value in (("-kernel", spec.kernel), ("-initrd", spec.initrd), ("-append", spec.append)):
+        if value:
+            yield from (option, value)
+
+
+def _flash(node: str, path: str, *, read_only: bool) -> Device:
+    file = {"driver": "file", "filename": path, "node-name": f"{node}.file", "read-only": read_only}
+    return {"node-name": node, "driver": "raw", "read-only": read_only, "file": file}
+
+
+def _monitors() -> Iterator[str]:
+    for name, socket in (("qmp", QMP_SOCKET), ("user", USER_SOCKET)):
+        yield from ("-chardev", _socket(name, socket), "-mon", f"chardev={name},mode=control")
+    yield from ("-chardev", f"{_socket('console', CONSOLE_SOCKET)},logfile={CONSOLE_LOG},logappend=on")
+    yield from ("-serial", "chardev:console")
+
+
+def _socket(name: str, path: str) -> str:
+    return f"socket,id={name},path={path},server=on,wait=off"
+
+
+def _display(spec: MachineSpec) -> Iterator[str]:
+    if spec.display == "none":
+        yield from ("-display", "none")
+    else:
+        yield from ("-display", f"vnc=unix:{VNC_SOCKET}")
+        yield from _json("-device", {"driver": "VGA", "id": "qs-vga"})
+
+
+def _agent(spec: MachineSpec) -> Iterator[str]:
+    if not spec.agent:
+        return
+    yield from ("-chardev", _socket("agent", AGENT_SOCKET))
+    yield from _json("-device", {"driver": _virtio("serial", spec), "id": "qs-serial"})
+    port = {"driver": "virtserialport", "id": "qs-agent", "bus": "qs-serial.0", "chardev": "agent", "name": AGENT_PORT}
+    yield from _json("-device", port)
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+def _disks(spec: MachineSpec, chains: Sequence[Chain]) -> Iterator[str]:
+    by_disk = {chain.disk: chain for chain in chains}
+    used: dict[str, int] = {}  # how many disks each bus has so far
+    for position, disk in enumerate(spec.disks):
+        chain = by_disk.get(disk.name)
+        if chain is None:
+            raise ValueError(f"disk {disk.name} of machine {spec.name} has no chain")
+        for options in chain_options(chain, disk):
+            yield from _json("-blockdev", options)
+        place = used.get(disk.bus, 0)
+        used[disk.bus] = place + 1
+        controller, device = _attached(spec, disk, place)
+        if controller:
+            yield from _json("-device", controller)
+        device |= {
+            "id": disk.name,
+            "drive": node_name(chain.active),
+            "serial": disk.name,  # the guest finds its disks by name under /dev/disk/by-id
+            "write-cache": "off" if disk.cache in ("writethrough", "directsync") else "on",
+        }
+        if position == 0 and spec.kernel is None:
+            device["bootindex"] = 1
+        yield from _json("-device", device)
+
+
+def _attached(spec: MachineSpec, disk: DiskSpec, place: int) -> tuple[Device | None, Device]:
+    """The controller to add first, if any, and the disk's device as the ``place``-th one of its bus.
+
+    Our own ids have a hyphen, which a disk's name cannot have.
+    """
+    match disk.bus:
+        case "virtio":
+            return None, {"driver": _virtio("blk", spec)}
+        case "nvme":
+            return None, {"driver": "nvme"}
+        case "scsi":
+            controller = {"driver": _virtio("scsi", spec), "id": "qs-scsi"}
+            device = {"driver": "scsi-hd", "bus": "qs-scsi.0", "channel": 0, "scsi-id": place, "lun": 0}
+            return (None if place else controller), device
+        case "sata":
+            number, port = divmod(place, SATA_PORTS)
+            # q35 brings the first controller itself.
+            if number == 0 and (spec.machine == "q35" or spec.machine.startswith("pc-q35-")):
+                return None, {"driver": "ide-hd", "bus": f"ide.{port}", "unit": 0}
+            controller = {"driver": "ich9-ahci", "id": f"qs-sata{number}"}
+            return (None if port else controller), {"driver": "ide-hd", "bus": f"qs-sata{number}.{port}", "unit": 0}
+
+
+# --- network cards ----------------------------------------------------------------------------------------------------
+
+
+def _nics(spec: MachineSpec, uuid: str) -> Iterator[str]:
+    for number, nic in enumerate(spec.nics):
+        device = {
+            "driver": _virtio("net", spec),
+            "id": f"qs-nic{number}",
+            "netdev": f"net{number}",
+            "mac": nic.mac or _mac(uuid, number),
+        }
+        if not _is_microvm(spec):
+            device["romfile"] = ""  # no network boot, and no ROM package to need
+        yield from _json("-netdev", {"id": f"net{number}"} | _backend(nic))
+        yield from _json("-device", device)
+
+
+def _backend(nic: NicSpec) -> Device:
+    match nic.kind:
+        case "user":
+            rules = [f"{rule.protocol}:{rule.address}:{rule.host}-:{rule.guest}" for rule in nic.forwards]
+            return {"type": "user"} | ({"hostfwd": [{"str": rule} for rule in rules]} if rules else {})
+        case "tap":
+            return {"type": "tap", "ifname": nic.ifname, "script": "no", "downscript": "no"}
+        case "bridge":
+            return {"type": "bridge", "br": nic.bridge}
+
+
+def _mac(uuid: str, number: int) -> str:
+    """An address of QEMU's range; its own default is the same in every machine, which a bridge would not survive."""
+    return "52:54:00:" + sha256(f"{uuid}/{number}".encode()).digest()[:3].hex(":")
+
+
+def _virtio(kind: str, spec: MachineSpec) -> str:
+    """The virtio device's driver: a microvm has virtio-mmio slots, every other machine PCI."""
+    return f"virtio-{kind}-device" if _is_microvm(spec) else f"virtio-{kind}-pci"
+
+
+def _is_microvm(spec: MachineSpec) -> bool:
+    return spec.machine == "microvm"
+
+
+def _json(option: str, value: Device) -> tuple[str, str]:
+    return option, json.dumps(value, separators=(",", ":"))

@@ -1,0 +1,71 @@
+"""The serial console: a terminal attached to the guest's first serial port."""
+
+import os
+import select
+import socket
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DETACH = b"\x1d"
+"""Ctrl-]: leaves the guest as it is."""
+
+
+def attach(endpoint: socket.socket, *, terminal_in: int, terminal_out: int) -> None:
+    """Pass bytes both ways until Ctrl-], the end of input or the end of QEMU.
+
+    Args:
+        endpoint: connected to the console's socket.
+        terminal_in: descriptor to read from; made raw for the time if it is a terminal.
+        terminal_out: descriptor to write to.
+    """
+    endpoint.setblocking(True)
+    with _raw(terminal_in):
+        listening = [endpoint.fileno(), terminal_in]
+        while True:
+            ready, _, _ = select.select(listening, [], [])
+            if endpoint.fileno() in ready:
+                if not (output := endpoint.recv(65536)):
+                    return
+                _write_all(terminal_out, output)
+            if terminal_in in ready:
+                typed = os.read(terminal_in, 4096)
+                if not typed:
+                    # A file or pipe has ended, not the guest: go on printing what it still says for a moment.
+                    _drain(endpoint, terminal_out)
+                    return
+                before, detach, _ = typed.partition(DETACH)
+                endpoint.sendall(before)
+                if detach:
+                    return
+
+
+def _drain(endpoint: socket.socket, terminal_out: int, *, quiet_seconds: float = 0.5) -> None:
+    endpoint.settimeout(quiet_seconds)
+    try:
+        while output := endpoint.recv(65536):
+            _write_all(terminal_out, output)
+    except TimeoutError:
+        return
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+@contextmanager
+def _raw(descriptor: int) -> Iterator[None]:
+    if not os.isatty(descriptor):
+        yield
+        return
+    before = termios.tcgetattr(descriptor)
+    print("attached; Ctrl-] leaves the console", file=sys.stderr)  # noqa: T201 - a terminal is being spoken to
+    try:
+        tty.setraw(descriptor)
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

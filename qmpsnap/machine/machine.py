@@ -1,0 +1,125 @@
+"""A machine's QEMU: launched so that it outlives us, reached through its monitor, waited for when it ends."""
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+from msgspec.structs import replace
+
+from qmpsnap.errors import HostCannot, QemuGone, StateError
+from qmpsnap.machine import process as processes
+from qmpsnap.machine.argv import QMP_SOCKET
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.qmp import commands, session
+from qmpsnap.qmp.session import Session
+
+T = TypeVar("T")
+
+LAUNCH_DEADLINE = 20.0
+"""Seconds from exec to the monitor's greeting."""
+
+
+def prepare_run_dir(path: Path) -> None:
+    """Make a machine's run folder, private to this user, or make sure that it is.
+
+    Raises:
+        HostCannot: it cannot be made, or belongs to or is open to somebody else.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise HostCannot(f"the run folder {path} cannot be made: {error}", hint="see qmpsnap doctor") from error
+    if not path.is_dir() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise HostCannot(f"the run folder {path} is not private to this user", hint=f"chmod 0700 {path}, or remove it")
+
+
+async def launch(argv: Sequence[str], machine: Machine, run_dir: Path, *, accel: str) -> Process:
+    """Start QEMU and return once its monitor answered and said it is this machine.
+
+    Raises:
+        QemuGone: QEMU ended at once; the message holds what it wrote.
+        HostCannot: the binary cannot be run.
+        DeadlinePassed: it runs but its monitor stays silent; it has been killed.
+    """
+
+    async def version() -> str:
+        async with monitor(machine, run_dir) as qemu:
+            return await commands.query_version(qemu)
+
+    process, found = await start(argv, run_dir, machine=machine.name, ask=version)
+    return replace(process, accel=accel, qemu_version=found)
+
+
+async def start(
+    argv: Sequence[str], run_dir: Path, *, machine: str, ask: Callable[[], Awaitable[T]]
+) -> tuple[Process, T]:
+    """Start QEMU in ``run_dir`` and put a first question to its monitor, as soon as it listens.
+
+    Args:
+        argv: a QEMU that listens on :data:`QMP_SOCKET`.
+        run_dir: its working directory.
+        machine: a name for errors.
+        ask: the question; raises ``QemuGone`` as long as nobody listens. When it fails, QEMU is killed.
+    """
+    (run_dir / QMP_SOCKET).unlink(missing_ok=True)
+    process = processes.spawn(argv, run_dir)
+    try:
+        deadline = anyio.current_time() + LAUNCH_DEADLINE
+        while True:
+            try:
+                return process, await ask()
+            except QemuGone as error:
+                if not processes.is_alive(process):
+                    raise QemuGone(
+                        f"QEMU did not start machine {machine}: {processes.log_tail(run_dir) or 'it said nothing'}",
+                        hint=f"the whole of it is in {run_dir / processes.LOG}",
+                        machine=machine,
+                    ) from error
+                if anyio.current_time() > deadline:
+                    raise
+            await anyio.sleep(0.005)
+    except BaseException:
+        processes.terminate(process)
+        with anyio.CancelScope(shield=True):
+            await wait_end(process, deadline=5)
+        raise
+
+
+@asynccontextmanager
+async def monitor(machine: Machine, run_dir: Path) -> AsyncIterator[Session]:
+    """A session with the machine's own monitor, after it has said that it is this machine.
+
+    Raises:
+        QemuGone: nobody answers.
+        DeadlinePassed: QEMU is there and silent.
+        StateError: the socket belongs to another machine's QEMU.
+    """
+    async with session.connect(run_dir / QMP_SOCKET, machine=machine.name) as qemu:
+        uuid = await commands.query_uuid(qemu)
+        if uuid != machine.uuid:
+            raise StateError(
+                f"the monitor of machine {machine.name} is answered by a QEMU with UUID {uuid}; nothing was changed",
+                hint="another program has put its socket there: end it",
+                machine=machine.name,
+            )
+        yield qemu
+
+
+async def wait_end(process: Process, *, deadline: float) -> bool:
+    """Wait until that very process has ended; False when it still runs after ``deadline`` seconds."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        with anyio.move_on_after(deadline):
+            if processes.is_alive(process):
+                await anyio.wait_readable(descriptor)
+        return not processes.is_alive(process)
+    finally:
+        os.close(descriptor)

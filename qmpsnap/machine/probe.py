@@ -1,0 +1,101 @@
+"""What a QEMU can do, by asking it: started once without a machine, its answers kept until the binary changes."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
+from qmpsnap.machine import process as processes
+from qmpsnap.machine.argv import QMP_SOCKET
+from qmpsnap.machine.machine import start, wait_end
+from qmpsnap.qmp import commands, session
+
+
+class Abilities(Struct, frozen=True, kw_only=True):
+    """What one QEMU binary said of itself.
+
+    Attributes:
+        background_snapshot: empty when RAM can be saved behind a running guest, else QEMU's own words why not.
+        machine_types: every machine type, with its alias or None.
+    """
+
+    version: str
+    background_snapshot: str
+    machine_types: dict[str, str | None]
+
+    def versioned(self, machine_type: str) -> str:
+        """The versioned name behind an alias such as ``q35``; a full name is itself.
+
+        Raises:
+            SpecError: this QEMU has no such machine type.
+        """
+        for name, alias in self.machine_types.items():
+            if machine_type in (alias, name):
+                return name
+        raise SpecError(
+            f"machine: QEMU {self.version} has no machine type {machine_type!r}; nothing was created",
+            hint="qemu-system-x86_64 -machine help lists them",
+        )
+
+
+async def ask(qemu: str, cache: Path) -> Abilities:
+    """The binary's abilities, from the cache where it is the same file as then.
+
+    Raises:
+        HostCannot: there is no such binary, or it does not start.
+    """
+    binary = shutil.which(qemu)
+    if binary is None:
+        raise HostCannot(
+            f"there is no {qemu} on this host",
+            hint="apt-get install qemu-system-x86, or set QMPSNAP_QEMU to the binary",
+        )
+    status = os.stat(binary)  # noqa: PTH116 - of the very name that will be run
+    identity = f"{binary}-{status.st_ino}-{status.st_mtime_ns}-{os.geteuid()}".replace("/", "_")
+    kept = cache / "qemu-abilities" / f"{identity[-200:]}.json"
+    try:
+        return msgspec.json.decode(kept.read_bytes(), type=Abilities)
+    except (OSError, msgspec.MsgspecError):
+        abilities = await interrogate(qemu)
+    kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fresh = kept.with_suffix(f".{os.getpid()}")
+    fresh.write_bytes(msgspec.json.encode(abilities))
+    fresh.replace(kept)
+    return abilities
+
+
+async def interrogate(qemu: str) -> Abilities:
+    """Start the binary without a machine, ask, and end it."""
+    with tempfile.TemporaryDirectory(prefix="qmpsnap-") as folder:
+        run_dir = Path(folder)
+        argv = [
+            qemu, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-S",
+            "-chardev", f"socket,id=qmp,path={QMP_SOCKET},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
+        ]  # fmt: skip
+
+        async def question() -> Abilities:
+            async with session.connect(run_dir / QMP_SOCKET, machine="(probe)") as monitor:
+                return await _interview(monitor)
+
+        try:
+            process, abilities = await start(argv, run_dir, machine="(probe)", ask=question)
+        except QemuGone as error:
+            raise HostCannot(f"{qemu} does not start: {error.message}", hint="see qmpsnap doctor") from error
+        processes.terminate(process)
+        await wait_end(process, deadline=5)
+        return abilities
+
+
+async def _interview(monitor: session.Monitor) -> Abilities:
+    version = await commands.query_version(monitor)
+    types = {found.name: found.alias for found in await commands.query_machines(monitor)}
+    try:
+        await commands.set_migration_capability(monitor, "background-snapshot", enabled=True)
+        background = ""
+    except QmpError as error:
+        background = error.message
+    return Abilities(version=version, background_snapshot=background, machine_types=types)

@@ -1,0 +1,131 @@
+"""The QEMU process: started to outlive us, and told again from any other process.
+
+Without asyncio on purpose: ``list`` asks here whether machines run and must stay quick.
+"""
+
+import itertools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from qmpsnap.errors import HostCannot
+from qmpsnap.machine.argv import PID_FILE
+from qmpsnap.model.machine import Machine, Process
+
+LOG = "qemu.log"
+
+_START_TICKS = 19
+"""Where ``/proc/PID/stat`` has the start time, counted from its third field."""
+
+_children: dict[int, subprocess.Popen[bytes]] = {}
+"""QEMUs that this very process started, so that they are reaped when they end."""
+
+
+def spawn(argv: Sequence[str], run_dir: Path) -> Process:
+    """Start QEMU in ``run_dir``, in a session of its own; its output goes to ``qemu.log`` there.
+
+    Raises:
+        HostCannot: there is no such program, or it may not be run.
+    """
+    descriptor = os.open(run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        child = subprocess.Popen(
+            argv,
+            cwd=run_dir,
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            start_new_session=True,
+            umask=0o077,
+        )
+    except OSError as error:
+        raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error
+    finally:
+        os.close(descriptor)
+    _children[child.pid] = child
+    # The child cannot be gone from /proc before it is reaped, and only `_start_ticks` reaps.
+    return _record(child.pid, int(_stat(child.pid)[_START_TICKS]))
+
+
+def find(machine: Machine, run_dir: Path) -> Process | None:
+    """The live QEMU of a machine, or None.
+
+    The recorded one counts when pid, start time and boot all agree. A QEMU whose starter died before it could record
+    it is found by its own pid file and recognised by the machine's UUID among its arguments.
+    """
+    recorded = machine.process
+    if recorded and is_alive(recorded):
+        return recorded
+    try:
+        pid = int((run_dir / PID_FILE).read_text())
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    if machine.uuid.encode() not in arguments:
+        return None
+    flags = itertools.pairwise(arguments)
+    accel = next((value.split(b",")[0].decode() for flag, value in flags if flag == b"-accel"), "")
+    ticks = _start_ticks(pid)
+    return None if ticks is None else _record(pid, ticks, accel=accel)
+
+
+def is_alive(process: Process) -> bool:
+    """Whether that very process still runs (a zombie does not)."""
+    return process.boot_id == _boot_id() and process.start_ticks == _start_ticks(process.pid)
+
+
+def is_stopped(process: Process) -> bool:
+    """Whether a signal or a debugger has stopped it, so that its monitor cannot answer."""
+    return _stat(process.pid)[:1] in (["T"], ["t"])
+
+
+def terminate(process: Process) -> None:
+    """Kill that very process, without a chance to hit a later one of the same pid."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    try:
+        # With the descriptor open the pid cannot pass to another process between this look and the signal.
+        if is_alive(process):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def log_tail(run_dir: Path, *, limit: int = 2000) -> str:
+    """The end of what QEMU wrote, printable."""
+    try:
+        raw = (run_dir / LOG).read_bytes()[-limit:]
+    except OSError:
+        return ""
+    return "".join(c for c in raw.decode(errors="replace") if c.isprintable() or c == "\n").strip()
+
+
+def _record(pid: int, ticks: int, *, accel: str = "") -> Process:
+    return Process(pid=pid, start_ticks=ticks, boot_id=_boot_id(), started=time.time(), accel=accel, qemu_version="")
+
+
+def _start_ticks(pid: int) -> int | None:
+    if (child := _children.get(pid)) and child.poll() is not None:
+        del _children[pid]
+    fields = _stat(pid)
+    return int(fields[_START_TICKS]) if fields and fields[0] not in ("Z", "X") else None
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of ``/proc/PID/stat`` from the third (state) on; empty when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return []
+    return text[text.rindex(")") + 2 :].split()  # the second field, the name, may hold anything
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,0 +1,12 @@
+"""Where ``launch/`` lies: inside the installed package, or beside it in a checkout."""
+
+from pathlib import Path
+
+import qmpsnap
+
+
+def launch_dir() -> Path:
+    """The folder with profiles, the small guest's recipe and the systemd unit."""
+    package = Path(qmpsnap.__file__).parent
+    shipped = package / "_launch"
+    return shipped if shipped.is_dir() else package.parent / "launch"

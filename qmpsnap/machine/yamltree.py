@@ -1,0 +1,213 @@
+"""YAML as a tree of plain values that know where they stand: the one border to PyYAML.
+
+PyYAML scans and composes but never constructs, so that no tag can make an object. Scalars mean what YAML 1.2's core
+schema says: ``52:54:00:12:34:56`` is a string, ``010`` is ten, ``on`` is a string. Aliases, anchors, tags, duplicate
+keys, more than one document and large or deep input are refused: a machine's spec has no need for them.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from yaml.composer import Composer
+from yaml.events import AliasEvent
+from yaml.parser import Parser
+from yaml.reader import Reader, ReaderError
+from yaml.resolver import BaseResolver
+from yaml.scanner import Scanner
+
+from qmpsnap.errors import SpecError
+
+MAX_BYTES = 256 * 1024
+"""A larger file is refused unread."""
+MAX_DEPTH = 10
+"""Deeper nesting is refused; PyYAML composes by recursion and would hit Python's limit."""
+MAX_DIGITS = 40
+"""Longer integers are refused; Python itself refuses thousands of digits with an error of its own."""
+MAX_SHOWN = 40
+
+Scalar = str | int | float | bool | None
+
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_WORDS: dict[str, bool | None] = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A value of the document.
+
+    Attributes:
+        value: a scalar, a tuple of the list's items, or a dict of the mapping's entries.
+        where: ``file:line:column`` of its first character, both counted from one.
+        text: a scalar as it was written, without its quotes.
+    """
+
+    value: "Scalar | tuple[Tree, ...] | dict[str, Entry]"
+    where: str
+    text: str = ""
+
+    def refuse(self, message: str, hint: str = "") -> NoReturn:
+        """Raise the SpecError that points here."""
+        raise SpecError(f"{self.where}: {message}", hint=hint)
+
+    def described(self) -> str:
+        """What was found, for "expected a string, found ..."."""
+        match self.value:
+            case None:
+                return "nothing"
+            case bool():
+                return f"the word {self.text}"
+            case int() | float():
+                return f"the number {shorten(self.text)}"
+            case str():
+                return f"the string {shorten(self.value)!r}"
+            case dict():
+                return "a mapping"
+            case _:
+                return "a list"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a mapping; the key is a tree too, so that errors can point at it."""
+
+    key: Tree
+    value: Tree
+
+
+def load(path: Path) -> str:
+    """The file's text, of which never more is read than a document may have.
+
+    Raises:
+        SpecError: it cannot be read, is too large or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}; nothing was changed") from error
+    except ValueError as error:  # a NUL in the path
+        raise SpecError(f"{str(path)!r}: cannot be read: {error}; nothing was changed") from error
+    if len(data) > MAX_BYTES:
+        raise _too_large(str(path))
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        lines = data[: error.start].decode("utf-8", errors="replace").split("\n")
+        where = f"{path}:{len(lines)}:{len(lines[-1]) + 1}"
+        raise SpecError(f"{where}: this is not UTF-8 text", hint="save the file as UTF-8") from error
+
+
+def compose(text: str, source: str) -> Tree:
+    """The tree of the one document in ``text``.
+
+    Args:
+        text: YAML.
+        source: what errors call it, usually the file's name.
+
+    Raises:
+        SpecError: it is not YAML, or uses what the module's docstring says is refused.
+    """
+    if len(text) > MAX_BYTES:
+        raise _too_large(source)
+    try:
+        loader = _Loader(text)
+    except ReaderError as error:
+        lines = text[: error.position].split("\n")
+        where = f"{source}:{len(lines)}:{len(lines[-1]) + 1}"
+        code = ord(text[error.position])
+        raise SpecError(f"{where}: character U+{code:04X} is not allowed in YAML", hint="remove it") from error
+    try:
+        loader.name = source
+        root: yaml.Node | None = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        where = _where(error.problem_mark or error.context_mark or loader.get_mark())
+        problem = error.problem or error.context or "syntax error"
+        hint = "put a value that begins with @, % or ` in quotes" if "cannot start any token" in problem else ""
+        raise SpecError(f"{where}: not valid YAML: {problem}", hint=hint) from error
+    except (ValueError, OverflowError) as error:  # PyYAML on "\UFFFFFFFF" and on an endless version number
+        raise SpecError(f"{_where(loader.get_mark())}: not valid YAML: {error}") from error
+    if root is None or (isinstance(root, yaml.ScalarNode) and not root.value):
+        raise SpecError(f"{source}:1:1: the document is empty")
+    return _tree(root)
+
+
+class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
+    """PyYAML down to its nodes, without what makes a small file large or deep."""
+
+    def __init__(self, text: str) -> None:
+        Reader.__init__(self, text)
+        Scanner.__init__(self)
+        Parser.__init__(self)
+        Composer.__init__(self)
+        BaseResolver.__init__(self)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        here = Tree(None, _where(event.start_mark))
+        if isinstance(event, AliasEvent):
+            here.refuse("aliases (*name) are refused", "write the value out, or quote a string that begins with '*'")
+        if event.anchor is not None:
+            here.refuse("anchors (&name) are refused", "remove it, or quote a string that begins with '&'")
+        if event.tag is not None:
+            here.refuse("tags (!name) are refused", "remove it, or quote a string that begins with '!'")
+        if self._depth == MAX_DEPTH:
+            here.refuse(f"nested more than {MAX_DEPTH} deep")
+        self._depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+def _tree(node: yaml.Node) -> Tree:
+    where = _where(node.start_mark)
+    if isinstance(node, yaml.SequenceNode):
+        return Tree(tuple(_tree(item) for item in node.value), where)
+    if isinstance(node, yaml.MappingNode):
+        entries: dict[str, Entry] = {}
+        for key_node, value_node in node.value:
+            key = Tree(None, _where(key_node.start_mark))
+            if not isinstance(key_node, yaml.ScalarNode):
+                key.refuse("expected a word as the key")
+            name: str = key_node.value
+            if name in entries:
+                key.refuse(f"key {shorten(name)!r} stands here twice", f"the first is at {entries[name].key.where}")
+            entries[name] = Entry(key, _tree(value_node))
+        return Tree(entries, where)
+    text: str = node.value
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    if plain and _INT.fullmatch(text) and len(text) > MAX_DIGITS:
+        Tree(text, where).refuse("the number is too long")
+    return Tree(_core(text) if plain else text, where, text)
+
+
+def _core(text: str) -> Scalar:
+    """A plain scalar's value by the core schema."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INT.fullmatch(text):
+        return int(text[2:], 8 if text[1] == "o" else 16) if text[1:2] in ("o", "x") else int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return text
+
+
+def _where(mark: Any) -> str:
+    return f"{mark.name}:{mark.line + 1}:{mark.column + 1}"
+
+
+def _too_large(source: str) -> SpecError:
+    return SpecError(f"{source}: larger than {MAX_BYTES // 1024} KiB: this is no machine's spec; nothing was changed")
+
+
+def shorten(text: str) -> str:
+    """What fits into a sentence, of text that may be anything."""
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -1,0 +1,68 @@
+"""Where everything lies: store, images, run folders and caches."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from msgspec import Struct
+
+
+class Home(Struct, frozen=True, kw_only=True):
+    """The four places. ``QMPSNAP_HOME`` puts them under one folder.
+
+    Attributes:
+        data: store and machines' images; survives everything.
+        run: sockets, locks, pid files; may be empty after a boot.
+        cache: what can be made again: the small guest, probes.
+        images: further folders whose images a spec may name.
+    """
+
+    data: Path
+    run: Path
+    cache: Path
+    images: tuple[Path, ...] = ()
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str], *, uid: int) -> Self:
+        """The places for a user: ``QMPSNAP_HOME``, or the XDG folders, or root's under ``/var`` and ``/run``.
+
+        Args:
+            environment: the process's environment.
+            uid: 0 for root.
+        """
+        user = Path(environment.get("HOME", "/"))
+        cache = Path(environment.get("XDG_CACHE_HOME") or user / ".cache") / "qmpsnap"
+        if home := environment.get("QMPSNAP_HOME"):
+            data = Path(home).absolute()
+            run, cache = data / "run", data / "cache"
+        elif uid == 0:
+            data, run = Path("/var/lib/qmpsnap"), Path("/run/qmpsnap")
+        else:
+            data = Path(environment.get("XDG_DATA_HOME") or user / ".local/share") / "qmpsnap"
+            runtime = environment.get("XDG_RUNTIME_DIR")
+            run = Path(runtime) / "qmpsnap" if runtime else data / "run"
+        images = tuple(Path(part).absolute() for part in environment.get("QMPSNAP_IMAGES", "").split(":") if part)
+        return cls(data=data, run=run, cache=cache, images=images)
+
+    @property
+    def store(self) -> Path:
+        """The store's file."""
+        return self.data / "qmpsnap.db"
+
+    @property
+    def machines(self) -> Path:
+        """The folder with one folder of images per machine."""
+        return self.data / "machines"
+
+    @property
+    def guest(self) -> Path:
+        """Kernel and initrd of the small guest (``launch/guest/build``); ``@guest/`` in a spec."""
+        return self.cache / "guest"
+
+    def machine_dir(self, machine: str) -> Path:
+        """The folder of one machine's images."""
+        return self.machines / machine
+
+    def run_dir(self, machine: str) -> Path:
+        """The folder of one machine's sockets, lock and logs; QEMU's working directory."""
+        return self.run / machine

@@ -1,0 +1,55 @@
+"""What the store records of a machine, and of the QEMU that runs it."""
+
+from msgspec import Struct
+
+from qmpsnap.errors import NotFoundError
+from qmpsnap.model.spec import DiskSpec, MachineSpec
+
+
+class Process(Struct, frozen=True, kw_only=True):
+    """A QEMU that was started for a machine: enough to tell it from any later process with the same pid.
+
+    Attributes:
+        start_ticks: field 22 of ``/proc/PID/stat``: clock ticks since boot.
+        boot_id: ``/proc/sys/kernel/random/boot_id`` at the start.
+        started: seconds since the epoch, UTC.
+    """
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+    started: float
+    accel: str
+    qemu_version: str
+
+
+class Machine(Struct, frozen=True, kw_only=True):
+    """A named machine as the store knows it.
+
+    Attributes:
+        host: node name of the host it lives on; other hosts may look but not touch.
+        current: name of the snapshot the active layers grew from, or None.
+    """
+
+    name: str
+    uuid: str
+    host: str
+    spec: MachineSpec
+    created: float
+    current: str | None = None
+    process: Process | None = None
+
+    def require_disk(self, name: str) -> DiskSpec:
+        """The disk of that name.
+
+        Raises:
+            NotFoundError: the machine has none.
+        """
+        if disk := self.spec.disk(name):
+            return disk
+        known = ", ".join(disk.name for disk in self.spec.disks)
+        raise NotFoundError(
+            f"machine {self.name} has no disk {name!r}",
+            hint=f"its disks: {known}" if known else "it has none",
+            machine=self.name,
+        )

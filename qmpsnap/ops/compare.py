@@ -1,0 +1,143 @@
+"""What store, QEMU and the files say of a machine's chains, side by side: for ``chain`` and ``show``."""
+
+from collections.abc import Mapping, Sequence
+
+from anyio import to_thread
+from msgspec import Struct
+
+from qmpsnap.block import graph, header
+from qmpsnap.block.graph import DiskGraph
+from qmpsnap.block.qcow2 import Header
+from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.qmp import commands
+
+
+class LayerView(Struct, frozen=True, kw_only=True):
+    """One layer as all three see it.
+
+    Attributes:
+        bytes: what the file occupies on its file system; None when it cannot be read.
+        snapshots: names of the snapshots whose point it is.
+        problems: where the three disagree; empty when all is well.
+    """
+
+    layer: Layer
+    active: bool
+    bytes: int | None
+    snapshots: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+class ChainView(Struct, frozen=True):
+    """One disk's layers, base first, and what is wrong with the chain as a whole."""
+
+    disk: str
+    layers: tuple[LayerView, ...]
+    problems: tuple[str, ...]
+
+
+async def chains(context: Context, name: str, disk: str | None = None) -> tuple[ChainView, ...]:
+    """The machine's live chains; asks QEMU if it runs and reads every header.
+
+    Raises:
+        NotFoundError: no such machine or disk.
+    """
+    machine = await blocking(context.store.machine, name)
+    recorded = [chain for chain in await blocking(context.store.chains, name) if disk in (None, chain.disk)]
+    if disk is not None and not recorded:
+        machine.require_disk(disk)
+    snapshots = await blocking(context.store.snapshots, name)
+    running = await _ask_qemu(context, machine, recorded)
+    views = []
+    for chain in recorded:
+        found = await to_thread.run_sync(headers, chain)
+        in_qemu = None if running is None else running.get(chain.disk, DiskGraph((), (), ()))
+        views.append(view(chain, found, snapshots, in_qemu))
+    return tuple(views)
+
+
+async def _ask_qemu(context: Context, machine: Machine, chains: Sequence[Chain]) -> dict[str, DiskGraph] | None:
+    async with context.monitor(machine) as qemu:
+        if qemu is None:
+            return None
+        known = frozenset(layer for chain in chains for layer in chain.ids)
+        return graph.by_disk(await graph.read(qemu), known)
+
+
+def headers(chain: Chain) -> dict[LayerId, Header | str]:
+    """Each layer's header, or why it cannot be read."""
+    found: dict[LayerId, Header | str] = {}
+    for layer in chain.layers:
+        try:
+            found[layer.id] = header.read(layer.path, format=layer.format, block_device=True)
+        except (ImageRefused, HostCannot) as error:
+            found[layer.id] = error.message
+    return found
+
+
+def view(
+    chain: Chain,
+    headers: Mapping[LayerId, Header | str],
+    snapshots: Sequence[Snapshot],
+    running: DiskGraph | None,
+) -> ChainView:
+    """Compare the three; pure.
+
+    Args:
+        chain: the store's.
+        headers: per layer its header, or why it cannot be read.
+        snapshots: the machine's.
+        running: QEMU's side, None when the machine is stopped.
+    """
+    at: dict[LayerId, list[str]] = {}
+    for snapshot in snapshots:
+        if point := snapshot.point(chain.disk):
+            at.setdefault(point.layer, []).append(snapshot.name)
+    layers = []
+    for below, layer in zip((None, *chain.layers), chain.layers, strict=False):
+        found = headers[layer.id]
+        layers.append(
+            LayerView(
+                layer=layer,
+                active=layer is chain.active,
+                bytes=None if isinstance(found, str) else found.allocated,
+                snapshots=tuple(at.get(layer.id, ())),
+                problems=tuple(layer_problems(layer, below, found)),
+            )
+        )
+    problems = []
+    if running is not None and running.nodes != chain.ids:
+        problems.append(f"QEMU's chain is {' <- '.join(running.nodes) or 'unknown to the store'}")
+    return ChainView(chain.disk, tuple(layers), tuple(problems))
+
+
+def layer_problems(layer: Layer, below: Layer | None, found: Header | str) -> list[str]:
+    """Where a layer's file contradicts its record; pure.
+
+    Args:
+        layer: the record.
+        below: the record of the layer below.
+        found: the file's header, or why it cannot be read.
+    """
+    if isinstance(found, str):
+        return [found]
+    problems = []
+    if (found.device, found.inode) != (layer.device, layer.inode):
+        problems.append(f"{layer.path} is another file than the one recorded")
+    # A foreign image may name its backing by a relative path; ours never does.
+    if layer.owned and layer.format == "qcow2" and found.backing != (below.path if below else None):
+        problems.append(f"the header of {layer.path} names {found.backing or 'nothing'} as its backing")
+    if found.virtual_size != layer.virtual_size:
+        problems.append(f"{layer.path} has {found.virtual_size} bytes for the guest, recorded are {layer.virtual_size}")
+    return problems
+
+
+async def state(context: Context, machine: Machine) -> str:
+    """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped`` when there is no QEMU."""
+    async with context.monitor(machine) as qemu:
+        return (await commands.query_status(qemu)).status if qemu else "stopped"

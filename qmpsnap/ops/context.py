@@ -1,0 +1,102 @@
+"""What every verb works with, and the frame it works in: lock held, host checked, earlier operations ended."""
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from anyio import to_thread
+from msgspec import Struct
+
+from qmpsnap.block.image import ImageTool
+from qmpsnap.errors import ForeignHost, QemuGone
+from qmpsnap.machine import process as processes
+from qmpsnap.machine.machine import monitor, prepare_run_dir
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.qmp.session import Monitor
+from qmpsnap.store.lock import machine_lock
+from qmpsnap.store.store import Store
+
+T = TypeVar("T")
+
+
+class Context(Struct, frozen=True, kw_only=True):
+    """One user's qmpsnap on one host.
+
+    Attributes:
+        qemu: the QEMU binary.
+        image: makes images with qemu-img.
+        host: this host's name, as recorded with the machines it owns.
+    """
+
+    home: Home
+    store: Store
+    qemu: str
+    image: ImageTool
+    host: str
+
+    def process(self, machine: Machine) -> Process | None:
+        """The machine's live QEMU, or None."""
+        return processes.find(machine, self.home.run_dir(machine.name))
+
+    @asynccontextmanager
+    async def monitor(self, machine: Machine) -> AsyncIterator[Monitor | None]:
+        """A session with the machine's QEMU, or None when it is stopped.
+
+        Raises:
+            QemuGone: QEMU runs, but nobody answers on its monitor.
+            DeadlinePassed: QEMU runs, but its monitor stays silent.
+        """
+        process = self.process(machine)
+        if process is None:
+            yield None
+            return
+        try:
+            async with monitor(machine, self.home.run_dir(machine.name)) as qemu:
+                yield qemu
+        except QemuGone as error:
+            if not error.hint or processes.is_alive(process):
+                raise
+            error.hint = f"QEMU has ended: qmpsnap start {machine.name}; what it said: {_log(self, machine)}"
+            raise
+
+
+def _log(context: Context, machine: Machine) -> str:
+    return str(context.home.run_dir(machine.name) / processes.LOG)
+
+
+async def blocking(call: Callable[..., T], *arguments: object) -> T:
+    """Run a store call in a worker thread, to its end: whether it took effect must be known even when cancelled."""
+    return await to_thread.run_sync(call, *arguments)
+
+
+@asynccontextmanager
+async def locked(context: Context, name: str, verb: str) -> AsyncIterator[None]:
+    """Hold the lock of a machine, which need not exist yet.
+
+    Raises:
+        LockHeld: another controller works on it.
+    """
+    run_dir = context.home.run_dir(name)
+    prepare_run_dir(run_dir)
+    with machine_lock(run_dir / "lock", machine=name, verb=verb):
+        yield
+
+
+def require_own(context: Context, machine: Machine) -> None:
+    """Raise ``ForeignHost`` when the machine is another host's."""
+    if machine.host != context.host:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(machine.created))
+        raise ForeignHost(
+            f"machine {machine.name} belongs to host {machine.host} since {since}, this is {context.host};"
+            " nothing was changed",
+            hint=f"run qmpsnap on {machine.host}",
+            machine=machine.name,
+        )
+
+
+def this_host() -> str:
+    """This host's name in the store."""
+    return os.uname().nodename

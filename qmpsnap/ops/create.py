@@ -1,0 +1,273 @@
+"""``snapshot create``: every disk's active layer is frozen under a new empty overlay, all disks in one transaction."""
+
+import time
+from collections.abc import Sequence
+
+import anyio
+from msgspec import Struct
+
+from qmpsnap.block import graph
+from qmpsnap.block.qcow2 import Header
+from qmpsnap.errors import NameTaken, QmpsnapError, StateError
+from qmpsnap.model.blockdev import layer_options, node_name
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import LayerId, OperationId, check_name, layer_id
+from qmpsnap.model.operation import Change, CreatePlan, Operation, Overlay
+from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.model.spec import DiskSpec
+from qmpsnap.ops import recover
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.work import Work, working
+from qmpsnap.qmp import commands
+from qmpsnap.qmp.session import Monitor
+
+SETTLE_DEADLINE = 15.0
+"""Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled."""
+
+
+class CreateRequest(Struct, frozen=True, kw_only=True):
+    """What a user asks for.
+
+    Attributes:
+        name: the snapshot's name; None takes the next free ``snap-N``.
+        description: free text.
+        disks: names of the disks to include; None takes all that the spec does not leave out.
+    """
+
+    name: str | None = None
+    description: str = ""
+    disks: tuple[str, ...] | None = None
+
+
+def plan(
+    machine: Machine,
+    chains: Sequence[Chain],
+    snapshots: Sequence[Snapshot],
+    request: CreateRequest,
+    *,
+    serial: OperationId,
+    home: Home,
+    mode: str,
+    now: float,
+) -> CreatePlan:
+    """What will be done; pure.
+
+    Args:
+        machine: the machine.
+        chains: its live chains.
+        snapshots: those it has already.
+        request: what was asked for.
+        serial: number of the operation and of its new layers.
+        home: where new images go.
+        mode: ``live``, ``paused`` or ``stopped``.
+        now: seconds since the epoch.
+
+    Raises:
+        NameRefused: the name is not allowed.
+        NameTaken: the machine has a snapshot of that name.
+        NotFoundError: no disk of that name.
+        StateError: a disk cannot be snapshotted.
+    """
+    name = _name(machine, snapshots, request.name)
+    chosen = _disks(machine, request.disks)
+    folder = home.machine_dir(machine.name)
+    overlays = tuple(
+        Overlay(disk=chain.disk, layer=_overlay(chain, serial, str(folder)), backing=chain.active)
+        for chain in chains
+        if chain.disk in chosen
+    )
+    snapshot = Snapshot(
+        name=name,
+        kind="disk",
+        state="ok",
+        parent=machine.current,
+        created=now,
+        description=request.description,
+        mode=mode,
+        points=tuple(Point(disk=overlay.disk, layer=overlay.backing.id) for overlay in overlays),
+        operation=serial,
+    )
+    return CreatePlan(
+        machine=machine.name,
+        live=mode != "stopped",
+        overlays=overlays,
+        change=Change(
+            layers=tuple(overlay.layer for overlay in overlays),
+            active={overlay.disk: overlay.layer.id for overlay in overlays},
+            snapshots=(snapshot,),
+            current=name,
+        ),
+    )
+
+
+def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str, object]]]:
+    """The exact QMP commands of a live plan, in order; none for a stopped machine."""
+    if not plan.live:
+        return []
+    adds = [("blockdev-add", _node_options(overlay, machine)) for overlay in plan.overlays]
+    pairs = [(node_name(overlay.backing), node_name(overlay.layer)) for overlay in plan.overlays]
+    return [*adds, ("transaction", commands.snapshot_transaction(pairs))]
+
+
+async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
+    """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
+    machine = await blocking(context.store.machine, name)
+    async with context.monitor(machine) as qemu:
+        mode = await _mode(qemu)
+    chains = await blocking(context.store.chains, name)
+    snapshots = await blocking(context.store.snapshots, name)
+    serial = OperationId(await blocking(context.store.next_serial))
+    return machine, plan(
+        machine, chains, snapshots, request, serial=serial, home=context.home, mode=mode, now=time.time()
+    )
+
+
+async def run(context: Context, name: str, request: CreateRequest) -> Snapshot:
+    """Take the snapshot; returns it as recorded.
+
+    Raises:
+        QmpsnapError: see :func:`plan`; besides, ``StoreMismatch`` when QEMU's chains are not the store's, and the
+            families of lock, host, QEMU and deadline. Unless ``effect`` is ``unknown`` nothing has changed; then the
+            next command, or ``recover``, finds out and ends it.
+    """
+    async with working(context, name, "snapshot create") as work:
+        chains = await blocking(context.store.chains, name)
+        if work.qemu:
+            await graph.require_agreement(work.qemu, chains, machine=name)
+        operation = await _open(context, work, chains, request)
+        assert isinstance(operation.plan, CreatePlan)
+        try:
+            snapshot = await _carry_out(context, work, operation, operation.plan, chains)
+        except BaseException as error:
+            with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
+                await recover.after_failure(context, work.machine, work.qemu, operation, error)
+            raise
+        return snapshot
+
+
+async def _open(context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest) -> Operation:
+    mode = await _mode(work.qemu)
+    snapshots = await blocking(context.store.snapshots, work.machine.name)
+
+    def make(serial: OperationId) -> CreatePlan:
+        return plan(
+            work.machine, chains, snapshots, request, serial=serial, home=context.home, mode=mode, now=time.time()
+        )
+
+    return await blocking(context.store.open_operation, work.machine.name, make)
+
+
+async def _carry_out(
+    context: Context, work: Work, operation: Operation, plan: CreatePlan, chains: Sequence[Chain]
+) -> Snapshot:
+    headers = await _make_overlays(context, plan.overlays)
+    pause_ms = None
+    if work.qemu:
+        pause_ms = await _transact(context, work.qemu, work.machine, operation, plan)
+        overlays = {overlay.disk: overlay.layer for overlay in plan.overlays}
+        expected = [chain.with_overlay(overlays[chain.disk]) if chain.disk in overlays else chain for chain in chains]
+        await graph.require_agreement(work.qemu, expected, machine=work.machine.name)
+    change = recover.identified(plan.change, headers, pause_ms=pause_ms)
+    await blocking(context.store.settle, operation.id, work.machine.name, change)
+    return change.snapshots[0]
+
+
+async def _make_overlays(context: Context, overlays: Sequence[Overlay]) -> dict[LayerId, Header]:
+    """Create every overlay, side by side; each removes its own file when it fails."""
+    headers: dict[LayerId, Header] = {}
+
+    async def make(overlay: Overlay) -> None:
+        headers[overlay.layer.id] = await context.image.create_overlay(
+            overlay.layer.path, backing=overlay.backing, virtual_size=overlay.layer.virtual_size
+        )
+
+    try:
+        async with anyio.create_task_group() as group:
+            for overlay in overlays:
+                group.start_soon(make, overlay)
+    except* QmpsnapError as errors:
+        raise _first(errors) from errors
+    return headers
+
+
+def _first(errors: BaseExceptionGroup[QmpsnapError]) -> QmpsnapError:
+    found: BaseException = errors
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, QmpsnapError)
+    return found
+
+
+async def _transact(context: Context, qemu: Monitor, machine: Machine, operation: Operation, plan: CreatePlan) -> float:
+    """Open the overlays and put them on top; returns how long the guest may have noticed, in milliseconds."""
+    *adds, (_, arguments) = qmp_commands(plan, machine)
+    for _, options in adds:
+        await commands.blockdev_add(qemu, options)
+    # From here on QEMU may have acted whatever we hear: recovery asks instead of rolling back.
+    await blocking(lambda: context.store.mark(operation.id, "running", step="transaction"))
+    before = time.monotonic()
+    await commands.transaction(qemu, arguments)
+    return (time.monotonic() - before) * 1000
+
+
+async def _mode(qemu: Monitor | None) -> str:
+    if qemu is None:
+        return "stopped"
+    return "live" if (await commands.query_status(qemu)).running else "paused"
+
+
+def _name(machine: Machine, snapshots: Sequence[Snapshot], name: str | None) -> str:
+    taken = {snapshot.name: snapshot for snapshot in snapshots}
+    if name is None:
+        return next(free for number in range(1, len(taken) + 2) if (free := f"snap-{number}") not in taken)
+    check_name(name, "snapshot")
+    if name in taken:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken[name].created))
+        raise NameTaken(
+            f"machine {machine.name} has a snapshot {name} since {since}; nothing was changed",
+            hint="choose another name",
+            machine=machine.name,
+        )
+    return name
+
+
+def _disks(machine: Machine, wanted: tuple[str, ...] | None) -> frozenset[str]:
+    if wanted is None:
+        chosen = [disk.name for disk in machine.spec.disks if disk.snapshot and not disk.read_only]
+    else:
+        chosen = [_writable(machine, disk).name for disk in wanted]
+    if not chosen:
+        raise StateError(
+            f"machine {machine.name} has no disk that a snapshot could include; nothing was changed",
+            hint=f"qmpsnap show {machine.name} lists its disks",
+            machine=machine.name,
+        )
+    return frozenset(chosen)
+
+
+def _writable(machine: Machine, name: str) -> DiskSpec:
+    disk = machine.require_disk(name)
+    if disk.read_only:
+        raise StateError(
+            f"disk {name} of machine {machine.name} is read-only: it never changes; nothing was done",
+            hint="leave it out of --disks",
+            machine=machine.name,
+        )
+    return disk
+
+
+def _overlay(chain: Chain, serial: OperationId, folder: str) -> Layer:
+    identity = layer_id(chain.disk, serial)
+    return Layer(
+        id=identity,
+        path=f"{folder}/{identity}.qcow2",
+        format="qcow2",
+        backing=chain.active.id,
+        virtual_size=chain.active.virtual_size,
+    )
+
+
+def _node_options(overlay: Overlay, machine: Machine) -> dict[str, object]:
+    return layer_options(overlay.layer, machine.require_disk(overlay.disk), backing=None, read_only=False)

@@ -1,0 +1,240 @@
+"""``define``: a machine's folder and images are made, then its row."""
+
+import functools
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import anyio
+from anyio import to_thread
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.block import header
+from qmpsnap.block.header import FoundLayer
+from qmpsnap.block.qcow2 import Header
+from qmpsnap.errors import NameTaken, NotFoundError, StateError, UsageError
+from qmpsnap.machine import probe
+from qmpsnap.machine.firmware import find_firmware
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import LayerId, OperationId, layer_id
+from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
+from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.ops import recover
+from qmpsnap.ops.context import Context, blocking, locked
+
+VARIABLES = "vars.fd"
+"""The machine's own UEFI variable store, in its folder."""
+
+
+class DiskSource(Struct, frozen=True):
+    """What lies under a disk already: the images of ``image`` or ``base``, base first.
+
+    Attributes:
+        found: the images as their headers tell.
+        known: the store's layer for each, None where it is new to the store.
+    """
+
+    found: tuple[FoundLayer, ...] = ()
+    known: tuple[Layer | None, ...] = ()
+
+
+def plan(
+    machine: Machine, sources: Mapping[str, DiskSource], *, serial: OperationId, home: Home, variables: bool
+) -> DefinePlan:
+    """What will be done; pure. Serial numbers from ``serial`` on are used, one per new layer.
+
+    Args:
+        machine: the machine, its machine type versioned already.
+        sources: what lies under each disk that does not begin empty.
+        serial: the first serial number.
+        home: where images go.
+        variables: whether the machine gets its own copy of the UEFI variable store.
+    """
+    numbers = iter(range(serial, serial + serials_needed(machine.spec, sources)))
+    folder = home.machine_dir(machine.name)
+    images: list[Layer] = []
+    overlays: list[Overlay] = []
+    foreign: list[Layer] = []
+    active: dict[str, LayerId] = {}
+    for disk in machine.spec.disks:
+        below: Layer | None = None
+        for found, known in zip(sources[disk.name].found, sources[disk.name].known, strict=True):
+            below = known or _foreign(found, layer_id(disk.name, next(numbers)), below)
+            if known is None:
+                foreign.append(below)
+        if disk.image is None:
+            below = _new(disk, layer_id(disk.name, next(numbers)), below, folder=folder, onto=overlays, images=images)
+        assert below is not None
+        active[disk.name] = below.id
+    return DefinePlan(
+        machine=machine.name,
+        images=tuple(images),
+        overlays=tuple(overlays),
+        variables=str(folder / VARIABLES) if variables else None,
+        change=Change(
+            define=machine, layers=(*foreign, *images, *(overlay.layer for overlay in overlays)), active=active
+        ),
+    )
+
+
+def serials_needed(spec: MachineSpec, sources: Mapping[str, DiskSource]) -> int:
+    """How many serial numbers a plan takes: one per layer that is new to the store, at least one."""
+    foreign = sum(source.known.count(None) for source in sources.values())
+    return max(1, foreign + sum(disk.image is None for disk in spec.disks))
+
+
+def _foreign(found: FoundLayer, identity: LayerId, below: Layer | None) -> Layer:
+    return Layer(
+        id=identity,
+        path=found.path,
+        format=found.format,
+        backing=below.id if below else None,
+        virtual_size=found.header.virtual_size,
+        device=found.header.device,
+        inode=found.header.inode,
+        owned=False,
+    )
+
+
+def _new(
+    disk: DiskSpec, identity: LayerId, below: Layer | None, *, folder: Path, onto: list[Overlay], images: list[Layer]
+) -> Layer:
+    image_format = "qcow2" if below else disk.format
+    layer = Layer(
+        id=identity,
+        path=str(folder / f"{identity}.{image_format}"),
+        format=image_format,
+        backing=below.id if below else None,
+        virtual_size=max(disk.size or 0, below.virtual_size if below else 0),
+    )
+    if below:
+        onto.append(Overlay(disk=disk.name, layer=layer, backing=below))
+    else:
+        images.append(layer)
+    return layer
+
+
+async def run(
+    context: Context, spec: MachineSpec, *, folders: Sequence[Path] = (), allow_extra: bool = False
+) -> Machine:
+    """Define a machine; returns it as recorded.
+
+    Args:
+        context: where.
+        spec: what.
+        folders: folders, besides the store's own and ``QMPSNAP_IMAGES``, in which its images may lie.
+        allow_extra: accept the spec's ``extra`` arguments.
+
+    Raises:
+        NameTaken: there is a machine of that name.
+        ImageRefused: an image is not what the spec says, or not in an allowed folder.
+        StateError: an image is written to by another machine.
+    """
+    if spec.extra and not allow_extra:
+        raise UsageError(
+            f"the spec of {spec.name} has 'extra' QEMU arguments, which can undo every protection; nothing was created",
+            hint="qmpsnap define --allow-extra takes them over as they are",
+        )
+    abilities = await probe.ask(context.qemu, context.home.cache)
+    spec = replace(spec, machine=abilities.versioned(spec.machine))
+    firmware = find_firmware() if spec.firmware == "uefi" else None
+    async with locked(context, spec.name, "define"):
+        await _end_earlier(context, spec.name)
+        sources = await _sources(context, spec, (context.home.data, *context.home.images, *folders))
+        machine = Machine(name=spec.name, uuid=str(uuid.uuid4()), host=context.host, spec=spec, created=time.time())
+
+        def make(serial: OperationId) -> DefinePlan:
+            return plan(machine, sources, serial=serial, home=context.home, variables=firmware is not None)
+
+        needed = serials_needed(spec, sources)
+        operation = await blocking(lambda: context.store.open_operation(spec.name, make, serials=needed))
+        try:
+            await _carry_out(context, operation, firmware_variables=firmware.vars if firmware else None)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await recover.after_failure(context, machine, None, operation, error)
+            raise
+        return await blocking(context.store.machine, spec.name)
+
+
+async def _end_earlier(context: Context, name: str) -> None:
+    """Refuse a taken name; roll back a definition that died before its machine was recorded."""
+    try:
+        taken = await blocking(context.store.machine, name)
+    except NotFoundError:
+        placeholder = Machine(name=name, uuid="", host=context.host, spec=MachineSpec(name=name), created=0)
+        await recover.end_open(context, placeholder, None)
+        return
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken.created))
+    raise NameTaken(
+        f"machine {name} exists since {since}; nothing was changed",
+        hint=f"choose another name, or qmpsnap undefine {name} first",
+        machine=name,
+    )
+
+
+async def _carry_out(context: Context, operation: Operation, *, firmware_variables: str | None) -> None:
+    plan = operation.plan
+    assert isinstance(plan, DefinePlan)
+    folder = context.home.machine_dir(plan.machine)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    headers: dict[LayerId, Header] = {}
+    for layer in plan.images:
+        headers[layer.id] = await context.image.create_base(
+            layer.path, format=layer.format, virtual_size=layer.virtual_size
+        )
+    for overlay in plan.overlays:
+        headers[overlay.layer.id] = await context.image.create_overlay(
+            overlay.layer.path, backing=overlay.backing, virtual_size=overlay.layer.virtual_size
+        )
+    if plan.variables and firmware_variables:
+        await to_thread.run_sync(shutil.copyfile, firmware_variables, plan.variables)
+        Path(plan.variables).chmod(0o600)
+    await blocking(context.store.settle, operation.id, plan.machine, recover.identified(plan.change, headers))
+
+
+async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> dict[str, DiskSource]:
+    """Read what lies under each disk, with our own reader only, and make sure that nobody else writes to it."""
+    writers: dict[str, str] = {}
+    for machine in await blocking(context.store.machines):
+        for chain in await blocking(context.store.chains, machine.name):
+            writers[chain.active.path] = machine.name
+    sources: dict[str, DiskSource] = {}
+    for disk in spec.disks:
+        path = disk.image or disk.base
+        if path is None:
+            sources[disk.name] = DiskSource()
+            continue
+        read = functools.partial(header.read_chain, path, disk.format, allowed=allowed)
+        found = await to_thread.run_sync(read)
+        known = [await blocking(context.store.layer_at, layer.path) for layer in found]
+        _require_unshared(spec, disk, found, known, writers)
+        sources[disk.name] = DiskSource(tuple(found), tuple(known))
+    return sources
+
+
+def _require_unshared(
+    spec: MachineSpec,
+    disk: DiskSpec,
+    found: Sequence[FoundLayer],
+    known: Sequence[Layer | None],
+    writers: Mapping[str, str],
+) -> None:
+    for layer in found:
+        if writer := writers.get(layer.path):
+            raise StateError(
+                f"disk {disk.name} of {spec.name} would read {layer.path}, which machine {writer} writes to;"
+                " nothing was created",
+                hint=f"take a snapshot of {writer} first and use the layer that it freezes",
+            )
+    if disk.image and not disk.read_only and known[-1] is not None:
+        raise StateError(
+            f"disk {disk.name} of {spec.name} would write to {disk.image}, which other machines read;"
+            " nothing was created",
+            hint="use 'base:' instead of 'image:' for a linked clone",
+        )

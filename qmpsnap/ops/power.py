@@ -1,0 +1,132 @@
+"""``start`` and ``stop``: QEMU comes up on exactly the chains the store has, and goes down without losing a write."""
+
+from collections.abc import Sequence
+
+from anyio import to_thread
+
+from qmpsnap.errors import DeadlinePassed, QemuGone, StateError, StoreMismatch
+from qmpsnap.machine import accel, argv
+from qmpsnap.machine import process as processes
+from qmpsnap.machine.firmware import find_firmware
+from qmpsnap.machine.machine import launch, wait_end
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.ops import compare
+from qmpsnap.ops.context import Context, blocking, locked, require_own
+from qmpsnap.ops.define import VARIABLES
+from qmpsnap.ops.work import working
+from qmpsnap.qmp import commands
+
+
+async def start(context: Context, name: str, *, paused: bool = False) -> Process:
+    """Start the machine and return once its monitor answers.
+
+    Args:
+        context: where.
+        name: the machine.
+        paused: leave the vCPUs stopped.
+
+    Raises:
+        StateError: it runs already.
+        StoreMismatch: an image is not the one the store knows.
+        QemuGone: QEMU ended at once; the message holds what it wrote.
+    """
+    async with working(context, name, "start") as work:
+        if work.qemu:
+            raise StateError(f"machine {name} runs already; nothing was changed", machine=name)
+        machine = work.machine
+        chains = await blocking(context.store.chains, name)
+        await to_thread.run_sync(require_files, machine, chains)
+        choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
+        firmware = None
+        if machine.spec.firmware == "uefi":
+            variables = str(context.home.machine_dir(name) / VARIABLES)
+            firmware = argv.Firmware(code=find_firmware().code, vars=variables)
+        arguments = argv.build(
+            context.qemu,
+            machine.spec,
+            chains,
+            uuid=machine.uuid,
+            accel=choice.accel,
+            paused=paused,
+            firmware=firmware,
+        )
+        process = await launch(arguments, machine, context.home.run_dir(name), accel=choice.accel)
+        await blocking(context.store.set_process, name, process)
+        return process
+
+
+async def stop(context: Context, name: str, *, force: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109
+    """Press the power button and wait; with ``force`` end QEMU when that has not helped.
+
+    Args:
+        context: where.
+        name: the machine.
+        force: end QEMU after the wait, or at once if no ``timeout`` is given. QEMU still writes its caches out.
+        timeout: seconds to wait for the guest; 60 by default.
+
+    Raises:
+        StateError: it does not run.
+        DeadlinePassed: the guest did not switch itself off.
+    """
+    machine = await blocking(context.store.machine, name)
+    require_own(context, machine)
+    async with locked(context, name, "stop"):
+        process = context.process(machine)
+        if process is None:
+            raise StateError(f"machine {name} does not run; nothing was changed", machine=name)
+        wait = timeout if timeout is not None else (0.0 if force else 60.0)
+        if wait and await _ask(context, machine, process, wait):
+            pass
+        elif force:
+            await _quit(context, machine, process)
+        else:
+            raise DeadlinePassed(
+                f"the guest of machine {name} did not switch itself off within {wait:g} s; it still runs",
+                hint=f"qmpsnap stop {name} --force ends QEMU; what the guest has not written is lost",
+                effect="none",
+                machine=name,
+            )
+        await blocking(context.store.set_process, name, None)
+
+
+async def _ask(context: Context, machine: Machine, process: Process, wait: float) -> bool:
+    try:
+        async with context.monitor(machine) as qemu:
+            if qemu:
+                await commands.control(qemu, "system_powerdown")
+    except QemuGone:
+        return not processes.is_alive(process)
+    return await wait_end(process, deadline=wait)
+
+
+async def _quit(context: Context, machine: Machine, process: Process) -> None:
+    """``quit`` closes every image cleanly; only a QEMU that does not answer is killed."""
+    try:
+        async with context.monitor(machine) as qemu:
+            if qemu:
+                await commands.control(qemu, "quit")
+    except (QemuGone, DeadlinePassed):
+        pass
+    else:
+        if await wait_end(process, deadline=10):
+            return
+    processes.terminate(process)
+    await wait_end(process, deadline=10)
+
+
+def require_files(machine: Machine, chains: Sequence[Chain]) -> None:
+    """Make sure that every layer's file is the recorded one and that its header names the recorded backing.
+
+    Raises:
+        StoreMismatch: one is not; nothing was started.
+    """
+    for chain in chains:
+        found = compare.view(chain, compare.headers(chain), (), None)
+        for layer in found.layers:
+            if layer.problems:
+                raise StoreMismatch(
+                    f"disk {chain.disk} of machine {machine.name}: {layer.problems[0]}; nothing was started",
+                    hint=f"qmpsnap chain {machine.name} {chain.disk} shows store and disk side by side",
+                    machine=machine.name,
+                )

@@ -1,0 +1,64 @@
+"""``undefine``: a machine is forgotten; its images stay or go, as was said."""
+
+import shutil
+from typing import Literal
+
+from anyio import to_thread
+
+from qmpsnap.block.image import remove
+from qmpsnap.errors import StateError
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.define import VARIABLES
+from qmpsnap.ops.work import working
+
+Fate = Literal["keep", "remove"]
+"""What becomes of the images that only this machine used."""
+
+
+async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
+    """Forget a machine and its snapshots.
+
+    Args:
+        context: where.
+        name: the machine.
+        disks: ``keep`` leaves its images as files, ``remove`` deletes those that qmpsnap made and nobody else
+            reads; None refuses when anything would be lost.
+
+    Returns:
+        Paths of the images that are left (``keep``) or were removed (``remove``).
+
+    Raises:
+        StateError: it runs, or something would be lost and ``disks`` is None.
+    """
+    async with working(context, name, "undefine") as work:
+        if work.qemu:
+            raise StateError(
+                f"machine {name} runs; nothing was changed", hint=f"qmpsnap stop {name} first", machine=name
+            )
+        if disks is None:
+            await _refuse_loss(context, name)
+        layers = await blocking(context.store.forget, name)
+        owned = [layer for layer in layers if layer.owned]
+        if disks == "remove":
+            for layer in owned:
+                await remove(layer.path, device=layer.device, inode=layer.inode)
+            folder = context.home.machine_dir(name)
+            (folder / VARIABLES).unlink(missing_ok=True)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        # The lock goes last, while we hold it: whoever waits for it looks again at what it locked.
+        await to_thread.run_sync(lambda: shutil.rmtree(context.home.run_dir(name), ignore_errors=True))
+    return [layer.path for layer in owned]
+
+
+async def _refuse_loss(context: Context, name: str) -> None:
+    chains = await blocking(context.store.chains, name)
+    owned = sorted({layer.path for chain in chains for layer in chain.layers if layer.owned})
+    snapshots = [snapshot.name for snapshot in await blocking(context.store.snapshots, name)]
+    if owned or snapshots:
+        raise StateError(
+            f"machine {name} has {len(snapshots)} snapshot(s) ({', '.join(snapshots) or 'none'}) and"
+            f" {len(owned)} image(s) of its own ({', '.join(owned)}); nothing was changed",
+            hint=f"qmpsnap undefine {name} --keep-disks leaves the images as files, --remove-disks deletes them",
+            machine=name,
+        )

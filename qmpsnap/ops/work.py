@@ -1,0 +1,37 @@
+"""The frame of every verb that changes a machine."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from msgspec import Struct
+
+from qmpsnap.model.machine import Machine
+from qmpsnap.ops import recover
+from qmpsnap.ops.context import Context, blocking, locked, require_own
+from qmpsnap.qmp.session import Monitor
+
+
+class Work(Struct, frozen=True):
+    """A machine that is ours for the length of one verb; ``qemu`` is None when it is stopped."""
+
+    machine: Machine
+    qemu: Monitor | None
+
+
+@asynccontextmanager
+async def working(context: Context, name: str, verb: str) -> AsyncIterator[Work]:
+    """Lock the machine, end what an earlier operation left open, and reach its QEMU if it runs.
+
+    Raises:
+        NotFoundError: no such machine.
+        ForeignHost: it is another host's.
+        LockHeld: another controller works on it.
+        OperationPending: an earlier operation is open and cannot be ended now.
+    """
+    machine = await blocking(context.store.machine, name)
+    require_own(context, machine)
+    async with locked(context, name, verb):
+        machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
+        async with context.monitor(machine) as qemu:
+            await recover.end_open(context, machine, qemu)
+            yield Work(await blocking(context.store.machine, name), qemu)

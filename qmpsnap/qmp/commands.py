@@ -1,0 +1,179 @@
+"""The QMP commands qmpsnap uses, one function each, with typed answers.
+
+Each names its QAPI command. Answers are decoded by msgspec at this border: wire data that is not what QEMU's schema
+says becomes a ``QmpError``, never an ``AttributeError`` further up.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Struct, field
+
+from qmpsnap.errors import QmpError
+from qmpsnap.model.names import NodeName
+from qmpsnap.qmp.session import COMMAND_DEADLINE, Monitor
+
+T = TypeVar("T")
+
+
+class RunStatus(Struct, frozen=True):
+    """QAPI ``StatusInfo``: ``status`` is one of QEMU's RunState names (running, paused, prelaunch ...)."""
+
+    status: str
+    running: bool
+
+
+class GraphNode(Struct, frozen=True):
+    """A vertex of QEMU's block graph: a node, a device's backend or a job."""
+
+    id: int
+    type: str
+    name: str
+
+
+class GraphEdge(Struct, frozen=True):
+    """An edge of QEMU's block graph, from ``parent`` to ``child``; ``name`` is ``backing``, ``file``, ``root`` ..."""
+
+    parent: int
+    child: int
+    name: str
+
+
+class BlockGraph(Struct, frozen=True):
+    """QAPI ``XDbgBlockGraph``."""
+
+    nodes: tuple[GraphNode, ...]
+    edges: tuple[GraphEdge, ...]
+
+
+class ImageInfo(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``ImageInfo`` we use; sizes in bytes."""
+
+    filename: str
+    format: str
+    virtual_size: int
+    actual_size: int = 0
+
+
+class NodeInfo(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``BlockDeviceInfo`` we use."""
+
+    node_name: str
+    ro: bool
+    drv: str
+    file: str
+    image: ImageInfo
+    backing_file: str | None = field(name="backing_file", default=None)
+
+
+class JobInfo(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``JobInfo`` we use."""
+
+    id: str
+    type: str
+    status: str
+
+
+class _Version(Struct, frozen=True):
+    class Triple(Struct, frozen=True):
+        major: int
+        minor: int
+        micro: int
+
+    qemu: Triple
+
+
+class _Uuid(Struct, frozen=True):
+    UUID: str
+
+
+class MachineType(Struct, frozen=True):
+    """The part of QAPI ``MachineInfo`` we use; ``alias`` is set on the newest version of a family."""
+
+    name: str
+    alias: str | None = None
+
+
+async def query_status(monitor: Monitor) -> RunStatus:
+    """Whether the guest runs (``query-status``)."""
+    return _decode("query-status", await monitor.execute("query-status"), RunStatus)
+
+
+async def query_uuid(monitor: Monitor) -> str:
+    """The machine's UUID as given by ``-uuid`` (``query-uuid``)."""
+    return _decode("query-uuid", await monitor.execute("query-uuid"), _Uuid).UUID
+
+
+async def query_version(monitor: Monitor) -> str:
+    """QEMU's version, as ``7.2.22`` (``query-version``)."""
+    triple = _decode("query-version", await monitor.execute("query-version"), _Version).qemu
+    return f"{triple.major}.{triple.minor}.{triple.micro}"
+
+
+async def query_machines(monitor: Monitor) -> tuple[MachineType, ...]:
+    """The machine types this QEMU has (``query-machines``)."""
+    return _decode("query-machines", await monitor.execute("query-machines"), tuple[MachineType, ...])
+
+
+async def query_jobs(monitor: Monitor) -> tuple[JobInfo, ...]:
+    """Every job QEMU has and nobody dismissed (``query-jobs``)."""
+    return _decode("query-jobs", await monitor.execute("query-jobs"), tuple[JobInfo, ...])
+
+
+async def query_block_graph(monitor: Monitor) -> BlockGraph:
+    """Who reads whom (``x-debug-query-block-graph``; why this one: docs/decisions/0001)."""
+    answer = await monitor.execute("x-debug-query-block-graph")
+    return _decode("x-debug-query-block-graph", answer, BlockGraph)
+
+
+async def query_nodes(monitor: Monitor) -> tuple[NodeInfo, ...]:
+    """Every named block node (``query-named-block-nodes``), flat: nested, the answer outgrows the client's buffer."""
+    answer = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return _decode("query-named-block-nodes", answer, tuple[NodeInfo, ...])
+
+
+async def set_migration_capability(monitor: Monitor, capability: str, *, enabled: bool) -> None:
+    """Switch one migration capability (``migrate-set-capabilities``)."""
+    capabilities = [{"capability": capability, "state": enabled}]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+
+
+async def blockdev_add(monitor: Monitor, options: dict[str, Any]) -> None:
+    """Open an image as a node (``blockdev-add``); ``options`` from :mod:`qmpsnap.model.blockdev`."""
+    await monitor.execute("blockdev-add", options)
+
+
+async def blockdev_del(monitor: Monitor, node: NodeName) -> None:
+    """Close a node nobody uses (``blockdev-del``)."""
+    await monitor.execute("blockdev-del", {"node-name": node})
+
+
+def snapshot_transaction(pairs: Sequence[tuple[NodeName, NodeName]]) -> dict[str, Any]:
+    """Arguments of the ``transaction`` that puts each overlay on its node: all of them or none.
+
+    Args:
+        pairs: (node that becomes the backing, overlay that becomes active).
+    """
+    return {
+        "actions": [
+            {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}} for node, overlay in pairs
+        ]
+    }
+
+
+async def transaction(monitor: Monitor, arguments: dict[str, Any], *, deadline: float = COMMAND_DEADLINE) -> None:
+    """Run a ``transaction``; it waits for requests in flight, hence its own deadline in seconds."""
+    await monitor.execute("transaction", arguments, deadline=deadline)
+
+
+async def control(monitor: Monitor, command: Literal["cont", "stop", "system_powerdown", "quit"]) -> None:
+    """``cont``, ``stop``, ``system_powerdown`` (the power button) or ``quit``."""
+    await monitor.execute(command)
+
+
+def _decode(command: str, answer: object, kind: type[T]) -> T:
+    try:
+        return msgspec.convert(answer, kind)
+    except msgspec.ValidationError as error:
+        raise QmpError(f"QEMU's answer to {command} is not of its schema: {error}", effect="none") from error

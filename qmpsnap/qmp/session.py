@@ -1,0 +1,128 @@
+"""A session with QEMU's monitor: deadlines on everything, foreign errors translated once.
+
+The only importer of ``qemu.qmp``. A monitor serves one client: a second one connects and hears nothing, exactly like
+a QEMU that is stopped, so connecting, the greeting and every command have a deadline of their own.
+"""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import anyio
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+from qemu.qmp.message import Message
+
+from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
+from qmpsnap.qmp.dial import dial
+
+CONNECT_DEADLINE = 5.0
+"""Seconds for connecting, greeting and capabilities together."""
+
+COMMAND_DEADLINE = 30.0
+"""Seconds a command may take: a snapshot waits for the guest's requests in flight."""
+
+# qemu.qmp reports replies that come after we stopped waiting; we have said so ourselves by then.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+
+
+class Monitor(Protocol):
+    """What the layers above need of a monitor; a scripted one stands in for QEMU where an order cannot be had."""
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, deadline: float = COMMAND_DEADLINE
+    ) -> Any:
+        """Run one QMP command and return what it returned.
+
+        Raises:
+            QmpError: QEMU refused it; it had no effect.
+            DeadlinePassed: no answer within ``deadline`` seconds; effect unknown.
+            QemuGone: the monitor closed first; effect unknown.
+        """
+
+
+class Session:
+    """One client on one monitor socket, from :func:`connect`."""
+
+    def __init__(self, client: QMPClient, machine: str) -> None:
+        self._client = client
+        self._machine = machine
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, deadline: float = COMMAND_DEADLINE
+    ) -> Any:
+        """Run one QMP command; see :meth:`Monitor.execute`."""
+        try:
+            with anyio.fail_after(deadline):
+                return await self._client.execute(command, arguments)
+        except TimeoutError as error:
+            raise DeadlinePassed(
+                f"QEMU of machine {self._machine} did not answer {command} within {deadline:g} s;"
+                " nobody can know yet whether it took effect",
+                hint=f"qmpsnap show {self._machine} tells the state once QEMU answers again",
+                effect="unknown",
+                machine=self._machine,
+            ) from error
+        except ExecuteError as error:
+            raise QmpError(
+                f"QEMU refused {command}: {error}",
+                machine=self._machine,
+                qmp_class=error.error_class,
+            ) from error
+        except (ExecInterruptedError, StateError, QMPError, OSError, EOFError) as error:
+            raise QemuGone(
+                f"the monitor of machine {self._machine} closed during {command}",
+                hint=f"qmpsnap show {self._machine} tells what is left",
+                effect="unknown",
+                machine=self._machine,
+            ) from error
+
+
+@asynccontextmanager
+async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLINE) -> AsyncIterator[Session]:
+    """A session on the monitor socket at ``path``, closed with the block.
+
+    Args:
+        path: the socket.
+        machine: the machine's name, for errors.
+        deadline: seconds until the monitor must have greeted us.
+
+    Raises:
+        QemuGone: nobody listens there.
+        DeadlinePassed: somebody listens and says nothing: QEMU is stopped, or another client has the monitor.
+    """
+    client = QMPClient(machine)
+    client.events.event_filter = _no_event
+    try:
+        with anyio.fail_after(deadline):
+            endpoint = await dial(path)
+            try:
+                await client.connect(endpoint)
+            except BaseException:
+                endpoint.close()
+                raise
+    except TimeoutError as error:
+        raise DeadlinePassed(
+            f"the monitor of machine {machine} did not greet within {deadline:g} s; nothing was changed",
+            hint="QEMU is stopped by a signal or hangs, or another client holds this monitor",
+            machine=machine,
+        ) from error
+    except (ConnectError, OSError) as error:
+        raise QemuGone(
+            f"nobody answers on the monitor of machine {machine}; nothing was changed",
+            hint=f"qmpsnap start {machine}",
+            machine=machine,
+        ) from error
+    try:
+        yield Session(client, machine)
+    finally:
+        # Shielded so that a cancelled caller still lets go of the monitor, bounded so that it ends all the same.
+        with anyio.move_on_after(2, shield=True), contextlib.suppress(QMPError, OSError, EOFError):
+            await client.disconnect()
+
+
+def _no_event(_: Message) -> bool:
+    # qemu.qmp's own listener would keep every event for ever: let it accept none.
+    return False

@@ -1,0 +1,94 @@
+"""The journal: what is about to be done is durable before it is done.
+
+These functions run inside the store's transactions; only :mod:`qmpsnap.store.sqlite` calls them.
+"""
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from qmpsnap.errors import OperationPending
+from qmpsnap.model.names import OperationId
+from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan
+
+_COLUMNS = "id, machine, verb, state, step, plan, started, updated, pid, error"
+
+
+def open_operation(
+    connection: sqlite3.Connection, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int
+) -> Operation:
+    """Take the next serial numbers, make the plan from the first of them and record it as ``planned``.
+
+    Raises:
+        OperationPending: the machine has an operation that is not ended.
+    """
+    if pending := select(connection, machine, only_open=True):
+        raise OperationPending(
+            f"operation {pending[0].id} ({pending[0].verb}) on machine {machine} has not ended; nothing was changed",
+            hint=f"qmpsnap recover {machine}",
+            machine=machine,
+            operation=str(pending[0].id),
+        )
+    first = OperationId(next_serial(connection))
+    plan = make_plan(first)
+    connection.execute("UPDATE serial SET last = last + ?", (serials,))
+    now = time.time()
+    verb = plan.__struct_config__.tag
+    operation = Operation(
+        id=first, machine=machine, verb=str(verb), state="planned", step="planned", plan=plan,
+        started=now, updated=now, pid=os.getpid(),
+    )  # fmt: skip
+    connection.execute(
+        f"INSERT INTO operation ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (first, machine, verb, "planned", "planned", msgspec.json.encode(plan).decode(), now, now, os.getpid(), None),
+    )
+    return operation
+
+
+def next_serial(connection: sqlite3.Connection) -> int:
+    """The serial number the next operation will get."""
+    return int(connection.execute("SELECT last + 1 FROM serial").fetchone()[0])
+
+
+def mark(
+    connection: sqlite3.Connection,
+    operation: OperationId,
+    state: OperationState,
+    *,
+    step: str | None = None,
+    error: str | None = None,
+) -> None:
+    """Record an operation's state, and its step and error where given."""
+    connection.execute(
+        "UPDATE operation SET state = ?, step = coalesce(?, step), error = coalesce(?, error), updated = ?,"
+        " version = version + 1 WHERE id = ?",
+        (state, step, error, time.time(), operation),
+    )
+
+
+def select(connection: sqlite3.Connection, machine: str, *, only_open: bool) -> tuple[Operation, ...]:
+    """The machine's operations, oldest first."""
+    states = OPEN_STATES if only_open else (*OPEN_STATES, "settled", "failed")
+    marks = ",".join("?" * len(states))
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM operation WHERE machine = ? AND state IN ({marks}) ORDER BY id",
+        (machine, *states),
+    )
+    return tuple(
+        Operation(
+            id=OperationId(row[0]),
+            machine=row[1],
+            verb=row[2],
+            state=row[3],
+            step=row[4],
+            plan=msgspec.json.decode(row[5], type=Plan),
+            started=row[6],
+            updated=row[7],
+            pid=row[8],
+            error=row[9],
+        )
+        for row in rows
+    )

@@ -1,0 +1,71 @@
+"""One controller at a time per machine: an advisory lock that ends with its holder, however that ends."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qmpsnap.errors import LockHeld
+
+
+@contextmanager
+def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
+    """Hold the machine's lock for the block.
+
+    The holder's name stands in the lock file itself, so who holds it and since when can be told without the store,
+    and it can never outlive the lock by more than a glance: only who fails to get the lock reads it.
+
+    Args:
+        path: the lock file; its folder must exist.
+        machine: the machine's name, for the error.
+        verb: what the lock is held for, as others will be told.
+
+    Raises:
+        LockHeld: another controller has it.
+    """
+    descriptor = _acquire(path, machine)
+    try:
+        owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time(), "verb": verb}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(path: Path, machine: str) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _describe(descriptor)
+            os.close(descriptor)
+            raise LockHeld(
+                f"machine {machine} is being worked on by {owner}; nothing was changed",
+                hint="wait for it to end and try again",
+                machine=machine,
+            ) from None
+        # `undefine` removes the file while it holds the lock: what we locked may no longer be what others will open.
+        if _same_file(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _describe(descriptor: int) -> str:
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(owner["since"]))
+        return f"'{owner['verb']}' (pid {owner['pid']} on {owner['host']}) since {since}"
+    except (ValueError, KeyError, TypeError):
+        return "another controller that has only just begun"

@@ -1,0 +1,135 @@
+"""The store's tables and how an older file becomes a newer one.
+
+Each migration and the number that records it share one SQL transaction; before any is applied to a file with
+content, a copy is kept beside it. A file from a newer qmpsnap is refused, never guessed at.
+"""
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE serial (last INTEGER NOT NULL) STRICT;
+    INSERT INTO serial VALUES (0);
+    CREATE TABLE machine (
+        id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, uuid TEXT NOT NULL UNIQUE, host TEXT NOT NULL,
+        spec TEXT NOT NULL, created REAL NOT NULL,
+        current INTEGER REFERENCES snapshot (id) DEFERRABLE INITIALLY DEFERRED,
+        version INTEGER NOT NULL DEFAULT 1
+    ) STRICT;
+    CREATE TABLE process (
+        machine INTEGER PRIMARY KEY REFERENCES machine (id) ON DELETE CASCADE, pid INTEGER NOT NULL,
+        start_ticks INTEGER NOT NULL, boot_id TEXT NOT NULL, started REAL NOT NULL, accel TEXT NOT NULL,
+        qemu_version TEXT NOT NULL, version INTEGER NOT NULL DEFAULT 1
+    ) STRICT;
+    CREATE TABLE layer (
+        id TEXT PRIMARY KEY, pool TEXT NOT NULL, path TEXT NOT NULL, format TEXT NOT NULL,
+        backing TEXT REFERENCES layer (id) DEFERRABLE INITIALLY DEFERRED, virtual_size INTEGER NOT NULL,
+        device INTEGER NOT NULL, inode INTEGER NOT NULL, owned INTEGER NOT NULL, state TEXT NOT NULL,
+        version INTEGER NOT NULL DEFAULT 1, UNIQUE (pool, path)
+    ) STRICT;
+    CREATE INDEX layer_backing ON layer (backing);
+    CREATE TABLE disk (
+        machine INTEGER NOT NULL REFERENCES machine (id) ON DELETE CASCADE, name TEXT NOT NULL,
+        position INTEGER NOT NULL, active TEXT NOT NULL REFERENCES layer (id) DEFERRABLE INITIALLY DEFERRED,
+        version INTEGER NOT NULL DEFAULT 1, PRIMARY KEY (machine, name)
+    ) STRICT;
+    CREATE TABLE snapshot (
+        id INTEGER PRIMARY KEY, machine INTEGER NOT NULL REFERENCES machine (id) ON DELETE CASCADE,
+        name TEXT NOT NULL, kind TEXT NOT NULL, state TEXT NOT NULL,
+        parent INTEGER REFERENCES snapshot (id) DEFERRABLE INITIALLY DEFERRED, created REAL NOT NULL,
+        description TEXT NOT NULL, mode TEXT NOT NULL, pause_ms REAL, operation INTEGER NOT NULL,
+        version INTEGER NOT NULL DEFAULT 1, UNIQUE (machine, name)
+    ) STRICT;
+    CREATE TABLE point (
+        snapshot INTEGER NOT NULL REFERENCES snapshot (id) ON DELETE CASCADE, disk TEXT NOT NULL,
+        position INTEGER NOT NULL, layer TEXT NOT NULL REFERENCES layer (id) DEFERRABLE INITIALLY DEFERRED, tag TEXT,
+        PRIMARY KEY (snapshot, disk)
+    ) STRICT;
+    CREATE INDEX point_layer ON point (layer);
+    CREATE TABLE operation (
+        id INTEGER PRIMARY KEY, machine TEXT NOT NULL, verb TEXT NOT NULL, state TEXT NOT NULL, step TEXT NOT NULL,
+        plan TEXT NOT NULL, started REAL NOT NULL, updated REAL NOT NULL, pid INTEGER NOT NULL, error TEXT,
+        version INTEGER NOT NULL DEFAULT 1
+    ) STRICT;
+    CREATE INDEX operation_open ON operation (machine, state);
+    """,
+)
+
+
+def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Connection:
+    """Open the store's file, making or migrating it as needed.
+
+    Raises:
+        StoreTooNew: a newer qmpsnap wrote it.
+        StoreMismatch: the file is damaged or no store at all.
+        HostCannot: it cannot be opened or written (rights, full disk).
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Made by us before SQLite sees it: SQLite would give it the umask's mode, and its -wal file copies ours.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
+    except (OSError, sqlite3.OperationalError) as error:
+        raise HostCannot(f"the store {path} cannot be opened: {error}", hint="see qmpsnap doctor") from error
+    try:
+        for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+        migrate(connection, path, migrations)
+    except sqlite3.OperationalError as error:
+        connection.close()
+        raise HostCannot(f"the store {path} cannot be used: {error}", hint="see qmpsnap doctor") from error
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise StoreMismatch(f"the store {path} is damaged: {error}", hint="put a copy back in its place") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:
+    """Apply the migrations the file lacks; see the module for what is kept and refused."""
+    if _version(connection) == len(migrations):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        found = _version(connection)  # again under the lock: another process may have migrated meanwhile
+        _refuse_newer(path, found, len(migrations))
+        if found:
+            _keep_copy(path, path.with_name(f"{path.name}.v{found}"))
+        for migration in migrations[found:]:
+            for statement in filter(str.strip, migration.split(";")):
+                connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={len(migrations)}")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def _refuse_newer(path: Path, found: int, known: int) -> None:
+    if found > known:
+        raise StoreTooNew(
+            f"the store {path} has schema {found}, this qmpsnap knows {known}; nothing was changed",
+            hint="use the qmpsnap that wrote it, or a newer one",
+        )
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _keep_copy(path: Path, copy: Path) -> None:
+    # A connection of its own: SQLite's backup cannot read through the one that holds the write lock.
+    os.close(os.open(copy, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    source, target = sqlite3.connect(path), sqlite3.connect(copy)
+    try:
+        source.backup(target)
+    finally:
+        source.close()
+        target.close()

@@ -1,0 +1,308 @@
+"""The store in one SQLite file. The meaning of each method stands in :class:`qmpsnap.store.store.Store`."""
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from qmpsnap.errors import HostCannot, NameTaken, NotFoundError
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.operation import Change, Operation, OperationState, Plan
+from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.model.spec import MachineSpec
+from qmpsnap.store import journal, schema
+
+
+class SqliteStore:
+    """The store in one SQLite file. Safe to share between threads; close it or use it as a context manager."""
+
+    def __init__(self, path: Path, *, machines: Path) -> None:
+        """Open or make the file.
+
+        Args:
+            path: the database.
+            machines: folder that layer paths of pool ``machines`` are relative to.
+        """
+        self._connection = schema.connect(path)
+        self._path = path
+        self._machines = machines
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def machines(self) -> tuple[Machine, ...]:
+        with self._reading() as sql:
+            rows = sql.execute(f"{_MACHINE} ORDER BY machine.name").fetchall()
+        return tuple(_machine(row) for row in rows)
+
+    def machine(self, name: str) -> Machine:
+        with self._reading() as sql:
+            row = sql.execute(f"{_MACHINE} WHERE machine.name = ?", (name,)).fetchone()
+            if row is None:
+                _machine_id(sql, name)
+        return _machine(row)
+
+    def chains(self, machine: str) -> tuple[Chain, ...]:
+        with self._reading() as sql:
+            disks = sql.execute(
+                "SELECT name, active FROM disk WHERE machine = ? ORDER BY position", (_machine_id(sql, machine),)
+            ).fetchall()
+            return tuple(Chain(name, self._chain(sql, active)) for name, active in disks)
+
+    def snapshots(self, machine: str) -> tuple[Snapshot, ...]:
+        with self._reading() as sql:
+            number = _machine_id(sql, machine)
+            rows = sql.execute(
+                "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
+                " s.operation"
+                " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent WHERE s.machine = ? ORDER BY s.id",
+                (number,),
+            ).fetchall()
+            points: dict[int, list[Point]] = {}
+            for snapshot, disk, layer, tag in sql.execute(
+                "SELECT snapshot, disk, layer, tag FROM point JOIN snapshot ON snapshot.id = point.snapshot"
+                " WHERE machine = ? ORDER BY point.position",
+                (number,),
+            ):
+                points.setdefault(snapshot, []).append(Point(disk=disk, layer=LayerId(layer), tag=tag))
+        return tuple(
+            Snapshot(
+                name=row[1],
+                kind=row[2],
+                state=row[3],
+                parent=row[4],
+                created=row[5],
+                description=row[6],
+                mode=row[7],
+                pause_ms=row[8],
+                operation=OperationId(row[9]),
+                points=tuple(points.get(row[0], ())),
+            )
+            for row in rows
+        )
+
+    def layer_at(self, path: str) -> Layer | None:
+        with self._reading() as sql:
+            row = sql.execute(f"SELECT {_LAYER} FROM layer WHERE pool = ? AND path = ?", self._place(path)).fetchone()
+        return self._layer(row) if row else None
+
+    def set_process(self, machine: str, process: Process | None) -> None:
+        with self._writing() as sql:
+            number = _machine_id(sql, machine)
+            sql.execute("DELETE FROM process WHERE machine = ?", (number,))
+            if process:
+                sql.execute(
+                    "INSERT INTO process (machine, pid, start_ticks, boot_id, started, accel, qemu_version)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (number, *msgspec.structs.astuple(process)),
+                )
+
+    def next_serial(self) -> int:
+        with self._reading() as sql:
+            return journal.next_serial(sql)
+
+    def open_operation(self, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1) -> Operation:
+        with self._writing() as sql:
+            return journal.open_operation(sql, machine, make_plan, serials=serials)
+
+    def mark(
+        self, operation: OperationId, state: OperationState, *, step: str | None = None, error: str | None = None
+    ) -> None:
+        with self._writing() as sql:
+            journal.mark(sql, operation, state, step=step, error=error)
+
+    def settle(self, operation: OperationId, machine: str, change: Change) -> None:
+        with self._writing() as sql:
+            if change.define:
+                _insert_machine(sql, change.define)
+            number = _machine_id(sql, machine)
+            for layer in change.layers:
+                self._put_layer(sql, layer)
+            for position, (disk, active) in enumerate(change.active.items()):
+                sql.execute(
+                    "INSERT INTO disk (machine, name, position, active) VALUES (?, ?, ?, ?) ON CONFLICT (machine, name)"
+                    " DO UPDATE SET active = excluded.active, version = version + 1",
+                    (number, disk, position, active),
+                )
+            for snapshot in change.snapshots:
+                _put_snapshot(sql, number, snapshot)
+            if change.current is not msgspec.UNSET:
+                current = _snapshot_id(sql, number, change.current)
+                sql.execute("UPDATE machine SET current = ?, version = version + 1 WHERE id = ?", (current, number))
+            journal.mark(sql, operation, "settled", step="settled")
+
+    def forget(self, machine: str) -> tuple[Layer, ...]:
+        with self._writing() as sql:
+            number = _machine_id(sql, machine)
+            sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
+            sql.execute("DELETE FROM machine WHERE id = ?", (number,))
+            gone: list[Layer] = []
+            # From the top down: a layer is the machine's alone once nothing above it, no disk and no point needs it.
+            while rows := sql.execute(_UNREFERENCED).fetchall():
+                gone += [self._layer(row) for row in rows]
+                sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in rows])
+            return tuple(gone)
+
+    def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
+        with self._reading() as sql:
+            return journal.select(sql, machine, only_open=only_open)
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._transaction("BEGIN") as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._transaction("BEGIN IMMEDIATE") as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        """The one way in: everything in the block is one transaction, SQLite's own errors are translated here."""
+        with self._lock:
+            try:
+                self._connection.execute(begin)
+                try:
+                    yield self._connection
+                    self._connection.execute("COMMIT")
+                except BaseException:
+                    if self._connection.in_transaction:  # SQLite itself rolls back when the disk is full
+                        self._connection.execute("ROLLBACK")
+                    raise
+            except sqlite3.OperationalError as error:
+                raise HostCannot(
+                    f"the store {self._path} refused a change: {error}; nothing was recorded",
+                    hint="look at its folder's free space and rights: qmpsnap doctor",
+                ) from error
+
+    def _chain(self, sql: sqlite3.Connection, active: str) -> tuple[Layer, ...]:
+        rows = sql.execute(
+            "WITH RECURSIVE chain (id, depth) AS (SELECT ?, 0 UNION ALL SELECT layer.backing, depth + 1 FROM chain"
+            " JOIN layer ON layer.id = chain.id WHERE layer.backing IS NOT NULL)"
+            f" SELECT {_LAYER} FROM chain JOIN layer USING (id) ORDER BY depth DESC",
+            (active,),
+        )
+        return tuple(self._layer(row) for row in rows)
+
+    def _put_layer(self, sql: sqlite3.Connection, layer: Layer) -> None:
+        values = (
+            layer.id, *self._place(layer.path), layer.format, layer.backing, layer.virtual_size,
+            layer.device, layer.inode, layer.owned, layer.state,
+        )  # fmt: skip
+        sql.execute(
+            f"INSERT INTO layer ({_LAYER}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
+            " pool = excluded.pool, path = excluded.path, format = excluded.format, backing = excluded.backing,"
+            " virtual_size = excluded.virtual_size, device = excluded.device, inode = excluded.inode,"
+            " owned = excluded.owned, state = excluded.state, version = version + 1",
+            values,
+        )
+
+    def _place(self, path: str) -> tuple[str, str]:
+        """(pool, relative path): layers in the machines' folder move with it, others are this host's."""
+        try:
+            return "machines", str(Path(path).relative_to(self._machines))
+        except ValueError:
+            return f"host:{os.uname().nodename}", path.removeprefix("/")
+
+    def _layer(self, row: sqlite3.Row) -> Layer:
+        identity, pool, path, layer_format, backing, size, device, inode, owned, state = row
+        root = self._machines if pool == "machines" else Path("/")
+        return Layer(
+            id=identity, path=str(root / path), format=layer_format, backing=backing, virtual_size=size,
+            device=device, inode=inode, owned=bool(owned), state=state,
+        )  # fmt: skip
+
+
+_LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state"
+_MACHINE = (
+    "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name,"
+    " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
+    " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
+)
+_UNREFERENCED = (
+    f"SELECT {_LAYER} FROM layer WHERE NOT EXISTS (SELECT 1 FROM layer above WHERE above.backing = layer.id)"
+    " AND NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
+    " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
+)
+
+
+def _machine(row: sqlite3.Row) -> Machine:
+    name, uuid, host, spec, created, current, *process = row
+    return Machine(
+        name=name,
+        uuid=uuid,
+        host=host,
+        spec=msgspec.json.decode(spec, type=MachineSpec),
+        created=created,
+        current=current,
+        process=Process(**dict(zip(Process.__struct_fields__, process, strict=True))) if process[0] else None,
+    )
+
+
+def _machine_id(sql: sqlite3.Connection, name: str) -> int:
+    row = sql.execute("SELECT id FROM machine WHERE name = ?", (name,)).fetchone()
+    if row:
+        return int(row[0])
+    known = ", ".join(json.dumps(known)[1:-1] for (known,) in sql.execute("SELECT name FROM machine ORDER BY name"))
+    raise NotFoundError(
+        f"there is no machine {name!r}",
+        hint=f"known machines: {known}" if known else "qmpsnap define SPEC.yaml makes one",
+    )
+
+
+def _insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
+    try:
+        sql.execute(
+            "INSERT INTO machine (name, uuid, host, spec, created) VALUES (?, ?, ?, ?, ?)",
+            (
+                machine.name, machine.uuid, machine.host,
+                msgspec.json.encode(machine.spec).decode(), machine.created,
+            ),
+        )  # fmt: skip
+    except sqlite3.IntegrityError as error:
+        raise NameTaken(f"machine {machine.name} exists already; nothing was changed", machine=machine.name) from error
+
+
+def _snapshot_id(sql: sqlite3.Connection, machine: int, name: str | None) -> int | None:
+    if name is None:
+        return None
+    row = sql.execute("SELECT id FROM snapshot WHERE machine = ? AND name = ?", (machine, name)).fetchone()
+    if row is None:
+        raise NotFoundError(f"there is no snapshot {name!r}")
+    return int(row[0])
+
+
+def _put_snapshot(sql: sqlite3.Connection, machine: int, snapshot: Snapshot) -> None:
+    parent = _snapshot_id(sql, machine, snapshot.parent)
+    sql.execute(
+        "INSERT INTO snapshot (machine, name, kind, state, parent, created, description, mode, pause_ms, operation)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine, name) DO UPDATE SET kind = excluded.kind,"
+        " state = excluded.state, parent = excluded.parent, description = excluded.description, version = version + 1",
+        (
+            machine, snapshot.name, snapshot.kind, snapshot.state, parent, snapshot.created, snapshot.description,
+            snapshot.mode, snapshot.pause_ms, snapshot.operation,
+        ),
+    )  # fmt: skip
+    number = _snapshot_id(sql, machine, snapshot.name)
+    sql.execute("DELETE FROM point WHERE snapshot = ?", (number,))
+    sql.executemany(
+        "INSERT INTO point (snapshot, disk, position, layer, tag) VALUES (?, ?, ?, ?, ?)",
+        [(number, point.disk, position, point.layer, point.tag) for position, point in enumerate(snapshot.points)],
+    )

@@ -1,0 +1,64 @@
+"""The contract of a store: machines, disks, layers, snapshots and the journal.
+
+``tests/store/test_contract.py`` holds every backend to it; :mod:`qmpsnap.store.sqlite` is the one there is. Each call
+is one transaction and may block for an fsync: async callers go through a worker thread.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.names import OperationId
+from qmpsnap.model.operation import Change, Operation, OperationState, Plan
+from qmpsnap.model.snapshot import Snapshot
+
+
+class Store(Protocol):
+    """What every backend keeps. Unknown names raise ``NotFoundError``; a failed call changes nothing."""
+
+    def machines(self) -> tuple[Machine, ...]:
+        """All machines by name, those of other hosts included."""
+
+    def machine(self, name: str) -> Machine:
+        """One machine."""
+
+    def chains(self, machine: str) -> tuple[Chain, ...]:
+        """The live chains, in the order of the spec's disks."""
+
+    def snapshots(self, machine: str) -> tuple[Snapshot, ...]:
+        """The machine's snapshots, oldest first."""
+
+    def layer_at(self, path: str) -> Layer | None:
+        """The layer recorded for that absolute path."""
+
+    def set_process(self, machine: str, process: Process | None) -> None:
+        """Record the QEMU that runs the machine, or that none does."""
+
+    def next_serial(self) -> int:
+        """The number the next operation would get; for plans that are only printed."""
+
+    def open_operation(self, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1) -> Operation:
+        """Make the plan with the next serial number(s) and make it durable as ``planned``.
+
+        Raises:
+            OperationPending: an earlier operation of the machine has not ended.
+        """
+
+    def mark(
+        self, operation: OperationId, state: OperationState, *, step: str | None = None, error: str | None = None
+    ) -> None:
+        """Make an operation's progress durable."""
+
+    def settle(self, operation: OperationId, machine: str, change: Change) -> None:
+        """Apply the change and end the operation, both or neither.
+
+        Raises:
+            NameTaken: the change defines a machine whose name is in use.
+        """
+
+    def forget(self, machine: str) -> tuple[Layer, ...]:
+        """Remove the machine and the layers that only it used; returns those."""
+
+    def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
+        """The machine's journal, oldest first."""
