@@ -164,6 +164,10 @@ class MachineHandle:
         """
         await power.stop(self._context, self.name, force=force, timeout=timeout)
 
+    async def is_running(self) -> bool:
+        """Whether a QEMU runs for the machine, whatever state its guest is in."""
+        return self._context.process(await self.record()) is not None
+
     async def state(self) -> str:
         """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped``."""
         return await compare.state(self._context, await self.record())

@@ -16,6 +16,7 @@ from typing import Final, Self
 
 import anyio
 from anyio import lowlevel, to_thread
+from anyio.abc import Process
 from msgspec import Struct
 
 from qmpsnap.block import header
@@ -26,6 +27,7 @@ from qmpsnap.model.spec import Format
 
 _SECTOR: Final = 512
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
+_MAX_SAID: Final = 64 << 10  # bytes kept of what qemu-img writes
 _CLEANUP_TIMEOUT: Final = 10.0  # seconds; an unlink and an fsync on a disk that still answers
 _UNCHANGED: Final = "nothing was changed"
 
@@ -95,34 +97,45 @@ class ImageTool(Struct, frozen=True):
     async def _run(self, claim: "_Claim", arguments: list[str]) -> None:
         """Run qemu-img to its end; it is killed when we are cancelled or its time is over."""
         shown = printable(claim.path)
-        result: subprocess.CompletedProcess[bytes] | None = None
+        said = b""
+        with anyio.move_on_after(self.timeout) as scope:
+            async with await self._spawn(claim, arguments) as process:
+                assert process.stderr is not None  # a pipe by open_process's default
+                async for chunk in process.stderr:
+                    said = (said + chunk)[:_MAX_SAID]
+                await process.wait()
+        if scope.cancelled_caught:
+            raise DeadlinePassed(
+                f"{self.binary} did not end within {self.timeout:g} seconds; {shown} was not created",
+                hint="is the disk of that folder busy or gone?",
+            )
+        code = process.returncode or 0
+        if code == 0:
+            return
+        text = _one_line(said).replace(f"/proc/self/fd/{claim.descriptor}", shown)
+        if any(os.strerror(number) in text for number in _NO_SPACE):
+            raise _no_space(claim.path)
+        how = f"signal {-code}" if code < 0 else f"exit {code}"
+        raise HostCannot(f"{self.binary} failed ({how}): {printable(text) or 'no message'}; {shown} was not created")
+
+    async def _spawn(self, claim: "_Claim", arguments: list[str]) -> Process:
         try:
-            with anyio.move_on_after(self.timeout):
-                result = await anyio.run_process(
+            # Shielded: asyncio, cancelled again and again while it spawns, leaves a process nobody waits for.
+            with anyio.CancelScope(shield=True):
+                process = await anyio.open_process(
                     [self.binary, *arguments],
                     stdin=subprocess.DEVNULL,
-                    check=False,
+                    stdout=subprocess.DEVNULL,
                     env={**os.environ, "LC_ALL": "C"},
                     pass_fds=[claim.descriptor],
                     start_new_session=True,  # a Ctrl-C is ours to answer, not its own
                 )
         except OSError as error:
             raise HostCannot(
-                f"{self.binary} cannot be run: {error.strerror}; {shown} was not created",
+                f"{self.binary} cannot be run: {error.strerror}; {printable(claim.path)} was not created",
                 hint="install qemu-utils, or name the program in QMPSNAP_QEMU_IMG",
             ) from error
-        if result is None:
-            raise DeadlinePassed(
-                f"{self.binary} did not end within {self.timeout:g} seconds; {shown} was not created",
-                hint="is the disk of that folder busy or gone?",
-            )
-        if result.returncode == 0:
-            return
-        said = _said(result.stderr).replace(f"/proc/self/fd/{claim.descriptor}", shown)
-        if any(os.strerror(number) in said for number in _NO_SPACE):
-            raise _no_space(claim.path)
-        how = f"signal {-result.returncode}" if result.returncode < 0 else f"exit {result.returncode}"
-        raise HostCannot(f"{self.binary} failed ({how}): {printable(said) or 'no message'}; {shown} was not created")
+        return process
 
 
 async def remove(path: str | os.PathLike[str], *, device: int, inode: int) -> bool:
@@ -255,7 +268,7 @@ def _discard(claim: _Claim) -> str:
     return ""
 
 
-def _said(stderr: bytes) -> str:
+def _one_line(stderr: bytes) -> str:
     """What qemu-img wrote, on one line."""
     lines = stderr.decode(errors="backslashreplace").splitlines()
     # It wants to unlink what it failed to make and cannot, having a descriptor only: that is for us to do.

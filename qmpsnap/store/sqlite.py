@@ -97,6 +97,13 @@ class SqliteStore:
             for row in rows
         )
 
+    def layer(self, layer: LayerId) -> Layer:
+        with self._reading() as sql:
+            row = sql.execute(f"SELECT {_LAYER} FROM layer WHERE id = ?", (layer,)).fetchone()
+        if row is None:
+            raise NotFoundError(f"there is no layer {layer}", hint="see qmpsnap chain VM")
+        return self._layer(row)
+
     def layer_at(self, path: str) -> Layer | None:
         with self._reading() as sql:
             row = sql.execute(f"SELECT {_LAYER} FROM layer WHERE pool = ? AND path = ?", self._place(path)).fetchone()

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.names import OperationId
+from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Snapshot
 
@@ -28,6 +28,9 @@ class Store(Protocol):
 
     def snapshots(self, machine: str) -> tuple[Snapshot, ...]:
         """The machine's snapshots, oldest first."""
+
+    def layer(self, layer: LayerId) -> Layer:
+        """One layer, in a live chain or not."""
 
     def layer_at(self, path: str) -> Layer | None:
         """The layer recorded for that absolute path."""

@@ -1,0 +1,42 @@
+"""Reading what a layer holds, as the guest would see it with that layer as its disk."""
+
+import os
+import subprocess
+
+import anyio
+
+from qmpsnap.errors import DeadlinePassed, HostCannot
+from qmpsnap.model.chain import Layer
+
+CHUNK = 1 << 20
+
+
+async def copy_out(
+    layer: Layer, target: str | os.PathLike[str], *, length: int | None = None, qemu_img: str, deadline: float = 600
+) -> None:
+    """Write a layer's content, its backing included, to a raw file.
+
+    The layer must not be some running guest's active one.
+
+    Args:
+        layer: the layer.
+        target: the raw file, made or overwritten.
+        length: bytes from the beginning, a multiple of 1 MiB; None copies all.
+        qemu_img: the qemu-img binary.
+        deadline: seconds for the whole.
+
+    Raises:
+        HostCannot: qemu-img is missing, or failed; the message holds what it wrote.
+        DeadlinePassed: it took too long.
+    """
+    some = [] if length is None else [f"count={length // CHUNK}"]
+    argv = [qemu_img, "dd", "-f", layer.format, "-O", "raw", f"bs={CHUNK}", *some, f"if={layer.path}", f"of={target}"]
+    try:
+        with anyio.fail_after(deadline):
+            done = await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False)
+    except TimeoutError as error:
+        raise DeadlinePassed(f"reading {layer.path} took longer than {deadline:g} s") from error
+    except OSError as error:
+        raise HostCannot(f"{qemu_img} cannot be run: {error}", hint="see qmpsnap doctor") from error
+    if done.returncode:
+        raise HostCannot(f"{layer.path} cannot be read: {done.stderr.decode(errors='backslashreplace').strip()}")

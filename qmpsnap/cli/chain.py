@@ -1,0 +1,75 @@
+"""``chain``: each disk's layers, which snapshot is where, and whether store, QEMU and disk agree."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.errors import StoreMismatch
+
+if TYPE_CHECKING:
+    from qmpsnap.controller import Controller
+    from qmpsnap.ops.compare import ChainView
+
+
+def register(parsers: Parsers) -> None:
+    """Add the command."""
+    command = add(parsers, "chain", _chain, help="layers, bytes and snapshots of each disk, base first")
+    add_machine(command)
+    command.add_argument("disk", metavar="DISK", nargs="?", help="only this disk")
+    add_format(command)
+
+
+def _chain(arguments: argparse.Namespace) -> int:
+    async def act(controller: "Controller") -> "tuple[ChainView, ...]":
+        vm = await controller.machine(arguments.machine)
+        return await vm.chains(arguments.disk)
+
+    views = controlling(act)
+    documents = [_document(view) for view in views]
+    output.emit(
+        arguments.output,
+        document={"machine": arguments.machine, "disks": documents},
+        names=[layer["layer"] for document in documents for layer in document["layers"]],
+        table=lambda: "\n\n".join(_text(document) for document in documents),
+    )
+    problems = [problem for document in documents for problem in document["problems"]]
+    for problem in problems:
+        output.note(f"disagreement: {output.printable(problem)}")
+    return StoreMismatch.exit_code if problems else 0
+
+
+def _document(view: "ChainView") -> dict[str, Any]:
+    return {
+        "disk": view.disk,
+        "layers": [
+            {
+                "layer": at.layer.id,
+                "path": at.layer.path,
+                "format": at.layer.format,
+                "state": at.layer.state,
+                "active": at.active,
+                "virtual_size": at.layer.virtual_size,
+                "bytes": at.bytes,
+                "snapshots": list(at.snapshots),
+                "problems": list(at.problems),
+            }
+            for at in view.layers
+        ],
+        "problems": [*view.problems, *(problem for at in view.layers for problem in at.problems)],
+    }
+
+
+def _text(document: dict[str, Any]) -> str:
+    rows = [
+        (
+            at["layer"] + (" (active)" if at["active"] else ""),
+            at["format"],
+            output.size(at["bytes"]),
+            ",".join(at["snapshots"]) or "-",
+            at["path"],
+        )
+        for at in document["layers"]
+    ]
+    agreed = "disagreement, see below" if document["problems"] else "store, QEMU and headers agree"
+    return f"{document['disk']}: {agreed}\n" + output.table(("LAYER", "FORMAT", "BYTES", "SNAPSHOTS", "PATH"), rows)

@@ -1,0 +1,60 @@
+"""What the nouns share: options, and the two ways to the data."""
+
+import argparse
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qmpsnap.model.home import Home
+from qmpsnap.store.sqlite import SqliteStore
+
+if TYPE_CHECKING:
+    from qmpsnap.controller import Controller
+
+T = TypeVar("T")
+Command = Callable[[argparse.Namespace], int | None]
+Parsers = Any  # argparse's own type of what add_subparsers() returns is private
+
+
+def add(parsers: Parsers, name: str, run: Command, *, help: str) -> argparse.ArgumentParser:  # noqa: A002 - argparse's
+    """A subcommand whose help and description are the same sentence."""
+    parser: argparse.ArgumentParser = parsers.add_parser(name, help=help, description=help)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """``-o``, for every command that answers with data."""
+    parser.add_argument("-o", "--output", choices=("table", "json", "name"), default="table", help="form of the answer")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The machine's name."""
+    parser.add_argument("machine", metavar="VM", help="name of the machine")
+
+
+def home() -> Home:
+    """The places, by the environment."""
+    return Home.from_environment(os.environ, uid=os.geteuid())
+
+
+@contextmanager
+def reading() -> Iterator[SqliteStore]:
+    """The store alone: for commands that must answer at once, whatever QEMU does."""
+    places = home()
+    with SqliteStore(places.store, machines=places.machines) as store:
+        yield store
+
+
+def controlling(act: Callable[["Controller"], Awaitable[T]]) -> T:
+    """Run ``act`` with a controller; here, and only here, asyncio and qemu.qmp are loaded."""
+    import anyio
+
+    import qmpsnap
+
+    async def main() -> T:
+        async with qmpsnap.open() as controller:
+            return await act(controller)
+
+    return anyio.run(main)

@@ -1,0 +1,51 @@
+"""``doctor``: one line per ability of this host, with its remedy where it lacks."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, controlling
+from qmpsnap.errors import HostCannot
+
+if TYPE_CHECKING:
+    from qmpsnap.controller import Controller
+    from qmpsnap.ops.examine import Ability
+
+_MARKS = {"yes": "green", "limited": "yellow", "no": "red"}
+
+
+def register(parsers: Parsers) -> None:
+    """Add the command."""
+    add_format(add(parsers, "doctor", _doctor, help="what this host can do, and what to do about the rest"))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    async def act(controller: "Controller") -> "list[Ability]":
+        from qmpsnap.ops import examine
+
+        return await examine.run(controller.context)
+
+    abilities = controlling(act)
+    output.emit(
+        arguments.output,
+        document={
+            "abilities": [{"name": a.name, "ok": a.ok, "detail": a.detail, "remedy": a.remedy} for a in abilities]
+        },
+        names=[ability.name for ability in abilities],
+        table=lambda: _print(abilities),
+    )
+    return HostCannot.exit_code if any(ability.ok == "no" for ability in abilities) else 0
+
+
+def _print(abilities: "list[Ability]") -> str:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(len(ability.name) for ability in abilities)
+    for ability in abilities:
+        console.print(Text(f"{ability.ok:8}", style=_MARKS[ability.ok]), end="")
+        console.print(Text(f"{ability.name:{width}}  {output.printable(ability.detail)}"))
+        if ability.remedy:
+            console.print(Text(f"{'':8}{'':{width}}  remedy: {ability.remedy}"))
+    return ""

@@ -1,0 +1,229 @@
+"""Machines: define, list, show, start, stop, undefine, console, exec, recover."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, home, reading
+from qmpsnap.errors import QemuGone
+from qmpsnap.machine import process as processes
+from qmpsnap.machine.argv import CONSOLE_SOCKET, USER_SOCKET
+from qmpsnap.model.machine import Machine
+
+if TYPE_CHECKING:
+    from qmpsnap.controller import Controller
+
+
+def register(parsers: Parsers) -> None:
+    """Add the commands."""
+    command = add(parsers, "define", _define, help="record a machine from a spec and create its disks")
+    command.add_argument("spec", metavar="SPEC.yaml", help="the machine's spec; launch/profiles has examples")
+    command.add_argument("--allow", metavar="DIR", action="append", default=[], help="images may lie in DIR, too")
+    command.add_argument("--allow-extra", action="store_true", help="accept the spec's 'extra' QEMU arguments")
+
+    add_format(add(parsers, "list", _list, help="the machines and whether they run"))
+
+    command = add(parsers, "show", _show, help="one machine: state, process, monitor, disks, snapshots")
+    add_machine(command)
+    add_format(command)
+
+    command = add(parsers, "start", _start, help="start a machine; returns when its monitor answers")
+    add_machine(command)
+    command.add_argument("--paused", action="store_true", help="leave the vCPUs stopped")
+
+    command = add(parsers, "stop", _stop, help="press the power button and wait for the guest to switch itself off")
+    add_machine(command)
+    command.add_argument("--force", action="store_true", help="end QEMU if it does not, at once without --timeout")
+    command.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for the guest (60)")
+
+    command = add(parsers, "undefine", _undefine, help="forget a machine and its snapshots")
+    add_machine(command)
+    fate = command.add_mutually_exclusive_group()
+    fate.add_argument("--keep-disks", dest="disks", action="store_const", const="keep", help="leave images as files")
+    fate.add_argument("--remove-disks", dest="disks", action="store_const", const="remove", help="delete its images")
+
+    add_machine(add(parsers, "console", _console, help="attach the terminal to the serial console (Ctrl-] leaves)"))
+
+    command = add(parsers, "exec", _exec, help="run a command in the guest through its agent")
+    add_machine(command)
+    command.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds to wait for its end (60)")
+    command.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="program and arguments")
+
+    command = add(parsers, "recover", _recover, help="end operations that were interrupted, forward or back")
+    command.add_argument("machine", metavar="VM", nargs="?", help="name of the machine; all of them without it")
+
+
+def _define(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    async def act(controller: "Controller") -> Machine:
+        folders = [Path(folder) for folder in arguments.allow]
+        vm = await controller.define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra)
+        return await vm.record()
+
+    machine = controlling(act)
+    output.note(f"machine {machine.name} defined ({machine.spec.machine}); qmpsnap start {machine.name}")
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    with reading() as store:
+        machines = [
+            {
+                "name": machine.name,
+                "state": "running" if (process := _process(machine)) else "stopped",
+                "pid": process.pid if process else None,
+                "host": machine.host,
+                "current": machine.current,
+                "snapshots": len(store.snapshots(machine.name)),
+            }
+            for machine in store.machines()
+        ]
+    output.emit(
+        arguments.output,
+        document={"machines": machines},
+        names=[str(machine["name"]) for machine in machines],
+        table=lambda: output.table(
+            ("NAME", "STATE", "PID", "SNAPSHOTS", "CURRENT"),
+            [(m["name"], m["state"], m["pid"] or "-", m["snapshots"], m["current"] or "-") for m in machines],
+        ),
+    )
+
+
+def _process(machine: Machine) -> Any:
+    return processes.find(machine, home().run_dir(machine.name))
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> tuple[Machine, str]:
+        vm = await controller.machine(arguments.machine)
+        return await vm.record(), await vm.state()
+
+    machine, state = controlling(act)
+    with reading() as store:
+        chains = store.chains(machine.name)
+        snapshots = store.snapshots(machine.name)
+    process = _process(machine)
+    run_dir = home().run_dir(machine.name)
+    document = {
+        "name": machine.name,
+        "uuid": machine.uuid,
+        "state": state,
+        "pid": process.pid if process else None,
+        "accel": process.accel if process else None,
+        "qemu": process.qemu_version if process else None,
+        "qmp": str(run_dir / USER_SOCKET),
+        "console": str(run_dir / CONSOLE_SOCKET),
+        "run_dir": str(run_dir),
+        "host": machine.host,
+        "machine_type": machine.spec.machine,
+        "memory": machine.spec.memory,
+        "cpus": machine.spec.cpus,
+        "created": output.moment(machine.created),
+        "current": machine.current,
+        "disks": [
+            {
+                "disk": chain.disk,
+                "layer": chain.active.id,
+                "path": chain.active.path,
+                "format": chain.active.format,
+                "virtual_size": chain.active.virtual_size,
+                "depth": len(chain.layers),
+            }
+            for chain in chains
+        ],
+        "snapshots": [snapshot.name for snapshot in snapshots],
+    }
+    output.emit(arguments.output, document=document, names=[machine.name], table=lambda: _show_text(document))
+
+
+def _show_text(document: dict[str, Any]) -> str:
+    plain = {key: value for key, value in document.items() if key not in ("disks", "snapshots", "memory")}
+    plain["memory"] = output.size(document["memory"])
+    plain["snapshots"] = ", ".join(document["snapshots"]) or "none"
+    lines = [f"{key + ':':14}{'-' if value is None else output.printable(str(value))}" for key, value in plain.items()]
+    rows = [
+        (d["disk"], d["layer"], d["format"], output.size(d["virtual_size"]), d["depth"], d["path"])
+        for d in document["disks"]
+    ]
+    return "\n".join([*lines, "", output.table(("DISK", "ACTIVE", "FORMAT", "SIZE", "DEPTH", "PATH"), rows)])
+
+
+def _start(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> Any:
+        vm = await controller.machine(arguments.machine)
+        return await vm.start(paused=arguments.paused)
+
+    process = controlling(act)
+    output.note(f"machine {arguments.machine} runs (pid {process.pid}, QEMU {process.qemu_version}, {process.accel})")
+
+
+def _stop(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> None:
+        vm = await controller.machine(arguments.machine)
+        await vm.stop(force=arguments.force, timeout=arguments.timeout)
+
+    controlling(act)
+    output.note(f"machine {arguments.machine} is stopped")
+
+
+def _undefine(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> list[str]:
+        vm = await controller.machine(arguments.machine)
+        return await vm.undefine(disks=arguments.disks)
+
+    images = controlling(act)
+    done = "removed" if arguments.disks == "remove" else "kept"
+    output.note(f"machine {arguments.machine} is forgotten")
+    for image in images:
+        output.note(f"{done}: {image}")
+
+
+def _console(arguments: argparse.Namespace) -> None:
+    import anyio
+
+    from qmpsnap.machine import console
+    from qmpsnap.qmp.dial import dial
+
+    with reading() as store:
+        machine = store.machine(arguments.machine)
+    try:
+        endpoint = anyio.run(dial, home().run_dir(machine.name) / CONSOLE_SOCKET)
+    except OSError as error:
+        raise QemuGone(
+            f"machine {machine.name} has no console now", hint=f"qmpsnap start {machine.name}", machine=machine.name
+        ) from error
+    with endpoint:
+        console.attach(endpoint, terminal_in=sys.stdin.fileno(), terminal_out=sys.stdout.fileno())
+
+
+def _exec(arguments: argparse.Namespace) -> int:
+    from qmpsnap.errors import UsageError
+
+    words = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not words:
+        raise UsageError("there is no command to run", hint=f"qmpsnap exec {arguments.machine} -- uname -r")
+
+    async def act(controller: "Controller") -> Any:
+        vm = await controller.machine(arguments.machine)
+        return await vm.run(words, deadline=arguments.timeout, check=False)
+
+    done = controlling(act)
+    sys.stdout.buffer.write(done.stdout)
+    sys.stderr.buffer.write(done.stderr)
+    return int(done.status)
+
+
+def _recover(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> dict[str, list[Any]]:
+        if arguments.machine:
+            machines = [await controller.machine(arguments.machine)]
+        else:
+            machines = list(await controller.machines())
+        return {vm.name: await vm.recover() for vm in machines}
+
+    for name, operations in controlling(act).items():
+        for operation in operations:
+            output.note(f"{name}: operation {operation.id} ({operation.verb}) was {operation.state}, is ended")
+        if not operations:
+            output.note(f"{name}: nothing was open")

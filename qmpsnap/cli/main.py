@@ -1,0 +1,70 @@
+"""The command line's entry: parses, runs one command, turns errors into exit codes.
+
+Modules of the nouns import what is slow (asyncio, qemu.qmp, yaml, rich) inside their commands, so that ``list``,
+``snapshot list`` and ``tree`` load none of it; ``tests/cli/test_lazy.py`` holds that.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import qmpsnap
+from qmpsnap.cli import chain, demo, doctor, machine, output, snapshot
+from qmpsnap.errors import QmpsnapError, UsageError
+
+EXIT_CODES = """\
+exit codes: 0 done, 2 usage or spec, 3 not found, 4 refused in this state, 5 QEMU or its monitor gone,
+6 deadline passed, 7 store and disk disagree, 8 operation pending, 9 host cannot, 130 interrupted, 1 anything else"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}", hint=f"{self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = _Parser(
+        prog="qmpsnap",
+        description="Snapshots of QEMU machines over QMP, without libvirtd.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"qmpsnap {qmpsnap.__version__}")
+    parsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for noun in (doctor, demo, machine, snapshot, chain):
+        noun.register(parsers)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    form: output.Format = "json" if _asks_for_json(words) else "table"
+    try:
+        arguments = parser().parse_args(words)
+        return arguments.run(arguments) or 0
+    except QmpsnapError as error:
+        output.report(error, form)
+        return error.exit_code
+    except KeyboardInterrupt:
+        output.note("qmpsnap: interrupted")
+        return 130
+    except BrokenPipeError:
+        # Whoever read us has had enough; what Python would still flush goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def run() -> NoReturn:
+    """The console script."""
+    sys.exit(main())
+
+
+def _asks_for_json(words: Sequence[str]) -> bool:
+    # Asked of the raw words, as an error of the parser itself must come out in that form, too.
+    joined = " ".join(words)
+    return any(asked in f"{joined} " for asked in ("-o json ", "-ojson ", "--output json ", "--output=json "))

@@ -1,0 +1,115 @@
+"""What commands print: JSON, names, tables and trees on stdout, errors on stderr.
+
+No library is needed for any of it, so that ``list`` and ``tree`` answer at once.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from qmpsnap.errors import QmpsnapError
+
+SCHEMA = "qmpsnap/1"
+"""Names the shape of every JSON answer; it changes only when a field is taken away or changes its meaning."""
+
+Format = Literal["table", "json", "name"]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_STEP = 1024
+
+
+def emit(form: Format, *, document: dict[str, Any], names: Iterable[str], table: Callable[[], str]) -> None:
+    """Print one answer in the form that was asked for.
+
+    Args:
+        form: ``-o``.
+        document: the JSON answer, without its schema.
+        names: one per line for ``-o name``.
+        table: makes the text for people.
+    """
+    if form == "json":
+        print(json.dumps({"schema": SCHEMA, **document}, indent=2, ensure_ascii=False))
+    elif form == "name":
+        for name in names:
+            print(name)
+    else:
+        text = table()
+        if text:
+            print(text)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as their widest cell; numbers to the right."""
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    right = [bool(rows) and all(isinstance(row[at], int | float) for row in rows) for at in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        aligned = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join(line(row) for row in (header, *cells))
+
+
+def tree(root: str, children: Callable[[str | None], Sequence[tuple[str, str]]]) -> str:
+    """A tree drawn with lines.
+
+    Args:
+        root: the first line.
+        children: for a key (None for the root) the keys and texts of what hangs below it.
+    """
+    lines = [root]
+
+    def draw(key: str | None, indent: str) -> None:
+        below = children(key)
+        for place, (child, text) in enumerate(below, start=1):
+            last = place == len(below)
+            lines.append(f"{indent}{'└── ' if last else '├── '}{printable(text)}")
+            draw(child, indent + ("    " if last else "│   "))
+
+    draw(None, "")
+    return "\n".join(lines)
+
+
+def size(number: int | None) -> str:
+    """Bytes for people: ``16.2 MiB``."""
+    if number is None:
+        return "?"
+    value = float(number)
+    for unit in _UNITS:
+        if value < _STEP or unit == _UNITS[-1]:
+            break
+        value /= _STEP
+    return f"{number} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def moment(seconds: float) -> str:
+    """A time as RFC 3339, UTC, in whole seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def printable(text: str) -> str:
+    """The text without anything that could steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def note(text: str) -> None:
+    """Say something to the person at the terminal, beside the data."""
+    print(text, file=sys.stderr)
+
+
+def report(error: QmpsnapError, form: Format) -> None:
+    """Print an error on stderr, as an object when JSON was asked for."""
+    if form == "json":
+        print(json.dumps({"schema": SCHEMA, **error.as_dict()}, ensure_ascii=False), file=sys.stderr)
+        return
+    print(f"qmpsnap: {error.message}", file=sys.stderr)
+    if error.effect == "unknown":
+        print("qmpsnap: whether it took effect is not known yet", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
