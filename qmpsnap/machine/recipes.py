@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import qmpsnap
-
 
 def launch_dir() -> Path:
     """The folder with profiles, the small guest's recipe and the systemd unit."""
-    package = Path(qmpsnap.__file__).parent
+    package = Path(__file__).parents[1]
     shipped = package / "_launch"
     return shipped if shipped.is_dir() else package.parent / "launch"

@@ -280,55 +280,6 @@ def test_the_largest_file_of_the_worst_kind_is_answered_in_time(tmp_path: Path) 
         read_bytes(tmp_path, b"[" * yamltree.MAX_BYTES)
 
 
-# --- scalars ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("010", 10),
-        ("0o10", 8),
-        ("0x1F", 31),
-        ("+7", 7),
-        ("-7", -7),
-        ("1.5", 1.5),
-        ("1e3", 1000.0),
-        (".5", 0.5),
-        ("-.INF", float("-inf")),
-        ("true", True),
-        ("False", False),
-        ("~", None),
-        ("null", None),
-        ("on", "on"),
-        ("yes", "yes"),
-        ("y", "y"),
-        ("52:54:00:12:34:56", "52:54:00:12:34:56"),
-        ("2222:22", "2222:22"),
-        ("1_000", "1_000"),
-        ("0b1", "0b1"),
-        ("2026-01-01", "2026-01-01"),
-        ("'1'", "1"),
-        ('"true"', "true"),
-        ("''", ""),
-        ("=", "="),
-        ("1.2.3", "1.2.3"),
-    ],
-)
-def test_scalars_are_those_of_yaml_1_2(text: str, value: yamltree.Scalar) -> None:
-    tree = yamltree.compose(f"[{text}]", "x").value
-    assert isinstance(tree, tuple)
-    found = tree[0].value
-    assert (type(found), found) == (type(value), value)
-
-
-def test_a_tree_knows_where_it_stands() -> None:
-    tree = yamltree.compose("\n  a:\n    - é: x\n", "x")
-    assert isinstance(tree.value, dict)
-    inner = tree.value["a"].value
-    assert isinstance(inner.value, tuple)
-    assert (tree.where, inner.where, inner.value[0].where) == ("x:2:3", "x:3:5", "x:3:7")
-
-
 # --- anything at all --------------------------------------------------------------------------------------------------
 
 
@@ -366,23 +317,25 @@ YAMLISH = st.recursive(
 
 
 @given(st.text(max_size=200))
+@settings(deadline=None)
 def test_any_text_is_a_spec_or_a_spec_error(text: str) -> None:
     only_spec_errors(text)
 
 
 @given(st.text(alphabet=string.ascii_lowercase[:6] + " \n\t:-[]{},&*!|>'\"%@#?~.0\\xU", max_size=120))
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 def test_any_punctuation_is_a_spec_or_a_spec_error(text: str) -> None:
     only_spec_errors(text)
 
 
 @given(st.lists(st.tuples(st.sampled_from(KEYS[:16]), YAMLISH), max_size=6))
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_any_structure_is_a_spec_or_a_spec_error(pairs: list[tuple[str, str]]) -> None:
     only_spec_errors("".join(f"{key}: {value}\n" for key, value in pairs))
 
 
 @given(st.binary(max_size=100))
+@settings(deadline=None)
 def test_any_bytes_are_a_spec_or_a_spec_error(data: bytes) -> None:
     only_spec_errors(data.decode("latin-1"))
 
@@ -395,6 +348,7 @@ GOOD: dict[str, Any] = {
 
 
 @given(st.fixed_dictionaries(GOOD))
+@settings(deadline=None)
 def test_what_is_written_is_what_is_read(values: dict[str, Any]) -> None:
     snapshot = "yes" if values["snapshot"] else "no"
     disk = disk_of(f"size: {values['size']}, bus: {values['bus']}, snapshot: {snapshot}")
