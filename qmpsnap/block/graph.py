@@ -29,7 +29,8 @@ FILTERS = frozenset(
 )
 """Drivers that pass requests through and hold no data."""
 
-_DEVICE = re.compile(r"/machine/peripheral/([^/]+)(?:/|$)")
+# A device with an id gives its backend that id; virtio-pci's disk is a child of the device and has only a path.
+_DEVICE = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/|$)")
 
 
 class DiskGraph(Struct, frozen=True):

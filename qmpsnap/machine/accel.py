@@ -15,6 +15,7 @@ import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot
+from qmpsnap.machine.argv import TSC_KHZ
 from qmpsnap.model.spec import Accel
 
 PROBE_DEADLINE = 5.0
@@ -58,6 +59,15 @@ def kvm_obstacle(*, device: Path = KVM, cpuinfo: Path = CPUINFO) -> str:
     if not flags & {"vmx", "svm"}:
         return f"{device} is there, but the CPU shows neither vmx nor svm"
     return ""
+
+
+def tsc_khz(*, cpuinfo: Path = CPUINFO) -> int:
+    """The rate of the host's time stamp counter in kHz, as far as ``/proc/cpuinfo`` tells it."""
+    for line in cpuinfo.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "cpu MHz":
+            return round(float(value) * 1000)
+    return TSC_KHZ
 
 
 async def _kvm_runs(qemu: str, cache: Path) -> bool:

@@ -38,7 +38,6 @@ def layer_options(layer: Layer, disk: DiskSpec, *, backing: NodeName | None, rea
             "driver": "file",
             "filename": layer.path,
             "node-name": f"{node_name(layer)}.file",
-            "read-only": read_only,
             "discard": discard,
             "cache": cache,
         },

@@ -182,7 +182,8 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
     plan = operation.plan
     assert isinstance(plan, DefinePlan)
     folder = context.home.machine_dir(plan.machine)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
     headers: dict[LayerId, Header] = {}
     for layer in plan.images:
         headers[layer.id] = await context.image.create_base(

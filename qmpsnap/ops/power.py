@@ -50,6 +50,7 @@ async def start(context: Context, name: str, *, paused: bool = False) -> Process
             accel=choice.accel,
             paused=paused,
             firmware=firmware,
+            tsc_khz=accel.tsc_khz(),
         )
         process = await launch(arguments, machine, context.home.run_dir(name), accel=choice.accel)
         await blocking(context.store.set_process, name, process)

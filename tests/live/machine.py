@@ -1,0 +1,108 @@
+"""What the live tests do to a machine from outside, and the invariants they hold it to afterwards."""
+
+import hashlib
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import QMPClient
+
+import qmpsnap
+from qmpsnap.block import content, header
+from qmpsnap.machine.argv import USER_SOCKET
+from qmpsnap.model.names import LayerId
+from qmpsnap.ops.context import Context
+from qmpsnap.ops.define import VARIABLES
+
+MIB = 1 << 20
+
+
+def context_of(vm: qmpsnap.MachineHandle) -> Context:
+    return vm._context
+
+
+@asynccontextmanager
+async def user_monitor(vm: qmpsnap.MachineHandle) -> AsyncIterator[QMPClient]:
+    """The monitor that users have for themselves."""
+    client = QMPClient(vm.name)
+    await client.connect(str(context_of(vm).home.run_dir(vm.name) / USER_SOCKET))
+    try:
+        yield client
+    finally:
+        await client.disconnect()
+
+
+async def fill(vm: qmpsnap.MachineHandle, disk: str, pattern: int, *, offset: int = 0, length: int = MIB) -> None:
+    """Write ``length`` bytes of ``pattern`` to the disk of a machine under -S, as its guest would."""
+    async with user_monitor(vm) as qemu:
+        backends: Any = await qemu.execute("query-block")
+        qdev = next(str(b["qdev"]) for b in backends if disk in str(b.get("qdev", "")).split("/"))
+        line = f'qemu-io -d {qdev} "write -P {pattern} {offset} {length}"'
+        said = await qemu.execute("human-monitor-command", {"command-line": line})
+        assert not said, said  # errors are answered; what qemu-io has to say otherwise goes to QEMU's own output
+
+
+async def content_hash(vm: qmpsnap.MachineHandle, layer_id: str) -> str:
+    """SHA-256 of all that a frozen layer holds, its backing included."""
+    context = context_of(vm)
+    layer = context.store.layer(LayerId(layer_id))
+    with tempfile.TemporaryDirectory(dir=context.home.data) as folder:
+        copy = Path(folder) / "copy"
+        await content.copy_out(layer, copy, qemu_img=context.image.binary)
+        return hashlib.sha256(copy.read_bytes()).hexdigest()
+
+
+async def hold_invariants(vm: qmpsnap.MachineHandle, hashes: Mapping[tuple[str, str], str] | None = None) -> None:
+    """Assert I1, I3, I5, I6 and I7 of docs/design.md.
+
+    Args:
+        vm: the machine, idle.
+        hashes: (snapshot, disk) to the SHA-256 of the disk at its moment.
+    """
+    await _snapshots_read_as_they_did(vm, hashes or {})
+    _every_layer_is_recorded(vm)
+    for view in await vm.chains():
+        assert view.problems == (), view
+        assert all(layer.problems == () for layer in view.layers), view
+    await _idle(vm)
+
+
+async def _snapshots_read_as_they_did(vm: qmpsnap.MachineHandle, hashes: Mapping[tuple[str, str], str]) -> None:
+    snapshots = {snapshot.name: snapshot for snapshot in await vm.snapshots()}
+    for (name, disk), recorded in hashes.items():
+        assert snapshots[name].state == "ok"
+        point = snapshots[name].point(disk)
+        assert point is not None
+        assert await content_hash(vm, point.layer) == recorded, f"snapshot {name} of {disk} changed"
+
+
+def _every_layer_is_recorded(vm: qmpsnap.MachineHandle) -> None:
+    context = context_of(vm)
+    folder = context.home.machine_dir(vm.name)
+    for file in folder.iterdir():
+        if file.name == VARIABLES:
+            continue
+        layer = context.store.layer_at(str(file))
+        assert layer is not None, f"{file.name} is nobody's"
+        found = header.read(file, format=layer.format)
+        assert (found.device, found.inode) == (layer.device, layer.inode)
+        below = context.store.layer(layer.backing).path if layer.backing else None
+        assert found.backing == below
+        assert file.stat().st_mode & 0o777 == 0o600
+
+
+async def _idle(vm: qmpsnap.MachineHandle) -> None:
+    context = context_of(vm)
+    assert context.store.operations(vm.name, only_open=True) == ()
+    if not await vm.is_running():
+        return
+    async with user_monitor(vm) as qemu:
+        jobs: Any = await qemu.execute("query-jobs")
+        assert jobs == []
+        nodes: Any = await qemu.execute("query-named-block-nodes", {"flat": True})
+    known = {layer for chain in context.store.chains(vm.name) for layer in chain.ids}
+    assert {node["node-name"] for node in nodes} == known | {f"{layer}.file" for layer in known}
+    written = {chain.active.id for chain in context.store.chains(vm.name)}
+    assert {node["node-name"] for node in nodes if not node["ro"]} <= written | {f"{layer}.file" for layer in written}

@@ -1,0 +1,130 @@
+"""Known bytes on a machine that never runs its vCPUs: exact contents, every run state, long chains."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import qmpsnap
+from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.qmp.session import Session
+from tests.live.machine import MIB, content_hash, fill, hold_invariants
+
+
+async def test_running_paused_and_stopped_machines_alike(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    vm = await q.define(still_spec)
+    hashes: dict[tuple[str, str], str] = {}
+
+    async def take(name: str, mode: str) -> None:
+        snapshot = await vm.snapshot(name)
+        assert snapshot.mode == mode
+        for point in snapshot.points:
+            hashes[name, point.disk] = await content_hash(vm, point.layer)
+        await hold_invariants(vm, hashes)
+
+    await take("empty", "stopped")
+    await vm.start(paused=True)
+    for number, name in enumerate(("a", "b", "c"), start=1):
+        await fill(vm, "vda", number, offset=number * MIB)
+        await fill(vm, "vdb", number + 100)
+        await take(name, "paused")
+    await fill(vm, "vda", 9)
+    await vm.stop(force=True)
+    await take("down", "stopped")
+    assert len({value for (_, disk), value in hashes.items() if disk == "vda"}) == 5
+    await vm.start()
+    await take("up", "live")
+
+
+async def test_only_the_disks_asked_for(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    vm = await q.define(still_spec)
+    await vm.start(paused=True)
+    snapshot = await vm.snapshot("half", disks=["vdb"])
+    assert [point.disk for point in snapshot.points] == ["vdb"]
+    depths = {view.disk: len(view.layers) for view in await vm.chains()}
+    assert depths == {"vda": 1, "vdb": 2}
+    await hold_invariants(vm)
+
+
+async def test_a_dry_run_tells_exactly_what_the_run_then_does(
+    q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qmpsnap.ops.create import qmp_commands
+
+    vm = await q.define(still_spec)
+    await vm.start(paused=True)
+    machine, plan = await vm.preview_snapshot("s")
+    foretold = qmp_commands(plan, machine)
+    assert [command for command, _ in foretold] == ["blockdev-add", "blockdev-add", "transaction"]
+    assert await vm.snapshots() == ()
+    await hold_invariants(vm)
+
+    sent: list[tuple[str, Mapping[str, Any] | None]] = []
+    execute = Session.execute
+
+    async def listening(self: Session, command: str, arguments: Any = None, **rest: Any) -> Any:
+        sent.append((command, arguments))
+        return await execute(self, command, arguments, **rest)
+
+    monkeypatch.setattr(Session, "execute", listening)
+    await vm.snapshot("s")
+    changing = [(command, arguments) for command, arguments in sent if not command.startswith(("query", "x-debug"))]
+    assert changing == foretold
+
+
+async def test_the_hundredth_snapshot_costs_like_the_tenth(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await q.define(MachineSpec(name="deep", memory=64 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB),)))
+    await vm.start(paused=True)
+    sizes: list[int] = []
+    execute = Session.execute
+
+    async def measuring(self: Session, command: str, *arguments: Any, **rest: Any) -> Any:
+        answer = await execute(self, command, *arguments, **rest)
+        sizes.append(len(msgspec.json.encode(answer)))
+        return answer
+
+    monkeypatch.setattr(Session, "execute", measuring)
+    took: list[float] = []
+    for _ in range(100):
+        before = time.monotonic()
+        await vm.snapshot()
+        took.append(time.monotonic() - before)
+    # One snapshot's time is at the mercy of a shared machine; the median of ten around each is not.
+    tenth, hundredth = statistics.median(took[5:15]), statistics.median(took[90:])
+    assert hundredth < 2 * tenth, f"10th {tenth * 1000:.0f} ms, 100th {hundredth * 1000:.0f} ms"
+    assert max(sizes) < 1_000_000
+    assert len((await vm.chains())[0].layers) == 101
+    await hold_invariants(vm)
+    await vm.stop(force=True)
+    await vm.start(paused=True)
+    await hold_invariants(vm)
+
+
+async def test_a_linked_clone_reads_its_base_and_never_writes_it(
+    q: qmpsnap.Controller, still_spec: MachineSpec, home: Path
+) -> None:
+    origin = await q.define(still_spec)
+    await origin.start(paused=True)
+    await fill(origin, "vda", 7)
+    snapshot = await origin.snapshot("golden")
+    point = snapshot.points[0]
+    base = q.context.store.layer(point.layer).path
+    before = await content_hash(origin, point.layer)
+
+    clone = await q.define(MachineSpec(name="clone", memory=64 * MIB, disks=(DiskSpec(name="vda", base=base),)))
+    await clone.start(paused=True)
+    await fill(clone, "vda", 8)
+    await clone.snapshot("changed")
+    assert await content_hash(origin, point.layer) == before
+    assert (await clone.chains())[0].layers[0].layer.id == point.layer
+    await clone.stop(force=True)
+    gone = await clone.undefine(disks="remove")
+    assert base not in gone
+    assert Path(base).exists()
+    await hold_invariants(origin, {("golden", "vda"): before})
