@@ -5,6 +5,7 @@ kernel to run: they lack the CPU's virtualisation flag. So KVM needs the flag, t
 virtual CPU execute code within a bounded time; the probe's answer is kept until the next boot or another QEMU.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -108,5 +109,6 @@ async def vcpu_runs(accel: str, *, qemu: str, deadline: float = PROBE_DEADLINE) 
         except anyio.EndOfStream:
             pass
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
     return False

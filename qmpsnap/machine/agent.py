@@ -69,6 +69,12 @@ class Agent:
         with self._bounded(deadline, command):
             await self._stream.send(json.dumps(request).encode() + b"\n")
             answer = _decode(await self._read_until(b"\n"))
+        if "return" not in answer and "error" not in answer:
+            raise QmpError(
+                f"the guest agent of {self._machine} answered {command} with nonsense; whether it acted is unknown",
+                effect="unknown",
+                machine=self._machine,
+            )
         if "error" in answer:
             error = answer["error"] if isinstance(answer["error"], dict) else {}
             raise QmpError(
@@ -76,7 +82,7 @@ class Agent:
                 machine=self._machine,
                 qmp_class=str(error.get("class", "GenericError")),
             )
-        return answer.get("return")
+        return answer["return"]
 
     async def run(self, command: Sequence[str], *, deadline: float, stdin: bytes = b"") -> Completed:
         """Run a program in the guest and wait for its end.
@@ -108,8 +114,8 @@ class Agent:
             code = int(status["exitcode"]) if "exitcode" in status else 128 + int(status.get("signal", 0))
             return Completed(
                 status=code,
-                stdout=base64.b64decode(status.get("out-data", "")),
-                stderr=base64.b64decode(status.get("err-data", "")),
+                stdout=base64.b64decode(status.get("out-data", ""), validate=True),
+                stderr=base64.b64decode(status.get("err-data", ""), validate=True),
             )
         except (TypeError, ValueError, binascii.Error) as error:
             raise QmpError(f"the guest agent of {self._machine} answered nonsense", machine=self._machine) from error
@@ -163,7 +169,14 @@ async def connect(path: Path, *, machine: str, deadline: float = 10) -> AsyncIte
         DeadlinePassed: QEMU is there, the agent is not (yet).
     """
     try:
-        endpoint = await dial(path)
+        with anyio.fail_after(deadline):
+            endpoint = await dial(path)
+    except TimeoutError as error:
+        raise DeadlinePassed(
+            f"the agent's channel of machine {machine} was not free within {deadline:g} s; nothing was changed",
+            hint="other clients wait for the guest's agent, too: end them",
+            machine=machine,
+        ) from error
     except OSError as error:
         raise QemuGone(
             f"machine {machine} has no agent channel or does not run",

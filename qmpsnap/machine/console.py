@@ -1,5 +1,6 @@
 """The serial console: a terminal attached to the guest's first serial port."""
 
+import contextlib
 import os
 import select
 import socket
@@ -22,7 +23,8 @@ def attach(endpoint: socket.socket, *, terminal_in: int, terminal_out: int) -> N
         terminal_out: descriptor to write to.
     """
     endpoint.setblocking(True)
-    with _raw(terminal_in):
+    # A QEMU that ends with input unread resets the connection: an end like any other.
+    with _raw(terminal_in), contextlib.suppress(ConnectionError):
         listening = [endpoint.fileno(), terminal_in]
         while True:
             ready, _, _ = select.select(listening, [], [])

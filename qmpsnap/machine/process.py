@@ -64,7 +64,7 @@ def find(machine: Machine, run_dir: Path) -> Process | None:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return None
-    if machine.uuid.encode() not in arguments:
+    if not machine.uuid or machine.uuid.encode() not in arguments:
         return None
     flags = itertools.pairwise(arguments)
     accel = next((value.split(b",")[0].decode() for flag, value in flags if flag == b"-accel"), "")

@@ -31,16 +31,16 @@ class Home(Struct, frozen=True, kw_only=True):
             uid: 0 for root.
         """
         user = Path(environment.get("HOME", "/"))
-        cache = Path(environment.get("XDG_CACHE_HOME") or user / ".cache") / "qmpsnap"
+        cache = (_absolute(environment, "XDG_CACHE_HOME") or user / ".cache") / "qmpsnap"
         if home := environment.get("QMPSNAP_HOME"):
             data = Path(home).absolute()
             run, cache = data / "run", data / "cache"
         elif uid == 0:
             data, run = Path("/var/lib/qmpsnap"), Path("/run/qmpsnap")
         else:
-            data = Path(environment.get("XDG_DATA_HOME") or user / ".local/share") / "qmpsnap"
-            runtime = environment.get("XDG_RUNTIME_DIR")
-            run = Path(runtime) / "qmpsnap" if runtime else data / "run"
+            data = (_absolute(environment, "XDG_DATA_HOME") or user / ".local/share") / "qmpsnap"
+            runtime = _absolute(environment, "XDG_RUNTIME_DIR")
+            run = runtime / "qmpsnap" if runtime else data / "run"
         images = tuple(Path(part).absolute() for part in environment.get("QMPSNAP_IMAGES", "").split(":") if part)
         return cls(data=data, run=run, cache=cache, images=images)
 
@@ -66,3 +66,9 @@ class Home(Struct, frozen=True, kw_only=True):
     def run_dir(self, machine: str) -> Path:
         """The folder of one machine's sockets, lock and logs; QEMU's working directory."""
         return self.run / machine
+
+
+def _absolute(environment: Mapping[str, str], variable: str) -> Path | None:
+    """The folder a variable names; a relative one counts for nothing, as the XDG specification wants it."""
+    path = Path(environment.get(variable, ""))
+    return path if path.is_absolute() else None

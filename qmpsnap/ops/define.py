@@ -27,6 +27,9 @@ from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import recover
 from qmpsnap.ops.context import Context, blocking, locked
 
+Identity = tuple[int, int]
+"""Device and inode of a file."""
+
 VARIABLES = "vars.fd"
 """The machine's own UEFI variable store, in its folder."""
 
@@ -59,14 +62,14 @@ def plan(
     folder = home.machine_dir(machine.name)
     images: list[Layer] = []
     overlays: list[Overlay] = []
-    foreign: list[Layer] = []
+    foreign: dict[str, Layer] = {}  # by path: two disks of one machine may have a base in common
     active: dict[str, LayerId] = {}
     for disk in machine.spec.disks:
         below: Layer | None = None
         for found, known in zip(sources[disk.name].found, sources[disk.name].known, strict=True):
-            below = known or _foreign(found, layer_id(disk.name, next(numbers)), below)
-            if known is None:
-                foreign.append(below)
+            if known is None and found.path not in foreign:
+                foreign[found.path] = _foreign(found, layer_id(disk.name, next(numbers)), below)
+            below = known or foreign[found.path]
         if disk.image is None:
             below = _new(disk, layer_id(disk.name, next(numbers)), below, folder=folder, onto=overlays, images=images)
         assert below is not None
@@ -77,15 +80,20 @@ def plan(
         overlays=tuple(overlays),
         variables=str(folder / VARIABLES) if variables else None,
         change=Change(
-            define=machine, layers=(*foreign, *images, *(overlay.layer for overlay in overlays)), active=active
+            define=machine, layers=(*foreign.values(), *images, *(overlay.layer for overlay in overlays)), active=active
         ),
     )
 
 
 def serials_needed(spec: MachineSpec, sources: Mapping[str, DiskSource]) -> int:
     """How many serial numbers a plan takes: one per layer that is new to the store, at least one."""
-    foreign = sum(source.known.count(None) for source in sources.values())
-    return max(1, foreign + sum(disk.image is None for disk in spec.disks))
+    foreign = {
+        found.path
+        for source in sources.values()
+        for found, known in zip(source.found, source.known, strict=True)
+        if known is None
+    }
+    return max(1, len(foreign) + sum(disk.image is None for disk in spec.disks))
 
 
 def _foreign(found: FoundLayer, identity: LayerId, below: Layer | None) -> Layer:
@@ -201,10 +209,12 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
 
 async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> dict[str, DiskSource]:
     """Read what lies under each disk, with our own reader only, and make sure that nobody else writes to it."""
-    writers: dict[str, str] = {}
+    writers: dict[Identity, str] = {}
+    readers: dict[Identity, str] = {}
     for machine in await blocking(context.store.machines):
         for chain in await blocking(context.store.chains, machine.name):
-            writers[chain.active.path] = machine.name
+            writers[chain.active.device, chain.active.inode] = machine.name
+            readers |= {(layer.device, layer.inode): machine.name for layer in chain.layers}
     sources: dict[str, DiskSource] = {}
     for disk in spec.disks:
         path = disk.image or disk.base
@@ -214,28 +224,55 @@ async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path])
         read = functools.partial(header.read_chain, path, disk.format, allowed=allowed)
         found = await to_thread.run_sync(read)
         known = [await blocking(context.store.layer_at, layer.path) for layer in found]
-        _require_unshared(spec, disk, found, known, writers)
         sources[disk.name] = DiskSource(tuple(found), tuple(known))
+    require_unshared(spec, sources, writers=writers, readers=readers)
     return sources
 
 
-def _require_unshared(
+def require_unshared(
     spec: MachineSpec,
-    disk: DiskSpec,
-    found: Sequence[FoundLayer],
-    known: Sequence[Layer | None],
-    writers: Mapping[str, str],
+    sources: Mapping[str, DiskSource],
+    *,
+    writers: Mapping[Identity, str],
+    readers: Mapping[Identity, str],
 ) -> None:
-    for layer in found:
-        if writer := writers.get(layer.path):
-            raise StateError(
-                f"disk {disk.name} of {spec.name} would read {layer.path}, which machine {writer} writes to;"
-                " nothing was created",
-                hint=f"take a snapshot of {writer} first and use the layer that it freezes",
-            )
-    if disk.image and not disk.read_only and known[-1] is not None:
-        raise StateError(
-            f"disk {disk.name} of {spec.name} would write to {disk.image}, which other machines read;"
-            " nothing was created",
-            hint="use 'base:' instead of 'image:' for a linked clone",
-        )
+    """Make sure that no image has a writer and another reader; files are told by identity, not by name.
+
+    Args:
+        spec: the machine to be.
+        sources: what lies under each of its disks.
+        writers: the active layers of the other machines.
+        readers: all their layers.
+
+    Raises:
+        StateError: an image would have both; nothing was created.
+    """
+    own: dict[Identity, str] = {}
+    for disk in spec.disks:
+        source = sources[disk.name]
+        files = [(layer.header.device, layer.header.inode) for layer in source.found]
+        for layer, file in zip(source.found, files, strict=True):
+            if writer := writers.get(file):
+                raise StateError(
+                    f"disk {disk.name} of {spec.name} would read {layer.path}, which machine {writer} writes to;"
+                    " nothing was created",
+                    hint=f"take a snapshot of {writer} first and use the layer that it freezes",
+                )
+        if disk.image and not disk.read_only:
+            if source.known[-1] is not None or files[-1] in readers:
+                raise _written(spec, disk, "other machines read")
+            own[files[-1]] = disk.name
+    for disk in spec.disks:
+        for layer in sources[disk.name].found:
+            writer = own.get((layer.header.device, layer.header.inode), disk.name)
+            if writer != disk.name:
+                raise _written(spec, spec.disk(writer) or disk, f"its disk {disk.name} reads")
+    if len(own) < sum(bool(disk.image) and not disk.read_only for disk in spec.disks):
+        raise StateError(f"two disks of {spec.name} would write to one image; nothing was created")
+
+
+def _written(spec: MachineSpec, disk: DiskSpec, who: str) -> StateError:
+    return StateError(
+        f"disk {disk.name} of {spec.name} would write to {disk.image}, which {who}; nothing was created",
+        hint="use 'base:' instead of 'image:' for a linked clone",
+    )

@@ -3,6 +3,7 @@
 The rule for each verb is a pure function of what was durable and what is found; running it twice changes nothing more.
 """
 
+import contextlib
 import stat
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -81,13 +82,15 @@ async def after_failure(
     context: Context, machine: Machine, qemu: Monitor | None, operation: Operation, error: BaseException
 ) -> None:
     """Find out what a failed attempt has left and end it; tell the error what became of it."""
-    recorded = await blocking(lambda: context.store.operations(machine.name, only_open=True))
-    operation = next((found for found in recorded if found.id == operation.id), operation)
+    direction: Direction | None = None
     try:
+        recorded = await blocking(lambda: context.store.operations(machine.name, only_open=True))
+        operation = next((found for found in recorded if found.id == operation.id), operation)
         direction = await _end(context, machine, qemu, operation, error=str(error))
     except QmpsnapError:
-        await blocking(lambda: context.store.mark(operation.id, "unknown", error=str(error)))
-        direction = None
+        # The store itself may be what failed; the operation stays open then, which is as good.
+        with contextlib.suppress(QmpsnapError):
+            await blocking(lambda: context.store.mark(operation.id, "unknown", error=str(error)))
     if isinstance(error, QmpsnapError):
         error.machine, error.operation = machine.name, str(operation.id)
         error.effect = {"forward": "applied", "back": "none", None: "unknown"}[direction]  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import anyio
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
 from qemu.qmp.message import Message
+from qemu.qmp.qmp_client import GreetingError
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
 from qmpsnap.qmp.dial import dial
@@ -93,16 +94,9 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
         QemuGone: nobody listens there.
         DeadlinePassed: somebody listens and says nothing: QEMU is stopped, or another client has the monitor.
     """
-    client = QMPClient(machine)
-    client.events.event_filter = _no_event
     try:
         with anyio.fail_after(deadline):
-            endpoint = await dial(path)
-            try:
-                await client.connect(endpoint)
-            except BaseException:
-                endpoint.close()
-                raise
+            client = await _greeted(path, machine)
     except TimeoutError as error:
         raise DeadlinePassed(
             f"the monitor of machine {machine} did not greet within {deadline:g} s; nothing was changed",
@@ -121,6 +115,23 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
         # Shielded so that a cancelled caller still lets go of the monitor, bounded so that it ends all the same.
         with anyio.move_on_after(2, shield=True), contextlib.suppress(QMPError, OSError, EOFError):
             await client.disconnect()
+
+
+async def _greeted(path: Path, machine: str) -> QMPClient:
+    while True:
+        client = QMPClient(machine)
+        client.events.event_filter = _no_event
+        endpoint = await dial(path)
+        try:
+            await client.connect(endpoint)
+        except BaseException as error:
+            endpoint.close()
+            # QEMU may still hold an event for the client before us and send it first: that is no greeting, so again.
+            if not isinstance(error, ConnectError) or not isinstance(error.exc, GreetingError):
+                raise
+            await anyio.sleep(0.01)
+        else:
+            return client
 
 
 def _no_event(_: Message) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from qmpsnap.errors import OperationPending
+from qmpsnap.errors import NotFoundError, OperationPending
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan
 
@@ -61,12 +61,18 @@ def mark(
     step: str | None = None,
     error: str | None = None,
 ) -> None:
-    """Record an operation's state, and its step and error where given."""
-    connection.execute(
+    """Record an operation's state, and its step and error where given.
+
+    Raises:
+        NotFoundError: there is no such operation.
+    """
+    done = connection.execute(
         "UPDATE operation SET state = ?, step = coalesce(?, step), error = coalesce(?, error), updated = ?,"
         " version = version + 1 WHERE id = ?",
         (state, step, error, time.time(), operation),
     )
+    if not done.rowcount:
+        raise NotFoundError(f"there is no operation {operation}; nothing was recorded")
 
 
 def select(connection: sqlite3.Connection, machine: str, *, only_open: bool) -> tuple[Operation, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qmpsnap.errors import LockHeld
+from qmpsnap.errors import HostCannot, LockHeld
 
 
 @contextmanager
@@ -25,6 +25,7 @@ def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
 
     Raises:
         LockHeld: another controller has it.
+        HostCannot: the file cannot be opened, or is a symbolic link.
     """
     descriptor = _acquire(path, machine)
     try:
@@ -38,7 +39,14 @@ def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
 
 def _acquire(path: Path, machine: str) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise HostCannot(
+                f"the lock {path} of machine {machine} cannot be opened: {error.strerror}; nothing was changed",
+                hint="see qmpsnap doctor",
+                machine=machine,
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -67,5 +75,5 @@ def _describe(descriptor: int) -> str:
         owner = json.loads(os.pread(descriptor, 4096, 0))
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(owner["since"]))
         return f"'{owner['verb']}' (pid {owner['pid']} on {owner['host']}) since {since}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return "another controller that has only just begun"

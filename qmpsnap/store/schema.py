@@ -4,6 +4,7 @@ Each migration and the number that records it share one SQL transaction; before 
 content, a copy is kept beside it. A file from a newer qmpsnap is refused, never guessed at.
 """
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Sequence
@@ -71,16 +72,19 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Made by us before SQLite sees it: SQLite would give it the umask's mode, and its -wal file copies ours.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        _make_private(path)
         connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     except (OSError, sqlite3.OperationalError) as error:
         raise HostCannot(f"the store {path} cannot be opened: {error}", hint="see qmpsnap doctor") from error
     try:
-        for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute("PRAGMA busy_timeout=5000")
+        connection.execute("BEGIN")
+        _refuse_foreign(connection, path, len(migrations))
+        connection.execute("COMMIT")
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
         migrate(connection, path, migrations)
-    except sqlite3.OperationalError as error:
+    except (OSError, sqlite3.OperationalError) as error:
         connection.close()
         raise HostCannot(f"the store {path} cannot be used: {error}", hint="see qmpsnap doctor") from error
     except sqlite3.DatabaseError as error:
@@ -99,7 +103,7 @@ def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str
     connection.execute("BEGIN IMMEDIATE")
     try:
         found = _version(connection)  # again under the lock: another process may have migrated meanwhile
-        _refuse_newer(path, found, len(migrations))
+        _refuse_foreign(connection, path, len(migrations))
         if found:
             _keep_copy(path, path.with_name(f"{path.name}.v{found}"))
         for migration in migrations[found:]:
@@ -112,7 +116,23 @@ def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str
         raise
 
 
-def _refuse_newer(path: Path, found: int, known: int) -> None:
+def _make_private(path: Path) -> None:
+    """Make the file before SQLite does: SQLite would give it the umask's mode, and its -wal file copies ours.
+
+    Without opening it: closing any descriptor of a database drops the locks of every other connection in this process.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.mknod(path, 0o600)
+
+
+def _refuse_foreign(connection: sqlite3.Connection, path: Path, known: int) -> None:
+    """Refuse, before anything is written to it, a file of a newer qmpsnap or of another program."""
+    found = _version(connection)
+    if found == 0 and connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
+        raise StoreMismatch(
+            f"{path} is a database of another program, not a store; nothing was changed",
+            hint="move it away, or set QMPSNAP_HOME to another folder",
+        )
     if found > known:
         raise StoreTooNew(
             f"the store {path} has schema {found}, this qmpsnap knows {known}; nothing was changed",
@@ -126,7 +146,7 @@ def _version(connection: sqlite3.Connection) -> int:
 
 def _keep_copy(path: Path, copy: Path) -> None:
     # A connection of its own: SQLite's backup cannot read through the one that holds the write lock.
-    os.close(os.open(copy, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    _make_private(copy)
     source, target = sqlite3.connect(path), sqlite3.connect(copy)
     try:
         source.backup(target)

@@ -11,7 +11,7 @@ from typing import Self
 
 import msgspec
 
-from qmpsnap.errors import HostCannot, NameTaken, NotFoundError
+from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
@@ -112,13 +112,16 @@ class SqliteStore:
     def set_process(self, machine: str, process: Process | None) -> None:
         with self._writing() as sql:
             number = _machine_id(sql, machine)
-            sql.execute("DELETE FROM process WHERE machine = ?", (number,))
-            if process:
-                sql.execute(
-                    "INSERT INTO process (machine, pid, start_ticks, boot_id, started, accel, qemu_version)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (number, *msgspec.structs.astuple(process)),
-                )
+            if process is None:
+                sql.execute("DELETE FROM process WHERE machine = ?", (number,))
+                return
+            sql.execute(
+                "INSERT INTO process (machine, pid, start_ticks, boot_id, started, accel, qemu_version)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine) DO UPDATE SET pid = excluded.pid,"
+                " start_ticks = excluded.start_ticks, boot_id = excluded.boot_id, started = excluded.started,"
+                " accel = excluded.accel, qemu_version = excluded.qemu_version, version = version + 1",
+                (number, *msgspec.structs.astuple(process)),
+            )
 
     def next_serial(self) -> int:
         with self._reading() as sql:
@@ -157,11 +160,12 @@ class SqliteStore:
     def forget(self, machine: str) -> tuple[Layer, ...]:
         with self._writing() as sql:
             number = _machine_id(sql, machine)
+            used = {identity for (identity,) in sql.execute(_USED, (number, number))}
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             sql.execute("DELETE FROM machine WHERE id = ?", (number,))
             gone: list[Layer] = []
             # From the top down: a layer is the machine's alone once nothing above it, no disk and no point needs it.
-            while rows := sql.execute(_UNREFERENCED).fetchall():
+            while rows := [row for row in sql.execute(_UNREFERENCED) if row[0] in used]:
                 gone += [self._layer(row) for row in rows]
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in rows])
             return tuple(gone)
@@ -198,6 +202,17 @@ class SqliteStore:
                     f"the store {self._path} refused a change: {error}; nothing was recorded",
                     hint="look at its folder's free space and rights: qmpsnap doctor",
                 ) from error
+            except sqlite3.IntegrityError as error:
+                raise StoreMismatch(
+                    f"the store {self._path} holds something that this change contradicts: {error};"
+                    " nothing was recorded",
+                    hint="another command may have recorded the same a moment ago: try again",
+                ) from error
+            except sqlite3.DatabaseError as error:
+                raise StoreMismatch(
+                    f"the store {self._path} is damaged: {error}; nothing was recorded",
+                    hint="put a copy back in its place",
+                ) from error
 
     def _chain(self, sql: sqlite3.Connection, active: str) -> tuple[Layer, ...]:
         rows = sql.execute(
@@ -211,7 +226,7 @@ class SqliteStore:
     def _put_layer(self, sql: sqlite3.Connection, layer: Layer) -> None:
         values = (
             layer.id, *self._place(layer.path), layer.format, layer.backing, layer.virtual_size,
-            layer.device, layer.inode, layer.owned, layer.state,
+            _signed(layer.device), _signed(layer.inode), layer.owned, layer.state,
         )  # fmt: skip
         sql.execute(
             f"INSERT INTO layer ({_LAYER}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
@@ -223,18 +238,25 @@ class SqliteStore:
 
     def _place(self, path: str) -> tuple[str, str]:
         """(pool, relative path): layers in the machines' folder move with it, others are this host's."""
-        try:
-            return "machines", str(Path(path).relative_to(self._machines))
-        except ValueError:
-            return f"host:{os.uname().nodename}", path.removeprefix("/")
+        # As text: a layer's path is the very string in the header above it, and pathlib would tidy it up.
+        inside = path.removeprefix(f"{self._machines}/")
+        return ("machines", inside) if inside != path else (f"host:{os.uname().nodename}", path.removeprefix("/"))
 
     def _layer(self, row: sqlite3.Row) -> Layer:
         identity, pool, path, layer_format, backing, size, device, inode, owned, state = row
-        root = self._machines if pool == "machines" else Path("/")
+        root = f"{self._machines}/" if pool == "machines" else "/"
         return Layer(
-            id=identity, path=str(root / path), format=layer_format, backing=backing, virtual_size=size,
-            device=device, inode=inode, owned=bool(owned), state=state,
+            id=identity, path=root + path, format=layer_format, backing=backing, virtual_size=size,
+            device=device & _UNSIGNED, inode=inode & _UNSIGNED, owned=bool(owned), state=state,
         )  # fmt: skip
+
+
+_UNSIGNED = (1 << 64) - 1
+
+
+def _signed(number: int) -> int:
+    """A device or inode number, unsigned in Linux, as SQLite's signed integer of the same 64 bits."""
+    return number - (1 << 64) if number >> 63 else number
 
 
 _LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state"
@@ -248,6 +270,12 @@ _UNREFERENCED = (
     " AND NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
     " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
 )
+_USED = (
+    "WITH RECURSIVE used (id) AS (SELECT active FROM disk WHERE machine = ? UNION SELECT layer FROM point"
+    " JOIN snapshot ON snapshot.id = point.snapshot WHERE snapshot.machine = ? UNION SELECT layer.backing FROM used"
+    " JOIN layer ON layer.id = used.id WHERE layer.backing IS NOT NULL) SELECT id FROM used"
+)
+"""Every layer that one machine's disks and snapshots read."""
 
 
 def _machine(row: sqlite3.Row) -> Machine:
@@ -301,7 +329,9 @@ def _put_snapshot(sql: sqlite3.Connection, machine: int, snapshot: Snapshot) -> 
     sql.execute(
         "INSERT INTO snapshot (machine, name, kind, state, parent, created, description, mode, pause_ms, operation)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine, name) DO UPDATE SET kind = excluded.kind,"
-        " state = excluded.state, parent = excluded.parent, description = excluded.description, version = version + 1",
+        " state = excluded.state, parent = excluded.parent, created = excluded.created,"
+        " description = excluded.description, mode = excluded.mode, pause_ms = excluded.pause_ms,"
+        " operation = excluded.operation, version = version + 1",
         (
             machine, snapshot.name, snapshot.kind, snapshot.state, parent, snapshot.created, snapshot.description,
             snapshot.mode, snapshot.pause_ms, snapshot.operation,

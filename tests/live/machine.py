@@ -102,7 +102,8 @@ async def _idle(vm: qmpsnap.MachineHandle) -> None:
         jobs: Any = await qemu.execute("query-jobs")
         assert jobs == []
         nodes: Any = await qemu.execute("query-named-block-nodes", {"flat": True})
-    known = {layer for chain in context.store.chains(vm.name) for layer in chain.ids}
+    known: set[str] = {layer for chain in context.store.chains(vm.name) for layer in chain.ids}
+    known |= {"uefi-code", "uefi-vars"} & {node["node-name"] for node in nodes}
     assert {node["node-name"] for node in nodes} == known | {f"{layer}.file" for layer in known}
-    written = {chain.active.id for chain in context.store.chains(vm.name)}
+    written: set[str] = {chain.active.id for chain in context.store.chains(vm.name)} | {"uefi-vars"}
     assert {node["node-name"] for node in nodes if not node["ro"]} <= written | {f"{layer}.file" for layer in written}

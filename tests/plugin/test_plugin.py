@@ -11,7 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from qmpsnap.model.home import Home
+
 pytest_plugins = ["pytester"]
+
+CACHE = Home.from_environment(os.environ, uid=os.geteuid()).cache
+"""Where the small guest is; `pytester` gives the inner run another HOME."""
 
 SLOW = ("qemu", "psutil", "yaml", "rich", "sqlite3", "qmpsnap.controller")
 
@@ -23,6 +28,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytester: pytest.
     folder = tmp_path / "t"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE.parent))
     yield folder
     left = [found for found in psutil.process_iter() if _works_in(found, folder)]
     for process in left:
@@ -102,17 +108,12 @@ def test_a_failing_test_leaves_nothing(pytester: pytest.Pytester, temporary: Pat
 
 
 @pytest.mark.parametrize(
-    ("variable", "ci", "outcome"),
-    [("QMPSNAP_QEMU", "", {"skipped": 1}), ("QMPSNAP_QEMU_IMG", "true", {"errors": 1})],
+    "case", [("QMPSNAP_QEMU", "", "skipped"), ("QMPSNAP_QEMU_IMG", "true", "errors")], ids=lambda case: case[2]
 )
 def test_a_missing_qemu_is_a_skip_and_in_ci_a_failure(
-    pytester: pytest.Pytester,
-    temporary: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    variable: str,
-    ci: str,
-    outcome: dict[str, int],
+    pytester: pytest.Pytester, temporary: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[str, str, str]
 ) -> None:
+    variable, ci, outcome = case
     monkeypatch.setenv("QMPSNAP_QEMU", sys.executable)
     monkeypatch.setenv("QMPSNAP_QEMU_IMG", sys.executable)
     monkeypatch.setenv(variable, "/nonexistent/qemu")
@@ -127,7 +128,7 @@ def test_a_missing_qemu_is_a_skip_and_in_ci_a_failure(
         """
     )
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-rs")
-    result.assert_outcomes(**outcome)
+    result.assert_outcomes(**{outcome: 1})
     result.stdout.fnmatch_lines(["*/nonexistent/qemu is missing: install it, or name it in " + variable + "*"])
 
 
