@@ -50,11 +50,13 @@ _WHERE = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name in _WHERE:
-        module, attribute = _WHERE[name]
-        return getattr(import_module(module), attribute) if attribute else import_module(module)
-    raise AttributeError(f"module 'qmpsnap' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take it for a promise that every name is there
+
+    def __getattr__(name: str) -> object:
+        if name in _WHERE:
+            module, attribute = _WHERE[name]
+            return getattr(import_module(module), attribute) if attribute else import_module(module)
+        raise AttributeError(f"module 'qmpsnap' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import NotFoundError, QmpError
-from qmpsnap.machine import agent, specfile
+from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Completed
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.machine.recipes import launch_dir
@@ -87,6 +87,8 @@ class Controller:
         Raises:
             SpecError: it describes no machine; the message has file, line and column.
         """
+        from qmpsnap.machine import specfile  # YAML is slow to load and only needed here
+
         return specfile.read(Path(path), guest_dir=self.context.home.guest, profile_dir=launch_dir() / "profiles")
 
     async def define(

@@ -223,7 +223,7 @@ def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
     places = ", ".join(str(place) for place in allowed) or "none"
     raise ImageRefused(
         f"image {printable(path)} lies outside the allowed folders; nothing was changed",
-        hint=f"allowed: {places}. Move the image there, or allow its folder",
+        hint=f"allowed: {places}. Move the image there, or: qmpsnap define --allow DIR",
     )
 
 

@@ -42,6 +42,7 @@ def _chain(arguments: argparse.Namespace) -> int:
 def _document(view: "ChainView") -> dict[str, Any]:
     return {
         "disk": view.disk,
+        "running": view.running,
         "layers": [
             {
                 "layer": at.layer.id,
@@ -71,5 +72,6 @@ def _text(document: dict[str, Any]) -> str:
         )
         for at in document["layers"]
     ]
-    agreed = "disagreement, see below" if document["problems"] else "store, QEMU and headers agree"
+    asked = "store, QEMU and headers" if document["running"] else "stopped; store and headers"
+    agreed = "disagreement, see below" if document["problems"] else f"{asked} agree"
     return f"{document['disk']}: {agreed}\n" + output.table(("LAYER", "FORMAT", "BYTES", "SNAPSHOTS", "PATH"), rows)

@@ -47,5 +47,5 @@ def _print(abilities: "list[Ability]") -> str:
         console.print(Text(f"{ability.ok:8}", style=_MARKS[ability.ok]), end="")
         console.print(Text(f"{ability.name:{width}}  {output.printable(ability.detail)}"))
         if ability.remedy:
-            console.print(Text(f"{'':8}{'':{width}}  remedy: {ability.remedy}"))
+            console.print(Text(f"{'':8}{'':{width}}  remedy: {output.printable(ability.remedy)}"))
     return ""

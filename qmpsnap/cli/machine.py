@@ -1,6 +1,7 @@
 """Machines: define, list, show, start, stop, undefine, console, exec, recover."""
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +72,14 @@ def _list(arguments: argparse.Namespace) -> None:
         machines = [
             {
                 "name": machine.name,
-                "state": "running" if (process := _process(machine)) else "stopped",
+                "state": _elsewhere(machine) or ("running" if process else "stopped"),
                 "pid": process.pid if process else None,
                 "host": machine.host,
                 "current": machine.current,
                 "snapshots": len(store.snapshots(machine.name)),
             }
             for machine in store.machines()
+            for process in [_process(machine)]
         ]
     output.emit(
         arguments.output,
@@ -94,6 +96,11 @@ def _process(machine: Machine) -> Any:
     return processes.find(machine, home().run_dir(machine.name))
 
 
+def _elsewhere(machine: Machine) -> str:
+    """What can be told of the state of another host's machine from here; empty for one of this host."""
+    return "" if machine.host == os.uname().nodename else "unknown"
+
+
 def _show(arguments: argparse.Namespace) -> None:
     async def act(controller: "Controller") -> tuple[Machine, str]:
         vm = await controller.machine(arguments.machine)
@@ -108,7 +115,7 @@ def _show(arguments: argparse.Namespace) -> None:
     document = {
         "name": machine.name,
         "uuid": machine.uuid,
-        "state": state,
+        "state": _elsewhere(machine) or state,
         "pid": process.pid if process else None,
         "accel": process.accel if process else None,
         "qemu": process.qemu_version if process else None,

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import qmpsnap
 from qmpsnap.cli import chain, demo, doctor, machine, output, snapshot
@@ -21,6 +21,10 @@ exit codes: 0 done, 2 usage or spec, 3 not found, 4 refused in this state, 5 QEM
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        # An abbreviation that works today is another option's name tomorrow.
+        super().__init__(**options, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}", hint=f"{self.prog} --help")
 

@@ -30,7 +30,7 @@ def emit(form: Format, *, document: dict[str, Any], names: Iterable[str], table:
         table: makes the text for people.
     """
     if form == "json":
-        print(json.dumps({"schema": SCHEMA, **document}, indent=2, ensure_ascii=False))
+        print(_json({"schema": SCHEMA, **document}, indent=2))
     elif form == "name":
         for name in names:
             print(name)
@@ -99,17 +99,23 @@ def printable(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """Say something to the person at the terminal, beside the data."""
-    print(text, file=sys.stderr)
+    """Say something to the person at the terminal, beside the data; line breaks stay."""
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
 
 def report(error: QmpsnapError, form: Format) -> None:
     """Print an error on stderr, as an object when JSON was asked for."""
     if form == "json":
-        print(json.dumps({"schema": SCHEMA, **error.as_dict()}, ensure_ascii=False), file=sys.stderr)
+        print(_json({"schema": SCHEMA, **error.as_dict()}), file=sys.stderr)
         return
-    print(f"qmpsnap: {error.message}", file=sys.stderr)
+    note(f"qmpsnap: {error.message}")
     if error.effect == "unknown":
-        print("qmpsnap: whether it took effect is not known yet", file=sys.stderr)
+        note("qmpsnap: whether it took effect is not known yet")
     if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+        note(f"hint: {error.hint}")
+
+
+def _json(document: dict[str, Any], *, indent: int | None = None) -> str:
+    """JSON in UTF-8 that is as safe to look at as a table: what would steer a terminal is escaped."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)

@@ -82,7 +82,7 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
 
     def text() -> str:
         lines = [f"would take snapshot {name} of machine {plan.machine}; nothing was changed", "files:"]
-        lines += [f"  create {file['create']} on {file['backing']}" for file in files]
+        lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
         lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
         lines += [f"  {json.dumps(command)}" for command in commands]
         return "\n".join([*lines, "bytes to move: 0"])
@@ -135,6 +135,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
     def text() -> str:
         plain = {key: value for key, value in document.items() if key != "disks"}
+        plain["current"] = "yes" if plain["current"] else "no"
         lines = [
             f"{key + ':':14}{'-' if value in (None, '') else output.printable(str(value))}"
             for key, value in plain.items()

@@ -24,7 +24,7 @@ WRITTEN = 16 * MIB
 
 SPEC = """\
 name: {name}
-kernel: "{guest}/vmlinuz"
+kernel: "{guest}/vmlinux"
 initrd: "{guest}/initrd"
 append: console=ttyS0 quiet panic=-1
 memory: 256M

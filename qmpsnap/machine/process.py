@@ -112,10 +112,12 @@ def _record(pid: int, ticks: int, *, accel: str = "") -> Process:
 
 
 def _start_ticks(pid: int) -> int | None:
-    if (child := _children.get(pid)) and child.poll() is not None:
-        del _children[pid]
     fields = _stat(pid)
-    return int(fields[_START_TICKS]) if fields and fields[0] not in ("Z", "X") else None
+    if fields and fields[0] not in ("Z", "X"):
+        return int(fields[_START_TICKS])
+    if child := _children.pop(pid, None):
+        child.wait()  # ended already: this only reaps it
+    return None
 
 
 def _stat(pid: int) -> list[str]:

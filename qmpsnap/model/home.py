@@ -63,6 +63,10 @@ class Home(Struct, frozen=True, kw_only=True):
         """The folder of one machine's images."""
         return self.machines / machine
 
+    def variables(self, machine: str) -> Path:
+        """The machine's own UEFI variable store, where it has one."""
+        return self.machine_dir(machine) / "vars.fd"
+
     def run_dir(self, machine: str) -> Path:
         """The folder of one machine's sockets, lock and logs; QEMU's working directory."""
         return self.run / machine

@@ -24,6 +24,9 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
         layers: layers to add, or to replace where the id is known.
         active: for each disk named, its new active layer.
         snapshots: snapshots to add, or to replace where the name is known.
+        renamed: old name to new name of snapshots, done after ``snapshots``.
+        removed_snapshots: names of snapshots to remove; snapshots that grew from one grow from its parent then.
+        removed_layers: layers to remove; nobody may need them any more.
         current: the machine's new current snapshot; unset leaves it.
     """
 
@@ -31,6 +34,9 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     layers: tuple[Layer, ...] = ()
     active: dict[str, LayerId] = {}
     snapshots: tuple[Snapshot, ...] = ()
+    renamed: dict[str, str] = {}
+    removed_snapshots: tuple[str, ...] = ()
+    removed_layers: tuple[LayerId, ...] = ()
     current: str | UnsetType | None = UNSET
 
 

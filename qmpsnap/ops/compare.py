@@ -34,11 +34,12 @@ class LayerView(Struct, frozen=True, kw_only=True):
 
 
 class ChainView(Struct, frozen=True):
-    """One disk's layers, base first, and what is wrong with the chain as a whole."""
+    """One disk's layers, base first, and what is wrong with the chain as a whole; ``running``: QEMU was asked, too."""
 
     disk: str
     layers: tuple[LayerView, ...]
     problems: tuple[str, ...]
+    running: bool = False
 
 
 async def chains(context: Context, name: str, disk: str | None = None) -> tuple[ChainView, ...]:
@@ -113,7 +114,7 @@ def view(
     problems = []
     if running is not None and running.nodes != chain.ids:
         problems.append(f"QEMU's chain is {' <- '.join(running.nodes) or 'unknown to the store'}")
-    return ChainView(chain.disk, tuple(layers), tuple(problems))
+    return ChainView(chain.disk, tuple(layers), tuple(problems), running is not None)
 
 
 def layer_problems(layer: Layer, below: Layer | None, found: Header | str) -> list[str]:

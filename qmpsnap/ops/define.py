@@ -17,6 +17,7 @@ from qmpsnap.block.header import FoundLayer
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import NameTaken, NotFoundError, StateError, UsageError
 from qmpsnap.machine import probe
+from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
@@ -29,9 +30,6 @@ from qmpsnap.ops.context import Context, blocking, locked
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
-
-VARIABLES = "vars.fd"
-"""The machine's own UEFI variable store, in its folder."""
 
 
 class DiskSource(Struct, frozen=True):
@@ -78,7 +76,7 @@ def plan(
         machine=machine.name,
         images=tuple(images),
         overlays=tuple(overlays),
-        variables=str(folder / VARIABLES) if variables else None,
+        variables=str(home.variables(machine.name)) if variables else None,
         change=Change(
             define=machine, layers=(*foreign.values(), *images, *(overlay.layer for overlay in overlays)), active=active
         ),
@@ -153,21 +151,30 @@ async def run(
     firmware = find_firmware() if spec.firmware == "uefi" else None
     async with locked(context, spec.name, "define"):
         await _end_earlier(context, spec.name)
-        sources = await _sources(context, spec, (context.home.data, *context.home.images, *folders))
-        machine = Machine(name=spec.name, uuid=str(uuid.uuid4()), host=context.host, spec=spec, created=time.time())
-
-        def make(serial: OperationId) -> DefinePlan:
-            return plan(machine, sources, serial=serial, home=context.home, variables=firmware is not None)
-
-        needed = serials_needed(spec, sources)
-        operation = await blocking(lambda: context.store.open_operation(spec.name, make, serials=needed))
         try:
-            await _carry_out(context, operation, firmware_variables=firmware.vars if firmware else None)
-        except BaseException as error:
-            with anyio.CancelScope(shield=True):
-                await recover.after_failure(context, machine, None, operation, error)
+            return await _record(context, spec, firmware, (context.home.data, *context.home.images, *folders))
+        except BaseException:
+            # Refused or failed, there is no machine: its run folder, made for the lock, goes as well.
+            shutil.rmtree(context.home.run_dir(spec.name), ignore_errors=True)
             raise
-        return await blocking(context.store.machine, spec.name)
+
+
+async def _record(context: Context, spec: MachineSpec, firmware: Firmware | None, allowed: Sequence[Path]) -> Machine:
+    sources = await _sources(context, spec, allowed)
+    machine = Machine(name=spec.name, uuid=str(uuid.uuid4()), host=context.host, spec=spec, created=time.time())
+
+    def make(serial: OperationId) -> DefinePlan:
+        return plan(machine, sources, serial=serial, home=context.home, variables=firmware is not None)
+
+    needed = serials_needed(spec, sources)
+    operation = await blocking(lambda: context.store.open_operation(spec.name, make, serials=needed))
+    try:
+        await _carry_out(context, operation, firmware_variables=firmware.vars if firmware else None)
+    except BaseException as error:
+        with anyio.CancelScope(shield=True):
+            await recover.after_failure(context, machine, None, operation, error)
+        raise
+    return await blocking(context.store.machine, spec.name)
 
 
 async def _end_earlier(context: Context, name: str) -> None:
@@ -247,7 +254,7 @@ def require_unshared(
     Raises:
         StateError: an image would have both; nothing was created.
     """
-    own: dict[Identity, str] = {}
+    own: dict[Identity, DiskSpec] = {}
     for disk in spec.disks:
         source = sources[disk.name]
         files = [(layer.header.device, layer.header.inode) for layer in source.found]
@@ -261,14 +268,11 @@ def require_unshared(
         if disk.image and not disk.read_only:
             if source.known[-1] is not None or files[-1] in readers:
                 raise _written(spec, disk, "other machines read")
-            own[files[-1]] = disk.name
+            own[files[-1]] = disk
     for disk in spec.disks:
         for layer in sources[disk.name].found:
-            writer = own.get((layer.header.device, layer.header.inode), disk.name)
-            if writer != disk.name:
-                raise _written(spec, spec.disk(writer) or disk, f"its disk {disk.name} reads")
-    if len(own) < sum(bool(disk.image) and not disk.read_only for disk in spec.disks):
-        raise StateError(f"two disks of {spec.name} would write to one image; nothing was created")
+            if (other := own.get((layer.header.device, layer.header.inode), disk)) is not disk:
+                raise _written(spec, other, f"its disk {disk.name} reads")
 
 
 def _written(spec: MachineSpec, disk: DiskSpec, who: str) -> StateError:

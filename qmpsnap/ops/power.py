@@ -13,7 +13,6 @@ from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.ops import compare
 from qmpsnap.ops.context import Context, blocking, locked, require_own
-from qmpsnap.ops.define import VARIABLES
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands
 
@@ -40,7 +39,7 @@ async def start(context: Context, name: str, *, paused: bool = False) -> Process
         choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
         firmware = None
         if machine.spec.firmware == "uefi":
-            variables = str(context.home.machine_dir(name) / VARIABLES)
+            variables = str(context.home.variables(name))
             firmware = argv.Firmware(code=find_firmware().code, vars=variables)
         arguments = argv.build(
             context.qemu,

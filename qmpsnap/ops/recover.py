@@ -19,6 +19,7 @@ from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import OperationPending, QemuGone, QmpsnapError, StoreMismatch
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, NodeName
 from qmpsnap.model.operation import Change, CreatePlan, Operation
@@ -107,6 +108,7 @@ async def _end(
             return await _end_create(context, machine, monitor, operation, plan=plan, error=error)
     # A definition that did not settle has no machine yet: nobody can have used its images.
     await _remove_new(plan.created)
+    await to_thread.run_sync(remove_folder, context.home, plan.machine)
     await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
     return "back"
 
@@ -164,6 +166,14 @@ def _identity_of_new(layer: Layer) -> tuple[int, int] | None:
     if not stat.S_ISREG(status.st_mode) or status.st_blocks * 512 > EMPTY_LIMIT:
         raise StoreMismatch(f"{layer.path} should be a new, empty image and is not; it was left as it is")
     return status.st_dev, status.st_ino
+
+
+def remove_folder(home: Home, machine: str) -> None:
+    """Remove a machine's folder with its variable store, unless somebody has put other files there."""
+    folder = home.machine_dir(machine)
+    home.variables(machine).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _pending(operation: Operation, why: str) -> OperationPending:

@@ -8,7 +8,7 @@ from anyio import to_thread
 from qmpsnap.block.image import remove
 from qmpsnap.errors import StateError
 from qmpsnap.ops.context import Context, blocking
-from qmpsnap.ops.define import VARIABLES
+from qmpsnap.ops.recover import remove_folder
 from qmpsnap.ops.work import working
 
 Fate = Literal["keep", "remove"]
@@ -42,10 +42,7 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
         if disks == "remove":
             for layer in owned:
                 await remove(layer.path, device=layer.device, inode=layer.inode)
-            folder = context.home.machine_dir(name)
-            (folder / VARIABLES).unlink(missing_ok=True)
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+            await to_thread.run_sync(remove_folder, context.home, name)
         # The lock goes last, while we hold it: whoever waits for it looks again at what it locked.
         await to_thread.run_sync(lambda: shutil.rmtree(context.home.run_dir(name), ignore_errors=True))
     return [layer.path for layer in owned]

@@ -25,6 +25,9 @@ CONNECT_DEADLINE = 5.0
 COMMAND_DEADLINE = 30.0
 """Seconds a command may take: a snapshot waits for the guest's requests in flight."""
 
+_GREETINGS = 5
+"""Times we take something else for what an earlier client left behind."""
+
 # qemu.qmp reports replies that come after we stopped waiting; we have said so ourselves by then.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
@@ -118,7 +121,7 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
 
 
 async def _greeted(path: Path, machine: str) -> QMPClient:
-    while True:
+    for attempt in range(_GREETINGS):
         client = QMPClient(machine)
         client.events.event_filter = _no_event
         endpoint = await dial(path)
@@ -129,9 +132,12 @@ async def _greeted(path: Path, machine: str) -> QMPClient:
             # QEMU may still hold an event for the client before us and send it first: that is no greeting, so again.
             if not isinstance(error, ConnectError) or not isinstance(error.exc, GreetingError):
                 raise
+            if attempt == _GREETINGS - 1:
+                raise
             await anyio.sleep(0.01)
         else:
             return client
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _no_event(_: Message) -> bool:

@@ -13,6 +13,7 @@ import msgspec
 
 from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch
 from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
@@ -109,6 +110,23 @@ class SqliteStore:
             row = sql.execute(f"SELECT {_LAYER} FROM layer WHERE pool = ? AND path = ?", self._place(path)).fetchone()
         return self._layer(row) if row else None
 
+    def forest(self) -> Forest:
+        with self._reading() as sql:
+            layers = [self._layer(row) for row in sql.execute(f"SELECT {_LAYER} FROM layer ORDER BY rowid")]
+            writers = sql.execute(
+                "SELECT machine.name, disk.name, disk.active FROM disk JOIN machine ON machine.id = disk.machine"
+            ).fetchall()
+            references = sql.execute(
+                "SELECT machine.name, snapshot.name, point.disk, point.layer FROM point"
+                " JOIN snapshot ON snapshot.id = point.snapshot JOIN machine ON machine.id = snapshot.machine"
+                " ORDER BY snapshot.id, point.position"
+            ).fetchall()
+        return Forest(
+            {layer.id: layer for layer in layers},
+            tuple(Writer(*row) for row in writers),
+            tuple(Reference(*row) for row in references),
+        )
+
     def set_process(self, machine: str, process: Process | None) -> None:
         with self._writing() as sql:
             number = _machine_id(sql, machine)
@@ -129,7 +147,10 @@ class SqliteStore:
 
     def open_operation(self, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1) -> Operation:
         with self._writing() as sql:
-            return journal.open_operation(sql, machine, make_plan, serials=serials)
+            operation = journal.open_operation(sql, machine, make_plan, serials=serials)
+            if isinstance(opening := getattr(operation.plan, "opening", None), Change):
+                self._apply(sql, machine, opening)
+            return operation
 
     def mark(
         self, operation: OperationId, state: OperationState, *, step: str | None = None, error: str | None = None
@@ -139,22 +160,7 @@ class SqliteStore:
 
     def settle(self, operation: OperationId, machine: str, change: Change) -> None:
         with self._writing() as sql:
-            if change.define:
-                _insert_machine(sql, change.define)
-            number = _machine_id(sql, machine)
-            for layer in change.layers:
-                self._put_layer(sql, layer)
-            for position, (disk, active) in enumerate(change.active.items()):
-                sql.execute(
-                    "INSERT INTO disk (machine, name, position, active) VALUES (?, ?, ?, ?) ON CONFLICT (machine, name)"
-                    " DO UPDATE SET active = excluded.active, version = version + 1",
-                    (number, disk, position, active),
-                )
-            for snapshot in change.snapshots:
-                _put_snapshot(sql, number, snapshot)
-            if change.current is not msgspec.UNSET:
-                current = _snapshot_id(sql, number, change.current)
-                sql.execute("UPDATE machine SET current = ?, version = version + 1 WHERE id = ?", (current, number))
+            self._apply(sql, machine, change)
             journal.mark(sql, operation, "settled", step="settled")
 
     def forget(self, machine: str) -> tuple[Layer, ...]:
@@ -213,6 +219,31 @@ class SqliteStore:
                     f"the store {self._path} is damaged: {error}; nothing was recorded",
                     hint="put a copy back in its place",
                 ) from error
+
+    def _apply(self, sql: sqlite3.Connection, machine: str, change: Change) -> None:
+        if change.define:
+            _insert_machine(sql, change.define)
+        number = _machine_id(sql, machine)
+        for layer in change.layers:
+            self._put_layer(sql, layer)
+        for position, (disk, active) in enumerate(change.active.items()):
+            sql.execute(
+                "INSERT INTO disk (machine, name, position, active) VALUES (?, ?, ?, ?) ON CONFLICT (machine, name)"
+                " DO UPDATE SET active = excluded.active, version = version + 1",
+                (number, disk, position, active),
+            )
+        for snapshot in change.snapshots:
+            _put_snapshot(sql, number, snapshot)
+        for old, new in change.renamed.items():
+            sql.execute(
+                "UPDATE snapshot SET name = ?, version = version + 1 WHERE machine = ? AND name = ?", (new, number, old)
+            )
+        if change.current is not msgspec.UNSET:
+            current = _snapshot_id(sql, number, change.current)
+            sql.execute("UPDATE machine SET current = ?, version = version + 1 WHERE id = ?", (current, number))
+        for name in change.removed_snapshots:
+            _remove_snapshot(sql, number, name)
+        sql.executemany("DELETE FROM layer WHERE id = ?", [(layer,) for layer in change.removed_layers])
 
     def _chain(self, sql: sqlite3.Connection, active: str) -> tuple[Layer, ...]:
         rows = sql.execute(
@@ -299,6 +330,7 @@ def _machine_id(sql: sqlite3.Connection, name: str) -> int:
     raise NotFoundError(
         f"there is no machine {name!r}",
         hint=f"known machines: {known}" if known else "qmpsnap define SPEC.yaml makes one",
+        machine=name,
     )
 
 
@@ -322,6 +354,14 @@ def _snapshot_id(sql: sqlite3.Connection, machine: int, name: str | None) -> int
     if row is None:
         raise NotFoundError(f"there is no snapshot {name!r}")
     return int(row[0])
+
+
+def _remove_snapshot(sql: sqlite3.Connection, machine: int, name: str) -> None:
+    number = _snapshot_id(sql, machine, name)
+    parent = sql.execute("SELECT parent FROM snapshot WHERE id = ?", (number,)).fetchone()[0]
+    sql.execute("UPDATE snapshot SET parent = ?, version = version + 1 WHERE parent = ?", (parent, number))
+    sql.execute("UPDATE machine SET current = ?, version = version + 1 WHERE current = ?", (parent, number))
+    sql.execute("DELETE FROM snapshot WHERE id = ?", (number,))
 
 
 def _put_snapshot(sql: sqlite3.Connection, machine: int, snapshot: Snapshot) -> None:

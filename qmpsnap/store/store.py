@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.forest import Forest
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
@@ -35,6 +36,9 @@ class Store(Protocol):
     def layer_at(self, path: str) -> Layer | None:
         """The layer recorded for that absolute path."""
 
+    def forest(self) -> Forest:
+        """Every layer, disk and point of all machines."""
+
     def set_process(self, machine: str, process: Process | None) -> None:
         """Record the QEMU that runs the machine, or that none does."""
 
@@ -43,6 +47,8 @@ class Store(Protocol):
 
     def open_operation(self, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1) -> Operation:
         """Make the plan with the next serial number(s) and make it durable as ``planned``.
+
+        A plan's ``opening`` change, if it has one, is applied in the same transaction: before anything is done.
 
         Raises:
             OperationPending: an earlier operation of the machine has not ended.

@@ -1,5 +1,6 @@
 """A store with fixed values, filled as operations fill it, and the images that its layers name."""
 
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from qmpsnap.store.sqlite import SqliteStore
 MIB = 1 << 20
 EPOCH = 1_767_225_600.0
 """2026-01-01T00:00:00Z; everything happens a minute after the one before."""
-HOST = "host-of-the-tests"
+HOST = os.uname().nodename
 HOSTILE = "red \x1b[31m, C1 \x9b31m, bidi \u202e, bell \a, two\nlines, \u00e9\u4e2d"
 """A description that would steer a terminal."""
 

@@ -80,7 +80,7 @@ def guest_spec(small_guest: Path) -> MachineSpec:
     """A machine that boots the small guest, with two disks of 64 MiB."""
     return MachineSpec(
         name="guest",
-        kernel=str(small_guest / "vmlinuz"),
+        kernel=str(small_guest / "vmlinux"),
         initrd=str(small_guest / "initrd"),
         append="console=ttyS0 quiet panic=-1",
         memory=256 * MIB,

@@ -14,7 +14,6 @@ from qmpsnap.block import content, header
 from qmpsnap.machine.argv import USER_SOCKET
 from qmpsnap.model.names import LayerId
 from qmpsnap.ops.context import Context
-from qmpsnap.ops.define import VARIABLES
 
 MIB = 1 << 20
 
@@ -82,7 +81,7 @@ def _every_layer_is_recorded(vm: qmpsnap.MachineHandle) -> None:
     context = context_of(vm)
     folder = context.home.machine_dir(vm.name)
     for file in folder.iterdir():
-        if file.name == VARIABLES:
+        if file == context.home.variables(vm.name):
             continue
         layer = context.store.layer_at(str(file))
         assert layer is not None, f"{file.name} is nobody's"

@@ -1,0 +1,99 @@
+"""All layers of a store as the forest they form, and who needs which: counted over all machines."""
+
+from collections.abc import Iterable, Mapping
+
+from msgspec import Struct
+
+from qmpsnap.errors import NotFoundError
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.names import LayerId
+
+
+class Writer(Struct, frozen=True):
+    """A disk of a machine, and the layer its guest writes to."""
+
+    machine: str
+    disk: str
+    layer: LayerId
+
+
+class Reference(Struct, frozen=True):
+    """A snapshot's point."""
+
+    machine: str
+    snapshot: str
+    disk: str
+    layer: LayerId
+
+
+class Forest(Struct, frozen=True):
+    """Every layer, every disk, every point of a store."""
+
+    layers: Mapping[LayerId, Layer]
+    writers: tuple[Writer, ...]
+    references: tuple[Reference, ...]
+
+    def layer(self, layer: LayerId) -> Layer:
+        """One layer.
+
+        Raises:
+            NotFoundError: there is none of that id.
+        """
+        if found := self.layers.get(layer):
+            return found
+        raise NotFoundError(f"there is no layer {layer}", hint="see qmpsnap chain VM")
+
+    def chain(self, disk: str, top: LayerId) -> Chain:
+        """The layers from ``top`` down to its base, as a chain."""
+        layers: list[Layer] = []
+        at: LayerId | None = top
+        while at is not None:
+            layers.append(self.layer(at))
+            at = layers[-1].backing
+        return Chain(disk, tuple(reversed(layers)))
+
+    def children(self, layer: LayerId) -> tuple[Layer, ...]:
+        """The layers that read ``layer`` directly."""
+        return tuple(found for found in self.layers.values() if found.backing == layer)
+
+    def writers_of(self, layer: LayerId) -> tuple[Writer, ...]:
+        """The disks whose active layer it is: one at most, when all is well."""
+        return tuple(writer for writer in self.writers if writer.layer == layer)
+
+    def references_to(self, layer: LayerId) -> tuple[Reference, ...]:
+        """The points that lie in it."""
+        return tuple(reference for reference in self.references if reference.layer == layer)
+
+    def readers(self, layer: LayerId) -> tuple[str, ...]:
+        """Who would notice if the layer changed, one short phrase each: snapshots, active disks and layers above."""
+        return (
+            *(f"snapshot {r.snapshot} of machine {r.machine}" for r in self.references_to(layer)),
+            *(f"disk {w.disk} of machine {w.machine}" for w in self.writers_of(layer)),
+            *(f"layer {child.id}{self._users(child.id)}" for child in self.children(layer)),
+        )
+
+    def machines_above(self, layer: LayerId) -> frozenset[str]:
+        """The machines whose disks or snapshots read the layer, directly or through layers above."""
+        found: set[str] = set()
+        pending = [layer]
+        while pending:
+            at = pending.pop()
+            found.update(w.machine for w in self.writers_of(at))
+            found.update(r.machine for r in self.references_to(at))
+            pending.extend(child.id for child in self.children(at))
+        return frozenset(found)
+
+    def without_snapshots(self, machine: str, names: Iterable[str]) -> "Forest":
+        """The forest once these snapshots of a machine are gone."""
+        gone = frozenset(names)
+        kept = tuple(r for r in self.references if not (r.machine == machine and r.snapshot in gone))
+        return Forest(self.layers, self.writers, kept)
+
+    def without_layers(self, layers: Iterable[LayerId]) -> "Forest":
+        """The forest once these layers are gone; nobody may read them any more."""
+        gone = frozenset(layers)
+        return Forest({at: layer for at, layer in self.layers.items() if at not in gone}, self.writers, self.references)
+
+    def _users(self, layer: LayerId) -> str:
+        machines = sorted(self.machines_above(layer))
+        return f" (of {', '.join(machines)})" if machines else ""

@@ -1,0 +1,93 @@
+"""Every command explains itself, and docs/cli.md describes exactly the commands, options and exit codes there are."""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qmpsnap import errors
+from qmpsnap.cli.main import EXIT_CODES, main, parser
+from qmpsnap.errors import QmpsnapError
+
+DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
+
+
+def commands(top: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command of the parser, groups such as ``snapshot`` included, with its words."""
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            helps = {choice.dest: choice.help for choice in action._choices_actions}
+            for name, command in action.choices.items():
+                assert helps.get(name), f"{name} has no help"
+                yield " ".join((*path, name)), command
+                yield from commands(command, (*path, name))
+
+
+COMMANDS = dict(commands(parser()))
+LEAVES = {name: command for name, command in COMMANDS.items() if command.get_default("run")}
+
+
+def families() -> Iterator[type[QmpsnapError]]:
+    for found in vars(errors).values():
+        if isinstance(found, type) and issubclass(found, QmpsnapError):
+            yield found
+
+
+def sections() -> dict[str, str]:
+    """docs/cli.md by its headings of commands: ``### `qmpsnap snapshot create``` ..."""
+    parts = re.split(r"^#{2,3} (.+)$", DOCS.read_text(), flags=re.MULTILINE)
+    found = {}
+    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
+        if words := re.fullmatch(r"`qmpsnap ([a-z ]+)`", heading):
+            found[words[1]] = text
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = COMMANDS[name]
+    assert command.description
+    for action in command._actions:
+        assert action.help or isinstance(action, argparse._SubParsersAction), f"{action.dest} has no help"
+    with pytest.raises(SystemExit) as end:
+        main([*name.split(), "--help"])
+    assert end.value.code == 0
+    assert command.description in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert EXIT_CODES in capsys.readouterr().out
+
+
+def test_every_command_is_in_the_docs_and_no_other() -> None:
+    assert sorted(sections()) == sorted(LEAVES)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_the_docs_tell_every_option(name: str) -> None:
+    text = sections()[name]
+    for action in LEAVES[name]._actions:
+        longest = max(action.option_strings, key=len, default="")
+        if longest != "--help":
+            assert (longest or str(action.metavar or action.dest)) in text, action.option_strings
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    known = {option for command in COMMANDS.values() for action in command._actions for option in action.option_strings}
+    assert told <= known
+
+
+@pytest.mark.parametrize("family", list(families()), ids=lambda family: family.__name__)
+def test_the_docs_tell_every_error(family: type[QmpsnapError]) -> None:
+    row = re.search(rf"^\|[^|]*`{family.code}`[^|]*\|(.*)$", DOCS.read_text(), flags=re.MULTILINE)
+    assert row, f"docs/cli.md has no row for {family.code}"
+    assert row[1].split("|")[0].strip() == str(family.exit_code)
+    assert str(family.exit_code) in EXIT_CODES
+
+
+def test_codes_are_told_apart() -> None:
+    codes = [family.code for family in families()]
+    assert len(codes) == len(set(codes))

@@ -1,0 +1,80 @@
+"""What a program that uses qmpsnap sees through mypy strict; checked, never run.
+
+Every line marked ``type: ignore`` is a mistake that must be found: strict mypy complains when it no longer is one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import assert_type
+
+import qmpsnap
+from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
+from qmpsnap.machine.agent import Completed
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.operation import CreatePlan, Operation
+from qmpsnap.ops.compare import ChainView, LayerView
+
+
+async def opening(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        assert_type(q, Controller)
+    async with qmpsnap.open(home) as q, qmpsnap.open(home=str(home)):
+        assert_type(q, Controller)
+    async with qmpsnap.open(1):  # type: ignore[arg-type]
+        pass
+    with qmpsnap.open():  # type: ignore[attr-defined]
+        pass
+
+
+async def the_controller(q: Controller) -> None:
+    assert_type(await q.machines(), tuple[MachineHandle, ...])
+    assert_type(await q.machine("web"), MachineHandle)
+    assert_type(q.read_spec("web.yaml"), MachineSpec)
+    assert_type(await q.define("web.yaml"), MachineHandle)
+    assert_type(await q.define(Path("web.yaml"), folders=[Path("/images")], allow_extra=True), MachineHandle)
+    assert_type(await q.define(MachineSpec(name="web", disks=(DiskSpec(name="vda", size=1 << 30),))), MachineHandle)
+    assert_type(await q.start("web.yaml", paused=True), MachineHandle)
+    await q.start("web.yaml", True)  # type: ignore[call-arg]
+    await q.machine(None)  # type: ignore[arg-type]
+
+
+async def a_machine(vm: MachineHandle) -> None:
+    assert_type(vm.name, str)
+    assert_type(await vm.record(), Machine)
+    assert_type(await vm.start(paused=True), Process)
+    assert_type(await vm.is_running(), bool)
+    assert_type(await vm.state(), str)
+    assert_type(await vm.snapshot(), Snapshot)
+    assert_type(await vm.snapshot("before", description="text", disks=["vda"]), Snapshot)
+    assert_type(await vm.preview_snapshot("before"), tuple[Machine, CreatePlan])
+    assert_type(await vm.snapshots(), tuple[Snapshot, ...])
+    assert_type(await vm.chains("vda"), tuple[ChainView, ...])
+    assert_type(await vm.run("uname -s"), Completed)
+    assert_type(await vm.run(["uname", "-s"], deadline=5, check=False), Completed)
+    assert_type(await vm.recover(), list[Operation])
+    assert_type(await vm.undefine(disks="keep"), list[str])
+    await vm.stop(force=True, timeout=5)
+    await vm.undefine(disks="burn")  # type: ignore[arg-type]
+    await vm.snapshot("before", "text")  # type: ignore[call-arg]
+    vm.snapshot("before").name  # type: ignore[attr-defined]  # noqa: B018
+
+
+def values(snapshot: Snapshot, chain: Chain, view: ChainView) -> None:
+    assert_type(snapshot.name, str)
+    assert_type(snapshot.parent, str | None)
+    assert_type(snapshot.pause_ms, float | None)
+    assert_type(chain.active, Layer)
+    assert_type(chain.layers, tuple[Layer, ...])
+    assert_type(view.layers, tuple[LayerView, ...])
+    snapshot.name = "other"  # type: ignore[misc]
+
+
+def an_error(error: QmpsnapError) -> Sequence[str]:
+    assert_type(error.exit_code, int)
+    assert_type(error.machine, str | None)
+    if error.effect == "changed":  # type: ignore[comparison-overlap]
+        return [error.message]  # type: ignore[unreachable]
+    return [error.message, error.hint, error.effect]
+
+
+qmpsnap.missing  # type: ignore[attr-defined]  # noqa: B018
