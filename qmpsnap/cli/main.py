@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     form: output.Format = "json" if _asks_for_json(words) else "table"
     try:
+        _require_text(words)
         arguments = parser().parse_args(words)
         return arguments.run(arguments) or 0
     except QmpsnapError as error:
@@ -66,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run() -> NoReturn:
     """The console script."""
     sys.exit(main())
+
+
+def _require_text(words: Sequence[str]) -> None:
+    # Python hands over bytes that are no UTF-8 as lone surrogates, which neither store nor QEMU could keep.
+    for word in words:
+        if any("\ud800" <= char <= "\udfff" for char in word):
+            raise UsageError(f"{word!r} is not UTF-8 text; nothing was changed", hint="write names and texts in UTF-8")
 
 
 def _asks_for_json(words: Sequence[str]) -> bool:

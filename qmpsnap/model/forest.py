@@ -1,12 +1,13 @@
 """All layers of a store as the forest they form, and who needs which: counted over all machines."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from msgspec import Struct
 
 from qmpsnap.errors import NotFoundError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
+from qmpsnap.model.operation import Change
 
 
 class Writer(Struct, frozen=True):
@@ -64,12 +65,24 @@ class Forest(Struct, frozen=True):
         """The points that lie in it."""
         return tuple(reference for reference in self.references if reference.layer == layer)
 
-    def readers(self, layer: LayerId) -> tuple[str, ...]:
-        """Who would notice if the layer changed, one short phrase each: snapshots, active disks and layers above."""
+    def readers(
+        self, layer: LayerId, *, but_layer: LayerId | None = None, but_snapshots_of: str | None = None
+    ) -> tuple[str, ...]:
+        """Who would notice if the layer changed, one short phrase each: snapshots, active disks and layers above.
+
+        Args:
+            layer: the layer.
+            but_layer: a layer above that does not count.
+            but_snapshots_of: a machine whose snapshots do not count.
+        """
         return (
-            *(f"snapshot {r.snapshot} of machine {r.machine}" for r in self.references_to(layer)),
+            *(
+                f"snapshot {r.snapshot} of machine {r.machine}"
+                for r in self.references_to(layer)
+                if r.machine != but_snapshots_of
+            ),
             *(f"disk {w.disk} of machine {w.machine}" for w in self.writers_of(layer)),
-            *(f"layer {child.id}{self._users(child.id)}" for child in self.children(layer)),
+            *(f"layer {c.id}{self._users(c.id)}" for c in self.children(layer) if c.id != but_layer),
         )
 
     def machines_above(self, layer: LayerId) -> frozenset[str]:
@@ -83,16 +96,21 @@ class Forest(Struct, frozen=True):
             pending.extend(child.id for child in self.children(at))
         return frozenset(found)
 
-    def without_snapshots(self, machine: str, names: Iterable[str]) -> "Forest":
-        """The forest once these snapshots of a machine are gone."""
-        gone = frozenset(names)
-        kept = tuple(r for r in self.references if not (r.machine == machine and r.snapshot in gone))
-        return Forest(self.layers, self.writers, kept)
-
-    def without_layers(self, layers: Iterable[LayerId]) -> "Forest":
-        """The forest once these layers are gone; nobody may read them any more."""
-        gone = frozenset(layers)
-        return Forest({at: layer for at, layer in self.layers.items() if at not in gone}, self.writers, self.references)
+    def apply(self, machine: str, change: Change) -> "Forest":
+        """The forest after a machine's change has settled."""
+        layers = {**self.layers, **{layer.id: layer for layer in change.layers}}
+        for gone in change.removed_layers:
+            del layers[gone]
+        writers = [w for w in self.writers if not (w.machine == machine and w.disk in change.active)]
+        writers += [Writer(machine, disk, layer) for disk, layer in change.active.items()]
+        replaced = {*change.removed_snapshots, *(snapshot.name for snapshot in change.snapshots)}
+        references = [r for r in self.references if not (r.machine == machine and r.snapshot in replaced)]
+        references += [
+            Reference(machine, snapshot.name, point.disk, point.layer)
+            for snapshot in change.snapshots
+            for point in snapshot.points
+        ]
+        return Forest(layers, tuple(writers), tuple(references))
 
     def _users(self, layer: LayerId) -> str:
         machines = sorted(self.machines_above(layer))

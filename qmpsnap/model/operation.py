@@ -83,7 +83,86 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
     change: Change
 
 
-Plan = DefinePlan | CreatePlan
+class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
+    """One block job that makes one layer out of several neighbours.
+
+    Attributes:
+        kind: ``commit`` writes what lies above into ``into``; ``stream`` writes what lies below into it.
+        into: the layer that is written to and stays.
+        top: the highest layer whose content moves; for a stream ``into`` itself.
+        base: for a stream, the backing of ``into`` afterwards.
+        root: the highest layer of the chain the job runs in: the live chain's active layer, or ``top``.
+        live: the job runs in the machine's own QEMU; else in a helper QEMU that runs no guest.
+        chain: layers of the chain the job runs in, base first, as before the job.
+        moves: bytes to move, at most.
+        rebased: layers outside that chain that read ``top`` and read ``into`` afterwards.
+        removed: layers whose files go afterwards; nobody needs them.
+        change: what becomes true when the job has made its change to the graph.
+    """
+
+    kind: Literal["commit", "stream"]
+    disk: str
+    into: Layer
+    top: Layer
+    base: Layer | None
+    root: LayerId
+    live: bool
+    chain: tuple[Layer, ...]
+    moves: int
+    rebased: tuple[Layer, ...] = ()
+    removed: tuple[Layer, ...] = ()
+    change: Change
+
+
+class Removal(Struct, frozen=True, kw_only=True, tag="removal"):
+    """Layers that nobody needs: first the store forgets them, then their files go."""
+
+    disk: str
+    removed: tuple[Layer, ...]
+    change: Change
+
+
+class MergePlan(Struct, frozen=True, kw_only=True, tag="merge"):
+    """``commit``, ``stream`` and ``delete``: what is true at once, then jobs one after the other.
+
+    Attributes:
+        verb: as the user called it.
+        opening: applied with the journal row, before any job starts.
+        undo: takes ``opening`` back; applied only when it is certain that no job has started.
+        steps: in this order.
+    """
+
+    verb: Literal["commit", "stream", "delete"]
+    machine: str
+    opening: Change
+    undo: Change
+    steps: tuple[Merge | Removal, ...]
+
+
+class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
+    """Go back to a snapshot: new overlays on its points become active while no QEMU runs.
+
+    Attributes:
+        overlays: the new active layers.
+        removed: active layers nobody needs afterwards.
+        restart: the machine ran; it is started again on the new layers.
+        paused: it is started with its vCPUs stopped.
+    """
+
+    machine: str
+    overlays: tuple[Overlay, ...]
+    removed: tuple[Layer, ...]
+    restart: bool
+    paused: bool
+    change: Change
+
+
+Plan = DefinePlan | CreatePlan | MergePlan | RevertPlan
+
+
+def verb_of(plan: Plan) -> str:
+    """What the journal calls a plan."""
+    return plan.verb if isinstance(plan, MergePlan) else str(plan.__struct_config__.tag)
 
 
 class Operation(Struct, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, NodeName
-from qmpsnap.model.operation import Change, CreatePlan, Operation
+from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Operation
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
@@ -106,6 +106,8 @@ async def _end(
     if isinstance(plan, CreatePlan):
         async with _answering(context, machine, qemu) as monitor:
             return await _end_create(context, machine, monitor, operation, plan=plan, error=error)
+    if not isinstance(plan, DefinePlan):
+        raise _pending(operation, "this qmpsnap cannot end it by itself yet")
     # A definition that did not settle has no machine yet: nobody can have used its images.
     await _remove_new(plan.created)
     await to_thread.run_sync(remove_folder, context.home, plan.machine)

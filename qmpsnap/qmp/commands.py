@@ -68,11 +68,21 @@ class NodeInfo(Struct, frozen=True, rename="kebab"):
 
 
 class JobInfo(Struct, frozen=True, rename="kebab"):
-    """The part of QAPI ``JobInfo`` we use."""
+    """QAPI ``JobInfo``; ``error`` is set once it has concluded in failure, progress is in bytes."""
 
     id: str
     type: str
     status: str
+    current_progress: int = 0
+    total_progress: int = 0
+    error: str | None = None
+
+
+class BlockJobInfo(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``BlockJobInfo`` we use; ``io_status`` is ``ok``, ``failed`` or ``nospace``."""
+
+    device: str
+    io_status: str = "ok"
 
 
 class _Version(Struct, frozen=True):
@@ -119,6 +129,11 @@ async def query_machines(monitor: Monitor) -> tuple[MachineType, ...]:
 async def query_jobs(monitor: Monitor) -> tuple[JobInfo, ...]:
     """Every job QEMU has and nobody dismissed (``query-jobs``)."""
     return _decode("query-jobs", await monitor.execute("query-jobs"), tuple[JobInfo, ...])
+
+
+async def query_block_jobs(monitor: Monitor) -> tuple[BlockJobInfo, ...]:
+    """Every block job (``query-block-jobs``), for what only it tells: whether a write failed."""
+    return _decode("query-block-jobs", await monitor.execute("query-block-jobs"), tuple[BlockJobInfo, ...])
 
 
 async def query_block_graph(monitor: Monitor) -> BlockGraph:

@@ -7,12 +7,13 @@ a QEMU that is stopped, so connecting, the greeting and every command have a dea
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import anyio
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+from qemu.qmp.events import EventListener
 from qemu.qmp.message import Message
 from qemu.qmp.qmp_client import GreetingError
 
@@ -32,6 +33,13 @@ _GREETINGS = 5
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
+class Bell(Protocol):
+    """Rings when one of the events came that it listens to; what really happened, a query tells."""
+
+    async def wait(self, seconds: float) -> None:
+        """Return at the next event, or after ``seconds``."""
+
+
 class Monitor(Protocol):
     """What the layers above need of a monitor; a scripted one stands in for QEMU where an order cannot be had."""
 
@@ -45,6 +53,9 @@ class Monitor(Protocol):
             DeadlinePassed: no answer within ``deadline`` seconds; effect unknown.
             QemuGone: the monitor closed first; effect unknown.
         """
+
+    def listen(self, *events: str) -> AbstractAsyncContextManager[Bell]:
+        """Listen to these events for the length of the block."""
 
 
 class Session:
@@ -83,6 +94,23 @@ class Session:
                 machine=self._machine,
             ) from error
 
+    @asynccontextmanager
+    async def listen(self, *events: str) -> AsyncIterator[Bell]:
+        """Listen to these events; see :meth:`Monitor.listen`."""
+        with self._client.listener(events) as listener:
+            yield _EventBell(listener)
+
+
+class _EventBell:
+    def __init__(self, listener: EventListener) -> None:
+        self._listener = listener
+
+    async def wait(self, seconds: float) -> None:
+        # A listener never hears of QEMU's end: the caller's next query does.
+        with anyio.move_on_after(seconds):
+            await self._listener.get()
+        self._listener.clear()
+
 
 @asynccontextmanager
 async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLINE) -> AsyncIterator[Session]:
@@ -116,7 +144,8 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
         yield Session(client, machine)
     finally:
         # Shielded so that a cancelled caller still lets go of the monitor, bounded so that it ends all the same.
-        with anyio.move_on_after(2, shield=True), contextlib.suppress(QMPError, OSError, EOFError):
+        # What ended the reader comes out here again, ValueError for bytes that are no text or fit no buffer.
+        with anyio.move_on_after(2, shield=True), contextlib.suppress(QMPError, OSError, EOFError, ValueError):
             await client.disconnect()
 
 
@@ -130,7 +159,9 @@ async def _greeted(path: Path, machine: str) -> QMPClient:
         except BaseException as error:
             endpoint.close()
             # QEMU may still hold an event for the client before us and send it first: that is no greeting, so again.
-            if not isinstance(error, ConnectError) or not isinstance(error.exc, GreetingError):
+            # Anything else that is no greeting comes from no QEMU.
+            greeting = error.exc if isinstance(error, ConnectError) else None
+            if not isinstance(greeting, GreetingError) or not isinstance(greeting.exc, KeyError):
                 raise
             if attempt == _GREETINGS - 1:
                 raise

@@ -12,7 +12,7 @@ import msgspec
 
 from qmpsnap.errors import NotFoundError, OperationPending
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan
+from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
 
 _COLUMNS = "id, machine, verb, state, step, plan, started, updated, pid, error"
 
@@ -36,9 +36,9 @@ def open_operation(
     plan = make_plan(first)
     connection.execute("UPDATE serial SET last = last + ?", (serials,))
     now = time.time()
-    verb = plan.__struct_config__.tag
+    verb = verb_of(plan)
     operation = Operation(
-        id=first, machine=machine, verb=str(verb), state="planned", step="planned", plan=plan,
+        id=first, machine=machine, verb=verb, state="planned", step="planned", plan=plan,
         started=now, updated=now, pid=os.getpid(),
     )  # fmt: skip
     connection.execute(

@@ -158,10 +158,10 @@ class SqliteStore:
         with self._writing() as sql:
             journal.mark(sql, operation, state, step=step, error=error)
 
-    def settle(self, operation: OperationId, machine: str, change: Change) -> None:
+    def settle(self, operation: OperationId, machine: str, change: Change, *, step: str | None = None) -> None:
         with self._writing() as sql:
             self._apply(sql, machine, change)
-            journal.mark(sql, operation, "settled", step="settled")
+            journal.mark(sql, operation, "running" if step else "settled", step=step or "settled")
 
     def forget(self, machine: str) -> tuple[Layer, ...]:
         with self._writing() as sql:

@@ -59,8 +59,8 @@ class Store(Protocol):
     ) -> None:
         """Make an operation's progress durable."""
 
-    def settle(self, operation: OperationId, machine: str, change: Change) -> None:
-        """Apply the change and end the operation, both or neither.
+    def settle(self, operation: OperationId, machine: str, change: Change, *, step: str | None = None) -> None:
+        """Apply a change and end the operation, both or neither; with ``step`` the operation goes on from there.
 
         Raises:
             NameTaken: the change defines a machine whose name is in use.

@@ -147,6 +147,15 @@ def test_an_error_is_an_object_when_json_is_asked_for(
     assert error["hint"]
 
 
+@pytest.mark.parametrize("words", ["show \udcff", "snapshot create web x -m \udcff", "define \udcff.yaml"])
+def test_bytes_that_are_no_text_are_refused(
+    words: str, home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = Refusal(capsys, tmp_path, *words.split())
+    assert refusal.exit_code == 2
+    assert "is not UTF-8 text" in refusal.text
+
+
 def test_a_taken_name_is_refused(
     home: Home, abilities: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,10 +7,12 @@ that says anything else than expected ends the test with both lines in the messa
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qmpsnap.qmp.session import Bell
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}, "capabilities": []}}
 
@@ -55,7 +57,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Close:
-    """Hang up."""
+    """Hang up; what follows is for the next client."""
 
 
 Turn = Expect | Reply | Refuse | Event | Raw | Close
@@ -66,6 +68,13 @@ HELLO: tuple[Turn, ...] = (
     Reply(),
 )
 """Greeting and negotiation, as QEMU does them."""
+
+
+class Deaf:
+    """The part of a fake monitor that hears no events, for what must not wait for any."""
+
+    def listen(self, *events: str) -> AbstractAsyncContextManager[Bell]:
+        raise AssertionError(f"nobody should listen to {events} here")
 
 
 class Scripted:
@@ -134,12 +143,15 @@ async def _send(writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> Non
 
 @asynccontextmanager
 async def scripted(path: Path, *turns: Turn) -> AsyncIterator[Scripted]:
-    """A monitor at ``path`` that plays the turns to its one client; its failure is the test's."""
+    """A monitor at ``path`` that plays the turns, up to each ``Close`` to one client; its failure is the test's."""
     monitor = Scripted()
     tasks: list[asyncio.Task[None]] = []
+    left = list(turns)
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.append(asyncio.create_task(monitor.play(turns, reader, writer)))
+        end = next((number for number, turn in enumerate(left, 1) if isinstance(turn, Close)), len(left))
+        part, left[:] = left[:end], left[end:]
+        tasks.append(asyncio.create_task(monitor.play(part, reader, writer)))
 
     server = await asyncio.start_unix_server(accept, path)
     try:

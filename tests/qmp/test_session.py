@@ -11,7 +11,7 @@ import pytest
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
 from qmpsnap.qmp import session
-from tests.qmp.scripted import HELLO, Close, Event, Expect, Raw, Refuse, Reply, scripted
+from tests.qmp.scripted import HELLO, Close, Event, Expect, Raw, Refuse, Reply, Turn, scripted
 
 LONG = 30.0
 """Seconds no test waits for."""
@@ -81,8 +81,8 @@ async def test_a_reply_of_a_mebibyte_is_read(path: Path) -> None:
 
 
 async def test_events_between_the_lines_are_passed_over_and_not_kept(path: Path) -> None:
-    noise = [Event("BLOCK_JOB_READY")] * 500
-    turns = (*noise, Expect("stop"), *noise, Reply({"ok": 1}), *noise, Expect("cont"), Reply())
+    noise: list[Turn] = [Event("BLOCK_JOB_READY")] * 500
+    turns: tuple[Turn, ...] = (*noise, Expect("stop"), *noise, Reply({"ok": 1}), *noise, Expect("cont"), Reply())
     async with scripted(path, *HELLO, *turns), session.connect(path, machine="web") as monitor:
         assert await monitor.execute("stop") == {"ok": 1}
         assert await monitor.execute("cont") == {}
@@ -138,6 +138,12 @@ async def test_who_greets_with_something_else_is_no_qemu(path: Path, greeting: R
             async with session.connect(path, machine="web"):
                 pytest.fail("that was no greeting")
     assert caught.value.effect == "none"
+
+
+async def test_an_event_for_the_client_before_us_is_no_greeting_and_the_next_try_gets_one(path: Path) -> None:
+    turns = (Event("RESET"), Close(), *HELLO, Expect("stop"), Reply("there"))
+    async with scripted(path, *turns), session.connect(path, machine="web") as monitor:
+        assert await monitor.execute("stop") == "there"
 
 
 async def test_a_full_backlog_is_waited_for_no_longer_than_the_deadline(path: Path) -> None:

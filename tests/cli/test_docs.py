@@ -1,0 +1,94 @@
+"""The documentation against what it speaks of: golden files, spec keys, variables, links, names of tests."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qmpsnap import errors
+from qmpsnap.machine import specfile
+from qmpsnap.machine.recipes import launch_dir
+from qmpsnap.model.spec import DiskSpec, Forward, MachineSpec, NicSpec
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "launch" / "README.md", *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(([^)#]*)(?:#([^)]*))?\)")
+VARIABLE = re.compile(r"QMPSNAP_[A-Z_]+")
+
+
+def test_the_readme_shows_the_tree_as_it_is_printed() -> None:
+    golden = (ROOT / "tests" / "cli" / "golden" / "tree.table").read_text()
+    assert f"```\n{golden}```\n" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text()):
+        if "://" in target:
+            continue
+        found = (page.parent / target).resolve() if target else page
+        assert found.exists(), target
+        assert found.is_relative_to(ROOT)
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", found.read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_of_the_tree_that_is_named_is_there(page: Path) -> None:
+    named = set(re.findall(r"(?<![\w/.-])(?:tests|scripts|qmpsnap|docs|launch)/[\w@./-]*[\w]", page.read_text())) - {
+        "qmpsnap/1"
+    }
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_fit(page: Path) -> None:
+    lines = [line for line in page.read_text().splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("of", [MachineSpec, DiskSpec, NicSpec, Forward])
+def test_every_key_of_a_spec_is_described(of: type) -> None:
+    text = (ROOT / "docs" / "spec.md").read_text()
+    fields = list(of.__struct_fields__) + (["profile"] if of is MachineSpec else [])  # type: ignore[attr-defined]
+    missing = [field for field in fields if not re.search(rf"^\| `{field.replace('_', '-')}`", text, re.MULTILINE)]
+    assert missing == []
+
+
+def test_every_described_key_of_a_machine_is_one() -> None:
+    text = (ROOT / "docs" / "spec.md").read_text()
+    table = text.partition("## The machine")[2].partition("\n## ")[0]
+    described = set(re.findall(r"^\| `([a-z-]+)`", table, flags=re.MULTILINE))
+    assert described == set(specfile._machine_readers(Path(), Path()))
+
+
+def test_the_example_of_a_spec_is_one(tmp_path: Path) -> None:
+    example = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "spec.md").read_text(), flags=re.DOTALL)
+    assert example
+    file = tmp_path / "web.yaml"
+    file.write_text(example[1])
+    spec = specfile.read(file, guest_dir=tmp_path, profile_dir=launch_dir() / "profiles")
+    assert (spec.name, spec.firmware, [disk.name for disk in spec.disks]) == ("web", "uefi", ["vda", "data"])
+
+
+def test_every_profile_is_described() -> None:
+    text = (ROOT / "docs" / "spec.md").read_text()
+    for profile in (launch_dir() / "profiles").glob("*.yaml"):
+        assert f"| `{profile.stem}`" in text
+
+
+def test_every_variable_is_described_and_no_other() -> None:
+    described = set(VARIABLE.findall((ROOT / "docs" / "spec.md").read_text()))
+    read = {name for path in (ROOT / "qmpsnap").rglob("*.py") for name in VARIABLE.findall(path.read_text())}
+    assert described == read
+
+
+def test_every_error_class_is_drawn() -> None:
+    drawn = set(re.findall(r"^ *[│├└─ ]*(\w+) +\d\b", errors.__doc__ or "", flags=re.MULTILINE))
+    classes = {
+        name
+        for name, found in vars(errors).items()
+        if isinstance(found, type) and issubclass(found, errors.QmpsnapError)
+    }
+    assert drawn == classes
