@@ -21,14 +21,17 @@ from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, Operation
+from qmpsnap.model.operation import CreatePlan, MergePlan, Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import compare, create, define, power, undefine
+from qmpsnap.ops import commit, compare, create, define, delete, power, undefine
+from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking, this_host
 from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops.delete import DeletePlan, DeleteRequest
 from qmpsnap.ops.work import working
+from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.store.sqlite import SqliteStore
 
 
@@ -229,6 +232,69 @@ class MachineHandle:
                 machine=self.name,
             )
         return done
+
+    async def commit(
+        self,
+        disk: str,
+        *,
+        base: str | None = None,
+        top: str | None = None,
+        consume: bool = False,
+        report: Report = unreported,
+    ) -> MergePlan:
+        """Merge the layers above ``base`` up to ``top`` into ``base``; the guest runs on.
+
+        Args:
+            disk: the disk.
+            base: layer id or snapshot name; None is the lowest layer of the chain.
+            top: layer id or snapshot name; None is the active layer.
+            consume: agree that snapshots whose content ``base`` or a layer between holds become unreadable.
+            report: told about the job's progress.
+
+        Raises:
+            StateError: base is above top, others read what would change, or snapshots would be lost unasked.
+            HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
+        """
+        request = CommitRequest(disk=disk, base=base, top=top, consume=consume)
+        return await commit.run(self._context, self.name, request, report=report)
+
+    async def stream(self, disk: str, *, base: str | None = None, report: Report = unreported) -> MergePlan:
+        """Let the active layer absorb what lies between it and ``base`` (everything, without it); nothing is lost.
+
+        Raises:
+            StateError: nothing lies between.
+            HostCannot: not enough space.
+        """
+        return await commit.run(self._context, self.name, StreamRequest(disk=disk, base=base), report=report)
+
+    async def delete_snapshots(
+        self, *names: str, children: bool = False, metadata: bool = False, report: Report = unreported
+    ) -> DeletePlan:
+        """Delete snapshots, moving as few bytes as possible.
+
+        Args:
+            names: the snapshots.
+            children: also those that grew from them.
+            metadata: only the names; the layers stay.
+            report: told about each job's progress.
+
+        Raises:
+            NotFoundError: one is not there; nothing was deleted.
+        """
+        request = DeleteRequest(names=names, children=children, metadata=metadata)
+        return await delete.run(self._context, self.name, request, report=report)
+
+    async def wait(self, *, report: Report = unreported) -> list[Operation]:
+        """See every job of an interrupted operation to its end; returns those operations as they were."""
+        pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
+        async with working(self._context, self.name, "job wait", unfinished="carry on", report=report):
+            return list(pending)
+
+    async def cancel(self) -> list[Operation]:
+        """Cancel every job of an interrupted operation: the chains stay as they are."""
+        pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
+        async with working(self._context, self.name, "job cancel", unfinished="cancel"):
+            return list(pending)
 
     async def recover(self) -> list[Operation]:
         """End what an earlier operation left open; returns those operations as they were."""

@@ -35,18 +35,27 @@ class Situation(Struct, frozen=True):
     def after(self, change: Change) -> "Situation":
         """The situation once a change has settled."""
         gone = {*change.removed_snapshots, *(snapshot.name for snapshot in change.snapshots)}
+        parents = {s.name: s.parent for s in self.snapshots if s.name in change.removed_snapshots}
+        kept = (s for s in self.snapshots if s.name not in gone)
         forest = self.forest.apply(self.machine, change)
         tops = {w.disk: w.layer for w in forest.writers if w.machine == self.machine}
         return replace(
             self,
             forest=forest,
-            snapshots=(*(s for s in self.snapshots if s.name not in gone), *change.snapshots),
+            snapshots=tuple(replace(s, parent=_surviving(s.parent, parents)) for s in (*kept, *change.snapshots)),
             live={disk: forest.chain(disk, tops[disk]) for disk in self.live},
         )
 
 
+def _surviving(name: str | None, removed: Mapping[str, str | None]) -> str | None:
+    """The nearest ancestor, the snapshot itself included, that is not removed."""
+    while name is not None and name in removed:
+        name = removed[name]
+    return name
+
+
 def consumed_by_commit(at: Situation, disk: str, chain: Chain, *, base: LayerId, top: LayerId) -> tuple[Snapshot, ...]:
-    """The machine's snapshots that a commit makes unreadable: their points lie in ``base`` or between it and ``top``."""
+    """The machine's snapshots that a commit makes unreadable: their points lie from ``base`` to below ``top``."""
     low, high = _span(chain, base, top)
     lost = {layer.id for layer in chain.layers[low:high]}
     return tuple(s for s in at.snapshots if s.state == "ok" and (p := s.point(disk)) and p.layer in lost)

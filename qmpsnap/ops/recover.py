@@ -16,15 +16,18 @@ from msgspec.structs import replace
 from qmpsnap.block import graph, header
 from qmpsnap.block.image import remove
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import OperationPending, QemuGone, QmpsnapError, StoreMismatch
+from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError, StoreMismatch
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, NodeName
-from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Operation
+from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, MergePlan, Operation
+from qmpsnap.ops import recover_merge
 from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.recover_merge import Unfinished
 from qmpsnap.qmp import commands
+from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
 Direction = Literal["forward", "back"]
@@ -62,8 +65,22 @@ def identified(change: Change, headers: Mapping[LayerId, Header], *, pause_ms: f
     return replace(change, layers=layers, snapshots=snapshots)
 
 
-async def end_open(context: Context, machine: Machine, qemu: Monitor | None) -> list[Operation]:
+async def end_open(
+    context: Context,
+    machine: Machine,
+    qemu: Monitor | None,
+    *,
+    unfinished: Unfinished = "refuse",
+    report: Report = unreported,
+) -> list[Operation]:
     """End every open operation of a machine whose lock we hold; returns them as they were.
+
+    Args:
+        context: where.
+        machine: the machine.
+        qemu: its monitor, None when it is stopped.
+        unfinished: what to do with a job that still works.
+        report: told about the progress of a job that is carried on.
 
     Raises:
         OperationPending: one of them cannot be ended now.
@@ -71,7 +88,7 @@ async def end_open(context: Context, machine: Machine, qemu: Monitor | None) -> 
     pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
     for operation in pending:
         try:
-            await _end(context, machine, qemu, operation)
+            await _end(context, machine, qemu, operation, unfinished=unfinished, report=report)
         except OperationPending:
             raise
         except QmpsnapError as error:
@@ -87,7 +104,11 @@ async def after_failure(
     try:
         recorded = await blocking(lambda: context.store.operations(machine.name, only_open=True))
         operation = next((found for found in recorded if found.id == operation.id), operation)
-        direction = await _end(context, machine, qemu, operation, error=str(error))
+        # Whoever was cancelled wants the job to end; whoever failed wants to know first.
+        unfinished: Unfinished = "refuse" if isinstance(error, Exception) else "cancel"
+        direction = await _end(
+            context, machine, qemu, operation, unfinished=unfinished, error=str(error) or "cancelled"
+        )
     except QmpsnapError:
         # The store itself may be what failed; the operation stays open then, which is as good.
         with contextlib.suppress(QmpsnapError):
@@ -95,17 +116,29 @@ async def after_failure(
     if isinstance(error, QmpsnapError):
         error.machine, error.operation = machine.name, str(operation.id)
         error.effect = {"forward": "applied", "back": "none", None: "unknown"}[direction]  # type: ignore[assignment]
-        if direction is None:
+        if direction is None and not isinstance(error, HostCannot):
             error.hint = f"qmpsnap recover {machine.name} finds out and ends it"
 
 
 async def _end(
-    context: Context, machine: Machine, qemu: Monitor | None, operation: Operation, *, error: str = "interrupted"
+    context: Context,
+    machine: Machine,
+    qemu: Monitor | None,
+    operation: Operation,
+    *,
+    unfinished: Unfinished,
+    error: str = "interrupted",
+    report: Report = unreported,
 ) -> Direction:
     plan = operation.plan
     if isinstance(plan, CreatePlan):
         async with _answering(context, machine, qemu) as monitor:
             return await _end_create(context, machine, monitor, operation, plan=plan, error=error)
+    if isinstance(plan, MergePlan):
+        async with _answering(context, machine, qemu) as monitor:
+            return await recover_merge.end(
+                context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
+            )
     if not isinstance(plan, DefinePlan):
         raise _pending(operation, "this qmpsnap cannot end it by itself yet")
     # A definition that did not settle has no machine yet: nobody can have used its images.

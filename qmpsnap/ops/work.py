@@ -8,6 +8,8 @@ from msgspec import Struct
 from qmpsnap.model.machine import Machine
 from qmpsnap.ops import recover
 from qmpsnap.ops.context import Context, blocking, locked, require_own
+from qmpsnap.ops.recover_merge import Unfinished
+from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
 
@@ -19,8 +21,17 @@ class Work(Struct, frozen=True):
 
 
 @asynccontextmanager
-async def working(context: Context, name: str, verb: str) -> AsyncIterator[Work]:
+async def working(
+    context: Context, name: str, verb: str, *, unfinished: Unfinished = "refuse", report: Report = unreported
+) -> AsyncIterator[Work]:
     """Lock the machine, end what an earlier operation left open, and reach its QEMU if it runs.
+
+    Args:
+        context: where.
+        name: the machine.
+        verb: what the lock is held for, as others will be told.
+        unfinished: what to do with a job that still works for an earlier operation.
+        report: told about the progress of such a job.
 
     Raises:
         NotFoundError: no such machine.
@@ -33,5 +44,5 @@ async def working(context: Context, name: str, verb: str) -> AsyncIterator[Work]
     async with locked(context, name, verb):
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
         async with context.monitor(machine) as qemu:
-            await recover.end_open(context, machine, qemu)
+            await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report)
             yield Work(await blocking(context.store.machine, name), qemu)

@@ -235,9 +235,7 @@ class SqliteStore:
         for snapshot in change.snapshots:
             _put_snapshot(sql, number, snapshot)
         for old, new in change.renamed.items():
-            sql.execute(
-                "UPDATE snapshot SET name = ?, version = version + 1 WHERE machine = ? AND name = ?", (new, number, old)
-            )
+            _rename_snapshot(sql, number, old, new)
         if change.current is not msgspec.UNSET:
             current = _snapshot_id(sql, number, change.current)
             sql.execute("UPDATE machine SET current = ?, version = version + 1 WHERE id = ?", (current, number))
@@ -354,6 +352,14 @@ def _snapshot_id(sql: sqlite3.Connection, machine: int, name: str | None) -> int
     if row is None:
         raise NotFoundError(f"there is no snapshot {name!r}")
     return int(row[0])
+
+
+def _rename_snapshot(sql: sqlite3.Connection, machine: int, old: str, new: str) -> None:
+    number = _snapshot_id(sql, machine, old)
+    try:
+        sql.execute("UPDATE snapshot SET name = ?, version = version + 1 WHERE id = ?", (new, number))
+    except sqlite3.IntegrityError as error:
+        raise NameTaken(f"there is a snapshot {new} already; nothing was changed") from error
 
 
 def _remove_snapshot(sql: sqlite3.Connection, machine: int, name: str) -> None:

@@ -58,7 +58,7 @@ async def ask(tmp_path: Path, call: Call, said: Expect, answer: Any) -> Any:
             commands.query_jobs,
             Expect("query-jobs"),
             [{"id": "qs.1.vda", "type": "commit", "status": "ready", "current-progress": 1}],
-            (JobInfo("qs.1.vda", "commit", "ready"),),
+            (JobInfo("qs.1.vda", "commit", "ready", current_progress=1),),
         ),
         (
             commands.query_block_graph,

@@ -224,6 +224,80 @@ def test_a_change_that_says_nothing_of_the_current_snapshot_leaves_it_and_none_c
     assert store.machine("web").current is None
 
 
+# --- snapshots renamed and removed, and who needs what --------------------------------------------------------------
+
+
+def grown(store: Store) -> tuple[Layer, Layer, Layer]:
+    """``web`` with snapshots first <- second on base <- middle <- top; second is current."""
+    base = layer("vda-1")
+    defined(store, "web", base)
+    middle = created(store, "first", base)
+    return base, middle, created(store, "second", middle, parent="first")
+
+
+def test_a_renamed_snapshot_stays_parent_and_current(store: Store) -> None:
+    base, middle, _ = grown(store)
+    settled(store, Change(renamed={"first": "one", "second": "two"}))
+    assert store.snapshots("web") == (snapshot("one", base), snapshot("two", middle, parent="one"))
+    assert store.machine("web").current == "two"
+
+
+@pytest.mark.parametrize(("old", "new"), [("nope", "fresh"), ("first", "second")], ids=["unknown", "taken"])
+def test_a_rename_that_cannot_be_changes_nothing(store: Store, old: str, new: str) -> None:
+    grown(store)
+    before = everything(store)
+    operation = opened(store)
+    with pytest.raises(QmpsnapError) as caught:
+        store.settle(operation.id, "web", Change(renamed={old: new}, current=None))
+    assert caught.value.exit_code == {"nope": 3, "first": 4}[old]
+    assert everything(store) == before
+
+
+def test_what_grew_from_a_removed_snapshot_grows_from_its_parent_then(store: Store) -> None:
+    base, middle, top = grown(store)
+    created(store, "third", top, parent="second")
+    settled(store, Change(removed_snapshots=("second",)))
+    assert store.snapshots("web") == (snapshot("first", base), snapshot("third", top, parent="first"))
+    settled(store, Change(removed_snapshots=("third",)))
+    assert store.machine("web").current == "first"
+    assert store.layer(middle.id) == middle  # a removed snapshot leaves its layers
+
+
+def test_a_layer_that_somebody_needs_is_not_removed(store: Store) -> None:
+    base, middle, top = grown(store)
+    before = everything(store)
+    for needed in (base, middle, top):
+        operation = opened(store)
+        with pytest.raises(StoreMismatch):
+            store.settle(operation.id, "web", Change(removed_layers=(needed.id,)))
+        store.mark(operation.id, "failed")
+    assert everything(store) == before
+
+
+def test_a_layer_that_nobody_needs_any_more_is_removed(store: Store) -> None:
+    base, middle, top = grown(store)
+    merged = replace(middle, backing=None)
+    settled(store, Change(layers=(merged,), removed_snapshots=("first",), removed_layers=(base.id,)))
+    assert store.layer_at(base.path) is None
+    assert [chain.layers for chain in store.chains("web")] == [(merged, top)]
+
+
+def test_the_forest_has_every_layer_writer_and_point_of_all_machines(store: Store) -> None:
+    base, middle, top = grown(store)
+    other = layer("vda-9", base)
+    defined(store, "clone", other)
+    forest = store.forest()
+    assert dict(forest.layers) == {found.id: found for found in (base, middle, top, other)}
+    assert {(found.machine, found.disk, found.layer) for found in forest.writers} == {
+        ("web", "vda", top.id),
+        ("clone", "vda", other.id),
+    }
+    assert [(found.machine, found.snapshot, found.disk, found.layer) for found in forest.references] == [
+        ("web", "first", "vda", base.id),
+        ("web", "second", "vda", middle.id),
+    ]
+
+
 # --- all or nothing -------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,52 @@
+"""Writing another backing string into the header of an image that no QEMU has open."""
+
+import os
+import subprocess
+
+import anyio
+from anyio import to_thread
+
+from qmpsnap.block import header
+from qmpsnap.block.header import Header, printable
+from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
+from qmpsnap.model.chain import Layer
+
+
+async def set_backing(layer: Layer, backing: Layer | None, *, qemu_img: str, deadline: float = 60) -> None:
+    """Let ``layer`` name ``backing`` as its backing (``qemu-img rebase -u``); fine if it does already.
+
+    No data moves: only for a new backing that reads like the old one.
+
+    Raises:
+        StoreMismatch: the file is another one than recorded; it was not touched.
+        HostCannot: qemu-img is missing or fails.
+        DeadlinePassed: qemu-img did not end in time.
+    """
+    wanted = (backing.path if backing else None, backing.format if backing else None)
+    if await to_thread.run_sync(_backing_of, layer) == wanted:
+        return
+    target = ["-b", backing.path, "-F", backing.format] if backing else ["-b", ""]
+    argv = [qemu_img, "rebase", "-u", "-f", layer.format, *target, layer.path]
+    try:
+        with anyio.fail_after(deadline):
+            done = await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False)
+    except OSError as error:
+        raise HostCannot(f"{qemu_img} cannot be run: {error}", hint="see qmpsnap doctor") from error
+    except TimeoutError as error:
+        raise DeadlinePassed(f"{qemu_img} did not end within {deadline:g} s", effect="unknown") from error
+    said = printable(done.stderr.decode(errors="backslashreplace").strip())
+    if done.returncode or await to_thread.run_sync(_backing_of, layer) != wanted:
+        raise HostCannot(f"the backing of {layer.path} was not changed: {said or 'no reason given'}")
+
+
+def _backing_of(layer: Layer) -> tuple[str | None, str | None]:
+    """What the header says, once that is on the disk."""
+    descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+        found: Header = header.inspect(descriptor, path=layer.path, format=layer.format)
+    finally:
+        os.close(descriptor)
+    if (found.device, found.inode) != (layer.device, layer.inode):
+        raise StoreMismatch(f"{printable(layer.path)} is another file than the one recorded; it was not touched")
+    return found.backing, found.backing_format

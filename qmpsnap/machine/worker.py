@@ -1,0 +1,95 @@
+"""A QEMU without a guest, in which block jobs run on chains that no running machine has open.
+
+It is a QEMU under ``-S`` with nothing but the disk: the same jobs, states and graph as in a running machine, so there
+is one code path for both. It has a run folder of its own below the machine's, by which it is found again.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+from msgspec.structs import replace
+
+from qmpsnap.errors import QemuGone
+from qmpsnap.machine import argv
+from qmpsnap.machine import process as processes
+from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, wait_end
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.spec import MachineSpec
+from qmpsnap.qmp import commands
+from qmpsnap.qmp.session import Session
+
+FOLDER = "worker"
+MEMORY = 64 << 20
+
+
+def find(machine: Machine, run_dir: Path) -> Process | None:
+    """The worker that an earlier process of ours left behind, or None."""
+    return processes.find(replace(machine, process=None), run_dir / FOLDER)
+
+
+@asynccontextmanager
+async def left_behind(machine: Machine, run_dir: Path) -> AsyncIterator[Session | None]:
+    """A session with the worker that was left behind, if it lives; it is ended with the block."""
+    process = find(machine, run_dir)
+    if process is None:
+        yield None
+        return
+    try:
+        async with monitor(machine, run_dir / FOLDER) as qemu:
+            yield qemu
+            await _quit(qemu)
+    finally:
+        await _end(process)
+
+
+@asynccontextmanager
+async def working_on(chain: Chain, machine: Machine, *, qemu: str, run_dir: Path) -> AsyncIterator[Session]:
+    """A worker that has the chain open, its highest layer for writing; ended with the block.
+
+    Args:
+        chain: the layers; the device has the name of the chain's disk.
+        machine: whose chain it is.
+        qemu: the QEMU binary.
+        run_dir: the machine's run folder.
+
+    Raises:
+        QemuGone: QEMU does not start; mostly because somebody else has one of the layers open.
+    """
+    folder = run_dir / FOLDER
+    prepare_run_dir(folder)
+    disk = machine.require_disk(chain.disk)
+    spec = MachineSpec(
+        name=machine.name,
+        machine="q35",
+        accel="tcg",
+        memory=MEMORY,
+        disks=(replace(disk, size=1 << 20, image=None, base=None, bus="virtio", read_only=False),),
+        agent=False,
+    )
+    arguments = argv.build(qemu, spec, [chain], uuid=machine.uuid, accel="tcg", paused=True)
+    process = await launch(arguments, machine, folder, accel="tcg")
+    try:
+        async with monitor(machine, folder) as session:
+            yield session
+            await _quit(session)
+    finally:
+        await _end(process)
+
+
+async def _quit(session: Session) -> None:
+    """Close every image cleanly."""
+    try:
+        await commands.control(session, "quit")
+    except QemuGone:
+        return
+
+
+async def _end(process: Process) -> None:
+    # Shielded and bounded: whoever is cancelled leaves no worker behind either.
+    with anyio.CancelScope(shield=True):
+        if not await wait_end(process, deadline=5):
+            processes.terminate(process)
+            await wait_end(process, deadline=5)

@@ -1,0 +1,127 @@
+"""``commit`` and ``stream``: layers of the live chain become one, downwards or upwards."""
+
+from collections.abc import Callable
+
+import anyio
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.errors import StateError
+from qmpsnap.model import merge as rules
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.merge import Situation
+from qmpsnap.model.names import OperationId, job_id
+from qmpsnap.model.operation import Change, Merge, MergePlan
+from qmpsnap.ops import merge, recover
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.situation import look, require_space, resolve
+from qmpsnap.ops.work import Work, working
+from qmpsnap.qmp.jobs import Report, unreported
+
+SETTLE_DEADLINE = 30.0
+"""Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled."""
+
+
+class CommitRequest(Struct, frozen=True, kw_only=True):
+    """Merge the layers above ``base`` up to ``top`` into ``base``.
+
+    Attributes:
+        base: layer id or snapshot name; None is the lowest layer.
+        top: layer id or snapshot name; None is the active layer.
+        consume: agree that snapshots below ``top`` become unreadable.
+    """
+
+    disk: str
+    base: str | None = None
+    top: str | None = None
+    consume: bool = False
+
+
+class StreamRequest(Struct, frozen=True, kw_only=True):
+    """Let the active layer absorb what lies between it and ``base``; None absorbs everything."""
+
+    disk: str
+    base: str | None = None
+
+
+Request = CommitRequest | StreamRequest
+
+
+def plan(at: Situation, chain: Chain, request: Request) -> MergePlan:
+    """What will be done; pure.
+
+    Raises:
+        StateError: base is above top, others read what would change, or snapshots would be consumed unasked.
+        NotFoundError: the chain has no such layer.
+    """
+    if isinstance(request, CommitRequest):
+        return _plan_commit(at, chain, request)
+    base = resolve(at, chain, request.base) if request.base else None
+    step = rules.stream(at, chain, into=chain.active.id, base=base)
+    return MergePlan(verb="stream", machine=at.machine, opening=Change(), undo=Change(), steps=(step,))
+
+
+def _plan_commit(at: Situation, chain: Chain, request: CommitRequest) -> MergePlan:
+    base = resolve(at, chain, request.base) if request.base else chain.base.id
+    top = resolve(at, chain, request.top) if request.top else chain.active.id
+    lost = rules.consumed_by_commit(at, chain.disk, chain, base=base, top=top)
+    opening = Change(snapshots=tuple(replace(snapshot, state="consumed") for snapshot in lost))
+    step = rules.commit(at.after(opening), chain, base=base, top=top)
+    if lost and not request.consume:
+        raise StateError(
+            f"a commit of {top} into {base} overwrites what these snapshots of machine {at.machine} hold:"
+            f" {', '.join(snapshot.name for snapshot in lost)}; nothing was changed",
+            hint=f"--consume agrees to lose them; qmpsnap stream {at.machine} {chain.disk} would keep them",
+            machine=at.machine,
+        )
+    return MergePlan(verb="commit", machine=at.machine, opening=opening, undo=Change(snapshots=lost), steps=(step,))
+
+
+async def preview(context: Context, name: str, request: Request) -> tuple[MergePlan, tuple[str, dict[str, object]]]:
+    """The plan that :func:`run` would follow now and the command that starts its job, without a change."""
+    async with working(context, name, "preview") as work:
+        _, made = await _plan(context, work, request)
+        serial = OperationId(await blocking(context.store.next_serial))
+        step = made.steps[0]
+        assert isinstance(step, Merge)
+        return made, merge.start_command(job_id(serial, step.disk), step)
+
+
+async def run(context: Context, name: str, request: Request, *, report: Report = unreported) -> MergePlan:
+    """Merge; returns what was done once store, QEMU and headers agree on it.
+
+    Args:
+        context: where.
+        name: the machine.
+        request: what to merge.
+        report: told about the job's progress.
+
+    Raises:
+        QmpsnapError: see :func:`plan`; besides, the job's own failure, after which the chain is as before.
+    """
+    verb = "commit" if isinstance(request, CommitRequest) else "stream"
+    async with working(context, name, verb) as work:
+        at, made = await _plan(context, work, request)
+        require_space(at, made.steps)
+        return await carry_out(context, work, lambda _: made, report=report)
+
+
+async def _plan(context: Context, work: Work, request: Request) -> tuple[Situation, MergePlan]:
+    work.machine.require_disk(request.disk)
+    at = await look(context, work)
+    return at, plan(at, at.live[request.disk], request)
+
+
+async def carry_out(
+    context: Context, work: Work, make: Callable[[OperationId], MergePlan], *, report: Report
+) -> MergePlan:
+    """Journal a plan, run its steps, and end it one way or the other when that fails."""
+    operation = await blocking(context.store.open_operation, work.machine.name, make)
+    try:
+        await merge.run(context, work.machine, work.qemu, operation, report=report)
+    except BaseException as error:
+        with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
+            await recover.after_failure(context, work.machine, work.qemu, operation, error)
+        raise
+    assert isinstance(operation.plan, MergePlan)
+    return operation.plan

@@ -1,0 +1,121 @@
+"""``snapshot delete``: the names go at once, then the layers nobody needs any more, moving as few bytes as possible."""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.errors import NotFoundError, UsageError
+from qmpsnap.model import merge as rules
+from qmpsnap.model.merge import DiskReduction, Situation
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.operation import Change, MergePlan
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.ops.commit import carry_out
+from qmpsnap.ops.context import Context
+from qmpsnap.ops.situation import look, require_space
+from qmpsnap.ops.work import working
+from qmpsnap.qmp.jobs import Report, unreported
+
+
+class DeleteRequest(Struct, frozen=True, kw_only=True):
+    """Which snapshots to delete.
+
+    Attributes:
+        children: also those that grew from them.
+        metadata: only the names; the layers stay as they are and are shown as unreferenced.
+    """
+
+    names: tuple[str, ...]
+    children: bool = False
+    metadata: bool = False
+
+
+class DeletePlan(Struct, frozen=True):
+    """The plan and, for people, what it was chosen from."""
+
+    names: tuple[str, ...]
+    reductions: tuple[DiskReduction, ...]
+    plan: MergePlan
+
+
+def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
+    """What will be done; pure.
+
+    Raises:
+        NotFoundError: a snapshot is not there; nothing is deleted then.
+    """
+    chosen = _choose(at, request)
+    names = tuple(snapshot.name for snapshot in chosen)
+    hidden = [layer for layer in _points(chosen) if layer in at.forest.layers]
+    after_names = at.after(Change(removed_snapshots=names))
+    if not request.metadata:
+        hidden += [layer.id for layer in at.forest.layers.values() if layer.state == "hidden" and _ours(at, layer.id)]
+    candidates = [layer for layer in dict.fromkeys(hidden) if not after_names.forest.references_to(layer)]
+    marked = tuple(
+        replace(at.forest.layer(layer), state="hidden")
+        for layer in candidates
+        if not after_names.forest.writers_of(layer)
+    )
+    opening = Change(layers=marked, removed_snapshots=names)
+    reductions = () if request.metadata else rules.reduce(at.after(opening), candidates)
+    return DeletePlan(
+        names,
+        reductions,
+        MergePlan(
+            verb="delete",
+            machine=at.machine,
+            opening=opening,
+            # Gone is gone: what is left after a failure is a hidden layer, which the next delete takes along.
+            undo=Change(),
+            steps=tuple(step for reduction in reductions for step in reduction.steps),
+        ),
+    )
+
+
+async def preview(context: Context, name: str, request: DeleteRequest) -> DeletePlan:
+    """The plan that :func:`run` would follow now, without a change."""
+    async with working(context, name, "preview") as work:
+        return plan(await look(context, work), request)
+
+
+async def run(context: Context, name: str, request: DeleteRequest, *, report: Report = unreported) -> DeletePlan:
+    """Delete; returns what was done.
+
+    Raises:
+        NotFoundError: a snapshot is not there; nothing was deleted.
+        QmpsnapError: a job failed: the snapshots are gone, their layers stay hidden until the next delete.
+    """
+    async with working(context, name, "snapshot delete") as work:
+        at = await look(context, work)
+        made = plan(at, request)
+        require_space(at, made.plan.steps)
+        await carry_out(context, work, lambda _: made.plan, report=report)
+        return made
+
+
+def _choose(at: Situation, request: DeleteRequest) -> list[Snapshot]:
+    known = {snapshot.name: snapshot for snapshot in at.snapshots}
+    if not request.names:
+        raise UsageError("there is no snapshot to delete", hint=f"qmpsnap snapshot list {at.machine}")
+    for name in request.names:
+        if name not in known:
+            raise NotFoundError(
+                f"machine {at.machine} has no snapshot {name!r}; nothing was deleted",
+                hint=f"qmpsnap snapshot list {at.machine}",
+                machine=at.machine,
+            )
+    wanted = set(request.names)
+    if request.children:
+        for snapshot in at.snapshots:  # oldest first: a parent comes before what grew from it
+            if snapshot.parent in wanted:
+                wanted.add(snapshot.name)
+    return [snapshot for snapshot in at.snapshots if snapshot.name in wanted]
+
+
+def _points(snapshots: Sequence[Snapshot]) -> list[LayerId]:
+    return [point.layer for snapshot in snapshots for point in snapshot.points]
+
+
+def _ours(at: Situation, layer: LayerId) -> bool:
+    return layer in at.bytes

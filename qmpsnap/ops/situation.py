@@ -1,0 +1,91 @@
+"""What plans for commit, stream and delete are made from, read from store and files."""
+
+import os
+from pathlib import Path
+
+from anyio import to_thread
+
+from qmpsnap.block import graph
+from qmpsnap.errors import HostCannot, NotFoundError
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.forest import Forest
+from qmpsnap.model.merge import Situation
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.operation import Merge, Removal
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.work import Work
+
+
+async def look(context: Context, work: Work) -> Situation:
+    """The situation of a machine whose lock we hold, after QEMU has agreed that its chains are the store's.
+
+    Raises:
+        StoreMismatch: it does not.
+        StateError: a job holds a disk.
+    """
+    name = work.machine.name
+    chains = await blocking(context.store.chains, name)
+    if work.qemu:
+        await graph.require_agreement(work.qemu, chains, machine=name)
+    forest = await blocking(context.store.forest)
+    return Situation(
+        machine=name,
+        forest=forest,
+        snapshots=await blocking(context.store.snapshots, name),
+        live={chain.disk: chain for chain in chains},
+        running=work.qemu is not None,
+        bytes=await to_thread.run_sync(_bytes, forest, str(context.home.machine_dir(name)), chains),
+    )
+
+
+def resolve(at: Situation, chain: Chain, wanted: str) -> LayerId:
+    """The layer of a chain that a user means: by its id, or by the name of a snapshot whose point it is.
+
+    Raises:
+        NotFoundError: the chain has neither.
+    """
+    if wanted in chain.ids:
+        return LayerId(wanted)
+    for snapshot in at.snapshots:
+        point = snapshot.point(chain.disk)
+        if snapshot.name == wanted and point and point.layer in chain.ids:
+            return point.layer
+    raise NotFoundError(
+        f"the live chain of disk {chain.disk} of machine {at.machine} has no layer or snapshot {wanted!r};"
+        " nothing was changed",
+        hint=f"qmpsnap chain {at.machine} {chain.disk} lists its layers",
+        machine=at.machine,
+    )
+
+
+def require_space(at: Situation, steps: tuple[Merge | Removal, ...]) -> None:
+    """Refuse before anything begins when a job could run out of space.
+
+    Raises:
+        HostCannot: the file system of a layer that grows has less free than the layer may grow by.
+    """
+    for step in steps:
+        if not isinstance(step, Merge):
+            continue
+        growth = min(step.moves, max(0, step.into.virtual_size - at.bytes.get(step.into.id, 0)))
+        status = os.statvfs(Path(step.into.path).parent)
+        free = status.f_bavail * status.f_frsize
+        if free < growth:
+            raise HostCannot(
+                f"layer {step.into.id} may grow by {growth} bytes and {free} are free at {Path(step.into.path).parent};"
+                " nothing was changed",
+                hint="make room there, or merge in smaller steps",
+                machine=at.machine,
+            )
+
+
+def _bytes(forest: Forest, folder: str, chains: tuple[Chain, ...]) -> dict[LayerId, int]:
+    wanted = {layer.id: layer for chain in chains for layer in chain.layers}
+    wanted |= {layer.id: layer for layer in forest.layers.values() if layer.path.startswith(f"{folder}/")}
+    sizes = {}
+    for layer in wanted.values():
+        try:
+            sizes[layer.id] = Path(layer.path).stat().st_blocks * 512
+        except FileNotFoundError:
+            continue
+    return sizes

@@ -1,0 +1,217 @@
+"""A QEMU is told from every other process: here with real, short-lived processes that stand in for it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from qmpsnap.errors import HostCannot
+from qmpsnap.machine import process as processes
+from qmpsnap.machine.argv import PID_FILE
+from qmpsnap.machine.process import find, is_alive, is_stopped, log_tail, spawn, terminate
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.spec import MachineSpec
+
+UUID = "6a8c0f2e-5d1b-4c3a-9e7f-0123456789ab"
+SLEEP = ["sleep", "60"]
+
+Spawn = Callable[..., Process]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Spawn]:
+    """``spawn`` in ``tmp_path``; whatever was started is killed in the end."""
+    started: list[Process] = []
+
+    def run(argv: list[str] | None = None) -> Process:
+        started.append(spawn(argv or SLEEP, tmp_path))
+        return started[-1]
+
+    yield run
+    for process in started:
+        child = processes._children.pop(process.pid, None)
+        if child:
+            child.kill()
+            child.wait(20)
+
+
+@pytest.fixture
+def stranger() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has nothing to do with any machine."""
+    with subprocess.Popen(SLEEP) as process:
+        yield process
+        process.kill()
+
+
+def ended(process: Process) -> Process:
+    """The same, once it has come to its end; not yet reaped."""
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    return process
+
+
+def machine(process: Process | None = None, *, uuid: str = UUID) -> Machine:
+    spec = MachineSpec(name="web")
+    return Machine(name="web", uuid=uuid, host="here", spec=spec, created=0.0, process=process)
+
+
+def posing_as(*arguments: str) -> list[str]:
+    """A process that sleeps with these words among its arguments, as QEMU would have them."""
+    return [sys.executable, "-c", "import time; time.sleep(60)", *arguments]
+
+
+# --- identity -------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_was_started_is_alive_until_it_ends(start: Spawn) -> None:
+    process = start()
+    assert is_alive(process)
+    os.kill(process.pid, signal.SIGKILL)
+    assert not is_alive(ended(process))
+
+
+@pytest.mark.parametrize("changed", [{"start_ticks": 1}, {"boot_id": "another boot"}])
+def test_the_same_pid_alone_is_another_process(start: Spawn, changed: dict[str, object]) -> None:
+    assert not is_alive(replace(start(), **changed))
+
+
+def test_a_zombie_is_not_alive() -> None:
+    with subprocess.Popen(["true"]) as child:  # nobody has waited for it yet
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert processes._stat(child.pid)[0] == "Z"
+        ticks = int(processes._stat(child.pid)[processes._START_TICKS])
+        assert not is_alive(processes._record(child.pid, ticks))
+
+
+def test_a_process_with_a_closing_parenthesis_in_its_name_is_read_right(start: Spawn, tmp_path: Path) -> None:
+    odd = tmp_path / ") R 1 ("
+    odd.symlink_to("/bin/sleep")
+    process = start([str(odd), "60"])
+    assert is_alive(process)
+    assert not is_stopped(process)
+
+
+def test_one_that_a_signal_has_stopped_is_alive_and_stopped(start: Spawn) -> None:
+    process = start()
+    assert not is_stopped(process)
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    assert is_stopped(process)
+    assert is_alive(process)
+
+
+# --- starting -------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_started_in_its_folder_in_a_session_of_its_own_with_a_private_log(start: Spawn, tmp_path: Path) -> None:
+    ended(start(["sh", "-c", "echo of the last time"]))
+    process = start(["sh", "-c", "pwd; umask; readlink /proc/$$/fd/0; echo oops >&2; exec sleep 60"])
+    assert os.getsid(process.pid) == process.pid
+    while "oops" not in (said := log_tail(tmp_path)):
+        assert is_alive(process)
+        time.sleep(0.005)
+    assert said == f"{tmp_path}\n0077\n/dev/null\noops"
+    assert (tmp_path / processes.LOG).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_program_that_is_not_there_is_the_hosts_trouble(tmp_path: Path) -> None:
+    with pytest.raises(HostCannot, match="/no/such/qemu cannot be run") as caught:
+        spawn(["/no/such/qemu"], tmp_path)
+    assert (caught.value.exit_code, caught.value.hint) == (9, "see qmpsnap doctor")
+
+
+def test_a_log_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("content")
+    (tmp_path / processes.LOG).symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic link"):
+        spawn(SLEEP, tmp_path)
+    assert (tmp_path / "precious").read_text() == "content"
+
+
+# --- killing --------------------------------------------------------------------------------------------------------
+
+
+def test_terminate_ends_that_very_process(start: Spawn) -> None:
+    process = start()
+    terminate(process)
+    assert os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT) is not None
+    assert not is_alive(process)
+    terminate(process)  # and one that has ended already is none to fear
+
+
+@pytest.mark.parametrize("changed", [{"start_ticks": 1}, {"boot_id": "another boot"}])
+def test_terminate_never_hits_a_later_process_of_the_same_pid(
+    stranger: subprocess.Popen[bytes], changed: dict[str, object]
+) -> None:
+    ticks = int(processes._stat(stranger.pid)[processes._START_TICKS])
+    terminate(replace(processes._record(stranger.pid, ticks), **changed))
+    os.kill(stranger.pid, signal.SIGTERM)  # had it been killed, this is what it would not die of
+    assert stranger.wait(20) == -signal.SIGTERM
+
+
+# --- finding it again -----------------------------------------------------------------------------------------------
+
+
+def test_the_recorded_process_is_found_without_a_pid_file(start: Spawn, tmp_path: Path) -> None:
+    process = start()
+    assert find(machine(process), tmp_path) == process
+
+
+def test_a_recorded_process_that_is_another_by_now_is_not_found(start: Spawn, tmp_path: Path) -> None:
+    assert find(machine(replace(start(), start_ticks=1)), tmp_path) is None
+
+
+def test_one_that_nobody_recorded_is_found_by_its_pid_file_and_uuid(start: Spawn, tmp_path: Path) -> None:
+    process = start(posing_as("-uuid", UUID, "-accel", "tcg,thread=multi"))
+    (tmp_path / PID_FILE).write_text(f"{process.pid}\n")
+    found = find(machine(), tmp_path)
+    assert found is not None
+    assert (found.pid, found.start_ticks, found.boot_id) == (process.pid, process.start_ticks, process.boot_id)
+    assert found.accel == "tcg"
+    later = find(machine(replace(process, boot_id="the last boot")), tmp_path)
+    assert later is not None
+    assert later.pid == process.pid
+
+
+@pytest.mark.parametrize("arguments", [("-uuid", "another"), (f"-uuid={UUID}",), ()], ids=["other", "glued", "none"])
+def test_a_stale_pid_file_that_leads_to_a_foreign_process_is_ignored(
+    start: Spawn, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / PID_FILE).write_text(str(start(posing_as(*arguments)).pid))
+    assert find(machine(), tmp_path) is None
+
+
+def test_a_machine_without_a_uuid_is_no_process_at_all(start: Spawn, tmp_path: Path) -> None:
+    (tmp_path / PID_FILE).write_text(str(start().pid))
+    assert find(machine(uuid=""), tmp_path) is None
+
+
+def test_a_pid_file_of_a_process_that_has_ended_is_ignored(start: Spawn, tmp_path: Path) -> None:
+    process = start(["true"])
+    (tmp_path / PID_FILE).write_text(str(ended(process).pid))
+    assert find(machine(), tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ["", "x", "-1", "0", "99999999999", "1 2"])
+def test_a_pid_file_that_holds_no_pid_is_ignored(tmp_path: Path, content: str) -> None:
+    (tmp_path / PID_FILE).write_text(content)
+    assert find(machine(), tmp_path) is None
+
+
+# --- what it said ---------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_the_log_is_printable_whatever_was_written(tmp_path: Path) -> None:
+    (tmp_path / processes.LOG).write_bytes(b"x" * 3000 + b"\n\x1b[31mqemu: \xff\0failed\r\n\n")
+    tail = log_tail(tmp_path, limit=23)
+    assert tail == "[31mqemu: �failed"
+    assert len(log_tail(tmp_path)) <= 2000
+
+
+def test_without_a_log_nothing_was_said(tmp_path: Path) -> None:
+    assert log_tail(tmp_path) == ""
