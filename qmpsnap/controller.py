@@ -31,6 +31,8 @@ from qmpsnap.ops.context import Context, blocking, this_host
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
 from qmpsnap.ops.work import working
+from qmpsnap.qmp import commands
+from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.store.sqlite import SqliteStore
 
@@ -200,6 +202,59 @@ class MachineHandle:
         """What :meth:`snapshot` would do now, without doing it."""
         return await create.preview(self._context, self.name, _request(name, description, disks))
 
+    async def add_layers(self, *, disks: Sequence[str] | None = None) -> tuple[Layer, ...]:
+        """Put a new empty layer on every disk as :meth:`snapshot` does, but list no snapshot; returns those layers.
+
+        Args:
+            disks: names of the disks; None takes all that the spec does not leave out.
+
+        Raises:
+            StateError: a disk is read-only or busy with a job.
+            StoreMismatch: QEMU's chains are not the store's.
+        """
+        return await create.add_layers(self._context, self.name, _request(None, "", disks))
+
+    async def preview_add_layers(self, *, disks: Sequence[str] | None = None) -> tuple[Machine, CreatePlan]:
+        """What :meth:`add_layers` would do now, without doing it."""
+        request = replace(_request(None, "", disks), listed=False)
+        return await create.preview(self._context, self.name, request)
+
+    async def revert(
+        self, snapshot: Snapshot | str, *, discard: bool = False, state: revert.Run | None = None
+    ) -> Reverted:
+        """Go back to a snapshot: new empty layers on its points become active. A running guest is ended for it.
+
+        Disks that the snapshot does not include stay as they are. What was written since is kept as an automatic
+        snapshot, ``auto-N``, unless there is nothing.
+
+        Args:
+            snapshot: the snapshot, or its name.
+            discard: remove what was written since instead.
+            state: ``running`` or ``paused`` afterwards; None leaves the machine running, paused or stopped as it was.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            StateError: it is consumed or internal, or a job holds a disk.
+            StoreMismatch: QEMU's chains or the files are not the store's.
+        """
+        return await revert.run(self._context, self.name, _revert_request(snapshot, discard, state))
+
+    async def preview_revert(
+        self, snapshot: Snapshot | str, *, discard: bool = False, state: revert.Run | None = None
+    ) -> revert.Preview:
+        """What :meth:`revert` would do now, without doing it."""
+        return await revert.preview(self._context, self.name, _revert_request(snapshot, discard, state))
+
+    async def rename_snapshot(self, old: str, new: str) -> Snapshot:
+        """Give a snapshot another name; returns it as it is now.
+
+        Raises:
+            NameRefused: the new name is not allowed.
+            NotFoundError: there is no snapshot ``old``.
+            NameTaken: there is a snapshot ``new``.
+        """
+        return await rename.run(self._context, self.name, old, new)
+
     async def snapshots(self) -> tuple[Snapshot, ...]:
         """The snapshots, oldest first."""
         return await blocking(self._context.store.snapshots, self.name)
@@ -284,6 +339,11 @@ class MachineHandle:
         request = DeleteRequest(names=names, children=children, metadata=metadata)
         return await delete.run(self._context, self.name, request, report=report)
 
+    async def jobs(self) -> tuple[JobInfo, ...]:
+        """The jobs that the machine's QEMU has; none when it is stopped."""
+        async with self._context.monitor(await self.record()) as qemu:
+            return await commands.query_jobs(qemu) if qemu else ()
+
     async def wait(self, *, report: Report = unreported) -> list[Operation]:
         """See every job of an interrupted operation to its end; returns those operations as they were."""
         pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
@@ -309,3 +369,8 @@ class MachineHandle:
 
 def _request(name: str | None, description: str, disks: Sequence[str] | None) -> CreateRequest:
     return CreateRequest(name=name, description=description, disks=None if disks is None else tuple(disks))
+
+
+def _revert_request(snapshot: Snapshot | str, discard: bool, state: revert.Run | None) -> RevertRequest:  # noqa: FBT001
+    name = snapshot if isinstance(snapshot, str) else snapshot.name
+    return RevertRequest(name=name, discard=discard, run=state)

@@ -7,7 +7,8 @@ import errno
 import os
 import shlex
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
 from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import Format
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "backing_fault",
     "detect",
     "inspect",
+    "is_empty",
     "parse",
     "printable",
     "read",
@@ -120,6 +123,12 @@ def read(
         ImageRefused: not there, a symlink, not a regular file, not of that format, or see :func:`parse`.
         HostCannot: no right to read it, or the disk fails.
     """
+    with _opened(path, block_device=block_device) as descriptor:
+        return inspect(descriptor, path=os.fspath(path), format=format, foreign=foreign)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], *, block_device: bool) -> Iterator[int]:
     shown = printable(os.fspath(path))
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -132,9 +141,31 @@ def read(
         if not (stat.S_ISREG(mode) or (block_device and stat.S_ISBLK(mode))):
             kind = "a block device, which is not allowed here" if stat.S_ISBLK(mode) else "not a regular file"
             raise ImageRefused(f"{shown} is {kind}; nothing was changed", hint="name an image file")
-        return inspect(descriptor, path=os.fspath(path), format=format, foreign=foreign)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def is_empty(layer: Layer) -> bool:
+    """Whether nothing was ever written to a layer: its L1 table is all zero and it holds no tag. Raw never is.
+
+    A running QEMU may have a write under way that the file does not show yet.
+
+    Raises:
+        ImageRefused: not there, or not of its format.
+        HostCannot: no right to read it, or the disk fails.
+    """
+    if layer.format != "qcow2":
+        return False
+    with _opened(layer.path, block_device=False) as descriptor:
+        found = inspect(descriptor, path=layer.path, format="qcow2")
+        if found.internal_snapshots:
+            return False
+        try:
+            table = os.pread(descriptor, found.l1_size * 8, found.l1_offset)
+        except OSError as error:
+            raise HostCannot(f"{printable(layer.path)} cannot be read: {error.strerror}") from error
+    return not table.strip(b"\0")
 
 
 def require(

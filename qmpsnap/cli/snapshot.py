@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from qmpsnap.cli import output
+from qmpsnap.cli import delete, output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, reading
 from qmpsnap.errors import NotFoundError
 from qmpsnap.model.chain import Layer
@@ -41,6 +41,8 @@ def register(parsers: Parsers) -> None:
     add_machine(command)
     command.add_argument("name", metavar="NAME", help="the snapshot")
     add_format(command)
+
+    delete.register(verbs)
 
     command = add(parsers, "tree", _tree, help="which snapshot grew from which, and where the machine stands")
     add_machine(command)

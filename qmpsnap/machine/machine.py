@@ -9,17 +9,19 @@ from typing import TypeVar
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap.errors import HostCannot, QemuGone, StateError
+from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.qmp import commands, session
-from qmpsnap.qmp.session import Session
+from qmpsnap.qmp.session import Monitor, Session
 
 T = TypeVar("T")
 
 LAUNCH_DEADLINE = 20.0
 """Seconds from exec to the monitor's greeting."""
+QUIT_DEADLINE = 10.0
+"""Seconds from ``quit``, or from a kill, to QEMU's end."""
 
 
 def prepare_run_dir(path: Path) -> None:
@@ -108,6 +110,25 @@ async def monitor(machine: Machine, run_dir: Path) -> AsyncIterator[Session]:
                 machine=machine.name,
             )
         yield qemu
+
+
+async def end(process: Process, qemu: Monitor | None) -> bool:
+    """End a QEMU: ``quit`` closes every image cleanly; only one that does not answer is killed. False: it still runs.
+
+    Args:
+        process: the QEMU.
+        qemu: its monitor, None when it does not answer.
+    """
+    if qemu is not None:
+        try:
+            await commands.control(qemu, "quit")
+        except (QemuGone, DeadlinePassed):
+            pass
+        else:
+            if await wait_end(process, deadline=QUIT_DEADLINE):
+                return True
+    processes.terminate(process)
+    return await wait_end(process, deadline=QUIT_DEADLINE)
 
 
 async def wait_end(process: Process, *, deadline: float) -> bool:

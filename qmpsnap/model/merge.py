@@ -143,7 +143,7 @@ def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) 
     job_chain = at.live[chain.disk] if live else at.forest.chain(chain.disk, into)
     alone = replace(target, backing=base)
     forest = at.forest.apply(at.machine, Change(layers=(alone,)))
-    removed = _unneeded(forest, reversed(between))
+    removed = unneeded(forest, reversed(between))
     return Merge(
         kind="stream",
         disk=chain.disk,
@@ -276,7 +276,7 @@ def _dead_leaves(forest: Forest, pending: Collection[LayerId]) -> tuple[Layer, .
     return tuple(layer for layer in dead if _disk_of(layer) == _disk_of(dead[0]))
 
 
-def _unneeded(forest: Forest, layers: Iterable[Layer]) -> tuple[Layer, ...]:
+def unneeded(forest: Forest, layers: Iterable[Layer]) -> tuple[Layer, ...]:
     """Of these layers, given top first, those that nobody needs, each taking the next below with it."""
     gone: list[Layer] = []
     for layer in layers:

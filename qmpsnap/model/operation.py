@@ -139,22 +139,41 @@ class MergePlan(Struct, frozen=True, kw_only=True, tag="merge"):
     steps: tuple[Merge | Removal, ...]
 
 
+class Unwritten(Struct, frozen=True, kw_only=True):
+    """What a revert does instead, should nothing have been written since the last one or since the last snapshot.
+
+    Attributes:
+        layers: the old active layers; once QEMU has ended each must prove empty, and then they go.
+        change: what becomes true then.
+    """
+
+    layers: tuple[Layer, ...]
+    change: Change
+
+
 class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
     """Go back to a snapshot: new overlays on its points become active while no QEMU runs.
 
     Attributes:
+        snapshot: its name.
+        live: a QEMU runs; it ends before anything changes.
         overlays: the new active layers.
-        removed: active layers nobody needs afterwards.
-        restart: the machine ran; it is started again on the new layers.
+        removed: layers of ours that nobody needs after ``change``; their files go.
+        restart: the machine is started on the new layers.
         paused: it is started with its vCPUs stopped.
+        change: what becomes true.
+        unwritten: what becomes true instead when the old active layers are empty; None where that does not matter.
     """
 
     machine: str
+    snapshot: str
+    live: bool
     overlays: tuple[Overlay, ...]
     removed: tuple[Layer, ...]
     restart: bool
     paused: bool
     change: Change
+    unwritten: Unwritten | None = None
 
 
 Plan = DefinePlan | CreatePlan | MergePlan | RevertPlan

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import anyio
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.block.qcow2 import Header
@@ -34,11 +35,13 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         name: the snapshot's name; None takes the next free ``snap-N``.
         description: free text.
         disks: names of the disks to include; None takes all that the spec does not leave out.
+        listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
     """
 
     name: str | None = None
     description: str = ""
     disks: tuple[str, ...] | None = None
+    listed: bool = True
 
 
 def plan(
@@ -70,14 +73,21 @@ def plan(
         NotFoundError: no disk of that name.
         StateError: a disk cannot be snapshotted.
     """
-    name = _name(machine, snapshots, request.name)
     chosen = _disks(machine, request.disks)
     folder = home.machine_dir(machine.name)
     overlays = tuple(
-        Overlay(disk=chain.disk, layer=_overlay(chain, serial, str(folder)), backing=chain.active)
+        Overlay(disk=chain.disk, layer=overlay_on(chain, serial, str(folder)), backing=chain.active)
         for chain in chains
         if chain.disk in chosen
     )
+    change = Change(
+        layers=tuple(overlay.layer for overlay in overlays),
+        active={overlay.disk: overlay.layer.id for overlay in overlays},
+    )
+    live = mode != "stopped"
+    if not request.listed:
+        return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
+    name = _name(machine, snapshots, request.name)
     snapshot = Snapshot(
         name=name,
         kind="disk",
@@ -89,17 +99,8 @@ def plan(
         points=tuple(Point(disk=overlay.disk, layer=overlay.backing.id) for overlay in overlays),
         operation=serial,
     )
-    return CreatePlan(
-        machine=machine.name,
-        live=mode != "stopped",
-        overlays=overlays,
-        change=Change(
-            layers=tuple(overlay.layer for overlay in overlays),
-            active={overlay.disk: overlay.layer.id for overlay in overlays},
-            snapshots=(snapshot,),
-            current=name,
-        ),
-    )
+    change = replace(change, snapshots=(snapshot,), current=name)
+    return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
 
 
 def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str, object]]]:
@@ -115,7 +116,7 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
     machine = await blocking(context.store.machine, name)
     async with context.monitor(machine) as qemu:
-        mode = await _mode(qemu)
+        mode = await mode_of(qemu)
     chains = await blocking(context.store.chains, name)
     snapshots = await blocking(context.store.snapshots, name)
     serial = OperationId(await blocking(context.store.next_serial))
@@ -132,6 +133,21 @@ async def run(context: Context, name: str, request: CreateRequest) -> Snapshot:
             families of lock, host, QEMU and deadline. Unless ``effect`` is ``unknown`` nothing has changed; then the
             next command, or ``recover``, finds out and ends it.
     """
+    change = await _run(context, name, request)
+    return change.snapshots[0]
+
+
+async def add_layers(context: Context, name: str, request: CreateRequest) -> tuple[Layer, ...]:
+    """Put the new layers on top without recording a snapshot; returns them.
+
+    Raises:
+        QmpsnapError: as :func:`run`.
+    """
+    change = await _run(context, name, replace(request, listed=False))
+    return change.layers
+
+
+async def _run(context: Context, name: str, request: CreateRequest) -> Change:
     async with working(context, name, "snapshot create") as work:
         chains = await blocking(context.store.chains, name)
         if work.qemu:
@@ -139,16 +155,15 @@ async def run(context: Context, name: str, request: CreateRequest) -> Snapshot:
         operation = await _open(context, work, chains, request)
         assert isinstance(operation.plan, CreatePlan)
         try:
-            snapshot = await _carry_out(context, work, operation, operation.plan, chains)
+            return await _carry_out(context, work, operation, operation.plan, chains)
         except BaseException as error:
             with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
                 await recover.after_failure(context, work.machine, work.qemu, operation, error)
             raise
-        return snapshot
 
 
 async def _open(context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest) -> Operation:
-    mode = await _mode(work.qemu)
+    mode = await mode_of(work.qemu)
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
     def make(serial: OperationId) -> CreatePlan:
@@ -161,8 +176,8 @@ async def _open(context: Context, work: Work, chains: Sequence[Chain], request: 
 
 async def _carry_out(
     context: Context, work: Work, operation: Operation, plan: CreatePlan, chains: Sequence[Chain]
-) -> Snapshot:
-    headers = await _make_overlays(context, plan.overlays)
+) -> Change:
+    headers = await make_overlays(context, plan.overlays)
     pause_ms = None
     if work.qemu:
         pause_ms = await _transact(context, work.qemu, work.machine, operation, plan)
@@ -171,10 +186,10 @@ async def _carry_out(
         await graph.require_agreement(work.qemu, expected, machine=work.machine.name)
     change = recover.identified(plan.change, headers, pause_ms=pause_ms)
     await blocking(context.store.settle, operation.id, work.machine.name, change)
-    return change.snapshots[0]
+    return change
 
 
-async def _make_overlays(context: Context, overlays: Sequence[Overlay]) -> dict[LayerId, Header]:
+async def make_overlays(context: Context, overlays: Sequence[Overlay]) -> dict[LayerId, Header]:
     """Create every overlay, side by side; each removes its own file when it fails."""
     headers: dict[LayerId, Header] = {}
 
@@ -212,7 +227,8 @@ async def _transact(context: Context, qemu: Monitor, machine: Machine, operation
     return (time.monotonic() - before) * 1000
 
 
-async def _mode(qemu: Monitor | None) -> str:
+async def mode_of(qemu: Monitor | None) -> str:
+    """``live``, ``paused`` or ``stopped``: how a snapshot taken now is taken."""
     if qemu is None:
         return "stopped"
     return "live" if (await commands.query_status(qemu)).running else "paused"
@@ -258,7 +274,8 @@ def _writable(machine: Machine, name: str) -> DiskSpec:
     return disk
 
 
-def _overlay(chain: Chain, serial: OperationId, folder: str) -> Layer:
+def overlay_on(chain: Chain, serial: OperationId, folder: str) -> Layer:
+    """A new empty layer on top of a chain."""
     identity = layer_id(chain.disk, serial)
     return Layer(
         id=identity,

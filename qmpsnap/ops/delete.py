@@ -7,9 +7,10 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.model import merge as rules
+from qmpsnap.model.chain import Layer
 from qmpsnap.model.merge import DiskReduction, Situation
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change, MergePlan
+from qmpsnap.model.operation import Change, Merge, MergePlan
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops.commit import carry_out
 from qmpsnap.ops.context import Context
@@ -32,11 +33,23 @@ class DeleteRequest(Struct, frozen=True, kw_only=True):
 
 
 class DeletePlan(Struct, frozen=True):
-    """The plan and, for people, what it was chosen from."""
+    """The plan and, for people, what it was chosen from.
+
+    Attributes:
+        names: the snapshots that go.
+        reductions: the ways there are, per run of layers, the chosen one first.
+        kept: layers that stay, hidden, because others read them.
+    """
 
     names: tuple[str, ...]
     reductions: tuple[DiskReduction, ...]
+    kept: tuple[Layer, ...]
     plan: MergePlan
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to move, at most."""
+        return sum(step.moves for step in self.plan.steps if isinstance(step, Merge))
 
 
 def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
@@ -59,9 +72,12 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
     )
     opening = Change(layers=marked, removed_snapshots=names)
     reductions = () if request.metadata else rules.reduce(at.after(opening), candidates)
+    reduced = {layer for reduction in reductions for layer in reduction.layers}
+    removed = {layer.id for reduction in reductions for step in reduction.steps for layer in step.removed}
     return DeletePlan(
         names,
         reductions,
+        tuple(layer for layer in marked if layer.id not in reduced | removed),
         MergePlan(
             verb="delete",
             machine=at.machine,

@@ -8,7 +8,7 @@ from qmpsnap.errors import DeadlinePassed, QemuGone, StateError, StoreMismatch
 from qmpsnap.machine import accel, argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
-from qmpsnap.machine.machine import launch, wait_end
+from qmpsnap.machine.machine import end, launch, wait_end
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.ops import compare
@@ -33,27 +33,36 @@ async def start(context: Context, name: str, *, paused: bool = False) -> Process
     async with working(context, name, "start") as work:
         if work.qemu:
             raise StateError(f"machine {name} runs already; nothing was changed", machine=name)
-        machine = work.machine
-        chains = await blocking(context.store.chains, name)
-        await to_thread.run_sync(require_files, machine, chains)
-        choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
-        firmware = None
-        if machine.spec.firmware == "uefi":
-            variables = str(context.home.variables(name))
-            firmware = argv.Firmware(code=find_firmware().code, vars=variables)
-        arguments = argv.build(
-            context.qemu,
-            machine.spec,
-            chains,
-            uuid=machine.uuid,
-            accel=choice.accel,
-            paused=paused,
-            firmware=firmware,
-            tsc_khz=accel.tsc_khz(),
-        )
-        process = await launch(arguments, machine, context.home.run_dir(name), accel=choice.accel)
-        await blocking(context.store.set_process, name, process)
-        return process
+        return await bring_up(context, work.machine, paused=paused)
+
+
+async def bring_up(context: Context, machine: Machine, *, paused: bool) -> Process:
+    """Start the QEMU of a machine that is ours and stopped, on the store's chains, and record it.
+
+    Raises:
+        StoreMismatch: an image is not the one the store knows.
+        QemuGone: QEMU ended at once; the message holds what it wrote.
+    """
+    chains = await blocking(context.store.chains, machine.name)
+    await to_thread.run_sync(require_files, machine, chains)
+    choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
+    firmware = None
+    if machine.spec.firmware == "uefi":
+        variables = str(context.home.variables(machine.name))
+        firmware = argv.Firmware(code=find_firmware().code, vars=variables)
+    arguments = argv.build(
+        context.qemu,
+        machine.spec,
+        chains,
+        uuid=machine.uuid,
+        accel=choice.accel,
+        paused=paused,
+        firmware=firmware,
+        tsc_khz=accel.tsc_khz(),
+    )
+    process = await launch(arguments, machine, context.home.run_dir(machine.name), accel=choice.accel)
+    await blocking(context.store.set_process, machine.name, process)
+    return process
 
 
 async def stop(context: Context, name: str, *, force: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109
@@ -101,18 +110,11 @@ async def _ask(context: Context, machine: Machine, process: Process, wait: float
 
 
 async def _quit(context: Context, machine: Machine, process: Process) -> None:
-    """``quit`` closes every image cleanly; only a QEMU that does not answer is killed."""
     try:
         async with context.monitor(machine) as qemu:
-            if qemu:
-                await commands.control(qemu, "quit")
+            await end(process, qemu)
     except (QemuGone, DeadlinePassed):
-        pass
-    else:
-        if await wait_end(process, deadline=10):
-            return
-    processes.terminate(process)
-    await wait_end(process, deadline=10)
+        await end(process, None)
 
 
 def require_files(machine: Machine, chains: Sequence[Chain]) -> None:

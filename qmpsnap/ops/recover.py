@@ -22,10 +22,11 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, NodeName
-from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, MergePlan, Operation
+from qmpsnap.model.operation import Change, CreatePlan, MergePlan, Operation, RevertPlan
 from qmpsnap.ops import recover_merge
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.recover_merge import Unfinished
+from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
@@ -139,13 +140,32 @@ async def _end(
             return await recover_merge.end(
                 context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
             )
-    if not isinstance(plan, DefinePlan):
-        raise _pending(operation, "this qmpsnap cannot end it by itself yet")
+    if isinstance(plan, RevertPlan):
+        async with _answering(context, machine, qemu) as monitor:
+            return await _end_revert(context, machine, monitor, operation, plan=plan, error=error)
     # A definition that did not settle has no machine yet: nobody can have used its images.
     await _remove_new(plan.created)
     await to_thread.run_sync(remove_folder, context.home, plan.machine)
     await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
     return "back"
+
+
+async def _end_revert(
+    context: Context, machine: Machine, monitor: Monitor | None, operation: Operation, *, plan: RevertPlan, error: str
+) -> Direction:
+    if operation.step == "planned":
+        await _remove_new([overlay.layer for overlay in plan.overlays])
+        await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
+        return "back"
+    if operation.step == "stopping":
+        await switch(context, machine, monitor, operation, plan)
+        monitor = None
+    elif operation.step == "switched":
+        await remove_files(context, plan)
+    note = f"{error}; the machine was not started again: qmpsnap start {machine.name}"
+    stopped = plan.restart and monitor is None
+    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled", error=note if stopped else None))
+    return "forward"
 
 
 async def _end_create(

@@ -45,4 +45,8 @@ async def working(
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
         async with context.monitor(machine) as qemu:
             await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report)
-            yield Work(await blocking(context.store.machine, name), qemu)
+            machine = await blocking(context.store.machine, name)
+            if qemu is None or context.process(machine):
+                yield Work(machine, qemu)
+                return
+        yield Work(machine, None)  # an interrupted revert was ended, and its QEMU with it

@@ -163,6 +163,10 @@ class SqliteStore:
             self._apply(sql, machine, change)
             journal.mark(sql, operation, "running" if step else "settled", step=step or "settled")
 
+    def apply(self, machine: str, change: Change) -> None:
+        with self._writing() as sql:
+            self._apply(sql, machine, change)
+
     def forget(self, machine: str) -> tuple[Layer, ...]:
         with self._writing() as sql:
             number = _machine_id(sql, machine)

@@ -66,6 +66,9 @@ class Store(Protocol):
             NameTaken: the change defines a machine whose name is in use.
         """
 
+    def apply(self, machine: str, change: Change) -> None:
+        """Apply a change that needs no operation, because it is nothing but this one transaction."""
+
     def forget(self, machine: str) -> tuple[Layer, ...]:
         """Remove the machine and the layers that only it used; returns those."""
 

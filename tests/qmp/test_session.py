@@ -92,16 +92,19 @@ async def test_events_between_the_lines_are_passed_over_and_not_kept(path: Path)
 
 async def test_the_bell_rings_at_an_event_that_is_listened_to_and_at_no_other(path: Path) -> None:
     turns = (Expect("stop"), Event("RESET"), Event("STOP"), Reply(), Expect("cont"), Event("RESET"), Reply())
-    async with scripted(path, *HELLO, *turns), session.connect(path, machine="web") as monitor:
-        async with monitor.listen("STOP") as bell:
-            await monitor.execute("stop")
-            with anyio.fail_after(LONG):
-                await bell.wait(2 * LONG)
-            await monitor.execute("cont")
-            with anyio.move_on_after(0.05) as silence:
-                await bell.wait(LONG)
-            assert silence.cancelled_caught
-            await bell.wait(0.01)  # and without an event its time passes
+    async with (
+        scripted(path, *HELLO, *turns),
+        session.connect(path, machine="web") as monitor,
+        monitor.listen("STOP") as bell,
+    ):
+        await monitor.execute("stop")
+        with anyio.fail_after(LONG):
+            await bell.wait(2 * LONG)
+        await monitor.execute("cont")
+        with anyio.move_on_after(0.05) as silence:
+            await bell.wait(LONG)
+        assert silence.cancelled_caught
+        await bell.wait(0.01)  # and without an event its time passes
 
 
 # --- nobody, or nobody who speaks -----------------------------------------------------------------------------------

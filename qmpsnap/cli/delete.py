@@ -1,0 +1,78 @@
+"""``snapshot delete``: names go, and the layers nobody needs any more, in the cheaper direction."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.progress import add_progress, reporting
+
+if TYPE_CHECKING:
+    from qmpsnap.controller import Controller
+    from qmpsnap.ops.delete import DeletePlan
+
+
+def register(verbs: Parsers) -> None:
+    """Add the verb."""
+    command = add(verbs, "delete", _delete, help="delete snapshots, moving as few bytes as possible")
+    add_machine(command)
+    command.add_argument("names", metavar="NAME", nargs="+", help="the snapshots; planned together")
+    command.add_argument("--children", action="store_true", help="also those that grew from them")
+    command.add_argument("--metadata", action="store_true", help="only the names; the layers stay as they are")
+    command.add_argument("--dry-run", action="store_true", help="print each choice and its bytes, change nothing")
+    add_progress(command)
+    add_format(command)
+
+
+def _delete(arguments: argparse.Namespace) -> None:
+    from qmpsnap.ops.delete import DeleteRequest
+
+    request = DeleteRequest(names=tuple(arguments.names), children=arguments.children, metadata=arguments.metadata)
+    with reporting(arguments.progress) as report:
+
+        async def act(controller: "Controller") -> "DeletePlan":
+            from qmpsnap.ops import delete
+
+            if arguments.dry_run:
+                return await delete.preview(controller.context, arguments.machine, request)
+            return await delete.run(controller.context, arguments.machine, request, report=report)
+
+        plan = controlling(act)
+    document = _document(plan)
+    output.emit(
+        arguments.output,
+        document={"machine": arguments.machine, "dry_run": arguments.dry_run, **document},
+        names=plan.names,
+        table=lambda: _text(document, dry_run=arguments.dry_run),
+    )
+
+
+def _document(plan: "DeletePlan") -> dict[str, Any]:
+    return {
+        "deleted": list(plan.names),
+        "runs": [
+            {
+                "disk": reduction.disk,
+                "layers": list(reduction.layers),
+                "choices": [{"keeper": c.keeper, "how": c.how, "bytes": c.bytes} for c in reduction.choices],
+                "removed": [layer.path for step in reduction.steps for layer in step.removed if layer.owned],
+            }
+            for reduction in plan.reductions
+        ],
+        "hidden": [layer.id for layer in plan.kept],
+        "bytes": plan.bytes,
+    }
+
+
+def _text(document: dict[str, Any], *, dry_run: bool) -> str:
+    verb = "would delete" if dry_run else "deleted"
+    lines = [f"{verb} {', '.join(document['deleted'])} ({output.size(document['bytes'])} at most to move)"]
+    for run in document["runs"]:
+        for place, choice in enumerate(run["choices"]):
+            chosen = "->" if place == 0 else "  "
+            lines.append(
+                f"  {run['disk']} {chosen} {choice['how']}: all into {choice['keeper']}, {output.size(choice['bytes'])}"
+            )
+        lines += [f"  {run['disk']}    removes {path}" for path in run["removed"]]
+    lines += [f"  keeps layer {layer}: others read it" for layer in document["hidden"]]
+    return "\n".join(lines)

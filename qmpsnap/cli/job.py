@@ -1,0 +1,77 @@
+"""Jobs: what an interrupted commit, stream, delete or mirror still has at work, to wait for or to cancel."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.progress import add_progress, reporting
+
+if TYPE_CHECKING:
+    from qmpsnap.controller import Controller
+
+
+def register(parsers: Parsers) -> None:
+    """Add the commands."""
+    noun = parsers.add_parser("job", help="jobs in QEMU: list, wait, cancel", description="Jobs in QEMU.")
+    verbs = noun.add_subparsers(title="verbs", metavar="VERB", required=True)
+    command = add(verbs, "list", _list, help="the jobs of a machine, with state and progress")
+    add_machine(command)
+    add_format(command)
+    command = add(verbs, "wait", _wait, help="see an interrupted operation's jobs to their end")
+    add_machine(command)
+    add_progress(command)
+    add_machine(add(verbs, "cancel", _cancel, help="cancel an interrupted operation's jobs; the chain stays as it is"))
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> list[dict[str, Any]]:
+        vm = await controller.machine(arguments.machine)
+        return [
+            {
+                "job": job.id,
+                "type": job.type,
+                "state": job.status,
+                "bytes": job.current_progress,
+                "total": job.total_progress,
+                "error": job.error,
+            }
+            for job in await vm.jobs()
+        ]
+
+    jobs = controlling(act)
+    output.emit(
+        arguments.output,
+        document={"machine": arguments.machine, "jobs": jobs},
+        names=[str(job["job"]) for job in jobs],
+        table=lambda: output.table(
+            ("JOB", "TYPE", "STATE", "DONE", "TOTAL"),
+            [(j["job"], j["type"], j["state"], output.size(j["bytes"]), output.size(j["total"])) for j in jobs],
+        ),
+    )
+
+
+def _wait(arguments: argparse.Namespace) -> None:
+    with reporting(arguments.progress) as report:
+
+        async def act(controller: "Controller") -> Any:
+            vm = await controller.machine(arguments.machine)
+            return await vm.wait(report=report)
+
+        operations = controlling(act)
+    _tell(arguments.machine, operations, "is ended")
+
+
+def _cancel(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> Any:
+        vm = await controller.machine(arguments.machine)
+        return await vm.cancel()
+
+    _tell(arguments.machine, controlling(act), "is cancelled; its chain is as before")
+
+
+def _tell(machine: str, operations: Any, what: str) -> None:
+    for operation in operations:
+        output.note(f"{machine}: operation {operation.id} ({operation.verb}) {what}")
+    if not operations:
+        output.note(f"{machine}: nothing was open")

@@ -1,0 +1,115 @@
+"""``commit`` and ``stream``: layers become one, downwards or upwards."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.progress import add_progress, reporting
+
+if TYPE_CHECKING:
+    from qmpsnap.controller import Controller
+    from qmpsnap.model.operation import Merge, MergePlan
+    from qmpsnap.ops.commit import Request
+
+
+def register(parsers: Parsers) -> None:
+    """Add the commands and the names virsh has for them."""
+    for name in ("commit", "blockcommit"):
+        command = add(parsers, name, _commit, help=_alias(name, "commit", "merge layers into the one below them"))
+        command.add_argument("--base", metavar="L", help="layer or snapshot to merge into (the lowest layer)")
+        command.add_argument("--top", metavar="L", help="highest layer or snapshot to merge (the active layer)")
+        command.add_argument("--consume", action="store_true", help="agree to lose snapshots that base would overwrite")
+        _finish(command)
+    for name in ("stream", "pull", "blockpull"):
+        help_ = _alias(name, "stream", "let the active layer absorb the layers below; no snapshot is harmed")
+        command = add(parsers, name, _stream, help=help_)
+        command.add_argument("--base", metavar="L", help="layer or snapshot to stop above (absorb everything)")
+        _finish(command)
+
+
+def _alias(name: str, real: str, help_: str) -> str:
+    return help_ if name == real else f"the same as {real}: {help_}"
+
+
+def _finish(command: argparse.ArgumentParser) -> None:
+    add_machine(command)
+    command.add_argument("disk", metavar="DISK", help="the disk")
+    command.add_argument("--dry-run", action="store_true", help="print layers, QMP command and bytes, change nothing")
+    add_progress(command)
+    add_format(command)
+
+
+def _commit(arguments: argparse.Namespace) -> None:
+    from qmpsnap.ops.commit import CommitRequest
+
+    request = CommitRequest(
+        disk=arguments.disk, base=arguments.base, top=arguments.top, consume=arguments.consume or arguments.dry_run
+    )
+    _merge(arguments, request)
+
+
+def _stream(arguments: argparse.Namespace) -> None:
+    from qmpsnap.ops.commit import StreamRequest
+
+    _merge(arguments, StreamRequest(disk=arguments.disk, base=arguments.base))
+
+
+def _merge(arguments: argparse.Namespace, request: "Request") -> None:
+    async def preview(controller: "Controller") -> "tuple[MergePlan, Any]":
+        from qmpsnap.ops import commit
+
+        return await commit.preview(controller.context, arguments.machine, request)
+
+    if arguments.dry_run:
+        plan, command = controlling(preview)
+        document = describe(plan) | {"qmp": [{"execute": command[0], "arguments": command[1]}]}
+        lines = [f"would {text(document)}; nothing was changed", f"  {json.dumps(document['qmp'][0])}"]
+    else:
+        with reporting(arguments.progress) as report:
+
+            async def act(controller: "Controller") -> "MergePlan":
+                from qmpsnap.ops import commit
+
+                return await commit.run(controller.context, arguments.machine, request, report=report)
+
+            plan = controlling(act)
+        document = describe(plan)
+        lines = [text(document)]
+    output.emit(
+        arguments.output,
+        document=document,
+        names=[str(document["into"])],
+        table=lambda: "\n".join(lines),
+    )
+
+
+def describe(plan: "MergePlan") -> dict[str, Any]:
+    """The JSON of a plan with one merge, as docs/cli.md describes it."""
+    step: Merge = plan.steps[0]  # type: ignore[assignment]
+    ids = [layer.id for layer in step.chain]
+    if step.kind == "commit":
+        merged = ids[ids.index(step.into.id) + 1 : ids.index(step.top.id) + 1]
+    else:
+        merged = ids[ids.index(step.base.id) + 1 if step.base else 0 : ids.index(step.into.id)]
+    return {
+        "machine": plan.machine,
+        "verb": plan.verb,
+        "disk": step.disk,
+        "into": step.into.id,
+        "merged": merged,
+        "removed": [layer.path for layer in step.removed if layer.owned],
+        "consumed": [snapshot.name for snapshot in plan.opening.snapshots],
+        "bytes": step.moves,
+        "live": step.live,
+    }
+
+
+def text(document: dict[str, Any]) -> str:
+    """One sentence about a merge."""
+    lost = f"; snapshots consumed: {', '.join(document['consumed'])}" if document["consumed"] else ""
+    return (
+        f"{document['verb']} {', '.join(document['merged'])} into {document['into']} of disk {document['disk']}"
+        f" ({output.size(document['bytes'])} at most){lost}"
+    )

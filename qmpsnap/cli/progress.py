@@ -1,0 +1,106 @@
+"""Progress of jobs on stderr: a bar on a terminal, lines elsewhere, objects when asked."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+from qmpsnap.cli import output
+
+if TYPE_CHECKING:
+    from qmpsnap.qmp.commands import JobInfo
+    from qmpsnap.qmp.jobs import Report
+
+Mode = Literal["auto", "tty", "plain", "json", "none"]
+
+PLAIN_SECONDS = 5.0
+"""Seconds between two lines of plain progress; changes of state are told at once."""
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    """``--progress``, for every command that runs jobs."""
+    parser.add_argument(
+        "--progress",
+        choices=("auto", "tty", "plain", "json", "none"),
+        default="auto",
+        help="form of progress on stderr",
+    )
+
+
+@contextmanager
+def reporting(mode: Mode) -> Iterator["Report"]:
+    """Something to tell about jobs, for the length of the block."""
+    if mode == "auto":
+        mode = "tty" if sys.stderr.isatty() else "plain"
+    if mode == "none":
+        yield lambda _: None
+    elif mode == "json":
+        yield _report_json
+    elif mode == "plain":
+        yield _Plain()
+    else:
+        with _bar() as report:
+            yield report
+
+
+def _report_json(job: "JobInfo") -> None:
+    told = {"job": job.id, "type": job.type, "state": job.status}
+    figures = {"bytes": job.current_progress, "total": job.total_progress}
+    print(json.dumps({"schema": output.SCHEMA, **told, **figures}), file=sys.stderr, flush=True)
+
+
+class _Plain:
+    def __init__(self) -> None:
+        self._state = ""
+        self._told = 0.0
+        self._begun = time.monotonic()
+
+    def __call__(self, job: "JobInfo") -> None:
+        now = time.monotonic()
+        if job.status == self._state and now - self._told < PLAIN_SECONDS:
+            return
+        self._state, self._told = job.status, now
+        rate = job.current_progress / max(now - self._begun, 0.001)
+        amount = f"{output.size(job.current_progress)} of {output.size(job.total_progress)}"
+        left = (job.total_progress - job.current_progress) / rate if rate else 0
+        eta = f", {left:.0f} s left" if job.status == "running" and left >= 1 else ""
+        output.note(f"{job.id} {job.type}: {job.status}, {amount}, {output.size(int(rate))}/s{eta}")
+
+
+@contextmanager
+def _bar() -> Iterator["Report"]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def report(job: "JobInfo") -> None:
+            if job.id not in tasks:
+                tasks[job.id] = progress.add_task(job.id)
+            progress.update(
+                tasks[job.id],
+                description=f"{job.id} {job.type} {job.status}",
+                completed=job.current_progress,
+                total=max(job.total_progress, 1),
+            )
+
+        yield report

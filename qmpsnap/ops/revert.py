@@ -1,0 +1,292 @@
+"""``snapshot revert``: new empty overlays on a snapshot's points become active, and what was active stays or goes.
+
+Order: plan -> journal -> overlays made, the guest still running -> ``stopping`` -> QEMU ends -> the record changes
+(``switched``) -> files that nobody needs go -> ``starting`` -> QEMU starts on the new layers -> settled. Before
+``stopping`` a broken revert is undone and the guest has noticed nothing; after it only forward is left.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Literal
+
+import anyio
+from anyio import to_thread
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.errors import NotFoundError, QmpsnapError, StateError
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.merge import Situation, unneeded
+from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.operation import Change, Operation, Overlay, RevertPlan, Unwritten
+from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.ops import create, power, recover, situation
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.switch import all_empty, switch
+from qmpsnap.ops.work import Work, working
+
+Run = Literal["running", "paused"]
+
+SETTLE_DEADLINE = 45.0
+"""Seconds that finding out what became of a failed attempt may take: QEMU may have to be ended, twice 10 s."""
+
+
+class RevertRequest(Struct, frozen=True, kw_only=True):
+    """What a user asks for.
+
+    Attributes:
+        name: the snapshot's name.
+        discard: do not keep what was written since.
+        run: how the machine is afterwards; None as it was before.
+    """
+
+    name: str
+    discard: bool = False
+    run: Run | None = None
+
+
+class Reverted(Struct, frozen=True, kw_only=True):
+    """What a revert has come to.
+
+    Attributes:
+        snapshot: where the machine stands now.
+        kept: the automatic snapshot of what was active before; None when that went.
+        removed: the layers that went.
+        state: how the machine is now.
+    """
+
+    snapshot: Snapshot
+    kept: Snapshot | None
+    removed: tuple[LayerId, ...]
+    state: Literal["running", "paused", "stopped"]
+
+
+class Preview(Struct, frozen=True, kw_only=True):
+    """The plan that a revert would follow now; ``unwritten``: the old active layers are empty now."""
+
+    plan: RevertPlan
+    unwritten: bool
+
+    @property
+    def kept(self) -> str | None:
+        """Name of the automatic snapshot that would be made."""
+        snapshots = () if self.unwritten else self.plan.change.snapshots
+        return snapshots[0].name if snapshots else None
+
+    @property
+    def removed(self) -> tuple[Layer, ...]:
+        """The layers whose files would go."""
+        return self.plan.unwritten.layers if self.unwritten and self.plan.unwritten else self.plan.removed
+
+
+def plan(
+    machine: Machine,
+    at: Situation,
+    request: RevertRequest,
+    *,
+    serial: OperationId,
+    home: Home,
+    mode: str,
+    now: float,
+) -> RevertPlan:
+    """What will be done; pure. Disks that the snapshot does not include stay as they are.
+
+    Args:
+        machine: the machine.
+        at: its layers and snapshots.
+        request: what was asked for.
+        serial: number of the operation and of its new layers.
+        home: where new images go.
+        mode: ``live``, ``paused`` or ``stopped``.
+        now: seconds since the epoch.
+
+    Raises:
+        NotFoundError: no snapshot of that name.
+        StateError: it cannot be reverted to.
+    """
+    snapshot = _target(at, request.name)
+    folder = str(home.machine_dir(machine.name))
+    overlays = tuple(
+        Overlay(disk=chain.disk, layer=create.overlay_on(chain, serial, folder), backing=chain.active)
+        for chain in points(at, snapshot)
+    )
+    old = {overlay.disk: at.live[overlay.disk] for overlay in overlays}
+    switched = Change(
+        layers=tuple(overlay.layer for overlay in overlays),
+        active={overlay.disk: overlay.layer.id for overlay in overlays},
+        current=snapshot.name,
+    )
+    planned = RevertPlan(
+        machine=machine.name,
+        snapshot=snapshot.name,
+        live=mode != "stopped",
+        overlays=overlays,
+        removed=(),
+        restart=mode != "stopped" or request.run is not None,
+        paused=request.run == "paused" or (request.run is None and mode == "paused"),
+        change=switched,
+    )
+    after = at.after(switched)
+    if request.discard:
+        gone = _nobodys(after, old.values())
+        return replace(
+            planned,
+            removed=tuple(layer for layer in gone if layer.owned),
+            change=replace(switched, removed_layers=tuple(layer.id for layer in gone)),
+        )
+    kept = Snapshot(
+        name=_free_name(at, serial),
+        kind="disk",
+        state="ok",
+        parent=machine.current,
+        created=now,
+        description=f"{', '.join(old)} before the revert to {snapshot.name}",
+        mode=mode,
+        points=tuple(Point(disk=disk, layer=chain.active.id) for disk, chain in old.items()),
+        operation=serial,
+    )
+    active = tuple(chain.active for chain in old.values())
+    unwritten = None
+    if all(_may_go(after, layer) for layer in active):
+        ids = tuple(layer.id for layer in active)
+        unwritten = Unwritten(layers=active, change=replace(switched, removed_layers=ids))
+    return replace(planned, change=replace(switched, snapshots=(kept,)), unwritten=unwritten)
+
+
+def points(at: Situation, snapshot: Snapshot) -> tuple[Chain, ...]:
+    """The chains that a snapshot's points are the tops of, in the order of the machine's disks."""
+    return tuple(at.forest.chain(disk, point.layer) for disk in at.live if (point := snapshot.point(disk)))
+
+
+async def preview(context: Context, name: str, request: RevertRequest) -> Preview:
+    """What :func:`run` would do now, without a lock and without a change (``--dry-run``)."""
+    machine = await blocking(context.store.machine, name)
+    async with context.monitor(machine) as qemu:
+        at = await situation.look(context, Work(machine, qemu))
+        mode = await create.mode_of(qemu)
+    serial = OperationId(await blocking(context.store.next_serial))
+    planned = plan(machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+    layers = planned.unwritten.layers if planned.unwritten else ()
+    unwritten = planned.unwritten is not None and await to_thread.run_sync(all_empty, layers)
+    return Preview(plan=planned, unwritten=unwritten)
+
+
+async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
+    """Go back to a snapshot.
+
+    Raises:
+        QmpsnapError: see :func:`plan`; besides, ``StoreMismatch`` when a file or QEMU's chain is not as recorded,
+            ``StateError`` when a job holds a disk, and the families of lock, host, QEMU and deadline. With ``effect``
+            ``applied`` the machine stands at the snapshot but could not be started.
+    """
+    async with working(context, name, "snapshot revert") as work:
+        at = await situation.look(context, work)
+        # The guest ends only for layers that it can be started on again.
+        await to_thread.run_sync(power.require_files, work.machine, points(at, _target(at, request.name)))
+        operation = await _open(context, work, at, request)
+        try:
+            await _carry_out(context, work, operation)
+        except BaseException as error:
+            with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
+                await recover.after_failure(context, work.machine, work.qemu, operation, error)
+            if isinstance(error, QmpsnapError) and error.effect == "applied":
+                stands = f"the machine stands at {request.name} and is stopped: qmpsnap start {name}"
+                error.hint = f"{error.hint}; {stands}" if error.hint else stands
+            raise
+        return await _outcome(context, operation)
+
+
+async def _open(context: Context, work: Work, at: Situation, request: RevertRequest) -> Operation:
+    mode = await create.mode_of(work.qemu)
+
+    def make(serial: OperationId) -> RevertPlan:
+        return plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+
+    return await blocking(context.store.open_operation, work.machine.name, make)
+
+
+async def _carry_out(context: Context, work: Work, operation: Operation) -> None:
+    planned = operation.plan
+    assert isinstance(planned, RevertPlan)
+    await create.make_overlays(context, planned.overlays)
+    # From here on the guest may have ended: recovery finishes instead of rolling back.
+    await blocking(lambda: context.store.mark(operation.id, "running", step="stopping"))
+    await switch(context, work.machine, work.qemu, operation, planned)
+    if planned.restart:
+        await blocking(lambda: context.store.mark(operation.id, "running", step="starting"))
+        await power.bring_up(context, await blocking(context.store.machine, planned.machine), paused=planned.paused)
+    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
+
+
+async def _outcome(context: Context, operation: Operation) -> Reverted:
+    planned = operation.plan
+    assert isinstance(planned, RevertPlan)
+    snapshots = {found.name: found for found in await blocking(context.store.snapshots, planned.machine)}
+    forest = await blocking(context.store.forest)
+    kept = planned.change.snapshots
+    gone = planned.unwritten.layers if planned.unwritten else planned.removed
+    state: Literal["running", "paused"] = "paused" if planned.paused else "running"
+    return Reverted(
+        snapshot=snapshots[planned.snapshot],
+        kept=snapshots.get(kept[0].name) if kept else None,
+        removed=tuple(layer.id for layer in gone if layer.id not in forest.layers),
+        state=state if planned.restart else "stopped",
+    )
+
+
+def _target(at: Situation, name: str) -> Snapshot:
+    """The snapshot of that name, once it is one that can be reverted to."""
+    snapshot = next((found for found in at.snapshots if found.name == name), None)
+    if snapshot is None:
+        raise NotFoundError(
+            f"machine {at.machine} has no snapshot {name!r}; nothing was changed",
+            hint=f"qmpsnap snapshot list {at.machine}",
+            machine=at.machine,
+        )
+    if snapshot.state == "consumed":
+        raise StateError(
+            f"snapshot {name} of machine {at.machine} is consumed: a commit has overwritten what it held;"
+            " nothing was changed",
+            hint=f"qmpsnap tree {at.machine} shows the others; qmpsnap snapshot delete {at.machine} {name} forgets it",
+            machine=at.machine,
+        )
+    if snapshot.kind == "internal" or any(point.tag for point in snapshot.points):
+        raise StateError(
+            f"snapshot {name} of machine {at.machine} is internal, and reverting to those is not possible yet;"
+            " nothing was changed",
+            machine=at.machine,
+        )
+    for chain in points(at, snapshot):
+        if writers := at.forest.writers_of(chain.active.id):
+            raise StateError(
+                f"layer {chain.active.id}, where snapshot {name} lies, is written to by machine {writers[0].machine};"
+                " nothing was changed",
+                hint=f"qmpsnap chain {writers[0].machine} {writers[0].disk}",
+                machine=at.machine,
+            )
+    return snapshot
+
+
+def _free_name(at: Situation, serial: OperationId) -> str:
+    taken = {snapshot.name for snapshot in at.snapshots}
+    names = (f"auto-{serial}", *(f"auto-{serial}-{number}" for number in range(2, len(taken) + 3)))
+    return next(name for name in names if name not in taken)
+
+
+def _nobodys(after: Situation, chains: Iterable[Chain]) -> tuple[Layer, ...]:
+    """Of the chains that were active, the layers that nobody needs now, top first."""
+    forest = after.forest
+    gone: list[Layer] = []
+    for chain in chains:
+        found = unneeded(forest, reversed(chain.layers))
+        forest = forest.apply(after.machine, Change(removed_layers=tuple(layer.id for layer in found)))
+        gone += found
+    return tuple(gone)
+
+
+def _may_go(after: Situation, layer: Layer) -> bool:
+    """Whether an empty layer can go and nothing is lost: ours, read by nobody, on a point that is listed."""
+    listed = {point.layer for snapshot in after.snapshots if snapshot.state == "ok" for point in snapshot.points}
+    return layer.owned and layer.backing in listed and not after.forest.readers(layer.id)

@@ -1,0 +1,70 @@
+"""The part of a revert from which there is only forward; the run and a later recovery take the same way.
+
+``stopping``: QEMU ends -> the record changes, in one SQL transaction (``switched``) -> files that nobody needs go.
+"""
+
+from collections.abc import Sequence
+
+from anyio import to_thread
+from msgspec.structs import replace
+
+from qmpsnap.block import header
+from qmpsnap.block.image import remove
+from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused
+from qmpsnap.machine.machine import end
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.operation import Change, Operation, Overlay, RevertPlan
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.qmp.session import Monitor
+
+
+async def switch(
+    context: Context, machine: Machine, qemu: Monitor | None, operation: Operation, plan: RevertPlan
+) -> None:
+    """End QEMU, if it lives, and make the revert true; the machine is stopped afterwards.
+
+    Raises:
+        DeadlinePassed: QEMU cannot be ended.
+        StoreMismatch: another file is where a layer lay that should go; it was not touched.
+    """
+    process = context.process(machine)
+    if process and not await end(process, qemu):
+        raise DeadlinePassed(
+            f"QEMU of machine {machine.name} (process {process.pid}) does not end",
+            effect="unknown",
+            machine=machine.name,
+        )
+    await blocking(context.store.set_process, machine.name, None)
+    # Only now: a guest that runs may write between any look and the end.
+    change = plan.change
+    if (unwritten := plan.unwritten) and await to_thread.run_sync(all_empty, unwritten.layers):
+        change = unwritten.change
+    change = await to_thread.run_sync(_identified, change, plan.overlays)
+    await blocking(lambda: context.store.settle(operation.id, machine.name, change, step="switched"))
+    await remove_files(context, plan)
+
+
+async def remove_files(context: Context, plan: RevertPlan) -> None:
+    """Remove the files of those layers that the record does not have any more; fine when they are gone."""
+    forest = await blocking(context.store.forest)
+    for layer in (*plan.removed, *(plan.unwritten.layers if plan.unwritten else ())):
+        if layer.id not in forest.layers:
+            await remove(layer.path, device=layer.device, inode=layer.inode)
+
+
+def all_empty(layers: tuple[Layer, ...]) -> bool:
+    """Whether nothing was written to any of them; a layer that cannot be read does not count as empty."""
+    try:
+        return all(header.is_empty(layer) for layer in layers)
+    except (ImageRefused, HostCannot):
+        return False
+
+
+def _identified(change: Change, overlays: Sequence[Overlay]) -> Change:
+    """The change with the identities of the new files."""
+    layers = []
+    for overlay in overlays:
+        found = header.read(overlay.layer.path, format=overlay.layer.format)
+        layers.append(replace(overlay.layer, device=found.device, inode=found.inode))
+    return replace(change, layers=tuple(layers))
