@@ -13,23 +13,27 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import NotFoundError, QmpError
 from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Completed
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.machine.recipes import launch_dir
+from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, MergePlan, Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import commit, compare, create, define, delete, power, undefine
+from qmpsnap.ops import commit, compare, create, define, delete, power, rename, revert, undefine
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking, this_host
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
+from qmpsnap.ops.revert import Preview, Reverted, RevertRequest, Run
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
@@ -219,9 +223,7 @@ class MachineHandle:
         request = replace(_request(None, "", disks), listed=False)
         return await create.preview(self._context, self.name, request)
 
-    async def revert(
-        self, snapshot: Snapshot | str, *, discard: bool = False, state: revert.Run | None = None
-    ) -> Reverted:
+    async def revert(self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None) -> Reverted:
         """Go back to a snapshot: new empty layers on its points become active. A running guest is ended for it.
 
         Disks that the snapshot does not include stay as they are. What was written since is kept as an automatic
@@ -240,8 +242,8 @@ class MachineHandle:
         return await revert.run(self._context, self.name, _revert_request(snapshot, discard, state))
 
     async def preview_revert(
-        self, snapshot: Snapshot | str, *, discard: bool = False, state: revert.Run | None = None
-    ) -> revert.Preview:
+        self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None
+    ) -> Preview:
         """What :meth:`revert` would do now, without doing it."""
         return await revert.preview(self._context, self.name, _revert_request(snapshot, discard, state))
 
@@ -371,6 +373,6 @@ def _request(name: str | None, description: str, disks: Sequence[str] | None) ->
     return CreateRequest(name=name, description=description, disks=None if disks is None else tuple(disks))
 
 
-def _revert_request(snapshot: Snapshot | str, discard: bool, state: revert.Run | None) -> RevertRequest:  # noqa: FBT001
+def _revert_request(snapshot: Snapshot | str, discard: bool, state: Run | None) -> RevertRequest:  # noqa: FBT001
     name = snapshot if isinstance(snapshot, str) else snapshot.name
     return RevertRequest(name=name, discard=discard, run=state)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine.argv import PID_FILE
 from qmpsnap.model.machine import Machine, Process
@@ -70,6 +72,16 @@ def find(machine: Machine, run_dir: Path) -> Process | None:
     accel = next((value.split(b",")[0].decode() for flag, value in flags if flag == b"-accel"), "")
     ticks = _start_ticks(pid)
     return None if ticks is None else _record(pid, ticks, accel=accel)
+
+
+def existing(pid: int) -> Process | None:
+    """The record of a process that somebody else started; None when there is none of that pid."""
+    ticks = _start_ticks(pid)
+    if ticks is None:
+        return None
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    started = time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    return replace(_record(pid, ticks), started=started)
 
 
 def is_alive(process: Process) -> bool:

@@ -32,17 +32,15 @@ def find(machine: Machine, run_dir: Path) -> Process | None:
 
 @asynccontextmanager
 async def left_behind(machine: Machine, run_dir: Path) -> AsyncIterator[Session | None]:
-    """A session with the worker that was left behind, if it lives; it is ended with the block."""
+    """A session with the worker that was left behind, if it lives; a block that ends well ends it, too."""
     process = find(machine, run_dir)
     if process is None:
         yield None
         return
-    try:
-        async with monitor(machine, run_dir / FOLDER) as qemu:
-            yield qemu
-            await _quit(qemu)
-    finally:
-        await _end(process)
+    async with monitor(machine, run_dir / FOLDER) as qemu:
+        yield qemu
+        await _quit(qemu)
+    await _end(process)
 
 
 @asynccontextmanager

@@ -1,8 +1,11 @@
 """What the store records of a machine, and of the QEMU that runs it."""
 
+from typing import Any
+
 from msgspec import Struct
 
 from qmpsnap.errors import NotFoundError
+from qmpsnap.model.adoption import Adoption
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 
 
@@ -29,6 +32,7 @@ class Machine(Struct, frozen=True, kw_only=True):
     Attributes:
         host: node name of the host it lives on; other hosts may look but not touch.
         current: name of the snapshot the active layers grew from, or None.
+        adopted: somebody else launches its QEMU; how to speak to that. None for a machine of our own.
     """
 
     name: str
@@ -38,6 +42,11 @@ class Machine(Struct, frozen=True, kw_only=True):
     created: float
     current: str | None = None
     process: Process | None = None
+    adopted: Adoption | None = None
+
+    def sent(self, arguments: Any) -> Any:
+        """Arguments of a QMP command with the names that the machine's QEMU has for our layers."""
+        return self.adopted.sent(arguments) if self.adopted else arguments
 
     def require_disk(self, name: str) -> DiskSpec:
         """The disk of that name.

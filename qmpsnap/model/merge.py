@@ -34,15 +34,19 @@ class Situation(Struct, frozen=True):
 
     def after(self, change: Change) -> "Situation":
         """The situation once a change has settled."""
-        gone = {*change.removed_snapshots, *(snapshot.name for snapshot in change.snapshots)}
+        changed = {snapshot.name: snapshot for snapshot in change.snapshots}
+        known = {snapshot.name for snapshot in self.snapshots}
+        ordered = (
+            *(changed.get(s.name, s) for s in self.snapshots),
+            *(s for s in change.snapshots if s.name not in known),
+        )
         parents = {s.name: s.parent for s in self.snapshots if s.name in change.removed_snapshots}
-        kept = (s for s in self.snapshots if s.name not in gone)
         forest = self.forest.apply(self.machine, change)
         tops = {w.disk: w.layer for w in forest.writers if w.machine == self.machine}
         return replace(
             self,
             forest=forest,
-            snapshots=tuple(replace(s, parent=_surviving(s.parent, parents)) for s in (*kept, *change.snapshots)),
+            snapshots=tuple(replace(s, parent=_surviving(s.parent, parents)) for s in ordered if s.name not in parents),
             live={disk: forest.chain(disk, tops[disk]) for disk in self.live},
         )
 
@@ -71,6 +75,7 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
         top: the highest layer that goes.
 
     Raises:
+        NotFoundError: the chain has no such layer.
         StateError: base is not below top, is not ours, or somebody else reads what would change.
     """
     low, high = _span(chain, base, top)
@@ -87,16 +92,14 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     live = at.running and _in_live(at, chain.disk, highest.id)
     job_chain = at.live[chain.disk] if live else at.forest.chain(chain.disk, highest.id)
     readers = at.forest.children(top)
-    strangers = sorted({m for child in readers for m in at.forest.machines_above(child.id)} - {at.machine})
-    if strangers:
-        raise StateError(
-            f"layer {top} is read by machine {', '.join(strangers)}, whose image would have to be rewritten;"
-            " nothing was changed",
-            hint=f"merge the other way: qmpsnap stream {at.machine} {chain.disk}",
-            machine=at.machine,
-        )
-    moved = {layer.id for layer in gone}
-    keeper = replace(into, virtual_size=max(into.virtual_size, highest.virtual_size), state="ok")
+    _refuse_strangers(at, chain.disk, top, "whose images would have to be rewritten")
+    rebased = tuple(child for child in readers if child.id not in job_chain.ids)
+    _refuse_headers(at, chain.disk, top, readers=readers, rebased=rebased)
+    # What lies below ``top`` is overwritten, whatever the caller has marked already.
+    lost = {layer.id for layer in chain.layers[low:high]}
+    consumed = tuple(replace(s, state="consumed") if _lies_in(s, lost) else s for s in at.snapshots)
+    # From now on ``into`` is what ``top`` was: also hidden, if nobody had a name for that.
+    keeper = replace(into, virtual_size=max(into.virtual_size, highest.virtual_size), state=highest.state)
     active = {w.disk: into.id for w in at.forest.writers_of(top) if w.machine == at.machine}
     return Merge(
         kind="commit",
@@ -108,12 +111,12 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
         live=live,
         chain=job_chain.layers,
         moves=sum(at.bytes.get(layer.id, 0) for layer in gone),
-        rebased=tuple(child for child in readers if child.id not in job_chain.ids),
-        removed=gone,
+        rebased=rebased,
+        removed=_files(gone),
         change=Change(
             layers=(keeper, *(replace(child, backing=into.id) for child in readers)),
             active=active,
-            snapshots=_moved_points(at.snapshots, chain.disk, moved, into.id),
+            snapshots=_changed(at.snapshots, _moved_points(consumed, {layer.id for layer in gone}, into.id)),
             removed_layers=tuple(layer.id for layer in reversed(gone)),
         ),
     )
@@ -129,8 +132,11 @@ def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) 
         base: its backing afterwards; None makes it stand alone.
 
     Raises:
-        StateError: base is not below ``into``, there is nothing between, or ``into`` is not ours.
+        NotFoundError: the chain has no such layer.
+        StateError: base is not below ``into``, there is nothing between, ``into`` is not ours, or another machine
+            reads it.
     """
+    chain.layer(into)
     high = chain.ids.index(into)
     low = -1 if base is None else _span(chain, base, into)[0]
     target, between = chain.layers[high], chain.layers[low + 1 : high]
@@ -139,6 +145,13 @@ def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) 
             f"nothing lies between layer {into} and {base or 'the bottom'} of disk {chain.disk}; nothing was changed",
             machine=at.machine,
         )
+    if not target.owned:
+        raise StateError(
+            f"layer {into} ({target.path}) was not made by qmpsnap and is never written to; nothing was changed",
+            hint=f"qmpsnap snapshot create {at.machine} puts a layer of ours on it, which can absorb it",
+            machine=at.machine,
+        )
+    _refuse_strangers(at, chain.disk, into, "which would see its file written to")
     live = at.running and _in_live(at, chain.disk, into)
     job_chain = at.live[chain.disk] if live else at.forest.chain(chain.disk, into)
     alone = replace(target, backing=base)
@@ -154,7 +167,7 @@ def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) 
         live=live,
         chain=job_chain.layers,
         moves=sum(at.bytes.get(layer.id, 0) for layer in between),
-        removed=removed,
+        removed=_files(removed),
         change=Change(layers=(alone,), removed_layers=tuple(layer.id for layer in removed)),
     )
 
@@ -189,10 +202,9 @@ def reduce(at: Situation, candidates: Collection[LayerId]) -> tuple[DiskReductio
     found: list[DiskReduction] = []
     pending = {layer for layer in candidates if layer in at.forest.layers}
     while dead := _dead_leaves(at.forest, pending):
-        disk = _disk_of(dead[0])
+        disk = _first_disk(dead[0])
         change = Change(removed_layers=tuple(layer.id for layer in dead))
-        removed = tuple(layer for layer in dead if layer.owned)
-        found.append(DiskReduction(disk, (), (), (Removal(disk=disk, removed=removed, change=change),)))
+        found.append(DiskReduction(disk, (), (), (Removal(disk=disk, removed=_files(dead), change=change),)))
         pending -= {layer.id for layer in dead}
         at = at.after(change)
     for run in _runs(at, pending):
@@ -204,33 +216,30 @@ def reduce(at: Situation, candidates: Collection[LayerId]) -> tuple[DiskReductio
     return tuple(found)
 
 
-def _reduce_run(at: Situation, run: Sequence[Layer]) -> DiskReduction | None:
+def _reduce_run(at: Situation, run: Sequence[LayerId]) -> DiskReduction | None:
     """The cheapest way to make ``run`` (its last layer stays needed, the others are not) one layer."""
-    disk = _disk_of(run[0])
-    total = sum(at.bytes.get(layer.id, 0) for layer in run)
-    choices = sorted(
-        (
-            Choice(layer.id, _how(place, len(run)), total - at.bytes.get(layer.id, 0))
-            for place, layer in enumerate(run)
-            if layer.owned
-        ),
-        key=lambda choice: (choice.bytes, choice.how),
-    )
-    for choice in choices:
+    layers = [at.forest.layer(layer) for layer in run]
+    disk = _disk_of(at.forest, at.machine, layers[-1])
+    total = sum(at.bytes.get(layer, 0) for layer in run)
+    ways: list[tuple[Choice, tuple[Merge, ...]]] = []
+    for place, layer in enumerate(layers):
         try:
-            steps = _merge_into(at, run, choice.keeper)
+            steps = _merge_into(at, disk, layers, layer.id)
         except StateError:
             continue
-        return DiskReduction(disk, tuple(layer.id for layer in run), tuple(choices), steps)
-    return None
+        choice = Choice(layer.id, _how(place, len(run)), total - at.bytes.get(layer.id, 0))
+        ways.append((choice, steps))
+    ways.sort(key=lambda way: (way[0].bytes, way[0].how))
+    if not ways:
+        return None
+    return DiskReduction(disk, tuple(run), tuple(choice for choice, _ in ways), ways[0][1])
 
 
-def _merge_into(at: Situation, run: Sequence[Layer], keeper: LayerId) -> tuple[Merge, ...]:
-    disk = _disk_of(run[0])
+def _merge_into(at: Situation, disk: str, run: Sequence[Layer], keeper: LayerId) -> tuple[Merge, ...]:
     place = [layer.id for layer in run].index(keeper)
+    top = run[-1].id
     steps: list[Merge] = []
     for kind in ("stream", "commit"):
-        top = run[-1].id
         chain = at.live[disk] if _in_live(at, disk, top) else at.forest.chain(disk, top)
         if kind == "stream" and place > 0:
             step = stream(at, chain, into=keeper, base=run[0].backing)
@@ -249,11 +258,11 @@ def _how(place: int, length: int) -> str:
     return "stream" if place == length - 1 else "stream, then commit"
 
 
-def _runs(at: Situation, pending: Collection[LayerId]) -> list[list[Layer]]:
+def _runs(at: Situation, pending: Collection[LayerId]) -> list[list[LayerId]]:
     """Maximal runs of layers nobody needs but the one layer above each, followed by that last one above."""
     forest = at.forest
     single = {
-        layer: children[0]
+        layer: children[0].id
         for layer in pending
         if not forest.references_to(layer)
         and not forest.writers_of(layer)
@@ -263,9 +272,9 @@ def _runs(at: Situation, pending: Collection[LayerId]) -> list[list[Layer]]:
     lowest = [layer for layer in single if forest.layer(layer).backing not in single]
     runs = []
     for layer in sorted(lowest):
-        run = [forest.layer(layer)]
-        while run[-1].id in single:
-            run.append(single[run[-1].id])
+        run = [layer]
+        while run[-1] in single:
+            run.append(single[run[-1]])
         runs.append(run)
     return runs
 
@@ -273,7 +282,7 @@ def _runs(at: Situation, pending: Collection[LayerId]) -> list[list[Layer]]:
 def _dead_leaves(forest: Forest, pending: Collection[LayerId]) -> tuple[Layer, ...]:
     """Layers of one disk that nobody reads at all."""
     dead = [forest.layer(layer) for layer in sorted(pending) if not forest.readers(layer)]
-    return tuple(layer for layer in dead if _disk_of(layer) == _disk_of(dead[0]))
+    return tuple(layer for layer in dead if _first_disk(layer) == _first_disk(dead[0]))
 
 
 def unneeded(forest: Forest, layers: Iterable[Layer]) -> tuple[Layer, ...]:
@@ -308,22 +317,73 @@ def _refuse_readers(at: Situation, disk: str, layer: Layer, above: Layer) -> Non
         )
 
 
-def _moved_points(
-    snapshots: Sequence[Snapshot], disk: str, moved: Collection[LayerId], into: LayerId
-) -> tuple[Snapshot, ...]:
-    changed = []
-    for snapshot in snapshots:
-        point = snapshot.point(disk)
-        if point and point.layer in moved:
-            points = tuple(replace(p, layer=into) if p.disk == disk else p for p in snapshot.points)
-            changed.append(replace(snapshot, points=points))
-    return tuple(changed)
+def _refuse_strangers(at: Situation, disk: str, layer: LayerId, consequence: str) -> None:
+    """Refuse when another machine reads ``layer``, directly, through layers above, or by a snapshot."""
+    if strangers := sorted(at.forest.machines_above(layer) - {at.machine}):
+        raise StateError(
+            f"layer {layer} of disk {disk} is read by machine {', '.join(strangers)}, {consequence};"
+            " nothing was changed",
+            hint=f"qmpsnap snapshot create {at.machine} freezes the disk under a layer that nobody shares",
+            machine=at.machine,
+        )
+
+
+def _refuse_headers(
+    at: Situation, disk: str, top: LayerId, *, readers: Sequence[Layer], rebased: Sequence[Layer]
+) -> None:
+    """Refuse when a layer that must name another backing is not ours, or is open in QEMU outside the job's chain."""
+    busy = {layer for chain in at.live.values() for layer in chain.ids} if at.running else set()
+    why = [
+        *(f"layer {layer.id} ({layer.path}), which was not made by qmpsnap" for layer in readers if not layer.owned),
+        *(f"layer {layer.id}, which the guest has open as another disk" for layer in rebased if layer.id in busy),
+    ]
+    if why:
+        raise StateError(
+            f"layer {top} of disk {disk} would go, and it is read by {'; '.join(why)}; nothing was changed",
+            hint=f"qmpsnap stream {at.machine} {disk} merges without harming anybody",
+            machine=at.machine,
+        )
+
+
+def _lies_in(snapshot: Snapshot, layers: Collection[LayerId]) -> bool:
+    return any(point.layer in layers for point in snapshot.points)
+
+
+def _moved_points(snapshots: Sequence[Snapshot], moved: Collection[LayerId], into: LayerId) -> tuple[Snapshot, ...]:
+    return tuple(
+        replace(s, points=tuple(replace(p, layer=into) if p.layer in moved else p for p in s.points))
+        if _lies_in(s, moved)
+        else s
+        for s in snapshots
+    )
+
+
+def _changed(before: Sequence[Snapshot], after: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
+    return tuple(new for old, new in zip(before, after, strict=True) if new != old)
+
+
+def _files(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """Those whose files go with them: ours."""
+    return tuple(layer for layer in layers if layer.owned)
 
 
 def _in_live(at: Situation, disk: str, layer: LayerId) -> bool:
     return disk in at.live and layer in at.live[disk].ids
 
 
-def _disk_of(layer: Layer) -> str:
-    # A layer's id begins with the name of its disk; a disk's name has no hyphen.
+def _disk_of(forest: Forest, machine: str, layer: Layer) -> str:
+    """The disk of ``machine`` that reads the layer; a clone's disk may have another name than the layer's first."""
+    pending = [layer.id]
+    while pending:
+        at = pending.pop()
+        users = [(w.machine, w.disk) for w in forest.writers_of(at)]
+        users += [(r.machine, r.disk) for r in forest.references_to(at)]
+        if found := next((disk for user, disk in users if user == machine), None):
+            return found
+        pending.extend(child.id for child in forest.children(at))
+    return _first_disk(layer)
+
+
+def _first_disk(layer: Layer) -> str:
+    # A layer's id begins with the name of the disk it was made for; a disk's name has no hyphen.
     return layer.id.partition("-")[0]

@@ -84,7 +84,9 @@ async def preview(context: Context, name: str, request: Request) -> tuple[MergeP
         serial = OperationId(await blocking(context.store.next_serial))
         step = made.steps[0]
         assert isinstance(step, Merge)
-        return made, merge.start_command(job_id(serial, step.disk), step)
+        root = await merge.root_of(work.qemu, step) if work.qemu and step.live else None
+        command, arguments = merge.start_command(job_id(serial, step.disk), step, root=root)
+        return made, (command, work.machine.sent(arguments))
 
 
 async def run(context: Context, name: str, request: Request, *, report: Report = unreported) -> MergePlan:

@@ -22,7 +22,7 @@ class LayerView(Struct, frozen=True, kw_only=True):
 
     Attributes:
         bytes: what the file occupies on its file system; None when it cannot be read.
-        snapshots: names of the snapshots whose point it is.
+        snapshots: names of the snapshots whose point it is, but for those that a commit has consumed.
         problems: where the three disagree; empty when all is well.
     """
 
@@ -40,6 +40,16 @@ class ChainView(Struct, frozen=True):
     layers: tuple[LayerView, ...]
     problems: tuple[str, ...]
     running: bool = False
+
+    @property
+    def active(self) -> Layer:
+        """The layer the guest writes to."""
+        return self.layers[-1].layer
+
+    @property
+    def ids(self) -> tuple[LayerId, ...]:
+        """The layers' ids, base first."""
+        return tuple(at.layer.id for at in self.layers)
 
 
 async def chains(context: Context, name: str, disk: str | None = None) -> tuple[ChainView, ...]:
@@ -97,7 +107,7 @@ def view(
     """
     at: dict[LayerId, list[str]] = {}
     for snapshot in snapshots:
-        if point := snapshot.point(chain.disk):
+        if snapshot.state == "ok" and (point := snapshot.point(chain.disk)):
             at.setdefault(point.layer, []).append(snapshot.name)
     layers = []
     for below, layer in zip((None, *chain.layers), chain.layers, strict=False):

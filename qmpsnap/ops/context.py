@@ -3,14 +3,15 @@
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
 from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.block.image import ImageTool
-from qmpsnap.errors import ForeignHost, QemuGone
+from qmpsnap.errors import ForeignHost, QemuGone, StateError
+from qmpsnap.machine import adopted
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import monitor, prepare_run_dir
 from qmpsnap.model.home import Home
@@ -54,13 +55,20 @@ class Context(Struct, frozen=True, kw_only=True):
             yield None
             return
         try:
-            async with monitor(machine, self.home.run_dir(machine.name)) as qemu:
+            async with self._session(machine, process) as qemu:
                 yield qemu
         except QemuGone as error:
             if not error.hint or processes.is_alive(process):
                 raise
             error.hint = f"QEMU has ended: qmpsnap start {machine.name}; what it said: {_log(self, machine)}"
+            if machine.adopted:
+                error.hint = "QEMU has ended; whoever launched it can do so again"
             raise
+
+    def _session(self, machine: Machine, process: Process) -> AbstractAsyncContextManager[Monitor]:
+        if machine.adopted:
+            return adopted.monitor(machine, machine.adopted, process)
+        return monitor(machine, self.home.run_dir(machine.name))
 
 
 def _log(context: Context, machine: Machine) -> str:
@@ -93,6 +101,26 @@ def require_own(context: Context, machine: Machine) -> None:
             f"machine {machine.name} belongs to host {machine.host} since {since}, this is {context.host};"
             " nothing was changed",
             hint=f"run qmpsnap on {machine.host}",
+            machine=machine.name,
+        )
+
+
+def require_spec(machine: Machine, what: str) -> None:
+    """Refuse what takes a QEMU that we can start, for a machine that was adopted.
+
+    Args:
+        machine: the machine.
+        what: what cannot be done, for the message.
+
+    Raises:
+        StateError: somebody else launches it.
+    """
+    if machine.adopted:
+        raise StateError(
+            f"machine {machine.name} was adopted: somebody else launches its QEMU, so qmpsnap has no spec of it and"
+            f" cannot {what}; nothing was changed",
+            hint=f"have it launched with the active layers that qmpsnap chain {machine.name} shows; qmpsnap undefine"
+            f" {machine.name} --keep-disks gives it back",
             machine=machine.name,
         )
 

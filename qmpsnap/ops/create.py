@@ -19,7 +19,7 @@ from qmpsnap.model.operation import Change, CreatePlan, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.ops import recover
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
@@ -117,6 +117,8 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
     machine = await blocking(context.store.machine, name)
     async with context.monitor(machine) as qemu:
         mode = await mode_of(qemu)
+    if mode == "stopped":
+        require_spec(machine, "make it start on a new layer")
     chains = await blocking(context.store.chains, name)
     snapshots = await blocking(context.store.snapshots, name)
     serial = OperationId(await blocking(context.store.next_serial))
@@ -152,6 +154,8 @@ async def _run(context: Context, name: str, request: CreateRequest) -> Change:
         chains = await blocking(context.store.chains, name)
         if work.qemu:
             await graph.require_agreement(work.qemu, chains, machine=name)
+        else:
+            require_spec(work.machine, "make it start on a new layer")
         operation = await _open(context, work, chains, request)
         assert isinstance(operation.plan, CreatePlan)
         try:

@@ -4,7 +4,7 @@ import functools
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import anyio
@@ -150,7 +150,7 @@ async def run(
     spec = replace(spec, machine=abilities.versioned(spec.machine))
     firmware = find_firmware() if spec.firmware == "uefi" else None
     async with locked(context, spec.name, "define"):
-        await _end_earlier(context, spec.name)
+        await end_earlier(context, spec.name)
         try:
             return await _record(context, spec, firmware, (context.home.data, *context.home.images, *folders))
         except BaseException:
@@ -167,17 +167,29 @@ async def _record(context: Context, spec: MachineSpec, firmware: Firmware | None
         return plan(machine, sources, serial=serial, home=context.home, variables=firmware is not None)
 
     needed = serials_needed(spec, sources)
-    operation = await blocking(lambda: context.store.open_operation(spec.name, make, serials=needed))
+    return await record(context, machine, make, serials=needed, firmware_variables=firmware.vars if firmware else None)
+
+
+async def record(
+    context: Context,
+    machine: Machine,
+    make: Callable[[OperationId], DefinePlan],
+    *,
+    serials: int,
+    firmware_variables: str | None = None,
+) -> Machine:
+    """Journal the plan of a new machine, make its files, record it; undone when that fails."""
+    operation = await blocking(lambda: context.store.open_operation(machine.name, make, serials=serials))
     try:
-        await _carry_out(context, operation, firmware_variables=firmware.vars if firmware else None)
+        await _carry_out(context, operation, firmware_variables=firmware_variables)
     except BaseException as error:
         with anyio.CancelScope(shield=True):
             await recover.after_failure(context, machine, None, operation, error)
         raise
-    return await blocking(context.store.machine, spec.name)
+    return await blocking(context.store.machine, machine.name)
 
 
-async def _end_earlier(context: Context, name: str) -> None:
+async def end_earlier(context: Context, name: str) -> None:
     """Refuse a taken name; roll back a definition that died before its machine was recorded."""
     try:
         taken = await blocking(context.store.machine, name)
@@ -216,12 +228,7 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
 
 async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> dict[str, DiskSource]:
     """Read what lies under each disk, with our own reader only, and make sure that nobody else writes to it."""
-    writers: dict[Identity, str] = {}
-    readers: dict[Identity, str] = {}
-    for machine in await blocking(context.store.machines):
-        for chain in await blocking(context.store.chains, machine.name):
-            writers[chain.active.device, chain.active.inode] = machine.name
-            readers |= {(layer.device, layer.inode): machine.name for layer in chain.layers}
+    writers, readers = await users(context)
     sources: dict[str, DiskSource] = {}
     for disk in spec.disks:
         path = disk.image or disk.base
@@ -234,6 +241,17 @@ async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path])
         sources[disk.name] = DiskSource(tuple(found), tuple(known))
     require_unshared(spec, sources, writers=writers, readers=readers)
     return sources
+
+
+async def users(context: Context) -> tuple[dict[Identity, str], dict[Identity, str]]:
+    """Which machine writes to which file, and which machine reads which."""
+    writers: dict[Identity, str] = {}
+    readers: dict[Identity, str] = {}
+    for machine in await blocking(context.store.machines):
+        for chain in await blocking(context.store.chains, machine.name):
+            writers[chain.active.device, chain.active.inode] = machine.name
+            readers |= {(layer.device, layer.inode): machine.name for layer in chain.layers}
+    return writers, readers
 
 
 def require_unshared(

@@ -1,8 +1,8 @@
 """Running merges: one block job after the other, each journalled so that a death at any point has one right end.
 
-Per job: ``N:started`` (it may have written) -> ready, complete -> pending -> ``N:finalizing`` (both sides are equal;
-from here the result is the truth) -> vCPUs stopped, finalize, graph verified -> ``N:settled`` with the change, in one
-SQL transaction -> vCPUs go on -> job dismissed, nodes closed, files removed.
+Per job: ``N:started`` (it may have written) -> ready, complete -> pending -> vCPUs stopped, all caches written out ->
+``N:finalizing`` (both sides are equal; from here the result is the truth) -> finalize, graph verified -> ``N:settled``
+with the change, in one SQL transaction -> vCPUs go on -> job dismissed, nodes closed, files removed.
 """
 
 from collections.abc import AsyncIterator, Iterable
@@ -71,7 +71,7 @@ async def _merge(
 ) -> None:
     job = job_id(operation, step.disk)
     await blocking(lambda: context.store.mark(operation, "running", step=f"{number}:started"))
-    await monitor.execute(*start_command(job, step))
+    await monitor.execute(*start_command(job, step, root=await root_of(monitor, step)))
     await carry_on(context, machine, monitor, operation, step, number=number, report=report)
 
 
@@ -109,8 +109,9 @@ async def _go_over(
 ) -> None:
     job = job_id(operation, step.disk)
     running = step.live and (await commands.query_status(monitor)).running
-    if running:
-        await commands.control(monitor, "stop")
+    # Also where nothing runs: `stop` writes every node's cached tables out. A commit into a middle layer and a stream
+    # come to `pending` without that, and a QEMU killed now would take what they moved with it.
+    await commands.control(monitor, "stop")
     try:
         await blocking(
             lambda: context.store.mark(operation, "running", step=f"{number}:finalizing{':running' if running else ''}")
@@ -122,6 +123,7 @@ async def _go_over(
                 # The graph is as before and the guest stands still: the overlay is the truth again.
                 await blocking(lambda: context.store.mark(operation, "running", step=f"{number}:started"))
                 raise
+        await commands.control(monitor, "stop")  # now the headers that finalize has changed
         await settle(context, machine, monitor, operation, step, number=number)
     finally:
         if running:
@@ -189,12 +191,25 @@ async def close_gone(monitor: Monitor, step: Merge) -> None:
             await commands.blockdev_del(monitor, name)
 
 
-def start_command(job: JobId, step: Merge) -> tuple[str, dict[str, object]]:
-    """The QMP command that starts a step's job; pure."""
+async def root_of(monitor: Monitor, step: Merge) -> NodeName:
+    """The node that the device reads: a filter on top of the chain, where there is one, else the root itself."""
+    known = frozenset(layer.id for layer in step.chain)
+    found = graph.by_disk(await graph.read(monitor), known).get(step.disk)
+    return NodeName(found.above[0] if found and found.nodes and found.above else step.root)
+
+
+def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> tuple[str, dict[str, object]]:
+    """The QMP command that starts a step's job; pure.
+
+    Args:
+        job: the job's id.
+        step: what it does.
+        root: from :func:`root_of`: ``block-commit`` takes no other node ("Need a root block node"), a stream any.
+    """
     if step.kind == "commit":
         return jobs.commit_arguments(
             job,
-            root=NodeName(step.root),
+            root=root or NodeName(step.root),
             top=node_name(step.top),
             base=node_name(step.into),
             base_path=step.into.path,

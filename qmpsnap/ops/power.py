@@ -12,7 +12,7 @@ from qmpsnap.machine.machine import end, launch, wait_end
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.ops import compare
-from qmpsnap.ops.context import Context, blocking, locked, require_own
+from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands
 
@@ -33,6 +33,7 @@ async def start(context: Context, name: str, *, paused: bool = False) -> Process
     async with working(context, name, "start") as work:
         if work.qemu:
             raise StateError(f"machine {name} runs already; nothing was changed", machine=name)
+        require_spec(work.machine, "start it")
         return await bring_up(context, work.machine, paused=paused)
 
 

@@ -23,7 +23,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.ops import create, power, recover, situation
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.switch import all_empty, switch
 from qmpsnap.ops.work import Work, working
 
@@ -106,6 +106,7 @@ def plan(
         NotFoundError: no snapshot of that name.
         StateError: it cannot be reverted to.
     """
+    require_spec(machine, "start it on other layers")
     snapshot = _target(at, request.name)
     folder = str(home.machine_dir(machine.name))
     overlays = tuple(
@@ -181,6 +182,15 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
             ``StateError`` when a job holds a disk, and the families of lock, host, QEMU and deadline. With ``effect``
             ``applied`` the machine stands at the snapshot but could not be started.
     """
+    try:
+        return await _run(context, name, request)
+    except QmpsnapError as error:
+        if error.effect == "applied":
+            error.hint = f"the machine stands at {request.name} and is stopped: qmpsnap start {name}"
+        raise
+
+
+async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
     async with working(context, name, "snapshot revert") as work:
         at = await situation.look(context, work)
         # The guest ends only for layers that it can be started on again.
@@ -191,9 +201,6 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
         except BaseException as error:
             with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
                 await recover.after_failure(context, work.machine, work.qemu, operation, error)
-            if isinstance(error, QmpsnapError) and error.effect == "applied":
-                stands = f"the machine stands at {request.name} and is stopped: qmpsnap start {name}"
-                error.hint = f"{error.hint}; {stands}" if error.hint else stands
             raise
         return await _outcome(context, operation)
 

@@ -38,8 +38,9 @@ async def switch(
     await blocking(context.store.set_process, machine.name, None)
     # Only now: a guest that runs may write between any look and the end.
     change = plan.change
-    if (unwritten := plan.unwritten) and await to_thread.run_sync(all_empty, unwritten.layers):
-        change = unwritten.change
+    if plan.unwritten:
+        empty = await to_thread.run_sync(all_empty, plan.unwritten.layers)
+        change = plan.unwritten.change if empty else change
     change = await to_thread.run_sync(_identified, change, plan.overlays)
     await blocking(lambda: context.store.settle(operation.id, machine.name, change, step="switched"))
     await remove_files(context, plan)

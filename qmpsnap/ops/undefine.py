@@ -31,9 +31,12 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
         StateError: it runs, or something would be lost and ``disks`` is None.
     """
     async with working(context, name, "undefine") as work:
-        if work.qemu:
+        # An adopted machine is given back as it runs; only what it has open must stay.
+        if work.qemu and not (work.machine.adopted and disks != "remove"):
             raise StateError(
-                f"machine {name} runs; nothing was changed", hint=f"qmpsnap stop {name} first", machine=name
+                f"machine {name} runs; nothing was changed",
+                hint=f"qmpsnap stop {name} first{', or undefine it with --keep-disks' if work.machine.adopted else ''}",
+                machine=name,
             )
         if disks is None:
             await _refuse_loss(context, name)

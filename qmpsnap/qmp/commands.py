@@ -56,6 +56,13 @@ class ImageInfo(Struct, frozen=True, rename="kebab"):
     actual_size: int = 0
 
 
+class CacheInfo(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``BlockdevCacheInfo`` we use."""
+
+    direct: bool = False
+    no_flush: bool = False
+
+
 class NodeInfo(Struct, frozen=True, rename="kebab"):
     """The part of QAPI ``BlockDeviceInfo`` we use."""
 
@@ -65,6 +72,27 @@ class NodeInfo(Struct, frozen=True, rename="kebab"):
     file: str
     image: ImageInfo
     backing_file: str | None = field(name="backing_file", default=None)
+    cache: CacheInfo = CacheInfo()
+
+
+class Backend(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``BlockInfo`` we use.
+
+    Attributes:
+        device: the drive's id; empty for a device whose image is a node of its own.
+        qdev: id or QOM path of the device; None when no device uses the drive.
+        inserted: the node the device reads; None for an empty drive.
+    """
+
+    device: str
+    qdev: str | None = None
+    removable: bool = False
+    inserted: NodeInfo | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the block graph."""
+        return self.device or self.qdev or ""
 
 
 class JobInfo(Struct, frozen=True, rename="kebab"):
@@ -96,6 +124,14 @@ class _Version(Struct, frozen=True):
 
 class _Uuid(Struct, frozen=True):
     UUID: str
+
+
+class _Memory(Struct, frozen=True, rename="kebab"):
+    base_memory: int
+
+
+class _Kvm(Struct, frozen=True):
+    enabled: bool
 
 
 class MachineType(Struct, frozen=True):
@@ -134,6 +170,33 @@ async def query_jobs(monitor: Monitor) -> tuple[JobInfo, ...]:
 async def query_block_jobs(monitor: Monitor) -> tuple[BlockJobInfo, ...]:
     """Every block job (``query-block-jobs``), for what only it tells: whether a write failed."""
     return _decode("query-block-jobs", await monitor.execute("query-block-jobs"), tuple[BlockJobInfo, ...])
+
+
+async def query_block(monitor: Monitor) -> tuple[Backend, ...]:
+    """Every drive of the guest (``query-block``)."""
+    return _decode("query-block", await monitor.execute("query-block"), tuple[Backend, ...])
+
+
+async def query_memory(monitor: Monitor) -> int:
+    """The guest's memory at its start, in bytes (``query-memory-size-summary``)."""
+    answer = await monitor.execute("query-memory-size-summary")
+    return _decode("query-memory-size-summary", answer, _Memory).base_memory
+
+
+async def query_cpus(monitor: Monitor) -> int:
+    """How many vCPUs the guest has (``query-cpus-fast``)."""
+    return len(_decode("query-cpus-fast", await monitor.execute("query-cpus-fast"), tuple[dict[str, Any], ...]))
+
+
+async def query_kvm(monitor: Monitor) -> bool:
+    """Whether KVM runs the guest (``query-kvm``)."""
+    return _decode("query-kvm", await monitor.execute("query-kvm"), _Kvm).enabled
+
+
+async def machine_type(monitor: Monitor) -> str:
+    """The versioned machine type of this very machine (``qom-get``)."""
+    answer = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
+    return _decode("qom-get", answer, str).removesuffix("-machine")
 
 
 async def query_block_graph(monitor: Monitor) -> BlockGraph:

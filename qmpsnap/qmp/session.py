@@ -6,6 +6,8 @@ a QEMU that is stopped, so connecting, the greeting and every command have a dea
 
 import contextlib
 import logging
+import socket
+import struct
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -61,9 +63,11 @@ class Monitor(Protocol):
 class Session:
     """One client on one monitor socket, from :func:`connect`."""
 
-    def __init__(self, client: QMPClient, machine: str) -> None:
+    def __init__(self, client: QMPClient, machine: str, peer: int) -> None:
         self._client = client
         self._machine = machine
+        self.peer = peer
+        """Pid of the process that listens on the socket, as the kernel tells it."""
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, deadline: float = COMMAND_DEADLINE
@@ -127,7 +131,7 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
     """
     try:
         with anyio.fail_after(deadline):
-            client = await _greeted(path, machine)
+            client, peer = await _greeted(path, machine)
     except TimeoutError as error:
         raise DeadlinePassed(
             f"the monitor of machine {machine} did not greet within {deadline:g} s; nothing was changed",
@@ -141,7 +145,7 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
             machine=machine,
         ) from error
     try:
-        yield Session(client, machine)
+        yield Session(client, machine, peer)
     finally:
         # Shielded so that a cancelled caller still lets go of the monitor, bounded so that it ends all the same.
         # What ended the reader comes out here again, ValueError for bytes that are no text or fit no buffer.
@@ -149,11 +153,12 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
             await client.disconnect()
 
 
-async def _greeted(path: Path, machine: str) -> QMPClient:
+async def _greeted(path: Path, machine: str) -> tuple[QMPClient, int]:
     for attempt in range(_GREETINGS):
         client = QMPClient(machine)
         client.events.event_filter = _no_event
         endpoint = await dial(path)
+        peer = _peer(endpoint)
         try:
             await client.connect(endpoint)
         except BaseException as error:
@@ -167,8 +172,13 @@ async def _greeted(path: Path, machine: str) -> QMPClient:
                 raise
             await anyio.sleep(0.01)
         else:
-            return client
+            return client, peer
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _peer(endpoint: socket.socket) -> int:
+    pid, _, _ = struct.unpack("3i", endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(pid)
 
 
 def _no_event(_: Message) -> bool:

@@ -59,6 +59,9 @@ MIGRATIONS: tuple[str, ...] = (
     ) STRICT;
     CREATE INDEX operation_open ON operation (machine, state);
     """,
+    """
+    ALTER TABLE machine ADD COLUMN adopted TEXT;
+    """,
 )
 
 

@@ -12,6 +12,7 @@ from typing import Self
 import msgspec
 
 from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch
+from qmpsnap.model.adoption import Adoption
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.machine import Machine, Process
@@ -132,14 +133,8 @@ class SqliteStore:
             number = _machine_id(sql, machine)
             if process is None:
                 sql.execute("DELETE FROM process WHERE machine = ?", (number,))
-                return
-            sql.execute(
-                "INSERT INTO process (machine, pid, start_ticks, boot_id, started, accel, qemu_version)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine) DO UPDATE SET pid = excluded.pid,"
-                " start_ticks = excluded.start_ticks, boot_id = excluded.boot_id, started = excluded.started,"
-                " accel = excluded.accel, qemu_version = excluded.qemu_version, version = version + 1",
-                (number, *msgspec.structs.astuple(process)),
-            )
+            else:
+                _put_process(sql, number, process)
 
     def next_serial(self) -> int:
         with self._reading() as sql:
@@ -294,7 +289,7 @@ def _signed(number: int) -> int:
 
 _LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state"
 _MACHINE = (
-    "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name,"
+    "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted,"
     " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
     " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
 )
@@ -312,7 +307,7 @@ _USED = (
 
 
 def _machine(row: sqlite3.Row) -> Machine:
-    name, uuid, host, spec, created, current, *process = row
+    name, uuid, host, spec, created, current, adopted, *process = row
     return Machine(
         name=name,
         uuid=uuid,
@@ -321,6 +316,7 @@ def _machine(row: sqlite3.Row) -> Machine:
         created=created,
         current=current,
         process=Process(**dict(zip(Process.__struct_fields__, process, strict=True))) if process[0] else None,
+        adopted=msgspec.json.decode(adopted, type=Adoption) if adopted else None,
     )
 
 
@@ -339,14 +335,27 @@ def _machine_id(sql: sqlite3.Connection, name: str) -> int:
 def _insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
     try:
         sql.execute(
-            "INSERT INTO machine (name, uuid, host, spec, created) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO machine (name, uuid, host, spec, created, adopted) VALUES (?, ?, ?, ?, ?, ?)",
             (
                 machine.name, machine.uuid, machine.host,
                 msgspec.json.encode(machine.spec).decode(), machine.created,
+                msgspec.json.encode(machine.adopted).decode() if machine.adopted else None,
             ),
         )  # fmt: skip
     except sqlite3.IntegrityError as error:
         raise NameTaken(f"machine {machine.name} exists already; nothing was changed", machine=machine.name) from error
+    if machine.process:  # an adopted one comes with its QEMU
+        _put_process(sql, _machine_id(sql, machine.name), machine.process)
+
+
+def _put_process(sql: sqlite3.Connection, machine: int, process: Process) -> None:
+    sql.execute(
+        "INSERT INTO process (machine, pid, start_ticks, boot_id, started, accel, qemu_version)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine) DO UPDATE SET pid = excluded.pid,"
+        " start_ticks = excluded.start_ticks, boot_id = excluded.boot_id, started = excluded.started,"
+        " accel = excluded.accel, qemu_version = excluded.qemu_version, version = version + 1",
+        (machine, *msgspec.structs.astuple(process)),
+    )
 
 
 def _snapshot_id(sql: sqlite3.Connection, machine: int, name: str | None) -> int | None:

@@ -36,12 +36,12 @@ def families() -> Iterator[type[QmpsnapError]]:
 
 
 def sections() -> dict[str, str]:
-    """docs/cli.md by its headings of commands: ``### `qmpsnap snapshot create``` ..."""
+    """docs/cli.md by its headings of commands: ``### `qmpsnap snapshot create```; aliases share a section."""
     parts = re.split(r"^#{2,3} (.+)$", DOCS.read_text(), flags=re.MULTILINE)
     found = {}
     for heading, text in zip(parts[1::2], parts[2::2], strict=True):
-        if words := re.fullmatch(r"`qmpsnap ([a-z ]+)`", heading):
-            found[words[1]] = text
+        for words in re.findall(r"`qmpsnap ([a-z ]+)`", heading):
+            found[words] = text
     return found
 
 

@@ -1,9 +1,7 @@
 """The controller dies at each step of `snapshot create`; QEMU lives, dies with it, or never ran. Then: recover."""
 
-import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import anyio
@@ -12,49 +10,8 @@ import pytest
 import qmpsnap
 from qmpsnap.machine.machine import wait_end
 from qmpsnap.model.spec import MachineSpec
+from tests.live.crash import die_at
 from tests.live.machine import content_hash, context_of, fill, hold_invariants
-
-# Dies with kill -9 right before or after the n-th call of one function of the real code.
-DIE_AT = """
-import importlib, json, os, signal, sys
-module, attribute, when, nth = json.loads(sys.argv[1])
-owner = importlib.import_module(module)
-*path, name = attribute.split(".")
-for part in path:
-    owner = getattr(owner, part)
-real, calls = getattr(owner, name), 0
-
-def counts():
-    global calls
-    calls += 1
-    return calls == nth
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-async def dying_async(*a, **k):
-    last = counts()
-    if last and when == "before":
-        die()
-    result = await real(*a, **k)
-    if last and when == "after":
-        die()
-    return result
-
-def dying(*a, **k):
-    last = counts()
-    if last and when == "before":
-        die()
-    result = real(*a, **k)
-    if last and when == "after":
-        die()
-    return result
-
-import inspect
-setattr(owner, name, dying_async if inspect.iscoroutinefunction(real) else dying)
-from qmpsnap.cli.main import main
-sys.exit(main(sys.argv[2:]))
-"""
 
 STORE = "qmpsnap.store.sqlite"
 STEPS = {
@@ -79,9 +36,7 @@ TAKEN = {"after the transaction", "before settling", "after settling"}
 
 
 async def _die_at(step: str, *words: str) -> None:
-    argv = [sys.executable, "-c", DIE_AT, json.dumps(STEPS[step]), *words]
-    done = await anyio.run_process(argv, check=False)
-    assert done.returncode == -signal.SIGKILL, f"never came to: {step}\n{done.stderr.decode()}"
+    await die_at(STEPS[step], *words)
 
 
 def _files(home: Path) -> set[str]:
@@ -144,8 +99,7 @@ async def test_the_next_verb_recovers_by_itself(q: qmpsnap.Controller, still_spe
 async def test_a_definition_that_died_can_be_repeated(q: qmpsnap.Controller, home: Path) -> None:
     spec = home / "s.yaml"
     spec.write_text("name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}, {name: vdb, size: 1M, format: raw}]\n")
-    argv = [sys.executable, "-c", DIE_AT, json.dumps((STORE, "SqliteStore.settle", "before", 1)), "define", str(spec)]
-    assert (await anyio.run_process(argv, check=False)).returncode == -signal.SIGKILL
+    await die_at((STORE, "SqliteStore.settle", "before", 1), "define", str(spec))
     assert await q.machines() == ()
     vm = await q.define(spec)
     assert len(_files(home)) == 2

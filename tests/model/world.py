@@ -350,7 +350,7 @@ def check_step_done(before: Forest, world: World, step: Merge | Removal) -> None
     after = world.forest
     gone = before.layers.keys() - after.layers.keys()
     assert gone == set(step.change.removed_layers)
-    assert [layer.id for layer in step.removed] == [x for x in step.change.removed_layers if before.layer(x).owned]
+    assert {layer.id for layer in step.removed} == {x for x in gone if before.layer(x).owned}
     for layer in gone:
         assert not world.above(layer)
         assert not after.writers_of(layer)

@@ -1,0 +1,113 @@
+"""The chain of a disk of a QEMU that we did not start, read from its graph alone: which node stands for which file.
+
+A node's own ``file`` may be a ``json:{...}`` of the whole tree; the plain name is that of the protocol node below it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from msgspec import Struct
+
+from qmpsnap.block.graph import FILTERS
+from qmpsnap.errors import StateError
+from qmpsnap.model.names import NodeName
+from qmpsnap.model.spec import Format
+from qmpsnap.qmp.commands import Backend, BlockGraph, NodeInfo
+
+_PROTOCOLS: Final = ("file", "host_device")
+
+
+class ForeignLayer(Struct, frozen=True):
+    """A node and its file; ``path`` is as QEMU was given it, perhaps relative."""
+
+    node: NodeName
+    format: Format
+    path: str
+    virtual_size: int
+
+
+class ForeignDisk(Struct, frozen=True):
+    """A chain, base first, and the filters above it, from the device down."""
+
+    layers: tuple[ForeignLayer, ...]
+    filters: tuple[NodeName, ...]
+
+
+def read_disk(backend: Backend, graph: BlockGraph, nodes: Sequence[NodeInfo]) -> ForeignDisk:
+    """What stands behind one device; pure.
+
+    Raises:
+        StateError: an image is not a qcow2 or raw file or block device, or something stands between two layers.
+    """
+    reader = _Reader(backend.name, graph, nodes)
+    root = reader.below(next((v.id for v in graph.nodes if (v.type, v.name) == ("block-backend", backend.name)), -1))
+    at = root.get("root")
+    filters = []
+    while at is not None and reader.node(at).drv in FILTERS:
+        filters.append(NodeName(reader.node(at).node_name))
+        at = reader.lower(at)
+    layers = []
+    while at is not None:
+        layers.append(reader.layer(at))
+        at = reader.below(at).get("backing")
+    if not layers:
+        raise StateError(f"device {backend.name} has no image in QEMU's block graph; nothing was adopted")
+    return ForeignDisk(tuple(reversed(layers)), tuple(filters))
+
+
+class _Reader:
+    def __init__(self, device: str, graph: BlockGraph, nodes: Sequence[NodeInfo]) -> None:
+        self._device = device
+        self._vertices = {vertex.id: vertex for vertex in graph.nodes}
+        self._children: dict[int, dict[str, int]] = {}
+        for edge in graph.edges:
+            self._children.setdefault(edge.parent, {}).setdefault(edge.name, edge.child)
+        self._nodes = {node.node_name: node for node in nodes}
+
+    def node(self, at: int) -> NodeInfo:
+        name = self._vertices[at].name
+        if found := self._nodes.get(name):
+            return found
+        raise self._refused(f"node {name} appeared while it was looked at")
+
+    def below(self, at: int) -> Mapping[str, int]:
+        return self._children.get(at, {})
+
+    def lower(self, at: int) -> int | None:
+        """What a filter filters."""
+        children = self.below(at)
+        return children.get("file", children.get("backing"))
+
+    def layer(self, at: int) -> ForeignLayer:
+        node = self.node(at)
+        name = NodeName(node.node_name)
+        if node.drv in _PROTOCOLS:
+            return ForeignLayer(name, "raw", node.file, node.image.virtual_size)
+        if node.drv in FILTERS:
+            raise self._refused(f"the filter {name} ({node.drv}) stands between two of its layers")
+        if "data-file" in self.below(at):
+            raise self._refused(f"node {name} keeps its data in a file of its own")
+        if node.drv == "qcow2":
+            return ForeignLayer(name, "qcow2", self._path(at), node.image.virtual_size)
+        if node.drv == "raw":
+            return ForeignLayer(name, "raw", self._path(at), node.image.virtual_size)
+        raise self._refused(f"node {name} is of format {node.drv!r}, not qcow2 or raw")
+
+    def _path(self, at: int) -> str:
+        below = self.below(at).get("file")
+        while below is not None and self.node(below).drv in FILTERS:
+            below = self.lower(below)
+        if below is None:
+            raise self._refused(f"node {self.node(at).node_name} has no file")
+        protocol = self.node(below)
+        if protocol.drv not in _PROTOCOLS:
+            raise self._refused(
+                f"node {self.node(at).node_name} is read over {protocol.drv!r} ({protocol.file}), not from a file"
+            )
+        return protocol.file
+
+    def _refused(self, why: str) -> StateError:
+        return StateError(
+            f"device {self._device} cannot be adopted: {why}; nothing was changed",
+            hint="disks made of qcow2 and raw files or block devices can be",
+        )

@@ -1,0 +1,110 @@
+"""A QEMU that somebody else launched: what the kernel tells of it, and its monitor, which speaks of layers by our ids."""
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from qmpsnap.errors import HostCannot, QemuGone, StateError
+from qmpsnap.machine import process as processes
+from qmpsnap.model.adoption import Adoption
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.qmp import commands, session
+from qmpsnap.qmp.session import COMMAND_DEADLINE, Bell, Monitor
+
+
+class Seen(Struct, frozen=True, kw_only=True):
+    """What ``/proc`` tells of the process.
+
+    Attributes:
+        user: whose files it can open.
+        folder: its working directory: what its relative paths are relative to.
+        files: device and inode of everything it has open.
+        arguments: its command line.
+    """
+
+    process: Process
+    user: int
+    folder: str
+    files: frozenset[tuple[int, int]]
+    arguments: tuple[str, ...]
+
+
+def look(pid: int) -> Seen:
+    """What the kernel tells of a process.
+
+    Raises:
+        HostCannot: it is another user's, and we may not look.
+        QemuGone: there is no such process.
+    """
+    proc = Path(f"/proc/{pid}")
+    process = processes.existing(pid)
+    try:
+        if process is None:
+            raise FileNotFoundError
+        return Seen(
+            process=process,
+            user=proc.stat().st_uid,
+            folder=os.readlink(proc / "cwd"),
+            files=frozenset(_open_files(proc / "fd")),
+            arguments=tuple((proc / "cmdline").read_bytes().decode(errors="replace").split("\0")),
+        )
+    except PermissionError as error:
+        raise HostCannot(
+            f"process {pid} belongs to another user, and what it has open cannot be seen; nothing was changed",
+            hint="run qmpsnap as that user or as root",
+        ) from error
+    except FileNotFoundError as error:
+        raise QemuGone(f"process {pid}, which listened on the socket, has ended; nothing was changed") from error
+
+
+def _open_files(folder: Path) -> set[tuple[int, int]]:
+    found = set()
+    for descriptor in folder.iterdir():
+        try:
+            status = descriptor.stat()
+        except FileNotFoundError:  # closed meanwhile
+            continue
+        found.add((status.st_dev, status.st_ino))
+    return found
+
+
+@asynccontextmanager
+async def monitor(machine: Machine, adopted: Adoption, process: Process) -> AsyncIterator[Monitor]:
+    """A session with the monitor that the machine was adopted by, after QEMU has been recognised.
+
+    Raises:
+        QemuGone: nobody answers.
+        DeadlinePassed: QEMU is there and silent: its owner may hold the monitor.
+        StateError: another process has taken the socket over.
+    """
+    async with session.connect(Path(adopted.socket), machine=machine.name) as qemu:
+        uuid = await commands.query_uuid(qemu)
+        if qemu.peer != process.pid or uuid != adopted.uuid:
+            raise StateError(
+                f"the monitor {adopted.socket} of machine {machine.name} is answered by process {qemu.peer} with UUID"
+                f" {uuid}, adopted was process {process.pid} with {adopted.uuid}; nothing was changed",
+                hint="another program has put its socket there: end it",
+                machine=machine.name,
+            )
+        yield _Renaming(qemu, adopted)
+
+
+class _Renaming:
+    """A monitor with the names exchanged on the way."""
+
+    def __init__(self, monitor: Monitor, adopted: Adoption) -> None:
+        self._monitor = monitor
+        self._adopted = adopted
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, deadline: float = COMMAND_DEADLINE
+    ) -> Any:
+        sent = self._adopted.sent(dict(arguments)) if arguments else arguments
+        return self._adopted.told(command, await self._monitor.execute(command, sent, deadline=deadline))
+
+    def listen(self, *events: str) -> AbstractAsyncContextManager[Bell]:
+        return self._monitor.listen(*events)

@@ -1,0 +1,89 @@
+"""How a QEMU that somebody else launched is spoken to: its own names for disks and nodes, and ours for the same.
+
+In a QEMU of our own a node's name is its layer's id. One that somebody else launched has other names (``#block123``,
+or its owner's), and they are that process's: the same image may be open in another QEMU under another name. So they
+are kept with the machine, not with the layer, and exchanged at its monitor; nothing above ever meets them.
+"""
+
+from typing import Any, Final
+
+from msgspec import Struct
+
+from qmpsnap.model.names import LayerId, NodeName
+
+_NODE_KEYS: Final = frozenset(
+    {"node-name", "node", "overlay", "device", "top-node", "base-node", "backing", "target", "replaces", "vmstate"}
+    | {"devices"}
+)
+"""Arguments of QMP commands that name nodes."""
+
+FOREIGN: Final = "not-ours:"
+"""Put before a node that bears the id of another layer; no node can be named so, and none is."""
+
+
+class Adoption(Struct, frozen=True, kw_only=True):
+    """What there is to know of such a QEMU.
+
+    Attributes:
+        socket: absolute path of the monitor.
+        uuid: what it answers to ``query-uuid``; all zeros when it was given none.
+        disks: disk to the name of its backend in the block graph: the drive's id, or the device's id or path.
+        nodes: layer to the name of its node, for those layers that it had open when it was adopted. Layers that we
+            add are named by their ids there, too.
+    """
+
+    socket: str
+    uuid: str
+    disks: dict[str, str]
+    nodes: dict[LayerId, NodeName]
+
+    def sent(self, arguments: Any) -> Any:
+        """Arguments of a command as this QEMU understands them."""
+        if isinstance(arguments, dict):
+            return {k: self._sent_name(v) if k in _NODE_KEYS else self.sent(v) for k, v in arguments.items()}
+        if isinstance(arguments, list | tuple):
+            return [self.sent(value) for value in arguments]
+        return arguments
+
+    def _sent_name(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.nodes.get(LayerId(value), value)
+        if isinstance(value, list):
+            return [self._sent_name(name) for name in value]
+        return self.sent(value)
+
+    def told(self, command: str, answer: Any) -> Any:
+        """An answer of this QEMU with our names in it."""
+        ours = {node: str(layer) for layer, node in self.nodes.items()}
+        if command == "x-debug-query-block-graph" and isinstance(answer, dict):
+            disks = {backend: disk for disk, backend in self.disks.items()}
+            return {**answer, "nodes": [_vertex(vertex, ours, disks) for vertex in answer.get("nodes", ())]}
+        return _named(answer, ours)
+
+
+def _vertex(vertex: dict[str, Any], ours: dict[NodeName, str], disks: dict[str, str]) -> dict[str, Any]:
+    match vertex["type"]:
+        case "block-driver":
+            return {**vertex, "name": _ours(vertex["name"], ours)}
+        case "block-backend":
+            # Devices that were left out must not be taken for a disk that happens to have their name.
+            return {**vertex, "name": disks.get(vertex["name"], "")}
+        case _:
+            return vertex
+
+
+def _named(answer: Any, ours: dict[NodeName, str]) -> Any:
+    if isinstance(answer, dict):
+        return {
+            key: _ours(value, ours) if key == "node-name" and isinstance(value, str) else _named(value, ours)
+            for key, value in answer.items()
+        }
+    if isinstance(answer, list):
+        return [_named(value, ours) for value in answer]
+    return answer
+
+
+def _ours(name: str, ours: dict[NodeName, str]) -> str:
+    if (layer := ours.get(NodeName(name))) is not None:
+        return layer
+    return FOREIGN + name if name in ours.values() else name

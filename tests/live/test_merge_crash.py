@@ -1,0 +1,147 @@
+"""The controller, QEMU or both die at each step of a commit, a stream and a delete. Then: recover, and go on."""
+
+import os
+import signal
+from pathlib import Path
+
+import anyio
+import pytest
+
+import qmpsnap
+from qmpsnap.errors import OperationPending, QmpsnapError
+from qmpsnap.machine import worker
+from qmpsnap.machine.machine import wait_end
+from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.qmp.commands import JobInfo
+from tests.live.crash import die_at
+from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants, user_monitor
+
+STORE = "qmpsnap.store.sqlite"
+JOBS = "qmpsnap.qmp.jobs"
+STEPS = {
+    "after the journal row": (STORE, "SqliteStore.open_operation", "after", 1),
+    "before the job": (STORE, "SqliteStore.mark", "after", 1),
+    "with the job at work": (JOBS, "follow", "before", 1),
+    "with the job over its work": (JOBS, "follow", "after", 1),
+    "marked finalizing": (STORE, "SqliteStore.mark", "after", 2),
+    "after finalize": (JOBS, "finalize", "after", 1),
+    "verified": (STORE, "SqliteStore.settle", "before", 1),
+    "settled": (STORE, "SqliteStore.settle", "after", 1),
+    "dismissed": (JOBS, "dismiss", "after", 1),
+    "nodes closed": ("qmpsnap.ops.merge", "close_gone", "after", 1),
+    "files removed": ("qmpsnap.ops.merge", "remove_files", "after", 1),
+}
+VERBS = {
+    "commit of a middle layer": ("commit", "vda", "--base", "s1", "--top", "s2", "--consume"),
+    "commit of the active layer": ("commit", "vda", "--base", "s2", "--consume"),
+    "stream": ("stream", "vda", "--base", "s1"),
+}
+SPEC = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB),))
+
+
+async def _grown(q: qmpsnap.Controller) -> tuple[qmpsnap.MachineHandle, dict[tuple[str, str], str]]:
+    vm = await q.define(SPEC)
+    await vm.start(paused=True)
+    for number, name in enumerate(("s1", "s2"), start=1):
+        await fill(vm, "vda", number, offset=number * MIB)
+        await vm.snapshot(name)
+    await fill(vm, "vda", 99, offset=8 * MIB)
+    await vm.stop(force=True)
+    hashes = {("now", "vda"): await content_hash(vm, (await vm.chains())[0].active.id)}
+    for snapshot in await vm.snapshots():
+        hashes[snapshot.name, "vda"] = await content_hash(vm, snapshot.points[0].layer)
+    return vm, hashes
+
+
+async def _kill(vm: qmpsnap.MachineHandle) -> None:
+    context = context_of(vm)
+    record = await vm.record()
+    run_dir = context.home.run_dir(vm.name)
+    for process in (context.process(record), worker.find(record, run_dir)):
+        if process:
+            os.kill(process.pid, signal.SIGKILL)
+            assert await wait_end(process, deadline=10)
+
+
+@pytest.mark.parametrize("qemu", ["lives", "dies too", "a worker's", "a worker's dies too"])
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("step", STEPS)
+async def test_killed_in_the_middle(q: qmpsnap.Controller, home: Path, step: str, verb: str, qemu: str) -> None:
+    vm, hashes = await _grown(q)
+    if qemu in ("lives", "dies too"):
+        await vm.start(paused=True)
+    name, *rest = VERBS[verb]
+    await die_at(STEPS[step], name, "still", *rest)
+    if "dies" in qemu:
+        await _kill(vm)
+
+    if "dies" not in qemu and step in ("with the job at work", "with the job over its work"):
+        with pytest.raises(OperationPending, match="job"):
+            await vm.recover()
+        await vm.wait()
+    await vm.recover()
+    active = hashes.pop(("now", "vda"))
+    await _holds(vm, hashes, active)
+    record = await vm.record()
+    await vm.recover()
+    assert await vm.record() == record
+    if not await vm.is_running():
+        await vm.start(paused=True)
+    await vm.snapshot("afterwards")
+    await fill(vm, "vda", 3)
+    kept = {s.name for s in await vm.snapshots() if s.state == "ok"}
+    await hold_invariants(vm, {key: value for key, value in hashes.items() if key[0] in kept})
+
+
+async def _holds(vm: qmpsnap.MachineHandle, hashes: dict[tuple[str, str], str], active: str) -> None:
+    """Whatever the end: snapshots that are said to be ok are, and the guest reads what it read."""
+    ok = {s.name for s in await vm.snapshots() if s.state == "ok"}
+    await hold_invariants(vm, {key: value for key, value in hashes.items() if key[0] in ok})
+    ran = await vm.is_running()
+    if ran:
+        await vm.stop(force=True)
+    assert await content_hash(vm, (await vm.chains())[0].active.id) == active
+    if ran:
+        await vm.start(paused=True)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_a_cancelled_scope_leaves_the_chain_as_before(q: qmpsnap.Controller, verb: str) -> None:
+    vm, hashes = await _grown(q)
+    await vm.start(paused=True)
+    chain = (await vm.chains())[0].ids
+    with anyio.CancelScope() as scope:
+
+        def cancel(_: JobInfo) -> None:
+            scope.cancel()
+
+        if verb == "stream":
+            await vm.stream("vda", base="s1", report=cancel)
+        elif "active" in verb:
+            await vm.commit("vda", base="s2", consume=True, report=cancel)
+        else:
+            await vm.commit("vda", base="s1", top="s2", consume=True, report=cancel)
+    assert scope.cancelled_caught
+    assert (await vm.chains())[0].ids == chain
+    active = hashes.pop(("now", "vda"))
+    await _holds(vm, hashes, active)
+
+
+async def test_a_job_at_work_is_told_waited_for_and_cancelled(q: qmpsnap.Controller, home: Path) -> None:
+    vm, hashes = await _grown(q)
+    await vm.start(paused=True)
+    await die_at(STEPS["with the job at work"], "stream", "still", "vda")
+    async with user_monitor(vm) as qemu:
+        jobs = [job.id for job in await vm.jobs()]
+        assert len(jobs) == 1
+        assert jobs[0].startswith("qs.")
+        assert await qemu.execute("query-jobs")
+    with pytest.raises(QmpsnapError) as refused:
+        await vm.snapshot("no")
+    assert refused.value.exit_code == 8
+    assert "job wait" in refused.value.hint
+    await vm.cancel()
+    assert await vm.jobs() == ()
+    assert len((await vm.chains())[0].layers) == 3
+    active = hashes.pop(("now", "vda"))
+    await _holds(vm, hashes, active)

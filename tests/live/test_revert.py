@@ -1,0 +1,550 @@
+"""Going back: content, branches, what is kept and what goes, every run state, and a death at each step."""
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from msgspec.structs import replace
+
+import qmpsnap
+from qmpsnap.errors import DeadlinePassed, NameRefused, NameTaken, NotFoundError, QemuGone, StateError, StoreMismatch
+from qmpsnap.machine.machine import wait_end
+from qmpsnap.model.operation import Change
+from qmpsnap.model.snapshot import Point
+from qmpsnap.model.spec import MachineSpec
+from qmpsnap.ops import create
+from qmpsnap.ops.revert import Run
+from qmpsnap.qmp import commands
+from tests.live.crash import die_at
+from tests.live.machine import content_hash, context_of, fill, hold_invariants, user_monitor
+
+Hashes = dict[tuple[str, str], str]
+
+
+async def taken(vm: qmpsnap.MachineHandle, name: str, hashes: Hashes, disks: Sequence[str] | None = None) -> None:
+    """Take a snapshot and record what it holds."""
+    snapshot = await vm.snapshot(name, disks=disks)
+    for point in snapshot.points:
+        hashes[name, point.disk] = await content_hash(vm, point.layer)
+
+
+async def two_snapshots(q: qmpsnap.Controller, spec: MachineSpec) -> tuple[qmpsnap.MachineHandle, Hashes]:
+    """A paused machine with snapshots ``a`` and ``b``, and writes after both, on both disks."""
+    vm = await q.define(spec)
+    await vm.start(paused=True)
+    hashes: Hashes = {}
+    for number, name in enumerate(("a", "b"), start=1):
+        await fill(vm, "vda", number)
+        await fill(vm, "vdb", number + 100, offset=number << 20)
+        await taken(vm, name, hashes)
+    await fill(vm, "vda", 3)
+    await fill(vm, "vdb", 103)
+    return vm, hashes
+
+
+async def bring(vm: qmpsnap.MachineHandle, state: str) -> None:
+    if state == "running":
+        async with user_monitor(vm) as qemu:
+            await qemu.execute("cont")
+    elif state == "stopped":
+        await vm.stop(force=True)
+
+
+def files(vm: qmpsnap.MachineHandle) -> set[str]:
+    return {path.name for path in context_of(vm).home.machine_dir(vm.name).iterdir()}
+
+
+async def parents(vm: qmpsnap.MachineHandle) -> dict[str, str | None]:
+    return {snapshot.name: snapshot.parent for snapshot in await vm.snapshots()}
+
+
+async def require_content_of(vm: qmpsnap.MachineHandle, name: str, hashes: Hashes, *, taking: str) -> None:
+    """Assert that the disks hold what that snapshot holds, by a new snapshot that grows from it."""
+    await taken(vm, taking, hashes)
+    wanted = {disk: value for (found, disk), value in hashes.items() if found == name}
+    assert {disk: hashes[taking, disk] for disk in wanted} == wanted
+    assert (await parents(vm))[taking] == name
+    await hold_invariants(vm, hashes)
+
+
+# --- content, branches, run states ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wanted", [None, "paused", "running"])
+@pytest.mark.parametrize("state", ["running", "paused", "stopped"])
+async def test_the_disks_hold_what_the_snapshot_holds_and_the_tree_branches(
+    q: qmpsnap.Controller, still_spec: MachineSpec, state: str, wanted: Run | None
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    await bring(vm, state)
+    before = context_of(vm).process(await vm.record())
+
+    done = await vm.revert("a", state=wanted)
+    assert done.state == (wanted or state)
+    found = await vm.state()
+    assert {"prelaunch": "paused"}.get(found, found) == done.state
+    after = context_of(vm).process(await vm.record())
+    assert (after is None) == (done.state == "stopped")
+    assert after is None or after != before
+    assert done.kept is not None
+    assert (done.kept.parent, done.kept.mode) == ("b", {"running": "live"}.get(state, state))
+    assert (await vm.record()).current == "a"
+    for point in done.kept.points:
+        hashes[done.kept.name, point.disk] = await content_hash(vm, point.layer)
+    await hold_invariants(vm, hashes)
+    await require_content_of(vm, "a", hashes, taking="c")
+    assert await parents(vm) == {"a": None, "b": "a", done.kept.name: "b", "c": "a"}
+
+
+async def test_a_revert_is_undone_by_reverting_to_what_it_kept(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    await vm.stop(force=True)
+    for view in await vm.chains():
+        hashes["left", view.disk] = await content_hash(vm, view.layers[-1].layer.id)
+    left = {disk: value for (name, disk), value in hashes.items() if name == "left"}
+    assert left["vda"] not in (hashes["a", "vda"], hashes["b", "vda"])
+
+    kept = (await vm.revert("a")).kept
+    assert kept is not None
+    again = await vm.revert(kept)
+    assert again.kept is None
+    await vm.start(paused=True)
+    hashes = {(kept.name if name == "left" else name, disk): value for (name, disk), value in hashes.items()}
+    await require_content_of(vm, kept.name, hashes, taking="c")
+
+
+async def test_the_snapshot_reverted_to_can_be_left_and_reached_again(
+    q: qmpsnap.Controller, still_spec: MachineSpec
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    for number, name in enumerate(("a", "b", "a"), start=1):
+        await vm.revert(name)
+        await fill(vm, "vda", 10 + number, offset=number << 20)
+        await hold_invariants(vm, hashes)
+    autos = [name for name in await parents(vm) if name.startswith("auto-")]
+    assert len(autos) == 3
+    assert [(await parents(vm))[name] for name in autos] == ["b", "a", "b"]
+
+
+async def test_a_snapshot_of_one_disk_leaves_the_other_alone(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    await taken(vm, "half", hashes, disks=["vda"])
+    await fill(vm, "vda", 50)
+    await fill(vm, "vdb", 60)
+    other = context_of(vm).store.chains(vm.name)[1]
+    done = await vm.revert("half")
+    assert context_of(vm).store.chains(vm.name)[1] == other
+    assert done.kept is not None
+    assert [point.disk for point in done.kept.points] == ["vda"]
+    await vm.stop(force=True)
+    expected = await content_hash(vm, other.active.id)
+    await vm.start(paused=True)
+    await require_content_of(vm, "half", hashes, taking="c")
+    assert hashes["c", "vdb"] == expected
+
+
+# --- what is kept and what goes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["paused", "stopped"])
+async def test_discarding_removes_what_was_active(q: qmpsnap.Controller, still_spec: MachineSpec, state: str) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    await bring(vm, state)
+    before = files(vm)
+    gone = {chain.active.id for chain in context_of(vm).store.chains(vm.name)}
+    done = await vm.revert("a", discard=True)
+    assert done.kept is None
+    assert set(done.removed) == gone
+    assert before - files(vm) == {f"{layer}.qcow2" for layer in gone}
+    assert len(files(vm)) == len(before)
+    assert await parents(vm) == {"a": None, "b": "a"}
+    await require_content_of(vm, "a", hashes, taking="c")
+
+
+async def test_discarding_takes_the_steps_below_with_it_that_no_snapshot_lists(
+    q: qmpsnap.Controller, still_spec: MachineSpec
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    before = len(files(vm))
+    await vm.add_layers()
+    await fill(vm, "vda", 4)
+    await vm.add_layers(disks=["vda"])
+    assert len(files(vm)) == before + 3
+    done = await vm.revert("b", discard=True)
+    assert len(done.removed) == 5
+    assert len(files(vm)) == before
+    await hold_invariants(vm, hashes)
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "stopped"])
+async def test_repeated_reverts_leave_no_litter(q: qmpsnap.Controller, still_spec: MachineSpec, state: str) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    await bring(vm, state)
+    await vm.revert("a")
+    before, snapshots = len(files(vm)), await parents(vm)
+    for name in ("a", "b", "a", "a", "b"):
+        done = await vm.revert(name)
+        assert done.kept is None
+        assert len(done.removed) == 2
+        assert len(files(vm)) == before
+    assert await parents(vm) == snapshots
+    await hold_invariants(vm, hashes)
+
+
+async def test_an_empty_layer_over_content_that_no_snapshot_lists_is_kept(
+    q: qmpsnap.Controller, still_spec: MachineSpec
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    await vm.add_layers()
+    found = await vm.preview_revert("a")
+    assert not found.unwritten
+    kept = (await vm.revert("a")).kept
+    assert kept is not None
+    assert kept.name == found.kept
+    assert await content_hash(vm, kept.points[0].layer) not in hashes.values()
+    await hold_invariants(vm, hashes)
+
+
+async def test_a_write_after_the_plan_was_made_is_kept(
+    q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    await vm.revert("b")
+    assert (await vm.preview_revert("a")).unwritten
+    make = create.make_overlays
+
+    async def late(*arguments: Any) -> Any:
+        await fill(vm, "vda", 77)
+        return await make(*arguments)
+
+    monkeypatch.setattr(create, "make_overlays", late)
+    kept = (await vm.revert("a")).kept
+    monkeypatch.undo()
+    assert kept is not None
+    assert await content_hash(vm, kept.points[0].layer) != hashes["b", "vda"]
+
+
+async def test_a_dry_run_tells_what_the_run_then_does(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    for discard in (False, True):
+        process, before = context_of(vm).process(await vm.record()), files(vm)
+        found = await vm.preview_revert("a", discard=discard)
+        assert (files(vm), context_of(vm).process(await vm.record())) == (before, process)
+        done = await vm.revert("a", discard=discard)
+        assert (done.kept and done.kept.name) == found.kept
+        assert list(done.removed) == [layer.id for layer in found.removed]
+        await fill(vm, "vda", 5)
+    await hold_invariants(vm, hashes)
+
+
+# --- refusals and failures ------------------------------------------------------------------------------------------
+
+
+async def _nothing_changed(vm: qmpsnap.MachineHandle, before: tuple[Any, ...], hashes: Hashes) -> None:
+    assert await _picture(vm) == before
+    await hold_invariants(vm, hashes)
+
+
+async def _picture(vm: qmpsnap.MachineHandle) -> tuple[Any, ...]:
+    return await vm.record(), files(vm), await vm.snapshots(), await vm.is_running()
+
+
+async def test_what_cannot_be_reverted_to_is_refused_and_the_guest_runs_on(
+    q: qmpsnap.Controller, still_spec: MachineSpec
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    for name, points, state in (("lost", "b", "consumed"), ("tagged", "b", "ok")):
+        like = next(snapshot for snapshot in await vm.snapshots() if snapshot.name == points)
+        tags = tuple(Point(disk=p.disk, layer=p.layer, tag="t" if name == "tagged" else None) for p in like.points)
+        made = replace(like, name=name, state=state, points=tags)
+        context_of(vm).store.apply(vm.name, Change(snapshots=(made,)))
+    before = await _picture(vm)
+    with pytest.raises(NotFoundError, match="no snapshot 'zzz'"):
+        await vm.revert("zzz")
+    with pytest.raises(StateError, match=r"snapshot lost .* is consumed") as caught:
+        await vm.revert("lost")
+    assert (caught.value.exit_code, "snapshot delete" in caught.value.hint) == (4, True)
+    with pytest.raises(StateError, match="is internal"):
+        await vm.revert("tagged")
+    await _nothing_changed(vm, before, hashes)
+
+
+async def test_a_disk_that_a_job_holds_is_refused(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    before = await _picture(vm)
+    active = context_of(vm).store.chains(vm.name)[0].active.id
+    async with user_monitor(vm) as qemu:
+        arguments = {"job-id": "theirs", "device": active, "auto-finalize": False, "speed": 1}
+        await qemu.execute("block-stream", arguments)
+        with pytest.raises(StateError, match="busy with job theirs"):
+            await vm.revert("a")
+        await qemu.execute("block-job-cancel", {"device": "theirs", "force": True})
+        with anyio.fail_after(10):
+            while await qemu.execute("query-jobs"):
+                await anyio.sleep(0.01)
+    await _nothing_changed(vm, before, hashes)
+
+
+async def test_a_snapshot_whose_file_is_gone_does_not_cost_the_guest(
+    q: qmpsnap.Controller, still_spec: MachineSpec
+) -> None:
+    vm, _ = await two_snapshots(q, still_spec)
+    await vm.revert("a")  # so that the layer of `b` is in no live chain
+    snapshot = next(s for s in await vm.snapshots() if s.name == "b")
+    Path(context_of(vm).store.layer(snapshot.points[0].layer).path).unlink()
+    before = await _picture(vm)
+    with pytest.raises(StoreMismatch, match="there is no image"):
+        await vm.revert("b")
+    assert await _picture(vm) == before
+
+
+async def test_an_active_layer_that_is_lost_can_be_left_behind(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    await vm.stop(force=True)
+    Path(context_of(vm).store.chains(vm.name)[0].active.path).unlink()
+    await vm.revert("b", discard=True)
+    await vm.start(paused=True)
+    await require_content_of(vm, "b", hashes, taking="c")
+
+
+async def test_a_qemu_that_does_not_answer_quit_is_killed(
+    q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+
+    async def silent(*_: object) -> None:
+        raise DeadlinePassed("no answer")
+
+    monkeypatch.setattr(commands, "control", silent)
+    await vm.revert("a")
+    monkeypatch.undo()
+    await require_content_of(vm, "a", hashes, taking="c")
+
+
+async def test_a_machine_that_does_not_start_again_stands_at_the_snapshot_and_says_so(
+    q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+
+    async def failing(*_: object, **__: object) -> None:
+        raise QemuGone("QEMU did not start", hint="look at its log")
+
+    monkeypatch.setattr("qmpsnap.ops.power.launch", failing)
+    with pytest.raises(QemuGone) as caught:
+        await vm.revert("a")
+    monkeypatch.undo()
+    assert caught.value.effect == "applied"
+    assert caught.value.hint == "the machine stands at a and is stopped: qmpsnap start still"
+    operation = context_of(vm).store.operations(vm.name)[-1]
+    assert operation.state == "settled"
+    assert operation.error == "QEMU did not start; the machine was not started again: qmpsnap start still"
+    assert await vm.state() == "stopped"
+    await vm.start(paused=True)
+    await require_content_of(vm, "a", hashes, taking="c")
+
+
+@pytest.mark.parametrize("after", range(1, 30, 3))
+async def test_a_cancelled_revert_is_done_or_undone(
+    q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Cancelled when the n-th await on a thread or on QEMU is about to begin."""
+    vm, hashes = await two_snapshots(q, still_spec)
+    before = await _picture(vm)
+    count, real = 0, anyio.to_thread.run_sync
+    with anyio.CancelScope() as scope:
+
+        async def counted(*arguments: Any, **rest: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == after:
+                scope.cancel()
+            return await real(*arguments, **rest)
+
+        monkeypatch.setattr(anyio.to_thread, "run_sync", counted)
+        await vm.revert("a", discard=True)
+    monkeypatch.setattr(anyio.to_thread, "run_sync", real)
+    if (await vm.record()).current == "b":
+        await _nothing_changed(vm, before, hashes)
+        return
+    await hold_invariants(vm, hashes)
+    if not await vm.is_running():
+        await vm.start(paused=True)
+    await require_content_of(vm, "a", hashes, taking="c")
+
+
+# --- the controller dies at each step -------------------------------------------------------------------------------
+
+STORE, SWITCH = "qmpsnap.store.sqlite", "qmpsnap.ops.switch"
+STEPS = {
+    "before the journal row": (STORE, "SqliteStore.open_operation", "before", 1),
+    "after the journal row": (STORE, "SqliteStore.open_operation", "after", 1),
+    "with one overlay made": ("qmpsnap.block.image", "ImageTool.create_overlay", "after", 1),
+    "with both overlays made": ("qmpsnap.block.image", "ImageTool.create_overlay", "after", 2),
+    "before stopping is marked": (STORE, "SqliteStore.mark", "before", 1),
+    "after stopping is marked": (STORE, "SqliteStore.mark", "after", 1),
+    "after QEMU's end": (SWITCH, "end", "after", 1),
+    "before settling": (STORE, "SqliteStore.settle", "before", 1),
+    "after settling": (STORE, "SqliteStore.settle", "after", 1),
+    "with one file removed": (SWITCH, "remove", "after", 1),
+    "before starting is marked": (STORE, "SqliteStore.mark", "before", 2),
+    "after starting is marked": (STORE, "SqliteStore.mark", "after", 2),
+    "after the start": ("qmpsnap.ops.power", "launch", "after", 1),
+    "before the end is marked": (STORE, "SqliteStore.mark", "before", 3),
+    "after the end is marked": (STORE, "SqliteStore.mark", "after", 3),
+}
+UNDONE = set(list(STEPS)[:5])
+STARTED = set(list(STEPS)[12:])
+ONLY_RUNNING = {"after QEMU's end", *list(STEPS)[10:]}
+
+
+async def _qemu_dies(vm: qmpsnap.MachineHandle) -> None:
+    if process := context_of(vm).process(await vm.record()):
+        os.kill(process.pid, signal.SIGKILL)
+        assert await wait_end(process, deadline=10)
+
+
+@pytest.mark.parametrize("qemu", ["lives", "dies too", "never ran"])
+@pytest.mark.parametrize("step", STEPS)
+async def test_killed_controller(q: qmpsnap.Controller, still_spec: MachineSpec, step: str, qemu: str) -> None:
+    if qemu == "never ran" and step in ONLY_RUNNING:
+        return  # a stopped machine takes no such step
+    vm, hashes = await two_snapshots(q, still_spec)
+    if qemu == "never ran":
+        await vm.stop(force=True)
+    process, before = context_of(vm).process(await vm.record()), await _picture(vm)
+    discard = ["--discard"] if step == "with one file removed" else []
+    await die_at(STEPS[step], "snapshot", "revert", "still", "a", *discard)
+    if qemu == "dies too":
+        await _qemu_dies(vm)
+
+    await vm.recover()
+    if step in UNDONE:
+        assert (await vm.record()).current == "b"
+        assert files(vm) == before[1]
+        assert await vm.snapshots() == before[2]
+        assert context_of(vm).process(await vm.record()) == (process if qemu == "lives" else None)
+    else:
+        assert (await vm.record()).current == "a"
+        assert await vm.is_running() == (step in STARTED and qemu == "lives")
+        operation = context_of(vm).store.operations("still")[-1]
+        told = "was not started again" in (operation.error or "")
+        assert told == (qemu != "never ran" and step != "after the end is marked" and not await vm.is_running())
+    await hold_invariants(vm, hashes)
+    # Once more changes nothing, and the machine goes on working.
+    once = await _picture(vm)
+    await vm.recover()
+    assert await _picture(vm) == once
+    if not await vm.is_running():
+        await vm.start(paused=True)
+    if step in UNDONE:
+        await vm.revert("a")
+    await require_content_of(vm, "a", hashes, taking="c")
+    kept = [name for name in await parents(vm) if name.startswith("auto-")]
+    assert len(kept) == (0 if discard else 1)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        "before settling",
+        "after settling",
+        "with one file removed",
+        "after QEMU's end",
+        ("mark", "before"),
+        ("mark", "after"),
+    ],
+    ids=str,
+)
+async def test_a_recovery_that_dies_is_recovered(
+    q: qmpsnap.Controller, still_spec: MachineSpec, second: str | tuple[str, str]
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    gone = {f"{chain.active.id}.qcow2" for chain in context_of(vm).store.chains("still")}
+    await die_at(STEPS["after stopping is marked"], "snapshot", "revert", "still", "a", "--discard")
+    at = STEPS[second] if isinstance(second, str) else (STORE, f"SqliteStore.{second[0]}", second[1], 1)
+    await die_at(at, "recover", "still")
+    await vm.recover()
+    assert (await vm.record()).current == "a"
+    assert not files(vm) & gone
+    await hold_invariants(vm, hashes)
+    await vm.start(paused=True)
+    await require_content_of(vm, "a", hashes, taking="c")
+
+
+async def test_a_verb_that_ends_a_broken_revert_finds_the_machine_stopped(
+    q: qmpsnap.Controller, still_spec: MachineSpec
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    await die_at(STEPS["after stopping is marked"], "snapshot", "revert", "still", "a")
+    assert await vm.is_running()
+    assert (await vm.snapshot("c")).mode == "stopped"
+    assert not await vm.is_running()
+    assert (await parents(vm))["c"] == "a"
+    await hold_invariants(vm, hashes)
+
+
+# --- rename and steps without a name --------------------------------------------------------------------------------
+
+
+async def test_a_renamed_snapshot_is_followed_by_all_that_grew_from_it(
+    q: qmpsnap.Controller, still_spec: MachineSpec
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    assert (await vm.rename_snapshot("a", "first")).name == "first"
+    assert (await vm.rename_snapshot("b", "second")).parent == "first"
+    assert (await vm.record()).current == "second"
+    renamed = {({"a": "first", "b": "second"}[name], disk): value for (name, disk), value in hashes.items()}
+    await vm.revert("first")
+    await require_content_of(vm, "first", renamed, taking="a")
+    before = await _picture(vm)
+    with pytest.raises(NameTaken):
+        await vm.rename_snapshot("first", "second")
+    with pytest.raises(NotFoundError):
+        await vm.rename_snapshot("zzz", "y")
+    with pytest.raises(NameRefused):
+        await vm.rename_snapshot("first", "No!")
+    assert await _picture(vm) == before
+
+
+@pytest.mark.parametrize("state", ["paused", "stopped"])
+async def test_a_step_without_a_snapshot_is_in_the_chain_and_not_in_the_list(
+    q: qmpsnap.Controller, still_spec: MachineSpec, state: str
+) -> None:
+    vm, hashes = await two_snapshots(q, still_spec)
+    await bring(vm, state)
+    snapshots, current = await vm.snapshots(), (await vm.record()).current
+    layers = await vm.add_layers()
+    assert [view.layers[-1].layer.id for view in await vm.chains()] == [layer.id for layer in layers]
+    assert (await vm.snapshots(), (await vm.record()).current) == (snapshots, current)
+    await hold_invariants(vm, hashes)
+    await taken(vm, "c", hashes)
+    assert (await parents(vm))["c"] == "b"
+    await hold_invariants(vm, hashes)
+
+
+# --- a guest --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_guest_finds_its_file_again_after_a_revert(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
+    vm = await q.define(guest_spec)
+    await vm.start()
+    await vm.run("mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt && echo kept > /mnt/file && sync")
+    await vm.snapshot("with-file", description="the file is there")
+    await vm.run("rm /mnt/file && echo other > /mnt/later && sync")
+    done = await vm.revert("with-file")
+    assert done.state == "running"
+    assert done.kept is not None
+    await vm.run("e2fsck -fp /dev/vda || test $? -le 1")
+    assert (await vm.run("mkdir -p /mnt && mount /dev/vda /mnt && cat /mnt/file && ls /mnt")).stdout.split() == [
+        *(b"kept", b"file", b"lost+found"),
+    ]
+    await vm.revert(done.kept)
+    await vm.run("e2fsck -fp /dev/vda || test $? -le 1")
+    listed = (await vm.run("mkdir -p /mnt && mount /dev/vda /mnt && cat /mnt/later && ls /mnt")).stdout.split()
+    assert listed == [b"other", b"later", b"lost+found"]
+    await vm.stop(force=True)
+    await hold_invariants(vm)
