@@ -27,7 +27,8 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, MergePlan, Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import commit, compare, create, define, delete, power, rename, revert, undefine
+from qmpsnap.ops import adopt, commit, compare, create, define, delete, power, rename, revert, undefine
+from qmpsnap.ops.adopt import Adopted
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking, this_host
@@ -124,6 +125,22 @@ class Controller:
             spec = self.read_spec(spec)
         machine = await define.run(self.context, spec, folders=folders, allow_extra=allow_extra)
         return MachineHandle(self.context, machine.name)
+
+    async def adopt(self, name: str, socket: str | os.PathLike[str]) -> Adopted:
+        """Take over a QEMU that somebody else launched; it does not notice. ``machine(name)`` then is its handle.
+
+        Args:
+            name: what the machine will be called.
+            socket: its QMP monitor, which nobody else may hold.
+
+        Raises:
+            NameTaken: there is a machine of that name.
+            QemuGone: no QEMU answers there.
+            DeadlinePassed: somebody listens there and is silent.
+            StateError: it is known already, has jobs, or an image is not a file that can be taken over.
+            StoreMismatch: a file is not what QEMU says it is.
+        """
+        return await adopt.run(self.context, name, Path(socket))
 
     async def start(self, spec: str | os.PathLike[str], *, paused: bool = False) -> "MachineHandle":
         """Start a machine, defining it first if the store does not have it.

@@ -1,6 +1,5 @@
-"""A QEMU that somebody else launched: what the kernel tells of it, and its monitor, which speaks of layers by our ids."""
+"""A QEMU that somebody else launched: what the kernel tells of it, and its monitor, speaking of layers by our ids."""
 
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -42,13 +41,13 @@ def look(pid: int) -> Seen:
     """
     proc = Path(f"/proc/{pid}")
     process = processes.existing(pid)
+    if process is None:
+        raise _ended(pid)
     try:
-        if process is None:
-            raise FileNotFoundError
         return Seen(
             process=process,
             user=proc.stat().st_uid,
-            folder=os.readlink(proc / "cwd"),
+            folder=str((proc / "cwd").readlink()),
             files=frozenset(_open_files(proc / "fd")),
             arguments=tuple((proc / "cmdline").read_bytes().decode(errors="replace").split("\0")),
         )
@@ -58,7 +57,11 @@ def look(pid: int) -> Seen:
             hint="run qmpsnap as that user or as root",
         ) from error
     except FileNotFoundError as error:
-        raise QemuGone(f"process {pid}, which listened on the socket, has ended; nothing was changed") from error
+        raise _ended(pid) from error
+
+
+def _ended(pid: int) -> QemuGone:
+    return QemuGone(f"process {pid}, which listened on the socket, has ended; nothing was changed")
 
 
 def _open_files(folder: Path) -> set[tuple[int, int]]:

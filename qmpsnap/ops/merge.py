@@ -16,7 +16,7 @@ from qmpsnap.block.backing import set_backing
 from qmpsnap.block.image import remove
 from qmpsnap.errors import QemuGone, QmpError, StoreMismatch
 from qmpsnap.machine import worker
-from qmpsnap.model.blockdev import node_name
+from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName, OperationId, job_id
@@ -198,6 +198,16 @@ async def root_of(monitor: Monitor, step: Merge) -> NodeName:
     return NodeName(found.above[0] if found and found.nodes and found.above else step.root)
 
 
+async def freeze_again(monitor: Monitor, machine: Machine, step: Merge) -> None:
+    """Open the base read-only again: QEMU leaves it writable when a commit of the active layer is cancelled."""
+    if step.kind != "commit" or step.into.id not in graph.node_names(await graph.read(monitor)):
+        return
+    below = next((node_name(layer) for layer in step.chain if layer.id == step.into.backing), None)
+    disk = machine.require_disk(step.disk)
+    options = layer_options(step.into, disk, backing=below, read_only=True)
+    await commands.blockdev_reopen(monitor, options | {"file": f"{node_name(step.into)}.file"})
+
+
 def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> tuple[str, dict[str, object]]:
     """The QMP command that starts a step's job; pure.
 
@@ -207,13 +217,14 @@ def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> t
         root: from :func:`root_of`: ``block-commit`` takes no other node ("Need a root block node"), a stream any.
     """
     if step.kind == "commit":
-        return jobs.commit_arguments(
+        command, arguments = jobs.commit_arguments(
             job,
-            root=root or NodeName(step.root),
+            root=NodeName(step.root),
             top=node_name(step.top),
             base=node_name(step.into),
             base_path=step.into.path,
         )
+        return command, arguments | ({"device": root} if root else {})
     return jobs.stream_arguments(
         job,
         into=node_name(step.into),

@@ -83,6 +83,7 @@ async def _end_step(
             return False
         if info.status == "concluded" or unfinished == "cancel":
             await jobs.cancel(monitor, job)
+            await merge.freeze_again(monitor, machine, step)
             return False
         if unfinished == "refuse":
             raise _still_works(operation, info.status)

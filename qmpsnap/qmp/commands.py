@@ -222,6 +222,11 @@ async def blockdev_add(monitor: Monitor, options: dict[str, Any]) -> None:
     await monitor.execute("blockdev-add", options)
 
 
+async def blockdev_reopen(monitor: Monitor, options: dict[str, Any]) -> None:
+    """Give an open node other options (``blockdev-reopen``); all that are not named go back to their defaults."""
+    await monitor.execute("blockdev-reopen", {"options": [options]})
+
+
 async def blockdev_del(monitor: Monitor, node: NodeName) -> None:
     """Close a node nobody uses (``blockdev-del``)."""
     await monitor.execute("blockdev-del", {"node-name": node})

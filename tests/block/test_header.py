@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 from qmpsnap.block import header
 from qmpsnap.block.header import Header
 from qmpsnap.errors import ImageRefused
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.spec import Format
 
 CLUSTER = 1 << 16
 GIB = 1 << 30
@@ -517,3 +520,37 @@ def test_a_chain_may_be_so_deep_and_no_deeper(tmp_path: Path) -> None:
     assert len(header.read_chain(tmp_path / "255", "qcow2", allowed=[tmp_path])) == 256
     with pytest.raises(ImageRefused, match="more than 256 layers"):
         header.read_chain(tmp_path / "256", "qcow2", allowed=[tmp_path])
+
+
+# --- empty or not ---------------------------------------------------------------------------------------------------
+
+
+def layer_at(path: Path, format: Format = "qcow2") -> Layer:  # noqa: A002
+    return Layer(id=LayerId("vda-1"), path=str(path), format=format, backing=None, virtual_size=1 << 20)
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "cluster_size=512"), ("-o", "extended_l2=on")], ids=" ".join)
+def test_an_image_is_empty_until_something_is_written(make: Make, qemu_img: str, options: tuple[str, ...]) -> None:
+    path = make("a.qcow2", "64M", *options)
+    assert header.is_empty(layer_at(path))
+    content = path.with_name("content")
+    content.write_bytes(b"\1" * 512)
+    argv = [qemu_img, "convert", "-n", "-f", "raw", "-O", "qcow2", str(content), str(path)]
+    subprocess.run(argv, check=True, capture_output=True)
+    assert not header.is_empty(layer_at(path))
+
+
+def test_an_image_with_a_tag_is_not_empty(make: Make, qemu_img: str) -> None:
+    path = make("a.qcow2", "1M")
+    subprocess.run([qemu_img, "snapshot", "-c", "tag", str(path)], check=True, capture_output=True)
+    assert not header.is_empty(layer_at(path))
+
+
+def test_a_raw_image_is_never_known_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(bytes(1 << 20))
+    assert not header.is_empty(layer_at(tmp_path / "a.raw", "raw"))
+
+
+def test_an_image_that_is_not_there_is_neither(tmp_path: Path) -> None:
+    with pytest.raises(ImageRefused, match="there is no image"):
+        header.is_empty(layer_at(tmp_path / "gone"))

@@ -105,4 +105,5 @@ async def _idle(vm: qmpsnap.MachineHandle) -> None:
     known |= {"uefi-code", "uefi-vars"} & {node["node-name"] for node in nodes}
     assert {node["node-name"] for node in nodes} == known | {f"{layer}.file" for layer in known}
     written: set[str] = {chain.active.id for chain in context.store.chains(vm.name)} | {"uefi-vars"}
-    assert {node["node-name"] for node in nodes if not node["ro"]} <= written | {f"{layer}.file" for layer in written}
+    writable = {node["node-name"] for node in nodes if not node["ro"]}
+    assert writable <= written | {f"{layer}.file" for layer in written}, writable

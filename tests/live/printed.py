@@ -15,8 +15,9 @@ _CHANGING = (
     (re.compile(r"\b[0-9a-f]{64}\b"), "SHA256"),
     (re.compile(r"\d+\.\d ms"), "MS"),
     # How many blocks a file takes is its file system's affair, and it changes a column's width.
-    (re.compile(r"\d+(\.\d)? ([KMGT]i)?B(/s)?(?! at)\b *"), "SIZE  "),
-    (re.compile(r"\b(BYTES|DONE|TOTAL) +"), r"\1  "),
+    (re.compile(r"\d+(\.\d)? ([KMGT]i)?B(/s)?  +"), "SIZE  "),
+    (re.compile(r"\d+(\.\d)? ([KMGT]i)?B(/s)?(?= )"), "SIZE"),
+    (re.compile(r"\b(BYTES|DONE|TOTAL)  +"), r"\1  "),
 )
 
 

@@ -1,9 +1,14 @@
 """Commit, stream and delete on real chains with known bytes: running under -S and stopped alike."""
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
 import qmpsnap
-from qmpsnap.errors import StateError
+from qmpsnap.errors import HostCannot, QmpsnapError, StateError
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants
 
@@ -110,3 +115,125 @@ async def test_deleting_keeps_everything_else(q: qmpsnap.Controller, names: tupl
     assert len(files) == 4 - len(names)
     await vm.snapshot("afterwards")
     await hold_invariants(vm, kept)
+
+
+@pytest.mark.parametrize("state", ["running", "stopped"])
+@pytest.mark.parametrize(("below", "above"), [(300, 2), (2, 300)])
+async def test_delete_moves_the_smaller_side(q: qmpsnap.Controller, below: int, above: int, state: str) -> None:
+    vm = await q.define(MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=400 * MIB),)))
+    await vm.start(paused=True)
+    await vm.snapshot("base")
+    await fill(vm, "vda", 1, length=below * MIB)
+    await vm.snapshot("doomed")
+    await fill(vm, "vda", 2, offset=10 * MIB, length=above * MIB)
+    hashes, before = await _hashes(vm), await _active_hash(vm)
+    if state == "stopped":
+        await vm.stop(force=True)
+    files = context_of(vm).home.machine_dir(vm.name)
+    written_before = {path.name: path.stat().st_blocks * 512 for path in files.iterdir()}
+    done = await vm.delete_snapshots("doomed")
+    kept = "vda-3.qcow2" if above > below else "vda-2.qcow2"
+    written = (files / kept).stat().st_blocks * 512 - written_before[kept]
+    assert written < 4 * MIB
+    assert done.bytes < 4 * MIB
+    del hashes["doomed", "vda"]
+    await hold_invariants(vm, hashes)
+    assert await _active_hash(vm) == before
+
+
+@pytest.mark.parametrize("state", ["running", "stopped"])
+async def test_a_layer_with_two_branches_stays_hidden_until_one_is_left(q: qmpsnap.Controller, state: str) -> None:
+    vm = await _grown(q, ("a", "b"))
+    await vm.revert("a")
+    await fill(vm, "vda", 77, offset=5 * MIB)
+    await vm.snapshot("c")
+    if state == "stopped":
+        await vm.stop(force=True)
+    hashes = await _hashes(vm)
+    layer = next(s for s in await vm.snapshots() if s.name == "a").points[0].layer
+    done = await vm.delete_snapshots("a")
+    del hashes["a", "vda"]
+    assert [kept.id for kept in done.kept] == [layer]
+    assert context_of(vm).store.layer(layer).state == "hidden"
+    await hold_invariants(vm, hashes)
+    gone = [s.name for s in await vm.snapshots() if s.name == "b" or s.name.startswith("auto-")]
+    await vm.delete_snapshots(*gone)
+    for name in gone:
+        del hashes[name, "vda"]
+    # One branch is left: what was hidden is merged with it now.
+    assert layer not in context_of(vm).store.forest().layers or len(await _chain(vm)) == 2
+    assert "hidden" not in {found.state for found in context_of(vm).store.forest().layers.values()}
+    await hold_invariants(vm, hashes)
+
+
+async def test_what_a_clone_reads_is_never_written(q: qmpsnap.Controller) -> None:
+    vm = await _grown(q)
+    first = context_of(vm).store.layer((await vm.snapshots())[0].points[0].layer)
+    clone = await q.define(MachineSpec(name="clone", memory=64 * MIB, disks=(DiskSpec(name="vda", base=first.path),)))
+    before = await content_hash(clone, (await clone.chains())[0].active.id)
+    with pytest.raises(StateError, match=r"machine clone|of clone") as refused:
+        await vm.commit("vda", base="s1", top="s2", consume=True)
+    assert refused.value.exit_code == 4
+    hashes = await _hashes(vm)
+    done = await vm.delete_snapshots("s1")
+    assert [kept.id for kept in done.kept] == [first.id]
+    del hashes["s1", "vda"]
+    await hold_invariants(vm, hashes)
+    assert await content_hash(clone, (await clone.chains())[0].active.id) == before
+    await clone.start(paused=True)
+    await hold_invariants(clone)
+
+
+async def test_bad_merges_are_refused_before_anything_happens(q: qmpsnap.Controller) -> None:
+    vm = await _grown(q)
+    hashes = await _hashes(vm)
+    for wrong, code in (
+        (vm.commit("vda", base="s2", top="s1", consume=True), 4),
+        (vm.commit("vda", base="vda-1", top="vda-1", consume=True), 4),
+        (vm.commit("vda", base="vdb-1"), 3),
+        (vm.commit("vdx"), 3),
+        (vm.stream("vda", base="s3"), 4),
+        (vm.stream("vda", base="nope"), 3),
+        (vm.delete_snapshots("s1", "nope"), 3),
+        (vm.delete_snapshots(), 2),
+    ):
+        with pytest.raises(QmpsnapError) as refused:
+            await wrong
+        assert refused.value.exit_code == code
+        assert refused.value.effect == "none"
+    await hold_invariants(vm, hashes)
+
+
+async def test_a_full_disk_pauses_the_job_and_it_goes_on_later(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """The space that was there when we looked is gone when the job writes."""
+    if os.geteuid():
+        pytest.skip("mounting a small tmpfs needs root")
+    machines = home / "machines"
+    machines.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=0700", "tmpfs", machines], check=True)  # noqa: ASYNC221
+    try:
+        vm = await q.define(MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB),)))
+        await vm.start(paused=True)
+        await vm.snapshot("s1")
+        await fill(vm, "vda", 1, length=6 * MIB)
+        await vm.snapshot("s2")
+        hashes = await _hashes(vm)
+        free = shutil.disk_usage(machines).free
+        (machines / "filler").write_bytes(bytes(free - 4 * MIB))
+        with pytest.raises(HostCannot, match="are free") as refused:
+            await vm.stream("vda")
+        assert refused.value.exit_code == 9
+        monkeypatch.setattr("qmpsnap.ops.commit.require_space", lambda *_: None)
+        with pytest.raises(HostCannot, match="no space left") as paused:
+            await vm.stream("vda")
+        assert paused.value.effect == "unknown"
+        assert "job wait" in paused.value.hint
+        (machines / "filler").unlink()
+        await vm.wait()
+        assert await _chain(vm) == ["vda-3"]
+        await hold_invariants(vm, hashes)
+        await vm.stop(force=True)
+    finally:
+        subprocess.run(["umount", "--lazy", machines], check=True)  # noqa: ASYNC221

@@ -36,6 +36,15 @@ VERBS = {
     "commit of the active layer": ("commit", "vda", "--base", "s2", "--consume"),
     "stream": ("stream", "vda", "--base", "s1"),
 }
+# A stopped machine's job runs by the same code in a worker: there the steps count that treat a dead QEMU otherwise.
+WORKER_STEPS = {"with the job at work", "marked finalizing", "settled", "nodes closed"}
+CASES = [
+    (step, verb, qemu)
+    for step in STEPS
+    for verb in VERBS
+    for qemu in ("lives", "dies too", "a worker's", "a worker's dies too")
+    if "worker" not in qemu or step in WORKER_STEPS
+]
 SPEC = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB),))
 
 
@@ -63,9 +72,7 @@ async def _kill(vm: qmpsnap.MachineHandle) -> None:
             assert await wait_end(process, deadline=10)
 
 
-@pytest.mark.parametrize("qemu", ["lives", "dies too", "a worker's", "a worker's dies too"])
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("step", "verb", "qemu"), CASES)
 async def test_killed_in_the_middle(q: qmpsnap.Controller, home: Path, step: str, verb: str, qemu: str) -> None:
     vm, hashes = await _grown(q)
     if qemu in ("lives", "dies too"):

@@ -22,22 +22,21 @@ Typed = Callable[..., str]
 
 
 class Form(NamedTuple):
-    """One command, the snapshots it costs (number of the moment, from 1) and how many layers are left."""
+    """One command, and the snapshots it costs by the number of their moment."""
 
     command: str
-    lost: tuple[int, ...]
-    layers: int
+    lost: tuple[int, ...] = ()
 
 
 # Snapshot a1 is the moment at which the lowest layer of vda was frozen, a2 that of the layer above ... A tutorial for
 # virsh calls those two files "base" and "s1", after the overlay that a snapshot leaves behind.
 FORMS = {
-    "vda": Form("commit guest vda --base a1 --top a2", (1,), 3),
-    "vdb": Form("commit guest vdb --base b2 --top b3", (2,), 3),
-    "vdc": Form("commit guest vdc --base c1 --top c3", (1, 2), 2),
-    "vdd": Form("commit guest vdd", (1, 2, 3), 1),
-    "vde": Form("stream guest vde --base e2", (), 3),
-    "vdf": Form("stream guest vdf", (), 1),
+    "vda": Form("commit guest vda --base a1 --top a2", (1,)),
+    "vdb": Form("commit guest vdb --base b2 --top b3", (2,)),
+    "vdc": Form("commit guest vdc --base c1 --top c3", (1, 2)),
+    "vdd": Form("commit guest vdd", (1, 2, 3)),
+    "vde": Form("stream guest vde --base e2"),
+    "vdf": Form("stream guest vdf"),
 }
 MOMENTS = (1, 2, 3)
 SPEC = """\
@@ -47,7 +46,7 @@ initrd: "{guest}/initrd"
 append: console=ttyS0 quiet panic=-1
 memory: 256M
 disks:
-""" + "".join(f"  - {{name: {disk}, size: 2M}}\n" for disk in FORMS)
+""" + "".join(f"  - {{{{name: {disk}, size: 2M}}}}\n" for disk in FORMS)
 
 HASHES = "echo 3 >/proc/sys/vm/drop_caches; sha256sum /dev/vd[a-f]"
 # A quarter of each disk at a time: after the fourth file nothing of it is what it was at first.

@@ -20,6 +20,7 @@ from tests.model.world import CLUSTER, World, check_world, mark_hidden, run_step
 SIZE = 6
 MIB = 1 << 20
 DISKS = ("vda", "vdb")
+CLUSTERS = st.lists(st.integers(-2, SIZE), max_size=6, unique=True)
 
 
 # --- random histories -----------------------------------------------------------------------------------------------
@@ -38,8 +39,12 @@ class Histories(RuleBasedStateMachine):
     def _pick(self, data: st.DataObject, choices: Collection[Any], label: str) -> Any:
         return data.draw(st.sampled_from(sorted(choices)), label=label)
 
-    @initialize(disks=st.integers(1, 2), kind=st.sampled_from(["new", "new", "image", "base"]))
-    def define(self, disks: int, kind: str) -> None:
+    @initialize(
+        disks=st.integers(1, 2),
+        kind=st.sampled_from(["new", "new", "new", "image", "base"]),
+        history=st.lists(CLUSTERS, max_size=4),
+    )
+    def define(self, disks: int, kind: str, history: list[list[int]]) -> None:
         tops, below = [], []
         for disk in DISKS[:disks]:
             top = self.world.image(disk, size=SIZE, owned=kind == "new")
@@ -49,8 +54,12 @@ class Histories(RuleBasedStateMachine):
                 top = self.world.image(disk, size=SIZE, backing=top.id)
             tops.append((disk, top))
         self.world.define("a", *tops, below=tuple(below))
+        for clusters in history:
+            self.world.create("a", f"s{self.world.serial()}")
+            for disk in DISKS[:disks]:
+                self.world.write("a", disk, *clusters)
 
-    @rule(data=st.data(), clusters=st.lists(st.integers(-2, SIZE), min_size=1, max_size=5, unique=True))
+    @rule(data=st.data(), clusters=CLUSTERS)
     def write(self, data: st.DataObject, clusters: list[int]) -> None:
         name = self._name(data)
         self.world.write(name, self._pick(data, self.world.guests[name].disks, "disk"), *clusters)
@@ -69,14 +78,19 @@ class Histories(RuleBasedStateMachine):
             self.world.revert(name, self._pick(data, good, "snapshot"), discard=discard)
 
     @precondition(lambda self: len(self.world.guests) < 3)
-    @rule(data=st.data(), disks=st.lists(st.sampled_from(["vda", "root"]), min_size=1, max_size=2, unique=True))
-    def clone(self, data: st.DataObject, disks: list[str]) -> None:
+    @rule(
+        data=st.data(),
+        disks=st.sampled_from([["vda"], ["root"], ["root", "vda"]]),
+        more=st.integers(0, 1),
+        owned=st.sampled_from([True, True, True, False]),
+    )
+    def clone(self, data: st.DataObject, disks: list[str], more: int, *, owned: bool) -> None:
         frozen = [layer for layer in self.world.forest.layers if not self.world.forest.writers_of(layer)]
         if frozen:
-            bases = [(disk, self._pick(data, frozen, "base")) for disk in disks]
-            more = data.draw(st.integers(0, 1), label="more")
+            first = self._pick(data, frozen, "base")
+            bases = [(disk, first if data.draw(st.booleans()) else self._pick(data, frozen, "base")) for disk in disks]
             free = next(name for name in "abcd" if name not in self.world.guests)
-            self.world.clone(free, *bases, more=more)
+            self.world.clone(free, *bases, more=more, owned=owned)
 
     @precondition(lambda self: len(self.world.guests) > 1)
     @rule(data=st.data())

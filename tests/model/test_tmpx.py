@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import collections, atexit
 STAT = collections.Counter()
-atexit.register(lambda: print(sorted(STAT.items())))
+atexit.register(lambda: print(STAT))
 from hypothesis import HealthCheck, Phase, settings
 import collections, atexit
 STAT = collections.Counter()
-atexit.register(lambda: print(sorted(STAT.items())))
+atexit.register(lambda: print(STAT))
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec.structs import replace
@@ -26,6 +26,7 @@ from tests.model.world import CLUSTER, World, check_world, mark_hidden, run_step
 SIZE = 6
 MIB = 1 << 20
 DISKS = ("vda", "vdb")
+CLUSTERS = st.lists(st.integers(-2, SIZE), max_size=6, unique=True)
 
 
 # --- random histories -----------------------------------------------------------------------------------------------
@@ -44,8 +45,12 @@ class Histories(RuleBasedStateMachine):
     def _pick(self, data: st.DataObject, choices: Collection[Any], label: str) -> Any:
         return data.draw(st.sampled_from(sorted(choices)), label=label)
 
-    @initialize(disks=st.integers(1, 2), kind=st.sampled_from(["new", "new", "image", "base"]))
-    def define(self, disks: int, kind: str) -> None:
+    @initialize(
+        disks=st.integers(1, 2),
+        kind=st.sampled_from(["new", "new", "new", "image", "base"]),
+        history=st.lists(CLUSTERS, max_size=4),
+    )
+    def define(self, disks: int, kind: str, history: list[list[int]]) -> None:
         tops, below = [], []
         for disk in DISKS[:disks]:
             top = self.world.image(disk, size=SIZE, owned=kind == "new")
@@ -55,8 +60,12 @@ class Histories(RuleBasedStateMachine):
                 top = self.world.image(disk, size=SIZE, backing=top.id)
             tops.append((disk, top))
         self.world.define("a", *tops, below=tuple(below))
+        for clusters in history:
+            self.world.create("a", f"s{self.world.serial()}")
+            for disk in DISKS[:disks]:
+                self.world.write("a", disk, *clusters)
 
-    @rule(data=st.data(), clusters=st.lists(st.integers(-2, SIZE), min_size=1, max_size=5, unique=True))
+    @rule(data=st.data(), clusters=CLUSTERS)
     def write(self, data: st.DataObject, clusters: list[int]) -> None:
         name = self._name(data)
         self.world.write(name, self._pick(data, self.world.guests[name].disks, "disk"), *clusters)
@@ -75,14 +84,19 @@ class Histories(RuleBasedStateMachine):
             self.world.revert(name, self._pick(data, good, "snapshot"), discard=discard)
 
     @precondition(lambda self: len(self.world.guests) < 3)
-    @rule(data=st.data(), disks=st.lists(st.sampled_from(["vda", "root"]), min_size=1, max_size=2, unique=True))
-    def clone(self, data: st.DataObject, disks: list[str]) -> None:
+    @rule(
+        data=st.data(),
+        disks=st.sampled_from([["vda"], ["root"], ["root", "vda"]]),
+        more=st.integers(0, 1),
+        owned=st.sampled_from([True, True, True, False]),
+    )
+    def clone(self, data: st.DataObject, disks: list[str], more: int, *, owned: bool) -> None:
         frozen = [layer for layer in self.world.forest.layers if not self.world.forest.writers_of(layer)]
         if frozen:
-            bases = [(disk, self._pick(data, frozen, "base")) for disk in disks]
-            more = data.draw(st.integers(0, 1), label="more")
+            first = self._pick(data, frozen, "base")
+            bases = [(disk, first if data.draw(st.booleans()) else self._pick(data, frozen, "base")) for disk in disks]
             free = next(name for name in "abcd" if name not in self.world.guests)
-            self.world.clone(free, *bases, more=more)
+            self.world.clone(free, *bases, more=more, owned=owned)
 
     @precondition(lambda self: len(self.world.guests) > 1)
     @rule(data=st.data())
@@ -178,9 +192,9 @@ def _two(length: int) -> st.SearchStrategy[list[int]]:
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(database=None, phases=[Phase.generate],
-    deadline=None,
-    max_examples=1500,
+TestHistories.settings = settings(
+    database=None, phases=[Phase.generate], deadline=None,
+    max_examples=600,
     stateful_step_count=40,
     suppress_health_check=list(HealthCheck),
     report_multiple_bugs=True,

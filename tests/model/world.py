@@ -80,9 +80,10 @@ class World:
         self.guests[name] = Guest(name, {disk: self.read(layer.id) for disk, layer in tops})
         return self.guests[name]
 
-    def clone(self, name: str, *bases: tuple[str, LayerId], more: int = 0) -> Guest:
-        """A machine with an overlay on each given layer, ``more`` clusters larger."""
-        tops = [(disk, self.image(disk, size=self.files[base].size + more, backing=base)) for disk, base in bases]
+    def clone(self, name: str, *bases: tuple[str, LayerId], more: int = 0, owned: bool = True) -> Guest:
+        """A machine with an overlay on each given layer, ``more`` clusters larger; not ``owned``: made by hand."""
+        sizes = {base: self.files[base].size + more for _, base in bases}
+        tops = [(disk, self.image(disk, size=sizes[base], backing=base, owned=owned)) for disk, base in bases]
         return self.define(name, *tops)
 
     def undefine(self, name: str) -> None:

@@ -80,13 +80,25 @@ def test_machines_are_listed_by_name_whatever_the_order_of_their_definition(stor
         lambda store: store.chains("nope"),
         lambda store: store.snapshots("nope"),
         lambda store: store.forget("nope"),
+        lambda store: store.apply("nope", Change()),
         lambda store: store.set_process("nope", PROCESS),
         lambda store: store.settle(opened(store, "nope").id, "nope", Change()),
         lambda store: store.layer(LayerId("nope")),
         lambda store: store.mark(OperationId(99), "failed"),
         lambda store: store.settle(OperationId(99), "web", Change()),
     ],
-    ids=["machine", "chains", "snapshots", "forget", "set_process", "settle", "layer", "mark", "settle-operation"],
+    ids=[
+        "machine",
+        "chains",
+        "snapshots",
+        "forget",
+        "apply",
+        "set_process",
+        "settle",
+        "layer",
+        "mark",
+        "settle-operation",
+    ],
 )
 def test_an_unknown_name_is_not_found_and_nothing_changes(store: Store, call: Callable[[Store], object]) -> None:
     defined(store, "web", layer("vda-1"))
@@ -95,6 +107,21 @@ def test_an_unknown_name_is_not_found_and_nothing_changes(store: Store, call: Ca
         call(store)
     assert caught.value.exit_code == 3
     assert everything(store) == before
+
+
+def test_a_change_without_an_operation_is_applied_whole_and_leaves_no_journal_row(store: Store) -> None:
+    base = layer("vda-1")
+    defined(store, "web", base)
+    settled(store, Change(snapshots=(snapshot("a", base), snapshot("b", base, parent="a")), current="a"))
+    rows = store.operations("web")
+    store.apply("web", Change(renamed={"a": "first"}))
+    assert [(found.name, found.parent) for found in store.snapshots("web")] == [("first", None), ("b", "first")]
+    assert store.machine("web").current == "first"
+    before = everything(store)
+    with pytest.raises(NameTaken):
+        store.apply("web", Change(current=None, renamed={"b": "first"}))
+    assert everything(store) == before
+    assert store.operations("web") == rows
 
 
 def test_the_hint_of_an_unknown_machine_names_the_known_ones(store: Store) -> None:

@@ -13,6 +13,7 @@ from qmpsnap.machine.agent import Completed
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, Operation
 from qmpsnap.ops.compare import ChainView, LayerView
+from qmpsnap.ops.revert import Preview, Reverted
 
 
 async def opening(home: Path) -> None:
@@ -47,6 +48,13 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.snapshot(), Snapshot)
     assert_type(await vm.snapshot("before", description="text", disks=["vda"]), Snapshot)
     assert_type(await vm.preview_snapshot("before"), tuple[Machine, CreatePlan])
+    assert_type(await vm.add_layers(disks=["vda"]), tuple[Layer, ...])
+    assert_type(await vm.preview_add_layers(), tuple[Machine, CreatePlan])
+    assert_type(await vm.revert("before", discard=True, state="paused"), Reverted)
+    assert_type(await vm.revert(await vm.snapshot()), Reverted)
+    assert_type(await vm.preview_revert("before"), Preview)
+    assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
+    await vm.revert("before", state="asleep")  # type: ignore[arg-type]
     assert_type(await vm.snapshots(), tuple[Snapshot, ...])
     assert_type(await vm.chains("vda"), tuple[ChainView, ...])
     assert_type(await vm.run("uname -s"), Completed)

@@ -1,0 +1,359 @@
+"""``adopt``: a QEMU that somebody else launched becomes a machine of ours, its images layers that we never write to."""
+
+import functools
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import anyio
+from anyio import to_thread
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.block import foreign, graph, header
+from qmpsnap.block.foreign import ForeignDisk, ForeignLayer
+from qmpsnap.block.header import FoundLayer
+from qmpsnap.block.qcow2 import printable
+from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpError, StateError, StoreMismatch
+from qmpsnap.machine import adopted
+from qmpsnap.machine.adopted import Seen
+from qmpsnap.model.adoption import Adoption
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
+from qmpsnap.model.operation import DefinePlan
+from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec
+from qmpsnap.ops import define
+from qmpsnap.ops.context import Context, blocking, locked
+from qmpsnap.ops.define import DiskSource
+from qmpsnap.qmp import commands, session
+from qmpsnap.qmp.commands import Backend
+from qmpsnap.qmp.session import Monitor, Session
+
+NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
+"""What a QEMU without ``-uuid`` answers."""
+
+_UNSETTLED: Final = ("inmigrate", "postmigrate", "finish-migrate", "save-vm", "restore-vm", "colo")
+"""Run states in which the images are not, or not only, this QEMU's."""
+
+_DEVICE_ID: Final = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/|$)")
+_FLASH: Final = re.compile(r"pflash\d+$")
+
+
+class AdoptedDisk(Struct, frozen=True, kw_only=True):
+    """A disk as it was found.
+
+    Attributes:
+        name: what we call it.
+        backend: what QEMU calls it.
+        found: its nodes and files.
+        read_only: the guest cannot write to it.
+        cache: QEMU's cache mode for it.
+    """
+
+    name: str
+    backend: str
+    found: ForeignDisk
+    read_only: bool
+    cache: Cache
+
+
+class Survey(Struct, frozen=True, kw_only=True):
+    """What a QEMU has told: a machine without disks and layers, its disks, and the drives that stay out of it."""
+
+    machine: Machine
+    adoption: Adoption
+    disks: tuple[AdoptedDisk, ...]
+    left_out: tuple[str, ...]
+
+
+class Adopted(Struct, frozen=True):
+    """A new machine, and how its disks are called in its QEMU."""
+
+    machine: Machine
+    disks: tuple[AdoptedDisk, ...]
+    left_out: tuple[str, ...]
+
+
+def choose(backends: Sequence[Backend]) -> tuple[list[Backend], list[str]]:
+    """The drives that are disks, and why others are not; pure."""
+    disks, left_out = [], []
+    for backend in backends:
+        device, qdev = backend.device, backend.qdev or ""
+        if backend.removable:
+            left_out.append(f"{backend.name}: its medium can be taken out")
+        elif backend.inserted is None:
+            left_out.append(f"{backend.name}: it is empty")
+        elif _FLASH.match(device) or qdev.startswith("/machine/system.flash"):
+            left_out.append(f"{backend.name}: it is firmware")
+        elif not qdev:
+            left_out.append(f"{backend.name}: no device uses it")
+        else:
+            disks.append(backend)
+    return disks, left_out
+
+
+def names(backends: Sequence[Backend]) -> list[str]:
+    """A disk name for each drive: its device's id, or the drive's, or the next free of ``vda``, ``vdb`` ...; pure."""
+    wanted = [_own_name(backend) for backend in backends]
+    taken = {name for name in wanted if name}
+    spare = (name for name in map(_letters, range(len(backends) * 2)) if name not in taken)
+    given: list[str] = []
+    for name in wanted:
+        given.append(name if name and name not in given else next(spare))
+    return given
+
+
+def _own_name(backend: Backend) -> str | None:
+    device = _DEVICE_ID.match(backend.qdev or "")
+    candidates = (device[1] if device else "", backend.device)
+    return next((name for name in candidates if DISK_NAME.match(name)), None)
+
+
+def _letters(number: int) -> str:
+    first, second = divmod(number, 26)
+    return f"vd{chr(ord('a') + first - 1) if first else ''}{chr(ord('a') + second)}"
+
+
+def plan(survey: Survey, sources: Mapping[str, DiskSource], *, serial: OperationId, home: Home) -> DefinePlan:
+    """What will be recorded; pure. Nothing is created: every layer is somebody else's file.
+
+    Raises:
+        StateError: two nodes stand for one file, so that its name would not tell which is meant.
+    """
+    planned = define.plan(survey.machine, sources, serial=serial, home=home, variables=False)
+    by_path = {layer.path: layer.id for layer in planned.change.layers}
+    nodes: dict[LayerId, NodeName] = {}
+    for disk in survey.disks:
+        source = sources[disk.name]
+        for layer, found, known in zip(disk.found.layers, source.found, source.known, strict=True):
+            identity = known.id if known else by_path[found.path]
+            if nodes.setdefault(identity, layer.node) != layer.node:
+                raise StateError(
+                    f"disk {disk.name} and another one both read {printable(found.path)}, each through a node of its"
+                    " own; nothing was changed",
+                    hint="give every disk a base of its own",
+                )
+    machine = replace(survey.machine, adopted=replace(survey.adoption, nodes=nodes))
+    return replace(planned, change=replace(planned.change, define=machine))
+
+
+async def run(context: Context, name: str, socket: Path) -> Adopted:
+    """Take over the QEMU that listens on a monitor; it does not notice.
+
+    Args:
+        context: where.
+        name: what the machine will be called.
+        socket: its monitor; qmpsnap connects to it for each command and leaves it again.
+
+    Raises:
+        NameTaken: there is a machine of that name.
+        QemuGone: nobody listens there, or no QEMU does.
+        DeadlinePassed: somebody listens and is silent: mostly because another client holds the monitor.
+        StateError: the machine is known already, a job runs, or an image cannot be taken over.
+        StoreMismatch: an image on disk is not what QEMU says it is.
+        HostCannot: QEMU is another user's.
+    """
+    check_name(name, "machine")
+    socket = socket.absolute()
+    async with locked(context, name, "adopt"):
+        await define.end_earlier(context, name)
+        try:
+            return await _adopt(context, name, socket)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(lambda: shutil.rmtree(context.home.run_dir(name), ignore_errors=True))
+            raise
+
+
+async def _adopt(context: Context, name: str, socket: Path) -> Adopted:
+    try:
+        async with session.connect(socket, machine=name) as qemu:
+            seen = await to_thread.run_sync(adopted.look, qemu.peer)
+            survey = await _survey(qemu, name, socket, seen, host=context.host)
+    except QemuGone as error:
+        error.message = f"no QEMU answers on {printable(str(socket))}, or it is no QMP socket; nothing was changed"
+        error.hint = "name the monitor of a running QEMU: -qmp unix:PATH,server=on,wait=off"
+        error.args = (error.message,)
+        raise
+    except DeadlinePassed as error:
+        error.hint = "QEMU is stopped by a signal or hangs, or another client holds this monitor: one at a time can"
+        raise
+    await _refuse_known(context, survey)
+    sources = {}
+    for disk in survey.disks:
+        files = await to_thread.run_sync(functools.partial(_files, disk, seen))
+        known = [await blocking(context.store.layer_at, found.path) for found in files]
+        sources[disk.name] = DiskSource(tuple(files), tuple(known))
+    spec = replace(
+        survey.machine.spec,
+        disks=tuple(
+            DiskSpec(
+                name=disk.name,
+                image=sources[disk.name].found[-1].path,
+                format=sources[disk.name].found[-1].format,
+                cache=disk.cache,
+                read_only=disk.read_only,
+            )
+            for disk in survey.disks
+        ),
+    )
+    survey = replace(survey, machine=replace(survey.machine, spec=spec))
+    writers, readers = await define.users(context)
+    define.require_unshared(spec, sources, writers=writers, readers=readers)
+    machine = await define.record(
+        context,
+        survey.machine,
+        lambda serial: plan(survey, sources, serial=serial, home=context.home),
+        serials=define.serials_needed(spec, sources),
+    )
+    return Adopted(machine, survey.disks, survey.left_out)
+
+
+async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: str) -> Survey:
+    try:
+        status = await commands.query_status(qemu)
+        qemu_uuid = await commands.query_uuid(qemu)
+        kvm = await commands.query_kvm(qemu)
+        spec = MachineSpec(
+            name=name,
+            machine=await commands.machine_type(qemu),
+            accel="kvm" if kvm else "tcg",
+            cpus=await commands.query_cpus(qemu),
+            memory=await commands.query_memory(qemu),
+            agent=False,
+        )
+    except QmpError as error:
+        raise StateError(
+            f"what listens on {printable(str(socket))} speaks QMP but runs no guest: {error.message}",
+            hint="name the monitor of a qemu-system-* process",
+        ) from error
+    if status.status in _UNSETTLED:
+        raise StateError(f"that QEMU is in state {status.status}; nothing was changed", hint="wait until it runs")
+    if running := await commands.query_jobs(qemu):
+        shown = ", ".join(f"{job.id} ({job.type}, {job.status})" for job in running)
+        raise StateError(
+            f"that QEMU has jobs: {printable(shown)}; nothing was changed", hint="end and dismiss them, then adopt it"
+        )
+    _require_reachable(seen)
+    disks, left_out = await _disks(qemu)
+    if not disks:
+        raise StateError(
+            f"that QEMU has no disk to take snapshots of ({'; '.join(left_out) or 'no drive at all'});"
+            " nothing was changed"
+        )
+    version = await commands.query_version(qemu)
+    machine = Machine(
+        name=name,
+        # Without a UUID of its own the process alone, by pid, start time and boot, tells the machine again.
+        uuid=str(uuid.uuid4()) if qemu_uuid == NO_UUID else qemu_uuid,
+        host=host,
+        spec=spec,
+        created=time.time(),
+        process=replace(seen.process, accel=spec.accel, qemu_version=version),
+    )
+    adoption = Adoption(socket=str(socket), uuid=qemu_uuid, disks={disk.name: disk.backend for disk in disks}, nodes={})
+    return Survey(machine=machine, adoption=adoption, disks=tuple(disks), left_out=tuple(left_out))
+
+
+def _require_reachable(seen: Seen) -> None:
+    if seen.user not in (os.geteuid(), 0):
+        raise HostCannot(
+            f"that QEMU runs as user {seen.user}, who could not open the layers that qmpsnap makes;"
+            " nothing was changed",
+            hint="run qmpsnap as that user",
+        )
+    if any(re.search(r"(^|,)copy-on-read=on(,|$)", argument) for argument in seen.arguments):
+        # It is a flag of the image's node, not a filter: QEMU would go on writing to a layer that is frozen.
+        raise StateError(
+            "that QEMU was launched with -drive ...,copy-on-read=on, which writes to layers below a snapshot;"
+            " nothing was changed",
+            hint="launch it with a copy-on-read filter instead: -blockdev driver=copy-on-read,file=NODE",
+        )
+
+
+async def _disks(qemu: Monitor) -> tuple[list[AdoptedDisk], list[str]]:
+    chosen, left_out = choose(await commands.query_block(qemu))
+    # The graph last: a node that only the first of two answers has would otherwise be missed.
+    nodes = await commands.query_nodes(qemu)
+    found = await graph.read(qemu)
+    disks = []
+    for name, backend in zip(names(chosen), chosen, strict=True):
+        assert backend.inserted is not None  # else it was not chosen
+        cache = backend.inserted.cache
+        disks.append(
+            AdoptedDisk(
+                name=name,
+                backend=backend.name,
+                found=foreign.read_disk(backend, found, nodes),
+                read_only=backend.inserted.ro,
+                cache="none" if cache.direct else "unsafe" if cache.no_flush else "writeback",
+            )
+        )
+    return disks, left_out
+
+
+async def _refuse_known(context: Context, survey: Survey) -> None:
+    mine = survey.machine.process
+    for other in await blocking(context.store.machines):
+        same = other.process and mine and _place(other.process) == _place(mine)
+        if same or other.uuid == survey.machine.uuid:
+            raise StateError(
+                f"that QEMU is machine {other.name} already (UUID {other.uuid}); nothing was changed",
+                hint=f"qmpsnap show {other.name}",
+                machine=other.name,
+            )
+
+
+def _place(process: object) -> tuple[object, ...]:
+    return tuple(getattr(process, field) for field in ("pid", "start_ticks", "boot_id"))
+
+
+def _files(disk: AdoptedDisk, seen: Seen) -> list[FoundLayer]:
+    """The files of a disk, once our own reader agrees with QEMU about each: identity, size, backing."""
+    files: list[FoundLayer] = []
+    for layer in disk.found.layers:
+        # Joined as text: an absolute path must stay the very string that QEMU has.
+        path = os.path.join(seen.folder, layer.path)  # noqa: PTH118
+        if Path(path).is_symlink():
+            path = str(Path(path).resolve())
+        found = FoundLayer(
+            path=path, format=layer.format, header=header.read(path, format=layer.format, block_device=True)
+        )
+        below = files[-1] if files else None
+        if problem := _file_problem(layer, found, seen) or (layer.format == "qcow2" and _backing_problem(found, below)):
+            raise StoreMismatch(
+                f"disk {disk.name} ({disk.backend}): {problem}; nothing was changed",
+                hint="QEMU and the files on disk have to agree before anything is built on them",
+            )
+        files.append(found)
+    return files
+
+
+def _file_problem(layer: ForeignLayer, found: FoundLayer, seen: Seen) -> str:
+    shown, size = printable(found.path), found.header.virtual_size
+    if (found.header.device, found.header.inode) not in seen.files:
+        return f"QEMU has another file open than the one that {shown} is now"
+    if size != layer.virtual_size:
+        return f"{shown} has {size} bytes for the guest, QEMU says {layer.virtual_size}"
+    return ""
+
+
+def _backing_problem(found: FoundLayer, below: FoundLayer | None) -> str:
+    """Where a header and QEMU's graph name different backings; they may do so by different strings."""
+    named = found.header.backing
+    said = f"the header of {printable(found.path)} names {printable(named or 'nothing')} as its backing"
+    if named is None or below is None:
+        agree = named is None and below is None
+        return "" if agree else f"{said}, QEMU reads {printable(below.path) if below else 'nothing'}"
+    try:
+        status = (Path(found.path).parent / named).stat()
+    except OSError:
+        return f"{said}, which is not there"
+    agree = (status.st_dev, status.st_ino) == (below.header.device, below.header.inode)
+    return "" if agree else f"{said}, QEMU reads {printable(below.path)}"
