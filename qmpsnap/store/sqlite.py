@@ -1,6 +1,5 @@
 """The store in one SQLite file. The meaning of each method stands in :class:`qmpsnap.store.store.Store`."""
 
-import json
 import os
 import sqlite3
 import threading
@@ -11,16 +10,14 @@ from typing import Self
 
 import msgspec
 
-from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch
-from qmpsnap.model.adoption import Adoption
+from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.model.spec import MachineSpec
-from qmpsnap.store import journal, schema
+from qmpsnap.store import journal, rows, schema
 
 
 class SqliteStore:
@@ -50,27 +47,27 @@ class SqliteStore:
 
     def machines(self) -> tuple[Machine, ...]:
         with self._reading() as sql:
-            rows = sql.execute(f"{_MACHINE} ORDER BY machine.name").fetchall()
-        return tuple(_machine(row) for row in rows)
+            found = sql.execute(f"{_MACHINE} ORDER BY machine.name").fetchall()
+        return tuple(rows.read_machine(row) for row in found)
 
     def machine(self, name: str) -> Machine:
         with self._reading() as sql:
             row = sql.execute(f"{_MACHINE} WHERE machine.name = ?", (name,)).fetchone()
             if row is None:
-                _machine_id(sql, name)
-        return _machine(row)
+                rows.machine_id(sql, name)
+        return rows.read_machine(row)
 
     def chains(self, machine: str) -> tuple[Chain, ...]:
         with self._reading() as sql:
             disks = sql.execute(
-                "SELECT name, active FROM disk WHERE machine = ? ORDER BY position", (_machine_id(sql, machine),)
+                "SELECT name, active FROM disk WHERE machine = ? ORDER BY position", (rows.machine_id(sql, machine),)
             ).fetchall()
             return tuple(Chain(name, self._chain(sql, active)) for name, active in disks)
 
     def snapshots(self, machine: str) -> tuple[Snapshot, ...]:
         with self._reading() as sql:
-            number = _machine_id(sql, machine)
-            rows = sql.execute(
+            number = rows.machine_id(sql, machine)
+            found = sql.execute(
                 "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
                 " s.operation"
                 " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent WHERE s.machine = ? ORDER BY s.id",
@@ -96,7 +93,7 @@ class SqliteStore:
                 operation=OperationId(row[9]),
                 points=tuple(points.get(row[0], ())),
             )
-            for row in rows
+            for row in found
         )
 
     def layer(self, layer: LayerId) -> Layer:
@@ -130,11 +127,11 @@ class SqliteStore:
 
     def set_process(self, machine: str, process: Process | None) -> None:
         with self._writing() as sql:
-            number = _machine_id(sql, machine)
+            number = rows.machine_id(sql, machine)
             if process is None:
                 sql.execute("DELETE FROM process WHERE machine = ?", (number,))
             else:
-                _put_process(sql, number, process)
+                rows.put_process(sql, number, process)
 
     def next_serial(self) -> int:
         with self._reading() as sql:
@@ -164,15 +161,15 @@ class SqliteStore:
 
     def forget(self, machine: str) -> tuple[Layer, ...]:
         with self._writing() as sql:
-            number = _machine_id(sql, machine)
+            number = rows.machine_id(sql, machine)
             used = {identity for (identity,) in sql.execute(_USED, (number, number))}
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             sql.execute("DELETE FROM machine WHERE id = ?", (number,))
             gone: list[Layer] = []
             # From the top down: a layer is the machine's alone once nothing above it, no disk and no point needs it.
-            while rows := [row for row in sql.execute(_UNREFERENCED) if row[0] in used]:
-                gone += [self._layer(row) for row in rows]
-                sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in rows])
+            while found := [row for row in sql.execute(_UNREFERENCED) if row[0] in used]:
+                gone += [self._layer(row) for row in found]
+                sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
             return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
@@ -221,8 +218,8 @@ class SqliteStore:
 
     def _apply(self, sql: sqlite3.Connection, machine: str, change: Change) -> None:
         if change.define:
-            _insert_machine(sql, change.define)
-        number = _machine_id(sql, machine)
+            rows.insert_machine(sql, change.define)
+        number = rows.machine_id(sql, machine)
         for layer in change.layers:
             self._put_layer(sql, layer)
         for position, (disk, active) in enumerate(change.active.items()):
@@ -232,24 +229,24 @@ class SqliteStore:
                 (number, disk, position, active),
             )
         for snapshot in change.snapshots:
-            _put_snapshot(sql, number, snapshot)
+            rows.put_snapshot(sql, number, snapshot)
         for old, new in change.renamed.items():
-            _rename_snapshot(sql, number, old, new)
+            rows.rename_snapshot(sql, number, old, new)
         if change.current is not msgspec.UNSET:
-            current = _snapshot_id(sql, number, change.current)
+            current = rows.snapshot_id(sql, number, change.current)
             sql.execute("UPDATE machine SET current = ?, version = version + 1 WHERE id = ?", (current, number))
         for name in change.removed_snapshots:
-            _remove_snapshot(sql, number, name)
+            rows.remove_snapshot(sql, number, name)
         sql.executemany("DELETE FROM layer WHERE id = ?", [(layer,) for layer in change.removed_layers])
 
     def _chain(self, sql: sqlite3.Connection, active: str) -> tuple[Layer, ...]:
-        rows = sql.execute(
+        found = sql.execute(
             "WITH RECURSIVE chain (id, depth) AS (SELECT ?, 0 UNION ALL SELECT layer.backing, depth + 1 FROM chain"
             " JOIN layer ON layer.id = chain.id WHERE layer.backing IS NOT NULL)"
             f" SELECT {_LAYER} FROM chain JOIN layer USING (id) ORDER BY depth DESC",
             (active,),
         )
-        return tuple(self._layer(row) for row in rows)
+        return tuple(self._layer(row) for row in found)
 
     def _put_layer(self, sql: sqlite3.Connection, layer: Layer) -> None:
         values = (
@@ -304,101 +301,3 @@ _USED = (
     " JOIN layer ON layer.id = used.id WHERE layer.backing IS NOT NULL) SELECT id FROM used"
 )
 """Every layer that one machine's disks and snapshots read."""
-
-
-def _machine(row: sqlite3.Row) -> Machine:
-    name, uuid, host, spec, created, current, adopted, *process = row
-    return Machine(
-        name=name,
-        uuid=uuid,
-        host=host,
-        spec=msgspec.json.decode(spec, type=MachineSpec),
-        created=created,
-        current=current,
-        process=Process(**dict(zip(Process.__struct_fields__, process, strict=True))) if process[0] else None,
-        adopted=msgspec.json.decode(adopted, type=Adoption) if adopted else None,
-    )
-
-
-def _machine_id(sql: sqlite3.Connection, name: str) -> int:
-    row = sql.execute("SELECT id FROM machine WHERE name = ?", (name,)).fetchone()
-    if row:
-        return int(row[0])
-    known = ", ".join(json.dumps(known)[1:-1] for (known,) in sql.execute("SELECT name FROM machine ORDER BY name"))
-    raise NotFoundError(
-        f"there is no machine {name!r}",
-        hint=f"known machines: {known}" if known else "qmpsnap define SPEC.yaml makes one",
-        machine=name,
-    )
-
-
-def _insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
-    try:
-        sql.execute(
-            "INSERT INTO machine (name, uuid, host, spec, created, adopted) VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                machine.name, machine.uuid, machine.host,
-                msgspec.json.encode(machine.spec).decode(), machine.created,
-                msgspec.json.encode(machine.adopted).decode() if machine.adopted else None,
-            ),
-        )  # fmt: skip
-    except sqlite3.IntegrityError as error:
-        raise NameTaken(f"machine {machine.name} exists already; nothing was changed", machine=machine.name) from error
-    if machine.process:  # an adopted one comes with its QEMU
-        _put_process(sql, _machine_id(sql, machine.name), machine.process)
-
-
-def _put_process(sql: sqlite3.Connection, machine: int, process: Process) -> None:
-    sql.execute(
-        "INSERT INTO process (machine, pid, start_ticks, boot_id, started, accel, qemu_version)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine) DO UPDATE SET pid = excluded.pid,"
-        " start_ticks = excluded.start_ticks, boot_id = excluded.boot_id, started = excluded.started,"
-        " accel = excluded.accel, qemu_version = excluded.qemu_version, version = version + 1",
-        (machine, *msgspec.structs.astuple(process)),
-    )
-
-
-def _snapshot_id(sql: sqlite3.Connection, machine: int, name: str | None) -> int | None:
-    if name is None:
-        return None
-    row = sql.execute("SELECT id FROM snapshot WHERE machine = ? AND name = ?", (machine, name)).fetchone()
-    if row is None:
-        raise NotFoundError(f"there is no snapshot {name!r}")
-    return int(row[0])
-
-
-def _rename_snapshot(sql: sqlite3.Connection, machine: int, old: str, new: str) -> None:
-    number = _snapshot_id(sql, machine, old)
-    try:
-        sql.execute("UPDATE snapshot SET name = ?, version = version + 1 WHERE id = ?", (new, number))
-    except sqlite3.IntegrityError as error:
-        raise NameTaken(f"there is a snapshot {new} already; nothing was changed") from error
-
-
-def _remove_snapshot(sql: sqlite3.Connection, machine: int, name: str) -> None:
-    number = _snapshot_id(sql, machine, name)
-    parent = sql.execute("SELECT parent FROM snapshot WHERE id = ?", (number,)).fetchone()[0]
-    sql.execute("UPDATE snapshot SET parent = ?, version = version + 1 WHERE parent = ?", (parent, number))
-    sql.execute("UPDATE machine SET current = ?, version = version + 1 WHERE current = ?", (parent, number))
-    sql.execute("DELETE FROM snapshot WHERE id = ?", (number,))
-
-
-def _put_snapshot(sql: sqlite3.Connection, machine: int, snapshot: Snapshot) -> None:
-    parent = _snapshot_id(sql, machine, snapshot.parent)
-    sql.execute(
-        "INSERT INTO snapshot (machine, name, kind, state, parent, created, description, mode, pause_ms, operation)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine, name) DO UPDATE SET kind = excluded.kind,"
-        " state = excluded.state, parent = excluded.parent, created = excluded.created,"
-        " description = excluded.description, mode = excluded.mode, pause_ms = excluded.pause_ms,"
-        " operation = excluded.operation, version = version + 1",
-        (
-            machine, snapshot.name, snapshot.kind, snapshot.state, parent, snapshot.created, snapshot.description,
-            snapshot.mode, snapshot.pause_ms, snapshot.operation,
-        ),
-    )  # fmt: skip
-    number = _snapshot_id(sql, machine, snapshot.name)
-    sql.execute("DELETE FROM point WHERE snapshot = ?", (number,))
-    sql.executemany(
-        "INSERT INTO point (snapshot, disk, position, layer, tag) VALUES (?, ?, ?, ?, ?)",
-        [(number, point.disk, position, point.layer, point.tag) for position, point in enumerate(snapshot.points)],
-    )

@@ -1,6 +1,8 @@
 """Going back: content, branches, what is kept and what goes, every run state, and a death at each step."""
 
+import json
 import os
+import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
+from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, NameRefused, NameTaken, NotFoundError, QemuGone, StateError, StoreMismatch
 from qmpsnap.machine.machine import wait_end
 from qmpsnap.model.operation import Change
@@ -524,6 +527,46 @@ async def test_a_step_without_a_snapshot_is_in_the_chain_and_not_in_the_list(
     await taken(vm, "c", hashes)
     assert (await parents(vm))["c"] == "b"
     await hold_invariants(vm, hashes)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_says_what_was_done(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = home / "s.yaml"
+    spec.write_text("name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}]\n")
+
+    def said(line: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main(shlex.split(line)) == 0
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return answer
+
+    assert main(["define", str(spec)]) == 0
+    for name in ("a", "b"):
+        assert main(["snapshot", "create", "still", name]) == 0
+    made = said("snapshot create still --no-snapshot -o json")
+    assert (made["snapshot"], [layer["layer"] for layer in made["layers"]]) == (None, ["vda-4"])
+    foretold = said("snapshot revert still a --dry-run -o json")
+    assert (foretold["kept"], foretold["removed"], foretold["qmp"], foretold["start"]) == ("auto-5", [], [], None)
+    answer = said("snapshot revert still a -o json")
+    assert answer == {
+        **{"schema": "qmpsnap/1", "machine": "still", "snapshot": "a"},
+        **{"kept": "auto-5", "removed": [], "state": "stopped"},
+    }
+    assert [Path(path).name for path in said("snapshot revert still b --dry-run -o json")["removed"]] == ["vda-5.qcow2"]
+    assert main(shlex.split("snapshot revert still b")) == 0
+    assert capsys.readouterr().out == "machine still is at b, stopped; vda-5 removed\n"
+    assert main(shlex.split("snapshot rename still b second")) == 0
+    assert main(shlex.split("snapshot revert still auto-5 --discard")) == 0
+    assert capsys.readouterr().out == "machine still is at auto-5, stopped; vda-6 removed\n"
+    assert {s["name"]: s["parent"] for s in said("snapshot list still -o json")["snapshots"]} == {
+        **{"a": None, "second": "a", "auto-5": "second"},
+    }
+    assert main(shlex.split("snapshot create still x --no-snapshot")) == 2
+    assert main(shlex.split("snapshot revert still zzz")) == 3
+    assert main(shlex.split("snapshot rename still a second")) == 4
+    assert main(shlex.split("snapshot rename still a Bad!")) == 2
 
 
 # --- a guest --------------------------------------------------------------------------------------------------------

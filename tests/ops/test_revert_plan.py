@@ -252,7 +252,9 @@ async def broken(
     change = Change(
         define=web, layers=live.layers, active={"vda": live.active.id}, snapshots=(snapshot("a", "vda-1"),), current="a"
     )
-    first = store.open_operation("web", lambda _: DefinePlan(machine="web", images=(), overlays=(), change=change))
+    first = store.open_operation(
+        "web", lambda _: DefinePlan(machine="web", images=(), overlays=(), change=change), serials=2
+    )
     store.settle(first.id, "web", change)
     request = RevertRequest(name="a", discard=discard)
     at = situation((live,), store.snapshots("web"))
@@ -306,7 +308,7 @@ async def test_after_it_the_record_switches_and_the_files_decide_what_is_kept(
     assert (active.device, active.inode) == (found.st_dev, found.st_ino)
     kept = written and not discard
     assert Path(old.path).exists() == kept
-    assert [s.name for s in store.snapshots("web")] == (["a", "auto-2"] if kept else ["a"])
+    assert [s.name for s in store.snapshots("web")] == (["a", "auto-3"] if kept else ["a"])
     once = store.operations("web"), store.chains("web"), store.snapshots("web")
     assert await end_open(context, store.machine("web"), None) == []
     assert (store.operations("web"), store.chains("web"), store.snapshots("web")) == once

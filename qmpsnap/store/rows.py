@@ -1,0 +1,118 @@
+"""Rows of machines and snapshots: how each is read, added, replaced and removed. SQLite's part of the store only."""
+
+import json
+import sqlite3
+
+import msgspec
+
+from qmpsnap.errors import NameTaken, NotFoundError
+from qmpsnap.model.adoption import Adoption
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.spec import MachineSpec
+
+
+def read_machine(row: sqlite3.Row) -> Machine:
+    """A row of the machine query as a value."""
+    name, uuid, host, spec, created, current, adopted, *process = row
+    return Machine(
+        name=name,
+        uuid=uuid,
+        host=host,
+        spec=msgspec.json.decode(spec, type=MachineSpec),
+        created=created,
+        current=current,
+        process=Process(**dict(zip(Process.__struct_fields__, process, strict=True))) if process[0] else None,
+        adopted=msgspec.json.decode(adopted, type=Adoption) if adopted else None,
+    )
+
+
+def machine_id(sql: sqlite3.Connection, name: str) -> int:
+    """The row number of a machine, or ``NotFoundError``."""
+    row = sql.execute("SELECT id FROM machine WHERE name = ?", (name,)).fetchone()
+    if row:
+        return int(row[0])
+    known = ", ".join(json.dumps(known)[1:-1] for (known,) in sql.execute("SELECT name FROM machine ORDER BY name"))
+    raise NotFoundError(
+        f"there is no machine {name!r}",
+        hint=f"known machines: {known}" if known else "qmpsnap define SPEC.yaml makes one",
+        machine=name,
+    )
+
+
+def insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
+    """Add a machine, or ``NameTaken``."""
+    try:
+        sql.execute(
+            "INSERT INTO machine (name, uuid, host, spec, created, adopted) VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                machine.name, machine.uuid, machine.host,
+                msgspec.json.encode(machine.spec).decode(), machine.created,
+                msgspec.json.encode(machine.adopted).decode() if machine.adopted else None,
+            ),
+        )  # fmt: skip
+    except sqlite3.IntegrityError as error:
+        raise NameTaken(f"machine {machine.name} exists already; nothing was changed", machine=machine.name) from error
+    if machine.process:  # an adopted one comes with its QEMU
+        put_process(sql, machine_id(sql, machine.name), machine.process)
+
+
+def put_process(sql: sqlite3.Connection, machine: int, process: Process) -> None:
+    """Record the QEMU that runs a machine."""
+    sql.execute(
+        "INSERT INTO process (machine, pid, start_ticks, boot_id, started, accel, qemu_version)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine) DO UPDATE SET pid = excluded.pid,"
+        " start_ticks = excluded.start_ticks, boot_id = excluded.boot_id, started = excluded.started,"
+        " accel = excluded.accel, qemu_version = excluded.qemu_version, version = version + 1",
+        (machine, *msgspec.structs.astuple(process)),
+    )
+
+
+def snapshot_id(sql: sqlite3.Connection, machine: int, name: str | None) -> int | None:
+    """The row number of a snapshot, or ``NotFoundError``; None for no name."""
+    if name is None:
+        return None
+    row = sql.execute("SELECT id FROM snapshot WHERE machine = ? AND name = ?", (machine, name)).fetchone()
+    if row is None:
+        raise NotFoundError(f"there is no snapshot {name!r}")
+    return int(row[0])
+
+
+def rename_snapshot(sql: sqlite3.Connection, machine: int, old: str, new: str) -> None:
+    """Give a snapshot another name, or ``NameTaken``."""
+    number = snapshot_id(sql, machine, old)
+    try:
+        sql.execute("UPDATE snapshot SET name = ?, version = version + 1 WHERE id = ?", (new, number))
+    except sqlite3.IntegrityError as error:
+        raise NameTaken(f"there is a snapshot {new} already; nothing was changed") from error
+
+
+def remove_snapshot(sql: sqlite3.Connection, machine: int, name: str) -> None:
+    """Remove a snapshot; what grew from it grows from its parent then."""
+    number = snapshot_id(sql, machine, name)
+    parent = sql.execute("SELECT parent FROM snapshot WHERE id = ?", (number,)).fetchone()[0]
+    sql.execute("UPDATE snapshot SET parent = ?, version = version + 1 WHERE parent = ?", (parent, number))
+    sql.execute("UPDATE machine SET current = ?, version = version + 1 WHERE current = ?", (parent, number))
+    sql.execute("DELETE FROM snapshot WHERE id = ?", (number,))
+
+
+def put_snapshot(sql: sqlite3.Connection, machine: int, snapshot: Snapshot) -> None:
+    """Add a snapshot, or replace the one of that name, with its points."""
+    parent = snapshot_id(sql, machine, snapshot.parent)
+    sql.execute(
+        "INSERT INTO snapshot (machine, name, kind, state, parent, created, description, mode, pause_ms, operation)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine, name) DO UPDATE SET kind = excluded.kind,"
+        " state = excluded.state, parent = excluded.parent, created = excluded.created,"
+        " description = excluded.description, mode = excluded.mode, pause_ms = excluded.pause_ms,"
+        " operation = excluded.operation, version = version + 1",
+        (
+            machine, snapshot.name, snapshot.kind, snapshot.state, parent, snapshot.created, snapshot.description,
+            snapshot.mode, snapshot.pause_ms, snapshot.operation,
+        ),
+    )  # fmt: skip
+    number = snapshot_id(sql, machine, snapshot.name)
+    sql.execute("DELETE FROM point WHERE snapshot = ?", (number,))
+    sql.executemany(
+        "INSERT INTO point (snapshot, disk, position, layer, tag) VALUES (?, ?, ?, ?, ?)",
+        [(number, point.disk, position, point.layer, point.tag) for position, point in enumerate(snapshot.points)],
+    )
