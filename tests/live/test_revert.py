@@ -551,8 +551,12 @@ def test_the_command_line_says_what_was_done(home: Path, capsys: pytest.CaptureF
     assert (foretold["kept"], foretold["removed"], foretold["qmp"], foretold["start"]) == ("auto-5", [], [], None)
     answer = said("snapshot revert still a -o json")
     assert answer == {
-        **{"schema": "qmpsnap/1", "machine": "still", "snapshot": "a"},
-        **{"kept": "auto-5", "removed": [], "state": "stopped"},
+        "schema": "qmpsnap/1",
+        "machine": "still",
+        "snapshot": "a",
+        "kept": "auto-5",
+        "removed": [],
+        "state": "stopped",
     }
     assert [Path(path).name for path in said("snapshot revert still b --dry-run -o json")["removed"]] == ["vda-5.qcow2"]
     assert main(shlex.split("snapshot revert still b")) == 0
@@ -561,7 +565,9 @@ def test_the_command_line_says_what_was_done(home: Path, capsys: pytest.CaptureF
     assert main(shlex.split("snapshot revert still auto-5 --discard")) == 0
     assert capsys.readouterr().out == "machine still is at auto-5, stopped; vda-6 removed\n"
     assert {s["name"]: s["parent"] for s in said("snapshot list still -o json")["snapshots"]} == {
-        **{"a": None, "second": "a", "auto-5": "second"},
+        "a": None,
+        "second": "a",
+        "auto-5": "second",
     }
     assert main(shlex.split("snapshot create still x --no-snapshot")) == 2
     assert main(shlex.split("snapshot revert still zzz")) == 3
