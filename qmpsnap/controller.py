@@ -24,16 +24,17 @@ from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, MergePlan, Operation
+from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import adopt, commit, compare, create, define, delete, power, rename, revert, undefine
+from qmpsnap.model.spec import Format, MachineSpec
+from qmpsnap.ops import adopt, commit, compare, create, define, delete, mirror, power, rename, revert, undefine
 from qmpsnap.ops.adopt import Adopted
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking, this_host
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
+from qmpsnap.ops.mirror import MirrorRequest, Mode
 from qmpsnap.ops.revert import Preview, Reverted, RevertRequest, Run
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands
@@ -340,6 +341,46 @@ class MachineHandle:
             HostCannot: not enough space.
         """
         return await commit.run(self._context, self.name, StreamRequest(disk=disk, base=base), report=report)
+
+    async def mirror(
+        self,
+        disk: str,
+        target: str | os.PathLike[str],
+        *,
+        mode: Mode,
+        shallow: bool = False,
+        reuse: bool = False,
+        format: Format | None = None,  # noqa: A002 - as in a spec
+        write_blocking: bool = False,
+        report: Report = unreported,
+    ) -> MirrorPlan:
+        """Copy a disk; the guest runs on, and no snapshot is harmed.
+
+        Args:
+            disk: the disk.
+            target: absolute path of the copy, or the URI of an NBD export (``finish`` only).
+            mode: ``pivot``: the guest goes on with the copy. ``finish``: it stays, and the copy is the caller's.
+            shallow: copy the active layer only; the copy has the same backing.
+            reuse: overwrite the image that is at ``target``, exactly as large as the disk.
+            format: of the copy; None is qcow2 for a new image, and what its header says for one that is there.
+            write_blocking: the guest's writes wait for the copy, so that it cannot be outrun.
+            report: told about the job's progress.
+
+        Raises:
+            ImageRefused: the image to reuse does not fit.
+            StateError: something is at the target, or another process has it open.
+            HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
+        """
+        request = MirrorRequest(
+            disk=disk,
+            target=os.fspath(target),
+            mode=mode,
+            shallow=shallow,
+            reuse=reuse,
+            format=format,
+            write_blocking=write_blocking,
+        )
+        return await mirror.run(self._context, self.name, request, report=report)
 
     async def delete_snapshots(
         self, *names: str, children: bool = False, metadata: bool = False, report: Report = unreported

@@ -3,11 +3,14 @@
 import contextlib
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.block import content
@@ -20,7 +23,7 @@ MACHINE = "demo"
 SNAPSHOTS = ("first", "second", "third")
 MIB = 1 << 20
 WRITTEN = 16 * MIB
-"""Bytes the guest writes before each snapshot, always to the same place, so that no two snapshots are alike."""
+"""Bytes the guest writes before each snapshot, always to the same place, so that no two are alike; what is hashed."""
 
 SPEC = """\
 name: {name}
@@ -32,74 +35,143 @@ disks:
   - {{name: vda, size: 64M}}
 """
 
-WRITE_AND_HASH = (
-    "test -b /dev/vda && dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync 2>/dev/null"
-    " && dd if=/dev/vda bs=1M count=16 2>/dev/null | sha256sum | cut -d' ' -f1"
-)
+READ = "echo 3 >/proc/sys/vm/drop_caches && dd if=/dev/vda bs=1M count=16 2>/dev/null | sha256sum | cut -c1-64"
+WRITE = "test -b /dev/vda && dd if=/dev/urandom of=/dev/vda bs=1M count={0} conv=fsync 2>/dev/null && "
 
 
 def run(*, keep: bool) -> int:
-    """Take the tour; returns 0 when every snapshot holds what the guest said."""
+    """Take the tour; returns 0 when everything holds what the guest said it should."""
     guest = _small_guest()
     with _own_home(keep=keep) as folder:
         spec = folder / "demo.yaml"
         spec.write_text(SPEC.format(name=MACHINE, guest=guest))
+        _say("A machine, and three snapshots while it runs")
         _type("define", str(spec))
         try:
             _type("start", MACHINE)
-            said = {name: _round(name) for name in SNAPSHOTS}
-            _type("tree", MACHINE)
-            _type("chain", MACHINE)
+            tour = _Tour(folder)
+            tour.create()
+            tour.stream()
+            tour.mirror()
+            tour.branch()
+            tour.commit()
             _type("stop", MACHINE, "--timeout", "20", "--force")
         finally:
             _end(MACHINE)
-        found = [_holds(name, said[name], folder) for name in SNAPSHOTS]
-        good = all(found)
+        tour.prove()
+        tour.delete()
     output.note(
-        "every snapshot holds what the guest wrote" if good else "a snapshot does NOT hold what the guest wrote"
+        "everything holds what the guest wrote" if tour.good else "something does NOT hold what the guest wrote"
     )
-    return 0 if good else 1
+    return 0 if tour.good else 1
 
 
-def _round(name: str) -> str:
-    """Let the guest write and say its hash, then take a snapshot."""
-    output.note(f"$ qmpsnap exec {MACHINE} -- sh -c 'write 16 random MiB to /dev/vda and hash them'")
+class _Tour:
+    """The stations; ``said`` is what the guest told of its disk at each moment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.good = True
+        self.said: dict[str, str] = {}
+
+    def create(self) -> None:
+        for name in SNAPSHOTS:
+            self.said[name] = _in_guest(WRITE.format(16) + READ)
+            _type("snapshot", "create", MACHINE, name, "-m", f"sha256 {self.said[name][:16]}")
+        _type("tree", MACHINE)
+        _type("chain", MACHINE)
+
+    def stream(self) -> None:
+        _say("Stream: the active layer absorbs the layers down to a base; no snapshot is harmed")
+        _type("stream", MACHINE, "vda", "--base", "first")
+        _type("chain", MACHINE)
+        self._compare("the guest", _in_guest(READ), "third")
+
+    def mirror(self) -> None:
+        _say("Mirror: a copy that stands alone, made while the guest runs")
+        copy = self.folder / "copy.qcow2"
+        _type("mirror", MACHINE, "vda", str(copy), "--finish")
+        self._compare("the copy", self._content("third", path=str(copy)), "third")
+
+    def branch(self) -> None:
+        _say("Revert: back to the first snapshot; what was active is kept, and the tree branches")
+        _type("snapshot", "revert", MACHINE, "first")
+        self._compare("the guest", _in_guest(READ), "first")
+        self.said["branch"] = _in_guest(WRITE.format(4) + READ)
+        _type("snapshot", "create", MACHINE, "branch")
+        _type("tree", MACHINE)
+
+    def commit(self) -> None:
+        _say("Commit: the active layer goes into the one below it, and the guest runs on")
+        self.said["now"] = _in_guest(WRITE.format(2) + READ)
+        _type("commit", MACHINE, "vda", "--base", "branch", code=4)
+        _type("commit", MACHINE, "vda", "--base", "branch", "--consume")
+        _type("chain", MACHINE)
+        self._compare("the guest", _in_guest(READ), "now")
+
+    def prove(self) -> None:
+        _say("What every snapshot holds, read from the images and compared with what the guest had said")
+        for name in SNAPSHOTS:
+            self._compare(f"snapshot {name}", self._content(name), name)
+
+    def delete(self) -> None:
+        _say("Delete: the layer that nobody needs is merged, here of a stopped machine, and the rest stays as it was")
+        _type("snapshot", "delete", MACHINE, "second", "--dry-run")
+        _type("snapshot", "delete", MACHINE, "second")
+        _type("tree", MACHINE)
+        for name in ("first", "third"):
+            self._compare(f"still {name}", self._content(name), name)
+
+    def _compare(self, what: str, found: str, name: str) -> None:
+        """Whether something has the hash that the guest told at that moment."""
+        good = found == self.said[name]
+        print(f"{'ok ' if good else 'BAD'}  {what:15} reads {found}")
+        self.good &= good
+
+    def _content(self, name: str, *, path: str | None = None) -> str:
+        """SHA-256 of a snapshot's content as the images hold it; with ``path`` of that image."""
+        with reading() as store:
+            snapshot = next(found for found in store.snapshots(MACHINE) if found.name == name)
+            layer = store.layer(snapshot.points[0].layer)
+        layer = replace(layer, path=path or layer.path)
+        raw = self.folder / "content.raw"
+
+        async def act(controller: qmpsnap.Controller) -> None:
+            await content.copy_out(layer, raw, length=WRITTEN, qemu_img=controller.context.image.binary)
+
+        controlling(act)
+        found = hashlib.sha256(raw.read_bytes()).hexdigest()
+        raw.unlink()
+        return found
+
+
+def _say(text: str) -> None:
+    output.note(f"\n== {text}")
+    sys.stderr.flush()
+
+
+def _in_guest(script: str) -> str:
+    """Run a script in the guest; returns what it says, the SHA-256 of the disk's first 16 MiB."""
+    words = ["sh", "-c", script]
+    output.note(f"$ qmpsnap exec {MACHINE} -- {shlex.join(words)}")
 
     async def act(controller: qmpsnap.Controller) -> str:
         vm = await controller.machine(MACHINE)
-        return (await vm.run(WRITE_AND_HASH)).stdout.decode().strip()
+        return (await vm.run(words)).stdout.decode().strip()
 
     said = controlling(act)
     print(f"the guest says {said}")
-    _type("snapshot", "create", MACHINE, name, "-m", f"sha256 {said[:16]}")
     return said
 
 
-def _holds(name: str, said: str, folder: Path) -> bool:
-    """Whether the snapshot's content has the hash that the guest told at its moment."""
-    with reading() as store:
-        snapshot = next(found for found in store.snapshots(MACHINE) if found.name == name)
-        layer = store.layer(snapshot.points[0].layer)
-    copy = folder / "content.raw"
-
-    async def act(controller: qmpsnap.Controller) -> None:
-        await content.copy_out(layer, copy, length=WRITTEN, qemu_img=controller.context.image.binary)
-
-    controlling(act)
-    found = hashlib.sha256(copy.read_bytes()).hexdigest()
-    copy.unlink()
-    print(f"{'ok ' if found == said else 'BAD'}  snapshot {name:8} reads {found}")
-    return found == said
-
-
-def _type(*words: str) -> None:
-    """Run one command of ours as if it were typed."""
+def _type(*words: str, code: int = 0) -> None:
+    """Run one command of ours as if it were typed; ``code`` is how it should end."""
     from qmpsnap.cli.main import main
 
-    output.note(f"$ qmpsnap {' '.join(words)}")
+    output.note(f"$ qmpsnap {shlex.join(words)}")
     sys.stderr.flush()
-    if code := main(words):
-        raise QmpsnapError(f"the demo's command ended with exit code {code}")
+    if (found := main(words)) != code:
+        raise QmpsnapError(f"the demo's command ended with exit code {found}")
 
 
 def _end(machine: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qmpsnap.errors import NotFoundError
 from qmpsnap.model.chain import Chain, Layer
@@ -103,14 +104,19 @@ class Forest(Struct, frozen=True):
             del layers[gone]
         writers = [w for w in self.writers if not (w.machine == machine and w.disk in change.active)]
         writers += [Writer(machine, disk, layer) for disk, layer in change.active.items()]
-        replaced = {*change.removed_snapshots, *(snapshot.name for snapshot in change.snapshots)}
-        references = [r for r in self.references if not (r.machine == machine and r.snapshot in replaced)]
-        references += [
+        replaced = {snapshot.name for snapshot in change.snapshots}
+        kept = [r for r in self.references if not (r.machine == machine and r.snapshot in replaced)]
+        kept += [
             Reference(machine, snapshot.name, point.disk, point.layer)
             for snapshot in change.snapshots
             for point in snapshot.points
         ]
-        return Forest(layers, tuple(writers), tuple(references))
+        # As the store does it: new and changed ones first, then new names, then what goes.
+        references = [
+            replace(r, snapshot=change.renamed.get(r.snapshot, r.snapshot)) if r.machine == machine else r for r in kept
+        ]
+        removed = {(machine, name) for name in change.removed_snapshots}
+        return Forest(layers, tuple(writers), tuple(r for r in references if (r.machine, r.snapshot) not in removed))
 
     def _users(self, layer: LayerId) -> str:
         machines = sorted(self.machines_above(layer))

@@ -36,17 +36,22 @@ class Situation(Struct, frozen=True):
         """The situation once a change has settled."""
         changed = {snapshot.name: snapshot for snapshot in change.snapshots}
         known = {snapshot.name for snapshot in self.snapshots}
-        ordered = (
-            *(changed.get(s.name, s) for s in self.snapshots),
-            *(s for s in change.snapshots if s.name not in known),
-        )
-        parents = {s.name: s.parent for s in self.snapshots if s.name in change.removed_snapshots}
+        snapshots = [changed.get(s.name, s) for s in self.snapshots]
+        snapshots += [s for s in change.snapshots if s.name not in known]
+        names = change.renamed
+        snapshots = [
+            replace(s, name=names.get(s.name, s.name), parent=names.get(s.parent, s.parent) if s.parent else None)
+            for s in snapshots
+        ]
+        parents = {s.name: s.parent for s in snapshots if s.name in change.removed_snapshots}
         forest = self.forest.apply(self.machine, change)
         tops = {w.disk: w.layer for w in forest.writers if w.machine == self.machine}
         return replace(
             self,
             forest=forest,
-            snapshots=tuple(replace(s, parent=_surviving(s.parent, parents)) for s in ordered if s.name not in parents),
+            snapshots=tuple(
+                replace(s, parent=_surviving(s.parent, parents)) for s in snapshots if s.name not in parents
+            ),
             live={disk: forest.chain(disk, tops[disk]) for disk in self.live},
         )
 

@@ -7,6 +7,7 @@ from msgspec import UNSET, Struct, UnsetType
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.nbd import NbdExport
 from qmpsnap.model.snapshot import Snapshot
 
 OperationState = Literal["planned", "running", "settled", "failed", "unknown"]
@@ -176,7 +177,37 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
     unwritten: Unwritten | None = None
 
 
-Plan = DefinePlan | CreatePlan | MergePlan | RevertPlan
+class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
+    """Copy a disk to another image; the machine goes on with the copy (``pivot``) or with what it has (``finish``).
+
+    Attributes:
+        target: the copy; with ``nbd`` its path is the export's URI.
+        made: we make the file; else it is the user's, to be overwritten.
+        shallow: only what the active layer holds; the copy reads the rest from the active layer's backing.
+        write_blocking: the guest's writes wait for the copy, so that it cannot be outrun.
+        live: the job runs in the machine's own QEMU; else in a helper QEMU that runs no guest.
+        chain: the live chain, base first.
+        moves: bytes to move, at most.
+        removed: layers nobody needs after a pivot.
+        change: what a pivot makes true, but for the target's identity; of a finish the store keeps nothing.
+    """
+
+    machine: str
+    disk: str
+    mode: Literal["pivot", "finish"]
+    target: Layer
+    made: bool
+    shallow: bool
+    write_blocking: bool
+    live: bool
+    chain: tuple[Layer, ...]
+    moves: int
+    removed: tuple[Layer, ...] = ()
+    nbd: NbdExport | None = None
+    change: Change = Change()
+
+
+Plan = DefinePlan | CreatePlan | MergePlan | RevertPlan | MirrorPlan
 
 
 def verb_of(plan: Plan) -> str:

@@ -20,7 +20,8 @@ from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName, OperationId, job_id
-from qmpsnap.model.operation import Merge, MergePlan, Operation, Removal
+from qmpsnap.model.operation import Merge, MergePlan, MirrorPlan, Operation, Removal
+from qmpsnap.ops import finalize
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
@@ -53,7 +54,7 @@ async def run(
             )
             await remove_files(step.removed)
         else:
-            async with _monitor_for(context, machine, qemu, step) as monitor:
+            async with monitor_for(context, machine, qemu, step) as monitor:
                 await _merge(context, machine, monitor, operation.id, step, number=number, report=report)
             await remove_files(step.removed)
     await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
@@ -108,26 +109,16 @@ async def _go_over(
     pending: bool,
 ) -> None:
     job = job_id(operation, step.disk)
-    running = step.live and (await commands.query_status(monitor)).running
-    # Also where nothing runs: `stop` writes every node's cached tables out. A commit into a middle layer and a stream
-    # come to `pending` without that, and a QEMU killed now would take what they moved with it.
-    await commands.control(monitor, "stop")
-    try:
-        await blocking(
-            lambda: context.store.mark(operation, "running", step=f"{number}:finalizing{':running' if running else ''}")
-        )
-        if pending:
-            try:
-                await jobs.finalize(monitor, job)
-            except QmpError:
-                # The graph is as before and the guest stands still: the overlay is the truth again.
-                await blocking(lambda: context.store.mark(operation, "running", step=f"{number}:started"))
-                raise
-        await commands.control(monitor, "stop")  # now the headers that finalize has changed
-        await settle(context, machine, monitor, operation, step, number=number)
-    finally:
-        if running:
-            await commands.control(monitor, "cont")
+    await finalize.go_over(
+        context,
+        monitor,
+        operation,
+        job,
+        live=step.live,
+        pending=pending,
+        step=lambda phase: f"{number}:{phase}",
+        settle=lambda: settle(context, machine, monitor, operation, step, number=number),
+    )
     await jobs.dismiss(monitor, job)
     await close_gone(monitor, step)
 
@@ -185,10 +176,19 @@ async def remove_files(layers: Iterable[Layer]) -> None:
 
 async def close_gone(monitor: Monitor, step: Merge) -> None:
     """Close the nodes that left the chain: QEMU keeps them, and the next snapshot would find them busy."""
-    there = graph.node_names(await graph.read(monitor))
-    for layer in _gone(step):
-        if (name := node_name(layer)) in there:
-            await commands.blockdev_del(monitor, name)
+    await close_nodes(monitor, _gone(step))
+
+
+async def close_nodes(monitor: Monitor, layers: Iterable[Layer]) -> None:
+    """Close the nodes of these layers, given top first, where QEMU has them."""
+    for layer in layers:
+        # Asked each time: a node that QEMU opened by itself, for somebody else's -drive, goes with the one above it.
+        if (name := node_name(layer)) in graph.node_names(await graph.read(monitor)):
+            try:
+                await commands.blockdev_del(monitor, name)
+            except QmpError:
+                if layer.owned:  # else it is the node of whoever launched QEMU, who may use it for something else
+                    raise
 
 
 async def root_of(monitor: Monitor, step: Merge) -> NodeName:
@@ -244,7 +244,9 @@ def _gone(step: Merge) -> tuple[Layer, ...]:
 
 
 @asynccontextmanager
-async def _monitor_for(context: Context, machine: Machine, qemu: Monitor | None, step: Merge) -> AsyncIterator[Monitor]:
+async def monitor_for(
+    context: Context, machine: Machine, qemu: Monitor | None, step: Merge | MirrorPlan
+) -> AsyncIterator[Monitor]:
     """The machine's QEMU for its live chain, a worker for any other."""
     if step.live:
         if qemu is None:

@@ -22,8 +22,8 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, NodeName
-from qmpsnap.model.operation import Change, CreatePlan, MergePlan, Operation, RevertPlan
-from qmpsnap.ops import recover_merge
+from qmpsnap.model.operation import Change, CreatePlan, MergePlan, MirrorPlan, Operation, RevertPlan
+from qmpsnap.ops import recover_merge, recover_mirror
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.recover_merge import Unfinished
 from qmpsnap.ops.switch import remove_files, switch
@@ -138,6 +138,11 @@ async def _end(
     if isinstance(plan, MergePlan):
         async with _answering(context, machine, qemu) as monitor:
             return await recover_merge.end(
+                context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
+            )
+    if isinstance(plan, MirrorPlan):
+        async with _answering(context, machine, qemu) as monitor:
+            return await recover_mirror.end(
                 context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
             )
     if isinstance(plan, RevertPlan):

@@ -8,7 +8,7 @@ from qmpsnap.errors import OperationPending
 from qmpsnap.machine import worker
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import job_id
-from qmpsnap.model.operation import Change, Merge, MergePlan, Operation, Removal
+from qmpsnap.model.operation import Change, Merge, MergePlan, MirrorPlan, Operation, Removal
 from qmpsnap.ops import merge
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
@@ -42,7 +42,7 @@ async def end(
     number, phase, was_running = _read_step(operation.step)
     step = plan.steps[number] if number < len(plan.steps) else None
     if isinstance(step, Merge):
-        async with _domain(context, machine, qemu, step) as monitor:
+        async with domain(context, machine, qemu, step) as monitor:
             took = await _end_step(
                 context, machine, monitor, operation, step, phase=phase, unfinished=unfinished, report=report
             )
@@ -86,7 +86,7 @@ async def _end_step(
             await merge.freeze_again(monitor, machine, step)
             return False
         if unfinished == "refuse":
-            raise _still_works(operation, info.status)
+            raise still_works(operation, info.status)
         if info.status == "paused":
             await jobs.resume(monitor, job)
         await merge.carry_on(context, machine, monitor, operation.id, step, number=number, report=report)
@@ -115,10 +115,10 @@ async def _fail(
 
 
 @asynccontextmanager
-async def _domain(
-    context: Context, machine: Machine, qemu: Monitor | None, step: Merge
+async def domain(
+    context: Context, machine: Machine, qemu: Monitor | None, step: Merge | MirrorPlan
 ) -> AsyncIterator[Monitor | None]:
-    """The QEMU the step's job ran in, if that lives."""
+    """The QEMU that the job runs in, if that lives."""
     if step.live:
         yield qemu
         return
@@ -131,7 +131,8 @@ def _read_step(step: str) -> tuple[int, str, bool]:
     return int(number), phase, "running" in flags
 
 
-def _still_works(operation: Operation, status: str) -> OperationPending:
+def still_works(operation: Operation, status: str) -> OperationPending:
+    """Its job goes on, and nobody has said what to do with it."""
     return OperationPending(
         f"the job of operation {operation.id} ({operation.verb}) on machine {operation.machine} is {status};"
         " nothing was changed",

@@ -5,8 +5,11 @@ again. Events only wake us; ``query-jobs`` decides.
 """
 
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
+
+from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, QemuGone, QmpError
 from qmpsnap.model.names import JobId, NodeName
@@ -21,6 +24,9 @@ JobState = Literal[
 
 WAKE = 0.25
 """Seconds after which we look at a job even if no event came: progress is told by nothing else."""
+
+PATIENCE = 10.0
+"""Seconds without progress after which a mirror counts as outrun by its guest."""
 
 
 Report = Callable[[JobInfo], None]
@@ -69,13 +75,41 @@ def stream_arguments(
     return "block-stream", arguments
 
 
+def mirror_arguments(
+    job: JobId, *, source: NodeName, target: NodeName, shallow: bool, write_blocking: bool
+) -> tuple[str, dict[str, Any]]:
+    """``blockdev-mirror``: ``target`` becomes a copy of ``source``.
+
+    Args:
+        job: the job's id.
+        source: the layer the guest writes to.
+        target: where to; exactly as large.
+        shallow: only what ``source`` itself holds; ``target`` has the same backing.
+        write_blocking: each write of the guest is done on both sides before it counts as done.
+    """
+    arguments: dict[str, Any] = {"job-id": job, "device": source, "target": target}
+    arguments |= {"sync": "top" if shallow else "full", "auto-finalize": False, "auto-dismiss": False}
+    arguments |= {"on-source-error": "stop", "on-target-error": "stop"}
+    if write_blocking:
+        arguments["copy-mode"] = "write-blocking"
+    return "blockdev-mirror", arguments
+
+
 async def find(monitor: Monitor, job: JobId) -> JobInfo | None:
     """The job as it is now, or None when QEMU has none of that id."""
     return next((info for info in await commands.query_jobs(monitor) if info.id == job), None)
 
 
-async def follow(monitor: Monitor, job: JobId, *until: JobState, report: Report = unreported) -> JobInfo:
+async def follow(
+    monitor: Monitor,
+    job: JobId,
+    *until: JobState,
+    report: Report = unreported,
+    look: Callable[[JobInfo], Awaitable[JobInfo]] | None = None,
+) -> JobInfo:
     """Wait until the job is in one of these states; a job that has concluded ends every wait.
+
+    ``look`` may act on what it sees and says what is to be reported of it.
 
     Raises:
         QmpError: it concluded with an error, which the message holds; it is not dismissed yet.
@@ -87,7 +121,7 @@ async def follow(monitor: Monitor, job: JobId, *until: JobState, report: Report 
             info = await find(monitor, job)
             if info is None:
                 raise QemuGone(f"job {job} is not in QEMU any more; what became of it is not known", effect="unknown")
-            report(info)
+            report(await look(info) if look else info)
             if info.status == "concluded":
                 if info.error:
                     raise QmpError(f"job {job} failed: {info.error}", effect="applied")
@@ -113,6 +147,48 @@ async def _raise_if_stuck(monitor: Monitor, job: JobId) -> None:
 async def complete(monitor: Monitor, job: JobId) -> None:
     """Let a job that is ``ready`` go over (``job-complete``)."""
     await monitor.execute("job-complete", {"id": job})
+
+
+async def detach(monitor: Monitor, job: JobId) -> None:
+    """Let a mirror that is ``ready`` end as a copy of this moment, the graph staying as it is.
+
+    ``block-job-cancel`` without ``force`` goes to ``pending`` and success; ``job-cancel`` would abort (7.2 to 11.1).
+    """
+    await monitor.execute("block-job-cancel", {"device": job})
+
+
+async def block_writes(monitor: Monitor, job: JobId) -> bool:
+    """Let the guest's writes wait for a mirror that works already (``block-job-change``); False before QEMU 8.2."""
+    arguments = {"id": job, "type": "mirror", "copy-mode": "write-blocking"}
+    try:
+        await monitor.execute("block-job-change", arguments)
+    except QmpError as error:
+        if error.qmp_class == "CommandNotFound":
+            return False
+        raise
+    return True
+
+
+async def follow_mirror(
+    monitor: Monitor, job: JobId, *until: JobState, patience: float = PATIENCE, report: Report = unreported
+) -> JobInfo:
+    """As :func:`follow`, for a mirror that its guest may outrun.
+
+    When what is left has not become less for ``patience`` seconds, the guest's writes are made to wait; a QEMU that
+    cannot change to that goes on, and ``report`` is told the state ``outrun``.
+    """
+    least, since, outrun = 1 << 63, time.monotonic(), False
+
+    async def look(info: JobInfo) -> JobInfo:
+        nonlocal least, since, outrun
+        left, now = info.total_progress - info.current_progress, time.monotonic()
+        if left < least or info.status != "running":
+            least, since = left, now
+        elif not outrun and now - since > patience:
+            outrun, since = not await block_writes(monitor, job), now
+        return replace(info, status="outrun") if outrun and info.status == "running" else info
+
+    return await follow(monitor, job, *until, report=report, look=look)
 
 
 async def finalize(monitor: Monitor, job: JobId) -> JobInfo:

@@ -11,11 +11,11 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import NotFoundError, StateError
 from qmpsnap.model import merge as rules
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.chain import Chain
 from qmpsnap.model.merge import DiskReduction, Situation
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change, Merge, Removal
-from tests.model.world import CLUSTER, World, check_world, mark_hidden, run_steps
+from tests.model.world import World, check_world, mark_hidden, run_steps
 
 SIZE = 6
 MIB = 1 << 20
@@ -274,3 +274,388 @@ def check_kept(world: World, name: str, candidates: Collection[LayerId]) -> None
         assert above, f"{layer} is kept for nobody"
         (child,) = above
         assert not (forest.layer(layer).owned and forest.layer(child).owned), f"{layer} could be one with {child}"
+
+
+# --- the issue's cases ----------------------------------------------------------------------------------------------
+
+
+def tutorial(*, running: bool = True, owned: bool = True) -> tuple[World, tuple[LayerId, ...]]:
+    """Three snapshots with something written after each: four layers, the snapshots at the lower three."""
+    world = World()
+    world.define("web", ("vda", world.image("vda", size=SIZE, owned=owned)))
+    world.guests["web"].running = running
+    world.write("web", "vda", 0, 1)
+    for number in (1, 2, 3):
+        world.create("web", f"s{number}")
+        world.write("web", "vda", 1, number + 1)
+    return world, world.ids("web")
+
+
+def weighed(at: Situation, *mebibytes: float) -> Situation:
+    """The situation with these file sizes along the chain of vda, base first."""
+    sizes = [int(size * MIB) for size in mebibytes]
+    return replace(at, bytes=dict(zip(at.live["vda"].ids, sizes, strict=True)))
+
+
+def consume(world: World, base: LayerId, top: LayerId) -> tuple[str, ...]:
+    """What the verb does before the job."""
+    at = world.situation("web")
+    lost = rules.consumed_by_commit(at, "vda", at.forest.chain("vda", top), base=base, top=top)
+    world.settle("web", Change(snapshots=tuple(replace(snapshot, state="consumed") for snapshot in lost)))
+    return tuple(snapshot.name for snapshot in lost)
+
+
+def drop(at: Situation, *names: str) -> Situation:
+    return at.after(Change(removed_snapshots=names))
+
+
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize(
+    ("base", "top", "lost", "points"),
+    [
+        (0, 1, ("s1",), (0, 0, 2)),
+        (1, 2, ("s2",), (0, 1, 1)),
+        (0, 2, ("s1", "s2"), (0, 1, 0)),
+        (2, 3, ("s3",), (0, 1, 2)),
+        (0, 3, ("s1", "s2", "s3"), (0, 1, 2)),
+    ],
+)
+def test_the_tutorials_commits(
+    base: int, top: int, lost: tuple[str, ...], points: tuple[int, ...], *, running: bool
+) -> None:
+    world, ids = tutorial(running=running)
+    assert consume(world, ids[base], ids[top]) == lost
+    step = rules.commit(world.situation("web"), world.chain("web", "vda"), base=ids[base], top=ids[top])
+    run_steps(world, "web", [step])
+    gone = ids[base + 1 : top + 1]
+    assert world.ids("web") == tuple(layer for layer in ids if layer not in gone)
+    assert (step.live, step.root) == (running, ids[3] if running else ids[top])
+    assert [layer.id for layer in step.rebased] == ([] if running else list(ids[top + 1 : top + 2]))
+    states = world.guests["web"].states()
+    assert states == {name: "consumed" if name in lost else "ok" for name in ("s1", "s2", "s3")}
+    landed = [ids[base] if ids[point] in gone else ids[point] for point in points]
+    assert [world.point("web", name) for name in states] == landed
+
+
+def test_a_commit_never_says_ok_of_what_it_overwrites() -> None:
+    world, ids = tutorial()
+    step = rules.commit(world.situation("web"), world.chain("web", "vda"), base=ids[0], top=ids[2])
+    assert {snapshot.name: snapshot.state for snapshot in step.change.snapshots} == {
+        "s1": "consumed",
+        "s2": "consumed",
+        "s3": "ok",
+    }
+
+
+@pytest.mark.parametrize("base", [None, 0, 1])
+def test_a_stream_harms_no_snapshot_and_leaves_the_layers_they_need(base: int | None) -> None:
+    world, ids = tutorial()
+    below = None if base is None else ids[base]
+    step = rules.stream(world.situation("web"), world.chain("web", "vda"), into=ids[3], base=below)
+    run_steps(world, "web", [step])
+    assert world.ids("web") == ((ids[3],) if base is None else (*ids[: base + 1], ids[3]))
+    assert set(world.guests["web"].states().values()) == {"ok"}
+    assert step.removed == ()
+
+
+def test_a_stream_takes_along_what_no_snapshot_needs() -> None:
+    world = World()
+    world.define("web", ("vda", world.image("vda", size=SIZE)))
+    world.create("web", "s1")
+    world.create("web", None)
+    ids = world.ids("web")
+    step = rules.stream(world.situation("web"), world.chain("web", "vda"), into=ids[2], base=None)
+    assert [layer.id for layer in step.removed] == [ids[1]]
+    run_steps(world, "web", [step])
+
+
+def test_a_stream_forgets_an_image_of_others_and_leaves_its_file() -> None:
+    world, ids = tutorial(owned=False)
+    delete(world, "web", "s1")
+    assert ids[0] not in world.forest.layers
+    assert ids[0] in world.files
+
+
+@pytest.mark.parametrize(("low", "high", "how"), [(300, 2, "commit"), (2, 300, "stream")])
+def test_delete_moves_the_smaller_layer(low: float, high: float, how: str) -> None:
+    world, ids = tutorial()
+    at = drop(weighed(world.situation("web"), 10, low, high, 10), "s2")
+    (reduction,) = rules.reduce(at, [ids[1]])
+    assert reduction.layers == (ids[1], ids[2])
+    (step,) = reduction.steps
+    assert isinstance(step, Merge)
+    assert (step.kind, step.moves) == (how, 2 * MIB)
+    assert [(choice.how, choice.bytes) for choice in reduction.choices] == [
+        (how, 2 * MIB),
+        ("stream" if how == "commit" else "commit", 300 * MIB),
+    ]
+
+
+def test_three_deleted_at_once_go_into_the_big_layer_in_the_middle() -> None:
+    world, ids = tutorial()
+    at = drop(weighed(world.situation("web"), 1, 300, 2, 3), "s1", "s2", "s3")
+    (reduction,) = rules.reduce(at, ids[:3])
+    below, above = reduction.steps
+    assert isinstance(below, Merge)
+    assert isinstance(above, Merge)
+    assert (below.kind, below.into.id, below.base, below.moves) == ("stream", ids[1], None, 1 * MIB)
+    assert (above.kind, above.into.id, above.top.id, above.moves) == ("commit", ids[1], ids[3], 5 * MIB)
+    assert reduction.choices[0].how == "stream, then commit"
+    delete(world, "web", "s1", "s2", "s3")
+    assert len(world.ids("web")) == 1
+
+
+def test_the_last_name_of_a_leaf_unlinks_it_and_what_it_alone_needed() -> None:
+    world, ids = tutorial()
+    world.revert("web", "s1", discard=False)
+    auto = world.guests["web"].snapshots[-1].name
+    (reduction, *_) = delete(world, "web", "s2", "s3", auto)
+    assert isinstance(reduction.steps[0], Removal)
+    assert set(world.forest.layers) == {ids[0], world.active("web", "vda")}
+
+
+def branched() -> tuple[World, tuple[LayerId, ...]]:
+    """s1's layer carries two branches: the one with s2 and s3, and the active one."""
+    world, ids = tutorial()
+    world.revert("web", "s1", discard=True)
+    world.write("web", "vda", 5)
+    return world, ids
+
+
+def test_a_base_with_two_branches_is_kept_hidden_until_one_is_gone() -> None:
+    world, ids = branched()
+    assert delete(world, "web", "s1") == ()
+    assert world.forest.layer(ids[0]).state == "hidden"
+    delete(world, "web", "s2", "s3")
+    assert len(world.forest.layers) == 1
+
+
+def test_commit_into_a_layer_with_a_branch_is_refused() -> None:
+    world, ids = branched()
+    at = world.situation("web")
+    with pytest.raises(StateError, match=f"layer {ids[0]} of disk vda would change, .* layer {ids[1]} \\(of web\\)"):
+        rules.commit(at, at.live["vda"], base=ids[0], top=at.live["vda"].active.id)
+
+
+def test_a_branch_that_reads_top_is_rewritten() -> None:
+    world, ids = tutorial(running=False)
+    world.revert("web", "s3", discard=False)
+    consume(world, ids[1], ids[2])
+    at = world.situation("web")
+    step = rules.commit(at, at.live["vda"], base=ids[1], top=ids[2])
+    assert {layer.id for layer in step.rebased} == {ids[3], world.active("web", "vda")}
+    run_steps(world, "web", [step])
+
+
+def test_a_clone_refuses_commit_and_is_named() -> None:
+    world, ids = tutorial()
+    world.clone("shop", ("vda", ids[1]))
+    at = world.situation("web")
+    for base, top in ((0, 1), (0, 2), (1, 2)):
+        with pytest.raises(StateError, match="shop"):
+            rules.commit(at, at.live["vda"], base=ids[base], top=ids[top])
+    with pytest.raises(StateError, match="shop"):
+        rules.stream(at, at.live["vda"], into=ids[1], base=None)
+    step = rules.stream(at, at.live["vda"], into=ids[3], base=None)
+    run_steps(world, "web", [step])
+    delete(world, "web", "s1", "s2")
+    assert ids[1] in world.forest.layers
+
+
+def test_a_clone_whose_active_layer_is_top_refuses_commit() -> None:
+    world, ids = tutorial()
+    world.clone("shop", ("vda", ids[2]))
+    world.revert("web", "s2", discard=True)
+    delete(world, "web", "s3")  # now ids[2] is the clone's alone
+    shop = world.situation("shop")
+    step = rules.commit(shop, shop.live["vda"], base=ids[2], top=shop.live["vda"].active.id)
+    run_steps(world, "shop", [step])
+    assert world.active("shop", "vda") == ids[2]
+    world.revert("web", "s1", discard=True)
+    at = world.situation("web")
+    with pytest.raises(StateError, match="read by machine shop"):
+        rules.commit(at, at.forest.chain("vda", ids[2]), base=ids[1], top=ids[2])
+
+
+def orphaned(*, running: bool, disks: tuple[str, ...]) -> tuple[World, tuple[LayerId, ...]]:
+    """A machine "shop" cloned on the layers of one that is gone: two layers are left to it alone."""
+    world, ids = tutorial()
+    world.clone("shop", *((disk, ids[1]) for disk in disks))
+    world.guests["shop"].running = running
+    world.undefine("web")
+    return world, ids[:2]
+
+
+def test_a_clones_disk_of_another_name_is_merged_in_its_own_qemu() -> None:
+    world, ids = orphaned(running=True, disks=("root",))
+    world.write("shop", "root", 3)
+    (reduction,) = rules.reduce(world.situation("shop"), ids)
+    assert reduction.disk == "root"
+    run_steps(world, "shop", reduction.steps)
+    assert all(step.live and step.disk == "root" for step in reduction.steps if isinstance(step, Merge))
+    assert world.ids("shop", "root") == (ids[0],)
+
+
+def test_a_layer_that_bears_the_name_of_another_machines_disk_is_merged_where_it_is_open() -> None:
+    world, ids = orphaned(running=False, disks=("root",))
+    at = world.situation("shop")
+    run_steps(world, "shop", [rules.commit(at, at.live["root"], base=ids[1], top=at.live["root"].active.id)])
+    world.create("shop", "mine")
+    world.guests["shop"].running = True
+    (reduction,) = rules.reduce(world.situation("shop"), [ids[0]])
+    run_steps(world, "shop", reduction.steps)
+    assert [(step.live, step.disk) for step in reduction.steps if isinstance(step, Merge)] == [(True, "root")]
+
+
+@pytest.mark.parametrize("kind", ["commit", "stream"])
+def test_a_branch_is_merged_beside_the_running_guest(kind: str) -> None:
+    world, ids = branched()
+    at = world.situation("web")
+    chain = at.forest.chain("vda", ids[2])
+    if kind == "stream":
+        step = rules.stream(at, chain, into=ids[2], base=ids[0])
+    else:
+        consume(world, ids[1], ids[2])
+        at = world.situation("web")
+        step = rules.commit(at, chain, base=ids[1], top=ids[2])
+    assert (step.live, step.root) == (False, ids[2])
+    run_steps(world, "web", [step])
+
+
+def test_a_layer_that_two_disks_of_a_running_guest_read_does_not_go() -> None:
+    world, ids = orphaned(running=True, disks=("vda", "vdb"))
+    at = world.situation("shop")
+    with pytest.raises(StateError, match="open as another disk"):
+        rules.commit(at, at.live["vda"], base=ids[0], top=ids[1])
+    world.guests["shop"].running = False
+    at = world.situation("shop")
+    run_steps(world, "shop", [rules.commit(at, at.live["vda"], base=ids[0], top=ids[1])])
+
+
+def test_an_image_of_others_on_top_is_never_rewritten() -> None:
+    world, ids = tutorial()
+    world.clone("shop", ("vda", ids[1]), owned=False)
+    world.undefine("web")
+    at = world.situation("shop")
+    active = at.live["vda"].active.id
+    with pytest.raises(StateError, match=f"{active} .* was not made by qmpsnap"):
+        rules.commit(at, at.live["vda"], base=ids[0], top=ids[1])
+    with pytest.raises(StateError, match="is never written to"):
+        rules.stream(at, at.live["vda"], into=active, base=None)
+
+
+def test_an_image_of_others_that_goes_leaves_the_store_and_keeps_its_file() -> None:
+    world, ids = tutorial()
+    world.clone("shop", ("vda", ids[1]), owned=False)
+    world.undefine("web")
+    at = world.situation("shop")
+    active = at.live["vda"].active.id
+    (step,) = [rules.commit(at, at.live["vda"], base=ids[1], top=active)]
+    assert step.removed == ()
+    run_steps(world, "shop", [step])
+    assert active in world.files
+
+
+def test_a_leaf_that_is_an_image_of_others_keeps_its_file() -> None:
+    world, ids = tutorial()
+    world.clone("shop", ("vda", ids[1]), owned=False)
+    (leaf,) = world.ids("shop")[-1:]
+    world.create("shop", "s1")
+    world.revert("shop", "s1", discard=True)
+    at = drop(world.situation("shop"), "s1")
+    stray = at.after(Change(active={"vda": ids[0]}, removed_layers=(at.live["vda"].active.id,)))
+    (reduction,) = rules.reduce(stray, [leaf])
+    (step,) = reduction.steps
+    assert (step.removed, step.change.removed_layers) == ((), (leaf,))
+
+
+def test_layers_that_are_all_of_others_stay() -> None:
+    world = World()
+    base = world.image("vda", size=SIZE, owned=False)
+    world.define("web", ("vda", world.image("vda", size=SIZE, backing=base.id, owned=False)), below=(base,))
+    assert rules.reduce(world.situation("web"), [base.id]) == ()
+
+
+def test_runs_one_above_the_other_are_planned_one_after_the_other() -> None:
+    world = World()
+    world.define("web", ("vda", world.image("vda", size=SIZE)))
+    for number in range(1, 6):
+        world.write("web", "vda", *range(number))
+        world.create("web", f"s{number}")
+    reductions = delete(world, "web", "s1", "s3", "s4")  # s1 goes up into or down from s2's layer, s3 and s4 into s5's
+    assert len(reductions) == 2
+    assert len(world.ids("web")) == 3
+
+
+def test_what_takes_a_hidden_layers_place_is_hidden() -> None:
+    world, ids = branched()
+    world.revert("web", "s3", discard=True)
+    world.create("web", "s4")
+    world.revert("web", "s3", discard=False)
+    delete(world, "web", "s3")  # two branches read it: hidden
+    assert world.forest.layer(ids[2]).state == "hidden"
+    world.guests["web"].running = False
+    consume(world, ids[1], ids[2])
+    at = world.situation("web")
+    run_steps(world, "web", [rules.commit(at, at.live["vda"], base=ids[1], top=ids[2])])
+    assert world.forest.layer(ids[1]).state == "hidden"
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("base", "top"), [(2, 1), (1, 1)])
+def test_base_above_top_is_refused(base: int, top: int) -> None:
+    world, ids = tutorial()
+    at = world.situation("web")
+    with pytest.raises(StateError, match=f"{ids[base]} is not below layer {ids[top]}") as refused:
+        rules.commit(at, at.live["vda"], base=ids[base], top=ids[top])
+    assert "vda-1 <- vda-" in refused.value.hint
+    with pytest.raises(StateError, match="is not below"):
+        rules.stream(at, at.live["vda"], into=ids[top], base=ids[base])
+
+
+def test_a_layer_of_another_disk_is_not_found() -> None:
+    world = World()
+    world.define("web", *((disk, world.image(disk, size=SIZE)) for disk in DISKS))
+    world.create("web", "s1")
+    at = world.situation("web")
+    own, other = at.live["vda"], at.live["vdb"]
+    for call in (
+        lambda: rules.commit(at, own, base=other.base.id, top=own.active.id),
+        lambda: rules.commit(at, own, base=own.base.id, top=other.active.id),
+        lambda: rules.stream(at, own, into=other.active.id, base=None),
+        lambda: rules.stream(at, own, into=own.active.id, base=other.base.id),
+        lambda: rules.consumed_by_commit(at, "vda", own, base=other.base.id, top=own.active.id),
+    ):
+        with pytest.raises(NotFoundError, match="disk vda has no layer vdb-"):
+            call()
+
+
+def test_a_stream_of_nothing_is_refused() -> None:
+    world, ids = tutorial()
+    at = world.situation("web")
+    with pytest.raises(StateError, match="nothing lies between"):
+        rules.stream(at, at.live["vda"], into=ids[3], base=ids[2])
+    with pytest.raises(StateError, match="the bottom"):
+        rules.stream(at, at.live["vda"], into=ids[0], base=None)
+
+
+def test_a_commit_into_an_image_of_others_is_refused() -> None:
+    world, ids = tutorial(owned=False)
+    at = world.situation("web")
+    with pytest.raises(StateError, match="was not made by qmpsnap") as refused:
+        rules.commit(at, at.live["vda"], base=ids[0], top=ids[1])
+    assert "qmpsnap stream web vda" in refused.value.hint
+
+
+# --- the situation after a change -----------------------------------------------------------------------------------
+
+
+def test_changed_snapshots_keep_their_place_and_lose_parents_that_go() -> None:
+    world, _ = tutorial()
+    at = world.situation("web")
+    first, second, third = at.snapshots
+    after = at.after(Change(snapshots=(replace(first, state="consumed"),), removed_snapshots=("s2",)))
+    assert [(s.name, s.state, s.parent) for s in after.snapshots] == [("s1", "consumed", None), ("s3", "ok", "s1")]
+    assert (second.parent, third.parent) == ("s1", "s2")

@@ -208,7 +208,7 @@ def test_an_older_store_is_migrated_and_a_private_copy_of_it_kept_that_still_ope
     with closing(schema.connect(old, migrations=(*MIGRATIONS, NEXT))) as connection:
         assert connection.execute("SELECT name, note FROM machine").fetchall() == [("web", "new")]
         assert connection.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS) + 1,)
-    copy = old.with_name(f"store.db.v{len(MIGRATIONS)}")
+    copy = old.with_name("store.db.v1")
     assert mode(copy) == 0o600
     with closing(schema.connect(copy)) as connection:
         assert connection.execute("SELECT name FROM machine").fetchall() == [("web",)]
@@ -218,7 +218,7 @@ def test_an_older_store_is_migrated_and_a_private_copy_of_it_kept_that_still_ope
 
 def test_a_store_is_migrated_once(old: Path) -> None:
     schema.connect(old, migrations=(*MIGRATIONS, NEXT)).close()
-    copy = old.with_name(f"store.db.v{len(MIGRATIONS)}")
+    copy = old.with_name("store.db.v1")
     copy.unlink()
     schema.connect(old, migrations=(*MIGRATIONS, NEXT)).close()
     assert not copy.exists()
@@ -244,10 +244,10 @@ def test_a_migration_that_fails_half_way_leaves_the_store_as_it_was(old: Path) -
 
 
 def test_where_no_copy_can_be_kept_nothing_is_migrated(old: Path) -> None:
-    old.with_name(f"store.db.v{len(MIGRATIONS)}").mkdir()
+    old.with_name("store.db.v1").mkdir()
     with pytest.raises(HostCannot):
         schema.connect(old, migrations=(*MIGRATIONS, NEXT))
-    assert ask(old, "PRAGMA user_version") == [(len(MIGRATIONS),)]
+    assert ask(old, "PRAGMA user_version") == [(1,)]
 
 
 # --- files that are not for us --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSp
 from qmpsnap.machine.agent import Completed
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, Operation
+from qmpsnap.ops.adopt import Adopted
 from qmpsnap.ops.compare import ChainView, LayerView
 from qmpsnap.ops.revert import Preview, Reverted
 
@@ -34,6 +35,7 @@ async def the_controller(q: Controller) -> None:
     assert_type(await q.define("web.yaml"), MachineHandle)
     assert_type(await q.define(Path("web.yaml"), folders=[Path("/images")], allow_extra=True), MachineHandle)
     assert_type(await q.define(MachineSpec(name="web", disks=(DiskSpec(name="vda", size=1 << 30),))), MachineHandle)
+    assert_type(await q.adopt("theirs", "/run/qmp.sock"), Adopted)
     assert_type(await q.start("web.yaml", paused=True), MachineHandle)
     await q.start("web.yaml", True)  # type: ignore[call-arg]
     await q.machine(None)  # type: ignore[arg-type]

@@ -1,0 +1,121 @@
+"""Images at places that users name: made beside, put there under their name, and never taken for another's.
+
+A file is made as ``<name>.qs-<tag>.part``, a name of ours; once its identity is durable it gets the name the user
+gave, which must be free. So at every moment it is known whether a file at that name is ours.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from anyio import to_thread
+
+from qmpsnap.block.header import printable
+from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+
+Identity = tuple[int, int]
+"""Device and inode."""
+
+
+def part_of(path: str, tag: str) -> str:
+    """Where the file is made; ``tag`` is nobody else's."""
+    return f"{path}.qs-{tag}.part"
+
+
+async def put(part: str, path: str) -> None:
+    """Give a finished file its name, durably.
+
+    Raises:
+        StateError: something is there; it was not touched.
+        HostCannot: the file system cannot.
+    """
+    await to_thread.run_sync(_put, part, path)
+
+
+async def make_durable(path: str, identity: Identity) -> None:
+    """Write a file out, and its name.
+
+    Raises:
+        StoreMismatch: another file has that name.
+        HostCannot: the disk fails.
+    """
+    await to_thread.run_sync(_make_durable, path, identity)
+
+
+async def discard(path: str, identity: Identity) -> bool:
+    """Remove the file at that name if it is the one meant; say whether it was.
+
+    Raises:
+        HostCannot: no right, or the disk fails.
+    """
+    return await to_thread.run_sync(_discard, path, identity)
+
+
+async def identity_of(path: str) -> Identity | None:
+    """Identity of the regular file at that name, None if there is none."""
+    return await to_thread.run_sync(_identity, path)
+
+
+def _put(part: str, path: str) -> None:
+    try:
+        os.link(part, path, follow_symlinks=False)
+        Path(part).unlink()
+        _sync_folder(path)
+    except FileExistsError as error:
+        raise taken(path) from error
+    except OSError as error:
+        hint = ""
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            hint = "that file system has no hard links: make the image yourself and use --reuse"
+        raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}", hint=hint) from error
+
+
+def taken(path: str) -> StateError:
+    """Something is at a name that should be free."""
+    return StateError(
+        f"{printable(path)} exists already; nothing was changed",
+        hint="choose another name, or --reuse to overwrite that image",
+    )
+
+
+def _make_durable(path: str, identity: Identity) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            found = os.fstat(descriptor)
+            if (found.st_dev, found.st_ino) != identity:
+                raise StoreMismatch(f"{printable(path)} is another file by now", effect="unknown")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        _sync_folder(path)
+    except OSError as error:
+        raise HostCannot(f"{printable(path)} cannot be written out: {error.strerror}", effect="unknown") from error
+
+
+def _discard(path: str, identity: Identity) -> bool:
+    if _identity(path) != identity:
+        return False
+    try:
+        Path(path).unlink()
+        _sync_folder(path)
+    except OSError as error:
+        raise HostCannot(f"{printable(path)} cannot be removed: {error.strerror}") from error
+    return True
+
+
+def _identity(path: str) -> Identity | None:
+    try:
+        status = Path(path).lstat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+
+
+def _sync_folder(path: str) -> None:
+    folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

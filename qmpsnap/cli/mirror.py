@@ -1,0 +1,98 @@
+"""``mirror``: a disk is copied; the guest goes on with the copy or with what it has."""
+
+import argparse
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.progress import add_progress, reporting
+
+if TYPE_CHECKING:
+    from qmpsnap.controller import Controller
+    from qmpsnap.model.operation import MirrorPlan
+
+
+def register(parsers: Parsers) -> None:
+    """Add the command and the names virsh has for it."""
+    for name in ("mirror", "copy", "blockcopy"):
+        help_ = "copy a disk while the guest runs, then go on with the copy or have it"
+        command = add(parsers, name, _mirror, help=help_ if name == "mirror" else f"the same as mirror: {help_}")
+        add_machine(command)
+        command.add_argument("disk", metavar="DISK", help="the disk")
+        command.add_argument("target", metavar="TARGET", help="path of the copy, or nbd://HOST[:PORT]/EXPORT")
+        end = command.add_mutually_exclusive_group(required=True)
+        end.add_argument("--pivot", dest="mode", action="store_const", const="pivot", help="go on with the copy")
+        end.add_argument("--finish", dest="mode", action="store_const", const="finish", help="go on with what there is")
+        command.add_argument("--shallow", action="store_true", help="copy the active layer only, onto the same backing")
+        command.add_argument("--reuse", action="store_true", help="overwrite the image that is at TARGET")
+        command.add_argument("--format", choices=("qcow2", "raw"), help="format of the copy (qcow2)")
+        command.add_argument("--blocking", action="store_true", help="the guest's writes wait for the copy")
+        command.add_argument("--dry-run", action="store_true", help="print files, QMP commands, bytes; change nothing")
+        add_progress(command)
+        add_format(command)
+
+
+def _mirror(arguments: argparse.Namespace) -> None:
+    from qmpsnap.model.nbd import is_uri
+    from qmpsnap.ops import mirror
+
+    target = arguments.target if is_uri(arguments.target) else os.path.join(os.getcwd(), arguments.target)  # noqa: PTH109, PTH118 - nothing may be normalised
+    request = mirror.MirrorRequest(
+        disk=arguments.disk,
+        target=target,
+        mode=arguments.mode,
+        shallow=arguments.shallow,
+        reuse=arguments.reuse,
+        format=arguments.format,
+        write_blocking=arguments.blocking,
+    )
+
+    async def preview(controller: "Controller") -> "tuple[MirrorPlan, list[tuple[str, dict[str, object]]]]":
+        return await mirror.preview(controller.context, arguments.machine, request)
+
+    if arguments.dry_run:
+        plan, commands = controlling(preview)
+        told = [{"execute": command, "arguments": given} for command, given in commands]
+        document = describe(plan) | {"qmp": told}
+        lines = [f"would {text(document)}; nothing was changed", *(f"  {json.dumps(each)}" for each in told)]
+    else:
+        with reporting(arguments.progress) as report:
+
+            async def act(controller: "Controller") -> "MirrorPlan":
+                return await mirror.run(controller.context, arguments.machine, request, report=report)
+
+            plan = controlling(act)
+        document = describe(plan)
+        lines = [text(document)]
+        if plan.mode == "finish":
+            lines.append(f"{output.printable(plan.target.path)} is yours: qmpsnap does not keep track of it")
+    output.emit(arguments.output, document=document, names=[plan.target.path], table=lambda: "\n".join(lines))
+
+
+def describe(plan: "MirrorPlan") -> dict[str, Any]:
+    """The JSON of a mirror, as docs/cli.md describes it."""
+    return {
+        "machine": plan.machine,
+        "disk": plan.disk,
+        "mode": plan.mode,
+        "target": plan.target.path,
+        "format": plan.target.format,
+        "shallow": plan.shallow,
+        "reused": not plan.made,
+        "layer": plan.target.id if plan.mode == "pivot" else None,
+        "removed": [layer.path for layer in plan.removed if layer.owned],
+        "bytes": plan.moves,
+        "live": plan.live,
+    }
+
+
+def text(document: dict[str, Any]) -> str:
+    """One sentence about a mirror."""
+    how = "copy the active layer" if document["shallow"] else "copy all"
+    end = f"go on with it as {document['layer']}" if document["layer"] else "leave the chain as it is"
+    return (
+        f"{how} of disk {document['disk']} to {output.printable(document['target'])} ({output.size(document['bytes'])}"
+        f" at most), {end}"
+    )

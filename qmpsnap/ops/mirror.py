@@ -1,0 +1,297 @@
+"""``mirror``: a disk is copied while the guest runs, to go on with the copy or to have one."""
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Literal
+
+import anyio
+from anyio import to_thread
+from msgspec import Struct
+
+from qmpsnap.block import header, nbd, place
+from qmpsnap.block.qcow2 import Header
+from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.home import Home
+from qmpsnap.model.merge import Situation, unneeded
+from qmpsnap.model.names import OperationId, job_id, layer_id
+from qmpsnap.model.nbd import NbdExport, is_uri, parse
+from qmpsnap.model.operation import Change, MirrorPlan
+from qmpsnap.model.spec import Format
+from qmpsnap.ops import copying, recover
+from qmpsnap.ops.commit import SETTLE_DEADLINE
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.situation import look
+from qmpsnap.ops.work import Work, working
+from qmpsnap.qmp.jobs import Report, unreported
+
+Mode = Literal["pivot", "finish"]
+
+
+class MirrorRequest(Struct, frozen=True, kw_only=True):
+    """What a user asks for.
+
+    Attributes:
+        target: absolute path of the copy, or an NBD export's URI.
+        mode: ``pivot``: the guest goes on with the copy. ``finish``: it stays where it is.
+        shallow: copy the active layer only; the copy has the same backing.
+        reuse: overwrite the image that is at ``target``.
+        format: of the target; None is qcow2 for a new image and what its header says for one that is there.
+        write_blocking: the guest's writes wait for the copy, so that it cannot be outrun.
+    """
+
+    disk: str
+    target: str
+    mode: Mode
+    shallow: bool = False
+    reuse: bool = False
+    format: Format | None = None
+    write_blocking: bool = False
+
+
+class Found(Struct, frozen=True):
+    """The image that is at the target already, and whether anything was ever written to it."""
+
+    header: Header
+    empty: bool
+
+
+def plan(
+    at: Situation, chain: Chain, request: MirrorRequest, *, serial: OperationId, found: Found | None = None
+) -> MirrorPlan:
+    """What will be done; pure.
+
+    Args:
+        at: the situation.
+        chain: the disk's live chain.
+        request: what was asked for.
+        serial: number of the operation and of the new layer.
+        found: the image to reuse.
+
+    Raises:
+        UsageError: shallow onto raw, or a pivot to an NBD export.
+        ImageRefused: the image to reuse does not fit.
+    """
+    active, export = chain.active, parse(request.target) if is_uri(request.target) else None
+    below = chain.layers[-2] if request.shallow and len(chain.layers) > 1 else None
+    image_format = request.format or (found.header.format if found else "raw" if export else "qcow2")
+    _require_possible(request, export, below, image_format)
+    if found:
+        _require_fit(request, chain, below, found)
+    target = Layer(
+        id=layer_id(chain.disk, serial),
+        path=request.target,
+        format=image_format,
+        backing=below.id if below else None,
+        virtual_size=active.virtual_size,
+        device=found.header.device if found else 0,
+        inode=found.header.inode if found else 0,
+        owned=found is None and export is None,
+    )
+    change = Change()
+    removed: tuple[Layer, ...] = ()
+    if request.mode == "pivot":
+        change = Change(layers=(target,), active={chain.disk: target.id})
+        left = reversed(chain.layers[-1:] if below else chain.layers)
+        removed = unneeded(at.forest.apply(at.machine, change), left)
+        change = Change(
+            layers=(target,),
+            active={chain.disk: target.id},
+            removed_layers=tuple(layer.id for layer in removed),
+        )
+    copied = chain.layers[-1:] if below else chain.layers
+    return MirrorPlan(
+        machine=at.machine,
+        disk=chain.disk,
+        mode=request.mode,
+        target=target,
+        made=target.owned,
+        shallow=below is not None,
+        write_blocking=request.write_blocking,
+        live=at.running,
+        chain=chain.layers,
+        moves=min(active.virtual_size, sum(at.bytes.get(layer.id, 0) for layer in copied)),
+        removed=removed,
+        nbd=export,
+        change=change,
+    )
+
+
+def _require_possible(request: MirrorRequest, export: NbdExport | None, below: Layer | None, kind: Format) -> None:
+    problem = ""
+    if export and request.mode == "pivot":
+        problem = (
+            "a disk does not pivot to an NBD export: nothing would open it at the next start; --finish copies to it"
+        )
+    elif export and below:
+        problem = "an NBD export has no backing: a shallow copy onto it would be no copy"
+    elif export and kind != "raw":
+        problem = "an NBD export is written raw"
+    elif below and kind == "raw":
+        problem = "a raw image has no backing: a shallow copy needs qcow2"
+    if problem:
+        raise UsageError(f"{problem}; nothing was changed")
+
+
+def _require_fit(request: MirrorRequest, chain: Chain, below: Layer | None, found: Found) -> None:
+    """Refuse an image whose content or size would not be the disk's afterwards."""
+    at, wanted = found.header, chain.active.virtual_size
+    path, hint = header.printable(request.target), ""
+    problem = ""
+    if at.virtual_size != wanted:
+        # QEMU: "Source and target image have different sizes".
+        problem = f"has {at.virtual_size} bytes, disk {chain.disk} has {wanted}; a copy is exactly as large"
+        hint = f"qemu-img resize {path} {wanted}"
+    elif at.internal_snapshots or at.dirty or at.corrupt or at.encrypted:
+        problem = "has internal snapshots, is encrypted, or was not closed well"
+    elif at.backing != (below.path if below else None) or (below and at.backing_format != below.format):
+        names = header.printable(at.backing) if at.backing else "nothing"
+        problem = f"names {names} as its backing, where {below.path if below else 'nothing'} is needed"
+        hint = (
+            f"its header must say exactly that: qemu-img create -f qcow2 -F {below.format} -b {below.path}"
+            if below
+            else ("without a backing, or with --shallow")
+        )
+    elif below and not found.empty:
+        problem = "holds data already, which a shallow copy would leave between the disk's own"
+        hint = "make it anew, empty"
+    if problem:
+        raise ImageRefused(f"{path} {problem}; nothing was changed", hint=hint)
+
+
+async def preview(
+    context: Context, name: str, request: MirrorRequest
+) -> tuple[MirrorPlan, list[tuple[str, dict[str, object]]]]:
+    """The plan that :func:`run` would follow now and the commands that start its job, without a change."""
+    async with working(context, name, "preview") as work:
+        at, found = await _survey(context, work, request)
+        serial = OperationId(await blocking(context.store.next_serial))
+        made = plan(at, at.live[request.disk], request, serial=serial, found=found)
+        return made, copying.qmp_commands(made, work.machine, job_id(serial, request.disk))
+
+
+async def run(context: Context, name: str, request: MirrorRequest, *, report: Report = unreported) -> MirrorPlan:
+    """Copy; returns what was done once store, QEMU and files agree on it.
+
+    Args:
+        context: where.
+        name: the machine.
+        request: what to copy, and where to.
+        report: told about the job's progress.
+
+    Raises:
+        UsageError: the request cannot be, whatever the state.
+        ImageRefused: the image to reuse does not fit.
+        StateError: something is at the target, or it is somebody's image already.
+        HostCannot: not enough space, or no NBD server there.
+    """
+    async with working(context, name, "mirror") as work:
+        at, found = await _survey(context, work, request)
+        chain = at.live[request.disk]
+        made = plan(at, chain, request, serial=OperationId(0), found=found)
+        await to_thread.run_sync(_require_space, made, found)
+        if made.nbd:
+            await nbd.require_server(made.nbd)
+        operation = await blocking(
+            context.store.open_operation, name, lambda serial: plan(at, chain, request, serial=serial, found=found)
+        )
+        try:
+            await copying.run(context, work.machine, work.qemu, operation, report=report)
+        except BaseException as error:
+            with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
+                await recover.after_failure(context, work.machine, work.qemu, operation, error)
+            raise
+        assert isinstance(operation.plan, MirrorPlan)
+        return operation.plan
+
+
+async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple[Situation, Found | None]:
+    """The situation, and the image that is to be reused; refuses a place that is not free or not for this."""
+    if work.machine.require_disk(request.disk).read_only:
+        raise StateError(
+            f"disk {request.disk} of machine {work.machine.name} is read-only: it never changes; nothing was done",
+            hint="qemu-img convert copies its image",
+            machine=work.machine.name,
+        )
+    at = await look(context, work)
+    if is_uri(request.target):
+        if request.reuse:
+            raise UsageError("--reuse is for images; an NBD export is always overwritten; nothing was changed")
+        return at, None
+    _require_place(context.home, work.machine.name, request)
+    return at, await to_thread.run_sync(_look_at_target, at, request)
+
+
+def _require_place(home: Home, machine: str, request: MirrorRequest) -> None:
+    path = Path(request.target)
+    if not path.is_absolute() or ".." in path.parts:
+        raise UsageError(f"target {request.target!r} is not an absolute path; nothing was changed")
+    if not path.is_relative_to(home.machines):
+        return
+    if request.mode == "finish" or path.parent != home.machine_dir(machine) or re.match(r"[a-z0-9]+-\d+\.", path.name):
+        raise UsageError(
+            f"{header.printable(request.target)} lies where qmpsnap keeps layers, under names of its own;"
+            " nothing was changed",
+            hint="choose another folder or name",
+            machine=machine,
+        )
+
+
+def _look_at_target(at: Situation, request: MirrorRequest) -> Found | None:
+    path = request.target
+    for layer in at.forest.layers.values():
+        if layer.path == path:
+            raise _is_layer(path, layer)
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        if request.reuse:
+            raise ImageRefused(
+                f"there is no image {header.printable(path)} to reuse; nothing was changed", hint="leave out --reuse"
+            ) from None
+        return None
+    except OSError as error:
+        raise HostCannot(
+            f"{header.printable(path)} cannot be looked at: {error.strerror}; nothing was changed"
+        ) from error
+    if not request.reuse:
+        raise place.taken(path)
+    if stat.S_ISREG(status.st_mode):
+        for layer in at.forest.layers.values():
+            if (layer.device, layer.inode) == (status.st_dev, status.st_ino):
+                raise _is_layer(path, layer)
+    kind = request.format or header.read(path).format
+    found = header.require(path, format=kind)
+    probe = Layer(id=layer_id("probe", 0), path=path, format=kind, backing=None, virtual_size=found.virtual_size)
+    return Found(found, header.is_empty(probe))
+
+
+def _is_layer(path: str, layer: Layer) -> StateError:
+    return StateError(
+        f"{header.printable(path)} is layer {layer.id} of this store; nothing was changed", hint="choose another target"
+    )
+
+
+def _require_space(made: MirrorPlan, found: Found | None) -> None:
+    """Refuse before anything begins when the copy could run out of space."""
+    if made.nbd:
+        return
+    folder = Path(made.target.path).parent
+    try:
+        status = os.statvfs(folder)
+    except OSError as error:
+        raise HostCannot(
+            f"{header.printable(str(folder))} cannot be written to: {error.strerror}; nothing was changed",
+            hint="make the folder first",
+        ) from error
+    needed = max(0, made.moves - (found.header.allocated if found else 0))
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        raise HostCannot(
+            f"the copy may take {needed} bytes and {free} are free at {header.printable(str(folder))};"
+            " nothing was changed",
+            hint="make room there, or choose another place",
+            machine=made.machine,
+        )
