@@ -176,7 +176,7 @@ def test_network_cards_have_short_forms(nics: str, expected: tuple[NicSpec, ...]
         ("./k", "/vms/web/k"),
         ("../k", "/vms/k"),
         ("/boot/k", "/boot/k"),
-        ("'@guest/vmlinuz'", "/guest/vmlinuz"),
+        ("'@guest/vmlinuz'", "/guest/vmlinux"),
         ("a b,c", "/vms/web/a b,c"),
     ],
 )
@@ -201,14 +201,14 @@ def test_disks_may_share_a_base() -> None:
 
 def test_a_profile_gives_what_the_spec_leaves_out() -> None:
     spec = spec_of("profile: guest")
-    assert (spec.name, spec.kernel, spec.memory) == ("guest", "/guest/vmlinuz", 256 << 20)
+    assert (spec.name, spec.kernel, spec.memory) == ("guest", "/guest/vmlinux", 256 << 20)
 
 
 def test_the_specs_keys_win_as_a_whole() -> None:
     spec = spec_of("name: mine\nprofile: multi-disk\nmemory: 512\ndisks: [{name: only, size: 1M}]")
     assert (spec.name, spec.memory) == ("mine", 512 << 20)
     assert [disk.name for disk in spec.disks] == ["only"]
-    assert spec.kernel == "/guest/vmlinuz"
+    assert spec.kernel == "/guest/vmlinux"
 
 
 def test_paths_in_a_profile_start_from_its_own_folder(tmp_path: Path) -> None:
