@@ -176,7 +176,7 @@ def test_network_cards_have_short_forms(nics: str, expected: tuple[NicSpec, ...]
         ("./k", "/vms/web/k"),
         ("../k", "/vms/k"),
         ("/boot/k", "/boot/k"),
-        ("'@guest/vmlinuz'", "/guest/vmlinux"),
+        ("'@guest/vmlinuz'", "/guest/vmlinuz"),
         ("a b,c", "/vms/web/a b,c"),
     ],
 )
