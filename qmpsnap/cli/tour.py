@@ -97,13 +97,12 @@ class _Tour:
         _say("Revert: back to the first snapshot; what was active is kept, and the tree branches")
         _type("snapshot", "revert", MACHINE, "first")
         self._compare("the guest", _in_guest(READ), "first")
-        self.said["branch"] = _in_guest(WRITE.format(4) + READ)
         _type("snapshot", "create", MACHINE, "branch")
         _type("tree", MACHINE)
 
     def commit(self) -> None:
         _say("Commit: the active layer goes into the one below it, and the guest runs on")
-        self.said["now"] = _in_guest(WRITE.format(2) + READ)
+        self.said["now"] = _in_guest(WRITE.format(4) + READ)
         _type("commit", MACHINE, "vda", "--base", "branch", code=4)
         _type("commit", MACHINE, "vda", "--base", "branch", "--consume")
         _type("chain", MACHINE)

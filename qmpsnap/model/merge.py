@@ -44,14 +44,13 @@ class Situation(Struct, frozen=True):
             for s in snapshots
         ]
         parents = {s.name: s.parent for s in snapshots if s.name in change.removed_snapshots}
+        kept = (s for s in snapshots if s.name not in parents)
         forest = self.forest.apply(self.machine, change)
         tops = {w.disk: w.layer for w in forest.writers if w.machine == self.machine}
         return replace(
             self,
             forest=forest,
-            snapshots=tuple(
-                replace(s, parent=_surviving(s.parent, parents)) for s in snapshots if s.name not in parents
-            ),
+            snapshots=tuple(replace(s, parent=_surviving(s.parent, parents)) for s in kept),
             live={disk: forest.chain(disk, tops[disk]) for disk in self.live},
         )
 
@@ -99,10 +98,12 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     readers = at.forest.children(top)
     _refuse_strangers(at, chain.disk, top, "whose images would have to be rewritten")
     rebased = tuple(child for child in readers if child.id not in job_chain.ids)
-    _refuse_headers(at, chain.disk, top, readers=readers, rebased=rebased)
+    _refuse_headers(at, chain.disk, top, readers)
+    _refuse_busy(at, chain.disk, {*chain.ids[low : high + 1], *(child.id for child in readers)}, live=live)
     # What lies below ``top`` is overwritten, whatever the caller has marked already.
     lost = {layer.id for layer in chain.layers[low:high]}
     consumed = tuple(replace(s, state="consumed") if _lies_in(s, lost) else s for s in at.snapshots)
+    moved = _moved_points(consumed, {layer.id for layer in gone}, into.id)
     # From now on ``into`` is what ``top`` was: also hidden, if nobody had a name for that.
     keeper = replace(into, virtual_size=max(into.virtual_size, highest.virtual_size), state=highest.state)
     active = {w.disk: into.id for w in at.forest.writers_of(top) if w.machine == at.machine}
@@ -121,7 +122,7 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
         change=Change(
             layers=(keeper, *(replace(child, backing=into.id) for child in readers)),
             active=active,
-            snapshots=_changed(at.snapshots, _moved_points(consumed, {layer.id for layer in gone}, into.id)),
+            snapshots=tuple(new for old, new in zip(at.snapshots, moved, strict=True) if new != old),
             removed_layers=tuple(layer.id for layer in reversed(gone)),
         ),
     )
@@ -139,7 +140,7 @@ def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) 
     Raises:
         NotFoundError: the chain has no such layer.
         StateError: base is not below ``into``, there is nothing between, ``into`` is not ours, or another machine
-            reads it.
+            or another disk of the running guest reads it.
     """
     chain.layer(into)
     high = chain.ids.index(into)
@@ -158,6 +159,7 @@ def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) 
         )
     _refuse_strangers(at, chain.disk, into, "which would see its file written to")
     live = at.running and _in_live(at, chain.disk, into)
+    _refuse_busy(at, chain.disk, {into}, live=live)
     job_chain = at.live[chain.disk] if live else at.forest.chain(chain.disk, into)
     alone = replace(target, backing=base)
     forest = at.forest.apply(at.machine, Change(layers=(alone,)))
@@ -272,7 +274,7 @@ def _runs(at: Situation, pending: Collection[LayerId]) -> list[list[LayerId]]:
         if not forest.references_to(layer)
         and not forest.writers_of(layer)
         and len(children := forest.children(layer)) == 1
-        and forest.machines_above(layer) <= {at.machine}
+        and forest.machines_above(layer) == {at.machine}
     }
     lowest = [layer for layer in single if forest.layer(layer).backing not in single]
     runs = []
@@ -333,21 +335,29 @@ def _refuse_strangers(at: Situation, disk: str, layer: LayerId, consequence: str
         )
 
 
-def _refuse_headers(
-    at: Situation, disk: str, top: LayerId, *, readers: Sequence[Layer], rebased: Sequence[Layer]
-) -> None:
-    """Refuse when a layer that must name another backing is not ours, or is open in QEMU outside the job's chain."""
-    busy = {layer for chain in at.live.values() for layer in chain.ids} if at.running else set()
-    why = [
-        *(f"layer {layer.id} ({layer.path}), which was not made by qmpsnap" for layer in readers if not layer.owned),
-        *(f"layer {layer.id}, which the guest has open as another disk" for layer in rebased if layer.id in busy),
-    ]
-    if why:
+def _refuse_headers(at: Situation, disk: str, top: LayerId, readers: Sequence[Layer]) -> None:
+    """Refuse when a layer that must name another backing is not ours."""
+    if foreign := [f"layer {layer.id} ({layer.path})" for layer in readers if not layer.owned]:
         raise StateError(
-            f"layer {top} of disk {disk} would go, and it is read by {'; '.join(why)}; nothing was changed",
+            f"layer {top} of disk {disk} would go, and it is read by {'; '.join(foreign)}, which was not made by"
+            " qmpsnap; nothing was changed",
             hint=f"qmpsnap stream {at.machine} {disk} merges without harming anybody",
             machine=at.machine,
         )
+
+
+def _refuse_busy(at: Situation, disk: str, touched: Collection[LayerId], *, live: bool) -> None:
+    """Refuse when the running guest has a layer that changes open outside the chain the job runs in."""
+    if not at.running:
+        return
+    for other, chain in at.live.items():
+        if shared := [layer for layer in chain.ids if layer in touched and not (live and other == disk)]:
+            raise StateError(
+                f"layer {shared[0]} of disk {disk} would change, and the guest has it open as another disk, {other};"
+                " nothing was changed",
+                hint=f"try again while {at.machine} is stopped",
+                machine=at.machine,
+            )
 
 
 def _lies_in(snapshot: Snapshot, layers: Collection[LayerId]) -> bool:
@@ -361,10 +371,6 @@ def _moved_points(snapshots: Sequence[Snapshot], moved: Collection[LayerId], int
         else s
         for s in snapshots
     )
-
-
-def _changed(before: Sequence[Snapshot], after: Sequence[Snapshot]) -> tuple[Snapshot, ...]:
-    return tuple(new for old, new in zip(before, after, strict=True) if new != old)
 
 
 def _files(layers: Iterable[Layer]) -> tuple[Layer, ...]:

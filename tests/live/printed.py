@@ -11,12 +11,13 @@ GOLDEN = Path(__file__).parent / "golden"
 _CHANGING = (
     (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "TIME"),
     (re.compile(r"(?<=pid )\d+"), "PID"),
+    (re.compile(r"(?<=pc-q35-)\d+\.\d+"), "VERSION"),
     (re.compile(r"(?<=QEMU )\d+\.\d+\.\d+(, \w+)?"), "VERSION"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "SHA256"),
     (re.compile(r"\d+\.\d ms"), "MS"),
     # How many blocks a file takes is its file system's affair, and it changes a column's width.
     (re.compile(r"\d+(\.\d)? ([KMGT]i)?B(/s)?  +"), "SIZE  "),
-    (re.compile(r"\d+(\.\d)? ([KMGT]i)?B(/s)?(?= )"), "SIZE"),
+    (re.compile(r"\d+(\.\d)? ([KMGT]i)?B\b(/s)?"), "SIZE"),
     (re.compile(r"\b(BYTES|DONE|TOTAL)  +"), r"\1  "),
 )
 

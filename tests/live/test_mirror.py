@@ -1,11 +1,11 @@
-"""Mirror on real chains with known bytes: full and shallow, to go on with the copy or to have it, running and stopped."""
+"""Mirror on real chains with known bytes: full and shallow, to go on with the copy or to have it."""
 
 import hashlib
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -61,6 +61,10 @@ def _image(vm: qmpsnap.MachineHandle, path: Path, *more: str, size: int = SIZE, 
     subprocess.run([binary, "create", "-q", "-f", kind, *more, str(path), str(size)], check=True)
 
 
+def _scribble(path: Path, kind: str) -> None:
+    subprocess.run(["qemu-io", "-f", kind, "-c", "write -q -P 77 4M 1M", str(path)], check=True)
+
+
 @pytest.fixture
 def place(home: Path) -> Path:
     folder = home / "elsewhere"
@@ -70,10 +74,11 @@ def place(home: Path) -> Path:
 
 @pytest.mark.parametrize("state", ["running", "stopped"])
 @pytest.mark.parametrize("mode", ["pivot", "finish"])
-@pytest.mark.parametrize("shallow", [False, True], ids=["full", "shallow"])
+@pytest.mark.parametrize("kind", ["full", "shallow"])
 async def test_the_forms(
-    q: qmpsnap.Controller, place: Path, shallow: bool, mode: Literal["pivot", "finish"], state: str
+    q: qmpsnap.Controller, place: Path, kind: str, mode: Literal["pivot", "finish"], state: str
 ) -> None:
+    shallow = kind == "shallow"
     vm, hashes, now = await _grown(q)
     if state == "running":
         await vm.start(paused=True)
@@ -117,7 +122,7 @@ async def test_reuse(
     base = context_of(vm).store.layer(LayerId("vda-2")).path
     _image(vm, target, *(("-F", "qcow2", "-b", base) if kind == "shallow" else ()), kind=form)
     if kind != "shallow":  # whatever was there is overwritten
-        subprocess.run(["qemu-io", "-f", form, "-c", "write -q -P 77 4M 1M", str(target)], check=True)
+        _scribble(target, form)
     inode = target.stat().st_ino
     if state == "running":
         await vm.start(paused=True)
@@ -152,14 +157,14 @@ async def test_bad_requests_change_nothing(
     _image(vm, other, "-F", "qcow2", "-b", str(taken))
     full = place / "full"
     _image(vm, full, "-F", "qcow2", "-b", base)
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 77 4M 1M", str(full)], check=True)
+    _scribble(full, "qcow2")
     link = place / "link"
     link.symlink_to(plain)
     hard = place / "hard"
     hard.hardlink_to(base)  # a layer under another name
     before = {file: file.stat().st_mtime_ns for file in place.iterdir()}
     serial = context_of(vm).store.next_serial()
-    cases = [
+    cases: list[tuple[type[QmpsnapError], Path | str, dict[str, Any]]] = [
         (StateError, taken, {}),
         (StateError, link, {}),
         (StateError, hard, {"reuse": True}),
@@ -185,7 +190,7 @@ async def test_bad_requests_change_nothing(
             await vm.start(paused=True)
         for family, target, options in cases:
             with pytest.raises(QmpsnapError) as refused:
-                await vm.mirror("vda", target, **{"mode": "pivot", **options})  # type: ignore[arg-type]
+                await vm.mirror("vda", target, **{"mode": "pivot", **options})
             assert type(refused.value) is family, (target, options, refused.value)
             assert refused.value.effect == "none"
     assert {file: file.stat().st_mtime_ns for file in place.iterdir()} == before
@@ -275,7 +280,7 @@ async def test_a_shared_base_and_a_shallow_copy_onto_an_empty_overlay(q: qmpsnap
     """OpenStack's flow: two machines on one base image; one moves to another overlay and starts again from it."""
     base = place / "cloud.raw"
     base.write_bytes(b"\x11" * SIZE)
-    machines = []
+    machines: list[qmpsnap.MachineHandle] = []
     for name in ("one", "two"):
         disk = DiskSpec(name="vda", base=str(base), format="raw")
         vm = await q.define(MachineSpec(name=name, memory=64 * MIB, disks=(disk,)), folders=[place])
@@ -313,3 +318,17 @@ def test_on_the_command_line(home: Path, place: Path, capsys: pytest.CaptureFixt
     assert main(["mirror", "still", "vda", target]) == 2
     assert main(["mirror", "still", "vda", target, "--pivot", "--reuse", "--progress", "none"]) == 0
     assert main(["mirror", "still", "nope", target, "--pivot"]) == 3
+
+
+@pytest.mark.parametrize("mode", ["pivot", "finish"])
+async def test_a_guest_that_never_rests_is_held_for_the_end(
+    q: qmpsnap.Controller, place: Path, monkeypatch: pytest.MonkeyPatch, mode: Literal["pivot", "finish"]
+) -> None:
+    vm, hashes, now = await _grown(q)
+    await vm.start()
+    monkeypatch.setattr("qmpsnap.ops.copying.HOLD_AFTER", 0)
+    await vm.mirror("vda", place / "copy", mode=mode)
+    assert await vm.state() == "running"
+    await hold_invariants(vm, hashes)
+    await vm.stop(force=True)
+    assert await content_hash(vm, (await vm.chains())[0].active.id) == now

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec.structs import replace
@@ -153,9 +153,8 @@ class Histories(RuleBasedStateMachine):
         chain, (low, into) = found
         base = None if whole else low
         between = chain.ids[chain.ids.index(low) + 1 if base else 0 : chain.ids.index(into)]
-        allowed = (
-            bool(between) and self.world.forest.layer(into).owned and self.world.users(into) <= {name}
-        )  # fmt: skip
+        ours = self.world.forest.layer(into).owned and self.world.users(into) <= {name}
+        allowed = bool(between) and ours and idle(self.world, name, chain.disk, into, {into})
         states = self.world.guests[name].states()
         try:
             step = rules.stream(self.world.situation(name), chain, into=into, base=base)
@@ -190,6 +189,7 @@ TestHistories.settings = settings(
     stateful_step_count=40,
     suppress_health_check=list(HealthCheck),
     report_multiple_bugs=False,
+    phases=[Phase.reuse, Phase.generate],  # to shrink a history of forty steps takes minutes: add Phase.shrink by hand
 )
 
 
@@ -201,17 +201,25 @@ def commit_allowed(world: World, name: str, chain: Chain, base: LayerId, top: La
         world.above(layer) == {above} and not forest.writers_of(layer)
         for layer, above in zip(ids[low:high], ids[low + 1 : high + 1], strict=True)
     )
-    return alone and forest.layer(base).owned and world.users(base) <= {name} and headers_free(world, name, chain, top)
+    return (
+        alone
+        and forest.layer(base).owned
+        and world.users(base) <= {name}
+        and headers_free(world, top)
+        and idle(world, name, chain.disk, top, {*ids[low : high + 1], *world.above(top)})
+    )
 
 
-def headers_free(world: World, name: str, chain: Chain, top: LayerId) -> bool:
-    """Whether the header of each layer on ``top`` may be rewritten: ours, and open in no other disk's live chain."""
-    open_now = world.open_in(name)
-    job = next((disk for disk, ids in open_now.items() if top in ids and disk == chain.disk), None)
-    job = job or next((disk for disk, ids in open_now.items() if top in ids), None)
-    elsewhere = {layer for disk, ids in open_now.items() if disk != job for layer in ids}
-    above = world.above(top)
-    return all(world.forest.layer(x).owned for x in above) and not above & elsewhere
+def headers_free(world: World, top: LayerId) -> bool:
+    """Whether the header of each layer on ``top`` may be rewritten."""
+    return all(world.forest.layer(layer).owned for layer in world.above(top))
+
+
+def idle(world: World, name: str, disk: str, into: LayerId, touched: Collection[LayerId]) -> bool:
+    """Whether the guest has nothing that changes open but, perhaps, in the chain of that disk, where the job is."""
+    chains = world.open_in(name)
+    here = disk if into in chains.get(disk, ()) else None
+    return not any(layer in touched for other, ids in chains.items() if other != here for layer in ids)
 
 
 def delete(world: World, name: str, *names: str, metadata: bool = False) -> tuple[DiskReduction, ...]:
@@ -246,8 +254,9 @@ def check_cheapest(world: World, name: str, at: Situation, reduction: DiskReduct
     assert all(step.disk in world.guests[name].disks for step in merges), "of a disk the machine does not have"
     run = reduction.layers
     total = sum(at.bytes[layer] for layer in run)
-    chain = Chain(merges[0].disk, ())
-    free = headers_free(world, name, chain, run[-1])
+    disk, last = merges[0].disk, run[-1]
+    assert idle(world, name, disk, last, run)
+    free = headers_free(world, last) and idle(world, name, disk, last, {*run, *world.above(last)})
     ways = {
         layer: total - at.bytes[layer]
         for layer in run
@@ -268,8 +277,8 @@ def check_kept(world: World, name: str, candidates: Collection[LayerId]) -> None
         assert not forest.references_to(layer)
         assert not forest.writers_of(layer)
         above = world.above(layer)
-        others = world.users(layer) - {name}
-        if len(above) >= 2 or others:
+        elsewhere = world.users(layer) != {name}  # another machine's, or nobody's: a leaf that never had a name
+        if len(above) >= 2 or elsewhere or sum(layer in ids for ids in world.open_in(name).values()) >= 2:
             continue
         assert above, f"{layer} is kept for nobody"
         (child,) = above
@@ -599,6 +608,27 @@ def test_what_takes_a_hidden_layers_place_is_hidden() -> None:
     at = world.situation("web")
     run_steps(world, "web", [rules.commit(at, at.live["vda"], base=ids[1], top=ids[2])])
     assert world.forest.layer(ids[1]).state == "hidden"
+
+
+def test_two_disks_of_a_running_guest_share_no_layer_that_changes() -> None:
+    world, ids = tutorial()
+    world.clone("shop", ("root", ids[2]), ("data", ids[2]))
+    world.guests["shop"].running = True
+    world.undefine("web")
+    at = world.situation("shop")
+    with pytest.raises(StateError, match="open as another disk, data"):
+        rules.commit(at, at.live["root"], base=ids[0], top=ids[1])
+    with pytest.raises(StateError, match="open as another disk, data"):
+        rules.stream(at, at.live["root"], into=ids[1], base=None)
+    assert rules.reduce(at, ids) == ()
+
+
+def test_what_only_a_nameless_leaf_reads_is_not_merged_for_a_disk_the_machine_lacks() -> None:
+    world, ids = tutorial()
+    world.clone("shop", ("root", ids[1]))
+    at = world.situation("shop")
+    lonely = at.forest.apply("web", Change(active={"vda": ids[0]}, removed_snapshots=("s1", "s2", "s3")))
+    assert rules.reduce(replace(at, forest=lonely), [ids[2]]) == ()
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import qmpsnap
 from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
 from qmpsnap.machine.agent import Completed
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, Operation
+from qmpsnap.model.operation import CreatePlan, MirrorPlan, Operation
 from qmpsnap.ops.adopt import Adopted
 from qmpsnap.ops.compare import ChainView, LayerView
 from qmpsnap.ops.revert import Preview, Reverted
@@ -55,6 +55,7 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.revert("before", discard=True, state="paused"), Reverted)
     assert_type(await vm.revert(await vm.snapshot()), Reverted)
     assert_type(await vm.preview_revert("before"), Preview)
+    assert_type(await vm.mirror("vda", "/srv/copy.qcow2", mode="finish"), MirrorPlan)
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
     await vm.revert("before", state="asleep")  # type: ignore[arg-type]
     assert_type(await vm.snapshots(), tuple[Snapshot, ...])

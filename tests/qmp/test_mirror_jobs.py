@@ -1,0 +1,73 @@
+"""Following a mirror that its guest may outrun."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from qmpsnap.errors import QmpError
+from qmpsnap.model.names import JobId
+from qmpsnap.qmp import jobs
+from qmpsnap.qmp.session import COMMAND_DEADLINE, Bell
+
+JOB = JobId("qs.1.vda")
+
+
+class _Silence:
+    async def wait(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+
+
+class Outrun:
+    """A mirror whose rest is told by a list; the last entry is said for ready."""
+
+    def __init__(self, left: Sequence[int], *, changes: bool) -> None:
+        self._left = list(left)
+        self._changes = changes
+        self.said: list[str] = []
+
+    @asynccontextmanager
+    async def listen(self, *events: str) -> AsyncIterator[Bell]:
+        assert events
+        yield _Silence()
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        deadline: float = COMMAND_DEADLINE,  # noqa: ARG002 - the protocol's
+    ) -> Any:
+        if command == "query-jobs":
+            left = self._left.pop(0)
+            state = "running" if self._left else "ready"
+            return [
+                {"id": JOB, "type": "mirror", "status": state, "current-progress": 100, "total-progress": 100 + left}
+            ]
+        self.said.append(command)
+        assert arguments == {"id": JOB, "type": "mirror", "copy-mode": "write-blocking"}
+        if not self._changes:
+            raise QmpError("no such command", qmp_class="CommandNotFound")
+        return {}
+
+
+@pytest.mark.parametrize(("state", "changes"), [("running", True), ("outrun", False)])
+async def test_without_progress_the_writes_are_made_to_wait(
+    monkeypatch: pytest.MonkeyPatch, state: str, *, changes: bool
+) -> None:
+    monkeypatch.setattr(jobs, "WAKE", 0.01)
+    told: list[str] = []
+    qemu = Outrun([50, 50, 50, 0], changes=changes)
+    info = await jobs.follow_mirror(qemu, JOB, "ready", patience=0, report=lambda job: told.append(job.status))
+    assert info.status == "ready"
+    assert set(qemu.said) == {"block-job-change"}
+    assert told == ["running", state, state, "ready"]
+
+
+async def test_with_progress_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "WAKE", 0.01)
+    qemu = Outrun([50, 40, 30, 0], changes=True)
+    await jobs.follow_mirror(qemu, JOB, "ready", patience=0)
+    assert qemu.said == []
