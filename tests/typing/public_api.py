@@ -11,10 +11,12 @@ import qmpsnap
 from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
 from qmpsnap.machine.agent import Completed
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, MirrorPlan, Operation
+from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.ops.adopt import Adopted
 from qmpsnap.ops.compare import ChainView, LayerView
+from qmpsnap.ops.delete import DeletePlan
 from qmpsnap.ops.revert import Preview, Reverted
+from qmpsnap.qmp.commands import JobInfo
 
 
 async def opening(home: Path) -> None:
@@ -56,6 +58,12 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.revert(await vm.snapshot()), Reverted)
     assert_type(await vm.preview_revert("before"), Preview)
     assert_type(await vm.mirror("vda", "/srv/copy.qcow2", mode="finish"), MirrorPlan)
+    assert_type(await vm.commit("vda", base="a", top="b", consume=True), MergePlan)
+    assert_type(await vm.stream("vda", base="a"), MergePlan)
+    assert_type(await vm.delete_snapshots("a", "b", children=True, metadata=False), DeletePlan)
+    assert_type(await vm.jobs(), tuple[JobInfo, ...])
+    assert_type(await vm.wait(), list[Operation])
+    assert_type(await vm.cancel(), list[Operation])
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
     await vm.revert("before", state="asleep")  # type: ignore[arg-type]
     assert_type(await vm.snapshots(), tuple[Snapshot, ...])
