@@ -43,6 +43,7 @@ def _files(home: Path) -> set[str]:
     return {path.name for path in (home / "machines/still").iterdir()}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("qemu", ["lives", "dies too", "never ran"])
 @pytest.mark.parametrize("step", STEPS)
 async def test_killed_controller(
@@ -106,6 +107,7 @@ async def test_a_definition_that_died_can_be_repeated(q: qmpsnap.Controller, hom
     await hold_invariants(vm)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("after", range(1, 40, 3))
 async def test_a_cancelled_scope_leaves_all_or_nothing(
     q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, after: int

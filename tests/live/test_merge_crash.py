@@ -72,6 +72,7 @@ async def _kill(vm: qmpsnap.MachineHandle) -> None:
             assert await wait_end(process, deadline=10)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("step", "verb", "qemu"), CASES)
 async def test_killed_in_the_middle(q: qmpsnap.Controller, home: Path, step: str, verb: str, qemu: str) -> None:
     vm, hashes = await _grown(q)

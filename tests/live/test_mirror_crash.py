@@ -76,6 +76,7 @@ async def _kill(vm: qmpsnap.MachineHandle) -> None:
             assert await wait_end(process, deadline=10)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("step", "form", "qemu"), CASES)
 async def test_killed_in_the_middle(q: qmpsnap.Controller, place: Path, step: str, form: str, qemu: str) -> None:
     vm, hashes, now = await _grown(q)

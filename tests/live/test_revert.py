@@ -350,6 +350,7 @@ async def test_a_machine_that_does_not_start_again_stands_at_the_snapshot_and_sa
     await require_content_of(vm, "a", hashes, taking="c")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("after", range(1, 30, 3))
 async def test_a_cancelled_revert_is_done_or_undone(
     q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, after: int
@@ -410,6 +411,7 @@ async def _qemu_dies(vm: qmpsnap.MachineHandle) -> None:
         assert await wait_end(process, deadline=10)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("qemu", ["lives", "dies too", "never ran"])
 @pytest.mark.parametrize("step", STEPS)
 async def test_killed_controller(q: qmpsnap.Controller, still_spec: MachineSpec, step: str, qemu: str) -> None:
@@ -450,6 +452,7 @@ async def test_killed_controller(q: qmpsnap.Controller, still_spec: MachineSpec,
     assert len(kept) == (0 if discard else 1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "second",
     [
