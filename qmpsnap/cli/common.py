@@ -1,6 +1,7 @@
 """What the nouns share: options, and the two ways to the data."""
 
 import argparse
+import gc
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ def controlling(act: Callable[["Controller"], Awaitable[T]]) -> T:
     import qmpsnap
 
     async def main() -> T:
+        gc.enable()  # all is imported, and a job may take hours
         async with qmpsnap.open() as controller:
             return await act(controller)
 

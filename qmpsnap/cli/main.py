@@ -5,6 +5,7 @@ Modules of the nouns import what is slow (asyncio, qemu.qmp, yaml, rich) inside 
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -66,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """The console script."""
-    sys.exit(main())
+    gc.disable()  # what is imported stays: looking through it again and again would take longer than most commands
+    code = main()
+    gc.freeze()  # and nobody need take it apart at the end
+    sys.exit(code)
 
 
 def _require_text(words: Sequence[str]) -> None:

@@ -50,7 +50,8 @@ async def launch(argv: Sequence[str], machine: Machine, run_dir: Path, *, accel:
     """
 
     async def version() -> str:
-        async with monitor(machine, run_dir) as qemu:
+        # QEMU listens before it has finished its start: on a busy host its greeting takes as long as that.
+        async with monitor(machine, run_dir, deadline=LAUNCH_DEADLINE) as qemu:
             return await commands.query_version(qemu)
 
     process, found = await start(argv, run_dir, machine=machine.name, ask=version)
@@ -93,15 +94,22 @@ async def start(
 
 
 @asynccontextmanager
-async def monitor(machine: Machine, run_dir: Path) -> AsyncIterator[Session]:
+async def monitor(
+    machine: Machine, run_dir: Path, *, deadline: float = session.CONNECT_DEADLINE
+) -> AsyncIterator[Session]:
     """A session with the machine's own monitor, after it has said that it is this machine.
+
+    Args:
+        machine: the machine.
+        run_dir: its run folder.
+        deadline: seconds until the monitor must have greeted us.
 
     Raises:
         QemuGone: nobody answers.
         DeadlinePassed: QEMU is there and silent.
         StateError: the socket belongs to another machine's QEMU.
     """
-    async with session.connect(run_dir / QMP_SOCKET, machine=machine.name) as qemu:
+    async with session.connect(run_dir / QMP_SOCKET, machine=machine.name, deadline=deadline) as qemu:
         uuid = await commands.query_uuid(qemu)
         if uuid != machine.uuid:
             raise StateError(

@@ -11,7 +11,7 @@ from msgspec import Struct
 from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET
-from qmpsnap.machine.machine import start, wait_end
+from qmpsnap.machine.machine import LAUNCH_DEADLINE, start, wait_end
 from qmpsnap.qmp import commands, session
 
 
@@ -78,7 +78,7 @@ async def interrogate(qemu: str) -> Abilities:
         ]  # fmt: skip
 
         async def question() -> Abilities:
-            async with session.connect(run_dir / QMP_SOCKET, machine="(probe)") as monitor:
+            async with session.connect(run_dir / QMP_SOCKET, machine="(probe)", deadline=LAUNCH_DEADLINE) as monitor:
                 return await _interview(monitor)
 
         try:

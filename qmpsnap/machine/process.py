@@ -47,6 +47,8 @@ def spawn(argv: Sequence[str], run_dir: Path) -> Process:
         raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error
     finally:
         os.close(descriptor)
+    if reused := _children.get(child.pid):
+        reused.returncode = 0  # ended and reaped by somebody else, or its pid could not be this one's
     _children[child.pid] = child
     # The child cannot be gone from /proc before it is reaped, and only `_start_ticks` reaps.
     return _record(child.pid, int(_stat(child.pid)[_START_TICKS]))

@@ -52,8 +52,8 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
 
 
 async def _refuse_loss(context: Context, name: str) -> None:
-    chains = await blocking(context.store.chains, name)
-    owned = sorted({layer.path for chain in chains for layer in chain.layers if layer.owned})
+    forest = await blocking(context.store.forest)
+    owned = sorted(at.path for at in forest.layers.values() if at.owned and forest.machines_above(at.id) == {name})
     snapshots = [snapshot.name for snapshot in await blocking(context.store.snapshots, name)]
     if owned or snapshots:
         raise StateError(
