@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qmpsnap.controller import Controller, MachineHandle
     from qmpsnap.controller import open_controller as open  # noqa: A004 - reads as qmpsnap.open()
     from qmpsnap.errors import QmpsnapError
+    from qmpsnap.following import progress
     from qmpsnap.model.chain import Chain, Layer
     from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.model.spec import DiskSpec, MachineSpec
@@ -34,6 +35,7 @@ __all__ = [
     "Snapshot",
     "errors",
     "open",
+    "progress",
 ]
 
 _WHERE = {
@@ -47,6 +49,7 @@ _WHERE = {
     "Snapshot": ("qmpsnap.model.snapshot", "Snapshot"),
     "DiskSpec": ("qmpsnap.model.spec", "DiskSpec"),
     "MachineSpec": ("qmpsnap.model.spec", "MachineSpec"),
+    "progress": ("qmpsnap.following", "progress"),
 }
 
 

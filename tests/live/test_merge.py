@@ -117,6 +117,38 @@ async def test_deleting_keeps_everything_else(q: qmpsnap.Controller, names: tupl
     await hold_invariants(vm, kept)
 
 
+async def test_progress_is_iterated_over(q: qmpsnap.Controller) -> None:
+    vm = await _grown(q)
+    async with qmpsnap.progress(lambda report: vm.stream("vda", report=report)) as job:
+        told = [(info.type, info.status) async for info in job]
+    assert job.result.verb == "stream"
+    assert told[-1] == ("stream", "concluded")
+
+    async def refused() -> None:
+        async with qmpsnap.progress(lambda report: vm.stream("vda", report=report)) as job:
+            assert [info async for info in job] == []
+
+    with pytest.raises(StateError):
+        await refused()
+    await hold_invariants(vm)
+
+
+async def test_a_block_that_raises_cancels_the_job(q: qmpsnap.Controller) -> None:
+    vm = await _grown(q)
+    chain = (await vm.chains())[0].ids
+    hashes = await _hashes(vm)
+
+    async def raising() -> None:
+        async with qmpsnap.progress(lambda report: vm.stream("vda", report=report)) as job:
+            async for info in job:
+                raise RuntimeError(info.status)
+
+    with pytest.raises(ExceptionGroup):
+        await raising()
+    assert (await vm.chains())[0].ids == chain
+    await hold_invariants(vm, hashes)
+
+
 @pytest.mark.parametrize("state", ["running", "stopped"])
 @pytest.mark.parametrize(("below", "above"), [(300, 2), (2, 300)])
 async def test_delete_moves_the_smaller_side(q: qmpsnap.Controller, below: int, above: int, state: str) -> None:
