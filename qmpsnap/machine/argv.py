@@ -125,13 +125,15 @@ def _flash(node: str, path: str, *, read_only: bool) -> Device:
 
 def _monitors() -> Iterator[str]:
     for name, socket in (("qmp", QMP_SOCKET), ("user", USER_SOCKET)):
-        yield from ("-chardev", _socket(name, socket), "-mon", f"chardev={name},mode=control")
+        # QEMU's start races with a client that comes in its midst (decision 0009), so it waits for ours first.
+        wait = name == "qmp"
+        yield from ("-chardev", _socket(name, socket, wait=wait), "-mon", f"chardev={name},mode=control")
     yield from ("-chardev", f"{_socket('console', CONSOLE_SOCKET)},logfile={CONSOLE_LOG},logappend=on")
     yield from ("-serial", "chardev:console")
 
 
-def _socket(name: str, path: str) -> str:
-    return f"socket,id={name},path={path},server=on,wait=off"
+def _socket(name: str, path: str, *, wait: bool = False) -> str:
+    return f"socket,id={name},path={path},server=on,wait={'on' if wait else 'off'}"
 
 
 def _display(spec: MachineSpec) -> Iterator[str]:

@@ -74,7 +74,7 @@ async def interrogate(qemu: str) -> Abilities:
         run_dir = Path(folder)
         argv = [
             qemu, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-S",
-            "-chardev", f"socket,id=qmp,path={QMP_SOCKET},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
+            "-chardev", f"socket,id=qmp,path={QMP_SOCKET},server=on,wait=on", "-mon", "chardev=qmp,mode=control",
         ]  # fmt: skip
 
         async def question() -> Abilities:

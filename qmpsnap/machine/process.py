@@ -19,6 +19,9 @@ from qmpsnap.model.machine import Machine, Process
 
 LOG = "qemu.log"
 
+_WAITING = b"QEMU waiting for connection on: "
+"""What every QEMU of ours says as it starts: it waits for our own monitor session before it opens anything."""
+
 _START_TICKS = 19
 """Where ``/proc/PID/stat`` has the start time, counted from its third field."""
 
@@ -115,10 +118,11 @@ def terminate(process: Process) -> None:
 def log_tail(run_dir: Path, *, limit: int = 2000) -> str:
     """The end of what QEMU wrote, printable."""
     try:
-        raw = (run_dir / LOG).read_bytes()[-limit:]
+        raw = (run_dir / LOG).read_bytes()
     except OSError:
         return ""
-    return "".join(c for c in raw.decode(errors="replace") if c.isprintable() or c == "\n").strip()
+    said = b"\n".join(line for line in raw.split(b"\n") if _WAITING not in line)[-limit:]
+    return "".join(c for c in said.decode(errors="replace") if c.isprintable() or c == "\n").strip()
 
 
 def _record(pid: int, ticks: int, *, accel: str = "") -> Process:

@@ -213,5 +213,11 @@ def test_the_end_of_the_log_is_printable_whatever_was_written(tmp_path: Path) ->
     assert len(log_tail(tmp_path)) <= 2000
 
 
+def test_that_every_qemu_waits_for_our_monitor_is_no_reason(tmp_path: Path) -> None:
+    line = "qemu: -chardev socket,id=qmp: info: QEMU waiting for connection on: disconnected:unix:qmp.sock,server=on\n"
+    (tmp_path / processes.LOG).write_text(line + "qemu: no space\n")
+    assert log_tail(tmp_path) == "qemu: no space"
+
+
 def test_without_a_log_nothing_was_said(tmp_path: Path) -> None:
     assert log_tail(tmp_path) == ""
