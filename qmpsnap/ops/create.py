@@ -24,9 +24,6 @@ from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
 
-SETTLE_DEADLINE = 15.0
-"""Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled."""
-
 
 class CreateRequest(Struct, frozen=True, kw_only=True):
     """What a user asks for.
@@ -158,12 +155,8 @@ async def _run(context: Context, name: str, request: CreateRequest) -> Change:
             require_spec(work.machine, "make it start on a new layer")
         operation = await _open(context, work, chains, request)
         assert isinstance(operation.plan, CreatePlan)
-        try:
+        async with recover.attempting(context, work.machine, work.qemu, operation):
             return await _carry_out(context, work, operation, operation.plan, chains)
-        except BaseException as error:
-            with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
-                await recover.after_failure(context, work.machine, work.qemu, operation, error)
-            raise
 
 
 async def _open(context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest) -> Operation:

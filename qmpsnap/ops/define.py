@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import anyio
 from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
@@ -180,12 +179,8 @@ async def record(
 ) -> Machine:
     """Journal the plan of a new machine, make its files, record it; undone when that fails."""
     operation = await blocking(lambda: context.store.open_operation(machine.name, make, serials=serials))
-    try:
+    async with recover.attempting(context, machine, None, operation):
         await _carry_out(context, operation, firmware_variables=firmware_variables)
-    except BaseException as error:
-        with anyio.CancelScope(shield=True):
-            await recover.after_failure(context, machine, None, operation, error)
-        raise
     return await blocking(context.store.machine, machine.name)
 
 

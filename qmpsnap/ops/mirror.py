@@ -6,7 +6,6 @@ import stat
 from pathlib import Path
 from typing import Literal
 
-import anyio
 from anyio import to_thread
 from msgspec import Struct
 
@@ -21,7 +20,6 @@ from qmpsnap.model.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.operation import Change, MirrorPlan
 from qmpsnap.model.spec import Format
 from qmpsnap.ops import copying, recover
-from qmpsnap.ops.commit import SETTLE_DEADLINE
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.situation import look
 from qmpsnap.ops.work import Work, working
@@ -197,12 +195,8 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         operation = await blocking(
             context.store.open_operation, name, lambda serial: plan(at, chain, request, serial=serial, found=found)
         )
-        try:
+        async with recover.attempting(context, work.machine, work.qemu, operation):
             await copying.run(context, work.machine, work.qemu, operation, report=report)
-        except BaseException as error:
-            with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
-                await recover.after_failure(context, work.machine, work.qemu, operation, error)
-            raise
         assert isinstance(operation.plan, MirrorPlan)
         return operation.plan
 

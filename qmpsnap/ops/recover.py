@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
+import anyio
 from anyio import to_thread
 from msgspec.structs import replace
 
@@ -32,6 +33,13 @@ from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
 Direction = Literal["forward", "back"]
+
+SETTLE_DEADLINE = 45.0
+"""Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled.
+
+The longest way is a revert's: QEMU is ended, 10 s for each of two tries, before files and record are put right. The
+others need less, as their QEMU is only asked; how long a caller waits at most is the same for all.
+"""
 
 EMPTY_LIMIT = 8 << 20
 """Bytes an image may occupy and still pass for one that no guest has written to: tables of an empty 64 TiB image."""
@@ -95,6 +103,23 @@ async def end_open(
         except QmpsnapError as error:
             raise _pending(operation, error.message) from error
     return list(pending)
+
+
+@asynccontextmanager
+async def attempting(
+    context: Context, machine: Machine, qemu: Monitor | None, operation: Operation
+) -> AsyncIterator[None]:
+    """The block carries out an operation; when it fails or is cancelled, what it has left is found out and ended first.
+
+    That is shielded from cancellation and takes :data:`SETTLE_DEADLINE` seconds at most; what is not ended by then
+    stays open for the next command. The block's error goes on, and says what became of the operation.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
+            await after_failure(context, machine, qemu, operation, error)
+        raise
 
 
 async def after_failure(

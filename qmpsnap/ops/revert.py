@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable
 from typing import Literal
 
-import anyio
 from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
@@ -28,9 +27,6 @@ from qmpsnap.ops.switch import all_empty, switch
 from qmpsnap.ops.work import Work, working
 
 Run = Literal["running", "paused"]
-
-SETTLE_DEADLINE = 45.0
-"""Seconds that finding out what became of a failed attempt may take: QEMU may have to be ended, twice 10 s."""
 
 
 class RevertRequest(Struct, frozen=True, kw_only=True):
@@ -196,12 +192,8 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
         # The guest ends only for layers that it can be started on again.
         await to_thread.run_sync(power.require_files, work.machine, points(at, _target(at, request.name)))
         operation = await _open(context, work, at, request)
-        try:
+        async with recover.attempting(context, work.machine, work.qemu, operation):
             await _carry_out(context, work, operation)
-        except BaseException as error:
-            with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
-                await recover.after_failure(context, work.machine, work.qemu, operation, error)
-            raise
         return await _outcome(context, operation)
 
 
