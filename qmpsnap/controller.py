@@ -12,6 +12,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 from msgspec.structs import replace
 
@@ -27,20 +28,38 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format, MachineSpec
-from qmpsnap.ops import adopt, commit, compare, create, define, delete, mirror, power, rename, revert, undefine
+from qmpsnap.model.vmstate import Compression
+from qmpsnap.ops import (
+    adopt,
+    commit,
+    compare,
+    create,
+    define,
+    delete,
+    mirror,
+    power,
+    rename,
+    revert,
+    save,
+    undefine,
+)
 from qmpsnap.ops.adopt import Adopted
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking, this_host
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
+from qmpsnap.ops.memory import MemoryRequest
 from qmpsnap.ops.mirror import MirrorRequest, Mode
 from qmpsnap.ops.revert import Preview, Reverted, RevertRequest, Run
+from qmpsnap.ops.save import RestoreRequest, SaveRequest
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.store.sqlite import SqliteStore
+
+Kind = Literal["disk", "full"]
 
 
 @asynccontextmanager
@@ -202,27 +221,113 @@ class MachineHandle:
         return await compare.state(self._context, await self.record())
 
     async def snapshot(
-        self, name: str | None = None, *, description: str = "", disks: Sequence[str] | None = None
+        self,
+        name: str | None = None,
+        *,
+        kind: Kind = "disk",
+        description: str = "",
+        disks: Sequence[str] | None = None,
+        max_pause_ms: float | None = None,
+        compression: Compression = "none",
+        degrade: bool = False,
+        report: Report = unreported,
     ) -> Snapshot:
-        """Take a snapshot of the disks, all at one instant, without stopping the guest.
+        """Take a snapshot, all disks at one instant; a ``full`` one with the guest's memory of that same instant.
+
+        Of the disks alone the guest notices nothing. For its memory it is held for milliseconds; where the host allows
+        no more than a copy of a guest that stands still, it is held for as long as that takes.
 
         Args:
             name: its name; None takes the next free ``snap-N``.
+            kind: ``disk`` or ``full``.
             description: free text.
             disks: names of the disks; None takes all that the spec does not leave out.
+            max_pause_ms: refuse, rather than hold the guest longer than this; with ``full`` only, like what follows.
+            compression: of the memory's file.
+            degrade: should only the memory fail, keep the disks' snapshot and return that.
+            report: told how much of the memory is written.
 
         Raises:
             NameTaken: there is a snapshot of that name.
-            StateError: a disk is read-only or busy with a job.
+            StateError: a disk is read-only or busy with a job, or the memory cannot be saved as asked.
             StoreMismatch: QEMU's chains are not the store's.
+            HostCannot: no space for the memory; the guest runs on, and there is no trace of the attempt.
         """
-        return await create.run(self._context, self.name, _request(name, description, disks))
+        memory = None
+        if kind == "full":
+            memory = MemoryRequest(max_pause_ms=max_pause_ms, compression=compression, degrade=degrade)
+        request = replace(_request(name, description, disks), memory=memory)
+        return await create.run(self._context, self.name, request, report=report)
 
     async def preview_snapshot(
-        self, name: str | None = None, *, description: str = "", disks: Sequence[str] | None = None
+        self,
+        name: str | None = None,
+        *,
+        kind: Kind = "disk",
+        description: str = "",
+        disks: Sequence[str] | None = None,
+        max_pause_ms: float | None = None,
     ) -> tuple[Machine, CreatePlan]:
         """What :meth:`snapshot` would do now, without doing it."""
-        return await create.preview(self._context, self.name, _request(name, description, disks))
+        memory = MemoryRequest(max_pause_ms=max_pause_ms) if kind == "full" else None
+        request = replace(_request(name, description, disks), memory=memory)
+        return await create.preview(self._context, self.name, request)
+
+    async def save(
+        self,
+        file: str | os.PathLike[str] | None = None,
+        *,
+        name: str | None = None,
+        description: str = "",
+        compression: Compression = "none",
+        report: Report = unreported,
+    ) -> Snapshot:
+        """Take a full snapshot and end QEMU; :meth:`restore` lets the machine go on from there.
+
+        Args:
+            file: where the memory goes; None lets it lie with the machine's images.
+            name: the snapshot's name; None takes the next free ``saved-N``.
+            description: free text.
+            compression: of the memory's file.
+            report: told how much of the memory is written.
+
+        Raises:
+            StateError: it does not run, or the file exists.
+            HostCannot: no space; the guest runs on.
+        """
+        request = SaveRequest(
+            file=None if file is None else str(Path(file).absolute()),
+            name=name,
+            description=description,
+            compression=compression,
+        )
+        return await save.save(self._context, self.name, request, report=report)
+
+    async def restore(
+        self,
+        file: str | os.PathLike[str] | None = None,
+        *,
+        discard: bool = False,
+        paused: bool = False,
+        after: bool = True,
+    ) -> Reverted:
+        """Let the machine go on where it was saved, whatever it does now, and whatever was written since.
+
+        Args:
+            file: a file that :meth:`save` wrote, for this machine; None takes the latest full snapshot.
+            discard: do not keep what was written since.
+            paused: leave the vCPUs stopped.
+            after: set the guest's clock and announce its network cards.
+
+        Raises:
+            NotFoundError: the machine has no full snapshot.
+            StateError: the file is another machine's or its snapshot is gone, or the machine's hardware has changed.
+            StoreMismatch: the file is damaged.
+        """
+        request = RestoreRequest(
+            file=None if file is None else str(Path(file).absolute()), discard=discard, paused=paused, after=after
+        )
+        return await save.restore(self._context, self.name, request)
 
     async def add_layers(self, *, disks: Sequence[str] | None = None) -> tuple[Layer, ...]:
         """Put a new empty layer on every disk as :meth:`snapshot` does, but list no snapshot; returns those layers.
@@ -241,8 +346,12 @@ class MachineHandle:
         request = replace(_request(None, "", disks), listed=False)
         return await create.preview(self._context, self.name, request)
 
-    async def revert(self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None) -> Reverted:
+    async def revert(
+        self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None, after: bool = True
+    ) -> Reverted:
         """Go back to a snapshot: new empty layers on its points become active. A running guest is ended for it.
+
+        With a full snapshot the guest goes on where it was; with one of its disks it boots, if the machine ran.
 
         Disks that the snapshot does not include stay as they are. What was written since is kept as an automatic
         snapshot, ``auto-N``, unless there is nothing.
@@ -250,14 +359,17 @@ class MachineHandle:
         Args:
             snapshot: the snapshot, or its name.
             discard: remove what was written since instead.
-            state: ``running`` or ``paused`` afterwards; None leaves the machine running, paused or stopped as it was.
+            state: ``running`` or ``paused`` afterwards; None leaves the machine running, paused or stopped as it was,
+                and running after a full snapshot.
+            after: with a full snapshot, set the guest's clock and announce its network cards.
 
         Raises:
             NotFoundError: there is none of that name.
-            StateError: it is consumed or internal, or a job holds a disk.
+            StateError: it is consumed or internal, a job holds a disk, or its memory is of other hardware.
             StoreMismatch: QEMU's chains or the files are not the store's.
         """
-        return await revert.run(self._context, self.name, _revert_request(snapshot, discard, state))
+        request = replace(_revert_request(snapshot, discard, state), after=after)
+        return await revert.run(self._context, self.name, request)
 
     async def preview_revert(
         self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None

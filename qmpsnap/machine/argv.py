@@ -52,6 +52,7 @@ def build(
     uuid: str,
     accel: Literal["kvm", "tcg"],
     paused: bool = False,
+    incoming: bool = False,
     firmware: Firmware | None = None,
     tsc_khz: int = TSC_KHZ,
 ) -> list[str]:
@@ -64,6 +65,7 @@ def build(
         uuid: the machine's UUID, by which a running QEMU is known again; network cards without a MAC get one from it.
         accel: what :attr:`MachineSpec.accel` came to on this host.
         paused: start with the vCPUs stopped.
+        incoming: wait for a state to be loaded instead of booting.
         firmware: the flash images; needed when the spec asks for UEFI.
         tsc_khz: the rate of the host's TSC in kHz; only a microvm under TCG needs it, to keep its clock right.
 
@@ -74,7 +76,8 @@ def build(
         *([binary] if isinstance(binary, str) else binary),
         *("-name", f"guest={spec.name},debug-threads=on", "-uuid", uuid),
         *("-nodefaults", "-no-user-config", "-sandbox", _sandbox(spec)),
-        *(["-S"] if paused else []),
+        *(["-S"] if paused or incoming else []),
+        *(["-incoming", "defer"] if incoming else []),
         *("-pidfile", PID_FILE, "-msg", "timestamp=on", "-rtc", "base=utc"),
         *_board(spec, accel, firmware),
         *_kernel(spec, accel, tsc_khz),

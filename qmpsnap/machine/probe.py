@@ -12,7 +12,7 @@ from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.machine.machine import LAUNCH_DEADLINE, start, wait_end
-from qmpsnap.qmp import commands, session
+from qmpsnap.qmp import commands, migration, session
 
 
 class Abilities(Struct, frozen=True, kw_only=True):
@@ -94,7 +94,7 @@ async def _interview(monitor: session.Monitor) -> Abilities:
     version = await commands.query_version(monitor)
     types = {found.name: found.alias for found in await commands.query_machines(monitor)}
     try:
-        await commands.set_migration_capability(monitor, "background-snapshot", enabled=True)
+        await migration.set_capabilities(monitor, {"background-snapshot": True})
         background = ""
     except QmpError as error:
         background = error.message

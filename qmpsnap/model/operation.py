@@ -9,6 +9,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.nbd import NbdExport
 from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 
 OperationState = Literal["planned", "running", "settled", "failed", "unknown"]
 """``planned``: durable, nothing done. ``running``: past its first irrevocable step. ``settled``: done and recorded.
@@ -70,18 +71,45 @@ class DefinePlan(Struct, frozen=True, kw_only=True, tag="define"):
         return (*self.images, *(overlay.layer for overlay in self.overlays))
 
 
+class Memory(Struct, frozen=True, kw_only=True):
+    """How a guest's RAM and devices go into a state file at the instant of the transaction.
+
+    Attributes:
+        path: the finished file; while it is written it has the name ``part``.
+        why: why the guest stands still until all is written; empty for the mode ``background``.
+        resume: the guest ran before, and runs on afterwards.
+        quit: QEMU ends once all is recorded (``save``).
+        degrade: should only the memory fail, the disks' part of the snapshot is kept.
+        max_pause_ms: the guest is held no longer than this; None for as long as it takes.
+    """
+
+    path: str
+    part: str
+    mode: SaveMode
+    layout: Layout
+    compression: Compression
+    hardware: Hardware
+    why: str = ""
+    resume: bool
+    quit: bool = False
+    degrade: bool = False
+    max_pause_ms: float | None = None
+
+
 class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
-    """Take a disk snapshot: every overlay in one transaction.
+    """Take a snapshot: every overlay in one transaction, for a full one with the guest's memory.
 
     Attributes:
         live: a QEMU runs; the transaction is sent to it.
         overlays: the new active layers.
+        memory: how the memory is saved; None for the disks alone.
     """
 
     machine: str
     live: bool
     overlays: tuple[Overlay, ...]
     change: Change
+    memory: Memory | None = None
 
 
 class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
@@ -116,11 +144,17 @@ class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
 
 
 class Removal(Struct, frozen=True, kw_only=True, tag="removal"):
-    """Layers that nobody needs: first the store forgets them, then their files go."""
+    """Layers that nobody needs: first the store forgets them, then their files go.
+
+    Attributes:
+        disk: whose they are.
+        states: state files of snapshots that are gone.
+    """
 
     disk: str
     removed: tuple[Layer, ...]
     change: Change
+    states: tuple[Vmstate, ...] = ()
 
 
 class MergePlan(Struct, frozen=True, kw_only=True, tag="merge"):
@@ -162,6 +196,7 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
         removed: layers of ours that nobody needs after ``change``; their files go.
         restart: the machine is started on the new layers.
         paused: it is started with its vCPUs stopped.
+        vmstate: the memory it goes on with; None for a fresh boot.
         change: what becomes true.
         unwritten: what becomes true instead when the old active layers are empty; None where that does not matter.
     """
@@ -175,6 +210,7 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
     paused: bool
     change: Change
     unwritten: Unwritten | None = None
+    vmstate: Vmstate | None = None
 
 
 class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):

@@ -5,6 +5,7 @@ from typing import Literal
 from msgspec import Struct
 
 from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.vmstate import Vmstate
 
 SnapshotKind = Literal["disk", "full", "internal"]
 SnapshotState = Literal["ok", "consumed"]
@@ -28,6 +29,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         mode: how it was taken: ``live`` (running guest), ``paused`` or ``stopped``.
         pause_ms: how long the guest's vCPUs were held, in milliseconds; None where no guest ran.
         operation: the operation that took it.
+        vmstate: the guest's RAM and devices at that instant; a ``full`` snapshot has it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     points: tuple[Point, ...]
     operation: OperationId
     pause_ms: float | None = None
+    vmstate: Vmstate | None = None
 
     def point(self, disk: str) -> Point | None:
         """The point of that disk, or None when the snapshot does not include it."""

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from typing import TypeVar
 
 from anyio import to_thread
@@ -78,6 +78,18 @@ def _log(context: Context, machine: Machine) -> str:
 async def blocking(call: Callable[..., T], *arguments: object) -> T:
     """Run a store call in a worker thread, to its end: whether it took effect must be known even when cancelled."""
     return await to_thread.run_sync(call, *arguments)
+
+
+@asynccontextmanager
+async def in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter and leave a context manager that waits for a disk, without holding the event loop up."""
+    value = await to_thread.run_sync(manager.__enter__)
+    try:
+        yield value
+    except BaseException as error:
+        manager.__exit__(type(error), error, error.__traceback__)
+        raise
+    manager.__exit__(None, None, None)
 
 
 @asynccontextmanager

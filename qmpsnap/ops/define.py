@@ -26,6 +26,7 @@ from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import recover
 from qmpsnap.ops.context import Context, blocking, locked
+from qmpsnap.ops.overlays import identified
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
@@ -218,7 +219,7 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
     if plan.variables and firmware_variables:
         await to_thread.run_sync(shutil.copyfile, firmware_variables, plan.variables)
         Path(plan.variables).chmod(0o600)
-    await blocking(context.store.settle, operation.id, plan.machine, recover.identified(plan.change, headers))
+    await blocking(context.store.settle, operation.id, plan.machine, identified(plan.change, headers))
 
 
 async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> dict[str, DiskSource]:

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 
+import anyio
 from anyio import to_thread
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError, StoreMismatch
 from qmpsnap.machine import accel, argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
-from qmpsnap.machine.machine import end, launch, wait_end
+from qmpsnap.machine.machine import end, launch, monitor, wait_end
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.ops import compare
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
+from qmpsnap.ops.memory import Loading, load
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands
 
@@ -37,12 +39,19 @@ async def start(context: Context, name: str, *, paused: bool = False) -> Process
         return await bring_up(context, work.machine, paused=paused)
 
 
-async def bring_up(context: Context, machine: Machine, *, paused: bool) -> Process:
+async def bring_up(context: Context, machine: Machine, *, paused: bool, loading: Loading | None = None) -> Process:
     """Start the QEMU of a machine that is ours and stopped, on the store's chains, and record it.
+
+    Args:
+        context: where.
+        machine: the machine.
+        paused: leave the vCPUs stopped.
+        loading: go on with this memory instead of booting.
 
     Raises:
         StoreMismatch: an image is not the one the store knows.
         QemuGone: QEMU ended at once; the message holds what it wrote.
+        QmpError: it does not take the memory; it has been ended.
     """
     chains = await blocking(context.store.chains, machine.name)
     await to_thread.run_sync(require_files, machine, chains)
@@ -58,12 +67,28 @@ async def bring_up(context: Context, machine: Machine, *, paused: bool) -> Proce
         uuid=machine.uuid,
         accel=choice.accel,
         paused=paused,
+        incoming=loading is not None,
         firmware=firmware,
         tsc_khz=accel.tsc_khz(),
     )
     process = await launch(arguments, machine, context.home.run_dir(machine.name), accel=choice.accel)
     await blocking(context.store.set_process, machine.name, process)
+    if loading:
+        await _load(context, machine, process, loading, paused=paused)
     return process
+
+
+async def _load(context: Context, machine: Machine, process: Process, loading: Loading, *, paused: bool) -> None:
+    try:
+        async with monitor(machine, context.home.run_dir(machine.name)) as qemu:
+            await load(qemu, loading)
+            if not paused:
+                await commands.control(qemu, "cont")
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await end(process, None)
+            await blocking(context.store.set_process, machine.name, None)
+        raise
 
 
 async def stop(context: Context, name: str, *, force: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109

@@ -4,28 +4,21 @@ The rule for each verb is a pure function of what was durable and what is found;
 """
 
 import contextlib
-import stat
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Literal
 
 import anyio
 from anyio import to_thread
-from msgspec.structs import replace
 
-from qmpsnap.block import graph, header
-from qmpsnap.block.image import remove
-from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError, StoreMismatch
-from qmpsnap.model.blockdev import node_name
-from qmpsnap.model.chain import Layer
+from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
+from qmpsnap.machine.machine import end
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import LayerId, NodeName
-from qmpsnap.model.operation import Change, CreatePlan, MergePlan, MirrorPlan, Operation, RevertPlan
-from qmpsnap.ops import recover_merge, recover_mirror
+from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation, RevertPlan
+from qmpsnap.ops import recover_create, recover_merge, recover_mirror
 from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.overlays import remove_new
 from qmpsnap.ops.recover_merge import Unfinished
 from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
@@ -40,38 +33,6 @@ SETTLE_DEADLINE = 45.0
 The longest way is a revert's: QEMU is ended, 10 s for each of two tries, before files and record are put right. The
 others need less, as their QEMU is only asked; how long a caller waits at most is the same for all.
 """
-
-EMPTY_LIMIT = 8 << 20
-"""Bytes an image may occupy and still pass for one that no guest has written to: tables of an empty 64 TiB image."""
-
-
-def create_direction(step: str, *, active: int | None, total: int) -> Direction | None:
-    """Whether a broken ``snapshot create`` is finished or undone; pure.
-
-    Args:
-        step: the last durable step.
-        active: how many of the overlays QEMU writes to, None when no QEMU runs.
-        total: how many there are.
-
-    Returns:
-        None when the rules do not cover what was found: someone else has changed the chain.
-    """
-    if step != "transaction":
-        return "back"
-    if active is None or active == total:
-        # Without QEMU nobody can tell whether the transaction ran; either way the overlays read the same.
-        return "forward"
-    return "back" if active == 0 else None
-
-
-def identified(change: Change, headers: Mapping[LayerId, Header], *, pause_ms: float | None = None) -> Change:
-    """The change with the identities of the files that were made, and the pause that was measured."""
-    layers = tuple(
-        replace(layer, device=headers[layer.id].device, inode=headers[layer.id].inode) if layer.id in headers else layer
-        for layer in change.layers
-    )
-    snapshots = tuple(replace(snapshot, pause_ms=pause_ms) for snapshot in change.snapshots)
-    return replace(change, layers=layers, snapshots=snapshots)
 
 
 async def end_open(
@@ -159,7 +120,9 @@ async def _end(
     plan = operation.plan
     if isinstance(plan, CreatePlan):
         async with _answering(context, machine, qemu) as monitor:
-            return await _end_create(context, machine, monitor, operation, plan=plan, error=error)
+            return await recover_create.end(
+                context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
+            )
     if isinstance(plan, MergePlan):
         async with _answering(context, machine, qemu) as monitor:
             return await recover_merge.end(
@@ -174,7 +137,7 @@ async def _end(
         async with _answering(context, machine, qemu) as monitor:
             return await _end_revert(context, machine, monitor, operation, plan=plan, error=error)
     # A definition that did not settle has no machine yet: nobody can have used its images.
-    await _remove_new(plan.created)
+    await remove_new(plan.created)
     await to_thread.run_sync(remove_folder, context.home, plan.machine)
     await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
     return "back"
@@ -184,7 +147,7 @@ async def _end_revert(
     context: Context, machine: Machine, monitor: Monitor | None, operation: Operation, *, plan: RevertPlan, error: str
 ) -> Direction:
     if operation.step == "planned":
-        await _remove_new([overlay.layer for overlay in plan.overlays])
+        await remove_new([overlay.layer for overlay in plan.overlays])
         await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
         return "back"
     if operation.step == "stopping":
@@ -192,33 +155,25 @@ async def _end_revert(
         monitor = None
     elif operation.step == "switched":
         await remove_files(context, plan)
+    elif plan.vmstate and monitor:
+        monitor = await _end_loading(context, machine, monitor, paused=plan.paused)
     note = f"{error}; the machine was not started again: qmpsnap start {machine.name}"
     stopped = plan.restart and monitor is None
     await blocking(lambda: context.store.mark(operation.id, "settled", step="settled", error=note if stopped else None))
     return "forward"
 
 
-async def _end_create(
-    context: Context, machine: Machine, monitor: Monitor | None, operation: Operation, *, plan: CreatePlan, error: str
-) -> Direction:
-    names = frozenset(node_name(overlay.layer) for overlay in plan.overlays)
-    found = await graph.read(monitor) if monitor else None
-    active = None
-    if found:
-        active = sum(bool(disk.nodes) for disk in graph.by_disk(found, names).values())
-    direction = create_direction(operation.step, active=active, total=len(names))
-    if direction is None:
-        raise _pending(operation, "only some of its overlays are active in QEMU")
-    if direction == "forward":
-        headers = {o.layer.id: header.read(o.layer.path, format=o.layer.format) for o in plan.overlays}
-        await blocking(context.store.settle, operation.id, machine.name, identified(plan.change, headers))
-        return direction
-    if monitor and found:
-        for name in sorted(names & graph.node_names(found)):
-            await commands.blockdev_del(monitor, NodeName(name))
-    await _remove_new([overlay.layer for overlay in plan.overlays])
-    await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
-    return direction
+async def _end_loading(context: Context, machine: Machine, monitor: Monitor, *, paused: bool) -> Monitor | None:
+    """A QEMU that was to go on with memory: it runs on when that is loaded, and ends when it is not."""
+    status = (await commands.query_status(monitor)).status
+    if status == "inmigrate":
+        if process := context.process(machine):
+            await end(process, monitor)
+        await blocking(context.store.set_process, machine.name, None)
+        return None
+    if status == "paused" and not paused:
+        await commands.control(monitor, "cont")
+    return monitor
 
 
 @asynccontextmanager
@@ -234,23 +189,6 @@ async def _answering(context: Context, machine: Machine, qemu: Monitor | None) -
             return
     async with context.monitor(machine) as fresh:
         yield fresh
-
-
-async def _remove_new(layers: Iterable[Layer]) -> None:
-    """Remove images that an operation made and nobody has used; whatever looks used is left and said."""
-    for layer in layers:
-        if (identity := await to_thread.run_sync(_identity_of_new, layer)) is not None:
-            await remove(layer.path, device=identity[0], inode=identity[1])
-
-
-def _identity_of_new(layer: Layer) -> tuple[int, int] | None:
-    try:
-        status = Path(layer.path).lstat()
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(status.st_mode) or status.st_blocks * 512 > EMPTY_LIMIT:
-        raise StoreMismatch(f"{layer.path} should be a new, empty image and is not; it was left as it is")
-    return status.st_dev, status.st_ino
 
 
 def remove_folder(home: Home, machine: str) -> None:

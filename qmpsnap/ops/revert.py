@@ -1,12 +1,15 @@
 """``snapshot revert``: new empty overlays on a snapshot's points become active, and what was active stays or goes.
 
 Order: plan -> journal -> overlays made, the guest still running -> ``stopping`` -> QEMU ends -> the record changes
-(``switched``) -> files that nobody needs go -> ``starting`` -> QEMU starts on the new layers -> settled. Before
-``stopping`` a broken revert is undone and the guest has noticed nothing; after it only forward is left.
+(``switched``) -> files that nobody needs go -> ``starting`` -> QEMU starts on the new layers, with the snapshot's
+memory if it has one -> settled. Before ``stopping`` a broken revert is undone and the guest has noticed nothing; after
+it only forward is left.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Literal
 
 from anyio import to_thread
@@ -14,6 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import NotFoundError, QmpsnapError, StateError
+from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
@@ -21,8 +25,10 @@ from qmpsnap.model.merge import Situation, unneeded
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import create, power, recover, situation
-from qmpsnap.ops.context import Context, blocking, require_spec
+from qmpsnap.ops import create, power, recover, situation, wake
+from qmpsnap.ops.context import Context, blocking, in_thread, require_spec
+from qmpsnap.ops.memory import Loading, require_same_hardware
+from qmpsnap.ops.overlays import make_overlays, overlay_on
 from qmpsnap.ops.switch import all_empty, switch
 from qmpsnap.ops.work import Work, working
 
@@ -35,12 +41,16 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
     Attributes:
         name: the snapshot's name.
         discard: do not keep what was written since.
-        run: how the machine is afterwards; None as it was before.
+        run: how the machine is afterwards; None as it was before, and running with memory.
+        file: where a full snapshot's state file lies now, if it was moved.
+        after: tell the guest the time and the network where the machine is, once it runs on with memory.
     """
 
     name: str
     discard: bool = False
     run: Run | None = None
+    file: str | None = None
+    after: bool = True
 
 
 class Reverted(Struct, frozen=True, kw_only=True):
@@ -51,12 +61,16 @@ class Reverted(Struct, frozen=True, kw_only=True):
         kept: the automatic snapshot of what was active before; None when that went.
         removed: the layers that went.
         state: how the machine is now.
+        memory: the guest goes on where it was; else it boots.
+        notes: what the guest could not be told afterwards, one sentence each.
     """
 
     snapshot: Snapshot
     kept: Snapshot | None
     removed: tuple[LayerId, ...]
     state: Literal["running", "paused", "stopped"]
+    memory: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Preview(Struct, frozen=True, kw_only=True):
@@ -106,7 +120,7 @@ def plan(
     snapshot = _target(at, request.name)
     folder = str(home.machine_dir(machine.name))
     overlays = tuple(
-        Overlay(disk=chain.disk, layer=create.overlay_on(chain, serial, folder), backing=chain.active)
+        Overlay(disk=chain.disk, layer=overlay_on(chain, serial, folder), backing=chain.active)
         for chain in points(at, snapshot)
     )
     old = {overlay.disk: at.live[overlay.disk] for overlay in overlays}
@@ -121,9 +135,10 @@ def plan(
         live=mode != "stopped",
         overlays=overlays,
         removed=(),
-        restart=mode != "stopped" or request.run is not None,
-        paused=request.run == "paused" or (request.run is None and mode == "paused"),
+        restart=mode != "stopped" or request.run is not None or snapshot.vmstate is not None,
+        paused=request.run == "paused" or (request.run is None and mode == "paused" and not snapshot.vmstate),
         change=switched,
+        vmstate=snapshot.vmstate,
     )
     after = at.after(switched)
     if request.discard:
@@ -165,6 +180,8 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
         mode = await create.mode_of(qemu)
     serial = OperationId(await blocking(context.store.next_serial))
     planned = plan(machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+    if planned.vmstate:
+        await require_same_hardware(context, machine, planned.vmstate)
     layers = planned.unwritten.layers if planned.unwritten else ()
     unwritten = planned.unwritten is not None and await to_thread.run_sync(all_empty, layers)
     return Preview(plan=planned, unwritten=unwritten)
@@ -190,11 +207,34 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
     async with working(context, name, "snapshot revert") as work:
         at = await situation.look(context, work)
         # The guest ends only for layers that it can be started on again.
-        await to_thread.run_sync(power.require_files, work.machine, points(at, _target(at, request.name)))
-        operation = await _open(context, work, at, request)
-        async with recover.attempting(context, work.machine, work.qemu, operation):
-            await _carry_out(context, work, operation)
-        return await _outcome(context, operation)
+        target = _target(at, request.name)
+        await to_thread.run_sync(power.require_files, work.machine, points(at, target))
+        async with _memory(context, work.machine, target, request) as loading:
+            operation = await _open(context, work, at, request)
+            async with recover.attempting(context, work.machine, work.qemu, operation):
+                await _carry_out(context, work, operation, loading)
+        done = await _outcome(context, operation)
+    if done.memory and done.state == "running" and request.after:
+        return replace(done, notes=await wake.tell(context, work.machine))
+    return done
+
+
+@asynccontextmanager
+async def _memory(
+    context: Context, machine: Machine, snapshot: Snapshot, request: RevertRequest
+) -> AsyncIterator[Loading | None]:
+    """The snapshot's memory, all of it compared with the record and fit for this machine; None for disks alone."""
+    state = snapshot.vmstate
+    if state is None:
+        yield None
+        return
+    await require_same_hardware(context, machine, state)
+    if request.file:
+        moved = Path(request.file)
+        status = await to_thread.run_sync(moved.stat)
+        state = replace(state, path=request.file, device=status.st_dev, inode=status.st_ino)
+    async with in_thread(statefile.verified(state)) as descriptor:
+        yield Loading(state, descriptor)
 
 
 async def _open(context: Context, work: Work, at: Situation, request: RevertRequest) -> Operation:
@@ -206,16 +246,17 @@ async def _open(context: Context, work: Work, at: Situation, request: RevertRequ
     return await blocking(context.store.open_operation, work.machine.name, make)
 
 
-async def _carry_out(context: Context, work: Work, operation: Operation) -> None:
+async def _carry_out(context: Context, work: Work, operation: Operation, loading: Loading | None) -> None:
     planned = operation.plan
     assert isinstance(planned, RevertPlan)
-    await create.make_overlays(context, planned.overlays)
+    await make_overlays(context, planned.overlays)
     # From here on the guest may have ended: recovery finishes instead of rolling back.
     await blocking(lambda: context.store.mark(operation.id, "running", step="stopping"))
     await switch(context, work.machine, work.qemu, operation, planned)
     if planned.restart:
         await blocking(lambda: context.store.mark(operation.id, "running", step="starting"))
-        await power.bring_up(context, await blocking(context.store.machine, planned.machine), paused=planned.paused)
+        machine = await blocking(context.store.machine, planned.machine)
+        await power.bring_up(context, machine, paused=planned.paused, loading=loading)
     await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
 
 
@@ -232,6 +273,7 @@ async def _outcome(context: Context, operation: Operation) -> Reverted:
         kept=snapshots.get(kept[0].name) if kept else None,
         removed=tuple(layer.id for layer in gone if layer.id not in forest.layers),
         state=state if planned.restart else "stopped",
+        memory=planned.vmstate is not None,
     )
 
 
@@ -251,7 +293,7 @@ def _target(at: Situation, name: str) -> Snapshot:
             hint=f"qmpsnap tree {at.machine} shows the others; qmpsnap snapshot delete {at.machine} {name} forgets it",
             machine=at.machine,
         )
-    if snapshot.kind == "internal" or any(point.tag for point in snapshot.points):
+    if any(point.tag for point in snapshot.points):
         raise StateError(
             f"snapshot {name} of machine {at.machine} is internal, and reverting to those is not possible yet;"
             " nothing was changed",

@@ -62,6 +62,9 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE machine ADD COLUMN adopted TEXT;
     """,
+    """
+    ALTER TABLE snapshot ADD COLUMN vmstate TEXT;
+    """,
 )
 
 

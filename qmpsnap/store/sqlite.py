@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import msgspec
+from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch
 from qmpsnap.model.chain import Chain, Layer
@@ -17,6 +18,7 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.store import journal, rows, schema
 
 
@@ -69,7 +71,7 @@ class SqliteStore:
             number = rows.machine_id(sql, machine)
             found = sql.execute(
                 "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
-                " s.operation"
+                " s.operation, s.vmstate"
                 " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent WHERE s.machine = ? ORDER BY s.id",
                 (number,),
             ).fetchall()
@@ -92,6 +94,7 @@ class SqliteStore:
                 pause_ms=row[8],
                 operation=OperationId(row[9]),
                 points=tuple(points.get(row[0], ())),
+                vmstate=self._vmstate(row[10]),
             )
             for row in found
         )
@@ -229,7 +232,7 @@ class SqliteStore:
                 (number, disk, position, active),
             )
         for snapshot in change.snapshots:
-            rows.put_snapshot(sql, number, snapshot)
+            rows.put_snapshot(sql, number, self._portable(snapshot))
         for old, new in change.renamed.items():
             rows.rename_snapshot(sql, number, old, new)
         if change.current is not msgspec.UNSET:
@@ -266,6 +269,19 @@ class SqliteStore:
         # As text: a layer's path is the very string in the header above it, and pathlib would tidy it up.
         inside = path.removeprefix(f"{self._machines}/")
         return ("machines", inside) if inside != path else (f"host:{os.uname().nodename}", path.removeprefix("/"))
+
+    def _portable(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with its state file's path relative where it lies in the machines' folder."""
+        if snapshot.vmstate is None:
+            return snapshot
+        inside = snapshot.vmstate.path.removeprefix(f"{self._machines}/")
+        return replace(snapshot, vmstate=replace(snapshot.vmstate, path=inside))
+
+    def _vmstate(self, text: str | None) -> Vmstate | None:
+        if text is None:
+            return None
+        state = msgspec.json.decode(text, type=Vmstate)
+        return replace(state, path=str(self._machines / state.path))  # an absolute path stays as it is
 
     def _layer(self, row: sqlite3.Row) -> Layer:
         identity, pool, path, layer_format, backing, size, device, inode, owned, state = row
