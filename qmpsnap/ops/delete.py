@@ -10,7 +10,7 @@ from qmpsnap.model import merge as rules
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.merge import DiskReduction, Situation
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change, Merge, MergePlan
+from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops.commit import carry_out
 from qmpsnap.ops.context import Context
@@ -74,6 +74,8 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
     reductions = () if request.metadata else rules.reduce(at.after(opening), candidates)
     reduced = {layer for reduction in reductions for layer in reduction.layers}
     removed = {layer.id for reduction in reductions for step in reduction.steps for layer in step.removed}
+    states = tuple(snapshot.vmstate for snapshot in chosen if snapshot.vmstate and not request.metadata)
+    forgotten = (Removal(disk="", removed=(), states=states, change=Change()),) if states else ()
     return DeletePlan(
         names,
         reductions,
@@ -84,7 +86,7 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
             opening=opening,
             # Gone is gone: what is left after a failure is a hidden layer, which the next delete takes along.
             undo=Change(),
-            steps=tuple(step for reduction in reductions for step in reduction.steps),
+            steps=(*forgotten, *(step for reduction in reductions for step in reduction.steps)),
         ),
     )
 
