@@ -8,7 +8,6 @@ import stat
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Literal
 
 import anyio
 from anyio import to_thread
@@ -23,16 +22,14 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, NodeName
-from qmpsnap.model.operation import Change, CreatePlan, MergePlan, MirrorPlan, Operation, RevertPlan
+from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, MergePlan, MirrorPlan, Operation, RevertPlan
 from qmpsnap.ops import recover_merge, recover_mirror
+from qmpsnap.ops.broken import Broken, Direction, Unfinished
 from qmpsnap.ops.context import Context, blocking
-from qmpsnap.ops.recover_merge import Unfinished
 from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-
-Direction = Literal["forward", "back"]
 
 SETTLE_DEADLINE = 45.0
 """Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled.
@@ -96,12 +93,13 @@ async def end_open(
     """
     pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
     for operation in pending:
+        broken = Broken(context=context, machine=machine, operation=operation, unfinished=unfinished, report=report)
         try:
-            await _end(context, machine, qemu, operation, unfinished=unfinished, report=report)
+            await _end(broken, qemu)
         except OperationPending:
             raise
         except QmpsnapError as error:
-            raise _pending(operation, error.message) from error
+            raise broken.pending(error.message) from error
     return list(pending)
 
 
@@ -132,9 +130,14 @@ async def after_failure(
         operation = next((found for found in recorded if found.id == operation.id), operation)
         # Whoever was cancelled wants the job to end; whoever failed wants to know first.
         unfinished: Unfinished = "refuse" if isinstance(error, Exception) else "cancel"
-        direction = await _end(
-            context, machine, qemu, operation, unfinished=unfinished, error=str(error) or "cancelled"
+        broken = Broken(
+            context=context,
+            machine=machine,
+            operation=operation,
+            unfinished=unfinished,
+            error=str(error) or "cancelled",
         )
+        direction = await _end(broken, qemu)
     except QmpsnapError:
         # The store itself may be what failed; the operation stays open then, which is as good.
         with contextlib.suppress(QmpsnapError):
@@ -146,61 +149,30 @@ async def after_failure(
             error.hint = f"qmpsnap recover {machine.name} finds out and ends it"
 
 
-async def _end(
-    context: Context,
-    machine: Machine,
-    qemu: Monitor | None,
-    operation: Operation,
-    *,
-    unfinished: Unfinished,
-    error: str = "interrupted",
-    report: Report = unreported,
-) -> Direction:
-    plan = operation.plan
-    if isinstance(plan, CreatePlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await _end_create(context, machine, monitor, operation, plan=plan, error=error)
-    if isinstance(plan, MergePlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await recover_merge.end(
-                context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
-            )
-    if isinstance(plan, MirrorPlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await recover_mirror.end(
-                context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
-            )
-    if isinstance(plan, RevertPlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await _end_revert(context, machine, monitor, operation, plan=plan, error=error)
-    # A definition that did not settle has no machine yet: nobody can have used its images.
+async def _end(broken: Broken, qemu: Monitor | None) -> Direction:
+    plan = broken.operation.plan
+    if isinstance(plan, DefinePlan):
+        return await _end_define(broken, plan)
+    async with _answering(broken, qemu) as monitor:
+        if isinstance(plan, CreatePlan):
+            return await _end_create(broken, monitor, plan)
+        if isinstance(plan, MergePlan):
+            return await recover_merge.end(broken, monitor)
+        if isinstance(plan, MirrorPlan):
+            return await recover_mirror.end(broken, monitor)
+        return await _end_revert(broken, monitor, plan)
+
+
+async def _end_define(broken: Broken, plan: DefinePlan) -> Direction:
+    """Undo a definition that did not settle: it has no machine yet, and nobody can have used its images."""
     await _remove_new(plan.created)
-    await to_thread.run_sync(remove_folder, context.home, plan.machine)
-    await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
+    await to_thread.run_sync(remove_folder, broken.context.home, plan.machine)
+    await broken.mark_failed()
     return "back"
 
 
-async def _end_revert(
-    context: Context, machine: Machine, monitor: Monitor | None, operation: Operation, *, plan: RevertPlan, error: str
-) -> Direction:
-    if operation.step == "planned":
-        await _remove_new([overlay.layer for overlay in plan.overlays])
-        await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
-        return "back"
-    if operation.step == "stopping":
-        await switch(context, machine, monitor, operation, plan)
-        monitor = None
-    elif operation.step == "switched":
-        await remove_files(context, plan)
-    note = f"{error}; the machine was not started again: qmpsnap start {machine.name}"
-    stopped = plan.restart and monitor is None
-    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled", error=note if stopped else None))
-    return "forward"
-
-
-async def _end_create(
-    context: Context, machine: Machine, monitor: Monitor | None, operation: Operation, *, plan: CreatePlan, error: str
-) -> Direction:
+async def _end_create(broken: Broken, monitor: Monitor | None, plan: CreatePlan) -> Direction:
+    operation = broken.operation
     names = frozenset(node_name(overlay.layer) for overlay in plan.overlays)
     found = await graph.read(monitor) if monitor else None
     active = None
@@ -208,21 +180,39 @@ async def _end_create(
         active = sum(bool(disk.nodes) for disk in graph.by_disk(found, names).values())
     direction = create_direction(operation.step, active=active, total=len(names))
     if direction is None:
-        raise _pending(operation, "only some of its overlays are active in QEMU")
+        raise broken.pending("only some of its overlays are active in QEMU")
     if direction == "forward":
         headers = {o.layer.id: header.read(o.layer.path, format=o.layer.format) for o in plan.overlays}
-        await blocking(context.store.settle, operation.id, machine.name, identified(plan.change, headers))
+        change = identified(plan.change, headers)
+        await blocking(broken.context.store.settle, operation.id, broken.machine.name, change)
         return direction
     if monitor and found:
         for name in sorted(names & graph.node_names(found)):
             await commands.blockdev_del(monitor, NodeName(name))
     await _remove_new([overlay.layer for overlay in plan.overlays])
-    await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
+    await broken.mark_failed()
     return direction
 
 
+async def _end_revert(broken: Broken, monitor: Monitor | None, plan: RevertPlan) -> Direction:
+    operation = broken.operation
+    if operation.step == "planned":
+        await _remove_new([overlay.layer for overlay in plan.overlays])
+        await broken.mark_failed()
+        return "back"
+    if operation.step == "stopping":
+        await switch(broken.context, broken.machine, monitor, operation, plan)
+        monitor = None
+    elif operation.step == "switched":
+        await remove_files(broken.context, plan)
+    stopped = plan.restart and monitor is None
+    note = f"{broken.error}; the machine was not started again: qmpsnap start {broken.machine.name}"
+    await broken.mark_settled(error=note if stopped else None)
+    return "forward"
+
+
 @asynccontextmanager
-async def _answering(context: Context, machine: Machine, qemu: Monitor | None) -> AsyncIterator[Monitor | None]:
+async def _answering(broken: Broken, qemu: Monitor | None) -> AsyncIterator[Monitor | None]:
     """A monitor that answers: the one at hand, a new one if that has closed, or None when QEMU has ended."""
     if qemu is not None:
         try:
@@ -232,7 +222,7 @@ async def _answering(context: Context, machine: Machine, qemu: Monitor | None) -
         else:
             yield qemu
             return
-    async with context.monitor(machine) as fresh:
+    async with broken.context.monitor(broken.machine) as fresh:
         yield fresh
 
 
@@ -259,12 +249,3 @@ def remove_folder(home: Home, machine: str) -> None:
     home.variables(machine).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _pending(operation: Operation, why: str) -> OperationPending:
-    return OperationPending(
-        f"operation {operation.id} ({operation.verb}) on machine {operation.machine} cannot be ended now: {why}",
-        hint=f"put that right, then: qmpsnap recover {operation.machine}",
-        machine=operation.machine,
-        operation=str(operation.id),
-    )
