@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import qmpsnap
-from qmpsnap.cli import adopt, chain, demo, doctor, job, machine, merge, mirror, output, snapshot
+from qmpsnap.cli import adopt, chain, demo, doctor, job, machine, merge, mirror, output, save, snapshot
 from qmpsnap.errors import QmpsnapError, UsageError
 
 EXIT_CODES = """\
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"qmpsnap {qmpsnap.__version__}")
     parsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for noun in (doctor, demo, machine, adopt, snapshot, chain, merge, mirror, job):
+    for noun in (doctor, demo, machine, adopt, snapshot, save, chain, merge, mirror, job):
         noun.register(parsers)
     return top
 

@@ -4,18 +4,19 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from qmpsnap.cli import delete, output
+from qmpsnap.cli import delete, output, revert
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, reading
+from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.store.store import Store
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
     from qmpsnap.model.machine import Machine
     from qmpsnap.model.operation import CreatePlan
-    from qmpsnap.ops.revert import Preview, Reverted, Run
 
 HERE = "(current, you are here)"
 
@@ -28,11 +29,17 @@ def register(parsers: Parsers) -> None:
     command = add(verbs, "create", _create, help="take a snapshot of every disk at one instant; the guest runs on")
     add_machine(command)
     command.add_argument("name", metavar="NAME", nargs="?", help="its name; the next free snap-N without it")
-    command.add_argument("--kind", choices=("disk",), default="disk", help="what it includes")
+    command.add_argument(
+        "--kind", choices=("disk", "full"), default="disk", help="what it includes: disks, or disks and memory"
+    )
     command.add_argument("--disks", metavar="vda,vdb", help="only these disks")
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
     command.add_argument("--no-snapshot", action="store_true", help="new layers only: nothing appears in the list")
+    command.add_argument("--max-pause", type=float, metavar="MS", help="full: refuse to hold the guest any longer")
+    command.add_argument("--degrade", action="store_true", help="full: should the memory fail, keep the disks alone")
+    add_compress(command)
     command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
+    add_progress(command)
     add_format(command)
 
     command = add(verbs, "list", _list, help="the snapshots of a machine, oldest first")
@@ -46,15 +53,7 @@ def register(parsers: Parsers) -> None:
 
     delete.register(verbs)
 
-    command = add(verbs, "revert", _revert, help="go back to a snapshot; what was written since is kept")
-    add_machine(command)
-    command.add_argument("name", metavar="NAME", help="the snapshot")
-    command.add_argument("--discard", action="store_true", help="do not keep what was written since")
-    after = command.add_mutually_exclusive_group()
-    after.add_argument("--paused", action="store_true", help="leave the machine started, its vCPUs stopped")
-    after.add_argument("--running", action="store_true", help="leave the machine running")
-    command.add_argument("--dry-run", action="store_true", help="print what would be done, change nothing")
-    add_format(command)
+    revert.register(verbs)
 
     command = add(verbs, "rename", _rename, help="give a snapshot another name")
     add_machine(command)
@@ -66,20 +65,34 @@ def register(parsers: Parsers) -> None:
     add_format(command)
 
 
+def add_compress(command: argparse.ArgumentParser) -> None:
+    """``--compress``, for every command that saves memory."""
+    command.add_argument(
+        "--compress", choices=("none", "zstd"), default="none", help="pack the memory's file once it is written"
+    )
+
+
 def _create(arguments: argparse.Namespace) -> None:
     disks = None if arguments.disks is None else [part for part in arguments.disks.split(",") if part]
     if arguments.no_snapshot and (arguments.name or arguments.message):
         raise UsageError("--no-snapshot takes neither NAME nor --message: nothing would bear them; nothing was changed")
 
+    if arguments.kind != "full" and (
+        arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"
+    ):
+        raise UsageError("--max-pause, --degrade and --compress are about memory: add --kind full; nothing was changed")
+
     async def preview(controller: "Controller") -> tuple["Machine", "CreatePlan"]:
         vm = await controller.machine(arguments.machine)
         if arguments.no_snapshot:
             return await vm.preview_add_layers(disks=disks)
-        return await vm.preview_snapshot(arguments.name, description=arguments.message, disks=disks)
-
-    async def act(controller: "Controller") -> Snapshot:
-        vm = await controller.machine(arguments.machine)
-        return await vm.snapshot(arguments.name, description=arguments.message, disks=disks)
+        return await vm.preview_snapshot(
+            arguments.name,
+            kind=arguments.kind,
+            description=arguments.message,
+            disks=disks,
+            max_pause_ms=arguments.max_pause,
+        )
 
     if arguments.dry_run:
         _print_plan(arguments.output, *controlling(preview))
@@ -87,15 +100,35 @@ def _create(arguments: argparse.Namespace) -> None:
     if arguments.no_snapshot:
         _add_layers(arguments, disks)
         return
-    snapshot = controlling(act)
+    with reporting(arguments.progress) as report:
+
+        async def act(controller: "Controller") -> Snapshot:
+            vm = await controller.machine(arguments.machine)
+            return await vm.snapshot(
+                arguments.name,
+                kind=arguments.kind,
+                description=arguments.message,
+                disks=disks,
+                max_pause_ms=arguments.max_pause,
+                compression=arguments.compress,
+                degrade=arguments.degrade,
+                report=report,
+            )
+
+        snapshot = controlling(act)
     with reading() as store:
-        document = _document(store, arguments.machine, snapshot)
+        document = document_of(store, arguments.machine, snapshot)
+    if snapshot.kind != arguments.kind:
+        output.note(f"the memory could not be saved, so this is a {snapshot.kind} snapshot")
     took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
+    memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else ""
     output.emit(
         arguments.output,
         document={"machine": arguments.machine, "snapshot": document},
         names=[snapshot.name],
-        table=lambda: f"snapshot {snapshot.name} of {', '.join(document['disks'])} taken ({snapshot.mode}{took})",
+        table=lambda: (
+            f"snapshot {snapshot.name} of {', '.join(document['disks'])}{memory} taken ({snapshot.mode}{took})"
+        ),
     )
 
 
@@ -127,16 +160,29 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
         {"execute": command, "arguments": machine.sent(arguments)} for command, arguments in qmp_commands(plan, machine)
     ]
 
+    saved = plan.memory
+    memory = {"path": saved.path, "mode": saved.mode, "why": saved.why} if saved else None
+
     def text() -> str:
         lines = [f"would {what} machine {plan.machine}; nothing was changed", "files:"]
         lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
+        if memory:
+            lines += [f"  create {output.printable(memory['path'])} with the memory ({memory['mode']})"]
+            lines += [f"  the guest would stand still meanwhile: {memory['why']}"] if memory["why"] else []
         lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
         lines += [f"  {json.dumps(command)}" for command in commands]
         return "\n".join([*lines, "bytes to move: 0"])
 
     output.emit(
         form,
-        document={"machine": plan.machine, "snapshot": name, "files": files, "qmp": commands, "bytes": 0},
+        document={
+            "machine": plan.machine,
+            "snapshot": name,
+            "files": files,
+            "qmp": commands,
+            "memory": memory,
+            "bytes": 0,
+        },
         names=[name] if name else [overlay.layer.id for overlay in plan.overlays],
         table=text,
     )
@@ -145,7 +191,7 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
 def _list(arguments: argparse.Namespace) -> None:
     with reading() as store:
         snapshots = store.snapshots(arguments.machine)
-        documents = [_document(store, arguments.machine, snapshot) for snapshot in snapshots]
+        documents = [document_of(store, arguments.machine, snapshot) for snapshot in snapshots]
     output.emit(
         arguments.output,
         document={"machine": arguments.machine, "snapshots": documents},
@@ -178,10 +224,12 @@ def _show(arguments: argparse.Namespace) -> None:
                 hint=f"qmpsnap snapshot list {arguments.machine}",
                 machine=arguments.machine,
             )
-        document = _document(store, arguments.machine, found[0])
+        document = document_of(store, arguments.machine, found[0])
 
     def text() -> str:
-        plain = {key: value for key, value in document.items() if key != "disks"}
+        plain = {key: value for key, value in document.items() if key not in {"disks", "vmstate"}}
+        if state := document["vmstate"]:
+            plain["memory"] = f"{state['path']} ({output.size(state['bytes'])}, {state['mode']}, {state['layout']})"
         plain["current"] = "yes" if plain["current"] else "no"
         lines = [
             f"{key + ':':14}{'-' if value in (None, '') else output.printable(str(value))}"
@@ -194,73 +242,6 @@ def _show(arguments: argparse.Namespace) -> None:
         arguments.output,
         document={"machine": arguments.machine, "snapshot": document},
         names=[arguments.name],
-        table=text,
-    )
-
-
-def _revert(arguments: argparse.Namespace) -> None:
-    state: Run | None = "paused" if arguments.paused else "running" if arguments.running else None
-
-    async def look(controller: "Controller") -> "Preview":
-        vm = await controller.machine(arguments.machine)
-        return await vm.preview_revert(arguments.name, discard=arguments.discard, state=state)
-
-    async def act(controller: "Controller") -> "Reverted":
-        vm = await controller.machine(arguments.machine)
-        return await vm.revert(arguments.name, discard=arguments.discard, state=state)
-
-    if arguments.dry_run:
-        _print_revert(arguments.output, controlling(look))
-        return
-    done = controlling(act)
-    kept = f"what was active before is snapshot {done.kept.name}" if done.kept else ""
-    gone = f"{', '.join(done.removed)} removed" if done.removed else ""
-    output.emit(
-        arguments.output,
-        document={
-            "machine": arguments.machine,
-            "snapshot": done.snapshot.name,
-            "kept": done.kept.name if done.kept else None,
-            "removed": list(done.removed),
-            "state": done.state,
-        },
-        names=[done.snapshot.name],
-        table=lambda: "; ".join(
-            filter(None, (f"machine {arguments.machine} is at {done.snapshot.name}, {done.state}", kept, gone))
-        ),
-    )
-
-
-def _print_revert(form: output.Format, found: "Preview") -> None:
-    plan = found.plan
-    files = [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
-    removed = [layer.path for layer in found.removed]
-    commands = [{"execute": "quit"}] if plan.live else []
-    start = ("paused" if plan.paused else "running") if plan.restart else None
-
-    def text() -> str:
-        lines = [f"would revert machine {plan.machine} to {plan.snapshot}; nothing was changed", "files:"]
-        lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
-        lines += [f"  remove {output.printable(path)}" for path in removed]
-        lines += [f"snapshot {found.kept} would keep what is active now"] if found.kept else []
-        lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
-        lines += [f"  {json.dumps(command)}" for command in commands]
-        lines += [f"then QEMU would be started, {start}" if start else "the machine would stay stopped"]
-        return "\n".join([*lines, "bytes to move: 0"])
-
-    output.emit(
-        form,
-        document={
-            "machine": plan.machine,
-            "snapshot": plan.snapshot,
-            "files": files,
-            "removed": removed,
-            "kept": found.kept,
-            "qmp": commands,
-            "start": start,
-            "bytes": 0,
-        },
-        names=[plan.snapshot],
         table=text,
     )
 
@@ -278,7 +259,7 @@ def _tree(arguments: argparse.Namespace) -> None:
     with reading() as store:
         machine = store.machine(arguments.machine)
         snapshots = store.snapshots(arguments.machine)
-        documents = [_document(store, arguments.machine, snapshot) for snapshot in snapshots]
+        documents = [document_of(store, arguments.machine, snapshot) for snapshot in snapshots]
     children: dict[str | None, list[tuple[str, str]]] = {}
     for snapshot in snapshots:
         kind = snapshot.kind if snapshot.state == "ok" else f"{snapshot.kind} ({snapshot.state})"
@@ -294,7 +275,7 @@ def _tree(arguments: argparse.Namespace) -> None:
     )
 
 
-def _document(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any]:
+def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any]:
     """The JSON of one snapshot, as docs/cli.md describes it."""
     layers = _layers(store, snapshot)
     return {
@@ -311,6 +292,21 @@ def _document(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any]:
         },
         "pause_ms": snapshot.pause_ms,
         "mode": snapshot.mode,
+        "vmstate": _vmstate(snapshot.vmstate) if snapshot.vmstate else None,
+    }
+
+
+def _vmstate(state: Vmstate) -> dict[str, Any]:
+    return {
+        "path": state.path,
+        "bytes": state.bytes,
+        "sha256": state.digest,
+        "mode": state.mode,
+        "layout": state.layout,
+        "compression": state.compression,
+        "steps_ms": state.steps_ms,
+        "qemu": state.hardware.qemu_version,
+        "machine_type": state.hardware.machine_type,
     }
 
 

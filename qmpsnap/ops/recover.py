@@ -6,7 +6,6 @@ The rule for each verb is a pure function of what was durable and what is found;
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Literal
 
 import anyio
 from anyio import to_thread
@@ -15,17 +14,15 @@ from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.machine.machine import end
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation, RevertPlan
+from qmpsnap.model.operation import CreatePlan, DefinePlan, MergePlan, MirrorPlan, Operation, RevertPlan
 from qmpsnap.ops import recover_create, recover_merge, recover_mirror
+from qmpsnap.ops.broken import Broken, Direction, Unfinished
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import remove_new
-from qmpsnap.ops.recover_merge import Unfinished
 from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-
-Direction = Literal["forward", "back"]
 
 SETTLE_DEADLINE = 45.0
 """Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled.
@@ -57,12 +54,13 @@ async def end_open(
     """
     pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
     for operation in pending:
+        broken = Broken(context=context, machine=machine, operation=operation, unfinished=unfinished, report=report)
         try:
-            await _end(context, machine, qemu, operation, unfinished=unfinished, report=report)
+            await _end(broken, qemu)
         except OperationPending:
             raise
         except QmpsnapError as error:
-            raise _pending(operation, error.message) from error
+            raise broken.pending(error.message) from error
     return list(pending)
 
 
@@ -93,9 +91,14 @@ async def after_failure(
         operation = next((found for found in recorded if found.id == operation.id), operation)
         # Whoever was cancelled wants the job to end; whoever failed wants to know first.
         unfinished: Unfinished = "refuse" if isinstance(error, Exception) else "cancel"
-        direction = await _end(
-            context, machine, qemu, operation, unfinished=unfinished, error=str(error) or "cancelled"
+        broken = Broken(
+            context=context,
+            machine=machine,
+            operation=operation,
+            unfinished=unfinished,
+            error=str(error) or "cancelled",
         )
+        direction = await _end(broken, qemu)
     except QmpsnapError:
         # The store itself may be what failed; the operation stays open then, which is as good.
         with contextlib.suppress(QmpsnapError):
@@ -107,69 +110,54 @@ async def after_failure(
             error.hint = f"qmpsnap recover {machine.name} finds out and ends it"
 
 
-async def _end(
-    context: Context,
-    machine: Machine,
-    qemu: Monitor | None,
-    operation: Operation,
-    *,
-    unfinished: Unfinished,
-    error: str = "interrupted",
-    report: Report = unreported,
-) -> Direction:
-    plan = operation.plan
-    if isinstance(plan, CreatePlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await recover_create.end(
-                context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
-            )
-    if isinstance(plan, MergePlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await recover_merge.end(
-                context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
-            )
-    if isinstance(plan, MirrorPlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await recover_mirror.end(
-                context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
-            )
-    if isinstance(plan, RevertPlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await _end_revert(context, machine, monitor, operation, plan=plan, error=error)
-    # A definition that did not settle has no machine yet: nobody can have used its images.
+async def _end(broken: Broken, qemu: Monitor | None) -> Direction:
+    plan = broken.operation.plan
+    if isinstance(plan, DefinePlan):
+        return await _end_define(broken, plan)
+    async with _answering(broken, qemu) as monitor:
+        if isinstance(plan, CreatePlan):
+            return await recover_create.end(broken, monitor)
+        if isinstance(plan, MergePlan):
+            return await recover_merge.end(broken, monitor)
+        if isinstance(plan, MirrorPlan):
+            return await recover_mirror.end(broken, monitor)
+        return await _end_revert(broken, monitor, plan)
+
+
+async def _end_define(broken: Broken, plan: DefinePlan) -> Direction:
+    """Undo a definition that did not settle: it has no machine yet, and nobody can have used its images."""
     await remove_new(plan.created)
-    await to_thread.run_sync(remove_folder, context.home, plan.machine)
-    await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
+    await to_thread.run_sync(remove_folder, broken.context.home, plan.machine)
+    await broken.mark_failed()
     return "back"
 
 
-async def _end_revert(
-    context: Context, machine: Machine, monitor: Monitor | None, operation: Operation, *, plan: RevertPlan, error: str
-) -> Direction:
+async def _end_revert(broken: Broken, monitor: Monitor | None, plan: RevertPlan) -> Direction:
+    operation = broken.operation
     if operation.step == "planned":
         await remove_new([overlay.layer for overlay in plan.overlays])
-        await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
+        await broken.mark_failed()
         return "back"
     if operation.step == "stopping":
-        await switch(context, machine, monitor, operation, plan)
+        await switch(broken.context, broken.machine, monitor, operation, plan)
         monitor = None
     elif operation.step == "switched":
-        await remove_files(context, plan)
+        await remove_files(broken.context, plan)
     elif plan.vmstate and monitor:
-        monitor = await _end_loading(context, machine, monitor, paused=plan.paused)
-    note = f"{error}; the machine was not started again: qmpsnap start {machine.name}"
+        monitor = await _end_loading(broken, monitor, paused=plan.paused)
     stopped = plan.restart and monitor is None
-    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled", error=note if stopped else None))
+    note = f"{broken.error}; the machine was not started again: qmpsnap start {broken.machine.name}"
+    await broken.mark_settled(error=note if stopped else None)
     return "forward"
 
 
-async def _end_loading(context: Context, machine: Machine, monitor: Monitor, *, paused: bool) -> Monitor | None:
+async def _end_loading(broken: Broken, monitor: Monitor, *, paused: bool) -> Monitor | None:
     """A QEMU that was to go on with memory: it runs on when that is loaded, and ends when it is not."""
     status = (await commands.query_status(monitor)).status
     if status == "inmigrate":
-        if process := context.process(machine):
+        if process := broken.context.process(broken.machine):
             await end(process, monitor)
-        await blocking(context.store.set_process, machine.name, None)
+        await blocking(broken.context.store.set_process, broken.machine.name, None)
         return None
     if status == "paused" and not paused:
         await commands.control(monitor, "cont")
@@ -177,7 +165,7 @@ async def _end_loading(context: Context, machine: Machine, monitor: Monitor, *, 
 
 
 @asynccontextmanager
-async def _answering(context: Context, machine: Machine, qemu: Monitor | None) -> AsyncIterator[Monitor | None]:
+async def _answering(broken: Broken, qemu: Monitor | None) -> AsyncIterator[Monitor | None]:
     """A monitor that answers: the one at hand, a new one if that has closed, or None when QEMU has ended."""
     if qemu is not None:
         try:
@@ -187,7 +175,7 @@ async def _answering(context: Context, machine: Machine, qemu: Monitor | None) -
         else:
             yield qemu
             return
-    async with context.monitor(machine) as fresh:
+    async with broken.context.monitor(broken.machine) as fresh:
         yield fresh
 
 
@@ -197,12 +185,3 @@ def remove_folder(home: Home, machine: str) -> None:
     home.variables(machine).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _pending(operation: Operation, why: str) -> OperationPending:
-    return OperationPending(
-        f"operation {operation.id} ({operation.verb}) on machine {operation.machine} cannot be ended now: {why}",
-        hint=f"put that right, then: qmpsnap recover {operation.machine}",
-        machine=operation.machine,
-        operation=str(operation.id),
-    )

@@ -1,13 +1,12 @@
 """Ending a broken ``snapshot create``: the journal's step, QEMU's graph and, for a full one, its migration decide."""
 
 from pathlib import Path
-from typing import Literal
 
 from anyio import to_thread
 from msgspec.structs import replace
 
 from qmpsnap.block import graph, header
-from qmpsnap.errors import DeadlinePassed, HostCannot, OperationPending, StoreMismatch
+from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.machine.machine import end as end_qemu
 from qmpsnap.model.blockdev import node_name
@@ -16,14 +15,11 @@ from qmpsnap.model.names import NodeName
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops import memory as saving
+from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import identified, remove_new
-from qmpsnap.ops.recover_merge import Unfinished
 from qmpsnap.qmp import commands, migration
-from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-
-Direction = Literal["forward", "back"]
 
 
 def direction(step: str, *, active: int | None, total: int) -> Direction | None:
@@ -37,7 +33,7 @@ def direction(step: str, *, active: int | None, total: int) -> Direction | None:
     Returns:
         None when the rules do not cover what was found: someone else has changed the chain.
     """
-    if step == "planned":
+    if step not in {"transaction", "saving"}:
         return "back"
     if active is None or active == total:
         # Without QEMU nobody can tell whether the transaction ran; either way the overlays read the same.
@@ -45,16 +41,7 @@ def direction(step: str, *, active: int | None, total: int) -> Direction | None:
     return "back" if active == 0 else None
 
 
-async def end(
-    context: Context,
-    machine: Machine,
-    monitor: Monitor | None,
-    operation: Operation,
-    *,
-    unfinished: Unfinished = "refuse",
-    error: str = "interrupted",
-    report: Report = unreported,
-) -> Direction:
+async def end(broken: Broken, monitor: Monitor | None) -> Direction:
     """End the operation; ``forward`` when there is a snapshot (or were to be only layers), ``back`` when there is none.
 
     Disks that have moved stay where they are, whatever became of the memory: a guest may have written there.
@@ -63,65 +50,91 @@ async def end(
         OperationPending: its memory is still being written, and ``unfinished`` says to leave that.
         QmpsnapError: QEMU or the files say something the rules do not cover.
     """
-    plan = operation.plan
+    plan = broken.operation.plan
     assert isinstance(plan, CreatePlan)
-    if operation.step == "ending":
-        await quit_saved(context, machine, monitor, operation)
+    if broken.operation.step == "ending":
+        await quit_saved(broken.context, broken.machine, monitor, broken.operation)
         return "forward"
     names = frozenset(node_name(overlay.layer) for overlay in plan.overlays)
     found = await graph.read(monitor) if monitor else None
     active = None
     if found:
         active = sum(bool(disk.nodes) for disk in graph.by_disk(found, names).values())
-    way = direction(operation.step, active=active, total=len(names))
+    way = direction(broken.operation.step, active=active, total=len(names))
     if way is None:
-        raise StoreMismatch("only some of its overlays are active in QEMU")
+        raise broken.pending("only some of its overlays are active in QEMU")
     if way == "forward":
-        return await _forward(
-            context, machine, monitor, operation, plan, unfinished=unfinished, error=error, report=report
-        )
+        return await _forward(broken, monitor, plan)
     if plan.memory:
-        await _drop(monitor, operation, plan.memory)
+        await _drop(broken, monitor, plan.memory)
     if monitor and found:
         for name in sorted(names & graph.node_names(found)):
             await commands.blockdev_del(monitor, NodeName(name))
     await remove_new([overlay.layer for overlay in plan.overlays])
-    await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
+    await broken.mark_failed()
     return way
 
 
-async def _forward(
-    context: Context,
-    machine: Machine,
-    monitor: Monitor | None,
-    operation: Operation,
-    plan: CreatePlan,
-    *,
-    unfinished: Unfinished,
-    error: str,
-    report: Report,
-) -> Direction:
+async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) -> Direction:
+    context, machine, operation, memory = broken.context, broken.machine, broken.operation, plan.memory
     headers = {o.layer.id: header.read(o.layer.path, format=o.layer.format) for o in plan.overlays}
     change = identified(plan.change, headers)
-    if plan.memory is None:
+    if memory is None:
         await blocking(context.store.settle, operation.id, machine.name, change)
         return "forward"
-    state = await _state(machine, monitor, operation, plan, plan.memory, unfinished=unfinished, report=report)
-    if state:
-        await settle(context, machine, operation, plan.memory, with_memory(change, state))
-        if plan.memory.quit:
+    if state := await _state(broken, monitor, plan, memory):
+        await settle(context, machine, operation, memory, with_memory(change, state))
+        if memory.quit:
             await quit_saved(context, machine, monitor, operation)
         return "forward"
-    await _drop(monitor, operation, plan.memory)
-    if plan.memory.degrade:
+    await _drop(broken, monitor, memory)
+    if memory.degrade:
         disks = tuple(replace(snapshot, kind="disk") for snapshot in change.snapshots)
         await blocking(context.store.settle, operation.id, machine.name, replace(change, snapshots=disks))
-        await blocking(lambda: context.store.mark(operation.id, "settled", error=error))
+        await broken.mark_settled(error=broken.error)
         return "forward"
     layers = Change(layers=change.layers, active=change.active)
     await blocking(context.store.settle, operation.id, machine.name, layers)
-    await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
+    await broken.mark_failed()
     return "back"
+
+
+async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memory: Memory) -> Vmstate | None:
+    """The memory, if it was or can be saved whole; the guest runs on if it should."""
+    operation = broken.operation
+    if finished := await to_thread.run_sync(_finished, operation, memory):
+        await _resume(broken, monitor, memory)
+        return finished
+    if monitor is None or not await to_thread.run_sync(_has_content, memory.part):
+        await _resume(broken, monitor, memory)
+        return None
+    if (await migration.query(monitor)).status not in migration.ENDED:
+        if broken.unfinished == "cancel":
+            await saving.abandon(monitor)
+        else:
+            await saving.fixed(monitor, memory.mode)
+    await _resume(broken, monitor, memory)
+    if (found := await migration.query(monitor)).status not in migration.ENDED and broken.unfinished == "refuse":
+        raise broken.still_works(found.status)
+    if (await saving.ended(monitor, operation, report=broken.report)).status != "completed":
+        return None
+    await saving.put_back(monitor)
+    return await saving.finish(operation, memory, snapshot=plan.change.snapshots[0].name)
+
+
+async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
+    # Only at this step can it be us who hold the guest.
+    held = monitor and memory.resume and broken.operation.step == "transaction"
+    if monitor and held and not (await commands.query_status(monitor)).running:
+        await commands.control(monitor, "cont")
+
+
+async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
+    """Give the memory up: QEMU stops writing it, the guest runs on if it should, the unfinished file goes."""
+    if monitor:
+        await saving.abandon(monitor)
+        await _resume(broken, monitor, memory)
+    await to_thread.run_sync(statefile.discard, memory.part)
 
 
 def with_memory(change: Change, state: Vmstate, *, pause_ms: float | None = None) -> Change:
@@ -149,51 +162,6 @@ async def quit_saved(context: Context, machine: Machine, qemu: Monitor | None, o
     await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
 
 
-async def _state(
-    machine: Machine,
-    monitor: Monitor | None,
-    operation: Operation,
-    plan: CreatePlan,
-    memory: Memory,
-    *,
-    unfinished: Unfinished,
-    report: Report,
-) -> Vmstate | None:
-    """The memory, if it was or can be saved whole; the guest runs on if it should."""
-    if finished := await to_thread.run_sync(_finished, operation, memory):
-        await _resume(monitor, operation, memory)
-        return finished
-    if monitor is None or not await to_thread.run_sync(_has_content, memory.part):
-        await _resume(monitor, operation, memory)
-        return None
-    found = await migration.query(monitor)
-    if found.status not in migration.ENDED:
-        if unfinished == "cancel":
-            await saving.abandon(monitor)
-        else:
-            await saving.fixed(monitor, memory.mode)
-    await _resume(monitor, operation, memory)
-    if (await migration.query(monitor)).status not in migration.ENDED and unfinished == "refuse":
-        raise OperationPending(
-            f"operation {operation.id} ({operation.verb}) on machine {machine.name} is still writing the memory;"
-            " nothing was changed",
-            hint=f"qmpsnap recover {machine.name} waits for it",
-            machine=machine.name,
-            operation=str(operation.id),
-        )
-    if (await saving.ended(monitor, operation, report=report)).status != "completed":
-        return None
-    await saving.put_back(monitor)
-    return await saving.finish(operation, memory, snapshot=plan.change.snapshots[0].name)
-
-
-async def _resume(monitor: Monitor | None, operation: Operation, memory: Memory) -> None:
-    # Only at this step can it be us who hold the guest.
-    held = monitor and memory.resume and operation.step == "transaction"
-    if monitor and held and not (await commands.query_status(monitor)).running:
-        await commands.control(monitor, "cont")
-
-
 def _finished(operation: Operation, memory: Memory) -> Vmstate | None:
     try:
         state, manifest = statefile.find(memory.path)
@@ -208,11 +176,3 @@ def _has_content(path: str) -> bool:
         return Path(path).stat().st_size > 0
     except OSError:
         return False
-
-
-async def _drop(monitor: Monitor | None, operation: Operation, memory: Memory) -> None:
-    """Give the memory up: QEMU stops writing it, the guest runs on if it should, the unfinished file goes."""
-    if monitor:
-        await saving.abandon(monitor)
-        await _resume(monitor, operation, memory)
-    await to_thread.run_sync(statefile.discard, memory.part)

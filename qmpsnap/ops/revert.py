@@ -293,7 +293,7 @@ def _target(at: Situation, name: str) -> Snapshot:
             hint=f"qmpsnap tree {at.machine} shows the others; qmpsnap snapshot delete {at.machine} {name} forgets it",
             machine=at.machine,
         )
-    if any(point.tag for point in snapshot.points):
+    if snapshot.kind == "internal" or any(point.tag for point in snapshot.points):
         raise StateError(
             f"snapshot {name} of machine {at.machine} is internal, and reverting to those is not possible yet;"
             " nothing was changed",

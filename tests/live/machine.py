@@ -80,8 +80,13 @@ async def _snapshots_read_as_they_did(vm: qmpsnap.MachineHandle, hashes: Mapping
 def _every_layer_is_recorded(vm: qmpsnap.MachineHandle) -> None:
     context = context_of(vm)
     folder = context.home.machine_dir(vm.name)
+    states = {found.vmstate.path: found.vmstate for found in context.store.snapshots(vm.name) if found.vmstate}
     for file in folder.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o600
         if file == context.home.variables(vm.name):
+            continue
+        if state := states.get(str(file)):
+            assert (file.stat().st_dev, file.stat().st_ino) == (state.device, state.inode)
             continue
         layer = context.store.layer_at(str(file))
         assert layer is not None, f"{file.name} is nobody's"
@@ -89,7 +94,6 @@ def _every_layer_is_recorded(vm: qmpsnap.MachineHandle) -> None:
         assert (found.device, found.inode) == (layer.device, layer.inode)
         below = context.store.layer(layer.backing).path if layer.backing else None
         assert found.backing == below
-        assert file.stat().st_mode & 0o777 == 0o600
 
 
 async def _idle(vm: qmpsnap.MachineHandle) -> None:

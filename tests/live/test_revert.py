@@ -19,7 +19,7 @@ from qmpsnap.machine.machine import wait_end
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import create
+from qmpsnap.ops.overlays import make_overlays
 from qmpsnap.ops.revert import Run
 from qmpsnap.qmp import commands
 from tests.live.crash import die_at
@@ -218,13 +218,12 @@ async def test_a_write_after_the_plan_was_made_is_kept(
     vm, hashes = await two_snapshots(q, still_spec)
     await vm.revert("b")
     assert (await vm.preview_revert("a")).unwritten
-    make = create.make_overlays
 
     async def late(*arguments: Any) -> Any:
         await fill(vm, "vda", 77)
-        return await make(*arguments)
+        return await make_overlays(*arguments)
 
-    monkeypatch.setattr(create, "make_overlays", late)
+    monkeypatch.setattr("qmpsnap.ops.revert.make_overlays", late)
     kept = (await vm.revert("a")).kept
     monkeypatch.undo()
     assert kept is not None
