@@ -77,6 +77,14 @@ def _kill_all_below(folder: Path) -> None:
 
 
 @pytest.fixture
+def place(home: Path) -> Path:
+    """An empty folder where users keep images of their own."""
+    folder = home / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
 async def q(home: Path) -> AsyncIterator[qmpsnap.Controller]:
     """A controller on the test's own home."""
     async with qmpsnap.open() as controller:
