@@ -101,6 +101,7 @@ async def test_progress_is_iterated_over(q: qmpsnap.Controller) -> None:
     await hold_invariants(vm)
 
 
+@pytest.mark.usefixtures("slow_jobs")
 async def test_a_block_that_raises_cancels_the_job(q: qmpsnap.Controller) -> None:
     vm = await grown(q, "s1", "s2", "s3")
     chain = (await vm.chains())[0].ids

@@ -75,6 +75,7 @@ async def _holds(vm: qmpsnap.MachineHandle, hashes: Hashes, now: str) -> None:
     assert await active_hash(vm) == now
 
 
+@pytest.mark.usefixtures("slow_jobs")
 @pytest.mark.parametrize("verb", VERBS)
 async def test_a_cancelled_scope_leaves_the_chain_as_before(q: qmpsnap.Controller, verb: str) -> None:
     vm, hashes, now = await grown_and_stopped(q)
