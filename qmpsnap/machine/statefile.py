@@ -6,6 +6,7 @@ read and compared first. While it is written a file has another name (``*.part``
 The end of a file: manifest as JSON, its SHA-256 (32 bytes), its length (8, little-endian), :data:`MAGIC` (16).
 """
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -25,6 +26,9 @@ from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmsta
 MAGIC = b"qmpsnap vmstate\n"
 MANIFEST_LIMIT = 1 << 20
 """Bytes a manifest may have: one of a machine with hundreds of devices has 20 kB."""
+
+FALLOC_FL_KEEP_SIZE = 1
+"""Of fallocate(2), which Python has only without flags."""
 
 _CHUNK = 1 << 20
 _TAIL = 32 + 8 + len(MAGIC)
@@ -70,6 +74,18 @@ def create(path: str) -> int:
         return descriptor
 
 
+def reserve(descriptor: int, size: int, path: str) -> None:
+    """Give the file room for ``size`` bytes, without making it longer: writing that many cannot fail for want of space.
+
+    Raises:
+        HostCannot: there is no such room, or the file system cannot promise it.
+    """
+    with _translated(path):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fallocate(descriptor, FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def also_direct(path: str) -> int | None:
     """The file once more, past the page cache; None where its file system cannot."""
     try:
@@ -94,6 +110,7 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
         if manifest.compression == "zstd":
             _compress(written)
         with Path(written).open("r+b") as file:
+            file.truncate(os.fstat(file.fileno()).st_size)  # lets go of the room it did not need
             size, digest = _digest(file.fileno(), os.fstat(file.fileno()).st_size)
             text = msgspec.json.encode(msgspec.structs.replace(manifest, bytes=size, digest=digest))
             file.seek(0, os.SEEK_END)

@@ -78,6 +78,8 @@ class Memory(Struct, frozen=True, kw_only=True):
         path: the finished file; while it is written it has the name ``part``.
         why: why the guest stands still until all is written; empty for the mode ``background``.
         resume: the guest ran before, and runs on afterwards.
+        cancellable: QEMU survives a save that is cancelled.
+        reserve: bytes the file is given before QEMU writes to it.
         quit: QEMU ends once all is recorded (``save``).
         degrade: should only the memory fail, the disks' part of the snapshot is kept.
         max_pause_ms: the guest is held no longer than this; None for as long as it takes.
@@ -91,6 +93,8 @@ class Memory(Struct, frozen=True, kw_only=True):
     hardware: Hardware
     why: str = ""
     resume: bool
+    cancellable: bool = True
+    reserve: int = 0
     quit: bool = False
     degrade: bool = False
     max_pause_ms: float | None = None

@@ -123,6 +123,8 @@ def _memory(request: MemoryRequest, means: Means, serial: OperationId, folder: P
         hardware=means.hardware,
         why=means.why,
         resume=means.resume,
+        cancellable=means.cancellable,
+        reserve=means.reserve,
         quit=request.quit,
         degrade=request.degrade,
         max_pause_ms=request.max_pause_ms if means.resume else None,

@@ -28,8 +28,9 @@ from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
 
-KEEPS_PAUSED_SINCE = (10, 0)
-"""An earlier QEMU lets the guest run by itself once a background save tracks writes, also one that was paused."""
+CANCELLABLE_SINCE = (10, 0)
+"""An earlier QEMU hangs for ever when a background save is cancelled or fails: its threads wait for pages that nobody
+releases any more. And it lets the guest run by itself once writes are tracked, also one that was paused."""
 MAPPED_RAM_SINCE = (9, 1)
 """The first QEMU with mapped-ram, multifd to a file and direct-io."""
 
@@ -37,6 +38,9 @@ BACKGROUND_MS, BACKGROUND_MS_PER_GIB = 5.0, 20.0
 """What a background save holds the guest for, by resident memory; printed by ``scripts/bench pause``."""
 STOPPED_MS_PER_GIB = 1000.0
 """What a stopped save holds the guest for, on a disk that is not slow."""
+
+RESERVE_MORE = 32 << 20
+"""Bytes a state may have above QEMU's resident memory: devices, page headers, what the guest touches meanwhile."""
 
 RESUME_DEADLINE = 10.0
 """Seconds for letting the guest run again."""
@@ -69,6 +73,8 @@ class Means(Struct, frozen=True, kw_only=True):
     why: str
     hardware: Hardware
     resume: bool
+    cancellable: bool
+    reserve: int
 
 
 class Held(Struct, frozen=True):
@@ -107,7 +113,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
     if request.max_pause_ms is not None and running and not request.quit:
         _require_short(machine, why, resident, request.max_pause_ms)
     folder = Path(request.file).parent if request.file else context.home.machine_dir(machine.name)
-    await to_thread.run_sync(_require_space, folder, resident)
+    await to_thread.run_sync(_require_space, folder, resident + RESERVE_MORE)
     mapped = bool(why) and request.compression == "none" and version >= MAPPED_RAM_SINCE
     return Means(
         mode="stopped" if why else "background",
@@ -121,6 +127,8 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             host_cpu=await to_thread.run_sync(host_cpu),
         ),
         resume=running and not request.quit,
+        cancellable=bool(why) or version >= CANCELLABLE_SINCE,
+        reserve=resident + RESERVE_MORE,
     )
 
 
@@ -135,7 +143,7 @@ async def _why_not_behind_it(
         await migration.set_capabilities(qemu, {"background-snapshot": False})
     except QmpError as error:
         return error.message
-    if not running and version < KEEPS_PAUSED_SINCE:
+    if not running and version < CANCELLABLE_SINCE:
         raise StateError(
             f"machine {machine.name} is paused, and QEMU {'.'.join(map(str, version))} would let it run;"
             " nothing was changed",
@@ -158,15 +166,15 @@ def _require_short(machine: Machine, why: str, resident: int, limit_ms: float) -
         )
 
 
-def _require_space(folder: Path, resident: int) -> None:
+def _require_space(folder: Path, wanted: int) -> None:
     try:
         found = os.statvfs(folder)
     except OSError as error:
         raise HostCannot(f"{folder}: {error.strerror}; nothing was changed") from error
     free = found.f_bavail * found.f_frsize
-    if free < resident:
+    if free < wanted:
         raise HostCannot(
-            f"the memory may need {resident >> 20} MiB in {folder}, and {free >> 20} MiB are free; nothing was changed",
+            f"the memory may need {wanted >> 20} MiB in {folder}, and {free >> 20} MiB are free; nothing was changed",
             hint="free some space, or name a file elsewhere",
         )
 
@@ -188,9 +196,14 @@ def host_cpu() -> str:
 
 @asynccontextmanager
 async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]]:
-    """Make the file and ready QEMU to write to it; afterwards QEMU is as it was, the file stays."""
+    """Make the file and ready QEMU to write to it; afterwards QEMU is as it was, the file stays.
+
+    Raises:
+        HostCannot: no space for all of it; a save that has begun must not run out of it.
+    """
     descriptors = [await to_thread.run_sync(statefile.create, memory.part)]
     try:
+        await to_thread.run_sync(statefile.reserve, descriptors[0], memory.reserve, memory.part)
         direct = statefile.also_direct(memory.part) if memory.layout == "mapped-ram" else None
         descriptors += [] if direct is None else [direct]
         await _set_up(qemu, memory.mode, memory.layout, direct=direct is not None)
@@ -222,13 +235,14 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
     """Stop the guest, move the disks, fix the memory, let the guest run on: one instant for all of it.
 
     Raises:
-        DeadlinePassed: it took longer than allowed; the memory was given up, the disks have moved.
+        DeadlinePassed: it took longer than allowed; the memory was given up, the disks have moved. Of a QEMU that
+            cannot give it up the guest is held for as long as it takes.
         QmpError: QEMU refused a step.
     """
     clock = _Clock()
     async with qemu.listen("STOP", "RESUME") as bell:
         try:
-            with anyio.fail_after(None if memory.max_pause_ms is None else memory.max_pause_ms / 1000):
+            with anyio.fail_after(memory.max_pause_ms / 1000 if memory.max_pause_ms and memory.cancellable else None):
                 if memory.resume:
                     await commands.control(qemu, "stop")
                     clock.step("stop")
@@ -238,11 +252,14 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
                 clock.step("migrate")
                 _require_success(await fixed(qemu, memory.mode))
                 clock.step("tracking")
-        except TimeoutError as error:
-            await _give_up(qemu)
-            raise DeadlinePassed(
-                f"the guest would have been held longer than {memory.max_pause_ms:g} ms; its memory was not saved"
-            ) from error
+        except BaseException as error:
+            # Let run before its memory is fixed, the guest would change what is saved: then it must not count.
+            await give_up(qemu, memory)
+            if isinstance(error, TimeoutError):
+                raise DeadlinePassed(
+                    f"the guest would have been held longer than {memory.max_pause_ms:g} ms; its memory was not saved"
+                ) from error
+            raise
         finally:
             if memory.resume:
                 with anyio.move_on_after(RESUME_DEADLINE, shield=True):
@@ -284,11 +301,15 @@ def _require_success(found: migration.Migration) -> None:
         )
 
 
-async def _give_up(qemu: Monitor) -> None:
+async def give_up(qemu: Monitor, memory: Memory) -> None:
+    """Cancel a save, whoever started it; where that is not possible, wait until the guest may run again."""
     with anyio.move_on_after(RESUME_DEADLINE, shield=True):
-        await migration.cancel(qemu)
-        while (await migration.query(qemu)).status not in migration.ENDED:
-            await anyio.sleep(0.005)
+        if (await migration.query(qemu)).status in (*migration.ENDED, "none"):
+            return
+        if memory.cancellable:
+            await migration.cancel(qemu)
+        else:
+            await fixed(qemu, memory.mode)
 
 
 async def written(qemu: Monitor, operation: Operation, *, report: Report) -> None:
@@ -322,10 +343,10 @@ async def ended(qemu: Monitor, operation: Operation, *, report: Report) -> migra
         pause = min(pause * 1.5, 0.1)
 
 
-async def abandon(qemu: Monitor) -> None:
-    """End a save that still runs, whoever started it, and let QEMU forget it."""
-    if (await migration.query(qemu)).status not in (*migration.ENDED, "none"):
-        await _give_up(qemu)
+async def forget(qemu: Monitor) -> None:
+    """Wait for the end of a save that was given up, and let QEMU forget it."""
+    while (await migration.query(qemu)).status not in (*migration.ENDED, "none"):
+        await anyio.sleep(0.01)
     await put_back(qemu)
 
 

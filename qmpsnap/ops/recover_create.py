@@ -110,10 +110,12 @@ async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memo
         return None
     if (await migration.query(monitor)).status not in migration.ENDED:
         if broken.unfinished == "cancel":
-            await saving.abandon(monitor)
+            await saving.give_up(monitor, memory)
         else:
             await saving.fixed(monitor, memory.mode)
     await _resume(broken, monitor, memory)
+    if broken.unfinished == "cancel":
+        return None
     if (found := await migration.query(monitor)).status not in migration.ENDED and broken.unfinished == "refuse":
         raise broken.still_works(found.status)
     if (await saving.ended(monitor, operation, report=broken.report)).status != "completed":
@@ -132,8 +134,9 @@ async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> No
 async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
     """Give the memory up: QEMU stops writing it, the guest runs on if it should, the unfinished file goes."""
     if monitor:
-        await saving.abandon(monitor)
+        await saving.give_up(monitor, memory)
         await _resume(broken, monitor, memory)
+        await saving.forget(monitor)
     await to_thread.run_sync(statefile.discard, memory.part)
 
 
