@@ -13,16 +13,17 @@ from qmpsnap.machine.agent import Completed
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import commit, compare, create, delete, mirror, power, rename, revert, save, undefine
+from qmpsnap.ops import commit, compare, create, delete, internal, mirror, power, rename, revert, save, undefine
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
+from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.memory import MemoryRequest
 from qmpsnap.ops.mirror import MirrorRequest, Mode
 from qmpsnap.ops.revert import Preview, Reverted, RevertRequest, Run
@@ -32,7 +33,7 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 
-Kind = Literal["disk", "full"]
+Kind = Literal["disk", "full", "internal"]
 
 
 class MachineHandle:
@@ -83,21 +84,25 @@ class MachineHandle:
         max_pause_ms: float | None = None,
         compression: Compression = "none",
         degrade: bool = False,
+        memory: bool | None = None,
         report: Report = unreported,
     ) -> Snapshot:
         """Take a snapshot, all disks at one instant; a ``full`` one with the guest's memory of that same instant.
+
+        An ``internal`` one lies inside the qcow2 images, also its memory, for which the guest stands still.
 
         Of the disks alone the guest notices nothing. For its memory it is held for milliseconds; where the host allows
         no more than a copy of a guest that stands still, it is held for as long as that takes.
 
         Args:
             name: its name; None takes the next free ``snap-N``.
-            kind: ``disk`` or ``full``.
+            kind: ``disk``, ``full`` or ``internal``.
             description: free text.
             disks: names of the disks; None takes all that the spec does not leave out.
             max_pause_ms: refuse, rather than hold the guest longer than this; with ``full`` only, like what follows.
             compression: of the memory's file.
             degrade: should only the memory fail, keep the disks' snapshot and return that.
+            memory: with ``internal`` only: whether the guest's memory is saved, too; None if there is a guest.
             report: told how much of the memory is written.
 
         Raises:
@@ -106,17 +111,22 @@ class MachineHandle:
             StoreMismatch: QEMU's chains are not the store's.
             HostCannot: no space for the memory; the guest runs on, and there is no trace of the attempt.
         """
-        memory = None
+        if kind == "internal":
+            inside = InternalRequest(
+                name=name, description=description, disks=None if disks is None else tuple(disks), memory=memory
+            )
+            return await internal.create(self._context, self.name, inside, report=report)
+        wanted = None
         if kind == "full":
-            memory = MemoryRequest(max_pause_ms=max_pause_ms, compression=compression, degrade=degrade)
-        request = replace(_request(name, description, disks), memory=memory)
+            wanted = MemoryRequest(max_pause_ms=max_pause_ms, compression=compression, degrade=degrade)
+        request = replace(_request(name, description, disks), memory=wanted)
         return await create.run(self._context, self.name, request, report=report)
 
     async def preview_snapshot(
         self,
         name: str | None = None,
         *,
-        kind: Kind = "disk",
+        kind: Literal["disk", "full"] = "disk",
         description: str = "",
         disks: Sequence[str] | None = None,
         max_pause_ms: float | None = None,
@@ -125,6 +135,13 @@ class MachineHandle:
         memory = MemoryRequest(max_pause_ms=max_pause_ms) if kind == "full" else None
         request = replace(_request(name, description, disks), memory=memory)
         return await create.preview(self._context, self.name, request)
+
+    async def preview_internal(
+        self, name: str | None = None, *, disks: Sequence[str] | None = None, memory: bool | None = None
+    ) -> InternalPlan:
+        """What :meth:`snapshot` of kind ``internal`` would do now, without doing it."""
+        request = InternalRequest(name=name, disks=None if disks is None else tuple(disks), memory=memory)
+        return await internal.preview(self._context, self.name, request)
 
     async def save(
         self,

@@ -16,7 +16,7 @@ from qmpsnap.store.store import Store
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
     from qmpsnap.model.machine import Machine
-    from qmpsnap.model.operation import CreatePlan
+    from qmpsnap.model.operation import CreatePlan, InternalPlan
 
 HERE = "(current, you are here)"
 
@@ -30,7 +30,10 @@ def register(parsers: Parsers) -> None:
     add_machine(command)
     command.add_argument("name", metavar="NAME", nargs="?", help="its name; the next free snap-N without it")
     command.add_argument(
-        "--kind", choices=("disk", "full"), default="disk", help="what it includes: disks, or disks and memory"
+        "--kind",
+        choices=("disk", "full", "internal"),
+        default="disk",
+        help="disks; disks and memory; the same inside the images",
     )
     command.add_argument("--disks", metavar="vda,vdb", help="only these disks")
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
@@ -38,6 +41,7 @@ def register(parsers: Parsers) -> None:
     command.add_argument("--max-pause", type=float, metavar="MS", help="full: refuse to hold the guest any longer")
     command.add_argument("--degrade", action="store_true", help="full: should the memory fail, keep the disks alone")
     add_compress(command)
+    command.add_argument("--no-memory", action="store_true", help="internal: the disks alone")
     command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
     add_progress(command)
     add_format(command)
@@ -72,8 +76,8 @@ def add_compress(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _create(arguments: argparse.Namespace) -> None:
-    disks = None if arguments.disks is None else [part for part in arguments.disks.split(",") if part]
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse options that say nothing of what is asked for."""
     if arguments.no_snapshot and (arguments.name or arguments.message):
         raise UsageError("--no-snapshot takes neither NAME nor --message: nothing would bear them; nothing was changed")
 
@@ -81,6 +85,16 @@ def _create(arguments: argparse.Namespace) -> None:
         arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"
     ):
         raise UsageError("--max-pause, --degrade and --compress are about memory: add --kind full; nothing was changed")
+    if arguments.no_memory and arguments.kind != "internal":
+        raise UsageError("--no-memory is about snapshots inside images: add --kind internal; nothing was changed")
+
+
+def _create(arguments: argparse.Namespace) -> None:
+    disks = None if arguments.disks is None else [part for part in arguments.disks.split(",") if part]
+    _check(arguments)
+    if arguments.dry_run and arguments.kind == "internal":
+        _preview_internal(arguments, disks)
+        return
 
     async def preview(controller: "Controller") -> tuple["Machine", "CreatePlan"]:
         vm = await controller.machine(arguments.machine)
@@ -112,6 +126,7 @@ def _create(arguments: argparse.Namespace) -> None:
                 max_pause_ms=arguments.max_pause,
                 compression=arguments.compress,
                 degrade=arguments.degrade,
+                memory=False if arguments.no_memory else None,
                 report=report,
             )
 
@@ -121,7 +136,7 @@ def _create(arguments: argparse.Namespace) -> None:
     if snapshot.kind != arguments.kind:
         output.note(f"the memory could not be saved, so this is a {snapshot.kind} snapshot")
     took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
-    memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else ""
+    memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else " and memory" if snapshot.inside else ""
     output.emit(
         arguments.output,
         document={"machine": arguments.machine, "snapshot": document},
@@ -188,6 +203,32 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
     )
 
 
+def _preview_internal(arguments: argparse.Namespace, disks: list[str] | None) -> None:
+    async def look(controller: "Controller") -> "InternalPlan":
+        vm = await controller.machine(arguments.machine)
+        return await vm.preview_internal(arguments.name, disks=disks, memory=False if arguments.no_memory else None)
+
+    plan = controlling(look)
+    from qmpsnap.ops.internal import qmp_commands
+
+    name = plan.change.snapshots[0].name
+    commands = [{"execute": command, "arguments": sent} for command, sent in qmp_commands(plan)]
+    tags = [{"layer": layer.id, "tag": plan.tag} for layer in plan.layers.values()]
+
+    def text() -> str:
+        lines = [f"would take snapshot {name} inside the images of machine {plan.machine}; nothing was changed"]
+        lines += [f"  tag {tag['tag']} inside {tag['layer']}" for tag in tags]
+        lines += [f"  memory inside {plan.vmstate}; the guest would stand still meanwhile"] if plan.vmstate else []
+        return "\n".join([*lines, "QMP commands:", *(f"  {json.dumps(command)}" for command in commands)])
+
+    output.emit(
+        arguments.output,
+        document={"machine": plan.machine, "snapshot": name, "tags": tags, "memory": plan.vmstate, "qmp": commands},
+        names=[name],
+        table=text,
+    )
+
+
 def _list(arguments: argparse.Namespace) -> None:
     with reading() as store:
         snapshots = store.snapshots(arguments.machine)
@@ -227,9 +268,11 @@ def _show(arguments: argparse.Namespace) -> None:
         document = document_of(store, arguments.machine, found[0])
 
     def text() -> str:
-        plain = {key: value for key, value in document.items() if key not in {"disks", "vmstate"}}
+        plain = {key: value for key, value in document.items() if key not in {"disks", "vmstate", "inside"}}
         if state := document["vmstate"]:
             plain["memory"] = f"{state['path']} ({output.size(state['bytes'])}, {state['mode']}, {state['layout']})"
+        if inside := document["inside"]:
+            plain["memory"] = f"inside {inside['layer']} ({output.size(inside['bytes'])})"
         plain["current"] = "yes" if plain["current"] else "no"
         lines = [
             f"{key + ':':14}{'-' if value in (None, '') else output.printable(str(value))}"
@@ -293,6 +336,7 @@ def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any
         "pause_ms": snapshot.pause_ms,
         "mode": snapshot.mode,
         "vmstate": _vmstate(snapshot.vmstate) if snapshot.vmstate else None,
+        "inside": {"layer": inside.layer, "bytes": inside.bytes} if (inside := snapshot.inside) else None,
     }
 
 

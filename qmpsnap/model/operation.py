@@ -116,6 +116,59 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
     memory: Memory | None = None
 
 
+class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
+    """Take a snapshot inside the images: one tag in each disk's active layer.
+
+    Attributes:
+        tag: the snapshot's name inside the images.
+        live: a QEMU runs.
+        layers: the active layer of each disk, by the disk's name.
+        vmstate: the layer that takes the memory, too; None for the disks alone.
+        variables: the UEFI variable store and where its copy goes.
+        resume: the guest ran before and is held meanwhile.
+        change: what becomes true, but for the size of the memory.
+    """
+
+    machine: str
+    tag: str
+    live: bool
+    layers: dict[str, Layer]
+    vmstate: LayerId | None
+    variables: tuple[str, str] | None
+    resume: bool
+    change: Change
+
+
+class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
+    """Go back to a snapshot inside the active layers in the QEMU that runs.
+
+    Attributes:
+        snapshot: its name.
+        tag: its name inside the images.
+        layers: the active layer of each disk, by the disk's name.
+        vmstate: the layer that holds the memory.
+        paused: the guest's vCPUs stay stopped afterwards.
+        change: what becomes true.
+    """
+
+    machine: str
+    snapshot: str
+    tag: str
+    layers: dict[str, Layer]
+    vmstate: LayerId
+    paused: bool
+    change: Change
+
+
+class Copy(Struct, frozen=True, kw_only=True):
+    """A new layer with what a snapshot inside ``source`` holds; that image is only read."""
+
+    disk: str
+    layer: Layer
+    source: Layer
+    tag: str
+
+
 class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
     """One block job that makes one layer out of several neighbours.
 
@@ -153,12 +206,16 @@ class Removal(Struct, frozen=True, kw_only=True, tag="removal"):
     Attributes:
         disk: whose they are.
         states: state files of snapshots that are gone.
+        variables: copies of a UEFI variable store that only such a snapshot needed.
+        tags: (disk, layer, tag) to remove from inside an active layer.
     """
 
     disk: str
     removed: tuple[Layer, ...]
     change: Change
     states: tuple[Vmstate, ...] = ()
+    variables: tuple[str, ...] = ()
+    tags: tuple[tuple[str, LayerId, str], ...] = ()
 
 
 class MergePlan(Struct, frozen=True, kw_only=True, tag="merge"):
@@ -200,7 +257,10 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
         removed: layers of ours that nobody needs after ``change``; their files go.
         restart: the machine is started on the new layers.
         paused: it is started with its vCPUs stopped.
-        vmstate: the memory it goes on with; None for a fresh boot.
+        vmstate: the memory in a file that it goes on with.
+        copies: new active layers that are copies, where the snapshot is inside an image.
+        inside: the copy, among those, with memory that it goes on with. With neither it boots.
+        variables: the UEFI variable store and what it is replaced with.
         change: what becomes true.
         unwritten: what becomes true instead when the old active layers are empty; None where that does not matter.
     """
@@ -215,6 +275,14 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
     change: Change
     unwritten: Unwritten | None = None
     vmstate: Vmstate | None = None
+    copies: tuple[Copy, ...] = ()
+    inside: LayerId | None = None
+    variables: tuple[str, str] | None = None
+
+    @property
+    def new(self) -> tuple[Overlay | Copy, ...]:
+        """The new active layers."""
+        return (*self.overlays, *self.copies)
 
 
 class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
@@ -247,7 +315,7 @@ class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
     change: Change = Change()
 
 
-Plan = DefinePlan | CreatePlan | MergePlan | RevertPlan | MirrorPlan
+Plan = DefinePlan | CreatePlan | InternalPlan | LoadPlan | MergePlan | RevertPlan | MirrorPlan
 
 
 def verb_of(plan: Plan) -> str:

@@ -8,17 +8,16 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
-from qmpsnap.errors import NameTaken, QmpsnapError, StateError
+from qmpsnap.errors import QmpsnapError
 from qmpsnap.machine import statefile
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import OperationId, check_name
+from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import commit, memory, recover, recover_create
+from qmpsnap.ops import asked, commit, memory, recover, recover_create
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.memory import Means, MemoryRequest, choose
@@ -78,9 +77,9 @@ def plan(
         NotFoundError: no disk of that name.
         StateError: a disk cannot be snapshotted.
     """
-    chosen = _disks(machine, request.disks)
+    chosen = asked.disks(machine, request.disks)
     if request.memory:
-        _require_all(machine, chosen)
+        asked.require_all(machine, chosen)
     folder = home.machine_dir(machine.name)
     overlays = tuple(
         Overlay(disk=chain.disk, layer=overlay_on(chain, serial, str(folder)), backing=chain.active)
@@ -95,7 +94,7 @@ def plan(
     if not request.listed:
         return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
     prefix = "saved" if request.memory and request.memory.quit else "snap"
-    name = _name(machine, snapshots, request.name, prefix=prefix)
+    name = asked.snapshot_name(machine, snapshots, request.name, prefix=prefix)
     snapshot = Snapshot(
         name=name,
         kind="full" if means else "disk",
@@ -149,7 +148,7 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
     machine = await blocking(context.store.machine, name)
     async with context.monitor(machine) as qemu:
-        mode = await mode_of(qemu)
+        mode = await asked.mode_of(qemu)
         means = await choose(context, machine, qemu, request.memory) if request.memory else None
     if mode == "stopped":
         require_spec(machine, "make it start on a new layer")
@@ -230,7 +229,7 @@ async def _without_memory(context: Context, plan: CreatePlan, error: QmpsnapErro
 
 
 async def _open(context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest) -> Operation:
-    mode = await mode_of(work.qemu)
+    mode = await asked.mode_of(work.qemu)
     means = await choose(context, work.machine, work.qemu, request.memory) if request.memory else None
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
@@ -305,53 +304,6 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     return change
 
 
-async def mode_of(qemu: Monitor | None) -> str:
-    """``live``, ``paused`` or ``stopped``: how a snapshot taken now is taken."""
-    if qemu is None:
-        return "stopped"
-    return "live" if (await commands.query_status(qemu)).running else "paused"
-
-
-def _name(machine: Machine, snapshots: Sequence[Snapshot], name: str | None, *, prefix: str) -> str:
-    taken = {snapshot.name: snapshot for snapshot in snapshots}
-    if name is None:
-        return next(free for number in range(1, len(taken) + 2) if (free := f"{prefix}-{number}") not in taken)
-    check_name(name, "snapshot")
-    if name in taken:
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken[name].created))
-        raise NameTaken(
-            f"machine {machine.name} has a snapshot {name} since {since}; nothing was changed",
-            hint="choose another name",
-            machine=machine.name,
-        )
-    return name
-
-
-def _disks(machine: Machine, wanted: tuple[str, ...] | None) -> frozenset[str]:
-    if wanted is None:
-        chosen = [disk.name for disk in machine.spec.disks if disk.snapshot and not disk.read_only]
-    else:
-        chosen = [_writable(machine, disk).name for disk in wanted]
-    if not chosen:
-        raise StateError(
-            f"machine {machine.name} has no disk that a snapshot could include; nothing was changed",
-            hint=f"qmpsnap show {machine.name} lists its disks",
-            machine=machine.name,
-        )
-    return frozenset(chosen)
-
-
-def _writable(machine: Machine, name: str) -> DiskSpec:
-    disk = machine.require_disk(name)
-    if disk.read_only:
-        raise StateError(
-            f"disk {name} of machine {machine.name} is read-only: it never changes; nothing was done",
-            hint="leave it out of --disks",
-            machine=machine.name,
-        )
-    return disk
-
-
 def _expected(chains: Sequence[Chain], plan: CreatePlan) -> tuple[Chain, ...]:
     """The live chains once the plan's overlays are active."""
     new = {overlay.disk: overlay.layer for overlay in plan.overlays}
@@ -361,17 +313,6 @@ def _expected(chains: Sequence[Chain], plan: CreatePlan) -> tuple[Chain, ...]:
 def _transaction(plan: CreatePlan) -> dict[str, object]:
     pairs = [(node_name(overlay.backing), node_name(overlay.layer)) for overlay in plan.overlays]
     return commands.snapshot_transaction(pairs)
-
-
-def _require_all(machine: Machine, chosen: frozenset[str]) -> None:
-    """Memory and disks are of one instant, or the guest's file systems would not fit its memory."""
-    if left_out := [disk.name for disk in machine.spec.disks if not disk.read_only and disk.name not in chosen]:
-        raise StateError(
-            f"a full snapshot of machine {machine.name} must include {', '.join(left_out)}: memory that is loaded"
-            " beside a disk of another time destroys what is on it; nothing was changed",
-            hint="leave --disks out; a disk with 'snapshot: no' allows disk snapshots only",
-            machine=machine.name,
-        )
 
 
 def _node_options(overlay: Overlay, machine: Machine) -> dict[str, object]:

@@ -18,11 +18,12 @@ from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
-from qmpsnap.machine import accel, probe, statefile
+from qmpsnap.machine import statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Memory, Operation
-from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate, differences, hardware_of
+from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 from qmpsnap.ops.context import Context
+from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report
@@ -44,8 +45,6 @@ RESERVE_MORE = 32 << 20
 
 RESUME_DEADLINE = 10.0
 """Seconds for letting the guest run again."""
-
-_CAPABILITIES = ("background-snapshot", "mapped-ram", "multifd")
 
 
 class MemoryRequest(Struct, frozen=True, kw_only=True):
@@ -119,13 +118,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
         mode="stopped" if why else "background",
         layout="mapped-ram" if mapped else "stream",
         why=why,
-        hardware=hardware_of(
-            machine.spec,
-            uuid=machine.uuid,
-            accel=process.accel,
-            qemu_version=process.qemu_version,
-            host_cpu=await to_thread.run_sync(host_cpu),
-        ),
+        hardware=await hardware_now(context, machine),
         resume=running and not request.quit,
         cancellable=bool(why) or version >= CANCELLABLE_SINCE,
         reserve=resident + RESERVE_MORE,
@@ -185,12 +178,6 @@ def _resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def host_cpu() -> str:
-    """The model name of this host's CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
@@ -206,29 +193,17 @@ async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]
         await to_thread.run_sync(statefile.reserve, descriptors[0], memory.reserve, memory.part)
         direct = statefile.also_direct(memory.part) if memory.layout == "mapped-ram" else None
         descriptors += [] if direct is None else [direct]
-        await _set_up(qemu, memory.mode, memory.layout, direct=direct is not None)
+        await migration.set_up(
+            qemu,
+            background=memory.mode == "background",
+            mapped=memory.layout == "mapped-ram",
+            direct=direct is not None,
+        )
         yield await migration.hand_over(qemu, *descriptors)
-        await put_back(qemu)
+        await migration.put_back(qemu)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-
-
-async def _set_up(qemu: Monitor, mode: SaveMode, layout: Layout, *, direct: bool) -> None:
-    known = await migration.capabilities(qemu)
-    mapped = layout == "mapped-ram"
-    wanted = {"background-snapshot": mode == "background", "mapped-ram": mapped, "multifd": mapped}
-    await migration.set_capabilities(qemu, {name: on for name, on in wanted.items() if name in known})
-    await migration.set_parameters(qemu, max_bandwidth=migration.UNLIMITED)
-    if mapped:
-        await migration.set_parameters(qemu, direct_io=direct)
-
-
-async def put_back(qemu: Monitor) -> None:
-    """Let QEMU forget what a save has set up."""
-    await migration.let_go(qemu)
-    known = await migration.capabilities(qemu)
-    await migration.set_capabilities(qemu, {name: False for name in _CAPABILITIES if name in known})
 
 
 async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact: Callable[[], Awaitable[None]]) -> Held:
@@ -347,7 +322,7 @@ async def forget(qemu: Monitor) -> None:
     """Wait for the end of a save that was given up, and let QEMU forget it."""
     while (await migration.query(qemu)).status not in (*migration.ENDED, "none"):
         await anyio.sleep(0.01)
-    await put_back(qemu)
+    await migration.put_back(qemu)
 
 
 async def finish(
@@ -371,54 +346,3 @@ async def finish(
         steps_ms=dict(steps or {}),
     )
     return await to_thread.run_sync(statefile.finish, memory.part, memory.path, manifest)
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-class Loading(Struct, frozen=True):
-    """A state whose file was compared with its record; ``descriptor`` is open on QEMU's stream."""
-
-    state: Vmstate
-    descriptor: int
-
-
-async def require_same_hardware(context: Context, machine: Machine, state: Vmstate) -> None:
-    """Make sure that a state fits the machine as it would be started now: QEMU itself does not look.
-
-    Raises:
-        StateError: something differs.
-    """
-    choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
-    now = hardware_of(
-        machine.spec,
-        uuid=machine.uuid,
-        accel=choice.accel,
-        qemu_version=(await probe.ask(context.qemu, context.home.cache)).version,
-        host_cpu=await to_thread.run_sync(host_cpu),
-    )
-    if found := differences(state.hardware, now):
-        raise StateError(
-            f"the memory in {state.path} is of other hardware than machine {machine.name} has now: {'; '.join(found)};"
-            " nothing was changed",
-            hint="QEMU would load it without complaint and the guest would break; revert to a disk snapshot instead",
-            machine=machine.name,
-        )
-
-
-async def load(qemu: Monitor, loading: Loading) -> None:
-    """Load a state into a QEMU that was started to wait for one; its vCPUs stay stopped.
-
-    Raises:
-        QmpError: QEMU refuses it.
-        QemuGone: QEMU gave up on it and ended.
-    """
-    await _set_up(qemu, "stopped", loading.state.layout, direct=False)
-    await migration.start(qemu, "migrate-incoming", await migration.hand_over(qemu, loading.descriptor))
-    pause = 0.002
-    while (found := await migration.query(qemu)).status not in migration.ENDED:
-        await anyio.sleep(pause)
-        pause = min(pause * 1.5, 0.05)
-    if found.status != "completed":
-        raise QmpError(f"QEMU could not load {loading.state.path}: {found.error_desc or found.status}")
-    await put_back(qemu)

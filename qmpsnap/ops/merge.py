@@ -8,7 +8,7 @@ with the change, in one SQL transaction -> vCPUs go on -> job dismissed, nodes c
 from collections.abc import Iterable
 
 import anyio
-from anyio import lowlevel
+from anyio import lowlevel, to_thread
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
@@ -20,7 +20,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Merge, MergePlan, Operation, Removal
-from qmpsnap.ops import finalize
+from qmpsnap.ops import finalize, tagging
 from qmpsnap.ops.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
@@ -60,7 +60,7 @@ async def run(
             await blocking(
                 lambda s=step, n=number: context.store.settle(operation.id, machine.name, s.change, step=f"{n}:settled")
             )
-            await remove_states(step)
+            await remove_kept(context, machine, qemu, step)
         else:
             job = MergeJob(
                 context=context, machine=machine, operation=operation.id, step=step, number=number, report=report
@@ -125,10 +125,14 @@ async def remove_files(layers: Iterable[Layer]) -> None:
             await remove(layer.path, device=layer.device, inode=layer.inode)
 
 
-async def remove_states(removal: Removal) -> None:
-    """Remove the state files of snapshots that are gone; fine when they are gone, too."""
+async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, removal: Removal) -> None:
+    """Remove what was kept for snapshots that are gone, beside and inside the images; fine when that is gone, too."""
     for state in removal.states:
         await remove(state.path, device=state.device, inode=state.inode)
+    for path in removal.variables:
+        await to_thread.run_sync(tagging.forget_variables, path)
+    for disk, layer, tag in removal.tags:
+        await tagging.remove_tag(context, machine, qemu, disk=disk, layer=layer, tag=tag)
 
 
 async def close_gone(monitor: Monitor, step: Merge) -> None:

@@ -14,10 +14,11 @@ from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
-from qmpsnap.model.merge import Situation, unneeded
+from qmpsnap.model.merge import unneeded
 from qmpsnap.model.names import OperationId, job_id, layer_id
 from qmpsnap.model.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.operation import Change, MirrorPlan
+from qmpsnap.model.situation import Situation
 from qmpsnap.model.spec import Format
 from qmpsnap.ops import copying, recover
 from qmpsnap.ops.context import Context, blocking

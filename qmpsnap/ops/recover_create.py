@@ -120,7 +120,7 @@ async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memo
         raise broken.still_works(found.status)
     if (await saving.ended(monitor, operation, report=broken.report)).status != "completed":
         return None
-    await saving.put_back(monitor)
+    await migration.put_back(monitor)
     return await saving.finish(operation, memory, snapshot=plan.change.snapshots[0].name)
 
 

@@ -12,9 +12,9 @@ from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
-from qmpsnap.model.merge import Situation
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, DefinePlan, RevertPlan
+from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.ops import revert
 from qmpsnap.ops.recover import end_open
