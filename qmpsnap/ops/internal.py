@@ -191,9 +191,10 @@ async def _carry_out(
         await tagging.keep_variables(planned)
         found = await tagging.tag_stopped(context, work.machine, planned, chains)
     change = tagging.settled(planned, found, pause_ms=pause_ms)
-    await blocking(context.store.settle, operation.id, planned.machine, change)
+    await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step="recorded"))
     if work.qemu and planned.vmstate:
         await jobs.dismiss(work.qemu, tagging.job_of(operation.id))
+    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
     return change.snapshots[0]
 
 

@@ -153,6 +153,11 @@ async def _end_revert(broken: Broken, monitor: Monitor | None) -> Direction:
         await remove_files(broken.context, plan)
     elif (plan.vmstate or plan.inside) and monitor:
         monitor = await _end_loading(broken, monitor, plan)
+    for copy in plan.copies if plan.inside and monitor is None else ():
+        # The memory that was to be loaded from there is not: a later revert takes it out again.
+        await tagging.remove_tag(
+            broken.context, broken.machine, None, disk=copy.disk, layer=copy.layer.id, tag=copy.tag
+        )
     stopped = plan.restart and monitor is None
     note = f"{broken.error}; the machine was not started again: qmpsnap start {broken.machine.name}"
     await broken.mark_settled(error=note if stopped else None)
@@ -176,10 +181,6 @@ async def _end_loading(broken: Broken, monitor: Monitor, plan: RevertPlan) -> Mo
         if process := broken.context.process(broken.machine):
             await end(process, monitor)
         await blocking(broken.context.store.set_process, broken.machine.name, None)
-        for copy in plan.copies:
-            await tagging.remove_tag(
-                broken.context, broken.machine, None, disk=copy.disk, layer=copy.layer.id, tag=copy.tag
-            )
         return None
     if status.status == "paused" and not plan.paused:
         await commands.control(monitor, "cont")

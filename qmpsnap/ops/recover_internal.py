@@ -24,6 +24,11 @@ async def end_create(broken: Broken, monitor: Monitor | None) -> Direction:
     """
     planned = broken.operation.plan
     assert isinstance(planned, InternalPlan)
+    if broken.operation.step == "recorded":
+        if monitor:
+            await _dismiss(broken, monitor)
+        await broken.mark_settled()
+        return "forward"
     found: dict[str, tuple[Tag, ...]] = {}
     if broken.operation.step != "planned":
         if monitor:
