@@ -11,7 +11,7 @@ import qmpsnap
 from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
 from qmpsnap.machine.agent import Completed
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.adopt import Adopted
 from qmpsnap.ops.compare import ChainView, LayerView
@@ -59,6 +59,8 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.revert(await vm.snapshot()), Reverted)
     assert_type(await vm.preview_revert("before"), Preview)
     assert_type(await vm.snapshot("all", kind="full", max_pause_ms=40, compression="zstd", degrade=True), Snapshot)
+    assert_type(await vm.snapshot("in", kind="internal", memory=False), Snapshot)
+    assert_type(await vm.preview_internal("in", disks=["vda"]), InternalPlan)
     assert_type(await vm.save("/srv/web.vmstate", name="evening"), Snapshot)
     assert_type(await vm.restore("/srv/web.vmstate", discard=True, paused=True, after=False), Reverted)
     assert_type(await vm.mirror("vda", "/srv/copy.qcow2", mode="finish"), MirrorPlan)
