@@ -120,7 +120,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             qemu_version=process.qemu_version,
             host_cpu=await to_thread.run_sync(host_cpu),
         ),
-        resume=running and not request.quit,
+        resume=running,
     )
 
 
@@ -221,11 +221,14 @@ async def put_back(qemu: Monitor) -> None:
 async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact: Callable[[], Awaitable[None]]) -> Held:
     """Stop the guest, move the disks, fix the memory, let the guest run on: one instant for all of it.
 
+    Where QEMU is to end afterwards the guest stays stopped, unless this fails.
+
     Raises:
         DeadlinePassed: it took longer than allowed; the memory was given up, the disks have moved.
         QmpError: QEMU refused a step.
     """
     clock = _Clock()
+    resume = memory.resume
     async with qemu.listen("STOP", "RESUME") as bell:
         try:
             with anyio.fail_after(None if memory.max_pause_ms is None else memory.max_pause_ms / 1000):
@@ -238,18 +241,19 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
                 clock.step("migrate")
                 _require_success(await fixed(qemu, memory.mode))
                 clock.step("tracking")
+            resume = memory.resume and not memory.quit
         except TimeoutError as error:
             await _give_up(qemu)
             raise DeadlinePassed(
                 f"the guest would have been held longer than {memory.max_pause_ms:g} ms; its memory was not saved"
             ) from error
         finally:
-            if memory.resume:
+            if resume:
                 with anyio.move_on_after(RESUME_DEADLINE, shield=True):
                     # An earlier QEMU has done so by itself; then this changes nothing.
                     await commands.control(qemu, "cont")
                     clock.step("cont")
-        if memory.resume:
+        if resume:
             await bell.wait(1.0)
     times = dict(reversed(bell.times))
     pause = (times.get("RESUME", math.nan) - times.get("STOP", math.nan)) * 1000
