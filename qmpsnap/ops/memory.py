@@ -22,7 +22,7 @@ from qmpsnap.machine import accel, probe, statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Memory, Operation
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate, differences, hardware_of
-from qmpsnap.ops.context import Context
+from qmpsnap.ops.context import Context, require_spec
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report
@@ -92,6 +92,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             hint=f"qmpsnap snapshot create {machine.name} takes its disks",
             machine=machine.name,
         )
+    require_spec(machine, "load its memory again")
     if blocked := (await migration.query(qemu)).blocked_reasons:
         raise StateError(
             f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(blocked)}; nothing was changed",
