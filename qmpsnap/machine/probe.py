@@ -1,4 +1,4 @@
-"""What a QEMU can do, by asking it: started once without a machine, its answers kept until the binary changes."""
+"""What a QEMU can do, by asking it: started once without a machine, its answers kept until it or our rights change."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ async def ask(qemu: str, cache: Path) -> Abilities:
             hint="apt-get install qemu-system-x86, or set QMPSNAP_QEMU to the binary",
         )
     status = os.stat(binary)  # noqa: PTH116 - of the very name that will be run
-    identity = f"{binary}-{status.st_ino}-{status.st_mtime_ns}-{os.geteuid()}".replace("/", "_")
+    identity = f"{binary}-{status.st_ino}-{status.st_mtime_ns}-{os.geteuid()}{_userfaultfd()}".replace("/", "_")
     kept = cache / "qemu-abilities" / f"{identity[-200:]}.json"
     try:
         return msgspec.json.decode(kept.read_bytes(), type=Abilities)
@@ -66,6 +66,16 @@ async def ask(qemu: str, cache: Path) -> Abilities:
     fresh.write_bytes(msgspec.json.encode(abilities))
     fresh.replace(kept)
     return abilities
+
+
+def _userfaultfd() -> str:
+    """What decides whether this user's QEMU can track writes: with another answer QEMU is asked again."""
+    try:
+        everyone = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip()
+    except OSError:
+        everyone = ""
+    device = os.access("/dev/userfaultfd", os.R_OK | os.W_OK)
+    return f"-u{everyone}{'-dev' if device else ''}"
 
 
 async def interrogate(qemu: str) -> Abilities:

@@ -141,7 +141,7 @@ def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str
     migrate: tuple[str, dict[str, object]] = ("migrate", {"uri": f"fd:{migration.NAME}"})
     if not plan.memory.resume:
         return [*adds, transaction, migrate]
-    return [*adds, ("stop", {}), transaction, migrate, ("cont", {})]
+    return [*adds, ("stop", {}), transaction, migrate, ("quit" if plan.memory.quit else "cont", {})]
 
 
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:

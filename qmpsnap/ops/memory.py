@@ -22,7 +22,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Memory, Operation
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
-from qmpsnap.ops.context import Context
+from qmpsnap.ops.context import Context, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import JobInfo
@@ -97,6 +97,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             hint=f"qmpsnap snapshot create {machine.name} takes its disks",
             machine=machine.name,
         )
+    require_spec(machine, "load its memory again")
     if blocked := (await migration.query(qemu)).blocked_reasons:
         raise StateError(
             f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(blocked)}; nothing was changed",
@@ -119,7 +120,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
         layout="mapped-ram" if mapped else "stream",
         why=why,
         hardware=await hardware_now(context, machine),
-        resume=running and not request.quit,
+        resume=running,
         cancellable=bool(why) or version >= CANCELLABLE_SINCE,
         reserve=resident + RESERVE_MORE,
     )
@@ -209,12 +210,15 @@ async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]
 async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact: Callable[[], Awaitable[None]]) -> Held:
     """Stop the guest, move the disks, fix the memory, let the guest run on: one instant for all of it.
 
+    Where QEMU is to end afterwards the guest stays stopped, unless this fails.
+
     Raises:
         DeadlinePassed: it took longer than allowed; the memory was given up, the disks have moved. Of a QEMU that
             cannot give it up the guest is held for as long as it takes.
         QmpError: QEMU refused a step.
     """
     clock = _Clock()
+    resume = memory.resume
     async with qemu.listen("STOP", "RESUME") as bell:
         try:
             with anyio.fail_after(memory.max_pause_ms / 1000 if memory.max_pause_ms and memory.cancellable else None):
@@ -227,6 +231,7 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
                 clock.step("migrate")
                 _require_success(await fixed(qemu, memory.mode))
                 clock.step("tracking")
+            resume = memory.resume and not memory.quit
         except BaseException as error:
             # Let run before its memory is fixed, the guest would change what is saved: then it must not count.
             await give_up(qemu, memory)
@@ -236,12 +241,12 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
                 ) from error
             raise
         finally:
-            if memory.resume:
+            if resume:
                 with anyio.move_on_after(RESUME_DEADLINE, shield=True):
                     # An earlier QEMU has done so by itself; then this changes nothing.
                     await commands.control(qemu, "cont")
                     clock.step("cont")
-        if memory.resume:
+        if resume:
             await bell.wait(1.0)
     times = dict(reversed(bell.times))
     pause = (times.get("RESUME", math.nan) - times.get("STOP", math.nan)) * 1000

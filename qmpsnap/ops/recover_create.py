@@ -100,20 +100,19 @@ async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) ->
 
 
 async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memory: Memory) -> Vmstate | None:
-    """The memory, if it was or can be saved whole; the guest runs on if it should."""
+    """The memory, if it was or can be saved whole; the guest runs on if it should, and is still held if it was not."""
     operation = broken.operation
     if finished := await to_thread.run_sync(_finished, operation, memory):
-        await _resume(broken, monitor, memory)
+        await _run_on(broken, monitor, memory)
         return finished
     if monitor is None or not await to_thread.run_sync(_has_content, memory.part):
-        await _resume(broken, monitor, memory)
         return None
     if (await migration.query(monitor)).status not in migration.ENDED:
         if broken.unfinished == "cancel":
             await saving.give_up(monitor, memory)
         else:
             await saving.fixed(monitor, memory.mode)
-    await _resume(broken, monitor, memory)
+    await _run_on(broken, monitor, memory)
     if broken.unfinished == "cancel":
         return None
     if (found := await migration.query(monitor)).status not in migration.ENDED and broken.unfinished == "refuse":
@@ -124,9 +123,15 @@ async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memo
     return await saving.finish(operation, memory, snapshot=plan.change.snapshots[0].name)
 
 
+async def _run_on(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
+    # A guest whose QEMU is to end must not do anything that is in neither memory nor disks.
+    if not memory.quit:
+        await _resume(broken, monitor, memory)
+
+
 async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
-    # Only at this step can it be us who hold the guest.
-    held = monitor and memory.resume and broken.operation.step == "transaction"
+    # Only at this step can it be us who hold the guest; before QEMU's end until then.
+    held = monitor and memory.resume and (broken.operation.step == "transaction" or memory.quit)
     if monitor and held and not (await commands.query_status(monitor)).running:
         await commands.control(monitor, "cont")
 
