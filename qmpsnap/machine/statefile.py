@@ -30,6 +30,9 @@ MANIFEST_LIMIT = 1 << 20
 FALLOC_FL_KEEP_SIZE = 1
 """Of fallocate(2), which Python has only without flags."""
 
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+"""The first bytes of a compressed stream; QEMU's own begins with its magic, ``QEVM``."""
+
 _CHUNK = 1 << 20
 _TAIL = 32 + 8 + len(MAGIC)
 
@@ -97,6 +100,8 @@ def also_direct(path: str) -> int | None:
 def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
     """Digest what QEMU wrote, compress it if the manifest says so, and give it its manifest and name, all durably.
 
+    Whoever did part of it and died is taken up where that ended.
+
     Args:
         written: the file as QEMU left it; gone afterwards.
         path: its name from now on; nobody's yet.
@@ -107,20 +112,38 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
         HostCannot: no space.
     """
     with _translated(path):
-        if manifest.compression == "zstd":
+        if manifest.compression == "zstd" and _begins(written) != ZSTD_MAGIC:
             _compress(written)
-        with Path(written).open("r+b") as file:
-            file.truncate(os.fstat(file.fileno()).st_size)  # lets go of the room it did not need
-            size, digest = _digest(file.fileno(), os.fstat(file.fileno()).st_size)
-            text = msgspec.json.encode(msgspec.structs.replace(manifest, bytes=size, digest=digest))
-            file.seek(0, os.SEEK_END)
-            file.write(text + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + MAGIC)
-            file.flush()
-            os.fsync(file.fileno())
+        if not _is_sealed(written, manifest.operation):
+            _seal(written, manifest)
         os.link(written, path)  # unlike a rename it never takes another file's place
         Path(written).unlink()
         _sync_folder(path)
     return find(path)[0]
+
+
+def _begins(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read(len(ZSTD_MAGIC))
+
+
+def _is_sealed(path: str, operation: OperationId) -> bool:
+    try:
+        return find(path)[1].operation == operation
+    except StoreMismatch:
+        return False
+
+
+def _seal(path: str, manifest: Manifest) -> None:
+    """Append the manifest."""
+    with Path(path).open("r+b") as file:
+        file.truncate(os.fstat(file.fileno()).st_size)  # lets go of the room it did not need
+        size, digest = _digest(file.fileno(), os.fstat(file.fileno()).st_size)
+        text = msgspec.json.encode(msgspec.structs.replace(manifest, bytes=size, digest=digest))
+        file.seek(0, os.SEEK_END)
+        file.write(text + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + MAGIC)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def discard(written: str) -> None:
@@ -223,6 +246,7 @@ def _packed(path: str) -> str:
 def _compress(path: str) -> None:
     """Pack a file in place: the packed one takes its name once it is whole."""
     packed = _packed(path)
+    Path(packed).unlink(missing_ok=True)  # of an earlier try: the name is this operation's alone
     try:
         with Path(path).open("rb") as source, os.fdopen(create(packed), "wb") as target:
             _zstandard().ZstdCompressor().copy_stream(source, target)

@@ -104,6 +104,7 @@ async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memo
     operation = broken.operation
     if finished := await to_thread.run_sync(_finished, operation, memory):
         await _run_on(broken, monitor, memory)
+        await to_thread.run_sync(statefile.discard, memory.part)  # its other name, if that is still there
         return finished
     if monitor is None or not await to_thread.run_sync(_has_content, memory.part):
         return None
