@@ -18,7 +18,7 @@ from qmpsnap.errors import ImageRefused, QmpError, StateError, StoreMismatch
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import JobId, OperationId, job_id
+from qmpsnap.model.names import JobId, NodeName, OperationId, job_id
 from qmpsnap.model.operation import Change, MirrorPlan, Operation
 from qmpsnap.ops import finalize, merge
 from qmpsnap.ops.context import Context, blocking
@@ -71,8 +71,17 @@ def gone(plan: MirrorPlan) -> tuple[Layer, ...]:
     return tuple(layer for layer in reversed(plan.chain) if layer.id not in left)
 
 
-def qmp_commands(plan: MirrorPlan, machine: Machine, job: JobId) -> list[tuple[str, dict[str, object]]]:
-    """The commands that open the target and start the job; pure."""
+def qmp_commands(
+    plan: MirrorPlan, machine: Machine, job: JobId, *, root: NodeName | None = None
+) -> list[tuple[str, dict[str, object]]]:
+    """The commands that open the target and start the job; pure.
+
+    Args:
+        plan: what will be done.
+        machine: the machine.
+        job: the job's id.
+        root: from :func:`root_of`.
+    """
     node = node_name(plan.target)
     if plan.nbd:
         options = plan.nbd.options(node)
@@ -85,6 +94,7 @@ def qmp_commands(plan: MirrorPlan, machine: Machine, job: JobId) -> list[tuple[s
         jobs.mirror_arguments(
             job,
             source=node_name(plan.chain[-1]),
+            root=root,
             target=node,
             shallow=plan.shallow,
             write_blocking=plan.write_blocking,
@@ -105,7 +115,8 @@ async def run(
     async with merge.monitor_for(context, machine, qemu, plan) as monitor:
         identity = await _make(context, machine, operation.id, plan)
         job = job_id(operation.id, plan.disk)
-        (_, options), (start, arguments) = qmp_commands(plan, machine, job)
+        root = await root_of(monitor, plan)
+        (_, options), (start, arguments) = qmp_commands(plan, machine, job, root=root)
         try:
             await commands.blockdev_add(monitor, options)
             await _require_size(monitor, plan)
@@ -121,6 +132,13 @@ async def run(
             ) from error
         await carry_on(context, machine, monitor, operation.id, plan, identity=identity, report=report)
     await tidy(context, operation.id, plan, identity=identity)
+
+
+async def root_of(monitor: Monitor, plan: MirrorPlan) -> NodeName | None:
+    """The topmost filter between the device and its chain, None where there is none."""
+    known = frozenset(layer.id for layer in plan.chain)
+    found = graph.by_disk(await graph.read(monitor), known).get(plan.disk)
+    return NodeName(found.above[0]) if found and found.above else None
 
 
 async def carry_on(

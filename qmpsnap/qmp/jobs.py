@@ -96,20 +96,23 @@ def stream_arguments(
 
 
 def mirror_arguments(
-    job: JobId, *, source: NodeName, target: NodeName, shallow: bool, write_blocking: bool
+    job: JobId, *, source: NodeName, target: NodeName, shallow: bool, write_blocking: bool, root: NodeName | None = None
 ) -> tuple[str, dict[str, Any]]:
     """``blockdev-mirror``: ``target`` becomes a copy of ``source``.
 
     Args:
         job: the job's id.
-        source: the layer the guest writes to.
+        source: the layer the guest writes to, which the target may replace.
+        root: a filter above it, through which the guest writes and which stays ("Need a root block node").
         target: where to; exactly as large.
         shallow: only what ``source`` itself holds; ``target`` has the same backing.
         write_blocking: each write of the guest is done on both sides before it counts as done.
     """
-    arguments: dict[str, Any] = {"job-id": job, "device": source, "target": target}
+    arguments: dict[str, Any] = {"job-id": job, "device": root or source, "target": target}
     arguments |= {"sync": "top" if shallow else "full", "auto-finalize": False, "auto-dismiss": False}
     arguments |= {"on-source-error": "stop", "on-target-error": "stop"}
+    if root:
+        arguments["replaces"] = source
     if write_blocking:
         arguments["copy-mode"] = "write-blocking"
     return "blockdev-mirror", arguments

@@ -201,7 +201,8 @@ def vda_3(vm: qmpsnap.MachineHandle) -> str:
 
 def moved(path: Path, to: Path) -> Path:
     """The file where there is room to look at it."""
-    return shutil.copy(path, to)
+    shutil.copy(path, to)
+    return to
 
 
 NUMBERED = """
