@@ -9,7 +9,7 @@
 """
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -41,6 +41,9 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.store.sqlite import SqliteStore
+
+Files = Mapping[str, str | os.PathLike[str]]
+"""Disk to a path for its new layer; a relative one begins at the working directory."""
 
 
 @asynccontextmanager
@@ -202,7 +205,12 @@ class MachineHandle:
         return await compare.state(self._context, await self.record())
 
     async def snapshot(
-        self, name: str | None = None, *, description: str = "", disks: Sequence[str] | None = None
+        self,
+        name: str | None = None,
+        *,
+        description: str = "",
+        disks: Sequence[str] | None = None,
+        files: Files | None = None,
     ) -> Snapshot:
         """Take a snapshot of the disks, all at one instant, without stopping the guest.
 
@@ -210,35 +218,45 @@ class MachineHandle:
             name: its name; None takes the next free ``snap-N``.
             description: free text.
             disks: names of the disks; None takes all that the spec does not leave out.
+            files: disk to the path of its new layer, where that is to be a place of the caller's choice.
 
         Raises:
             NameTaken: there is a snapshot of that name.
-            StateError: a disk is read-only or busy with a job.
+            UsageError: a file for a disk that is not included, or at a place that cannot be chosen.
+            StateError: a disk is read-only or busy with a job, or something is at the path of a file.
             StoreMismatch: QEMU's chains are not the store's.
         """
-        return await create.run(self._context, self.name, _request(name, description, disks))
+        return await create.run(self._context, self.name, _request(name, description, disks, files))
 
     async def preview_snapshot(
-        self, name: str | None = None, *, description: str = "", disks: Sequence[str] | None = None
+        self,
+        name: str | None = None,
+        *,
+        description: str = "",
+        disks: Sequence[str] | None = None,
+        files: Files | None = None,
     ) -> tuple[Machine, CreatePlan]:
         """What :meth:`snapshot` would do now, without doing it."""
-        return await create.preview(self._context, self.name, _request(name, description, disks))
+        return await create.preview(self._context, self.name, _request(name, description, disks, files))
 
-    async def add_layers(self, *, disks: Sequence[str] | None = None) -> tuple[Layer, ...]:
+    async def add_layers(self, *, disks: Sequence[str] | None = None, files: Files | None = None) -> tuple[Layer, ...]:
         """Put a new empty layer on every disk as :meth:`snapshot` does, but list no snapshot; returns those layers.
 
         Args:
             disks: names of the disks; None takes all that the spec does not leave out.
+            files: as for :meth:`snapshot`.
 
         Raises:
             StateError: a disk is read-only or busy with a job.
             StoreMismatch: QEMU's chains are not the store's.
         """
-        return await create.add_layers(self._context, self.name, _request(None, "", disks))
+        return await create.add_layers(self._context, self.name, _request(None, "", disks, files))
 
-    async def preview_add_layers(self, *, disks: Sequence[str] | None = None) -> tuple[Machine, CreatePlan]:
+    async def preview_add_layers(
+        self, *, disks: Sequence[str] | None = None, files: Files | None = None
+    ) -> tuple[Machine, CreatePlan]:
         """What :meth:`add_layers` would do now, without doing it."""
-        request = replace(_request(None, "", disks), listed=False)
+        request = replace(_request(None, "", disks, files), listed=False)
         return await create.preview(self._context, self.name, request)
 
     async def revert(self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None) -> Reverted:
@@ -427,8 +445,12 @@ class MachineHandle:
         return await undefine.run(self._context, self.name, disks=disks)
 
 
-def _request(name: str | None, description: str, disks: Sequence[str] | None) -> CreateRequest:
-    return CreateRequest(name=name, description=description, disks=None if disks is None else tuple(disks))
+def _request(
+    name: str | None, description: str, disks: Sequence[str] | None, files: Files | None = None
+) -> CreateRequest:
+    chosen = {disk: str(Path(path).absolute()) for disk, path in (files or {}).items()}
+    included = None if disks is None else tuple(disks)
+    return CreateRequest(name=name, description=description, disks=included, files=chosen)
 
 
 def _revert_request(snapshot: Snapshot | str, discard: bool, state: Run | None) -> RevertRequest:  # noqa: FBT001

@@ -30,6 +30,9 @@ def register(parsers: Parsers) -> None:
     command.add_argument("name", metavar="NAME", nargs="?", help="its name; the next free snap-N without it")
     command.add_argument("--kind", choices=("disk",), default="disk", help="what it includes")
     command.add_argument("--disks", metavar="vda,vdb", help="only these disks")
+    command.add_argument(
+        "--file", metavar="DISK=PATH", action="append", default=[], help="the disk's new layer is made at PATH"
+    )
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
     command.add_argument("--no-snapshot", action="store_true", help="new layers only: nothing appears in the list")
     command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
@@ -71,21 +74,23 @@ def _create(arguments: argparse.Namespace) -> None:
     if arguments.no_snapshot and (arguments.name or arguments.message):
         raise UsageError("--no-snapshot takes neither NAME nor --message: nothing would bear them; nothing was changed")
 
+    files = _files(arguments.file)
+
     async def preview(controller: "Controller") -> tuple["Machine", "CreatePlan"]:
         vm = await controller.machine(arguments.machine)
         if arguments.no_snapshot:
-            return await vm.preview_add_layers(disks=disks)
-        return await vm.preview_snapshot(arguments.name, description=arguments.message, disks=disks)
+            return await vm.preview_add_layers(disks=disks, files=files)
+        return await vm.preview_snapshot(arguments.name, description=arguments.message, disks=disks, files=files)
 
     async def act(controller: "Controller") -> Snapshot:
         vm = await controller.machine(arguments.machine)
-        return await vm.snapshot(arguments.name, description=arguments.message, disks=disks)
+        return await vm.snapshot(arguments.name, description=arguments.message, disks=disks, files=files)
 
     if arguments.dry_run:
         _print_plan(arguments.output, *controlling(preview))
         return
     if arguments.no_snapshot:
-        _add_layers(arguments, disks)
+        _add_layers(arguments, disks, files)
         return
     snapshot = controlling(act)
     with reading() as store:
@@ -99,10 +104,22 @@ def _create(arguments: argparse.Namespace) -> None:
     )
 
 
-def _add_layers(arguments: argparse.Namespace, disks: list[str] | None) -> None:
+def _files(named: list[str]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for text in named:
+        disk, equals, path = text.partition("=")
+        if not (disk and equals and path):
+            raise UsageError(f"--file {text!r} is not DISK=PATH; nothing was changed")
+        if disk in files:
+            raise UsageError(f"--file names disk {disk} twice; nothing was changed")
+        files[disk] = path
+    return files
+
+
+def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: dict[str, str]) -> None:
     async def act(controller: "Controller") -> tuple[Layer, ...]:
         vm = await controller.machine(arguments.machine)
-        return await vm.add_layers(disks=disks)
+        return await vm.add_layers(disks=disks, files=files)
 
     layers = controlling(act)
     output.emit(

@@ -1,15 +1,15 @@
 """``snapshot create``: every disk's active layer is frozen under a new empty overlay, all disks in one transaction."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import graph
+from qmpsnap.block import graph, place
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import NameTaken, QmpsnapError, StateError
+from qmpsnap.errors import NameTaken, QmpsnapError, StateError, UsageError
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
@@ -18,7 +18,7 @@ from qmpsnap.model.names import LayerId, OperationId, check_name, layer_id
 from qmpsnap.model.operation import Change, CreatePlan, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import recover
+from qmpsnap.ops import chosen, recover
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp import commands
@@ -35,6 +35,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         name: the snapshot's name; None takes the next free ``snap-N``.
         description: free text.
         disks: names of the disks to include; None takes all that the spec does not leave out.
+        files: disk to absolute path of its new layer; those not named are put into the machine's folder.
         listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
     """
 
@@ -42,6 +43,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
     description: str = ""
     disks: tuple[str, ...] | None = None
     listed: bool = True
+    files: Mapping[str, str] = {}
 
 
 def plan(
@@ -73,12 +75,13 @@ def plan(
         NotFoundError: no disk of that name.
         StateError: a disk cannot be snapshotted.
     """
-    chosen = _disks(machine, request.disks)
+    included = _disks(machine, request.disks)
+    _require_included(machine, included, request.files)
     folder = home.machine_dir(machine.name)
     overlays = tuple(
-        Overlay(disk=chain.disk, layer=overlay_on(chain, serial, str(folder)), backing=chain.active)
+        _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk))
         for chain in chains
-        if chain.disk in chosen
+        if chain.disk in included
     )
     change = Change(
         layers=tuple(overlay.layer for overlay in overlays),
@@ -121,6 +124,7 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
         require_spec(machine, "make it start on a new layer")
     chains = await blocking(context.store.chains, name)
     snapshots = await blocking(context.store.snapshots, name)
+    await chosen.require_free(context, name, request.files)
     serial = OperationId(await blocking(context.store.next_serial))
     return machine, plan(
         machine, chains, snapshots, request, serial=serial, home=context.home, mode=mode, now=time.time()
@@ -156,6 +160,7 @@ async def _run(context: Context, name: str, request: CreateRequest) -> Change:
             await graph.require_agreement(work.qemu, chains, machine=name)
         else:
             require_spec(work.machine, "make it start on a new layer")
+        await chosen.require_free(context, name, request.files)
         operation = await _open(context, work, chains, request)
         assert isinstance(operation.plan, CreatePlan)
         try:
@@ -188,6 +193,10 @@ async def _carry_out(
         overlays = {overlay.disk: overlay.layer for overlay in plan.overlays}
         expected = [chain.with_overlay(overlays[chain.disk]) if chain.disk in overlays else chain for chain in chains]
         await graph.require_agreement(work.qemu, expected, machine=work.machine.name)
+    elif any(overlay.part for overlay in plan.overlays):
+        # Once a file has only the name that was chosen, recovery cannot know it for ours: so forward.
+        await blocking(lambda: context.store.mark(operation.id, "running", step="transaction"))
+    await chosen.let_go(plan.overlays)
     change = recover.identified(plan.change, headers, pause_ms=pause_ms)
     await blocking(context.store.settle, operation.id, work.machine.name, change)
     return change
@@ -199,8 +208,10 @@ async def make_overlays(context: Context, overlays: Sequence[Overlay]) -> dict[L
 
     async def make(overlay: Overlay) -> None:
         headers[overlay.layer.id] = await context.image.create_overlay(
-            overlay.layer.path, backing=overlay.backing, virtual_size=overlay.layer.virtual_size
+            overlay.part or overlay.layer.path, backing=overlay.backing, virtual_size=overlay.layer.virtual_size
         )
+        if overlay.part:
+            await place.claim(overlay.part, overlay.layer.path)
 
     try:
         async with anyio.create_task_group() as group:
@@ -288,6 +299,26 @@ def overlay_on(chain: Chain, serial: OperationId, folder: str) -> Layer:
         backing=chain.active.id,
         virtual_size=chain.active.virtual_size,
     )
+
+
+def _overlay(machine: Machine, chain: Chain, serial: OperationId, folder: str, path: str | None) -> Overlay:
+    layer = overlay_on(chain, serial, folder)
+    if path is None:
+        return Overlay(disk=chain.disk, layer=layer, backing=chain.active)
+    part = place.part_of(path, f"{machine.uuid[:8]}-{serial}")
+    return Overlay(disk=chain.disk, layer=replace(layer, path=path), backing=chain.active, part=part)
+
+
+def _require_included(machine: Machine, included: frozenset[str], files: Mapping[str, str]) -> None:
+    for disk in files:
+        machine.require_disk(disk)
+        if disk not in included:
+            raise UsageError(
+                f"a file is named for disk {disk} of machine {machine.name}, which the snapshot does not include;"
+                " nothing was changed",
+                hint="name the disk in --disks, or leave out its --file",
+                machine=machine.name,
+            )
 
 
 def _node_options(overlay: Overlay, machine: Machine) -> dict[str, object]:

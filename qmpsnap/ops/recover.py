@@ -23,7 +23,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, NodeName
 from qmpsnap.model.operation import Change, CreatePlan, MergePlan, MirrorPlan, Operation, RevertPlan
-from qmpsnap.ops import recover_merge, recover_mirror
+from qmpsnap.ops import chosen, recover_merge, recover_mirror
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.recover_merge import Unfinished
 from qmpsnap.ops.switch import remove_files, switch
@@ -191,12 +191,14 @@ async def _end_create(
         raise _pending(operation, "only some of its overlays are active in QEMU")
     if direction == "forward":
         headers = {o.layer.id: header.read(o.layer.path, format=o.layer.format) for o in plan.overlays}
+        await chosen.let_go(plan.overlays)
         await blocking(context.store.settle, operation.id, machine.name, identified(plan.change, headers))
         return direction
     if monitor and found:
         for name in sorted(names & graph.node_names(found)):
             await commands.blockdev_del(monitor, NodeName(name))
-    await _remove_new([overlay.layer for overlay in plan.overlays])
+    await chosen.undo(plan.overlays)
+    await _remove_new([overlay.layer for overlay in plan.overlays if not overlay.part])
     await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
     return direction
 

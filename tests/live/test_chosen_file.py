@@ -1,0 +1,216 @@
+"""``snapshot create --file``: layers at places of the user's choice, and every verb on them."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpsnap
+from qmpsnap.block import place as places
+from qmpsnap.cli.main import main
+from qmpsnap.errors import HostCannot, ImageRefused, NotFoundError, QmpsnapError, StateError, UsageError
+from qmpsnap.machine.machine import wait_end
+from qmpsnap.model.spec import DiskSpec, MachineSpec
+from tests.live.crash import die_at
+from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants
+
+SPEC = MachineSpec(
+    name="still",
+    memory=64 * MIB,
+    disks=tuple(DiskSpec(name=name, size=16 * MIB, snapshot=name != "vdc") for name in ("vda", "vdb", "vdc")),
+)
+
+
+@pytest.fixture
+def place(home: Path) -> Path:
+    folder = home / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+async def _hashes(vm: qmpsnap.MachineHandle) -> dict[tuple[str, str], str]:
+    return {
+        (snapshot.name, point.disk): await content_hash(vm, point.layer)
+        for snapshot in await vm.snapshots()
+        for point in snapshot.points
+    }
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("state", ["running", "stopped"])
+async def test_every_verb_on_such_layers(q: qmpsnap.Controller, place: Path, state: str) -> None:
+    vm = await q.define(SPEC)
+
+    async def write(pattern: int) -> None:
+        if state == "stopped":
+            await vm.start(paused=True)
+        await fill(vm, "vda", pattern, offset=pattern * MIB)
+        if state == "stopped":
+            await vm.stop(force=True)
+
+    if state == "running":
+        await vm.start(paused=True)
+    await write(1)
+    with contextlib.chdir(place):
+        await vm.snapshot("s1", files={"vda": "one.qcow2"})  # a relative path begins where we are
+    one = (await vm.chains("vda"))[0].active
+    assert (one.path, one.owned) == (str(place / "one.qcow2"), True)
+    assert (place / "one.qcow2").stat().st_mode & 0o777 == 0o600
+    assert (await vm.chains("vdb"))[0].active.path.startswith(str(context_of(vm).home.machine_dir("still")))
+    await write(2)
+    await vm.snapshot("s2", files={"vda": place / "two.qcow2", "vdb": place / "b.qcow2"})
+    await write(3)
+    await vm.add_layers(disks=["vda"], files={"vda": place / "three.qcow2"})
+    await write(4)
+    assert _names(place) == ["b.qcow2", "one.qcow2", "three.qcow2", "two.qcow2"]
+    hashes = await _hashes(vm)
+    await hold_invariants(vm, hashes)
+
+    await vm.commit("vda", base=(await vm.chains("vda"))[0].ids[2])
+    assert _names(place) == ["b.qcow2", "one.qcow2", "two.qcow2"]
+    await hold_invariants(vm, hashes)
+    await vm.revert("s1")
+    await hold_invariants(vm, hashes)
+    (auto,) = (s.name for s in await vm.snapshots() if s.name.startswith("auto-"))
+    await vm.revert(auto, discard=True)
+    hashes = await _hashes(vm)
+    await vm.delete_snapshots("s2")
+    hashes = {key: value for key, value in hashes.items() if key[0] != "s2"}
+    await hold_invariants(vm, hashes)
+    await vm.snapshot("s3", files={"vda": place / "last.qcow2"})
+    await vm.stream("vda")
+    hashes = await _hashes(vm)
+    await hold_invariants(vm, hashes)
+    await vm.delete_snapshots("s1", auto)
+    await hold_invariants(vm, {key: value for key, value in hashes.items() if key[0] == "s3"})
+    if state == "running":
+        await vm.stop(force=True)
+    removed = await vm.undefine(disks="remove")
+    assert str(place / "last.qcow2") in removed
+    assert _names(place) == []
+
+
+async def test_files_that_are_kept(q: qmpsnap.Controller, place: Path) -> None:
+    vm = await q.define(SPEC)
+    await vm.snapshot("s1", files={"vda": place / "one"})
+    with pytest.raises(StateError, match="elsewhere/one"):
+        await vm.undefine()
+    assert str(place / "one") in await vm.undefine(disks="keep")
+    assert _names(place) == ["one"]
+
+
+async def test_what_is_refused(q: qmpsnap.Controller, place: Path) -> None:
+    vm = await q.define(SPEC)
+    folder = context_of(vm).home.machine_dir("still")
+    (place / "taken").write_bytes(b"mine")
+    (place / "dangling").symlink_to(place / "nowhere")
+    await vm.snapshot("s0", files={"vda": place / "gone"})
+    (place / "gone").rename(place / "moved")
+    cases: list[tuple[type[QmpsnapError], dict[str, Any]]] = [
+        (NotFoundError, {"files": {"vdz": place / "new"}}),
+        (UsageError, {"files": {"vdc": place / "new"}}),
+        (UsageError, {"files": {"vda": place / "new"}, "disks": ["vdb"]}),
+        (UsageError, {"files": {"vda": place / "new", "vdb": place / "new"}}),
+        (UsageError, {"files": {"vda": place / ".." / "new"}}),
+        (UsageError, {"files": {"vda": folder / "vda-77.qcow2"}}),
+        (UsageError, {"files": {"vda": folder / "vars.fd"}}),
+        (UsageError, {"files": {"vda": folder.parent / "other" / "x"}}),
+        (ImageRefused, {"files": {"vda": str(place / "new\nline")}}),
+        (StateError, {"files": {"vda": place / "taken"}}),
+        (StateError, {"files": {"vda": place / "dangling"}}),
+        (StateError, {"files": {"vda": place / "gone"}}),
+        (HostCannot, {"files": {"vda": place / "no" / "new"}}),
+        (HostCannot, {"files": {"vda": place / "taken" / "new"}}),
+    ]
+    serial, names = context_of(vm).store.next_serial(), _names(place)
+    for family, options in cases:
+        for call in (vm.snapshot, vm.preview_snapshot):
+            with pytest.raises(QmpsnapError) as refused:
+                await call(**options)
+            assert type(refused.value) is family, (options, refused.value)
+            assert refused.value.effect == "none"
+    assert (context_of(vm).store.next_serial(), _names(place)) == (serial, names)
+    (place / "moved").rename(place / "gone")
+    await hold_invariants(vm)
+
+
+@pytest.mark.parametrize("state", ["running", "stopped"])
+async def test_a_strangers_file_at_the_last_moment_is_not_touched(
+    q: qmpsnap.Controller, place: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    vm = await q.define(SPEC)
+    if state == "running":
+        await vm.start(paused=True)
+    real = places.claim
+
+    async def late(part: str, path: str) -> None:
+        if path.endswith("b"):
+            Path(path).write_bytes(b"mine")
+        await real(part, path)
+
+    monkeypatch.setattr(places, "claim", late)
+    with pytest.raises(StateError, match="exists already") as refused:
+        await vm.snapshot("s", files={"vda": place / "a", "vdb": place / "b"})
+    assert refused.value.effect == "none"
+    assert [(file.name, file.read_bytes()) for file in place.iterdir()] == [("b", b"mine")]
+    await hold_invariants(vm)
+
+
+STORE, CHOSEN = "qmpsnap.store.sqlite", "qmpsnap.ops.chosen"
+STEPS = {
+    "after the journal row": (STORE, "SqliteStore.open_operation", "after", 1),
+    "made beside": ("qmpsnap.block.place", "claim", "before", 1),
+    "at its place": ("qmpsnap.block.place", "claim", "after", 1),
+    "before the step": (STORE, "SqliteStore.mark", "before", 1),
+    "after the step": (STORE, "SqliteStore.mark", "after", 1),
+    "before one name goes": (CHOSEN, "let_go", "before", 1),
+    "with one name": (CHOSEN, "let_go", "after", 1),
+    "settled": (STORE, "SqliteStore.settle", "after", 1),
+}
+TAKEN = {"before one name goes", "with one name", "settled"}
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("qemu", ["lives", "dies too", "never ran"])
+@pytest.mark.parametrize("step", STEPS)
+async def test_killed_in_the_middle(q: qmpsnap.Controller, place: Path, step: str, qemu: str) -> None:
+    vm = await q.define(SPEC)
+    if qemu != "never ran":
+        process = await vm.start(paused=True)
+        await fill(vm, "vda", 1)
+    await die_at(STEPS[step], "snapshot", "create", "still", "s", "--disks", "vda", "--file", f"vda={place}/new")
+    if qemu == "dies too":
+        os.kill(process.pid, signal.SIGKILL)
+        assert await wait_end(process, deadline=10)
+    for _ in range(2):
+        await vm.recover()
+        taken = step in TAKEN or (step == "after the step" and qemu != "lives")
+        assert [snapshot.name for snapshot in await vm.snapshots()] == (["s"] if taken else [])
+        assert _names(place) == (["new"] if taken else [])
+        await hold_invariants(vm)
+    if qemu == "dies too":
+        await vm.start(paused=True)
+    await vm.snapshot("next", files={"vda": place / ("newer" if taken else "new")})
+    await hold_invariants(vm)
+
+
+def test_on_the_command_line(home: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "s.yaml").write_text("name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}, {name: vdb, size: 1M}]\n")
+    assert main(["define", str(home / "s.yaml")]) == 0
+    create = ["snapshot", "create", "still"]
+    assert main([*create, "--file", f"vda={place}/a", "--dry-run"]) == 0
+    assert f"create {place}/a on" in capsys.readouterr().out
+    assert _names(place) == []
+    assert main([*create, "--file", f"vda={place}/a", "--file", f"vda={place}/b"]) == 2
+    assert main([*create, "--file", "vda"]) == 2
+    assert main([*create, "--file", f"vda={place}/a", "--file", f"vdb={place}/b"]) == 0
+    assert _names(place) == ["a", "b"]
+    assert main([*create, "--file", f"vda={place}/a"]) == 4
+    assert main([*create, "--no-snapshot", "--file", f"vda={place}/c"]) == 0
+    assert _names(place) == ["a", "b", "c"]
