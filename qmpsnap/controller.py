@@ -27,7 +27,7 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format, MachineSpec
-from qmpsnap.ops import adopt, commit, compare, create, define, delete, mirror, power, rename, revert, undefine
+from qmpsnap.ops import adopt, commit, compare, create, define, delete, mirror, power, rename, revert, stack, undefine
 from qmpsnap.ops.adopt import Adopted
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.compare import ChainView
@@ -282,6 +282,21 @@ class MachineHandle:
     ) -> Preview:
         """What :meth:`revert` would do now, without doing it."""
         return await revert.preview(self._context, self.name, _revert_request(snapshot, discard, state))
+
+    async def push(self, name: str | None = None, *, description: str = "") -> Snapshot:
+        """Take a snapshot to come back to with :meth:`pop`; the same as :meth:`snapshot`."""
+        return await self.snapshot(name, description=description)
+
+    async def pop(self, *, report: Report = unreported) -> Reverted:
+        """Go back to the current snapshot, without what was written since, and delete it; its parent is current then.
+
+        Args:
+            report: told about the progress of jobs.
+
+        Raises:
+            StateError: there is no current snapshot, or it cannot be gone back to.
+        """
+        return await stack.pop(self._context, self.name, report=report)
 
     async def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now.

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import delete, output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, reading
+from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.snapshot import Snapshot
@@ -36,6 +38,18 @@ def register(parsers: Parsers) -> None:
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
     command.add_argument("--no-snapshot", action="store_true", help="new layers only: nothing appears in the list")
     command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
+    add_format(command)
+
+    command = add(verbs, "push", _create, help="take a snapshot to come back to with pop")
+    add_machine(command)
+    command.add_argument("name", metavar="NAME", nargs="?", help="its name; the next free snap-N without it")
+    command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
+    command.set_defaults(disks=None, file=(), no_snapshot=False, dry_run=False)
+    add_format(command)
+
+    command = add(verbs, "pop", _pop, help="go back to the current snapshot, and delete it")
+    add_machine(command)
+    add_progress(command)
     add_format(command)
 
     command = add(verbs, "list", _list, help="the snapshots of a machine, oldest first")
@@ -104,7 +118,7 @@ def _create(arguments: argparse.Namespace) -> None:
     )
 
 
-def _files(named: list[str]) -> dict[str, str]:
+def _files(named: Sequence[str]) -> dict[str, str]:
     files: dict[str, str] = {}
     for text in named:
         disk, equals, path = text.partition("=")
@@ -245,6 +259,23 @@ def _revert(arguments: argparse.Namespace) -> None:
         table=lambda: "; ".join(
             filter(None, (f"machine {arguments.machine} is at {done.snapshot.name}, {done.state}", kept, gone))
         ),
+    )
+
+
+def _pop(arguments: argparse.Namespace) -> None:
+    with reporting(arguments.progress) as report:
+
+        async def act(controller: "Controller") -> "Reverted":
+            vm = await controller.machine(arguments.machine)
+            return await vm.pop(report=report)
+
+        done = controlling(act)
+    name = done.snapshot.name
+    output.emit(
+        arguments.output,
+        document={"machine": arguments.machine, "snapshot": name, "state": done.state},
+        names=[name],
+        table=lambda: f"machine {arguments.machine} is where it was at {name}, {done.state}; {name} is deleted",
     )
 
 

@@ -68,6 +68,8 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.wait(), list[Operation])
     assert_type(await vm.cancel(), list[Operation])
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
+    assert_type(await vm.push("before", description="text"), Snapshot)
+    assert_type(await vm.pop(), Reverted)
     await vm.revert("before", state="asleep")  # type: ignore[arg-type]
     assert_type(await vm.snapshots(), tuple[Snapshot, ...])
     assert_type(await vm.chains("vda"), tuple[ChainView, ...])
