@@ -101,6 +101,7 @@ async def _end_step(
     if monitor is not None:
         await jobs.dismiss(monitor, job)
         await merge.close_gone(monitor, step)
+        await merge.freeze_again(monitor, machine, step)
     return True
 
 
