@@ -96,6 +96,33 @@ async def test_every_verb_on_such_layers(q: qmpsnap.Controller, place: Path, sta
     assert _names(place) == []
 
 
+@pytest.mark.parametrize("state", ["running", "stopped"])
+async def test_a_branch_of_such_layers_is_measured(q: qmpsnap.Controller, place: Path, state: str) -> None:
+    """The cheaper direction is taken, and what is left over goes with the next delete, as in the machine's folder."""
+    vm = await q.define(SPEC)
+    await vm.start(paused=True)
+    await vm.snapshot("s1", disks=["vda"], files={"vda": place / "small"})
+    await fill(vm, "vda", 1, length=MIB)
+    await vm.snapshot("s2", disks=["vda"], files={"vda": place / "large"})
+    await fill(vm, "vda", 2, offset=2 * MIB, length=3 * MIB)
+    await vm.snapshot("s3", disks=["vda"])
+    await vm.revert("s1", discard=True)
+    if state == "stopped":
+        await vm.stop(force=True)
+    hashes = await _hashes(vm)
+    done = await vm.delete_snapshots("s2")
+    assert [choice.how for choice in done.reductions[0].choices] == ["stream", "commit"]
+    assert MIB <= done.bytes < 2 * MIB
+    assert _names(place) == ["large"]
+    del hashes["s2", "vda"]
+    await hold_invariants(vm, hashes)
+    await vm.delete_snapshots("s3", metadata=True)
+    assert _names(place) == ["large"]
+    await vm.delete_snapshots("s1")
+    assert _names(place) == []
+    await hold_invariants(vm)
+
+
 async def test_files_that_are_kept(q: qmpsnap.Controller, place: Path) -> None:
     vm = await q.define(SPEC)
     await vm.snapshot("s1", files={"vda": place / "one"})
