@@ -88,3 +88,41 @@ async def test_what_a_stopped_one_refuses(q: qmpsnap.Controller, folder: Path, l
     for name, digest_ in hashes.items():
         snapshot = next(s for s in await vm.snapshots() if s.name == name)
         assert await content_hash(vm, snapshot.points[0].layer) == digest_
+
+
+REFUSED: dict[mirror.Mode, str] = {
+    "pivot": "somebody else launches",
+    "finish": "another process has an image of its disk virtio0 open",
+}
+
+
+async def test_after_its_owner_has_started_it_again(q: qmpsnap.Controller, folder: Path, launched: Any) -> None:
+    """A new process is another machine until it is adopted: it has the layers open, and no worker gets at them."""
+    theirs, vm, hashes = await _adopted(q, launched, "drive")
+    hashes["s4"] = await _hash_now(vm, "s4")
+    active = (await vm.chains())[0].active
+    await vm.stop(force=True)
+    theirs.process.wait(10)
+    for name in ("given.sock", "own.sock"):
+        (folder / name).unlink(missing_ok=True)
+    again = launched(["-drive", f"file={active.path},format=qcow2,if=virtio"])
+    before, names = await again.graph(), sorted(file.name for file in folder.iterdir())
+    for mode, why in REFUSED.items():
+        with pytest.raises(StateError, match=why) as refused:
+            await vm.mirror(NAMES["drive"], folder / "copy.qcow2", mode=mode)
+        assert refused.value.effect == "none"
+    assert await again.graph() == before
+    assert sorted(file.name for file in folder.iterdir()) == names
+
+    kept = await vm.undefine(disks="keep")
+    assert active.path in kept
+    await q.adopt("theirs", again.socket)
+    vm = await q.machine("theirs")
+    await again.io("write -P 9 9M 1M")
+    await vm.snapshot("s5")
+    await vm.mirror(NAMES["drive"], folder / "copy.qcow2", mode="pivot", shallow=True)
+    await again.io("write -P 8 8M 1M")
+    await agree(vm, {})
+    await vm.mirror(NAMES["drive"], folder / "alone.qcow2", mode="pivot")
+    assert await layers(vm) == ["alone.qcow2"]
+    assert all(Path(path).exists() for path in kept)
