@@ -333,6 +333,7 @@ async def test_what_cannot_be_adopted(q: qmpsnap.Controller, folder: Path, launc
 
 async def test_headers_and_files_have_to_agree_with_qemu(q: qmpsnap.Controller, folder: Path, launched: Any) -> None:
     theirs = launched("drive")
+    await theirs.graph()  # once it answers it has its images open
     shutil.copy(folder / "top.qcow2", folder / "copy.qcow2")
     (folder / "top.qcow2").rename(folder / "moved.qcow2")
     (folder / "copy.qcow2").rename(folder / "top.qcow2")
