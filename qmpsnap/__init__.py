@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qmpsnap import errors
-    from qmpsnap.controller import Controller, MachineHandle
+    from qmpsnap.controller import Controller
     from qmpsnap.controller import open_controller as open  # noqa: A004 - reads as qmpsnap.open()
     from qmpsnap.errors import QmpsnapError
     from qmpsnap.following import progress
+    from qmpsnap.machine_handle import MachineHandle
     from qmpsnap.model.chain import Chain, Layer
     from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.model.spec import DiskSpec, MachineSpec
@@ -41,7 +42,7 @@ __all__ = [
 _WHERE = {
     "errors": ("qmpsnap.errors", ""),
     "Controller": ("qmpsnap.controller", "Controller"),
-    "MachineHandle": ("qmpsnap.controller", "MachineHandle"),
+    "MachineHandle": ("qmpsnap.machine_handle", "MachineHandle"),
     "open": ("qmpsnap.controller", "open_controller"),
     "QmpsnapError": ("qmpsnap.errors", "QmpsnapError"),
     "Chain": ("qmpsnap.model.chain", "Chain"),

@@ -3,21 +3,20 @@
 import argparse
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qmpsnap.cli import delete, output
+from qmpsnap.cli import delete, output, revert, stack
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, reading
 from qmpsnap.cli.progress import add_progress, reporting
+from qmpsnap.cli.taken import document_of, print_taken
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.store.store import Store
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
     from qmpsnap.model.machine import Machine
-    from qmpsnap.model.operation import CreatePlan
-    from qmpsnap.ops.revert import Preview, Reverted, Run
+    from qmpsnap.model.operation import CreatePlan, InternalPlan
 
 HERE = "(current, you are here)"
 
@@ -30,27 +29,27 @@ def register(parsers: Parsers) -> None:
     command = add(verbs, "create", _create, help="take a snapshot of every disk at one instant; the guest runs on")
     add_machine(command)
     command.add_argument("name", metavar="NAME", nargs="?", help="its name; the next free snap-N without it")
-    command.add_argument("--kind", choices=("disk",), default="disk", help="what it includes")
+    command.add_argument(
+        "--kind",
+        choices=("disk", "full", "internal"),
+        default="disk",
+        help="disks; disks and memory; the same inside the images",
+    )
     command.add_argument("--disks", metavar="vda,vdb", help="only these disks")
     command.add_argument(
         "--file", metavar="DISK=PATH", action="append", default=[], help="the disk's new layer is made at PATH"
     )
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
     command.add_argument("--no-snapshot", action="store_true", help="new layers only: nothing appears in the list")
+    command.add_argument("--max-pause", type=float, metavar="MS", help="full: refuse to hold the guest any longer")
+    command.add_argument("--degrade", action="store_true", help="full: should the memory fail, keep the disks alone")
+    add_compress(command)
+    command.add_argument("--no-memory", action="store_true", help="internal: the disks alone")
     command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
-    add_format(command)
-
-    command = add(verbs, "push", _create, help="take a snapshot to come back to with pop")
-    add_machine(command)
-    command.add_argument("name", metavar="NAME", nargs="?", help="its name; the next free snap-N without it")
-    command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
-    command.set_defaults(disks=None, file=(), no_snapshot=False, dry_run=False)
-    add_format(command)
-
-    command = add(verbs, "pop", _pop, help="go back to the current snapshot, and delete it")
-    add_machine(command)
     add_progress(command)
     add_format(command)
+
+    stack.register(verbs)
 
     command = add(verbs, "list", _list, help="the snapshots of a machine, oldest first")
     add_machine(command)
@@ -63,15 +62,7 @@ def register(parsers: Parsers) -> None:
 
     delete.register(verbs)
 
-    command = add(verbs, "revert", _revert, help="go back to a snapshot; what was written since is kept")
-    add_machine(command)
-    command.add_argument("name", metavar="NAME", help="the snapshot")
-    command.add_argument("--discard", action="store_true", help="do not keep what was written since")
-    after = command.add_mutually_exclusive_group()
-    after.add_argument("--paused", action="store_true", help="leave the machine started, its vCPUs stopped")
-    after.add_argument("--running", action="store_true", help="leave the machine running")
-    command.add_argument("--dry-run", action="store_true", help="print what would be done, change nothing")
-    add_format(command)
+    revert.register(verbs)
 
     command = add(verbs, "rename", _rename, help="give a snapshot another name")
     add_machine(command)
@@ -83,22 +74,48 @@ def register(parsers: Parsers) -> None:
     add_format(command)
 
 
-def _create(arguments: argparse.Namespace) -> None:
-    disks = None if arguments.disks is None else [part for part in arguments.disks.split(",") if part]
+def add_compress(command: argparse.ArgumentParser) -> None:
+    """``--compress``, for every command that saves memory."""
+    command.add_argument(
+        "--compress", choices=("none", "zstd"), default="none", help="pack the memory's file once it is written"
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse options that say nothing of what is asked for."""
     if arguments.no_snapshot and (arguments.name or arguments.message):
         raise UsageError("--no-snapshot takes neither NAME nor --message: nothing would bear them; nothing was changed")
 
+    if arguments.kind != "full" and (
+        arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"
+    ):
+        raise UsageError("--max-pause, --degrade and --compress are about memory: add --kind full; nothing was changed")
+    if arguments.file and arguments.kind == "internal":
+        raise UsageError("--file is about new layers, and a snapshot inside images makes none; nothing was changed")
+    if arguments.no_memory and arguments.kind != "internal":
+        raise UsageError("--no-memory is about snapshots inside images: add --kind internal; nothing was changed")
+
+
+def _create(arguments: argparse.Namespace) -> None:
+    disks = None if arguments.disks is None else [part for part in arguments.disks.split(",") if part]
     files = _files(arguments.file)
+    _check(arguments)
+    if arguments.dry_run and arguments.kind == "internal":
+        _preview_internal(arguments, disks)
+        return
 
     async def preview(controller: "Controller") -> tuple["Machine", "CreatePlan"]:
         vm = await controller.machine(arguments.machine)
         if arguments.no_snapshot:
             return await vm.preview_add_layers(disks=disks, files=files)
-        return await vm.preview_snapshot(arguments.name, description=arguments.message, disks=disks, files=files)
-
-    async def act(controller: "Controller") -> Snapshot:
-        vm = await controller.machine(arguments.machine)
-        return await vm.snapshot(arguments.name, description=arguments.message, disks=disks, files=files)
+        return await vm.preview_snapshot(
+            arguments.name,
+            kind=arguments.kind,
+            description=arguments.message,
+            disks=disks,
+            files=files,
+            max_pause_ms=arguments.max_pause,
+        )
 
     if arguments.dry_run:
         _print_plan(arguments.output, *controlling(preview))
@@ -106,16 +123,27 @@ def _create(arguments: argparse.Namespace) -> None:
     if arguments.no_snapshot:
         _add_layers(arguments, disks, files)
         return
-    snapshot = controlling(act)
-    with reading() as store:
-        document = _document(store, arguments.machine, snapshot)
-    took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
-    output.emit(
-        arguments.output,
-        document={"machine": arguments.machine, "snapshot": document},
-        names=[snapshot.name],
-        table=lambda: f"snapshot {snapshot.name} of {', '.join(document['disks'])} taken ({snapshot.mode}{took})",
-    )
+    with reporting(arguments.progress) as report:
+
+        async def act(controller: "Controller") -> Snapshot:
+            vm = await controller.machine(arguments.machine)
+            return await vm.snapshot(
+                arguments.name,
+                kind=arguments.kind,
+                description=arguments.message,
+                disks=disks,
+                files=files,
+                max_pause_ms=arguments.max_pause,
+                compression=arguments.compress,
+                degrade=arguments.degrade,
+                memory=False if arguments.no_memory else None,
+                report=report,
+            )
+
+        snapshot = controlling(act)
+    if snapshot.kind != arguments.kind:
+        output.note(f"the memory could not be saved, so this is a {snapshot.kind} snapshot")
+    print_taken(arguments, snapshot)
 
 
 def _files(named: Sequence[str]) -> dict[str, str]:
@@ -158,17 +186,56 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
         {"execute": command, "arguments": machine.sent(arguments)} for command, arguments in qmp_commands(plan, machine)
     ]
 
+    saved = plan.memory
+    memory = {"path": saved.path, "mode": saved.mode, "why": saved.why} if saved else None
+
     def text() -> str:
         lines = [f"would {what} machine {plan.machine}; nothing was changed", "files:"]
         lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
+        if memory:
+            lines += [f"  create {output.printable(memory['path'])} with the memory ({memory['mode']})"]
+            lines += [f"  the guest would stand still meanwhile: {memory['why']}"] if memory["why"] else []
         lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
         lines += [f"  {json.dumps(command)}" for command in commands]
         return "\n".join([*lines, "bytes to move: 0"])
 
     output.emit(
         form,
-        document={"machine": plan.machine, "snapshot": name, "files": files, "qmp": commands, "bytes": 0},
+        document={
+            "machine": plan.machine,
+            "snapshot": name,
+            "files": files,
+            "qmp": commands,
+            "memory": memory,
+            "bytes": 0,
+        },
         names=[name] if name else [overlay.layer.id for overlay in plan.overlays],
+        table=text,
+    )
+
+
+def _preview_internal(arguments: argparse.Namespace, disks: list[str] | None) -> None:
+    async def look(controller: "Controller") -> "InternalPlan":
+        vm = await controller.machine(arguments.machine)
+        return await vm.preview_internal(arguments.name, disks=disks, memory=False if arguments.no_memory else None)
+
+    plan = controlling(look)
+    from qmpsnap.ops.internal import qmp_commands
+
+    name = plan.change.snapshots[0].name
+    commands = [{"execute": command, "arguments": sent} for command, sent in qmp_commands(plan)]
+    tags = [{"layer": layer.id, "tag": plan.tag} for layer in plan.layers.values()]
+
+    def text() -> str:
+        lines = [f"would take snapshot {name} inside the images of machine {plan.machine}; nothing was changed"]
+        lines += [f"  tag {tag['tag']} inside {tag['layer']}" for tag in tags]
+        lines += [f"  memory inside {plan.vmstate}; the guest would stand still meanwhile"] if plan.vmstate else []
+        return "\n".join([*lines, "QMP commands:", *(f"  {json.dumps(command)}" for command in commands)])
+
+    output.emit(
+        arguments.output,
+        document={"machine": plan.machine, "snapshot": name, "tags": tags, "memory": plan.vmstate, "qmp": commands},
+        names=[name],
         table=text,
     )
 
@@ -176,7 +243,7 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
 def _list(arguments: argparse.Namespace) -> None:
     with reading() as store:
         snapshots = store.snapshots(arguments.machine)
-        documents = [_document(store, arguments.machine, snapshot) for snapshot in snapshots]
+        documents = [document_of(store, arguments.machine, snapshot) for snapshot in snapshots]
     output.emit(
         arguments.output,
         document={"machine": arguments.machine, "snapshots": documents},
@@ -209,10 +276,14 @@ def _show(arguments: argparse.Namespace) -> None:
                 hint=f"qmpsnap snapshot list {arguments.machine}",
                 machine=arguments.machine,
             )
-        document = _document(store, arguments.machine, found[0])
+        document = document_of(store, arguments.machine, found[0])
 
     def text() -> str:
-        plain = {key: value for key, value in document.items() if key != "disks"}
+        plain = {key: value for key, value in document.items() if key not in {"disks", "vmstate", "inside"}}
+        if state := document["vmstate"]:
+            plain["memory"] = f"{state['path']} ({output.size(state['bytes'])}, {state['mode']}, {state['layout']})"
+        if inside := document["inside"]:
+            plain["memory"] = f"inside {inside['layer']} ({output.size(inside['bytes'])})"
         plain["current"] = "yes" if plain["current"] else "no"
         lines = [
             f"{key + ':':14}{'-' if value in (None, '') else output.printable(str(value))}"
@@ -225,90 +296,6 @@ def _show(arguments: argparse.Namespace) -> None:
         arguments.output,
         document={"machine": arguments.machine, "snapshot": document},
         names=[arguments.name],
-        table=text,
-    )
-
-
-def _revert(arguments: argparse.Namespace) -> None:
-    state: Run | None = "paused" if arguments.paused else "running" if arguments.running else None
-
-    async def look(controller: "Controller") -> "Preview":
-        vm = await controller.machine(arguments.machine)
-        return await vm.preview_revert(arguments.name, discard=arguments.discard, state=state)
-
-    async def act(controller: "Controller") -> "Reverted":
-        vm = await controller.machine(arguments.machine)
-        return await vm.revert(arguments.name, discard=arguments.discard, state=state)
-
-    if arguments.dry_run:
-        _print_revert(arguments.output, controlling(look))
-        return
-    done = controlling(act)
-    kept = f"what was active before is snapshot {done.kept.name}" if done.kept else ""
-    gone = f"{', '.join(done.removed)} removed" if done.removed else ""
-    output.emit(
-        arguments.output,
-        document={
-            "machine": arguments.machine,
-            "snapshot": done.snapshot.name,
-            "kept": done.kept.name if done.kept else None,
-            "removed": list(done.removed),
-            "state": done.state,
-        },
-        names=[done.snapshot.name],
-        table=lambda: "; ".join(
-            filter(None, (f"machine {arguments.machine} is at {done.snapshot.name}, {done.state}", kept, gone))
-        ),
-    )
-
-
-def _pop(arguments: argparse.Namespace) -> None:
-    with reporting(arguments.progress) as report:
-
-        async def act(controller: "Controller") -> "Reverted":
-            vm = await controller.machine(arguments.machine)
-            return await vm.pop(report=report)
-
-        done = controlling(act)
-    name = done.snapshot.name
-    output.emit(
-        arguments.output,
-        document={"machine": arguments.machine, "snapshot": name, "state": done.state},
-        names=[name],
-        table=lambda: f"machine {arguments.machine} is where it was at {name}, {done.state}; {name} is deleted",
-    )
-
-
-def _print_revert(form: output.Format, found: "Preview") -> None:
-    plan = found.plan
-    files = [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
-    removed = [layer.path for layer in found.removed]
-    commands = [{"execute": "quit"}] if plan.live else []
-    start = ("paused" if plan.paused else "running") if plan.restart else None
-
-    def text() -> str:
-        lines = [f"would revert machine {plan.machine} to {plan.snapshot}; nothing was changed", "files:"]
-        lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
-        lines += [f"  remove {output.printable(path)}" for path in removed]
-        lines += [f"snapshot {found.kept} would keep what is active now"] if found.kept else []
-        lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
-        lines += [f"  {json.dumps(command)}" for command in commands]
-        lines += [f"then QEMU would be started, {start}" if start else "the machine would stay stopped"]
-        return "\n".join([*lines, "bytes to move: 0"])
-
-    output.emit(
-        form,
-        document={
-            "machine": plan.machine,
-            "snapshot": plan.snapshot,
-            "files": files,
-            "removed": removed,
-            "kept": found.kept,
-            "qmp": commands,
-            "start": start,
-            "bytes": 0,
-        },
-        names=[plan.snapshot],
         table=text,
     )
 
@@ -326,7 +313,7 @@ def _tree(arguments: argparse.Namespace) -> None:
     with reading() as store:
         machine = store.machine(arguments.machine)
         snapshots = store.snapshots(arguments.machine)
-        documents = [_document(store, arguments.machine, snapshot) for snapshot in snapshots]
+        documents = [document_of(store, arguments.machine, snapshot) for snapshot in snapshots]
     children: dict[str | None, list[tuple[str, str]]] = {}
     for snapshot in snapshots:
         kind = snapshot.kind if snapshot.state == "ok" else f"{snapshot.kind} ({snapshot.state})"
@@ -340,27 +327,3 @@ def _tree(arguments: argparse.Namespace) -> None:
         names=[snapshot.name for snapshot in snapshots],
         table=lambda: output.tree(machine.name, lambda key: children.get(key, [])),
     )
-
-
-def _document(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any]:
-    """The JSON of one snapshot, as docs/cli.md describes it."""
-    layers = _layers(store, snapshot)
-    return {
-        "name": snapshot.name,
-        "kind": snapshot.kind,
-        "state": snapshot.state,
-        "parent": snapshot.parent,
-        "current": store.machine(machine).current == snapshot.name,
-        "created": output.moment(snapshot.created),
-        "description": snapshot.description,
-        "disks": {
-            point.disk: {"layer": point.layer, "path": layers[point.layer].path, "tag": point.tag}
-            for point in snapshot.points
-        },
-        "pause_ms": snapshot.pause_ms,
-        "mode": snapshot.mode,
-    }
-
-
-def _layers(store: Store, snapshot: Snapshot) -> dict[str, Layer]:
-    return {point.layer: store.layer(point.layer) for point in snapshot.points}

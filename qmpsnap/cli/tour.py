@@ -39,17 +39,25 @@ READ = "echo 3 >/proc/sys/vm/drop_caches && dd if=/dev/vda bs=1M count=16 2>/dev
 WRITE = "test -b /dev/vda && dd if=/dev/urandom of=/dev/vda bs=1M count={0} conv=fsync 2>/dev/null && "
 
 
+COUNT = "i=0; while :; do i=$((i + 1)); echo $i >/run/count; usleep 10000; done"
+COUNT_ON = f"setsid sh -c {shlex.quote(COUNT)} >/dev/null 2>&1 </dev/null & echo $! >/run/counter; sleep 1"
+COUNTED = "cat /run/count"
+END_COUNTER = "kill -9 $(cat /run/counter); cat /run/count"
+COUNTED_TWICE = "cat /run/count; sleep 1; cat /run/count"
+
+
 def run(*, keep: bool) -> int:
     """Take the tour; returns 0 when everything holds what the guest said it should."""
     guest = _small_guest()
     with _own_home(keep=keep) as folder:
         spec = folder / "demo.yaml"
         spec.write_text(SPEC.format(name=MACHINE, guest=guest))
-        _say("A machine, and three snapshots while it runs")
+        _say("A machine")
         _type("define", str(spec))
         try:
             _type("start", MACHINE)
             tour = _Tour(folder)
+            tour.full()
             tour.create()
             tour.stream()
             tour.mirror()
@@ -74,7 +82,22 @@ class _Tour:
         self.good = True
         self.said: dict[str, str] = {}
 
+    def full(self) -> None:
+        _say("Full: memory and disks of one instant, while a process counts; the guest runs on as they are written")
+        _in_guest(f"{COUNT_ON}; {COUNTED}")
+        _type("snapshot", "create", MACHINE, "counting", "--kind", "full")
+        with reading() as store:
+            (snapshot,) = store.snapshots(MACHINE)
+        assert snapshot.vmstate
+        print(f"the guest was held for {snapshot.pause_ms or 0:.1f} ms ({snapshot.vmstate.mode})")
+        _in_guest(f"sleep 1; {END_COUNTER}")
+        _type("snapshot", "revert", MACHINE, "counting", "--discard")
+        first, then = (int(count) for count in _in_guest(COUNTED_TWICE).split())
+        self._judge(f"{'the process':15} is back and counts on: {first}, a second later {then}", good=then > first)
+        _type("snapshot", "delete", MACHINE, "counting")
+
     def create(self) -> None:
+        _say("Three snapshots of the disk while the guest runs")
         for name in SNAPSHOTS:
             self.said[name] = _in_guest(WRITE.format(16) + READ)
             _type("snapshot", "create", MACHINE, name, "-m", f"sha256 {self.said[name][:16]}")
@@ -123,8 +146,10 @@ class _Tour:
 
     def _compare(self, what: str, found: str, name: str) -> None:
         """Whether something has the hash that the guest told at that moment."""
-        good = found == self.said[name]
-        print(f"{'ok ' if good else 'BAD'}  {what:15} reads {found}")
+        self._judge(f"{what:15} reads {found}", good=found == self.said[name])
+
+    def _judge(self, what: str, *, good: bool) -> None:
+        print(f"{'ok ' if good else 'BAD'}  {what}")
         self.good &= good
 
     def _content(self, name: str, *, path: str | None = None) -> str:
@@ -150,7 +175,7 @@ def _say(text: str) -> None:
 
 
 def _in_guest(script: str) -> str:
-    """Run a script in the guest; returns what it says, the SHA-256 of the disk's first 16 MiB."""
+    """Run a script in the guest; returns what it says."""
     words = ["sh", "-c", script]
     output.note(f"$ qmpsnap exec {MACHINE} -- {shlex.join(words)}")
 

@@ -109,5 +109,8 @@ class _Renaming:
         sent = self._adopted.sent(dict(arguments)) if arguments else arguments
         return self._adopted.told(command, await self._monitor.execute(command, sent, deadline=deadline))
 
+    async def send_descriptor(self, descriptor: int) -> None:
+        await self._monitor.send_descriptor(descriptor)
+
     def listen(self, *events: str) -> AbstractAsyncContextManager[Bell]:
         return self._monitor.listen(*events)

@@ -1,6 +1,7 @@
 """The QEMU guest agent: commands in the guest, with a deadline on each; what it answers is data, never trusted.
 
-Commands: ``guest-sync-delimited``, ``guest-ping``, ``guest-exec``, ``guest-exec-status`` (QGA's own schema).
+Commands: ``guest-sync-delimited``, ``guest-ping``, ``guest-set-time``, ``guest-exec``,
+``guest-exec-status`` (QGA's own schema).
 """
 
 import base64
@@ -83,6 +84,15 @@ class Agent:
                 qmp_class=str(error.get("class", "GenericError")),
             )
         return answer["return"]
+
+    async def set_time(self, nanoseconds: int, *, deadline: float = 10) -> None:
+        """Set the guest's clock (``guest-set-time``) to nanoseconds since the epoch, UTC.
+
+        Raises:
+            QmpError: the guest refused it.
+            DeadlinePassed: no answer in time; effect unknown.
+        """
+        await self.execute("guest-set-time", {"time": nanoseconds}, deadline=deadline)
 
     async def run(self, command: Sequence[str], *, deadline: float, stdin: bytes = b"") -> Completed:
         """Run a program in the guest and wait for its end.

@@ -7,7 +7,6 @@ a comma is only a comma.
 
 import json
 from collections.abc import Iterator, Sequence
-from hashlib import sha256
 from typing import Any, Final, Literal
 
 from msgspec import Struct
@@ -52,6 +51,7 @@ def build(
     uuid: str,
     accel: Literal["kvm", "tcg"],
     paused: bool = False,
+    incoming: bool = False,
     firmware: Firmware | None = None,
     tsc_khz: int = TSC_KHZ,
 ) -> list[str]:
@@ -64,6 +64,7 @@ def build(
         uuid: the machine's UUID, by which a running QEMU is known again; network cards without a MAC get one from it.
         accel: what :attr:`MachineSpec.accel` came to on this host.
         paused: start with the vCPUs stopped.
+        incoming: wait for a state to be loaded instead of booting.
         firmware: the flash images; needed when the spec asks for UEFI.
         tsc_khz: the rate of the host's TSC in kHz; only a microvm under TCG needs it, to keep its clock right.
 
@@ -74,7 +75,8 @@ def build(
         *([binary] if isinstance(binary, str) else binary),
         *("-name", f"guest={spec.name},debug-threads=on", "-uuid", uuid),
         *("-nodefaults", "-no-user-config", "-sandbox", _sandbox(spec)),
-        *(["-S"] if paused else []),
+        *(["-S"] if paused or incoming else []),
+        *(["-incoming", "defer"] if incoming else []),
         *("-pidfile", PID_FILE, "-msg", "timestamp=on", "-rtc", "base=utc"),
         *_board(spec, accel, firmware),
         *_kernel(spec, accel, tsc_khz),
@@ -234,6 +236,8 @@ def _backend(nic: NicSpec) -> Device:
 
 def _mac(uuid: str, number: int) -> str:
     """An address of QEMU's range; its own default is the same in every machine, which a bridge would not survive."""
+    from hashlib import sha256  # loads OpenSSL, and this module is loaded for its constants, too
+
     return "52:54:00:" + sha256(f"{uuid}/{number}".encode()).digest()[:3].hex(":")
 
 

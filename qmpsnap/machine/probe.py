@@ -1,4 +1,4 @@
-"""What a QEMU can do, by asking it: started once without a machine, its answers kept until the binary changes."""
+"""What a QEMU can do, by asking it: started once without a machine, its answers kept until it or our rights change."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.machine.machine import LAUNCH_DEADLINE, start, wait_end
-from qmpsnap.qmp import commands, session
+from qmpsnap.qmp import commands, migration, session
 
 
 class Abilities(Struct, frozen=True, kw_only=True):
@@ -55,7 +55,7 @@ async def ask(qemu: str, cache: Path) -> Abilities:
             hint="apt-get install qemu-system-x86, or set QMPSNAP_QEMU to the binary",
         )
     status = os.stat(binary)  # noqa: PTH116 - of the very name that will be run
-    identity = f"{binary}-{status.st_ino}-{status.st_mtime_ns}-{os.geteuid()}".replace("/", "_")
+    identity = f"{binary}-{status.st_ino}-{status.st_mtime_ns}-{os.geteuid()}{_userfaultfd()}".replace("/", "_")
     kept = cache / "qemu-abilities" / f"{identity[-200:]}.json"
     try:
         return msgspec.json.decode(kept.read_bytes(), type=Abilities)
@@ -66,6 +66,16 @@ async def ask(qemu: str, cache: Path) -> Abilities:
     fresh.write_bytes(msgspec.json.encode(abilities))
     fresh.replace(kept)
     return abilities
+
+
+def _userfaultfd() -> str:
+    """What decides whether this user's QEMU can track writes: with another answer QEMU is asked again."""
+    try:
+        everyone = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip()
+    except OSError:
+        everyone = ""
+    device = os.access("/dev/userfaultfd", os.R_OK | os.W_OK)
+    return f"-u{everyone}{'-dev' if device else ''}"
 
 
 async def interrogate(qemu: str) -> Abilities:
@@ -94,7 +104,7 @@ async def _interview(monitor: session.Monitor) -> Abilities:
     version = await commands.query_version(monitor)
     types = {found.name: found.alias for found in await commands.query_machines(monitor)}
     try:
-        await commands.set_migration_capability(monitor, "background-snapshot", enabled=True)
+        await migration.set_capabilities(monitor, {"background-snapshot": True})
         background = ""
     except QmpError as error:
         background = error.message

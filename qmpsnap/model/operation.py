@@ -9,6 +9,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.nbd import NbdExport
 from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 
 OperationState = Literal["planned", "running", "settled", "failed", "unknown"]
 """``planned``: durable, nothing done. ``running``: past its first irrevocable step. ``settled``: done and recorded.
@@ -76,18 +77,102 @@ class DefinePlan(Struct, frozen=True, kw_only=True, tag="define"):
         return (*self.images, *(overlay.layer for overlay in self.overlays))
 
 
+class Memory(Struct, frozen=True, kw_only=True):
+    """How a guest's RAM and devices go into a state file at the instant of the transaction.
+
+    Attributes:
+        path: the finished file; while it is written it has the name ``part``.
+        why: why the guest stands still until all is written; empty for the mode ``background``.
+        resume: the guest ran before, and runs on afterwards.
+        cancellable: QEMU survives a save that is cancelled.
+        reserve: bytes the file is given before QEMU writes to it.
+        quit: QEMU ends once all is recorded (``save``).
+        degrade: should only the memory fail, the disks' part of the snapshot is kept.
+        max_pause_ms: the guest is held no longer than this; None for as long as it takes.
+    """
+
+    path: str
+    part: str
+    mode: SaveMode
+    layout: Layout
+    compression: Compression
+    hardware: Hardware
+    why: str = ""
+    resume: bool
+    cancellable: bool = True
+    reserve: int = 0
+    quit: bool = False
+    degrade: bool = False
+    max_pause_ms: float | None = None
+
+
 class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
-    """Take a disk snapshot: every overlay in one transaction.
+    """Take a snapshot: every overlay in one transaction, for a full one with the guest's memory.
 
     Attributes:
         live: a QEMU runs; the transaction is sent to it.
         overlays: the new active layers.
+        memory: how the memory is saved; None for the disks alone.
     """
 
     machine: str
     live: bool
     overlays: tuple[Overlay, ...]
     change: Change
+    memory: Memory | None = None
+
+
+class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
+    """Take a snapshot inside the images: one tag in each disk's active layer.
+
+    Attributes:
+        tag: the snapshot's name inside the images.
+        live: a QEMU runs.
+        layers: the active layer of each disk, by the disk's name.
+        vmstate: the layer that takes the memory, too; None for the disks alone.
+        variables: the UEFI variable store and where its copy goes.
+        resume: the guest ran before and is held meanwhile.
+        change: what becomes true, but for the size of the memory.
+    """
+
+    machine: str
+    tag: str
+    live: bool
+    layers: dict[str, Layer]
+    vmstate: LayerId | None
+    variables: tuple[str, str] | None
+    resume: bool
+    change: Change
+
+
+class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
+    """Go back to a snapshot inside the active layers in the QEMU that runs.
+
+    Attributes:
+        snapshot: its name.
+        tag: its name inside the images.
+        layers: the active layer of each disk, by the disk's name.
+        vmstate: the layer that holds the memory.
+        paused: the guest's vCPUs stay stopped afterwards.
+        change: what becomes true.
+    """
+
+    machine: str
+    snapshot: str
+    tag: str
+    layers: dict[str, Layer]
+    vmstate: LayerId
+    paused: bool
+    change: Change
+
+
+class Copy(Struct, frozen=True, kw_only=True):
+    """A new layer with what a snapshot inside ``source`` holds; that image is only read."""
+
+    disk: str
+    layer: Layer
+    source: Layer
+    tag: str
 
 
 class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
@@ -122,11 +207,21 @@ class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
 
 
 class Removal(Struct, frozen=True, kw_only=True, tag="removal"):
-    """Layers that nobody needs: first the store forgets them, then their files go."""
+    """Layers that nobody needs: first the store forgets them, then their files go.
+
+    Attributes:
+        disk: whose they are.
+        states: state files of snapshots that are gone.
+        variables: copies of a UEFI variable store that only such a snapshot needed.
+        tags: (disk, layer, tag) to remove from inside an active layer.
+    """
 
     disk: str
     removed: tuple[Layer, ...]
     change: Change
+    states: tuple[Vmstate, ...] = ()
+    variables: tuple[str, ...] = ()
+    tags: tuple[tuple[str, LayerId, str], ...] = ()
 
 
 class MergePlan(Struct, frozen=True, kw_only=True, tag="merge"):
@@ -168,6 +263,10 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
         removed: layers of ours that nobody needs after ``change``; their files go.
         restart: the machine is started on the new layers.
         paused: it is started with its vCPUs stopped.
+        vmstate: the memory in a file that it goes on with.
+        copies: new active layers that are copies, where the snapshot is inside an image.
+        inside: the copy, among those, with memory that it goes on with. With neither it boots.
+        variables: the UEFI variable store and what it is replaced with.
         change: what becomes true.
         unwritten: what becomes true instead when the old active layers are empty; None where that does not matter.
     """
@@ -181,6 +280,15 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
     paused: bool
     change: Change
     unwritten: Unwritten | None = None
+    vmstate: Vmstate | None = None
+    copies: tuple[Copy, ...] = ()
+    inside: LayerId | None = None
+    variables: tuple[str, str] | None = None
+
+    @property
+    def new(self) -> tuple[Overlay | Copy, ...]:
+        """The new active layers."""
+        return (*self.overlays, *self.copies)
 
 
 class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
@@ -213,7 +321,7 @@ class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
     change: Change = Change()
 
 
-Plan = DefinePlan | CreatePlan | MergePlan | RevertPlan | MirrorPlan
+Plan = DefinePlan | CreatePlan | InternalPlan | LoadPlan | MergePlan | RevertPlan | MirrorPlan
 
 
 def verb_of(plan: Plan) -> str:

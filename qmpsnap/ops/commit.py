@@ -2,24 +2,20 @@
 
 from collections.abc import Callable
 
-import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
 from qmpsnap.model import merge as rules
 from qmpsnap.model.chain import Chain
-from qmpsnap.model.merge import Situation
 from qmpsnap.model.names import OperationId, job_id
 from qmpsnap.model.operation import Change, Merge, MergePlan
+from qmpsnap.model.situation import Situation
 from qmpsnap.ops import merge, recover
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.situation import look, require_space, resolve
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp.jobs import Report, unreported
-
-SETTLE_DEADLINE = 30.0
-"""Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled."""
 
 
 class CommitRequest(Struct, frozen=True, kw_only=True):
@@ -119,11 +115,7 @@ async def carry_out(
 ) -> MergePlan:
     """Journal a plan, run its steps, and end it one way or the other when that fails."""
     operation = await blocking(context.store.open_operation, work.machine.name, make)
-    try:
+    async with recover.attempting(context, work.machine, work.qemu, operation):
         await merge.run(context, work.machine, work.qemu, operation, report=report)
-    except BaseException as error:
-        with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
-            await recover.after_failure(context, work.machine, work.qemu, operation, error)
-        raise
     assert isinstance(operation.plan, MergePlan)
     return operation.plan

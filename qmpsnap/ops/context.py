@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from typing import TypeVar
 
 from anyio import to_thread
@@ -18,6 +18,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store.lock import machine_lock
+from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
 
 T = TypeVar("T")
@@ -71,6 +72,35 @@ class Context(Struct, frozen=True, kw_only=True):
         return monitor(machine, self.home.run_dir(machine.name))
 
 
+@asynccontextmanager
+async def opened(home: str | os.PathLike[str] | None = None) -> AsyncIterator[Context]:
+    """The context of a home, its store open for the block.
+
+    Args:
+        home: folder that holds everything, as ``QMPSNAP_HOME`` does; None goes by the environment, in which
+            ``QMPSNAP_QEMU`` and ``QMPSNAP_QEMU_IMG`` name other binaries.
+
+    Raises:
+        StoreTooNew: a newer qmpsnap wrote the store.
+        HostCannot: the store cannot be opened.
+    """
+    environment = dict(os.environ)
+    if home is not None:
+        environment["QMPSNAP_HOME"] = os.fspath(home)
+    places = Home.from_environment(environment, uid=os.geteuid())
+    store = await blocking(lambda: SqliteStore(places.store, machines=places.machines))
+    try:
+        yield Context(
+            home=places,
+            store=store,
+            qemu=environment.get("QMPSNAP_QEMU") or "qemu-system-x86_64",
+            image=ImageTool(environment.get("QMPSNAP_QEMU_IMG") or "qemu-img"),
+            host=this_host(),
+        )
+    finally:
+        store.close()
+
+
 def _log(context: Context, machine: Machine) -> str:
     return str(context.home.run_dir(machine.name) / processes.LOG)
 
@@ -78,6 +108,18 @@ def _log(context: Context, machine: Machine) -> str:
 async def blocking(call: Callable[..., T], *arguments: object) -> T:
     """Run a store call in a worker thread, to its end: whether it took effect must be known even when cancelled."""
     return await to_thread.run_sync(call, *arguments)
+
+
+@asynccontextmanager
+async def in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter and leave a context manager that waits for a disk, without holding the event loop up."""
+    value = await to_thread.run_sync(manager.__enter__)
+    try:
+        yield value
+    except BaseException as error:
+        manager.__exit__(type(error), error, error.__traceback__)
+        raise
+    manager.__exit__(None, None, None)
 
 
 @asynccontextmanager

@@ -6,21 +6,21 @@ out -> ``finalizing:...`` -> finalize, graph verified -> ``settled:...`` with th
 nodes closed, files that nobody needs removed. A finished copy is the user's: the store does not have it.
 """
 
-from collections.abc import Callable
-
 import anyio
+from anyio import lowlevel
 from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph, place
 from qmpsnap.block.place import Identity
-from qmpsnap.errors import ImageRefused, QmpError, StateError, StoreMismatch
+from qmpsnap.errors import ImageRefused, QmpError, StateError
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import JobId, NodeName, OperationId, job_id
+from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Change, MirrorPlan, Operation
 from qmpsnap.ops import finalize, merge
+from qmpsnap.ops.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
@@ -52,10 +52,22 @@ class Phase(Struct, frozen=True):
             return cls(name)
         return cls(name, (int(rest[0]), int(rest[1])), "running" in rest)
 
+    @property
+    def words(self) -> str:
+        """What :meth:`read` reads, as ``started:64769:1234:running``."""
+        device, inode = self.identity
+        return f"{self.name}:{device}:{inode}{':running' if self.running else ''}"
 
-def wording(identity: Identity) -> Callable[[str], str]:
-    """How the journal words a phase of a mirror onto that file."""
-    return lambda name: f"{name}:{identity[0]}:{identity[1]}"
+
+class MirrorJob(BlockJob, frozen=True, kw_only=True):
+    """The job of a mirror; ``identity`` is that of the target's file, (0, 0) where there is none (yet)."""
+
+    step: MirrorPlan
+    identity: Identity
+
+    def words(self, phase: str, *, running: bool = False) -> str:
+        """As :attr:`Phase.words`."""
+        return Phase(phase, self.identity, running).words
 
 
 def expected(plan: MirrorPlan) -> tuple[Layer, ...]:
@@ -112,26 +124,48 @@ async def run(
     """
     plan = operation.plan
     assert isinstance(plan, MirrorPlan)
-    async with merge.monitor_for(context, machine, qemu, plan) as monitor:
-        identity = await _make(context, machine, operation.id, plan)
-        job = job_id(operation.id, plan.disk)
-        root = await root_of(monitor, plan)
-        (_, options), (start, arguments) = qmp_commands(plan, machine, job, root=root)
-        try:
-            await commands.blockdev_add(monitor, options)
-            await _require_size(monitor, plan)
-            words = wording(identity)("started")
-            await blocking(lambda: context.store.mark(operation.id, "running", step=words))
-            await monitor.execute(start, arguments)
-        except QmpError as error:
-            if 'Failed to get "' not in error.message:
-                raise
-            raise StateError(
-                f"{plan.target.path} is open in another process; nothing was changed",
-                hint="end that process, or choose another target",
-            ) from error
-        await carry_on(context, machine, monitor, operation.id, plan, identity=identity, report=report)
-    await tidy(context, operation.id, plan, identity=identity)
+    found = (plan.target.device, plan.target.inode)
+    job = MirrorJob(context=context, machine=machine, operation=operation.id, step=plan, identity=found, report=report)
+    async with qemu_for(job, qemu) as monitor:
+        job = await _make(job)
+        await _start(job, monitor)
+        await carry_on(job, monitor)
+    await tidy(job)
+
+
+async def _make(job: MirrorJob) -> MirrorJob:
+    """Make the target's file, if it is ours to make; its identity is durable before it gets its name."""
+    plan = job.step
+    target, part = plan.target, part_of(job)
+    if plan.made:
+        if target.backing:
+            backing, size = plan.chain[-2], target.virtual_size
+            made = await job.context.image.create_overlay(part, backing=backing, virtual_size=size)
+        else:
+            made = await job.context.image.create_base(part, format=target.format, virtual_size=target.virtual_size)
+        job = replace(job, identity=(made.device, made.inode))
+    await job.mark("made")
+    if plan.made:
+        await place.put(part, target.path)
+    return job
+
+
+async def _start(job: MirrorJob, monitor: Monitor) -> None:
+    """Let QEMU open the target and begin."""
+    root = await root_of(monitor, job.step)
+    (_, options), (start, arguments) = qmp_commands(job.step, job.machine, job.id, root=root)
+    try:
+        await commands.blockdev_add(monitor, options)
+        await _require_size(monitor, job.step)
+        await job.mark("started")
+        await monitor.execute(start, arguments)
+    except QmpError as error:
+        if 'Failed to get "' not in error.message:
+            raise
+        raise StateError(
+            f"{job.step.target.path} is open in another process; nothing was changed",
+            hint="end that process, or choose another target",
+        ) from error
 
 
 async def root_of(monitor: Monitor, plan: MirrorPlan) -> NodeName | None:
@@ -141,48 +175,39 @@ async def root_of(monitor: Monitor, plan: MirrorPlan) -> NodeName | None:
     return NodeName(found.above[0]) if found and found.above else None
 
 
-async def carry_on(
-    context: Context,
-    machine: Machine,
-    monitor: Monitor,
-    operation: OperationId,
-    plan: MirrorPlan,
-    *,
-    identity: Identity,
-    report: Report = unreported,
-) -> None:
+async def carry_on(job: MirrorJob, monitor: Monitor) -> None:
     """Take a job that exists, in whatever state, to its end; also where another process of ours started it."""
-    job = job_id(operation, plan.disk)
-    info = await jobs.follow_mirror(monitor, job, "ready", "pending", report=report)
-    was_running = False
+    info = await jobs.follow_mirror(monitor, job.id, "ready", "pending", report=job.report)
+    held = False
     if info.status == "ready":
-        await (jobs.complete if plan.mode == "pivot" else jobs.detach)(monitor, job)
-        info, was_running = await _pending(context, monitor, operation, plan, identity=identity, report=report)
+        await (jobs.complete if job.step.mode == "pivot" else jobs.detach)(monitor, job.id)
+        info, held = await _pending(job, monitor)
+    if not held:
+        await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
     with anyio.CancelScope(shield=True):  # past this point there is only forward, and it takes milliseconds
         try:
-            with anyio.fail_after(merge.FINALIZE_DEADLINE):
-                await _go_over(context, machine, monitor, operation, plan, identity=identity, info=info)
+            with anyio.fail_after(finalize.FINALIZE_DEADLINE):
+                pending = info.status == "pending"
+                await finalize.go_over(job, monitor, pending=pending, settle=lambda: settle(job, monitor))
+                await jobs.dismiss(monitor, job.id)
+                await merge.close_nodes(monitor, gone(job.step))
         finally:
-            if was_running:
+            if held:
                 await commands.control(monitor, "cont")
-    report(replace(info, status="concluded"))
+    job.report(replace(info, status="concluded"))
 
 
-async def _pending(
-    context: Context, monitor: Monitor, operation: OperationId, plan: MirrorPlan, *, identity: Identity, report: Report
-) -> tuple[JobInfo, bool]:
-    """Wait until both sides are equal; a guest that writes without end is stopped for it: True then."""
-    job = job_id(operation, plan.disk)
+async def _pending(job: MirrorJob, monitor: Monitor) -> tuple[JobInfo, bool]:
+    """Wait until both sides are equal; a guest that writes without end is held still for it: True then."""
     with anyio.move_on_after(HOLD_AFTER):
-        return await jobs.follow(monitor, job, "pending", report=report), False
-    running = plan.live and (await commands.query_status(monitor)).running
+        return await jobs.follow(monitor, job.id, "pending", report=job.report), False
+    running = job.step.live and (await commands.query_status(monitor)).running
     if running:
-        words = f"{wording(identity)('started')}:running"
-        await blocking(lambda: context.store.mark(operation, "running", step=words))
+        await job.mark("started", running=True)
         await commands.control(monitor, "stop")
     try:
-        with anyio.fail_after(merge.FINALIZE_DEADLINE):
-            return await jobs.follow(monitor, job, "pending", report=report), running
+        with anyio.fail_after(finalize.FINALIZE_DEADLINE):
+            return await jobs.follow(monitor, job.id, "pending", report=job.report), running
     except BaseException:
         if running:
             with anyio.move_on_after(5, shield=True):
@@ -190,100 +215,35 @@ async def _pending(
         raise
 
 
-async def _go_over(
-    context: Context,
-    machine: Machine,
-    monitor: Monitor,
-    operation: OperationId,
-    plan: MirrorPlan,
-    *,
-    identity: Identity,
-    info: JobInfo,
-) -> None:
-    job = job_id(operation, plan.disk)
-    await finalize.go_over(
-        context,
-        monitor,
-        operation,
-        job,
-        live=plan.live,
-        pending=info.status == "pending",
-        step=wording(identity),
-        settle=lambda: settle(context, machine, monitor, operation, plan, identity=identity),
-    )
-    await jobs.dismiss(monitor, job)
-    await merge.close_nodes(monitor, gone(plan))
-
-
-async def settle(
-    context: Context,
-    machine: Machine,
-    monitor: Monitor | None,
-    operation: OperationId,
-    plan: MirrorPlan,
-    *,
-    identity: Identity,
-) -> None:
-    """Verify that the graph is what the plan says, then record it.
+async def settle(job: MirrorJob, monitor: Monitor | None) -> None:
+    """Verify that the graph, if its QEMU lives, is what the plan says, then record it.
 
     Raises:
         StoreMismatch: it is not; the operation stays open.
     """
+    plan, change = job.step, Change()
     if monitor is not None:
-        await _verify(monitor, machine, plan)
-    change = Change()
+        wanted = expected(plan) if plan.mode == "pivot" else plan.chain
+        await job.require_chain(monitor, wanted, known=(*plan.chain, plan.target))
     if plan.mode == "pivot":
-        device, inode = identity
+        device, inode = job.identity
         change = replace(plan.change, layers=(replace(plan.target, device=device, inode=inode),))
-        await place.make_durable(plan.target.path, identity)
-    words = wording(identity)("settled")
-    await blocking(lambda: context.store.settle(operation, machine.name, change, step=words))
+        await place.make_durable(plan.target.path, job.identity)
+    await job.record(change)
 
 
-async def tidy(context: Context, operation: OperationId, plan: MirrorPlan, *, identity: Identity) -> None:
+async def tidy(job: MirrorJob) -> None:
     """See that a finished copy, closed by now, is on the disk; remove what nobody needs; end the operation."""
+    plan = job.step
     if plan.mode == "finish" and not plan.nbd:
-        await place.make_durable(plan.target.path, identity)
+        await place.make_durable(plan.target.path, job.identity)
     await merge.remove_files(plan.removed)
-    await blocking(lambda: context.store.mark(operation, "settled", step="settled"))
+    await blocking(lambda: job.context.store.mark(job.operation, "settled", step="settled"))
 
 
-async def _verify(monitor: Monitor, machine: Machine, plan: MirrorPlan) -> None:
-    wanted = tuple(layer.id for layer in (expected(plan) if plan.mode == "pivot" else plan.chain))
-    known = frozenset(layer.id for layer in (*plan.chain, plan.target))
-    found = graph.by_disk(await graph.read(monitor), known).get(plan.disk)
-    if found is None or found.nodes != wanted:
-        raise StoreMismatch(
-            f"after the job, QEMU's chain of disk {plan.disk} is {' <- '.join(found.nodes) if found else 'empty'},"
-            f" expected {' <- '.join(wanted)}",
-            hint=f"qmpsnap chain {machine.name} {plan.disk} shows both sides",
-            effect="unknown",
-            machine=machine.name,
-        )
-
-
-async def _make(context: Context, machine: Machine, operation: OperationId, plan: MirrorPlan) -> Identity:
-    """Make the target's file, if it is ours to make; its identity is durable before it gets its name."""
-    target = plan.target
-    identity = (target.device, target.inode)
-    if plan.made:
-        part = part_of(machine, operation, plan)
-        if target.backing:
-            backing, size = plan.chain[-2], target.virtual_size
-            made = await context.image.create_overlay(part, backing=backing, virtual_size=size)
-        else:
-            made = await context.image.create_base(part, format=target.format, virtual_size=target.virtual_size)
-        identity = (made.device, made.inode)
-    words = wording(identity)("made")
-    await blocking(lambda: context.store.mark(operation, "running", step=words))
-    if plan.made:
-        await place.put(part, target.path)
-    return identity
-
-
-def part_of(machine: Machine, operation: OperationId, plan: MirrorPlan) -> str:
+def part_of(job: MirrorJob) -> str:
     """Where the target is made; the tag is this operation's alone, in whatever store."""
-    return place.part_of(plan.target.path, f"{machine.uuid[:8]}-{operation}")
+    return place.part_of(job.step.target.path, f"{job.machine.uuid[:8]}-{job.operation}")
 
 
 async def _require_size(monitor: Monitor, plan: MirrorPlan) -> None:

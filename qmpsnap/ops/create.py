@@ -2,41 +2,42 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph, place
-from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import NameTaken, QmpsnapError, StateError, UsageError
+from qmpsnap.errors import QmpsnapError, UsageError
+from qmpsnap.machine import statefile
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import LayerId, OperationId, check_name, layer_id
-from qmpsnap.model.operation import Change, CreatePlan, Operation, Overlay
+from qmpsnap.model.names import OperationId
+from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import chosen, recover
+from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create
+from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, require_spec
+from qmpsnap.ops.memory import Means, MemoryRequest, choose
+from qmpsnap.ops.overlays import identified, make_overlays, overlay_on
 from qmpsnap.ops.work import Work, working
-from qmpsnap.qmp import commands
+from qmpsnap.qmp import commands, migration
+from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-
-SETTLE_DEADLINE = 15.0
-"""Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled."""
 
 
 class CreateRequest(Struct, frozen=True, kw_only=True):
     """What a user asks for.
 
     Attributes:
-        name: the snapshot's name; None takes the next free ``snap-N``.
+        name: the snapshot's name; None takes the next free ``snap-N`` (``saved-N`` for one after which QEMU ends).
         description: free text.
         disks: names of the disks to include; None takes all that the spec does not leave out.
         files: disk to absolute path of its new layer; those not named are put into the machine's folder.
         listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
+        memory: save the guest's memory as well, of the same instant; None takes the disks alone.
     """
 
     name: str | None = None
@@ -44,6 +45,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
     disks: tuple[str, ...] | None = None
     listed: bool = True
     files: Mapping[str, str] = {}
+    memory: MemoryRequest | None = None
 
 
 def plan(
@@ -56,6 +58,7 @@ def plan(
     home: Home,
     mode: str,
     now: float,
+    means: Means | None = None,
 ) -> CreatePlan:
     """What will be done; pure.
 
@@ -68,6 +71,7 @@ def plan(
         home: where new images go.
         mode: ``live``, ``paused`` or ``stopped``.
         now: seconds since the epoch.
+        means: how the memory can be saved, if it was asked for.
 
     Raises:
         NameRefused: the name is not allowed.
@@ -75,8 +79,10 @@ def plan(
         NotFoundError: no disk of that name.
         StateError: a disk cannot be snapshotted.
     """
-    included = _disks(machine, request.disks)
+    included = asked.disks(machine, request.disks)
     _require_included(machine, included, request.files)
+    if request.memory:
+        asked.require_all(machine, included)
     folder = home.machine_dir(machine.name)
     overlays = tuple(
         _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk))
@@ -90,10 +96,11 @@ def plan(
     live = mode != "stopped"
     if not request.listed:
         return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
-    name = _name(machine, snapshots, request.name)
+    prefix = "saved" if request.memory and request.memory.quit else "snap"
+    name = asked.snapshot_name(machine, snapshots, request.name, prefix=prefix)
     snapshot = Snapshot(
         name=name,
-        kind="disk",
+        kind="full" if means else "disk",
         state="ok",
         parent=machine.current,
         created=now,
@@ -103,7 +110,27 @@ def plan(
         operation=serial,
     )
     change = replace(change, snapshots=(snapshot,), current=name)
-    return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
+    memory = _memory(request.memory, means, serial, folder) if request.memory and means else None
+    return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change, memory=memory)
+
+
+def _memory(request: MemoryRequest, means: Means, serial: OperationId, folder: Path) -> Memory:
+    path = request.file or str(folder / f"memory-{serial}.vmstate")
+    return Memory(
+        path=path,
+        part=statefile.part(path, serial),
+        mode=means.mode,
+        layout=means.layout,
+        compression=request.compression,
+        hardware=means.hardware,
+        why=means.why,
+        resume=means.resume,
+        cancellable=means.cancellable,
+        reserve=means.reserve,
+        quit=request.quit,
+        degrade=request.degrade,
+        max_pause_ms=request.max_pause_ms if means.resume else None,
+    )
 
 
 def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str, object]]]:
@@ -111,15 +138,21 @@ def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str
     if not plan.live:
         return []
     adds = [("blockdev-add", _node_options(overlay, machine)) for overlay in plan.overlays]
-    pairs = [(node_name(overlay.backing), node_name(overlay.layer)) for overlay in plan.overlays]
-    return [*adds, ("transaction", commands.snapshot_transaction(pairs))]
+    transaction = ("transaction", _transaction(plan))
+    if plan.memory is None:
+        return [*adds, transaction]
+    migrate: tuple[str, dict[str, object]] = ("migrate", {"uri": f"fd:{migration.NAME}"})
+    if not plan.memory.resume:
+        return [*adds, transaction, migrate]
+    return [*adds, ("stop", {}), transaction, migrate, ("quit" if plan.memory.quit else "cont", {})]
 
 
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
     machine = await blocking(context.store.machine, name)
     async with context.monitor(machine) as qemu:
-        mode = await mode_of(qemu)
+        mode = await asked.mode_of(qemu)
+        means = await choose(context, machine, qemu, request.memory) if request.memory else None
     if mode == "stopped":
         require_spec(machine, "make it start on a new layer")
     chains = await blocking(context.store.chains, name)
@@ -127,19 +160,29 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
     await chosen.require_free(context, name, request.files)
     serial = OperationId(await blocking(context.store.next_serial))
     return machine, plan(
-        machine, chains, snapshots, request, serial=serial, home=context.home, mode=mode, now=time.time()
+        machine,
+        chains,
+        snapshots,
+        request,
+        serial=serial,
+        home=context.home,
+        mode=mode,
+        now=time.time(),
+        means=means,
     )
 
 
-async def run(context: Context, name: str, request: CreateRequest) -> Snapshot:
+async def run(context: Context, name: str, request: CreateRequest, *, report: Report = unreported) -> Snapshot:
     """Take the snapshot; returns it as recorded.
 
+    With ``memory`` the guest runs on as soon as its memory is fixed; the call returns once all of it is written.
+
     Raises:
-        QmpsnapError: see :func:`plan`; besides, ``StoreMismatch`` when QEMU's chains are not the store's, and the
-            families of lock, host, QEMU and deadline. Unless ``effect`` is ``unknown`` nothing has changed; then the
-            next command, or ``recover``, finds out and ends it.
+        QmpsnapError: see :func:`plan` and :func:`choose`; besides, ``StoreMismatch`` when QEMU's chains are not the
+            store's, and the families of lock, host, QEMU and deadline. Unless ``effect`` is ``unknown`` nothing has
+            changed; then the next command, or ``recover``, finds out and ends it.
     """
-    change = await _run(context, name, request)
+    change = await _run(context, name, request, report)
     return change.snapshots[0]
 
 
@@ -149,156 +192,136 @@ async def add_layers(context: Context, name: str, request: CreateRequest) -> tup
     Raises:
         QmpsnapError: as :func:`run`.
     """
-    change = await _run(context, name, replace(request, listed=False))
+    change = await _run(context, name, replace(request, listed=False), unreported)
     return change.layers
 
 
-async def _run(context: Context, name: str, request: CreateRequest) -> Change:
-    async with working(context, name, "snapshot create") as work:
-        chains = await blocking(context.store.chains, name)
-        if work.qemu:
-            await graph.require_agreement(work.qemu, chains, machine=name)
-        else:
-            require_spec(work.machine, "make it start on a new layer")
-        await chosen.require_free(context, name, request.files)
-        operation = await _open(context, work, chains, request)
-        assert isinstance(operation.plan, CreatePlan)
-        try:
-            return await _carry_out(context, work, operation, operation.plan, chains)
-        except BaseException as error:
-            with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
-                await recover.after_failure(context, work.machine, work.qemu, operation, error)
-            raise
+async def _run(context: Context, name: str, request: CreateRequest, report: Report) -> Change:
+    plan: CreatePlan | None = None
+    try:
+        async with working(context, name, "snapshot create") as work:
+            chains = await blocking(context.store.chains, name)
+            if work.qemu:
+                await graph.require_agreement(work.qemu, chains, machine=name)
+            else:
+                require_spec(work.machine, "make it start on a new layer")
+            await chosen.require_free(context, name, request.files)
+            operation = await _open(context, work, chains, request)
+            assert isinstance(operation.plan, CreatePlan)
+            plan = operation.plan
+            async with recover.attempting(context, work.machine, work.qemu, operation):
+                expected = _expected(chains, plan)
+                return await _carry_out(_Attempt(context, work, operation, plan, expected, report))
+    except QmpsnapError as error:
+        if plan and plan.memory and (degraded := await _without_memory(context, plan, error)):
+            return degraded
+        raise
+
+
+async def _without_memory(context: Context, plan: CreatePlan, error: QmpsnapError) -> Change | None:
+    """After the memory alone has failed: the disks' snapshot, if that was agreed to, else no trace of it."""
+    assert plan.memory
+    if error.effect == "applied" and plan.memory.degrade:
+        names = {snapshot.name for snapshot in plan.change.snapshots}
+        found = await blocking(context.store.snapshots, plan.machine)
+        return replace(plan.change, snapshots=tuple(snapshot for snapshot in found if snapshot.name in names))
+    if error.effect == "none":
+        active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, plan.machine)}
+        for overlay in plan.overlays:
+            if active[overlay.disk] == overlay.layer.id:
+                await commit.run(context, plan.machine, CommitRequest(disk=overlay.disk, base=overlay.backing.id))
+    return None
 
 
 async def _open(context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest) -> Operation:
-    mode = await mode_of(work.qemu)
+    mode = await asked.mode_of(work.qemu)
+    means = await choose(context, work.machine, work.qemu, request.memory) if request.memory else None
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
     def make(serial: OperationId) -> CreatePlan:
         return plan(
-            work.machine, chains, snapshots, request, serial=serial, home=context.home, mode=mode, now=time.time()
+            work.machine,
+            chains,
+            snapshots,
+            request,
+            serial=serial,
+            home=context.home,
+            mode=mode,
+            now=time.time(),
+            means=means,
         )
 
     return await blocking(context.store.open_operation, work.machine.name, make)
 
 
-async def _carry_out(
-    context: Context, work: Work, operation: Operation, plan: CreatePlan, chains: Sequence[Chain]
-) -> Change:
-    headers = await make_overlays(context, plan.overlays)
-    pause_ms = None
-    if work.qemu:
-        pause_ms = await _transact(context, work.qemu, work.machine, operation, plan)
-        overlays = {overlay.disk: overlay.layer for overlay in plan.overlays}
-        expected = [chain.with_overlay(overlays[chain.disk]) if chain.disk in overlays else chain for chain in chains]
-        await graph.require_agreement(work.qemu, expected, machine=work.machine.name)
+class _Attempt(Struct, frozen=True):
+    """What carrying out a plan needs; ``expected`` are the chains that QEMU must have afterwards."""
+
+    context: Context
+    work: Work
+    operation: Operation
+    plan: CreatePlan
+    expected: tuple[Chain, ...]
+    report: Report
+
+    async def mark(self, step: str) -> None:
+        """Make a step durable."""
+        await blocking(lambda: self.context.store.mark(self.operation.id, "running", step=step))
+
+    async def transact(self, qemu: Monitor) -> None:
+        """Put every overlay on top, or none."""
+        await commands.transaction(qemu, _transaction(self.plan))
+
+
+async def _carry_out(at: _Attempt) -> Change:
+    plan, machine, qemu = at.plan, at.work.machine, at.work.qemu
+    change = identified(plan.change, await make_overlays(at.context, plan.overlays))
+    if qemu:
+        for overlay in plan.overlays:
+            await commands.blockdev_add(qemu, _node_options(overlay, machine))
+        if plan.memory:
+            return await _with_memory(at, qemu, plan.memory, change)
+        # From here on QEMU may have acted whatever we hear: recovery asks instead of rolling back.
+        await at.mark("transaction")
+        before = time.monotonic()
+        await at.transact(qemu)
+        pause_ms = (time.monotonic() - before) * 1000
+        await graph.require_agreement(qemu, at.expected, machine=machine.name)
+        change = replace(change, snapshots=tuple(replace(found, pause_ms=pause_ms) for found in change.snapshots))
     elif any(overlay.part for overlay in plan.overlays):
         # Once a file has only the name that was chosen, recovery cannot know it for ours: so forward.
-        await blocking(lambda: context.store.mark(operation.id, "running", step="transaction"))
-    await chosen.let_go(plan.overlays)
-    change = recover.identified(plan.change, headers, pause_ms=pause_ms)
-    await blocking(context.store.settle, operation.id, work.machine.name, change)
+        await at.mark("transaction")
+    await recover_create.settle(at.context, machine, at.operation, change)
     return change
 
 
-async def make_overlays(context: Context, overlays: Sequence[Overlay]) -> dict[LayerId, Header]:
-    """Create every overlay, side by side; each removes its own file when it fails."""
-    headers: dict[LayerId, Header] = {}
-
-    async def make(overlay: Overlay) -> None:
-        headers[overlay.layer.id] = await context.image.create_overlay(
-            overlay.part or overlay.layer.path, backing=overlay.backing, virtual_size=overlay.layer.virtual_size
-        )
-        if overlay.part:
-            await place.claim(overlay.part, overlay.layer.path)
-
-    try:
-        async with anyio.create_task_group() as group:
-            for overlay in overlays:
-                group.start_soon(make, overlay)
-    except* QmpsnapError as errors:
-        raise _first(errors) from errors
-    return headers
+async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change) -> Change:
+    machine = at.work.machine
+    async with memory.channel(qemu, how) as channel:
+        # From here on QEMU may have acted, and we may hold the guest.
+        await at.mark("transaction")
+        held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu))
+        await at.mark("saving")
+        await graph.require_agreement(qemu, at.expected, machine=machine.name)
+        await memory.written(qemu, at.operation, report=at.report)
+    state = await memory.finish(at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps)
+    change = recover_create.with_memory(change, state, pause_ms=held.pause_ms)
+    step = recover_create.ENDING if how.quit else None
+    await recover_create.settle(at.context, machine, at.operation, change, step=step)
+    if how.quit:
+        await recover_create.quit_saved(at.context, machine, qemu, at.operation)
+    return change
 
 
-def _first(errors: BaseExceptionGroup[QmpsnapError]) -> QmpsnapError:
-    found: BaseException = errors
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    assert isinstance(found, QmpsnapError)
-    return found
+def _expected(chains: Sequence[Chain], plan: CreatePlan) -> tuple[Chain, ...]:
+    """The live chains once the plan's overlays are active."""
+    new = {overlay.disk: overlay.layer for overlay in plan.overlays}
+    return tuple(chain.with_overlay(new[chain.disk]) if chain.disk in new else chain for chain in chains)
 
 
-async def _transact(context: Context, qemu: Monitor, machine: Machine, operation: Operation, plan: CreatePlan) -> float:
-    """Open the overlays and put them on top; returns how long the guest may have noticed, in milliseconds."""
-    *adds, (_, arguments) = qmp_commands(plan, machine)
-    for _, options in adds:
-        await commands.blockdev_add(qemu, options)
-    # From here on QEMU may have acted whatever we hear: recovery asks instead of rolling back.
-    await blocking(lambda: context.store.mark(operation.id, "running", step="transaction"))
-    before = time.monotonic()
-    await commands.transaction(qemu, arguments)
-    return (time.monotonic() - before) * 1000
-
-
-async def mode_of(qemu: Monitor | None) -> str:
-    """``live``, ``paused`` or ``stopped``: how a snapshot taken now is taken."""
-    if qemu is None:
-        return "stopped"
-    return "live" if (await commands.query_status(qemu)).running else "paused"
-
-
-def _name(machine: Machine, snapshots: Sequence[Snapshot], name: str | None) -> str:
-    taken = {snapshot.name: snapshot for snapshot in snapshots}
-    if name is None:
-        return next(free for number in range(1, len(taken) + 2) if (free := f"snap-{number}") not in taken)
-    check_name(name, "snapshot")
-    if name in taken:
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken[name].created))
-        raise NameTaken(
-            f"machine {machine.name} has a snapshot {name} since {since}; nothing was changed",
-            hint="choose another name",
-            machine=machine.name,
-        )
-    return name
-
-
-def _disks(machine: Machine, wanted: tuple[str, ...] | None) -> frozenset[str]:
-    if wanted is None:
-        chosen = [disk.name for disk in machine.spec.disks if disk.snapshot and not disk.read_only]
-    else:
-        chosen = [_writable(machine, disk).name for disk in wanted]
-    if not chosen:
-        raise StateError(
-            f"machine {machine.name} has no disk that a snapshot could include; nothing was changed",
-            hint=f"qmpsnap show {machine.name} lists its disks",
-            machine=machine.name,
-        )
-    return frozenset(chosen)
-
-
-def _writable(machine: Machine, name: str) -> DiskSpec:
-    disk = machine.require_disk(name)
-    if disk.read_only:
-        raise StateError(
-            f"disk {name} of machine {machine.name} is read-only: it never changes; nothing was done",
-            hint="leave it out of --disks",
-            machine=machine.name,
-        )
-    return disk
-
-
-def overlay_on(chain: Chain, serial: OperationId, folder: str) -> Layer:
-    """A new empty layer on top of a chain."""
-    identity = layer_id(chain.disk, serial)
-    return Layer(
-        id=identity,
-        path=f"{folder}/{identity}.qcow2",
-        format="qcow2",
-        backing=chain.active.id,
-        virtual_size=chain.active.virtual_size,
-    )
+def _transaction(plan: CreatePlan) -> dict[str, object]:
+    pairs = [(node_name(overlay.backing), node_name(overlay.layer)) for overlay in plan.overlays]
+    return commands.snapshot_transaction(pairs)
 
 
 def _overlay(machine: Machine, chain: Chain, serial: OperationId, folder: str, path: str | None) -> Overlay:

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import anyio
 from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
@@ -27,6 +26,7 @@ from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import recover
 from qmpsnap.ops.context import Context, blocking, locked
+from qmpsnap.ops.overlays import identified
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
@@ -180,12 +180,8 @@ async def record(
 ) -> Machine:
     """Journal the plan of a new machine, make its files, record it; undone when that fails."""
     operation = await blocking(lambda: context.store.open_operation(machine.name, make, serials=serials))
-    try:
+    async with recover.attempting(context, machine, None, operation):
         await _carry_out(context, operation, firmware_variables=firmware_variables)
-    except BaseException as error:
-        with anyio.CancelScope(shield=True):
-            await recover.after_failure(context, machine, None, operation, error)
-        raise
     return await blocking(context.store.machine, machine.name)
 
 
@@ -223,7 +219,7 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
     if plan.variables and firmware_variables:
         await to_thread.run_sync(shutil.copyfile, firmware_variables, plan.variables)
         Path(plan.variables).chmod(0o600)
-    await blocking(context.store.settle, operation.id, plan.machine, recover.identified(plan.change, headers))
+    await blocking(context.store.settle, operation.id, plan.machine, identified(plan.change, headers))
 
 
 async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> dict[str, DiskSource]:

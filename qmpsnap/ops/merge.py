@@ -5,30 +5,38 @@ Per job: ``N:started`` (it may have written) -> ready, complete -> pending -> vC
 with the change, in one SQL transaction -> vCPUs go on -> job dismissed, nodes closed, files removed.
 """
 
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 
 import anyio
+from anyio import lowlevel, to_thread
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.block.backing import set_backing
 from qmpsnap.block.image import remove
-from qmpsnap.errors import QemuGone, QmpError, StoreMismatch
-from qmpsnap.machine import worker
+from qmpsnap.errors import QmpError
 from qmpsnap.model.blockdev import layer_options, node_name
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import JobId, NodeName, OperationId, job_id
-from qmpsnap.model.operation import Merge, MergePlan, MirrorPlan, Operation, Removal
-from qmpsnap.ops import finalize
+from qmpsnap.model.names import JobId, NodeName
+from qmpsnap.model.operation import Merge, MergePlan, Operation, Removal
+from qmpsnap.ops import finalize, tagging
+from qmpsnap.ops.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
-FINALIZE_DEADLINE = 60.0
-"""Seconds from finalize to the settled store; the guest's vCPUs are stopped for a few milliseconds of it."""
+
+class MergeJob(BlockJob, frozen=True, kw_only=True):
+    """The job of one step of a plan, which is the ``number``-th there."""
+
+    step: Merge
+    number: int
+
+    def words(self, phase: str, *, running: bool = False) -> str:
+        """As ``2:started`` or ``0:finalizing:running``."""
+        return f"{self.number}:{phase}{':running' if running else ''}"
 
 
 async def run(
@@ -43,7 +51,7 @@ async def run(
     """Carry out a plan's steps from number ``first`` on and settle the operation.
 
     Raises:
-        QmpsnapError: a job failed, was refused or lost; the caller asks :func:`end` what became of it.
+        QmpsnapError: a job failed, was refused or lost; the caller finds out what became of it.
     """
     plan = operation.plan
     assert isinstance(plan, MergePlan)
@@ -52,120 +60,63 @@ async def run(
             await blocking(
                 lambda s=step, n=number: context.store.settle(operation.id, machine.name, s.change, step=f"{n}:settled")
             )
-            await remove_files(step.removed)
+            await remove_kept(context, machine, qemu, step)
         else:
-            async with monitor_for(context, machine, qemu, step) as monitor:
-                await _merge(context, machine, monitor, operation.id, step, number=number, report=report)
-            await remove_files(step.removed)
+            job = MergeJob(
+                context=context, machine=machine, operation=operation.id, step=step, number=number, report=report
+            )
+            async with qemu_for(job, qemu) as monitor:
+                await _start(job, monitor)
+                await carry_on(job, monitor)
+        await remove_files(step.removed)
     await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
 
 
-async def _merge(
-    context: Context,
-    machine: Machine,
-    monitor: Monitor,
-    operation: OperationId,
-    step: Merge,
-    *,
-    number: int,
-    report: Report,
-) -> None:
-    job = job_id(operation, step.disk)
-    await blocking(lambda: context.store.mark(operation, "running", step=f"{number}:started"))
-    await monitor.execute(*start_command(job, step, root=await root_of(monitor, step)))
-    await carry_on(context, machine, monitor, operation, step, number=number, report=report)
+async def _start(job: MergeJob, monitor: Monitor) -> None:
+    await job.mark("started")
+    await monitor.execute(*start_command(job.id, job.step, root=await root_of(monitor, job.step)))
 
 
-async def carry_on(
-    context: Context,
-    machine: Machine,
-    monitor: Monitor,
-    operation: OperationId,
-    step: Merge,
-    *,
-    number: int,
-    report: Report = unreported,
-) -> None:
+async def carry_on(job: MergeJob, monitor: Monitor) -> None:
     """Take a job that exists, in whatever state, to its end; also where another process of ours started it."""
-    job = job_id(operation, step.disk)
-    info = await jobs.follow(monitor, job, "ready", "pending", report=report)
+    info = await jobs.follow(monitor, job.id, "ready", "pending", report=job.report)
     if info.status == "ready":
-        await jobs.complete(monitor, job)
-        info = await jobs.follow(monitor, job, "pending", report=report)
-    with anyio.CancelScope(shield=True):  # past this point there is only forward, and it takes milliseconds
-        with anyio.fail_after(FINALIZE_DEADLINE):
-            await _go_over(context, machine, monitor, operation, step, number=number, pending=info.status == "pending")
-    report(replace(info, status="concluded"))
+        await jobs.complete(monitor, job.id)
+        info = await jobs.follow(monitor, job.id, "pending", report=job.report)
+    await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
+    # Past this point there is only forward, and it takes milliseconds.
+    with anyio.fail_after(finalize.FINALIZE_DEADLINE, shield=True):
+        pending = info.status == "pending"
+        await finalize.go_over(job, monitor, pending=pending, settle=lambda: settle(job, monitor))
+        await jobs.dismiss(monitor, job.id)
+        await close_gone(monitor, job.step)
+        await freeze_again(monitor, job.machine, job.step)
+    job.report(replace(info, status="concluded"))
 
 
-async def _go_over(
-    context: Context,
-    machine: Machine,
-    monitor: Monitor,
-    operation: OperationId,
-    step: Merge,
-    *,
-    number: int,
-    pending: bool,
-) -> None:
-    job = job_id(operation, step.disk)
-    await finalize.go_over(
-        context,
-        monitor,
-        operation,
-        job,
-        live=step.live,
-        pending=pending,
-        step=lambda phase: f"{number}:{phase}",
-        settle=lambda: settle(context, machine, monitor, operation, step, number=number),
-    )
-    await jobs.dismiss(monitor, job)
-    await close_gone(monitor, step)
-    await freeze_again(monitor, machine, step)
-
-
-async def settle(
-    context: Context, machine: Machine, monitor: Monitor | None, operation: OperationId, step: Merge, *, number: int
-) -> None:
-    """Verify that the graph or the headers say what the change says, then record it.
+async def settle(job: MergeJob, monitor: Monitor) -> None:
+    """Verify that the graph says what the change says, make the other headers say it, then record it.
 
     Raises:
-        StoreMismatch: they do not; the operation stays open.
+        StoreMismatch: the graph does not; the operation stays open.
     """
-    if monitor is not None:
-        await _verify(monitor, machine, step)
+    step = job.step
+    gone = _gone(step)
+    await job.require_chain(monitor, (layer for layer in step.chain if layer not in gone), known=step.chain)
     for layer in step.rebased:
-        await set_backing(layer, step.into, qemu_img=context.image.binary)
-    change = step.change
-    await blocking(lambda: context.store.settle(operation, machine.name, change, step=f"{number}:settled"))
+        await set_backing(layer, step.into, qemu_img=job.context.image.binary)
+    await job.record(step.change)
 
 
-async def _verify(monitor: Monitor, machine: Machine, step: Merge) -> None:
-    gone = {layer.id for layer in _gone(step)}
-    expected = tuple(layer.id for layer in step.chain if layer.id not in gone)
-    disks = graph.by_disk(await graph.read(monitor), frozenset(layer.id for layer in step.chain))
-    found = disks.get(step.disk)
-    if found is None or found.nodes != expected:
-        raise StoreMismatch(
-            f"after the job, QEMU's chain of disk {step.disk} is {' <- '.join(found.nodes) if found else 'empty'},"
-            f" expected {' <- '.join(expected)}",
-            hint=f"qmpsnap chain {machine.name} {step.disk} shows both sides",
-            effect="unknown",
-            machine=machine.name,
-        )
-
-
-async def settle_without_qemu(
-    context: Context, machine: Machine, operation: OperationId, step: Merge, *, number: int
-) -> None:
+async def settle_without_qemu(job: MergeJob) -> None:
     """QEMU died between finalize and our record: both sides were equal, so the result is made true in the headers."""
+    step, qemu_img = job.step, job.context.image.binary
     above = [layer for layer in step.chain if layer.backing == step.top.id]
     for layer in (*above, *step.rebased) if step.kind == "commit" else ():
-        await set_backing(layer, step.into, qemu_img=context.image.binary)
+        await set_backing(layer, step.into, qemu_img=qemu_img)
     if step.kind == "stream":
-        await set_backing(step.into, step.base, qemu_img=context.image.binary)
-    change = step.change
-    await blocking(lambda: context.store.settle(operation, machine.name, change, step=f"{number}:settled"))
+        await set_backing(step.into, step.base, qemu_img=qemu_img)
+    await job.record(step.change)
 
 
 async def remove_files(layers: Iterable[Layer]) -> None:
@@ -173,6 +124,16 @@ async def remove_files(layers: Iterable[Layer]) -> None:
     for layer in layers:
         if layer.owned:
             await remove(layer.path, device=layer.device, inode=layer.inode)
+
+
+async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, removal: Removal) -> None:
+    """Remove what was kept for snapshots that are gone, beside and inside the images; fine when that is gone, too."""
+    for state in removal.states:
+        await remove(state.path, device=state.device, inode=state.inode)
+    for path in removal.variables:
+        await to_thread.run_sync(tagging.forget_variables, path)
+    for disk, layer, tag in removal.tags:
+        await tagging.remove_tag(context, machine, qemu, disk=disk, layer=layer, tag=tag)
 
 
 async def close_gone(monitor: Monitor, step: Merge) -> None:
@@ -249,19 +210,3 @@ def _gone(step: Merge) -> tuple[Layer, ...]:
     else:
         low, high = (ids.index(step.base.id) + 1 if step.base else 0), ids.index(step.into.id)
     return tuple(reversed(step.chain[low:high]))
-
-
-@asynccontextmanager
-async def monitor_for(
-    context: Context, machine: Machine, qemu: Monitor | None, step: Merge | MirrorPlan
-) -> AsyncIterator[Monitor]:
-    """The machine's QEMU for its live chain, a worker for any other."""
-    if step.live:
-        if qemu is None:
-            raise QemuGone(f"QEMU of machine {machine.name} has ended", machine=machine.name)
-        yield qemu
-        return
-    run_dir = context.home.run_dir(machine.name)
-    chain = Chain(step.disk, step.chain)
-    async with worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir) as monitor:
-        yield monitor

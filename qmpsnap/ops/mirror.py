@@ -6,7 +6,6 @@ import stat
 from pathlib import Path
 from typing import Literal
 
-import anyio
 from anyio import to_thread
 from msgspec import Struct
 
@@ -15,13 +14,13 @@ from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
-from qmpsnap.model.merge import Situation, unneeded
+from qmpsnap.model.merge import unneeded
 from qmpsnap.model.names import OperationId, job_id, layer_id
 from qmpsnap.model.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.operation import Change, MirrorPlan
+from qmpsnap.model.situation import Situation
 from qmpsnap.model.spec import Format
 from qmpsnap.ops import copying, recover
-from qmpsnap.ops.commit import SETTLE_DEADLINE
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.situation import look
 from qmpsnap.ops.work import Work, working
@@ -199,12 +198,8 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         operation = await blocking(
             context.store.open_operation, name, lambda serial: plan(at, chain, request, serial=serial, found=found)
         )
-        try:
+        async with recover.attempting(context, work.machine, work.qemu, operation):
             await copying.run(context, work.machine, work.qemu, operation, report=report)
-        except BaseException as error:
-            with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
-                await recover.after_failure(context, work.machine, work.qemu, operation, error)
-            raise
         assert isinstance(operation.plan, MirrorPlan)
         return operation.plan
 

@@ -4,66 +4,43 @@ The rule for each verb is a pure function of what was durable and what is found;
 """
 
 import contextlib
-import stat
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Literal
 
+import anyio
 from anyio import to_thread
-from msgspec.structs import replace
 
-from qmpsnap.block import graph, header
-from qmpsnap.block.image import remove
-from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError, StoreMismatch
-from qmpsnap.model.blockdev import node_name
-from qmpsnap.model.chain import Layer
+from qmpsnap.block import tags
+from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
+from qmpsnap.machine.machine import end
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import LayerId, NodeName
-from qmpsnap.model.operation import Change, CreatePlan, MergePlan, MirrorPlan, Operation, RevertPlan
-from qmpsnap.ops import chosen, recover_merge, recover_mirror
+from qmpsnap.model.operation import (
+    CreatePlan,
+    DefinePlan,
+    InternalPlan,
+    LoadPlan,
+    MergePlan,
+    MirrorPlan,
+    Operation,
+    Plan,
+    RevertPlan,
+)
+from qmpsnap.ops import recover_create, recover_internal, recover_merge, recover_mirror, tagging
+from qmpsnap.ops.broken import Broken, Direction, Unfinished
 from qmpsnap.ops.context import Context, blocking
-from qmpsnap.ops.recover_merge import Unfinished
+from qmpsnap.ops.overlays import remove_new
 from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import JobStuck, Report, unreported
 from qmpsnap.qmp.session import Monitor
 
-Direction = Literal["forward", "back"]
+SETTLE_DEADLINE = 45.0
+"""Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled.
 
-EMPTY_LIMIT = 8 << 20
-"""Bytes an image may occupy and still pass for one that no guest has written to: tables of an empty 64 TiB image."""
-
-
-def create_direction(step: str, *, active: int | None, total: int) -> Direction | None:
-    """Whether a broken ``snapshot create`` is finished or undone; pure.
-
-    Args:
-        step: the last durable step.
-        active: how many of the overlays QEMU writes to, None when no QEMU runs.
-        total: how many there are.
-
-    Returns:
-        None when the rules do not cover what was found: someone else has changed the chain.
-    """
-    if step != "transaction":
-        return "back"
-    if active is None or active == total:
-        # Without QEMU nobody can tell whether the transaction ran; either way the overlays read the same.
-        return "forward"
-    return "back" if active == 0 else None
-
-
-def identified(change: Change, headers: Mapping[LayerId, Header], *, pause_ms: float | None = None) -> Change:
-    """The change with the identities of the files that were made, and the pause that was measured."""
-    layers = tuple(
-        replace(layer, device=headers[layer.id].device, inode=headers[layer.id].inode) if layer.id in headers else layer
-        for layer in change.layers
-    )
-    snapshots = tuple(replace(snapshot, pause_ms=pause_ms) for snapshot in change.snapshots)
-    return replace(change, layers=layers, snapshots=snapshots)
+The longest way is a revert's: QEMU is ended, 10 s for each of two tries, before files and record are put right. The
+others need less, as their QEMU is only asked; how long a caller waits at most is the same for all.
+"""
 
 
 async def end_open(
@@ -88,16 +65,34 @@ async def end_open(
     """
     pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
     for operation in pending:
+        broken = Broken(context=context, machine=machine, operation=operation, unfinished=unfinished, report=report)
         try:
-            await _end(context, machine, qemu, operation, unfinished=unfinished, report=report)
+            await _end(broken, qemu)
         except OperationPending:
             raise
         except JobStuck as error:
             error.tell(machine.name, waits=True)
             raise
         except QmpsnapError as error:
-            raise _pending(operation, error.message) from error
+            raise broken.pending(error.message) from error
     return list(pending)
+
+
+@asynccontextmanager
+async def attempting(
+    context: Context, machine: Machine, qemu: Monitor | None, operation: Operation
+) -> AsyncIterator[None]:
+    """The block carries out an operation; when it fails or is cancelled, what it has left is found out and ended first.
+
+    That is shielded from cancellation and takes :data:`SETTLE_DEADLINE` seconds at most; what is not ended by then
+    stays open for the next command. The block's error goes on, and says what became of the operation.
+    """
+    try:
+        yield
+    except BaseException as error:
+        with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
+            await after_failure(context, machine, qemu, operation, error)
+        raise
 
 
 async def after_failure(
@@ -110,9 +105,14 @@ async def after_failure(
         operation = next((found for found in recorded if found.id == operation.id), operation)
         # Whoever was cancelled wants the job to end; whoever failed wants to know first.
         unfinished: Unfinished = "refuse" if isinstance(error, Exception) else "cancel"
-        direction = await _end(
-            context, machine, qemu, operation, unfinished=unfinished, error=str(error) or "cancelled"
+        broken = Broken(
+            context=context,
+            machine=machine,
+            operation=operation,
+            unfinished=unfinished,
+            error=str(error) or "cancelled",
         )
+        direction = await _end(broken, qemu)
     except QmpsnapError:
         # The store itself may be what failed; the operation stays open then, which is as good.
         with contextlib.suppress(QmpsnapError):
@@ -126,85 +126,74 @@ async def after_failure(
             error.hint = f"qmpsnap recover {machine.name} finds out and ends it"
 
 
-async def _end(
-    context: Context,
-    machine: Machine,
-    qemu: Monitor | None,
-    operation: Operation,
-    *,
-    unfinished: Unfinished,
-    error: str = "interrupted",
-    report: Report = unreported,
-) -> Direction:
-    plan = operation.plan
-    if isinstance(plan, CreatePlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await _end_create(context, machine, monitor, operation, plan=plan, error=error)
-    if isinstance(plan, MergePlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await recover_merge.end(
-                context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
-            )
-    if isinstance(plan, MirrorPlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await recover_mirror.end(
-                context, machine, monitor, operation, unfinished=unfinished, error=error, report=report
-            )
-    if isinstance(plan, RevertPlan):
-        async with _answering(context, machine, qemu) as monitor:
-            return await _end_revert(context, machine, monitor, operation, plan=plan, error=error)
-    # A definition that did not settle has no machine yet: nobody can have used its images.
-    await _remove_new(plan.created)
-    await to_thread.run_sync(remove_folder, context.home, plan.machine)
-    await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
+async def _end(broken: Broken, qemu: Monitor | None) -> Direction:
+    plan = broken.operation.plan
+    if isinstance(plan, DefinePlan):
+        return await _end_define(broken, plan)
+    async with _answering(broken, qemu) as monitor:
+        return await _ENDS[type(plan)](broken, monitor)
+
+
+async def _end_define(broken: Broken, plan: DefinePlan) -> Direction:
+    """Undo a definition that did not settle: it has no machine yet, and nobody can have used its images."""
+    await remove_new(plan.created)
+    await to_thread.run_sync(remove_folder, broken.context.home, plan.machine)
+    await broken.mark_failed()
     return "back"
 
 
-async def _end_revert(
-    context: Context, machine: Machine, monitor: Monitor | None, operation: Operation, *, plan: RevertPlan, error: str
-) -> Direction:
+async def _end_revert(broken: Broken, monitor: Monitor | None) -> Direction:
+    operation, plan = broken.operation, broken.operation.plan
+    assert isinstance(plan, RevertPlan)
     if operation.step == "planned":
-        await _remove_new([overlay.layer for overlay in plan.overlays])
-        await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
+        await remove_new([overlay.layer for overlay in plan.overlays])
+        for copy in plan.copies:
+            await to_thread.run_sync(tags.discard, copy.layer)
+        await broken.mark_failed()
         return "back"
     if operation.step == "stopping":
-        await switch(context, machine, monitor, operation, plan)
+        await switch(broken.context, broken.machine, monitor, operation, plan)
         monitor = None
     elif operation.step == "switched":
-        await remove_files(context, plan)
-    note = f"{error}; the machine was not started again: qmpsnap start {machine.name}"
+        await remove_files(broken.context, plan)
+    elif (plan.vmstate or plan.inside) and monitor:
+        monitor = await _end_loading(broken, monitor, plan)
+    for copy in plan.copies if plan.inside and monitor is None else ():
+        # The memory that was to be loaded from there is not: a later revert takes it out again.
+        await tagging.remove_tag(
+            broken.context, broken.machine, None, disk=copy.disk, layer=copy.layer.id, tag=copy.tag
+        )
     stopped = plan.restart and monitor is None
-    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled", error=note if stopped else None))
+    note = f"{broken.error}; the machine was not started again: qmpsnap start {broken.machine.name}"
+    await broken.mark_settled(error=note if stopped else None)
     return "forward"
 
 
-async def _end_create(
-    context: Context, machine: Machine, monitor: Monitor | None, operation: Operation, *, plan: CreatePlan, error: str
-) -> Direction:
-    names = frozenset(node_name(overlay.layer) for overlay in plan.overlays)
-    found = await graph.read(monitor) if monitor else None
-    active = None
-    if found:
-        active = sum(bool(disk.nodes) for disk in graph.by_disk(found, names).values())
-    direction = create_direction(operation.step, active=active, total=len(names))
-    if direction is None:
-        raise _pending(operation, "only some of its overlays are active in QEMU")
-    if direction == "forward":
-        headers = {o.layer.id: header.read(o.layer.path, format=o.layer.format) for o in plan.overlays}
-        await chosen.let_go(plan.overlays)
-        await blocking(context.store.settle, operation.id, machine.name, identified(plan.change, headers))
-        return direction
-    if monitor and found:
-        for name in sorted(names & graph.node_names(found)):
-            await commands.blockdev_del(monitor, NodeName(name))
-    await chosen.undo(plan.overlays)
-    await _remove_new([overlay.layer for overlay in plan.overlays if not overlay.part])
-    await blocking(lambda: context.store.mark(operation.id, "failed", error=error))
-    return direction
+_ENDS: dict[type[Plan], Callable[[Broken, Monitor | None], Awaitable[Direction]]] = {
+    CreatePlan: recover_create.end,
+    InternalPlan: recover_internal.end_create,
+    LoadPlan: recover_internal.end_load,
+    MergePlan: recover_merge.end,
+    MirrorPlan: recover_mirror.end,
+    RevertPlan: _end_revert,
+}
+
+
+async def _end_loading(broken: Broken, monitor: Monitor, plan: RevertPlan) -> Monitor | None:
+    """A QEMU that was to go on with memory: it runs on when that is loaded, and ends when it is not."""
+    status = await commands.query_status(monitor)
+    if status.status == "inmigrate" or (plan.inside and not status.running):
+        if process := broken.context.process(broken.machine):
+            await end(process, monitor)
+        await blocking(broken.context.store.set_process, broken.machine.name, None)
+        return None
+    if status.status == "paused" and not plan.paused:
+        await commands.control(monitor, "cont")
+    return monitor
 
 
 @asynccontextmanager
-async def _answering(context: Context, machine: Machine, qemu: Monitor | None) -> AsyncIterator[Monitor | None]:
+async def _answering(broken: Broken, qemu: Monitor | None) -> AsyncIterator[Monitor | None]:
     """A monitor that answers: the one at hand, a new one if that has closed, or None when QEMU has ended."""
     if qemu is not None:
         try:
@@ -214,25 +203,8 @@ async def _answering(context: Context, machine: Machine, qemu: Monitor | None) -
         else:
             yield qemu
             return
-    async with context.monitor(machine) as fresh:
+    async with broken.context.monitor(broken.machine) as fresh:
         yield fresh
-
-
-async def _remove_new(layers: Iterable[Layer]) -> None:
-    """Remove images that an operation made and nobody has used; whatever looks used is left and said."""
-    for layer in layers:
-        if (identity := await to_thread.run_sync(_identity_of_new, layer)) is not None:
-            await remove(layer.path, device=identity[0], inode=identity[1])
-
-
-def _identity_of_new(layer: Layer) -> tuple[int, int] | None:
-    try:
-        status = Path(layer.path).lstat()
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(status.st_mode) or status.st_blocks * 512 > EMPTY_LIMIT:
-        raise StoreMismatch(f"{layer.path} should be a new, empty image and is not; it was left as it is")
-    return status.st_dev, status.st_ino
 
 
 def remove_folder(home: Home, machine: str) -> None:
@@ -241,12 +213,3 @@ def remove_folder(home: Home, machine: str) -> None:
     home.variables(machine).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _pending(operation: Operation, why: str) -> OperationPending:
-    return OperationPending(
-        f"operation {operation.id} ({operation.verb}) on machine {operation.machine} cannot be ended now: {why}",
-        hint=f"put that right, then: qmpsnap recover {operation.machine}",
-        machine=operation.machine,
-        operation=str(operation.id),
-    )

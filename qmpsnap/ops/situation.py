@@ -10,9 +10,9 @@ from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
 from qmpsnap.model.home import Home
-from qmpsnap.model.merge import Situation
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Merge, Removal
+from qmpsnap.model.situation import Situation
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.work import Work
 

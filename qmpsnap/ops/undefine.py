@@ -7,8 +7,11 @@ from anyio import to_thread
 
 from qmpsnap.block.image import remove
 from qmpsnap.errors import StateError
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.recover import remove_folder
+from qmpsnap.ops.tagging import forget_variables
 from qmpsnap.ops.work import working
 
 Fate = Literal["keep", "remove"]
@@ -25,7 +28,7 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
             reads; None refuses when anything would be lost.
 
     Returns:
-        Paths of the images that are left (``keep``) or were removed (``remove``).
+        Paths of the images and state files that are left (``keep``) or were removed (``remove``).
 
     Raises:
         StateError: it runs, or something would be lost and ``disks`` is None.
@@ -40,15 +43,20 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
             )
         if disks is None:
             await _refuse_loss(context, name)
+        snapshots = await blocking(context.store.snapshots, name)
+        states = [found.vmstate for found in snapshots if found.vmstate]
+        variables = [found.variables for found in snapshots if found.variables]
         layers = await blocking(context.store.forget, name)
-        owned = [layer for layer in layers if layer.owned]
+        files: list[Layer | Vmstate] = [*(layer for layer in layers if layer.owned), *states]
         if disks == "remove":
-            for layer in owned:
-                await remove(layer.path, device=layer.device, inode=layer.inode)
+            for file in files:
+                await remove(file.path, device=file.device, inode=file.inode)
+            for kept in variables:
+                await to_thread.run_sync(forget_variables, kept)
             await to_thread.run_sync(remove_folder, context.home, name)
         # The lock goes last, while we hold it: whoever waits for it looks again at what it locked.
         await to_thread.run_sync(lambda: shutil.rmtree(context.home.run_dir(name), ignore_errors=True))
-    return [layer.path for layer in owned]
+    return [file.path for file in files]
 
 
 async def _refuse_loss(context: Context, name: str) -> None:

@@ -7,8 +7,8 @@ from msgspec import Struct
 
 from qmpsnap.model.machine import Machine
 from qmpsnap.ops import recover
+from qmpsnap.ops.broken import Unfinished
 from qmpsnap.ops.context import Context, blocking, locked, require_own
-from qmpsnap.ops.recover_merge import Unfinished
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 

@@ -47,6 +47,13 @@ class BlockGraph(Struct, frozen=True):
     edges: tuple[GraphEdge, ...]
 
 
+class Tag(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``SnapshotInfo`` we use: a snapshot inside an image."""
+
+    name: str
+    vm_state_size: int = 0
+
+
 class ImageInfo(Struct, frozen=True, rename="kebab"):
     """The part of QAPI ``ImageInfo`` we use; sizes in bytes."""
 
@@ -54,6 +61,7 @@ class ImageInfo(Struct, frozen=True, rename="kebab"):
     format: str
     virtual_size: int
     actual_size: int = 0
+    snapshots: tuple[Tag, ...] = ()
 
 
 class CacheInfo(Struct, frozen=True, rename="kebab"):
@@ -143,78 +151,72 @@ class MachineType(Struct, frozen=True):
 
 async def query_status(monitor: Monitor) -> RunStatus:
     """Whether the guest runs (``query-status``)."""
-    return _decode("query-status", await monitor.execute("query-status"), RunStatus)
+    return decode("query-status", await monitor.execute("query-status"), RunStatus)
 
 
 async def query_uuid(monitor: Monitor) -> str:
     """The machine's UUID as given by ``-uuid`` (``query-uuid``)."""
-    return _decode("query-uuid", await monitor.execute("query-uuid"), _Uuid).UUID
+    return decode("query-uuid", await monitor.execute("query-uuid"), _Uuid).UUID
 
 
 async def query_version(monitor: Monitor) -> str:
     """QEMU's version, as ``7.2.22`` (``query-version``)."""
-    triple = _decode("query-version", await monitor.execute("query-version"), _Version).qemu
+    triple = decode("query-version", await monitor.execute("query-version"), _Version).qemu
     return f"{triple.major}.{triple.minor}.{triple.micro}"
 
 
 async def query_machines(monitor: Monitor) -> tuple[MachineType, ...]:
     """The machine types this QEMU has (``query-machines``)."""
-    return _decode("query-machines", await monitor.execute("query-machines"), tuple[MachineType, ...])
+    return decode("query-machines", await monitor.execute("query-machines"), tuple[MachineType, ...])
 
 
 async def query_jobs(monitor: Monitor) -> tuple[JobInfo, ...]:
     """Every job QEMU has and nobody dismissed (``query-jobs``)."""
-    return _decode("query-jobs", await monitor.execute("query-jobs"), tuple[JobInfo, ...])
+    return decode("query-jobs", await monitor.execute("query-jobs"), tuple[JobInfo, ...])
 
 
 async def query_block_jobs(monitor: Monitor) -> tuple[BlockJobInfo, ...]:
     """Every block job (``query-block-jobs``), for what only it tells: whether a write failed."""
-    return _decode("query-block-jobs", await monitor.execute("query-block-jobs"), tuple[BlockJobInfo, ...])
+    return decode("query-block-jobs", await monitor.execute("query-block-jobs"), tuple[BlockJobInfo, ...])
 
 
 async def query_block(monitor: Monitor) -> tuple[Backend, ...]:
     """Every drive of the guest (``query-block``)."""
-    return _decode("query-block", await monitor.execute("query-block"), tuple[Backend, ...])
+    return decode("query-block", await monitor.execute("query-block"), tuple[Backend, ...])
 
 
 async def query_memory(monitor: Monitor) -> int:
     """The guest's memory at its start, in bytes (``query-memory-size-summary``)."""
     answer = await monitor.execute("query-memory-size-summary")
-    return _decode("query-memory-size-summary", answer, _Memory).base_memory
+    return decode("query-memory-size-summary", answer, _Memory).base_memory
 
 
 async def query_cpus(monitor: Monitor) -> int:
     """How many vCPUs the guest has (``query-cpus-fast``)."""
-    return len(_decode("query-cpus-fast", await monitor.execute("query-cpus-fast"), tuple[dict[str, Any], ...]))
+    return len(decode("query-cpus-fast", await monitor.execute("query-cpus-fast"), tuple[dict[str, Any], ...]))
 
 
 async def query_kvm(monitor: Monitor) -> bool:
     """Whether KVM runs the guest (``query-kvm``)."""
-    return _decode("query-kvm", await monitor.execute("query-kvm"), _Kvm).enabled
+    return decode("query-kvm", await monitor.execute("query-kvm"), _Kvm).enabled
 
 
 async def machine_type(monitor: Monitor) -> str:
     """The versioned machine type of this very machine (``qom-get``)."""
     answer = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
-    return _decode("qom-get", answer, str).removesuffix("-machine")
+    return decode("qom-get", answer, str).removesuffix("-machine")
 
 
 async def query_block_graph(monitor: Monitor) -> BlockGraph:
     """Who reads whom (``x-debug-query-block-graph``; why this one: docs/decisions/0001)."""
     answer = await monitor.execute("x-debug-query-block-graph")
-    return _decode("x-debug-query-block-graph", answer, BlockGraph)
+    return decode("x-debug-query-block-graph", answer, BlockGraph)
 
 
 async def query_nodes(monitor: Monitor) -> tuple[NodeInfo, ...]:
     """Every named block node (``query-named-block-nodes``), flat: nested, the answer outgrows the client's buffer."""
     answer = await monitor.execute("query-named-block-nodes", {"flat": True})
-    return _decode("query-named-block-nodes", answer, tuple[NodeInfo, ...])
-
-
-async def set_migration_capability(monitor: Monitor, capability: str, *, enabled: bool) -> None:
-    """Switch one migration capability (``migrate-set-capabilities``)."""
-    capabilities = [{"capability": capability, "state": enabled}]
-    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    return decode("query-named-block-nodes", answer, tuple[NodeInfo, ...])
 
 
 async def blockdev_add(monitor: Monitor, options: dict[str, Any]) -> None:
@@ -245,6 +247,21 @@ def snapshot_transaction(pairs: Sequence[tuple[NodeName, NodeName]]) -> dict[str
     }
 
 
+def internal_transaction(nodes: Sequence[NodeName], tag: str) -> dict[str, Any]:
+    """Arguments of the ``transaction`` that puts a tag into each node's image (``blockdev-snapshot-internal-sync``)."""
+    return {"actions": [{"type": "blockdev-snapshot-internal-sync", "data": {"device": n, "name": tag}} for n in nodes]}
+
+
+async def query_tags(monitor: Monitor) -> dict[str, tuple[Tag, ...]]:
+    """The snapshots inside the image of each named node, by the node's name (``query-named-block-nodes``)."""
+    return {node.node_name: node.image.snapshots for node in await query_nodes(monitor)}
+
+
+async def delete_tag(monitor: Monitor, node: NodeName, tag: str) -> None:
+    """Remove a snapshot from the image of a node that a device has (``blockdev-snapshot-delete-internal-sync``)."""
+    await monitor.execute("blockdev-snapshot-delete-internal-sync", {"device": node, "name": tag})
+
+
 async def transaction(monitor: Monitor, arguments: dict[str, Any], *, deadline: float = COMMAND_DEADLINE) -> None:
     """Run a ``transaction``; it waits for requests in flight, hence its own deadline in seconds."""
     await monitor.execute("transaction", arguments, deadline=deadline)
@@ -255,7 +272,17 @@ async def control(monitor: Monitor, command: Literal["cont", "stop", "system_pow
     await monitor.execute(command)
 
 
-def _decode(command: str, answer: object, kind: type[T]) -> T:
+async def announce_self(monitor: Monitor) -> None:
+    """Let the network cards tell the switches where they are (``announce-self``), five times in half a second."""
+    await monitor.execute("announce-self", {"initial": 50, "max": 550, "rounds": 5, "step": 100})
+
+
+def decode(command: str, answer: object, kind: type[T]) -> T:
+    """An answer as a value.
+
+    Raises:
+        QmpError: it is not what QEMU's schema says.
+    """
     try:
         return msgspec.convert(answer, kind)
     except msgspec.ValidationError as error:

@@ -6,7 +6,7 @@ again. Events only wake us; ``query-jobs`` decides.
 
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 from msgspec.structs import replace
@@ -116,6 +116,20 @@ def mirror_arguments(
     if write_blocking:
         arguments["copy-mode"] = "write-blocking"
     return "blockdev-mirror", arguments
+
+
+def memory_arguments(job: JobId, *, tag: str, vmstate: NodeName, nodes: Sequence[NodeName]) -> dict[str, Any]:
+    """Arguments of ``snapshot-save`` and ``snapshot-load``: memory and disks under one tag inside the images.
+
+    They conclude by themselves and still wait to be dismissed; the guest stands still meanwhile.
+
+    Args:
+        job: the job's id.
+        tag: the snapshot's name inside each image.
+        vmstate: the node whose image holds the memory.
+        nodes: those of all disks, ``vmstate`` among them; no others are touched.
+    """
+    return {"job-id": job, "tag": tag, "vmstate": vmstate, "devices": list(nodes)}
 
 
 async def find(monitor: Monitor, job: JobId) -> JobInfo | None:

@@ -6,6 +6,7 @@ a QEMU that is stopped, so connecting, the greeting and every command have a dea
 
 import contextlib
 import logging
+import math
 import socket
 import struct
 from collections.abc import AsyncIterator, Mapping
@@ -38,6 +39,9 @@ logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 class Bell(Protocol):
     """Rings when one of the events came that it listens to; what really happened, a query tells."""
 
+    times: list[tuple[str, float]]
+    """Name and time of every event that was waited for: QEMU's own clock, seconds since the epoch."""
+
     async def wait(self, seconds: float) -> None:
         """Return at the next event, or after ``seconds``."""
 
@@ -55,6 +59,9 @@ class Monitor(Protocol):
             DeadlinePassed: no answer within ``deadline`` seconds; effect unknown.
             QemuGone: the monitor closed first; effect unknown.
         """
+
+    async def send_descriptor(self, descriptor: int) -> None:
+        """Send an open file along with the next command, ``getfd`` or ``add-fd``; ours stays open."""
 
     def listen(self, *events: str) -> AbstractAsyncContextManager[Bell]:
         """Listen to these events for the length of the block."""
@@ -98,6 +105,13 @@ class Session:
                 machine=self._machine,
             ) from error
 
+    async def send_descriptor(self, descriptor: int) -> None:
+        """Send an open file along with the next command; see :meth:`Monitor.send_descriptor`."""
+        try:
+            self._client.send_fd_scm(descriptor)
+        except OSError as error:
+            raise QemuGone(f"the monitor of machine {self._machine} closed", machine=self._machine) from error
+
     @asynccontextmanager
     async def listen(self, *events: str) -> AsyncIterator[Bell]:
         """Listen to these events; see :meth:`Monitor.listen`."""
@@ -108,12 +122,15 @@ class Session:
 class _EventBell:
     def __init__(self, listener: EventListener) -> None:
         self._listener = listener
+        self.times: list[tuple[str, float]] = []
 
     async def wait(self, seconds: float) -> None:
+        events = []
         # A listener never hears of QEMU's end: the caller's next query does.
         with anyio.move_on_after(seconds):
-            await self._listener.get()
-        self._listener.clear()
+            events.append(await self._listener.get())
+        for event in (*events, *self._listener.clear()):
+            self.times.append((str(event.get("event")), _seconds(event)))
 
 
 @asynccontextmanager
@@ -179,6 +196,13 @@ async def _greeted(path: Path, machine: str) -> tuple[QMPClient, int]:
 def _peer(endpoint: socket.socket) -> int:
     pid, _, _ = struct.unpack("3i", endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return int(pid)
+
+
+def _seconds(event: Message) -> float:
+    stamp = event.get("timestamp")
+    if not isinstance(stamp, dict):
+        return math.nan
+    return float(stamp.get("seconds", math.nan)) + float(stamp.get("microseconds", 0)) / 1e6
 
 
 def _no_event(_: Message) -> bool:

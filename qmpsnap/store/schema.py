@@ -62,6 +62,11 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE machine ADD COLUMN adopted TEXT;
     """,
+    """
+    ALTER TABLE snapshot ADD COLUMN vmstate TEXT;
+    ALTER TABLE snapshot ADD COLUMN inside TEXT;
+    ALTER TABLE snapshot ADD COLUMN variables TEXT;
+    """,
 )
 
 

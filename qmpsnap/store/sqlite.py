@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import msgspec
+from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch
 from qmpsnap.model.chain import Chain, Layer
@@ -17,6 +18,7 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.model.vmstate import Inside, Vmstate
 from qmpsnap.store import journal, rows, schema
 
 
@@ -69,7 +71,7 @@ class SqliteStore:
             number = rows.machine_id(sql, machine)
             found = sql.execute(
                 "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
-                " s.operation"
+                " s.operation, s.vmstate, s.inside, s.variables"
                 " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent WHERE s.machine = ? ORDER BY s.id",
                 (number,),
             ).fetchall()
@@ -92,6 +94,9 @@ class SqliteStore:
                 pause_ms=row[8],
                 operation=OperationId(row[9]),
                 points=tuple(points.get(row[0], ())),
+                vmstate=self._vmstate(row[10]),
+                inside=msgspec.json.decode(row[11], type=Inside) if row[11] else None,
+                variables=str(self._machines / row[12]) if row[12] else None,
             )
             for row in found
         )
@@ -115,7 +120,7 @@ class SqliteStore:
                 "SELECT machine.name, disk.name, disk.active FROM disk JOIN machine ON machine.id = disk.machine"
             ).fetchall()
             references = sql.execute(
-                "SELECT machine.name, snapshot.name, point.disk, point.layer FROM point"
+                "SELECT machine.name, snapshot.name, point.disk, point.layer, point.tag FROM point"
                 " JOIN snapshot ON snapshot.id = point.snapshot JOIN machine ON machine.id = snapshot.machine"
                 " ORDER BY snapshot.id, point.position"
             ).fetchall()
@@ -231,7 +236,7 @@ class SqliteStore:
                 (number, disk, position, active),
             )
         for snapshot in change.snapshots:
-            rows.put_snapshot(sql, number, snapshot)
+            rows.put_snapshot(sql, number, self._portable(snapshot))
         for old, new in change.renamed.items():
             rows.rename_snapshot(sql, number, old, new)
         if change.current is not msgspec.UNSET:
@@ -268,6 +273,22 @@ class SqliteStore:
         # As text: a layer's path is the very string in the header above it, and pathlib would tidy it up.
         inside = path.removeprefix(f"{self._machines}/")
         return ("machines", inside) if inside != path else (f"host:{os.uname().nodename}", path.removeprefix("/"))
+
+    def _portable(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with the paths of its files relative where they lie in the machines' folder."""
+        inside = f"{self._machines}/"
+        state, variables = snapshot.vmstate, snapshot.variables
+        return replace(
+            snapshot,
+            vmstate=replace(state, path=state.path.removeprefix(inside)) if state else None,
+            variables=variables.removeprefix(inside) if variables else None,
+        )
+
+    def _vmstate(self, text: str | None) -> Vmstate | None:
+        if text is None:
+            return None
+        state = msgspec.json.decode(text, type=Vmstate)
+        return replace(state, path=str(self._machines / state.path))  # an absolute path stays as it is
 
     def _layer(self, row: sqlite3.Row) -> Layer:
         identity, pool, path, layer_format, backing, size, device, inode, owned, state = row

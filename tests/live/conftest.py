@@ -13,6 +13,7 @@ import pytest
 import qmpsnap
 from qmpsnap.model.home import Home
 from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.qmp import jobs
 from tests.live.machine import MIB
 
 GRID_SAMPLE = 6
@@ -74,6 +75,20 @@ def _kill_all_below(folder: Path) -> None:
                 process.wait(10)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+
+
+@pytest.fixture
+def place(home: Path) -> Path:
+    """An empty folder where users keep images of their own."""
+    folder = home / "elsewhere"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def slow_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commits and streams that are not over before the test hears of them; cancelling takes no longer."""
+    monkeypatch.setitem(jobs._COMMON, "speed", 64 << 10)
 
 
 @pytest.fixture

@@ -1,10 +1,19 @@
-"""A controller that dies with kill -9 at one exact point of its real code."""
+"""Deaths with kill -9: of a controller at one exact point of its real code, and of the QEMUs it leaves."""
 
 import json
+import os
 import signal
 import sys
 
 import anyio
+
+import qmpsnap
+from qmpsnap.machine import worker
+from qmpsnap.machine.machine import wait_end
+from tests.live.machine import context_of
+
+STORE = "qmpsnap.store.sqlite"
+JOBS = "qmpsnap.qmp.jobs"
 
 # Dies with kill -9 right before or after the n-th call of one function of the real code.
 DIE_AT = """
@@ -58,3 +67,12 @@ async def die_at(point: Point, *words: str) -> None:
     argv = [sys.executable, "-c", DIE_AT, json.dumps(point), *words]
     done = await anyio.run_process(argv, check=False)
     assert done.returncode == -signal.SIGKILL, f"never came to {point}:\n{done.stderr.decode()}"
+
+
+async def kill_qemu(vm: qmpsnap.MachineHandle) -> None:
+    """Kill the machine's QEMU and its worker, those of them that run, and see them end."""
+    context, record = context_of(vm), await vm.record()
+    for process in (context.process(record), worker.find(record, context.home.run_dir(vm.name))):
+        if process:
+            os.kill(process.pid, signal.SIGKILL)
+            assert await wait_end(process, deadline=10)

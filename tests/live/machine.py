@@ -12,10 +12,17 @@ from qemu.qmp import QMPClient
 import qmpsnap
 from qmpsnap.block import content, header
 from qmpsnap.machine.argv import USER_SOCKET
+from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
+from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.context import Context
 
 MIB = 1 << 20
+
+Hashes = dict[tuple[str, str], str]
+"""(Snapshot, disk) to the SHA-256 of the disk at its moment."""
+
+ONE_DISK = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB),))
 
 
 def context_of(vm: qmpsnap.MachineHandle) -> Context:
@@ -43,14 +50,57 @@ async def fill(vm: qmpsnap.MachineHandle, disk: str, pattern: int, *, offset: in
         assert not said, said  # errors are answered; what qemu-io has to say otherwise goes to QEMU's own output
 
 
+async def grown(q: qmpsnap.Controller, *names: str) -> qmpsnap.MachineHandle:
+    """A paused machine of one disk with these snapshots: a MiB of its own before each and one more after the last."""
+    vm = await q.define(ONE_DISK)
+    await vm.start(paused=True)
+    for number, name in enumerate(names, start=1):
+        await fill(vm, "vda", number, offset=number * MIB)
+        await vm.snapshot(name)
+    await fill(vm, "vda", 99, offset=8 * MIB)
+    return vm
+
+
+async def grown_and_stopped(q: qmpsnap.Controller) -> tuple[qmpsnap.MachineHandle, Hashes, str]:
+    """The same with two snapshots, stopped; their hashes, and that of its disk."""
+    vm = await grown(q, "s1", "s2")
+    await vm.stop(force=True)
+    return vm, await snapshot_hashes(vm), await active_hash(vm)
+
+
 async def content_hash(vm: qmpsnap.MachineHandle, layer_id: str) -> str:
-    """SHA-256 of all that a frozen layer holds, its backing included."""
+    """SHA-256 of all that a layer holds which nobody writes to, its backing included."""
+    return await hash_of(vm, context_of(vm).store.layer(LayerId(layer_id)))
+
+
+async def hash_of(vm: qmpsnap.MachineHandle, layer: Layer) -> str:
+    """The same of a layer that the store need not have."""
     context = context_of(vm)
-    layer = context.store.layer(LayerId(layer_id))
     with tempfile.TemporaryDirectory(dir=context.home.data) as folder:
         copy = Path(folder) / "copy"
         await content.copy_out(layer, copy, qemu_img=context.image.binary)
         return hashlib.sha256(copy.read_bytes()).hexdigest()
+
+
+async def snapshot_hashes(vm: qmpsnap.MachineHandle) -> Hashes:
+    """What every snapshot in state ok reads as."""
+    return {
+        (snapshot.name, point.disk): await content_hash(vm, point.layer)
+        for snapshot in await vm.snapshots()
+        if snapshot.state == "ok"
+        for point in snapshot.points
+    }
+
+
+async def active_hash(vm: qmpsnap.MachineHandle) -> str:
+    """SHA-256 of what the guest reads on its first disk; a paused machine is stopped for it and started again."""
+    ran = await vm.is_running()
+    if ran:
+        await vm.stop(force=True)
+    found = await content_hash(vm, (await vm.chains())[0].active.id)
+    if ran:
+        await vm.start(paused=True)
+    return found
 
 
 async def hold_invariants(vm: qmpsnap.MachineHandle, hashes: Mapping[tuple[str, str], str] | None = None) -> None:
@@ -80,8 +130,14 @@ async def _snapshots_read_as_they_did(vm: qmpsnap.MachineHandle, hashes: Mapping
 def _every_layer_is_recorded(vm: qmpsnap.MachineHandle) -> None:
     context = context_of(vm)
     folder = context.home.machine_dir(vm.name)
+    variables = {found.variables for found in context.store.snapshots(vm.name)}
+    states = {found.vmstate.path: found.vmstate for found in context.store.snapshots(vm.name) if found.vmstate}
     for file in folder.iterdir():
-        if file == context.home.variables(vm.name):
+        assert file.stat().st_mode & 0o777 == 0o600
+        if file == context.home.variables(vm.name) or str(file) in variables:
+            continue
+        if state := states.get(str(file)):
+            assert (file.stat().st_dev, file.stat().st_ino) == (state.device, state.inode)
             continue
         layer = context.store.layer_at(str(file))
         assert layer is not None, f"{file.name} is nobody's"
@@ -89,7 +145,6 @@ def _every_layer_is_recorded(vm: qmpsnap.MachineHandle) -> None:
         assert (found.device, found.inode) == (layer.device, layer.inode)
         below = context.store.layer(layer.backing).path if layer.backing else None
         assert found.backing == below
-        assert file.stat().st_mode & 0o777 == 0o600
 
 
 async def _idle(vm: qmpsnap.MachineHandle) -> None:

@@ -252,6 +252,8 @@ async def test_stop_ends_it_and_nothing_starts_it_again(q: qmpsnap.Controller, l
     await vm.snapshot("s1")
     with pytest.raises(StateError, match="somebody else launches"):
         await vm.revert("s1")
+    with pytest.raises(StateError, match="cannot load its memory again"):
+        await vm.save()
     assert theirs.process.poll() is None
     await vm.stop(force=True)
     assert theirs.process.wait(10) == 0

@@ -1,6 +1,7 @@
 """A booted Linux guest: what it wrote before a snapshot is in the snapshot, what it writes after is not."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import anyio
@@ -103,4 +104,6 @@ def test_the_demo_proves_itself_and_leaves_nothing(
     assert main(["demo"]) == 0
     out = capsys.readouterr().out
     assert out.count("ok   snapshot") == 3
+    assert "ok   the process     is back and counts on" in out
+    assert re.search(r"the guest was held for \d+\.\d ms \((background|stopped)\)", out)
     assert "(current, you are here)" in out

@@ -6,37 +6,26 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import qmpsnap
 from qmpsnap.block import place as places
 from qmpsnap.cli.main import main
-from qmpsnap.errors import HostCannot, ImageRefused, NotFoundError, QmpsnapError, StateError, UsageError
+from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused, NotFoundError, QmpsnapError, StateError, UsageError
 from qmpsnap.machine.machine import wait_end
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from tests.live.crash import die_at
-from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants
+from qmpsnap.ops import memory
+from qmpsnap.qmp import migration
+from tests.live.crash import die_at, kill_qemu
+from tests.live.machine import MIB, context_of, fill, hold_invariants, snapshot_hashes
+from tests.live.test_full import survives_failure
 
 SPEC = MachineSpec(
     name="still",
     memory=64 * MIB,
     disks=tuple(DiskSpec(name=name, size=16 * MIB, snapshot=name != "vdc") for name in ("vda", "vdb", "vdc")),
 )
-
-
-@pytest.fixture
-def place(home: Path) -> Path:
-    folder = home / "elsewhere"
-    folder.mkdir()
-    return folder
-
-
-async def _hashes(vm: qmpsnap.MachineHandle) -> dict[tuple[str, str], str]:
-    return {
-        (snapshot.name, point.disk): await content_hash(vm, point.layer)
-        for snapshot in await vm.snapshots()
-        for point in snapshot.points
-    }
 
 
 def _names(folder: Path) -> list[str]:
@@ -69,7 +58,7 @@ async def test_every_verb_on_such_layers(q: qmpsnap.Controller, place: Path, sta
     await vm.add_layers(disks=["vda"], files={"vda": place / "three.qcow2"})
     await write(4)
     assert _names(place) == ["b.qcow2", "one.qcow2", "three.qcow2", "two.qcow2"]
-    hashes = await _hashes(vm)
+    hashes = await snapshot_hashes(vm)
     await hold_invariants(vm, hashes)
 
     await vm.commit("vda", base=(await vm.chains("vda"))[0].ids[2])
@@ -79,13 +68,13 @@ async def test_every_verb_on_such_layers(q: qmpsnap.Controller, place: Path, sta
     await hold_invariants(vm, hashes)
     (auto,) = (s.name for s in await vm.snapshots() if s.name.startswith("auto-"))
     await vm.revert(auto, discard=True)
-    hashes = await _hashes(vm)
+    hashes = await snapshot_hashes(vm)
     await vm.delete_snapshots("s2")
     hashes = {key: value for key, value in hashes.items() if key[0] != "s2"}
     await hold_invariants(vm, hashes)
     await vm.snapshot("s3", files={"vda": place / "last.qcow2"})
     await vm.stream("vda")
-    hashes = await _hashes(vm)
+    hashes = await snapshot_hashes(vm)
     await hold_invariants(vm, hashes)
     await vm.delete_snapshots("s1", auto)
     await hold_invariants(vm, {key: value for key, value in hashes.items() if key[0] == "s3"})
@@ -109,7 +98,7 @@ async def test_a_branch_of_such_layers_is_measured(q: qmpsnap.Controller, place:
     await vm.revert("s1", discard=True)
     if state == "stopped":
         await vm.stop(force=True)
-    hashes = await _hashes(vm)
+    hashes = await snapshot_hashes(vm)
     done = await vm.delete_snapshots("s2")
     assert [choice.how for choice in done.reductions[0].choices] == ["stream", "commit"]
     assert MIB <= done.bytes < 2 * MIB
@@ -227,6 +216,93 @@ async def test_killed_in_the_middle(q: qmpsnap.Controller, place: Path, step: st
     await hold_invariants(vm)
 
 
+async def test_beside_the_memory(q: qmpsnap.Controller, still_spec: MachineSpec, place: Path) -> None:
+    vm = await q.define(still_spec)
+    await vm.start()  # its firmware runs and waits, which is guest enough
+    await fill(vm, "vda", 1)
+    _, planned = await vm.preview_snapshot(kind="full", files={"vda": place / "a"})
+    assert planned.memory
+    assert planned.overlays[0].layer.path == str(place / "a")
+    assert _names(place) == []
+    taken = await vm.snapshot("all", kind="full", files={"vda": place / "a"})
+    assert taken.vmstate
+    assert _names(place) == ["a"]
+    await fill(vm, "vda", 2)
+    hashes = await snapshot_hashes(vm)
+    await hold_invariants(vm, hashes)
+    done = await vm.revert("all", discard=True)
+    assert (done.state, done.memory) == ("running", True)
+    assert _names(place) == []
+    await hold_invariants(vm, hashes)
+    with pytest.raises(UsageError, match="makes no new layers"):
+        await vm.snapshot("in", kind="internal", files={"vda": place / "a"})
+
+
+async def test_memory_that_fails_leaves_nothing_there(
+    q: qmpsnap.Controller, still_spec: MachineSpec, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await q.define(still_spec)
+    await vm.start()
+    if not await survives_failure(vm):
+        return  # nothing fails there once the disks have moved
+
+    async def never(*_: Any) -> migration.Migration:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    chain = (await vm.chains())[0].ids
+    for degrade in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "fixed", never)
+            attempt = vm.snapshot("slow", kind="full", max_pause_ms=500, degrade=degrade, files={"vda": place / "a"})
+            if degrade:
+                assert (await attempt).kind == "disk"
+            else:
+                with pytest.raises(DeadlinePassed):
+                    await attempt
+        assert _names(place) == ["a"] * degrade
+        assert ((await vm.chains())[0].ids == chain) == (not degrade)
+        await hold_invariants(vm)
+
+
+MEMORY_STEPS = {
+    "at its place": ("qmpsnap.block.place", "claim", "after", 1),
+    "after the step": (STORE, "SqliteStore.mark", "after", 1),
+    "with the disks moved": ("qmpsnap.qmp.commands", "transaction", "after", 1),
+    "before one name goes": (CHOSEN, "let_go", "before", 1),
+    "with one name": (CHOSEN, "let_go", "after", 1),
+}
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("qemu", ["lives", "dies too"])
+@pytest.mark.parametrize("step", MEMORY_STEPS)
+async def test_killed_with_the_memory(
+    q: qmpsnap.Controller, still_spec: MachineSpec, place: Path, step: str, qemu: str
+) -> None:
+    vm = await q.define(still_spec)
+    await vm.start()
+    await fill(vm, "vda", 1)
+    before = (await vm.chains())[0].ids
+    create = ("snapshot", "create", "still", "s", "--kind", "full", "--file", f"vda={place}/new")
+    await die_at(MEMORY_STEPS[step], *create)
+    if qemu == "dies too":
+        await kill_qemu(vm)
+    for _ in range(2):
+        await vm.recover()
+        assert [snapshot.name for snapshot in await vm.snapshots()] == (["s"] if step in TAKEN else [])
+        # Without QEMU nobody can tell whether the transaction ran: the layer stays, as the active one.
+        moved = step in TAKEN or step == "with the disks moved" or (step == "after the step" and qemu != "lives")
+        assert ((await vm.chains())[0].ids != before) == moved
+        assert _names(place) == ["new"] * moved
+        assert await vm.state() == ("running" if qemu == "lives" else "stopped")
+        await hold_invariants(vm)
+    if qemu == "dies too":
+        await vm.start()
+    await vm.snapshot("next", kind="full", files={"vda": place / "newer"})
+    await hold_invariants(vm)
+
+
 def test_on_the_command_line(home: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "s.yaml").write_text("name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}, {name: vdb, size: 1M}]\n")
     assert main(["define", str(home / "s.yaml")]) == 0
@@ -236,6 +312,7 @@ def test_on_the_command_line(home: Path, place: Path, capsys: pytest.CaptureFixt
     assert _names(place) == []
     assert main([*create, "--file", f"vda={place}/a", "--file", f"vda={place}/b"]) == 2
     assert main([*create, "--file", "vda"]) == 2
+    assert main([*create, "--kind", "internal", "--file", f"vda={place}/a"]) == 2
     assert main([*create, "--file", f"vda={place}/a", "--file", f"vdb={place}/b"]) == 0
     assert _names(place) == ["a", "b"]
     assert main([*create, "--file", f"vda={place}/a"]) == 4

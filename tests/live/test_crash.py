@@ -1,19 +1,15 @@
 """The controller dies at each step of `snapshot create`; QEMU lives, dies with it, or never ran. Then: recover."""
 
-import os
-import signal
 from pathlib import Path
 
 import anyio
 import pytest
 
 import qmpsnap
-from qmpsnap.machine.machine import wait_end
 from qmpsnap.model.spec import MachineSpec
-from tests.live.crash import die_at
+from tests.live.crash import STORE, die_at, kill_qemu
 from tests.live.machine import content_hash, context_of, fill, hold_invariants
 
-STORE = "qmpsnap.store.sqlite"
 STEPS = {
     "before the journal row": (STORE, "SqliteStore.open_operation", "before", 1),
     "after the journal row": (STORE, "SqliteStore.open_operation", "after", 1),
@@ -54,7 +50,7 @@ async def test_killed_controller(
     vm = await q.define(still_spec)
     hashes = {}
     if qemu != "never ran":
-        process = await vm.start(paused=True)
+        await vm.start(paused=True)
         await fill(vm, "vda", 1)
     first = await vm.snapshot("first")
     for point in first.points:
@@ -65,8 +61,7 @@ async def test_killed_controller(
 
     await _die_at(step, "snapshot", "create", "still", "second")
     if qemu == "dies too":
-        os.kill(process.pid, signal.SIGKILL)
-        assert await wait_end(process, deadline=10)
+        await kill_qemu(vm)
 
     await vm.recover()
     names = [snapshot.name for snapshot in await vm.snapshots()]

@@ -15,39 +15,17 @@ from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.session import Monitor
-from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants
-
-SPEC = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB),))
-
-
-async def _grown(q: qmpsnap.Controller, names: tuple[str, ...] = ("s1", "s2", "s3")) -> qmpsnap.MachineHandle:
-    """A machine with three snapshots, a MiB of its own written before each and one more after the last."""
-    vm = await q.define(SPEC)
-    await vm.start(paused=True)
-    for number, name in enumerate(names, start=1):
-        await fill(vm, "vda", number, offset=number * MIB)
-        await vm.snapshot(name)
-    await fill(vm, "vda", 99, offset=8 * MIB)
-    return vm
-
-
-async def _hashes(vm: qmpsnap.MachineHandle) -> dict[tuple[str, str], str]:
-    return {
-        (snapshot.name, point.disk): await content_hash(vm, point.layer)
-        for snapshot in await vm.snapshots()
-        if snapshot.state == "ok"
-        for point in snapshot.points
-    }
-
-
-async def _active_hash(vm: qmpsnap.MachineHandle) -> str:
-    """What the guest would read now: of a stopped machine the active layer, of a running one that of a new snapshot."""
-    if await vm.is_running():
-        await vm.stop(force=True)
-        found = await content_hash(vm, (await vm.chains())[0].layers[-1].layer.id)
-        await vm.start(paused=True)
-        return found
-    return await content_hash(vm, (await vm.chains())[0].layers[-1].layer.id)
+from tests.live.machine import (
+    MIB,
+    ONE_DISK,
+    active_hash,
+    content_hash,
+    context_of,
+    fill,
+    grown,
+    hold_invariants,
+    snapshot_hashes,
+)
 
 
 async def _chain(vm: qmpsnap.MachineHandle) -> list[str]:
@@ -65,9 +43,9 @@ COMMITS = {
 @pytest.mark.parametrize("state", ["running", "stopped"])
 @pytest.mark.parametrize("form", COMMITS)
 async def test_the_four_commits(q: qmpsnap.Controller, form: str, state: str) -> None:
-    vm = await _grown(q)
+    vm = await grown(q, "s1", "s2", "s3")
     base, top, chain, lost = COMMITS[form]
-    hashes, before = await _hashes(vm), await _active_hash(vm)
+    hashes, before = await snapshot_hashes(vm), await active_hash(vm)
     if state == "stopped":
         await vm.stop(force=True)
     with pytest.raises(StateError, match=", ".join(sorted(lost))) as refused:
@@ -80,7 +58,7 @@ async def test_the_four_commits(q: qmpsnap.Controller, form: str, state: str) ->
     assert {s.name for s in await vm.snapshots() if s.state == "consumed"} == lost
     kept = {key: value for key, value in hashes.items() if key[0] not in lost}
     await hold_invariants(vm, kept)
-    assert await _active_hash(vm) == before
+    assert await active_hash(vm) == before
     await vm.snapshot("afterwards")
     if state == "stopped":
         await vm.start(paused=True)
@@ -91,14 +69,14 @@ async def test_the_four_commits(q: qmpsnap.Controller, form: str, state: str) ->
 @pytest.mark.parametrize("state", ["running", "stopped"])
 @pytest.mark.parametrize(("base", "chain"), [("s1", ["vda-1", "vda-4"]), (None, ["vda-4"])])
 async def test_streams_harm_no_snapshot(q: qmpsnap.Controller, base: str | None, chain: list[str], state: str) -> None:
-    vm = await _grown(q)
-    hashes, before = await _hashes(vm), await _active_hash(vm)
+    vm = await grown(q, "s1", "s2", "s3")
+    hashes, before = await snapshot_hashes(vm), await active_hash(vm)
     if state == "stopped":
         await vm.stop(force=True)
     await vm.stream("vda", base=base)
     assert await _chain(vm) == chain
     await hold_invariants(vm, hashes)
-    assert await _active_hash(vm) == before
+    assert await active_hash(vm) == before
     await vm.snapshot("afterwards")
     await hold_invariants(vm, hashes)
 
@@ -106,15 +84,15 @@ async def test_streams_harm_no_snapshot(q: qmpsnap.Controller, base: str | None,
 @pytest.mark.parametrize("state", ["running", "stopped"])
 @pytest.mark.parametrize("names", [("s1",), ("s2",), ("s3",), ("s1", "s2"), ("s1", "s3"), ("s1", "s2", "s3")])
 async def test_deleting_keeps_everything_else(q: qmpsnap.Controller, names: tuple[str, ...], state: str) -> None:
-    vm = await _grown(q)
-    hashes, before = await _hashes(vm), await _active_hash(vm)
+    vm = await grown(q, "s1", "s2", "s3")
+    hashes, before = await snapshot_hashes(vm), await active_hash(vm)
     if state == "stopped":
         await vm.stop(force=True)
     await vm.delete_snapshots(*names)
     assert {s.name for s in await vm.snapshots()} == {"s1", "s2", "s3"} - set(names)
     kept = {key: value for key, value in hashes.items() if key[0] not in names}
     await hold_invariants(vm, kept)
-    assert await _active_hash(vm) == before
+    assert await active_hash(vm) == before
     assert len(await _chain(vm)) == 4 - len(names)
     files = list(context_of(vm).home.machine_dir(vm.name).iterdir())
     assert len(files) == 4 - len(names)
@@ -123,7 +101,7 @@ async def test_deleting_keeps_everything_else(q: qmpsnap.Controller, names: tupl
 
 
 async def test_progress_is_iterated_over(q: qmpsnap.Controller) -> None:
-    vm = await _grown(q)
+    vm = await grown(q, "s1", "s2", "s3")
     async with qmpsnap.progress(lambda report: vm.stream("vda", report=report)) as job:
         told = [(info.type, info.status) async for info in job]
     assert job.result.verb == "stream"
@@ -139,7 +117,7 @@ async def test_progress_is_iterated_over(q: qmpsnap.Controller) -> None:
 
 
 async def test_a_block_that_raises_cancels_the_job(q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch) -> None:
-    vm = await _grown(q)
+    vm = await grown(q, "s1", "s2", "s3")
     real = jobs.follow
 
     async def held(
@@ -154,7 +132,7 @@ async def test_a_block_that_raises_cancels_the_job(q: qmpsnap.Controller, monkey
 
     monkeypatch.setattr(jobs, "follow", held)
     chain = (await vm.chains())[0].ids
-    hashes = await _hashes(vm)
+    hashes = await snapshot_hashes(vm)
 
     async def raising() -> None:
         async with qmpsnap.progress(lambda report: vm.stream("vda", report=report)) as job:
@@ -177,7 +155,7 @@ async def test_delete_moves_the_smaller_side(q: qmpsnap.Controller, below: int, 
     await fill(vm, "vda", 1, length=below * MIB)
     await vm.snapshot("doomed")
     await fill(vm, "vda", 2, offset=10 * MIB, length=above * MIB)
-    hashes, before = await _hashes(vm), await _active_hash(vm)
+    hashes, before = await snapshot_hashes(vm), await active_hash(vm)
     if state == "stopped":
         await vm.stop(force=True)
     files = context_of(vm).home.machine_dir(vm.name)
@@ -189,18 +167,18 @@ async def test_delete_moves_the_smaller_side(q: qmpsnap.Controller, below: int, 
     assert done.bytes < 4 * MIB
     del hashes["doomed", "vda"]
     await hold_invariants(vm, hashes)
-    assert await _active_hash(vm) == before
+    assert await active_hash(vm) == before
 
 
 @pytest.mark.parametrize("state", ["running", "stopped"])
 async def test_a_layer_with_two_branches_stays_hidden_until_one_is_left(q: qmpsnap.Controller, state: str) -> None:
-    vm = await _grown(q, ("a", "b"))
+    vm = await grown(q, "a", "b")
     await vm.revert("a")
     await fill(vm, "vda", 77, offset=5 * MIB)
     await vm.snapshot("c")
     if state == "stopped":
         await vm.stop(force=True)
-    hashes = await _hashes(vm)
+    hashes = await snapshot_hashes(vm)
     layer = next(s for s in await vm.snapshots() if s.name == "a").points[0].layer
     done = await vm.delete_snapshots("a")
     del hashes["a", "vda"]
@@ -218,14 +196,14 @@ async def test_a_layer_with_two_branches_stays_hidden_until_one_is_left(q: qmpsn
 
 
 async def test_what_a_clone_reads_is_never_written(q: qmpsnap.Controller) -> None:
-    vm = await _grown(q)
+    vm = await grown(q, "s1", "s2", "s3")
     first = context_of(vm).store.layer((await vm.snapshots())[0].points[0].layer)
     clone = await q.define(MachineSpec(name="clone", memory=64 * MIB, disks=(DiskSpec(name="vda", base=first.path),)))
     before = await content_hash(clone, (await clone.chains())[0].active.id)
     with pytest.raises(StateError, match=r"machine clone|of clone") as refused:
         await vm.commit("vda", base="s1", top="s2", consume=True)
     assert refused.value.exit_code == 4
-    hashes = await _hashes(vm)
+    hashes = await snapshot_hashes(vm)
     done = await vm.delete_snapshots("s1")
     assert [kept.id for kept in done.kept] == [first.id]
     del hashes["s1", "vda"]
@@ -236,8 +214,8 @@ async def test_what_a_clone_reads_is_never_written(q: qmpsnap.Controller) -> Non
 
 
 async def test_bad_merges_are_refused_before_anything_happens(q: qmpsnap.Controller) -> None:
-    vm = await _grown(q)
-    hashes = await _hashes(vm)
+    vm = await grown(q, "s1", "s2", "s3")
+    hashes = await snapshot_hashes(vm)
     for wrong, code in (
         (vm.commit("vda", base="s2", top="s1", consume=True), 4),
         (vm.commit("vda", base="vda-1", top="vda-1", consume=True), 4),
@@ -270,7 +248,7 @@ async def test_a_full_disk_pauses_the_job_and_it_goes_on_later(
         await vm.snapshot("s1")
         await fill(vm, "vda", 1, length=6 * MIB)
         await vm.snapshot("s2")
-        hashes = await _hashes(vm)
+        hashes = await snapshot_hashes(vm)
         free = shutil.disk_usage(machines).free
         (machines / "filler").write_bytes(bytes(free - 4 * MIB))
         with pytest.raises(HostCannot, match="are free") as refused:
@@ -292,12 +270,12 @@ async def test_a_full_disk_pauses_the_job_and_it_goes_on_later(
 
 async def test_a_frozen_layer_that_absorbed_another_is_frozen_again(q: qmpsnap.Controller) -> None:
     """QEMU 10.0 and 11.1 leave it writable: nobody else could read the snapshot that lies there."""
-    vm = await q.define(SPEC)
+    vm = await q.define(ONE_DISK)
     await vm.start(paused=True)
     for name, length in (("a", 4), ("b", 2), ("c", 3)):
         await fill(vm, "vda", length, length=length * MIB)
         await vm.snapshot(name)
-    hashes = await _hashes(vm)
+    hashes = await snapshot_hashes(vm)
     done = await vm.delete_snapshots("b")
     assert [choice.how for choice in done.reductions[0].choices] == ["stream", "commit"]
     del hashes["b", "vda"]
@@ -308,7 +286,7 @@ async def test_a_frozen_layer_that_absorbed_another_is_frozen_again(q: qmpsnap.C
 
 
 async def test_what_undefine_leaves_to_a_clone_is_hidden_in_its_chain(q: qmpsnap.Controller) -> None:
-    vm = await _grown(q)
+    vm = await grown(q, "s1", "s2", "s3")
     await vm.stop(force=True)
     first = context_of(vm).store.layer((await vm.snapshots())[0].points[0].layer)
     clone = await q.define(MachineSpec(name="clone", memory=64 * MIB, disks=(DiskSpec(name="vda", base=first.path),)))

@@ -1,7 +1,5 @@
 """The controller, QEMU or both die at each step of a commit, a stream and a delete. Then: recover, and go on."""
 
-import os
-import signal
 from pathlib import Path
 
 import anyio
@@ -9,15 +7,10 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import OperationPending, QmpsnapError
-from qmpsnap.machine import worker
-from qmpsnap.machine.machine import wait_end
-from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.qmp.commands import JobInfo
-from tests.live.crash import die_at
-from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants, user_monitor
+from tests.live.crash import JOBS, STORE, die_at, kill_qemu
+from tests.live.machine import Hashes, active_hash, fill, grown_and_stopped, hold_invariants, user_monitor
 
-STORE = "qmpsnap.store.sqlite"
-JOBS = "qmpsnap.qmp.jobs"
 STEPS = {
     "after the journal row": (STORE, "SqliteStore.open_operation", "after", 1),
     "before the job": (STORE, "SqliteStore.mark", "after", 1),
@@ -45,51 +38,25 @@ CASES = [
     for qemu in ("lives", "dies too", "a worker's", "a worker's dies too")
     if "worker" not in qemu or step in WORKER_STEPS
 ]
-SPEC = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB),))
-
-
-async def _grown(q: qmpsnap.Controller) -> tuple[qmpsnap.MachineHandle, dict[tuple[str, str], str]]:
-    vm = await q.define(SPEC)
-    await vm.start(paused=True)
-    for number, name in enumerate(("s1", "s2"), start=1):
-        await fill(vm, "vda", number, offset=number * MIB)
-        await vm.snapshot(name)
-    await fill(vm, "vda", 99, offset=8 * MIB)
-    await vm.stop(force=True)
-    hashes = {("now", "vda"): await content_hash(vm, (await vm.chains())[0].active.id)}
-    for snapshot in await vm.snapshots():
-        hashes[snapshot.name, "vda"] = await content_hash(vm, snapshot.points[0].layer)
-    return vm, hashes
-
-
-async def _kill(vm: qmpsnap.MachineHandle) -> None:
-    context = context_of(vm)
-    record = await vm.record()
-    run_dir = context.home.run_dir(vm.name)
-    for process in (context.process(record), worker.find(record, run_dir)):
-        if process:
-            os.kill(process.pid, signal.SIGKILL)
-            assert await wait_end(process, deadline=10)
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize(("step", "verb", "qemu"), CASES)
 async def test_killed_in_the_middle(q: qmpsnap.Controller, home: Path, step: str, verb: str, qemu: str) -> None:
-    vm, hashes = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     if qemu in ("lives", "dies too"):
         await vm.start(paused=True)
     name, *rest = VERBS[verb]
     await die_at(STEPS[step], name, "still", *rest)
     if "dies" in qemu:
-        await _kill(vm)
+        await kill_qemu(vm)
 
     if "dies" not in qemu and step in ("with the job at work", "with the job over its work"):
         with pytest.raises(OperationPending, match="job"):
             await vm.recover()
         await vm.wait()
     await vm.recover()
-    active = hashes.pop(("now", "vda"))
-    await _holds(vm, hashes, active)
+    await _holds(vm, hashes, now)
     record = await vm.record()
     await vm.recover()
     assert await vm.record() == record
@@ -101,21 +68,17 @@ async def test_killed_in_the_middle(q: qmpsnap.Controller, home: Path, step: str
     await hold_invariants(vm, {key: value for key, value in hashes.items() if key[0] in kept})
 
 
-async def _holds(vm: qmpsnap.MachineHandle, hashes: dict[tuple[str, str], str], active: str) -> None:
+async def _holds(vm: qmpsnap.MachineHandle, hashes: Hashes, now: str) -> None:
     """Whatever the end: snapshots that are said to be ok are, and the guest reads what it read."""
     ok = {s.name for s in await vm.snapshots() if s.state == "ok"}
     await hold_invariants(vm, {key: value for key, value in hashes.items() if key[0] in ok})
-    ran = await vm.is_running()
-    if ran:
-        await vm.stop(force=True)
-    assert await content_hash(vm, (await vm.chains())[0].active.id) == active
-    if ran:
-        await vm.start(paused=True)
+    assert await active_hash(vm) == now
 
 
+@pytest.mark.usefixtures("slow_jobs")
 @pytest.mark.parametrize("verb", VERBS)
 async def test_a_cancelled_scope_leaves_the_chain_as_before(q: qmpsnap.Controller, verb: str) -> None:
-    vm, hashes = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     await vm.start(paused=True)
     chain = (await vm.chains())[0].ids
     with anyio.CancelScope() as scope:
@@ -131,18 +94,17 @@ async def test_a_cancelled_scope_leaves_the_chain_as_before(q: qmpsnap.Controlle
             await vm.commit("vda", base="s1", top="s2", consume=True, report=cancel)
     assert scope.cancelled_caught
     assert (await vm.chains())[0].ids == chain
-    active = hashes.pop(("now", "vda"))
-    await _holds(vm, hashes, active)
+    await _holds(vm, hashes, now)
 
 
 async def test_a_job_at_work_is_told_waited_for_and_cancelled(q: qmpsnap.Controller, home: Path) -> None:
-    vm, hashes = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     await vm.start(paused=True)
     await die_at(STEPS["with the job at work"], "stream", "still", "vda")
     async with user_monitor(vm) as qemu:
-        jobs = [job.id for job in await vm.jobs()]
-        assert len(jobs) == 1
-        assert jobs[0].startswith("qs.")
+        found = [job.id for job in await vm.jobs()]
+        assert len(found) == 1
+        assert found[0].startswith("qs.")
         assert await qemu.execute("query-jobs")
     with pytest.raises(QmpsnapError) as refused:
         await vm.snapshot("no")
@@ -151,5 +113,4 @@ async def test_a_job_at_work_is_told_waited_for_and_cancelled(q: qmpsnap.Control
     await vm.cancel()
     assert await vm.jobs() == ()
     assert len((await vm.chains())[0].layers) == 3
-    active = hashes.pop(("now", "vda"))
-    await _holds(vm, hashes, active)
+    await _holds(vm, hashes, now)

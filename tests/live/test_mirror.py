@@ -1,6 +1,5 @@
 """Mirror on real chains with known bytes: full and shallow, to go on with the copy or to have it."""
 
-import hashlib
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,66 +9,38 @@ from typing import Any, Literal
 import pytest
 
 import qmpsnap
-from qmpsnap.block import content, header
+from qmpsnap.block import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, UsageError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, Format, MachineSpec
-from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants
+from tests.live.machine import (
+    MIB,
+    active_hash,
+    content_hash,
+    context_of,
+    fill,
+    grown_and_stopped,
+    hash_of,
+    hold_invariants,
+)
 
 SIZE = 16 * MIB
-SPEC = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=SIZE),))
-Hashes = dict[tuple[str, str], str]
 
 
-async def _grown(q: qmpsnap.Controller) -> tuple[qmpsnap.MachineHandle, Hashes, str]:
-    """A stopped machine with two snapshots, their hashes, and that of its disk."""
-    vm = await q.define(SPEC)
-    await vm.start(paused=True)
-    for number, name in enumerate(("s1", "s2"), start=1):
-        await fill(vm, "vda", number, offset=number * MIB)
-        await vm.snapshot(name)
-    await fill(vm, "vda", 99, offset=8 * MIB)
-    await vm.stop(force=True)
-    hashes = {(s.name, "vda"): await content_hash(vm, s.points[0].layer) for s in await vm.snapshots()}
-    return vm, hashes, await content_hash(vm, (await vm.chains())[0].active.id)
+async def file_hash(vm: qmpsnap.MachineHandle, path: Path, kind: Format = "qcow2") -> str:
+    """SHA-256 of what an image of the user's holds."""
+    return await hash_of(vm, Layer(id=LayerId("copy-0"), path=str(path), format=kind, backing=None, virtual_size=SIZE))
 
 
-async def _hash_of(vm: qmpsnap.MachineHandle, path: Path, kind: Format = "qcow2") -> str:
-    context = context_of(vm)
-    layer = Layer(id=LayerId("copy-0"), path=str(path), format=kind, backing=None, virtual_size=SIZE)
-    raw = path.with_suffix(".hashed")
-    await content.copy_out(layer, raw, qemu_img=context.image.binary)
-    found = hashlib.sha256(raw.read_bytes()).hexdigest()
-    raw.unlink()
-    return found
-
-
-async def _active_hash(vm: qmpsnap.MachineHandle) -> str:
-    ran = await vm.is_running()
-    if ran:
-        await vm.stop(force=True)
-    found = await content_hash(vm, (await vm.chains())[0].active.id)
-    if ran:
-        await vm.start(paused=True)
-    return found
-
-
-def _image(vm: qmpsnap.MachineHandle, path: Path, *more: str, size: int = SIZE, kind: str = "qcow2") -> None:
+def make_image(vm: qmpsnap.MachineHandle, path: Path, *more: str, size: int = SIZE, kind: str = "qcow2") -> None:
     binary = context_of(vm).image.binary
     subprocess.run([binary, "create", "-q", "-f", kind, *more, str(path), str(size)], check=True)
 
 
 def _scribble(path: Path, kind: str) -> None:
     subprocess.run(["qemu-io", "-f", kind, "-c", "write -q -P 77 4M 1M", str(path)], check=True)
-
-
-@pytest.fixture
-def place(home: Path) -> Path:
-    folder = home / "elsewhere"
-    folder.mkdir()
-    return folder
 
 
 @pytest.mark.parametrize("state", ["running", "stopped"])
@@ -79,7 +50,7 @@ async def test_the_forms(
     q: qmpsnap.Controller, place: Path, kind: str, mode: Literal["pivot", "finish"], state: str
 ) -> None:
     shallow = kind == "shallow"
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     if state == "running":
         await vm.start(paused=True)
     target = place / "copy.qcow2"
@@ -93,21 +64,21 @@ async def test_the_forms(
     ids = (await vm.chains())[0].ids
     if mode == "finish":
         assert ids == ("vda-1", "vda-2", "vda-3")
-        assert await _hash_of(vm, target) == now
+        assert await file_hash(vm, target) == now
         assert context_of(vm).store.layer_at(str(target)) is None
     else:
         assert ids == (("vda-1", "vda-2", "vda-4") if shallow else ("vda-4",))
         layer = (await vm.chains())[0].layers[-1].layer
         assert (layer.path, layer.owned) == (str(target), True)
         assert not (context_of(vm).home.machine_dir("still") / "vda-3.qcow2").exists()
-    assert await _active_hash(vm) == now
+    assert await active_hash(vm) == now
     if state == "stopped":
         await vm.start(paused=True)
     await vm.snapshot("afterwards")
     await fill(vm, "vda", 55)
     await hold_invariants(vm, hashes)
     if mode == "finish":
-        assert await _hash_of(vm, target) == now
+        assert await file_hash(vm, target) == now
 
 
 @pytest.mark.parametrize("state", ["running", "stopped"])
@@ -116,11 +87,11 @@ async def test_the_forms(
 async def test_reuse(
     q: qmpsnap.Controller, place: Path, kind: str, mode: Literal["pivot", "finish"], state: str
 ) -> None:
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     form: Format = "raw" if kind == "raw" else "qcow2"
     target = place / "mine"
     base = context_of(vm).store.layer(LayerId("vda-2")).path
-    _image(vm, target, *(("-F", "qcow2", "-b", base) if kind == "shallow" else ()), kind=form)
+    make_image(vm, target, *(("-F", "qcow2", "-b", base) if kind == "shallow" else ()), kind=form)
     if kind != "shallow":  # whatever was there is overwritten
         _scribble(target, form)
     inode = target.stat().st_ino
@@ -129,9 +100,9 @@ async def test_reuse(
     await vm.mirror("vda", target, mode=mode, reuse=True, shallow=kind == "shallow")
     assert target.stat().st_ino == inode
     await hold_invariants(vm, hashes)
-    assert await _active_hash(vm) == now
+    assert await active_hash(vm) == now
     if mode == "finish":
-        assert await _hash_of(vm, target, form) == now
+        assert await file_hash(vm, target, form) == now
         return
     layer = (await vm.chains())[0].layers[-1].layer
     assert (layer.path, layer.format, layer.owned) == (str(target), form, False)
@@ -148,15 +119,15 @@ async def test_reuse(
 async def test_bad_requests_change_nothing(
     q: qmpsnap.Controller, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    vm, hashes, _ = await _grown(q)
+    vm, hashes, _ = await grown_and_stopped(q)
     base = context_of(vm).store.layer(LayerId("vda-2")).path
     taken, small, plain, other = (place / name for name in ("taken", "small", "plain", "other"))
     for image in (taken, plain):
-        _image(vm, image)
-    _image(vm, small, size=SIZE // 2)
-    _image(vm, other, "-F", "qcow2", "-b", str(taken))
+        make_image(vm, image)
+    make_image(vm, small, size=SIZE // 2)
+    make_image(vm, other, "-F", "qcow2", "-b", str(taken))
     full = place / "full"
-    _image(vm, full, "-F", "qcow2", "-b", base)
+    make_image(vm, full, "-F", "qcow2", "-b", base)
     _scribble(full, "qcow2")
     link = place / "link"
     link.symlink_to(plain)
@@ -199,9 +170,9 @@ async def test_bad_requests_change_nothing(
 
 
 async def test_an_image_that_somebody_has_open_is_refused(q: qmpsnap.Controller, place: Path) -> None:
-    vm, hashes, _ = await _grown(q)
+    vm, hashes, _ = await grown_and_stopped(q)
     target, socket = place / "mine", place / "s"
-    _image(vm, target)
+    make_image(vm, target)
     with _served(target, socket, "qcow2"):
         for state in ("stopped", "running"):
             if state == "running":
@@ -217,7 +188,7 @@ async def test_an_image_that_somebody_has_open_is_refused(q: qmpsnap.Controller,
 async def test_no_space_is_said_before_anything_begins(
     q: qmpsnap.Controller, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vm, hashes, _ = await _grown(q)
+    vm, hashes, _ = await grown_and_stopped(q)
 
     class Full:
         f_bavail, f_frsize = 10, 4096
@@ -246,17 +217,17 @@ def _served(image: Path, socket: Path, kind: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("state", ["running", "stopped"])
 async def test_onto_an_nbd_export(q: qmpsnap.Controller, place: Path, state: str) -> None:
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     far, socket = place / "far", place / "s"
-    _image(vm, far)
+    make_image(vm, far)
     if state == "running":
         await vm.start(paused=True)
     with _served(far, socket, "qcow2"):
         await vm.mirror("vda", f"nbd+unix:///disk?socket={socket}", mode="finish")
-    assert await _hash_of(vm, far) == now
+    assert await file_hash(vm, far) == now
     await hold_invariants(vm, hashes)
     small = place / "small"
-    _image(vm, small, size=SIZE // 2)
+    make_image(vm, small, size=SIZE // 2)
     socket.unlink(missing_ok=True)
     with _served(small, socket, "qcow2"), pytest.raises(ImageRefused, match="8388608 bytes") as refused:
         await vm.mirror("vda", f"nbd+unix:///disk?socket={socket}", mode="finish")
@@ -265,14 +236,14 @@ async def test_onto_an_nbd_export(q: qmpsnap.Controller, place: Path, state: str
 
 
 async def test_writes_that_wait_for_the_copy(q: qmpsnap.Controller, place: Path) -> None:
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     await vm.start(paused=True)
     told: list[str] = []
     await vm.mirror(
         "vda", place / "copy", mode="pivot", write_blocking=True, report=lambda job: told.append(job.status)
     )
     assert told[-1] == "concluded"
-    assert await _active_hash(vm) == now
+    assert await active_hash(vm) == now
     await hold_invariants(vm, hashes)
 
 
@@ -288,15 +259,15 @@ async def test_a_shared_base_and_a_shallow_copy_onto_an_empty_overlay(q: qmpsnap
         await fill(vm, "vda", len(name) + len(machines), offset=MIB)
         machines.append(vm)
     one, two = machines
-    before = await _active_hash(one)
+    before = await active_hash(one)
     overlay = place / "moved.qcow2"
-    _image(one, overlay, "-F", "raw", "-b", str(base))
+    make_image(one, overlay, "-F", "raw", "-b", str(base))
     await one.mirror("vda", overlay, mode="pivot", shallow=True, reuse=True)
     await hold_invariants(one)
     await one.stop(force=True)
     await one.start(paused=True)
     assert [at.layer.path for at in (await one.chains())[0].layers] == [str(base), str(overlay)]
-    assert await _active_hash(one) == before
+    assert await active_hash(one) == before
     await fill(one, "vda", 9)
     for vm in machines:
         await hold_invariants(vm)
@@ -324,7 +295,7 @@ def test_on_the_command_line(home: Path, place: Path, capsys: pytest.CaptureFixt
 async def test_a_guest_that_never_rests_is_held_for_the_end(
     q: qmpsnap.Controller, place: Path, monkeypatch: pytest.MonkeyPatch, mode: Literal["pivot", "finish"]
 ) -> None:
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     await vm.start()
     monkeypatch.setattr("qmpsnap.ops.copying.HOLD_AFTER", 0)
     await vm.mirror("vda", place / "copy", mode=mode)

@@ -9,17 +9,12 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import OperationPending, QmpsnapError, StateError
-from qmpsnap.machine import worker
-from qmpsnap.machine.machine import wait_end
 from qmpsnap.model.names import LayerId
 from qmpsnap.qmp.commands import JobInfo
-from tests.live.crash import die_at
-from tests.live.machine import content_hash, context_of, fill, hold_invariants
-from tests.live.test_mirror import _active_hash, _grown, _hash_of, _image
+from tests.live.crash import JOBS, STORE, die_at, kill_qemu
+from tests.live.machine import active_hash, content_hash, context_of, fill, grown_and_stopped, hold_invariants
+from tests.live.test_mirror import file_hash, make_image
 
-STORE = "qmpsnap.store.sqlite"
-JOBS = "qmpsnap.qmp.jobs"
-COPYING = "qmpsnap.ops.copying"
 STEPS = {
     "after the journal row": (STORE, "SqliteStore.open_operation", "after", 1),
     "with the file made": (STORE, "SqliteStore.mark", "before", 1),
@@ -60,34 +55,18 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def place(home: Path) -> Path:
-    folder = home / "elsewhere"
-    folder.mkdir()
-    return folder
-
-
-async def _kill(vm: qmpsnap.MachineHandle) -> None:
-    context = context_of(vm)
-    record = await vm.record()
-    for process in (context.process(record), worker.find(record, context.home.run_dir(vm.name))):
-        if process:
-            os.kill(process.pid, signal.SIGKILL)
-            assert await wait_end(process, deadline=10)
-
-
 @pytest.mark.grid
 @pytest.mark.parametrize(("step", "form", "qemu"), CASES)
 async def test_killed_in_the_middle(q: qmpsnap.Controller, place: Path, step: str, form: str, qemu: str) -> None:
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     target = place / "copy"
     if form == "reuse":
-        _image(vm, target)
+        make_image(vm, target)
     if qemu in ("lives", "dies too"):
         await vm.start(paused=True)
     await die_at(STEPS[step], "mirror", "still", "vda", str(target), *FORMS[form], "--progress", "none")
     if "dies" in qemu:
-        await _kill(vm)
+        await kill_qemu(vm)
 
     carried_on = "dies" not in qemu and step in WORKING
     if carried_on:
@@ -101,9 +80,9 @@ async def test_killed_in_the_middle(q: qmpsnap.Controller, place: Path, step: st
     active = (await vm.chains())[0].layers[-1].layer
     assert (active.path == str(target)) == (made and form != "finish")
     if made and form == "finish":
-        assert await _hash_of(vm, target) == now
+        assert await file_hash(vm, target) == now
     assert context_of(vm).home.machine_dir("still").joinpath("vda-3.qcow2").exists() == (active.id == "vda-3")
-    assert await _active_hash(vm) == now
+    assert await active_hash(vm) == now
     record = await vm.record()
     await vm.recover()
     assert await vm.record() == record
@@ -119,7 +98,7 @@ async def test_killed_in_the_middle(q: qmpsnap.Controller, place: Path, step: st
 async def test_a_cancelled_scope_leaves_the_chain_as_before(
     q: qmpsnap.Controller, place: Path, state: str, form: str
 ) -> None:
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     if state == "running":
         await vm.start(paused=True)
     chain = (await vm.chains())[0].ids
@@ -133,13 +112,13 @@ async def test_a_cancelled_scope_leaves_the_chain_as_before(
     assert (await vm.chains())[0].ids == chain
     assert list(place.iterdir()) == []
     await hold_invariants(vm, hashes)
-    assert await _active_hash(vm) == now
+    assert await active_hash(vm) == now
 
 
 async def test_a_strangers_file_at_the_last_moment_is_not_touched(
     q: qmpsnap.Controller, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vm, hashes, _ = await _grown(q)
+    vm, hashes, _ = await grown_and_stopped(q)
     target = place / "copy"
     from qmpsnap.block import place as places
 
@@ -158,7 +137,7 @@ async def test_a_strangers_file_at_the_last_moment_is_not_touched(
 
 
 async def test_qemu_ends_while_it_copies(q: qmpsnap.Controller, place: Path) -> None:
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     process = await vm.start(paused=True)
     with pytest.raises(QmpsnapError) as gone:
         await vm.mirror("vda", place / "copy", mode="pivot", report=lambda _: os.kill(process.pid, signal.SIGKILL))

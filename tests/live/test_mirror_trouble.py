@@ -24,18 +24,11 @@ from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.mirror import Mode
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo
-from tests.live.machine import MIB, context_of, hold_invariants
-from tests.live.test_mirror import SIZE, _active_hash, _grown, _hash_of, _image
+from tests.live.machine import MIB, active_hash, context_of, grown_and_stopped, hold_invariants
+from tests.live.test_mirror import SIZE, file_hash, make_image
 
 MIDDLE = 2 * MIB
 """Bytes after which a server dies: these disks hold 3 MiB."""
-
-
-@pytest.fixture
-def place(home: Path) -> Path:
-    folder = home / "elsewhere"
-    folder.mkdir()
-    return folder
 
 
 @contextmanager
@@ -95,11 +88,11 @@ async def dying(path: Path, behind: Path) -> AsyncIterator[None]:
 
 @pytest.mark.parametrize("state", ["running", "stopped"])
 async def test_the_server_of_the_target_dies_in_the_middle(q: qmpsnap.Controller, place: Path, state: str) -> None:
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     if state == "running":
         await vm.start()
     far, uri = place / "far", f"nbd+unix:///disk?socket={place / 's'}"
-    _image(vm, far)
+    make_image(vm, far)
     told: list[JobInfo] = []
     with served(far, place / "behind"):
         async with dying(place / "s", place / "behind"):
@@ -124,10 +117,10 @@ async def test_the_server_of_the_target_dies_in_the_middle(q: qmpsnap.Controller
     assert context_of(vm).store.operations("still", only_open=True) == ()
     assert (await vm.chains())[0].ids == ("vda-1", "vda-2", "vda-3")
     await hold_invariants(vm, hashes)
-    assert await _active_hash(vm) == now
+    assert await active_hash(vm) == now
     with served(far, place / "s"):
         await vm.mirror("vda", uri, mode="finish")
-    assert await _hash_of(vm, far) == now
+    assert await file_hash(vm, far) == now
     await hold_invariants(vm, hashes)
 
 
@@ -151,7 +144,7 @@ async def test_a_full_disk_pauses_the_copy(
     q: qmpsnap.Controller, place: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode, then: str
 ) -> None:
     """The space that was there when we looked is gone when the job writes."""
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     await vm.start()
     monkeypatch.setattr("qmpsnap.ops.mirror._require_space", lambda *_: None)
     with small(place, size=8 * MIB) as folder:
@@ -169,20 +162,20 @@ async def test_a_full_disk_pauses_the_copy(
             (folder / "filler").unlink()
             await vm.wait()
             assert (await vm.chains())[0].active.path == (str(target) if mode == "pivot" else vda_3(vm))
-            assert mode == "pivot" or await _hash_of(vm, moved(target, place / "copy")) == now
+            assert mode == "pivot" or await file_hash(vm, moved(target, place / "copy")) == now
         else:
             await vm.cancel()
             assert [file.name for file in folder.iterdir()] == ["filler"]
             assert (await vm.chains())[0].active.path == vda_3(vm)
         await hold_invariants(vm, hashes)
-        assert await _active_hash(vm) == now
+        assert await active_hash(vm) == now
         await vm.stop(force=True)
 
 
 async def test_a_full_disk_ends_the_copy_of_a_stopped_machine(
     q: qmpsnap.Controller, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vm, hashes, now = await _grown(q)
+    vm, hashes, now = await grown_and_stopped(q)
     monkeypatch.setattr("qmpsnap.ops.mirror._require_space", lambda *_: None)
     with small(place, size=2 * MIB) as folder:
         with pytest.raises(HostCannot, match="no space left; the chain is as before") as full:
@@ -192,7 +185,7 @@ async def test_a_full_disk_ends_the_copy_of_a_stopped_machine(
         assert "job" not in full.value.hint
         assert list(folder.iterdir()) == []
     await hold_invariants(vm, hashes)
-    assert await _active_hash(vm) == now
+    assert await active_hash(vm) == now
 
 
 def vda_3(vm: qmpsnap.MachineHandle) -> str:
@@ -227,7 +220,7 @@ async def test_a_guest_outruns_the_copy(
     await vm.start()
     await vm.run(f"({NUMBERED}) >/dev/null 2>&1 & while ! test -e /tmp/written; do sleep 0.1; done")
     far = place / "far"
-    _image(vm, far)
+    make_image(vm, far)
     told: list[str] = []
 
     async with anyio.create_task_group() as group:

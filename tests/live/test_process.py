@@ -12,9 +12,9 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
-from qmpsnap.machine.machine import wait_end
 from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.model.spec import DiskSpec, MachineSpec
+from tests.live.crash import kill_qemu
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor
 
 
@@ -58,9 +58,8 @@ async def test_a_killed_qemu_is_noticed_and_the_machine_starts_again(
     q: qmpsnap.Controller, still_spec: MachineSpec
 ) -> None:
     vm = await q.define(still_spec)
-    process = await vm.start(paused=True)
-    os.kill(process.pid, signal.SIGKILL)
-    assert await wait_end(process, deadline=10)
+    await vm.start(paused=True)
+    await kill_qemu(vm)
     assert not await vm.is_running()
     assert await vm.state() == "stopped"
     await vm.snapshot("while-down")

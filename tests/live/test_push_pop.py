@@ -9,18 +9,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
 from qmpsnap.model.spec import MachineSpec
 from tests.live.crash import die_at
-from tests.live.machine import content_hash, context_of, fill, hold_invariants
-
-
-async def _now(vm: qmpsnap.MachineHandle) -> str:
-    """SHA-256 of the first disk of a machine that is stopped for it, and runs again if it did."""
-    ran = await vm.is_running()
-    if ran:
-        await vm.stop(force=True)
-    found = await content_hash(vm, (await vm.chains())[0].active.id)
-    if ran:
-        await vm.start(paused=True)
-    return found
+from tests.live.machine import active_hash, context_of, fill, hold_invariants
 
 
 @pytest.mark.parametrize("state", ["prelaunch", "stopped"])
@@ -33,7 +22,7 @@ async def test_a_stack(q: qmpsnap.Controller, still_spec: MachineSpec, state: st
     await vm.start(paused=True)
     for pattern in (1, 2, 3):
         await fill(vm, "vda", pattern)
-        held.append(await _now(vm))
+        held.append(await active_hash(vm))
         await vm.push()
     await fill(vm, "vda", 4)
     if state == "stopped":
@@ -43,7 +32,7 @@ async def test_a_stack(q: qmpsnap.Controller, still_spec: MachineSpec, state: st
         done = await vm.pop()
         assert (done.snapshot.name, done.kept) == (name, None)
         assert await vm.state() == state
-        assert await _now(vm) == held.pop()
+        assert await active_hash(vm) == held.pop()
         assert name not in [snapshot.name for snapshot in await vm.snapshots()]
         await hold_invariants(vm)
     assert await vm.snapshots() == ()
@@ -66,7 +55,7 @@ async def test_killed_between_its_steps(
     await vm.start(paused=True)
     await vm.push("lower")
     await fill(vm, "vda", 1)
-    held = await _now(vm)
+    held = await active_hash(vm)
     await vm.push("upper")
     await fill(vm, "vda", 2)
     await die_at(point, "snapshot", "pop", "still", "--progress", "none")
@@ -75,7 +64,7 @@ async def test_killed_between_its_steps(
         await vm.pop()
     assert [snapshot.name for snapshot in await vm.snapshots()] == ["lower"]
     assert (await vm.record()).current == "lower"
-    assert await _now(vm) == held
+    assert await active_hash(vm) == held
     await hold_invariants(vm)
 
 

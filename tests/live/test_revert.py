@@ -1,9 +1,7 @@
 """Going back: content, branches, what is kept and what goes, every run state, and a death at each step."""
 
 import json
-import os
 import shlex
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +13,14 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, NameRefused, NameTaken, NotFoundError, QemuGone, StateError, StoreMismatch
-from qmpsnap.machine.machine import wait_end
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import create
+from qmpsnap.ops.overlays import make_overlays
 from qmpsnap.ops.revert import Run
 from qmpsnap.qmp import commands
-from tests.live.crash import die_at
-from tests.live.machine import content_hash, context_of, fill, hold_invariants, user_monitor
-
-Hashes = dict[tuple[str, str], str]
+from tests.live.crash import STORE, die_at, kill_qemu
+from tests.live.machine import Hashes, content_hash, context_of, fill, hold_invariants, user_monitor
 
 
 async def taken(vm: qmpsnap.MachineHandle, name: str, hashes: Hashes, disks: Sequence[str] | None = None) -> None:
@@ -218,13 +213,12 @@ async def test_a_write_after_the_plan_was_made_is_kept(
     vm, hashes = await two_snapshots(q, still_spec)
     await vm.revert("b")
     assert (await vm.preview_revert("a")).unwritten
-    make = create.make_overlays
 
     async def late(*arguments: Any) -> Any:
         await fill(vm, "vda", 77)
-        return await make(*arguments)
+        return await make_overlays(*arguments)
 
-    monkeypatch.setattr(create, "make_overlays", late)
+    monkeypatch.setattr("qmpsnap.ops.revert.make_overlays", late)
     kept = (await vm.revert("a")).kept
     monkeypatch.undo()
     assert kept is not None
@@ -382,7 +376,7 @@ async def test_a_cancelled_revert_is_done_or_undone(
 
 # --- the controller dies at each step -------------------------------------------------------------------------------
 
-STORE, SWITCH = "qmpsnap.store.sqlite", "qmpsnap.ops.switch"
+SWITCH = "qmpsnap.ops.switch"
 STEPS = {
     "before the journal row": (STORE, "SqliteStore.open_operation", "before", 1),
     "after the journal row": (STORE, "SqliteStore.open_operation", "after", 1),
@@ -405,12 +399,6 @@ STARTED = set(list(STEPS)[12:])
 ONLY_RUNNING = {"after QEMU's end", *list(STEPS)[10:]}
 
 
-async def _qemu_dies(vm: qmpsnap.MachineHandle) -> None:
-    if process := context_of(vm).process(await vm.record()):
-        os.kill(process.pid, signal.SIGKILL)
-        assert await wait_end(process, deadline=10)
-
-
 @pytest.mark.grid
 @pytest.mark.parametrize("qemu", ["lives", "dies too", "never ran"])
 @pytest.mark.parametrize("step", STEPS)
@@ -426,7 +414,7 @@ async def test_killed_controller(
     discard = ["--discard"] if step == "with one file removed" else []
     await die_at(STEPS[step], "snapshot", "revert", "still", "a", *discard)
     if qemu == "dies too":
-        await _qemu_dies(vm)
+        await kill_qemu(vm)
 
     assert await anyio.to_thread.run_sync(main, ["recover", "still"]) == 0
     said = capsys.readouterr().err

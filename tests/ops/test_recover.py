@@ -13,8 +13,11 @@ from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.ops import create, recover
+from qmpsnap.ops.broken import Direction
 from qmpsnap.ops.create import CreateRequest
-from qmpsnap.ops.recover import EMPTY_LIMIT, Direction, create_direction, end_open
+from qmpsnap.ops.overlays import EMPTY_LIMIT
+from qmpsnap.ops.recover import end_open
+from qmpsnap.ops.recover_create import direction as create_direction
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, machine

@@ -76,6 +76,9 @@ class Deaf:
     def listen(self, *events: str) -> AbstractAsyncContextManager[Bell]:
         raise AssertionError(f"nobody should listen to {events} here")
 
+    async def send_descriptor(self, descriptor: int) -> None:
+        raise AssertionError(f"nobody should send {descriptor} here")
+
 
 class Scripted:
     """What a scripted monitor has done; its end is awaited, never guessed."""

@@ -8,7 +8,7 @@ import pytest
 
 from qmpsnap.errors import QmpError
 from qmpsnap.model.names import NodeName
-from qmpsnap.qmp import commands, session
+from qmpsnap.qmp import commands, migration, session
 from qmpsnap.qmp.commands import BlockGraph, GraphEdge, GraphNode, JobInfo, MachineType, RunStatus
 from qmpsnap.qmp.session import Monitor
 from tests.qmp.scripted import HELLO, Expect, Reply, scripted
@@ -82,7 +82,7 @@ async def ask(tmp_path: Path, call: Call, said: Expect, answer: Any) -> Any:
             None,
         ),
         (
-            lambda monitor: commands.set_migration_capability(monitor, "background-snapshot", enabled=True),
+            lambda monitor: migration.set_capabilities(monitor, {"background-snapshot": True}),
             Expect(
                 "migrate-set-capabilities", {"capabilities": [{"capability": "background-snapshot", "state": True}]}
             ),

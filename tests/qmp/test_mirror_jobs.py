@@ -16,6 +16,9 @@ JOB = JobId("qs.1.vda")
 
 
 class _Silence:
+    def __init__(self) -> None:
+        self.times: list[tuple[str, float]] = []
+
     async def wait(self, seconds: float) -> None:
         await anyio.sleep(seconds)
 
@@ -27,6 +30,9 @@ class Outrun:
         self._left = list(left)
         self._changes = changes
         self.said: list[str] = []
+
+    async def send_descriptor(self, descriptor: int) -> None:
+        raise AssertionError(f"nobody should send {descriptor} here")
 
     @asynccontextmanager
     async def listen(self, *events: str) -> AsyncIterator[Bell]:

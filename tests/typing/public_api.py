@@ -11,7 +11,8 @@ import qmpsnap
 from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
 from qmpsnap.machine.agent import Completed
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.adopt import Adopted
 from qmpsnap.ops.compare import ChainView, LayerView
 from qmpsnap.ops.delete import DeletePlan
@@ -60,6 +61,11 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.revert("before", discard=True, state="paused"), Reverted)
     assert_type(await vm.revert(await vm.snapshot()), Reverted)
     assert_type(await vm.preview_revert("before"), Preview)
+    assert_type(await vm.snapshot("all", kind="full", max_pause_ms=40, compression="zstd", degrade=True), Snapshot)
+    assert_type(await vm.snapshot("in", kind="internal", memory=False), Snapshot)
+    assert_type(await vm.preview_internal("in", disks=["vda"]), InternalPlan)
+    assert_type(await vm.save("/srv/web.vmstate", name="evening"), Snapshot)
+    assert_type(await vm.restore("/srv/web.vmstate", discard=True, paused=True, after=False), Reverted)
     assert_type(await vm.mirror("vda", "/srv/copy.qcow2", mode="finish"), MirrorPlan)
     assert_type(await vm.commit("vda", base="a", top="b", consume=True), MergePlan)
     assert_type(await vm.stream("vda", base="a"), MergePlan)
@@ -79,7 +85,7 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.undefine(disks="keep"), list[str])
     await vm.stop(force=True, timeout=5)
     await vm.undefine(disks="burn")  # type: ignore[arg-type]
-    await vm.snapshot("before", "text")  # type: ignore[call-arg]
+    await vm.snapshot("before", "text")  # type: ignore[call-arg, arg-type]
     vm.snapshot("before").name  # type: ignore[attr-defined]  # noqa: B018
 
 
@@ -87,6 +93,7 @@ def values(snapshot: Snapshot, chain: Chain, view: ChainView) -> None:
     assert_type(snapshot.name, str)
     assert_type(snapshot.parent, str | None)
     assert_type(snapshot.pause_ms, float | None)
+    assert_type(snapshot.vmstate, Vmstate | None)
     assert_type(chain.active, Layer)
     assert_type(chain.layers, tuple[Layer, ...])
     assert_type(view.layers, tuple[LayerView, ...])

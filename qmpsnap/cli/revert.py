@@ -1,0 +1,111 @@
+"""``snapshot revert``: back to a snapshot, and what it prints."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+
+if TYPE_CHECKING:
+    from qmpsnap.controller import Controller
+    from qmpsnap.ops.revert import Preview, Reverted, Run
+
+
+def register(verbs: Parsers) -> None:
+    """Add the verb."""
+    command = add(verbs, "revert", _revert, help="go back to a snapshot; what was written since is kept")
+    add_machine(command)
+    command.add_argument("name", metavar="NAME", help="the snapshot")
+    command.add_argument("--discard", action="store_true", help="do not keep what was written since")
+    after = command.add_mutually_exclusive_group()
+    after.add_argument("--paused", action="store_true", help="leave the machine started, its vCPUs stopped")
+    after.add_argument("--running", action="store_true", help="leave the machine running")
+    add_after(command)
+    command.add_argument("--dry-run", action="store_true", help="print what would be done, change nothing")
+    add_format(command)
+
+
+def add_after(command: argparse.ArgumentParser) -> None:
+    """``--no-after``, where a guest goes on with memory."""
+    command.add_argument(
+        "--no-after", action="store_true", help="with memory: do not set the guest's clock and announce its network"
+    )
+
+
+def _revert(arguments: argparse.Namespace) -> None:
+    state: Run | None = "paused" if arguments.paused else "running" if arguments.running else None
+
+    async def look(controller: "Controller") -> "Preview":
+        vm = await controller.machine(arguments.machine)
+        return await vm.preview_revert(arguments.name, discard=arguments.discard, state=state)
+
+    async def act(controller: "Controller") -> "Reverted":
+        vm = await controller.machine(arguments.machine)
+        return await vm.revert(arguments.name, discard=arguments.discard, state=state, after=not arguments.no_after)
+
+    if arguments.dry_run:
+        _print_revert(arguments.output, controlling(look))
+        return
+    print_outcome(arguments, controlling(act))
+
+
+def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
+    """Where the machine stands after a revert or a restore."""
+    for note in done.notes:
+        output.note(note)
+    goes_on = " with its memory" if done.memory else ""
+    kept = f"what was active before is snapshot {done.kept.name}" if done.kept else ""
+    gone = f"{', '.join(done.removed)} removed" if done.removed else ""
+    text = f"machine {arguments.machine} is at {done.snapshot.name}, {done.state}{goes_on}"
+    output.emit(
+        arguments.output,
+        document={
+            "machine": arguments.machine,
+            "snapshot": done.snapshot.name,
+            "kept": done.kept.name if done.kept else None,
+            "removed": list(done.removed),
+            "state": done.state,
+            "memory": done.memory,
+            "notes": list(done.notes),
+        },
+        names=[done.snapshot.name],
+        table=lambda: "; ".join(filter(None, (text, kept, gone))),
+    )
+
+
+def _print_revert(form: output.Format, found: "Preview") -> None:
+    plan = found.plan
+    files = [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
+    removed = [layer.path for layer in found.removed]
+    commands = [{"execute": "quit"}] if plan.live else []
+    start = ("paused" if plan.paused else "running") if plan.restart else None
+    memory = plan.vmstate.path if plan.vmstate else None
+
+    def text() -> str:
+        lines = [f"would revert machine {plan.machine} to {plan.snapshot}; nothing was changed", "files:"]
+        lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
+        lines += [f"  remove {output.printable(path)}" for path in removed]
+        lines += [f"snapshot {found.kept} would keep what is active now"] if found.kept else []
+        lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
+        lines += [f"  {json.dumps(command)}" for command in commands]
+        lines += [f"then QEMU would be started, {start}" if start else "the machine would stay stopped"]
+        lines += [f"with the memory in {output.printable(memory)}"] if memory else []
+        return "\n".join([*lines, "bytes to move: 0"])
+
+    output.emit(
+        form,
+        document={
+            "machine": plan.machine,
+            "snapshot": plan.snapshot,
+            "files": files,
+            "removed": removed,
+            "kept": found.kept,
+            "qmp": commands,
+            "start": start,
+            "memory": memory,
+            "bytes": 0,
+        },
+        names=[plan.snapshot],
+        table=text,
+    )

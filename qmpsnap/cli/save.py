@@ -1,0 +1,75 @@
+"""``save`` and ``restore``: a machine ends with its memory in a file, and goes on from there."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, reading
+from qmpsnap.cli.progress import add_progress, reporting
+from qmpsnap.cli.revert import add_after, print_outcome
+from qmpsnap.cli.snapshot import add_compress
+from qmpsnap.cli.taken import document_of
+
+if TYPE_CHECKING:
+    from qmpsnap.controller import Controller
+    from qmpsnap.model.snapshot import Snapshot
+    from qmpsnap.ops.revert import Reverted
+
+
+def register(parsers: Parsers) -> None:
+    """Add the commands."""
+    command = add(parsers, "save", _save, help="end a machine with its memory in a file; restore lets it go on")
+    add_machine(command)
+    command.add_argument("file", metavar="FILE", nargs="?", help="a new file; beside the machine's images without it")
+    command.add_argument("--name", metavar="NAME", help="the snapshot's name; the next free saved-N without it")
+    command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
+    add_compress(command)
+    add_progress(command)
+    add_format(command)
+
+    command = add(parsers, "restore", _restore, help="let a machine go on where it was saved")
+    add_machine(command)
+    command.add_argument("file", metavar="FILE", nargs="?", help="what save wrote; the latest full snapshot without it")
+    command.add_argument("--discard", action="store_true", help="do not keep what was written since")
+    command.add_argument("--paused", action="store_true", help="leave its vCPUs stopped")
+    add_after(command)
+    add_format(command)
+
+
+def _save(arguments: argparse.Namespace) -> None:
+    with reporting(arguments.progress) as report:
+
+        async def act(controller: "Controller") -> "Snapshot":
+            vm = await controller.machine(arguments.machine)
+            return await vm.save(
+                arguments.file,
+                name=arguments.name,
+                description=arguments.message,
+                compression=arguments.compress,
+                report=report,
+            )
+
+        snapshot = controlling(act)
+    assert snapshot.vmstate
+    path, size = snapshot.vmstate.path, snapshot.vmstate.bytes
+    with reading() as store:
+        document = document_of(store, arguments.machine, snapshot)
+    output.emit(
+        arguments.output,
+        document={"machine": arguments.machine, "snapshot": document},
+        names=[snapshot.name],
+        table=lambda: (
+            f"machine {arguments.machine} is saved as {snapshot.name} and stopped;"
+            f" its memory is in {output.printable(path)} ({output.size(size)})"
+        ),
+    )
+
+
+def _restore(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> "Reverted":
+        vm = await controller.machine(arguments.machine)
+        return await vm.restore(
+            arguments.file, discard=arguments.discard, paused=arguments.paused, after=not arguments.no_after
+        )
+
+    print_outcome(arguments, controlling(act))

@@ -1,0 +1,308 @@
+"""State files: QEMU's stream, then a manifest that says what it is and what it must digest to.
+
+QEMU loads a stream that is cut, flipped or another machine's without a word, so nothing is loaded that has not been
+read and compared first. While it is written a file has another name (``*.part``) and is nobody's.
+
+The end of a file: manifest as JSON, its SHA-256 (32 bytes), its length (8, little-endian), :data:`MAGIC` (16).
+"""
+
+import ctypes
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+from msgspec import Struct
+
+from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.model.names import OperationId
+from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
+
+MAGIC = b"qmpsnap vmstate\n"
+MANIFEST_LIMIT = 1 << 20
+"""Bytes a manifest may have: one of a machine with hundreds of devices has 20 kB."""
+
+FALLOC_FL_KEEP_SIZE = 1
+"""Of fallocate(2), which Python has only without flags."""
+
+_CHUNK = 1 << 20
+_TAIL = 32 + 8 + len(MAGIC)
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """What a state file says of itself; enough to make its row in the store again.
+
+    Attributes:
+        operation: the one that wrote it.
+        snapshot: name of the snapshot as it was then.
+        created: seconds since the epoch, UTC.
+        bytes: of the stream, as in :class:`Vmstate`, which the other fields are, too.
+    """
+
+    operation: OperationId
+    snapshot: str
+    created: float
+    bytes: int
+    digest: str
+    mode: SaveMode
+    layout: Layout
+    compression: Compression
+    hardware: Hardware
+    steps_ms: dict[str, float] = {}
+
+
+def part(path: str, operation: OperationId) -> str:
+    """The name a state file has while it is written: of no other operation, so nobody else's file."""
+    return f"{path}.{operation}.part"
+
+
+def create(path: str) -> int:
+    """Make the file, which must not exist, for this user alone; returns a descriptor open for writing only.
+
+    Raises:
+        StateError: it exists already.
+        HostCannot: no right, no space.
+    """
+    with _translated(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        os.fchmod(descriptor, 0o600)
+        return descriptor
+
+
+def reserve(descriptor: int, size: int, path: str) -> None:
+    """Give the file room for ``size`` bytes, without making it longer: writing that many cannot fail for want of space.
+
+    Raises:
+        HostCannot: there is no such room, or the file system cannot promise it.
+    """
+    with _translated(path):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fallocate(descriptor, FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def also_direct(path: str) -> int | None:
+    """The file once more, past the page cache; None where its file system cannot."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
+    """Digest what QEMU wrote, compress it if the manifest says so, and give it its manifest and name, all durably.
+
+    Args:
+        written: the file as QEMU left it; gone afterwards.
+        path: its name from now on; nobody's yet.
+        manifest: all but ``bytes`` and ``digest``.
+
+    Raises:
+        StateError: ``path`` exists by now.
+        HostCannot: no space.
+    """
+    with _translated(path):
+        if manifest.compression == "zstd":
+            _compress(written)
+        with Path(written).open("r+b") as file:
+            file.truncate(os.fstat(file.fileno()).st_size)  # lets go of the room it did not need
+            size, digest = _digest(file.fileno(), os.fstat(file.fileno()).st_size)
+            text = msgspec.json.encode(msgspec.structs.replace(manifest, bytes=size, digest=digest))
+            file.seek(0, os.SEEK_END)
+            file.write(text + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + MAGIC)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(written, path)  # unlike a rename it never takes another file's place
+        Path(written).unlink()
+        _sync_folder(path)
+    return find(path)[0]
+
+
+def discard(written: str) -> None:
+    """Remove an unfinished file; fine when it is not there."""
+    with _translated(written):
+        for path in (written, _packed(written)):
+            Path(path).unlink(missing_ok=True)
+
+
+def find(path: str) -> tuple[Vmstate, Manifest]:
+    """What a state file says it is; its stream is not looked at.
+
+    Raises:
+        StoreMismatch: it is none of ours, cut, or its manifest was changed.
+        HostCannot: it cannot be read.
+    """
+    with _opened(path) as descriptor:
+        manifest = _manifest(descriptor, path)
+        status = os.fstat(descriptor)
+    return Vmstate(
+        path=path,
+        bytes=manifest.bytes,
+        digest=manifest.digest,
+        device=status.st_dev,
+        inode=status.st_ino,
+        mode=manifest.mode,
+        layout=manifest.layout,
+        compression=manifest.compression,
+        hardware=manifest.hardware,
+        steps_ms=manifest.steps_ms,
+    ), manifest
+
+
+@contextmanager
+def verified(state: Vmstate) -> Iterator[int]:
+    """The stream of a state file, open for reading, after all of it was compared with the record.
+
+    A compressed one is unpacked into a file without a name beside it.
+
+    Raises:
+        StoreMismatch: it is not the recorded file, or not what it was; nothing was loaded.
+        HostCannot: it cannot be read, or there is no space to unpack it.
+    """
+    with _opened(state.path) as descriptor:
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) != (state.device, state.inode):
+            raise StoreMismatch(f"{state.path} is another file than the one recorded; nothing was loaded")
+        manifest = _manifest(descriptor, state.path)
+        size, digest = _digest(descriptor, state.bytes)
+        if (size, digest) != (state.bytes, state.digest) or manifest.digest != state.digest:
+            raise StoreMismatch(
+                f"{state.path} is damaged: it digests to {digest[:12]}..., recorded is {state.digest[:12]}...;"
+                " nothing was loaded",
+                hint="put a copy of the file back, or revert to another snapshot",
+            )
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        if state.compression == "none":
+            yield descriptor
+            return
+        with _unpacked(descriptor, state) as plain:
+            yield plain
+
+
+def _manifest(descriptor: int, path: str) -> Manifest:
+    foreign = StoreMismatch(
+        f"{path} is no state file that qmpsnap wrote, or its end is missing or damaged; nothing was loaded",
+        hint="qmpsnap snapshot show VM NAME tells where a snapshot's state lies",
+    )
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, _TAIL, max(0, size - _TAIL))
+    length = int.from_bytes(tail[32:40], "little")
+    if len(tail) < _TAIL or tail[40:] != MAGIC or not 0 < length <= min(MANIFEST_LIMIT, size - _TAIL):
+        raise foreign
+    text = os.pread(descriptor, length, size - _TAIL - length)
+    if hashlib.sha256(text).digest() != tail[:32]:
+        raise foreign
+    try:
+        manifest = msgspec.json.decode(text, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise foreign from error
+    if manifest.bytes != size - _TAIL - length:
+        raise foreign
+    return manifest
+
+
+def _digest(descriptor: int, size: int) -> tuple[int, str]:
+    """How many bytes there are, ``size`` at most, and their SHA-256."""
+    found, at = hashlib.sha256(), 0
+    while at < size and (chunk := os.pread(descriptor, min(_CHUNK, size - at), at)):
+        found.update(chunk)
+        at += len(chunk)
+    return at, found.hexdigest()
+
+
+def _packed(path: str) -> str:
+    """The name of the file that a compressed one is made in."""
+    return f"{path}z"
+
+
+def _compress(path: str) -> None:
+    """Pack a file in place: the packed one takes its name once it is whole."""
+    packed = _packed(path)
+    try:
+        with Path(path).open("rb") as source, os.fdopen(create(packed), "wb") as target:
+            _zstandard().ZstdCompressor().copy_stream(source, target)
+    except BaseException:
+        Path(packed).unlink(missing_ok=True)
+        raise
+    Path(packed).replace(path)
+
+
+@contextmanager
+def _unpacked(descriptor: int, state: Vmstate) -> Iterator[int]:
+    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+    with _translated(state.path), os.fdopen(os.open(Path(state.path).parent, flags, 0o600), "r+b") as plain:
+        with os.fdopen(os.dup(descriptor), "rb") as packed:
+            _zstandard().ZstdDecompressor().copy_stream(_Limited(packed, state.bytes), plain)
+        plain.flush()
+        readable = os.open(f"/proc/self/fd/{plain.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield readable
+    finally:
+        os.close(readable)
+
+
+class _Limited:
+    """A file that ends earlier: what comes after is the manifest."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self._left = file, size
+
+    def read(self, size: int = -1) -> bytes:
+        wanted = self._left if size < 0 else min(size, self._left)
+        found = self._file.read(wanted)
+        self._left -= len(found)
+        return found
+
+
+def require_zstd() -> None:
+    """Raise ``HostCannot`` where the ``zstandard`` package is missing."""
+    _zstandard()
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard  # an extra of the package: who does not compress does not need it
+    except ImportError as error:
+        raise HostCannot(
+            "compressing needs the Python package zstandard; nothing was changed",
+            hint="pip install 'qmpsnap[zstd]', or leave --compress out",
+        ) from error
+    return zstandard
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    with _translated(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise StoreMismatch(f"{path} is no plain file; nothing was loaded")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: str) -> None:
+    folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _translated(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError as error:
+        raise StateError(
+            f"{path} exists already; nothing was changed", hint="move it away or choose another name"
+        ) from error
+    except OSError as error:
+        hint = "free some space" if error.errno == errno.ENOSPC else "look at its folder and its rights"
+        raise HostCannot(f"{path}: {error.strerror}", hint=hint) from error

@@ -1,0 +1,450 @@
+"""What a program does with one machine: each verb of :mod:`qmpsnap.ops`, by the machine's name."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from msgspec.structs import replace
+
+from qmpsnap.errors import QmpError, UsageError
+from qmpsnap.machine import agent
+from qmpsnap.machine.agent import Completed
+from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.spec import Format
+from qmpsnap.model.vmstate import Compression
+from qmpsnap.ops import commit, compare, create, delete, internal, mirror, power, rename, revert, save, stack, undefine
+from qmpsnap.ops.commit import CommitRequest, StreamRequest
+from qmpsnap.ops.compare import ChainView
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops.delete import DeletePlan, DeleteRequest
+from qmpsnap.ops.internal import InternalRequest
+from qmpsnap.ops.memory import MemoryRequest
+from qmpsnap.ops.mirror import MirrorRequest, Mode
+from qmpsnap.ops.revert import Preview, Reverted, RevertRequest, Run
+from qmpsnap.ops.save import RestoreRequest, SaveRequest
+from qmpsnap.ops.work import working
+from qmpsnap.qmp import commands
+from qmpsnap.qmp.commands import JobInfo
+from qmpsnap.qmp.jobs import Report, unreported
+
+Kind = Literal["disk", "full", "internal"]
+
+Files = Mapping[str, str | os.PathLike[str]]
+"""Disk to a path for its new layer; a relative one begins at the working directory."""
+
+
+class MachineHandle:
+    """One machine of the store, by name."""
+
+    def __init__(self, context: Context, name: str) -> None:
+        self._context = context
+        self.name = name
+
+    async def record(self) -> Machine:
+        """The machine as the store has it."""
+        return await blocking(self._context.store.machine, self.name)
+
+    async def start(self, *, paused: bool = False) -> Process:
+        """Start QEMU and return once its monitor answers; ``paused`` leaves the vCPUs stopped.
+
+        Raises:
+            StateError: it runs already.
+            StoreMismatch: an image is not the one the store knows.
+            QemuGone: QEMU ended at once.
+        """
+        return await power.start(self._context, self.name, paused=paused)
+
+    async def stop(self, *, force: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Switch the guest off, waiting up to ``timeout`` seconds (60); ``force`` then ends QEMU.
+
+        Raises:
+            StateError: it does not run.
+            DeadlinePassed: the guest did not switch itself off.
+        """
+        await power.stop(self._context, self.name, force=force, timeout=timeout)
+
+    async def is_running(self) -> bool:
+        """Whether a QEMU runs for the machine, whatever state its guest is in."""
+        return self._context.process(await self.record()) is not None
+
+    async def state(self) -> str:
+        """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped``."""
+        return await compare.state(self._context, await self.record())
+
+    async def snapshot(
+        self,
+        name: str | None = None,
+        *,
+        kind: Kind = "disk",
+        description: str = "",
+        disks: Sequence[str] | None = None,
+        files: Files | None = None,
+        max_pause_ms: float | None = None,
+        compression: Compression = "none",
+        degrade: bool = False,
+        memory: bool | None = None,
+        report: Report = unreported,
+    ) -> Snapshot:
+        """Take a snapshot, all disks at one instant; a ``full`` one with the guest's memory of that same instant.
+
+        An ``internal`` one lies inside the qcow2 images, also its memory, for which the guest stands still.
+
+        Of the disks alone the guest notices nothing. For its memory it is held for milliseconds; where the host allows
+        no more than a copy of a guest that stands still, it is held for as long as that takes.
+
+        Args:
+            name: its name; None takes the next free ``snap-N``.
+            kind: ``disk``, ``full`` or ``internal``.
+            description: free text.
+            disks: names of the disks; None takes all that the spec does not leave out.
+            files: disk to the path of its new layer, where that is to be a place of the caller's choice.
+            max_pause_ms: refuse, rather than hold the guest longer than this; with ``full`` only, like what follows.
+            compression: of the memory's file.
+            degrade: should only the memory fail, keep the disks' snapshot and return that.
+            memory: with ``internal`` only: whether the guest's memory is saved, too; None if there is a guest.
+            report: told how much of the memory is written.
+
+        Raises:
+            NameTaken: there is a snapshot of that name.
+            UsageError: a file for a disk that gets no new layer, or at a place that cannot be chosen.
+            StateError: a disk is read-only or busy with a job, something is at the path of a file, or the memory cannot
+                be saved as asked.
+            StoreMismatch: QEMU's chains are not the store's.
+            HostCannot: no space for the memory; the guest runs on, and there is no trace of the attempt.
+        """
+        if kind == "internal":
+            if files:
+                raise UsageError("an internal snapshot makes no new layers: files name nothing; nothing was changed")
+            inside = InternalRequest(
+                name=name, description=description, disks=None if disks is None else tuple(disks), memory=memory
+            )
+            return await internal.create(self._context, self.name, inside, report=report)
+        wanted = None
+        if kind == "full":
+            wanted = MemoryRequest(max_pause_ms=max_pause_ms, compression=compression, degrade=degrade)
+        request = replace(_request(name, description, disks, files), memory=wanted)
+        return await create.run(self._context, self.name, request, report=report)
+
+    async def preview_snapshot(
+        self,
+        name: str | None = None,
+        *,
+        kind: Literal["disk", "full"] = "disk",
+        description: str = "",
+        disks: Sequence[str] | None = None,
+        files: Files | None = None,
+        max_pause_ms: float | None = None,
+    ) -> tuple[Machine, CreatePlan]:
+        """What :meth:`snapshot` would do now, without doing it."""
+        memory = MemoryRequest(max_pause_ms=max_pause_ms) if kind == "full" else None
+        request = replace(_request(name, description, disks, files), memory=memory)
+        return await create.preview(self._context, self.name, request)
+
+    async def preview_internal(
+        self, name: str | None = None, *, disks: Sequence[str] | None = None, memory: bool | None = None
+    ) -> InternalPlan:
+        """What :meth:`snapshot` of kind ``internal`` would do now, without doing it."""
+        request = InternalRequest(name=name, disks=None if disks is None else tuple(disks), memory=memory)
+        return await internal.preview(self._context, self.name, request)
+
+    async def save(
+        self,
+        file: str | os.PathLike[str] | None = None,
+        *,
+        name: str | None = None,
+        description: str = "",
+        compression: Compression = "none",
+        report: Report = unreported,
+    ) -> Snapshot:
+        """Take a full snapshot and end QEMU; :meth:`restore` lets the machine go on from there.
+
+        Args:
+            file: where the memory goes; None lets it lie with the machine's images.
+            name: the snapshot's name; None takes the next free ``saved-N``.
+            description: free text.
+            compression: of the memory's file.
+            report: told how much of the memory is written.
+
+        Raises:
+            StateError: it does not run, or the file exists.
+            HostCannot: no space; the guest runs on.
+        """
+        request = SaveRequest(
+            file=None if file is None else str(Path(file).absolute()),
+            name=name,
+            description=description,
+            compression=compression,
+        )
+        return await save.save(self._context, self.name, request, report=report)
+
+    async def restore(
+        self,
+        file: str | os.PathLike[str] | None = None,
+        *,
+        discard: bool = False,
+        paused: bool = False,
+        after: bool = True,
+    ) -> Reverted:
+        """Let the machine go on where it was saved, whatever it does now, and whatever was written since.
+
+        Args:
+            file: a file that :meth:`save` wrote, for this machine; None takes the latest full snapshot.
+            discard: do not keep what was written since.
+            paused: leave the vCPUs stopped.
+            after: set the guest's clock and announce its network cards.
+
+        Raises:
+            NotFoundError: the machine has no full snapshot.
+            StateError: the file is another machine's or its snapshot is gone, or the machine's hardware has changed.
+            StoreMismatch: the file is damaged.
+        """
+        request = RestoreRequest(
+            file=None if file is None else str(Path(file).absolute()), discard=discard, paused=paused, after=after
+        )
+        return await save.restore(self._context, self.name, request)
+
+    async def add_layers(self, *, disks: Sequence[str] | None = None, files: Files | None = None) -> tuple[Layer, ...]:
+        """Put a new empty layer on every disk as :meth:`snapshot` does, but list no snapshot; returns those layers.
+
+        Args:
+            disks: names of the disks; None takes all that the spec does not leave out.
+            files: as for :meth:`snapshot`.
+
+        Raises:
+            StateError: a disk is read-only or busy with a job.
+            StoreMismatch: QEMU's chains are not the store's.
+        """
+        return await create.add_layers(self._context, self.name, _request(None, "", disks, files))
+
+    async def preview_add_layers(
+        self, *, disks: Sequence[str] | None = None, files: Files | None = None
+    ) -> tuple[Machine, CreatePlan]:
+        """What :meth:`add_layers` would do now, without doing it."""
+        request = replace(_request(None, "", disks, files), listed=False)
+        return await create.preview(self._context, self.name, request)
+
+    async def revert(
+        self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None, after: bool = True
+    ) -> Reverted:
+        """Go back to a snapshot: new empty layers on its points become active. A running guest is ended for it.
+
+        With a full snapshot the guest goes on where it was; with one of its disks it boots, if the machine ran.
+
+        Disks that the snapshot does not include stay as they are. What was written since is kept as an automatic
+        snapshot, ``auto-N``, unless there is nothing.
+
+        Args:
+            snapshot: the snapshot, or its name.
+            discard: remove what was written since instead.
+            state: ``running`` or ``paused`` afterwards; None leaves the machine running, paused or stopped as it was,
+                and running after a full snapshot.
+            after: with a full snapshot, set the guest's clock and announce its network cards.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            StateError: it is consumed or internal, a job holds a disk, or its memory is of other hardware.
+            StoreMismatch: QEMU's chains or the files are not the store's.
+        """
+        request = replace(_revert_request(snapshot, discard, state), after=after)
+        return await revert.run(self._context, self.name, request)
+
+    async def preview_revert(
+        self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None
+    ) -> Preview:
+        """What :meth:`revert` would do now, without doing it."""
+        return await revert.preview(self._context, self.name, _revert_request(snapshot, discard, state))
+
+    async def push(self, name: str | None = None, *, description: str = "") -> Snapshot:
+        """Take a snapshot to come back to with :meth:`pop`; the same as :meth:`snapshot`."""
+        return await self.snapshot(name, description=description)
+
+    async def pop(self, *, report: Report = unreported) -> Reverted:
+        """Go back to the current snapshot, without what was written since, and delete it; its parent is current then.
+
+        Args:
+            report: told about the progress of jobs.
+
+        Raises:
+            StateError: there is no current snapshot, or it cannot be gone back to.
+        """
+        return await stack.pop(self._context, self.name, report=report)
+
+    async def rename_snapshot(self, old: str, new: str) -> Snapshot:
+        """Give a snapshot another name; returns it as it is now.
+
+        Raises:
+            NameRefused: the new name is not allowed.
+            NotFoundError: there is no snapshot ``old``.
+            NameTaken: there is a snapshot ``new``.
+        """
+        return await rename.run(self._context, self.name, old, new)
+
+    async def snapshots(self) -> tuple[Snapshot, ...]:
+        """The snapshots, oldest first."""
+        return await blocking(self._context.store.snapshots, self.name)
+
+    async def chains(self, disk: str | None = None) -> tuple[ChainView, ...]:
+        """The layers of every disk (or one) as the store, QEMU and the files see them."""
+        return await compare.chains(self._context, self.name, disk)
+
+    async def run(self, command: str | Sequence[str], *, deadline: float = 60, check: bool = True) -> Completed:
+        """Run a command in the guest through its agent.
+
+        Args:
+            command: program and arguments, or a line for the guest's ``/bin/sh``.
+            deadline: seconds to wait for its end.
+            check: raise when it ends with another status than 0.
+
+        Raises:
+            QmpError: the guest refused, or with ``check`` the command failed.
+            DeadlinePassed: no agent, or the command takes longer.
+        """
+        words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+        socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
+        async with agent.connect(socket, machine=self.name, deadline=deadline) as guest:
+            done = await guest.run(words, deadline=deadline)
+        if check and done.status:
+            raise QmpError(
+                f"{command!r} ended with status {done.status} in the guest of {self.name}:"
+                f" {done.stderr.decode(errors='replace').strip()}",
+                effect="applied",
+                machine=self.name,
+            )
+        return done
+
+    async def commit(
+        self,
+        disk: str,
+        *,
+        base: str | None = None,
+        top: str | None = None,
+        consume: bool = False,
+        report: Report = unreported,
+    ) -> MergePlan:
+        """Merge the layers above ``base`` up to ``top`` into ``base``; the guest runs on.
+
+        Args:
+            disk: the disk.
+            base: layer id or snapshot name; None is the lowest layer of the chain.
+            top: layer id or snapshot name; None is the active layer.
+            consume: agree that snapshots whose content ``base`` or a layer between holds become unreadable.
+            report: told about the job's progress.
+
+        Raises:
+            StateError: base is above top, others read what would change, or snapshots would be lost unasked.
+            HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
+        """
+        request = CommitRequest(disk=disk, base=base, top=top, consume=consume)
+        return await commit.run(self._context, self.name, request, report=report)
+
+    async def stream(self, disk: str, *, base: str | None = None, report: Report = unreported) -> MergePlan:
+        """Let the active layer absorb what lies between it and ``base`` (everything, without it); nothing is lost.
+
+        Raises:
+            StateError: nothing lies between.
+            HostCannot: not enough space.
+        """
+        return await commit.run(self._context, self.name, StreamRequest(disk=disk, base=base), report=report)
+
+    async def mirror(
+        self,
+        disk: str,
+        target: str | os.PathLike[str],
+        *,
+        mode: Mode,
+        shallow: bool = False,
+        reuse: bool = False,
+        format: Format | None = None,  # noqa: A002 - as in a spec
+        write_blocking: bool = False,
+        report: Report = unreported,
+    ) -> MirrorPlan:
+        """Copy a disk; the guest runs on, and no snapshot is harmed.
+
+        Args:
+            disk: the disk.
+            target: absolute path of the copy, or the URI of an NBD export (``finish`` only).
+            mode: ``pivot``: the guest goes on with the copy. ``finish``: it stays, and the copy is the caller's.
+            shallow: copy the active layer only; the copy has the same backing.
+            reuse: overwrite the image that is at ``target``, exactly as large as the disk.
+            format: of the copy; None is qcow2 for a new image, and what its header says for one that is there.
+            write_blocking: the guest's writes wait for the copy, so that it cannot be outrun.
+            report: told about the job's progress.
+
+        Raises:
+            ImageRefused: the image to reuse does not fit.
+            StateError: something is at the target, or another process has it open.
+            HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
+        """
+        request = MirrorRequest(
+            disk=disk,
+            target=os.fspath(target),
+            mode=mode,
+            shallow=shallow,
+            reuse=reuse,
+            format=format,
+            write_blocking=write_blocking,
+        )
+        return await mirror.run(self._context, self.name, request, report=report)
+
+    async def delete_snapshots(
+        self, *names: str, children: bool = False, metadata: bool = False, report: Report = unreported
+    ) -> DeletePlan:
+        """Delete snapshots, moving as few bytes as possible.
+
+        Args:
+            names: the snapshots.
+            children: also those that grew from them.
+            metadata: only the names; the layers stay.
+            report: told about each job's progress.
+
+        Raises:
+            NotFoundError: one is not there; nothing was deleted.
+        """
+        request = DeleteRequest(names=names, children=children, metadata=metadata)
+        return await delete.run(self._context, self.name, request, report=report)
+
+    async def jobs(self) -> tuple[JobInfo, ...]:
+        """The jobs that the machine's QEMU has; none when it is stopped."""
+        async with self._context.monitor(await self.record()) as qemu:
+            return await commands.query_jobs(qemu) if qemu else ()
+
+    async def wait(self, *, report: Report = unreported) -> list[Operation]:
+        """See every job of an interrupted operation to its end; returns those operations as they were."""
+        pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
+        async with working(self._context, self.name, "job wait", unfinished="carry on", report=report):
+            return list(pending)
+
+    async def cancel(self) -> list[Operation]:
+        """Cancel every job of an interrupted operation: the chains stay as they are."""
+        pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
+        async with working(self._context, self.name, "job cancel", unfinished="cancel"):
+            return list(pending)
+
+    async def recover(self) -> list[Operation]:
+        """End what an earlier operation left open; returns those operations as they were."""
+        pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
+        async with working(self._context, self.name, "recover"):
+            return list(pending)
+
+    async def undefine(self, *, disks: undefine.Fate | None = None) -> list[str]:
+        """Forget the machine and its snapshots; see :func:`qmpsnap.ops.undefine.run`."""
+        return await undefine.run(self._context, self.name, disks=disks)
+
+
+def _request(
+    name: str | None, description: str, disks: Sequence[str] | None, files: Files | None = None
+) -> CreateRequest:
+    chosen = {disk: str(Path(path).absolute()) for disk, path in (files or {}).items()}
+    included = None if disks is None else tuple(disks)
+    return CreateRequest(name=name, description=description, disks=included, files=chosen)
+
+
+def _revert_request(snapshot: Snapshot | str, discard: bool, state: Run | None) -> RevertRequest:  # noqa: FBT001
+    name = snapshot if isinstance(snapshot, str) else snapshot.name
+    return RevertRequest(name=name, discard=discard, run=state)

@@ -1,0 +1,142 @@
+"""A machine's RAM and device state in a file, and what has to be the same again where it is loaded."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.spec import MachineSpec
+
+SaveMode = Literal["background", "stopped"]
+"""``background``: RAM is written behind the running guest. ``stopped``: the guest stands still until all is written."""
+Layout = Literal["stream", "mapped-ram"]
+"""How QEMU wrote it; mapped-ram has every page at a place of its own."""
+Compression = Literal["none", "zstd"]
+
+
+class Hardware(Struct, frozen=True, kw_only=True):
+    """What QEMU's stream presumes and does not check: it loads into other hardware without complaint.
+
+    Attributes:
+        uuid: the machine.
+        qemu_version: as ``10.0.13``; a state may be loaded by a later QEMU, never by an earlier one.
+        machine_type: versioned, as ``pc-q35-7.2``.
+        accel: ``kvm`` or ``tcg``.
+        cpu: the model as QEMU was told, and for the ones that mean "what this host has" the host's model as well.
+        memory: bytes.
+        devices: what the guest sees, one line each.
+    """
+
+    uuid: str
+    qemu_version: str
+    machine_type: str
+    accel: str
+    cpu: str
+    cpus: int
+    memory: int
+    devices: tuple[str, ...]
+
+
+class Vmstate(Struct, frozen=True, kw_only=True):
+    """A finished state file.
+
+    Attributes:
+        path: absolute.
+        bytes: of QEMU's stream as it lies in the file, that is before the manifest at its end.
+        digest: SHA-256 of those bytes, in hexadecimal.
+        device: of the file, with ``inode``, so that another file in its place is noticed.
+        steps_ms: what each step took for which the guest was held, as we measured it.
+    """
+
+    path: str
+    bytes: int
+    digest: str
+    device: int
+    inode: int
+    mode: SaveMode
+    layout: Layout
+    compression: Compression
+    hardware: Hardware
+    steps_ms: dict[str, float] = {}
+
+
+class Inside(Struct, frozen=True, kw_only=True):
+    """Memory inside a qcow2 image, under the tag of its snapshot.
+
+    Attributes:
+        layer: the image.
+        bytes: what it takes there.
+    """
+
+    layer: LayerId
+    bytes: int
+    hardware: Hardware
+
+
+def hardware_of(spec: MachineSpec, *, uuid: str, accel: str, qemu_version: str, host_cpu: str) -> Hardware:
+    """The hardware that a spec describes, on this host.
+
+    Args:
+        spec: the machine's spec.
+        uuid: the machine's.
+        accel: what ``auto`` has come to.
+        qemu_version: of the QEMU that runs it, or would.
+        host_cpu: the host's CPU model.
+    """
+    cpu = spec.cpu or ("host" if accel == "kvm" else "max")
+    disks = (
+        f"disk {disk.name} on {disk.bus}{', read-only' if disk.read_only else ''}{_write_cache(disk.cache)}"
+        for disk in spec.disks
+    )
+    nics = (f"network card {number} {nic.mac or 'of its own MAC'}" for number, nic in enumerate(spec.nics))
+    return Hardware(
+        uuid=uuid,
+        qemu_version=qemu_version,
+        machine_type=spec.machine,
+        accel=accel,
+        cpu=f"{cpu} ({host_cpu})" if accel == "kvm" and cpu in ("host", "max") else cpu,
+        cpus=spec.cpus,
+        memory=spec.memory,
+        devices=(
+            f"firmware {spec.firmware}",
+            *disks,
+            *nics,
+            *(["agent's port"] if spec.agent else []),
+            f"display {spec.display}",
+            *(f"extra {argument}" for argument in spec.extra),
+        ),
+    )
+
+
+def _write_cache(cache: str) -> str:
+    return ", write-through" if cache in ("writethrough", "directsync") else ""
+
+
+def differences(saved: Hardware, now: Hardware) -> tuple[str, ...]:
+    """Why a state cannot be loaded into the hardware there is now, one phrase each; empty when it can."""
+    found = [
+        f"{what} {then}, now {here}"
+        for what, then, here in (
+            ("machine", saved.uuid, now.uuid),
+            ("machine type", saved.machine_type, now.machine_type),
+            ("accelerator", saved.accel, now.accel),
+            ("CPU", saved.cpu, now.cpu),
+            ("vCPUs", saved.cpus, now.cpus),
+            ("memory", saved.memory, now.memory),
+        )
+        if then != here
+    ]
+    if _version(now.qemu_version) < _version(saved.qemu_version):
+        found.append(f"QEMU {saved.qemu_version}, now the older {now.qemu_version}")
+    # A CPU model that means "all there is" is another one with another QEMU.
+    elif saved.cpu == "max" and _version(now.qemu_version)[:2] != _version(saved.qemu_version)[:2]:
+        found.append(f"CPU max of QEMU {saved.qemu_version}, now of {now.qemu_version}")
+    gone = [f"device {line!r}, now not there" for line in saved.devices if line not in now.devices]
+    new = [f"no device {line!r}, now there" for line in now.devices if line not in saved.devices]
+    if not gone and not new and saved.devices != now.devices:
+        new = ["devices in another order"]
+    return (*found, *gone, *new)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())

@@ -1,0 +1,107 @@
+"""A block job of an operation as a value, and the QEMU it runs in: the machine's own, or a worker."""
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from msgspec import Struct
+
+from qmpsnap.block import graph
+from qmpsnap.errors import QemuGone, StoreMismatch
+from qmpsnap.machine import worker
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import JobId, OperationId, job_id
+from qmpsnap.model.operation import Change, Merge, MirrorPlan
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.qmp.session import Monitor
+
+
+class BlockJob(Struct, frozen=True, kw_only=True):
+    """A job from before its start to after its end, also where another process of ours started it.
+
+    The QEMU it runs in is not part of it: that can be gone, and the job still has to be ended.
+
+    Attributes:
+        context: where.
+        machine: whose disk it works on.
+        operation: the operation it belongs to.
+        step: what it does; a mirror's plan is its only step.
+        report: told about its progress.
+    """
+
+    context: Context
+    machine: Machine
+    operation: OperationId
+    step: Merge | MirrorPlan
+    report: Report = unreported
+
+    @property
+    def id(self) -> JobId:
+        """What QEMU calls it."""
+        return job_id(self.operation, self.step.disk)
+
+    def words(self, phase: str, *, running: bool = False) -> str:
+        """How the journal words a phase of it; ``running``: a guest runs, and we may have stopped its vCPUs."""
+        raise NotImplementedError
+
+    async def mark(self, phase: str, *, running: bool = False) -> None:
+        """Make durable that it is in this phase from now on."""
+        words = self.words(phase, running=running)
+        await blocking(lambda: self.context.store.mark(self.operation, "running", step=words))
+
+    async def record(self, change: Change) -> None:
+        """Record what it has made true, and that it is settled, in one SQL transaction."""
+        words = self.words("settled")
+        await blocking(lambda: self.context.store.settle(self.operation, self.machine.name, change, step=words))
+
+    async def require_chain(self, monitor: Monitor, expected: Iterable[Layer], *, known: Iterable[Layer]) -> None:
+        """Make sure that the disk's chain in QEMU is this one now.
+
+        Args:
+            monitor: the QEMU it ran in.
+            expected: the chain, base first.
+            known: the layers by which the chain is told from filters above it.
+
+        Raises:
+            StoreMismatch: it is another.
+        """
+        wanted = tuple(layer.id for layer in expected)
+        disks = graph.by_disk(await graph.read(monitor), frozenset(layer.id for layer in known))
+        disk, found = self.step.disk, disks.get(self.step.disk)
+        if found is None or found.nodes != wanted:
+            raise StoreMismatch(
+                f"after the job, QEMU's chain of disk {disk} is {' <- '.join(found.nodes) if found else 'empty'},"
+                f" expected {' <- '.join(wanted)}",
+                hint=f"qmpsnap chain {self.machine.name} {disk} shows both sides",
+                effect="unknown",
+                machine=self.machine.name,
+            )
+
+
+@asynccontextmanager
+async def qemu_for(job: BlockJob, qemu: Monitor | None) -> AsyncIterator[Monitor]:
+    """Where a job is to run: in the machine's QEMU for its live chain, in a new worker for any other.
+
+    Raises:
+        QemuGone: the machine's QEMU, given as ``qemu``, has ended; or the worker does not start.
+    """
+    if job.step.live:
+        if qemu is None:
+            raise QemuGone(f"QEMU of machine {job.machine.name} has ended", machine=job.machine.name)
+        yield qemu
+        return
+    run_dir = job.context.home.run_dir(job.machine.name)
+    chain = Chain(job.step.disk, job.step.chain)
+    async with worker.working_on(chain, job.machine, qemu=job.context.qemu, run_dir=run_dir) as monitor:
+        yield monitor
+
+
+@asynccontextmanager
+async def qemu_of(job: BlockJob, qemu: Monitor | None) -> AsyncIterator[Monitor | None]:
+    """Where an earlier process of ours has left a job: the machine's QEMU or a worker, None if that has ended."""
+    if job.step.live:
+        yield qemu
+        return
+    async with worker.left_behind(job.machine, job.context.home.run_dir(job.machine.name)) as monitor:
+        yield monitor

@@ -1,0 +1,65 @@
+"""An operation that nobody ended, as recovery works on it."""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from qmpsnap.errors import OperationPending
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.operation import Operation
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.qmp.jobs import Report, unreported
+
+Direction = Literal["forward", "back"]
+"""How an operation is ended: finished, or undone."""
+
+Unfinished = Literal["refuse", "carry on", "cancel"]
+"""What to do with a job that still works: leave it to its work, see it to its end, or end it."""
+
+
+class Broken(Struct, frozen=True, kw_only=True):
+    """An open operation, and what is wanted of its end.
+
+    Attributes:
+        context: where.
+        machine: its machine, whose lock we hold.
+        operation: as the journal has it.
+        unfinished: what to do with a job that still works.
+        error: why it did not come to its own end; kept with an operation that is undone.
+        report: told about the progress of a job that is carried on.
+    """
+
+    context: Context
+    machine: Machine
+    operation: Operation
+    unfinished: Unfinished
+    error: str = "interrupted"
+    report: Report = unreported
+
+    async def mark_failed(self) -> None:
+        """Record that it is undone."""
+        await blocking(lambda: self.context.store.mark(self.operation.id, "failed", error=self.error))
+
+    async def mark_settled(self, *, error: str | None = None) -> None:
+        """Record that it is finished, or as finished as it will be: ``error`` is what is not."""
+        await blocking(lambda: self.context.store.mark(self.operation.id, "settled", step="settled", error=error))
+
+    def pending(self, why: str) -> OperationPending:
+        """It cannot be ended now."""
+        of = self.operation
+        return OperationPending(
+            f"operation {of.id} ({of.verb}) on machine {of.machine} cannot be ended now: {why}",
+            hint=f"put that right, then: qmpsnap recover {of.machine}",
+            machine=of.machine,
+            operation=str(of.id),
+        )
+
+    def still_works(self, status: str) -> OperationPending:
+        """Its job goes on, and nobody has said what to do with it."""
+        of = self.operation
+        return OperationPending(
+            f"the job of operation {of.id} ({of.verb}) on machine {of.machine} is {status}; nothing was changed",
+            hint=f"qmpsnap job wait {of.machine}, or: qmpsnap job cancel {of.machine}",
+            machine=of.machine,
+            operation=str(of.id),
+        )

@@ -1,0 +1,197 @@
+"""Ending a broken ``snapshot create``: the journal's step, QEMU's graph and, for a full one, its migration decide."""
+
+from pathlib import Path
+
+from anyio import to_thread
+from msgspec.structs import replace
+
+from qmpsnap.block import graph, header
+from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
+from qmpsnap.machine import statefile
+from qmpsnap.machine.machine import end as end_qemu
+from qmpsnap.model.blockdev import node_name
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import NodeName
+from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
+from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.ops import chosen
+from qmpsnap.ops import memory as saving
+from qmpsnap.ops.broken import Broken, Direction
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.overlays import identified, remove_new
+from qmpsnap.qmp import commands, migration
+from qmpsnap.qmp.session import Monitor
+
+ENDING = "ending"
+"""The step at which a machine is saved, and its QEMU still to be ended (:func:`quit_saved`)."""
+
+
+def direction(step: str, *, active: int | None, total: int) -> Direction | None:
+    """Whether a broken ``snapshot create`` is finished or undone; pure.
+
+    Args:
+        step: the last durable step.
+        active: how many of the overlays QEMU writes to, None when no QEMU runs.
+        total: how many there are.
+
+    Returns:
+        None when the rules do not cover what was found: someone else has changed the chain.
+    """
+    if step not in {"transaction", "saving"}:
+        return "back"
+    if active is None or active == total:
+        # Without QEMU nobody can tell whether the transaction ran; either way the overlays read the same.
+        return "forward"
+    return "back" if active == 0 else None
+
+
+async def end(broken: Broken, monitor: Monitor | None) -> Direction:
+    """End the operation; ``forward`` when there is a snapshot (or were to be only layers), ``back`` when there is none.
+
+    Disks that have moved stay where they are, whatever became of the memory: a guest may have written there.
+
+    Raises:
+        OperationPending: its memory is still being written, and ``unfinished`` says to leave that.
+        QmpsnapError: QEMU or the files say something the rules do not cover.
+    """
+    plan = broken.operation.plan
+    assert isinstance(plan, CreatePlan)
+    if broken.operation.step == ENDING:
+        await quit_saved(broken.context, broken.machine, monitor, broken.operation)
+        return "forward"
+    names = frozenset(node_name(overlay.layer) for overlay in plan.overlays)
+    found = await graph.read(monitor) if monitor else None
+    active = None
+    if found:
+        active = sum(bool(disk.nodes) for disk in graph.by_disk(found, names).values())
+    way = direction(broken.operation.step, active=active, total=len(names))
+    if way is None:
+        raise broken.pending("only some of its overlays are active in QEMU")
+    if way == "forward":
+        return await _forward(broken, monitor, plan)
+    if plan.memory:
+        await _drop(broken, monitor, plan.memory)
+    if monitor and found:
+        for name in sorted(names & graph.node_names(found)):
+            await commands.blockdev_del(monitor, NodeName(name))
+    await chosen.undo(plan.overlays)
+    await remove_new([overlay.layer for overlay in plan.overlays if not overlay.part])
+    await broken.mark_failed()
+    return way
+
+
+async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) -> Direction:
+    context, machine, operation, memory = broken.context, broken.machine, broken.operation, plan.memory
+    headers = {o.layer.id: header.read(o.layer.path, format=o.layer.format) for o in plan.overlays}
+    change = identified(plan.change, headers)
+    if memory is None:
+        await settle(context, machine, operation, change)
+        return "forward"
+    if state := await _state(broken, monitor, plan, memory):
+        step = ENDING if memory.quit else None
+        await settle(context, machine, operation, with_memory(change, state), step=step)
+        if memory.quit:
+            await quit_saved(context, machine, monitor, operation)
+        return "forward"
+    await _drop(broken, monitor, memory)
+    if memory.degrade:
+        disks = tuple(replace(snapshot, kind="disk") for snapshot in change.snapshots)
+        await settle(context, machine, operation, replace(change, snapshots=disks))
+        await broken.mark_settled(error=broken.error)
+        return "forward"
+    await settle(context, machine, operation, Change(layers=change.layers, active=change.active))
+    await broken.mark_failed()
+    return "back"
+
+
+async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memory: Memory) -> Vmstate | None:
+    """The memory, if it was or can be saved whole; the guest runs on if it should, and is still held if it was not."""
+    operation = broken.operation
+    if finished := await to_thread.run_sync(_finished, operation, memory):
+        await _run_on(broken, monitor, memory)
+        return finished
+    if monitor is None or not await to_thread.run_sync(_has_content, memory.part):
+        return None
+    if (await migration.query(monitor)).status not in migration.ENDED:
+        if broken.unfinished == "cancel":
+            await saving.give_up(monitor, memory)
+        else:
+            await saving.fixed(monitor, memory.mode)
+    await _run_on(broken, monitor, memory)
+    if broken.unfinished == "cancel":
+        return None
+    if (found := await migration.query(monitor)).status not in migration.ENDED and broken.unfinished == "refuse":
+        raise broken.still_works(found.status)
+    if (await saving.ended(monitor, operation, report=broken.report)).status != "completed":
+        return None
+    await migration.put_back(monitor)
+    return await saving.finish(operation, memory, snapshot=plan.change.snapshots[0].name)
+
+
+async def _run_on(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
+    # A guest whose QEMU is to end must not do anything that is in neither memory nor disks.
+    if not memory.quit:
+        await _resume(broken, monitor, memory)
+
+
+async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
+    # Only at this step can it be us who hold the guest; before QEMU's end until then.
+    held = monitor and memory.resume and (broken.operation.step == "transaction" or memory.quit)
+    if monitor and held and not (await commands.query_status(monitor)).running:
+        await commands.control(monitor, "cont")
+
+
+async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
+    """Give the memory up: QEMU stops writing it, the guest runs on if it should, the unfinished file goes."""
+    if monitor:
+        await saving.give_up(monitor, memory)
+        await _resume(broken, monitor, memory)
+        await saving.forget(monitor)
+    await to_thread.run_sync(statefile.discard, memory.part)
+
+
+def with_memory(change: Change, state: Vmstate, *, pause_ms: float | None = None) -> Change:
+    """The change with where the memory lies, and how long the guest was held for it."""
+    pauses = {} if pause_ms is None else {"pause_ms": pause_ms}
+    return replace(change, snapshots=tuple(replace(found, vmstate=state, **pauses) for found in change.snapshots))
+
+
+async def settle(
+    context: Context, machine: Machine, operation: Operation, change: Change, *, step: str | None = None
+) -> None:
+    """Record what is true from now on; the new layers keep the places that were chosen for them alone.
+
+    With ``step`` the operation goes on from there.
+    """
+    assert isinstance(operation.plan, CreatePlan)
+    await chosen.let_go(operation.plan.overlays)
+    await blocking(lambda: context.store.settle(operation.id, machine.name, change, step=step))
+
+
+async def quit_saved(context: Context, machine: Machine, qemu: Monitor | None, operation: Operation) -> None:
+    """End the QEMU of a machine that was saved.
+
+    Raises:
+        DeadlinePassed: it does not end.
+    """
+    process = context.process(machine)
+    if process and not await end_qemu(process, qemu):
+        raise DeadlinePassed(f"QEMU (process {process.pid}) does not end", effect="applied", machine=machine.name)
+    await blocking(context.store.set_process, machine.name, None)
+    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
+
+
+def _finished(operation: Operation, memory: Memory) -> Vmstate | None:
+    try:
+        state, manifest = statefile.find(memory.path)
+    except (StoreMismatch, HostCannot):
+        return None
+    return state if manifest.operation == operation.id and manifest.hardware == memory.hardware else None
+
+
+def _has_content(path: str) -> bool:
+    """Whether this operation's migration ever wrote: QEMU's last one may be an earlier one."""
+    try:
+        return Path(path).stat().st_size > 0
+    except OSError:
+        return False

@@ -1,0 +1,115 @@
+"""``save`` and ``restore``: the machine ends with its memory in a file, and goes on from there another time.
+
+A saved machine is a full snapshot after which QEMU has ended; to restore it is to revert to that and run on. In between
+the machine may be started afresh: it then writes to other layers.
+"""
+
+from pathlib import Path
+
+from anyio import to_thread
+from msgspec import Struct
+
+from qmpsnap.errors import NotFoundError, StateError
+from qmpsnap.machine import statefile
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.vmstate import Compression
+from qmpsnap.ops import create, revert
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops.memory import MemoryRequest
+from qmpsnap.ops.revert import Reverted, RevertRequest
+from qmpsnap.qmp.jobs import Report, unreported
+
+
+class SaveRequest(Struct, frozen=True, kw_only=True):
+    """What a user asks for.
+
+    Attributes:
+        file: absolute path of the state file; None lets it lie with the machine's images.
+        name: the snapshot's name; None takes the next free ``saved-N``.
+    """
+
+    file: str | None = None
+    name: str | None = None
+    description: str = ""
+    compression: Compression = "none"
+
+
+class RestoreRequest(Struct, frozen=True, kw_only=True):
+    """What a user asks for.
+
+    Attributes:
+        file: absolute path of a state file; None takes the latest full snapshot.
+        discard: do not keep what was written since.
+        paused: leave the vCPUs stopped.
+        after: tell the guest the time and the network where the machine is.
+    """
+
+    file: str | None = None
+    discard: bool = False
+    paused: bool = False
+    after: bool = True
+
+
+def wanted(request: SaveRequest) -> CreateRequest:
+    """The snapshot that a save is."""
+    memory = MemoryRequest(file=request.file, compression=request.compression, quit=True)
+    return CreateRequest(name=request.name, description=request.description, memory=memory)
+
+
+async def save(context: Context, name: str, request: SaveRequest, *, report: Report = unreported) -> Snapshot:
+    """Save the machine and end its QEMU; returns the snapshot that holds it.
+
+    Raises:
+        QmpsnapError: as :func:`qmpsnap.ops.create.run`; the guest runs on then.
+    """
+    return await create.run(context, name, wanted(request), report=report)
+
+
+async def restore(context: Context, name: str, request: RestoreRequest) -> Reverted:
+    """Let a machine go on where it was saved.
+
+    Raises:
+        NotFoundError: it has no full snapshot.
+        StateError: the file is another machine's, or its snapshot is gone.
+        StoreMismatch: the file is none of ours, or not what was written.
+    """
+    snapshot = await _find(context, name, request.file)
+    return await revert.run(
+        context,
+        name,
+        RevertRequest(
+            name=snapshot.name,
+            discard=request.discard,
+            run="paused" if request.paused else "running",
+            file=request.file,
+            after=request.after,
+        ),
+    )
+
+
+async def _find(context: Context, name: str, file: str | None) -> Snapshot:
+    machine = await blocking(context.store.machine, name)
+    full = [found for found in await blocking(context.store.snapshots, name) if found.vmstate]
+    if file is None:
+        if usable := [found for found in full if found.state == "ok"]:
+            return usable[-1]
+        raise NotFoundError(
+            f"machine {name} has no snapshot with memory; nothing was changed",
+            hint=f"qmpsnap save {name} makes one",
+            machine=name,
+        )
+    state, manifest = await to_thread.run_sync(statefile.find, str(Path(file)))
+    if state.hardware.uuid != machine.uuid:
+        raise StateError(
+            f"{file} is the memory of another machine (UUID {state.hardware.uuid}); nothing was changed", machine=name
+        )
+    for found in full:
+        if found.vmstate and found.vmstate.digest == state.digest:
+            return found
+    raise StateError(
+        f"{file} was saved as snapshot {manifest.snapshot}, which machine {name} does not have any more: its disks are"
+        " not what that memory knew; nothing was changed",
+        hint=f"qmpsnap snapshot list {name}",
+        machine=name,
+    )

@@ -1,0 +1,176 @@
+"""QEMU's migration to and from a file: how RAM and device state are saved and loaded.
+
+The file is handed over as an open descriptor, so that it is the very file we made or checked: by ``getfd`` where the
+transport ``fd`` takes plain files, by ``add-fd`` where QEMU has the transport ``file`` (8.2 and later).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from qmpsnap.errors import QmpError
+from qmpsnap.qmp import commands
+from qmpsnap.qmp.session import Monitor
+
+NAME = "qs-state"
+"""QEMU's name for the descriptor while it has it."""
+FILE_SINCE = (8, 2)
+"""The first QEMU with the transport ``file``."""
+UNLIMITED = 1 << 40
+"""Bytes per second: the default throttles a file as if it were a network."""
+
+ENDED = frozenset({"completed", "failed", "cancelled"})
+
+
+class Ram(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``MigrationStats`` we use; bytes, but ``normal`` and ``duplicate`` are pages."""
+
+    transferred: int = 0
+    remaining: int = 0
+    total: int = 0
+    normal: int = 0
+    duplicate: int = 0
+
+
+class Migration(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``MigrationInfo`` we use.
+
+    Attributes:
+        status: a ``MigrationStatus`` name (none, setup, active, completed, failed, cancelled ...).
+        error_desc: why it failed.
+        blocked_reasons: what about this machine makes any migration impossible.
+    """
+
+    status: str = "none"
+    ram: Ram = Ram()
+    error_desc: str = ""
+    blocked_reasons: tuple[str, ...] = ()
+
+    @property
+    def tracks_writes(self) -> bool:
+        """Whether a background save has RAM fixed: from here on the guest may write again."""
+        return self.ram.normal + self.ram.duplicate > 0 or self.status == "completed"
+
+
+async def query(monitor: Monitor) -> Migration:
+    """How the last migration stands (``query-migrate``)."""
+    return commands.decode("query-migrate", await monitor.execute("query-migrate"), Migration)
+
+
+async def capabilities(monitor: Monitor) -> frozenset[str]:
+    """Names of the migration capabilities this QEMU knows (``query-migrate-capabilities``)."""
+    answer = await monitor.execute("query-migrate-capabilities")
+    known = commands.decode("query-migrate-capabilities", answer, tuple[_Capability, ...])
+    return frozenset(found.capability for found in known)
+
+
+class _Capability(Struct, frozen=True):
+    capability: str
+
+
+async def set_capabilities(monitor: Monitor, wanted: Mapping[str, bool]) -> None:
+    """Switch migration capabilities (``migrate-set-capabilities``).
+
+    Raises:
+        QmpError: QEMU or the host's kernel cannot do one of them.
+    """
+    states = [{"capability": name, "state": state} for name, state in wanted.items()]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": states})
+
+
+async def set_parameters(monitor: Monitor, **wanted: int | bool) -> None:
+    """Set migration parameters (``migrate-set-parameters``); underscores stand for hyphens."""
+    await monitor.execute("migrate-set-parameters", {name.replace("_", "-"): value for name, value in wanted.items()})
+
+
+async def set_up(monitor: Monitor, *, background: bool, mapped: bool, direct: bool = False) -> None:
+    """Ready QEMU to save or load, as fast as it can (``migrate-set-capabilities``, ``migrate-set-parameters``).
+
+    Args:
+        monitor: the monitor.
+        background: save behind the running guest.
+        mapped: every page at a place of its own, by several threads.
+        direct: past the page cache.
+    """
+    known = await capabilities(monitor)
+    wanted = {"background-snapshot": background, "mapped-ram": mapped, "multifd": mapped}
+    await set_capabilities(monitor, {name: on for name, on in wanted.items() if name in known})
+    await set_parameters(monitor, max_bandwidth=UNLIMITED)
+    if mapped:
+        await set_parameters(monitor, direct_io=direct)
+
+
+async def put_back(monitor: Monitor) -> None:
+    """Let QEMU forget what :func:`set_up` and :func:`hand_over` did."""
+    await let_go(monitor)
+    known = await capabilities(monitor)
+    wanted = ("background-snapshot", "mapped-ram", "multifd")
+    await set_capabilities(monitor, {name: False for name in wanted if name in known})
+
+
+async def hand_over(monitor: Monitor, descriptor: int, *more: int) -> dict[str, Any]:
+    """Give QEMU open descriptors of one plain file (``getfd`` or ``add-fd``).
+
+    Args:
+        monitor: the monitor.
+        descriptor: the file, open the way QEMU will use it.
+        more: the same file opened otherwise (O_DIRECT); QEMU chooses among them. Only where it has ``file``.
+
+    Returns:
+        The arguments with which ``migrate`` or ``migrate-incoming`` finds the file; :func:`let_go` takes it back.
+    """
+    if await _has_file_transport(monitor):
+        await monitor.send_descriptor(descriptor)
+        added = await monitor.execute("add-fd", {"opaque": NAME})
+        number = commands.decode("add-fd", added, _FdSet).fdset_id
+        for other in more:
+            await monitor.send_descriptor(other)
+            await monitor.execute("add-fd", {"fdset-id": number, "opaque": NAME})
+        address = {"transport": "file", "filename": f"/dev/fdset/{number}", "offset": 0}
+        return {"channels": [{"channel-type": "main", "addr": address}]}
+    await monitor.send_descriptor(descriptor)
+    await monitor.execute("getfd", {"fdname": NAME})
+    return {"uri": f"fd:{NAME}"}
+
+
+class _FdSet(Struct, frozen=True, rename="kebab"):
+    fdset_id: int
+
+
+class _Fd(Struct, frozen=True):
+    opaque: str = ""
+
+
+class _FdSetInfo(Struct, frozen=True, rename="kebab"):
+    fdset_id: int
+    fds: tuple[_Fd, ...] = ()
+
+
+async def let_go(monitor: Monitor) -> None:
+    """Make QEMU close every descriptor of ours that it still has, whoever gave it (``closefd``, ``remove-fd``)."""
+    if await _has_file_transport(monitor):
+        answer = await monitor.execute("query-fdsets")
+        for found in commands.decode("query-fdsets", answer, tuple[_FdSetInfo, ...]):
+            if any(file.opaque == NAME for file in found.fds):
+                await monitor.execute("remove-fd", {"fdset-id": found.fdset_id})
+        return
+    try:
+        await monitor.execute("closefd", {"fdname": NAME})
+    except QmpError:
+        return  # used up by the migration
+
+
+async def start(monitor: Monitor, direction: Literal["migrate", "migrate-incoming"], channel: dict[str, Any]) -> None:
+    """Begin to save (``migrate``) or to load (``migrate-incoming``); :func:`query` tells how it goes."""
+    await monitor.execute(direction, channel)
+
+
+async def cancel(monitor: Monitor) -> None:
+    """Give a save up (``migrate_cancel``); it has ended once :func:`query` says so."""
+    await monitor.execute("migrate_cancel")
+
+
+async def _has_file_transport(monitor: Monitor) -> bool:
+    major, minor, _ = (int(part) for part in (await commands.query_version(monitor)).split("."))
+    return (major, minor) >= FILE_SINCE

@@ -1,0 +1,25 @@
+"""What a QEMU can do is asked once, and again when the answer may be another."""
+
+from pathlib import Path
+
+import pytest
+
+from qmpsnap.machine import probe
+from qmpsnap.machine.probe import Abilities
+
+
+async def test_the_answer_is_kept_until_rights_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    qemu = tmp_path / "qemu"
+    qemu.write_text("#!/bin/sh\n")
+    qemu.chmod(0o755)
+    answers = ["not supported by host kernel", ""]
+
+    async def interrogate(_: str) -> Abilities:
+        return Abilities(version="7.2.22", background_snapshot=answers.pop(0), machine_types={})
+
+    monkeypatch.setattr(probe, "interrogate", interrogate)
+    monkeypatch.setattr(probe, "_userfaultfd", lambda: "-u0")
+    for _ in range(2):
+        assert (await probe.ask(str(qemu), tmp_path)).background_snapshot == "not supported by host kernel"
+    monkeypatch.setattr(probe, "_userfaultfd", lambda: "-u1")  # sysctl vm.unprivileged_userfaultfd=1
+    assert (await probe.ask(str(qemu), tmp_path)).background_snapshot == ""
