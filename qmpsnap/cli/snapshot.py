@@ -2,16 +2,16 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from qmpsnap.cli import delete, output, revert
+from qmpsnap.cli import delete, output, revert, stack
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, reading
 from qmpsnap.cli.progress import add_progress, reporting
+from qmpsnap.cli.taken import document_of, print_taken
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.store.store import Store
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
@@ -36,6 +36,9 @@ def register(parsers: Parsers) -> None:
         help="disks; disks and memory; the same inside the images",
     )
     command.add_argument("--disks", metavar="vda,vdb", help="only these disks")
+    command.add_argument(
+        "--file", metavar="DISK=PATH", action="append", default=[], help="the disk's new layer is made at PATH"
+    )
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
     command.add_argument("--no-snapshot", action="store_true", help="new layers only: nothing appears in the list")
     command.add_argument("--max-pause", type=float, metavar="MS", help="full: refuse to hold the guest any longer")
@@ -45,6 +48,8 @@ def register(parsers: Parsers) -> None:
     command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
     add_progress(command)
     add_format(command)
+
+    stack.register(verbs)
 
     command = add(verbs, "list", _list, help="the snapshots of a machine, oldest first")
     add_machine(command)
@@ -85,12 +90,15 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"
     ):
         raise UsageError("--max-pause, --degrade and --compress are about memory: add --kind full; nothing was changed")
+    if arguments.file and arguments.kind == "internal":
+        raise UsageError("--file is about new layers, and a snapshot inside images makes none; nothing was changed")
     if arguments.no_memory and arguments.kind != "internal":
         raise UsageError("--no-memory is about snapshots inside images: add --kind internal; nothing was changed")
 
 
 def _create(arguments: argparse.Namespace) -> None:
     disks = None if arguments.disks is None else [part for part in arguments.disks.split(",") if part]
+    files = _files(arguments.file)
     _check(arguments)
     if arguments.dry_run and arguments.kind == "internal":
         _preview_internal(arguments, disks)
@@ -99,12 +107,13 @@ def _create(arguments: argparse.Namespace) -> None:
     async def preview(controller: "Controller") -> tuple["Machine", "CreatePlan"]:
         vm = await controller.machine(arguments.machine)
         if arguments.no_snapshot:
-            return await vm.preview_add_layers(disks=disks)
+            return await vm.preview_add_layers(disks=disks, files=files)
         return await vm.preview_snapshot(
             arguments.name,
             kind=arguments.kind,
             description=arguments.message,
             disks=disks,
+            files=files,
             max_pause_ms=arguments.max_pause,
         )
 
@@ -112,7 +121,7 @@ def _create(arguments: argparse.Namespace) -> None:
         _print_plan(arguments.output, *controlling(preview))
         return
     if arguments.no_snapshot:
-        _add_layers(arguments, disks)
+        _add_layers(arguments, disks, files)
         return
     with reporting(arguments.progress) as report:
 
@@ -123,6 +132,7 @@ def _create(arguments: argparse.Namespace) -> None:
                 kind=arguments.kind,
                 description=arguments.message,
                 disks=disks,
+                files=files,
                 max_pause_ms=arguments.max_pause,
                 compression=arguments.compress,
                 degrade=arguments.degrade,
@@ -131,26 +141,27 @@ def _create(arguments: argparse.Namespace) -> None:
             )
 
         snapshot = controlling(act)
-    with reading() as store:
-        document = document_of(store, arguments.machine, snapshot)
     if snapshot.kind != arguments.kind:
         output.note(f"the memory could not be saved, so this is a {snapshot.kind} snapshot")
-    took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
-    memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else " and memory" if snapshot.inside else ""
-    output.emit(
-        arguments.output,
-        document={"machine": arguments.machine, "snapshot": document},
-        names=[snapshot.name],
-        table=lambda: (
-            f"snapshot {snapshot.name} of {', '.join(document['disks'])}{memory} taken ({snapshot.mode}{took})"
-        ),
-    )
+    print_taken(arguments, snapshot)
 
 
-def _add_layers(arguments: argparse.Namespace, disks: list[str] | None) -> None:
+def _files(named: Sequence[str]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for text in named:
+        disk, equals, path = text.partition("=")
+        if not (disk and equals and path):
+            raise UsageError(f"--file {text!r} is not DISK=PATH; nothing was changed")
+        if disk in files:
+            raise UsageError(f"--file names disk {disk} twice; nothing was changed")
+        files[disk] = path
+    return files
+
+
+def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: dict[str, str]) -> None:
     async def act(controller: "Controller") -> tuple[Layer, ...]:
         vm = await controller.machine(arguments.machine)
-        return await vm.add_layers(disks=disks)
+        return await vm.add_layers(disks=disks, files=files)
 
     layers = controlling(act)
     output.emit(
@@ -316,43 +327,3 @@ def _tree(arguments: argparse.Namespace) -> None:
         names=[snapshot.name for snapshot in snapshots],
         table=lambda: output.tree(machine.name, lambda key: children.get(key, [])),
     )
-
-
-def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any]:
-    """The JSON of one snapshot, as docs/cli.md describes it."""
-    layers = _layers(store, snapshot)
-    return {
-        "name": snapshot.name,
-        "kind": snapshot.kind,
-        "state": snapshot.state,
-        "parent": snapshot.parent,
-        "current": store.machine(machine).current == snapshot.name,
-        "created": output.moment(snapshot.created),
-        "description": snapshot.description,
-        "disks": {
-            point.disk: {"layer": point.layer, "path": layers[point.layer].path, "tag": point.tag}
-            for point in snapshot.points
-        },
-        "pause_ms": snapshot.pause_ms,
-        "mode": snapshot.mode,
-        "vmstate": _vmstate(snapshot.vmstate) if snapshot.vmstate else None,
-        "inside": {"layer": inside.layer, "bytes": inside.bytes} if (inside := snapshot.inside) else None,
-    }
-
-
-def _vmstate(state: Vmstate) -> dict[str, Any]:
-    return {
-        "path": state.path,
-        "bytes": state.bytes,
-        "sha256": state.digest,
-        "mode": state.mode,
-        "layout": state.layout,
-        "compression": state.compression,
-        "steps_ms": state.steps_ms,
-        "qemu": state.hardware.qemu_version,
-        "machine_type": state.hardware.machine_type,
-    }
-
-
-def _layers(store: Store, snapshot: Snapshot) -> dict[str, Layer]:
-    return {point.layer: store.layer(point.layer) for point in snapshot.points}

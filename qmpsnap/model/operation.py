@@ -43,11 +43,17 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Overlay(Struct, frozen=True, kw_only=True):
-    """A new empty layer for one disk."""
+    """A new empty layer for one disk.
+
+    Attributes:
+        part: a name of ours that the file has, too, until the operation settles, where a user has chosen its place:
+            what is at that place is ours only if it is the same file. None in the machine's own folder.
+    """
 
     disk: str
     layer: Layer
     backing: Layer
+    part: str | None = None
 
 
 class DefinePlan(Struct, frozen=True, kw_only=True, tag="define"):

@@ -1,14 +1,14 @@
 """``snapshot create``: every disk's active layer is frozen under a new empty overlay, all disks in one transaction."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import graph
-from qmpsnap.errors import QmpsnapError
+from qmpsnap.block import graph, place
+from qmpsnap.errors import QmpsnapError, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
@@ -17,7 +17,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import asked, commit, memory, recover, recover_create
+from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.memory import Means, MemoryRequest, choose
@@ -35,6 +35,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         name: the snapshot's name; None takes the next free ``snap-N`` (``saved-N`` for one after which QEMU ends).
         description: free text.
         disks: names of the disks to include; None takes all that the spec does not leave out.
+        files: disk to absolute path of its new layer; those not named are put into the machine's folder.
         listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
         memory: save the guest's memory as well, of the same instant; None takes the disks alone.
     """
@@ -43,6 +44,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
     description: str = ""
     disks: tuple[str, ...] | None = None
     listed: bool = True
+    files: Mapping[str, str] = {}
     memory: MemoryRequest | None = None
 
 
@@ -77,14 +79,15 @@ def plan(
         NotFoundError: no disk of that name.
         StateError: a disk cannot be snapshotted.
     """
-    chosen = asked.disks(machine, request.disks)
+    included = asked.disks(machine, request.disks)
+    _require_included(machine, included, request.files)
     if request.memory:
-        asked.require_all(machine, chosen)
+        asked.require_all(machine, included)
     folder = home.machine_dir(machine.name)
     overlays = tuple(
-        Overlay(disk=chain.disk, layer=overlay_on(chain, serial, str(folder)), backing=chain.active)
+        _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk))
         for chain in chains
-        if chain.disk in chosen
+        if chain.disk in included
     )
     change = Change(
         layers=tuple(overlay.layer for overlay in overlays),
@@ -154,6 +157,7 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
         require_spec(machine, "make it start on a new layer")
     chains = await blocking(context.store.chains, name)
     snapshots = await blocking(context.store.snapshots, name)
+    await chosen.require_free(context, name, request.files)
     serial = OperationId(await blocking(context.store.next_serial))
     return machine, plan(
         machine,
@@ -201,6 +205,7 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
                 await graph.require_agreement(work.qemu, chains, machine=name)
             else:
                 require_spec(work.machine, "make it start on a new layer")
+            await chosen.require_free(context, name, request.files)
             operation = await _open(context, work, chains, request)
             assert isinstance(operation.plan, CreatePlan)
             plan = operation.plan
@@ -283,7 +288,10 @@ async def _carry_out(at: _Attempt) -> Change:
         pause_ms = (time.monotonic() - before) * 1000
         await graph.require_agreement(qemu, at.expected, machine=machine.name)
         change = replace(change, snapshots=tuple(replace(found, pause_ms=pause_ms) for found in change.snapshots))
-    await blocking(at.context.store.settle, at.operation.id, machine.name, change)
+    elif any(overlay.part for overlay in plan.overlays):
+        # Once a file has only the name that was chosen, recovery cannot know it for ours: so forward.
+        await at.mark("transaction")
+    await recover_create.settle(at.context, machine, at.operation, change)
     return change
 
 
@@ -298,7 +306,8 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         await memory.written(qemu, at.operation, report=at.report)
     state = await memory.finish(at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps)
     change = recover_create.with_memory(change, state, pause_ms=held.pause_ms)
-    await recover_create.settle(at.context, machine, at.operation, how, change)
+    step = recover_create.ENDING if how.quit else None
+    await recover_create.settle(at.context, machine, at.operation, change, step=step)
     if how.quit:
         await recover_create.quit_saved(at.context, machine, qemu, at.operation)
     return change
@@ -313,6 +322,26 @@ def _expected(chains: Sequence[Chain], plan: CreatePlan) -> tuple[Chain, ...]:
 def _transaction(plan: CreatePlan) -> dict[str, object]:
     pairs = [(node_name(overlay.backing), node_name(overlay.layer)) for overlay in plan.overlays]
     return commands.snapshot_transaction(pairs)
+
+
+def _overlay(machine: Machine, chain: Chain, serial: OperationId, folder: str, path: str | None) -> Overlay:
+    layer = overlay_on(chain, serial, folder)
+    if path is None:
+        return Overlay(disk=chain.disk, layer=layer, backing=chain.active)
+    part = place.part_of(path, f"{machine.uuid[:8]}-{serial}")
+    return Overlay(disk=chain.disk, layer=replace(layer, path=path), backing=chain.active, part=part)
+
+
+def _require_included(machine: Machine, included: frozenset[str], files: Mapping[str, str]) -> None:
+    for disk in files:
+        machine.require_disk(disk)
+        if disk not in included:
+            raise UsageError(
+                f"a file is named for disk {disk} of machine {machine.name}, which the snapshot does not include;"
+                " nothing was changed",
+                hint="name the disk in --disks, or leave out its --file",
+                machine=machine.name,
+            )
 
 
 def _node_options(overlay: Overlay, machine: Machine) -> dict[str, object]:

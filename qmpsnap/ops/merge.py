@@ -90,6 +90,7 @@ async def carry_on(job: MergeJob, monitor: Monitor) -> None:
         await finalize.go_over(job, monitor, pending=pending, settle=lambda: settle(job, monitor))
         await jobs.dismiss(monitor, job.id)
         await close_gone(monitor, job.step)
+        await freeze_again(monitor, job.machine, job.step)
     job.report(replace(info, status="concluded"))
 
 
@@ -160,13 +161,20 @@ async def root_of(monitor: Monitor, step: Merge) -> NodeName:
 
 
 async def freeze_again(monitor: Monitor, machine: Machine, step: Merge) -> None:
-    """Open the base read-only again: QEMU leaves it writable when a commit of the active layer is cancelled."""
-    if step.kind != "commit" or step.into.id not in graph.node_names(await graph.read(monitor)):
+    """Open the layer that was written to read-only again, where the guest does not write to it.
+
+    QEMU leaves it writable when a commit of the active layer is cancelled and, from 10.0 on, after a stream.
+    """
+    name = node_name(step.into)
+    found = graph.by_disk(await graph.read(monitor), frozenset(layer.id for layer in step.chain)).get(step.disk)
+    if found is None or name not in found.nodes[:-1]:
         return
-    below = next((node_name(layer) for layer in step.chain if layer.id == step.into.backing), None)
-    disk = machine.require_disk(step.disk)
-    options = layer_options(step.into, disk, backing=below, read_only=True)
-    await commands.blockdev_reopen(monitor, options | {"file": f"{node_name(step.into)}.file"})
+    if all(node.ro for node in await commands.query_nodes(monitor) if node.node_name == name):
+        return
+    place = found.nodes.index(name)
+    below = NodeName(found.nodes[place - 1]) if place else None
+    options = layer_options(step.into, machine.require_disk(step.disk), backing=below, read_only=True)
+    await commands.blockdev_reopen(monitor, options | {"file": f"{name}.file"})
 
 
 def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> tuple[str, dict[str, object]]:

@@ -32,7 +32,7 @@ from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import remove_new
 from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
-from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.qmp.jobs import JobStuck, Report, unreported
 from qmpsnap.qmp.session import Monitor
 
 SETTLE_DEADLINE = 45.0
@@ -69,6 +69,9 @@ async def end_open(
         try:
             await _end(broken, qemu)
         except OperationPending:
+            raise
+        except JobStuck as error:
+            error.tell(machine.name, waits=True)
             raise
         except QmpsnapError as error:
             raise broken.pending(error.message) from error
@@ -117,7 +120,9 @@ async def after_failure(
     if isinstance(error, QmpsnapError):
         error.machine, error.operation = machine.name, str(operation.id)
         error.effect = {"forward": "applied", "back": "none", None: "unknown"}[direction]  # type: ignore[assignment]
-        if direction is None and not isinstance(error, HostCannot):
+        if isinstance(error, JobStuck):
+            error.tell(machine.name, waits=direction is None)
+        elif direction is None and not isinstance(error, HostCannot):
             error.hint = f"qmpsnap recover {machine.name} finds out and ends it"
 
 

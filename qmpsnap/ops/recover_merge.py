@@ -79,6 +79,7 @@ async def _end_job(broken: Broken, job: MergeJob, monitor: Monitor | None, *, ph
     if monitor is not None:
         await jobs.dismiss(monitor, job.id)
         await merge.close_gone(monitor, job.step)
+        await merge.freeze_again(monitor, job.machine, job.step)
     return True
 
 

@@ -168,6 +168,7 @@ class SqliteStore:
         with self._writing() as sql:
             number = rows.machine_id(sql, machine)
             used = {identity for (identity,) in sql.execute(_USED, (number, number))}
+            named = sql.execute(_NAMED, (number, number)).fetchall()
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             sql.execute("DELETE FROM machine WHERE id = ?", (number,))
             gone: list[Layer] = []
@@ -175,6 +176,7 @@ class SqliteStore:
             while found := [row for row in sql.execute(_UNREFERENCED) if row[0] in used]:
                 gone += [self._layer(row) for row in found]
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
+            sql.executemany(_HIDE, named)
             return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
@@ -316,6 +318,17 @@ _UNREFERENCED = (
     " AND NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
     " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
 )
+_NAMED = (
+    "SELECT active FROM disk WHERE machine = ? UNION SELECT layer FROM point"
+    " JOIN snapshot ON snapshot.id = point.snapshot WHERE snapshot.machine = ?"
+)
+"""Every layer that one machine's disks and snapshots name."""
+_HIDE = (
+    "UPDATE layer SET state = 'hidden', version = version + 1 WHERE id = ? AND state = 'ok'"
+    " AND NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
+    " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
+)
+"""What a deleted snapshot leaves to others is hidden; so is what a forgotten machine leaves."""
 _USED = (
     "WITH RECURSIVE used (id) AS (SELECT active FROM disk WHERE machine = ? UNION SELECT layer FROM point"
     " JOIN snapshot ON snapshot.id = point.snapshot WHERE snapshot.machine = ? UNION SELECT layer.backing FROM used"

@@ -52,8 +52,11 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.state(), str)
     assert_type(await vm.snapshot(), Snapshot)
     assert_type(await vm.snapshot("before", description="text", disks=["vda"]), Snapshot)
+    assert_type(await vm.snapshot(files={"vda": "/srv/vda.qcow2"}), Snapshot)
+    assert_type(await vm.snapshot(files={"vda": Path("vda.qcow2")}), Snapshot)
+    await vm.snapshot(files=["vda"])  # type: ignore[arg-type]
     assert_type(await vm.preview_snapshot("before"), tuple[Machine, CreatePlan])
-    assert_type(await vm.add_layers(disks=["vda"]), tuple[Layer, ...])
+    assert_type(await vm.add_layers(disks=["vda"], files={"vda": "l"}), tuple[Layer, ...])
     assert_type(await vm.preview_add_layers(), tuple[Machine, CreatePlan])
     assert_type(await vm.revert("before", discard=True, state="paused"), Reverted)
     assert_type(await vm.revert(await vm.snapshot()), Reverted)
@@ -71,6 +74,8 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.wait(), list[Operation])
     assert_type(await vm.cancel(), list[Operation])
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
+    assert_type(await vm.push("before", description="text"), Snapshot)
+    assert_type(await vm.pop(), Reverted)
     await vm.revert("before", state="asleep")  # type: ignore[arg-type]
     assert_type(await vm.snapshots(), tuple[Snapshot, ...])
     assert_type(await vm.chains("vda"), tuple[ChainView, ...])
