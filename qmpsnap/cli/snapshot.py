@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from qmpsnap.model.machine import Machine
     from qmpsnap.model.operation import CreatePlan, InternalPlan
 
+_NESTED = frozenset({"disks", "vmstate", "inside", "pause_ms"})
+"""Keys of a snapshot's JSON that its table shows otherwise."""
+
 HERE = "(current, you are here)"
 
 
@@ -279,7 +282,8 @@ def _show(arguments: argparse.Namespace) -> None:
         document = document_of(store, arguments.machine, found[0])
 
     def text() -> str:
-        plain = {key: value for key, value in document.items() if key not in {"disks", "vmstate", "inside"}}
+        plain = {key: value for key, value in document.items() if key not in _NESTED}
+        plain["pause"] = None if document["pause_ms"] is None else f"{document['pause_ms']:.1f} ms"
         if state := document["vmstate"]:
             plain["memory"] = f"{state['path']} ({output.size(state['bytes'])}, {state['mode']}, {state['layout']})"
         if inside := document["inside"]:

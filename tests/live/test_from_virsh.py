@@ -55,7 +55,7 @@ def test_the_page_shows_what_is_printed(home: Path, small_guest: Path, capsys: p
 
 def _comparable(page: str) -> str:
     # How often a job is reported while it runs is chance; its line of the end is what counts.
-    page = re.sub(r"^qs\.\d+\.\w+ \w+: (?!concluded).*\n", "", page, flags=re.MULTILINE)
+    page = re.sub(r"^qs\.\d+\.\w+ [\w-]+: (?!concluded).*\n", "", page, flags=re.MULTILINE)
     return steady(page, Path(SHOWN_HOME))
 
 
