@@ -298,6 +298,7 @@ async def _carry_out(at: _Attempt) -> Change:
 async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change) -> Change:
     machine = at.work.machine
     async with memory.channel(qemu, how) as channel:
+        await memory.shorten(at.context, machine, how)
         # From here on QEMU may have acted, and we may hold the guest.
         await at.mark("transaction")
         held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu))

@@ -18,7 +18,7 @@ from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
-from qmpsnap.machine import statefile
+from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Memory, Operation
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
@@ -36,15 +36,18 @@ MAPPED_RAM_SINCE = (9, 1)
 """The first QEMU with mapped-ram, multifd to a file and direct-io."""
 
 BACKGROUND_MS, BACKGROUND_MS_PER_GIB = 5.0, 20.0
-"""What a background save holds the guest for, by resident memory; printed by ``scripts/bench pause``."""
+"""What a background save holds the guest for, by mapped memory; printed by ``scripts/bench pause``."""
 STOPPED_MS_PER_GIB = 1000.0
-"""What a stopped save holds the guest for, on a disk that is not slow."""
+"""What a stopped save holds the guest for, by resident memory, on a disk that is not slow."""
 
 RESERVE_MORE = 32 << 20
 """Bytes a state may have above QEMU's resident memory: devices, page headers, what the guest touches meanwhile."""
 
 RESUME_DEADLINE = 10.0
 """Seconds for letting the guest run again."""
+
+_TABLE_ENTRY = 8
+"""Bytes of a page table for each page."""
 
 
 class MemoryRequest(Struct, frozen=True, kw_only=True):
@@ -111,7 +114,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
     why = await _why_not_behind_it(machine, qemu, request, running=running, version=version)
     resident = _resident(process.pid)
     if request.max_pause_ms is not None and running and not request.quit:
-        _require_short(machine, why, resident, request.max_pause_ms)
+        _require_short(machine, why, resident if why else _mapped(process.pid), request.max_pause_ms)
     folder = Path(request.file).parent if request.file else context.home.machine_dir(machine.name)
     await to_thread.run_sync(_require_space, folder, resident + RESERVE_MORE)
     mapped = bool(why) and request.compression == "none" and version >= MAPPED_RAM_SINCE
@@ -147,13 +150,13 @@ async def _why_not_behind_it(
     return ""
 
 
-def _require_short(machine: Machine, why: str, resident: int, limit_ms: float) -> None:
-    gib = resident / (1 << 30)
+def _require_short(machine: Machine, why: str, used: int, limit_ms: float) -> None:
+    gib = used / (1 << 30)
     expected = STOPPED_MS_PER_GIB * gib if why else BACKGROUND_MS + BACKGROUND_MS_PER_GIB * gib
     if expected > limit_ms:
         mode = f"has to stand still ({why})" if why else "is held while writes become tracked"
         raise StateError(
-            f"the guest of machine {machine.name} {mode}: about {expected:.0f} ms for {gib:.2f} GiB of resident memory,"
+            f"the guest of machine {machine.name} {mode}: about {expected:.0f} ms for {gib:.2f} GiB of memory,"
             f" and {limit_ms:g} ms were allowed; nothing was changed",
             hint="allow more with --max-pause, or take the disks alone" + ("; see qmpsnap doctor" if why else ""),
             machine=machine.name,
@@ -177,6 +180,16 @@ def _resident(pid: int) -> int:
     """Bytes of a process that are in memory: what of the guest's RAM was ever touched, and QEMU itself."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _mapped(pid: int) -> int:
+    """Bytes of a process that have page tables: those in memory, and what was only ever read.
+
+    A background save reads all of the guest's RAM: from the second one on the tables of all of it have to be changed.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    tables = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmPTE:"))
+    return tables // _TABLE_ENTRY * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -205,6 +218,13 @@ async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+async def shorten(context: Context, machine: Machine, memory: Memory) -> None:
+    """Do what makes the pause shorter and can be done while the guest runs."""
+    process = context.process(machine)
+    if process and memory.mode == "background" and memory.resume:
+        await to_thread.run_sync(hugepages.gather, process.pid)
 
 
 async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact: Callable[[], Awaitable[None]]) -> Held:
