@@ -4,6 +4,7 @@ An image with a tag is never rolled back where anybody else reads it: its file i
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -48,9 +49,9 @@ async def take_out(
     try:
         inside = {found["name"] for found in await _inside(target.path, qemu_img, deadline)}
         _require(tag, inside, source)
-        await _run([qemu_img, "snapshot", "-a", tag, target.path], deadline)
+        await _run([qemu_img, "snapshot", "-a", tag, _alone(target.path)], deadline)
         for other in sorted(inside - ({tag} if keep else set())):
-            await _run([qemu_img, "snapshot", "-d", other, target.path], deadline)
+            await _run([qemu_img, "snapshot", "-d", other, _alone(target.path)], deadline)
         return await to_thread.run_sync(_sync, target)
     except BaseException:
         with anyio.CancelScope(shield=True):
@@ -63,13 +64,23 @@ def discard(target: Layer) -> None:
     Path(target.path).unlink(missing_ok=True)
 
 
-async def go_to(path: str, tag: str, *, qemu_img: str, deadline: float = 600) -> None:
+async def go_to(layer: Layer, tag: str, *, qemu_img: str, deadline: float = 600) -> None:
     """Roll an image back to its tag. Nobody may have it open, and nobody else may read it.
 
     Raises:
+        StoreMismatch: it is not the recorded file.
         HostCannot: qemu-img failed.
     """
-    await _run([qemu_img, "snapshot", "-a", tag, path], deadline)
+    found = await to_thread.run_sync(lambda: header.read(layer.path, format=layer.format))
+    if (found.device, found.inode) != (layer.device, layer.inode):
+        raise StoreMismatch(f"{layer.path} is another file than the one recorded; nothing was changed")
+    await _run([qemu_img, "snapshot", "-a", tag, _alone(layer.path)], deadline)
+
+
+def _alone(path: str) -> str:
+    """The image as qemu-img is to open it: as qcow2, and without following what its header names."""
+    file = {"driver": "file", "filename": path}
+    return "json:" + json.dumps({"driver": "qcow2", "file": file, "backing": None})
 
 
 def _copy(source: str, target: str) -> None:
@@ -102,13 +113,16 @@ def _copy_data(out: int, into: int) -> None:
     while at < size:
         try:
             at = os.lseek(out, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            return
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
         end = os.lseek(out, at, os.SEEK_HOLE)
         while at < end:
             chunk = os.pread(out, min(_CHUNK, end - at), at)
-            os.pwrite(into, chunk, at)
-            at += len(chunk)
+            if not chunk:
+                raise OSError(errno.EIO, "it became shorter while it was read")
+            at += os.pwrite(into, chunk, at)  # the next turn does what a full disk left over, or meets its error
 
 
 def _sync(target: Layer) -> Header:
@@ -127,7 +141,7 @@ def _require(tag: str, inside: Collection[str], source: Layer) -> None:
 
 
 async def _inside(path: str, qemu_img: str, deadline: float) -> list[dict[str, Any]]:
-    said = await _run([qemu_img, "info", "-f", "qcow2", "--output=json", path], deadline)
+    said = await _run([qemu_img, "info", "--output=json", _alone(path)], deadline)
     found: list[dict[str, Any]] = json.loads(said).get("snapshots", [])
     return found
 

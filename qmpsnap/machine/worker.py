@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap.errors import QemuGone, StateError
+from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.machine import argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, wait_end
@@ -40,6 +40,19 @@ async def left_behind(machine: Machine, run_dir: Path) -> AsyncIterator[Session 
     async with monitor(machine, run_dir / FOLDER) as qemu:
         yield qemu
         await _quit(qemu)
+    await _end(process)
+
+
+async def end_leftover(machine: Machine, run_dir: Path) -> None:
+    """End the worker that an earlier process of ours left behind, if it left one that nobody waits for."""
+    process = find(machine, run_dir)
+    if process is None:
+        return
+    try:
+        async with monitor(machine, run_dir / FOLDER) as qemu:
+            await _quit(qemu)
+    except (QemuGone, DeadlinePassed):
+        processes.terminate(process)
     await _end(process)
 
 

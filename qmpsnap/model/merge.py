@@ -209,11 +209,19 @@ def _merge_into(at: Situation, disk: str, run: Sequence[Layer], keeper: LayerId)
             step = stream(at, chain, into=keeper, base=run[0].backing)
         elif kind == "commit" and place < len(run) - 1:
             step = commit(at, chain, base=keeper, top=top)
+            _refuse_loss(at, step)
         else:
             continue
         steps.append(step)
         at = at.after(step.change)
     return tuple(steps)
+
+
+def _refuse_loss(at: Situation, step: Merge) -> None:
+    """Refuse a way of getting rid of layers at which a snapshot is lost that nobody has named."""
+    readable = {snapshot.name for snapshot in at.snapshots if snapshot.state == "ok"}
+    if lost := sorted(s.name for s in step.change.snapshots if s.state == "consumed" and s.name in readable):
+        raise StateError(f"snapshot {', '.join(lost)} would be lost", machine=at.machine)
 
 
 def _how(place: int, length: int) -> str:

@@ -140,6 +140,13 @@ def _kept(at: Situation, chosen: Sequence[Snapshot], removed: Collection[LayerId
     """
     points = [point for snapshot in chosen for point in snapshot.points if point.tag and point.layer not in removed]
     for point in points:
+        if strangers := sorted(at.forest.machines_above(point.layer) - {at.machine}):
+            raise StateError(
+                f"a snapshot is inside layer {point.layer}, which machine {', '.join(strangers)} reads, too: it is never"
+                " written to; nothing was deleted",
+                hint="--metadata forgets the name and leaves the content where it is",
+                machine=at.machine,
+            )
         live = at.live.get(point.disk)
         if at.running and live and point.layer in live.ids and point.layer != live.active.id:
             raise StateError(

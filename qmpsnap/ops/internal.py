@@ -6,6 +6,7 @@ memory the guest stands still until all of it is written.
 
 import time
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 
 from msgspec import Struct
 
@@ -73,7 +74,8 @@ def plan(
     if hardware:
         asked.require_all(machine, chosen)
     name = asked.snapshot_name(machine, snapshots, request.name)
-    tag = f"qs-{serial}"
+    # Not of the number alone: an image may have been another store's, and have that store's tags inside.
+    tag = f"qs-{serial}-{sha256(f'{machine.uuid}/{serial}/{now}'.encode()).hexdigest()[:8]}"
     variables = str(home.variables(machine.name)) if machine.spec.firmware == "uefi" and not machine.adopted else None
     kept = str(home.machine_dir(machine.name) / f"vars-{serial}.fd") if variables else None
     vmstate = next(iter(layers.values())).id if hardware else None
@@ -211,7 +213,7 @@ async def load(context: Context, work: Work, snapshot: Snapshot, chains: Sequenc
     """Load a snapshot with memory into the QEMU that runs; what its disks hold now is overwritten.
 
     Raises:
-        QmpError: QEMU could not; the guest is as it was.
+        QmpError: QEMU could not: it has been ended, and the disks stand at the snapshot.
     """
     assert work.qemu
     assert snapshot.inside
@@ -227,6 +229,8 @@ async def load(context: Context, work: Work, snapshot: Snapshot, chains: Sequenc
     )
     operation = await blocking(context.store.open_operation, work.machine.name, lambda _: planned)
     async with recover.attempting(context, work.machine, work.qemu, operation):
+        found = await commands.query_tags(work.qemu)
+        tagging.require_tags(planned.layers.values(), planned.tag, found)
         await blocking(lambda: context.store.mark(operation.id, "running", step="loading"))
         await commands.control(work.qemu, "stop")
         await tagging.load_into(

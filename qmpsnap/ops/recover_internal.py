@@ -6,7 +6,7 @@ from anyio import to_thread
 
 from qmpsnap.block import tags
 from qmpsnap.errors import QmpError
-from qmpsnap.machine import worker
+from qmpsnap.machine.machine import end
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.operation import InternalPlan, LoadPlan
 from qmpsnap.ops import tagging
@@ -54,8 +54,7 @@ async def _tags(broken: Broken, monitor: Monitor | None, planned: InternalPlan) 
     context, machine = broken.context, broken.machine
     for chain in await blocking(context.store.chains, machine.name):
         if chain.disk in planned.layers:
-            run_dir = context.home.run_dir(machine.name)
-            async with worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir) as qemu:
+            async with tagging.open_in(context, machine, None, chain) as qemu:
                 found |= await commands.query_tags(qemu)
     return found
 
@@ -77,7 +76,8 @@ async def _remove(
 async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
     """End a return to a snapshot inside the active layers: once its job was started, forward is the only way.
 
-    Without a QEMU the disks are rolled back here, which changes nothing where they are already; the machine is stopped.
+    Where QEMU has ended or could not load the memory, the disks are rolled back here, which changes nothing where they
+    are already, and the machine is stopped.
     """
     planned = broken.operation.plan
     assert isinstance(planned, LoadPlan)
@@ -85,25 +85,40 @@ async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
     if operation.step == "planned":
         await broken.mark_failed()
         return "back"
-    if monitor is None:
-        if operation.step == "loading":
-            for layer in planned.layers.values():
-                await tags.go_to(layer.path, planned.tag, qemu_img=context.image.binary)
-            await blocking(lambda: context.store.settle(operation.id, planned.machine, planned.change, step="loaded"))
-        note = f"{broken.error}; the machine was not started again: qmpsnap start {planned.machine}"
-        await broken.mark_settled(error=note)
-        return "forward"
-    loaded = operation.step == "loaded" or await _job_over(broken, monitor)
-    if operation.step == "loading" and loaded:
+    loaded = operation.step == "loaded"
+    if monitor and not loaded:
+        if await jobs.find(monitor, tagging.job_of(operation.id), deadline=jobs.MEMORY_DEADLINE) is None:
+            await _run_on(monitor, planned)  # it never came to that: the guest is as it was
+            await broken.mark_failed()
+            return "back"
+        loaded = await _job_over(broken, monitor)
+    if not loaded:
+        monitor = await _roll_back(broken, monitor, planned)
+    if operation.step == "loading":
         await blocking(lambda: context.store.settle(operation.id, planned.machine, planned.change, step="loaded"))
-    await _dismiss(broken, monitor)
+    if monitor:
+        await _dismiss(broken, monitor)
+        await _run_on(monitor, planned)
+    note = f"{broken.error}; the machine was not started again: qmpsnap start {planned.machine}"
+    await broken.mark_settled(error=None if monitor else note)
+    return "forward"
+
+
+async def _run_on(monitor: Monitor, planned: LoadPlan) -> None:
     if not planned.paused and not (await commands.query_status(monitor)).running:
         await commands.control(monitor, "cont")
-    if not loaded:
-        await broken.mark_failed()
-        return "back"
-    await broken.mark_settled()
-    return "forward"
+
+
+async def _roll_back(broken: Broken, monitor: Monitor | None, planned: LoadPlan) -> None:
+    """Bring the disks to the snapshot without QEMU, which is ended if it lives.
+
+    It may have rolled them back already and then have loaded half of its devices: such a guest must not run on.
+    """
+    if monitor and (process := broken.context.process(broken.machine)):
+        await end(process, monitor)
+    await blocking(broken.context.store.set_process, planned.machine, None)
+    for layer in planned.layers.values():
+        await tags.go_to(layer, planned.tag, qemu_img=broken.context.image.binary)
 
 
 async def _job_over(broken: Broken, monitor: Monitor) -> bool:
@@ -112,7 +127,7 @@ async def _job_over(broken: Broken, monitor: Monitor) -> bool:
     if await jobs.find(monitor, job) is None:
         return False
     try:
-        await jobs.follow(monitor, job, report=broken.report)
+        await jobs.follow(monitor, job, report=broken.report, deadline=jobs.MEMORY_DEADLINE)
     except QmpError:
         return False
     return True

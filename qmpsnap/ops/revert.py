@@ -17,7 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph, tags
-from qmpsnap.errors import NotFoundError, QemuGone, QmpsnapError, StateError
+from qmpsnap.errors import NotFoundError, QemuGone, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
@@ -239,6 +239,8 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
         target = _target(at, request.name)
         await require_same_hardware(context, work.machine, target)
         await to_thread.run_sync(power.require_files, work.machine, points(at, target))
+        await to_thread.run_sync(_require_kept, work.machine, target)
+        _require_frozen(at, target)
         async with _memory(target, request) as loading:
             operation = await _open(context, work, at, request)
             async with recover.attempting(context, work.machine, work.qemu, operation):
@@ -349,6 +351,9 @@ async def _can_load(context: Context, name: str, request: RevertRequest) -> bool
 
 
 async def _load(context: Context, name: str, request: RevertRequest) -> Reverted:
+    machine = await blocking(context.store.machine, name)
+    target = next(s for s in await blocking(context.store.snapshots, name) if s.name == request.name)
+    await require_same_hardware(context, machine, target)
     kept = None
     if not request.discard:
         at = await blocking(context.store.snapshots, name)
@@ -373,6 +378,28 @@ async def _load(context: Context, name: str, request: RevertRequest) -> Reverted
     if request.after and not paused:
         return replace(done, notes=await wake.tell(context, await blocking(context.store.machine, name)))
     return done
+
+
+def _require_kept(machine: Machine, snapshot: Snapshot) -> None:
+    """Make sure that the copy of the variable store is there before anything is ended for it."""
+    if snapshot.variables and not Path(snapshot.variables).is_file():
+        raise StoreMismatch(
+            f"{snapshot.variables}, the variable store of snapshot {snapshot.name}, is not there; nothing was changed",
+            hint="put a copy of it back",
+            machine=machine.name,
+        )
+
+
+def _require_frozen(at: Situation, snapshot: Snapshot) -> None:
+    """Make sure that no guest writes to an image that is to be copied."""
+    active = {chain.active.id for chain in at.live.values()} if at.running else set()
+    if busy := [point.layer for point in snapshot.points if point.tag and point.layer in active]:
+        raise StateError(
+            f"the guest of machine {at.machine} writes to {', '.join(busy)} again, where snapshot {snapshot.name} is"
+            " inside; nothing was changed",
+            hint="another command has come in between: try again",
+            machine=at.machine,
+        )
 
 
 async def _freeze(context: Context, name: str, request: RevertRequest) -> None:
@@ -411,5 +438,12 @@ def _nobodys(after: Situation, chains: Iterable[Chain]) -> tuple[Layer, ...]:
 
 def _may_go(after: Situation, layer: Layer) -> bool:
     """Whether an empty layer can go and nothing is lost: ours, read by nobody, on a point that is listed."""
-    listed = {point.layer for snapshot in after.snapshots if snapshot.state == "ok" for point in snapshot.points}
+    # A point inside a layer is not what that layer holds now.
+    listed = {
+        point.layer
+        for snapshot in after.snapshots
+        if snapshot.state == "ok"
+        for point in snapshot.points
+        if not point.tag
+    }
     return layer.owned and layer.backing in listed and not after.forest.readers(layer.id)

@@ -1,9 +1,8 @@
 """Tags inside images: put in, looked for, gone back to; by the machine's QEMU, or by a worker while it is stopped."""
 
 import os
-import shutil
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import anyio
 from anyio import to_thread
 from msgspec.structs import replace
 
-from qmpsnap.errors import QmpError
+from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.machine import worker
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
@@ -38,7 +37,7 @@ async def tag_live(qemu: Monitor, operation: Operation, planned: InternalPlan, r
             vmstate = next(node_name(layer) for layer in planned.layers.values() if layer.id == planned.vmstate)
             arguments = jobs.memory_arguments(job_of(operation.id), tag=planned.tag, vmstate=vmstate, nodes=nodes)
             await qemu.execute("snapshot-save", arguments)
-            await jobs.follow(qemu, job_of(operation.id), report=report)
+            await jobs.follow(qemu, job_of(operation.id), report=report, deadline=jobs.MEMORY_DEADLINE)
         else:
             await commands.transaction(qemu, commands.internal_transaction(nodes, planned.tag))
     finally:
@@ -55,13 +54,27 @@ async def keep_variables(planned: InternalPlan) -> None:
 
 
 def copy_variables(source: str, target: str) -> None:
-    """Copy a UEFI variable store durably over whatever ``target`` was."""
+    """Copy a UEFI variable store durably over whatever ``target`` was.
+
+    Raises:
+        HostCannot: the source is not there, or there is no space.
+    """
     fresh = Path(f"{target}.part")
-    shutil.copyfile(source, fresh)
-    fresh.chmod(0o600)
-    with fresh.open("r+b") as file:
-        os.fsync(file.fileno())
-    fresh.replace(target)
+    try:
+        fresh.unlink(missing_ok=True)
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(Path(source).read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(target)
+        folder = os.open(fresh.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise HostCannot(f"the variable store {source} cannot be copied: {error.strerror}") from error
 
 
 def forget_variables(path: str) -> None:
@@ -88,11 +101,12 @@ async def tag_stopped(
 
 @asynccontextmanager
 async def open_in(context: Context, machine: Machine, monitor: Monitor | None, chain: Chain) -> AsyncIterator[Monitor]:
-    """The QEMU that has a chain open: the machine's own, or a worker while it is stopped."""
-    if monitor:
+    """The QEMU that has a chain open: the machine's own, or a worker where that has not."""
+    if monitor and node_name(chain.active) in await commands.query_tags(monitor):
         yield monitor
         return
     run_dir = context.home.run_dir(machine.name)
+    await worker.end_leftover(machine, run_dir)
     async with worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir) as qemu:
         yield qemu
 
@@ -119,16 +133,25 @@ def has_tag(found: Mapping[str, Sequence[Tag]], node: str, tag: str) -> bool:
     return any(one.name == tag for one in found.get(node, ()))
 
 
+def require_tags(layers: Iterable[Layer], tag: str, found: Mapping[str, Sequence[Tag]]) -> None:
+    """Make sure that every image has the tag.
+
+    Raises:
+        StoreMismatch: one has not.
+    """
+    for layer in layers:
+        if not has_tag(found, node_name(layer), tag):
+            raise StoreMismatch(f"layer {layer.id} ({layer.path}) has no snapshot {tag} inside")
+
+
 def settled(planned: InternalPlan, found: Mapping[str, Sequence[Tag]], *, pause_ms: float | None = None) -> Change:
     """The plan's change with what was measured.
 
     Raises:
-        QmpError: an image lacks the tag.
+        StoreMismatch: an image lacks the tag.
     """
     snapshot = planned.change.snapshots[0]
-    for layer in planned.layers.values():
-        if not has_tag(found, node_name(layer), planned.tag):
-            raise QmpError(f"layer {layer.id} has no snapshot {planned.tag} inside", effect="unknown")
+    require_tags(planned.layers.values(), planned.tag, found)
     if snapshot.inside:
         sizes = [one.vm_state_size for one in found[snapshot.inside.layer] if one.name == planned.tag]
         snapshot = replace(snapshot, inside=replace(snapshot.inside, bytes=sizes[0]))
@@ -145,4 +168,4 @@ async def load_into(qemu: Monitor, job: JobId, *, tag: str, layers: Mapping[str,
     nodes = {layer.id: node_name(layer) for layer in layers.values()}
     arguments = jobs.memory_arguments(job, tag=tag, vmstate=nodes[vmstate], nodes=list(nodes.values()))
     await qemu.execute("snapshot-load", arguments)
-    await jobs.follow(qemu, job)
+    await jobs.follow(qemu, job, deadline=jobs.MEMORY_DEADLINE)

@@ -170,9 +170,9 @@ async def query_machines(monitor: Monitor) -> tuple[MachineType, ...]:
     return decode("query-machines", await monitor.execute("query-machines"), tuple[MachineType, ...])
 
 
-async def query_jobs(monitor: Monitor) -> tuple[JobInfo, ...]:
-    """Every job QEMU has and nobody dismissed (``query-jobs``)."""
-    return decode("query-jobs", await monitor.execute("query-jobs"), tuple[JobInfo, ...])
+async def query_jobs(monitor: Monitor, *, deadline: float = COMMAND_DEADLINE) -> tuple[JobInfo, ...]:
+    """Every job QEMU has and nobody dismissed (``query-jobs``); ``deadline`` seconds for the answer."""
+    return decode("query-jobs", await monitor.execute("query-jobs", deadline=deadline), tuple[JobInfo, ...])
 
 
 async def query_block_jobs(monitor: Monitor) -> tuple[BlockJobInfo, ...]:

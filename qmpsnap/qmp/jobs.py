@@ -15,7 +15,7 @@ from qmpsnap.errors import HostCannot, QemuGone, QmpError
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
-from qmpsnap.qmp.session import Monitor
+from qmpsnap.qmp.session import COMMAND_DEADLINE, Monitor
 
 JobState = Literal[
     "created", "running", "paused", "ready", "standby", "waiting", "pending", "aborting", "concluded", "null"
@@ -24,6 +24,9 @@ JobState = Literal[
 
 WAKE = 0.25
 """Seconds after which we look at a job even if no event came: progress is told by nothing else."""
+
+MEMORY_DEADLINE = 1800.0
+"""Seconds QEMU may be silent while it saves or loads memory inside images: it answers nobody meanwhile."""
 
 PATIENCE = 10.0
 """Seconds without progress after which a mirror counts as outrun by its guest."""
@@ -132,9 +135,9 @@ def memory_arguments(job: JobId, *, tag: str, vmstate: NodeName, nodes: Sequence
     return {"job-id": job, "tag": tag, "vmstate": vmstate, "devices": list(nodes)}
 
 
-async def find(monitor: Monitor, job: JobId) -> JobInfo | None:
-    """The job as it is now, or None when QEMU has none of that id."""
-    return next((info for info in await commands.query_jobs(monitor) if info.id == job), None)
+async def find(monitor: Monitor, job: JobId, *, deadline: float = COMMAND_DEADLINE) -> JobInfo | None:
+    """The job as it is now, or None when QEMU has none of that id; ``deadline`` seconds for QEMU's answer."""
+    return next((info for info in await commands.query_jobs(monitor, deadline=deadline) if info.id == job), None)
 
 
 async def follow(
@@ -143,6 +146,7 @@ async def follow(
     *until: JobState,
     report: Report = unreported,
     look: Callable[[JobInfo], Awaitable[JobInfo]] | None = None,
+    deadline: float = COMMAND_DEADLINE,
 ) -> JobInfo:
     """Wait until the job is in one of these states; a job that has concluded ends every wait.
 
@@ -155,7 +159,7 @@ async def follow(
     """
     async with monitor.listen("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR") as bell:
         while True:
-            info = await find(monitor, job)
+            info = await find(monitor, job, deadline=deadline)
             if info is None:
                 raise QemuGone(f"job {job} is not in QEMU any more; what became of it is not known", effect="unknown")
             report(await look(info) if look else info)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.block import tags
 from qmpsnap.cli.main import main
-from qmpsnap.errors import NameTaken, StateError
+from qmpsnap.errors import NameTaken, QmpError, StateError
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec
@@ -61,7 +62,9 @@ async def test_memory_and_disks_inside_in_the_same_process(q: qmpsnap.Controller
     assert snapshot.inside is not None
     assert snapshot.inside.bytes > 8 * MIB
     assert snapshot.pause_ms is not None
-    assert [(p.disk, p.layer, p.tag) for p in snapshot.points] == [("vda", "vda-1", "qs-3"), ("vdb", "vdb-2", "qs-3")]
+    tag = snapshot.points[0].tag
+    assert str(tag).startswith("qs-3-")
+    assert [(p.disk, p.layer, p.tag) for p in snapshot.points] == [("vda", "vda-1", tag), ("vdb", "vdb-2", tag)]
     assert (await vm.snapshots())[-1] == snapshot
     await vm.run("touch /dev/shm/later")
     process = (await vm.record()).process
@@ -129,9 +132,13 @@ async def test_disks_alone(q: qmpsnap.Controller, qcow2_spec: MachineSpec, *, ru
     reverted = await vm.revert("inside")
     assert reverted.state == ("paused" if running else "stopped")
     assert reverted.memory is False
+    assert reverted.kept is not None  # what was written since, wherever that lies
+    kept = {point.disk: await content_hash(vm, point.layer) for point in reverted.kept.points}
+    assert kept["vda"] != hashes["vda"]
+    chains = await vm.chains()
     if running:
         await vm.stop(force=True)
-    for chain in await vm.chains():
+    for chain in chains:
         assert await content_hash(vm, chain.active.id) == hashes[chain.disk]
         assert tags_in(vm, chain.active.id) == []
     for point in snapshot.points:
@@ -183,17 +190,17 @@ async def test_a_mixed_tree_keeps_every_invariant(q: qmpsnap.Controller, qcow2_s
 async def test_a_commit_names_what_it_would_take_from_inside(q: qmpsnap.Controller, qcow2_spec: MachineSpec) -> None:
     vm = await q.define(qcow2_spec)
     await vm.start(paused=True)
-    await vm.snapshot("base", kind="internal", memory=False)  # inside vda-1
+    tag = str((await vm.snapshot("base", kind="internal", memory=False)).points[0].tag)  # inside vda-1
     await vm.snapshot("one")  # freezes vda-1
     await vm.snapshot("two", kind="internal", memory=False)  # inside vda-4
-    kept = await tag_hash(vm, LayerId("vda-1"), "qs-3")
+    kept = await tag_hash(vm, LayerId("vda-1"), tag)
     with pytest.raises(StateError, match="one, two") as refused:
         await vm.commit("vda")
     assert "base" not in refused.value.message
     await vm.commit("vda", consume=True)
     states = {s.name: s.state for s in await vm.snapshots()}
     assert states == {"base": "ok", "one": "consumed", "two": "consumed"}
-    assert await tag_hash(vm, LayerId("vda-1"), "qs-3") == kept  # an image's own tags survive a commit into it
+    assert await tag_hash(vm, LayerId("vda-1"), tag) == kept  # an image's own tags survive a commit into it
     await hold_invariants(vm)
 
 
@@ -211,6 +218,97 @@ async def test_a_stream_never_moves_the_ground_below_a_tag(q: qmpsnap.Controller
     with pytest.raises(StateError, match="can only read it"):
         await vm.delete_snapshots("inside")
     await vm.delete_snapshots("inside", metadata=True)
+    await hold_invariants(vm)
+
+
+async def test_deleting_never_takes_another_snapshot_along(q: qmpsnap.Controller, qcow2_spec: MachineSpec) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start(paused=True)
+    await fill(vm, "vda", 1)
+    await vm.snapshot("one")
+    await fill(vm, "vda", 2)
+    inside = await vm.snapshot("inside", kind="internal", memory=False)
+    held = {point.disk: await tag_hash(vm, point.layer, str(point.tag)) for point in inside.points}
+    await fill(vm, "vda", 3)
+    await vm.delete_snapshots("one")
+    assert [(s.name, s.state) for s in await vm.snapshots()] == [("inside", "ok")]
+    for point in inside.points:
+        assert await tag_hash(vm, point.layer, str(point.tag)) == held[point.disk]
+    await hold_invariants(vm)
+
+
+async def test_a_load_that_fails_leaves_no_guest_running(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start()
+    await fill(vm, "vda", 1)
+    snapshot = await vm.snapshot("inside", kind="internal")
+    held = await tag_hash(vm, snapshot.points[0].layer, str(snapshot.points[0].tag))
+    await vm.stop(force=True)
+    store: Any = context_of(vm).store
+    text = msgspec.json.encode(replace((await vm.record()).spec, memory=96 * MIB)).decode()
+    store._connection.execute("UPDATE machine SET spec = ? WHERE name = 'still'", (text,))
+    await vm.start()
+    await fill(vm, "vda", 2)
+    with pytest.raises(StateError, match="of other hardware"):
+        await vm.revert("inside", discard=True)
+    assert await vm.state() == "running"
+    monkeypatch.setattr("qmpsnap.ops.revert.require_same_hardware", _anything_goes)
+    with pytest.raises(QmpError, match="failed") as failed:
+        await vm.revert("inside", discard=True)
+    assert failed.value.effect == "applied"
+    assert await vm.state() == "stopped"  # half of it was loaded: nothing of that runs
+    assert await content_hash(vm, "vda-1") == held
+    await hold_invariants(vm)
+
+
+async def _anything_goes(*_: object) -> None:
+    return
+
+
+async def test_on_another_branch_a_tag_is_deleted_while_the_machine_runs(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start(paused=True)
+    await vm.snapshot("first")
+    inside = await vm.snapshot("inside", kind="internal", memory=False)
+    await vm.snapshot("above")
+    await vm.revert("first")  # the guest is on another branch now
+    await vm.delete_snapshots("inside")
+    assert all(tags_in(vm, point.layer) == [] for point in inside.points)
+    await hold_invariants(vm)
+
+
+async def test_another_machines_base_keeps_its_tags(q: qmpsnap.Controller, qcow2_spec: MachineSpec) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.snapshot("inside", kind="internal")
+    await vm.snapshot("frozen")
+    base = context_of(vm).store.layer(LayerId("vda-1")).path
+    await q.define(
+        replace(qcow2_spec, name="clone", disks=(DiskSpec(name="vda", base=base),)), folders=[Path(base).parent]
+    )
+    with pytest.raises(StateError, match="which machine clone reads, too"):
+        await vm.delete_snapshots("inside")
+    assert len(tags_in(vm, "vda-1")) == 1
+    await vm.delete_snapshots("inside", metadata=True)
+
+
+@pytest.mark.parametrize("step", ["marked started", "with one tag"])
+async def test_killed_while_a_stopped_machine_is_tagged(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, step: str
+) -> None:
+    vm = await q.define(qcow2_spec)
+    point = {
+        "marked started": ("qmpsnap.store.sqlite", "SqliteStore.mark", "after", 1),
+        "with one tag": ("qmpsnap.qmp.commands", "transaction", "after", 1),
+    }[step]
+    await die_at(point, "snapshot", "create", "still", "inside", "--kind", "internal")
+    await vm.recover()
+    assert await vm.snapshots() == ()
+    assert [tags_in(vm, layer) for layer in ("vda-1", "vdb-2")] == [[], []]
+    await vm.snapshot("inside", kind="internal")
     await hold_invariants(vm)
 
 
@@ -242,7 +340,7 @@ async def test_the_command_line(
     assert await vm.snapshots() == ()
     assert "and memory taken" in await said("snapshot create still a --kind internal")
     shown = json.loads(await said("snapshot show still a -o json"))["snapshot"]
-    assert shown["disks"]["vda"]["tag"] == "qs-3"
+    assert shown["disks"]["vda"]["tag"].startswith("qs-3-")
     assert shown["inside"]["layer"] == "vda-1"
     assert "inside vda-1" in await said("snapshot show still a")
     assert "internal" in await said("snapshot list still")
@@ -310,8 +408,8 @@ async def test_killed_in_the_middle(
     vm = await q.define(qcow2_spec)
     await vm.start()
     await fill(vm, "vda", 1)
-    await vm.snapshot("first", kind="internal")
-    first = await tag_hash(vm, LayerId("vda-1"), "qs-3")
+    tag = str((await vm.snapshot("first", kind="internal")).points[0].tag)
+    first = await tag_hash(vm, LayerId("vda-1"), tag)
     await fill(vm, "vda", 2)
     words = {
         "create": ("snapshot", "create", "still", "second", "--kind", "internal"),
@@ -326,7 +424,7 @@ async def test_killed_in_the_middle(
     names = [snapshot.name for snapshot in await vm.snapshots()]
     assert set(names) - {"second"} == {"first"}
     assert [len(tags_in(vm, layer)) for layer in ("vda-1", "vdb-2")] == [len(names)] * 2
-    assert await tag_hash(vm, LayerId("vda-1"), "qs-3") == first
+    assert await tag_hash(vm, LayerId("vda-1"), tag) == first
     await hold_invariants(vm)
     for name in names:
         await vm.revert(name)
@@ -352,15 +450,15 @@ async def test_killed_while_it_is_taken_out(
     vm = await q.define(qcow2_spec)
     await vm.start()
     await fill(vm, "vda", 1)
-    await vm.snapshot("inside", kind="internal")
-    held = await tag_hash(vm, LayerId("vda-1"), "qs-3")
+    tag = str((await vm.snapshot("inside", kind="internal")).points[0].tag)
+    held = await tag_hash(vm, LayerId("vda-1"), tag)
     await vm.stop(force=True)
     await die_at(point, "snapshot", "revert", "still", "inside", "--no-after")
     if qemu == "dies too":
         await kill_qemu(vm)
     await vm.recover()
     assert await vm.recover() == []
-    assert await tag_hash(vm, LayerId("vda-1"), "qs-3") == held
+    assert await tag_hash(vm, LayerId("vda-1"), tag) == held
     await hold_invariants(vm)
     active = [chain.active.id for chain in await vm.chains()]
     assert all(tags_in(vm, layer) == [] for layer in active if layer not in ("vda-1", "vdb-2"))
