@@ -142,8 +142,8 @@ def _kept(at: Situation, chosen: Sequence[Snapshot], removed: Collection[LayerId
     for point in points:
         if strangers := sorted(at.forest.machines_above(point.layer) - {at.machine}):
             raise StateError(
-                f"a snapshot is inside layer {point.layer}, which machine {', '.join(strangers)} reads, too: it is never"
-                " written to; nothing was deleted",
+                f"a snapshot is inside layer {point.layer}, which machine {', '.join(strangers)} reads, too: that is"
+                " never written to; nothing was deleted",
                 hint="--metadata forgets the name and leaves the content where it is",
                 machine=at.machine,
             )

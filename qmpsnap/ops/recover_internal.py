@@ -93,7 +93,8 @@ async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
             return "back"
         loaded = await _job_over(broken, monitor)
     if not loaded:
-        monitor = await _roll_back(broken, monitor, planned)
+        await _roll_back(broken, monitor, planned)
+        monitor = None
     if operation.step == "loading":
         await blocking(lambda: context.store.settle(operation.id, planned.machine, planned.change, step="loaded"))
     if monitor:
