@@ -56,6 +56,7 @@ class ImageTool(Struct, frozen=True):
         Raises:
             ImageRefused: path, size or backing cannot be used.
             StateError: something is at ``path`` already.
+            StoreMismatch: the layer below has another size than is recorded.
             HostCannot: qemu-img is missing or fails, no right, no space.
             DeadlinePassed: qemu-img did not end in time.
         """
@@ -293,7 +294,7 @@ def _check_request(path: str | os.PathLike[str], virtual_size: int) -> Path:
 
 
 def _check_backing(backing: Layer) -> None:
-    """The layer below as an overlay needs it: a plain absolute name, of its format, not encrypted."""
+    """The layer below as an overlay needs it: a plain absolute name, of its format and size, not encrypted."""
     problem = header.backing_fault(backing.path) or ("" if backing.path.startswith("/") else "the path is not absolute")
     if problem:
         raise ImageRefused(f"{printable(backing.path)!r} cannot be a backing: {problem}; {_UNCHANGED}")
@@ -302,6 +303,15 @@ def _check_backing(backing: Layer) -> None:
         # The overlay would hold in plain text what the guest believes to be encrypted.
         raise ImageRefused(
             f"{printable(backing.path)} is encrypted, and overlays of encrypted images are not made yet; {_UNCHANGED}"
+        )
+    if found.virtual_size != backing.virtual_size:
+        # An overlay of the recorded size would cut, or lengthen, the disk that the guest sees.
+        raise StoreMismatch(
+            f"{printable(backing.path)} has {found.virtual_size} bytes for the guest, and {backing.virtual_size} are"
+            f" recorded: it was resized behind qmpsnap; {_UNCHANGED}",
+            hint=f"if the guest does not use the new size, set {backing.virtual_size} bytes again (block_resize, or"
+            " qemu-img resize of a stopped machine); else qmpsnap undefine VM --keep-disks and define it again with"
+            " 'image:'",
         )
 
 

@@ -26,7 +26,7 @@ from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import recover
 from qmpsnap.ops.context import Context, blocking, locked
-from qmpsnap.ops.overlays import identified
+from qmpsnap.ops.overlays import identified, require_free
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
@@ -149,13 +149,16 @@ async def run(
     abilities = await probe.ask(context.qemu, context.home.cache)
     spec = replace(spec, machine=abilities.versioned(spec.machine))
     firmware = find_firmware() if spec.firmware == "uefi" else None
+    run_dir = context.home.run_dir(spec.name)
+    was_there = run_dir.exists()  # a QEMU that this store does not know may live in it
     async with locked(context, spec.name, "define"):
         await end_earlier(context, spec.name)
         try:
             return await _record(context, spec, firmware, (context.home.data, *context.home.images, *folders))
         except BaseException:
             # Refused or failed, there is no machine: its run folder, made for the lock, goes as well.
-            shutil.rmtree(context.home.run_dir(spec.name), ignore_errors=True)
+            if not was_there:
+                shutil.rmtree(run_dir, ignore_errors=True)
             raise
 
 
@@ -178,8 +181,18 @@ async def record(
     serials: int,
     firmware_variables: str | None = None,
 ) -> Machine:
-    """Journal the plan of a new machine, make its files, record it; undone when that fails."""
-    operation = await blocking(lambda: context.store.open_operation(machine.name, make, serials=serials))
+    """Journal the plan of a new machine, make its files, record it; undone when that fails.
+
+    Raises:
+        StateError: something is where a file of it would be.
+    """
+
+    def make_free(serial: OperationId) -> DefinePlan:
+        planned = make(serial)
+        require_free([*(layer.path for layer in planned.created), *([planned.variables] if planned.variables else [])])
+        return planned
+
+    operation = await blocking(lambda: context.store.open_operation(machine.name, make_free, serials=serials))
     async with recover.attempting(context, machine, None, operation):
         await _carry_out(context, operation, firmware_variables=firmware_variables)
     return await blocking(context.store.machine, machine.name)

@@ -1,5 +1,7 @@
 """New layers: made, told by their files, and removed again while nobody has used them."""
 
+import errno
+import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +10,11 @@ import anyio
 from anyio import to_thread
 from msgspec.structs import replace
 
-from qmpsnap.block import place
+from qmpsnap.block import header, place
+from qmpsnap.block.header import printable
 from qmpsnap.block.image import remove
-from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import QmpsnapError, StoreMismatch
+from qmpsnap.block.qcow2 import MAGIC, Header
+from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, Overlay
@@ -71,18 +74,91 @@ def identified(change: Change, headers: Mapping[LayerId, Header], *, pause_ms: f
     return replace(change, layers=layers, snapshots=snapshots)
 
 
-async def remove_new(layers: Iterable[Layer]) -> None:
-    """Remove images that an operation made and nobody has used; whatever looks used is left and said."""
-    for layer in layers:
-        if (identity := await to_thread.run_sync(_identity_of_new, layer)) is not None:
+def require_free(paths: Iterable[str]) -> None:
+    """Make sure that nothing is where new files are planned; called before the journal has the plan.
+
+    Undoing an operation removes what it may have made: what was there before must never become part of one. With a
+    store put back from an older copy the next serial number is in use already, by a layer of the guest's.
+
+    Raises:
+        StateError: something is there.
+        HostCannot: nobody can tell.
+    """
+    for path in paths:
+        try:
+            Path(path).lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise HostCannot(f"{printable(path)} cannot be used: {error.strerror}; nothing was changed") from error
+        raise StateError(
+            f"{printable(path)} exists already; nothing was changed",
+            hint="the store may be older than the disks: put the newer one back; if nobody needs that file, move it"
+            " away",
+        )
+
+
+async def remove_new(made: Iterable[Layer | Overlay]) -> None:
+    """Remove images that an operation made and nobody has used; whatever looks used is left and said.
+
+    Of an :class:`Overlay` the name of its backing is compared, too; a layer alone does not tell it.
+
+    Raises:
+        StoreMismatch: what is there holds something, or is another image than was planned.
+    """
+    for one in made:
+        layer, below = (one, None) if isinstance(one, Layer) else (one.layer, one.backing.path)
+        if (identity := await to_thread.run_sync(_identity_of_new, layer, below)) is not None:
             await remove(layer.path, device=identity[0], inode=identity[1])
 
 
-def _identity_of_new(layer: Layer) -> tuple[int, int] | None:
+def _identity_of_new(layer: Layer, below: str | None) -> tuple[int, int] | None:
     try:
         status = Path(layer.path).lstat()
     except FileNotFoundError:
         return None
-    if not stat.S_ISREG(status.st_mode) or status.st_blocks * 512 > EMPTY_LIMIT:
+    new = stat.S_ISREG(status.st_mode) and status.st_blocks * 512 <= EMPTY_LIMIT
+    try:
+        new = new and _is_new(layer, below, file_size=status.st_size)
+    except OSError as error:
+        raise HostCannot(f"{layer.path} cannot be read: {error.strerror}; it was left as it is") from error
+    if not new:
         raise StoreMismatch(f"{layer.path} should be a new, empty image and is not; it was left as it is")
     return status.st_dev, status.st_ino
+
+
+def _is_new(layer: Layer, below: str | None, *, file_size: int) -> bool:
+    """Whether a small file is the planned image, empty, or the beginning of it, which holds nothing either."""
+    if file_size == 0:
+        return True
+    if layer.format == "raw":
+        return file_size == layer.virtual_size and _all_zero(layer.path)
+    with Path(layer.path).open("rb") as file:
+        head = file.read(32)
+    if head.startswith(MAGIC) and not head[24:].strip(b"\0"):
+        return True  # a disk of no bytes: qemu-img died before it gave the image its size
+    try:
+        found = header.read(layer.path, format="qcow2")
+        empty = header.is_empty(layer)
+    except ImageRefused:
+        return False
+    # Without a backing it is all zeros, as an overlay is until qemu-img has written its backing, as the last thing.
+    ours = found.backing is None or (layer.backing is not None and below in (None, found.backing))
+    return ours and empty and found.virtual_size == layer.virtual_size
+
+
+def _all_zero(path: str) -> bool:
+    """Whether a file of few allocated bytes holds none but zeros; holes are not read."""
+    with Path(path).open("rb", buffering=0) as file:
+        place = 0
+        while True:
+            try:
+                place = os.lseek(file.fileno(), place, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return True  # only holes from there on
+                raise
+            piece = os.pread(file.fileno(), 1 << 20, place)
+            if piece.strip(b"\0"):
+                return False
+            place += len(piece)

@@ -136,8 +136,9 @@ async def _end(broken: Broken, qemu: Monitor | None) -> Direction:
 
 async def _end_define(broken: Broken, plan: DefinePlan) -> Direction:
     """Undo a definition that did not settle: it has no machine yet, and nobody can have used its images."""
-    await remove_new(plan.created)
-    await to_thread.run_sync(remove_folder, broken.context.home, plan.machine)
+    await remove_new([*plan.images, *plan.overlays])
+    made = plan.variables is not None  # a file that was there before it was planned has prevented the plan
+    await to_thread.run_sync(lambda: remove_folder(broken.context.home, plan.machine, variables=made))
     await broken.mark_failed()
     return "back"
 
@@ -207,9 +208,10 @@ async def _answering(broken: Broken, qemu: Monitor | None) -> AsyncIterator[Moni
         yield fresh
 
 
-def remove_folder(home: Home, machine: str) -> None:
-    """Remove a machine's folder with its variable store, unless somebody has put other files there."""
+def remove_folder(home: Home, machine: str, *, variables: bool = True) -> None:
+    """Remove a machine's folder, unless somebody has put other files there; with ``variables`` its variable store."""
     folder = home.machine_dir(machine)
-    home.variables(machine).unlink(missing_ok=True)
+    if variables:
+        home.variables(machine).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

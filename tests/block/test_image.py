@@ -225,6 +225,15 @@ async def test_a_backing_that_is_not_of_its_format(tool: ImageTool, pool: Path, 
     assert not list(pool.iterdir())
 
 
+@pytest.mark.parametrize("size", [MIB // 2, 2 * MIB])
+async def test_no_overlay_of_a_backing_that_was_resized(tool: ImageTool, pool: Path, base: Layer, size: int) -> None:
+    os.truncate(base.path, size)
+    with pytest.raises(StoreMismatch, match=f"has {size} bytes for the guest, and {MIB} are recorded") as caught:
+        await tool.create_overlay(pool / "a", backing=base, virtual_size=MIB)
+    assert caught.value.effect == "none"
+    assert not list(pool.iterdir())
+
+
 async def test_no_plain_overlay_of_an_encrypted_image(
     tool: ImageTool, qemu_img: str, tmp_path: Path, pool: Path
 ) -> None:

@@ -2,20 +2,23 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
+from msgspec.structs import replace
 
 from qmpsnap.block.image import ImageTool
-from qmpsnap.errors import OperationPending, StoreMismatch
-from qmpsnap.model.names import OperationId
-from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
+from qmpsnap.errors import OperationPending, StateError, StoreMismatch
+from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Overlay
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.ops import create, recover
 from qmpsnap.ops.broken import Direction
 from qmpsnap.ops.create import CreateRequest
-from qmpsnap.ops.overlays import EMPTY_LIMIT
+from qmpsnap.ops.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.recover import end_open
 from qmpsnap.ops.recover_create import direction as create_direction
 from qmpsnap.store.sqlite import SqliteStore
@@ -213,6 +216,88 @@ async def test_an_overlay_that_somebody_has_written_to_is_never_removed(
     assert left.state != "failed"
 
 
+async def _write(tool: ImageTool, path: Path, *command: str) -> None:
+    """As a guest would, with qemu-img alone: a block of the image becomes other than its backing's."""
+    await anyio.run_process([tool.binary, *command, str(path)], stdout=subprocess.DEVNULL)
+
+
+async def _recover_refuses(context: BenchContext, file: Path) -> None:
+    before = file.read_bytes()
+    with pytest.raises(OperationPending, match="should be a new, empty image and is not; it was left as it is"):
+        await end_open(context, WEB, None)
+    assert file.read_bytes() == before
+
+
+async def test_little_data_of_a_guest_is_data(context: BenchContext, tool: ImageTool) -> None:
+    left = await broken(context, tool, step="planned")
+    await _write(tool, left.files[0], "bench", "-q", "-w", "-c", "1", "-f", "qcow2", "-o", "0")
+    assert left.files[0].stat().st_blocks * 512 < EMPTY_LIMIT
+    await _recover_refuses(context, left.files[0])
+
+
+async def test_an_empty_image_that_holds_a_tag_is_never_removed(context: BenchContext, tool: ImageTool) -> None:
+    left = await broken(context, tool, step="planned")
+    await _write(tool, left.files[0], "snapshot", "-c", "tag")
+    await _recover_refuses(context, left.files[0])
+
+
+async def test_an_empty_image_of_another_size_is_not_the_planned_one(context: BenchContext, tool: ImageTool) -> None:
+    left = await broken(context, tool, step="planned", made=("vdb",))
+    backing = left.plan.overlays[0].backing
+    await tool.create_overlay(left.files[0], backing=backing, virtual_size=2 * MIB)
+    await _recover_refuses(context, left.files[0])
+
+
+async def test_what_is_no_image_is_not_the_planned_one(context: BenchContext, tool: ImageTool) -> None:
+    left = await broken(context, tool, step="planned", made=("vdb",))
+    left.files[0].write_text("the only copy of something")
+    await _recover_refuses(context, left.files[0])
+
+
+@pytest.mark.parametrize("bytes_kept", [0, 65536])
+async def test_the_beginning_of_an_overlay_goes(context: BenchContext, tool: ImageTool, bytes_kept: int) -> None:
+    """qemu-img died: its file has nothing in it yet, or the header of a disk of no bytes."""
+    left = await broken(context, tool, step="planned")
+    head = bytearray(left.files[0].read_bytes()[:bytes_kept])
+    head[8:48] = bytes(len(head[8:48]))  # no backing, no size, no L1 table
+    left.files[0].write_bytes(head)
+    await end_open(context, WEB, None)
+    left.check_undone()
+
+
+async def test_an_overlay_of_another_image_is_not_the_planned_one(context: BenchContext, tool: ImageTool) -> None:
+    planned, other = context.store.chains("web")
+    new = replace(planned.active, id=LayerId("vda-9"), path=str(context.home.data / "x"), backing=planned.active.id)
+    await tool.create_overlay(new.path, backing=other.active, virtual_size=MIB)
+    with pytest.raises(StoreMismatch, match="it was left as it is"):
+        await remove_new([Overlay(disk="vda", layer=new, backing=planned.active)])
+    await remove_new([Overlay(disk="vda", layer=new, backing=other.active)])
+    assert not Path(new.path).exists()
+
+
+@pytest.mark.parametrize("written", ["zeros", "data"])
+async def test_a_raw_image_goes_only_while_it_holds_nothing(
+    context: BenchContext, tool: ImageTool, written: str
+) -> None:
+    new = replace(context.store.chains("web")[0].base, path=str(context.home.data / "x"), format="raw")
+    await tool.create_base(new.path, format="raw", virtual_size=MIB)
+    Path(new.path).write_bytes(bytes(MIB - 1) + (b"g" if written == "data" else b"\0"))
+    if written == "data":
+        with pytest.raises(StoreMismatch, match="it was left as it is"):
+            await remove_new([new])
+    else:
+        await remove_new([new])
+    assert Path(new.path).exists() == (written == "data")
+
+
+def test_nothing_is_planned_where_something_is(tmp_path: Path) -> None:
+    require_free([str(tmp_path / "a"), str(tmp_path / "no/b")])
+    (tmp_path / "a").symlink_to("nowhere")
+    with pytest.raises(StateError, match="/a exists already; nothing was changed") as refused:
+        require_free([str(tmp_path / "b"), str(tmp_path / "a")])
+    assert "older than the disks" in refused.value.hint
+
+
 async def test_where_an_overlay_stood_and_something_else_stands_it_is_not_removed(
     context: BenchContext, tool: ImageTool, tmp_path: Path
 ) -> None:
@@ -264,6 +349,25 @@ async def test_a_definition_that_died_leaves_none_of_its_files(context: BenchCon
     await end_open(context, new, None)
     assert context.store.operations("new")[-1].state == "failed"
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("whose", ["planned", "another's"])
+async def test_a_definition_that_died_takes_no_variable_store_but_its_own(context: BenchContext, whose: str) -> None:
+    variables = context.home.variables("new")
+    variables.parent.mkdir()
+    variables.write_text("what some guest has set")
+    new = machine(DiskSpec(name="vda", size=MIB), name="new")
+    plan = DefinePlan(
+        machine="new",
+        images=(),
+        overlays=(),
+        change=Change(define=new),
+        variables=str(variables) if whose == "planned" else None,
+    )
+    context.store.open_operation("new", lambda _: plan)
+    await end_open(context, new, None)
+    assert context.store.operations("new")[-1].state == "failed"
+    assert variables.exists() == (whose == "another's")
 
 
 # --- told by the error ----------------------------------------------------------------------------------------------

@@ -1,0 +1,96 @@
+"""What is refused or undone, so that nothing of the guest's goes: disks resized, a store put back, a job refused."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+import qmpsnap
+from qmpsnap.errors import StateError, StoreMismatch
+from qmpsnap.model.spec import DiskSpec, MachineSpec
+from tests.live.machine import MIB, ONE_DISK, fill, hold_invariants, user_monitor
+
+
+async def _resize(vm: qmpsnap.MachineHandle, node: str, size: int) -> None:
+    async with user_monitor(vm) as qemu:
+        await qemu.execute("block_resize", {"node-name": node, "size": size})
+
+
+@pytest.mark.parametrize("disk", ["vda", "vdb"], ids=["qcow2", "raw"])
+async def test_no_layer_goes_over_a_disk_that_was_resized_behind_us(
+    q: qmpsnap.Controller, still_spec: MachineSpec, disk: str
+) -> None:
+    vm = await q.define(still_spec)
+    await vm.start(paused=True)
+    node = next(view.active.id for view in await vm.chains() if view.disk == disk)
+    await _resize(vm, node, 32 * MIB)
+    await fill(vm, disk, 7, offset=30 * MIB)
+    with pytest.raises(StoreMismatch, match="resized behind qmpsnap; nothing was changed") as refused:
+        await vm.snapshot("s")
+    assert refused.value.effect == "none"
+    assert "undefine" in refused.value.hint
+    assert await vm.snapshots() == ()
+    async with user_monitor(vm) as qemu:
+        backends: Any = await qemu.execute("query-block")
+    sizes = {str(b["inserted"]["node-name"]): b["inserted"]["image"]["virtual-size"] for b in backends}
+    assert sizes[node] == 32 * MIB
+    await _resize(vm, node, 16 * MIB)
+    await vm.snapshot("s")
+    await hold_invariants(vm)
+
+
+# --- a store that is older than the disks, or gone --------------------------------------------------------------------
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def _forget_store(home: Path) -> None:
+    for file in home.glob("qmpsnap.db*"):
+        file.unlink()
+
+
+async def test_a_store_put_back_from_an_older_copy_costs_no_data(home: Path, tmp_path: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(ONE_DISK)
+    shutil.copy(home / "qmpsnap.db", tmp_path / "older")
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        await vm.snapshot("lost")
+        await vm.start(paused=True)
+        await fill(vm, "vda", 7)
+        await vm.stop(force=True)
+    _forget_store(home)
+    shutil.copy(tmp_path / "older", home / "qmpsnap.db")
+    before = _files(home / "machines")
+    assert len(before) == 2
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        with pytest.raises(StateError, match=r"vda-2\.qcow2 exists already"):
+            await vm.snapshot("again")
+        assert await vm.snapshots() == ()
+    assert _files(home / "machines") == before
+
+
+@pytest.mark.parametrize("name", ["vda", "vdb"], ids=["the same image", "other images"])
+async def test_without_the_store_a_second_definition_takes_nothing_of_the_first(home: Path, name: str) -> None:
+    spec = MachineSpec(name="still", memory=64 * MIB, firmware="uefi", disks=(DiskSpec(name="vda", size=MIB),))
+    async with qmpsnap.open() as q:
+        await q.define(spec)
+    (home / "machines/still/vars.fd").write_bytes(b"what the guest has set")
+    (home / "run/still").mkdir(exist_ok=True)
+    (home / "run/still/qmp.sock").write_bytes(b"a QEMU's")
+    _forget_store(home)
+    before = _files(home / "machines")
+    async with qmpsnap.open() as q:
+        with pytest.raises(StateError, match="exists already; nothing was changed") as refused:
+            await q.define(replace(spec, disks=(DiskSpec(name=name, size=MIB),)))
+        assert refused.value.effect == "none"
+        assert "older than the disks" in refused.value.hint
+        assert await q.machines() == ()
+        assert q.context.store.operations("still") == ()
+    assert _files(home / "machines") == before
+    assert (home / "run/still/qmp.sock").exists()
