@@ -89,10 +89,10 @@ def reserve(descriptor: int, size: int, path: str) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def also_direct(path: str) -> int | None:
-    """The file once more, past the page cache; None where its file system cannot."""
+def also_direct(descriptor: int) -> int | None:
+    """The very same file once more, past the page cache; None where its file system cannot."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
         return None
 
@@ -100,7 +100,7 @@ def also_direct(path: str) -> int | None:
 def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
     """Digest what QEMU wrote, compress it if the manifest says so, and give it its manifest and name, all durably.
 
-    Whoever did part of it and died is taken up where that ended.
+    Whoever did part of it and died is taken up where that ended. A link in the file's place is not followed.
 
     Args:
         written: the file as QEMU left it; gone afterwards.
@@ -109,41 +109,56 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
 
     Raises:
         StateError: ``path`` exists by now.
-        HostCannot: no space.
+        StoreMismatch: ``written`` is no plain file.
+        HostCannot: no space, or a file system without hard links; nothing has the name ``path``.
     """
     with _translated(path):
-        if manifest.compression == "zstd" and _begins(written) != ZSTD_MAGIC:
+        if manifest.compression == "zstd":
             _compress(written)
-        if not _is_sealed(written, manifest.operation):
-            _seal(written, manifest)
-        os.link(written, path)  # unlike a rename it never takes another file's place
-        Path(written).unlink()
-        _sync_folder(path)
+        with _opened(written, os.O_RDWR) as descriptor:
+            if not _is_sealed(descriptor, written, manifest.operation):
+                _seal(descriptor, manifest)
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size)  # lets go of the room it did not need
+            os.fsync(descriptor)
+            _name(descriptor, written, path)
+        Path(written).unlink(missing_ok=True)
     return find(path)[0]
 
 
-def _begins(path: str) -> bytes:
-    with Path(path).open("rb") as file:
-        return file.read(len(ZSTD_MAGIC))
-
-
-def _is_sealed(path: str, operation: OperationId) -> bool:
+def _is_sealed(descriptor: int, path: str, operation: OperationId) -> bool:
     try:
-        return find(path)[1].operation == operation
+        return _manifest(descriptor, path).operation == operation
     except StoreMismatch:
         return False
 
 
-def _seal(path: str, manifest: Manifest) -> None:
-    """Append the manifest."""
-    with Path(path).open("r+b") as file:
-        file.truncate(os.fstat(file.fileno()).st_size)  # lets go of the room it did not need
-        size, digest = _digest(file.fileno(), os.fstat(file.fileno()).st_size)
-        text = msgspec.json.encode(msgspec.structs.replace(manifest, bytes=size, digest=digest))
-        file.seek(0, os.SEEK_END)
-        file.write(text + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + MAGIC)
-        file.flush()
-        os.fsync(file.fileno())
+def _seal(descriptor: int, manifest: Manifest) -> None:
+    """Append the manifest, into the room that was promised to the stream."""
+    size, digest = _digest(descriptor, os.fstat(descriptor).st_size)
+    text = msgspec.json.encode(msgspec.structs.replace(manifest, bytes=size, digest=digest))
+    left = text + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + MAGIC
+    try:
+        at = size
+        while left:
+            count = os.pwrite(descriptor, left, at)
+            left, at = left[count:], at + count
+    except OSError:
+        os.ftruncate(descriptor, size)  # part of a manifest would be taken for the stream's end
+        raise
+
+
+def _name(descriptor: int, written: str, path: str) -> None:
+    """Give an open file its second name, durably or not at all."""
+    os.link(written, path, follow_symlinks=False)  # unlike a rename it never takes another file's place
+    try:
+        same = os.path.samestat(os.fstat(descriptor), os.lstat(path))
+        _sync_folder(path)
+    except OSError:
+        Path(path).unlink()
+        raise
+    if not same:
+        Path(path).unlink()
+        raise StoreMismatch(f"{written} was replaced by another file")
 
 
 def discard(written: str) -> None:
@@ -244,15 +259,18 @@ def _packed(path: str) -> str:
 
 
 def _compress(path: str) -> None:
-    """Pack a file in place: the packed one takes its name once it is whole."""
+    """Pack a file in place, unless it is: the packed one takes its name once it is whole."""
     packed = _packed(path)
     Path(packed).unlink(missing_ok=True)  # of an earlier try: the name is this operation's alone
-    try:
-        with Path(path).open("rb") as source, os.fdopen(create(packed), "wb") as target:
-            _zstandard().ZstdCompressor().copy_stream(source, target)
-    except BaseException:
-        Path(packed).unlink(missing_ok=True)
-        raise
+    with _opened(path) as descriptor:
+        if os.pread(descriptor, len(ZSTD_MAGIC), 0) == ZSTD_MAGIC:
+            return
+        try:
+            with os.fdopen(os.dup(descriptor), "rb") as source, os.fdopen(create(packed), "wb") as target:
+                _zstandard().ZstdCompressor().copy_stream(source, target)
+        except BaseException:
+            Path(packed).unlink(missing_ok=True)
+            raise
     Path(packed).replace(path)
 
 
@@ -300,9 +318,10 @@ def _zstandard() -> Any:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[int]:
+def _opened(path: str, access: int = os.O_RDONLY) -> Iterator[int]:
     with _translated(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # A pipe in its place must not make us wait for whoever writes to it.
+        descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise StoreMismatch(f"{path} is no plain file; nothing was loaded")

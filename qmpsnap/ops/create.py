@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -305,7 +306,12 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         await at.mark("saving")
         await graph.require_agreement(qemu, at.expected, machine=machine.name)
         await memory.written(qemu, at.operation, report=at.report)
-    state = await memory.finish(at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps)
+    try:
+        state = await memory.finish(at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps)
+    except QmpsnapError:
+        with anyio.CancelScope(shield=True):
+            await at.mark(recover_create.LOST)
+        raise
     change = recover_create.with_memory(change, state, pause_ms=held.pause_ms)
     step = recover_create.ENDING if how.quit else None
     await recover_create.settle(at.context, machine, at.operation, change, step=step)

@@ -25,7 +25,7 @@ class DeleteRequest(Struct, frozen=True, kw_only=True):
 
     Attributes:
         children: also those that grew from them.
-        metadata: only the names; the layers stay as they are and are shown as unreferenced.
+        metadata: only the names and state files; the layers stay as they are and are shown as unreferenced.
     """
 
     names: tuple[str, ...]
@@ -76,7 +76,8 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
     reduced = {layer for reduction in reductions for layer in reduction.layers}
     removed = {layer.id for reduction in reductions for step in reduction.steps for layer in step.removed}
     steps = tuple(step for reduction in reductions for step in reduction.steps)
-    kept = () if request.metadata else _kept(at, chosen, {layer.id for step in steps for layer in step.removed})
+    removed_with = None if request.metadata else {layer.id for step in steps for layer in step.removed}
+    kept = _kept(at, chosen, removed_with)
     return DeletePlan(
         names,
         reductions,
@@ -132,13 +133,20 @@ def _choose(at: Situation, request: DeleteRequest) -> list[Snapshot]:
     return [snapshot for snapshot in at.snapshots if snapshot.name in wanted]
 
 
-def _kept(at: Situation, chosen: Sequence[Snapshot], removed: Collection[LayerId]) -> tuple[Removal, ...]:
+def _kept(at: Situation, chosen: Sequence[Snapshot], removed: Collection[LayerId] | None) -> tuple[Removal, ...]:
     """What goes first: state files, copies of variable stores, tags inside images that stay.
+
+    ``removed`` are the layers that go; None leaves the layers alone, tags and all.
 
     Raises:
         StateError: a tag is inside a layer that the running QEMU only reads.
     """
-    points = [point for snapshot in chosen for point in snapshot.points if point.tag and point.layer not in removed]
+    points = [
+        point
+        for snapshot in chosen
+        for point in snapshot.points
+        if removed is not None and point.tag and point.layer not in removed
+    ]
     for point in points:
         if strangers := sorted(at.forest.machines_above(point.layer) - {at.machine}):
             raise StateError(

@@ -12,7 +12,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Hardware, Vmstate, differences, hardware_of
 from qmpsnap.ops.context import Context
-from qmpsnap.qmp import migration
+from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
 
 
@@ -30,11 +30,22 @@ async def hardware_to_start(context: Context, machine: Machine) -> Hardware:
     return await _hardware(machine, accel=choice.accel, qemu_version=version)
 
 
-async def hardware_now(context: Context, machine: Machine) -> Hardware:
-    """The hardware of the machine that runs."""
+async def hardware_now(context: Context, machine: Machine, qemu: Monitor | None = None) -> Hardware:
+    """The hardware of the machine that runs.
+
+    Args:
+        context: where.
+        machine: the machine.
+        qemu: its monitor, to be asked; the record of one that was found again by its pid file
+            knows neither its version nor for certain its accelerator.
+    """
     process = context.process(machine)
     assert process
-    return await _hardware(machine, accel=process.accel, qemu_version=process.qemu_version)
+    accel, version = process.accel, process.qemu_version
+    if qemu:
+        accel = "kvm" if await commands.query_kvm(qemu) else "tcg"
+        version = await commands.query_version(qemu)
+    return await _hardware(machine, accel=accel, qemu_version=version)
 
 
 async def _hardware(machine: Machine, *, accel: str, qemu_version: str) -> Hardware:

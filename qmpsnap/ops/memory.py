@@ -46,8 +46,13 @@ RESERVE_MORE = 32 << 20
 RESUME_DEADLINE = 10.0
 """Seconds for letting the guest run again."""
 
+HELD = frozenset({"paused", "finish-migrate", "postmigrate"})
+"""``RunState`` names of a guest that stands still for its memory."""
+
 _TABLE_ENTRY = 8
 """Bytes of a page table for each page."""
+_PER_HEADER = 256
+"""Bytes of memory for each byte of page headers, at least: 16 and less for 4096."""
 
 
 class MemoryRequest(Struct, frozen=True, kw_only=True):
@@ -101,9 +106,23 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             machine=machine.name,
         )
     require_spec(machine, "load its memory again")
-    if blocked := (await migration.query(qemu)).blocked_reasons:
+    if request.file and os.path.lexists(request.file):
         raise StateError(
-            f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(blocked)}; nothing was changed",
+            f"{request.file} exists already; nothing was changed",
+            hint="move it away or choose another name",
+            machine=machine.name,
+        )
+    last = await migration.query(qemu)
+    if last.status not in (*migration.ENDED, "none"):
+        raise StateError(
+            f"somebody else migrates machine {machine.name} (it is {last.status}); nothing was changed",
+            hint="wait for the end of that",
+            machine=machine.name,
+        )
+    if last.blocked_reasons:
+        raise StateError(
+            f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(last.blocked_reasons)};"
+            " nothing was changed",
             hint=f"qmpsnap snapshot create {machine.name} takes its disks",
             machine=machine.name,
         )
@@ -112,20 +131,33 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
     version = tuple(int(part) for part in (await commands.query_version(qemu)).split("."))
     running = (await commands.query_status(qemu)).running
     why = await _why_not_behind_it(machine, qemu, request, running=running, version=version)
+    if why and not running and not request.quit:
+        raise StateError(
+            f"machine {machine.name} is paused, and its memory can only be saved in a way that QEMU does not come back"
+            f" from to a paused guest ({why}); nothing was changed",
+            hint=f"qmpsnap save {machine.name} saves it and ends QEMU; or let it run first",
+            machine=machine.name,
+        )
     resident = _resident(process.pid)
     if request.max_pause_ms is not None and running and not request.quit:
         _require_short(machine, why, resident if why else _mapped(process.pid), request.max_pause_ms)
     folder = Path(request.file).parent if request.file else context.home.machine_dir(machine.name)
-    await to_thread.run_sync(_require_space, folder, resident + RESERVE_MORE)
+    cancellable = bool(why) or version >= CANCELLABLE_SINCE
+    expected = resident + RESERVE_MORE
+    # Where running out of space hangs QEMU for ever there must be room for whatever the guest touches meanwhile.
+    ram = machine.spec.memory
+    reserve = expected if cancellable else max(expected, ram + ram // _PER_HEADER + RESERVE_MORE)
+    packed = 0 if request.compression == "none" else expected  # made while the other is still there
+    await to_thread.run_sync(_require_space, folder, reserve + packed)
     mapped = bool(why) and request.compression == "none" and version >= MAPPED_RAM_SINCE
     return Means(
         mode="stopped" if why else "background",
         layout="mapped-ram" if mapped else "stream",
         why=why,
-        hardware=await hardware_now(context, machine),
+        hardware=await hardware_now(context, machine, qemu),
         resume=running,
-        cancellable=bool(why) or version >= CANCELLABLE_SINCE,
-        reserve=resident + RESERVE_MORE,
+        cancellable=cancellable,
+        reserve=reserve,
     )
 
 
@@ -205,7 +237,7 @@ async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]
     descriptors = [await to_thread.run_sync(statefile.create, memory.part)]
     try:
         await to_thread.run_sync(statefile.reserve, descriptors[0], memory.reserve, memory.part)
-        direct = statefile.also_direct(memory.part) if memory.layout == "mapped-ram" else None
+        direct = statefile.also_direct(descriptors[0]) if memory.layout == "mapped-ram" else None
         descriptors += [] if direct is None else [direct]
         await migration.set_up(
             qemu,
@@ -263,8 +295,11 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
         finally:
             if resume:
                 with anyio.move_on_after(RESUME_DEADLINE, shield=True):
-                    # An earlier QEMU has done so by itself; then this changes nothing.
-                    await commands.control(qemu, "cont")
+                    try:
+                        # An earlier QEMU has done so by itself; then this changes nothing.
+                        await commands.control(qemu, "cont")
+                    except QmpError:
+                        await run_on(qemu)  # QEMU had not quite ended its migration
                     clock.step("cont")
         if resume:
             await bell.wait(1.0)
@@ -299,6 +334,14 @@ def _require_success(found: migration.Migration) -> None:
         raise HostCannot(
             f"QEMU could not write the memory: {reason}", hint="look at the space where the state file goes"
         )
+
+
+async def run_on(qemu: Monitor) -> None:
+    """Let a guest run that was held for its memory; one that stands still for another reason does so on."""
+    while (status := (await commands.query_status(qemu)).status) == "finish-migrate":
+        await anyio.sleep(0.002)  # QEMU refuses meanwhile
+    if status in HELD:
+        await commands.control(qemu, "cont")
 
 
 async def give_up(qemu: Monitor, memory: Memory) -> None:

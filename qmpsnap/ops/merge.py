@@ -5,6 +5,7 @@ Per job: ``N:started`` (it may have written) -> ready, complete -> pending -> vC
 with the change, in one SQL transaction -> vCPUs go on -> job dismissed, nodes closed, files removed.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 import anyio
@@ -14,7 +15,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.block.backing import set_backing
 from qmpsnap.block.image import remove
-from qmpsnap.errors import QmpError
+from qmpsnap.errors import QmpError, StoreMismatch
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
@@ -127,9 +128,13 @@ async def remove_files(layers: Iterable[Layer]) -> None:
 
 
 async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, removal: Removal) -> None:
-    """Remove what was kept for snapshots that are gone, beside and inside the images; fine when that is gone, too."""
+    """Remove what was kept for snapshots that are gone, beside and inside the images; fine when that is gone, too.
+
+    A file that somebody has put in a state file's place is left alone.
+    """
     for state in removal.states:
-        await remove(state.path, device=state.device, inode=state.inode)
+        with contextlib.suppress(StoreMismatch):
+            await remove(state.path, device=state.device, inode=state.inode)
     for path in removal.variables:
         await to_thread.run_sync(tagging.forget_variables, path)
     for disk, layer, tag in removal.tags:

@@ -6,7 +6,8 @@ from anyio import to_thread
 from msgspec.structs import replace
 
 from qmpsnap.block import graph, header
-from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
+from qmpsnap.block.image import remove
+from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.machine.machine import end as end_qemu
 from qmpsnap.model.blockdev import node_name
@@ -25,6 +26,9 @@ from qmpsnap.qmp.session import Monitor
 ENDING = "ending"
 """The step at which a machine is saved, and its QEMU still to be ended (:func:`quit_saved`)."""
 
+LOST = "memory lost"
+"""The step at which the disks have moved, and their memory was written but cannot be kept; it is not tried again."""
+
 
 def direction(step: str, *, active: int | None, total: int) -> Direction | None:
     """Whether a broken ``snapshot create`` is finished or undone; pure.
@@ -37,7 +41,7 @@ def direction(step: str, *, active: int | None, total: int) -> Direction | None:
     Returns:
         None when the rules do not cover what was found: someone else has changed the chain.
     """
-    if step not in {"transaction", "saving"}:
+    if step not in {"transaction", "saving", LOST}:
         return "back"
     if active is None or active == total:
         # Without QEMU nobody can tell whether the transaction ran; either way the overlays read the same.
@@ -106,13 +110,22 @@ async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) ->
 
 async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memory: Memory) -> Vmstate | None:
     """The memory, if it was or can be saved whole; the guest runs on if it should, and is still held if it was not."""
-    operation = broken.operation
-    if finished := await to_thread.run_sync(_finished, operation, memory):
+    if broken.operation.step == LOST:
+        return None
+    if finished := await to_thread.run_sync(_finished, broken.operation, memory):
+        if monitor and memory.quit and broken.unfinished == "cancel":  # whoever cancels a save wants the guest to run
+            await remove(finished.path, device=finished.device, inode=finished.inode)
+            return None
         await _run_on(broken, monitor, memory)
         await to_thread.run_sync(statefile.discard, memory.part)  # its other name, if that is still there
         return finished
     if monitor is None or not await to_thread.run_sync(_has_content, memory.part):
         return None
+    return await _kept(broken, plan, memory) if await _is_written(broken, monitor, memory) else None
+
+
+async def _is_written(broken: Broken, monitor: Monitor, memory: Memory) -> bool:
+    """Whether QEMU has written all of it in the end."""
     if (await migration.query(monitor)).status not in migration.ENDED:
         if broken.unfinished == "cancel":
             await saving.give_up(monitor, memory)
@@ -120,13 +133,23 @@ async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memo
             await saving.fixed(monitor, memory.mode)
     await _run_on(broken, monitor, memory)
     if broken.unfinished == "cancel":
-        return None
+        return False
     if (found := await migration.query(monitor)).status not in migration.ENDED and broken.unfinished == "refuse":
         raise broken.still_works(found.status)
-    if (await saving.ended(monitor, operation, report=broken.report)).status != "completed":
-        return None
+    if (await saving.ended(monitor, broken.operation, report=broken.report)).status != "completed":
+        return False
     await migration.put_back(monitor)
-    return await saving.finish(operation, memory, snapshot=plan.change.snapshots[0].name)
+    return True
+
+
+async def _kept(broken: Broken, plan: CreatePlan, memory: Memory) -> Vmstate | None:
+    """The written memory under its own name; None when it cannot have that."""
+    try:
+        return await saving.finish(broken.operation, memory, snapshot=plan.change.snapshots[0].name)
+    except (HostCannot, StateError, StoreMismatch):
+        # A guest is not held, nor a machine kept busy, until somebody makes room or moves a file away.
+        await blocking(lambda: broken.context.store.mark(broken.operation.id, "running", step=LOST))
+        return None
 
 
 async def _run_on(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
@@ -136,18 +159,27 @@ async def _run_on(broken: Broken, monitor: Monitor | None, memory: Memory) -> No
 
 
 async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
-    # Only at this step can it be us who hold the guest; before QEMU's end until then.
-    held = monitor and memory.resume and (broken.operation.step == "transaction" or memory.quit)
-    if monitor and held and not (await commands.query_status(monitor)).running:
-        await commands.control(monitor, "cont")
+    if monitor is None or not memory.resume:
+        return
+    # Only at this step can it be us who paused the guest, before QEMU's end until then; a migration is always ours.
+    paused_by_us = broken.operation.step == "transaction" or memory.quit
+    if paused_by_us or (await commands.query_status(monitor)).status in {"finish-migrate", "postmigrate"}:
+        await saving.run_on(monitor)
 
 
 async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
     """Give the memory up: QEMU stops writing it, the guest runs on if it should, the unfinished file goes."""
-    if monitor:
-        await saving.give_up(monitor, memory)
-        await _resume(broken, monitor, memory)
+    if monitor and broken.operation.step == "planned":
+        # Nothing was stopped or begun yet: a migration is somebody else's.
+        if (await migration.query(monitor)).status in (*migration.ENDED, "none"):
+            await migration.put_back(monitor)
+    elif monitor:
+        try:
+            await saving.give_up(monitor, memory)
+        finally:
+            await _resume(broken, monitor, memory)
         await saving.forget(monitor)
+        await _resume(broken, monitor, memory)  # a migration that came to its end all the same stops the guest again
     await to_thread.run_sync(statefile.discard, memory.part)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 from anyio import to_thread
 
 from qmpsnap.block.image import remove
-from qmpsnap.errors import StateError
+from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.context import Context, blocking
@@ -28,7 +28,8 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
             reads; None refuses when anything would be lost.
 
     Returns:
-        Paths of the images and state files that are left (``keep``) or were removed (``remove``).
+        Paths of the images and state files that are left (``keep``) or were removed (``remove``); a file that
+        somebody has put in the place of one of them is left alone.
 
     Raises:
         StateError: it runs, or something would be lost and ``disks`` is None.
@@ -49,14 +50,22 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
         layers = await blocking(context.store.forget, name)
         files: list[Layer | Vmstate] = [*(layer for layer in layers if layer.owned), *states]
         if disks == "remove":
-            for file in files:
-                await remove(file.path, device=file.device, inode=file.inode)
+            files = [file for file in files if await _remove(file)]
             for kept in variables:
                 await to_thread.run_sync(forget_variables, kept)
             await to_thread.run_sync(remove_folder, context.home, name)
         # The lock goes last, while we hold it: whoever waits for it looks again at what it locked.
         await to_thread.run_sync(lambda: shutil.rmtree(context.home.run_dir(name), ignore_errors=True))
     return [file.path for file in files]
+
+
+async def _remove(file: Layer | Vmstate) -> bool:
+    """Remove a file that is gone for the store; False for one that somebody has put in its place: that stays."""
+    try:
+        await remove(file.path, device=file.device, inode=file.inode)
+    except StoreMismatch:
+        return False
+    return True
 
 
 async def _refuse_loss(context: Context, name: str) -> None:
