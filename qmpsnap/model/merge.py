@@ -60,9 +60,8 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     lost = _Lost(chain, low, high)
     consumed = tuple(replace(s, state="consumed") if any(map(lost.point, s.points)) else s for s in at.snapshots)
     moved = _moved_points(consumed, {layer.id for layer in gone}, into.id)
-    # From now on ``into`` is what ``top`` was: also hidden, if nobody had a name for that, and nobody has one for it.
-    state = into.state if at.forest.references_to(into.id) else highest.state
-    keeper = replace(into, virtual_size=max(into.virtual_size, highest.virtual_size), state=state)
+    # From now on ``into`` is what ``top`` was: also hidden, if nobody had a name for that.
+    keeper = replace(into, virtual_size=max(into.virtual_size, highest.virtual_size), state=highest.state)
     active = {w.disk: into.id for w in at.forest.writers_of(top) if w.machine == at.machine}
     return Merge(
         kind="commit",
