@@ -1,5 +1,11 @@
 """Ending a broken commit, stream or delete: the journal's step, the job QEMU still has, and the headers decide."""
 
+import stat
+from pathlib import Path
+from typing import Final
+
+from anyio import to_thread
+
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.ops import merge
 from qmpsnap.ops.blockjob import qemu_of
@@ -8,6 +14,9 @@ from qmpsnap.ops.context import blocking
 from qmpsnap.ops.merge import MergeJob
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
+
+CLOCK_STEP: Final = 0.1
+"""Seconds by which a file's time may lag behind the clock: file systems know that of the last tick."""
 
 
 async def end(broken: Broken, qemu: Monitor | None) -> Direction:
@@ -37,13 +46,14 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
             report=broken.report,
         )
         async with qemu_of(job, qemu) as monitor:
+            refused = phase == "started" and await _never_began(broken, job, monitor)
             took = await _end_job(broken, job, monitor, phase=phase)
             if monitor and step.live and was_running and not (await commands.query_status(monitor)).running:
                 await commands.control(monitor, "cont")
         if not took:
             # A commit that may have written has overwritten what its snapshots held: they stay marked.
             overwritten = any(isinstance(other, Merge) and other.kind == "commit" for other in plan.steps)
-            return await _undo(broken, plan, opening=not overwritten)
+            return await _undo(broken, plan, opening=refused or not overwritten)
     if isinstance(step, Merge | Removal):
         await merge.remove_files(step.removed)
     if broken.unfinished == "carry on":
@@ -51,6 +61,27 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
     else:
         await broken.mark_settled()
     return "forward"
+
+
+async def _never_began(broken: Broken, job: MergeJob, monitor: Monitor | None) -> bool:
+    """Whether it is certain that QEMU refused the job, the plan's first, so that nothing was written.
+
+    A job of ours that came to be stays in the QEMU that runs the guest until somebody dismisses it; that may have been
+    an earlier recovery which died, or the user, and whoever launched that QEMU may have launched it again. So the file
+    has to say so, too. A worker ends with its jobs: of those nothing is certain.
+    """
+    if monitor is None or not job.step.live or job.number != 0 or await jobs.find(monitor, job.id):
+        return False
+    return await to_thread.run_sync(_unwritten, job.step.into.path, broken.operation.started)
+
+
+def _unwritten(path: str, since: float) -> bool:
+    """Whether nobody has written to a file since then; of a block device its node does not tell."""
+    try:
+        status = Path(path).lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_mtime < since - CLOCK_STEP
 
 
 async def _end_job(broken: Broken, job: MergeJob, monitor: Monitor | None, *, phase: str) -> bool:

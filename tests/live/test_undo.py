@@ -4,13 +4,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.errors import StateError, StoreMismatch
+from qmpsnap.errors import QmpError, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from tests.live.machine import MIB, ONE_DISK, fill, hold_invariants, user_monitor
+from qmpsnap.ops import merge
+from tests.live.machine import (
+    MIB,
+    ONE_DISK,
+    active_hash,
+    content_hash,
+    fill,
+    grown_and_stopped,
+    hold_invariants,
+    user_monitor,
+)
 
 
 async def _resize(vm: qmpsnap.MachineHandle, node: str, size: int) -> None:
@@ -94,3 +105,79 @@ async def test_without_the_store_a_second_definition_takes_nothing_of_the_first(
         assert q.context.store.operations("still") == ()
     assert _files(home / "machines") == before
     assert (home / "run/still/qmp.sock").exists()
+
+
+# --- a commit that QEMU refuses ---------------------------------------------------------------------------------------
+
+
+def _refuse_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let QEMU have something to refuse."""
+    real = merge.start_command
+
+    def refused(*arguments: Any, **rest: Any) -> tuple[str, dict[str, object]]:
+        command, said = real(*arguments, **rest)
+        return command, said | {"base-node": "nobody"}
+
+    monkeypatch.setattr(merge, "start_command", refused)
+
+
+@pytest.mark.parametrize("top", ["s2", None], ids=["middle", "active"])
+async def test_a_refused_commit_consumes_no_snapshot(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch, top: str | None
+) -> None:
+    vm, hashes, now = await grown_and_stopped(q)
+    await vm.start(paused=True)
+    before = await vm.snapshots()
+    _refuse_jobs(monkeypatch)
+    with pytest.raises(QmpError, match="nobody") as refused:
+        await vm.commit("vda", base="s1", top=top, consume=True)
+    assert refused.value.effect == "none"
+    assert await vm.snapshots() == before
+    await hold_invariants(vm, hashes)
+    assert await active_hash(vm) == now
+    monkeypatch.undo()
+    monkeypatch.setenv("QMPSNAP_HOME", str(q.context.home.data))
+    await vm.commit("vda", base="s1", top=top, consume=True)
+    assert {found.name for found in await vm.snapshots() if found.state == "ok"} < {"s1", "s2"}
+
+
+async def test_what_a_stopped_machines_refused_commit_did_is_not_certain(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, _, _ = await grown_and_stopped(q)
+    _refuse_jobs(monkeypatch)
+    with pytest.raises(QmpError):
+        await vm.commit("vda", base="s1", top="s2", consume=True)
+    assert "consumed" in {found.state for found in await vm.snapshots()}
+
+
+@pytest.mark.usefixtures("slow_jobs")
+async def test_a_commit_that_somebody_else_dismissed_has_written(q: qmpsnap.Controller) -> None:
+    vm, hashes, now = await grown_and_stopped(q)
+    await vm.start(paused=True)
+
+    async def meddle() -> None:
+        async with user_monitor(vm) as qemu:
+            while True:
+                found: Any = await qemu.execute("query-jobs")
+                if found and found[0]["current-progress"]:
+                    break
+                await anyio.sleep(0.02)
+            await qemu.execute("job-cancel", {"id": found[0]["id"]})
+            while found and found[0]["status"] != "concluded":
+                await anyio.sleep(0.02)
+                found = await qemu.execute("query-jobs")
+            if found:
+                await qemu.execute("job-dismiss", {"id": found[0]["id"]})
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(meddle)
+        with pytest.raises(QmpsnapError):
+            await vm.commit("vda", base="s1", top="s2", consume=True)
+    states = {found.name: found.state for found in await vm.snapshots()}
+    assert "consumed" in states.values()
+    assert await active_hash(vm) == now
+    for (name, _), recorded in hashes.items():
+        if states[name] == "ok":
+            point = next(found for found in await vm.snapshots() if found.name == name).points[0]
+            assert await content_hash(vm, point.layer) == recorded
