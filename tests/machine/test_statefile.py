@@ -77,13 +77,9 @@ def test_finishing_that_died_is_done_again(
     def dies(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    names = {
-        "link": (os, "link"),
-        "ftruncate": (os, "ftruncate"),
-        "unlink": (Path, "unlink"),
-        "_packed_over": (Path, "replace"),
-    }
-    monkeypatch.setattr(*names.get(dies_in, (statefile, dies_in)), dies)
+    owners = {"link": os, "ftruncate": os, "unlink": Path, "_packed_over": Path}
+    name = "replace" if dies_in == "_packed_over" else dies_in
+    monkeypatch.setattr(owners.get(dies_in, statefile), name, dies)
     try:
         statefile.finish(str(part), str(target), manifest)
     except KeyboardInterrupt:
