@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import memory
 from qmpsnap.qmp import migration
-from tests.live.machine import MIB, context_of, hold_invariants, user_monitor
+from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 
 COUNT = """
 mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt && test -b /dev/vda || exit 1
@@ -548,3 +549,170 @@ async def test_a_cancelled_scope_leaves_no_trace(q: qmpsnap.Controller, guest_sp
     await hold_invariants(vm)
     await vm.snapshot("all", kind="full")
     await hold_invariants(vm)
+
+
+# --- a file that cannot be had; none of these needs a guest -----------------------------------------------------------
+
+
+@pytest.fixture
+async def still(q: qmpsnap.Controller, still_spec: MachineSpec) -> qmpsnap.MachineHandle:
+    """A machine whose firmware runs and waits."""
+    vm = await q.define(still_spec)
+    await vm.start()
+    return vm
+
+
+async def require_untouched(vm: qmpsnap.MachineHandle, chain: tuple[str, ...]) -> None:
+    """The guest runs, nothing is left to be ended, and there is no trace of a save."""
+    assert await vm.state() == "running"
+    assert await vm.recover() == []
+    assert await vm.snapshots() == ()
+    assert (await vm.chains())[0].ids == chain
+    assert list(context_of(vm).home.machine_dir(vm.name).glob("*.vmstate*")) == []
+    await hold_invariants(vm)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+async def test_saved_only_where_nothing_is(still: qmpsnap.MachineHandle, tmp_path: Path, kind: str) -> None:
+    chain = (await still.chains())[0].ids
+    taken = tmp_path / "taken"
+    if kind == "folder":
+        taken.mkdir()
+    elif kind == "file":
+        taken.touch()
+    else:
+        taken.symlink_to("nowhere")
+    with pytest.raises(StateError, match="taken exists already; nothing was changed"):
+        await still.save(taken)
+    assert list(tmp_path.iterdir()) == [taken]
+    await require_untouched(still, chain)
+
+
+@pytest.mark.parametrize("verb", ["snapshot", "save"])
+@pytest.mark.parametrize("failing", ["taken meanwhile", "no hard links", "no room"])
+async def test_a_state_that_cannot_be_finished_is_given_up(
+    still: qmpsnap.MachineHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, verb: str
+) -> None:
+    chain = (await still.chains())[0].ids
+    theirs = []
+    real = statefile.finish
+
+    def fails(written: str, path: str, manifest: statefile.Manifest) -> Any:
+        if failing == "taken meanwhile":
+            Path(path).write_text("mine")
+            theirs.append(Path(path))
+            return real(written, path, manifest)
+        raise HostCannot(failing)
+
+    monkeypatch.setattr(statefile, "finish", fails)
+    with pytest.raises(StateError if failing == "taken meanwhile" else HostCannot) as failed:
+        await (still.save(tmp_path / "state") if verb == "save" else still.snapshot("all", kind="full"))
+    monkeypatch.undo()
+    assert failed.value.effect == "none"
+    for file in theirs:
+        assert file.read_text() == "mine"
+        file.unlink()
+    assert list(tmp_path.iterdir()) == []
+    await require_untouched(still, chain)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_cancelled_save_lets_the_guest_run(
+    still: qmpsnap.MachineHandle, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    real = memory.finish
+    with anyio.CancelScope() as scope:
+
+        async def cancelled(*arguments: Any, **more: Any) -> Any:
+            state = await real(*arguments, **more) if when == "after" else None
+            scope.cancel()
+            await anyio.lowlevel.checkpoint()
+            return state
+
+        monkeypatch.setattr(memory, "finish", cancelled)
+        await still.save()
+    assert scope.cancelled_caught
+    assert await still.state() == "running"
+    assert await still.recover() == []
+    assert await still.snapshots() == ()
+    assert list(context_of(still).home.machine_dir("still").glob("*.vmstate*")) == []
+    monkeypatch.undo()
+    await still.save()
+    assert await still.state() == "stopped"
+
+
+async def test_somebody_elses_migration_is_left_alone(still: qmpsnap.MachineHandle, tmp_path: Path) -> None:
+    chain = (await still.chains())[0].ids
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        async with user_monitor(still) as qemu:
+            await qemu.execute("migrate-set-parameters", {"max-bandwidth": 4096})
+            await qemu.execute("migrate", {"uri": f"unix:{path}"})
+        with pytest.raises(StateError, match="somebody else migrates"):
+            await still.snapshot("all", kind="full")
+        with pytest.raises(StateError, match="somebody else migrates"):
+            await still.save()
+        async with user_monitor(still) as qemu:
+            found: Any = await qemu.execute("query-migrate")
+            assert found["status"] in ("setup", "active")
+            await qemu.execute("migrate_cancel")
+            while (await qemu.execute("query-migrate"))["status"] != "cancelled":  # type: ignore[index]
+                await anyio.sleep(0.01)
+    await require_untouched(still, chain)
+    await still.snapshot("all", kind="full")
+
+
+@pytest.mark.parametrize("verb", ["delete", "undefine"])
+async def test_a_file_in_a_states_place_is_left_alone(
+    q: qmpsnap.Controller, still: qmpsnap.MachineHandle, tmp_path: Path, verb: str
+) -> None:
+    state = (await still.snapshot("all", kind="full")).vmstate
+    assert state is not None
+    file = Path(state.path)
+    file.rename(tmp_path / "moved")
+    file.write_text("mine")
+    if verb == "delete":
+        await still.delete_snapshots("all")
+        assert await still.snapshots() == ()
+        assert await still.recover() == []
+    else:
+        await still.stop(force=True)
+        assert str(file) not in await still.undefine(disks="remove")
+        assert await q.machines() == ()
+    assert file.read_text() == "mine"
+
+
+async def test_the_state_goes_with_the_name_alone(still: qmpsnap.MachineHandle) -> None:
+    snapshot = await still.snapshot("all", kind="full")
+    assert snapshot.vmstate is not None
+    await still.delete_snapshots("all", metadata=True)
+    assert not Path(snapshot.vmstate.path).exists()
+    await hold_invariants(still)
+
+
+async def test_a_qemu_that_was_found_again_is_asked_what_it_is(still: qmpsnap.MachineHandle) -> None:
+    record = await still.record()
+    assert record.process is not None
+    lost = replace(record.process, qemu_version="", accel="auto")
+    context_of(still).store.set_process(still.name, lost)
+    snapshot = await still.snapshot("all", kind="full")
+    assert snapshot.vmstate is not None
+    hardware = snapshot.vmstate.hardware
+    assert (hardware.qemu_version, hardware.accel) == (record.process.qemu_version, record.process.accel)
+
+
+async def test_a_paused_guest_is_not_left_unable_to_write(
+    still: qmpsnap.MachineHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_right(*_: Any, **__: Any) -> str:
+        return "no right"
+
+    monkeypatch.setattr(memory, "_why_not_behind_it", no_right)
+    async with user_monitor(still) as qemu:
+        await qemu.execute("stop")
+    with pytest.raises(StateError, match="is paused"):
+        await still.snapshot("all", kind="full")
+    assert await still.state() == "paused"
+    await fill(still, "vda", 1)

@@ -12,6 +12,7 @@ STORE = "qmpsnap.store.sqlite"
 COMMANDS = "qmpsnap.qmp.commands"
 MIGRATION = "qmpsnap.qmp.migration"
 MEMORY = "qmpsnap.ops.memory"
+STATEFILE = "qmpsnap.machine.statefile"
 STEPS = {
     "after the journal row": (STORE, "SqliteStore.open_operation", "after", 1),
     "with the overlays open": (COMMANDS, "blockdev_add", "after", 2),
@@ -25,9 +26,28 @@ STEPS = {
     "marked saving": (STORE, "SqliteStore.mark", "after", 2),
     "with the memory written": (MEMORY, "written", "after", 1),
     "with QEMU put back": (MIGRATION, "put_back", "after", 1),
+    "with the manifest appended": (STATEFILE, "_seal", "after", 1),
+    "with the name given": (STATEFILE, "_sync_folder", "before", 1),
     "with the file finished": ("qmpsnap.machine.statefile", "finish", "after", 1),
     "settled": (STORE, "SqliteStore.settle", "after", 1),
 }
+PACKING = {
+    "packing": (STATEFILE, "_zstandard", "after", 2),
+    "packed": (STATEFILE, "_compress", "after", 1),
+    "with the manifest appended": (STATEFILE, "_seal", "after", 1),
+    "with the name given": (STATEFILE, "_sync_folder", "before", 1),
+}
+TAKEN = ("with the name given", "with the file finished", "settled")
+"""From here on the snapshot is there, whatever becomes of QEMU."""
+TAKEN_IF_ALIVE = (
+    "with the memory on its way",
+    "with the memory fixed",
+    "marked saving",
+    "with the memory written",
+    "with QEMU put back",
+    "with the manifest appended",
+)
+"""From here on QEMU has the memory of the right instant, and it ends as a snapshot if QEMU lives."""
 ONLY_SNAPSHOT = {"with the guest held"}
 """A save stops the guest as well, but never lets it run again: the step is no other than the next."""
 VERBS = {"snapshot": ("snapshot", "create", "still", "all", "--kind", "full"), "save": ("save", "still")}
@@ -66,6 +86,7 @@ async def test_killed_in_the_middle(
     assert await vm.recover() == []
     snapshots = {found.name: found for found in await vm.snapshots()}
     taken = snapshots.get("all") or snapshots.get("saved-1")
+    assert bool(taken) == (step in TAKEN or (qemu == "lives" and step in TAKEN_IF_ALIVE))
     ended = verb == "save" and taken is not None
     assert await vm.state() == ("stopped" if qemu == "dies too" or ended else "running")
     await hold_invariants(vm, hashes)
@@ -78,6 +99,29 @@ async def test_killed_in_the_middle(
             await vm.start()
         await vm.snapshot("again", kind="full")
     await hold_invariants(vm, hashes)
+
+
+@pytest.mark.parametrize("qemu", ["lives", "dies too"])
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("step", PACKING)
+async def test_killed_while_it_is_packed(
+    q: qmpsnap.Controller, still_spec: MachineSpec, step: str, verb: str, qemu: str
+) -> None:
+    vm = await q.define(still_spec)
+    await vm.start()
+    await die_at(PACKING[step], *VERBS[verb], "--compress", "zstd")
+    if qemu == "dies too":
+        await kill_qemu(vm)
+    await vm.recover()
+    assert await vm.recover() == []
+    taken = [found.name for found in await vm.snapshots()]
+    if qemu == "lives" or step in TAKEN:
+        assert taken == ["all" if verb == "snapshot" else "saved-1"]
+        await vm.revert(taken[0])
+        assert await vm.state() == "running"
+    else:
+        assert taken == []
+    await hold_invariants(vm)
 
 
 @pytest.mark.parametrize("step", ["with the file at hand", "loading", "loaded"])

@@ -1,5 +1,6 @@
 """State files: what is written, what of it is noticed again, and that finishing may die anywhere and be done again."""
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -64,7 +65,9 @@ def test_what_was_written_is_loaded(part: Path, compression: str) -> None:
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-@pytest.mark.parametrize("dies_in", ["_compress", "_packed_over", "_seal", "link", "unlink", "_sync_folder"])
+@pytest.mark.parametrize(
+    "dies_in", ["_compress", "_packed_over", "_seal", "ftruncate", "link", "_sync_folder", "unlink"]
+)
 def test_finishing_that_died_is_done_again(
     part: Path, compression: str, dies_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,8 +77,9 @@ def test_finishing_that_died_is_done_again(
     def dies(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    names = {"link": (os, "link"), "unlink": (Path, "unlink"), "_packed_over": (Path, "replace")}
-    monkeypatch.setattr(*names.get(dies_in, (statefile, dies_in)), dies)
+    owners = {"link": os, "ftruncate": os, "unlink": Path, "_packed_over": Path}
+    name = "replace" if dies_in == "_packed_over" else dies_in
+    monkeypatch.setattr(owners.get(dies_in, statefile), name, dies)
     try:
         statefile.finish(str(part), str(target), manifest)
     except KeyboardInterrupt:
@@ -111,6 +115,67 @@ def test_a_link_is_not_followed(part: Path) -> None:
         statefile.find(str(link))
     with pytest.raises(StateError):
         statefile.create(str(link))
+
+
+def test_what_took_the_place_of_the_written_one_is_not_finished(part: Path) -> None:
+    other = part.parent / "other"
+    other.write_text("mine")
+    part.unlink()
+    part.symlink_to(other)
+    with pytest.raises(HostCannot):
+        statefile.finish(str(part), str(part.parent / "all"), MANIFEST)
+    with pytest.raises(HostCannot):
+        statefile.finish(str(part), str(part.parent / "all"), replace(MANIFEST, compression="zstd"))
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(StoreMismatch, match="no plain file"):
+        statefile.finish(str(part), str(part.parent / "all"), MANIFEST)
+    assert other.read_text() == "mine"
+    assert not (part.parent / "all").exists()
+
+
+def fails(*_: object, **__: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("failing", [(os, "link"), (statefile, "_sync_folder"), (os, "pwrite")])
+def test_what_cannot_be_finished_has_no_name(
+    part: Path, failing: tuple[object, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = part.parent / "all"
+    monkeypatch.setattr(*failing, fails)
+    with pytest.raises(HostCannot, match="Input/output error"):
+        statefile.finish(str(part), str(target), MANIFEST)
+    assert list(part.parent.iterdir()) == [part]
+    monkeypatch.undo()
+    statefile.finish(str(part), str(target), MANIFEST)
+    assert loaded(target) == STREAM
+
+
+def test_the_manifest_goes_into_the_promised_room(part: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptor = os.open(part, os.O_WRONLY)
+    statefile.reserve(descriptor, 32 << 20, str(part))
+    os.close(descriptor)
+    real, before = os.pwrite, []
+
+    def noting(descriptor: int, content: bytes, at: int) -> int:
+        before.append(os.fstat(descriptor).st_blocks * 512)
+        return real(descriptor, content, at)
+
+    monkeypatch.setattr(os, "pwrite", noting)
+    statefile.finish(str(part), str(part.parent / "all"), MANIFEST)
+    assert before[0] >= 32 << 20
+    assert (part.parent / "all").stat().st_blocks * 512 < 16 << 20
+
+
+def test_past_the_page_cache_it_is_the_same_file(part: Path) -> None:
+    descriptor = os.open(part, os.O_WRONLY)
+    part.rename(part.parent / "moved")
+    direct = statefile.also_direct(descriptor)
+    if direct is not None:  # not every file system can
+        assert os.path.samestat(os.fstat(direct), os.fstat(descriptor))
+        os.close(direct)
+    os.close(descriptor)
 
 
 @pytest.mark.parametrize("umask", [0, 0o777])
