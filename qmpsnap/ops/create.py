@@ -22,7 +22,7 @@ from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.memory import Means, MemoryRequest, choose
-from qmpsnap.ops.overlays import identified, make_overlays, overlay_on
+from qmpsnap.ops.overlays import identified, make_overlays, overlay_on, require_free
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.jobs import Report, unreported
@@ -240,7 +240,7 @@ async def _open(context: Context, work: Work, chains: Sequence[Chain], request: 
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
     def make(serial: OperationId) -> CreatePlan:
-        return plan(
+        planned = plan(
             work.machine,
             chains,
             snapshots,
@@ -251,6 +251,8 @@ async def _open(context: Context, work: Work, chains: Sequence[Chain], request: 
             now=time.time(),
             means=means,
         )
+        require_free(overlay.layer.path for overlay in planned.overlays)
+        return planned
 
     return await blocking(context.store.open_operation, work.machine.name, make)
 

@@ -23,6 +23,7 @@ from qmpsnap.model.vmstate import Hardware, Inside
 from qmpsnap.ops import asked, recover, tagging
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.loading import hardware_now
+from qmpsnap.ops.overlays import require_free
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
@@ -145,7 +146,13 @@ def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
 
 
 async def _open(context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest) -> Operation:
-    make = await _planner(context, work, chains, request)
+    planner = await _planner(context, work, chains, request)
+
+    def make(serial: OperationId) -> InternalPlan:
+        planned = planner(serial)
+        require_free([planned.variables[1]] if planned.variables else [])
+        return planned
+
     return await blocking(context.store.open_operation, work.machine.name, make)
 
 

@@ -32,7 +32,7 @@ from qmpsnap.ops.context import Context, blocking, in_thread, require_spec
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.loading import Loading, require_same_hardware
-from qmpsnap.ops.overlays import make_overlays, overlay_on
+from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
 from qmpsnap.ops.power import LoadingInside
 from qmpsnap.ops.switch import all_empty, switch
 from qmpsnap.ops.tagging import job_of
@@ -270,7 +270,9 @@ async def _open(context: Context, work: Work, at: Situation, request: RevertRequ
     mode = await asked.mode_of(work.qemu)
 
     def make(serial: OperationId) -> RevertPlan:
-        return plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+        planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+        require_free(one.layer.path for one in planned.new)
+        return planned
 
     return await blocking(context.store.open_operation, work.machine.name, make)
 
