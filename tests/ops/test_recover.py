@@ -15,7 +15,7 @@ from qmpsnap.errors import OperationPending, StateError, StoreMismatch
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Overlay
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import create, recover
+from qmpsnap.ops import create, recover, recover_merge
 from qmpsnap.ops.broken import Direction
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.overlays import EMPTY_LIMIT, remove_new, require_free
@@ -415,3 +415,12 @@ async def test_when_the_store_fails_as_well_the_effect_is_unknown_and_the_operat
     store._connection.execute("PRAGMA query_only=OFF")
     await end_open(context, WEB, FakeQemu(NEW))
     left.check_settled()
+
+
+def test_a_file_tells_whether_a_job_has_written_to_it(tmp_path: Path) -> None:
+    file = tmp_path / "layer"
+    file.write_bytes(b"x")
+    os.utime(file, (100.0, 100.0))
+    assert [recover_merge._unwritten(str(file), since) for since in (99.0, 100.05, 101.0)] == [False, False, True]
+    assert not recover_merge._unwritten(str(tmp_path / "none"), 101.0)
+    assert not recover_merge._unwritten("/dev/null", 1e12)
