@@ -251,7 +251,7 @@ async def _open(context: Context, work: Work, chains: Sequence[Chain], request: 
             now=time.time(),
             means=means,
         )
-        require_free(overlay.layer.path for overlay in planned.overlays)
+        require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
         return planned
 
     return await blocking(context.store.open_operation, work.machine.name, make)

@@ -167,7 +167,7 @@ async def _planner(
         )
     hardware = None
     if work.qemu and request.memory is not False:
-        hardware = await hardware_now(context, work.machine)
+        hardware = await hardware_now(context, work.machine, work.qemu)
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
     def make(serial: OperationId) -> InternalPlan:

@@ -147,7 +147,7 @@ async def _end_revert(broken: Broken, monitor: Monitor | None) -> Direction:
     operation, plan = broken.operation, broken.operation.plan
     assert isinstance(plan, RevertPlan)
     if operation.step == "planned":
-        await remove_new([overlay.layer for overlay in plan.overlays])
+        await remove_new(plan.overlays)
         for copy in plan.copies:
             await to_thread.run_sync(tags.discard, copy.layer)
         await broken.mark_failed()

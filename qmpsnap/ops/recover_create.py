@@ -79,7 +79,7 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
         for name in sorted(names & graph.node_names(found)):
             await commands.blockdev_del(monitor, NodeName(name))
     await chosen.undo(plan.overlays)
-    await remove_new([overlay.layer for overlay in plan.overlays if not overlay.part])
+    await remove_new([overlay for overlay in plan.overlays if not overlay.part])
     await broken.mark_failed()
     return way
 
