@@ -13,16 +13,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import NotFoundError
 from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.machine_handle import MachineHandle
-from qmpsnap.model.home import Home
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import adopt, define
 from qmpsnap.ops.adopt import Adopted
-from qmpsnap.ops.context import Context, blocking, this_host
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.ops.context import Context, blocking, opened
 
 
 @asynccontextmanager
@@ -37,22 +34,8 @@ async def open_controller(home: str | os.PathLike[str] | None = None) -> AsyncIt
         StoreTooNew: a newer qmpsnap wrote the store.
         HostCannot: the store cannot be opened.
     """
-    environment = dict(os.environ)
-    if home is not None:
-        environment["QMPSNAP_HOME"] = os.fspath(home)
-    places = Home.from_environment(environment, uid=os.geteuid())
-    store = await blocking(lambda: SqliteStore(places.store, machines=places.machines))
-    context = Context(
-        home=places,
-        store=store,
-        qemu=environment.get("QMPSNAP_QEMU") or "qemu-system-x86_64",
-        image=ImageTool(environment.get("QMPSNAP_QEMU_IMG") or "qemu-img"),
-        host=this_host(),
-    )
-    try:
+    async with opened(home) as context:
         yield Controller(context)
-    finally:
-        store.close()
 
 
 class Controller:

@@ -40,7 +40,7 @@ class Following(Generic[T]):
 async def progress(act: Callable[[Report], Awaitable[T]]) -> AsyncIterator[Following[T]]:
     """Run a verb beside the block, which can iterate over its job's progress; the block's end waits for the verb's.
 
-    A block that raises, or is cancelled, cancels the job and leaves the chain as before.
+    A block that raises, or is cancelled, cancels the job and leaves the chain as before; its error comes out as it is.
 
     Args:
         act: calls one verb with the report it is given.
@@ -51,6 +51,7 @@ async def progress(act: Callable[[Report], Awaitable[T]]) -> AsyncIterator[Follo
     send, receive = anyio.create_memory_object_stream[JobInfo](_WAITING)
     following = Following[T](receive)
     failure: list[Exception] = []
+    raised: Exception | None = None
 
     def report(info: JobInfo) -> None:
         try:
@@ -68,6 +69,12 @@ async def progress(act: Callable[[Report], Awaitable[T]]) -> AsyncIterator[Follo
     with receive:
         async with anyio.create_task_group() as group:
             group.start_soon(run)
-            yield following
+            try:
+                yield following
+            except Exception as error:  # noqa: BLE001 - as above
+                raised = error
+                group.cancel_scope.cancel()
+    if raised:
+        raise raised
     if failure:
         raise failure[0]

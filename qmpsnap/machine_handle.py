@@ -1,28 +1,29 @@
 """What a program does with one machine: each verb of :mod:`qmpsnap.ops`, by the machine's name."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from msgspec.structs import replace
 
-from qmpsnap.errors import QmpError
+from qmpsnap.errors import QmpError, UsageError
 from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Completed
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import commit, compare, create, delete, mirror, power, rename, revert, save, undefine
+from qmpsnap.ops import commit, compare, create, delete, internal, mirror, power, rename, revert, save, stack, undefine
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
+from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.memory import MemoryRequest
 from qmpsnap.ops.mirror import MirrorRequest, Mode
 from qmpsnap.ops.revert import Preview, Reverted, RevertRequest, Run
@@ -32,7 +33,10 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 
-Kind = Literal["disk", "full"]
+Kind = Literal["disk", "full", "internal"]
+
+Files = Mapping[str, str | os.PathLike[str]]
+"""Disk to a path for its new layer; a relative one begins at the working directory."""
 
 
 class MachineHandle:
@@ -80,51 +84,74 @@ class MachineHandle:
         kind: Kind = "disk",
         description: str = "",
         disks: Sequence[str] | None = None,
+        files: Files | None = None,
         max_pause_ms: float | None = None,
         compression: Compression = "none",
         degrade: bool = False,
+        memory: bool | None = None,
         report: Report = unreported,
     ) -> Snapshot:
         """Take a snapshot, all disks at one instant; a ``full`` one with the guest's memory of that same instant.
+
+        An ``internal`` one lies inside the qcow2 images, also its memory, for which the guest stands still.
 
         Of the disks alone the guest notices nothing. For its memory it is held for milliseconds; where the host allows
         no more than a copy of a guest that stands still, it is held for as long as that takes.
 
         Args:
             name: its name; None takes the next free ``snap-N``.
-            kind: ``disk`` or ``full``.
+            kind: ``disk``, ``full`` or ``internal``.
             description: free text.
             disks: names of the disks; None takes all that the spec does not leave out.
+            files: disk to the path of its new layer, where that is to be a place of the caller's choice.
             max_pause_ms: refuse, rather than hold the guest longer than this; with ``full`` only, like what follows.
             compression: of the memory's file.
             degrade: should only the memory fail, keep the disks' snapshot and return that.
+            memory: with ``internal`` only: whether the guest's memory is saved, too; None if there is a guest.
             report: told how much of the memory is written.
 
         Raises:
             NameTaken: there is a snapshot of that name.
-            StateError: a disk is read-only or busy with a job, or the memory cannot be saved as asked.
+            UsageError: a file for a disk that gets no new layer, or at a place that cannot be chosen.
+            StateError: a disk is read-only or busy with a job, something is at the path of a file, or the memory cannot
+                be saved as asked.
             StoreMismatch: QEMU's chains are not the store's.
             HostCannot: no space for the memory; the guest runs on, and there is no trace of the attempt.
         """
-        memory = None
+        if kind == "internal":
+            if files:
+                raise UsageError("an internal snapshot makes no new layers: files name nothing; nothing was changed")
+            inside = InternalRequest(
+                name=name, description=description, disks=None if disks is None else tuple(disks), memory=memory
+            )
+            return await internal.create(self._context, self.name, inside, report=report)
+        wanted = None
         if kind == "full":
-            memory = MemoryRequest(max_pause_ms=max_pause_ms, compression=compression, degrade=degrade)
-        request = replace(_request(name, description, disks), memory=memory)
+            wanted = MemoryRequest(max_pause_ms=max_pause_ms, compression=compression, degrade=degrade)
+        request = replace(_request(name, description, disks, files), memory=wanted)
         return await create.run(self._context, self.name, request, report=report)
 
     async def preview_snapshot(
         self,
         name: str | None = None,
         *,
-        kind: Kind = "disk",
+        kind: Literal["disk", "full"] = "disk",
         description: str = "",
         disks: Sequence[str] | None = None,
+        files: Files | None = None,
         max_pause_ms: float | None = None,
     ) -> tuple[Machine, CreatePlan]:
         """What :meth:`snapshot` would do now, without doing it."""
         memory = MemoryRequest(max_pause_ms=max_pause_ms) if kind == "full" else None
-        request = replace(_request(name, description, disks), memory=memory)
+        request = replace(_request(name, description, disks, files), memory=memory)
         return await create.preview(self._context, self.name, request)
+
+    async def preview_internal(
+        self, name: str | None = None, *, disks: Sequence[str] | None = None, memory: bool | None = None
+    ) -> InternalPlan:
+        """What :meth:`snapshot` of kind ``internal`` would do now, without doing it."""
+        request = InternalRequest(name=name, disks=None if disks is None else tuple(disks), memory=memory)
+        return await internal.preview(self._context, self.name, request)
 
     async def save(
         self,
@@ -182,21 +209,24 @@ class MachineHandle:
         )
         return await save.restore(self._context, self.name, request)
 
-    async def add_layers(self, *, disks: Sequence[str] | None = None) -> tuple[Layer, ...]:
+    async def add_layers(self, *, disks: Sequence[str] | None = None, files: Files | None = None) -> tuple[Layer, ...]:
         """Put a new empty layer on every disk as :meth:`snapshot` does, but list no snapshot; returns those layers.
 
         Args:
             disks: names of the disks; None takes all that the spec does not leave out.
+            files: as for :meth:`snapshot`.
 
         Raises:
             StateError: a disk is read-only or busy with a job.
             StoreMismatch: QEMU's chains are not the store's.
         """
-        return await create.add_layers(self._context, self.name, _request(None, "", disks))
+        return await create.add_layers(self._context, self.name, _request(None, "", disks, files))
 
-    async def preview_add_layers(self, *, disks: Sequence[str] | None = None) -> tuple[Machine, CreatePlan]:
+    async def preview_add_layers(
+        self, *, disks: Sequence[str] | None = None, files: Files | None = None
+    ) -> tuple[Machine, CreatePlan]:
         """What :meth:`add_layers` would do now, without doing it."""
-        request = replace(_request(None, "", disks), listed=False)
+        request = replace(_request(None, "", disks, files), listed=False)
         return await create.preview(self._context, self.name, request)
 
     async def revert(
@@ -229,6 +259,21 @@ class MachineHandle:
     ) -> Preview:
         """What :meth:`revert` would do now, without doing it."""
         return await revert.preview(self._context, self.name, _revert_request(snapshot, discard, state))
+
+    async def push(self, name: str | None = None, *, description: str = "") -> Snapshot:
+        """Take a snapshot to come back to with :meth:`pop`; the same as :meth:`snapshot`."""
+        return await self.snapshot(name, description=description)
+
+    async def pop(self, *, report: Report = unreported) -> Reverted:
+        """Go back to the current snapshot, without what was written since, and delete it; its parent is current then.
+
+        Args:
+            report: told about the progress of jobs.
+
+        Raises:
+            StateError: there is no current snapshot, or it cannot be gone back to.
+        """
+        return await stack.pop(self._context, self.name, report=report)
 
     async def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now.
@@ -392,8 +437,12 @@ class MachineHandle:
         return await undefine.run(self._context, self.name, disks=disks)
 
 
-def _request(name: str | None, description: str, disks: Sequence[str] | None) -> CreateRequest:
-    return CreateRequest(name=name, description=description, disks=None if disks is None else tuple(disks))
+def _request(
+    name: str | None, description: str, disks: Sequence[str] | None, files: Files | None = None
+) -> CreateRequest:
+    chosen = {disk: str(Path(path).absolute()) for disk, path in (files or {}).items()}
+    included = None if disks is None else tuple(disks)
+    return CreateRequest(name=name, description=description, disks=included, files=chosen)
 
 
 def _revert_request(snapshot: Snapshot | str, discard: bool, state: Run | None) -> RevertRequest:  # noqa: FBT001

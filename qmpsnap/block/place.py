@@ -33,6 +33,16 @@ async def put(part: str, path: str) -> None:
     await to_thread.run_sync(_put, part, path)
 
 
+async def claim(part: str, path: str) -> None:
+    """Give a finished file its name durably, and leave it the one it has: by that it is told from others.
+
+    Raises:
+        StateError: something is there; it was not touched.
+        HostCannot: the file system cannot.
+    """
+    await to_thread.run_sync(_claim, part, path)
+
+
 async def make_durable(path: str, identity: Identity) -> None:
     """Write a file out, and its name.
 
@@ -55,6 +65,18 @@ async def discard(path: str, identity: Identity) -> bool:
 async def identity_of(path: str) -> Identity | None:
     """Identity of the regular file at that name, None if there is none."""
     return await to_thread.run_sync(_identity, path)
+
+
+def _claim(part: str, path: str) -> None:
+    try:
+        os.link(part, path, follow_symlinks=False)
+        _sync_folder(path)
+    except FileExistsError as error:
+        raise StateError(
+            f"{printable(path)} exists already; nothing was changed", hint="choose another name"
+        ) from error
+    except OSError as error:
+        raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}; nothing was changed") from error
 
 
 def _put(part: str, path: str) -> None:

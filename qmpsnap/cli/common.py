@@ -12,6 +12,7 @@ from qmpsnap.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
+    from qmpsnap.ops.context import Context
 
 T = TypeVar("T")
 Command = Callable[[argparse.Namespace], int | None]
@@ -49,14 +50,22 @@ def reading() -> Iterator[SqliteStore]:
 
 
 def controlling(act: Callable[["Controller"], Awaitable[T]]) -> T:
-    """Run ``act`` with a controller; here, and only here, asyncio and qemu.qmp are loaded."""
+    """Run ``act`` with a controller, whose machines know every verb."""
+    from qmpsnap.controller import Controller
+
+    return operating(lambda context: act(Controller(context)))
+
+
+def operating(act: Callable[["Context"], Awaitable[T]]) -> T:
+    """Run ``act``, which calls its verb itself, so that no other is loaded; only here asyncio and qemu.qmp are."""
     import anyio
 
-    import qmpsnap
+    from qmpsnap.ops.context import opened
 
     async def main() -> T:
+        gc.freeze()
         gc.enable()  # all is imported, and a job may take hours
-        async with qmpsnap.open() as controller:
-            return await act(controller)
+        async with opened() as context:
+            return await act(context)
 
     return anyio.run(main)

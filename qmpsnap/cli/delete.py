@@ -4,11 +4,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.ops.context import Context
     from qmpsnap.ops.delete import DeletePlan
 
 
@@ -25,19 +25,19 @@ def register(verbs: Parsers) -> None:
 
 
 def _delete(arguments: argparse.Namespace) -> None:
-    from qmpsnap.ops.delete import DeleteRequest
+    from qmpsnap.ops import delete
 
-    request = DeleteRequest(names=tuple(arguments.names), children=arguments.children, metadata=arguments.metadata)
+    request = delete.DeleteRequest(
+        names=tuple(arguments.names), children=arguments.children, metadata=arguments.metadata
+    )
     with reporting(arguments.progress) as report:
 
-        async def act(controller: "Controller") -> "DeletePlan":
-            from qmpsnap.ops import delete
-
+        async def act(context: "Context") -> "DeletePlan":
             if arguments.dry_run:
-                return await delete.preview(controller.context, arguments.machine, request)
-            return await delete.run(controller.context, arguments.machine, request, report=report)
+                return await delete.preview(context, arguments.machine, request)
+            return await delete.run(context, arguments.machine, request, report=report)
 
-        plan = controlling(act)
+        plan = operating(act)
     document = _document(plan)
     output.emit(
         arguments.output,

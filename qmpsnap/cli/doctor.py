@@ -4,11 +4,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, controlling
+from qmpsnap.cli.common import Parsers, add, add_format, operating
 from qmpsnap.errors import HostCannot
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.ops.context import Context
     from qmpsnap.ops.examine import Ability
 
 _MARKS = {"yes": "green", "limited": "yellow", "no": "red"}
@@ -20,12 +20,12 @@ def register(parsers: Parsers) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    async def act(controller: "Controller") -> "list[Ability]":
-        from qmpsnap.ops import examine
+    from qmpsnap.ops import examine
 
-        return await examine.run(controller.context)
+    async def act(context: "Context") -> "list[Ability]":
+        return await examine.run(context)
 
-    abilities = controlling(act)
+    abilities = operating(act)
     output.emit(
         arguments.output,
         document={

@@ -229,8 +229,12 @@ def _recover(arguments: argparse.Namespace) -> None:
             machines = list(await controller.machines())
         return {vm.name: await vm.recover() for vm in machines}
 
-    for name, operations in controlling(act).items():
+    ended = controlling(act)
+    with reading() as store:
+        notes = {now.id: now.error for name in ended for now in store.operations(name) if now.state == "settled"}
+    for name, operations in ended.items():
         for operation in operations:
-            output.note(f"{name}: operation {operation.id} ({operation.verb}) was {operation.state}, is ended")
+            note = f": {output.printable(text)}" if (text := notes.get(operation.id)) else ""
+            output.note(f"{name}: operation {operation.id} ({operation.verb}) was {operation.state}, is ended{note}")
         if not operations:
             output.note(f"{name}: nothing was open")

@@ -1,7 +1,8 @@
 """The command line's entry: parses, runs one command, turns errors into exit codes.
 
-Modules of the nouns import what is slow (asyncio, qemu.qmp, yaml, rich) inside their commands, so that ``list``,
-``snapshot list`` and ``tree`` load none of it; ``tests/cli/test_lazy.py`` holds that.
+Starting takes longer than most commands, so only what a command needs is loaded: of the nouns' modules the one that
+has it, and inside the command what is slow (asyncio, qemu.qmp, yaml, rich), so that ``list``, ``snapshot list`` and
+``tree`` load none of it; ``tests/cli/test_lazy.py`` holds that.
 """
 
 import argparse
@@ -10,11 +11,26 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from importlib import import_module
+from typing import Any, Final, NoReturn
 
 import qmpsnap
-from qmpsnap.cli import adopt, chain, demo, doctor, job, machine, merge, mirror, output, save, snapshot
+from qmpsnap.cli import output
 from qmpsnap.errors import QmpsnapError, UsageError
+
+NOUNS: Final = {
+    "doctor": ("doctor",),
+    "demo": ("demo",),
+    "machine": ("define", "list", "show", "start", "stop", "undefine", "console", "exec", "recover"),
+    "adopt": ("adopt",),
+    "snapshot": ("snapshot", "tree"),
+    "save": ("save", "restore"),
+    "chain": ("chain",),
+    "merge": ("commit", "blockcommit", "stream", "pull", "blockpull"),
+    "mirror": ("mirror", "copy", "blockcopy"),
+    "job": ("job",),
+}
+"""The modules beside this one and the commands that each has, in the order of ``--help``."""
 
 EXIT_CODES = """\
 exit codes: 0 done, 2 usage or spec, 3 not found, 4 refused in this state, 5 QEMU or its monitor gone,
@@ -30,8 +46,8 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}", hint=f"{self.prog} --help")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line, or where the first word is a command, as much of it as that needs."""
     top = _Parser(
         prog="qmpsnap",
         description="Snapshots of QEMU machines over QMP, without libvirtd.",
@@ -40,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"qmpsnap {qmpsnap.__version__}")
     parsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for noun in (doctor, demo, machine, adopt, snapshot, save, chain, merge, mirror, job):
-        noun.register(parsers)
+    for noun in [noun for noun, commands in NOUNS.items() if command in commands] or NOUNS:
+        import_module(f"qmpsnap.cli.{noun}").register(parsers)
     return top
 
 
@@ -51,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     form: output.Format = "json" if _asks_for_json(words) else "table"
     try:
         _require_text(words)
-        arguments = parser().parse_args(words)
+        arguments = parser(words[0] if words else None).parse_args(words)
         return arguments.run(arguments) or 0
     except QmpsnapError as error:
         output.report(error, form)

@@ -5,13 +5,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
     from qmpsnap.model.operation import Merge, MergePlan
     from qmpsnap.ops.commit import Request
+    from qmpsnap.ops.context import Context
 
 
 def register(parsers: Parsers) -> None:
@@ -57,24 +57,22 @@ def _stream(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace, request: "Request") -> None:
-    async def preview(controller: "Controller") -> "tuple[MergePlan, Any]":
-        from qmpsnap.ops import commit
+    from qmpsnap.ops import commit
 
-        return await commit.preview(controller.context, arguments.machine, request)
+    async def preview(context: "Context") -> "tuple[MergePlan, Any]":
+        return await commit.preview(context, arguments.machine, request)
 
     if arguments.dry_run:
-        plan, command = controlling(preview)
+        plan, command = operating(preview)
         document = describe(plan) | {"qmp": [{"execute": command[0], "arguments": command[1]}]}
         lines = [f"would {text(document)}; nothing was changed", f"  {json.dumps(document['qmp'][0])}"]
     else:
         with reporting(arguments.progress) as report:
 
-            async def act(controller: "Controller") -> "MergePlan":
-                from qmpsnap.ops import commit
+            async def act(context: "Context") -> "MergePlan":
+                return await commit.run(context, arguments.machine, request, report=report)
 
-                return await commit.run(controller.context, arguments.machine, request, report=report)
-
-            plan = controlling(act)
+            plan = operating(act)
         document = describe(plan)
         lines = [text(document)]
     output.emit(

@@ -6,12 +6,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
     from qmpsnap.model.operation import MirrorPlan
+    from qmpsnap.ops.context import Context
 
 
 def register(parsers: Parsers) -> None:
@@ -49,21 +49,21 @@ def _mirror(arguments: argparse.Namespace) -> None:
         write_blocking=arguments.blocking,
     )
 
-    async def preview(controller: "Controller") -> "tuple[MirrorPlan, list[tuple[str, dict[str, object]]]]":
-        return await mirror.preview(controller.context, arguments.machine, request)
+    async def preview(context: "Context") -> "tuple[MirrorPlan, list[tuple[str, dict[str, object]]]]":
+        return await mirror.preview(context, arguments.machine, request)
 
     if arguments.dry_run:
-        plan, commands = controlling(preview)
+        plan, commands = operating(preview)
         told = [{"execute": command, "arguments": given} for command, given in commands]
         document = describe(plan) | {"qmp": told}
         lines = [f"would {text(document)}; nothing was changed", *(f"  {json.dumps(each)}" for each in told)]
     else:
         with reporting(arguments.progress) as report:
 
-            async def act(controller: "Controller") -> "MirrorPlan":
-                return await mirror.run(controller.context, arguments.machine, request, report=report)
+            async def act(context: "Context") -> "MirrorPlan":
+                return await mirror.run(context, arguments.machine, request, report=report)
 
-            plan = controlling(act)
+            plan = operating(act)
         document = describe(plan)
         lines = [text(document)]
         if plan.mode == "finish":

@@ -7,7 +7,8 @@ from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, reading
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.revert import add_after, print_outcome
-from qmpsnap.cli.snapshot import add_compress, document_of
+from qmpsnap.cli.snapshot import add_compress
+from qmpsnap.cli.taken import document_of
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller

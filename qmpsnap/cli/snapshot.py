@@ -2,21 +2,21 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from qmpsnap.cli import delete, output, revert
+from qmpsnap.cli import delete, output, revert, stack
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, reading
 from qmpsnap.cli.progress import add_progress, reporting
+from qmpsnap.cli.taken import document_of, print_taken
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.store.store import Store
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
     from qmpsnap.model.machine import Machine
-    from qmpsnap.model.operation import CreatePlan
+    from qmpsnap.model.operation import CreatePlan, InternalPlan
 
 HERE = "(current, you are here)"
 
@@ -30,17 +30,26 @@ def register(parsers: Parsers) -> None:
     add_machine(command)
     command.add_argument("name", metavar="NAME", nargs="?", help="its name; the next free snap-N without it")
     command.add_argument(
-        "--kind", choices=("disk", "full"), default="disk", help="what it includes: disks, or disks and memory"
+        "--kind",
+        choices=("disk", "full", "internal"),
+        default="disk",
+        help="disks; disks and memory; the same inside the images",
     )
     command.add_argument("--disks", metavar="vda,vdb", help="only these disks")
+    command.add_argument(
+        "--file", metavar="DISK=PATH", action="append", default=[], help="the disk's new layer is made at PATH"
+    )
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
     command.add_argument("--no-snapshot", action="store_true", help="new layers only: nothing appears in the list")
     command.add_argument("--max-pause", type=float, metavar="MS", help="full: refuse to hold the guest any longer")
     command.add_argument("--degrade", action="store_true", help="full: should the memory fail, keep the disks alone")
     add_compress(command)
+    command.add_argument("--no-memory", action="store_true", help="internal: the disks alone")
     command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
     add_progress(command)
     add_format(command)
+
+    stack.register(verbs)
 
     command = add(verbs, "list", _list, help="the snapshots of a machine, oldest first")
     add_machine(command)
@@ -72,8 +81,8 @@ def add_compress(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _create(arguments: argparse.Namespace) -> None:
-    disks = None if arguments.disks is None else [part for part in arguments.disks.split(",") if part]
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse options that say nothing of what is asked for."""
     if arguments.no_snapshot and (arguments.name or arguments.message):
         raise UsageError("--no-snapshot takes neither NAME nor --message: nothing would bear them; nothing was changed")
 
@@ -81,16 +90,30 @@ def _create(arguments: argparse.Namespace) -> None:
         arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"
     ):
         raise UsageError("--max-pause, --degrade and --compress are about memory: add --kind full; nothing was changed")
+    if arguments.file and arguments.kind == "internal":
+        raise UsageError("--file is about new layers, and a snapshot inside images makes none; nothing was changed")
+    if arguments.no_memory and arguments.kind != "internal":
+        raise UsageError("--no-memory is about snapshots inside images: add --kind internal; nothing was changed")
+
+
+def _create(arguments: argparse.Namespace) -> None:
+    disks = None if arguments.disks is None else [part for part in arguments.disks.split(",") if part]
+    files = _files(arguments.file)
+    _check(arguments)
+    if arguments.dry_run and arguments.kind == "internal":
+        _preview_internal(arguments, disks)
+        return
 
     async def preview(controller: "Controller") -> tuple["Machine", "CreatePlan"]:
         vm = await controller.machine(arguments.machine)
         if arguments.no_snapshot:
-            return await vm.preview_add_layers(disks=disks)
+            return await vm.preview_add_layers(disks=disks, files=files)
         return await vm.preview_snapshot(
             arguments.name,
             kind=arguments.kind,
             description=arguments.message,
             disks=disks,
+            files=files,
             max_pause_ms=arguments.max_pause,
         )
 
@@ -98,7 +121,7 @@ def _create(arguments: argparse.Namespace) -> None:
         _print_plan(arguments.output, *controlling(preview))
         return
     if arguments.no_snapshot:
-        _add_layers(arguments, disks)
+        _add_layers(arguments, disks, files)
         return
     with reporting(arguments.progress) as report:
 
@@ -109,33 +132,36 @@ def _create(arguments: argparse.Namespace) -> None:
                 kind=arguments.kind,
                 description=arguments.message,
                 disks=disks,
+                files=files,
                 max_pause_ms=arguments.max_pause,
                 compression=arguments.compress,
                 degrade=arguments.degrade,
+                memory=False if arguments.no_memory else None,
                 report=report,
             )
 
         snapshot = controlling(act)
-    with reading() as store:
-        document = document_of(store, arguments.machine, snapshot)
     if snapshot.kind != arguments.kind:
         output.note(f"the memory could not be saved, so this is a {snapshot.kind} snapshot")
-    took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
-    memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else ""
-    output.emit(
-        arguments.output,
-        document={"machine": arguments.machine, "snapshot": document},
-        names=[snapshot.name],
-        table=lambda: (
-            f"snapshot {snapshot.name} of {', '.join(document['disks'])}{memory} taken ({snapshot.mode}{took})"
-        ),
-    )
+    print_taken(arguments, snapshot)
 
 
-def _add_layers(arguments: argparse.Namespace, disks: list[str] | None) -> None:
+def _files(named: Sequence[str]) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for text in named:
+        disk, equals, path = text.partition("=")
+        if not (disk and equals and path):
+            raise UsageError(f"--file {text!r} is not DISK=PATH; nothing was changed")
+        if disk in files:
+            raise UsageError(f"--file names disk {disk} twice; nothing was changed")
+        files[disk] = path
+    return files
+
+
+def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: dict[str, str]) -> None:
     async def act(controller: "Controller") -> tuple[Layer, ...]:
         vm = await controller.machine(arguments.machine)
-        return await vm.add_layers(disks=disks)
+        return await vm.add_layers(disks=disks, files=files)
 
     layers = controlling(act)
     output.emit(
@@ -188,6 +214,32 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
     )
 
 
+def _preview_internal(arguments: argparse.Namespace, disks: list[str] | None) -> None:
+    async def look(controller: "Controller") -> "InternalPlan":
+        vm = await controller.machine(arguments.machine)
+        return await vm.preview_internal(arguments.name, disks=disks, memory=False if arguments.no_memory else None)
+
+    plan = controlling(look)
+    from qmpsnap.ops.internal import qmp_commands
+
+    name = plan.change.snapshots[0].name
+    commands = [{"execute": command, "arguments": sent} for command, sent in qmp_commands(plan)]
+    tags = [{"layer": layer.id, "tag": plan.tag} for layer in plan.layers.values()]
+
+    def text() -> str:
+        lines = [f"would take snapshot {name} inside the images of machine {plan.machine}; nothing was changed"]
+        lines += [f"  tag {tag['tag']} inside {tag['layer']}" for tag in tags]
+        lines += [f"  memory inside {plan.vmstate}; the guest would stand still meanwhile"] if plan.vmstate else []
+        return "\n".join([*lines, "QMP commands:", *(f"  {json.dumps(command)}" for command in commands)])
+
+    output.emit(
+        arguments.output,
+        document={"machine": plan.machine, "snapshot": name, "tags": tags, "memory": plan.vmstate, "qmp": commands},
+        names=[name],
+        table=text,
+    )
+
+
 def _list(arguments: argparse.Namespace) -> None:
     with reading() as store:
         snapshots = store.snapshots(arguments.machine)
@@ -227,9 +279,11 @@ def _show(arguments: argparse.Namespace) -> None:
         document = document_of(store, arguments.machine, found[0])
 
     def text() -> str:
-        plain = {key: value for key, value in document.items() if key not in {"disks", "vmstate"}}
+        plain = {key: value for key, value in document.items() if key not in {"disks", "vmstate", "inside"}}
         if state := document["vmstate"]:
             plain["memory"] = f"{state['path']} ({output.size(state['bytes'])}, {state['mode']}, {state['layout']})"
+        if inside := document["inside"]:
+            plain["memory"] = f"inside {inside['layer']} ({output.size(inside['bytes'])})"
         plain["current"] = "yes" if plain["current"] else "no"
         lines = [
             f"{key + ':':14}{'-' if value in (None, '') else output.printable(str(value))}"
@@ -273,42 +327,3 @@ def _tree(arguments: argparse.Namespace) -> None:
         names=[snapshot.name for snapshot in snapshots],
         table=lambda: output.tree(machine.name, lambda key: children.get(key, [])),
     )
-
-
-def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any]:
-    """The JSON of one snapshot, as docs/cli.md describes it."""
-    layers = _layers(store, snapshot)
-    return {
-        "name": snapshot.name,
-        "kind": snapshot.kind,
-        "state": snapshot.state,
-        "parent": snapshot.parent,
-        "current": store.machine(machine).current == snapshot.name,
-        "created": output.moment(snapshot.created),
-        "description": snapshot.description,
-        "disks": {
-            point.disk: {"layer": point.layer, "path": layers[point.layer].path, "tag": point.tag}
-            for point in snapshot.points
-        },
-        "pause_ms": snapshot.pause_ms,
-        "mode": snapshot.mode,
-        "vmstate": _vmstate(snapshot.vmstate) if snapshot.vmstate else None,
-    }
-
-
-def _vmstate(state: Vmstate) -> dict[str, Any]:
-    return {
-        "path": state.path,
-        "bytes": state.bytes,
-        "sha256": state.digest,
-        "mode": state.mode,
-        "layout": state.layout,
-        "compression": state.compression,
-        "steps_ms": state.steps_ms,
-        "qemu": state.hardware.qemu_version,
-        "machine_type": state.hardware.machine_type,
-    }
-
-
-def _layers(store: Store, snapshot: Snapshot) -> dict[str, Layer]:
-    return {point.layer: store.layer(point.layer) for point in snapshot.points}

@@ -7,7 +7,6 @@ a comma is only a comma.
 
 import json
 from collections.abc import Iterator, Sequence
-from hashlib import sha256
 from typing import Any, Final, Literal
 
 from msgspec import Struct
@@ -237,6 +236,8 @@ def _backend(nic: NicSpec) -> Device:
 
 def _mac(uuid: str, number: int) -> str:
     """An address of QEMU's range; its own default is the same in every machine, which a bridge would not survive."""
+    from hashlib import sha256  # loads OpenSSL, and this module is loaded for its constants, too
+
     return "52:54:00:" + sha256(f"{uuid}/{number}".encode()).digest()[:3].hex(":")
 
 

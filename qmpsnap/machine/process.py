@@ -1,21 +1,24 @@
 """The QEMU process: started to outlive us, and told again from any other process.
 
-Without asyncio on purpose: ``list`` asks here whether machines run and must stay quick.
+Without asyncio and subprocess on purpose: ``list`` asks here whether machines run and must stay quick.
 """
 
 import itertools
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine.argv import PID_FILE
 from qmpsnap.model.machine import Machine, Process
+
+if TYPE_CHECKING:
+    import subprocess
 
 LOG = "qemu.log"
 
@@ -25,7 +28,7 @@ _WAITING = b"QEMU waiting for connection on: "
 _START_TICKS = 19
 """Where ``/proc/PID/stat`` has the start time, counted from its third field."""
 
-_children: dict[int, subprocess.Popen[bytes]] = {}
+_children: "dict[int, subprocess.Popen[bytes]]" = {}
 """QEMUs that this very process started, so that they are reaped when they end."""
 
 
@@ -35,6 +38,8 @@ def spawn(argv: Sequence[str], run_dir: Path) -> Process:
     Raises:
         HostCannot: there is no such program, or it may not be run.
     """
+    import subprocess
+
     descriptor = os.open(run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         child = subprocess.Popen(

@@ -6,6 +6,7 @@ read and compared first. While it is written a file has another name (``*.part``
 The end of a file: manifest as JSON, its SHA-256 (32 bytes), its length (8, little-endian), :data:`MAGIC` (16).
 """
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -25,6 +26,12 @@ from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmsta
 MAGIC = b"qmpsnap vmstate\n"
 MANIFEST_LIMIT = 1 << 20
 """Bytes a manifest may have: one of a machine with hundreds of devices has 20 kB."""
+
+FALLOC_FL_KEEP_SIZE = 1
+"""Of fallocate(2), which Python has only without flags."""
+
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+"""The first bytes of a compressed stream; QEMU's own begins with its magic, ``QEVM``."""
 
 _CHUNK = 1 << 20
 _TAIL = 32 + 8 + len(MAGIC)
@@ -70,6 +77,18 @@ def create(path: str) -> int:
         return descriptor
 
 
+def reserve(descriptor: int, size: int, path: str) -> None:
+    """Give the file room for ``size`` bytes, without making it longer: writing that many cannot fail for want of space.
+
+    Raises:
+        HostCannot: there is no such room, or the file system cannot promise it.
+    """
+    with _translated(path):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fallocate(descriptor, FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def also_direct(path: str) -> int | None:
     """The file once more, past the page cache; None where its file system cannot."""
     try:
@@ -81,6 +100,8 @@ def also_direct(path: str) -> int | None:
 def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
     """Digest what QEMU wrote, compress it if the manifest says so, and give it its manifest and name, all durably.
 
+    Whoever did part of it and died is taken up where that ended.
+
     Args:
         written: the file as QEMU left it; gone afterwards.
         path: its name from now on; nobody's yet.
@@ -91,19 +112,38 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
         HostCannot: no space.
     """
     with _translated(path):
-        if manifest.compression == "zstd":
+        if manifest.compression == "zstd" and _begins(written) != ZSTD_MAGIC:
             _compress(written)
-        with Path(written).open("r+b") as file:
-            size, digest = _digest(file.fileno(), os.fstat(file.fileno()).st_size)
-            text = msgspec.json.encode(msgspec.structs.replace(manifest, bytes=size, digest=digest))
-            file.seek(0, os.SEEK_END)
-            file.write(text + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + MAGIC)
-            file.flush()
-            os.fsync(file.fileno())
+        if not _is_sealed(written, manifest.operation):
+            _seal(written, manifest)
         os.link(written, path)  # unlike a rename it never takes another file's place
         Path(written).unlink()
         _sync_folder(path)
     return find(path)[0]
+
+
+def _begins(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read(len(ZSTD_MAGIC))
+
+
+def _is_sealed(path: str, operation: OperationId) -> bool:
+    try:
+        return find(path)[1].operation == operation
+    except StoreMismatch:
+        return False
+
+
+def _seal(path: str, manifest: Manifest) -> None:
+    """Append the manifest."""
+    with Path(path).open("r+b") as file:
+        file.truncate(os.fstat(file.fileno()).st_size)  # lets go of the room it did not need
+        size, digest = _digest(file.fileno(), os.fstat(file.fileno()).st_size)
+        text = msgspec.json.encode(msgspec.structs.replace(manifest, bytes=size, digest=digest))
+        file.seek(0, os.SEEK_END)
+        file.write(text + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + MAGIC)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def discard(written: str) -> None:
@@ -206,6 +246,7 @@ def _packed(path: str) -> str:
 def _compress(path: str) -> None:
     """Pack a file in place: the packed one takes its name once it is whole."""
     packed = _packed(path)
+    Path(packed).unlink(missing_ok=True)  # of an earlier try: the name is this operation's alone
     try:
         with Path(path).open("rb") as source, os.fdopen(create(packed), "wb") as target:
             _zstandard().ZstdCompressor().copy_stream(source, target)

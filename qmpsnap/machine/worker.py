@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap.errors import QemuGone
+from qmpsnap.errors import QemuGone, StateError
 from qmpsnap.machine import argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, wait_end
@@ -54,7 +54,8 @@ async def working_on(chain: Chain, machine: Machine, *, qemu: str, run_dir: Path
         run_dir: the machine's run folder.
 
     Raises:
-        QemuGone: QEMU does not start; mostly because somebody else has one of the layers open.
+        StateError: somebody else has one of the layers open.
+        QemuGone: QEMU does not start.
     """
     folder = run_dir / FOLDER
     prepare_run_dir(folder)
@@ -68,7 +69,18 @@ async def working_on(chain: Chain, machine: Machine, *, qemu: str, run_dir: Path
         agent=False,
     )
     arguments = argv.build(qemu, spec, [chain], uuid=machine.uuid, accel="tcg", paused=True)
-    process = await launch(arguments, machine, folder, accel="tcg")
+    try:
+        process = await launch(arguments, machine, folder, accel="tcg")
+    except QemuGone as error:
+        if 'Failed to get "' not in error.message:
+            raise
+        raise StateError(
+            f"machine {machine.name} is stopped, and another process has an image of its disk {chain.disk} open;"
+            " nothing was changed",
+            hint="end that process"
+            + ("; it may be the machine's QEMU, started again: adopt it" * bool(machine.adopted)),
+            machine=machine.name,
+        ) from error
     try:
         async with monitor(machine, folder) as session:
             yield session

@@ -26,6 +26,7 @@ class Reference(Struct, frozen=True):
     snapshot: str
     disk: str
     layer: LayerId
+    tag: str | None = None
 
 
 class Forest(Struct, frozen=True):
@@ -107,7 +108,7 @@ class Forest(Struct, frozen=True):
         replaced = {snapshot.name for snapshot in change.snapshots}
         kept = [r for r in self.references if not (r.machine == machine and r.snapshot in replaced)]
         kept += [
-            Reference(machine, snapshot.name, point.disk, point.layer)
+            Reference(machine, snapshot.name, point.disk, point.layer, point.tag)
             for snapshot in change.snapshots
             for point in snapshot.points
         ]

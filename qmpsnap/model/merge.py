@@ -1,6 +1,6 @@
 """Which layers become one, at what price, and who stands in the way: pure rules for commit, stream and delete."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -10,63 +10,19 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change, Merge, Removal
-from qmpsnap.model.snapshot import Snapshot
-
-
-class Situation(Struct, frozen=True):
-    """What a plan is made from.
-
-    Attributes:
-        machine: the machine's name.
-        forest: all layers of the store.
-        snapshots: the machine's, oldest first.
-        live: the live chain of each disk.
-        running: a QEMU runs the machine.
-        bytes: what each layer's file occupies.
-    """
-
-    machine: str
-    forest: Forest
-    snapshots: tuple[Snapshot, ...]
-    live: Mapping[str, Chain]
-    running: bool
-    bytes: Mapping[LayerId, int]
-
-    def after(self, change: Change) -> "Situation":
-        """The situation once a change has settled."""
-        changed = {snapshot.name: snapshot for snapshot in change.snapshots}
-        known = {snapshot.name for snapshot in self.snapshots}
-        snapshots = [changed.get(s.name, s) for s in self.snapshots]
-        snapshots += [s for s in change.snapshots if s.name not in known]
-        names = change.renamed
-        snapshots = [
-            replace(s, name=names.get(s.name, s.name), parent=names.get(s.parent, s.parent) if s.parent else None)
-            for s in snapshots
-        ]
-        parents = {s.name: s.parent for s in snapshots if s.name in change.removed_snapshots}
-        kept = (s for s in snapshots if s.name not in parents)
-        forest = self.forest.apply(self.machine, change)
-        tops = {w.disk: w.layer for w in forest.writers if w.machine == self.machine}
-        return replace(
-            self,
-            forest=forest,
-            snapshots=tuple(replace(s, parent=_surviving(s.parent, parents)) for s in kept),
-            live={disk: forest.chain(disk, tops[disk]) for disk in self.live},
-        )
-
-
-def _surviving(name: str | None, removed: Mapping[str, str | None]) -> str | None:
-    """The nearest ancestor, the snapshot itself included, that is not removed."""
-    while name is not None and name in removed:
-        name = removed[name]
-    return name
+from qmpsnap.model.situation import Situation
+from qmpsnap.model.snapshot import Point, Snapshot
 
 
 def consumed_by_commit(at: Situation, disk: str, chain: Chain, *, base: LayerId, top: LayerId) -> tuple[Snapshot, ...]:
-    """The machine's snapshots that a commit makes unreadable: their points lie from ``base`` to below ``top``."""
+    """The machine's snapshots that a commit makes unreadable.
+
+    Their points lie from ``base`` to below ``top``; of those inside an image, by a tag, above ``base`` up to ``top``:
+    the base's own tags stay what they are, and those of an image that goes are gone.
+    """
     low, high = _span(chain, base, top)
-    lost = {layer.id for layer in chain.layers[low:high]}
-    return tuple(s for s in at.snapshots if s.state == "ok" and (p := s.point(disk)) and p.layer in lost)
+    lost = _Lost(chain, low, high)
+    return tuple(s for s in at.snapshots if s.state == "ok" and (p := s.point(disk)) and lost.point(p))
 
 
 def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge:
@@ -101,8 +57,8 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     _refuse_headers(at, chain.disk, top, readers)
     _refuse_busy(at, chain.disk, {*chain.ids[low : high + 1], *(child.id for child in readers)}, live=live)
     # What lies below ``top`` is overwritten, whatever the caller has marked already.
-    lost = {layer.id for layer in chain.layers[low:high]}
-    consumed = tuple(replace(s, state="consumed") if _lies_in(s, lost) else s for s in at.snapshots)
+    lost = _Lost(chain, low, high)
+    consumed = tuple(replace(s, state="consumed") if any(map(lost.point, s.points)) else s for s in at.snapshots)
     moved = _moved_points(consumed, {layer.id for layer in gone}, into.id)
     # From now on ``into`` is what ``top`` was: also hidden, if nobody had a name for that.
     keeper = replace(into, virtual_size=max(into.virtual_size, highest.virtual_size), state=highest.state)
@@ -158,6 +114,7 @@ def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) 
             machine=at.machine,
         )
     _refuse_strangers(at, chain.disk, into, "which would see its file written to")
+    _refuse_tags(at, chain.disk, into)
     live = at.running and _in_live(at, chain.disk, into)
     _refuse_busy(at, chain.disk, {into}, live=live)
     job_chain = at.live[chain.disk] if live else at.forest.chain(chain.disk, into)
@@ -335,6 +292,17 @@ def _refuse_strangers(at: Situation, disk: str, layer: LayerId, consequence: str
         )
 
 
+def _refuse_tags(at: Situation, disk: str, layer: LayerId) -> None:
+    """Refuse to give another backing to an image with snapshots inside: they read it, too."""
+    if inside := sorted({r.snapshot for r in at.forest.references_to(layer) if r.tag}):
+        raise StateError(
+            f"layer {layer} of disk {disk} has snapshot {', '.join(inside)} inside, which reads the layers below as"
+            " they are; nothing was changed",
+            hint=f"delete it, or freeze the layer first: qmpsnap snapshot create {at.machine}",
+            machine=at.machine,
+        )
+
+
 def _refuse_headers(at: Situation, disk: str, top: LayerId, readers: Sequence[Layer]) -> None:
     """Refuse when a layer that must name another backing is not ours."""
     if foreign := [f"layer {layer.id} ({layer.path})" for layer in readers if not layer.owned]:
@@ -358,6 +326,17 @@ def _refuse_busy(at: Situation, disk: str, touched: Collection[LayerId], *, live
                 hint=f"try again while {at.machine} is stopped",
                 machine=at.machine,
             )
+
+
+class _Lost:
+    """What a commit into ``chain.layers[low]`` of all up to ``high`` makes unreadable."""
+
+    def __init__(self, chain: Chain, low: int, high: int) -> None:
+        self._plain = {layer.id for layer in chain.layers[low:high]}
+        self._tagged = {layer.id for layer in chain.layers[low + 1 : high + 1]}
+
+    def point(self, point: Point) -> bool:
+        return point.layer in (self._tagged if point.tag else self._plain)
 
 
 def _lies_in(snapshot: Snapshot, layers: Collection[LayerId]) -> bool:

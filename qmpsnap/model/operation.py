@@ -43,11 +43,17 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Overlay(Struct, frozen=True, kw_only=True):
-    """A new empty layer for one disk."""
+    """A new empty layer for one disk.
+
+    Attributes:
+        part: a name of ours that the file has, too, until the operation settles, where a user has chosen its place:
+            what is at that place is ours only if it is the same file. None in the machine's own folder.
+    """
 
     disk: str
     layer: Layer
     backing: Layer
+    part: str | None = None
 
 
 class DefinePlan(Struct, frozen=True, kw_only=True, tag="define"):
@@ -78,6 +84,8 @@ class Memory(Struct, frozen=True, kw_only=True):
         path: the finished file; while it is written it has the name ``part``.
         why: why the guest stands still until all is written; empty for the mode ``background``.
         resume: the guest ran before, and runs on afterwards.
+        cancellable: QEMU survives a save that is cancelled.
+        reserve: bytes the file is given before QEMU writes to it.
         quit: QEMU ends once all is recorded (``save``).
         degrade: should only the memory fail, the disks' part of the snapshot is kept.
         max_pause_ms: the guest is held no longer than this; None for as long as it takes.
@@ -91,6 +99,8 @@ class Memory(Struct, frozen=True, kw_only=True):
     hardware: Hardware
     why: str = ""
     resume: bool
+    cancellable: bool = True
+    reserve: int = 0
     quit: bool = False
     degrade: bool = False
     max_pause_ms: float | None = None
@@ -110,6 +120,59 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
     overlays: tuple[Overlay, ...]
     change: Change
     memory: Memory | None = None
+
+
+class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
+    """Take a snapshot inside the images: one tag in each disk's active layer.
+
+    Attributes:
+        tag: the snapshot's name inside the images.
+        live: a QEMU runs.
+        layers: the active layer of each disk, by the disk's name.
+        vmstate: the layer that takes the memory, too; None for the disks alone.
+        variables: the UEFI variable store and where its copy goes.
+        resume: the guest ran before and is held meanwhile.
+        change: what becomes true, but for the size of the memory.
+    """
+
+    machine: str
+    tag: str
+    live: bool
+    layers: dict[str, Layer]
+    vmstate: LayerId | None
+    variables: tuple[str, str] | None
+    resume: bool
+    change: Change
+
+
+class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
+    """Go back to a snapshot inside the active layers in the QEMU that runs.
+
+    Attributes:
+        snapshot: its name.
+        tag: its name inside the images.
+        layers: the active layer of each disk, by the disk's name.
+        vmstate: the layer that holds the memory.
+        paused: the guest's vCPUs stay stopped afterwards.
+        change: what becomes true.
+    """
+
+    machine: str
+    snapshot: str
+    tag: str
+    layers: dict[str, Layer]
+    vmstate: LayerId
+    paused: bool
+    change: Change
+
+
+class Copy(Struct, frozen=True, kw_only=True):
+    """A new layer with what a snapshot inside ``source`` holds; that image is only read."""
+
+    disk: str
+    layer: Layer
+    source: Layer
+    tag: str
 
 
 class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
@@ -149,12 +212,16 @@ class Removal(Struct, frozen=True, kw_only=True, tag="removal"):
     Attributes:
         disk: whose they are.
         states: state files of snapshots that are gone.
+        variables: copies of a UEFI variable store that only such a snapshot needed.
+        tags: (disk, layer, tag) to remove from inside an active layer.
     """
 
     disk: str
     removed: tuple[Layer, ...]
     change: Change
     states: tuple[Vmstate, ...] = ()
+    variables: tuple[str, ...] = ()
+    tags: tuple[tuple[str, LayerId, str], ...] = ()
 
 
 class MergePlan(Struct, frozen=True, kw_only=True, tag="merge"):
@@ -196,7 +263,10 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
         removed: layers of ours that nobody needs after ``change``; their files go.
         restart: the machine is started on the new layers.
         paused: it is started with its vCPUs stopped.
-        vmstate: the memory it goes on with; None for a fresh boot.
+        vmstate: the memory in a file that it goes on with.
+        copies: new active layers that are copies, where the snapshot is inside an image.
+        inside: the copy, among those, with memory that it goes on with. With neither it boots.
+        variables: the UEFI variable store and what it is replaced with.
         change: what becomes true.
         unwritten: what becomes true instead when the old active layers are empty; None where that does not matter.
     """
@@ -211,6 +281,14 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
     change: Change
     unwritten: Unwritten | None = None
     vmstate: Vmstate | None = None
+    copies: tuple[Copy, ...] = ()
+    inside: LayerId | None = None
+    variables: tuple[str, str] | None = None
+
+    @property
+    def new(self) -> tuple[Overlay | Copy, ...]:
+        """The new active layers."""
+        return (*self.overlays, *self.copies)
 
 
 class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
@@ -243,7 +321,7 @@ class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
     change: Change = Change()
 
 
-Plan = DefinePlan | CreatePlan | MergePlan | RevertPlan | MirrorPlan
+Plan = DefinePlan | CreatePlan | InternalPlan | LoadPlan | MergePlan | RevertPlan | MirrorPlan
 
 
 def verb_of(plan: Plan) -> str:

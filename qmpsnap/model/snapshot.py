@@ -5,7 +5,7 @@ from typing import Literal
 from msgspec import Struct
 
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.model.vmstate import Hardware, Inside, Vmstate
 
 SnapshotKind = Literal["disk", "full", "internal"]
 SnapshotState = Literal["ok", "consumed"]
@@ -29,7 +29,9 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         mode: how it was taken: ``live`` (running guest), ``paused`` or ``stopped``.
         pause_ms: how long the guest's vCPUs were held, in milliseconds; None where no guest ran.
         operation: the operation that took it.
-        vmstate: the guest's RAM and devices at that instant; a ``full`` snapshot has it.
+        vmstate: the guest's RAM and devices at that instant, in a file; a ``full`` snapshot has it.
+        inside: the same inside an image; an ``internal`` snapshot of a guest that had memory.
+        variables: path of a copy of the UEFI variable store; an ``internal`` snapshot of a machine that has one.
     """
 
     name: str
@@ -43,6 +45,14 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     operation: OperationId
     pause_ms: float | None = None
     vmstate: Vmstate | None = None
+    inside: Inside | None = None
+    variables: str | None = None
+
+    @property
+    def hardware(self) -> Hardware | None:
+        """What its memory presumes; None when it has none."""
+        found = self.vmstate or self.inside
+        return found.hardware if found else None
 
     def point(self, disk: str) -> Point | None:
         """The point of that disk, or None when the snapshot does not include it."""

@@ -4,6 +4,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import MachineSpec
 
 SaveMode = Literal["background", "stopped"]
@@ -57,6 +58,19 @@ class Vmstate(Struct, frozen=True, kw_only=True):
     compression: Compression
     hardware: Hardware
     steps_ms: dict[str, float] = {}
+
+
+class Inside(Struct, frozen=True, kw_only=True):
+    """Memory inside a qcow2 image, under the tag of its snapshot.
+
+    Attributes:
+        layer: the image.
+        bytes: what it takes there.
+    """
+
+    layer: LayerId
+    bytes: int
+    hardware: Hardware
 
 
 def hardware_of(spec: MachineSpec, *, uuid: str, accel: str, qemu_version: str, host_cpu: str) -> Hardware:

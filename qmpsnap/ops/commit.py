@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from qmpsnap.errors import StateError
 from qmpsnap.model import merge as rules
 from qmpsnap.model.chain import Chain
-from qmpsnap.model.merge import Situation
 from qmpsnap.model.names import OperationId, job_id
 from qmpsnap.model.operation import Change, Merge, MergePlan
+from qmpsnap.model.situation import Situation
 from qmpsnap.ops import merge, recover
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.situation import look, require_space, resolve

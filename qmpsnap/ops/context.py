@@ -18,6 +18,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store.lock import machine_lock
+from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
 
 T = TypeVar("T")
@@ -69,6 +70,35 @@ class Context(Struct, frozen=True, kw_only=True):
         if machine.adopted:
             return adopted.monitor(machine, machine.adopted, process)
         return monitor(machine, self.home.run_dir(machine.name))
+
+
+@asynccontextmanager
+async def opened(home: str | os.PathLike[str] | None = None) -> AsyncIterator[Context]:
+    """The context of a home, its store open for the block.
+
+    Args:
+        home: folder that holds everything, as ``QMPSNAP_HOME`` does; None goes by the environment, in which
+            ``QMPSNAP_QEMU`` and ``QMPSNAP_QEMU_IMG`` name other binaries.
+
+    Raises:
+        StoreTooNew: a newer qmpsnap wrote the store.
+        HostCannot: the store cannot be opened.
+    """
+    environment = dict(os.environ)
+    if home is not None:
+        environment["QMPSNAP_HOME"] = os.fspath(home)
+    places = Home.from_environment(environment, uid=os.geteuid())
+    store = await blocking(lambda: SqliteStore(places.store, machines=places.machines))
+    try:
+        yield Context(
+            home=places,
+            store=store,
+            qemu=environment.get("QMPSNAP_QEMU") or "qemu-system-x86_64",
+            image=ImageTool(environment.get("QMPSNAP_QEMU_IMG") or "qemu-img"),
+            host=this_host(),
+        )
+    finally:
+        store.close()
 
 
 def _log(context: Context, machine: Machine) -> str:

@@ -11,13 +11,13 @@ from anyio import lowlevel
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import place
+from qmpsnap.block import graph, place
 from qmpsnap.block.place import Identity
 from qmpsnap.errors import ImageRefused, QmpError, StateError
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import JobId
+from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Change, MirrorPlan, Operation
 from qmpsnap.ops import finalize, merge
 from qmpsnap.ops.blockjob import BlockJob, qemu_for
@@ -83,8 +83,17 @@ def gone(plan: MirrorPlan) -> tuple[Layer, ...]:
     return tuple(layer for layer in reversed(plan.chain) if layer.id not in left)
 
 
-def qmp_commands(plan: MirrorPlan, machine: Machine, job: JobId) -> list[tuple[str, dict[str, object]]]:
-    """The commands that open the target and start the job; pure."""
+def qmp_commands(
+    plan: MirrorPlan, machine: Machine, job: JobId, *, root: NodeName | None = None
+) -> list[tuple[str, dict[str, object]]]:
+    """The commands that open the target and start the job; pure.
+
+    Args:
+        plan: what will be done.
+        machine: the machine.
+        job: the job's id.
+        root: from :func:`root_of`.
+    """
     node = node_name(plan.target)
     if plan.nbd:
         options = plan.nbd.options(node)
@@ -97,6 +106,7 @@ def qmp_commands(plan: MirrorPlan, machine: Machine, job: JobId) -> list[tuple[s
         jobs.mirror_arguments(
             job,
             source=node_name(plan.chain[-1]),
+            root=root,
             target=node,
             shallow=plan.shallow,
             write_blocking=plan.write_blocking,
@@ -142,7 +152,8 @@ async def _make(job: MirrorJob) -> MirrorJob:
 
 async def _start(job: MirrorJob, monitor: Monitor) -> None:
     """Let QEMU open the target and begin."""
-    (_, options), (start, arguments) = qmp_commands(job.step, job.machine, job.id)
+    root = await root_of(monitor, job.step)
+    (_, options), (start, arguments) = qmp_commands(job.step, job.machine, job.id, root=root)
     try:
         await commands.blockdev_add(monitor, options)
         await _require_size(monitor, job.step)
@@ -155,6 +166,13 @@ async def _start(job: MirrorJob, monitor: Monitor) -> None:
             f"{job.step.target.path} is open in another process; nothing was changed",
             hint="end that process, or choose another target",
         ) from error
+
+
+async def root_of(monitor: Monitor, plan: MirrorPlan) -> NodeName | None:
+    """The topmost filter between the device and its chain, None where there is none."""
+    known = frozenset(layer.id for layer in plan.chain)
+    found = graph.by_disk(await graph.read(monitor), known).get(plan.disk)
+    return NodeName(found.above[0]) if found and found.above else None
 
 
 async def carry_on(job: MirrorJob, monitor: Monitor) -> None:

@@ -1,24 +1,23 @@
 """``snapshot create``: every disk's active layer is frozen under a new empty overlay, all disks in one transaction."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import graph
-from qmpsnap.errors import NameTaken, QmpsnapError, StateError
+from qmpsnap.block import graph, place
+from qmpsnap.errors import QmpsnapError, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import OperationId, check_name
+from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import commit, memory, recover, recover_create
+from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.memory import Means, MemoryRequest, choose
@@ -36,6 +35,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         name: the snapshot's name; None takes the next free ``snap-N`` (``saved-N`` for one after which QEMU ends).
         description: free text.
         disks: names of the disks to include; None takes all that the spec does not leave out.
+        files: disk to absolute path of its new layer; those not named are put into the machine's folder.
         listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
         memory: save the guest's memory as well, of the same instant; None takes the disks alone.
     """
@@ -44,6 +44,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
     description: str = ""
     disks: tuple[str, ...] | None = None
     listed: bool = True
+    files: Mapping[str, str] = {}
     memory: MemoryRequest | None = None
 
 
@@ -78,14 +79,15 @@ def plan(
         NotFoundError: no disk of that name.
         StateError: a disk cannot be snapshotted.
     """
-    chosen = _disks(machine, request.disks)
+    included = asked.disks(machine, request.disks)
+    _require_included(machine, included, request.files)
     if request.memory:
-        _require_all(machine, chosen)
+        asked.require_all(machine, included)
     folder = home.machine_dir(machine.name)
     overlays = tuple(
-        Overlay(disk=chain.disk, layer=overlay_on(chain, serial, str(folder)), backing=chain.active)
+        _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk))
         for chain in chains
-        if chain.disk in chosen
+        if chain.disk in included
     )
     change = Change(
         layers=tuple(overlay.layer for overlay in overlays),
@@ -95,7 +97,7 @@ def plan(
     if not request.listed:
         return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
     prefix = "saved" if request.memory and request.memory.quit else "snap"
-    name = _name(machine, snapshots, request.name, prefix=prefix)
+    name = asked.snapshot_name(machine, snapshots, request.name, prefix=prefix)
     snapshot = Snapshot(
         name=name,
         kind="full" if means else "disk",
@@ -123,6 +125,8 @@ def _memory(request: MemoryRequest, means: Means, serial: OperationId, folder: P
         hardware=means.hardware,
         why=means.why,
         resume=means.resume,
+        cancellable=means.cancellable,
+        reserve=means.reserve,
         quit=request.quit,
         degrade=request.degrade,
         max_pause_ms=request.max_pause_ms if means.resume else None,
@@ -147,12 +151,13 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
     machine = await blocking(context.store.machine, name)
     async with context.monitor(machine) as qemu:
-        mode = await mode_of(qemu)
+        mode = await asked.mode_of(qemu)
         means = await choose(context, machine, qemu, request.memory) if request.memory else None
     if mode == "stopped":
         require_spec(machine, "make it start on a new layer")
     chains = await blocking(context.store.chains, name)
     snapshots = await blocking(context.store.snapshots, name)
+    await chosen.require_free(context, name, request.files)
     serial = OperationId(await blocking(context.store.next_serial))
     return machine, plan(
         machine,
@@ -200,6 +205,7 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
                 await graph.require_agreement(work.qemu, chains, machine=name)
             else:
                 require_spec(work.machine, "make it start on a new layer")
+            await chosen.require_free(context, name, request.files)
             operation = await _open(context, work, chains, request)
             assert isinstance(operation.plan, CreatePlan)
             plan = operation.plan
@@ -228,7 +234,7 @@ async def _without_memory(context: Context, plan: CreatePlan, error: QmpsnapErro
 
 
 async def _open(context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest) -> Operation:
-    mode = await mode_of(work.qemu)
+    mode = await asked.mode_of(work.qemu)
     means = await choose(context, work.machine, work.qemu, request.memory) if request.memory else None
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
@@ -282,7 +288,10 @@ async def _carry_out(at: _Attempt) -> Change:
         pause_ms = (time.monotonic() - before) * 1000
         await graph.require_agreement(qemu, at.expected, machine=machine.name)
         change = replace(change, snapshots=tuple(replace(found, pause_ms=pause_ms) for found in change.snapshots))
-    await blocking(at.context.store.settle, at.operation.id, machine.name, change)
+    elif any(overlay.part for overlay in plan.overlays):
+        # Once a file has only the name that was chosen, recovery cannot know it for ours: so forward.
+        await at.mark("transaction")
+    await recover_create.settle(at.context, machine, at.operation, change)
     return change
 
 
@@ -298,57 +307,11 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         await memory.written(qemu, at.operation, report=at.report)
     state = await memory.finish(at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps)
     change = recover_create.with_memory(change, state, pause_ms=held.pause_ms)
-    await recover_create.settle(at.context, machine, at.operation, how, change)
+    step = recover_create.ENDING if how.quit else None
+    await recover_create.settle(at.context, machine, at.operation, change, step=step)
     if how.quit:
         await recover_create.quit_saved(at.context, machine, qemu, at.operation)
     return change
-
-
-async def mode_of(qemu: Monitor | None) -> str:
-    """``live``, ``paused`` or ``stopped``: how a snapshot taken now is taken."""
-    if qemu is None:
-        return "stopped"
-    return "live" if (await commands.query_status(qemu)).running else "paused"
-
-
-def _name(machine: Machine, snapshots: Sequence[Snapshot], name: str | None, *, prefix: str) -> str:
-    taken = {snapshot.name: snapshot for snapshot in snapshots}
-    if name is None:
-        return next(free for number in range(1, len(taken) + 2) if (free := f"{prefix}-{number}") not in taken)
-    check_name(name, "snapshot")
-    if name in taken:
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken[name].created))
-        raise NameTaken(
-            f"machine {machine.name} has a snapshot {name} since {since}; nothing was changed",
-            hint="choose another name",
-            machine=machine.name,
-        )
-    return name
-
-
-def _disks(machine: Machine, wanted: tuple[str, ...] | None) -> frozenset[str]:
-    if wanted is None:
-        chosen = [disk.name for disk in machine.spec.disks if disk.snapshot and not disk.read_only]
-    else:
-        chosen = [_writable(machine, disk).name for disk in wanted]
-    if not chosen:
-        raise StateError(
-            f"machine {machine.name} has no disk that a snapshot could include; nothing was changed",
-            hint=f"qmpsnap show {machine.name} lists its disks",
-            machine=machine.name,
-        )
-    return frozenset(chosen)
-
-
-def _writable(machine: Machine, name: str) -> DiskSpec:
-    disk = machine.require_disk(name)
-    if disk.read_only:
-        raise StateError(
-            f"disk {name} of machine {machine.name} is read-only: it never changes; nothing was done",
-            hint="leave it out of --disks",
-            machine=machine.name,
-        )
-    return disk
 
 
 def _expected(chains: Sequence[Chain], plan: CreatePlan) -> tuple[Chain, ...]:
@@ -362,15 +325,24 @@ def _transaction(plan: CreatePlan) -> dict[str, object]:
     return commands.snapshot_transaction(pairs)
 
 
-def _require_all(machine: Machine, chosen: frozenset[str]) -> None:
-    """Memory and disks are of one instant, or the guest's file systems would not fit its memory."""
-    if left_out := [disk.name for disk in machine.spec.disks if not disk.read_only and disk.name not in chosen]:
-        raise StateError(
-            f"a full snapshot of machine {machine.name} must include {', '.join(left_out)}: memory that is loaded"
-            " beside a disk of another time destroys what is on it; nothing was changed",
-            hint="leave --disks out; a disk with 'snapshot: no' allows disk snapshots only",
-            machine=machine.name,
-        )
+def _overlay(machine: Machine, chain: Chain, serial: OperationId, folder: str, path: str | None) -> Overlay:
+    layer = overlay_on(chain, serial, folder)
+    if path is None:
+        return Overlay(disk=chain.disk, layer=layer, backing=chain.active)
+    part = place.part_of(path, f"{machine.uuid[:8]}-{serial}")
+    return Overlay(disk=chain.disk, layer=replace(layer, path=path), backing=chain.active, part=part)
+
+
+def _require_included(machine: Machine, included: frozenset[str], files: Mapping[str, str]) -> None:
+    for disk in files:
+        machine.require_disk(disk)
+        if disk not in included:
+            raise UsageError(
+                f"a file is named for disk {disk} of machine {machine.name}, which the snapshot does not include;"
+                " nothing was changed",
+                hint="name the disk in --disks, or leave out its --file",
+                machine=machine.name,
+            )
 
 
 def _node_options(overlay: Overlay, machine: Machine) -> dict[str, object]:

@@ -1,16 +1,17 @@
 """``snapshot delete``: the names go at once, then the layers nobody needs any more, moving as few bytes as possible."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import NotFoundError, UsageError
+from qmpsnap.errors import NotFoundError, StateError, UsageError
 from qmpsnap.model import merge as rules
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.merge import DiskReduction, Situation
+from qmpsnap.model.merge import DiskReduction
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
+from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops.commit import carry_out
 from qmpsnap.ops.context import Context
@@ -74,8 +75,8 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
     reductions = () if request.metadata else rules.reduce(at.after(opening), candidates)
     reduced = {layer for reduction in reductions for layer in reduction.layers}
     removed = {layer.id for reduction in reductions for step in reduction.steps for layer in step.removed}
-    states = tuple(snapshot.vmstate for snapshot in chosen if snapshot.vmstate and not request.metadata)
-    forgotten = (Removal(disk="", removed=(), states=states, change=Change()),) if states else ()
+    steps = tuple(step for reduction in reductions for step in reduction.steps)
+    kept = () if request.metadata else _kept(at, chosen, {layer.id for step in steps for layer in step.removed})
     return DeletePlan(
         names,
         reductions,
@@ -86,7 +87,7 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
             opening=opening,
             # Gone is gone: what is left after a failure is a hidden layer, which the next delete takes along.
             undo=Change(),
-            steps=(*forgotten, *(step for reduction in reductions for step in reduction.steps)),
+            steps=(*kept, *steps),
         ),
     )
 
@@ -129,6 +130,33 @@ def _choose(at: Situation, request: DeleteRequest) -> list[Snapshot]:
             if snapshot.parent in wanted:
                 wanted.add(snapshot.name)
     return [snapshot for snapshot in at.snapshots if snapshot.name in wanted]
+
+
+def _kept(at: Situation, chosen: Sequence[Snapshot], removed: Collection[LayerId]) -> tuple[Removal, ...]:
+    """What goes first: state files, copies of variable stores, tags inside images that stay.
+
+    Raises:
+        StateError: a tag is inside a layer that the running QEMU only reads.
+    """
+    points = [point for snapshot in chosen for point in snapshot.points if point.tag and point.layer not in removed]
+    for point in points:
+        live = at.live.get(point.disk)
+        if at.running and live and point.layer in live.ids and point.layer != live.active.id:
+            raise StateError(
+                f"a snapshot is inside layer {point.layer}, which lies below the one that the guest of machine"
+                f" {at.machine} writes to: QEMU can only read it; nothing was deleted",
+                hint=f"qmpsnap stop {at.machine} first; or --metadata, which leaves the content where it is",
+                machine=at.machine,
+            )
+    removal = Removal(
+        disk="",
+        removed=(),
+        change=Change(),
+        states=tuple(snapshot.vmstate for snapshot in chosen if snapshot.vmstate),
+        variables=tuple(snapshot.variables for snapshot in chosen if snapshot.variables),
+        tags=tuple((point.disk, point.layer, point.tag) for point in points if point.tag),
+    )
+    return (removal,) if removal.states or removal.variables or removal.tags else ()
 
 
 def _points(snapshots: Sequence[Snapshot]) -> list[LayerId]:

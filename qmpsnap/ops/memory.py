@@ -18,18 +18,20 @@ from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
-from qmpsnap.machine import accel, hugepages, probe, statefile
+from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Memory, Operation
-from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate, differences, hardware_of
+from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 from qmpsnap.ops.context import Context, require_spec
+from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
 
-KEEPS_PAUSED_SINCE = (10, 0)
-"""An earlier QEMU lets the guest run by itself once a background save tracks writes, also one that was paused."""
+CANCELLABLE_SINCE = (10, 0)
+"""An earlier QEMU hangs for ever when a background save is cancelled or fails: its threads wait for pages that nobody
+releases any more. And it lets the guest run by itself once writes are tracked, also one that was paused."""
 MAPPED_RAM_SINCE = (9, 1)
 """The first QEMU with mapped-ram, multifd to a file and direct-io."""
 
@@ -38,12 +40,14 @@ BACKGROUND_MS, BACKGROUND_MS_PER_GIB = 5.0, 20.0
 STOPPED_MS_PER_GIB = 1000.0
 """What a stopped save holds the guest for, by resident memory, on a disk that is not slow."""
 
+RESERVE_MORE = 32 << 20
+"""Bytes a state may have above QEMU's resident memory: devices, page headers, what the guest touches meanwhile."""
+
 RESUME_DEADLINE = 10.0
 """Seconds for letting the guest run again."""
 
 _TABLE_ENTRY = 8
 """Bytes of a page table for each page."""
-_CAPABILITIES = ("background-snapshot", "mapped-ram", "multifd")
 
 
 class MemoryRequest(Struct, frozen=True, kw_only=True):
@@ -71,6 +75,8 @@ class Means(Struct, frozen=True, kw_only=True):
     why: str
     hardware: Hardware
     resume: bool
+    cancellable: bool
+    reserve: int
 
 
 class Held(Struct, frozen=True):
@@ -110,20 +116,16 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
     if request.max_pause_ms is not None and running and not request.quit:
         _require_short(machine, why, resident if why else _mapped(process.pid), request.max_pause_ms)
     folder = Path(request.file).parent if request.file else context.home.machine_dir(machine.name)
-    await to_thread.run_sync(_require_space, folder, resident)
+    await to_thread.run_sync(_require_space, folder, resident + RESERVE_MORE)
     mapped = bool(why) and request.compression == "none" and version >= MAPPED_RAM_SINCE
     return Means(
         mode="stopped" if why else "background",
         layout="mapped-ram" if mapped else "stream",
         why=why,
-        hardware=hardware_of(
-            machine.spec,
-            uuid=machine.uuid,
-            accel=process.accel,
-            qemu_version=process.qemu_version,
-            host_cpu=await to_thread.run_sync(host_cpu),
-        ),
+        hardware=await hardware_now(context, machine),
         resume=running,
+        cancellable=bool(why) or version >= CANCELLABLE_SINCE,
+        reserve=resident + RESERVE_MORE,
     )
 
 
@@ -138,7 +140,7 @@ async def _why_not_behind_it(
         await migration.set_capabilities(qemu, {"background-snapshot": False})
     except QmpError as error:
         return error.message
-    if not running and version < KEEPS_PAUSED_SINCE:
+    if not running and version < CANCELLABLE_SINCE:
         raise StateError(
             f"machine {machine.name} is paused, and QEMU {'.'.join(map(str, version))} would let it run;"
             " nothing was changed",
@@ -161,15 +163,15 @@ def _require_short(machine: Machine, why: str, used: int, limit_ms: float) -> No
         )
 
 
-def _require_space(folder: Path, resident: int) -> None:
+def _require_space(folder: Path, wanted: int) -> None:
     try:
         found = os.statvfs(folder)
     except OSError as error:
         raise HostCannot(f"{folder}: {error.strerror}; nothing was changed") from error
     free = found.f_bavail * found.f_frsize
-    if free < resident:
+    if free < wanted:
         raise HostCannot(
-            f"the memory may need {resident >> 20} MiB in {folder}, and {free >> 20} MiB are free; nothing was changed",
+            f"the memory may need {wanted >> 20} MiB in {folder}, and {free >> 20} MiB are free; nothing was changed",
             hint="free some space, or name a file elsewhere",
         )
 
@@ -190,45 +192,32 @@ def _mapped(pid: int) -> int:
     return tables // _TABLE_ENTRY * os.sysconf("SC_PAGE_SIZE")
 
 
-def host_cpu() -> str:
-    """The model name of this host's CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]]:
-    """Make the file and ready QEMU to write to it; afterwards QEMU is as it was, the file stays."""
+    """Make the file and ready QEMU to write to it; afterwards QEMU is as it was, the file stays.
+
+    Raises:
+        HostCannot: no space for all of it; a save that has begun must not run out of it.
+    """
     descriptors = [await to_thread.run_sync(statefile.create, memory.part)]
     try:
+        await to_thread.run_sync(statefile.reserve, descriptors[0], memory.reserve, memory.part)
         direct = statefile.also_direct(memory.part) if memory.layout == "mapped-ram" else None
         descriptors += [] if direct is None else [direct]
-        await _set_up(qemu, memory.mode, memory.layout, direct=direct is not None)
+        await migration.set_up(
+            qemu,
+            background=memory.mode == "background",
+            mapped=memory.layout == "mapped-ram",
+            direct=direct is not None,
+        )
         yield await migration.hand_over(qemu, *descriptors)
-        await put_back(qemu)
+        await migration.put_back(qemu)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-
-
-async def _set_up(qemu: Monitor, mode: SaveMode, layout: Layout, *, direct: bool) -> None:
-    known = await migration.capabilities(qemu)
-    mapped = layout == "mapped-ram"
-    wanted = {"background-snapshot": mode == "background", "mapped-ram": mapped, "multifd": mapped}
-    await migration.set_capabilities(qemu, {name: on for name, on in wanted.items() if name in known})
-    await migration.set_parameters(qemu, max_bandwidth=migration.UNLIMITED)
-    if mapped:
-        await migration.set_parameters(qemu, direct_io=direct)
-
-
-async def put_back(qemu: Monitor) -> None:
-    """Let QEMU forget what a save has set up."""
-    await migration.let_go(qemu)
-    known = await migration.capabilities(qemu)
-    await migration.set_capabilities(qemu, {name: False for name in _CAPABILITIES if name in known})
 
 
 async def shorten(context: Context, machine: Machine, memory: Memory) -> None:
@@ -244,14 +233,15 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
     Where QEMU is to end afterwards the guest stays stopped, unless this fails.
 
     Raises:
-        DeadlinePassed: it took longer than allowed; the memory was given up, the disks have moved.
+        DeadlinePassed: it took longer than allowed; the memory was given up, the disks have moved. Of a QEMU that
+            cannot give it up the guest is held for as long as it takes.
         QmpError: QEMU refused a step.
     """
     clock = _Clock()
     resume = memory.resume
     async with qemu.listen("STOP", "RESUME") as bell:
         try:
-            with anyio.fail_after(None if memory.max_pause_ms is None else memory.max_pause_ms / 1000):
+            with anyio.fail_after(memory.max_pause_ms / 1000 if memory.max_pause_ms and memory.cancellable else None):
                 if memory.resume:
                     await commands.control(qemu, "stop")
                     clock.step("stop")
@@ -262,11 +252,14 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
                 _require_success(await fixed(qemu, memory.mode))
                 clock.step("tracking")
             resume = memory.resume and not memory.quit
-        except TimeoutError as error:
-            await _give_up(qemu)
-            raise DeadlinePassed(
-                f"the guest would have been held longer than {memory.max_pause_ms:g} ms; its memory was not saved"
-            ) from error
+        except BaseException as error:
+            # Let run before its memory is fixed, the guest would change what is saved: then it must not count.
+            await give_up(qemu, memory)
+            if isinstance(error, TimeoutError):
+                raise DeadlinePassed(
+                    f"the guest would have been held longer than {memory.max_pause_ms:g} ms; its memory was not saved"
+                ) from error
+            raise
         finally:
             if resume:
                 with anyio.move_on_after(RESUME_DEADLINE, shield=True):
@@ -308,11 +301,15 @@ def _require_success(found: migration.Migration) -> None:
         )
 
 
-async def _give_up(qemu: Monitor) -> None:
+async def give_up(qemu: Monitor, memory: Memory) -> None:
+    """Cancel a save, whoever started it; where that is not possible, wait until the guest may run again."""
     with anyio.move_on_after(RESUME_DEADLINE, shield=True):
-        await migration.cancel(qemu)
-        while (await migration.query(qemu)).status not in migration.ENDED:
-            await anyio.sleep(0.005)
+        if (await migration.query(qemu)).status in (*migration.ENDED, "none"):
+            return
+        if memory.cancellable:
+            await migration.cancel(qemu)
+        else:
+            await fixed(qemu, memory.mode)
 
 
 async def written(qemu: Monitor, operation: Operation, *, report: Report) -> None:
@@ -346,11 +343,11 @@ async def ended(qemu: Monitor, operation: Operation, *, report: Report) -> migra
         pause = min(pause * 1.5, 0.1)
 
 
-async def abandon(qemu: Monitor) -> None:
-    """End a save that still runs, whoever started it, and let QEMU forget it."""
-    if (await migration.query(qemu)).status not in (*migration.ENDED, "none"):
-        await _give_up(qemu)
-    await put_back(qemu)
+async def forget(qemu: Monitor) -> None:
+    """Wait for the end of a save that was given up, and let QEMU forget it."""
+    while (await migration.query(qemu)).status not in (*migration.ENDED, "none"):
+        await anyio.sleep(0.01)
+    await migration.put_back(qemu)
 
 
 async def finish(
@@ -374,54 +371,3 @@ async def finish(
         steps_ms=dict(steps or {}),
     )
     return await to_thread.run_sync(statefile.finish, memory.part, memory.path, manifest)
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
-class Loading(Struct, frozen=True):
-    """A state whose file was compared with its record; ``descriptor`` is open on QEMU's stream."""
-
-    state: Vmstate
-    descriptor: int
-
-
-async def require_same_hardware(context: Context, machine: Machine, state: Vmstate) -> None:
-    """Make sure that a state fits the machine as it would be started now: QEMU itself does not look.
-
-    Raises:
-        StateError: something differs.
-    """
-    choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
-    now = hardware_of(
-        machine.spec,
-        uuid=machine.uuid,
-        accel=choice.accel,
-        qemu_version=(await probe.ask(context.qemu, context.home.cache)).version,
-        host_cpu=await to_thread.run_sync(host_cpu),
-    )
-    if found := differences(state.hardware, now):
-        raise StateError(
-            f"the memory in {state.path} is of other hardware than machine {machine.name} has now: {'; '.join(found)};"
-            " nothing was changed",
-            hint="QEMU would load it without complaint and the guest would break; revert to a disk snapshot instead",
-            machine=machine.name,
-        )
-
-
-async def load(qemu: Monitor, loading: Loading) -> None:
-    """Load a state into a QEMU that was started to wait for one; its vCPUs stay stopped.
-
-    Raises:
-        QmpError: QEMU refuses it.
-        QemuGone: QEMU gave up on it and ended.
-    """
-    await _set_up(qemu, "stopped", loading.state.layout, direct=False)
-    await migration.start(qemu, "migrate-incoming", await migration.hand_over(qemu, loading.descriptor))
-    pause = 0.002
-    while (found := await migration.query(qemu)).status not in migration.ENDED:
-        await anyio.sleep(pause)
-        pause = min(pause * 1.5, 0.05)
-    if found.status != "completed":
-        raise QmpError(f"QEMU could not load {loading.state.path}: {found.error_desc or found.status}")
-    await put_back(qemu)

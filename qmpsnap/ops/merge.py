@@ -8,7 +8,7 @@ with the change, in one SQL transaction -> vCPUs go on -> job dismissed, nodes c
 from collections.abc import Iterable
 
 import anyio
-from anyio import lowlevel
+from anyio import lowlevel, to_thread
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
@@ -20,7 +20,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Merge, MergePlan, Operation, Removal
-from qmpsnap.ops import finalize
+from qmpsnap.ops import finalize, tagging
 from qmpsnap.ops.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
@@ -60,7 +60,7 @@ async def run(
             await blocking(
                 lambda s=step, n=number: context.store.settle(operation.id, machine.name, s.change, step=f"{n}:settled")
             )
-            await remove_states(step)
+            await remove_kept(context, machine, qemu, step)
         else:
             job = MergeJob(
                 context=context, machine=machine, operation=operation.id, step=step, number=number, report=report
@@ -90,6 +90,7 @@ async def carry_on(job: MergeJob, monitor: Monitor) -> None:
         await finalize.go_over(job, monitor, pending=pending, settle=lambda: settle(job, monitor))
         await jobs.dismiss(monitor, job.id)
         await close_gone(monitor, job.step)
+        await freeze_again(monitor, job.machine, job.step)
     job.report(replace(info, status="concluded"))
 
 
@@ -125,10 +126,14 @@ async def remove_files(layers: Iterable[Layer]) -> None:
             await remove(layer.path, device=layer.device, inode=layer.inode)
 
 
-async def remove_states(removal: Removal) -> None:
-    """Remove the state files of snapshots that are gone; fine when they are gone, too."""
+async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, removal: Removal) -> None:
+    """Remove what was kept for snapshots that are gone, beside and inside the images; fine when that is gone, too."""
     for state in removal.states:
         await remove(state.path, device=state.device, inode=state.inode)
+    for path in removal.variables:
+        await to_thread.run_sync(tagging.forget_variables, path)
+    for disk, layer, tag in removal.tags:
+        await tagging.remove_tag(context, machine, qemu, disk=disk, layer=layer, tag=tag)
 
 
 async def close_gone(monitor: Monitor, step: Merge) -> None:
@@ -156,13 +161,20 @@ async def root_of(monitor: Monitor, step: Merge) -> NodeName:
 
 
 async def freeze_again(monitor: Monitor, machine: Machine, step: Merge) -> None:
-    """Open the base read-only again: QEMU leaves it writable when a commit of the active layer is cancelled."""
-    if step.kind != "commit" or step.into.id not in graph.node_names(await graph.read(monitor)):
+    """Open the layer that was written to read-only again, where the guest does not write to it.
+
+    QEMU leaves it writable when a commit of the active layer is cancelled and, from 10.0 on, after a stream.
+    """
+    name = node_name(step.into)
+    found = graph.by_disk(await graph.read(monitor), frozenset(layer.id for layer in step.chain)).get(step.disk)
+    if found is None or name not in found.nodes[:-1]:
         return
-    below = next((node_name(layer) for layer in step.chain if layer.id == step.into.backing), None)
-    disk = machine.require_disk(step.disk)
-    options = layer_options(step.into, disk, backing=below, read_only=True)
-    await commands.blockdev_reopen(monitor, options | {"file": f"{node_name(step.into)}.file"})
+    if all(node.ro for node in await commands.query_nodes(monitor) if node.node_name == name):
+        return
+    place = found.nodes.index(name)
+    below = NodeName(found.nodes[place - 1]) if place else None
+    options = layer_options(step.into, machine.require_disk(step.disk), backing=below, read_only=True)
+    await commands.blockdev_reopen(monitor, options | {"file": f"{name}.file"})
 
 
 def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> tuple[str, dict[str, object]]:

@@ -14,13 +14,14 @@ from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
-from qmpsnap.model.merge import Situation, unneeded
+from qmpsnap.model.merge import unneeded
 from qmpsnap.model.names import OperationId, job_id, layer_id
 from qmpsnap.model.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.operation import Change, MirrorPlan
+from qmpsnap.model.situation import Situation
 from qmpsnap.model.spec import Format
 from qmpsnap.ops import copying, recover
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.situation import look
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp.jobs import Report, unreported
@@ -167,7 +168,9 @@ async def preview(
         at, found = await _survey(context, work, request)
         serial = OperationId(await blocking(context.store.next_serial))
         made = plan(at, at.live[request.disk], request, serial=serial, found=found)
-        return made, copying.qmp_commands(made, work.machine, job_id(serial, request.disk))
+        root = await copying.root_of(work.qemu, made) if work.qemu else None
+        commands = copying.qmp_commands(made, work.machine, job_id(serial, request.disk), root=root)
+        return made, [(command, work.machine.sent(arguments)) for command, arguments in commands]
 
 
 async def run(context: Context, name: str, request: MirrorRequest, *, report: Report = unreported) -> MirrorPlan:
@@ -209,6 +212,8 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
             hint="qemu-img convert copies its image",
             machine=work.machine.name,
         )
+    if request.mode == "pivot" and not work.qemu:
+        require_spec(work.machine, "make it start on the copy")
     at = await look(context, work)
     if is_uri(request.target):
         if request.reuse:

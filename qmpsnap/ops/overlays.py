@@ -8,6 +8,7 @@ import anyio
 from anyio import to_thread
 from msgspec.structs import replace
 
+from qmpsnap.block import place
 from qmpsnap.block.image import remove
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import QmpsnapError, StoreMismatch
@@ -38,8 +39,10 @@ async def make_overlays(context: Context, overlays: Sequence[Overlay]) -> dict[L
 
     async def make(overlay: Overlay) -> None:
         headers[overlay.layer.id] = await context.image.create_overlay(
-            overlay.layer.path, backing=overlay.backing, virtual_size=overlay.layer.virtual_size
+            overlay.part or overlay.layer.path, backing=overlay.backing, virtual_size=overlay.layer.virtual_size
         )
+        if overlay.part:
+            await place.claim(overlay.part, overlay.layer.path)
 
     try:
         async with anyio.create_task_group() as group:

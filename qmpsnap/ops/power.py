@@ -1,22 +1,35 @@
 """``start`` and ``stop``: QEMU comes up on exactly the chains the store has, and goes down without losing a write."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import anyio
 from anyio import to_thread
+from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError, StoreMismatch
 from qmpsnap.machine import accel, argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, wait_end
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.blockdev import node_name
+from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.ops import compare
+from qmpsnap.model.names import JobId, LayerId
+from qmpsnap.ops import compare, tagging
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
-from qmpsnap.ops.memory import Loading, load
+from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
-from qmpsnap.qmp import commands
+from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp.session import Monitor
+
+
+class LoadingInside(Struct, frozen=True):
+    """Memory inside the new active layers, under a tag that goes once it is loaded."""
+
+    job: JobId
+    tag: str
+    layers: Mapping[str, Layer]
+    vmstate: LayerId
 
 
 async def start(context: Context, name: str, *, paused: bool = False) -> Process:
@@ -39,7 +52,9 @@ async def start(context: Context, name: str, *, paused: bool = False) -> Process
         return await bring_up(context, work.machine, paused=paused)
 
 
-async def bring_up(context: Context, machine: Machine, *, paused: bool, loading: Loading | None = None) -> Process:
+async def bring_up(
+    context: Context, machine: Machine, *, paused: bool, loading: Loading | LoadingInside | None = None
+) -> Process:
     """Start the QEMU of a machine that is ours and stopped, on the store's chains, and record it.
 
     Args:
@@ -66,8 +81,8 @@ async def bring_up(context: Context, machine: Machine, *, paused: bool, loading:
         chains,
         uuid=machine.uuid,
         accel=choice.accel,
-        paused=paused,
-        incoming=loading is not None,
+        paused=paused or loading is not None,
+        incoming=isinstance(loading, Loading),
         firmware=firmware,
         tsc_khz=accel.tsc_khz(),
     )
@@ -78,10 +93,15 @@ async def bring_up(context: Context, machine: Machine, *, paused: bool, loading:
     return process
 
 
-async def _load(context: Context, machine: Machine, process: Process, loading: Loading, *, paused: bool) -> None:
+async def _load(
+    context: Context, machine: Machine, process: Process, loading: Loading | LoadingInside, *, paused: bool
+) -> None:
     try:
         async with monitor(machine, context.home.run_dir(machine.name)) as qemu:
-            await load(qemu, loading)
+            if isinstance(loading, Loading):
+                await load(qemu, loading)
+            else:
+                await _load_inside(qemu, loading)
             if not paused:
                 await commands.control(qemu, "cont")
     except BaseException:
@@ -89,6 +109,13 @@ async def _load(context: Context, machine: Machine, process: Process, loading: L
             await end(process, None)
             await blocking(context.store.set_process, machine.name, None)
         raise
+
+
+async def _load_inside(qemu: Monitor, loading: LoadingInside) -> None:
+    await tagging.load_into(qemu, loading.job, tag=loading.tag, layers=loading.layers, vmstate=loading.vmstate)
+    await jobs.dismiss(qemu, loading.job)
+    for layer in loading.layers.values():
+        await commands.delete_tag(qemu, node_name(layer), loading.tag)
 
 
 async def stop(context: Context, name: str, *, force: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109

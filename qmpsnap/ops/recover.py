@@ -4,24 +4,35 @@ The rule for each verb is a pure function of what was durable and what is found;
 """
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import anyio
 from anyio import to_thread
 
+from qmpsnap.block import tags
 from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.machine.machine import end
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.operation import CreatePlan, DefinePlan, MergePlan, MirrorPlan, Operation, RevertPlan
-from qmpsnap.ops import recover_create, recover_merge, recover_mirror
+from qmpsnap.model.operation import (
+    CreatePlan,
+    DefinePlan,
+    InternalPlan,
+    LoadPlan,
+    MergePlan,
+    MirrorPlan,
+    Operation,
+    Plan,
+    RevertPlan,
+)
+from qmpsnap.ops import recover_create, recover_internal, recover_merge, recover_mirror, tagging
 from qmpsnap.ops.broken import Broken, Direction, Unfinished
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import remove_new
 from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
-from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.qmp.jobs import JobStuck, Report, unreported
 from qmpsnap.qmp.session import Monitor
 
 SETTLE_DEADLINE = 45.0
@@ -58,6 +69,9 @@ async def end_open(
         try:
             await _end(broken, qemu)
         except OperationPending:
+            raise
+        except JobStuck as error:
+            error.tell(machine.name, waits=True)
             raise
         except QmpsnapError as error:
             raise broken.pending(error.message) from error
@@ -106,7 +120,9 @@ async def after_failure(
     if isinstance(error, QmpsnapError):
         error.machine, error.operation = machine.name, str(operation.id)
         error.effect = {"forward": "applied", "back": "none", None: "unknown"}[direction]  # type: ignore[assignment]
-        if direction is None and not isinstance(error, HostCannot):
+        if isinstance(error, JobStuck):
+            error.tell(machine.name, waits=direction is None)
+        elif direction is None and not isinstance(error, HostCannot):
             error.hint = f"qmpsnap recover {machine.name} finds out and ends it"
 
 
@@ -115,13 +131,7 @@ async def _end(broken: Broken, qemu: Monitor | None) -> Direction:
     if isinstance(plan, DefinePlan):
         return await _end_define(broken, plan)
     async with _answering(broken, qemu) as monitor:
-        if isinstance(plan, CreatePlan):
-            return await recover_create.end(broken, monitor)
-        if isinstance(plan, MergePlan):
-            return await recover_merge.end(broken, monitor)
-        if isinstance(plan, MirrorPlan):
-            return await recover_mirror.end(broken, monitor)
-        return await _end_revert(broken, monitor, plan)
+        return await _ENDS[type(plan)](broken, monitor)
 
 
 async def _end_define(broken: Broken, plan: DefinePlan) -> Direction:
@@ -132,10 +142,13 @@ async def _end_define(broken: Broken, plan: DefinePlan) -> Direction:
     return "back"
 
 
-async def _end_revert(broken: Broken, monitor: Monitor | None, plan: RevertPlan) -> Direction:
-    operation = broken.operation
+async def _end_revert(broken: Broken, monitor: Monitor | None) -> Direction:
+    operation, plan = broken.operation, broken.operation.plan
+    assert isinstance(plan, RevertPlan)
     if operation.step == "planned":
         await remove_new([overlay.layer for overlay in plan.overlays])
+        for copy in plan.copies:
+            await to_thread.run_sync(tags.discard, copy.layer)
         await broken.mark_failed()
         return "back"
     if operation.step == "stopping":
@@ -143,23 +156,38 @@ async def _end_revert(broken: Broken, monitor: Monitor | None, plan: RevertPlan)
         monitor = None
     elif operation.step == "switched":
         await remove_files(broken.context, plan)
-    elif plan.vmstate and monitor:
-        monitor = await _end_loading(broken, monitor, paused=plan.paused)
+    elif (plan.vmstate or plan.inside) and monitor:
+        monitor = await _end_loading(broken, monitor, plan)
+    for copy in plan.copies if plan.inside and monitor is None else ():
+        # The memory that was to be loaded from there is not: a later revert takes it out again.
+        await tagging.remove_tag(
+            broken.context, broken.machine, None, disk=copy.disk, layer=copy.layer.id, tag=copy.tag
+        )
     stopped = plan.restart and monitor is None
     note = f"{broken.error}; the machine was not started again: qmpsnap start {broken.machine.name}"
     await broken.mark_settled(error=note if stopped else None)
     return "forward"
 
 
-async def _end_loading(broken: Broken, monitor: Monitor, *, paused: bool) -> Monitor | None:
+_ENDS: dict[type[Plan], Callable[[Broken, Monitor | None], Awaitable[Direction]]] = {
+    CreatePlan: recover_create.end,
+    InternalPlan: recover_internal.end_create,
+    LoadPlan: recover_internal.end_load,
+    MergePlan: recover_merge.end,
+    MirrorPlan: recover_mirror.end,
+    RevertPlan: _end_revert,
+}
+
+
+async def _end_loading(broken: Broken, monitor: Monitor, plan: RevertPlan) -> Monitor | None:
     """A QEMU that was to go on with memory: it runs on when that is loaded, and ends when it is not."""
-    status = (await commands.query_status(monitor)).status
-    if status == "inmigrate":
+    status = await commands.query_status(monitor)
+    if status.status == "inmigrate" or (plan.inside and not status.running):
         if process := broken.context.process(broken.machine):
             await end(process, monitor)
         await blocking(broken.context.store.set_process, broken.machine.name, None)
         return None
-    if status == "paused" and not paused:
+    if status.status == "paused" and not plan.paused:
         await commands.control(monitor, "cont")
     return monitor
 

@@ -14,12 +14,16 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.ops import chosen
 from qmpsnap.ops import memory as saving
 from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import identified, remove_new
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
+
+ENDING = "ending"
+"""The step at which a machine is saved, and its QEMU still to be ended (:func:`quit_saved`)."""
 
 
 def direction(step: str, *, active: int | None, total: int) -> Direction | None:
@@ -52,7 +56,7 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
     """
     plan = broken.operation.plan
     assert isinstance(plan, CreatePlan)
-    if broken.operation.step == "ending":
+    if broken.operation.step == ENDING:
         await quit_saved(broken.context, broken.machine, monitor, broken.operation)
         return "forward"
     names = frozenset(node_name(overlay.layer) for overlay in plan.overlays)
@@ -70,7 +74,8 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
     if monitor and found:
         for name in sorted(names & graph.node_names(found)):
             await commands.blockdev_del(monitor, NodeName(name))
-    await remove_new([overlay.layer for overlay in plan.overlays])
+    await chosen.undo(plan.overlays)
+    await remove_new([overlay.layer for overlay in plan.overlays if not overlay.part])
     await broken.mark_failed()
     return way
 
@@ -80,21 +85,21 @@ async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) ->
     headers = {o.layer.id: header.read(o.layer.path, format=o.layer.format) for o in plan.overlays}
     change = identified(plan.change, headers)
     if memory is None:
-        await blocking(context.store.settle, operation.id, machine.name, change)
+        await settle(context, machine, operation, change)
         return "forward"
     if state := await _state(broken, monitor, plan, memory):
-        await settle(context, machine, operation, memory, with_memory(change, state))
+        step = ENDING if memory.quit else None
+        await settle(context, machine, operation, with_memory(change, state), step=step)
         if memory.quit:
             await quit_saved(context, machine, monitor, operation)
         return "forward"
     await _drop(broken, monitor, memory)
     if memory.degrade:
         disks = tuple(replace(snapshot, kind="disk") for snapshot in change.snapshots)
-        await blocking(context.store.settle, operation.id, machine.name, replace(change, snapshots=disks))
+        await settle(context, machine, operation, replace(change, snapshots=disks))
         await broken.mark_settled(error=broken.error)
         return "forward"
-    layers = Change(layers=change.layers, active=change.active)
-    await blocking(context.store.settle, operation.id, machine.name, layers)
+    await settle(context, machine, operation, Change(layers=change.layers, active=change.active))
     await broken.mark_failed()
     return "back"
 
@@ -104,20 +109,23 @@ async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memo
     operation = broken.operation
     if finished := await to_thread.run_sync(_finished, operation, memory):
         await _run_on(broken, monitor, memory)
+        await to_thread.run_sync(statefile.discard, memory.part)  # its other name, if that is still there
         return finished
     if monitor is None or not await to_thread.run_sync(_has_content, memory.part):
         return None
     if (await migration.query(monitor)).status not in migration.ENDED:
         if broken.unfinished == "cancel":
-            await saving.abandon(monitor)
+            await saving.give_up(monitor, memory)
         else:
             await saving.fixed(monitor, memory.mode)
     await _run_on(broken, monitor, memory)
+    if broken.unfinished == "cancel":
+        return None
     if (found := await migration.query(monitor)).status not in migration.ENDED and broken.unfinished == "refuse":
         raise broken.still_works(found.status)
     if (await saving.ended(monitor, operation, report=broken.report)).status != "completed":
         return None
-    await saving.put_back(monitor)
+    await migration.put_back(monitor)
     return await saving.finish(operation, memory, snapshot=plan.change.snapshots[0].name)
 
 
@@ -137,8 +145,9 @@ async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> No
 async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
     """Give the memory up: QEMU stops writing it, the guest runs on if it should, the unfinished file goes."""
     if monitor:
-        await saving.abandon(monitor)
+        await saving.give_up(monitor, memory)
         await _resume(broken, monitor, memory)
+        await saving.forget(monitor)
     await to_thread.run_sync(statefile.discard, memory.part)
 
 
@@ -148,9 +157,15 @@ def with_memory(change: Change, state: Vmstate, *, pause_ms: float | None = None
     return replace(change, snapshots=tuple(replace(found, vmstate=state, **pauses) for found in change.snapshots))
 
 
-async def settle(context: Context, machine: Machine, operation: Operation, memory: Memory, change: Change) -> None:
-    """Record a full snapshot; one of ``save`` still has to end QEMU (:func:`quit_saved`)."""
-    step = "ending" if memory.quit else None
+async def settle(
+    context: Context, machine: Machine, operation: Operation, change: Change, *, step: str | None = None
+) -> None:
+    """Record what is true from now on; the new layers keep the places that were chosen for them alone.
+
+    With ``step`` the operation goes on from there.
+    """
+    assert isinstance(operation.plan, CreatePlan)
+    await chosen.let_go(operation.plan.overlays)
     await blocking(lambda: context.store.settle(operation.id, machine.name, change, step=step))
 
 

@@ -22,7 +22,7 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
     assert isinstance(plan, MergePlan)
     for removal in plan.steps:
         if isinstance(removal, Removal):
-            await merge.remove_states(removal)  # their snapshots went with the opening
+            await merge.remove_kept(context, machine, qemu, removal)  # their snapshots went with the opening
     if operation.step == "planned":
         return await _undo(broken, plan, opening=True)
     number, phase, was_running = _read_step(operation.step)
@@ -79,6 +79,7 @@ async def _end_job(broken: Broken, job: MergeJob, monitor: Monitor | None, *, ph
     if monitor is not None:
         await jobs.dismiss(monitor, job.id)
         await merge.close_gone(monitor, job.step)
+        await merge.freeze_again(monitor, job.machine, job.step)
     return True
 
 

@@ -7,7 +7,7 @@ it only forward is left.
 """
 
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
@@ -16,20 +16,26 @@ from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import NotFoundError, QmpsnapError, StateError
+from qmpsnap.block import graph, tags
+from qmpsnap.errors import NotFoundError, QemuGone, QmpsnapError, StateError
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.merge import Situation, unneeded
+from qmpsnap.model.merge import unneeded
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, Operation, Overlay, RevertPlan, Unwritten
+from qmpsnap.model.operation import Change, Copy, Operation, Overlay, RevertPlan, Unwritten
+from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import create, power, recover, situation, wake
+from qmpsnap.ops import asked, create, internal, power, recover, situation, wake
 from qmpsnap.ops.context import Context, blocking, in_thread, require_spec
-from qmpsnap.ops.memory import Loading, require_same_hardware
+from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops.internal import InternalRequest
+from qmpsnap.ops.loading import Loading, require_same_hardware
 from qmpsnap.ops.overlays import make_overlays, overlay_on
+from qmpsnap.ops.power import LoadingInside
 from qmpsnap.ops.switch import all_empty, switch
+from qmpsnap.ops.tagging import job_of
 from qmpsnap.ops.work import Work, working
 
 Run = Literal["running", "paused"]
@@ -119,26 +125,47 @@ def plan(
     require_spec(machine, "start it on other layers")
     snapshot = _target(at, request.name)
     folder = str(home.machine_dir(machine.name))
+    chains = points(at, snapshot)
+    inner = {point.disk: point.tag for point in snapshot.points}
     overlays = tuple(
         Overlay(disk=chain.disk, layer=overlay_on(chain, serial, folder), backing=chain.active)
-        for chain in points(at, snapshot)
+        for chain in chains
+        if not inner[chain.disk]
     )
-    old = {overlay.disk: at.live[overlay.disk] for overlay in overlays}
+    copies = tuple(
+        Copy(
+            disk=chain.disk,
+            layer=replace(overlay_on(chain, serial, folder), backing=chain.active.backing),
+            source=chain.active,
+            tag=tag,
+        )
+        for chain in chains
+        if (tag := inner[chain.disk])
+    )
+    new: tuple[Overlay | Copy, ...] = (*overlays, *copies)
+    old = {one.disk: at.live[one.disk] for one in new}
     switched = Change(
-        layers=tuple(overlay.layer for overlay in overlays),
-        active={overlay.disk: overlay.layer.id for overlay in overlays},
+        layers=tuple(one.layer for one in new),
+        active={one.disk: one.layer.id for one in new},
         current=snapshot.name,
     )
+    inside = next(
+        (copy.layer.id for copy in copies if snapshot.inside and copy.source.id == snapshot.inside.layer), None
+    )
+    variables = (str(home.variables(machine.name)), snapshot.variables) if snapshot.variables else None
     planned = RevertPlan(
         machine=machine.name,
         snapshot=snapshot.name,
         live=mode != "stopped",
         overlays=overlays,
         removed=(),
-        restart=mode != "stopped" or request.run is not None or snapshot.vmstate is not None,
-        paused=request.run == "paused" or (request.run is None and mode == "paused" and not snapshot.vmstate),
+        restart=mode != "stopped" or request.run is not None or snapshot.hardware is not None,
+        paused=request.run == "paused" or (request.run is None and mode == "paused" and not snapshot.hardware),
         change=switched,
         vmstate=snapshot.vmstate,
+        copies=copies,
+        inside=inside,
+        variables=variables,
     )
     after = at.after(switched)
     if request.discard:
@@ -149,7 +176,7 @@ def plan(
             change=replace(switched, removed_layers=tuple(layer.id for layer in gone)),
         )
     kept = Snapshot(
-        name=_free_name(at, serial),
+        name=_free_name({found.name for found in at.snapshots}, serial),
         kind="disk",
         state="ok",
         parent=machine.current,
@@ -177,11 +204,10 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
     machine = await blocking(context.store.machine, name)
     async with context.monitor(machine) as qemu:
         at = await situation.look(context, Work(machine, qemu))
-        mode = await create.mode_of(qemu)
+        mode = await asked.mode_of(qemu)
     serial = OperationId(await blocking(context.store.next_serial))
     planned = plan(machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
-    if planned.vmstate:
-        await require_same_hardware(context, machine, planned.vmstate)
+    await require_same_hardware(context, machine, _target(at, request.name))
     layers = planned.unwritten.layers if planned.unwritten else ()
     unwritten = planned.unwritten is not None and await to_thread.run_sync(all_empty, layers)
     return Preview(plan=planned, unwritten=unwritten)
@@ -204,12 +230,16 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
 
 
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
+    if await _can_load(context, name, request):
+        return await _load(context, name, request)
+    await _freeze(context, name, request)
     async with working(context, name, "snapshot revert") as work:
         at = await situation.look(context, work)
         # The guest ends only for layers that it can be started on again.
         target = _target(at, request.name)
+        await require_same_hardware(context, work.machine, target)
         await to_thread.run_sync(power.require_files, work.machine, points(at, target))
-        async with _memory(context, work.machine, target, request) as loading:
+        async with _memory(target, request) as loading:
             operation = await _open(context, work, at, request)
             async with recover.attempting(context, work.machine, work.qemu, operation):
                 await _carry_out(context, work, operation, loading)
@@ -220,15 +250,12 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
 
 
 @asynccontextmanager
-async def _memory(
-    context: Context, machine: Machine, snapshot: Snapshot, request: RevertRequest
-) -> AsyncIterator[Loading | None]:
-    """The snapshot's memory, all of it compared with the record and fit for this machine; None for disks alone."""
+async def _memory(snapshot: Snapshot, request: RevertRequest) -> AsyncIterator[Loading | None]:
+    """The snapshot's memory in a file, all of it compared with the record; None where there is no such file."""
     state = snapshot.vmstate
     if state is None:
         yield None
         return
-    await require_same_hardware(context, machine, state)
     if request.file:
         moved = Path(request.file)
         status = await to_thread.run_sync(moved.stat)
@@ -238,7 +265,7 @@ async def _memory(
 
 
 async def _open(context: Context, work: Work, at: Situation, request: RevertRequest) -> Operation:
-    mode = await create.mode_of(work.qemu)
+    mode = await asked.mode_of(work.qemu)
 
     def make(serial: OperationId) -> RevertPlan:
         return plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
@@ -250,13 +277,18 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
     planned = operation.plan
     assert isinstance(planned, RevertPlan)
     await make_overlays(context, planned.overlays)
+    for copy in planned.copies:
+        await tags.take_out(
+            copy.source, copy.tag, copy.layer, keep=planned.inside is not None, qemu_img=context.image.binary
+        )
     # From here on the guest may have ended: recovery finishes instead of rolling back.
     await blocking(lambda: context.store.mark(operation.id, "running", step="stopping"))
     await switch(context, work.machine, work.qemu, operation, planned)
     if planned.restart:
         await blocking(lambda: context.store.mark(operation.id, "running", step="starting"))
         machine = await blocking(context.store.machine, planned.machine)
-        await power.bring_up(context, machine, paused=planned.paused, loading=loading)
+        memory = loading or _inside(planned, operation)
+        await power.bring_up(context, machine, paused=planned.paused, loading=memory)
     await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
 
 
@@ -273,7 +305,7 @@ async def _outcome(context: Context, operation: Operation) -> Reverted:
         kept=snapshots.get(kept[0].name) if kept else None,
         removed=tuple(layer.id for layer in gone if layer.id not in forest.layers),
         state=state if planned.restart else "stopped",
-        memory=planned.vmstate is not None,
+        memory=planned.vmstate is not None or planned.inside is not None,
     )
 
 
@@ -293,13 +325,10 @@ def _target(at: Situation, name: str) -> Snapshot:
             hint=f"qmpsnap tree {at.machine} shows the others; qmpsnap snapshot delete {at.machine} {name} forgets it",
             machine=at.machine,
         )
-    if snapshot.kind == "internal" or any(point.tag for point in snapshot.points):
-        raise StateError(
-            f"snapshot {name} of machine {at.machine} is internal, and reverting to those is not possible yet;"
-            " nothing was changed",
-            machine=at.machine,
-        )
     for chain in points(at, snapshot):
+        point = snapshot.point(chain.disk)
+        if point and point.tag and at.live[chain.disk].active.id == chain.active.id:
+            continue  # its own layer, which is frozen or idle before it is read
         if writers := at.forest.writers_of(chain.active.id):
             raise StateError(
                 f"layer {chain.active.id}, where snapshot {name} lies, is written to by machine {writers[0].machine};"
@@ -310,8 +339,61 @@ def _target(at: Situation, name: str) -> Snapshot:
     return snapshot
 
 
-def _free_name(at: Situation, serial: OperationId) -> str:
-    taken = {snapshot.name for snapshot in at.snapshots}
+async def _can_load(context: Context, name: str, request: RevertRequest) -> bool:
+    """Whether the QEMU that runs can go back by itself: memory and disks inside the layers that its guest writes to."""
+    machine = await blocking(context.store.machine, name)
+    snapshot = next((s for s in await blocking(context.store.snapshots, name) if s.name == request.name), None)
+    chains = await blocking(context.store.chains, name)
+    running = context.process(machine) is not None
+    return running and snapshot is not None and snapshot.state == "ok" and internal.in_place(snapshot, chains)
+
+
+async def _load(context: Context, name: str, request: RevertRequest) -> Reverted:
+    kept = None
+    if not request.discard:
+        at = await blocking(context.store.snapshots, name)
+        serial = OperationId(await blocking(context.store.next_serial))
+        kept = await internal.create(
+            context,
+            name,
+            InternalRequest(
+                name=_free_name({found.name for found in at}, serial),
+                description=f"before the revert to {request.name}",
+            ),
+        )
+    async with working(context, name, "snapshot revert") as work:
+        chains = await blocking(context.store.chains, name)
+        if work.qemu is None:
+            raise QemuGone(f"QEMU of machine {name} has ended; nothing was changed", machine=name)
+        await graph.require_agreement(work.qemu, chains, machine=name)
+        snapshot = next(s for s in await blocking(context.store.snapshots, name) if s.name == request.name)
+        paused = request.run == "paused"
+        await internal.load(context, work, snapshot, chains, paused=paused)
+    done = Reverted(snapshot=snapshot, kept=kept, removed=(), state="paused" if paused else "running", memory=True)
+    if request.after and not paused:
+        return replace(done, notes=await wake.tell(context, await blocking(context.store.machine, name)))
+    return done
+
+
+async def _freeze(context: Context, name: str, request: RevertRequest) -> None:
+    """Put a layer on top of the one a running guest writes to, where the snapshot is inside that: it is read first."""
+    machine = await blocking(context.store.machine, name)
+    snapshot = next((s for s in await blocking(context.store.snapshots, name) if s.name == request.name), None)
+    if snapshot is None or snapshot.state == "consumed" or not context.process(machine):
+        return
+    active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, name)}
+    if busy := tuple(p.disk for p in snapshot.points if p.tag and active.get(p.disk) == p.layer):
+        await create.add_layers(context, name, CreateRequest(disks=busy))
+
+
+def _inside(planned: RevertPlan, operation: Operation) -> LoadingInside | None:
+    if planned.inside is None:
+        return None
+    layers = {copy.disk: copy.layer for copy in planned.copies}
+    return LoadingInside(job_of(operation.id), planned.copies[0].tag, layers, planned.inside)
+
+
+def _free_name(taken: Collection[str], serial: OperationId) -> str:
     names = (f"auto-{serial}", *(f"auto-{serial}-{number}" for number in range(2, len(taken) + 3)))
     return next(name for name in names if name not in taken)
 

@@ -7,11 +7,12 @@ from anyio import to_thread
 
 from qmpsnap.block import graph
 from qmpsnap.errors import HostCannot, NotFoundError
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
-from qmpsnap.model.merge import Situation
+from qmpsnap.model.home import Home
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Merge, Removal
+from qmpsnap.model.situation import Situation
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.work import Work
 
@@ -34,7 +35,7 @@ async def look(context: Context, work: Work) -> Situation:
         snapshots=await blocking(context.store.snapshots, name),
         live={chain.disk: chain for chain in chains},
         running=work.qemu is not None,
-        bytes=await to_thread.run_sync(_bytes, forest, str(context.home.machine_dir(name)), chains),
+        bytes=await to_thread.run_sync(_bytes, forest, context.home, name, chains),
     )
 
 
@@ -79,13 +80,28 @@ def require_space(at: Situation, steps: tuple[Merge | Removal, ...]) -> None:
             )
 
 
-def _bytes(forest: Forest, folder: str, chains: tuple[Chain, ...]) -> dict[LayerId, int]:
+def _bytes(forest: Forest, home: Home, machine: str, chains: tuple[Chain, ...]) -> dict[LayerId, int]:
+    """What the files occupy of every layer that the machine reads, wherever it lies, and of what is left of its own."""
     wanted = {layer.id: layer for chain in chains for layer in chain.layers}
-    wanted |= {layer.id: layer for layer in forest.layers.values() if layer.path.startswith(f"{folder}/")}
+    tops = [writer.layer for writer in forest.writers if writer.machine == machine]
+    tops += [reference.layer for reference in forest.references if reference.machine == machine]
+    for top in tops:
+        wanted |= {layer.id: layer for layer in forest.chain("", top).layers}
+    inside = f"{home.machine_dir(machine)}/"
+    wanted |= {layer.id: layer for layer in forest.layers.values() if layer.path.startswith(inside)}
     sizes = {}
-    for layer in wanted.values():
+    for layer in (*wanted.values(), *_nobodys(forest, home)):
         try:
-            sizes[layer.id] = Path(layer.path).stat().st_blocks * 512
-        except FileNotFoundError:
+            status = Path(layer.path).stat()
+        except OSError:
             continue
+        # Another host may have another file of that name.
+        if layer.id in wanted or (status.st_dev, status.st_ino) == (layer.device, layer.inode):
+            sizes[layer.id] = status.st_blocks * 512
     return sizes
+
+
+def _nobodys(forest: Forest, home: Home) -> list[Layer]:
+    """Hidden layers at chosen places that no machine reads: nothing tells whose they were, so any delete takes them."""
+    outside = (layer for layer in forest.layers.values() if not layer.path.startswith(f"{home.machines}/"))
+    return [layer for layer in outside if layer.state == "hidden" and not forest.machines_above(layer.id)]

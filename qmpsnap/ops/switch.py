@@ -14,8 +14,9 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused
 from qmpsnap.machine.machine import end
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.operation import Change, Operation, Overlay, RevertPlan
+from qmpsnap.model.operation import Change, Copy, Operation, Overlay, RevertPlan
 from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.tagging import copy_variables
 from qmpsnap.qmp.session import Monitor
 
 
@@ -41,7 +42,10 @@ async def switch(
     if plan.unwritten:
         empty = await to_thread.run_sync(all_empty, plan.unwritten.layers)
         change = plan.unwritten.change if empty else change
-    change = await to_thread.run_sync(_identified, change, plan.overlays)
+    change = await to_thread.run_sync(_identified, change, plan.new)
+    if plan.variables:
+        mine, kept = plan.variables
+        await to_thread.run_sync(copy_variables, kept, mine)
     await blocking(lambda: context.store.settle(operation.id, machine.name, change, step="switched"))
     await remove_files(context, plan)
 
@@ -62,10 +66,10 @@ def all_empty(layers: tuple[Layer, ...]) -> bool:
         return False
 
 
-def _identified(change: Change, overlays: Sequence[Overlay]) -> Change:
+def _identified(change: Change, new: Sequence[Overlay | Copy]) -> Change:
     """The change with the identities of the new files."""
     layers = []
-    for overlay in overlays:
-        found = header.read(overlay.layer.path, format=overlay.layer.format)
-        layers.append(replace(overlay.layer, device=found.device, inode=found.inode))
+    for one in new:
+        found = header.read(one.layer.path, format=one.layer.format)
+        layers.append(replace(one.layer, device=found.device, inode=found.inode))
     return replace(change, layers=tuple(layers))

@@ -11,6 +11,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.recover import remove_folder
+from qmpsnap.ops.tagging import forget_variables
 from qmpsnap.ops.work import working
 
 Fate = Literal["keep", "remove"]
@@ -42,12 +43,16 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
             )
         if disks is None:
             await _refuse_loss(context, name)
-        states = [found.vmstate for found in await blocking(context.store.snapshots, name) if found.vmstate]
+        snapshots = await blocking(context.store.snapshots, name)
+        states = [found.vmstate for found in snapshots if found.vmstate]
+        variables = [found.variables for found in snapshots if found.variables]
         layers = await blocking(context.store.forget, name)
         files: list[Layer | Vmstate] = [*(layer for layer in layers if layer.owned), *states]
         if disks == "remove":
             for file in files:
                 await remove(file.path, device=file.device, inode=file.inode)
+            for kept in variables:
+                await to_thread.run_sync(forget_variables, kept)
             await to_thread.run_sync(remove_folder, context.home, name)
         # The lock goes last, while we hold it: whoever waits for it looks again at what it locked.
         await to_thread.run_sync(lambda: shutil.rmtree(context.home.run_dir(name), ignore_errors=True))

@@ -47,6 +47,13 @@ class BlockGraph(Struct, frozen=True):
     edges: tuple[GraphEdge, ...]
 
 
+class Tag(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``SnapshotInfo`` we use: a snapshot inside an image."""
+
+    name: str
+    vm_state_size: int = 0
+
+
 class ImageInfo(Struct, frozen=True, rename="kebab"):
     """The part of QAPI ``ImageInfo`` we use; sizes in bytes."""
 
@@ -54,6 +61,7 @@ class ImageInfo(Struct, frozen=True, rename="kebab"):
     format: str
     virtual_size: int
     actual_size: int = 0
+    snapshots: tuple[Tag, ...] = ()
 
 
 class CacheInfo(Struct, frozen=True, rename="kebab"):
@@ -237,6 +245,21 @@ def snapshot_transaction(pairs: Sequence[tuple[NodeName, NodeName]]) -> dict[str
             {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}} for node, overlay in pairs
         ]
     }
+
+
+def internal_transaction(nodes: Sequence[NodeName], tag: str) -> dict[str, Any]:
+    """Arguments of the ``transaction`` that puts a tag into each node's image (``blockdev-snapshot-internal-sync``)."""
+    return {"actions": [{"type": "blockdev-snapshot-internal-sync", "data": {"device": n, "name": tag}} for n in nodes]}
+
+
+async def query_tags(monitor: Monitor) -> dict[str, tuple[Tag, ...]]:
+    """The snapshots inside the image of each named node, by the node's name (``query-named-block-nodes``)."""
+    return {node.node_name: node.image.snapshots for node in await query_nodes(monitor)}
+
+
+async def delete_tag(monitor: Monitor, node: NodeName, tag: str) -> None:
+    """Remove a snapshot from the image of a node that a device has (``blockdev-snapshot-delete-internal-sync``)."""
+    await monitor.execute("blockdev-snapshot-delete-internal-sync", {"device": node, "name": tag})
 
 
 async def transaction(monitor: Monitor, arguments: dict[str, Any], *, deadline: float = COMMAND_DEADLINE) -> None:

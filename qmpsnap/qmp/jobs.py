@@ -6,7 +6,7 @@ again. Events only wake us; ``query-jobs`` decides.
 
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 from msgspec.structs import replace
@@ -31,6 +31,26 @@ PATIENCE = 10.0
 
 Report = Callable[[JobInfo], None]
 """Told about a job again and again: bytes done and in all are QEMU's estimates, and both can move either way."""
+
+
+class JobStuck(HostCannot):
+    """A write of a job failed, and the job waits for what is to be done about it."""
+
+    def __init__(self, job: JobId, why: str) -> None:
+        super().__init__(f"job {job} is paused: {why}; the chain is as before", effect="unknown")
+        self._what = f"{why}; the chain is as before"
+        self._job = job
+
+    def tell(self, machine: str, *, waits: bool) -> None:
+        """Say what to do next: the job waits in the guest's QEMU, or has ended with the worker that it ran in."""
+        if waits:
+            self.message = f"job {self._job} is paused: {self._what} and the guest runs on"
+            self.hint = f"put that right, then: qmpsnap job wait {machine}; or give up: qmpsnap job cancel {machine}"
+        else:
+            self.message = f"job {self._job} failed: {self._what}"
+            self.hint = "put that right, then try again"
+        self.args = (self.message,)
+        self.machine = machine
 
 
 def unreported(_: JobInfo) -> None:
@@ -76,23 +96,40 @@ def stream_arguments(
 
 
 def mirror_arguments(
-    job: JobId, *, source: NodeName, target: NodeName, shallow: bool, write_blocking: bool
+    job: JobId, *, source: NodeName, target: NodeName, shallow: bool, write_blocking: bool, root: NodeName | None = None
 ) -> tuple[str, dict[str, Any]]:
     """``blockdev-mirror``: ``target`` becomes a copy of ``source``.
 
     Args:
         job: the job's id.
-        source: the layer the guest writes to.
+        source: the layer the guest writes to, which the target may replace.
+        root: a filter above it, through which the guest writes and which stays ("Need a root block node").
         target: where to; exactly as large.
         shallow: only what ``source`` itself holds; ``target`` has the same backing.
         write_blocking: each write of the guest is done on both sides before it counts as done.
     """
-    arguments: dict[str, Any] = {"job-id": job, "device": source, "target": target}
+    arguments: dict[str, Any] = {"job-id": job, "device": root or source, "target": target}
     arguments |= {"sync": "top" if shallow else "full", "auto-finalize": False, "auto-dismiss": False}
     arguments |= {"on-source-error": "stop", "on-target-error": "stop"}
+    if root:
+        arguments["replaces"] = source
     if write_blocking:
         arguments["copy-mode"] = "write-blocking"
     return "blockdev-mirror", arguments
+
+
+def memory_arguments(job: JobId, *, tag: str, vmstate: NodeName, nodes: Sequence[NodeName]) -> dict[str, Any]:
+    """Arguments of ``snapshot-save`` and ``snapshot-load``: memory and disks under one tag inside the images.
+
+    They conclude by themselves and still wait to be dismissed; the guest stands still meanwhile.
+
+    Args:
+        job: the job's id.
+        tag: the snapshot's name inside each image.
+        vmstate: the node whose image holds the memory.
+        nodes: those of all disks, ``vmstate`` among them; no others are touched.
+    """
+    return {"job-id": job, "tag": tag, "vmstate": vmstate, "devices": list(nodes)}
 
 
 async def find(monitor: Monitor, job: JobId) -> JobInfo | None:
@@ -113,7 +150,7 @@ async def follow(
 
     Raises:
         QmpError: it concluded with an error, which the message holds; it is not dismissed yet.
-        HostCannot: it is paused because a write failed; it goes on with ``block-job-resume``.
+        JobStuck: it is paused because a write failed; it goes on with ``block-job-resume``.
         QemuGone: QEMU ended, or the job is not there any more.
     """
     async with monitor.listen("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR") as bell:
@@ -137,11 +174,7 @@ async def _raise_if_stuck(monitor: Monitor, job: JobId) -> None:
     for block_job in await commands.query_block_jobs(monitor):
         if block_job.device == job and block_job.io_status != "ok":
             why = "there is no space left" if block_job.io_status == "nospace" else "a write failed"
-            raise HostCannot(
-                f"job {job} is paused: {why}; the chain is as before and the guest runs on",
-                hint="put that right, then: qmpsnap job wait VM",
-                effect="unknown",
-            )
+            raise JobStuck(job, why)
 
 
 async def complete(monitor: Monitor, job: JobId) -> None:
@@ -174,19 +207,21 @@ async def follow_mirror(
 ) -> JobInfo:
     """As :func:`follow`, for a mirror that its guest may outrun.
 
-    When what is left has not become less for ``patience`` seconds, the guest's writes are made to wait; a QEMU that
-    cannot change to that goes on, and ``report`` is told the state ``outrun``.
+    When what is left has not become less for ``patience`` seconds, the guest's writes are made to wait, and ``report``
+    is told the state ``blocking``; a QEMU that cannot change to that goes on, and the state is ``outrun``.
     """
-    least, since, outrun = 1 << 63, time.monotonic(), False
+    least, since, state = 1 << 63, time.monotonic(), ""
 
     async def look(info: JobInfo) -> JobInfo:
-        nonlocal least, since, outrun
+        nonlocal least, since, state
         left, now = info.total_progress - info.current_progress, time.monotonic()
-        if left < least or info.status != "running":
+        if info.status != "running" or not info.total_progress:  # at first QEMU does not know how much there is
+            since = now
+        elif left < least:
             least, since = left, now
-        elif not outrun and now - since > patience:
-            outrun, since = not await block_writes(monitor, job), now
-        return replace(info, status="outrun") if outrun and info.status == "running" else info
+        elif not state and now - since > patience:
+            state = "blocking" if await block_writes(monitor, job) else "outrun"
+        return replace(info, status=state) if state and info.status == "running" else info
 
     return await follow(monitor, job, *until, report=report, look=look)
 

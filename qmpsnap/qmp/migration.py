@@ -84,6 +84,31 @@ async def set_parameters(monitor: Monitor, **wanted: int | bool) -> None:
     await monitor.execute("migrate-set-parameters", {name.replace("_", "-"): value for name, value in wanted.items()})
 
 
+async def set_up(monitor: Monitor, *, background: bool, mapped: bool, direct: bool = False) -> None:
+    """Ready QEMU to save or load, as fast as it can (``migrate-set-capabilities``, ``migrate-set-parameters``).
+
+    Args:
+        monitor: the monitor.
+        background: save behind the running guest.
+        mapped: every page at a place of its own, by several threads.
+        direct: past the page cache.
+    """
+    known = await capabilities(monitor)
+    wanted = {"background-snapshot": background, "mapped-ram": mapped, "multifd": mapped}
+    await set_capabilities(monitor, {name: on for name, on in wanted.items() if name in known})
+    await set_parameters(monitor, max_bandwidth=UNLIMITED)
+    if mapped:
+        await set_parameters(monitor, direct_io=direct)
+
+
+async def put_back(monitor: Monitor) -> None:
+    """Let QEMU forget what :func:`set_up` and :func:`hand_over` did."""
+    await let_go(monitor)
+    known = await capabilities(monitor)
+    wanted = ("background-snapshot", "mapped-ram", "multifd")
+    await set_capabilities(monitor, {name: False for name in wanted if name in known})
+
+
 async def hand_over(monitor: Monitor, descriptor: int, *more: int) -> dict[str, Any]:
     """Give QEMU open descriptors of one plain file (``getfd`` or ``add-fd``).
 

@@ -64,6 +64,8 @@ MIGRATIONS: tuple[str, ...] = (
     """,
     """
     ALTER TABLE snapshot ADD COLUMN vmstate TEXT;
+    ALTER TABLE snapshot ADD COLUMN inside TEXT;
+    ALTER TABLE snapshot ADD COLUMN variables TEXT;
     """,
 )
 

@@ -18,7 +18,7 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.model.vmstate import Inside, Vmstate
 from qmpsnap.store import journal, rows, schema
 
 
@@ -71,7 +71,7 @@ class SqliteStore:
             number = rows.machine_id(sql, machine)
             found = sql.execute(
                 "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
-                " s.operation, s.vmstate"
+                " s.operation, s.vmstate, s.inside, s.variables"
                 " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent WHERE s.machine = ? ORDER BY s.id",
                 (number,),
             ).fetchall()
@@ -95,6 +95,8 @@ class SqliteStore:
                 operation=OperationId(row[9]),
                 points=tuple(points.get(row[0], ())),
                 vmstate=self._vmstate(row[10]),
+                inside=msgspec.json.decode(row[11], type=Inside) if row[11] else None,
+                variables=str(self._machines / row[12]) if row[12] else None,
             )
             for row in found
         )
@@ -118,7 +120,7 @@ class SqliteStore:
                 "SELECT machine.name, disk.name, disk.active FROM disk JOIN machine ON machine.id = disk.machine"
             ).fetchall()
             references = sql.execute(
-                "SELECT machine.name, snapshot.name, point.disk, point.layer FROM point"
+                "SELECT machine.name, snapshot.name, point.disk, point.layer, point.tag FROM point"
                 " JOIN snapshot ON snapshot.id = point.snapshot JOIN machine ON machine.id = snapshot.machine"
                 " ORDER BY snapshot.id, point.position"
             ).fetchall()
@@ -166,6 +168,7 @@ class SqliteStore:
         with self._writing() as sql:
             number = rows.machine_id(sql, machine)
             used = {identity for (identity,) in sql.execute(_USED, (number, number))}
+            named = sql.execute(_NAMED, (number, number)).fetchall()
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             sql.execute("DELETE FROM machine WHERE id = ?", (number,))
             gone: list[Layer] = []
@@ -173,6 +176,7 @@ class SqliteStore:
             while found := [row for row in sql.execute(_UNREFERENCED) if row[0] in used]:
                 gone += [self._layer(row) for row in found]
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
+            sql.executemany(_HIDE, named)
             return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
@@ -271,11 +275,14 @@ class SqliteStore:
         return ("machines", inside) if inside != path else (f"host:{os.uname().nodename}", path.removeprefix("/"))
 
     def _portable(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with its state file's path relative where it lies in the machines' folder."""
-        if snapshot.vmstate is None:
-            return snapshot
-        inside = snapshot.vmstate.path.removeprefix(f"{self._machines}/")
-        return replace(snapshot, vmstate=replace(snapshot.vmstate, path=inside))
+        """The snapshot with the paths of its files relative where they lie in the machines' folder."""
+        inside = f"{self._machines}/"
+        state, variables = snapshot.vmstate, snapshot.variables
+        return replace(
+            snapshot,
+            vmstate=replace(state, path=state.path.removeprefix(inside)) if state else None,
+            variables=variables.removeprefix(inside) if variables else None,
+        )
 
     def _vmstate(self, text: str | None) -> Vmstate | None:
         if text is None:
@@ -311,6 +318,17 @@ _UNREFERENCED = (
     " AND NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
     " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
 )
+_NAMED = (
+    "SELECT active FROM disk WHERE machine = ? UNION SELECT layer FROM point"
+    " JOIN snapshot ON snapshot.id = point.snapshot WHERE snapshot.machine = ?"
+)
+"""Every layer that one machine's disks and snapshots name."""
+_HIDE = (
+    "UPDATE layer SET state = 'hidden', version = version + 1 WHERE id = ? AND state = 'ok'"
+    " AND NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
+    " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
+)
+"""What a deleted snapshot leaves to others is hidden; so is what a forgotten machine leaves."""
 _USED = (
     "WITH RECURSIVE used (id) AS (SELECT active FROM disk WHERE machine = ? UNION SELECT layer FROM point"
     " JOIN snapshot ON snapshot.id = point.snapshot WHERE snapshot.machine = ? UNION SELECT layer.backing FROM used"

@@ -70,7 +70,10 @@ class Store(Protocol):
         """Apply a change that needs no operation, because it is nothing but this one transaction."""
 
     def forget(self, machine: str) -> tuple[Layer, ...]:
-        """Remove the machine and the layers that only it used; returns those."""
+        """Remove the machine and the layers that only it used; returns those.
+
+        Layers that others read stay, hidden where nothing names them any more.
+        """
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
         """The machine's journal, oldest first."""

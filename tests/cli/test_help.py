@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap import errors
-from qmpsnap.cli.main import EXIT_CODES, main, parser
+from qmpsnap.cli.main import EXIT_CODES, NOUNS, main, parser
 from qmpsnap.errors import QmpsnapError
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
@@ -55,6 +55,16 @@ def test_a_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]
         main([*name.split(), "--help"])
     assert end.value.code == 0
     assert command.description in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("noun", NOUNS)
+def test_a_noun_has_the_commands_it_is_looked_up_by(noun: str) -> None:
+    for command in NOUNS[noun]:
+        found = dict(commands(parser(command)))
+        assert tuple(name for name in found if " " not in name) == NOUNS[noun]
+        assert {name: made.format_help() for name, made in found.items()} == {
+            name: made.format_help() for name, made in COMMANDS.items() if name.split()[0] in NOUNS[noun]
+        }
 
 
 def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Commands that only read the store answer at once: none of the slow libraries is loaded for them."""
+"""A command loads what it needs: one that only reads the store none of the slow libraries, the others no other verb."""
 
 import json
 import os
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from qmpsnap.cli.main import NOUNS
 from qmpsnap.model.home import Home
 from tests.cli import seeded
 
-SLOW = ("asyncio", "qemu", "anyio", "psutil", "yaml", "rich", "importlib.metadata")
+SLOW = ("asyncio", "qemu", "anyio", "psutil", "yaml", "rich", "subprocess", "hashlib", "importlib.metadata")
 QUICK = (
     ["snapshot", "list", "web", "-o", "json"],
     ["list"],
@@ -22,6 +23,7 @@ QUICK = (
     ["--version"],
     ["snapshot", "create", "--help"],
 )
+OTHERS = ("qmpsnap.controller", *(f"qmpsnap.ops.{verb}" for verb in ("create", "define", "mirror", "delete", "revert")))
 PROGRAM = """
 import sys
 from qmpsnap.cli.main import main
@@ -40,14 +42,27 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "QMPSNAP_HOME": folder}
 
 
-@pytest.mark.parametrize("words", QUICK, ids=" ".join)
-def test_nothing_slow_is_loaded(words: list[str], environment: dict[str, str]) -> None:
+def loaded_by(words: list[str], environment: dict[str, str]) -> list[str]:
+    """The modules that a command line has loaded by its end."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *words], check=True, env=environment, capture_output=True, text=True
     )
-    loaded = json.loads(done.stderr.splitlines()[-1])
+    loaded: list[str] = json.loads(done.stderr.splitlines()[-1])
     assert "qmpsnap.cli.main" in loaded
+    return loaded
+
+
+@pytest.mark.parametrize("words", QUICK, ids=" ".join)
+def test_nothing_slow_is_loaded(words: list[str], environment: dict[str, str]) -> None:
+    loaded = loaded_by(words, environment)
     assert [name for name in SLOW if name in loaded] == []
+
+
+def test_a_commit_loads_no_other_noun_and_no_other_verb(environment: dict[str, str]) -> None:
+    loaded = loaded_by(["commit", "nobody", "vda"], environment)
+    assert {"qmpsnap.cli.merge", "qmpsnap.ops.commit", "qemu.qmp"} <= set(loaded)
+    assert [noun for noun in NOUNS if f"qmpsnap.cli.{noun}" in loaded] == ["merge"]
+    assert [name for name in (*OTHERS, "psutil", "yaml", "rich", "importlib.metadata") if name in loaded] == []
 
 
 def test_the_console_script_loads_nothing_slow(environment: dict[str, str]) -> None:
@@ -61,5 +76,5 @@ def test_the_console_script_loads_nothing_slow(environment: dict[str, str]) -> N
     )
     assert json.loads(done.stdout)["snapshots"][0]["name"] == "fresh"
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "qmpsnap.cli.snapshot" in loaded
+    assert "qmpsnap.cli.common" in loaded
     assert [name for name in SLOW[:-1] if name in loaded] == []  # a console script itself may need its metadata

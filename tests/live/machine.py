@@ -130,10 +130,11 @@ async def _snapshots_read_as_they_did(vm: qmpsnap.MachineHandle, hashes: Mapping
 def _every_layer_is_recorded(vm: qmpsnap.MachineHandle) -> None:
     context = context_of(vm)
     folder = context.home.machine_dir(vm.name)
+    variables = {found.variables for found in context.store.snapshots(vm.name)}
     states = {found.vmstate.path: found.vmstate for found in context.store.snapshots(vm.name) if found.vmstate}
     for file in folder.iterdir():
         assert file.stat().st_mode & 0o777 == 0o600
-        if file == context.home.variables(vm.name):
+        if file == context.home.variables(vm.name) or str(file) in variables:
             continue
         if state := states.get(str(file)):
             assert (file.stat().st_dev, file.stat().st_ino) == (state.device, state.inode)

@@ -11,8 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
-from qemu.qmp import QMPClient
+from qemu.qmp import ConnectError, QMPClient
 
 import qmpsnap
 from qmpsnap.cli.main import main
@@ -83,7 +84,15 @@ class Foreign:
     @asynccontextmanager
     async def monitor(self) -> AsyncIterator[QMPClient]:
         client = QMPClient("test")
-        await client.connect(str(self.folder / "own.sock"))
+        with anyio.fail_after(20):
+            while True:  # a socket is there before anybody listens on it
+                try:
+                    await client.connect(str(self.folder / "own.sock"))
+                    break
+                except ConnectError as error:
+                    if not isinstance(error.exc, ConnectionRefusedError):
+                        raise
+                    await anyio.sleep(0.01)
         try:
             yield client
         finally:
@@ -326,6 +335,7 @@ async def test_what_cannot_be_adopted(q: qmpsnap.Controller, folder: Path, launc
 
 async def test_headers_and_files_have_to_agree_with_qemu(q: qmpsnap.Controller, folder: Path, launched: Any) -> None:
     theirs = launched("drive")
+    await theirs.graph()  # once it answers it has its images open
     shutil.copy(folder / "top.qcow2", folder / "copy.qcow2")
     (folder / "top.qcow2").rename(folder / "moved.qcow2")
     (folder / "copy.qcow2").rename(folder / "top.qcow2")

@@ -402,7 +402,9 @@ ONLY_RUNNING = {"after QEMU's end", *list(STEPS)[10:]}
 @pytest.mark.grid
 @pytest.mark.parametrize("qemu", ["lives", "dies too", "never ran"])
 @pytest.mark.parametrize("step", STEPS)
-async def test_killed_controller(q: qmpsnap.Controller, still_spec: MachineSpec, step: str, qemu: str) -> None:
+async def test_killed_controller(
+    q: qmpsnap.Controller, still_spec: MachineSpec, step: str, qemu: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if qemu == "never ran" and step in ONLY_RUNNING:
         return  # a stopped machine takes no such step
     vm, hashes = await two_snapshots(q, still_spec)
@@ -414,7 +416,8 @@ async def test_killed_controller(q: qmpsnap.Controller, still_spec: MachineSpec,
     if qemu == "dies too":
         await kill_qemu(vm)
 
-    await vm.recover()
+    assert await anyio.to_thread.run_sync(main, ["recover", "still"]) == 0
+    said = capsys.readouterr().err
     if step in UNDONE:
         assert (await vm.record()).current == "b"
         assert files(vm) == before[1]
@@ -425,6 +428,7 @@ async def test_killed_controller(q: qmpsnap.Controller, still_spec: MachineSpec,
         assert await vm.is_running() == (step in STARTED and qemu == "lives")
         operation = context_of(vm).store.operations("still")[-1]
         told = "was not started again" in (operation.error or "")
+        assert told == ("is ended: interrupted; the machine was not started again: qmpsnap start still" in said)
         assert told == (qemu != "never ran" and step != "after the end is marked" and not await vm.is_running())
     await hold_invariants(vm, hashes)
     # Once more changes nothing, and the machine goes on working.

@@ -12,9 +12,10 @@ from msgspec.structs import replace
 from qmpsnap.errors import NotFoundError, StateError
 from qmpsnap.model import merge as rules
 from qmpsnap.model.chain import Chain
-from qmpsnap.model.merge import DiskReduction, Situation
+from qmpsnap.model.merge import DiskReduction
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change, Merge, Removal
+from qmpsnap.model.situation import Situation
 from tests.model.world import World, check_world, mark_hidden, run_steps
 
 SIZE = 6

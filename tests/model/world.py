@@ -12,9 +12,9 @@ from msgspec.structs import replace
 
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
-from qmpsnap.model.merge import Situation
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, Merge, Removal
+from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot, SnapshotState
 
 CLUSTER = 1 << 16

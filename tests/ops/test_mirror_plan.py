@@ -9,9 +9,9 @@ from qmpsnap.errors import ImageRefused, UsageError
 from qmpsnap.model import nbd
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.forest import Forest, Reference, Writer
-from qmpsnap.model.merge import Situation
 from qmpsnap.model.names import LayerId, NodeName, OperationId, job_id
 from qmpsnap.model.operation import MirrorPlan, Plan
+from qmpsnap.model.situation import Situation
 from qmpsnap.ops import copying
 from qmpsnap.ops.copying import Phase
 from qmpsnap.ops.mirror import Found, MirrorRequest, plan

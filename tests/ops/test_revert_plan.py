@@ -12,9 +12,9 @@ from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
-from qmpsnap.model.merge import Situation
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, DefinePlan, RevertPlan
+from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.ops import revert
 from qmpsnap.ops.recover import end_open
@@ -200,17 +200,15 @@ def test_a_consumed_snapshot_is_refused_and_the_ways_out_are_told() -> None:
     assert caught.value.hint == "qmpsnap tree web shows the others; qmpsnap snapshot delete web a forgets it"
 
 
-@pytest.mark.parametrize(
-    "internal",
-    [
-        replace(LISTED[0], kind="internal"),
-        replace(LISTED[0], points=(Point(disk="vda", layer=LayerId("vda-1"), tag="a"),)),
-    ],
-    ids=["by its kind", "by a tag"],
-)
-def test_an_internal_snapshot_is_refused(internal: Snapshot) -> None:
-    with pytest.raises(StateError, match="is internal"):
-        plan(situation(snapshots=(internal, LISTED[1])))
+def test_a_tag_is_taken_out_into_a_copy_with_the_same_backing() -> None:
+    inside = replace(LISTED[1], kind="internal", points=(Point(disk="vda", layer=LayerId("vda-3"), tag="qs-9"),))
+    planned = plan(situation(snapshots=(LISTED[0], inside)), "b")
+    assert planned.overlays == ()
+    assert [(c.disk, c.source.id, c.tag, c.layer.backing) for c in planned.copies] == [
+        ("vda", "vda-3", "qs-9", "vda-1")
+    ]
+    assert planned.change.active == {"vda": planned.copies[0].layer.id}
+    assert planned.inside is None
 
 
 def test_a_point_that_somebody_writes_to_is_refused() -> None:

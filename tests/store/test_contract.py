@@ -477,6 +477,19 @@ def test_forgetting_a_machine_leaves_a_layer_that_nothing_refers_to_and_it_never
     assert store.layer(stray.id) == stray
 
 
+def test_what_a_forgotten_machine_leaves_to_others_is_hidden_where_nobody_names_it(store: Store) -> None:
+    base = layer("vda-1")
+    defined(store, "web", base)
+    middle = created(store, "first", base)
+    created(store, "second", middle, parent="first")
+    clone = layer("vda-9", middle)
+    defined(store, "clone", clone)
+    settled(store, Change(snapshots=(snapshot("own", base),)), "clone")
+    store.forget("web")
+    assert [found.state for found in store.chains("clone")[0].layers] == ["ok", "hidden", "ok"]
+    assert store.layer(base.id) == base
+
+
 # --- paths ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import qmpsnap
 from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
 from qmpsnap.machine.agent import Completed
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.adopt import Adopted
 from qmpsnap.ops.compare import ChainView, LayerView
@@ -52,13 +52,18 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.state(), str)
     assert_type(await vm.snapshot(), Snapshot)
     assert_type(await vm.snapshot("before", description="text", disks=["vda"]), Snapshot)
+    assert_type(await vm.snapshot(files={"vda": "/srv/vda.qcow2"}), Snapshot)
+    assert_type(await vm.snapshot(files={"vda": Path("vda.qcow2")}), Snapshot)
+    await vm.snapshot(files=["vda"])  # type: ignore[arg-type]
     assert_type(await vm.preview_snapshot("before"), tuple[Machine, CreatePlan])
-    assert_type(await vm.add_layers(disks=["vda"]), tuple[Layer, ...])
+    assert_type(await vm.add_layers(disks=["vda"], files={"vda": "l"}), tuple[Layer, ...])
     assert_type(await vm.preview_add_layers(), tuple[Machine, CreatePlan])
     assert_type(await vm.revert("before", discard=True, state="paused"), Reverted)
     assert_type(await vm.revert(await vm.snapshot()), Reverted)
     assert_type(await vm.preview_revert("before"), Preview)
     assert_type(await vm.snapshot("all", kind="full", max_pause_ms=40, compression="zstd", degrade=True), Snapshot)
+    assert_type(await vm.snapshot("in", kind="internal", memory=False), Snapshot)
+    assert_type(await vm.preview_internal("in", disks=["vda"]), InternalPlan)
     assert_type(await vm.save("/srv/web.vmstate", name="evening"), Snapshot)
     assert_type(await vm.restore("/srv/web.vmstate", discard=True, paused=True, after=False), Reverted)
     assert_type(await vm.mirror("vda", "/srv/copy.qcow2", mode="finish"), MirrorPlan)
@@ -69,6 +74,8 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.wait(), list[Operation])
     assert_type(await vm.cancel(), list[Operation])
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
+    assert_type(await vm.push("before", description="text"), Snapshot)
+    assert_type(await vm.pop(), Reverted)
     await vm.revert("before", state="asleep")  # type: ignore[arg-type]
     assert_type(await vm.snapshots(), tuple[Snapshot, ...])
     assert_type(await vm.chains("vda"), tuple[ChainView, ...])

@@ -1,0 +1,145 @@
+"""Snapshots inside qcow2 images: taking one out, into a new image of its own.
+
+An image with a tag is never rolled back where anybody else reads it: its file is copied, and the copy is rolled back.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+from anyio import to_thread
+
+from qmpsnap.block import header
+from qmpsnap.block.qcow2 import Header
+from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
+from qmpsnap.model.chain import Layer
+
+FICLONE: Final = 0x40049409
+"""ioctl(2) that lets two files share their blocks, on file systems that can."""
+
+_CHUNK = 4 << 20
+
+
+async def take_out(
+    source: Layer, tag: str, target: Layer, *, keep: bool, qemu_img: str, deadline: float = 3600
+) -> Header:
+    """Make ``target`` hold what ``source`` held when the tag was made.
+
+    Args:
+        source: the image with the tag; nobody writes to it, and it is only read.
+        tag: its name there.
+        target: the new image; it has the same backing.
+        keep: leave the tag in the copy, for the memory it holds.
+        qemu_img: the qemu-img binary.
+        deadline: seconds for each step.
+
+    Raises:
+        StateError: there is a file already.
+        StoreMismatch: the source has no such tag.
+        HostCannot: no space, or qemu-img failed.
+    """
+    await to_thread.run_sync(_copy, source.path, target.path)
+    try:
+        inside = {found["name"] for found in await _inside(target.path, qemu_img, deadline)}
+        _require(tag, inside, source)
+        await _run([qemu_img, "snapshot", "-a", tag, target.path], deadline)
+        for other in sorted(inside - ({tag} if keep else set())):
+            await _run([qemu_img, "snapshot", "-d", other, target.path], deadline)
+        return await to_thread.run_sync(_sync, target)
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(discard, target)
+        raise
+
+
+def discard(target: Layer) -> None:
+    """Remove a copy that nobody has used yet; fine when it is not there."""
+    Path(target.path).unlink(missing_ok=True)
+
+
+async def go_to(path: str, tag: str, *, qemu_img: str, deadline: float = 600) -> None:
+    """Roll an image back to its tag. Nobody may have it open, and nobody else may read it.
+
+    Raises:
+        HostCannot: qemu-img failed.
+    """
+    await _run([qemu_img, "snapshot", "-a", tag, path], deadline)
+
+
+def _copy(source: str, target: str) -> None:
+    """Copy a file, holes as holes, or share its blocks."""
+    try:
+        into = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileExistsError as error:
+        raise StateError(f"{target} exists already; nothing was changed") from error
+    try:
+        os.fchmod(into, 0o600)
+        out = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(into, FICLONE, out)
+                return
+            _copy_data(out, into)
+        finally:
+            os.close(out)
+    except OSError as error:
+        Path(target).unlink()
+        raise HostCannot(f"{source} cannot be copied to {target}: {error.strerror}", hint="free some space") from error
+    finally:
+        os.close(into)
+
+
+def _copy_data(out: int, into: int) -> None:
+    size = os.fstat(out).st_size
+    os.ftruncate(into, size)
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(out, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            return
+        end = os.lseek(out, at, os.SEEK_HOLE)
+        while at < end:
+            chunk = os.pread(out, min(_CHUNK, end - at), at)
+            os.pwrite(into, chunk, at)
+            at += len(chunk)
+
+
+def _sync(target: Layer) -> Header:
+    for path, flags in ((target.path, os.O_RDONLY), (str(Path(target.path).parent), os.O_RDONLY | os.O_DIRECTORY)):
+        descriptor = os.open(path, flags | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return header.read(target.path, format=target.format)
+
+
+def _require(tag: str, inside: Collection[str], source: Layer) -> None:
+    if tag not in inside:
+        raise StoreMismatch(f"{source.path} has no snapshot {tag} inside; nothing was changed")
+
+
+async def _inside(path: str, qemu_img: str, deadline: float) -> list[dict[str, Any]]:
+    said = await _run([qemu_img, "info", "-f", "qcow2", "--output=json", path], deadline)
+    found: list[dict[str, Any]] = json.loads(said).get("snapshots", [])
+    return found
+
+
+async def _run(argv: list[str], deadline: float) -> bytes:
+    try:
+        with anyio.fail_after(deadline):
+            done = await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False)
+    except TimeoutError as error:
+        raise DeadlinePassed(f"{argv[0]} {argv[1]} {argv[-1]} took longer than {deadline:g} s") from error
+    except OSError as error:
+        raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error
+    if done.returncode:
+        raise HostCannot(f"{argv[0]} {argv[1]} failed: {done.stderr.decode(errors='backslashreplace').strip()}")
+    return done.stdout

@@ -1,0 +1,67 @@
+"""A snapshot as the command line shows it: what is said of one just taken, and its JSON."""
+
+import argparse
+from typing import Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import reading
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.store.store import Store
+
+
+def print_taken(arguments: argparse.Namespace, snapshot: Snapshot) -> None:
+    """The snapshot that was taken, and how long the guest was held for it."""
+    with reading() as store:
+        document = document_of(store, arguments.machine, snapshot)
+    took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
+    memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else " and memory" if snapshot.inside else ""
+    output.emit(
+        arguments.output,
+        document={"machine": arguments.machine, "snapshot": document},
+        names=[snapshot.name],
+        table=lambda: (
+            f"snapshot {snapshot.name} of {', '.join(document['disks'])}{memory} taken ({snapshot.mode}{took})"
+        ),
+    )
+
+
+def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any]:
+    """The JSON of one snapshot, as docs/cli.md describes it."""
+    layers = _layers(store, snapshot)
+    return {
+        "name": snapshot.name,
+        "kind": snapshot.kind,
+        "state": snapshot.state,
+        "parent": snapshot.parent,
+        "current": store.machine(machine).current == snapshot.name,
+        "created": output.moment(snapshot.created),
+        "description": snapshot.description,
+        "disks": {
+            point.disk: {"layer": point.layer, "path": layers[point.layer].path, "tag": point.tag}
+            for point in snapshot.points
+        },
+        "pause_ms": snapshot.pause_ms,
+        "mode": snapshot.mode,
+        "vmstate": _vmstate(snapshot.vmstate) if snapshot.vmstate else None,
+        "inside": {"layer": inside.layer, "bytes": inside.bytes} if (inside := snapshot.inside) else None,
+    }
+
+
+def _vmstate(state: Vmstate) -> dict[str, Any]:
+    return {
+        "path": state.path,
+        "bytes": state.bytes,
+        "sha256": state.digest,
+        "mode": state.mode,
+        "layout": state.layout,
+        "compression": state.compression,
+        "steps_ms": state.steps_ms,
+        "qemu": state.hardware.qemu_version,
+        "machine_type": state.hardware.machine_type,
+    }
+
+
+def _layers(store: Store, snapshot: Snapshot) -> dict[str, Layer]:
+    return {point.layer: store.layer(point.layer) for point in snapshot.points}

@@ -1,0 +1,86 @@
+"""What every kind of snapshot is asked for: a name, disks; and the state of the machine it is taken of."""
+
+import time
+from collections.abc import Sequence
+
+from qmpsnap.errors import NameTaken, StateError
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import check_name
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.spec import DiskSpec
+from qmpsnap.qmp import commands
+from qmpsnap.qmp.session import Monitor
+
+
+async def mode_of(qemu: Monitor | None) -> str:
+    """``live``, ``paused`` or ``stopped``: how a snapshot taken now is taken."""
+    if qemu is None:
+        return "stopped"
+    return "live" if (await commands.query_status(qemu)).running else "paused"
+
+
+def snapshot_name(machine: Machine, snapshots: Sequence[Snapshot], name: str | None, *, prefix: str = "snap") -> str:
+    """The name as asked for, or the next free one.
+
+    Raises:
+        NameRefused: it is not allowed.
+        NameTaken: the machine has a snapshot of that name.
+    """
+    taken = {snapshot.name: snapshot for snapshot in snapshots}
+    if name is None:
+        return next(free for number in range(1, len(taken) + 2) if (free := f"{prefix}-{number}") not in taken)
+    check_name(name, "snapshot")
+    if name in taken:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken[name].created))
+        raise NameTaken(
+            f"machine {machine.name} has a snapshot {name} since {since}; nothing was changed",
+            hint="choose another name",
+            machine=machine.name,
+        )
+    return name
+
+
+def disks(machine: Machine, wanted: tuple[str, ...] | None) -> frozenset[str]:
+    """The disks as asked for; without a wish all that the spec does not leave out.
+
+    Raises:
+        NotFoundError: no disk of that name.
+        StateError: a disk never changes, or there is none.
+    """
+    if wanted is None:
+        chosen = [disk.name for disk in machine.spec.disks if disk.snapshot and not disk.read_only]
+    else:
+        chosen = [_writable(machine, disk).name for disk in wanted]
+    if not chosen:
+        raise StateError(
+            f"machine {machine.name} has no disk that a snapshot could include; nothing was changed",
+            hint=f"qmpsnap show {machine.name} lists its disks",
+            machine=machine.name,
+        )
+    return frozenset(chosen)
+
+
+def _writable(machine: Machine, name: str) -> DiskSpec:
+    disk = machine.require_disk(name)
+    if disk.read_only:
+        raise StateError(
+            f"disk {name} of machine {machine.name} is read-only: it never changes; nothing was done",
+            hint="leave it out of --disks",
+            machine=machine.name,
+        )
+    return disk
+
+
+def require_all(machine: Machine, chosen: frozenset[str]) -> None:
+    """Memory and disks are of one instant, or the guest's file systems would not fit its memory.
+
+    Raises:
+        StateError: a disk that the guest writes to is left out.
+    """
+    if left_out := [disk.name for disk in machine.spec.disks if not disk.read_only and disk.name not in chosen]:
+        raise StateError(
+            f"a snapshot with the memory of machine {machine.name} must include {', '.join(left_out)}: memory that is"
+            " loaded beside a disk of another time destroys what is on it; nothing was changed",
+            hint="leave --disks out; a disk with 'snapshot: no' allows disk snapshots only",
+            machine=machine.name,
+        )

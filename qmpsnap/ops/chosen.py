@@ -1,0 +1,94 @@
+"""Layers at places that a user has chosen: what may be there, and whose file it is should the operation break off.
+
+The file is made under a name of ours beside its place and then has both names, until it is certain that the operation
+settles. A broken one removes what is at the place only if it is that file.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from anyio import to_thread
+
+from qmpsnap.block import header, place
+from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
+from qmpsnap.model.home import Home
+from qmpsnap.model.operation import Overlay
+from qmpsnap.ops.context import Context, blocking
+
+
+async def require_free(context: Context, machine: str, files: Mapping[str, str]) -> None:
+    """Make sure that new layers can be made there.
+
+    Args:
+        context: where.
+        machine: the machine.
+        files: disk to absolute path.
+
+    Raises:
+        UsageError: no absolute path, one path twice, or a place where qmpsnap keeps layers under names of its own.
+        ImageRefused: a path that QEMU would not understand as the name of a file.
+        StateError: something is there, or a layer of the store has that place.
+        HostCannot: the folder is not there.
+    """
+    for disk, path in files.items():
+        _require_place(context.home, machine, path)
+        if fault := header.backing_fault(path):
+            raise ImageRefused(f"no layer can be made at {header.printable(path)}: {fault}; nothing was changed")
+        if sum(other == path for other in files.values()) > 1:
+            raise UsageError(f"{header.printable(path)} is named for {disk} and another disk; nothing was changed")
+        if known := await blocking(context.store.layer_at, path):
+            raise StateError(
+                f"{header.printable(path)} is the place of layer {known.id} of this store; nothing was changed",
+                hint="choose another name",
+            )
+        await to_thread.run_sync(_require_nothing, path)
+
+
+def _require_place(home: Home, machine: str, text: str) -> None:
+    path = Path(text)
+    if not path.is_absolute() or str(path) != text or ".." in path.parts:
+        raise UsageError(f"{text!r} is not a plain absolute path; nothing was changed")
+    own = path.parent == home.machine_dir(machine) and not re.match(r"[a-z0-9]+-\d+\.", path.name)
+    if path.is_relative_to(home.machines) and (not own or path == home.variables(machine)):
+        raise UsageError(
+            f"{header.printable(text)} lies where qmpsnap keeps layers, under names of its own; nothing was changed",
+            hint="choose another folder or name",
+            machine=machine,
+        )
+
+
+def _require_nothing(path: str) -> None:
+    try:
+        if not stat.S_ISDIR(Path(path).parent.stat().st_mode):
+            raise NotADirectoryError(20, os.strerror(20))
+        Path(path).lstat()
+    except FileNotFoundError as error:
+        if not Path(path).parent.exists():
+            raise _no_folder(path, error) from error
+        return
+    except OSError as error:
+        raise _no_folder(path, error) from error
+    raise StateError(f"{header.printable(path)} exists already; nothing was changed", hint="choose another name")
+
+
+def _no_folder(path: str, error: OSError) -> HostCannot:
+    folder = header.printable(str(Path(path).parent))
+    return HostCannot(f"{folder} cannot be used: {error.strerror}; nothing was changed", hint="make the folder first")
+
+
+async def let_go(overlays: Sequence[Overlay]) -> None:
+    """The files keep the names that were chosen for them alone; fine when they do already."""
+    for overlay in overlays:
+        if overlay.part and (identity := await place.identity_of(overlay.part)):
+            await place.discard(overlay.part, identity)
+
+
+async def undo(overlays: Sequence[Overlay]) -> None:
+    """Remove the files, and nothing else that may be at their places."""
+    for overlay in overlays:
+        if overlay.part and (identity := await place.identity_of(overlay.part)):
+            await place.discard(overlay.layer.path, identity)
+            await place.discard(overlay.part, identity)

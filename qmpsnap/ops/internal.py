@@ -1,0 +1,239 @@
+"""Snapshots inside the images: one tag in each disk's active layer, with or without the guest's memory.
+
+Only the disks' nodes take part: a raw UEFI variable store does not stand in the way, and gets a copy of its own. With
+memory the guest stands still until all of it is written.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from msgspec import Struct
+
+from qmpsnap.block import graph
+from qmpsnap.errors import StateError
+from qmpsnap.model.blockdev import node_name
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import NodeName, OperationId
+from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation
+from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.model.vmstate import Hardware, Inside
+from qmpsnap.ops import asked, recover, tagging
+from qmpsnap.ops.context import Context, blocking, require_spec
+from qmpsnap.ops.loading import hardware_now
+from qmpsnap.ops.work import Work, working
+from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp.jobs import Report, unreported
+
+
+class InternalRequest(Struct, frozen=True, kw_only=True):
+    """What a user asks for.
+
+    Attributes:
+        name: the snapshot's name; None takes the next free ``snap-N``.
+        disks: names of the disks to include; None takes all that the spec does not leave out.
+        memory: the guest's memory, too; None: if there is a guest.
+    """
+
+    name: str | None = None
+    description: str = ""
+    disks: tuple[str, ...] | None = None
+    memory: bool | None = None
+
+
+def plan(
+    machine: Machine,
+    chains: Sequence[Chain],
+    snapshots: Sequence[Snapshot],
+    request: InternalRequest,
+    *,
+    serial: OperationId,
+    home: Home,
+    mode: str,
+    hardware: Hardware | None,
+    now: float,
+) -> InternalPlan:
+    """What will be done; pure. Arguments as for :func:`qmpsnap.ops.create.plan`.
+
+    Raises:
+        NameTaken: the machine has a snapshot of that name.
+        StateError: a disk cannot hold a snapshot inside, or there is no memory to save.
+    """
+    chosen = asked.disks(machine, request.disks)
+    layers = {chain.disk: chain.active for chain in chains if chain.disk in chosen}
+    for disk, layer in layers.items():
+        if layer.format != "qcow2":
+            raise StateError(
+                f"disk {disk} of machine {machine.name} is {layer.format}: it cannot hold a snapshot inside;"
+                " nothing was changed",
+                hint=f"qmpsnap snapshot create {machine.name} puts a qcow2 layer on top; then it can",
+                machine=machine.name,
+            )
+    if hardware:
+        asked.require_all(machine, chosen)
+    name = asked.snapshot_name(machine, snapshots, request.name)
+    tag = f"qs-{serial}"
+    variables = str(home.variables(machine.name)) if machine.spec.firmware == "uefi" and not machine.adopted else None
+    kept = str(home.machine_dir(machine.name) / f"vars-{serial}.fd") if variables else None
+    vmstate = next(iter(layers.values())).id if hardware else None
+    snapshot = Snapshot(
+        name=name,
+        kind="internal",
+        state="ok",
+        parent=machine.current,
+        created=now,
+        description=request.description,
+        mode=mode,
+        points=tuple(Point(disk=disk, layer=layer.id, tag=tag) for disk, layer in layers.items()),
+        operation=serial,
+        inside=Inside(layer=vmstate, bytes=0, hardware=hardware) if vmstate and hardware else None,
+        variables=kept,
+    )
+    return InternalPlan(
+        machine=machine.name,
+        tag=tag,
+        live=mode != "stopped",
+        layers=layers,
+        vmstate=vmstate,
+        variables=(variables, kept) if variables and kept else None,
+        resume=mode == "live" and bool(vmstate or variables),
+        change=Change(snapshots=(snapshot,), current=name),
+    )
+
+
+async def create(context: Context, name: str, request: InternalRequest, *, report: Report = unreported) -> Snapshot:
+    """Take the snapshot; returns it as recorded.
+
+    Raises:
+        QmpsnapError: see :func:`plan`; besides, the families of lock, host, QEMU and deadline.
+    """
+    async with working(context, name, "snapshot create") as work:
+        chains = await blocking(context.store.chains, name)
+        if work.qemu:
+            await graph.require_agreement(work.qemu, chains, machine=name)
+        else:
+            require_spec(work.machine, "open its images while it is stopped")
+        operation = await _open(context, work, chains, request)
+        async with recover.attempting(context, work.machine, work.qemu, operation):
+            return await _carry_out(context, work, operation, chains, report)
+
+
+async def preview(context: Context, name: str, request: InternalRequest) -> InternalPlan:
+    """The plan that :func:`create` would follow now, without a lock and without a change."""
+    machine = await blocking(context.store.machine, name)
+    chains = await blocking(context.store.chains, name)
+    async with context.monitor(machine) as qemu:
+        make = await _planner(context, Work(machine, qemu), chains, request)
+    return make(OperationId(await blocking(context.store.next_serial)))
+
+
+def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
+    """The exact QMP commands of a plan, in order; a stopped machine's go to a QEMU without a guest, disk by disk."""
+    nodes = [node_name(layer) for layer in planned.layers.values()]
+    if not planned.live:
+        return [("transaction", commands.internal_transaction([node], planned.tag)) for node in nodes]
+    if planned.vmstate:
+        job = tagging.job_of(planned.change.snapshots[0].operation)
+        arguments = jobs.memory_arguments(job, tag=planned.tag, vmstate=NodeName(planned.vmstate), nodes=nodes)
+        act: list[tuple[str, dict[str, object]]] = [("snapshot-save", arguments)]
+    else:
+        act = [("transaction", commands.internal_transaction(nodes, planned.tag))]
+    return [("stop", {}), *act, ("cont", {})] if planned.resume else act
+
+
+async def _open(context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest) -> Operation:
+    make = await _planner(context, work, chains, request)
+    return await blocking(context.store.open_operation, work.machine.name, make)
+
+
+async def _planner(
+    context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest
+) -> Callable[[OperationId], InternalPlan]:
+    mode = await asked.mode_of(work.qemu)
+    if request.memory and mode == "stopped":
+        raise StateError(
+            f"machine {work.machine.name} is stopped and has no memory to save; nothing was changed",
+            machine=work.machine.name,
+        )
+    hardware = None
+    if work.qemu and request.memory is not False:
+        hardware = await hardware_now(context, work.machine)
+    snapshots = await blocking(context.store.snapshots, work.machine.name)
+
+    def make(serial: OperationId) -> InternalPlan:
+        return plan(
+            work.machine,
+            chains,
+            snapshots,
+            request,
+            serial=serial,
+            home=context.home,
+            mode=mode,
+            hardware=hardware,
+            now=time.time(),
+        )
+
+    return make
+
+
+async def _carry_out(
+    context: Context, work: Work, operation: Operation, chains: Sequence[Chain], report: Report
+) -> Snapshot:
+    planned = operation.plan
+    assert isinstance(planned, InternalPlan)
+    await blocking(lambda: context.store.mark(operation.id, "running", step="started"))
+    pause_ms = None
+    if work.qemu:
+        pause_ms = await tagging.tag_live(work.qemu, operation, planned, report)
+        found = await commands.query_tags(work.qemu)
+    else:
+        await tagging.keep_variables(planned)
+        found = await tagging.tag_stopped(context, work.machine, planned, chains)
+    change = tagging.settled(planned, found, pause_ms=pause_ms)
+    await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step="recorded"))
+    if work.qemu and planned.vmstate:
+        await jobs.dismiss(work.qemu, tagging.job_of(operation.id))
+    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
+    return change.snapshots[0]
+
+
+# --- back again, in the QEMU that runs --------------------------------------------------------------------------------
+
+
+def in_place(snapshot: Snapshot, chains: Sequence[Chain]) -> bool:
+    """Whether the snapshot's memory and all its disks lie inside the layers that the guest writes to now."""
+    active = {chain.disk: chain.active.id for chain in chains}
+    return snapshot.inside is not None and all(active.get(p.disk) == p.layer for p in snapshot.points)
+
+
+async def load(context: Context, work: Work, snapshot: Snapshot, chains: Sequence[Chain], *, paused: bool) -> None:
+    """Load a snapshot with memory into the QEMU that runs; what its disks hold now is overwritten.
+
+    Raises:
+        QmpError: QEMU could not; the guest is as it was.
+    """
+    assert work.qemu
+    assert snapshot.inside
+    active = {chain.disk: chain.active for chain in chains}
+    planned = LoadPlan(
+        machine=work.machine.name,
+        snapshot=snapshot.name,
+        tag=str(snapshot.points[0].tag),
+        layers={point.disk: active[point.disk] for point in snapshot.points},
+        vmstate=snapshot.inside.layer,
+        paused=paused,
+        change=Change(current=snapshot.name),
+    )
+    operation = await blocking(context.store.open_operation, work.machine.name, lambda _: planned)
+    async with recover.attempting(context, work.machine, work.qemu, operation):
+        await blocking(lambda: context.store.mark(operation.id, "running", step="loading"))
+        await commands.control(work.qemu, "stop")
+        await tagging.load_into(
+            work.qemu, tagging.job_of(operation.id), tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate
+        )
+        await blocking(lambda: context.store.settle(operation.id, planned.machine, planned.change, step="loaded"))
+        await jobs.dismiss(work.qemu, tagging.job_of(operation.id))
+        if not paused:
+            await commands.control(work.qemu, "cont")
+        await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))

@@ -1,0 +1,83 @@
+"""Loading memory into a new QEMU, once it is certain that it fits: QEMU itself does not look."""
+
+from pathlib import Path
+
+import anyio
+from anyio import to_thread
+from msgspec import Struct
+
+from qmpsnap.errors import QmpError, StateError
+from qmpsnap.machine import accel, probe
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.vmstate import Hardware, Vmstate, differences, hardware_of
+from qmpsnap.ops.context import Context
+from qmpsnap.qmp import migration
+from qmpsnap.qmp.session import Monitor
+
+
+class Loading(Struct, frozen=True):
+    """A state whose file was compared with its record; ``descriptor`` is open on QEMU's stream."""
+
+    state: Vmstate
+    descriptor: int
+
+
+async def hardware_to_start(context: Context, machine: Machine) -> Hardware:
+    """The hardware the machine would have, were it started now."""
+    choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
+    version = (await probe.ask(context.qemu, context.home.cache)).version
+    return await _hardware(machine, accel=choice.accel, qemu_version=version)
+
+
+async def hardware_now(context: Context, machine: Machine) -> Hardware:
+    """The hardware of the machine that runs."""
+    process = context.process(machine)
+    assert process
+    return await _hardware(machine, accel=process.accel, qemu_version=process.qemu_version)
+
+
+async def _hardware(machine: Machine, *, accel: str, qemu_version: str) -> Hardware:
+    cpu = await to_thread.run_sync(host_cpu)
+    return hardware_of(machine.spec, uuid=machine.uuid, accel=accel, qemu_version=qemu_version, host_cpu=cpu)
+
+
+async def require_same_hardware(context: Context, machine: Machine, snapshot: Snapshot) -> None:
+    """Make sure that a snapshot's memory fits the machine as it would be started now: QEMU itself does not look.
+
+    Raises:
+        StateError: something differs.
+    """
+    if snapshot.hardware is None:
+        return
+    if found := differences(snapshot.hardware, await hardware_to_start(context, machine)):
+        raise StateError(
+            f"the memory of snapshot {snapshot.name} is of other hardware than machine {machine.name} has now:"
+            f" {'; '.join(found)}; nothing was changed",
+            hint="QEMU would load it without complaint and the guest would break; revert to a disk snapshot instead",
+            machine=machine.name,
+        )
+
+
+async def load(qemu: Monitor, loading: Loading) -> None:
+    """Load a state into a QEMU that was started to wait for one; its vCPUs stay stopped.
+
+    Raises:
+        QmpError: QEMU refuses it.
+        QemuGone: QEMU gave up on it and ended.
+    """
+    await migration.set_up(qemu, background=False, mapped=loading.state.layout == "mapped-ram")
+    await migration.start(qemu, "migrate-incoming", await migration.hand_over(qemu, loading.descriptor))
+    pause = 0.002
+    while (found := await migration.query(qemu)).status not in migration.ENDED:
+        await anyio.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+    if found.status != "completed":
+        raise QmpError(f"QEMU could not load {loading.state.path}: {found.error_desc or found.status}")
+    await migration.put_back(qemu)
+
+
+def host_cpu() -> str:
+    """The model name of this host's CPU."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,148 @@
+"""Tags inside images: put in, looked for, gone back to; by the machine's QEMU, or by a worker while it is stopped."""
+
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+from anyio import to_thread
+from msgspec.structs import replace
+
+from qmpsnap.errors import QmpError
+from qmpsnap.machine import worker
+from qmpsnap.model.blockdev import node_name
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
+from qmpsnap.model.operation import Change, InternalPlan, Operation
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.memory import RESUME_DEADLINE
+from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp.commands import Tag
+from qmpsnap.qmp.jobs import Report
+from qmpsnap.qmp.session import Monitor
+
+
+async def tag_live(qemu: Monitor, operation: Operation, planned: InternalPlan, report: Report) -> float | None:
+    """Put the tags in; returns how long the guest was held, in milliseconds."""
+    before = time.monotonic()
+    try:
+        if planned.resume:
+            await commands.control(qemu, "stop")
+        await keep_variables(planned)
+        nodes = [node_name(layer) for layer in planned.layers.values()]
+        if planned.vmstate:
+            vmstate = next(node_name(layer) for layer in planned.layers.values() if layer.id == planned.vmstate)
+            arguments = jobs.memory_arguments(job_of(operation.id), tag=planned.tag, vmstate=vmstate, nodes=nodes)
+            await qemu.execute("snapshot-save", arguments)
+            await jobs.follow(qemu, job_of(operation.id), report=report)
+        else:
+            await commands.transaction(qemu, commands.internal_transaction(nodes, planned.tag))
+    finally:
+        if planned.resume:
+            with anyio.move_on_after(RESUME_DEADLINE, shield=True):
+                await commands.control(qemu, "cont")
+    return (time.monotonic() - before) * 1000
+
+
+async def keep_variables(planned: InternalPlan) -> None:
+    """Copy the UEFI variable store, if there is one."""
+    if planned.variables:
+        await to_thread.run_sync(copy_variables, *planned.variables)
+
+
+def copy_variables(source: str, target: str) -> None:
+    """Copy a UEFI variable store durably over whatever ``target`` was."""
+    fresh = Path(f"{target}.part")
+    shutil.copyfile(source, fresh)
+    fresh.chmod(0o600)
+    with fresh.open("r+b") as file:
+        os.fsync(file.fileno())
+    fresh.replace(target)
+
+
+def forget_variables(path: str) -> None:
+    """Remove a copy of a variable store, an unfinished one, too."""
+    for name in (path, f"{path}.part"):
+        Path(name).unlink(missing_ok=True)
+
+
+async def tag_stopped(
+    context: Context, machine: Machine, planned: InternalPlan, chains: Sequence[Chain]
+) -> dict[str, tuple[Tag, ...]]:
+    """Put the tags into the images of a stopped machine, where they are not there yet; returns all there are."""
+    found: dict[str, tuple[Tag, ...]] = {}
+    for chain in chains:
+        if chain.disk not in planned.layers:
+            continue
+        async with open_in(context, machine, None, chain) as qemu:
+            node = node_name(chain.active)
+            if not has_tag(await commands.query_tags(qemu), node, planned.tag):
+                await commands.transaction(qemu, commands.internal_transaction([node], planned.tag))
+            found |= await commands.query_tags(qemu)
+    return found
+
+
+@asynccontextmanager
+async def open_in(context: Context, machine: Machine, monitor: Monitor | None, chain: Chain) -> AsyncIterator[Monitor]:
+    """The QEMU that has a chain open: the machine's own, or a worker while it is stopped."""
+    if monitor:
+        yield monitor
+        return
+    run_dir = context.home.run_dir(machine.name)
+    async with worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir) as qemu:
+        yield qemu
+
+
+async def remove_tag(
+    context: Context, machine: Machine, monitor: Monitor | None, *, disk: str, layer: LayerId, tag: str
+) -> None:
+    """Remove a tag from a layer: the machine's QEMU from one that its guest writes to, a worker from any.
+
+    Raises:
+        QemuGone: somebody else has the image open.
+    """
+    forest = await blocking(context.store.forest)
+    if layer not in forest.layers:
+        return
+    node = node_name(forest.layer(layer))
+    async with open_in(context, machine, monitor, forest.chain(disk, layer)) as qemu:
+        if has_tag(await commands.query_tags(qemu), node, tag):
+            await commands.delete_tag(qemu, node, tag)
+
+
+def has_tag(found: Mapping[str, Sequence[Tag]], node: str, tag: str) -> bool:
+    """Whether the image of a node has it."""
+    return any(one.name == tag for one in found.get(node, ()))
+
+
+def settled(planned: InternalPlan, found: Mapping[str, Sequence[Tag]], *, pause_ms: float | None = None) -> Change:
+    """The plan's change with what was measured.
+
+    Raises:
+        QmpError: an image lacks the tag.
+    """
+    snapshot = planned.change.snapshots[0]
+    for layer in planned.layers.values():
+        if not has_tag(found, node_name(layer), planned.tag):
+            raise QmpError(f"layer {layer.id} has no snapshot {planned.tag} inside", effect="unknown")
+    if snapshot.inside:
+        sizes = [one.vm_state_size for one in found[snapshot.inside.layer] if one.name == planned.tag]
+        snapshot = replace(snapshot, inside=replace(snapshot.inside, bytes=sizes[0]))
+    return replace(planned.change, snapshots=(replace(snapshot, pause_ms=pause_ms),))
+
+
+def job_of(operation: OperationId) -> JobId:
+    """The job that saves or loads memory inside images."""
+    return job_id(operation, "memory")
+
+
+async def load_into(qemu: Monitor, job: JobId, *, tag: str, layers: Mapping[str, Layer], vmstate: LayerId) -> None:
+    """Run the job that loads memory and disks; the vCPUs stay stopped, and the job is not dismissed."""
+    nodes = {layer.id: node_name(layer) for layer in layers.values()}
+    arguments = jobs.memory_arguments(job, tag=tag, vmstate=nodes[vmstate], nodes=list(nodes.values()))
+    await qemu.execute("snapshot-load", arguments)
+    await jobs.follow(qemu, job)

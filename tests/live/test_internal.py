@@ -1,0 +1,383 @@
+"""Snapshots inside the images: with and without memory, gone back to in place or taken out, deleted, mixed."""
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from msgspec.structs import replace
+
+import qmpsnap
+from qmpsnap.block import tags
+from qmpsnap.cli.main import main
+from qmpsnap.errors import NameTaken, StateError
+from qmpsnap.machine.argv import CONSOLE_LOG
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.spec import DiskSpec, MachineSpec
+from tests.live.crash import die_at, kill_qemu
+from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants, user_monitor
+from tests.live.test_full import COUNT, count, counted, require_a_whole_disk, say
+
+QEMU_IMG = os.environ.get("QMPSNAP_QEMU_IMG") or "qemu-img"
+
+
+@pytest.fixture
+def qcow2_spec() -> MachineSpec:
+    return MachineSpec(
+        name="still",
+        memory=64 * MIB,
+        disks=(DiskSpec(name="vda", size=16 * MIB), DiskSpec(name="vdb", size=16 * MIB)),
+    )
+
+
+def tags_in(vm: qmpsnap.MachineHandle, layer: str) -> list[dict[str, Any]]:
+    path = context_of(vm).store.layer(LayerId(layer)).path
+    said = subprocess.run([QEMU_IMG, "info", "-U", "--output=json", path], check=True, capture_output=True).stdout
+    found: list[dict[str, Any]] = json.loads(said).get("snapshots", [])
+    return found
+
+
+async def tag_hash(vm: qmpsnap.MachineHandle, layer: LayerId, tag: str) -> str:
+    """SHA-256 of what a layer held when the tag was made, read by qemu-img from the tag itself."""
+    found = context_of(vm).store.layer(layer)
+    copy = Path(found.path).with_suffix(".raw")
+    argv = [QEMU_IMG, "convert", "-U", "-f", "qcow2", "-l", f"snapshot.name={tag}", "-O", "raw", found.path, str(copy)]
+    await anyio.run_process(argv)
+    digest = hashlib.sha256(copy.read_bytes()).hexdigest()
+    copy.unlink()
+    return digest
+
+
+async def test_memory_and_disks_inside_in_the_same_process(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
+    vm = await q.define(guest_spec)
+    await vm.start()
+    await vm.run(COUNT)
+    await counted(vm, 3)
+    snapshot = await vm.snapshot("inside", kind="internal")
+    assert snapshot.inside is not None
+    assert snapshot.inside.bytes > 8 * MIB
+    assert snapshot.pause_ms is not None
+    assert [(p.disk, p.layer, p.tag) for p in snapshot.points] == [("vda", "vda-1", "qs-3"), ("vdb", "vdb-2", "qs-3")]
+    assert (await vm.snapshots())[-1] == snapshot
+    await vm.run("touch /dev/shm/later")
+    process = (await vm.record()).process
+    reverted = await vm.revert("inside")
+    assert (reverted.state, reverted.memory) == ("running", True)
+    assert reverted.kept is not None  # what ran a moment ago, memory included
+    assert (reverted.kept.kind, reverted.kept.inside is not None) == ("internal", True)
+    assert (await vm.record()).process == process  # the same QEMU
+    assert await say(vm, "ls /dev/shm") == "count"
+    await counted(vm, await count(vm) + 2)
+    await hold_invariants(vm)
+    await vm.revert(reverted.kept.name, discard=True)  # the revert undone
+    assert await say(vm, "ls /dev/shm") == "count\nlater"
+    await counted(vm, await count(vm) + 2)
+    await require_a_whole_disk(vm)
+    await vm.revert("inside", discard=True)
+    await require_a_whole_disk(vm)
+    await vm.delete_snapshots("inside", reverted.kept.name)
+    assert await vm.snapshots() == ()
+    assert [tags_in(vm, layer) for layer in ("vda-1", "vdb-2")] == [[], []]
+    await hold_invariants(vm)
+
+
+async def test_below_a_layer_it_is_taken_out(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
+    vm = await q.define(guest_spec)
+    await vm.start()
+    await vm.run(COUNT)
+    await counted(vm, 3)
+    await vm.snapshot("inside", kind="internal")
+    await vm.run("touch /dev/shm/later")
+    await vm.snapshot("above")  # now a layer lies on the image with the tag
+    held = await content_hash(vm, "vda-1")
+    reverted = await vm.revert("inside")
+    assert (reverted.state, reverted.memory) == ("running", True)
+    assert await content_hash(vm, "vda-1") == held  # never rolled back: "above" reads it
+    assert await say(vm, "ls /dev/shm") == "count"
+    await counted(vm, await count(vm) + 2)
+    assert [tags_in(vm, chain.active.id) for chain in await vm.chains()] == [[], []]
+    await hold_invariants(vm)
+    await vm.stop(force=True)
+    again = await vm.revert("inside")  # of a stopped machine
+    assert (again.state, again.memory) == ("running", True)
+    await counted(vm, 1)
+    await require_a_whole_disk(vm)
+    await hold_invariants(vm)
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "stopped"])
+async def test_disks_alone(q: qmpsnap.Controller, qcow2_spec: MachineSpec, *, running: bool) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start(paused=True)
+    await fill(vm, "vda", 1)
+    await fill(vm, "vdb", 2)
+    if not running:
+        await vm.stop(force=True)
+    snapshot = await vm.snapshot("inside", kind="internal", memory=False)
+    assert snapshot.inside is None
+    hashes = {point.disk: await tag_hash(vm, point.layer, str(point.tag)) for point in snapshot.points}
+    if not running:
+        await vm.start(paused=True)
+    await fill(vm, "vda", 3)
+    await fill(vm, "vdb", 4)
+    if not running:
+        await vm.stop(force=True)
+    reverted = await vm.revert("inside")
+    assert reverted.state == ("paused" if running else "stopped")
+    assert reverted.memory is False
+    if running:
+        await vm.stop(force=True)
+    for chain in await vm.chains():
+        assert await content_hash(vm, chain.active.id) == hashes[chain.disk]
+        assert tags_in(vm, chain.active.id) == []
+    for point in snapshot.points:
+        assert await tag_hash(vm, point.layer, str(point.tag)) == hashes[point.disk]
+    await hold_invariants(vm)
+    await vm.delete_snapshots("inside")
+    forest = context_of(vm).store.forest()
+    assert all(tags_in(vm, layer) == [] for layer in forest.layers)
+    await hold_invariants(vm)
+
+
+async def test_a_mixed_tree_keeps_every_invariant(q: qmpsnap.Controller, qcow2_spec: MachineSpec) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start()
+    hashes: dict[tuple[str, str], str] = {}
+    inside: dict[tuple[LayerId, str], str] = {}
+
+    async def taken(snapshot: qmpsnap.Snapshot) -> None:
+        for point in snapshot.points:
+            if point.tag:
+                inside[point.layer, point.tag] = await tag_hash(vm, point.layer, point.tag)
+            else:
+                hashes[snapshot.name, point.disk] = await content_hash(vm, point.layer)
+
+    async def hold() -> None:
+        await hold_invariants(vm, hashes)
+        for (layer, tag), digest in inside.items():
+            assert await tag_hash(vm, layer, tag) == digest
+
+    for number, kind in enumerate(("disk", "internal", "full", "internal", "disk", "full"), start=1):
+        await fill(vm, "vda", number)
+        await taken(await vm.snapshot(f"s{number}", kind=kind))  # type: ignore[arg-type]
+        await hold()
+    assert [s.kind for s in await vm.snapshots()] == ["disk", "internal", "full", "internal", "disk", "full"]
+    await vm.stream("vda")  # the active layer has no tag; those below stay as they are
+    await hold()
+    for name in ("s2", "s3", "s4", "s1"):
+        await vm.revert(name)
+        await hold()
+    await vm.stop(force=True)
+    await vm.delete_snapshots("s3")
+    hashes = {key: value for key, value in hashes.items() if key[0] != "s3"}
+    await hold()
+    await vm.delete_snapshots("s2", "s4")
+    inside.clear()
+    await hold()
+
+
+async def test_a_commit_names_what_it_would_take_from_inside(q: qmpsnap.Controller, qcow2_spec: MachineSpec) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start(paused=True)
+    await vm.snapshot("base", kind="internal", memory=False)  # inside vda-1
+    await vm.snapshot("one")  # freezes vda-1
+    await vm.snapshot("two", kind="internal", memory=False)  # inside vda-4
+    kept = await tag_hash(vm, LayerId("vda-1"), "qs-3")
+    with pytest.raises(StateError, match="one, two") as refused:
+        await vm.commit("vda")
+    assert "base" not in refused.value.message
+    await vm.commit("vda", consume=True)
+    states = {s.name: s.state for s in await vm.snapshots()}
+    assert states == {"base": "ok", "one": "consumed", "two": "consumed"}
+    assert await tag_hash(vm, LayerId("vda-1"), "qs-3") == kept  # an image's own tags survive a commit into it
+    await hold_invariants(vm)
+
+
+async def test_a_stream_never_moves_the_ground_below_a_tag(q: qmpsnap.Controller, qcow2_spec: MachineSpec) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start(paused=True)
+    await fill(vm, "vda", 1)
+    await vm.snapshot("one")
+    await vm.snapshot("two")
+    await vm.snapshot("inside", kind="internal", memory=False)
+    with pytest.raises(StateError, match="has snapshot inside inside"):
+        await vm.stream("vda")
+    await hold_invariants(vm)
+    await vm.snapshot("three")
+    with pytest.raises(StateError, match="can only read it"):
+        await vm.delete_snapshots("inside")
+    await vm.delete_snapshots("inside", metadata=True)
+    await hold_invariants(vm)
+
+
+async def test_what_cannot_be(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    vm = await q.define(still_spec)  # its vdb is raw
+    with pytest.raises(StateError, match="vdb of machine still is raw"):
+        await vm.snapshot("inside", kind="internal")
+    await vm.snapshot("inside", kind="internal", disks=["vda"])
+    with pytest.raises(NameTaken):
+        await vm.snapshot("inside", kind="internal", disks=["vda"])
+    with pytest.raises(StateError, match="has no memory to save"):
+        await vm.snapshot("more", kind="internal", disks=["vda"], memory=True)
+    await vm.start()
+    with pytest.raises(StateError, match="must include vdb"):
+        await vm.snapshot("more", kind="internal", disks=["vda"])
+    await hold_invariants(vm)
+
+
+async def test_the_command_line(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def said(line: str) -> str:
+        assert await anyio.to_thread.run_sync(main, line.split()) == 0
+        return capsys.readouterr().out
+
+    vm = await q.define(qcow2_spec)
+    await vm.start()
+    assert "snapshot-save" in await said("snapshot create still --kind internal --dry-run")
+    assert await vm.snapshots() == ()
+    assert "and memory taken" in await said("snapshot create still a --kind internal")
+    shown = json.loads(await said("snapshot show still a -o json"))["snapshot"]
+    assert shown["disks"]["vda"]["tag"] == "qs-3"
+    assert shown["inside"]["layer"] == "vda-1"
+    assert "inside vda-1" in await said("snapshot show still a")
+    assert "internal" in await said("snapshot list still")
+    assert "with its memory" in await said("snapshot revert still a --discard")
+    assert "deleted a" in await said("snapshot delete still a")
+
+
+# --- UEFI -------------------------------------------------------------------------------------------------------------
+
+
+async def test_uefi_with_a_raw_variable_store(q: qmpsnap.Controller, qcow2_spec: MachineSpec) -> None:
+    if not Path("/usr/share/OVMF/OVMF_CODE_4M.fd").exists() and not os.environ.get("CI"):
+        pytest.skip("ovmf is missing: scripts/setup test installs it")
+    vm = await q.define(replace(qcow2_spec, firmware="uefi", memory=256 * MIB))
+    variables = context_of(vm).home.variables("still")
+    fresh = variables.read_bytes()
+    await vm.start()
+    log = context_of(vm).home.run_dir("still") / CONSOLE_LOG
+    while b"BdsDxe" not in log.read_bytes() and variables.read_bytes() == fresh:
+        await anyio.sleep(0.1)  # the firmware writes variables on its first boot
+    snapshot = await vm.snapshot("inside", kind="internal")
+    assert snapshot.variables is not None
+    held = Path(snapshot.variables).read_bytes()
+    await hold_invariants(vm)
+    assert {layer["node-name"] for layer in await nodes_with_tags(vm)} == {"vda-1", "vdb-2"}  # never the flash
+    await vm.stop(force=True)
+    content = bytearray(variables.read_bytes())
+    content[-1] ^= 0xFF  # as if the guest had written there
+    variables.write_bytes(content)
+    await vm.revert("inside", state="paused")
+    assert variables.read_bytes() == held
+    await hold_invariants(vm)
+    await vm.delete_snapshots("inside", *[s.name for s in await vm.snapshots() if s.name != "inside"])
+    assert not Path(snapshot.variables).exists()
+    await vm.stop(force=True)
+    assert len(await vm.undefine(disks="remove")) == 2
+    assert not context_of(vm).home.machine_dir("still").exists()
+
+
+async def nodes_with_tags(vm: qmpsnap.MachineHandle) -> list[dict[str, Any]]:
+    async with user_monitor(vm) as qemu:
+        nodes: Any = await qemu.execute("query-named-block-nodes", {"flat": True})
+    return [node for node in nodes if node["image"].get("snapshots")]
+
+
+# --- deaths -----------------------------------------------------------------------------------------------------------
+
+STEPS = {
+    "after the journal row": ("qmpsnap.store.sqlite", "SqliteStore.open_operation", "after", 1),
+    "marked started": ("qmpsnap.store.sqlite", "SqliteStore.mark", "after", 1),
+    "with the guest held": ("qmpsnap.qmp.commands", "control", "after", 1),
+    "with the memory on its way": ("qmpsnap.qmp.jobs", "follow", "before", 1),
+    "with the memory inside": ("qmpsnap.qmp.jobs", "follow", "after", 1),
+    "settled": ("qmpsnap.store.sqlite", "SqliteStore.settle", "after", 1),
+}
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("qemu", ["lives", "dies too"])
+@pytest.mark.parametrize("verb", ["create", "load"])
+@pytest.mark.parametrize("step", STEPS)
+async def test_killed_in_the_middle(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, step: str, verb: str, qemu: str
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start()
+    await fill(vm, "vda", 1)
+    await vm.snapshot("first", kind="internal")
+    first = await tag_hash(vm, LayerId("vda-1"), "qs-3")
+    await fill(vm, "vda", 2)
+    words = {
+        "create": ("snapshot", "create", "still", "second", "--kind", "internal"),
+        "load": ("snapshot", "revert", "still", "first", "--discard", "--no-after"),
+    }[verb]
+    await die_at(STEPS[step], *words)
+    if qemu == "dies too":
+        await kill_qemu(vm)
+    await vm.recover()
+    assert await vm.recover() == []
+    assert await vm.state() == ("stopped" if qemu == "dies too" else "running")
+    names = [snapshot.name for snapshot in await vm.snapshots()]
+    assert set(names) - {"second"} == {"first"}
+    assert [len(tags_in(vm, layer)) for layer in ("vda-1", "vdb-2")] == [len(names)] * 2
+    assert await tag_hash(vm, LayerId("vda-1"), "qs-3") == first
+    await hold_invariants(vm)
+    for name in names:
+        await vm.revert(name)
+        assert await vm.state() == "running"
+    await hold_invariants(vm)
+
+
+@pytest.mark.parametrize("qemu", ["lives", "dies too"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        ("qmpsnap.block.tags", "take_out", "after", 1),
+        ("qmpsnap.block.tags", "take_out", "after", 2),
+        ("qmpsnap.ops.tagging", "load_into", "before", 1),
+        ("qmpsnap.ops.tagging", "load_into", "after", 1),
+        ("qmpsnap.qmp.commands", "delete_tag", "after", 1),
+    ],
+    ids=lambda point: f"{point[1]}-{point[2]}-{point[3]}",
+)
+async def test_killed_while_it_is_taken_out(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, point: tuple[str, str, str, int], qemu: str
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start()
+    await fill(vm, "vda", 1)
+    await vm.snapshot("inside", kind="internal")
+    held = await tag_hash(vm, LayerId("vda-1"), "qs-3")
+    await vm.stop(force=True)
+    await die_at(point, "snapshot", "revert", "still", "inside", "--no-after")
+    if qemu == "dies too":
+        await kill_qemu(vm)
+    await vm.recover()
+    assert await vm.recover() == []
+    assert await tag_hash(vm, LayerId("vda-1"), "qs-3") == held
+    await hold_invariants(vm)
+    active = [chain.active.id for chain in await vm.chains()]
+    assert all(tags_in(vm, layer) == [] for layer in active if layer not in ("vda-1", "vdb-2"))
+    await vm.revert("inside")
+    assert await vm.state() == "running"
+    await hold_invariants(vm)
+
+
+def test_the_copy_keeps_holes(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    with source.open("wb") as file:
+        file.write(b"a" * 5000)
+        file.truncate(64 * MIB)
+        file.seek(32 * MIB)
+        file.write(b"b" * 5000)
+    tags._copy(str(source), str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    assert (tmp_path / "copy").stat().st_blocks * 512 < 4 * MIB
+    with pytest.raises(StateError, match="exists already"):
+        tags._copy(str(source), str(tmp_path / "copy"))

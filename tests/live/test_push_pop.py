@@ -1,0 +1,82 @@
+"""``snapshot push`` and ``pop``: a stack that survives a death between its two steps."""
+
+from pathlib import Path
+
+import pytest
+
+import qmpsnap
+from qmpsnap.cli.main import main
+from qmpsnap.errors import StateError
+from qmpsnap.model.spec import MachineSpec
+from tests.live.crash import die_at
+from tests.live.machine import active_hash, context_of, fill, hold_invariants
+
+
+@pytest.mark.parametrize("state", ["prelaunch", "stopped"])
+async def test_a_stack(q: qmpsnap.Controller, still_spec: MachineSpec, state: str) -> None:
+    vm = await q.define(still_spec)
+    with pytest.raises(StateError, match="stands on no snapshot") as refused:
+        await vm.pop()
+    assert "snapshot push still" in refused.value.hint
+    held = []
+    await vm.start(paused=True)
+    for pattern in (1, 2, 3):
+        await fill(vm, "vda", pattern)
+        held.append(await active_hash(vm))
+        await vm.push()
+    await fill(vm, "vda", 4)
+    if state == "stopped":
+        await vm.stop(force=True)
+    files = len(list(context_of(vm).home.machine_dir("still").iterdir()))
+    for name in ("snap-3", "snap-2", "snap-1"):
+        done = await vm.pop()
+        assert (done.snapshot.name, done.kept) == (name, None)
+        assert await vm.state() == state
+        assert await active_hash(vm) == held.pop()
+        assert name not in [snapshot.name for snapshot in await vm.snapshots()]
+        await hold_invariants(vm)
+    assert await vm.snapshots() == ()
+    assert (await vm.record()).current is None
+    assert len(list(context_of(vm).home.machine_dir("still").iterdir())) == files - 6
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        ("qmpsnap.ops.revert", "run", "before", 1),
+        ("qmpsnap.ops.revert", "run", "after", 1),
+        ("qmpsnap.ops.delete", "run", "after", 1),
+    ],
+)
+async def test_killed_between_its_steps(
+    q: qmpsnap.Controller, still_spec: MachineSpec, point: tuple[str, str, str, int]
+) -> None:
+    vm = await q.define(still_spec)
+    await vm.start(paused=True)
+    await vm.push("lower")
+    await fill(vm, "vda", 1)
+    held = await active_hash(vm)
+    await vm.push("upper")
+    await fill(vm, "vda", 2)
+    await die_at(point, "snapshot", "pop", "still", "--progress", "none")
+    await hold_invariants(vm)
+    if [snapshot.name for snapshot in await vm.snapshots()] == ["lower", "upper"]:
+        await vm.pop()
+    assert [snapshot.name for snapshot in await vm.snapshots()] == ["lower"]
+    assert (await vm.record()).current == "lower"
+    assert await active_hash(vm) == held
+    await hold_invariants(vm)
+
+
+def test_on_the_command_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "s.yaml").write_text("name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}]\n")
+    assert main(["define", str(home / "s.yaml")]) == 0
+    assert main(["snapshot", "pop", "still"]) == 4
+    assert main(["snapshot", "push", "still", "-m", "a note", "-o", "name"]) == 0
+    assert capsys.readouterr().out == "snap-1\n"
+    assert main(["snapshot", "push", "still", "mine"]) == 0
+    capsys.readouterr()
+    assert main(["snapshot", "pop", "still", "--progress", "none"]) == 0
+    assert "is where it was at mine, stopped; mine is deleted" in capsys.readouterr().out
+    assert main(["snapshot", "pop", "still", "-o", "json"]) == 0
+    assert '"snapshot": "snap-1"' in capsys.readouterr().out
