@@ -88,6 +88,8 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuse options that say nothing of what is asked for."""
     if arguments.no_snapshot and (arguments.name or arguments.message):
         raise UsageError("--no-snapshot takes neither NAME nor --message: nothing would bear them; nothing was changed")
+    if arguments.no_snapshot and arguments.kind != "disk":
+        raise UsageError(f"--no-snapshot makes layers, and --kind {arguments.kind} a snapshot; nothing was changed")
 
     if arguments.kind != "full" and (
         arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"
