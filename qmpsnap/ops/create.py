@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph, place
-from qmpsnap.errors import QmpsnapError, UsageError
+from qmpsnap.errors import DeadlinePassed, QmpsnapError, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
@@ -304,7 +304,13 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         await memory.shorten(at.context, machine, how)
         # From here on QEMU may have acted, and we may hold the guest.
         await at.mark("transaction")
-        held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu))
+        try:
+            held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu))
+        except DeadlinePassed:
+            # It may be whole all the same, but it was held for too long: nobody wants it.
+            with anyio.CancelScope(shield=True):
+                await at.mark(recover_create.LOST)
+            raise
         await at.mark("saving")
         await graph.require_agreement(qemu, at.expected, machine=machine.name)
         await memory.written(qemu, at.operation, report=at.report)

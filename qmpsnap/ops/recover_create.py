@@ -162,7 +162,7 @@ async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> No
     if monitor is None or not memory.resume:
         return
     # Only at this step can it be us who paused the guest, before QEMU's end until then; a migration is always ours.
-    paused_by_us = broken.operation.step == "transaction" or memory.quit
+    paused_by_us = broken.operation.step in {"transaction", LOST} or memory.quit
     if paused_by_us or (await commands.query_status(monitor)).status in {"finish-migrate", "postmigrate"}:
         await saving.run_on(monitor)
 
