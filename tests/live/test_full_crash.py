@@ -1,5 +1,6 @@
 """The controller dies at each step of a full snapshot and of a save; QEMU lives or dies with it. Then: recover."""
 
+import anyio
 import pytest
 
 import qmpsnap
@@ -137,6 +138,8 @@ async def test_killed_while_going_back(q: qmpsnap.Controller, still_spec: Machin
         "loaded": ("qmpsnap.ops.power", "load", "after", 1),
     }[step]
     await die_at(point, "snapshot", "revert", "still", "all")
+    while not await vm.is_running():  # it was let go in the very moment of its birth
+        await anyio.sleep(0.01)
     if qemu == "dies too":
         await kill_qemu(vm)
     await vm.recover()
