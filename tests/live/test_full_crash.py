@@ -7,7 +7,7 @@ import qmpsnap
 from qmpsnap.errors import OperationPending
 from qmpsnap.model.spec import MachineSpec
 from tests.live.crash import die_at, kill_qemu
-from tests.live.machine import content_hash, fill, hold_invariants
+from tests.live.machine import content_hash, context_of, fill, hold_invariants
 
 STORE = "qmpsnap.store.sqlite"
 COMMANDS = "qmpsnap.qmp.commands"
@@ -138,8 +138,9 @@ async def test_killed_while_going_back(q: qmpsnap.Controller, still_spec: Machin
         "loaded": ("qmpsnap.ops.power", "load", "after", 1),
     }[step]
     await die_at(point, "snapshot", "revert", "still", "all")
-    while not await vm.is_running():  # it was let go in the very moment of its birth
-        await anyio.sleep(0.01)
+    socket = context_of(vm).home.run_dir(vm.name) / QMP_SOCKET
+    while not (await vm.is_running() and socket.exists()):  # it was let go in the very moment of its birth
+        await anyio.sleep(0.05)
     if qemu == "dies too":
         await kill_qemu(vm)
     await vm.recover()
