@@ -5,6 +5,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import OperationPending
+from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.model.spec import MachineSpec
 from tests.live.crash import die_at, kill_qemu
 from tests.live.machine import content_hash, context_of, fill, hold_invariants
