@@ -1,14 +1,12 @@
 """Writing another backing string into the header of an image that no QEMU has open."""
 
 import os
-import subprocess
 
-import anyio
 from anyio import to_thread
 
-from qmpsnap.block import header
+from qmpsnap.block import header, tool
 from qmpsnap.block.header import Header, printable
-from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
+from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model.chain import Layer
 
 
@@ -27,13 +25,8 @@ async def set_backing(layer: Layer, backing: Layer | None, *, qemu_img: str, dea
         return
     target = ["-b", backing.path, "-F", backing.format] if backing else ["-b", ""]
     argv = [qemu_img, "rebase", "-u", "-f", layer.format, *target, layer.path]
-    try:
-        with anyio.fail_after(deadline):
-            done = await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False)
-    except OSError as error:
-        raise HostCannot(f"{qemu_img} cannot be run: {error}", hint="see qmpsnap doctor") from error
-    except TimeoutError as error:
-        raise DeadlinePassed(f"{qemu_img} did not end within {deadline:g} s", effect="unknown") from error
+    late = f"{qemu_img} did not end within {deadline:g} s"
+    done = await tool.run(argv, deadline=deadline, late=late, effect="unknown")
     said = printable(done.stderr.decode(errors="backslashreplace").strip())
     if done.returncode or await to_thread.run_sync(_backing_of, layer) != wanted:
         raise HostCannot(f"the backing of {layer.path} was not changed: {said or 'no reason given'}")

@@ -1,11 +1,9 @@
 """Reading what a layer holds, as the guest would see it with that layer as its disk."""
 
 import os
-import subprocess
 
-import anyio
-
-from qmpsnap.errors import DeadlinePassed, HostCannot
+from qmpsnap.block import tool
+from qmpsnap.errors import HostCannot
 from qmpsnap.model.chain import Layer
 
 CHUNK = 1 << 20
@@ -31,12 +29,6 @@ async def copy_out(
     """
     some = [] if length is None else [f"count={length // CHUNK}"]
     argv = [qemu_img, "dd", "-f", layer.format, "-O", "raw", f"bs={CHUNK}", *some, f"if={layer.path}", f"of={target}"]
-    try:
-        with anyio.fail_after(deadline):
-            done = await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False)
-    except TimeoutError as error:
-        raise DeadlinePassed(f"reading {layer.path} took longer than {deadline:g} s") from error
-    except OSError as error:
-        raise HostCannot(f"{qemu_img} cannot be run: {error}", hint="see qmpsnap doctor") from error
+    done = await tool.run(argv, deadline=deadline, late=f"reading {layer.path} took longer than {deadline:g} s")
     if done.returncode:
         raise HostCannot(f"{layer.path} cannot be read: {done.stderr.decode(errors='backslashreplace').strip()}")

@@ -8,7 +8,6 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
@@ -16,9 +15,9 @@ from typing import Any, Final
 import anyio
 from anyio import to_thread
 
-from qmpsnap.block import header
+from qmpsnap.block import header, tool
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
+from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.model.chain import Layer
 
 FICLONE: Final = 0x40049409
@@ -147,13 +146,8 @@ async def _inside(path: str, qemu_img: str, deadline: float) -> list[dict[str, A
 
 
 async def _run(argv: list[str], deadline: float) -> bytes:
-    try:
-        with anyio.fail_after(deadline):
-            done = await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False)
-    except TimeoutError as error:
-        raise DeadlinePassed(f"{argv[0]} {argv[1]} {argv[-1]} took longer than {deadline:g} s") from error
-    except OSError as error:
-        raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error
+    late = f"{argv[0]} {argv[1]} {argv[-1]} took longer than {deadline:g} s"
+    done = await tool.run(argv, deadline=deadline, late=late)
     if done.returncode:
         raise HostCannot(f"{argv[0]} {argv[1]} failed: {done.stderr.decode(errors='backslashreplace').strip()}")
     return done.stdout

@@ -126,10 +126,10 @@ def differences(saved: Hardware, now: Hardware) -> tuple[str, ...]:
         )
         if then != here
     ]
-    if _version(now.qemu_version) < _version(saved.qemu_version):
+    if version_of(now.qemu_version) < version_of(saved.qemu_version):
         found.append(f"QEMU {saved.qemu_version}, now the older {now.qemu_version}")
     # A CPU model that means "all there is" is another one with another QEMU.
-    elif saved.cpu == "max" and _version(now.qemu_version)[:2] != _version(saved.qemu_version)[:2]:
+    elif saved.cpu == "max" and version_of(now.qemu_version)[:2] != version_of(saved.qemu_version)[:2]:
         found.append(f"CPU max of QEMU {saved.qemu_version}, now of {now.qemu_version}")
     gone = [f"device {line!r}, now not there" for line in saved.devices if line not in now.devices]
     new = [f"no device {line!r}, now there" for line in now.devices if line not in saved.devices]
@@ -138,5 +138,6 @@ def differences(saved: Hardware, now: Hardware) -> tuple[str, ...]:
     return (*found, *gone, *new)
 
 
-def _version(text: str) -> tuple[int, ...]:
+def version_of(text: str) -> tuple[int, ...]:
+    """QEMU's version as numbers that compare: ``10.0.13`` as (10, 0, 13)."""
     return tuple(int(part) for part in text.split(".") if part.isdigit())

@@ -1,7 +1,7 @@
 """``snapshot create``: every disk's active layer is frozen under a new empty overlay, all disks in one transaction."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import anyio
@@ -151,26 +151,13 @@ def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
     machine = await blocking(context.store.machine, name)
-    async with context.monitor(machine) as qemu:
-        mode = await asked.mode_of(qemu)
-        means = await choose(context, machine, qemu, request.memory) if request.memory else None
-    if mode == "stopped":
-        require_spec(machine, "make it start on a new layer")
     chains = await blocking(context.store.chains, name)
-    snapshots = await blocking(context.store.snapshots, name)
+    async with context.monitor(machine) as qemu:
+        if qemu is None:
+            require_spec(machine, "make it start on a new layer")
+        make = await _planner(context, Work(machine, qemu), chains, request)
     await chosen.require_free(context, name, request.files)
-    serial = OperationId(await blocking(context.store.next_serial))
-    return machine, plan(
-        machine,
-        chains,
-        snapshots,
-        request,
-        serial=serial,
-        home=context.home,
-        mode=mode,
-        now=time.time(),
-        means=means,
-    )
+    return machine, make(OperationId(await blocking(context.store.next_serial)))
 
 
 async def run(context: Context, name: str, request: CreateRequest, *, report: Report = unreported) -> Snapshot:
@@ -235,12 +222,26 @@ async def _without_memory(context: Context, plan: CreatePlan, error: QmpsnapErro
 
 
 async def _open(context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest) -> Operation:
+    planner = await _planner(context, work, chains, request)
+
+    def make(serial: OperationId) -> CreatePlan:
+        planned = planner(serial)
+        require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
+        return planned
+
+    return await blocking(context.store.open_operation, work.machine.name, make)
+
+
+async def _planner(
+    context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest
+) -> Callable[[OperationId], CreatePlan]:
+    """The plan but for its number, of the machine as it is now."""
     mode = await asked.mode_of(work.qemu)
     means = await choose(context, work.machine, work.qemu, request.memory) if request.memory else None
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
     def make(serial: OperationId) -> CreatePlan:
-        planned = plan(
+        return plan(
             work.machine,
             chains,
             snapshots,
@@ -251,10 +252,8 @@ async def _open(context: Context, work: Work, chains: Sequence[Chain], request: 
             now=time.time(),
             means=means,
         )
-        require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
-        return planned
 
-    return await blocking(context.store.open_operation, work.machine.name, make)
+    return make
 
 
 class _Attempt(Struct, frozen=True):

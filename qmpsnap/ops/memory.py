@@ -21,7 +21,7 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
 from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Memory, Operation
-from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
+from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate, version_of
 from qmpsnap.ops.context import Context, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
@@ -113,7 +113,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             machine=machine.name,
         )
     last = await migration.query(qemu)
-    if last.status not in (*migration.ENDED, "none"):
+    if last.status not in migration.IDLE:
         raise StateError(
             f"somebody else migrates machine {machine.name} (it is {last.status}); nothing was changed",
             hint="wait for the end of that",
@@ -128,7 +128,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
         )
     if request.compression != "none":
         statefile.require_zstd()
-    version = tuple(int(part) for part in (await commands.query_version(qemu)).split("."))
+    version = version_of(await commands.query_version(qemu))
     running = (await commands.query_status(qemu)).running
     why = await _why_not_behind_it(machine, qemu, request, running=running, version=version)
     if why and not running and not request.quit:
@@ -347,7 +347,7 @@ async def run_on(qemu: Monitor) -> None:
 async def give_up(qemu: Monitor, memory: Memory) -> None:
     """Cancel a save, whoever started it; where that is not possible, wait until the guest may run again."""
     with anyio.move_on_after(RESUME_DEADLINE, shield=True):
-        if (await migration.query(qemu)).status in (*migration.ENDED, "none"):
+        if (await migration.query(qemu)).status in migration.IDLE:
             return
         if memory.cancellable:
             await migration.cancel(qemu)
@@ -388,7 +388,7 @@ async def ended(qemu: Monitor, operation: Operation, *, report: Report) -> migra
 
 async def forget(qemu: Monitor) -> None:
     """Wait for the end of a save that was given up, and let QEMU forget it."""
-    while (await migration.query(qemu)).status not in (*migration.ENDED, "none"):
+    while (await migration.query(qemu)).status not in migration.IDLE:
         await anyio.sleep(0.01)
     await migration.put_back(qemu)
 

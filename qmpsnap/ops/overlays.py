@@ -64,14 +64,18 @@ def _first(errors: BaseExceptionGroup[QmpsnapError]) -> QmpsnapError:
     return found
 
 
-def identified(change: Change, headers: Mapping[LayerId, Header], *, pause_ms: float | None = None) -> Change:
-    """The change with the identities of the files that were made, and the pause that was measured."""
+def identified(change: Change, headers: Mapping[LayerId, Header]) -> Change:
+    """The change with the identities of the files that were made."""
     layers = tuple(
         replace(layer, device=headers[layer.id].device, inode=headers[layer.id].inode) if layer.id in headers else layer
         for layer in change.layers
     )
-    snapshots = tuple(replace(snapshot, pause_ms=pause_ms) for snapshot in change.snapshots)
-    return replace(change, layers=layers, snapshots=snapshots)
+    return replace(change, layers=layers)
+
+
+def headers_of(layers: Iterable[Layer]) -> dict[LayerId, Header]:
+    """The headers of new layers whose files somebody has made before, for :func:`identified`."""
+    return {layer.id: header.read(layer.path, format=layer.format) for layer in layers}
 
 
 def require_free(paths: Iterable[str]) -> None:

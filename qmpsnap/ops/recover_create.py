@@ -5,7 +5,7 @@ from pathlib import Path
 from anyio import to_thread
 from msgspec.structs import replace
 
-from qmpsnap.block import graph, header
+from qmpsnap.block import graph
 from qmpsnap.block.image import remove
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import statefile
@@ -19,7 +19,7 @@ from qmpsnap.ops import chosen
 from qmpsnap.ops import memory as saving
 from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.context import Context, blocking
-from qmpsnap.ops.overlays import identified, remove_new
+from qmpsnap.ops.overlays import headers_of, identified, remove_new
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
 
@@ -86,8 +86,7 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
 
 async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) -> Direction:
     context, machine, operation, memory = broken.context, broken.machine, broken.operation, plan.memory
-    headers = {o.layer.id: header.read(o.layer.path, format=o.layer.format) for o in plan.overlays}
-    change = identified(plan.change, headers)
+    change = identified(plan.change, headers_of(overlay.layer for overlay in plan.overlays))
     if memory is None:
         await settle(context, machine, operation, change)
         return "forward"
@@ -171,7 +170,7 @@ async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None
     """Give the memory up: QEMU stops writing it, the guest runs on if it should, the unfinished file goes."""
     if monitor and broken.operation.step == "planned":
         # Nothing was stopped or begun yet: a migration is somebody else's.
-        if (await migration.query(monitor)).status in (*migration.ENDED, "none"):
+        if (await migration.query(monitor)).status in migration.IDLE:
             await migration.put_back(monitor)
     elif monitor:
         try:

@@ -3,10 +3,7 @@
 ``stopping``: QEMU ends -> the record changes, in one SQL transaction (``switched``) -> files that nobody needs go.
 """
 
-from collections.abc import Sequence
-
 from anyio import to_thread
-from msgspec.structs import replace
 
 from qmpsnap.block import header
 from qmpsnap.block.image import remove
@@ -14,8 +11,9 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused
 from qmpsnap.machine.machine import end
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.operation import Change, Copy, Operation, Overlay, RevertPlan
+from qmpsnap.model.operation import Operation, RevertPlan
 from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.overlays import headers_of, identified
 from qmpsnap.ops.tagging import copy_variables
 from qmpsnap.qmp.session import Monitor
 
@@ -42,7 +40,8 @@ async def switch(
     if plan.unwritten:
         empty = await to_thread.run_sync(all_empty, plan.unwritten.layers)
         change = plan.unwritten.change if empty else change
-    change = await to_thread.run_sync(_identified, change, plan.new)
+    headers = await to_thread.run_sync(headers_of, [one.layer for one in plan.new])
+    change = identified(change, headers)
     if plan.variables:
         mine, kept = plan.variables
         await to_thread.run_sync(copy_variables, kept, mine)
@@ -64,12 +63,3 @@ def all_empty(layers: tuple[Layer, ...]) -> bool:
         return all(header.is_empty(layer) for layer in layers)
     except (ImageRefused, HostCannot):
         return False
-
-
-def _identified(change: Change, new: Sequence[Overlay | Copy]) -> Change:
-    """The change with the identities of the new files."""
-    layers = []
-    for one in new:
-        found = header.read(one.layer.path, format=one.layer.format)
-        layers.append(replace(one.layer, device=found.device, inode=found.inode))
-    return replace(change, layers=tuple(layers))

@@ -86,15 +86,14 @@ def forget_variables(path: str) -> None:
 async def tag_stopped(
     context: Context, machine: Machine, planned: InternalPlan, chains: Sequence[Chain]
 ) -> dict[str, tuple[Tag, ...]]:
-    """Put the tags into the images of a stopped machine, where they are not there yet; returns all there are."""
+    """Put the tags into the images of a stopped machine; returns all there are."""
     found: dict[str, tuple[Tag, ...]] = {}
     for chain in chains:
         if chain.disk not in planned.layers:
             continue
         async with open_in(context, machine, None, chain) as qemu:
-            node = node_name(chain.active)
-            if not has_tag(await commands.query_tags(qemu), node, planned.tag):
-                await commands.transaction(qemu, commands.internal_transaction([node], planned.tag))
+            arguments = commands.internal_transaction([node_name(chain.active)], planned.tag)
+            await commands.transaction(qemu, arguments)
             found |= await commands.query_tags(qemu)
     return found
 

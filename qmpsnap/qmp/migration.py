@@ -10,6 +10,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from qmpsnap.errors import QmpError
+from qmpsnap.model.vmstate import version_of
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
 
@@ -21,6 +22,8 @@ UNLIMITED = 1 << 40
 """Bytes per second: the default throttles a file as if it were a network."""
 
 ENDED = frozenset({"completed", "failed", "cancelled"})
+IDLE = ENDED | {"none"}
+"""Nothing is on its way, whether there ever was."""
 
 
 class Ram(Struct, frozen=True, rename="kebab"):
@@ -172,5 +175,4 @@ async def cancel(monitor: Monitor) -> None:
 
 
 async def _has_file_transport(monitor: Monitor) -> bool:
-    major, minor, _ = (int(part) for part in (await commands.query_version(monitor)).split("."))
-    return (major, minor) >= FILE_SINCE
+    return version_of(await commands.query_version(monitor)) >= FILE_SINCE
