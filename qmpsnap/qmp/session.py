@@ -202,7 +202,10 @@ def _seconds(event: Message) -> float:
     stamp = event.get("timestamp")
     if not isinstance(stamp, dict):
         return math.nan
-    return float(stamp.get("seconds", math.nan)) + float(stamp.get("microseconds", 0)) / 1e6
+    try:
+        return float(stamp.get("seconds", math.nan)) + float(stamp.get("microseconds", 0)) / 1e6
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _no_event(_: Message) -> bool:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from qmpsnap.block import header
 from qmpsnap.block.header import Header
-from qmpsnap.errors import ImageRefused
+from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import Format
@@ -350,7 +351,7 @@ def judged(data: bytes, size: int) -> None:
     assert time.monotonic() - begin < 2
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 250), st.binary(min_size=1, max_size=9)), min_size=1, max_size=6), st.data())
 def test_a_mutated_header_is_read_or_refused(changes: list[tuple[int, bytes]], data: st.DataObject) -> None:
     bent = bytearray(GOOD)
@@ -360,12 +361,34 @@ def test_a_mutated_header_is_read_or_refused(changes: list[tuple[int, bytes]], d
     judged(bytes(bent[:cut]), cut)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.binary(max_size=4096), st.integers(0, 1 << 64))
 def test_random_bytes_are_read_or_refused(data: bytes, size: int) -> None:
     judged(data, size)
     judged(GOOD[:8] + data, size)
     judged(GOOD[:112] + data.ljust(512, b"\0"), size)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(4, 180), st.binary(min_size=1, max_size=9)), max_size=4),
+    st.sampled_from([b"a", b"./b", b"../../etc/passwd", b"/", b".", b"b", b"/dev/zero", b"json:{}", b"b\0", b"nbd:x"])
+    | st.binary(max_size=40),
+)
+def test_a_chain_of_bent_headers_is_read_or_refused(changes: list[tuple[int, bytes]], backing: bytes) -> None:
+    bent = bytearray(image(backing=backing, extensions=extension(0xE2792ACA, b"qcow2")))
+    for place, value in changes:
+        bent[place : place + len(value)] = value
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "a").write_bytes(bent)
+        (folder / "b").write_bytes(image())
+        try:
+            layers = header.read_chain(folder / "a", "qcow2", allowed=[folder])
+        except (ImageRefused, HostCannot):
+            return
+        assert len(layers) <= 2
+        assert all(Path(layer.path).resolve().is_relative_to(folder.resolve()) for layer in layers)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
