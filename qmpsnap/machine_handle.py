@@ -17,21 +17,8 @@ from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorP
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import (
-    asked,
-    commit,
-    compare,
-    create,
-    delete,
-    internal,
-    mirror,
-    power,
-    rename,
-    revert,
-    save,
-    stack,
-    undefine,
-)
+from qmpsnap.ops import commit, compare, create, delete, internal, mirror, power, rename, revert, save, stack, undefine
+from qmpsnap.ops.asked import require_time
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking
@@ -319,7 +306,7 @@ class MachineHandle:
             QmpError: the guest refused, or with ``check`` the command failed.
             DeadlinePassed: no agent, or the command takes longer.
         """
-        asked.require_time(deadline, "the deadline")
+        require_time(deadline, "the deadline")
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
         async with agent.connect(socket, machine=self.name, deadline=deadline) as guest:
