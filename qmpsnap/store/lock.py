@@ -69,6 +69,8 @@ def _require_plain(descriptor: int, path: Path, machine: str) -> None:
     """We write our name into it: it must be no second name of somebody's file."""
     status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        if status.st_uid == os.geteuid():
+            os.fchmod(descriptor, 0o600)  # a strange umask may have taken our own rights away
         return
     os.close(descriptor)
     raise HostCannot(
