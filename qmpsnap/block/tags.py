@@ -8,7 +8,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,10 +70,25 @@ async def go_to(layer: Layer, tag: str, *, qemu_img: str, deadline: float = 600)
         StoreMismatch: it is not the recorded file.
         HostCannot: qemu-img failed.
     """
-    found = await to_thread.run_sync(lambda: header.read(layer.path, format=layer.format))
-    if (found.device, found.inode) != (layer.device, layer.inode):
-        raise StoreMismatch(f"{layer.path} is another file than the one recorded; nothing was changed")
-    await _run([qemu_img, "snapshot", "-a", tag, _alone(layer.path)], deadline)
+    descriptor = await to_thread.run_sync(_opened, layer)
+    try:
+        # The very file that was looked at, whatever its name leads to by now.
+        image = _alone(f"/proc/self/fd/{descriptor}")
+        await _run([qemu_img, "snapshot", "-a", tag, image], deadline, keep=[descriptor])
+    finally:
+        os.close(descriptor)
+
+
+def _opened(layer: Layer) -> int:
+    try:
+        descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostCannot(f"{layer.path} cannot be opened: {error.strerror}; nothing was changed") from error
+    found = os.fstat(descriptor)
+    if (found.st_dev, found.st_ino) == (layer.device, layer.inode):
+        return descriptor
+    os.close(descriptor)
+    raise StoreMismatch(f"{layer.path} is another file than the one recorded; nothing was changed")
 
 
 def _alone(path: str) -> str:
@@ -149,9 +164,9 @@ async def _inside(path: str, qemu_img: str, deadline: float) -> list[dict[str, A
     return found
 
 
-async def _run(argv: list[str], deadline: float) -> bytes:
+async def _run(argv: list[str], deadline: float, *, keep: Sequence[int] = ()) -> bytes:
     late = f"{argv[0]} {argv[1]} {argv[-1]} took longer than {deadline:g} s"
-    done = await tool.run(argv, deadline=deadline, late=late)
+    done = await tool.run(argv, deadline=deadline, late=late, keep=keep)
     if done.returncode:
         raise HostCannot(f"{argv[0]} {argv[1]} failed: {done.stderr.decode(errors='backslashreplace').strip()}")
     return done.stdout
