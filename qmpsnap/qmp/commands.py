@@ -40,6 +40,13 @@ class GraphEdge(Struct, frozen=True):
     name: str
 
 
+class Chardev(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``ChardevInfo`` we use; ``frontend_open``: the device, or its guest, listens."""
+
+    label: str
+    frontend_open: bool
+
+
 class BlockGraph(Struct, frozen=True):
     """QAPI ``XDbgBlockGraph``."""
 
@@ -183,6 +190,11 @@ async def query_block_jobs(monitor: Monitor) -> tuple[BlockJobInfo, ...]:
 async def query_block(monitor: Monitor) -> tuple[Backend, ...]:
     """Every drive of the guest (``query-block``)."""
     return decode("query-block", await monitor.execute("query-block"), tuple[Backend, ...])
+
+
+async def query_chardevs(monitor: Monitor) -> tuple[Chardev, ...]:
+    """QEMU's character devices (``query-chardev``)."""
+    return decode("query-chardev", await monitor.execute("query-chardev"), tuple[Chardev, ...])
 
 
 async def query_memory(monitor: Monitor) -> int:

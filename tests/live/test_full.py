@@ -7,7 +7,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 import msgspec
@@ -197,6 +197,20 @@ async def test_the_guest_is_told_the_time(q: qmpsnap.Controller, guest_spec: Mac
     assert (await say(vm, "date +%Y")) == "2001"
     await vm.revert("then")
     assert int(await say(vm, "date +%Y")) >= 2026
+
+
+async def test_a_guest_without_an_agent_is_not_waited_for(
+    still: qmpsnap.MachineHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its firmware never opens the port: QEMU knows, and nobody connects to wait for an answer."""
+
+    def connect(*_: object, **__: object) -> NoReturn:
+        pytest.fail("connected to an agent that is not there")
+
+    await still.snapshot("then", kind="full")
+    monkeypatch.setattr("qmpsnap.machine.agent.connect", connect)
+    back = await still.revert("then")
+    assert back.notes == ("the guest's clock was not set: no agent listens in the guest",)
 
 
 # --- save and restore -------------------------------------------------------------------------------------------------
