@@ -21,7 +21,7 @@ from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, require_spec
-from qmpsnap.ops.memory import Means, MemoryRequest, choose
+from qmpsnap.ops.means import Means, MemoryRequest, choose
 from qmpsnap.ops.overlays import identified, make_overlays, overlay_on, require_free
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp import commands, migration

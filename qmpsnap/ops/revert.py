@@ -7,7 +7,7 @@ it only forward is left.
 """
 
 import time
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
@@ -16,8 +16,8 @@ from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import graph, tags
-from qmpsnap.errors import NotFoundError, QemuGone, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.block import tags
+from qmpsnap.errors import NotFoundError, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
@@ -27,15 +27,11 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Copy, Operation, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import asked, create, internal, power, recover, situation, wake
+from qmpsnap.ops import asked, power, recover, revert_inside, situation, wake
 from qmpsnap.ops.context import Context, blocking, in_thread, require_spec
-from qmpsnap.ops.create import CreateRequest
-from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.loading import Loading, require_same_hardware
 from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
-from qmpsnap.ops.power import LoadingInside
 from qmpsnap.ops.switch import all_empty, switch
-from qmpsnap.ops.tagging import job_of
 from qmpsnap.ops.work import Work, working
 
 Run = Literal["running", "paused"]
@@ -176,7 +172,7 @@ def plan(
             change=replace(switched, removed_layers=tuple(layer.id for layer in gone)),
         )
     kept = Snapshot(
-        name=_free_name({found.name for found in at.snapshots}, serial),
+        name=asked.automatic_name({found.name for found in at.snapshots}, serial),
         kind="disk",
         state="ok",
         parent=machine.current,
@@ -230,9 +226,9 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
 
 
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
-    if await _can_load(context, name, request):
+    if await revert_inside.can_load(context, name, request.name):
         return await _load(context, name, request)
-    await _freeze(context, name, request)
+    await revert_inside.freeze(context, name, request.name)
     async with working(context, name, "snapshot revert") as work:
         at = await situation.look(context, work)
         # The guest ends only for layers that it can be started on again.
@@ -240,7 +236,7 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
         await require_same_hardware(context, work.machine, target)
         await to_thread.run_sync(power.require_files, work.machine, points(at, target))
         await to_thread.run_sync(_require_kept, work.machine, target)
-        _require_frozen(at, target)
+        revert_inside.require_frozen(at, target)
         async with _memory(target, request) as loading:
             operation = await _open(context, work, at, request)
             async with recover.attempting(context, work.machine, work.qemu, operation):
@@ -248,6 +244,15 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
         done = await _outcome(context, operation)
     if done.memory and done.state == "running" and request.after:
         return replace(done, notes=await wake.tell(context, work.machine))
+    return done
+
+
+async def _load(context: Context, name: str, request: RevertRequest) -> Reverted:
+    paused = request.run == "paused"
+    snapshot, kept = await revert_inside.load(context, name, request.name, discard=request.discard, paused=paused)
+    done = Reverted(snapshot=snapshot, kept=kept, removed=(), state="paused" if paused else "running", memory=True)
+    if request.after and not paused:
+        return replace(done, notes=await wake.tell(context, await blocking(context.store.machine, name)))
     return done
 
 
@@ -291,7 +296,7 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
     if planned.restart:
         await blocking(lambda: context.store.mark(operation.id, "running", step="starting"))
         machine = await blocking(context.store.machine, planned.machine)
-        memory = loading or _inside(planned, operation)
+        memory = loading or revert_inside.memory_in(planned, operation)
         await power.bring_up(context, machine, paused=planned.paused, loading=memory)
     await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
 
@@ -343,45 +348,6 @@ def _target(at: Situation, name: str) -> Snapshot:
     return snapshot
 
 
-async def _can_load(context: Context, name: str, request: RevertRequest) -> bool:
-    """Whether the QEMU that runs can go back by itself: memory and disks inside the layers that its guest writes to."""
-    machine = await blocking(context.store.machine, name)
-    snapshot = next((s for s in await blocking(context.store.snapshots, name) if s.name == request.name), None)
-    chains = await blocking(context.store.chains, name)
-    running = context.process(machine) is not None
-    return running and snapshot is not None and snapshot.state == "ok" and internal.in_place(snapshot, chains)
-
-
-async def _load(context: Context, name: str, request: RevertRequest) -> Reverted:
-    machine = await blocking(context.store.machine, name)
-    target = next(s for s in await blocking(context.store.snapshots, name) if s.name == request.name)
-    await require_same_hardware(context, machine, target)
-    kept = None
-    if not request.discard:
-        at = await blocking(context.store.snapshots, name)
-        serial = OperationId(await blocking(context.store.next_serial))
-        kept = await internal.create(
-            context,
-            name,
-            InternalRequest(
-                name=_free_name({found.name for found in at}, serial),
-                description=f"before the revert to {request.name}",
-            ),
-        )
-    async with working(context, name, "snapshot revert") as work:
-        chains = await blocking(context.store.chains, name)
-        if work.qemu is None:
-            raise QemuGone(f"QEMU of machine {name} has ended; nothing was changed", machine=name)
-        await graph.require_agreement(work.qemu, chains, machine=name)
-        snapshot = next(s for s in await blocking(context.store.snapshots, name) if s.name == request.name)
-        paused = request.run == "paused"
-        await internal.load(context, work, snapshot, chains, paused=paused)
-    done = Reverted(snapshot=snapshot, kept=kept, removed=(), state="paused" if paused else "running", memory=True)
-    if request.after and not paused:
-        return replace(done, notes=await wake.tell(context, await blocking(context.store.machine, name)))
-    return done
-
-
 def _require_kept(machine: Machine, snapshot: Snapshot) -> None:
     """Make sure that the copy of the variable store is there before anything is ended for it."""
     if snapshot.variables and not Path(snapshot.variables).is_file():
@@ -390,41 +356,6 @@ def _require_kept(machine: Machine, snapshot: Snapshot) -> None:
             hint="put a copy of it back",
             machine=machine.name,
         )
-
-
-def _require_frozen(at: Situation, snapshot: Snapshot) -> None:
-    """Make sure that no guest writes to an image that is to be copied."""
-    active = {chain.active.id for chain in at.live.values()} if at.running else set()
-    if busy := [point.layer for point in snapshot.points if point.tag and point.layer in active]:
-        raise StateError(
-            f"the guest of machine {at.machine} writes to {', '.join(busy)} again, where snapshot {snapshot.name} is"
-            " inside; nothing was changed",
-            hint="another command has come in between: try again",
-            machine=at.machine,
-        )
-
-
-async def _freeze(context: Context, name: str, request: RevertRequest) -> None:
-    """Put a layer on top of the one a running guest writes to, where the snapshot is inside that: it is read first."""
-    machine = await blocking(context.store.machine, name)
-    snapshot = next((s for s in await blocking(context.store.snapshots, name) if s.name == request.name), None)
-    if snapshot is None or snapshot.state == "consumed" or not context.process(machine):
-        return
-    active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, name)}
-    if busy := tuple(p.disk for p in snapshot.points if p.tag and active.get(p.disk) == p.layer):
-        await create.add_layers(context, name, CreateRequest(disks=busy))
-
-
-def _inside(planned: RevertPlan, operation: Operation) -> LoadingInside | None:
-    if planned.inside is None:
-        return None
-    layers = {copy.disk: copy.layer for copy in planned.copies}
-    return LoadingInside(job_of(operation.id), planned.copies[0].tag, layers, planned.inside)
-
-
-def _free_name(taken: Collection[str], serial: OperationId) -> str:
-    names = (f"auto-{serial}", *(f"auto-{serial}-{number}" for number in range(2, len(taken) + 3)))
-    return next(name for name in names if name not in taken)
 
 
 def _nobodys(after: Situation, chains: Iterable[Chain]) -> tuple[Layer, ...]:

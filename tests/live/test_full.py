@@ -19,7 +19,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import memory
+from qmpsnap.ops import means, memory
 from qmpsnap.qmp import migration
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 
@@ -485,7 +485,7 @@ async def test_no_space_is_known_before_anything_is_done(
     chain = (await vm.chains())[0].ids
     with pytest.raises(HostCannot, match="MiB are free; nothing was changed"):
         await vm.snapshot("all", kind="full")
-    monkeypatch.setattr(memory, "_require_space", lambda *_: None)  # it was free a moment ago
+    monkeypatch.setattr(means, "_require_space", lambda *_: None)  # it was free a moment ago
     with pytest.raises(HostCannot, match="No space left"):
         await vm.snapshot("all", kind="full")
     assert await vm.snapshots() == ()
@@ -516,7 +516,7 @@ def no_space(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 async def survives_failure(vm: qmpsnap.MachineHandle) -> bool:
     process = (await vm.record()).process
     assert process is not None
-    return tuple(map(int, process.qemu_version.split("."))) >= memory.CANCELLABLE_SINCE
+    return tuple(map(int, process.qemu_version.split("."))) >= means.CANCELLABLE_SINCE
 
 
 async def test_no_space_for_the_memory_leaves_no_trace(
@@ -725,7 +725,7 @@ async def test_a_paused_guest_is_not_left_unable_to_write(
     async def no_right(*_: Any, **__: Any) -> str:
         return "no right"
 
-    monkeypatch.setattr(memory, "_why_not_behind_it", no_right)
+    monkeypatch.setattr(means, "_why_not_behind_it", no_right)
     async with user_monitor(still) as qemu:
         await qemu.execute("stop")
     with pytest.raises(StateError, match="is paused"):

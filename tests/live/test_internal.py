@@ -254,7 +254,7 @@ async def test_a_load_that_fails_leaves_no_guest_running(
     with pytest.raises(StateError, match="of other hardware"):
         await vm.revert("inside", discard=True)
     assert await vm.state() == "running"
-    monkeypatch.setattr("qmpsnap.ops.revert.require_same_hardware", _anything_goes)
+    monkeypatch.setattr("qmpsnap.ops.revert_inside.require_same_hardware", _anything_goes)
     with pytest.raises(QmpError, match="failed") as failed:
         await vm.revert("inside", discard=True)
     assert failed.value.effect == "applied"
