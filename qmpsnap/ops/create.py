@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph, place
 from qmpsnap.errors import DeadlinePassed, QmpsnapError, UsageError
 from qmpsnap.machine import statefile
+from qmpsnap.model import steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
@@ -284,7 +285,7 @@ async def _carry_out(at: _Attempt) -> Change:
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
         # From here on QEMU may have acted whatever we hear: recovery asks instead of rolling back.
-        await at.mark("transaction")
+        await at.mark(steps.TRANSACTION)
         before = time.monotonic()
         await at.transact(qemu)
         pause_ms = (time.monotonic() - before) * 1000
@@ -292,7 +293,7 @@ async def _carry_out(at: _Attempt) -> Change:
         change = replace(change, snapshots=tuple(replace(found, pause_ms=pause_ms) for found in change.snapshots))
     elif any(overlay.part for overlay in plan.overlays):
         # Once a file has only the name that was chosen, recovery cannot know it for ours: so forward.
-        await at.mark("transaction")
+        await at.mark(steps.TRANSACTION)
     await recover_create.settle(at.context, machine, at.operation, change)
     return change
 
@@ -302,25 +303,25 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     async with memory.channel(qemu, how) as channel:
         await memory.shorten(at.context, machine, how)
         # From here on QEMU may have acted, and we may hold the guest.
-        await at.mark("transaction")
+        await at.mark(steps.TRANSACTION)
         try:
             held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu))
         except DeadlinePassed:
             # It may be whole all the same, but it was held for too long: nobody wants it.
             with anyio.CancelScope(shield=True):
-                await at.mark(recover_create.LOST)
+                await at.mark(steps.LOST)
             raise
-        await at.mark("saving")
+        await at.mark(steps.SAVING)
         await graph.require_agreement(qemu, at.expected, machine=machine.name)
         await memory.written(qemu, at.operation, report=at.report)
     try:
         state = await memory.finish(at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps)
     except QmpsnapError:
         with anyio.CancelScope(shield=True):
-            await at.mark(recover_create.LOST)
+            await at.mark(steps.LOST)
         raise
     change = recover_create.with_memory(change, state, pause_ms=held.pause_ms)
-    step = recover_create.ENDING if how.quit else None
+    step = steps.ENDING if how.quit else None
     await recover_create.settle(at.context, machine, at.operation, change, step=step)
     if how.quit:
         await recover_create.quit_saved(at.context, machine, qemu, at.operation)

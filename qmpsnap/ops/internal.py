@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from qmpsnap.block import graph
 from qmpsnap.errors import StateError
+from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
@@ -191,7 +192,7 @@ async def _carry_out(
 ) -> Snapshot:
     planned = operation.plan
     assert isinstance(planned, InternalPlan)
-    await blocking(lambda: context.store.mark(operation.id, "running", step="started"))
+    await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STARTED))
     pause_ms = None
     if work.qemu:
         pause_ms = await tagging.tag_live(work.qemu, operation, planned, report)
@@ -200,10 +201,10 @@ async def _carry_out(
         await tagging.keep_variables(planned)
         found = await tagging.tag_stopped(context, work.machine, planned, chains)
     change = tagging.settled(planned, found, pause_ms=pause_ms)
-    await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step="recorded"))
+    await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.RECORDED))
     if work.qemu and planned.vmstate:
         await jobs.dismiss(work.qemu, tagging.job_of(operation.id))
-    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
+    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
     return change.snapshots[0]
 
 
@@ -238,13 +239,13 @@ async def load(context: Context, work: Work, snapshot: Snapshot, chains: Sequenc
     async with recover.attempting(context, work.machine, work.qemu, operation):
         found = await commands.query_tags(work.qemu)
         tagging.require_tags(planned.layers.values(), planned.tag, found)
-        await blocking(lambda: context.store.mark(operation.id, "running", step="loading"))
+        await blocking(lambda: context.store.mark(operation.id, "running", step=steps.LOADING))
         await commands.control(work.qemu, "stop")
         await tagging.load_into(
             work.qemu, tagging.job_of(operation.id), tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate
         )
-        await blocking(lambda: context.store.settle(operation.id, planned.machine, planned.change, step="loaded"))
+        await blocking(lambda: context.store.settle(operation.id, planned.machine, planned.change, step=steps.LOADED))
         await jobs.dismiss(work.qemu, tagging.job_of(operation.id))
         if not paused:
             await commands.control(work.qemu, "cont")
-        await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
+        await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))

@@ -7,6 +7,7 @@ from anyio import to_thread
 from qmpsnap.block import tags
 from qmpsnap.errors import QmpError
 from qmpsnap.machine.machine import end
+from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.operation import InternalPlan, LoadPlan
 from qmpsnap.ops import tagging
@@ -24,13 +25,13 @@ async def end_create(broken: Broken, monitor: Monitor | None) -> Direction:
     """
     planned = broken.operation.plan
     assert isinstance(planned, InternalPlan)
-    if broken.operation.step == "recorded":
+    if broken.operation.step == steps.RECORDED:
         if monitor:
             await _dismiss(broken, monitor)
         await broken.mark_settled()
         return "forward"
     found: dict[str, tuple[Tag, ...]] = {}
-    if broken.operation.step != "planned":
+    if broken.operation.step != steps.PLANNED:
         if monitor:
             await _job_over(broken, monitor)
             if planned.resume and not (await commands.query_status(monitor)).running:
@@ -82,10 +83,10 @@ async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
     planned = broken.operation.plan
     assert isinstance(planned, LoadPlan)
     context, operation = broken.context, broken.operation
-    if operation.step == "planned":
+    if operation.step == steps.PLANNED:
         await broken.mark_failed()
         return "back"
-    loaded = operation.step == "loaded"
+    loaded = operation.step == steps.LOADED
     if monitor and not loaded:
         if await jobs.find(monitor, tagging.job_of(operation.id), deadline=jobs.MEMORY_DEADLINE) is None:
             await _run_on(monitor, planned)  # it never came to that: the guest is as it was
@@ -95,8 +96,8 @@ async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
     if not loaded:
         await _roll_back(broken, monitor, planned)
         monitor = None
-    if operation.step == "loading":
-        await blocking(lambda: context.store.settle(operation.id, planned.machine, planned.change, step="loaded"))
+    if operation.step == steps.LOADING:
+        await blocking(lambda: context.store.settle(operation.id, planned.machine, planned.change, step=steps.LOADED))
     if monitor:
         await _dismiss(broken, monitor)
         await _run_on(monitor, planned)

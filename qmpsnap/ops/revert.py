@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from qmpsnap.block import tags
 from qmpsnap.errors import NotFoundError, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.machine import statefile
+from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
@@ -291,14 +292,14 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
             copy.source, copy.tag, copy.layer, keep=planned.inside is not None, qemu_img=context.image.binary
         )
     # From here on the guest may have ended: recovery finishes instead of rolling back.
-    await blocking(lambda: context.store.mark(operation.id, "running", step="stopping"))
+    await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STOPPING))
     await switch(context, work.machine, work.qemu, operation, planned)
     if planned.restart:
-        await blocking(lambda: context.store.mark(operation.id, "running", step="starting"))
+        await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STARTING))
         machine = await blocking(context.store.machine, planned.machine)
         memory = loading or revert_inside.memory_in(planned, operation)
         await power.bring_up(context, machine, paused=planned.paused, loading=memory)
-    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
+    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
 
 
 async def _outcome(context: Context, operation: Operation) -> Reverted:

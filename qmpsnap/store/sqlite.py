@@ -12,6 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch
+from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.machine import Machine, Process
@@ -158,7 +159,7 @@ class SqliteStore:
     def settle(self, operation: OperationId, machine: str, change: Change, *, step: str | None = None) -> None:
         with self._writing() as sql:
             self._apply(sql, machine, change)
-            journal.mark(sql, operation, "running" if step else "settled", step=step or "settled")
+            journal.mark(sql, operation, "running" if step else "settled", step=step or steps.SETTLED)
 
     def apply(self, machine: str, change: Change) -> None:
         with self._writing() as sql:

@@ -57,7 +57,7 @@ class Store(Protocol):
     def mark(
         self, operation: OperationId, state: OperationState, *, step: str | None = None, error: str | None = None
     ) -> None:
-        """Make an operation's progress durable."""
+        """Make an operation's progress durable; ``step`` is one that :mod:`qmpsnap.model.steps` knows."""
 
     def settle(self, operation: OperationId, machine: str, change: Change, *, step: str | None = None) -> None:
         """Apply a change and end the operation, both or neither; with ``step`` the operation goes on from there.
