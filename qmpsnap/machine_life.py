@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from anyio import to_thread
+
 from qmpsnap.errors import QmpError
 from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Completed
@@ -9,7 +11,7 @@ from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import compare, power, undefine
+from qmpsnap.ops import compare, pausing, power, space, undefine
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.work import working
@@ -48,12 +50,32 @@ class MachineLife:
         """
         await power.stop(self._context, self.name, force=force, timeout=timeout)
 
+    async def pause(self) -> None:
+        """Stop the guest's vCPUs; its QEMU stays, and :meth:`resume` lets it run on.
+
+        Raises:
+            StateError: it does not run.
+        """
+        await pausing.pause(self._context, self.name)
+
+    async def resume(self) -> None:
+        """Let a paused guest run on, also one that QEMU has paused because a disk was full or failed.
+
+        Raises:
+            StateError: it is not paused.
+            HostCannot: the disk is still full, or fails still: it was paused again at once.
+        """
+        await pausing.resume(self._context, self.name)
+
     async def is_running(self) -> bool:
         """Whether a QEMU runs for the machine, whatever state its guest is in."""
         return self._context.process(await self.record()) is not None
 
     async def state(self) -> str:
-        """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped``."""
+        """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped``.
+
+        ``paused: no space`` and ``paused: I/O error`` are a guest's that QEMU has paused over a failed request.
+        """
         return await compare.state(self._context, await self.record())
 
     async def snapshots(self) -> tuple[Snapshot, ...]:
@@ -64,6 +86,10 @@ class MachineLife:
         """The layers of every disk (or one) as the store, QEMU and the files see them."""
         return await compare.chains(self._context, self.name, disk)
 
+    async def shortage(self) -> tuple[str, ...]:
+        """A sentence for every file system that may fill up under the guest; QEMU pauses a guest that hits its end."""
+        return await to_thread.run_sync(space.shortage, await blocking(self._context.store.chains, self.name))
+
     async def run(self, command: str | Sequence[str], *, deadline: float = 60, check: bool = True) -> Completed:
         """Run a command in the guest through its agent.
 
@@ -73,9 +99,11 @@ class MachineLife:
             check: raise when it ends with another status than 0.
 
         Raises:
+            StateError: the guest's vCPUs are stopped.
             QmpError: the guest refused, or with ``check`` the command failed.
             DeadlinePassed: no agent, or the command takes longer.
         """
+        await pausing.require_awake(self._context, await self.record())
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
         async with agent.connect(socket, machine=self.name, deadline=deadline) as guest:

@@ -149,6 +149,9 @@ def layer_problems(layer: Layer, below: Layer | None, found: Header | str) -> li
 
 
 async def state(context: Context, machine: Machine) -> str:
-    """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped`` when there is no QEMU."""
+    """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped`` when there is no QEMU.
+
+    ``paused: no space`` and ``paused: I/O error``: QEMU has paused the guest because a request of it failed.
+    """
     async with context.monitor(machine) as qemu:
-        return (await commands.query_status(qemu)).status if qemu else "stopped"
+        return await commands.run_state(qemu) if qemu else "stopped"

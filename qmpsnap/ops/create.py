@@ -19,7 +19,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create
+from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create, space
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.means import Means, MemoryRequest, choose
@@ -228,6 +228,11 @@ async def _open(context: Context, work: Work, chains: Sequence[Chain], request: 
     def make(serial: OperationId) -> CreatePlan:
         planned = planner(serial)
         require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
+        space.require(
+            space.of_create(planned, context.home.data),
+            machine=work.machine.name,
+            hint="free some space there, or let the new layers lie elsewhere (--file)",
+        )
         return planned
 
     return await blocking(context.store.open_operation, work.machine.name, make)

@@ -7,6 +7,7 @@ memory the guest stands still until all of it is written.
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
+from pathlib import Path
 
 from msgspec import Struct
 
@@ -21,10 +22,12 @@ from qmpsnap.model.names import NodeName, OperationId
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Hardware, Inside
-from qmpsnap.ops import asked, recover, tagging
+from qmpsnap.ops import asked, recover, space, tagging
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.loading import hardware_now
+from qmpsnap.ops.means import RESERVE_MORE, resident_bytes
 from qmpsnap.ops.overlays import require_free
+from qmpsnap.ops.space import Need
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
@@ -152,9 +155,22 @@ async def _open(context: Context, work: Work, chains: Sequence[Chain], request: 
     def make(serial: OperationId) -> InternalPlan:
         planned = planner(serial)
         require_free([planned.variables[1]] if planned.variables else [])
+        space.require(_needs(context, work.machine, planned), machine=work.machine.name, hint="free some space there")
         return planned
 
     return await blocking(context.store.open_operation, work.machine.name, make)
+
+
+def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Need]:
+    """What a tag needs: tables of its own in every image, and the guest's memory where that is saved."""
+    process = context.process(machine)
+    needs = [Need(str(context.home.data), space.STORE, "the store")]
+    for layer in planned.layers.values():
+        folder = str(Path(layer.path).parent)
+        needs.append(Need(folder, space.LEFT, "a snapshot inside an image"))
+        if layer.id == planned.vmstate and process:
+            needs.append(Need(folder, resident_bytes(process.pid) + RESERVE_MORE, "the guest's memory"))
+    return needs
 
 
 async def _planner(

@@ -111,7 +111,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             hint=f"qmpsnap save {machine.name} saves it and ends QEMU; or let it run first",
             machine=machine.name,
         )
-    resident = _resident(process.pid)
+    resident = resident_bytes(process.pid)
     if request.max_pause_ms is not None and running and not request.quit:
         _require_short(machine, why, resident if why else _mapped(process.pid), request.max_pause_ms)
     folder = Path(request.file).parent if request.file else context.home.machine_dir(machine.name)
@@ -181,7 +181,7 @@ def _require_space(folder: Path, wanted: int) -> None:
         )
 
 
-def _resident(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
     """Bytes of a process that are in memory: what of the guest's RAM was ever touched, and QEMU itself."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

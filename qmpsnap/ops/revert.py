@@ -6,6 +6,7 @@ memory if it has one -> settled. Before ``stopping`` a broken revert is undone a
 it only forward is left.
 """
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -28,10 +29,11 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Copy, Operation, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import asked, power, recover, revert_inside, situation, wake
+from qmpsnap.ops import asked, power, recover, revert_inside, situation, space, wake
 from qmpsnap.ops.context import Context, blocking, in_thread, require_spec
 from qmpsnap.ops.loading import Loading, require_same_hardware
 from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
+from qmpsnap.ops.space import Need
 from qmpsnap.ops.switch import all_empty, switch
 from qmpsnap.ops.work import Work, working
 
@@ -278,9 +280,20 @@ async def _open(context: Context, work: Work, at: Situation, request: RevertRequ
     def make(serial: OperationId) -> RevertPlan:
         planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
         require_free(one.layer.path for one in planned.new)
+        space.require(_needs(planned, context.home), machine=work.machine.name, hint="free some space there")
         return planned
 
     return await blocking(context.store.open_operation, work.machine.name, make)
+
+
+def _needs(planned: RevertPlan, home: Home) -> list[Need]:
+    """What the new layers need; a snapshot inside an image is copied out of it with the whole image."""
+    needs = [Need(str(home.data), space.STORE, "the store"), *space.of_layers(o.layer for o in planned.overlays)]
+    for copy in planned.copies:
+        with contextlib.suppress(OSError):
+            size = Path(copy.source.path).stat().st_blocks * 512
+            needs.append(Need(str(Path(copy.layer.path).parent), size, f"a copy of {copy.source.id}"))
+    return needs
 
 
 async def _carry_out(context: Context, work: Work, operation: Operation, loading: Loading | None) -> None:

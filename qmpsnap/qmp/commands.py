@@ -12,6 +12,7 @@ from msgspec import Struct, field
 
 from qmpsnap.errors import QmpError
 from qmpsnap.model.names import NodeName
+from qmpsnap.qmp import runstate
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Monitor
 
 T = TypeVar("T")
@@ -97,12 +98,14 @@ class Backend(Struct, frozen=True, rename="kebab"):
         device: the drive's id; empty for a device whose image is a node of its own.
         qdev: id or QOM path of the device; None when no device uses the drive.
         inserted: the node the device reads; None for an empty drive.
+        io_status: ``ok``, or ``failed`` or ``nospace`` after an error for which QEMU has paused the guest.
     """
 
     device: str
     qdev: str | None = None
     removable: bool = False
     inserted: NodeInfo | None = None
+    io_status: str = "ok"
 
     @property
     def name(self) -> str:
@@ -159,6 +162,14 @@ class MachineType(Struct, frozen=True):
 async def query_status(monitor: Monitor) -> RunStatus:
     """Whether the guest runs (``query-status``)."""
     return decode("query-status", await monitor.execute("query-status"), RunStatus)
+
+
+async def run_state(monitor: Monitor) -> str:
+    """QEMU's word for the run state, or why it has paused the guest itself; see :mod:`qmpsnap.qmp.runstate`."""
+    status = (await query_status(monitor)).status
+    if status != runstate.IO_ERROR:
+        return status
+    return runstate.worded(status, [backend.io_status for backend in await query_block(monitor)])
 
 
 async def query_uuid(monitor: Monitor) -> str:

@@ -19,7 +19,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import means, memory
+from qmpsnap.ops import means, memory, space
 from qmpsnap.qmp import migration
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 
@@ -486,6 +486,7 @@ async def test_no_space_is_known_before_anything_is_done(
     with pytest.raises(HostCannot, match="MiB are free; nothing was changed"):
         await vm.snapshot("all", kind="full")
     monkeypatch.setattr(means, "_require_space", lambda *_: None)  # it was free a moment ago
+    monkeypatch.setattr(space, "require", lambda *_, **__: None)
     with pytest.raises(HostCannot, match="No space left"):
         await vm.snapshot("all", kind="full")
     assert await vm.snapshots() == ()
