@@ -11,7 +11,7 @@ from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import compare, pausing, power, space, undefine
+from qmpsnap.ops import asked, compare, pausing, power, space, undefine
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.work import working
@@ -103,6 +103,7 @@ class MachineLife:
             QmpError: the guest refused, or with ``check`` the command failed.
             DeadlinePassed: no agent, or the command takes longer.
         """
+        asked.require_time(deadline, "the deadline")
         await pausing.require_awake(self._context, await self.record())
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         socket = self._context.home.run_dir(self.name) / AGENT_SOCKET

@@ -346,6 +346,8 @@ def _translated(path: str) -> Iterator[None]:
         raise StateError(
             f"{path} exists already; nothing was changed", hint="move it away or choose another name"
         ) from error
+    except ValueError as error:
+        raise HostCannot(f"{path!r} is no path: {error}", hint="choose another name") from error
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "look at its folder and its rights"
         raise HostCannot(f"{path}: {error.strerror}", hint=hint) from error

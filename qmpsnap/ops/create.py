@@ -16,7 +16,7 @@ from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import OperationId
+from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create, space
@@ -106,7 +106,7 @@ def plan(
         state="ok",
         parent=machine.current,
         created=now,
-        description=request.description,
+        description=check_description(request.description),
         mode=mode,
         points=tuple(Point(disk=overlay.disk, layer=overlay.backing.id) for overlay in overlays),
         operation=serial,

@@ -18,7 +18,7 @@ from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import NodeName, OperationId
+from qmpsnap.model.names import NodeName, OperationId, check_description
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Hardware, Inside
@@ -90,7 +90,7 @@ def plan(
         state="ok",
         parent=machine.current,
         created=now,
-        description=request.description,
+        description=check_description(request.description),
         mode=mode,
         points=tuple(Point(disk=disk, layer=layer.id, tag=tag) for disk, layer in layers.items()),
         operation=serial,

@@ -10,6 +10,7 @@ from qmpsnap.errors import HostCannot, QmpError, StateError
 from qmpsnap.machine import statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
+from qmpsnap.ops import asked
 from qmpsnap.ops.context import Context, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
@@ -71,6 +72,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
         StateError: this machine's memory cannot be saved at all, or not within the pause asked for.
         HostCannot: no space, or nothing to compress with.
     """
+    asked.require_time(request.max_pause_ms, "the longest pause")
     process = context.process(machine)
     if qemu is None or process is None:
         raise StateError(

@@ -15,7 +15,7 @@ from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import compare, pausing, tagging
+from qmpsnap.ops import asked, compare, pausing, tagging
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
@@ -131,6 +131,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         StateError: it does not run.
         DeadlinePassed: the guest did not switch itself off.
     """
+    asked.require_time(timeout, "the time for the guest")
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
     async with locked(context, name, "stop"):
