@@ -20,6 +20,7 @@ ENDING: Final = "ending"
 STARTED: Final = "started"
 RECORDED: Final = "recorded"
 # load
+KEEPING: Final = "keeping"
 LOADING: Final = "loading"
 LOADED: Final = "loaded"
 # revert
@@ -70,6 +71,7 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
     ),
     "load": (
         Step(PLANNED, "QEMU has not heard of it: back"),
+        Step(KEEPING, "the guest may be held, and tags of what it does now may be there: they go, it runs on: back"),
         Step(LOADING, "disks and memory may be the snapshot's: forward once the job was started"),
         Step(LOADED, "the machine stands at the snapshot; its guest may still be held: forward"),
         Step(SETTLED, "nothing is left to do"),

@@ -217,8 +217,12 @@ async def _without_memory(context: Context, plan: CreatePlan, error: QmpsnapErro
     if error.effect == "none":
         active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, plan.machine)}
         for overlay in plan.overlays:
-            if active[overlay.disk] == overlay.layer.id:
+            if active[overlay.disk] != overlay.layer.id:
+                continue
+            try:
                 await commit.run(context, plan.machine, CommitRequest(disk=overlay.disk, base=overlay.backing.id))
+            except QmpsnapError as left:  # no reason to tell less of why there is no snapshot
+                error.add(f"layer {overlay.layer.id} of disk {overlay.disk} is left, without a name: {left.message}")
     return None
 
 
@@ -321,7 +325,9 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         await memory.written(qemu, at.operation, report=at.report)
     try:
         state = await memory.finish(at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps)
-    except QmpsnapError:
+    except QmpsnapError as error:
+        if how.mode == "stopped" and not how.resume:
+            error.add("to get its disks back from QEMU the paused guest had to run for an instant; it is paused again")
         with anyio.CancelScope(shield=True):
             await at.mark(steps.LOST)
         raise

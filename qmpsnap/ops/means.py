@@ -14,6 +14,7 @@ from qmpsnap.ops import asked
 from qmpsnap.ops.context import Context, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
+from qmpsnap.qmp.commands import RunStatus
 from qmpsnap.qmp.session import Monitor
 
 CANCELLABLE_SINCE = (10, 0)
@@ -104,12 +105,13 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
     if request.compression != "none":
         statefile.require_zstd()
     version = version_of(await commands.query_version(qemu))
-    running = (await commands.query_status(qemu)).running
-    why = await _why_not_behind_it(machine, qemu, request, running=running, version=version)
+    status = await commands.query_status(qemu)
+    running = status.running
+    why = await _why_not_behind_it(machine, qemu, request, status=status, version=version)
     if why and not running and not request.quit:
         raise StateError(
-            f"machine {machine.name} is paused, and its memory can only be saved in a way that QEMU does not come back"
-            f" from to a paused guest ({why}); nothing was changed",
+            f"machine {machine.name} is {status.status}, and its memory can only be saved in a way that QEMU does not"
+            f" come back from to a paused guest ({why}); nothing was changed",
             hint=f"qmpsnap save {machine.name} saves it and ends QEMU; or let it run first",
             machine=machine.name,
         )
@@ -137,19 +139,22 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
 
 
 async def _why_not_behind_it(
-    machine: Machine, qemu: Monitor, request: MemoryRequest, *, running: bool, version: tuple[int, ...]
+    machine: Machine, qemu: Monitor, request: MemoryRequest, *, status: RunStatus, version: tuple[int, ...]
 ) -> str:
     """Why the guest has to stand still for it; empty when it has not."""
-    if request.quit:
+    # After a save while it stands still QEMU has given the disks away: a paused guest gets them back only by running.
+    if request.quit and (status.running or version < CANCELLABLE_SINCE):
         return "the machine ends afterwards"
+    if not status.running and status.status != "paused" and version >= CANCELLABLE_SINCE:
+        return f"behind it QEMU only saves a guest that runs or is paused, not one that is {status.status}"  # it aborts
     try:
         await migration.set_capabilities(qemu, {"background-snapshot": True})
         await migration.set_capabilities(qemu, {"background-snapshot": False})
     except QmpError as error:
         return error.message
-    if not running and version < CANCELLABLE_SINCE:
+    if not status.running and version < CANCELLABLE_SINCE:
         raise StateError(
-            f"machine {machine.name} is paused, and QEMU {'.'.join(map(str, version))} would let it run;"
+            f"machine {machine.name} is {status.status}, and QEMU {'.'.join(map(str, version))} would let it run;"
             " nothing was changed",
             hint=f"qmpsnap save {machine.name} saves it and ends QEMU; or let it run first",
             machine=machine.name,

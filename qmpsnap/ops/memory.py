@@ -158,6 +158,16 @@ async def run_on(qemu: Monitor) -> None:
         await commands.control(qemu, "cont")
 
 
+async def take_disks_back(qemu: Monitor) -> None:
+    """Bring a paused guest out of the state that a save leaves it in: QEMU has given its disks away as if to another.
+
+    It takes them back only for a guest that runs, so for an instant this one does.
+    """
+    if (await commands.query_status(qemu)).status == "postmigrate":
+        await commands.control(qemu, "cont")
+        await commands.control(qemu, "stop")
+
+
 async def give_up(qemu: Monitor, memory: Memory) -> None:
     """Cancel a save, whoever started it; where that is not possible, wait until the guest may run again."""
     with anyio.move_on_after(RESUME_DEADLINE, shield=True):

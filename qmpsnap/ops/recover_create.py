@@ -153,7 +153,10 @@ async def _run_on(broken: Broken, monitor: Monitor | None, memory: Memory) -> No
 
 
 async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
-    if monitor is None or not memory.resume:
+    if monitor is None:
+        return
+    if not memory.resume:
+        await saving.take_disks_back(monitor)
         return
     # Only at this step can it be us who paused the guest, before QEMU's end until then; a migration is always ours.
     paused_by_us = broken.operation.step in {steps.TRANSACTION, steps.LOST} or memory.quit
