@@ -44,7 +44,7 @@ async def take_out(
         StoreMismatch: the source has no such tag.
         HostCannot: no space, or qemu-img failed.
     """
-    await to_thread.run_sync(_copy, source.path, target.path)
+    await to_thread.run_sync(_copy, source.path, target.path, (source.device, source.inode))
     try:
         inside = {found["name"] for found in await _inside(target.path, qemu_img, deadline)}
         _require(tag, inside, source)
@@ -82,8 +82,8 @@ def _alone(path: str) -> str:
     return "json:" + json.dumps({"driver": "qcow2", "file": file, "backing": None})
 
 
-def _copy(source: str, target: str) -> None:
-    """Copy a file, holes as holes, or share its blocks."""
+def _copy(source: str, target: str, identity: tuple[int, int]) -> None:
+    """Copy a file that has this device and inode, holes as holes, or share its blocks."""
     try:
         into = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
@@ -92,6 +92,10 @@ def _copy(source: str, target: str) -> None:
         os.fchmod(into, 0o600)
         out = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
+            found = os.fstat(out)
+            if (found.st_dev, found.st_ino) != identity:
+                Path(target).unlink()
+                raise StoreMismatch(f"{source} is another file than the one recorded; nothing was changed")
             with contextlib.suppress(OSError):
                 fcntl.ioctl(into, FICLONE, out)
                 return

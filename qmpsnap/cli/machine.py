@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, home, reading
-from qmpsnap.errors import QemuGone
+from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
 from qmpsnap.model.machine import Machine, Process
@@ -131,7 +131,13 @@ def _show(arguments: argparse.Namespace) -> None:
 
     async def act(controller: "Controller") -> tuple[Machine, str, tuple[str, ...]]:
         vm = await controller.machine(arguments.machine)
-        return await vm.record(), await vm.state(), await vm.shortage()
+        try:
+            state = await vm.state()
+        except (DeadlinePassed, QemuGone) as error:
+            # A hung QEMU hides its state and nothing else.
+            output.note(f"qmpsnap: {error.message}")
+            state = "unknown"
+        return await vm.record(), state, await vm.shortage()
 
     machine, state, shortage = controlling(act)
     with reading() as store:

@@ -123,6 +123,7 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
         if manifest.compression == "zstd":
             _compress(written)
         with _opened(written, os.O_RDWR) as descriptor:
+            require_own(descriptor, written, path)
             if not _is_sealed(descriptor, written, manifest.operation):
                 _seal(descriptor, manifest)
             os.ftruncate(descriptor, os.fstat(descriptor).st_size)  # lets go of the room it did not need
@@ -130,6 +131,19 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
             _name(descriptor, written, path)
         Path(written).unlink(missing_ok=True)
     return find(path)[0]
+
+
+def require_own(descriptor: int, written: str, path: str) -> None:
+    """Make sure that the open file has no name but the two that we give it: it is to be written to.
+
+    Raises:
+        StoreMismatch: it has.
+    """
+    found, names = os.fstat(descriptor), 1
+    if os.path.lexists(path):
+        names += os.path.samestat(found, os.lstat(path))
+    if found.st_nlink != names:
+        raise StoreMismatch(f"{written} is a second name of another file; it was not touched")
 
 
 def _is_sealed(descriptor: int, path: str, operation: OperationId) -> bool:

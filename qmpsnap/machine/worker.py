@@ -15,6 +15,7 @@ from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.machine import argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, wait_end
+from qmpsnap.machine.opened import require_opened, require_recorded
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.spec import MachineSpec
@@ -68,10 +69,12 @@ async def working_on(chain: Chain, machine: Machine, *, qemu: str, run_dir: Path
 
     Raises:
         StateError: somebody else has one of the layers open.
+        StoreMismatch: another file lies in the place of one of them.
         QemuGone: QEMU does not start.
     """
     folder = run_dir / FOLDER
     prepare_run_dir(folder)
+    require_recorded(chain.layers, machine=machine.name)
     disk = machine.require_disk(chain.disk)
     spec = MachineSpec(
         name=machine.name,
@@ -96,8 +99,12 @@ async def working_on(chain: Chain, machine: Machine, *, qemu: str, run_dir: Path
         ) from error
     try:
         async with monitor(machine, folder) as session:
+            require_opened(process, chain.layers, machine=machine.name)
             yield session
             await _quit(session)
+    except BaseException:
+        processes.terminate(process)  # nobody has told it to quit, and it would write on while we wait
+        raise
     finally:
         await _end(process)
 

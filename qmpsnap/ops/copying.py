@@ -14,6 +14,8 @@ from msgspec.structs import replace
 from qmpsnap.block import graph, place
 from qmpsnap.block.place import Identity
 from qmpsnap.errors import ImageRefused, QmpError, StateError
+from qmpsnap.machine import worker
+from qmpsnap.machine.opened import require_opened
 from qmpsnap.model import steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
@@ -157,6 +159,7 @@ async def _start(job: MirrorJob, monitor: Monitor) -> None:
     try:
         await commands.blockdev_add(monitor, options)
         await _require_size(monitor, job.step)
+        _require_target(job)
         await job.mark(steps.STARTED)
         await monitor.execute(start, arguments)
     except QmpError as error:
@@ -244,6 +247,16 @@ async def tidy(job: MirrorJob) -> None:
 def part_of(job: MirrorJob) -> str:
     """Where the target is made; the tag is this operation's alone, in whatever store."""
     return place.part_of(job.step.target.path, f"{job.machine.uuid[:8]}-{job.operation}")
+
+
+def _require_target(job: MirrorJob) -> None:
+    """Whatever was put at the target's name since it was looked at or made: only that file is written to."""
+    context, machine, plan = job.context, job.machine, job.step
+    if plan.nbd:
+        return
+    device, inode = job.identity
+    process = context.process(machine) if plan.live else worker.find(machine, context.home.run_dir(machine.name))
+    require_opened(process, [replace(plan.target, device=device, inode=inode)], machine=machine.name)
 
 
 async def _require_size(monitor: Monitor, plan: MirrorPlan) -> None:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph, place
 from qmpsnap.errors import DeadlinePassed, QmpsnapError, UsageError
 from qmpsnap.machine import statefile
+from qmpsnap.machine.opened import require_opened
 from qmpsnap.model import steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
@@ -291,6 +292,7 @@ async def _carry_out(at: _Attempt) -> Change:
     if qemu:
         for overlay in plan.overlays:
             await commands.blockdev_add(qemu, _node_options(overlay, machine))
+        require_opened(at.context.process(machine), change.layers, machine=machine.name)
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
         # From here on QEMU may have acted whatever we hear: recovery asks instead of rolling back.

@@ -119,7 +119,8 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
             await bell.wait(1.0)
     times = dict(reversed(bell.times))
     pause = (times.get("RESUME", math.nan) - times.get("STOP", math.nan)) * 1000
-    return Held(None if math.isnan(pause) else pause, clock.steps)
+    # Somebody else's stop or cont may have come between: then the two are no pair.
+    return Held(pause if pause >= 0 else None, clock.steps)
 
 
 class _Clock:

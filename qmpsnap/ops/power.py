@@ -11,6 +11,7 @@ from qmpsnap.machine import accel, argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, wait_end
+from qmpsnap.machine.opened import require_opened
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
@@ -87,6 +88,11 @@ async def bring_up(
         tsc_khz=accel.tsc_khz(),
     )
     process = await launch(arguments, machine, context.home.run_dir(machine.name), accel=choice.accel)
+    try:
+        require_opened(process, (layer for chain in chains for layer in chain.layers), machine=machine.name)
+    except StoreMismatch:
+        await end(process, None)
+        raise
     await blocking(context.store.set_process, machine.name, process)
     if loading:
         await _load(context, machine, process, loading, paused=paused)

@@ -212,6 +212,8 @@ async def _answering(broken: Broken, qemu: Monitor | None) -> AsyncIterator[Moni
 def remove_folder(home: Home, machine: str, *, variables: bool = True) -> None:
     """Remove a machine's folder, unless somebody has put other files there; with ``variables`` its variable store."""
     folder = home.machine_dir(machine)
+    if folder.is_symlink():
+        return  # what it leads to is not ours
     if variables:
         home.variables(machine).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):

@@ -14,7 +14,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Operation, RevertPlan
 from qmpsnap.ops.context import Context, blocking
-from qmpsnap.ops.overlays import headers_of, identified
+from qmpsnap.ops.overlays import headers_of, identified, require_planned
 from qmpsnap.ops.tagging import copy_variables
 from qmpsnap.qmp.session import Monitor
 
@@ -41,6 +41,7 @@ async def switch(
     if plan.unwritten:
         empty = await to_thread.run_sync(all_empty, plan.unwritten.layers)
         change = plan.unwritten.change if empty else change
+    await to_thread.run_sync(require_planned, plan.overlays)
     headers = await to_thread.run_sync(headers_of, [one.layer for one in plan.new])
     change = identified(change, headers)
     if plan.variables:

@@ -8,7 +8,7 @@ from msgspec import Struct
 from qmpsnap.model.machine import Machine
 from qmpsnap.ops import recover
 from qmpsnap.ops.broken import Unfinished
-from qmpsnap.ops.context import Context, blocking, locked, require_own
+from qmpsnap.ops.context import Context, blocking, locked, require_folder, require_own
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
@@ -36,11 +36,13 @@ async def working(
     Raises:
         NotFoundError: no such machine.
         ForeignHost: it is another host's.
+        StoreMismatch: its folder was replaced.
         LockHeld: another controller works on it.
         OperationPending: an earlier operation is open and cannot be ended now.
     """
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
+    require_folder(context.home, name)
     async with locked(context, name, verb):
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
         async with context.monitor(machine) as qemu:

@@ -549,8 +549,9 @@ def test_the_copy_keeps_holes(tmp_path: Path) -> None:
         file.truncate(64 * MIB)
         file.seek(32 * MIB)
         file.write(b"b" * 5000)
-    tags._copy(str(source), str(tmp_path / "copy"))
+    identity = (source.stat().st_dev, source.stat().st_ino)
+    tags._copy(str(source), str(tmp_path / "copy"), identity)
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
     assert (tmp_path / "copy").stat().st_blocks * 512 < 4 * MIB
     with pytest.raises(StateError, match="exists already"):
-        tags._copy(str(source), str(tmp_path / "copy"))
+        tags._copy(str(source), str(tmp_path / "copy"), identity)
