@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests.faults import mutants
 from tests.faults.report import Fault, Tally
 from tests.live.conftest import home, place, q
 
@@ -13,6 +14,9 @@ FORM = os.environ.get("QMPSNAP_FAULTS", "")
 """``short`` or ``long`` in a run of scripts/faults; else empty."""
 
 _tally = Tally()
+
+
+mutants.apply()
 
 
 @pytest.fixture

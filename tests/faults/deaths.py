@@ -17,7 +17,7 @@ from msgspec import Struct
 import qmpsnap
 from qmpsnap.machine import worker
 from qmpsnap.machine.argv import PID_FILE
-from tests.faults import filters, watch
+from tests.faults import filters, mutants, watch
 from tests.faults.scenarios import SCENARIOS
 from tests.faults.site import NAME, TWO
 from tests.live.machine import context_of
@@ -28,7 +28,7 @@ _FORKS.set_forkserver_preload(["tests.faults.deaths"])
 
 WAIT = 60.0
 """Seconds a controller may take to come to its step."""
-ENVIRONMENT = ("QMPSNAP_HOME", "QMPSNAP_QEMU", "QMPSNAP_QEMU_IMG", "QMPSNAP_IMAGES")
+ENVIRONMENT = ("QMPSNAP_HOME", "QMPSNAP_QEMU", "QMPSNAP_QEMU_IMG", "QMPSNAP_IMAGES", mutants.VARIABLE)
 
 
 class Point(Struct, frozen=True):
@@ -101,6 +101,7 @@ async def controller_dies(
 
 def _live_until(life: Life) -> None:
     os.environ.update(life.environment)
+    mutants.apply()
     point = life.point
     left = point.nth
     with life.told.open("a", buffering=1) as file:

@@ -52,7 +52,7 @@ class Failure(Struct, frozen=True):
         """For blkdebug; it counts by states."""
         counting = [{"event": self.event, "state": at, "new_state": at + 1} for at in range(1, self.nth)]
         failing = {"event": self.event, "state": self.nth, "errno": self.errno, "once": self.once}
-        return {"set-state": counting, "inject-error": [failing]}
+        return {"inject-error": [failing]} | ({"set-state": counting} if counting else {})
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
         prepare: what is done before, the machine stopped with the snapshots s1 and s2.
         warm: what is done before, the machine running.
         first: bytes in the lowest layer.
+        ends: the error that it ends with when nothing disturbs it.
     """
 
     column: str
@@ -44,6 +45,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
     prepare: Act | None = None
     warm: Act | None = None
     first: int = 64 * KIB
+    ends: str = ""
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -150,7 +152,7 @@ async def _delete_two(vm: qmpsnap.MachineHandle, _: Path) -> object:
     return await vm.delete_snapshots("before", "s2")
 
 
-async def _branch(vm: qmpsnap.MachineHandle, _: Path) -> object:
+async def branch(vm: qmpsnap.MachineHandle, _: Path) -> object:
     return await vm.revert("s2")
 
 
@@ -267,6 +269,7 @@ SCENARIOS: dict[str, Scenario] = {
         start="running",
         without=frozenset({steps.ENDING}),
         expected=Expected(place=frozenset({"state"})),
+        ends="refused",
     ),
     "create internal": Scenario(column="create internal", verb="internal", act=_internal, spec=TWO, start="running"),
     "create internal without memory": Scenario(
@@ -326,7 +329,7 @@ SCENARIOS: dict[str, Scenario] = {
         column="delete",
         verb="delete",
         act=_delete_leaf,
-        prepare=_branch,
+        prepare=branch,
         without=_UNDONE | {"N:started", "N:finalizing"},
         idle=_ALL,
         expected=Expected(loses=frozenset({"auto-4"})),
