@@ -33,7 +33,7 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
     for removal in plan.steps:
         if isinstance(removal, Removal):
             await merge.remove_kept(context, machine, qemu, removal)  # their snapshots went with the opening
-    if operation.step == steps.PLANNED:
+    if operation.step in {steps.PLANNED, steps.UNDONE}:
         return await _undo(broken, plan, opening=True)
     number, phase, was_running = _read_step(operation.step)
     step = plan.steps[number] if number < len(plan.steps) else None

@@ -42,10 +42,19 @@ async def user_monitor(vm: qmpsnap.MachineHandle) -> AsyncIterator[QMPClient]:
 
 async def fill(vm: qmpsnap.MachineHandle, disk: str, pattern: int, *, offset: int = 0, length: int = MIB) -> None:
     """Write ``length`` bytes of ``pattern`` to the disk of a machine under -S, as its guest would."""
+    await _qemu_io(vm, disk, f"write -P {pattern} {offset} {length}")
+
+
+async def flush(vm: qmpsnap.MachineHandle, disk: str) -> None:
+    """Make durable what was written to the disk of a machine that runs, as its guest would."""
+    await _qemu_io(vm, disk, "flush")
+
+
+async def _qemu_io(vm: qmpsnap.MachineHandle, disk: str, command: str) -> None:
     async with user_monitor(vm) as qemu:
         backends: Any = await qemu.execute("query-block")
         qdev = next(str(b["qdev"]) for b in backends if disk in str(b.get("qdev", "")).split("/"))
-        line = f'qemu-io -d {qdev} "write -P {pattern} {offset} {length}"'
+        line = f'qemu-io -d {qdev} "{command}"'
         said = await qemu.execute("human-monitor-command", {"command-line": line})
         assert not said, said  # errors are answered; what qemu-io has to say otherwise goes to QEMU's own output
 
