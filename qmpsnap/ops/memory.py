@@ -20,7 +20,7 @@ from msgspec import Struct
 from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
 from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.operation import Memory, Operation
+from qmpsnap.model.operation import CreatePlan, Memory, Operation
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate, version_of
 from qmpsnap.ops.context import Context, require_spec
 from qmpsnap.ops.loading import hardware_now
@@ -401,8 +401,10 @@ async def finish(
     Raises:
         HostCannot: no space.
     """
+    assert isinstance(operation.plan, CreatePlan)
     manifest = statefile.Manifest(
         operation=operation.id,
+        points={overlay.disk: overlay.backing.id for overlay in operation.plan.overlays},
         snapshot=snapshot,
         created=time.time(),
         bytes=0,

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from msgspec import Struct
 
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops import recover
+from qmpsnap.ops import older, recover
 from qmpsnap.ops.broken import Unfinished
 from qmpsnap.ops.context import Context, blocking, locked, require_own
 from qmpsnap.qmp.jobs import Report, unreported
@@ -38,11 +38,13 @@ async def working(
         ForeignHost: it is another host's.
         LockHeld: another controller works on it.
         OperationPending: an earlier operation is open and cannot be ended now.
+        StoreMismatch: the store is an old copy.
     """
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
     async with locked(context, name, verb):
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
+        await older.require_current(context, machine)
         async with context.monitor(machine) as qemu:
             await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report)
             machine = await blocking(context.store.machine, name)
