@@ -12,6 +12,8 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops import asked, compare, pausing, power, space, undefine
+from qmpsnap.ops import check as checking
+from qmpsnap.ops.check import Checked
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.work import working
@@ -140,6 +142,19 @@ class MachineLife:
         pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
         async with working(self._context, self.name, "recover"):
             return list(pending)
+
+    async def check(self, *, deep: bool = False, repair: bool = False) -> Checked:
+        """Whether all holds that is promised of the machine; what does not is in ``findings``.
+
+        Args:
+            deep: also read every image's tables and every state file.
+            repair: put right what can be without losing anything; files are moved to quarantine, none is deleted.
+
+        Raises:
+            ForeignHost: it is another host's.
+            LockHeld: with ``repair``: another controller works on it.
+        """
+        return await checking.run(self._context, self.name, deep=deep, mend=repair)
 
     async def undefine(self, *, disks: undefine.Fate | None = None) -> list[str]:
         """Forget the machine and its snapshots; see :func:`qmpsnap.ops.undefine.run`."""

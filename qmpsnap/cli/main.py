@@ -29,6 +29,7 @@ NOUNS: Final = {
     "merge": ("commit", "blockcommit", "stream", "pull", "blockpull"),
     "mirror": ("mirror", "copy", "blockcopy"),
     "job": ("job",),
+    "check": ("check",),
     "log": ("log",),
 }
 """The modules beside this one and the commands that each has, in the order of ``--help``."""

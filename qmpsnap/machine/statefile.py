@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
-from qmpsnap.model.names import OperationId
+from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 
 MAGIC = b"qmpsnap vmstate\n"
@@ -50,6 +50,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         operation: the one that wrote it.
         snapshot: name of the snapshot as it was then.
         created: seconds since the epoch, UTC.
+        points: disk to the layer that it stood at then; merges may have moved that content since.
         bytes: of the stream, as in :class:`Vmstate`, which the other fields are, too.
     """
 
@@ -63,6 +64,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     compression: Compression
     hardware: Hardware
     steps_ms: dict[str, float] = {}
+    points: dict[str, LayerId] = {}
 
 
 def part(path: str, operation: OperationId) -> str:

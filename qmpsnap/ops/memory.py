@@ -19,7 +19,7 @@ from msgspec import Struct
 from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError
 from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.operation import Memory, Operation
+from qmpsnap.model.operation import CreatePlan, Memory, Operation
 from qmpsnap.model.vmstate import SaveMode, Vmstate
 from qmpsnap.ops.context import Context
 from qmpsnap.qmp import commands, migration
@@ -226,8 +226,10 @@ async def finish(
     Raises:
         HostCannot: no space.
     """
+    assert isinstance(operation.plan, CreatePlan)
     manifest = statefile.Manifest(
         operation=operation.id,
+        points={overlay.disk: overlay.backing.id for overlay in operation.plan.overlays},
         snapshot=snapshot,
         created=time.time(),
         bytes=0,

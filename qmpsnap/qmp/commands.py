@@ -152,6 +152,14 @@ class _Kvm(Struct, frozen=True):
     enabled: bool
 
 
+class _Chardev(Struct, frozen=True, rename="kebab"):
+    label: str
+    frontend_open: bool = False
+
+
+_CHARDEVS = tuple[_Chardev, ...]
+
+
 class MachineType(Struct, frozen=True):
     """The part of QAPI ``MachineInfo`` we use; ``alias`` is set on the newest version of a family."""
 
@@ -228,6 +236,12 @@ async def machine_type(monitor: Monitor) -> str:
     """The versioned machine type of this very machine (``qom-get``)."""
     answer = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
     return decode("qom-get", answer, str).removesuffix("-machine")
+
+
+async def agent_listens(monitor: Monitor) -> bool:
+    """Whether something in the guest has the agent's port open (``query-chardev``, our chardev ``agent``)."""
+    answer = await monitor.execute("query-chardev")
+    return any(found.label == "agent" and found.frontend_open for found in decode("query-chardev", answer, _CHARDEVS))
 
 
 async def query_block_graph(monitor: Monitor) -> BlockGraph:
