@@ -48,9 +48,9 @@ async def take_out(
     try:
         inside = {found["name"] for found in await _inside(target.path, qemu_img, deadline)}
         _require(tag, inside, source)
-        await _run([qemu_img, "snapshot", "-a", tag, _alone(target.path)], deadline)
+        await _run([qemu_img, "snapshot", "-a", tag, alone(target.path)], deadline)
         for other in sorted(inside - ({tag} if keep else set())):
-            await _run([qemu_img, "snapshot", "-d", other, _alone(target.path)], deadline)
+            await _run([qemu_img, "snapshot", "-d", other, alone(target.path)], deadline)
         return await to_thread.run_sync(_sync, target)
     except BaseException:
         with anyio.CancelScope(shield=True):
@@ -73,7 +73,7 @@ async def go_to(layer: Layer, tag: str, *, qemu_img: str, deadline: float = 600)
     descriptor = await to_thread.run_sync(_opened, layer)
     try:
         # The very file that was looked at, whatever its name leads to by now.
-        image = _alone(f"/proc/self/fd/{descriptor}")
+        image = alone(f"/proc/self/fd/{descriptor}")
         await _run([qemu_img, "snapshot", "-a", tag, image], deadline, keep=[descriptor])
     finally:
         os.close(descriptor)
@@ -91,7 +91,7 @@ def _opened(layer: Layer) -> int:
     raise StoreMismatch(f"{layer.path} is another file than the one recorded; nothing was changed")
 
 
-def _alone(path: str) -> str:
+def alone(path: str) -> str:
     """The image as qemu-img is to open it: as qcow2, and without following what its header names."""
     file = {"driver": "file", "filename": path}
     return "json:" + json.dumps({"driver": "qcow2", "file": file, "backing": None})
@@ -159,7 +159,7 @@ def _require(tag: str, inside: Collection[str], source: Layer) -> None:
 
 
 async def _inside(path: str, qemu_img: str, deadline: float) -> list[dict[str, Any]]:
-    said = await _run([qemu_img, "info", "--output=json", _alone(path)], deadline)
+    said = await _run([qemu_img, "info", "--output=json", alone(path)], deadline)
     found: list[dict[str, Any]] = json.loads(said).get("snapshots", [])
     return found
 

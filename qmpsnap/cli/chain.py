@@ -21,11 +21,11 @@ def register(parsers: Parsers) -> None:
 
 
 def _chain(arguments: argparse.Namespace) -> int:
-    async def act(controller: "Controller") -> "tuple[ChainView, ...]":
+    async def act(controller: "Controller") -> "tuple[tuple[ChainView, ...], tuple[str, ...]]":
         vm = await controller.machine(arguments.machine)
-        return await vm.chains(arguments.disk)
+        return await vm.chains(arguments.disk), await vm.shortage()
 
-    views = controlling(act)
+    views, shortage = controlling(act)
     documents = [_document(view) for view in views]
     output.emit(
         arguments.output,
@@ -33,6 +33,7 @@ def _chain(arguments: argparse.Namespace) -> int:
         names=[layer["layer"] for document in documents for layer in document["layers"]],
         table=lambda: "\n\n".join(_text(document) for document in documents),
     )
+    output.warn(shortage)
     problems = [problem for document in documents for problem in document["problems"]]
     for problem in problems:
         output.note(f"disagreement: {output.printable(problem)}")

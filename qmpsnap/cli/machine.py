@@ -3,14 +3,15 @@
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, home, reading
 from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine import process as processes
-from qmpsnap.machine.argv import CONSOLE_SOCKET, USER_SOCKET
-from qmpsnap.model.machine import Machine
+from qmpsnap.machine.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
+from qmpsnap.model.machine import Machine, Process
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
@@ -37,6 +38,9 @@ def register(parsers: Parsers) -> None:
     add_machine(command)
     command.add_argument("--force", action="store_true", help="end QEMU if it does not, at once without --timeout")
     command.add_argument("--timeout", type=amount, metavar="S", help="seconds to wait for the guest (60)")
+
+    add_machine(add(parsers, "pause", _pause, help="stop a guest's vCPUs; its QEMU stays"))
+    add_machine(add(parsers, "resume", _resume, help="let a paused guest run on, also one whose disk was full"))
 
     command = add(parsers, "undefine", _undefine, help="forget a machine and its snapshots")
     add_machine(command)
@@ -69,17 +73,20 @@ def _define(arguments: argparse.Namespace) -> None:
 
 def _list(arguments: argparse.Namespace) -> None:
     with reading() as store:
+        records = store.machines()
+        alive = {machine.name: process for machine in records if (process := _process(machine))}
+        paused = _paused(records, alive)
         machines = [
             {
                 "name": machine.name,
-                "state": _elsewhere(machine) or ("running" if process else "stopped"),
+                "state": _elsewhere(machine) or paused.get(machine.name) or ("running" if process else "stopped"),
                 "pid": process.pid if process else None,
                 "host": machine.host,
                 "current": machine.current,
                 "snapshots": len(store.snapshots(machine.name)),
             }
-            for machine in store.machines()
-            for process in [_process(machine)]
+            for machine in records
+            for process in [alive.get(machine.name)]
         ]
     output.emit(
         arguments.output,
@@ -92,6 +99,24 @@ def _list(arguments: argparse.Namespace) -> None:
     )
 
 
+def _paused(machines: Sequence[Machine], alive: Mapping[str, Process]) -> dict[str, str]:
+    """Which guests QEMU has paused over a failed request, as far as their QEMUs say so at once."""
+    # One that is not recorded yet waits for whoever starts it, one that a signal has stopped answers nobody, and the
+    # monitor of one that was adopted is not ours to play with.
+    asked = [
+        machine.name
+        for machine in machines
+        if machine.process and not machine.adopted
+        if (process := alive.get(machine.name)) and not processes.is_stopped(process)
+    ]
+    if not asked:
+        return {}
+    from qmpsnap.qmp import glance, runstate
+
+    found = glance.states({name: home().run_dir(name) / QMP_SOCKET for name in asked})
+    return {name: state for name, state in found.items() if runstate.remedy(state, name)}
+
+
 def _process(machine: Machine) -> Any:
     return processes.find(machine, home().run_dir(machine.name))
 
@@ -102,7 +127,9 @@ def _elsewhere(machine: Machine) -> str:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> tuple[Machine, str]:
+    from qmpsnap.qmp import runstate
+
+    async def act(controller: "Controller") -> tuple[Machine, str, tuple[str, ...]]:
         vm = await controller.machine(arguments.machine)
         try:
             state = await vm.state()
@@ -110,9 +137,9 @@ def _show(arguments: argparse.Namespace) -> None:
             # A hung QEMU hides its state and nothing else.
             output.note(f"qmpsnap: {error.message}")
             state = "unknown"
-        return await vm.record(), state
+        return await vm.record(), state, await vm.shortage()
 
-    machine, state = controlling(act)
+    machine, state, shortage = controlling(act)
     with reading() as store:
         chains = store.chains(machine.name)
         snapshots = store.snapshots(machine.name)
@@ -148,6 +175,9 @@ def _show(arguments: argparse.Namespace) -> None:
         "snapshots": [snapshot.name for snapshot in snapshots],
     }
     output.emit(arguments.output, document=document, names=[machine.name], table=lambda: _show_text(document))
+    output.warn(shortage)
+    if remedy := runstate.remedy(state, machine.name):
+        output.note(f"hint: {remedy}")
 
 
 def _show_text(document: dict[str, Any]) -> str:
@@ -178,6 +208,24 @@ def _stop(arguments: argparse.Namespace) -> None:
 
     controlling(act)
     output.note(f"machine {arguments.machine} is stopped")
+
+
+def _pause(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> None:
+        vm = await controller.machine(arguments.machine)
+        await vm.pause()
+
+    controlling(act)
+    output.note(f"machine {arguments.machine} is paused; qmpsnap resume {arguments.machine}")
+
+
+def _resume(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> None:
+        vm = await controller.machine(arguments.machine)
+        await vm.resume()
+
+    controlling(act)
+    output.note(f"machine {arguments.machine} runs on")
 
 
 def _undefine(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from qmpsnap.errors import QmpsnapError, UsageError
 NOUNS: Final = {
     "doctor": ("doctor",),
     "demo": ("demo",),
-    "machine": ("define", "list", "show", "start", "stop", "undefine", "console", "exec", "recover"),
+    "machine": ("define", "list", "show", "start", "stop", "pause", "resume", "undefine", "console", "exec", "recover"),
     "adopt": ("adopt",),
     "snapshot": ("snapshot", "tree"),
     "save": ("save", "restore"),
@@ -29,6 +29,8 @@ NOUNS: Final = {
     "merge": ("commit", "blockcommit", "stream", "pull", "blockpull"),
     "mirror": ("mirror", "copy", "blockcopy"),
     "job": ("job",),
+    "check": ("check",),
+    "log": ("log",),
 }
 """The modules beside this one and the commands that each has, in the order of ``--help``."""
 

@@ -105,6 +105,12 @@ def note(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
 
+def warn(sentences: Iterable[str]) -> None:
+    """Say what is about to go wrong."""
+    for sentence in sentences:
+        note(f"warning: {printable(sentence)}")
+
+
 def report(error: QmpsnapError, form: Format) -> None:
     """Print an error on stderr, as an object when JSON was asked for."""
     if form == "json":

@@ -11,7 +11,8 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
-from qmpsnap.model.names import OperationId
+from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 
 MAGIC = b"qmpsnap vmstate\n"
@@ -33,6 +34,11 @@ FALLOC_FL_KEEP_SIZE = 1
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 """The first bytes of a compressed stream; QEMU's own begins with its magic, ``QEVM``."""
 
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What link(2) says where there are none: FAT, many a network's or user's file system."""
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+"""Of renameat2(2), which Python has not."""
+
 _CHUNK = 1 << 20
 _TAIL = 32 + 8 + len(MAGIC)
 
@@ -44,6 +50,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         operation: the one that wrote it.
         snapshot: name of the snapshot as it was then.
         created: seconds since the epoch, UTC.
+        points: disk to the layer that it stood at then; merges may have moved that content since.
         bytes: of the stream, as in :class:`Vmstate`, which the other fields are, too.
     """
 
@@ -57,6 +64,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     compression: Compression
     hardware: Hardware
     steps_ms: dict[str, float] = {}
+    points: dict[str, LayerId] = {}
 
 
 def part(path: str, operation: OperationId) -> str:
@@ -110,7 +118,8 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
     Raises:
         StateError: ``path`` exists by now.
         StoreMismatch: ``written`` is no plain file.
-        HostCannot: no space, or a file system without hard links; nothing has the name ``path``.
+        HostCannot: no space, or a file system that has neither hard links nor a rename that overwrites nothing; nothing
+            has the name ``path``.
     """
     with _translated(path):
         if manifest.compression == "zstd":
@@ -162,17 +171,36 @@ def _seal(descriptor: int, manifest: Manifest) -> None:
 
 
 def _name(descriptor: int, written: str, path: str) -> None:
-    """Give an open file its second name, durably or not at all."""
-    os.link(written, path, follow_symlinks=False)  # unlike a rename it never takes another file's place
+    """Give an open file its name, durably or not at all; never another file's place."""
+    take_back = _give_name(written, path)
     try:
         same = os.path.samestat(os.fstat(descriptor), os.lstat(path))
         _sync_folder(path)
     except OSError:
-        Path(path).unlink()
+        take_back()
         raise
     if not same:
-        Path(path).unlink()
+        take_back()
         raise StoreMismatch(f"{written} was replaced by another file")
+
+
+def _give_name(written: str, path: str) -> Callable[[], None]:
+    """A second name where the file system has hard links, so that there is no moment without one; returns the undo."""
+    try:
+        os.link(written, path, follow_symlinks=False)  # unlike a plain rename it never takes another file's place
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        _rename(written, path)
+        return lambda: _rename(path, written)
+    return Path(path).unlink
+
+
+def _rename(source: str, target: str) -> None:
+    """Rename a file to a name that must be nobody's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def discard(written: str) -> None:
@@ -290,8 +318,7 @@ def _compress(path: str) -> None:
 
 @contextmanager
 def _unpacked(descriptor: int, state: Vmstate) -> Iterator[int]:
-    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-    with _translated(state.path), os.fdopen(os.open(Path(state.path).parent, flags, 0o600), "r+b") as plain:
+    with _translated(state.path), tempfile.TemporaryFile(dir=Path(state.path).parent) as plain:
         with os.fdopen(os.dup(descriptor), "rb") as packed:
             _zstandard().ZstdDecompressor().copy_stream(_Limited(packed, state.bytes), plain)
         plain.flush()

@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from qmpsnap.errors import NameTaken, StateError, UsageError
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import check_name
+from qmpsnap.model.names import OperationId, check_name
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.qmp import commands
@@ -39,6 +39,12 @@ def snapshot_name(machine: Machine, snapshots: Sequence[Snapshot], name: str | N
             machine=machine.name,
         )
     return name
+
+
+def automatic_name(taken: Collection[str], serial: OperationId) -> str:
+    """A free name for the snapshot that a revert makes of what was active before."""
+    names = (f"auto-{serial}", *(f"auto-{serial}-{number}" for number in range(2, len(taken) + 3)))
+    return next(name for name in names if name not in taken)
 
 
 def require_time(value: float | None, what: str) -> None:

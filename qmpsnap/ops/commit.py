@@ -100,7 +100,7 @@ async def run(context: Context, name: str, request: Request, *, report: Report =
     verb = "commit" if isinstance(request, CommitRequest) else "stream"
     async with working(context, name, verb) as work:
         at, made = await _plan(context, work, request)
-        require_space(at, made.steps)
+        require_space(at, made.steps, context.home.data)
         return await carry_out(context, work, lambda _: made, report=report)
 
 

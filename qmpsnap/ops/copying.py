@@ -16,6 +16,7 @@ from qmpsnap.block.place import Identity
 from qmpsnap.errors import ImageRefused, QmpError, StateError
 from qmpsnap.machine import worker
 from qmpsnap.machine.opened import require_opened
+from qmpsnap.model import steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
@@ -56,9 +57,8 @@ class Phase(Struct, frozen=True):
 
     @property
     def words(self) -> str:
-        """What :meth:`read` reads, as ``started:64769:1234:running``."""
-        device, inode = self.identity
-        return f"{self.name}:{device}:{inode}{':running' if self.running else ''}"
+        """What :meth:`read` reads."""
+        return steps.of_file(self.name, *self.identity, running=self.running)
 
 
 class MirrorJob(BlockJob, frozen=True, kw_only=True):
@@ -146,7 +146,7 @@ async def _make(job: MirrorJob) -> MirrorJob:
         else:
             made = await job.context.image.create_base(part, format=target.format, virtual_size=target.virtual_size)
         job = replace(job, identity=(made.device, made.inode))
-    await job.mark("made")
+    await job.mark(steps.MADE)
     if plan.made:
         await place.put(part, target.path)
     return job
@@ -160,7 +160,7 @@ async def _start(job: MirrorJob, monitor: Monitor) -> None:
         await commands.blockdev_add(monitor, options)
         await _require_size(monitor, job.step)
         _require_target(job)
-        await job.mark("started")
+        await job.mark(steps.STARTED)
         await monitor.execute(start, arguments)
     except QmpError as error:
         if 'Failed to get "' not in error.message:
@@ -206,7 +206,7 @@ async def _pending(job: MirrorJob, monitor: Monitor) -> tuple[JobInfo, bool]:
         return await jobs.follow(monitor, job.id, "pending", report=job.report), False
     running = job.step.live and (await commands.query_status(monitor)).running
     if running:
-        await job.mark("started", running=True)
+        await job.mark(steps.STARTED, running=True)
         await commands.control(monitor, "stop")
     try:
         with anyio.fail_after(finalize.FINALIZE_DEADLINE):
@@ -241,7 +241,7 @@ async def tidy(job: MirrorJob) -> None:
     if plan.mode == "finish" and not plan.nbd:
         await place.make_durable(plan.target.path, job.identity)
     await merge.remove_files(plan.removed)
-    await blocking(lambda: job.context.store.mark(job.operation, "settled", step="settled"))
+    await blocking(lambda: job.context.store.mark(job.operation, "settled", step=steps.SETTLED))
 
 
 def part_of(job: MirrorJob) -> str:

@@ -109,7 +109,7 @@ async def run(context: Context, name: str, request: DeleteRequest, *, report: Re
     async with working(context, name, "snapshot delete") as work:
         at = await look(context, work)
         made = plan(at, request)
-        require_space(at, made.plan.steps)
+        require_space(at, made.plan.steps, context.home.data)
         await carry_out(context, work, lambda _: made.plan, report=report)
         return made
 

@@ -15,6 +15,7 @@ from msgspec import Struct
 from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.machine import accel, probe
 from qmpsnap.machine.firmware import find_firmware
+from qmpsnap.ops import space
 from qmpsnap.ops.context import Context, blocking
 
 
@@ -112,7 +113,10 @@ def _folder(name: str, path: Path) -> Ability:
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return Ability(f"{name} folder", "no", f"{path} can be written to by others", f"chmod go-w {path}")
-    free = shutil.disk_usage(path).free
+    free = space.room(path).free
+    if name == "data" and free < space.LOW:  # the run folder holds little, and often lies in memory
+        remedy = "free some space there: QEMU pauses a guest whose disk finds none"
+        return Ability(f"{name} folder", "limited", f"{path}, only {free >> 20} MiB free", remedy)
     return Ability(f"{name} folder", "yes", f"{path}, {free >> 20} MiB free")
 
 

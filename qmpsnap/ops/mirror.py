@@ -9,7 +9,7 @@ from typing import Literal
 from anyio import to_thread
 from msgspec import Struct
 
-from qmpsnap.block import header, nbd, place
+from qmpsnap.block import header, measure, nbd, place
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.model.chain import Chain, Layer
@@ -20,9 +20,10 @@ from qmpsnap.model.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.operation import Change, MirrorPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.spec import Format
-from qmpsnap.ops import copying, recover
+from qmpsnap.ops import copying, recover, space
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.situation import look
+from qmpsnap.ops.space import Need
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp.jobs import Report, unreported
 
@@ -192,7 +193,7 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         at, found = await _survey(context, work, request)
         chain = at.live[request.disk]
         made = plan(at, chain, request, serial=OperationId(0), found=found)
-        await to_thread.run_sync(_require_space, made, found)
+        await _require_space(context, made, found)
         if made.nbd:
             await nbd.require_server(made.nbd)
         operation = await blocking(
@@ -276,24 +277,29 @@ def _is_layer(path: str, layer: Layer) -> StateError:
     )
 
 
-def _require_space(made: MirrorPlan, found: Found | None) -> None:
-    """Refuse before anything begins when the copy could run out of space."""
+async def _require_space(context: Context, made: MirrorPlan, found: Found | None) -> None:
+    """Refuse before anything begins when the copy could run out of space.
+
+    What the layers occupy together is more than the copy takes where they hold the same places: if that does not fit,
+    QEMU's own tool is asked before the answer is no.
+    """
     if made.nbd:
         return
-    folder = Path(made.target.path).parent
+    folder = str(Path(made.target.path).parent)
+    there = found.header.allocated if found else 0
+
+    def require(needed: int) -> None:
+        store = Need(str(context.home.data), space.STORE, "the store")
+        copy = Need(folder, max(0, needed - there), "the copy")
+        space.require([copy, store], machine=made.machine, hint="make room there, or choose another place")
+
+    bound = made.moves if made.target.format == "raw" else space.of_image(made.target.virtual_size, made.moves)
     try:
-        status = os.statvfs(folder)
-    except OSError as error:
-        raise HostCannot(
-            f"{header.printable(str(folder))} cannot be written to: {error.strerror}; nothing was changed",
-            hint="make the folder first",
-        ) from error
-    needed = max(0, made.moves - (found.header.allocated if found else 0))
-    free = status.f_bavail * status.f_frsize
-    if free < needed:
-        raise HostCannot(
-            f"the copy may take {needed} bytes and {free} are free at {header.printable(str(folder))};"
-            " nothing was changed",
-            hint="make room there, or choose another place",
-            machine=made.machine,
-        )
+        await to_thread.run_sync(require, bound)
+    except HostCannot:
+        if made.shallow:
+            raise
+        less = await measure.needed(made.chain[-1], into=made.target.format, qemu_img=context.image.binary)
+        if less is None or less >= bound:
+            raise
+        await to_thread.run_sync(require, less)

@@ -16,11 +16,11 @@ from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import asked, compare, tagging
+from qmpsnap.ops import asked, compare, pausing, tagging
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
-from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp import commands, jobs, runstate
 from qmpsnap.qmp.session import Monitor
 
 
@@ -163,6 +163,9 @@ async def _ask(context: Context, machine: Machine, process: Process, wait: float
     try:
         async with context.monitor(machine) as qemu:
             if qemu:
+                state = await commands.run_state(qemu)
+                if runstate.remedy(state, machine.name):
+                    raise pausing.asleep(machine.name, state)
                 await commands.control(qemu, "system_powerdown")
     except QemuGone:
         return not processes.is_alive(process)

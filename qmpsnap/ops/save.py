@@ -16,7 +16,7 @@ from qmpsnap.model.vmstate import Compression
 from qmpsnap.ops import create, revert
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.create import CreateRequest
-from qmpsnap.ops.memory import MemoryRequest
+from qmpsnap.ops.means import MemoryRequest
 from qmpsnap.ops.revert import Reverted, RevertRequest
 from qmpsnap.qmp.jobs import Report, unreported
 

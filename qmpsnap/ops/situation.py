@@ -1,11 +1,12 @@
 """What plans for commit, stream and delete are made from, read from store and files."""
 
-import os
+import contextlib
 from pathlib import Path
 
 from anyio import to_thread
 
 from qmpsnap.block import graph
+from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
@@ -13,6 +14,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Merge, Removal
 from qmpsnap.model.situation import Situation
+from qmpsnap.ops import space
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.work import Work
 
@@ -59,25 +61,35 @@ def resolve(at: Situation, chain: Chain, wanted: str) -> LayerId:
     )
 
 
-def require_space(at: Situation, steps: tuple[Merge | Removal, ...]) -> None:
-    """Refuse before anything begins when a job could run out of space.
+def require_space(at: Situation, steps: tuple[Merge | Removal, ...], store: Path) -> None:
+    """Refuse before anything begins when a job could run out of space; steps follow each other, what one frees counts.
 
     Raises:
         HostCannot: the file system of a layer that grows has less free than the layer may grow by.
     """
+    left: dict[int, int] = {}
+    grows = [step for step in steps if isinstance(step, Merge)]
+    if grows:
+        space.require([space.Need(str(store), space.STORE, "the store")], machine=at.machine)
     for step in steps:
-        if not isinstance(step, Merge):
-            continue
-        growth = min(step.moves, max(0, step.into.virtual_size - at.bytes.get(step.into.id, 0)))
-        status = os.statvfs(Path(step.into.path).parent)
-        free = status.f_bavail * status.f_frsize
-        if free < growth:
-            raise HostCannot(
-                f"layer {step.into.id} may grow by {growth} bytes and {free} are free at {Path(step.into.path).parent};"
-                " nothing was changed",
-                hint="make room there, or merge in smaller steps",
-                machine=at.machine,
-            )
+        if isinstance(step, Merge):
+            folder = Path(step.into.path).parent
+            found = space.room(folder)
+            free = left.setdefault(found.device, found.free)
+            growth = min(step.moves, max(0, step.into.virtual_size - at.bytes.get(step.into.id, 0)))
+            if free < growth:
+                raise HostCannot(
+                    f"layer {step.into.id} may grow by {growth} bytes and {free} are free at {printable(str(folder))};"
+                    " nothing was changed",
+                    hint="make room there, or merge in smaller steps",
+                    machine=at.machine,
+                )
+            left[found.device] = free - growth
+        for layer in step.removed:
+            with contextlib.suppress(HostCannot):
+                device = space.room(Path(layer.path).parent).device
+                if device in left:
+                    left[device] += at.bytes.get(layer.id, 0)
 
 
 def _bytes(forest: Forest, home: Home, machine: str, chains: tuple[Chain, ...]) -> dict[LayerId, int]:

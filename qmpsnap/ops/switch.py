@@ -9,6 +9,7 @@ from qmpsnap.block import header
 from qmpsnap.block.image import remove
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused
 from qmpsnap.machine.machine import end
+from qmpsnap.model import steps
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Operation, RevertPlan
@@ -46,7 +47,7 @@ async def switch(
     if plan.variables:
         mine, kept = plan.variables
         await to_thread.run_sync(copy_variables, kept, mine)
-    await blocking(lambda: context.store.settle(operation.id, machine.name, change, step="switched"))
+    await blocking(lambda: context.store.settle(operation.id, machine.name, change, step=steps.SWITCHED))
     await remove_files(context, plan)
 
 

@@ -12,6 +12,7 @@ from msgspec import Struct, field
 
 from qmpsnap.errors import QmpError
 from qmpsnap.model.names import NodeName
+from qmpsnap.qmp import runstate
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Monitor
 
 T = TypeVar("T")
@@ -38,6 +39,13 @@ class GraphEdge(Struct, frozen=True):
     parent: int
     child: int
     name: str
+
+
+class Chardev(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``ChardevInfo`` we use; ``frontend_open``: the device, or its guest, listens."""
+
+    label: str
+    frontend_open: bool
 
 
 class BlockGraph(Struct, frozen=True):
@@ -90,12 +98,14 @@ class Backend(Struct, frozen=True, rename="kebab"):
         device: the drive's id; empty for a device whose image is a node of its own.
         qdev: id or QOM path of the device; None when no device uses the drive.
         inserted: the node the device reads; None for an empty drive.
+        io_status: ``ok``, or ``failed`` or ``nospace`` after an error for which QEMU has paused the guest.
     """
 
     device: str
     qdev: str | None = None
     removable: bool = False
     inserted: NodeInfo | None = None
+    io_status: str = "ok"
 
     @property
     def name(self) -> str:
@@ -142,6 +152,14 @@ class _Kvm(Struct, frozen=True):
     enabled: bool
 
 
+class _Chardev(Struct, frozen=True, rename="kebab"):
+    label: str
+    frontend_open: bool = False
+
+
+_CHARDEVS = tuple[_Chardev, ...]
+
+
 class MachineType(Struct, frozen=True):
     """The part of QAPI ``MachineInfo`` we use; ``alias`` is set on the newest version of a family."""
 
@@ -152,6 +170,14 @@ class MachineType(Struct, frozen=True):
 async def query_status(monitor: Monitor) -> RunStatus:
     """Whether the guest runs (``query-status``)."""
     return decode("query-status", await monitor.execute("query-status"), RunStatus)
+
+
+async def run_state(monitor: Monitor) -> str:
+    """QEMU's word for the run state, or why it has paused the guest itself; see :mod:`qmpsnap.qmp.runstate`."""
+    status = (await query_status(monitor)).status
+    if status != runstate.IO_ERROR:
+        return status
+    return runstate.worded(status, [backend.io_status for backend in await query_block(monitor)])
 
 
 async def query_uuid(monitor: Monitor) -> str:
@@ -185,6 +211,11 @@ async def query_block(monitor: Monitor) -> tuple[Backend, ...]:
     return decode("query-block", await monitor.execute("query-block"), tuple[Backend, ...])
 
 
+async def query_chardevs(monitor: Monitor) -> tuple[Chardev, ...]:
+    """QEMU's character devices (``query-chardev``)."""
+    return decode("query-chardev", await monitor.execute("query-chardev"), tuple[Chardev, ...])
+
+
 async def query_memory(monitor: Monitor) -> int:
     """The guest's memory at its start, in bytes (``query-memory-size-summary``)."""
     answer = await monitor.execute("query-memory-size-summary")
@@ -205,6 +236,12 @@ async def machine_type(monitor: Monitor) -> str:
     """The versioned machine type of this very machine (``qom-get``)."""
     answer = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
     return decode("qom-get", answer, str).removesuffix("-machine")
+
+
+async def agent_listens(monitor: Monitor) -> bool:
+    """Whether something in the guest has the agent's port open (``query-chardev``, our chardev ``agent``)."""
+    answer = await monitor.execute("query-chardev")
+    return any(found.label == "agent" and found.frontend_open for found in decode("query-chardev", answer, _CHARDEVS))
 
 
 async def query_block_graph(monitor: Monitor) -> BlockGraph:

@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 from msgspec.structs import replace
 
-from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch
+from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch, StoreTooNew
+from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.machine import Machine, Process
@@ -19,7 +20,29 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
-from qmpsnap.store import journal, rows, schema
+from qmpsnap.store import journal, records, rows, schema
+from qmpsnap.store.records import Place, Records
+
+Condition = Literal["missing", "damaged", "empty", "whole"]
+"""Of a store's file. ``empty``: it has no machine, as one that was made a moment ago."""
+
+
+def condition(path: Path, *, machines: Path) -> Condition:
+    """In what condition a store is; SQLite looks through all of it.
+
+    Raises:
+        StoreTooNew: a newer qmpsnap wrote it.
+        HostCannot: it cannot be opened.
+    """
+    if not path.exists():
+        return "missing"
+    try:
+        with SqliteStore(path, machines=machines) as store:
+            return store.condition()
+    except StoreTooNew:
+        raise
+    except StoreMismatch:
+        return "damaged"
 
 
 class SqliteStore:
@@ -35,6 +58,7 @@ class SqliteStore:
         self._connection = schema.connect(path)
         self._path = path
         self._machines = machines
+        self._records = Records(path.parent / records.FOLDER)
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -158,7 +182,7 @@ class SqliteStore:
     def settle(self, operation: OperationId, machine: str, change: Change, *, step: str | None = None) -> None:
         with self._writing() as sql:
             self._apply(sql, machine, change)
-            journal.mark(sql, operation, "running" if step else "settled", step=step or "settled")
+            journal.mark(sql, operation, "running" if step else "settled", step=step or steps.SETTLED)
 
     def apply(self, machine: str, change: Change) -> None:
         with self._writing() as sql:
@@ -177,11 +201,36 @@ class SqliteStore:
                 gone += [self._layer(row) for row in found]
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
             sql.executemany(_HIDE, named)
-            return tuple(gone)
+        self._records.forget(machine)
+        return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
         with self._reading() as sql:
             return journal.select(sql, machine, only_open=only_open)
+
+    def is_described(self, machine: Machine) -> bool:
+        return self._records.has(machine)
+
+    def describe(self, machine: str) -> None:
+        found, forest = self.machine(machine), self.forest()
+        wanted = {below.id for chain in self.chains(machine) for below in chain.layers}
+        for reference in forest.references:
+            if reference.machine == machine:
+                wanted |= set(forest.chain(reference.disk, reference.layer).ids)
+        layers = tuple(forest.layers[layer] for layer in sorted(wanted))
+        self._records.write(found)
+        self._records.add(machine, self._elsewhere(Change(layers=layers, snapshots=self.snapshots(machine))))
+
+    def places(self, machine: str) -> tuple[str, ...]:
+        return tuple(place.layer.path for place in self._records.places(machine) if place.layer)
+
+    def condition(self) -> Condition:
+        """As :func:`condition`, of a store that could be opened."""
+        with self._reading() as sql:
+            said = [*sql.execute("PRAGMA quick_check(1)"), *sql.execute("PRAGMA foreign_key_check")]
+        if said != [("ok",)]:
+            return "damaged"
+        return "whole" if self.machines() else "empty"
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -226,6 +275,8 @@ class SqliteStore:
     def _apply(self, sql: sqlite3.Connection, machine: str, change: Change) -> None:
         if change.define:
             rows.insert_machine(sql, change.define)
+            self._records.write(change.define)
+        self._records.add(machine, self._elsewhere(change))
         number = rows.machine_id(sql, machine)
         for layer in change.layers:
             self._put_layer(sql, layer)
@@ -245,6 +296,16 @@ class SqliteStore:
         for name in change.removed_snapshots:
             rows.remove_snapshot(sql, number, name)
         sql.executemany("DELETE FROM layer WHERE id = ?", [(layer,) for layer in change.removed_layers])
+
+    def _elsewhere(self, change: Change) -> Iterator[Place]:
+        """What of a change nobody would find again by looking into the machines' folder."""
+        for layer in change.layers:
+            pool, path = self._place(layer.path)
+            if not layer.owned or pool != "machines" or Path(path).name != f"{layer.id}.{layer.format}":
+                yield Place(layer=layer)
+        for snapshot in change.snapshots:
+            if snapshot.vmstate and not snapshot.vmstate.path.startswith(f"{self._machines}/"):
+                yield Place(state=snapshot.vmstate.path)
 
     def _chain(self, sql: sqlite3.Connection, active: str) -> tuple[Layer, ...]:
         found = sql.execute(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,33 @@ async def test_memory_and_disks_inside_in_the_same_process(q: qmpsnap.Controller
     assert await vm.snapshots() == ()
     assert [tags_in(vm, layer) for layer in ("vda-1", "vdb-2")] == [[], []]
     await hold_invariants(vm)
+
+
+async def test_in_place_nothing_is_flushed_between_the_two(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
+    vm = await q.define(guest_spec)
+    console = context_of(vm).home.run_dir("guest") / CONSOLE_LOG
+    await vm.start()
+    await vm.run(COUNT.replace("    sync /mnt/log", "    sync /mnt/log; echo @$i >/dev/ttyS0"))  # flushed, so told
+    await counted(vm, 3)
+    await vm.snapshot("inside", kind="internal")
+    await counted(vm, await count(vm) + 5)
+    async with user_monitor(vm) as qemu:
+        with qemu.listener(("STOP", "RESUME")) as heard:
+            reverted = await vm.revert("inside", state="paused")
+            assert [event["event"] for event in heard.clear()] == ["STOP"]  # held all the while
+        assert reverted.kept is not None
+        until = console.stat().st_size  # what it said before the snapshot was loaded
+        await qemu.execute("cont")
+    await counted(vm, await count(vm) + 2)
+    await vm.revert(reverted.kept.name, discard=True, state="paused")
+    since = console.stat().st_size
+    async with user_monitor(vm) as qemu:
+        await qemu.execute("cont")
+    await counted(vm, await count(vm) + 2)
+    await require_a_whole_disk(vm)
+    text = console.read_bytes()
+    told = [int(number) for number in re.findall(rb"@(\d+)\r\n", text[:until] + text[since:])]
+    assert told == list(range(1, len(told) + 1))
 
 
 async def test_below_a_layer_it_is_taken_out(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
@@ -254,17 +282,13 @@ async def test_a_load_that_fails_leaves_no_guest_running(
     with pytest.raises(StateError, match="of other hardware"):
         await vm.revert("inside", discard=True)
     assert await vm.state() == "running"
-    monkeypatch.setattr("qmpsnap.ops.revert.require_same_hardware", _anything_goes)
+    monkeypatch.setattr("qmpsnap.ops.revert_inside.require_fits", lambda *_, **__: None)
     with pytest.raises(QmpError, match="failed") as failed:
         await vm.revert("inside", discard=True)
     assert failed.value.effect == "applied"
     assert await vm.state() == "stopped"  # half of it was loaded: nothing of that runs
     assert await content_hash(vm, "vda-1") == held
     await hold_invariants(vm)
-
-
-async def _anything_goes(*_: object) -> None:
-    return
 
 
 async def test_on_another_branch_a_tag_is_deleted_while_the_machine_runs(
@@ -344,7 +368,15 @@ async def test_the_command_line(
     assert shown["inside"]["layer"] == "vda-1"
     assert "inside vda-1" in await said("snapshot show still a")
     assert "internal" in await said("snapshot list still")
+    would = json.loads(await said("snapshot revert still a --dry-run -o json"))
+    assert [command["execute"] for command in would["qmp"]] == ["stop", "snapshot-save", "snapshot-load", "cont"]
+    assert (would["files"], would["kept"], would["start"]) == ([], "auto-4", None)
+    assert [snapshot.name for snapshot in await vm.snapshots()] == ["a"]
+    assert "QEMU would stay" in await said("snapshot revert still a --dry-run --discard")
     assert "with its memory" in await said("snapshot revert still a --discard")
+    await said("snapshot create still above")
+    assert "vda-1.qcow2 was at its snapshot qs-3-" in await said("snapshot revert still a --dry-run")
+    await said("stop still --force")
     assert "deleted a" in await said("snapshot delete still a")
 
 
@@ -428,6 +460,49 @@ async def test_killed_in_the_middle(
     await hold_invariants(vm)
     for name in names:
         await vm.revert(name)
+        assert await vm.state() == "running"
+    await hold_invariants(vm)
+
+
+KEEPING = {
+    "with the guest held": ("qmpsnap.qmp.commands", "control", "after", 1),
+    "with the memory on its way": ("qmpsnap.qmp.jobs", "follow", "before", 1),
+    "with the memory inside": ("qmpsnap.qmp.jobs", "follow", "after", 1),
+    "marked loading": ("qmpsnap.store.sqlite", "SqliteStore.mark", "after", 2),
+    "loading": ("qmpsnap.qmp.jobs", "follow", "before", 2),
+    "settled": ("qmpsnap.store.sqlite", "SqliteStore.settle", "after", 1),
+}
+LOADED = ("loading", "settled")
+"""From here on the machine is where it goes, and what it did before is kept."""
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("qemu", ["lives", "dies too"])
+@pytest.mark.parametrize("step", KEEPING)
+async def test_killed_while_what_runs_is_kept(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, step: str, qemu: str
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start()
+    await fill(vm, "vda", 1)
+    tag = str((await vm.snapshot("first", kind="internal")).points[0].tag)
+    first = await tag_hash(vm, LayerId("vda-1"), tag)
+    await fill(vm, "vda", 2)
+    await die_at(KEEPING[step], "snapshot", "revert", "still", "first", "--no-after")
+    if qemu == "dies too":
+        await kill_qemu(vm)
+    await vm.recover()
+    assert await vm.recover() == []
+    assert await vm.state() == ("stopped" if qemu == "dies too" else "running")
+    snapshots = await vm.snapshots()
+    loaded = step in LOADED or (qemu == "dies too" and step == "marked loading")
+    assert [snapshot.name for snapshot in snapshots] == (["first", "auto-4"] if loaded else ["first"])
+    assert [len(tags_in(vm, layer)) for layer in ("vda-1", "vdb-2")] == [len(snapshots)] * 2
+    assert (await vm.record()).current == "first"
+    assert await tag_hash(vm, LayerId("vda-1"), tag) == first
+    await hold_invariants(vm)
+    for snapshot in snapshots:
+        await vm.revert(snapshot.name, discard=True)
         assert await vm.state() == "running"
     await hold_invariants(vm)
 

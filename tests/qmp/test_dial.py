@@ -8,7 +8,8 @@ import pytest
 
 from qmpsnap.errors import QemuGone
 from qmpsnap.qmp import session
-from qmpsnap.qmp.dial import SOCKET_PATH_LIMIT, dial
+from qmpsnap.qmp.dial import dial
+from qmpsnap.qmp.unixsocket import SOCKET_PATH_LIMIT
 from tests.qmp.scripted import HELLO, Expect, Reply, scripted
 
 

@@ -1,0 +1,102 @@
+"""``pause`` and ``resume``: a guest's vCPUs stopped and let run again, also after QEMU has stopped them by itself."""
+
+import anyio
+
+from qmpsnap.errors import HostCannot, StateError
+from qmpsnap.machine.argv import QMP_SOCKET
+from qmpsnap.model.machine import Machine
+from qmpsnap.ops import recover
+from qmpsnap.ops.context import Context, blocking, locked, require_own
+from qmpsnap.ops.work import working
+from qmpsnap.qmp import commands, glance, runstate
+from qmpsnap.qmp.session import Monitor
+
+RESUMABLE = frozenset({"paused", "prelaunch", runstate.NO_SPACE, runstate.FAILED})
+"""States that ``cont`` leads out of, and in which it can do no harm."""
+
+AGAIN = 0.5
+"""Seconds in which a request that failed before has failed again, if it still cannot be done."""
+
+
+async def pause(context: Context, name: str) -> None:
+    """Stop the vCPUs of a running guest; its QEMU stays.
+
+    Raises:
+        StateError: the guest does not run.
+    """
+    async with working(context, name, "pause") as work:
+        state = await _state(work.qemu)
+        if work.qemu is None or state != "running":
+            raise StateError(
+                f"machine {name} does not run ({state}); nothing was changed",
+                hint=runstate.remedy(state, name),
+                machine=name,
+            )
+        await commands.control(work.qemu, "stop")
+
+
+async def resume(context: Context, name: str) -> None:
+    """Let a paused guest run, whoever has paused it; what it was paused over is tried again.
+
+    Raises:
+        StateError: it is not paused.
+        HostCannot: QEMU has paused it again at once.
+    """
+    machine = await blocking(context.store.machine, name)
+    require_own(context, machine)
+    async with locked(context, name, "resume"), context.monitor(machine) as qemu:
+        state = await _state(qemu)
+        failed = bool(runstate.remedy(state, name))
+        if not failed:
+            # Who was stopped by us, in the midst of something, runs again when that is ended, and no sooner. What QEMU
+            # has paused by itself was not stopped by us, and must not wait for a job that needs the same space.
+            await recover.end_open(context, machine, qemu)
+            state = await _state(qemu)
+        if qemu is None or state not in RESUMABLE:
+            raise StateError(
+                f"machine {name} is not paused ({state}); nothing was changed",
+                hint=f"qmpsnap start {name}" if qemu is None else "",
+                machine=name,
+            )
+        await commands.control(qemu, "cont")
+        if failed:
+            await _require_running(machine, qemu)
+
+
+async def require_awake(context: Context, machine: Machine) -> None:
+    """Refuse what only a guest can do while its vCPUs are stopped; where QEMU cannot be asked at once, go on.
+
+    Raises:
+        StateError: they are, and the message says why.
+    """
+    if machine.adopted or context.process(machine) is None:
+        return
+    sockets = {machine.name: context.home.run_dir(machine.name) / QMP_SOCKET}
+    state = (await blocking(glance.states, sockets)).get(machine.name, "running")
+    if state in RESUMABLE:
+        raise asleep(machine.name, state)
+
+
+def asleep(name: str, state: str) -> StateError:
+    """What a guest whose vCPUs are stopped is refused with."""
+    return StateError(
+        f"the guest of machine {name} does not run ({state}) and can do nothing; nothing was changed",
+        hint=runstate.remedy(state, name) or f"qmpsnap resume {name}",
+        machine=name,
+    )
+
+
+async def _state(qemu: Monitor | None) -> str:
+    return await commands.run_state(qemu) if qemu else "stopped"
+
+
+async def _require_running(machine: Machine, qemu: Monitor) -> None:
+    async with qemu.listen("STOP") as bell:
+        with anyio.move_on_after(AGAIN):
+            while not (hint := runstate.remedy(state := await commands.run_state(qemu), machine.name)):
+                await bell.wait(AGAIN)
+            raise HostCannot(
+                f"the guest of machine {machine.name} ran on and was paused again at once ({state})",
+                hint=hint,
+                machine=machine.name,
+            )

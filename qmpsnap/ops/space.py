@@ -1,0 +1,129 @@
+"""Room on file systems: what an operation may need is looked for before it begins, and shortage is told in time."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from qmpsnap.block.header import printable
+from qmpsnap.errors import HostCannot
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.operation import CreatePlan
+
+CLUSTER = 64 << 10
+"""Bytes of qemu-img's clusters: what an image grows by."""
+
+STORE = 256 << 10
+"""Bytes the store's journal may need for one operation."""
+
+LEFT = 1 << 20
+"""Bytes that must be left under a running guest by a new layer: what it overwrites takes up room again there."""
+
+LOW = 1 << 30
+"""Bytes under which a file system counts as short, if the guest may write that much to it at all."""
+
+
+class Need(Struct, frozen=True):
+    """Bytes that something may need in a folder; ``what`` is part of a sentence."""
+
+    folder: str
+    bytes: int
+    what: str
+
+
+class Room(NamedTuple):
+    """A file system: what tells it from others, and the bytes that are free for us."""
+
+    device: int
+    free: int
+
+
+def room(folder: str | os.PathLike[str]) -> Room:
+    """The file system that a folder lies on.
+
+    Raises:
+        HostCannot: there is no such folder, or it cannot be looked at.
+    """
+    try:
+        status, device = os.statvfs(folder), Path(folder).stat().st_dev
+    except OSError as error:
+        raise HostCannot(
+            f"{printable(os.fspath(folder))} cannot be written to: {error.strerror}; nothing was changed",
+            hint="make the folder first" if isinstance(error, FileNotFoundError) else "",
+        ) from error
+    return Room(device, status.f_bavail * status.f_frsize)
+
+
+def require(needs: Iterable[Need], *, machine: str, hint: str = "make room there") -> None:
+    """Refuse before anything begins what may run out of space; needs on one file system are added up.
+
+    Raises:
+        HostCannot: there is too little; the message says how much is needed, where, and how much is free.
+    """
+    together: dict[int, list[Need]] = {}
+    rooms: dict[int, Room] = {}
+    for need in needs:
+        found = room(need.folder)
+        together.setdefault(found.device, []).append(need)
+        rooms[found.device] = found
+    for device, here in together.items():
+        wanted, free = sum(need.bytes for need in here), rooms[device].free
+        if free < wanted:
+            whats = " and ".join(dict.fromkeys(need.what for need in here))
+            raise HostCannot(
+                f"there is too little space: {whats} may need {wanted} bytes, and {free} are free at"
+                f" {printable(here[0].folder)}; nothing was changed",
+                hint=hint,
+                machine=machine,
+            )
+
+
+def of_image(virtual_size: int, data: int = 0) -> int:
+    """Bytes that a qcow2 image of that size takes with so much data in it: tables and reference counts are added."""
+    per_l1 = CLUSTER // 8 * CLUSTER
+    tables = 8 * -(-virtual_size // per_l1)
+    clusters = -(-data // CLUSTER)
+    return 4 * CLUSTER + tables + clusters * (CLUSTER + 8 + 2) + (CLUSTER if data else 0)
+
+
+def of_layers(layers: Iterable[Layer], what: str = "a new layer") -> list[Need]:
+    """What new empty layers need."""
+    return [Need(str(Path(layer.path).parent), of_image(layer.virtual_size), what) for layer in layers]
+
+
+def of_create(plan: CreatePlan, store: Path) -> list[Need]:
+    """What a snapshot needs: layers, room for a running guest to go on in them, its memory, the store's own."""
+    needs = of_layers(overlay.layer for overlay in plan.overlays)
+    needs.append(Need(str(store), STORE, "the store"))
+    if plan.live:
+        folders = {need.folder: room(need.folder).device for need in needs[: len(plan.overlays)]}
+        once = {device: folder for folder, device in folders.items()}  # several disks share what is left
+        needs += [Need(folder, LEFT, "the guest that goes on in it") for folder in once.values()]
+    if plan.memory:
+        packed = 1 if plan.memory.compression == "none" else 2  # made while the other is still there
+        folder = str(Path(plan.memory.path).parent)
+        needs.append(Need(folder, plan.memory.reserve * packed, "the guest's memory"))
+    return needs
+
+
+def shortage(chains: Iterable[Chain]) -> tuple[str, ...]:
+    """A sentence for every file system that is short of room for what the guest may still write to it."""
+    growth: dict[int, int] = {}
+    where: dict[int, tuple[str, Room]] = {}
+    for layer in (chain.active for chain in chains):
+        folder = str(Path(layer.path).parent)
+        try:
+            found = room(folder)
+            used = Path(layer.path).stat().st_blocks * 512
+        except (HostCannot, OSError):
+            continue  # what cannot be looked at is told by others
+        growth[found.device] = growth.get(found.device, 0) + max(0, layer.virtual_size - used)
+        where[found.device] = folder, found
+    return tuple(
+        f"{found.free >> 20} MiB are free at {folder}, and the guest may still write {growth[device] >> 20} MiB there:"
+        " QEMU pauses it when no space is left"
+        for device, (folder, found) in where.items()
+        if found.free < min(LOW, growth[device])
+    )

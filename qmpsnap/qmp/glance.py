@@ -1,0 +1,97 @@
+"""One quick look at the monitors of many machines, without asyncio: whoever does not answer at once is left alone.
+
+Nothing hangs on the answer, so nothing waits for it: a monitor that is busy or a QEMU that hangs costs the caller
+:data:`DEADLINE` once, however many there are.
+"""
+
+import json
+import select
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qmpsnap.qmp import runstate, unixsocket
+
+DEADLINE = 0.1
+"""Seconds for all of them together."""
+
+_LIMIT = 4 << 20
+"""Bytes of an answer that are looked at."""
+
+_ASKED = ("qmp_capabilities", "query-status", "query-block")
+_QUESTIONS = "".join(json.dumps({"execute": command, "id": command}) + "\n" for command in _ASKED).encode()
+
+
+def states(sockets: Mapping[str, Path], *, deadline: float = DEADLINE) -> dict[str, str]:
+    """The run state of those machines whose QEMU answers at once.
+
+    Args:
+        sockets: a machine's name to its monitor.
+        deadline: seconds for all of them together.
+    """
+    poll, talks = select.poll(), {}
+    for name, path in sockets.items():
+        try:
+            endpoint = unixsocket.connect(path)
+        except OSError:
+            continue
+        talks[endpoint.fileno()] = _Talk(name, endpoint)
+        poll.register(endpoint, select.POLLIN)
+    found: dict[str, str] = {}
+    end = time.monotonic() + deadline
+    try:
+        while any(not talk.over for talk in talks.values()):
+            ready = poll.poll(max(0.0, end - time.monotonic()) * 1000)
+            for number, _ in ready:
+                talks[number].hear()
+                if talks[number].over:
+                    poll.unregister(number)
+            if not ready:
+                break
+        found = {talk.name: state for talk in talks.values() if (state := talk.state())}
+    finally:
+        for talk in talks.values():
+            talk.endpoint.close()
+    return found
+
+
+class _Talk:
+    def __init__(self, name: str, endpoint: socket.socket) -> None:
+        self.name = name
+        self.endpoint = endpoint
+        self.over = False
+        self._asked = False
+        self._heard = b""
+
+    def hear(self) -> None:
+        """Take in what has come; ask once QEMU has greeted us."""
+        try:
+            more = self.endpoint.recv(1 << 16)
+            self._heard += more
+            self.over = not more or len(self._heard) > _LIMIT or all(word in self._answers() for word in _ASKED)
+            if not self._asked and b"\n" in self._heard:
+                self._asked = True
+                self.endpoint.send(_QUESTIONS)  # far less than any socket's buffer
+        except OSError:
+            self.over = True
+
+    def state(self) -> str:
+        """The run state, or an empty string when that was not told."""
+        answers = self._answers()
+        try:
+            io = [drive.get("io-status", "ok") for drive in answers["query-block"]]
+            return runstate.worded(str(answers["query-status"]["status"]), io)
+        except (KeyError, TypeError, AttributeError):
+            return ""
+
+    def _answers(self) -> dict[str, Any]:
+        found = {}
+        for line in self._heard.split(b"\n")[:-1]:
+            try:
+                said = json.loads(line)
+                found[str(said["id"])] = said["return"]
+            except (ValueError, KeyError, TypeError):
+                continue  # the greeting, an event
+        return found

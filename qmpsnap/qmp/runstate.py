@@ -1,0 +1,30 @@
+"""Why QEMU has paused a guest by itself, in words, and what helps."""
+
+from collections.abc import Iterable
+
+IO_ERROR = "io-error"
+"""QAPI ``RunState``: a request of the guest failed in a way that QEMU pauses for (``werror``, ``rerror``)."""
+
+NO_SPACE = "paused: no space"
+FAILED = "paused: I/O error"
+
+
+def worded(status: str, io: Iterable[str]) -> str:
+    """The run state as we call it.
+
+    Args:
+        status: QAPI ``RunState``.
+        io: QAPI ``BlockDeviceIoStatus`` of every drive.
+    """
+    if status != IO_ERROR:
+        return status
+    return NO_SPACE if "nospace" in io else FAILED
+
+
+def remedy(state: str, machine: str) -> str:
+    """What lets a guest in this state run on, for a hint; empty for a state that is nobody's fault."""
+    if state == NO_SPACE:
+        return f"free some space where the disks' active layers lie, then: qmpsnap resume {machine}"
+    if state == FAILED:
+        return f"see to the storage of the disks' active layers, then: qmpsnap resume {machine}"
+    return ""

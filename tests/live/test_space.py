@@ -1,0 +1,168 @@
+"""Full disks: a guest that QEMU has paused for one says so and runs on later; a store without room loses nothing."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+import qmpsnap
+from qmpsnap.cli.main import main
+from qmpsnap.errors import HostCannot, OperationPending, StateError
+from qmpsnap.model.spec import MachineSpec
+from qmpsnap.ops import space
+from qmpsnap.store.sqlite import SqliteStore
+from tests.live.machine import MIB, active_hash, fill, grown, hold_invariants, snapshot_hashes
+
+HOLE = "dd if=/dev/urandom of=/dev/vdb bs=1M count=30 oflag=direct conv=fsync"
+
+
+def mount(folder: Path, size: int) -> None:
+    if os.geteuid():
+        pytest.skip("mounting a small tmpfs needs root")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", folder], check=True)
+
+
+@pytest.fixture
+def small(home: Path) -> Iterator[Path]:
+    """The machines' folder on a file system of 24 MiB."""
+    mount(home / "machines", 24 * MIB)
+    yield home / "machines"
+    subprocess.run(["umount", "--lazy", home / "machines"], check=True)
+
+
+def occupy(folder: Path) -> Path:
+    """A file that takes all that is free there."""
+    file = folder / "filler"
+    with file.open("ab") as more:
+        more.write(bytes(shutil.disk_usage(folder).free))
+    return file
+
+
+async def test_a_guest_whose_disk_is_full_is_paused_and_says_so(
+    small: Path, q: qmpsnap.Controller, guest_spec: MachineSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vm = await q.define(guest_spec)
+    await vm.start()
+    with pytest.raises(StateError, match="is not paused"):
+        await vm.resume()
+    (warning,) = await vm.shortage()
+    assert f"MiB are free at {small}/guest, and the guest may still write" in warning
+    await vm.run(f"(sleep 0.3; {HOLE}) >/tmp/said 2>&1 </dev/null &")
+    while await vm.state() == "running":
+        await anyio.sleep(0.1)
+    assert await vm.state() == "paused: no space"
+    with pytest.raises(StateError, match=r"does not run \(paused: no space\)") as deaf:
+        await vm.run("true")
+    assert "qmpsnap resume guest" in deaf.value.hint
+    with pytest.raises(StateError, match=r"paused: no space"):
+        await vm.stop(timeout=60)
+    with pytest.raises(StateError, match=r"does not run \(paused: no space\)"):
+        await vm.pause()
+    with pytest.raises(HostCannot, match="paused again at once") as still:
+        await vm.resume()
+    assert (still.value.exit_code, still.value.effect) == (9, "none")
+
+    assert await _cli("list", "-o", "json", capsys=capsys) == ('"state": "paused: no space"', "")
+    shown, said = await _cli("show", "guest", "-o", "json", capsys=capsys)
+    assert shown == '"state": "paused: no space"'
+    assert "warning: 0 MiB are free" in said
+    assert "hint: free some space where the disks' active layers lie, then: qmpsnap resume guest" in said
+
+    subprocess.run(["mount", "-o", f"remount,size={128 * MIB}", small], check=True)  # noqa: ASYNC221
+    await vm.resume()
+    assert await vm.state() == "running"
+    done = await vm.run("while pidof dd >/dev/null; do sleep 0.1; done; tail -1 /tmp/said")
+    assert b"30+0 records out" in done.stdout  # nothing that the guest wrote was lost or refused
+    await vm.pause()
+    assert await vm.state() == "paused"
+    with pytest.raises(StateError, match="does not run"):
+        await vm.run("true")
+    await vm.resume()
+    await vm.snapshot("s")
+    await hold_invariants(vm)
+    await vm.stop(force=True)
+
+
+async def _cli(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """The line with the state, and what was said beside it."""
+    from anyio import to_thread
+
+    capsys.readouterr()
+    assert await to_thread.run_sync(main, words) == 0
+    said: Any = capsys.readouterr()
+    return next(line.strip(" ,") for line in said.out.splitlines() if '"state"' in line), said.err
+
+
+# --- the store's own file system ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tight(home: Path) -> Iterator[Path]:
+    """A store on a file system of 24 MiB, its images on another."""
+    mount(home, 24 * MIB)
+    mount(home / "machines", 64 * MIB)
+    mount(home / "run", 8 * MIB)
+    yield home
+    for folder in (home / "run", home / "machines", home):
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+async def test_a_store_without_room_refuses_before_anything_begins(
+    tight: Path, q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await grown(q, "s1")
+    hashes = await snapshot_hashes(vm)
+    filler = occupy(tight)
+    for refused in (vm.snapshot("s2"), vm.snapshot("s2", kind="internal"), vm.revert("s1"), vm.stream("vda")):
+        with pytest.raises(HostCannot, match=r"the store.* may need 262144 bytes, and \d+ are free") as full:
+            await refused
+        assert (full.value.exit_code, full.value.effect) == (9, "none")
+    monkeypatch.setattr(space, "require", lambda *_, **__: None)  # it was free a moment ago
+    with pytest.raises(HostCannot, match="nothing was recorded"):
+        await _snapshots_without_end(vm)
+    filler.unlink()
+    await vm.recover()
+    await hold_invariants(vm, hashes)
+    await vm.stop(force=True)
+
+
+async def _snapshots_without_end(vm: qmpsnap.MachineHandle) -> None:
+    """As long as SQLite's log has pages of earlier changes to write over."""
+    while True:
+        await vm.snapshot()
+
+
+async def test_a_store_that_fills_in_the_middle_holds_the_operation_at_its_job(
+    tight: Path, q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await grown(q, "s1")
+    hashes, settle = await snapshot_hashes(vm), SqliteStore.settle
+
+    def full(self: SqliteStore, *arguments: Any, **named: Any) -> None:
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        occupy(tight)
+        settle(self, *arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SqliteStore, "settle", full)
+        with pytest.raises(HostCannot, match="nothing was recorded") as middle:
+            await vm.stream("vda")
+    assert (middle.value.exit_code, middle.value.effect) == (9, "unknown")
+    assert [(job.type, job.status) for job in await vm.jobs()] == [("stream", "concluded")]
+    with pytest.raises((HostCannot, OperationPending)):
+        await vm.recover()
+    await fill(vm, "vda", 5, offset=9 * MIB)  # the guest runs on
+    (tight / "filler").unlink()
+    await vm.recover()
+    assert (await vm.chains())[0].ids == ("vda-2",)
+    await hold_invariants(vm, hashes)
+    now = await active_hash(vm)
+    await vm.snapshot("after")
+    await hold_invariants(vm, hashes | {("after", "vda"): now})
+    await vm.stop(force=True)
