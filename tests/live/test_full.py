@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.cli.main import main
-from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
+from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import means, memory
@@ -421,7 +422,35 @@ async def test_without_the_right_the_guest_stands_still(
         await require_a_whole_disk(vm)
         await hold_invariants(vm)
     await anyio.to_thread.run_sync(main, ["doctor"])
-    assert "userfaultfd" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "limited background-snapshot" in told
+    assert "sysctl vm.unprivileged_userfaultfd=1" in told.partition("background-snapshot")[2]
+
+
+async def test_a_device_that_cannot_be_saved_is_named(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    disk = replace(still_spec.disks[0], bus="nvme")
+    vm = await q.define(replace(still_spec, disks=(disk,)))
+    await vm.start()
+    for attempt in (
+        vm.preview_snapshot("all", kind="full"),
+        vm.snapshot("all", kind="full"),
+        vm.save(),
+        vm.preview_internal("all"),
+        vm.snapshot("all", kind="internal"),
+    ):
+        with pytest.raises(StateError, match="/nvme; nothing was changed") as refused:
+            await attempt
+        assert refused.value.hint.endswith("takes its disks")
+    await vm.snapshot("disk")
+    await vm.snapshot("inside", kind="internal", memory=False)
+    assert await vm.state() == "running"
+    await hold_invariants(vm)
+
+
+@pytest.mark.parametrize("pause", [0, -5, math.nan, math.inf])
+async def test_a_pause_that_is_none(small: qmpsnap.MachineHandle, pause: float) -> None:
+    with pytest.raises(UsageError, match="ms at most; nothing was changed"):
+        await small.snapshot("quick", kind="full", max_pause_ms=pause)
 
 
 async def test_a_pause_that_gets_too_long_is_given_up(
