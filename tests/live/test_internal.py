@@ -16,10 +16,11 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.block import tags
 from qmpsnap.cli.main import main
-from qmpsnap.errors import NameTaken, QmpError, StateError
+from qmpsnap.errors import HostCannot, NameTaken, QmpError, StateError
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
+from qmpsnap.ops import tagging
 from tests.live.crash import die_at, kill_qemu
 from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants, user_monitor
 from tests.live.test_full import COUNT, count, counted, require_a_whole_disk, say
@@ -289,6 +290,38 @@ async def test_a_load_that_fails_leaves_no_guest_running(
     assert await vm.state() == "stopped"  # half of it was loaded: nothing of that runs
     assert await content_hash(vm, "vda-1") == held
     await hold_invariants(vm)
+
+
+@pytest.mark.parametrize("state", ["running", "paused"])
+async def test_what_cannot_be_kept_is_not_left(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start()
+    await vm.snapshot("inside", kind="internal")
+    if state == "paused":
+        async with user_monitor(vm) as qemu:
+            await qemu.execute("stop")
+    await fill(vm, "vda", 2)
+    real = tagging.tag_live
+
+    async def fails(*arguments: Any) -> None:
+        await real(*arguments)
+        raise HostCannot("no room")
+
+    monkeypatch.setattr(tagging, "tag_live", fails)
+    with pytest.raises(HostCannot, match="no room") as failed:
+        await vm.revert("inside")
+    monkeypatch.undo()
+    assert failed.value.effect == "none"
+    assert await vm.state() == state
+    assert [snapshot.name for snapshot in await vm.snapshots()] == ["inside"]
+    assert [len(tags_in(vm, layer)) for layer in ("vda-1", "vdb-2")] == [1, 1]
+    await hold_invariants(vm)
+    kept = (await vm.revert("inside")).kept
+    assert kept is not None
+    assert kept.mode == ("live" if state == "running" else "paused")
+    assert await vm.state() == "running"
 
 
 async def test_on_another_branch_a_tag_is_deleted_while_the_machine_runs(
