@@ -20,6 +20,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.model.vmstate import version_of
 from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create, space
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, require_spec
@@ -144,10 +145,10 @@ def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str
     transaction = ("transaction", _transaction(plan))
     if plan.memory is None:
         return [*adds, transaction]
-    migrate: tuple[str, dict[str, object]] = ("migrate", {"uri": f"fd:{migration.NAME}"})
-    if not plan.memory.resume:
-        return [*adds, transaction, migrate]
-    return [*adds, ("stop", {}), transaction, migrate, ("quit" if plan.memory.quit else "cont", {})]
+    give, migrate = migration.handing_over(version_of(plan.memory.hardware.qemu_version))
+    held = [("stop", {}), transaction, migrate] if plan.memory.resume else [transaction, migrate]
+    after = ["quit"] if plan.memory.quit else ["cont"] if plan.memory.resume else []
+    return [*adds, give, *held, *((command, {}) for command in after)]
 
 
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:

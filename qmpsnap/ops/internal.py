@@ -25,11 +25,11 @@ from qmpsnap.model.vmstate import Hardware, Inside
 from qmpsnap.ops import asked, recover, space, tagging
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.loading import hardware_now
-from qmpsnap.ops.means import RESERVE_MORE, resident_bytes
+from qmpsnap.ops.means import RESERVE_MORE, require_saveable, resident_bytes
 from qmpsnap.ops.overlays import require_free
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.work import Work, working
-from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp import commands, jobs, migration
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -184,6 +184,8 @@ async def _planner(
         )
     hardware = None
     if work.qemu and request.memory is not False:
+        again = f"qmpsnap snapshot create {work.machine.name} --kind internal --no-memory takes its disks"
+        require_saveable(work.machine, await migration.query(work.qemu), hint=again)
         hardware = await hardware_now(context, work.machine, work.qemu)
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 

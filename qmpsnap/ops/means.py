@@ -1,12 +1,13 @@
 """How a machine's memory can be saved now, and why not in a better way: found out before anything is done."""
 
+import math
 import os
 from pathlib import Path
 
 from anyio import to_thread
 from msgspec import Struct
 
-from qmpsnap.errors import HostCannot, QmpError, StateError
+from qmpsnap.errors import HostCannot, QmpError, StateError, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
@@ -71,6 +72,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
 
     Raises:
         StateError: this machine's memory cannot be saved at all, or not within the pause asked for.
+        UsageError: a pause that is none.
         HostCannot: no space, or nothing to compress with.
     """
     asked.require_time(request.max_pause_ms, "the longest pause")
@@ -88,6 +90,12 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             hint="move it away or choose another name",
             machine=machine.name,
         )
+    if request.max_pause_ms is not None and not 0 < request.max_pause_ms < math.inf:
+        raise UsageError(
+            f"a guest cannot be held for {request.max_pause_ms:g} ms at most; nothing was changed",
+            hint="--max-pause takes milliseconds, more than 0",
+            machine=machine.name,
+        )
     last = await migration.query(qemu)
     if last.status not in migration.IDLE:
         raise StateError(
@@ -95,13 +103,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             hint="wait for the end of that",
             machine=machine.name,
         )
-    if last.blocked_reasons:
-        raise StateError(
-            f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(last.blocked_reasons)};"
-            " nothing was changed",
-            hint=f"qmpsnap snapshot create {machine.name} takes its disks",
-            machine=machine.name,
-        )
+    require_saveable(machine, last, hint=f"qmpsnap snapshot create {machine.name} takes its disks")
     if request.compression != "none":
         statefile.require_zstd()
     version = version_of(await commands.query_version(qemu))
@@ -136,6 +138,21 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
         cancellable=cancellable,
         reserve=reserve,
     )
+
+
+def require_saveable(machine: Machine, found: migration.Migration, *, hint: str) -> None:
+    """Make sure that no device stands in the way of saving memory, in a file or inside an image.
+
+    Raises:
+        StateError: one does; the message names what QEMU names.
+    """
+    if found.blocked_reasons:
+        raise StateError(
+            f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(found.blocked_reasons)};"
+            " nothing was changed",
+            hint=hint,
+            machine=machine.name,
+        )
 
 
 async def _why_not_behind_it(

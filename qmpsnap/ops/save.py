@@ -95,7 +95,7 @@ async def _find(context: Context, name: str, file: str | None) -> Snapshot:
         if usable := [found for found in full if found.state == "ok"]:
             return usable[-1]
         raise NotFoundError(
-            f"machine {name} has no snapshot with memory; nothing was changed",
+            f"machine {name} has no full snapshot that could be restored; nothing was changed",
             hint=f"qmpsnap save {name} makes one",
             machine=name,
         )

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 import socket
@@ -17,10 +18,10 @@ from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.cli.main import main
-from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
+from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import means, memory, space
+from qmpsnap.ops import create, means, memory, space
 from qmpsnap.qmp import migration
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 
@@ -143,8 +144,12 @@ async def test_what_the_list_says_of_it(q: qmpsnap.Controller, guest_spec: Machi
         await vm.snapshot("early", kind="full")
     await vm.start()
     await vm.run("true")
-    planned = (await vm.preview_snapshot("all", kind="full"))[1]
+    machine, planned = await vm.preview_snapshot("all", kind="full")
     assert planned.memory is not None
+    commands = create.qmp_commands(planned, machine)
+    give = "getfd" if planned.memory.hardware.qemu_version.startswith("7.") else "add-fd"
+    assert [name for name, _ in commands] == [*["blockdev-add"] * 2, give, "stop", "transaction", "migrate", "cont"]
+    assert commands[-2][1] == migration.address(None if give == "getfd" else 0)  # a descriptor, never a command line
     assert (planned.memory.mode, planned.memory.why) == ("background", "")
     snapshot = await vm.snapshot("all", kind="full", description="with memory")
     assert (await vm.snapshots())[-1] == snapshot
@@ -435,7 +440,35 @@ async def test_without_the_right_the_guest_stands_still(
         await require_a_whole_disk(vm)
         await hold_invariants(vm)
     await anyio.to_thread.run_sync(main, ["doctor"])
-    assert "userfaultfd" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "limited background-snapshot" in told
+    assert "sysctl vm.unprivileged_userfaultfd=1" in told.partition("background-snapshot")[2]
+
+
+async def test_a_device_that_cannot_be_saved_is_named(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    disk = replace(still_spec.disks[0], bus="nvme")
+    vm = await q.define(replace(still_spec, disks=(disk,)))
+    await vm.start()
+    for attempt in (
+        vm.preview_snapshot("all", kind="full"),
+        vm.snapshot("all", kind="full"),
+        vm.save(),
+        vm.preview_internal("all"),
+        vm.snapshot("all", kind="internal"),
+    ):
+        with pytest.raises(StateError, match="/nvme; nothing was changed") as refused:
+            await attempt
+        assert refused.value.hint.endswith("takes its disks")
+    await vm.snapshot("disk")
+    await vm.snapshot("inside", kind="internal", memory=False)
+    assert await vm.state() == "running"
+    await hold_invariants(vm)
+
+
+@pytest.mark.parametrize("pause", [0, -5, math.nan, math.inf])
+async def test_a_pause_that_is_none(small: qmpsnap.MachineHandle, pause: float) -> None:
+    with pytest.raises(UsageError, match="ms at most; nothing was changed"):
+        await small.snapshot("quick", kind="full", max_pause_ms=pause)
 
 
 async def test_a_pause_that_gets_too_long_is_given_up(

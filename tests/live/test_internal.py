@@ -16,10 +16,11 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.block import tags
 from qmpsnap.cli.main import main
-from qmpsnap.errors import NameTaken, QmpError, StateError
+from qmpsnap.errors import HostCannot, NameTaken, QmpError, StateError
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
+from qmpsnap.ops import tagging
 from tests.live.crash import die_at, kill_qemu
 from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants, user_monitor
 from tests.live.test_full import COUNT, count, counted, require_a_whole_disk, say
@@ -291,6 +292,38 @@ async def test_a_load_that_fails_leaves_no_guest_running(
     await hold_invariants(vm)
 
 
+@pytest.mark.parametrize("state", ["running", "paused"])
+async def test_what_cannot_be_kept_is_not_left(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start()
+    await vm.snapshot("inside", kind="internal")
+    if state == "paused":
+        async with user_monitor(vm) as qemu:
+            await qemu.execute("stop")
+    await fill(vm, "vda", 2)
+    real = tagging.tag_live
+
+    async def fails(*arguments: Any) -> None:
+        await real(*arguments)
+        raise HostCannot("no room")
+
+    monkeypatch.setattr(tagging, "tag_live", fails)
+    with pytest.raises(HostCannot, match="no room") as failed:
+        await vm.revert("inside")
+    monkeypatch.undo()
+    assert failed.value.effect == "none"
+    assert await vm.state() == state
+    assert [snapshot.name for snapshot in await vm.snapshots()] == ["inside"]
+    assert [len(tags_in(vm, layer)) for layer in ("vda-1", "vdb-2")] == [1, 1]
+    await hold_invariants(vm)
+    kept = (await vm.revert("inside")).kept
+    assert kept is not None
+    assert kept.mode == ("live" if state == "running" else "paused")
+    assert await vm.state() == "running"
+
+
 async def test_on_another_branch_a_tag_is_deleted_while_the_machine_runs(
     q: qmpsnap.Controller, qcow2_spec: MachineSpec
 ) -> None:
@@ -380,6 +413,23 @@ async def test_the_command_line(
     assert "deleted a" in await said("snapshot delete still a")
 
 
+async def test_the_network_is_told(q: qmpsnap.Controller, qcow2_spec: MachineSpec, tmp_path: Path) -> None:
+    dump = tmp_path / "packets"
+    extra = ("-object", f"filter-dump,id=dump,netdev=net0,file={dump}")
+    vm = await q.define(replace(qcow2_spec, nics=(NicSpec(),), extra=extra), allow_extra=True)
+    await vm.start()
+    await vm.snapshot("inside", kind="internal")
+    rarp = bytes.fromhex("8035 0001 0800")  # a card that says where it is
+    assert (await vm.revert("inside", discard=True, after=False)).notes == ()
+    assert rarp not in dump.read_bytes()
+    # The agent's port is there and no agent: the clock of such a guest is not set, and the revert says so.
+    notes = (await vm.revert("inside", discard=True)).notes
+    assert [note.partition(":")[0] for note in notes] == ["the guest's clock was not set"]
+    with anyio.fail_after(30):
+        while rarp not in dump.read_bytes():
+            await anyio.sleep(0.05)
+
+
 # --- UEFI -------------------------------------------------------------------------------------------------------------
 
 
@@ -398,10 +448,23 @@ async def test_uefi_with_a_raw_variable_store(q: qmpsnap.Controller, qcow2_spec:
     held = Path(snapshot.variables).read_bytes()
     await hold_invariants(vm)
     assert {layer["node-name"] for layer in await nodes_with_tags(vm)} == {"vda-1", "vdb-2"}  # never the flash
+
+    def written() -> None:
+        """As if the guest had written there: to the last byte of all."""
+        with variables.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([held[-1] ^ 0xFF]))
+
+    written()
+    await vm.revert("inside", discard=True)  # in place: the flash is memory, which QEMU writes back
+    assert variables.read_bytes()[-1] == held[-1]
+    await vm.snapshot("all", kind="full")
+    written()
+    await vm.revert("all", discard=True)
+    assert variables.read_bytes()[-1] == held[-1]
+    await hold_invariants(vm)
     await vm.stop(force=True)
-    content = bytearray(variables.read_bytes())
-    content[-1] ^= 0xFF  # as if the guest had written there
-    variables.write_bytes(content)
+    written()
     await vm.revert("inside", state="paused")
     assert variables.read_bytes() == held
     await hold_invariants(vm)
