@@ -130,15 +130,20 @@ def _make(
     finally:
         _unlink(fresh)
     made = [
-        Made(
-            at.machine.name,
-            tuple(snapshot.name for snapshot in rebuilt.change.snapshots),
-            tuple(f"{state.vmstate.path}: which layers it belongs to cannot be told" for state in rebuilt.unused),
-        )
+        Made(at.machine.name, tuple(snapshot.name for snapshot in rebuilt.change.snapshots), _notes(rebuilt))
         for at, rebuilt in planned
     ]
     left_out += [("(images)", problem) for problem in finder.problems]
     return Rebuild(tuple(made), tuple(left_out), aside)
+
+
+def _notes(rebuilt: Rebuilt) -> tuple[str, ...]:
+    guesses = (
+        f"disk {disk}: several images could be the active one; taken is {layer}, the newest: look before you start it"
+        for disk, layer in rebuilt.guessed.items()
+    )
+    states = (f"{state.vmstate.path}: which layers it belongs to cannot be told" for state in rebuilt.unused)
+    return (*guesses, *states)
 
 
 def _record(store: SqliteStore, at: _Found, rebuilt: Rebuilt, *, serials: int) -> None:

@@ -51,6 +51,7 @@ async def test_a_tree_of_snapshots_comes_back_and_full_ones_with_their_names(hom
     lose(home)
     done = await rebuild.run(at(home), set_aside=False)
     assert ([made.name for made in done.machines], done.left_out, done.aside) == (["still"], (), None)
+    assert [note.split(":")[0] for note in done.machines[0].notes] == ["disk vda"], "which leaf was active is a guess"
     async with qmpsnap.open() as q:
         vm = await q.machine("still")
         snapshots = {found.name: found for found in await vm.snapshots()}
