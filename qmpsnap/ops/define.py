@@ -16,7 +16,7 @@ from qmpsnap import private
 from qmpsnap.block import header
 from qmpsnap.block.header import FoundLayer
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StateError, UsageError
+from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StateError, StoreMismatch, UsageError
 from qmpsnap.machine import probe
 from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.firmware import find_firmware
@@ -207,6 +207,7 @@ async def end_earlier(context: Context, name: str) -> None:
     except NotFoundError:
         placeholder = Machine(name=name, uuid="", host=context.host, spec=MachineSpec(name=name), created=0)
         await recover.end_open(context, placeholder, None)
+        await blocking(_refuse_lost, context, name)
         return
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken.created))
     raise NameTaken(
@@ -214,6 +215,18 @@ async def end_earlier(context: Context, name: str) -> None:
         hint=f"choose another name, or qmpsnap undefine {name} first",
         machine=name,
     )
+
+
+def _refuse_lost(context: Context, name: str) -> None:
+    """A machine that the store has lost is not overwritten by another of its name."""
+    folder = context.home.machine_dir(name)
+    if context.store.remembers(name) and folder.is_dir() and any(folder.iterdir()):
+        raise StoreMismatch(
+            f"machine {name} was defined before and has images in {folder}, and this store does not know it;"
+            " nothing was changed",
+            hint="qmpsnap check --rebuild makes the store again from the images; or choose another name",
+            machine=name,
+        )
 
 
 async def _carry_out(context: Context, operation: Operation, *, firmware_variables: str | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from qmpsnap.block.graph import FILTERS
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
@@ -177,6 +178,9 @@ def _qemu(at: Facts) -> Iterator[Finding]:
         if disk is None or disk.nodes != chain.ids:
             seen = " <- ".join(disk.nodes) if disk and disk.nodes else "unknown to the store"
             text = f"disk {chain.disk}: QEMU's chain is {seen}, the store's {' <- '.join(chain.ids)}"
+            yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
+        elif strangers := [node for node in asked.nodes if node.node_name in disk.above and node.drv not in FILTERS]:
+            text = f"disk {chain.disk}: the guest writes to {strangers[0].file}, which somebody else put there"
             yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
     yield from _nodes(at)
     for job in asked.jobs:

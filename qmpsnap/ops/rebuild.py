@@ -22,7 +22,7 @@ from qmpsnap.ops.context import this_host
 from qmpsnap.ops.find_images import Finder
 from qmpsnap.ops.rebuild_plan import Image, Rebuilt, plan
 from qmpsnap.qmp import commands
-from qmpsnap.store import sqlite
+from qmpsnap.store import condition
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.records import FOLDER, Records
 from qmpsnap.store.sqlite import SqliteStore
@@ -68,8 +68,8 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         QemuGone: the QEMU of a machine runs and does not say what it writes to.
         DeadlinePassed: likewise.
     """
-    condition = await to_thread.run_sync(lambda: sqlite.condition(home.store, machines=home.machines))
-    if condition == "whole" and not set_aside:
+    found = await to_thread.run_sync(lambda: condition.look(home.store, machines=home.machines))
+    if found == "whole" and not set_aside:
         raise StateError(
             f"the store {home.store} is whole; nothing was changed",
             hint="should it be an old copy, --set-aside makes another in its place and keeps it",
@@ -88,8 +88,8 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
             stack.enter_context(machine_lock(lock, machine=machine.name, verb="check --rebuild"))
         finder = Finder(home, records)
         images = await to_thread.run_sync(finder.images, machines)
-        found = [await _ask(home, machine) for machine in machines if machine.adopted is None]
-        return await to_thread.run_sync(_make, home, finder, machines, found, images)
+        asked = [await _ask(home, machine) for machine in machines if machine.adopted is None]
+        return await to_thread.run_sync(_make, home, finder, machines, asked, images)
 
 
 async def _ask(home: Home, machine: Machine) -> _Found:
@@ -130,15 +130,20 @@ def _make(
     finally:
         _unlink(fresh)
     made = [
-        Made(
-            at.machine.name,
-            tuple(snapshot.name for snapshot in rebuilt.change.snapshots),
-            tuple(f"{state.vmstate.path}: which layers it belongs to cannot be told" for state in rebuilt.unused),
-        )
+        Made(at.machine.name, tuple(snapshot.name for snapshot in rebuilt.change.snapshots), _notes(rebuilt))
         for at, rebuilt in planned
     ]
     left_out += [("(images)", problem) for problem in finder.problems]
     return Rebuild(tuple(made), tuple(left_out), aside)
+
+
+def _notes(rebuilt: Rebuilt) -> tuple[str, ...]:
+    guesses = (
+        f"disk {disk}: several images could be the active one; taken is {layer}, the newest: look before you start it"
+        for disk, layer in rebuilt.guessed.items()
+    )
+    states = (f"{state.vmstate.path}: which layers it belongs to cannot be told" for state in rebuilt.unused)
+    return (*guesses, *states)
 
 
 def _record(store: SqliteStore, at: _Found, rebuilt: Rebuilt, *, serials: int) -> None:

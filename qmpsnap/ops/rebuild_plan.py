@@ -59,11 +59,18 @@ class _Moment(Struct, frozen=True):
 
 
 class Rebuilt(Struct, frozen=True):
-    """What a machine's row, layers and snapshots are; ``missing`` names the disks that have no image."""
+    """What a machine's row, layers and snapshots are.
+
+    Attributes:
+        missing: the disks that have no image.
+        unused: state files that cannot be given their snapshot.
+        guessed: disk to its active layer, where others could have been that.
+    """
 
     change: Change
     missing: tuple[str, ...]
     unused: tuple[State, ...]
+    guessed: dict[str, LayerId]
 
 
 def plan(
@@ -86,6 +93,7 @@ def plan(
     layers = {image.layer.id: image for image in images}
     read = {image.layer.backing for image in images}
     active: dict[str, LayerId] = {}
+    guessed: dict[str, LayerId] = {}
     leaves: list[tuple[str, Layer]] = []
     for disk in machine.spec.disks:
         tops = [image.layer for image in images if image.of == (machine.name, disk.name) and image.layer.id not in read]
@@ -95,6 +103,8 @@ def plan(
         if top is None or top not in layers:
             continue
         active[disk.name] = top
+        if disk.name not in (running or {}) and len(tops) > 1:
+            guessed[disk.name] = top
         leaves += [(disk.name, layer) for layer in tops if layer.id != top]
     moments = _moments(machine, images, states, leaves)
     snapshots = tuple(_snapshots(moments, layers, variables))
@@ -114,6 +124,7 @@ def plan(
         ),
         tuple(disk.name for disk in machine.spec.disks if disk.name not in active),
         tuple(state for state in states if state.operation not in used),
+        guessed,
     )
 
 

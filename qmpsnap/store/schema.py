@@ -98,7 +98,10 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
         raise HostCannot(f"the store {path} cannot be used: {error}", hint="see qmpsnap doctor") from error
     except sqlite3.DatabaseError as error:
         connection.close()
-        raise StoreMismatch(f"the store {path} is damaged: {error}", hint="put a copy back in its place") from error
+        raise StoreMismatch(
+            f"the store {path} is damaged: {error}",
+            hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
+        ) from error
     except BaseException:
         connection.close()
         raise

@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import msgspec
 from msgspec.structs import replace
 
-from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch, StoreTooNew
+from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
@@ -22,27 +22,6 @@ from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
 from qmpsnap.store import journal, records, rows, schema
 from qmpsnap.store.records import Place, Records
-
-Condition = Literal["missing", "damaged", "empty", "whole"]
-"""Of a store's file. ``empty``: it has no machine, as one that was made a moment ago."""
-
-
-def condition(path: Path, *, machines: Path) -> Condition:
-    """In what condition a store is; SQLite looks through all of it.
-
-    Raises:
-        StoreTooNew: a newer qmpsnap wrote it.
-        HostCannot: it cannot be opened.
-    """
-    if not path.exists():
-        return "missing"
-    try:
-        with SqliteStore(path, machines=machines) as store:
-            return store.condition()
-    except StoreTooNew:
-        raise
-    except StoreMismatch:
-        return "damaged"
 
 
 class SqliteStore:
@@ -80,7 +59,12 @@ class SqliteStore:
         with self._reading() as sql:
             row = sql.execute(f"{_MACHINE} WHERE machine.name = ?", (name,)).fetchone()
             if row is None:
-                rows.machine_id(sql, name)
+                try:
+                    rows.machine_id(sql, name)
+                except NotFoundError as error:
+                    if self.remembers(name):
+                        error.hint = "it was defined, and this store does not know it: qmpsnap check --rebuild"
+                    raise
         return rows.read_machine(row)
 
     def chains(self, machine: str) -> tuple[Chain, ...]:
@@ -221,16 +205,16 @@ class SqliteStore:
         self._records.write(found)
         self._records.add(machine, self._elsewhere(Change(layers=layers, snapshots=self.snapshots(machine))))
 
+    def remembers(self, name: str) -> bool:
+        return any(machine.name == name for machine in self._records.machines())
+
     def places(self, machine: str) -> tuple[str, ...]:
         return tuple(place.layer.path for place in self._records.places(machine) if place.layer)
 
-    def condition(self) -> Condition:
-        """As :func:`condition`, of a store that could be opened."""
+    def is_sound(self) -> bool:
+        """Whether SQLite finds nothing wrong; it looks through the whole file."""
         with self._reading() as sql:
-            said = [*sql.execute("PRAGMA quick_check(1)"), *sql.execute("PRAGMA foreign_key_check")]
-        if said != [("ok",)]:
-            return "damaged"
-        return "whole" if self.machines() else "empty"
+            return [*sql.execute("PRAGMA quick_check(1)"), *sql.execute("PRAGMA foreign_key_check")] == [("ok",)]
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -269,7 +253,7 @@ class SqliteStore:
             except sqlite3.DatabaseError as error:
                 raise StoreMismatch(
                     f"the store {self._path} is damaged: {error}; nothing was recorded",
-                    hint="put a copy back in its place",
+                    hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
                 ) from error
 
     def _apply(self, sql: sqlite3.Connection, machine: str, change: Change) -> None:

@@ -84,6 +84,9 @@ class Store(Protocol):
     def describe(self, machine: str) -> None:
         """Write that down again."""
 
+    def remembers(self, name: str) -> bool:
+        """Whether a machine of that name was written down, which this store need not know."""
+
     def places(self, machine: str) -> tuple[str, ...]:
         """Every place outside its folder, or under a name of its own, that a layer of the machine was ever settled at.
 
