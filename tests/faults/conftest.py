@@ -11,7 +11,9 @@ from tests.live.conftest import home, place, q
 __all__ = ["fault", "home", "place", "q"]
 
 FORM = os.environ.get("QMPSNAP_FAULTS", "")
-"""``short`` or ``long`` in a run of scripts/faults; else empty."""
+"""``long``, ``short`` or ``sample`` in a run of scripts/faults; else empty."""
+SAMPLE = 6
+"""Every how-manieth case of the short form is in the sample."""
 
 _tally = Tally()
 
@@ -30,10 +32,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "/faults/" in str(item.path):
             item.add_marker(pytest.mark.live)
-    if FORM == "short":
-        left_out = [item for item in items if not item.get_closest_marker("short")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item.get_closest_marker("short")]
+    if FORM in ("short", "sample"):
+        chosen = [item for item in items if item.get_closest_marker("short")][:: SAMPLE if FORM == "sample" else 1]
+        kept = {id(item) for item in chosen}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+        items[:] = chosen
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -60,4 +63,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def _whole(config: pytest.Config) -> bool:
     """Whether this is a run of scripts/faults of which nothing was left out: it must come by every step."""
-    return bool(FORM) and not config.option.keyword and not config.option.markexpr and config.args == ["tests/faults"]
+    return (
+        FORM in ("long", "short")
+        and not config.option.keyword
+        and not config.option.markexpr
+        and config.args == ["tests/faults"]
+    )

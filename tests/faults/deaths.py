@@ -1,16 +1,21 @@
 """Deaths with kill -9: of a controller in a process of its own, at the step it was told, and of QEMUs."""
 
 import contextlib
+import importlib
+import inspect
 import multiprocessing
 import os
 import signal
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import anyio
 import psutil
+import pytest
 from anyio import to_thread
 from msgspec import Struct
 
@@ -47,6 +52,15 @@ class Point(Struct, frozen=True):
     nth: int = 1
 
 
+class Call(Struct, frozen=True):
+    """The n-th call of one of the product's functions, right before or right after which to die."""
+
+    module: str
+    function: str
+    when: watch.When
+    nth: int
+
+
 class Life(Struct, frozen=True, kw_only=True):
     """What a controller of its own is to do, and where it tells what it came by.
 
@@ -55,7 +69,7 @@ class Life(Struct, frozen=True, kw_only=True):
 
     scenario: str
     place: Path
-    point: Point
+    point: Point | Call
     recovering: bool
     environment: Mapping[str, str]
     told: Path
@@ -71,7 +85,7 @@ class Death(Struct):
 
 
 async def controller_dies(
-    scenario: str, place: Path, point: Point, *, recovering: bool = False, logs: Path | None = None
+    scenario: str, place: Path, point: Point | Call, *, recovering: bool = False, logs: Path | None = None
 ) -> Death:
     """Let a controller do a scenario's verb, or recover, until it comes to the point; ``logs`` as :class:`Life`."""
     home = Path(os.environ["QMPSNAP_HOME"])
@@ -102,27 +116,66 @@ async def controller_dies(
 def _live_until(life: Life) -> None:
     os.environ.update(life.environment)
     mutants.apply()
-    point = life.point
-    left = point.nth
     with life.told.open("a", buffering=1) as file:
-
-        def hook(verb: str, step: str, when: watch.When) -> None:
-            nonlocal left
-            if when == "after":
-                file.write(f"step\t{verb}\t{step}\n")
-            if when == point.when and point.verb in ("", verb) and point.step in ("", step):
-                left -= 1
-                if left == 0:
-                    if when == "before":
-                        file.write(f"step\t{verb}\t{step}\n")
-                    os.kill(os.getpid(), signal.SIGKILL)
-
         try:
-            with watch.watching(hook), filters.logging(life.logs) if life.logs else contextlib.nullcontext():
+            dying = _at_step(life.point, file) if isinstance(life.point, Point) else _at_call(life.point)
+            with dying, filters.logging(life.logs) if life.logs else contextlib.nullcontext():
                 anyio.run(_act, life)
         except BaseException:  # noqa: BLE001 - a death that did not come is told, whatever came instead
             file.write(traceback.format_exc())
             os._exit(1)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _at_step(point: Point, told: IO[str]) -> AbstractContextManager[None]:
+    left = point.nth
+
+    def hook(verb: str, step: str, when: watch.When) -> None:
+        nonlocal left
+        fits = when == point.when and point.verb in ("", verb) and point.step in ("", step)
+        left -= fits
+        last = fits and left == 0
+        if when == "after" or last:
+            told.write(f"step\t{verb}\t{step}\n")
+        if last:
+            _die()
+
+    return watch.watching(hook)
+
+
+@contextmanager
+def _at_call(call: Call) -> Iterator[None]:
+    owner = importlib.import_module(call.module)
+    *path, name = call.function.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    real, left = getattr(owner, name), call.nth
+
+    def comes(when: watch.When) -> None:
+        nonlocal left
+        if when == call.when:
+            left -= 1
+            if left == 0:
+                _die()
+
+    async def dying_async(*arguments: Any, **rest: Any) -> Any:
+        comes("before")
+        result = await real(*arguments, **rest)
+        comes("after")
+        return result
+
+    def dying(*arguments: Any, **rest: Any) -> Any:
+        comes("before")
+        result = real(*arguments, **rest)
+        comes("after")
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, dying_async if inspect.iscoroutinefunction(real) else dying)
+        yield
 
 
 async def _act(life: Life) -> None:

@@ -12,11 +12,21 @@ from qmpsnap.model.spec import MachineSpec
 from qmpsnap.qmp.commands import JobInfo
 from tests.faults import site
 from tests.faults.site import KIB, ONE, TWO, Expected
+from tests.faults.watch import WHEN, When
 
 Act = Callable[[qmpsnap.MachineHandle, Path], Awaitable[object]]
 """Does the verb; the path is a folder where users keep images of their own."""
 
+Happened = Callable[[qmpsnap.MachineHandle, Path], Awaitable[bool]]
+"""Whether the verb has come to its end, or leaves no trace."""
+
 Start = Literal["stopped", "paused", "running"]
+
+
+At = tuple[str, When]
+"""A step, and whether it is about to become durable or just has."""
+
+NEVER: At = ("", "after")
 
 
 class Scenario(Struct, frozen=True, kw_only=True):
@@ -32,6 +42,8 @@ class Scenario(Struct, frozen=True, kw_only=True):
         warm: what is done before, the machine running.
         first: bytes in the lowest layer.
         ends: the error that it ends with when nothing disturbs it.
+        happened: tells whether it was done; None where that is not one thing.
+        forward: where there is only forward from: when the controller dies and QEMU lives, and when QEMU dies.
     """
 
     column: str
@@ -46,11 +58,19 @@ class Scenario(Struct, frozen=True, kw_only=True):
     warm: Act | None = None
     first: int = 64 * KIB
     ends: str = ""
+    happened: Happened | None = None
+    forward: tuple[At, At] = (NEVER, NEVER)
 
     @property
     def steps(self) -> tuple[str, ...]:
         """The steps it comes by, in order."""
         return tuple(step.name for step in steps.STEPS[self.verb] if step.name not in self.without)
+
+    def goes_forward(self, at: At, *, qemu: Literal["lives", "dies"]) -> bool:
+        """Whether recovery has to finish what died there; else it has to undo it."""
+        points: list[At] = [(step, when) for step in self.steps for when in WHEN]
+        first = self.forward[qemu == "dies"]
+        return first in points and points.index(at) >= points.index(first)
 
 
 async def ready(q: qmpsnap.Controller, scenario: Scenario, place: Path) -> qmpsnap.MachineHandle:
@@ -79,6 +99,10 @@ async def _snapshot_in_chosen_file(vm: qmpsnap.MachineHandle, place: Path) -> ob
 
 async def _full(vm: qmpsnap.MachineHandle, _: Path) -> object:
     return await vm.snapshot("new", kind="full")
+
+
+async def _full_in_chosen_file(vm: qmpsnap.MachineHandle, place: Path) -> object:
+    return await vm.snapshot("new", kind="full", files={"vda": place / "new"})
 
 
 async def _save(vm: qmpsnap.MachineHandle, _: Path) -> object:
@@ -173,6 +197,25 @@ async def _finish(vm: qmpsnap.MachineHandle, place: Path) -> object:
     return await vm.mirror("vda", place / "copy", mode="finish")
 
 
+# --- whether it was done --------------------------------------------------------------------------------------------
+
+
+async def _taken(vm: qmpsnap.MachineHandle, _: Path) -> bool:
+    return any(found.name == "new" or found.name.startswith("saved-") for found in await vm.snapshots())
+
+
+async def _gone_back(vm: qmpsnap.MachineHandle, _: Path) -> bool:
+    return (await vm.record()).current in ("s1", "before")
+
+
+async def _shorter(vm: qmpsnap.MachineHandle, _: Path) -> bool:
+    return len((await vm.chains())[0].layers) < 3
+
+
+async def _copied(vm: qmpsnap.MachineHandle, place: Path) -> bool:
+    return (place / "copy").exists()
+
+
 # --- scenarios ------------------------------------------------------------------------------------------------------
 
 _NO_MEMORY = frozenset({steps.SAVING, steps.LOST, steps.ENDING})
@@ -184,6 +227,7 @@ _WORKER = frozenset({steps.PLANNED, steps.SETTLED})
 _ENDED = frozenset({steps.SWITCHED, steps.STARTING})
 _ALL = frozenset(step.name for found in steps.STEPS.values() for step in found)
 _UNDONE = frozenset({steps.UNDONE})
+_MIRRORED: tuple[At, At] = (("finalizing:FILE", "before"), ("finalizing:FILE", "after"))
 _IN_QEMU_AND_IN_A_WORKER: tuple[Start, ...] = ("paused", "stopped")
 
 
@@ -200,6 +244,8 @@ def _merge(column: str, act: Act, expected: Expected, *, first: int = 64 * KIB) 
             idle=_WORKER if start == "stopped" else frozenset(),
             expected=expected,
             first=first,
+            happened=_shorter,
+            forward=(("N:finalizing", "before"), ("N:finalizing", "after")),
         )
     return forms
 
@@ -213,6 +259,8 @@ def _mirror(act: Act) -> dict[str, Scenario]:
             start=start,
             idle=_WORKER if start == "stopped" else frozenset(),
             expected=_COPY,
+            happened=_copied,
+            forward=_MIRRORED,
         )
         for start in _IN_QEMU_AND_IN_A_WORKER
     }
@@ -224,7 +272,14 @@ def _named(name: str, forms: dict[str, Scenario]) -> dict[str, Scenario]:
 
 SCENARIOS: dict[str, Scenario] = {
     "create, paused": Scenario(
-        column="create", verb="create", act=_snapshot, spec=TWO, start="paused", without=_NO_MEMORY
+        column="create",
+        verb="create",
+        act=_snapshot,
+        spec=TWO,
+        start="paused",
+        without=_NO_MEMORY,
+        happened=_taken,
+        forward=((steps.SETTLED, "before"), (steps.TRANSACTION, "after")),
     ),
     "create, stopped": Scenario(
         column="create",
@@ -233,6 +288,8 @@ SCENARIOS: dict[str, Scenario] = {
         spec=TWO,
         without=_NO_MEMORY | {steps.TRANSACTION},
         idle=_ALL,
+        happened=_taken,
+        forward=((steps.SETTLED, "after"), (steps.SETTLED, "after")),
     ),
     "create in a chosen file, paused": Scenario(
         column="create",
@@ -241,6 +298,8 @@ SCENARIOS: dict[str, Scenario] = {
         start="paused",
         without=_NO_MEMORY,
         expected=Expected(place=frozenset({"new"})),
+        happened=_taken,
+        forward=((steps.SETTLED, "before"), (steps.TRANSACTION, "after")),
     ),
     "create in a chosen file, stopped": Scenario(
         column="create",
@@ -249,9 +308,28 @@ SCENARIOS: dict[str, Scenario] = {
         without=_NO_MEMORY,
         idle=_ALL,
         expected=Expected(place=frozenset({"new"})),
+        happened=_taken,
+        forward=((steps.TRANSACTION, "after"), (steps.TRANSACTION, "after")),
     ),
     "create full": Scenario(
-        column="create full", verb="create", act=_full, spec=TWO, start="running", without=_NO_SAVE
+        column="create full",
+        verb="create",
+        act=_full,
+        spec=TWO,
+        start="running",
+        without=_NO_SAVE,
+        happened=_taken,
+        forward=((steps.SAVING, "before"), (steps.SETTLED, "before")),
+    ),
+    "create full in a chosen file": Scenario(
+        column="create full",
+        verb="create",
+        act=_full_in_chosen_file,
+        start="running",
+        without=_NO_SAVE,
+        expected=Expected(place=frozenset({"new"})),
+        happened=_taken,
+        forward=((steps.SAVING, "before"), (steps.SETTLED, "before")),
     ),
     "save": Scenario(
         column="save",
@@ -261,6 +339,8 @@ SCENARIOS: dict[str, Scenario] = {
         without=frozenset({steps.LOST}),
         idle=frozenset({steps.SETTLED}),
         expected=Expected(ends=True),
+        happened=_taken,
+        forward=((steps.SAVING, "before"), (steps.ENDING, "before")),
     ),
     "save whose place is taken": Scenario(
         column="save",
@@ -271,9 +351,23 @@ SCENARIOS: dict[str, Scenario] = {
         expected=Expected(place=frozenset({"state"})),
         ends="refused",
     ),
-    "create internal": Scenario(column="create internal", verb="internal", act=_internal, spec=TWO, start="running"),
+    "create internal": Scenario(
+        column="create internal",
+        verb="internal",
+        act=_internal,
+        spec=TWO,
+        start="running",
+        happened=_taken,
+        forward=((steps.RECORDED, "before"), (steps.RECORDED, "before")),
+    ),
     "create internal without memory": Scenario(
-        column="create internal", verb="internal", act=_internal_disks, spec=TWO, start="paused"
+        column="create internal",
+        verb="internal",
+        act=_internal_disks,
+        spec=TWO,
+        start="paused",
+        happened=_taken,
+        forward=((steps.RECORDED, "before"), (steps.RECORDED, "before")),
     ),
     "create internal, stopped": Scenario(
         column="create internal",
@@ -281,6 +375,8 @@ SCENARIOS: dict[str, Scenario] = {
         act=_internal_disks,
         spec=TWO,
         idle=_ALL,
+        happened=_taken,
+        forward=((steps.RECORDED, "before"), (steps.RECORDED, "before")),
     ),
     "revert, paused": Scenario(
         column="revert",
@@ -290,6 +386,8 @@ SCENARIOS: dict[str, Scenario] = {
         start="paused",
         idle=_ENDED,
         expected=Expected(goes_to="s1", ends=True),
+        happened=_gone_back,
+        forward=((steps.STOPPING, "after"), (steps.STOPPING, "after")),
     ),
     "revert, stopped": Scenario(
         column="revert",
@@ -298,6 +396,8 @@ SCENARIOS: dict[str, Scenario] = {
         without=frozenset({steps.STARTING}),
         idle=_ALL,
         expected=Expected(goes_to="s1", ends=True),
+        happened=_gone_back,
+        forward=((steps.STOPPING, "after"), (steps.STOPPING, "after")),
     ),
     "revert to memory": Scenario(
         column="revert",
@@ -316,6 +416,8 @@ SCENARIOS: dict[str, Scenario] = {
         warm=_internal_below,
         idle=_ENDED,
         expected=_LOADS,
+        happened=_gone_back,
+        forward=((steps.STOPPING, "after"), (steps.STOPPING, "after")),
     ),
     "revert in place": Scenario(
         column="revert", verb="load", act=_load, start="running", warm=_internal_before, expected=_LOADS
@@ -346,6 +448,12 @@ SCENARIOS: dict[str, Scenario] = {
     **_named("mirror, pivot", _mirror(_pivot)),
     **_named("mirror, finish", _mirror(_finish)),
     "mirror, shallow pivot": Scenario(
-        column="mirror", verb="mirror", act=_pivot_shallow, start="paused", expected=_COPY
+        column="mirror",
+        verb="mirror",
+        act=_pivot_shallow,
+        start="paused",
+        expected=_COPY,
+        happened=_copied,
+        forward=_MIRRORED,
     ),
 }

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from anyio import to_thread
 from msgspec import Struct
 
 import qmpsnap
+from qmpsnap.block import header
 from qmpsnap.errors import OperationPending
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import DiskSpec, MachineSpec
@@ -143,14 +144,23 @@ async def recover(vm: qmpsnap.MachineHandle) -> None:
         await vm.wait()
 
 
-async def judge(vm: qmpsnap.MachineHandle, place: Path, before: Before, expected: Expected) -> None:
-    """Recover; once more; then every invariant; then the machine has to work on. Raises what is violated."""
+async def judge(
+    vm: qmpsnap.MachineHandle,
+    place: Path,
+    before: Before,
+    expected: Expected,
+    *,
+    also: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Recover, twice; then every invariant, and ``also``; then the machine has to work on. Raises what is violated."""
     with anyio.fail_after(100):  # I10
         await recover(vm)
         once = await picture(vm, place)
         await vm.recover()
         assert await picture(vm, place) == once, "I8: a second recovery changed something"
         await _hold(vm, place, before, expected)
+        if also:
+            await also()
         await _works_on(vm, before, expected)
 
 
@@ -164,11 +174,20 @@ async def _hold(vm: qmpsnap.MachineHandle, place: Path, before: Before, expected
     await hold_invariants(vm)
     layers = {len(chain.layers) for chain in context_of(vm).store.chains(vm.name)}
     assert len(layers) == 1, "I7: the disks are not all at the same point"
+    _no_tag_is_left(vm)
     made = {file.name for file in place.iterdir()}
     assert made <= expected.place, f"I3: {made - expected.place} was left in the user's folder"
     state = await vm.state()
     if state != "stopped" and not expected.ends:
         assert state == before.state, f"I10: the guest is left {state}"
+
+
+def _no_tag_is_left(vm: qmpsnap.MachineHandle) -> None:
+    forest = context_of(vm).store.forest()
+    for layer in forest.layers.values():
+        inside = header.read(layer.path, format=layer.format).internal_snapshots if layer.format == "qcow2" else 0
+        named = sum(reference.tag is not None for reference in forest.references_to(layer.id))
+        assert inside == named, f"I6: layer {layer.id} has {inside} tags inside, and {named} are snapshots"
 
 
 async def _works_on(vm: qmpsnap.MachineHandle, before: Before, expected: Expected) -> None:

@@ -9,10 +9,9 @@ from qmpsnap.model import steps
 from tests.faults import site, watch
 from tests.faults.deaths import Point, controller_dies
 from tests.faults.report import Fault
-from tests.faults.test_kill import WHEN
 from tests.live.machine import hold_invariants
 
-CASES = [(step.name, when) for step in steps.STEPS["define"] for when in WHEN]
+CASES = [(step.name, when) for step in steps.STEPS["define"] for when in watch.WHEN]
 
 
 @pytest.mark.short

@@ -30,12 +30,11 @@ class Case(Struct, frozen=True):
         return f"{self.name}-{self.step}-{self.when}-{self.death}"
 
 
-WHEN: tuple[watch.When, ...] = ("before", "after")
 CASES = [
     Case(name, step, when, death)
     for name, scenario in SCENARIOS.items()
     for step in scenario.steps
-    for when in WHEN
+    for when in watch.WHEN
     for death in DEATHS
     if death == "controller" or step not in scenario.idle
 ]
@@ -70,7 +69,15 @@ async def test_killed(q: qmpsnap.Controller, place: Path, fault: Fault, case: Ca
         assert died.died, f"never came to {point}: {died.said}"
         assert case.death == "controller" or kill_qemu(vm), "there was no QEMU to kill"
     fault.reached(scenario.verb, case.step)
-    await site.judge(vm, place, before, scenario.expected)
+
+    async def ends_as_it_must() -> None:
+        if scenario.happened:
+            forward = scenario.goes_forward(
+                (case.step, case.when), qemu="lives" if case.death == "controller" else "dies"
+            )
+            assert await scenario.happened(vm, place) == forward, f"it must go {'forward' if forward else 'back'}"
+
+    await site.judge(vm, place, before, scenario.expected, also=ends_as_it_must)
 
 
 async def _qemu_dies(vm: qmpsnap.MachineHandle, place: Path, name: str, point: Point) -> None:

@@ -17,7 +17,6 @@ from tests.faults import filters, powerloss, site, watch
 from tests.faults.deaths import Point, controller_dies, kill_qemu
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, Scenario, ready
-from tests.faults.test_kill import WHEN
 from tests.live.machine import context_of
 
 FAULT = "power loss at a step"
@@ -51,7 +50,11 @@ class Case(Struct, frozen=True):
 
 
 CASES = [
-    Case(name, step, when, seed) for name in NAMES for step in SCENARIOS[name].steps for when in WHEN for seed in SEEDS
+    Case(name, step, when, seed)
+    for name in NAMES
+    for step in SCENARIOS[name].steps
+    for when in watch.WHEN
+    for seed in SEEDS
 ]
 
 

@@ -11,7 +11,6 @@ from tests.faults import site, watch
 from tests.faults.deaths import Point, controller_dies, kill_qemu
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, ready
-from tests.faults.test_kill import WHEN
 
 FIRST = "kill -9 of the recovery, too"
 
@@ -37,7 +36,7 @@ def _cases() -> list[Case]:
         if step != steps.SETTLED
         for qemu in ("lives", "dies")
         if qemu == "lives" or step not in scenario.idle
-        for when in WHEN
+        for when in watch.WHEN
         for nth in (1, 2)
     ]
 

@@ -12,6 +12,7 @@ from qmpsnap.model.operation import Change, Operation, OperationState, Plan, ver
 from qmpsnap.store.sqlite import SqliteStore
 
 When = Literal["before", "after"]
+WHEN: tuple[When, ...] = ("before", "after")
 
 Hook = Callable[[str, str, When], None]
 """Told the operation's verb, the step's name, and whether that is about to become durable or just has."""

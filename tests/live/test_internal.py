@@ -483,49 +483,6 @@ async def nodes_with_tags(vm: qmpsnap.MachineHandle) -> list[dict[str, Any]]:
 
 # --- deaths -----------------------------------------------------------------------------------------------------------
 
-STEPS = {
-    "after the journal row": ("qmpsnap.store.sqlite", "SqliteStore.open_operation", "after", 1),
-    "marked started": ("qmpsnap.store.sqlite", "SqliteStore.mark", "after", 1),
-    "with the guest held": ("qmpsnap.qmp.commands", "control", "after", 1),
-    "with the memory on its way": ("qmpsnap.qmp.jobs", "follow", "before", 1),
-    "with the memory inside": ("qmpsnap.qmp.jobs", "follow", "after", 1),
-    "settled": ("qmpsnap.store.sqlite", "SqliteStore.settle", "after", 1),
-}
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("qemu", ["lives", "dies too"])
-@pytest.mark.parametrize("verb", ["create", "load"])
-@pytest.mark.parametrize("step", STEPS)
-async def test_killed_in_the_middle(
-    q: qmpsnap.Controller, qcow2_spec: MachineSpec, step: str, verb: str, qemu: str
-) -> None:
-    vm = await q.define(qcow2_spec)
-    await vm.start()
-    await fill(vm, "vda", 1)
-    tag = str((await vm.snapshot("first", kind="internal")).points[0].tag)
-    first = await tag_hash(vm, LayerId("vda-1"), tag)
-    await fill(vm, "vda", 2)
-    words = {
-        "create": ("snapshot", "create", "still", "second", "--kind", "internal"),
-        "load": ("snapshot", "revert", "still", "first", "--discard", "--no-after"),
-    }[verb]
-    await die_at(STEPS[step], *words)
-    if qemu == "dies too":
-        await kill_qemu(vm)
-    await vm.recover()
-    assert await vm.recover() == []
-    assert await vm.state() == ("stopped" if qemu == "dies too" else "running")
-    names = [snapshot.name for snapshot in await vm.snapshots()]
-    assert set(names) - {"second"} == {"first"}
-    assert [len(tags_in(vm, layer)) for layer in ("vda-1", "vdb-2")] == [len(names)] * 2
-    assert await tag_hash(vm, LayerId("vda-1"), tag) == first
-    await hold_invariants(vm)
-    for name in names:
-        await vm.revert(name)
-        assert await vm.state() == "running"
-    await hold_invariants(vm)
-
 
 KEEPING = {
     "with the guest held": ("qmpsnap.qmp.commands", "control", "after", 1),
