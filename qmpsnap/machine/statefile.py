@@ -57,6 +57,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     compression: Compression
     hardware: Hardware
     steps_ms: dict[str, float] = {}
+    frozen: bool = False
 
 
 def part(path: str, operation: OperationId) -> str:
@@ -189,6 +190,7 @@ def find(path: str) -> tuple[Vmstate, Manifest]:
         compression=manifest.compression,
         hardware=manifest.hardware,
         steps_ms=manifest.steps_ms,
+        frozen=manifest.frozen,
     ), manifest
 
 

@@ -17,7 +17,7 @@ from qmpsnap.machine.machine import wait_end
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import memory
 from qmpsnap.qmp import migration
-from tests.live.crash import die_at, kill_qemu
+from tests.live.crash import die_at
 from tests.live.machine import MIB, context_of, fill, hold_invariants, snapshot_hashes
 from tests.live.test_full import survives_failure
 
@@ -285,9 +285,7 @@ async def test_killed_with_the_memory(
     await fill(vm, "vda", 1)
     before = (await vm.chains())[0].ids
     create = ("snapshot", "create", "still", "s", "--kind", "full", "--file", f"vda={place}/new")
-    await die_at(MEMORY_STEPS[step], *create)
-    if qemu == "dies too":
-        await kill_qemu(vm)
+    await die_at(MEMORY_STEPS[step], *create, qemu_too=qemu == "dies too")
     for _ in range(2):
         await vm.recover()
         assert [snapshot.name for snapshot in await vm.snapshots()] == (["s"] if step in TAKEN else [])

@@ -77,9 +77,7 @@ async def test_killed_in_the_middle(
         for found in await vm.snapshots()
         for point in found.points
     }
-    await die_at(STEPS[step], *VERBS[verb])
-    if qemu == "dies too":
-        await kill_qemu(vm)
+    await die_at(STEPS[step], *VERBS[verb], qemu_too=qemu == "dies too")
     try:
         await vm.recover()
     except OperationPending:  # its memory is still being written, and the guest runs on
@@ -111,9 +109,7 @@ async def test_killed_while_it_is_packed(
 ) -> None:
     vm = await q.define(still_spec)
     await vm.start()
-    await die_at(PACKING[step], *VERBS[verb], "--compress", "zstd")
-    if qemu == "dies too":
-        await kill_qemu(vm)
+    await die_at(PACKING[step], *VERBS[verb], "--compress", "zstd", qemu_too=qemu == "dies too")
     await vm.recover()
     assert await vm.recover() == []
     taken = [found.name for found in await vm.snapshots()]

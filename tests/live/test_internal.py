@@ -415,9 +415,7 @@ async def test_killed_in_the_middle(
         "create": ("snapshot", "create", "still", "second", "--kind", "internal"),
         "load": ("snapshot", "revert", "still", "first", "--discard", "--no-after"),
     }[verb]
-    await die_at(STEPS[step], *words)
-    if qemu == "dies too":
-        await kill_qemu(vm)
+    await die_at(STEPS[step], *words, qemu_too=qemu == "dies too")
     await vm.recover()
     assert await vm.recover() == []
     assert await vm.state() == ("stopped" if qemu == "dies too" else "running")
