@@ -12,7 +12,7 @@ from qmpsnap.machine_life import MachineLife
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
-from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.snapshot import Quiesce, Snapshot
 from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
 from qmpsnap.ops import commit, create, delete, internal, mirror, rename, revert, save, stack
@@ -22,6 +22,7 @@ from qmpsnap.ops.delete import DeletePlan, DeleteRequest
 from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.means import MemoryRequest
 from qmpsnap.ops.mirror import MirrorRequest, Mode
+from qmpsnap.ops.quiesce import FREEZE_WINDOW, QuiesceRequest
 from qmpsnap.ops.revert import Preview, Reverted, RevertRequest, Run
 from qmpsnap.ops.save import RestoreRequest, SaveRequest
 from qmpsnap.qmp.jobs import Report, unreported
@@ -47,6 +48,8 @@ class MachineHandle(MachineLife):
         compression: Compression = "none",
         degrade: bool = False,
         memory: bool | None = None,
+        quiesce: Quiesce = "skip",
+        freeze_window: float = FREEZE_WINDOW,
         report: Report = unreported,
     ) -> Snapshot:
         """Take a snapshot, all disks at one instant; a ``full`` one with the guest's memory of that same instant.
@@ -66,6 +69,9 @@ class MachineHandle(MachineLife):
             compression: of the memory's file.
             degrade: should only the memory fail, keep the disks' snapshot and return that.
             memory: with ``internal`` only: whether the guest's memory is saved, too; None if there is a guest.
+            quiesce: ``require``: of frozen file systems or not at all; ``prefer``: if the guest's agent can freeze
+                them, and the snapshot's ``unquiesced`` says why it could not.
+            freeze_window: seconds they may be frozen.
             report: told how much of the memory is written.
 
         Raises:
@@ -75,18 +81,24 @@ class MachineHandle(MachineLife):
                 be saved as asked.
             StoreMismatch: QEMU's chains are not the store's.
             HostCannot: no space for the memory; the guest runs on, and there is no trace of the attempt.
+            QemuGone, DeadlinePassed, QmpError: with ``require``, the guest's agent is not there, silent or refuses.
         """
         if kind == "internal":
             if files:
                 raise UsageError("an internal snapshot makes no new layers: files name nothing; nothing was changed")
             inside = InternalRequest(
-                name=name, description=description, disks=None if disks is None else tuple(disks), memory=memory
+                name=name,
+                description=description,
+                disks=None if disks is None else tuple(disks),
+                memory=memory,
+                quiesce=QuiesceRequest(wish=quiesce, window=freeze_window),
             )
             return await internal.create(self._context, self.name, inside, report=report)
         wanted = None
         if kind == "full":
             wanted = MemoryRequest(max_pause_ms=max_pause_ms, compression=compression, degrade=degrade)
-        request = replace(_request(name, description, disks, files), memory=wanted)
+        freeze = QuiesceRequest(wish=quiesce, window=freeze_window)
+        request = replace(_request(name, description, disks, files), memory=wanted, quiesce=freeze)
         return await create.run(self._context, self.name, request, report=report)
 
     async def preview_snapshot(
@@ -98,10 +110,12 @@ class MachineHandle(MachineLife):
         disks: Sequence[str] | None = None,
         files: Files | None = None,
         max_pause_ms: float | None = None,
+        quiesce: Quiesce = "skip",
     ) -> tuple[Machine, CreatePlan]:
         """What :meth:`snapshot` would do now, without doing it."""
         memory = MemoryRequest(max_pause_ms=max_pause_ms) if kind == "full" else None
-        request = replace(_request(name, description, disks, files), memory=memory)
+        freeze = QuiesceRequest(wish=quiesce)
+        request = replace(_request(name, description, disks, files), memory=memory, quiesce=freeze)
         return await create.preview(self._context, self.name, request)
 
     async def preview_internal(

@@ -6,7 +6,7 @@ from anyio import to_thread
 
 from qmpsnap.errors import QmpError
 from qmpsnap.machine import agent
-from qmpsnap.machine.agent import Completed
+from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import Operation
@@ -119,6 +119,24 @@ class MachineLife:
                 machine=self.name,
             )
         return done
+
+    async def fstrim(self, *, minimum: int = 0, deadline: float = 60) -> tuple[Trimmed, ...]:
+        """Let the guest give its disks back what its file systems do not use; one entry per file system.
+
+        Args:
+            minimum: bytes that a free range must have at least.
+            deadline: seconds to wait for all of them.
+
+        Raises:
+            StateError: the guest's vCPUs are stopped.
+            QmpError: the guest refused.
+            DeadlinePassed: no agent, or it takes longer.
+        """
+        asked.require_time(deadline, "the deadline")
+        await pausing.require_awake(self._context, await self.record())
+        socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
+        async with agent.connect(socket, machine=self.name, deadline=deadline) as guest:
+            return await guest.fstrim(minimum=minimum, deadline=deadline)
 
     async def jobs(self) -> tuple[JobInfo, ...]:
         """The jobs that the machine's QEMU has; none when it is stopped."""

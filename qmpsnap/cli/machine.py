@@ -1,4 +1,4 @@
-"""Machines: define, list, show, start, stop, undefine, console, exec, recover."""
+"""Machines: define, list, show, start, stop, undefine, console, exec, fstrim, recover."""
 
 import argparse
 import os
@@ -54,6 +54,12 @@ def register(parsers: Parsers) -> None:
     add_machine(command)
     command.add_argument("--timeout", type=amount, default=60, metavar="S", help="seconds to wait for its end (60)")
     command.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="program and arguments")
+
+    command = add(parsers, "fstrim", _fstrim, help="let the guest give its disks back what its file systems do not use")
+    add_machine(command)
+    command.add_argument("--minimum", type=int, default=0, metavar="BYTES", help="leave free ranges smaller than this")
+    command.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds to wait for its end (60)")
+    add_format(command)
 
     command = add(parsers, "recover", _recover, help="end operations that were interrupted, forward or back")
     command.add_argument("machine", metavar="VM", nargs="?", help="name of the machine; all of them without it")
@@ -279,6 +285,24 @@ def _exec(arguments: argparse.Namespace) -> int:
     sys.stdout.buffer.write(done.stdout)
     sys.stderr.buffer.write(done.stderr)
     return int(done.status)
+
+
+def _fstrim(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> Any:
+        vm = await controller.machine(arguments.machine)
+        return await vm.fstrim(minimum=arguments.minimum, deadline=arguments.timeout)
+
+    found = controlling(act)
+    systems = [{"path": one.path, "trimmed": one.trimmed, "error": one.error} for one in found]
+    output.emit(
+        arguments.output,
+        document={"machine": arguments.machine, "file_systems": systems},
+        names=[one.path for one in found],
+        table=lambda: output.table(
+            ("FILE SYSTEM", "TRIMMED"),
+            [(one.path, one.error or output.size(one.trimmed or 0)) for one in found],
+        ),
+    )
 
 
 def _recover(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,10 @@ from qmpsnap.errors import QmpsnapError, UsageError
 NOUNS: Final = {
     "doctor": ("doctor",),
     "demo": ("demo",),
-    "machine": ("define", "list", "show", "start", "stop", "pause", "resume", "undefine", "console", "exec", "recover"),
+    "machine": (
+        *("define", "list", "show", "start", "stop", "pause", "resume", "undefine"),
+        *("console", "exec", "fstrim", "recover"),
+    ),
     "adopt": ("adopt",),
     "snapshot": ("snapshot", "tree"),
     "save": ("save", "restore"),

@@ -48,6 +48,13 @@ def register(parsers: Parsers) -> None:
     command.add_argument("--degrade", action="store_true", help="full: should the memory fail, keep the disks alone")
     add_compress(command)
     command.add_argument("--no-memory", action="store_true", help="internal: the disks alone")
+    command.add_argument(
+        "--quiesce",
+        choices=("require", "prefer", "skip"),
+        default="skip",
+        help="freeze the guest's file systems for it: or fail; if the guest can; never (the default)",
+    )
+    command.add_argument("--freeze-window", type=float, metavar="S", help="seconds they may be frozen at most (5)")
     command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
     add_progress(command)
     add_format(command)
@@ -97,6 +104,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--max-pause, --degrade and --compress are about memory: add --kind full; nothing was changed")
     if arguments.file and arguments.kind == "internal":
         raise UsageError("--file is about new layers, and a snapshot inside images makes none; nothing was changed")
+    if arguments.quiesce == "skip" and arguments.freeze_window is not None:
+        raise UsageError("--freeze-window is about freezing: add --quiesce require or prefer; nothing was changed")
+    if arguments.quiesce != "skip" and arguments.no_snapshot:
+        raise UsageError("--quiesce is about a snapshot, and --no-snapshot makes none; nothing was changed")
     if arguments.no_memory and arguments.kind != "internal":
         raise UsageError("--no-memory is about snapshots inside images: add --kind internal; nothing was changed")
 
@@ -120,6 +131,7 @@ def _create(arguments: argparse.Namespace) -> None:
             disks=disks,
             files=files,
             max_pause_ms=arguments.max_pause,
+            quiesce=arguments.quiesce,
         )
 
     if arguments.dry_run:
@@ -142,12 +154,16 @@ def _create(arguments: argparse.Namespace) -> None:
                 compression=arguments.compress,
                 degrade=arguments.degrade,
                 memory=False if arguments.no_memory else None,
+                quiesce=arguments.quiesce,
+                **_window(arguments),
                 report=report,
             )
 
         snapshot = controlling(act)
     if snapshot.kind != arguments.kind:
         output.note(f"the memory could not be saved, so this is a {snapshot.kind} snapshot")
+    if snapshot.unquiesced:
+        output.note(f"the guest's file systems were not frozen: {output.printable(snapshot.unquiesced)}")
     print_taken(arguments, snapshot)
 
 
@@ -158,6 +174,10 @@ def _disks(named: str | None) -> list[str] | None:
     if twice := next((disk for disk in disks if disks.count(disk) > 1), None):
         raise UsageError(f"--disks names disk {twice} twice; nothing was changed")
     return disks
+
+
+def _window(arguments: argparse.Namespace) -> dict[str, float]:
+    return {} if arguments.freeze_window is None else {"freeze_window": arguments.freeze_window}
 
 
 def _files(named: Sequence[str]) -> dict[str, str]:
@@ -209,6 +229,8 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
         if memory:
             lines += [f"  create {output.printable(memory['path'])} with the memory ({memory['mode']})"]
             lines += [f"  the guest would stand still meanwhile: {memory['why']}"] if memory["why"] else []
+        if plan.quiesce != "skip":
+            lines += [f"  the guest's agent would be told to freeze its file systems ({plan.quiesce})"]
         lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
         lines += [f"  {json.dumps(command)}" for command in commands]
         return "\n".join([*lines, "bytes to move: 0"])
@@ -221,6 +243,7 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
             "files": files,
             "qmp": commands,
             "memory": memory,
+            "quiesce": plan.quiesce,
             "bytes": 0,
         },
         names=[name] if name else [overlay.layer.id for overlay in plan.overlays],
@@ -294,6 +317,8 @@ def _show(arguments: argparse.Namespace) -> None:
 
     def text() -> str:
         plain = {key: value for key, value in document.items() if key not in _NESTED}
+        if plain["unquiesced"] is None:
+            del plain["unquiesced"]
         plain["pause"] = None if document["pause_ms"] is None else f"{document['pause_ms']:.1f} ms"
         if state := document["vmstate"]:
             plain["memory"] = f"{state['path']} ({output.size(state['bytes'])}, {state['mode']}, {state['layout']})"

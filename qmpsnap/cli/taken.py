@@ -44,6 +44,8 @@ def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any
         },
         "pause_ms": snapshot.pause_ms,
         "mode": snapshot.mode,
+        "level": snapshot.level,
+        "unquiesced": snapshot.unquiesced or None,
         "vmstate": _vmstate(snapshot.vmstate) if snapshot.vmstate else None,
         "inside": {"layer": inside.layer, "bytes": inside.bytes} if (inside := snapshot.inside) else None,
     }
@@ -58,6 +60,7 @@ def _vmstate(state: Vmstate) -> dict[str, Any]:
         "layout": state.layout,
         "compression": state.compression,
         "steps_ms": state.steps_ms,
+        "frozen": state.frozen,
         "qemu": state.hardware.qemu_version,
         "machine_type": state.hardware.machine_type,
     }

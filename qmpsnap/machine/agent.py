@@ -1,20 +1,22 @@
 """The QEMU guest agent: commands in the guest, with a deadline on each; what it answers is data, never trusted.
 
 Commands: ``guest-sync-delimited``, ``guest-ping``, ``guest-set-time``, ``guest-exec``,
-``guest-exec-status`` (QGA's own schema).
+``guest-exec-status``, ``guest-fsfreeze-freeze``, ``guest-fsfreeze-status``, ``guest-fsfreeze-thaw``, ``guest-fstrim``
+(QGA's own schema).
 """
 
 import base64
 import binascii
 import json
 import secrets
+import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
-from anyio.abc import UNIXSocketStream
+from anyio.abc import SocketAttribute, UNIXSocketStream
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
@@ -30,12 +32,24 @@ _QUOTED = 500
 """Characters of the guest's own words in an error."""
 
 
+MOUNTS_LIMIT = 100_000
+"""File systems that may be frozen: the number of mounts that Linux allows."""
+
+
 class Completed(Struct, frozen=True, kw_only=True):
     """A command that ended in the guest; ``status`` is its exit status, or 128 + the signal that killed it."""
 
     status: int
     stdout: bytes
     stderr: bytes
+
+
+class Trimmed(Struct, frozen=True, kw_only=True):
+    """A file system of the guest after a trim: the bytes it gave back to its disk, or why it could not (``error``)."""
+
+    path: str
+    trimmed: int | None = None
+    error: str | None = None
 
 
 class Agent:
@@ -45,6 +59,15 @@ class Agent:
         self._stream = stream
         self._machine = machine
         self._buffer = bytearray()
+
+    @property
+    def channel(self) -> socket.socket:
+        """The connection itself, for a process of ours that is to go on with the conversation."""
+        return self._stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - not Django's
+
+    async def close(self) -> None:
+        """Leave the channel to others."""
+        await self._stream.aclose()
 
     async def synchronise(self, *, deadline: float) -> None:
         """Wait until the agent answers with our random number, past whatever an earlier client left in the channel.
@@ -77,11 +100,7 @@ class Agent:
             await self._stream.send(json.dumps(request).encode() + b"\n")
             answer = _decode(await self._read_until(b"\n"))
         if "return" not in answer and "error" not in answer:
-            raise QmpError(
-                f"the guest agent of {self._machine} answered {command} with nonsense; whether it acted is unknown",
-                effect="unknown",
-                machine=self._machine,
-            )
+            raise self._nonsense(command)
         if "error" in answer:
             error = answer["error"] if isinstance(answer["error"], dict) else {}
             raise QmpError(
@@ -99,6 +118,72 @@ class Agent:
             DeadlinePassed: no answer in time; effect unknown.
         """
         await self.execute("guest-set-time", {"time": nanoseconds}, deadline=deadline)
+
+    async def freeze(self, *, deadline: float) -> int:
+        """Freeze the guest's file systems (``guest-fsfreeze-freeze``); returns how many there were.
+
+        Raises:
+            QmpError: the guest refused it; or answered nonsense: then the effect is unknown.
+            DeadlinePassed: no answer in time; effect unknown.
+        """
+        return self._count("guest-fsfreeze-freeze", await self.execute("guest-fsfreeze-freeze", deadline=deadline))
+
+    async def thaw(self, *, deadline: float) -> int:
+        """Thaw the guest's file systems (``guest-fsfreeze-thaw``); returns how many were frozen.
+
+        Raises:
+            QmpError: the guest refused it, or answered nonsense.
+            DeadlinePassed: no answer in time; effect unknown.
+        """
+        return self._count("guest-fsfreeze-thaw", await self.execute("guest-fsfreeze-thaw", deadline=deadline))
+
+    async def freeze_status(self, *, deadline: float = 10) -> str:
+        """``thawed`` or ``frozen``: what the agent remembers to have done last (``guest-fsfreeze-status``).
+
+        Raises:
+            QmpError: it answered something else.
+        """
+        status = await self.execute("guest-fsfreeze-status", deadline=deadline)
+        if status not in ("thawed", "frozen"):
+            raise self._nonsense("guest-fsfreeze-status")
+        return str(status)
+
+    async def fstrim(self, *, minimum: int = 0, deadline: float = 60) -> tuple[Trimmed, ...]:
+        """Let the guest give its disks back what its file systems do not use (``guest-fstrim``).
+
+        Args:
+            minimum: bytes that a free range must have at least.
+            deadline: seconds for all of them.
+
+        Raises:
+            QmpError: the guest refused it, or answered nonsense.
+            DeadlinePassed: it takes longer; it is not ended by that.
+        """
+        found = await self.execute("guest-fstrim", {"minimum": minimum}, deadline=deadline)
+        paths = found.get("paths") if isinstance(found, dict) else None
+        if not isinstance(paths, list):
+            raise self._nonsense("guest-fstrim")
+        return tuple(self._trimmed(one) for one in paths)
+
+    def _trimmed(self, said: Any) -> Trimmed:
+        if isinstance(said, dict) and isinstance(path := said.get("path"), str):
+            if isinstance(error := said.get("error"), str):
+                return Trimmed(path=path, error=error)
+            if type(trimmed := said.get("trimmed")) is int and 0 <= trimmed < 1 << 63:
+                return Trimmed(path=path, trimmed=trimmed)
+        raise self._nonsense("guest-fstrim")
+
+    def _count(self, command: str, said: Any) -> int:
+        if type(said) is not int or not 0 <= said <= MOUNTS_LIMIT:
+            raise self._nonsense(command)
+        return said
+
+    def _nonsense(self, command: str) -> QmpError:
+        return QmpError(
+            f"the guest agent of {self._machine} answered {command} with nonsense; whether it acted is unknown",
+            effect="unknown",
+            machine=self._machine,
+        )
 
     async def run(self, command: Sequence[str], *, deadline: float, stdin: bytes = b"") -> Completed:
         """Run a program in the guest and wait for its end.

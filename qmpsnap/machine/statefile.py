@@ -65,6 +65,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     hardware: Hardware
     steps_ms: dict[str, float] = {}
     points: dict[str, LayerId] = {}
+    frozen: bool = False
 
 
 def part(path: str, operation: OperationId) -> str:
@@ -231,6 +232,7 @@ def find(path: str) -> tuple[Vmstate, Manifest]:
         compression=manifest.compression,
         hardware=manifest.hardware,
         steps_ms=manifest.steps_ms,
+        frozen=manifest.frozen,
     ), manifest
 
 

@@ -45,6 +45,12 @@ class Home(Struct, frozen=True, kw_only=True):
         return cls(data=data, run=run, cache=cache, images=images)
 
     @property
+    def environment(self) -> dict[str, str]:
+        """What another process has to be told to find the same places, where its environment is ours otherwise."""
+        beneath = self.run == self.data / "run" and self.cache == self.data / "cache"
+        return {"QMPSNAP_HOME": str(self.data)} if beneath else {}
+
+    @property
     def store(self) -> Path:
         """The store's file."""
         return self.data / "qmpsnap.db"

@@ -8,7 +8,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.nbd import NbdExport
-from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.snapshot import Quiesce, Snapshot
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 
 OperationState = Literal["planned", "running", "settled", "failed", "unknown"]
@@ -113,6 +113,7 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
         live: a QEMU runs; the transaction is sent to it.
         overlays: the new active layers.
         memory: how the memory is saved; None for the disks alone.
+        quiesce: the guest's file systems may have been frozen for it, and with ``require`` there is no snapshot else.
     """
 
     machine: str
@@ -120,6 +121,7 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
     overlays: tuple[Overlay, ...]
     change: Change
     memory: Memory | None = None
+    quiesce: Quiesce = "skip"
 
 
 class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
@@ -133,6 +135,7 @@ class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
         variables: the UEFI variable store and where its copy goes.
         resume: the guest ran before and is held meanwhile.
         change: what becomes true, but for the size of the memory.
+        quiesce: as in :class:`CreatePlan`.
     """
 
     machine: str
@@ -143,6 +146,7 @@ class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
     variables: tuple[str, str] | None
     resume: bool
     change: Change
+    quiesce: Quiesce = "skip"
 
 
 class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):

@@ -10,6 +10,11 @@ from qmpsnap.model.vmstate import Hardware, Inside, Vmstate
 SnapshotKind = Literal["disk", "full", "internal"]
 SnapshotState = Literal["ok", "consumed"]
 """``ok``: every point reads as it did at its moment. ``consumed``: a commit overwrote a point; not revertable."""
+Level = Literal["crash", "fs", "ram"]
+"""``crash``: the disks as after a loss of power. ``fs``: the guest's file systems were frozen, so that they are whole
+and have all that was written. ``ram``: the guest's memory is there, too, and it goes on where it was."""
+Quiesce = Literal["require", "prefer", "skip"]
+"""Whether the guest's file systems are frozen for a snapshot: always, or there is none; if they can be; never."""
 
 
 class Point(Struct, frozen=True, kw_only=True):
@@ -31,6 +36,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         operation: the operation that took it.
         vmstate: the guest's RAM and devices at that instant, in a file; a ``full`` snapshot has it.
         inside: the same inside an image; an ``internal`` snapshot of a guest that had memory.
+        level: what can be relied on of what the guest had not written out.
+        unquiesced: why its file systems were not frozen, where that was preferred; empty otherwise.
         variables: path of a copy of the UEFI variable store; an ``internal`` snapshot of a machine that has one.
     """
 
@@ -47,6 +54,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     vmstate: Vmstate | None = None
     inside: Inside | None = None
     variables: str | None = None
+    level: Level = "crash"
+    unquiesced: str = ""
 
     @property
     def hardware(self) -> Hardware | None:

@@ -14,6 +14,7 @@ from qmpsnap.errors import ForeignHost, QemuGone, StateError, StoreMismatch
 from qmpsnap.machine import adopted
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import monitor, prepare_run_dir
+from qmpsnap.machine.watch import Watch, watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.qmp.session import Monitor
@@ -133,6 +134,21 @@ async def locked(context: Context, name: str, verb: str) -> AsyncIterator[None]:
     prepare_run_dir(run_dir)
     with machine_lock(run_dir / "lock", machine=name, verb=verb):
         yield
+
+
+@asynccontextmanager
+async def guarded(context: Context, machine: Machine, *, when: bool) -> AsyncIterator[Watch | None]:
+    """For the block: a guest that we hold in it runs on even if we die. None unless ``when``.
+
+    Raises:
+        HostCannot: no guard can be started.
+    """
+    if not when:
+        yield None
+        return
+    home = context.home
+    async with watching(machine.name, run_dir=home.run_dir(machine.name), environment=home.environment) as guard:
+        yield guard
 
 
 def require_own(context: Context, machine: Machine) -> None:

@@ -12,6 +12,7 @@ from qmpsnap.block import graph, place
 from qmpsnap.errors import DeadlinePassed, QmpsnapError, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.machine.opened import require_opened
+from qmpsnap.machine.watch import Watch
 from qmpsnap.model import steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
@@ -21,11 +22,12 @@ from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import version_of
-from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create, space
+from qmpsnap.ops import asked, chosen, commit, memory, quiesce, recover, recover_create, space
 from qmpsnap.ops.commit import CommitRequest
-from qmpsnap.ops.context import Context, blocking, require_spec
+from qmpsnap.ops.context import Context, blocking, guarded, require_spec
 from qmpsnap.ops.means import Means, MemoryRequest, choose
 from qmpsnap.ops.overlays import identified, make_overlays, overlay_on, require_free
+from qmpsnap.ops.quiesce import Freezer, QuiesceRequest
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.jobs import Report, unreported
@@ -42,6 +44,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         files: disk to absolute path of its new layer; those not named are put into the machine's folder.
         listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
         memory: save the guest's memory as well, of the same instant; None takes the disks alone.
+        quiesce: freeze the guest's file systems for that instant.
     """
 
     name: str | None = None
@@ -50,6 +53,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
     listed: bool = True
     files: Mapping[str, str] = {}
     memory: MemoryRequest | None = None
+    quiesce: QuiesceRequest = QuiesceRequest()
 
 
 def plan(
@@ -63,6 +67,7 @@ def plan(
     mode: str,
     now: float,
     means: Means | None = None,
+    freezer: Freezer | None = None,
 ) -> CreatePlan:
     """What will be done; pure.
 
@@ -76,6 +81,7 @@ def plan(
         mode: ``live``, ``paused`` or ``stopped``.
         now: seconds since the epoch.
         means: how the memory can be saved, if it was asked for.
+        freezer: what has become of the wish to freeze; None plans for what was asked.
 
     Raises:
         NameRefused: the name is not allowed.
@@ -112,10 +118,13 @@ def plan(
         mode=mode,
         points=tuple(Point(disk=overlay.disk, layer=overlay.backing.id) for overlay in overlays),
         operation=serial,
+        level="ram" if means else "crash",
+        unquiesced=freezer.why if freezer else "",
     )
     change = replace(change, snapshots=(snapshot,), current=name)
     memory = _memory(request.memory, means, serial, folder) if request.memory and means else None
-    return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change, memory=memory)
+    wish = freezer.wish if freezer else request.quiesce.wish
+    return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change, memory=memory, quiesce=wish)
 
 
 def _memory(request: MemoryRequest, means: Means, serial: OperationId, folder: Path) -> Memory:
@@ -197,22 +206,25 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
             else:
                 require_spec(work.machine, "make it start on a new layer")
             await chosen.require_free(context, name, request.files)
-            operation = await _open(context, work, chains, request)
-            assert isinstance(operation.plan, CreatePlan)
-            plan = operation.plan
-            async with recover.attempting(context, work.machine, work.qemu, operation):
-                expected = _expected(chains, plan)
-                return await _carry_out(_Attempt(context, work, operation, plan, expected, report))
+            async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
+                operation = await _open(context, work, chains, request, freezer)
+                assert isinstance(operation.plan, CreatePlan)
+                plan = operation.plan
+                async with (
+                    guarded(context, work.machine, when=bool(plan.memory and plan.memory.resume)) as guard,
+                    recover.attempting(context, work.machine, work.qemu, operation),
+                ):
+                    expected = _expected(chains, plan)
+                    return await _carry_out(_Attempt(context, work, operation, plan, expected, report, freezer, guard))
     except QmpsnapError as error:
-        if plan and plan.memory and (degraded := await _without_memory(context, plan, error)):
-            return degraded
+        if plan and (plan.memory or plan.quiesce == "require") and (left := await _undone(context, plan, error)):
+            return left
         raise
 
 
-async def _without_memory(context: Context, plan: CreatePlan, error: QmpsnapError) -> Change | None:
-    """After the memory alone has failed: the disks' snapshot, if that was agreed to, else no trace of it."""
-    assert plan.memory
-    if error.effect == "applied" and plan.memory.degrade:
+async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Change | None:
+    """After the disks have moved for nothing: their snapshot, if that was agreed to, else no trace of it."""
+    if error.effect == "applied" and plan.memory and plan.memory.degrade:
         names = {snapshot.name for snapshot in plan.change.snapshots}
         found = await blocking(context.store.snapshots, plan.machine)
         return replace(plan.change, snapshots=tuple(snapshot for snapshot in found if snapshot.name in names))
@@ -228,8 +240,10 @@ async def _without_memory(context: Context, plan: CreatePlan, error: QmpsnapErro
     return None
 
 
-async def _open(context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest) -> Operation:
-    planner = await _planner(context, work, chains, request)
+async def _open(
+    context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest, freezer: Freezer
+) -> Operation:
+    planner = await _planner(context, work, chains, request, freezer)
 
     def make(serial: OperationId) -> CreatePlan:
         planned = planner(serial)
@@ -245,7 +259,7 @@ async def _open(context: Context, work: Work, chains: Sequence[Chain], request: 
 
 
 async def _planner(
-    context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest
+    context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest, freezer: Freezer | None = None
 ) -> Callable[[OperationId], CreatePlan]:
     """The plan but for its number, of the machine as it is now."""
     mode = await asked.mode_of(work.qemu)
@@ -263,6 +277,7 @@ async def _planner(
             mode=mode,
             now=time.time(),
             means=means,
+            freezer=freezer,
         )
 
     return make
@@ -277,6 +292,8 @@ class _Attempt(Struct, frozen=True):
     plan: CreatePlan
     expected: tuple[Chain, ...]
     report: Report
+    freezer: Freezer
+    guard: Watch | None
 
     async def mark(self, step: str) -> None:
         """Make a step durable."""
@@ -284,7 +301,8 @@ class _Attempt(Struct, frozen=True):
 
     async def transact(self, qemu: Monitor) -> None:
         """Put every overlay on top, or none."""
-        await commands.transaction(qemu, _transaction(self.plan))
+        with self.freezer.within():
+            await commands.transaction(qemu, _transaction(self.plan))
 
 
 async def _carry_out(at: _Attempt) -> Change:
@@ -298,11 +316,18 @@ async def _carry_out(at: _Attempt) -> Change:
             return await _with_memory(at, qemu, plan.memory, change)
         # From here on QEMU may have acted whatever we hear: recovery asks instead of rolling back.
         await at.mark(steps.TRANSACTION)
-        before = time.monotonic()
-        await at.transact(qemu)
-        pause_ms = (time.monotonic() - before) * 1000
+        async with at.freezer.frozen():
+            before = time.monotonic()
+            await at.transact(qemu)
+            pause_ms = (time.monotonic() - before) * 1000
         await graph.require_agreement(qemu, at.expected, machine=machine.name)
-        change = replace(change, snapshots=tuple(replace(found, pause_ms=pause_ms) for found in change.snapshots))
+        level, why = "fs" if at.freezer.reached else "crash", at.freezer.why
+        change = replace(
+            change,
+            snapshots=tuple(
+                replace(found, pause_ms=pause_ms, level=level, unquiesced=why) for found in change.snapshots
+            ),
+        )
     elif any(overlay.part for overlay in plan.overlays):
         # Once a file has only the name that was chosen, recovery cannot know it for ours: so forward.
         await at.mark(steps.TRANSACTION)
@@ -314,10 +339,13 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     machine = at.work.machine
     async with memory.channel(qemu, how) as channel:
         await memory.shorten(at.context, machine, how)
+        if at.guard:
+            await at.guard.ready()
         # From here on QEMU may have acted, and we may hold the guest.
         await at.mark(steps.TRANSACTION)
         try:
-            held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu))
+            async with at.freezer.frozen():
+                held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu))
         except DeadlinePassed:
             # It may be whole all the same, but it was held for too long: nobody wants it.
             with anyio.CancelScope(shield=True):
@@ -327,14 +355,16 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         await graph.require_agreement(qemu, at.expected, machine=machine.name)
         await memory.written(qemu, at.operation, report=at.report)
     try:
-        state = await memory.finish(at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps)
+        state = await memory.finish(
+            at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps, frozen=at.freezer.sent
+        )
     except QmpsnapError as error:
         if how.mode == "stopped" and not how.resume:
             error.add("to get its disks back from QEMU the paused guest had to run for an instant; it is paused again")
         with anyio.CancelScope(shield=True):
             await at.mark(steps.LOST)
         raise
-    change = recover_create.with_memory(change, state, pause_ms=held.pause_ms)
+    change = recover_create.with_memory(change, state, pause_ms=held.pause_ms, unquiesced=at.freezer.why)
     step = steps.ENDING if how.quit else None
     await recover_create.settle(at.context, machine, at.operation, change, step=step)
     if how.quit:

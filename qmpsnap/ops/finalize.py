@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from qmpsnap.errors import QmpError
 from qmpsnap.model import steps
 from qmpsnap.ops.blockjob import BlockJob
+from qmpsnap.ops.context import guarded
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 
@@ -25,6 +26,16 @@ async def go_over(job: BlockJob, monitor: Monitor, *, pending: bool, settle: Cal
         QmpError: the job cannot be finalized; the graph is as before, and the journal says ``started`` again.
     """
     running = job.step.live and (await commands.query_status(monitor)).running
+    async with guarded(job.context, job.machine, when=running) as guard:
+        if guard:
+            await guard.ready()
+            await job.mark(steps.STARTED, running=True)  # the guest may be found stopped from here on
+        await _go_over(job, monitor, pending=pending, settle=settle, running=running)
+
+
+async def _go_over(
+    job: BlockJob, monitor: Monitor, *, pending: bool, settle: Callable[[], Awaitable[None]], running: bool
+) -> None:
     # Also where nothing runs: `stop` writes every node's cached tables out. A commit into a middle layer and a stream
     # come to `pending` without that, and a QEMU killed now would take what they moved with it.
     await commands.control(monitor, "stop")
@@ -35,7 +46,7 @@ async def go_over(job: BlockJob, monitor: Monitor, *, pending: bool, settle: Cal
                 await jobs.finalize(monitor, job.id)
             except QmpError:
                 # The graph is as before and the guest stands still: what it wrote to so far is the truth again.
-                await job.mark(steps.STARTED)
+                await job.mark(steps.STARTED, running=running)
                 raise
         await commands.control(monitor, "stop")  # now the headers that finalize has changed
         await settle()

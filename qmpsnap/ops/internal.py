@@ -12,7 +12,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from qmpsnap.block import graph
-from qmpsnap.errors import StateError
+from qmpsnap.errors import StateError, UsageError
 from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain
@@ -22,11 +22,12 @@ from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, InternalPlan, Operation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Hardware, Inside
-from qmpsnap.ops import asked, recover, space, tagging
-from qmpsnap.ops.context import Context, blocking, require_spec
+from qmpsnap.ops import asked, quiesce, recover, space, tagging
+from qmpsnap.ops.context import Context, blocking, guarded, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.ops.means import RESERVE_MORE, require_saveable, resident_bytes
 from qmpsnap.ops.overlays import require_free
+from qmpsnap.ops.quiesce import Freezer, QuiesceRequest
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp import commands, jobs, migration
@@ -40,12 +41,14 @@ class InternalRequest(Struct, frozen=True, kw_only=True):
         name: the snapshot's name; None takes the next free ``snap-N``.
         disks: names of the disks to include; None takes all that the spec does not leave out.
         memory: the guest's memory, too; None: if there is a guest.
+        quiesce: freeze the guest's file systems for the instant of it; of the disks alone.
     """
 
     name: str | None = None
     description: str = ""
     disks: tuple[str, ...] | None = None
     memory: bool | None = None
+    quiesce: QuiesceRequest = QuiesceRequest()
 
 
 def plan(
@@ -59,6 +62,7 @@ def plan(
     mode: str,
     hardware: Hardware | None,
     now: float,
+    freezer: Freezer | None = None,
 ) -> InternalPlan:
     """What will be done; pure. Arguments as for :func:`qmpsnap.ops.create.plan`.
 
@@ -96,6 +100,8 @@ def plan(
         operation=serial,
         inside=Inside(layer=vmstate, bytes=0, hardware=hardware) if vmstate and hardware else None,
         variables=kept,
+        level="ram" if hardware else "crash",
+        unquiesced=freezer.why if freezer else "",
     )
     return InternalPlan(
         machine=machine.name,
@@ -106,6 +112,7 @@ def plan(
         variables=(variables, kept) if variables and kept else None,
         resume=mode == "live" and bool(vmstate or variables),
         change=Change(snapshots=(snapshot,), current=name),
+        quiesce=freezer.wish if freezer else request.quiesce.wish,
     )
 
 
@@ -115,15 +122,28 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
     Raises:
         QmpsnapError: see :func:`plan`; besides, the families of lock, host, QEMU and deadline.
     """
+    if request.quiesce.wish != "skip" and request.memory is not False:
+        raise UsageError(
+            "a guest whose memory is saved inside its images is not frozen for it: it would go on frozen;"
+            " nothing was changed",
+            hint="add --no-memory, or take a full snapshot",
+        )
     async with working(context, name, "snapshot create") as work:
         chains = await blocking(context.store.chains, name)
         if work.qemu:
             await graph.require_agreement(work.qemu, chains, machine=name)
         else:
             require_spec(work.machine, "open its images while it is stopped")
-        operation = await _open(context, work, chains, request)
-        async with recover.attempting(context, work.machine, work.qemu, operation):
-            return await _carry_out(context, work, operation, chains, report)
+        async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
+            operation = await _open(context, work, chains, request, freezer)
+            assert isinstance(operation.plan, InternalPlan)
+            async with (
+                guarded(context, work.machine, when=operation.plan.resume) as guard,
+                recover.attempting(context, work.machine, work.qemu, operation),
+            ):
+                if guard:
+                    await guard.ready()
+                return await _carry_out(context, work, operation, chains, freezer=freezer, report=report)
 
 
 async def preview(context: Context, name: str, request: InternalRequest) -> InternalPlan:
@@ -149,8 +169,10 @@ def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
     return [("stop", {}), *act, ("cont", {})] if planned.resume else act
 
 
-async def _open(context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest) -> Operation:
-    planner = await _planner(context, work, chains, request)
+async def _open(
+    context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest, freezer: Freezer
+) -> Operation:
+    planner = await _planner(context, work, chains, request, freezer)
 
     def make(serial: OperationId) -> InternalPlan:
         planned = planner(serial)
@@ -174,7 +196,7 @@ def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Ne
 
 
 async def _planner(
-    context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest
+    context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest, freezer: Freezer | None = None
 ) -> Callable[[OperationId], InternalPlan]:
     mode = await asked.mode_of(work.qemu)
     if request.memory and mode == "stopped":
@@ -200,25 +222,26 @@ async def _planner(
             mode=mode,
             hardware=hardware,
             now=time.time(),
+            freezer=freezer,
         )
 
     return make
 
 
 async def _carry_out(
-    context: Context, work: Work, operation: Operation, chains: Sequence[Chain], report: Report
+    context: Context, work: Work, operation: Operation, chains: Sequence[Chain], *, freezer: Freezer, report: Report
 ) -> Snapshot:
     planned = operation.plan
     assert isinstance(planned, InternalPlan)
     await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STARTED))
     pause_ms = None
     if work.qemu:
-        pause_ms = await tagging.tag_live(work.qemu, tagging.job_of(operation.id), planned, report)
+        pause_ms = await tagging.tag_live(work.qemu, tagging.job_of(operation.id), planned, freezer, report)
         found = await commands.query_tags(work.qemu)
     else:
         await tagging.keep_variables(planned)
         found = await tagging.tag_stopped(context, work.machine, planned, chains)
-    change = tagging.settled(planned, found, pause_ms=pause_ms)
+    change = tagging.settled(planned, found, pause_ms=pause_ms, freezer=freezer)
     await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.RECORDED))
     if work.qemu and planned.vmstate:
         await jobs.dismiss(work.qemu, tagging.job_of(operation.id))

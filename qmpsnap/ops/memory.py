@@ -219,7 +219,12 @@ async def forget(qemu: Monitor) -> None:
 
 
 async def finish(
-    operation: Operation, memory: Memory, *, snapshot: str, steps: Mapping[str, float] | None = None
+    operation: Operation,
+    memory: Memory,
+    *,
+    snapshot: str,
+    steps: Mapping[str, float] | None = None,
+    frozen: bool = False,
 ) -> Vmstate:
     """Give the written state its manifest and its name, durably.
 
@@ -239,5 +244,6 @@ async def finish(
         compression=memory.compression,
         hardware=memory.hardware,
         steps_ms=dict(steps or {}),
+        frozen=frozen,
     )
     return await to_thread.run_sync(statefile.finish, memory.part, memory.path, manifest)

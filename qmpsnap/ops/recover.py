@@ -27,7 +27,7 @@ from qmpsnap.model.operation import (
     Plan,
     RevertPlan,
 )
-from qmpsnap.ops import recover_create, recover_internal, recover_merge, recover_mirror, tagging
+from qmpsnap.ops import quiesce, recover_create, recover_internal, recover_merge, recover_mirror, tagging
 from qmpsnap.ops.broken import Broken, Direction, Unfinished
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import remove_new
@@ -131,7 +131,7 @@ async def _end(broken: Broken, qemu: Monitor | None) -> Direction:
     plan = broken.operation.plan
     if isinstance(plan, DefinePlan):
         return await _end_define(broken, plan)
-    async with _answering(broken, qemu) as monitor:
+    async with _answering(broken, qemu) as monitor, quiesce.thawed(broken, monitor):
         return await _ENDS[type(plan)](broken, monitor)
 
 

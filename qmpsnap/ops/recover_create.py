@@ -16,7 +16,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import chosen
+from qmpsnap.ops import chosen, quiesce
 from qmpsnap.ops import memory as saving
 from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.context import Context, blocking
@@ -82,18 +82,20 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
 async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) -> Direction:
     context, machine, operation, memory = broken.context, broken.machine, broken.operation, plan.memory
     change = identified(plan.change, headers_of(overlay.layer for overlay in plan.overlays))
-    if memory is None:
+    unproven = quiesce.unproven(operation)
+    if memory is None and not unproven:
         await settle(context, machine, operation, change)
         return "forward"
-    if state := await _state(broken, monitor, plan, memory):
+    if memory and not unproven and (state := await _state(broken, monitor, plan, memory)):
         step = steps.ENDING if memory.quit else None
         await settle(context, machine, operation, with_memory(change, state), step=step)
         if memory.quit:
             await quit_saved(context, machine, monitor, operation)
         return "forward"
-    await _drop(broken, monitor, memory)
-    if memory.degrade:
-        disks = tuple(replace(snapshot, kind="disk") for snapshot in change.snapshots)
+    if memory:
+        await _drop(broken, monitor, memory)
+    if memory and memory.degrade and not unproven:
+        disks = tuple(replace(snapshot, kind="disk", level="crash") for snapshot in change.snapshots)
         await settle(context, machine, operation, replace(change, snapshots=disks))
         await broken.mark_settled(error=broken.error)
         return "forward"
@@ -139,7 +141,8 @@ async def _is_written(broken: Broken, monitor: Monitor, memory: Memory) -> bool:
 async def _kept(broken: Broken, plan: CreatePlan, memory: Memory) -> Vmstate | None:
     """The written memory under its own name; None when it cannot have that."""
     try:
-        return await saving.finish(broken.operation, memory, snapshot=plan.change.snapshots[0].name)
+        name, frozen = plan.change.snapshots[0].name, plan.quiesce != "skip"
+        return await saving.finish(broken.operation, memory, snapshot=name, frozen=frozen)
     except (HostCannot, StateError, StoreMismatch):
         # A guest is not held, nor a machine kept busy, until somebody makes room or moves a file away.
         await blocking(lambda: broken.context.store.mark(broken.operation.id, "running", step=steps.LOST))
@@ -180,10 +183,19 @@ async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None
     await to_thread.run_sync(statefile.discard, memory.part)
 
 
-def with_memory(change: Change, state: Vmstate, *, pause_ms: float | None = None) -> Change:
-    """The change with where the memory lies, and how long the guest was held for it."""
-    pauses = {} if pause_ms is None else {"pause_ms": pause_ms}
-    return replace(change, snapshots=tuple(replace(found, vmstate=state, **pauses) for found in change.snapshots))
+def with_memory(change: Change, state: Vmstate, *, pause_ms: float | None = None, unquiesced: str = "") -> Change:
+    """The change with where the memory lies, how long the guest was held for it, and why it was not frozen."""
+    snapshots = tuple(
+        replace(
+            found,
+            vmstate=state,
+            level="ram",
+            pause_ms=found.pause_ms if pause_ms is None else pause_ms,
+            unquiesced=unquiesced or found.unquiesced,
+        )
+        for found in change.snapshots
+    )
+    return replace(change, snapshots=snapshots)
 
 
 async def settle(

@@ -11,7 +11,7 @@ from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.names import JobId
 from qmpsnap.model.operation import InternalPlan, LoadPlan
-from qmpsnap.ops import tagging
+from qmpsnap.ops import quiesce, tagging
 from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.context import blocking
 from qmpsnap.qmp import commands, jobs
@@ -40,6 +40,7 @@ async def end_create(broken: Broken, monitor: Monitor | None) -> Direction:
                 await _run_on(monitor)
         found = await _tags(broken, monitor, planned)
     whole = found and all(tagging.has_tag(found, node_name(at), planned.tag) for at in planned.layers.values())
+    whole = whole and not quiesce.unproven(broken.operation)
     if whole and broken.unfinished != "cancel":
         change = tagging.settled(planned, found)
         await blocking(broken.context.store.settle, broken.operation.id, planned.machine, change)

@@ -48,9 +48,11 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
         )
         async with qemu_of(job, qemu) as monitor:
             refused = phase == steps.STARTED and await _never_began(broken, job, monitor)
-            took = await _end_job(broken, job, monitor, phase=phase)
-            if monitor and step.live and was_running and not (await commands.query_status(monitor)).running:
-                await commands.control(monitor, "cont")
+            try:
+                took = await _end_job(broken, job, monitor, phase=phase)
+            finally:  # also where its job is left to its work
+                if monitor and step.live and was_running and not (await commands.query_status(monitor)).running:
+                    await commands.control(monitor, "cont")
         if not took:
             # A commit that may have written has overwritten what its snapshots held: they stay marked.
             overwritten = any(isinstance(other, Merge) and other.kind == "commit" for other in plan.steps)

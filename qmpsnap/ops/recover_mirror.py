@@ -31,11 +31,13 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
         report=broken.report,
     )
     async with qemu_of(job, qemu) as monitor:
-        forward = await _end_job(broken, job, monitor, phase=phase.name)
-        if monitor and not forward:
-            await merge.close_nodes(monitor, (plan.target,))
-        if monitor and plan.live and phase.running and not (await commands.query_status(monitor)).running:
-            await commands.control(monitor, "cont")
+        try:
+            forward = await _end_job(broken, job, monitor, phase=phase.name)
+            if monitor and not forward:
+                await merge.close_nodes(monitor, (plan.target,))
+        finally:  # also where its job is left to its work
+            if monitor and plan.live and phase.running and not (await commands.query_status(monitor)).running:
+                await commands.control(monitor, "cont")
     if forward:
         await copying.tidy(job)
         return "forward"

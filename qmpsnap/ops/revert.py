@@ -28,8 +28,8 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Copy, LoadPlan, Operation, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import asked, power, recover, revert_inside, situation, space, wake
-from qmpsnap.ops.context import Context, blocking, in_thread, require_spec
+from qmpsnap.ops import asked, power, quiesce, recover, revert_inside, situation, space, wake
+from qmpsnap.ops.context import Context, blocking, guarded, in_thread, require_spec
 from qmpsnap.ops.loading import Loading, require_same_hardware
 from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
 from qmpsnap.ops.space import Need
@@ -132,6 +132,13 @@ def plan(
     """
     require_spec(machine, "start it on other layers")
     snapshot = _target(at, request.name)
+    if snapshot.vmstate and snapshot.vmstate.frozen and request.run == "paused":
+        raise StateError(
+            f"the guest's file systems are frozen in the memory of snapshot {snapshot.name}, and only a guest that runs"
+            " can be thawed; nothing was changed",
+            hint="leave --paused out",
+            machine=machine.name,
+        )
     folder = str(home.machine_dir(machine.name))
     chains = points(at, snapshot)
     inner = {point.disk: point.tag for point in snapshot.points}
@@ -343,7 +350,13 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
         await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STARTING))
         machine = await blocking(context.store.machine, planned.machine)
         memory = loading or revert_inside.memory_in(planned, operation)
-        await power.bring_up(context, machine, paused=planned.paused, loading=memory)
+        frozen = planned.vmstate is not None and planned.vmstate.frozen
+        async with guarded(context, machine, when=frozen) as guard:
+            if guard:
+                await guard.ready()
+            await power.bring_up(context, machine, paused=planned.paused, loading=memory)
+            if frozen:
+                await quiesce.thaw(context, machine)
     await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
 
 

@@ -22,12 +22,13 @@ from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Hardware
 from qmpsnap.ops import asked, create, internal, recover, tagging
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.context import Context, blocking, guarded
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.loading import hardware_now, require_fits
 from qmpsnap.ops.overlays import require_free
 from qmpsnap.ops.power import LoadingInside
+from qmpsnap.ops.quiesce import Freezer
 from qmpsnap.ops.tagging import job_of
 from qmpsnap.ops.work import Work
 from qmpsnap.qmp import commands, jobs
@@ -155,7 +156,12 @@ async def load(
         return planned
 
     operation = await blocking(context.store.open_operation, work.machine.name, make)
-    async with recover.attempting(context, work.machine, work.qemu, operation):
+    async with (
+        guarded(context, work.machine, when=not paused) as guard,
+        recover.attempting(context, work.machine, work.qemu, operation),
+    ):
+        if guard:
+            await guard.ready()
         return await _carry_out(context, work.qemu, operation)
 
 
@@ -167,7 +173,7 @@ async def _carry_out(context: Context, qemu: Monitor, operation: Operation) -> S
         keeping = tagging.keeping_job_of(operation.id)
         await blocking(lambda: context.store.mark(operation.id, "running", step=steps.KEEPING))
         await commands.control(qemu, "stop")
-        await tagging.tag_live(qemu, keeping, planned.kept, unreported)
+        await tagging.tag_live(qemu, keeping, planned.kept, Freezer(), unreported)
         await jobs.dismiss(qemu, keeping)
     change = tagging.settled_load(planned, await commands.query_tags(qemu))
     await blocking(lambda: context.store.mark(operation.id, "running", step=steps.LOADING))

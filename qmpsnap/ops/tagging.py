@@ -19,14 +19,20 @@ from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.memory import RESUME_DEADLINE
+from qmpsnap.ops.quiesce import Freezer
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
 
 
-async def tag_live(qemu: Monitor, job: JobId, planned: InternalPlan, report: Report) -> float | None:
+async def tag_live(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: Freezer, report: Report) -> float | None:
     """Put the tags in; returns how long the guest was held, in milliseconds. The job, if any, is not dismissed."""
+    async with freezer.frozen():
+        return await _tag_held(qemu, job, planned, freezer, report)
+
+
+async def _tag_held(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: Freezer, report: Report) -> float:
     before = time.monotonic()
     try:
         if planned.resume:
@@ -39,7 +45,8 @@ async def tag_live(qemu: Monitor, job: JobId, planned: InternalPlan, report: Rep
             await jobs.follow(qemu, job, report=report, deadline=jobs.MEMORY_DEADLINE)
         else:
             nodes = [node_name(layer) for layer in planned.layers.values()]
-            await commands.transaction(qemu, commands.internal_transaction(nodes, planned.tag))
+            with freezer.within():
+                await commands.transaction(qemu, commands.internal_transaction(nodes, planned.tag))
     finally:
         if planned.resume:
             with anyio.move_on_after(RESUME_DEADLINE, shield=True):
@@ -143,7 +150,13 @@ def require_tags(layers: Iterable[Layer], tag: str, found: Mapping[str, Sequence
             raise StoreMismatch(f"layer {layer.id} ({layer.path}) has no snapshot {tag} inside")
 
 
-def settled(planned: InternalPlan, found: Mapping[str, Sequence[Tag]], *, pause_ms: float | None = None) -> Change:
+def settled(
+    planned: InternalPlan,
+    found: Mapping[str, Sequence[Tag]],
+    *,
+    pause_ms: float | None = None,
+    freezer: Freezer | None = None,
+) -> Change:
     """The plan's change with what was measured.
 
     Raises:
@@ -153,7 +166,10 @@ def settled(planned: InternalPlan, found: Mapping[str, Sequence[Tag]], *, pause_
     require_tags(planned.layers.values(), planned.tag, found)
     if snapshot.inside:
         sizes = [one.vm_state_size for one in found[snapshot.inside.layer] if one.name == planned.tag]
-        snapshot = replace(snapshot, inside=replace(snapshot.inside, bytes=sizes[0]))
+        snapshot = replace(snapshot, inside=replace(snapshot.inside, bytes=sizes[0]), level="ram")
+    if freezer:
+        level = "fs" if freezer.reached else snapshot.level
+        snapshot = replace(snapshot, level=level, unquiesced=freezer.why)
     return replace(planned.change, snapshots=(replace(snapshot, pause_ms=pause_ms),))
 
 

@@ -68,6 +68,11 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE snapshot ADD COLUMN inside TEXT;
     ALTER TABLE snapshot ADD COLUMN variables TEXT;
     """,
+    """
+    ALTER TABLE snapshot ADD COLUMN level TEXT NOT NULL DEFAULT 'crash';
+    ALTER TABLE snapshot ADD COLUMN unquiesced TEXT NOT NULL DEFAULT '';
+    UPDATE snapshot SET level = 'ram' WHERE vmstate IS NOT NULL OR inside IS NOT NULL;
+    """,
 )
 
 

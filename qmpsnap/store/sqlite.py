@@ -79,7 +79,7 @@ class SqliteStore:
             number = rows.machine_id(sql, machine)
             found = sql.execute(
                 "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
-                " s.operation, s.vmstate, s.inside, s.variables"
+                " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced"
                 " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent WHERE s.machine = ? ORDER BY s.id",
                 (number,),
             ).fetchall()
@@ -105,6 +105,8 @@ class SqliteStore:
                 vmstate=self._vmstate(row[10]),
                 inside=msgspec.json.decode(row[11], type=Inside) if row[11] else None,
                 variables=str(self._machines / row[12]) if row[12] else None,
+                level=row[13],
+                unquiesced=row[14],
             )
             for row in found
         )

@@ -3,12 +3,18 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
+import anyio.abc
+import psutil
 
 import qmpsnap
-from qmpsnap.machine import worker
+from qmpsnap.machine import guard, worker
 from qmpsnap.machine.machine import wait_end
 from tests.live.machine import context_of
 
@@ -18,7 +24,7 @@ JOBS = "qmpsnap.qmp.jobs"
 # Dies with kill -9 right before or after the n-th call of one function of the real code.
 DIE_AT = """
 import importlib, json, os, signal, sys
-module, attribute, when, nth = json.loads(sys.argv[1])
+module, attribute, when, nth, qemu_too, last = json.loads(sys.argv[1])
 owner = importlib.import_module(module)
 *path, name = attribute.split(".")
 for part in path:
@@ -31,7 +37,27 @@ def counts():
     return calls == nth
 
 def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    for qemu in qemus() if qemu_too else ():
+        os.kill(qemu, signal.SIGKILL)
+        while runs(qemu):
+            pass
+    os.kill(os.getpid(), last)
+
+def qemus():
+    home = os.environ["QMPSNAP_HOME"] + "/"
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = open(f"/proc/{pid}/cmdline").read().split(chr(0))
+            if "-nodefaults" in words and os.readlink(f"/proc/{pid}/cwd").startswith(home):
+                yield int(pid)
+        except OSError:
+            pass
+
+def runs(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 async def dying_async(*a, **k):
     last = counts()
@@ -62,11 +88,40 @@ Point = tuple[str, str, str, int]
 """Module, function in it, ``before`` or ``after``, and the number of the call."""
 
 
-async def die_at(point: Point, *words: str) -> None:
-    """Run one command line in a process of its own that dies there."""
-    argv = [sys.executable, "-c", DIE_AT, json.dumps(point), *words]
+async def die_at(point: Point, *words: str, qemu_too: bool = False) -> None:
+    """Run one command line in a process of its own that dies there, and see what its guards do about it to its end.
+
+    Args:
+        point: where.
+        words: the command line.
+        qemu_too: every QEMU of this test dies right before it.
+    """
+    argv = [sys.executable, "-c", DIE_AT, json.dumps([*point, qemu_too, signal.SIGKILL]), *words]
     done = await anyio.run_process(argv, check=False)
     assert done.returncode == -signal.SIGKILL, f"never came to {point}:\n{done.stderr.decode()}"
+    await no_guards()
+
+
+@asynccontextmanager
+async def stopped_at(point: Point, *words: str) -> AsyncIterator[anyio.abc.Process]:
+    """For the block: a process that runs one command line, stopped there (SIGSTOP); then it goes on to its end."""
+    argv = [sys.executable, "-c", DIE_AT, json.dumps([*point, False, signal.SIGSTOP]), *words]
+    async with await anyio.open_process(argv, stdout=None, stderr=subprocess.PIPE) as process:
+        try:
+            with anyio.fail_after(60):
+                while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+                    await anyio.sleep(0.02)
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            await process.wait()
+
+
+async def no_guards() -> None:
+    """Return once no guard is at work any more."""
+    with anyio.fail_after(60):
+        while guards():
+            await anyio.sleep(0.02)
 
 
 async def kill_qemu(vm: qmpsnap.MachineHandle) -> None:
@@ -76,3 +131,16 @@ async def kill_qemu(vm: qmpsnap.MachineHandle) -> None:
         if process:
             os.kill(process.pid, signal.SIGKILL)
             assert await wait_end(process, deadline=10)
+
+
+def guards() -> list[psutil.Process]:
+    """The guards below this test's home that still watch, and what they have become: recoveries."""
+    home, found = Path(os.environ["QMPSNAP_HOME"]), []
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            if Path(process.cwd()).is_relative_to(home) and ("recover" in words or guard.__file__ in words):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]

@@ -33,9 +33,7 @@ async def test_killed_while_it_is_packed(
 ) -> None:
     vm = await q.define(still_spec)
     await vm.start()
-    await die_at(PACKING[step], *VERBS[verb], "--compress", "zstd")
-    if qemu == "dies too":
-        await kill_qemu(vm)
+    await die_at(PACKING[step], *VERBS[verb], "--compress", "zstd", qemu_too=qemu == "dies too")
     await vm.recover()
     assert await vm.recover() == []
     taken = [found.name for found in await vm.snapshots()]

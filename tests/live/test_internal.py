@@ -508,9 +508,7 @@ async def test_killed_while_what_runs_is_kept(
     tag = str((await vm.snapshot("first", kind="internal")).points[0].tag)
     first = await tag_hash(vm, LayerId("vda-1"), tag)
     await fill(vm, "vda", 2)
-    await die_at(KEEPING[step], "snapshot", "revert", "still", "first", "--no-after")
-    if qemu == "dies too":
-        await kill_qemu(vm)
+    await die_at(KEEPING[step], "snapshot", "revert", "still", "first", "--no-after", qemu_too=qemu == "dies too")
     await vm.recover()
     assert await vm.recover() == []
     assert await vm.state() == ("stopped" if qemu == "dies too" else "running")

@@ -12,12 +12,12 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError
 from qmpsnap.machine import agent
-from qmpsnap.machine.agent import Agent, Completed
+from qmpsnap.machine.agent import Agent, Completed, Trimmed
 
 LONG = 30.0
 """Seconds no test waits for."""
@@ -364,3 +364,60 @@ async def test_a_refusal_is_quoted_only_so_far(path: Path) -> None:
             await guest.execute("guest-ping")
         assert len(str(refused.value)) < 1000
         assert len(refused.value.qmp_class or "") < 1000
+
+
+# --- file systems ---------------------------------------------------------------------------------------------------
+
+
+async def test_freeze_thaw_and_status_are_numbers_and_words(path: Path) -> None:
+    async with talking(path, returns(3), returns("frozen"), returns(3), returns("thawed")) as (guest, script):
+        assert await guest.freeze(deadline=LONG) == 3
+        assert await guest.freeze_status(deadline=LONG) == "frozen"
+        assert await guest.thaw(deadline=LONG) == 3
+        assert await guest.freeze_status(deadline=LONG) == "thawed"
+    assert [command for command, _ in script.asked[1:]] == [
+        "guest-fsfreeze-freeze",
+        "guest-fsfreeze-status",
+        "guest-fsfreeze-thaw",
+        "guest-fsfreeze-status",
+    ]
+
+
+async def test_a_trim_tells_of_each_file_system(path: Path) -> None:
+    said = {"paths": [{"path": "/", "trimmed": 4096, "minimum": 0}, {"path": "/boot", "error": "no"}]}
+    async with talking(path, returns(said)) as (guest, script):
+        found = await guest.fstrim(minimum=512, deadline=LONG)
+    assert found == (Trimmed(path="/", trimmed=4096), Trimmed(path="/boot", error="no"))
+    assert script.asked[1:] == [("guest-fstrim", {"minimum": 512})]
+
+
+NO_JSON_OF_OURS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["path", "paths", "trimmed"]), inner),
+    max_leaves=8,
+)
+
+
+@given(said=NO_JSON_OF_OURS)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_no_answer_is_an_error_and_nothing_else(tmp_path: Path, said: Any) -> None:
+    async def ask() -> None:
+        answers = [returns(said)] * 4
+        async with talking(tmp_path / "agent", *answers) as (guest, _):
+            for command in (guest.freeze, guest.thaw, guest.freeze_status, guest.fstrim):
+                try:
+                    found: object = await command(deadline=LONG)
+                except QmpError as error:
+                    assert error.effect == "unknown"  # noqa: PT017 - most are errors, some happen to make sense
+                else:
+                    assert (
+                        (isinstance(found, int) and 0 <= found <= agent.MOUNTS_LIMIT)
+                        or found
+                        in (
+                            "frozen",
+                            "thawed",
+                        )
+                        or isinstance(found, tuple)
+                    )
+
+    anyio.run(ask)

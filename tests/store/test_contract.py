@@ -227,6 +227,8 @@ def test_a_known_snapshot_is_replaced_whole_and_keeps_its_place(store: Store) ->
         points=(Point(disk="vda", layer=middle.id, tag="t"),),
         operation=OperationId(9),
         pause_ms=1.25,
+        level="fs",
+        unquiesced="no agent",
     )
     settled(store, Change(snapshots=(other,)))
     assert store.snapshots("web") == (other, snapshot("second", middle, parent="first"))

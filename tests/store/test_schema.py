@@ -198,6 +198,30 @@ def test_a_store_of_version_1_reads_right_today(old: Path) -> None:
         assert store.next_serial() == 3
 
 
+def test_what_an_older_snapshot_has_reached_is_told_by_its_memory(path: Path) -> None:
+    schema.connect(path, migrations=MIGRATIONS[:3]).close()
+    kinds = {"disk": (None, None), "full": ("{}", None), "inside": (None, "{}"), "inside-disks": (None, None)}
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(
+            "INSERT INTO machine (id, name, uuid, host, spec, created) VALUES (1, 'w', 'u', 'h', '{}', 1)"
+        )
+        for name, memory in kinds.items():
+            connection.execute(
+                "INSERT INTO snapshot (machine, name, kind, state, created, description, mode, operation, vmstate,"
+                " inside) VALUES (1, ?, 'disk', 'ok', 1, '', 'live', 1, ?, ?)",
+                (name, *memory),
+            )
+        connection.commit()
+    schema.connect(path).close()
+    assert ask(path, "SELECT name, level FROM snapshot ORDER BY id") == [
+        ("disk", "crash"),
+        ("full", "ram"),
+        ("inside", "ram"),
+        ("inside-disks", "crash"),
+    ]
+    assert path.with_name("store.db.v3").exists()
+
+
 def test_the_frozen_version_1_has_the_schema_that_the_first_migration_makes(old: Path, tmp_path: Path) -> None:
     with closing(schema.connect(tmp_path / "fresh.db", migrations=MIGRATIONS[:1])):
         pass

@@ -1,0 +1,153 @@
+"""A process of its own that lets a guest go on when whoever held it cannot: killed, stopped, or hung.
+
+Run as ``python -I -S guard.py``, with nothing but Python's own library, so that it is there in milliseconds. It has one
+end of a socket pair whose other end its starter alone has, and says ``r`` on it once it watches.
+
+``recover FD MACHINE FOLDER``: ``d`` says that all is well. The end of the stream without it says that the starter has
+died; then this process becomes ``qmpsnap recover MACHINE``, of the package in FOLDER.
+
+``thaw FD AGENT WINDOW``: ``f`` says that the guest's file systems are about to be frozen; ``t`` asks for the thaw; the
+end of the stream, and WINDOW seconds after ``f``, do so as well. Thawing is this process's affair alone, on the
+connection AGENT that its starter has used so far: the answer is ``tN``, N being the file systems that were thawed.
+"""
+
+import contextlib
+import json
+import os
+import random
+import select
+import socket
+import sys
+import time
+
+THAW_LIMIT = 60.0
+"""Seconds after which a guest that does not answer is left to whoever comes next."""
+AGAIN = 2.0
+"""Seconds after which an agent that has not answered is asked again."""
+ANSWER_LIMIT = 1 << 20
+"""Bytes that are kept of what an agent says."""
+
+
+def hold(watch: socket.socket, machine: str, package: str) -> None:
+    """See that a guest runs on whose vCPUs are stopped: recovery knows the rules."""
+    if watch.recv(1):
+        return
+    watch.close()
+    places = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    argv = [sys.executable, "-P", "-m", "qmpsnap", "recover", machine]
+    os.execve(argv[0], argv, {**os.environ, "PYTHONPATH": os.pathsep.join(places)})  # noqa: S606 - no shell wanted
+
+
+def freeze(watch: socket.socket, agent: socket.socket, window: float) -> None:
+    """See that the guest's file systems are thawed."""
+    until: float | None = None
+    while True:
+        left = None if until is None else until - time.monotonic()
+        said = watch.recv(1) if wait(watch, select.POLLIN, left) else b"late"
+        if said == b"f":
+            until = time.monotonic() + window
+        elif until is None:
+            return  # never frozen
+        else:
+            break  # asked for, late, or nobody is there any more
+    count = thaw(agent)
+    with contextlib.suppress(OSError):  # the starter may be stopped with it open, and nobody else gets the channel then
+        agent.shutdown(socket.SHUT_RDWR)
+    if count is not None:
+        with contextlib.suppress(OSError):  # nobody may be there to be told
+            watch.send(b"t%d\n" % count)
+
+
+def thaw(agent: socket.socket) -> int | None:
+    """Ask until the agent has thawed; how many file systems that were, None when it has not said so."""
+    end, asked, heard, again = time.monotonic() + THAW_LIMIT, set(), b"", 0.0
+    while (now := time.monotonic()) < end:
+        if now >= again:
+            number = random.getrandbits(62)
+            asked.add(number)
+            sync = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
+            words = b"\xff%s\n%s\n" % (json.dumps(sync).encode(), b'{"execute": "guest-fsfreeze-thaw"}')
+            if not send(agent, words, end):
+                return None
+            again = now + AGAIN
+        if not wait(agent, select.POLLIN, min(again, end) - now):
+            continue
+        try:
+            said = agent.recv(65536)
+        except BlockingIOError:
+            continue
+        except OSError:
+            return None
+        if not said:
+            return None  # QEMU has closed the channel
+        heard = (heard + said)[-ANSWER_LIMIT:]
+        heard, count = answer(heard, asked)
+        if count is not None:
+            return count
+    return None
+
+
+def send(agent: socket.socket, words: bytes, end: float) -> bool:
+    """Send all of it; False when that cannot be done."""
+    while words and time.monotonic() < end:
+        wait(agent, select.POLLOUT, 1.0)
+        try:
+            words = words[agent.send(words) :]
+        except BlockingIOError:
+            continue
+        except OSError:
+            return False
+    return not words
+
+
+def wait(end: socket.socket, event: int, seconds: float | None) -> bool:
+    """Whether something can be read or sent within that time, for ever with None."""
+    poll = select.poll()  # select() knows no descriptor beyond its 1024
+    poll.register(end, event)
+    return bool(poll.poll(None if seconds is None else max(0.0, seconds * 1000)))
+
+
+def answer(heard: bytes, asked: set[int]) -> tuple[bytes, int | None]:
+    """What remains of what was heard, and the thaw's result if it is there: the line after one of our numbers."""
+    while b"\xff" in heard:
+        rest = heard[heard.index(b"\xff") + 1 :]
+        lines = rest.split(b"\n", 2)
+        if len(lines) < 2:  # noqa: PLR2004 - a line and what follows it
+            return b"\xff" + rest, None
+        if result(lines[0]) not in asked:
+            heard = rest
+            continue
+        if len(lines) < 3:  # noqa: PLR2004 - two lines and what follows them
+            return b"\xff" + rest, None
+        count = result(lines[1])
+        if count is not None and 0 <= count < 1 << 31:
+            return lines[2], count
+        heard = lines[2]
+    return heard, None
+
+
+def result(line: bytes) -> int | None:
+    """The number that a line returns; None for any other line."""
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    found = said.get("return") if isinstance(said, dict) else None
+    return found if type(found) is int else None
+
+
+def main(mode: str, watched: str, *rest: str) -> None:
+    """Say that it watches, and do so; the starter's own child ends at once, so that nobody has to wait for this one."""
+    if os.fork():
+        os._exit(0)
+    watch = socket.socket(fileno=int(watched))
+    watch.send(b"r")
+    if mode == "recover":
+        hold(watch, *rest)
+    else:
+        # Its descriptor is shared with the starter, for whom it must stay non-blocking.
+        freeze(watch, socket.socket(fileno=int(rest[0])), float(rest[1]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,149 @@
+"""Guards: processes of their own that see a guest go on which we hold, whatever becomes of us (``guard.py``)."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import anyio
+from anyio import to_thread
+
+from qmpsnap.errors import DeadlinePassed, HostCannot
+from qmpsnap.machine import guard
+
+_PACKAGE = str(Path(guard.__file__).parents[2])
+"""Where this very qmpsnap lies, however it was found."""
+
+START_DEADLINE = 10.0
+"""Seconds until a guard must be there; it takes some tens of milliseconds."""
+
+
+class Watch:
+    """Our end of a guard, from :func:`watching` or :func:`over_agent`."""
+
+    def __init__(self, end: socket.socket, child: "subprocess.Popen[bytes]") -> None:
+        self._end = end
+        self._child = child
+        self._ready = False
+
+    async def ready(self) -> None:
+        """Return once the guard watches; before that nothing may be held.
+
+        Raises:
+            DeadlinePassed: it does not start.
+            HostCannot: it has ended.
+        """
+        if self._ready:
+            return
+        if await self.hear(1, deadline=START_DEADLINE) != b"r":
+            raise HostCannot("the guard that would let the guest go on has ended; nothing was changed")
+        self._ready = True
+
+    async def hear(self, size: int, *, deadline: float) -> bytes:
+        """What the guard says next, empty when it has ended.
+
+        Raises:
+            DeadlinePassed: nothing.
+        """
+        try:
+            with anyio.fail_after(deadline):
+                await anyio.wait_readable(self._end)
+                return self._end.recv(size)
+        except TimeoutError as error:
+            raise DeadlinePassed(f"the guard that lets the guest go on was silent for {deadline:g} s") from error
+        except OSError:
+            return b""
+
+    def say(self, word: bytes) -> None:
+        """Tell the guard something, without waiting."""
+        with suppress(OSError):  # it has ended; whoever wants an answer will notice
+            self._end.send(word)
+
+    async def leave(self, word: bytes = b"d") -> None:
+        """Tell the guard a last word, if there is one, and let go of it."""
+        if word:
+            self.say(word)
+        self._end.close()
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(self._child.wait)  # only what has started it: that ends at once
+
+
+@asynccontextmanager
+async def watching(machine: str, *, run_dir: Path, environment: Mapping[str, str]) -> AsyncIterator[Watch]:
+    """For the block: should we die in it, ``recover`` lets the guest run on by its rules.
+
+    The guard starts while the block does other things; :meth:`Watch.ready` comes before whatever holds the guest.
+
+    Args:
+        machine: its name.
+        run_dir: its run folder, in which the guard works.
+        environment: what ``recover`` has to be told beside our own environment.
+
+    Raises:
+        HostCannot: no process can be started.
+    """
+    watch = await _start(["recover"], [], [machine, _PACKAGE], run_dir=run_dir, environment=environment)
+    try:
+        yield watch
+    finally:
+        await watch.leave()
+
+
+async def over_agent(channel: socket.socket, *, window: float, run_dir: Path) -> Watch:
+    """A guard that thaws on this connection to the guest's agent; the caller leaves it.
+
+    Args:
+        channel: a conversation with the agent that is synchronised; nobody else reads from it once the guard thaws.
+        window: seconds from ``f`` until it thaws unasked.
+        run_dir: the machine's run folder.
+
+    Raises:
+        HostCannot: no process can be started.
+        DeadlinePassed: it does not start in time.
+    """
+    watch = await _start(["thaw"], [channel.fileno()], [f"{window}"], run_dir=run_dir, environment={})
+    try:
+        await watch.ready()
+    except BaseException:
+        await watch.leave()
+        raise
+    return watch
+
+
+async def _start(
+    mode: Sequence[str],
+    inherited: Sequence[int],
+    rest: Sequence[str],
+    *,
+    run_dir: Path,
+    environment: Mapping[str, str],
+) -> Watch:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    passed = [theirs.fileno(), *inherited]
+    argv = [sys.executable, "-I", "-S", guard.__file__, *mode, *map(str, passed), *rest]
+
+    def spawn() -> "subprocess.Popen[bytes]":
+        null = subprocess.DEVNULL
+        return subprocess.Popen(
+            argv,
+            cwd=run_dir,
+            env={**os.environ, **environment},
+            stdin=null,
+            stdout=null,
+            stderr=null,
+            pass_fds=passed,
+            start_new_session=True,
+        )
+
+    try:
+        child = await to_thread.run_sync(spawn)
+    except OSError as error:
+        ours.close()
+        raise HostCannot(f"{sys.executable} cannot be run: {error}; nothing was changed") from error
+    finally:
+        theirs.close()
+    return Watch(ours, child)

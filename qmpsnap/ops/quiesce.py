@@ -1,0 +1,293 @@
+"""A guest whose file systems are frozen for the instant of a snapshot, and thawed whatever becomes of us.
+
+The agent is spoken to, and a guard is there, before anything is held up; the freeze comes right before the disks'
+transaction, when the intent is durable, and the thaw right after it. Only the guard thaws
+(:mod:`qmpsnap.machine.guard`): when we ask for it, when we die, or when the freeze window is over.
+"""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import anyio
+from msgspec import Struct
+
+from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError, StateError, UsageError
+from qmpsnap.machine import agent, watch
+from qmpsnap.machine.agent import Agent
+from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.machine.watch import Watch
+from qmpsnap.model import steps
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.operation import CreatePlan, InternalPlan, Operation, RevertPlan
+from qmpsnap.model.snapshot import Quiesce
+from qmpsnap.ops.broken import Broken
+from qmpsnap.ops.context import Context
+from qmpsnap.qmp import commands
+from qmpsnap.qmp.session import Monitor
+
+FREEZE_WINDOW = 5.0
+"""Seconds a guest's file systems are frozen at most."""
+WINDOW_LIMIT = 60.0
+"""Seconds nobody may ask to exceed: a guest that cannot write for so long takes harm."""
+AGENT_DEADLINE = 5.0
+"""Seconds until the guest's agent must have answered at all."""
+THAW_DEADLINE = 5.0
+"""Seconds we wait for a thaw; the guard goes on for longer."""
+
+
+class QuiesceRequest(Struct, frozen=True, kw_only=True):
+    """What a user asks for.
+
+    Attributes:
+        wish: see :data:`qmpsnap.model.snapshot.Quiesce`.
+        window: seconds the file systems may be frozen.
+    """
+
+    wish: Quiesce = "skip"
+    window: float = FREEZE_WINDOW
+
+
+class Freezer:
+    """The freeze of one snapshot, from :func:`prepared`.
+
+    Attributes:
+        wish: ``skip`` when it is certain that nothing will be frozen.
+        why: why the file systems are not (or were not all the time) frozen, where that was preferred.
+        sent: the agent was told to freeze.
+    """
+
+    def __init__(self, wish: Quiesce = "skip", why: str = "") -> None:
+        self.wish: Quiesce = wish
+        self.why = why
+        self.sent = False
+        self._window = FREEZE_WINDOW
+        self._agent: Agent | None = None
+        self._watch: Watch | None = None
+        self._until = 0.0
+        self._machine = ""
+
+    @property
+    def reached(self) -> bool:
+        """The file systems were frozen at the instant of the transaction."""
+        return self.sent and not self.why
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[None]:
+        """For the block the guest's file systems are frozen, once it is certain that they will be thawed.
+
+        Raises:
+            QmpError: the guest refused, froze nothing, or answered nonsense. Only with ``require``, like the others.
+            DeadlinePassed: it did not freeze in time, or nobody knows whether it has thawed.
+        """
+        if self._agent is None or self._watch is None:
+            yield
+            return
+        try:
+            await self._freeze(self._agent, self._watch)
+            yield
+        except BaseException:
+            with anyio.CancelScope(shield=True), contextlib.suppress(QmpsnapError):
+                await self._thaw(self._agent, self._watch)
+            raise
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._finish()
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """For the transaction: it counts only if it is over before anybody may have thawed.
+
+        Raises:
+            DeadlinePassed: it is not; with ``require``.
+        """
+        if not self.sent or self.why:
+            yield
+            return
+        left = self._until - time.monotonic() if self.wish == "require" else None
+        try:
+            with anyio.fail_after(left):
+                yield
+        except TimeoutError as error:
+            raise self._late() from error
+        if time.monotonic() > self._until:
+            self._give_up(self._late())
+
+    async def _freeze(self, guest: Agent, guard: Watch) -> None:
+        self._until = time.monotonic() + self._window
+        self.sent = True
+        guard.say(b"f")  # its window begins later than ours: whoever is in time by our clock was so by its clock
+        try:
+            count = await guest.freeze(deadline=self._window)
+        except QmpsnapError as error:
+            self._give_up(error)
+            return
+        if count == 0:
+            self._give_up(QmpError(f"the guest of machine {self._machine} has no file system that can be frozen"))
+
+    def _give_up(self, error: QmpsnapError) -> None:
+        self.why = self.why or error.message
+        if self.wish == "require":
+            error.hint = error.hint or "--quiesce prefer takes the snapshot without it"
+            raise error
+
+    async def _finish(self) -> None:
+        """Thaw, unless that was done for an error that goes on."""
+        if self._agent is None or self._watch is None:
+            return
+        try:
+            count = await self._thaw(self._agent, self._watch)
+            if count == 0 and not self.why:
+                self._give_up(QmpError(f"somebody has thawed the guest of machine {self._machine} meanwhile"))
+        except QmpsnapError as error:
+            self._give_up(error)
+
+    async def _thaw(self, guest: Agent, guard: Watch) -> int:
+        """Let the guard thaw, or do so where it has ended, and leave both.
+
+        Raises:
+            QmpsnapError: nobody knows whether it is done; the guard goes on trying.
+        """
+        self._agent = self._watch = None
+        guard.say(b"t")
+        try:
+            # Few bytes, written at once: they come as one.
+            if said := await guard.hear(64, deadline=THAW_DEADLINE):
+                return int(said[1:])
+            await guest.synchronise(deadline=THAW_DEADLINE)
+            return await guest.thaw(deadline=THAW_DEADLINE)
+        except QmpsnapError as error:
+            raise DeadlinePassed(
+                f"the guest of machine {self._machine} has not said within {THAW_DEADLINE:g} s that it has thawed its"
+                " file systems",
+                hint=f"qmpsnap exec {self._machine} -- true answers once it has; a guard goes on asking for a minute",
+                machine=self._machine,
+            ) from error
+        finally:
+            await guard.leave(b"")
+            await guest.close()
+
+    def _late(self) -> DeadlinePassed:
+        return DeadlinePassed(
+            f"the disks of machine {self._machine} were not at their snapshot within the {self._window:g} s for which"
+            " its file systems may be frozen",
+            hint="allow more with --freeze-window, or try again when the host has less to do",
+            machine=self._machine,
+        )
+
+
+@asynccontextmanager
+async def prepared(
+    context: Context, machine: Machine, qemu: Monitor | None, request: QuiesceRequest
+) -> AsyncIterator[Freezer]:
+    """A freezer whose agent has answered and whose guard watches; nothing is frozen yet.
+
+    Raises:
+        UsageError: a freeze window that makes no sense.
+        StateError: there is no guest that could answer. Only with ``require``, like the others.
+        QemuGone: nobody has the agent's channel.
+        DeadlinePassed: the agent does not answer.
+        HostCannot: no guard can be started.
+    """
+    if not 0 < request.window <= WINDOW_LIMIT:
+        raise UsageError(
+            f"a freeze window has more than 0 s and at most {WINDOW_LIMIT:g}, not {request.window:g};"
+            " nothing was changed"
+        )
+    if request.wish == "skip":
+        yield Freezer()
+        return
+    async with contextlib.AsyncExitStack() as stack:
+        freezer = Freezer(request.wish)
+        freezer._machine, freezer._window = machine.name, request.window  # noqa: SLF001 - its own maker
+        try:
+            await _require_guest(machine, qemu)
+            run_dir = context.home.run_dir(machine.name)
+            guest = await stack.enter_async_context(
+                agent.connect(run_dir / AGENT_SOCKET, machine=machine.name, deadline=AGENT_DEADLINE)
+            )
+            guard = await watch.over_agent(guest.channel, window=request.window, run_dir=run_dir)
+            stack.push_async_callback(guard.leave, b"")
+            freezer._agent, freezer._watch = guest, guard  # noqa: SLF001
+        except QmpsnapError as error:
+            if request.wish == "require":
+                error.effect = "none"
+                raise
+            freezer = Freezer(why=error.message)
+        yield freezer
+
+
+async def _require_guest(machine: Machine, qemu: Monitor | None) -> None:
+    hint = "--quiesce prefer takes the snapshot without it"
+    if qemu is None or not (await commands.query_status(qemu)).running:
+        state = "stopped" if qemu is None else "paused"
+        raise StateError(
+            f"machine {machine.name} is {state}: no guest is there to freeze its file systems; nothing was changed",
+            hint=hint,
+            machine=machine.name,
+        )
+    if machine.adopted or not machine.spec.agent:
+        raise StateError(
+            f"machine {machine.name} has no channel to a guest agent of qmpsnap's; nothing was changed",
+            hint=hint,
+            machine=machine.name,
+        )
+
+
+# --- afterwards -------------------------------------------------------------------------------------------------------
+
+
+def unproven(operation: Operation) -> bool:
+    """Whether its snapshot had to be of frozen file systems, and nobody can tell any more that they were; pure."""
+    plan = operation.plan
+    if not isinstance(plan, CreatePlan | InternalPlan) or plan.quiesce != "require":
+        return False
+    return operation.step in (steps.TRANSACTION, steps.STARTED)
+
+
+def may_be_frozen(operation: Operation) -> bool:
+    """Whether its guest's file systems may be frozen because of us; pure."""
+    plan = operation.plan
+    if isinstance(plan, CreatePlan | InternalPlan):
+        return plan.quiesce != "skip" and operation.step != steps.PLANNED
+    return (
+        isinstance(plan, RevertPlan) and bool(plan.vmstate and plan.vmstate.frozen) and operation.step == steps.STARTING
+    )
+
+
+@asynccontextmanager
+async def thawed(broken: Broken, monitor: Monitor | None) -> AsyncIterator[None]:
+    """A thaw comes first, before the block decides what becomes of an operation; or last, where it lets the guest run.
+
+    An agent that does not answer is no reason to leave an operation open: the guard has asked it for longer.
+    """
+    wanted = monitor is not None and may_be_frozen(broken.operation)
+    runs = wanted and monitor is not None and (await commands.query_status(monitor)).running
+    if runs:
+        await _thaw_left(broken)
+    try:
+        yield
+    finally:
+        if wanted and not runs and monitor is not None:
+            with contextlib.suppress(QmpsnapError):
+                if (await commands.query_status(monitor)).running:
+                    await _thaw_left(broken)
+
+
+async def _thaw_left(broken: Broken) -> None:
+    with contextlib.suppress(DeadlinePassed, QemuGone, QmpError):
+        await thaw(broken.context, broken.machine)
+
+
+async def thaw(context: Context, machine: Machine) -> None:
+    """Thaw a running guest's file systems, if they are frozen.
+
+    Raises:
+        DeadlinePassed: its agent does not answer.
+        QmpError: it refuses.
+        QemuGone: there is no channel to it.
+    """
+    socket = context.home.run_dir(machine.name) / AGENT_SOCKET
+    async with agent.connect(socket, machine=machine.name, deadline=AGENT_DEADLINE) as guest:
+        await guest.thaw(deadline=THAW_DEADLINE)
