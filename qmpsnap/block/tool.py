@@ -1,6 +1,7 @@
 """Running qemu-img: bounded, without a shell, its end always known."""
 
 import subprocess
+from collections.abc import Sequence
 
 import anyio
 
@@ -8,7 +9,7 @@ from qmpsnap.errors import DeadlinePassed, Effect, HostCannot
 
 
 async def run(
-    argv: list[str], *, deadline: float, late: str, effect: Effect = "none"
+    argv: list[str], *, deadline: float, late: str, effect: Effect = "none", inherited: Sequence[int] = ()
 ) -> "subprocess.CompletedProcess[bytes]":
     """Run a program to its end; what it returned is the caller's to judge.
 
@@ -17,6 +18,7 @@ async def run(
         deadline: seconds after which it is ended.
         late: the message should it not be done by then.
         effect: whether such a program may have changed something.
+        inherited: open descriptors that its arguments speak of.
 
     Raises:
         DeadlinePassed: it was not done in time.
@@ -24,7 +26,7 @@ async def run(
     """
     try:
         with anyio.fail_after(deadline):
-            return await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False)
+            return await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False, pass_fds=inherited)
     except OSError as error:
         raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error
     except TimeoutError as error:

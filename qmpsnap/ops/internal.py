@@ -21,7 +21,7 @@ from qmpsnap.model.names import NodeName, OperationId
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Hardware, Inside
-from qmpsnap.ops import asked, recover, space, tagging
+from qmpsnap.ops import asked, keys, recover, space, tagging
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.ops.memory import RESERVE_MORE, resident_bytes
@@ -175,6 +175,11 @@ def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Ne
 async def _planner(
     context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest
 ) -> Callable[[OperationId], InternalPlan]:
+    keys.require_plain(
+        work.machine,
+        "snapshots inside encrypted images are not made",
+        f"qmpsnap snapshot create {work.machine.name} takes its disks by new layers",
+    )
     mode = await asked.mode_of(work.qemu)
     if request.memory and mode == "stopped":
         raise StateError(

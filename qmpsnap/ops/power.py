@@ -15,7 +15,7 @@ from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import compare, pausing, tagging
+from qmpsnap.ops import compare, keys, pausing, tagging
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
@@ -75,18 +75,21 @@ async def bring_up(
     if machine.spec.firmware == "uefi":
         variables = str(context.home.variables(machine.name))
         firmware = argv.Firmware(code=find_firmware().code, vars=variables)
-    arguments = argv.build(
-        context.qemu,
-        machine.spec,
-        chains,
-        uuid=machine.uuid,
-        accel=choice.accel,
-        paused=paused or loading is not None,
-        incoming=isinstance(loading, Loading),
-        firmware=firmware,
-        tsc_khz=accel.tsc_khz(),
-    )
-    process = await launch(arguments, machine, context.home.run_dir(machine.name), accel=choice.accel)
+    async with keys.for_qemu(context, machine, machine.spec.disks) as secrets:
+        arguments = argv.build(
+            context.qemu,
+            machine.spec,
+            chains,
+            uuid=machine.uuid,
+            accel=choice.accel,
+            paused=paused or loading is not None,
+            incoming=isinstance(loading, Loading),
+            firmware=firmware,
+            tsc_khz=accel.tsc_khz(),
+            secrets=secrets,
+        )
+        run_dir = context.home.run_dir(machine.name)
+        process = await launch(arguments, machine, run_dir, accel=choice.accel, inherited=[*secrets.values()])
     await blocking(context.store.set_process, machine.name, process)
     if loading:
         await _load(context, machine, process, loading, paused=paused)

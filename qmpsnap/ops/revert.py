@@ -274,15 +274,17 @@ async def _open(context: Context, work: Work, at: Situation, request: RevertRequ
     def make(serial: OperationId) -> RevertPlan:
         planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
         require_free(one.layer.path for one in planned.new)
-        space.require(_needs(planned, context.home), machine=work.machine.name, hint="free some space there")
+        space.require(
+            _needs(work.machine, planned, context.home), machine=work.machine.name, hint="free some space there"
+        )
         return planned
 
     return await blocking(context.store.open_operation, work.machine.name, make)
 
 
-def _needs(planned: RevertPlan, home: Home) -> list[Need]:
+def _needs(machine: Machine, planned: RevertPlan, home: Home) -> list[Need]:
     """What the new layers need; a snapshot inside an image is copied out of it with the whole image."""
-    needs = [Need(str(home.data), space.STORE, "the store"), *space.of_layers(o.layer for o in planned.overlays)]
+    needs = [Need(str(home.data), space.STORE, "the store"), *space.of_overlays(machine, planned.overlays)]
     for copy in planned.copies:
         with contextlib.suppress(OSError):
             size = Path(copy.source.path).stat().st_blocks * 512
@@ -293,7 +295,7 @@ def _needs(planned: RevertPlan, home: Home) -> list[Need]:
 async def _carry_out(context: Context, work: Work, operation: Operation, loading: Loading | None) -> None:
     planned = operation.plan
     assert isinstance(planned, RevertPlan)
-    await make_overlays(context, planned.overlays)
+    await make_overlays(context, work.machine, planned.overlays)
     for copy in planned.copies:
         await tags.take_out(
             copy.source, copy.tag, copy.layer, keep=planned.inside is not None, qemu_img=context.image.binary
