@@ -11,6 +11,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 from anyio import to_thread
 
+from qmpsnap.block import encrypted
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, QemuGone, StateError, UsageError
 from qmpsnap.machine import worker
@@ -43,6 +44,19 @@ async def for_images(context: Context, machine: str, disk: DiskSpec) -> AsyncIte
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+async def require(context: Context, machine: Machine, chains: Iterable[Chain]) -> None:
+    """Make sure that the keys at hand open the machine's disks, before a QEMU ends that has them open.
+
+    Raises:
+        StateError: one does not.
+        QmpsnapError: one cannot be had; see :func:`for_images`.
+    """
+    for chain in chains:
+        async with for_images(context, machine.name, machine.require_disk(chain.disk)) as key:
+            if key is not None:
+                await encrypted.require_key(chain.active.path, key, qemu_img=context.image.binary)
 
 
 @asynccontextmanager
@@ -88,9 +102,9 @@ def require_plain(machine: Machine, what: str, hint: str) -> None:
     Raises:
         StateError: the machine has such a disk.
     """
-    if encrypted := [disk.name for disk in machine.spec.disks if disk.encryption]:
+    if sealed := [disk.name for disk in machine.spec.disks if disk.encryption]:
         raise StateError(
-            f"disk {', '.join(encrypted)} of machine {machine.name} is encrypted, and {what}; nothing was changed",
+            f"disk {', '.join(sealed)} of machine {machine.name} is encrypted, and {what}; nothing was changed",
             hint=hint,
             machine=machine.name,
         )

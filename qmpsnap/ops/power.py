@@ -131,7 +131,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         timeout: seconds to wait for the guest; 60 by default.
 
     Raises:
-        StateError: it does not run.
+        StateError: it does not run; or QEMU has paused the guest, so that it cannot hear the button.
         DeadlinePassed: the guest did not switch itself off.
     """
     machine = await blocking(context.store.machine, name)
@@ -141,7 +141,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         if process is None:
             raise StateError(f"machine {name} does not run; nothing was changed", machine=name)
         wait = timeout if timeout is not None else (0.0 if force else 60.0)
-        if wait and await _ask(context, machine, process, wait):
+        if wait and await _ask(context, machine, process, wait, force=force):
             pass
         elif force:
             await _quit(context, machine, process)
@@ -155,12 +155,14 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         await blocking(context.store.set_process, name, None)
 
 
-async def _ask(context: Context, machine: Machine, process: Process, wait: float) -> bool:
+async def _ask(context: Context, machine: Machine, process: Process, wait: float, *, force: bool) -> bool:
     try:
         async with context.monitor(machine) as qemu:
             if qemu:
                 state = await commands.run_state(qemu)
                 if runstate.remedy(state, machine.name):
+                    if force:
+                        return False
                     raise pausing.asleep(machine.name, state)
                 await commands.control(qemu, "system_powerdown")
     except QemuGone:

@@ -28,7 +28,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Copy, Operation, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import asked, create, internal, power, recover, situation, space, wake
+from qmpsnap.ops import asked, create, internal, keys, power, recover, situation, space, wake
 from qmpsnap.ops.context import Context, blocking, in_thread, require_spec
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.internal import InternalRequest
@@ -243,6 +243,7 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
         await to_thread.run_sync(power.require_files, work.machine, points(at, target))
         await to_thread.run_sync(_require_kept, work.machine, target)
         _require_frozen(at, target)
+        await keys.require(context, work.machine, at.live.values())
         async with _memory(target, request) as loading:
             operation = await _open(context, work, at, request)
             async with recover.attempting(context, work.machine, work.qemu, operation):

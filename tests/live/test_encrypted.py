@@ -30,6 +30,8 @@ from qmpsnap.ops import keys
 from qmpsnap.qmp import session
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 
+pytestmark = pytest.mark.timeout(300)  # QEMU measures the host for seconds of processor time for every image it makes
+
 KEY = b"a-key-that-nobody-may-ever-see-0123456789"
 OTHER = b"another-key-that-is-just-as-long-9876543210"
 SECRET = "key"
@@ -147,6 +149,11 @@ async def test_every_layer_of_an_encrypted_disk_is_encrypted_and_its_key_is_nowh
         assert await clear(vm, "vda-1") == then
         assert await clear(vm, (await vm.chains())[0].active.id) == then
         await hold_invariants(vm)
+        keep(home / SECRET, OTHER)
+        with pytest.raises(StateError, match="the secret does not open"):
+            await vm.revert("s1")
+        assert await vm.state() == "prelaunch"  # its QEMU was not ended for it
+        keep(home / SECRET, KEY)
         await vm.stop(force=True)
         for words in (["show", "vault"], ["chain", "vault"], ["snapshot", "list", "vault", "-o", "json"]):
             assert await to_thread.run_sync(main, words) == 0
