@@ -9,7 +9,7 @@
 """
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -23,18 +23,21 @@ from qmpsnap.ops.context import Context, blocking, opened
 
 
 @asynccontextmanager
-async def open_controller(home: str | os.PathLike[str] | None = None) -> AsyncIterator["Controller"]:
+async def open_controller(
+    home: str | os.PathLike[str] | None = None, *, secrets: Mapping[str, bytes] | None = None
+) -> AsyncIterator["Controller"]:
     """A controller for the block: ``async with qmpsnap.open() as q``.
 
     Args:
         home: folder that holds everything, as ``QMPSNAP_HOME`` does; None goes by the environment, in which
             ``QMPSNAP_QEMU`` and ``QMPSNAP_QEMU_IMG`` name other binaries.
+        secrets: keys of encrypted disks by ``machine/disk``, for those whose spec names no file with it, or instead.
 
     Raises:
         StoreTooNew: a newer qmpsnap wrote the store.
         HostCannot: the store cannot be opened.
     """
-    async with opened(home) as context:
+    async with opened(home, secrets=secrets) as context:
         yield Controller(context)
 
 

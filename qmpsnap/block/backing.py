@@ -4,16 +4,18 @@ import os
 
 from anyio import to_thread
 
-from qmpsnap.block import header, tool
+from qmpsnap.block import encrypted, header, tool
 from qmpsnap.block.header import Header, printable
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model.chain import Layer
 
 
-async def set_backing(layer: Layer, backing: Layer | None, *, qemu_img: str, deadline: float = 60) -> None:
+async def set_backing(
+    layer: Layer, backing: Layer | None, *, qemu_img: str, key: int | None = None, deadline: float = 60
+) -> None:
     """Let ``layer`` name ``backing`` as its backing (``qemu-img rebase -u``); fine if it does already.
 
-    No data moves: only for a new backing that reads like the old one.
+    No data moves: only for a new backing that reads like the old one. ``key``: descriptor of an encrypted layer's key.
 
     Raises:
         StoreMismatch: the file is another one than recorded; it was not touched.
@@ -27,9 +29,13 @@ async def set_backing(layer: Layer, backing: Layer | None, *, qemu_img: str, dea
             return
         target = ["-b", backing.path, "-F", backing.format] if backing else ["-b", ""]
         # The very file that was looked at, whatever its name leads to by now.
-        argv = [qemu_img, "rebase", "-u", "-f", layer.format, *target, f"/proc/self/fd/{descriptor}"]
+        itself = f"/proc/self/fd/{descriptor}"
+        argv = [qemu_img, "rebase", "-u", "-f", layer.format, *target, itself]
+        if key is not None:
+            argv = [qemu_img, "rebase", *encrypted.secret(key), "-u", *target, encrypted.alone(itself)]
+        inherited = [descriptor] if key is None else [descriptor, key]
         late = f"{qemu_img} did not end within {deadline:g} s"
-        done = await tool.run(argv, deadline=deadline, late=late, effect="unknown", keep=[descriptor])
+        done = await tool.run(argv, deadline=deadline, late=late, effect="unknown", inherited=inherited)
         said = printable(done.stderr.decode(errors="backslashreplace").strip())
         if done.returncode or await to_thread.run_sync(_backing_of, descriptor, layer) != wanted:
             raise HostCannot(f"the backing of {layer.path} was not changed: {said or 'no reason given'}")

@@ -19,13 +19,14 @@ from anyio import lowlevel, to_thread
 from anyio.abc import Process
 from msgspec import Struct
 
-from qmpsnap.block import header
+from qmpsnap.block import encrypted, header
 from qmpsnap.block.header import Header, printable
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import Format
 
 _SECTOR: Final = 512
+_TRIES: Final = 5
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 _MAX_SAID: Final = 64 << 10  # bytes kept of what qemu-img writes
 _CLEANUP_TIMEOUT: Final = 10.0  # seconds; an unlink and an fsync on a disk that still answers
@@ -43,7 +44,9 @@ class ImageTool(Struct, frozen=True):
     binary: str = "qemu-img"
     timeout: float = 60.0
 
-    async def create_overlay(self, path: str | os.PathLike[str], *, backing: Layer, virtual_size: int) -> Header:
+    async def create_overlay(
+        self, path: str | os.PathLike[str], *, backing: Layer, virtual_size: int, key: int | None = None
+    ) -> Header:
         """Make an empty overlay of ``backing`` that QEMU can take over as it is: verified, fsynced, mode 0600.
 
         Its header names ``backing.path`` byte for byte, so that QEMU never sees an overridden backing.
@@ -52,10 +55,11 @@ class ImageTool(Struct, frozen=True):
             path: absolute path of the new file, in a folder that exists.
             backing: the layer below; its header is read, its content is not.
             virtual_size: bytes, as QEMU reports them for the layer below.
+            key: descriptor of the key that opens the layer below, and will open this one; None for plain images.
 
         Raises:
             ImageRefused: path, size or backing cannot be used.
-            StateError: something is at ``path`` already.
+            StateError: something is at ``path`` already, or the key does not open the layer below.
             StoreMismatch: the layer below has another size than is recorded.
             HostCannot: qemu-img is missing or fails, no right, no space.
             DeadlinePassed: qemu-img did not end in time.
@@ -66,12 +70,21 @@ class ImageTool(Struct, frozen=True):
                 f"an overlay of {virtual_size} bytes would cut {backing.virtual_size} bytes below it; {_UNCHANGED}",
                 hint="make the overlay as large as the layer below",
             )
-        await to_thread.run_sync(_check_backing, backing, abandon_on_cancel=True)  # it only reads
+        await to_thread.run_sync(_check_backing, backing, key is not None, abandon_on_cancel=True)  # it only reads
+        if key is not None:
+            await encrypted.require_key(backing.path, key, qemu_img=self.binary)
         arguments = ["-u", "-F", backing.format, "-b", backing.path]
         async with _claimed(place) as claim:
-            return await self._make_qcow2(claim, arguments, virtual_size, backing)
+            return await self._make_qcow2(claim, arguments, virtual_size, backing, key)
 
-    async def create_base(self, path: str | os.PathLike[str], *, format: Format, virtual_size: int) -> Header:  # noqa: A002
+    async def create_base(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: Format,  # noqa: A002
+        virtual_size: int,
+        key: int | None = None,
+    ) -> Header:
         """Make an empty image without backing: verified, fsynced, mode 0600. Raw needs no qemu-img.
 
         Raises:
@@ -84,23 +97,33 @@ class ImageTool(Struct, frozen=True):
         async with _claimed(place) as claim:
             if format == "raw":
                 return await to_thread.run_sync(claim.finish_raw, virtual_size)
-            return await self._make_qcow2(claim, [], virtual_size, None)
+            return await self._make_qcow2(claim, [], virtual_size, None, key)
 
     async def _make_qcow2(
-        self, claim: "_Claim", arguments: list[str], virtual_size: int, backing: Layer | None
+        self, claim: "_Claim", arguments: list[str], virtual_size: int, backing: Layer | None, key: int | None
     ) -> Header:
         # O_RDWR on /proc/self/fd/N opens the claimed inode; qemu-img only truncates it, so its identity stays.
         target = f"/proc/self/fd/{claim.descriptor}"
-        options = ["-o", "compat=1.1", "--", target, str(virtual_size)]
-        await self._run(claim, ["create", "-q", "-f", "qcow2", *arguments, *options])
-        return await to_thread.run_sync(claim.finish_qcow2, virtual_size, backing)
+        secret, encryption = ([], "") if key is None else (encrypted.secret(key), encrypted.NEW)
+        # QEMU times its key derivation even where it is told how long that may take, and now and then its clock fails.
+        tries = 1 if key is None else _TRIES
+        options = ["-o", f"compat=1.1{encryption}", "--", target, str(virtual_size)]
+        while True:
+            try:
+                await self._run(claim, ["create", *secret, "-q", "-f", "qcow2", *arguments, *options], key)
+                break
+            except HostCannot as error:
+                tries -= 1
+                if not tries or encrypted.NO_CLOCK not in error.message:
+                    raise
+        return await to_thread.run_sync(claim.finish_qcow2, virtual_size, backing, key is not None)
 
-    async def _run(self, claim: "_Claim", arguments: list[str]) -> None:
+    async def _run(self, claim: "_Claim", arguments: list[str], key: int | None) -> None:
         """Run qemu-img to its end; it is killed when we are cancelled or its time is over."""
         shown = printable(claim.path)
         said = b""
         with anyio.move_on_after(self.timeout) as scope:
-            async with await self._spawn(claim, arguments) as process:
+            async with await self._spawn(claim, arguments, key) as process:
                 assert process.stderr is not None  # a pipe by open_process's default
                 async for chunk in process.stderr:
                     said = (said + chunk)[:_MAX_SAID]
@@ -119,7 +142,7 @@ class ImageTool(Struct, frozen=True):
         how = f"signal {-code}" if code < 0 else f"exit {code}"
         raise HostCannot(f"{self.binary} failed ({how}): {printable(text) or 'no message'}; {shown} was not created")
 
-    async def _spawn(self, claim: "_Claim", arguments: list[str]) -> Process:
+    async def _spawn(self, claim: "_Claim", arguments: list[str], key: int | None) -> Process:
         try:
             # Shielded: asyncio, cancelled again and again while it spawns, leaves a process nobody waits for.
             with anyio.CancelScope(shield=True):
@@ -128,7 +151,7 @@ class ImageTool(Struct, frozen=True):
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env={**os.environ, "LC_ALL": "C"},
-                    pass_fds=[claim.descriptor],
+                    pass_fds=[claim.descriptor] if key is None else [claim.descriptor, key],
                     start_new_session=True,  # a Ctrl-C is ours to answer, not its own
                 )
         except OSError as error:
@@ -193,7 +216,7 @@ class _Claim:
             os.ftruncate(self.descriptor, virtual_size)
             return self._settle(header.inspect(self.descriptor, path=self.path, format="raw"))
 
-    def finish_qcow2(self, virtual_size: int, backing: Layer | None) -> Header:
+    def finish_qcow2(self, virtual_size: int, backing: Layer | None, encrypted: bool) -> Header:  # noqa: FBT001
         """Compare what qemu-img made with what was asked, and make it durable."""
         with self._lock, _translated(self.path):
             try:
@@ -203,8 +226,8 @@ class _Claim:
             wanted = (virtual_size, backing.path if backing else None, backing.format if backing else None)
             if (made.virtual_size, made.backing, made.backing_format) != wanted:
                 raise self._unexpected(f"size, backing and its format {wanted!r} were asked for")
-            if made.internal_snapshots or made.dirty or made.corrupt or made.encrypted:
-                raise self._unexpected("a new image has no tags, is clean and not encrypted")
+            if made.internal_snapshots or made.dirty or made.corrupt or made.encrypted is not encrypted:
+                raise self._unexpected(f"a new image has no tags, is clean and {'' if encrypted else 'not '}encrypted")
             if os.pread(self.descriptor, made.l1_size * 8, made.l1_offset).strip(b"\0"):
                 raise self._unexpected("a new image is empty")
             return self._settle(made)
@@ -293,16 +316,18 @@ def _check_request(path: str | os.PathLike[str], virtual_size: int) -> Path:
     return Path(text)
 
 
-def _check_backing(backing: Layer) -> None:
-    """The layer below as an overlay needs it: a plain absolute name, of its format and size, not encrypted."""
+def _check_backing(backing: Layer, encrypted: bool) -> None:  # noqa: FBT001
+    """The layer below as an overlay needs it: a plain absolute name, of its format and size, encrypted as this one."""
     problem = header.backing_fault(backing.path) or ("" if backing.path.startswith("/") else "the path is not absolute")
     if problem:
         raise ImageRefused(f"{printable(backing.path)!r} cannot be a backing: {problem}; {_UNCHANGED}")
     found = header.read(backing.path, format=backing.format, block_device=True)
-    if found.encrypted:
-        # The overlay would hold in plain text what the guest believes to be encrypted.
+    if found.encrypted is not encrypted:
+        # An overlay in plain text would hold what the guest believes to be encrypted.
+        states = ("is encrypted", "is not") if found.encrypted else ("is not encrypted", "is")
         raise ImageRefused(
-            f"{printable(backing.path)} is encrypted, and overlays of encrypted images are not made yet; {_UNCHANGED}"
+            f"{printable(backing.path)} {states[0]}, and its disk {states[1]} by its spec; {_UNCHANGED}",
+            hint="'encryption' in the spec of a disk is for all its layers; an adopted machine has no such spec",
         )
     if found.virtual_size != backing.virtual_size:
         # An overlay of the recorded size would cut, or lengthen, the disk that the guest sees.

@@ -74,7 +74,7 @@ async def go_to(layer: Layer, tag: str, *, qemu_img: str, deadline: float = 600)
     try:
         # The very file that was looked at, whatever its name leads to by now.
         image = alone(f"/proc/self/fd/{descriptor}")
-        await _run([qemu_img, "snapshot", "-a", tag, image], deadline, keep=[descriptor])
+        await _run([qemu_img, "snapshot", "-a", tag, image], deadline, inherited=[descriptor])
     finally:
         os.close(descriptor)
 
@@ -164,9 +164,9 @@ async def _inside(path: str, qemu_img: str, deadline: float) -> list[dict[str, A
     return found
 
 
-async def _run(argv: list[str], deadline: float, *, keep: Sequence[int] = ()) -> bytes:
+async def _run(argv: list[str], deadline: float, *, inherited: Sequence[int] = ()) -> bytes:
     late = f"{argv[0]} {argv[1]} {argv[-1]} took longer than {deadline:g} s"
-    done = await tool.run(argv, deadline=deadline, late=late, keep=keep)
+    done = await tool.run(argv, deadline=deadline, late=late, inherited=inherited)
     if done.returncode:
         raise HostCannot(f"{argv[0]} {argv[1]} failed: {done.stderr.decode(errors='backslashreplace').strip()}")
     return done.stdout

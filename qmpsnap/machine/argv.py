@@ -6,13 +6,15 @@ a comma is only a comma.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from msgspec import Struct
 
 from qmpsnap.model.blockdev import chain_options, node_name
 from qmpsnap.model.chain import Chain
+from qmpsnap.model.secret import secret_id
 from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
 
 QMP_SOCKET: Final = "qmp.sock"
@@ -55,6 +57,7 @@ def build(
     incoming: bool = False,
     firmware: Firmware | None = None,
     tsc_khz: int = TSC_KHZ,
+    secrets: Mapping[str, int] = MappingProxyType({}),
 ) -> list[str]:
     """The whole argument list, the binary first.
 
@@ -68,9 +71,10 @@ def build(
         incoming: wait for a state to be loaded instead of booting.
         firmware: the flash images; needed when the spec asks for UEFI.
         tsc_khz: the rate of the host's TSC in kHz; only a microvm under TCG needs it, to keep its clock right.
+        secrets: for each encrypted disk the descriptor, inherited by QEMU, from which it reads the key.
 
     Raises:
-        ValueError: a disk has no chain, or UEFI has no images; the caller prepares both.
+        ValueError: a disk has no chain or no key, or UEFI has no images; the caller prepares them.
     """
     return [
         *([binary] if isinstance(binary, str) else binary),
@@ -84,6 +88,7 @@ def build(
         *_monitors(),
         *_display(spec),
         *_agent(spec),
+        *_secrets(spec, secrets),
         *_disks(spec, chains),
         *_nics(spec, uuid),
         *spec.extra,
@@ -163,6 +168,16 @@ def _agent(spec: MachineSpec) -> Iterator[str]:
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------
+
+
+def _secrets(spec: MachineSpec, secrets: Mapping[str, int]) -> Iterator[str]:
+    for disk in spec.disks:
+        if disk.encryption is None:
+            continue
+        if disk.name not in secrets:
+            raise ValueError(f"disk {disk.name} of machine {spec.name} is encrypted and has no key")
+        file = f"/proc/self/fd/{secrets[disk.name]}"
+        yield from _json("-object", {"qom-type": "secret", "id": secret_id(disk.name), "file": file})
 
 
 def _disks(spec: MachineSpec, chains: Sequence[Chain]) -> Iterator[str]:

@@ -41,8 +41,17 @@ def prepare_run_dir(path: Path) -> None:
         raise HostCannot(f"the run folder {path} is not private to this user", hint=f"chmod 0700 {path}, or remove it")
 
 
-async def launch(argv: Sequence[str], machine: Machine, run_dir: Path, *, accel: str) -> Process:
+async def launch(
+    argv: Sequence[str], machine: Machine, run_dir: Path, *, accel: str, inherited: Sequence[int] = ()
+) -> Process:
     """Start QEMU and return once its monitor answered and said it is this machine.
+
+    Args:
+        argv: QEMU and its arguments.
+        machine: the machine.
+        run_dir: its working directory.
+        accel: the accelerator among the arguments, for the record.
+        inherited: open descriptors that its arguments speak of.
 
     Raises:
         QemuGone: QEMU ended at once; the message holds what it wrote.
@@ -55,12 +64,17 @@ async def launch(argv: Sequence[str], machine: Machine, run_dir: Path, *, accel:
         async with monitor(machine, run_dir, deadline=LAUNCH_DEADLINE) as qemu:
             return await commands.query_version(qemu)
 
-    process, found = await start(argv, run_dir, machine=machine.name, ask=version)
+    process, found = await start(argv, run_dir, machine=machine.name, ask=version, inherited=inherited)
     return replace(process, accel=accel, qemu_version=found)
 
 
 async def start(
-    argv: Sequence[str], run_dir: Path, *, machine: str, ask: Callable[[], Awaitable[T]]
+    argv: Sequence[str],
+    run_dir: Path,
+    *,
+    machine: str,
+    ask: Callable[[], Awaitable[T]],
+    inherited: Sequence[int] = (),
 ) -> tuple[Process, T]:
     """Start QEMU in ``run_dir`` and put a first question to its monitor, as soon as it listens.
 
@@ -69,10 +83,11 @@ async def start(
         run_dir: its working directory.
         machine: a name for errors.
         ask: the question; raises ``QemuGone`` as long as nobody listens. When it fails, QEMU is killed.
+        inherited: open descriptors that it keeps.
     """
     (run_dir / QMP_SOCKET).unlink(missing_ok=True)
     _clear(run_dir)
-    process = processes.spawn(argv, run_dir)
+    process = processes.spawn(argv, run_dir, inherited=inherited)
     try:
         deadline = anyio.current_time() + LAUNCH_DEADLINE
         while True:

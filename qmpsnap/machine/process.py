@@ -32,8 +32,13 @@ _children: "dict[int, subprocess.Popen[bytes]]" = {}
 """QEMUs that this very process started, so that they are reaped when they end."""
 
 
-def spawn(argv: Sequence[str], run_dir: Path) -> Process:
+def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = ()) -> Process:
     """Start QEMU in ``run_dir``, in a session of its own; its output goes to ``qemu.log`` there.
+
+    Args:
+        argv: QEMU and its arguments.
+        run_dir: its working directory.
+        inherited: open descriptors that it keeps, under their numbers.
 
     Raises:
         HostCannot: there is no such program, or it may not be run.
@@ -58,6 +63,7 @@ def spawn(argv: Sequence[str], run_dir: Path) -> Process:
             stderr=descriptor,
             start_new_session=True,
             umask=0o077,
+            pass_fds=inherited,
         )
     except OSError as error:
         raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error

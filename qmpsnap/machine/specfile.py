@@ -23,7 +23,19 @@ from qmpsnap.machine.specvalues import (
     whole,
 )
 from qmpsnap.machine.yamltree import Entry, Tree, compose, load, shorten
-from qmpsnap.model.spec import Accel, Bus, Cache, DiskSpec, Display, Firmware, Format, Forward, MachineSpec, NicSpec
+from qmpsnap.model.spec import (
+    Accel,
+    Bus,
+    Cache,
+    DiskSpec,
+    Display,
+    Encryption,
+    Firmware,
+    Format,
+    Forward,
+    MachineSpec,
+    NicSpec,
+)
 
 MAX_CPUS = 4096
 MAX_PORT = 65535
@@ -185,6 +197,11 @@ def _no_shared_writer(tree: Tree, disks: tuple[DiskSpec, ...]) -> None:
 
 def _disk(tree: Tree, path: Reader) -> tuple[DiskSpec, Tree]:
     """The disk, and its name's place."""
+
+    def encryption(tree: Tree, what: str) -> Encryption:
+        readers: dict[str, Reader] = {"secret-file": path}
+        return Encryption(**_read_all(_entries(tree, what, readers), readers))
+
     readers: dict[str, Reader] = {
         "name": disk_name,
         "size": disk_size,
@@ -196,6 +213,7 @@ def _disk(tree: Tree, path: Reader) -> tuple[DiskSpec, Tree]:
         "discard": flag,
         "read-only": flag,
         "snapshot": flag,
+        "encryption": encryption,
     }
     entries = _entries(tree, "a disk", readers)
     values = _read_all(entries, readers)
@@ -208,6 +226,8 @@ def _disk(tree: Tree, path: Reader) -> tuple[DiskSpec, Tree]:
     if len(content) > 1:
         entries[content[1]].key.refuse(f"disk {name!r} has both {content[0]!r} and {content[1]!r}; one is enough")
     disk = DiskSpec(**values)
+    if disk.encryption and disk.format != "qcow2":
+        entries["encryption"].key.refuse(f"disk {name!r}: only qcow2 images are encrypted", "leave 'format' out")
     if disk.read_only and disk.bus == "sata":
         entries["read-only"].value.refuse(f"disk {name!r}: QEMU has no read-only SATA disks", "use another 'bus'")
     return disk, entries["name"].value

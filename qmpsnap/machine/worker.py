@@ -4,7 +4,7 @@ It is a QEMU under ``-S`` with nothing but the disk: the same jobs, states and g
 is one code path for both. It has a run folder of its own below the machine's, by which it is found again.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -58,7 +58,9 @@ async def end_leftover(machine: Machine, run_dir: Path) -> None:
 
 
 @asynccontextmanager
-async def working_on(chain: Chain, machine: Machine, *, qemu: str, run_dir: Path) -> AsyncIterator[Session]:
+async def working_on(
+    chain: Chain, machine: Machine, *, qemu: str, run_dir: Path, secrets: Mapping[str, int]
+) -> AsyncIterator[Session]:
     """A worker that has the chain open, its highest layer for writing; ended with the block.
 
     Args:
@@ -66,6 +68,7 @@ async def working_on(chain: Chain, machine: Machine, *, qemu: str, run_dir: Path
         machine: whose chain it is.
         qemu: the QEMU binary.
         run_dir: the machine's run folder.
+        secrets: the descriptor from which QEMU reads the key of the disk, if it is encrypted.
 
     Raises:
         StateError: somebody else has one of the layers open.
@@ -84,9 +87,9 @@ async def working_on(chain: Chain, machine: Machine, *, qemu: str, run_dir: Path
         disks=(replace(disk, size=1 << 20, image=None, base=None, bus="virtio", read_only=False),),
         agent=False,
     )
-    arguments = argv.build(qemu, spec, [chain], uuid=machine.uuid, accel="tcg", paused=True)
+    arguments = argv.build(qemu, spec, [chain], uuid=machine.uuid, accel="tcg", paused=True, secrets=secrets)
     try:
-        process = await launch(arguments, machine, folder, accel="tcg")
+        process = await launch(arguments, machine, folder, accel="tcg", inherited=[*secrets.values()])
     except QemuGone as error:
         if 'Failed to get "' not in error.message:
             raise

@@ -9,6 +9,7 @@ from typing import Any
 
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.names import NodeName
+from qmpsnap.model.secret import ENCRYPT, secret_id
 from qmpsnap.model.spec import DiskSpec
 
 
@@ -44,6 +45,8 @@ def layer_options(layer: Layer, disk: DiskSpec, *, backing: NodeName | None, rea
     }
     if layer.format == "qcow2":
         options["backing"] = backing
+    if disk.encryption:
+        options["encrypt"] = {"format": ENCRYPT, "key-secret": secret_id(disk.name)}
     return options
 
 

@@ -16,6 +16,17 @@ NicKind = Literal["user", "tap", "bridge"]
 Display = Literal["none", "vnc"]
 
 
+class Encryption(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """That every layer of a disk is encrypted (LUKS inside qcow2), all of them with one key.
+
+    Attributes:
+        secret_file: absolute path of the file with the key, read when it is needed and never recorded; None: the
+            program that works with the machine gives it.
+    """
+
+    secret_file: str | None = None
+
+
 class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One disk: exactly one of ``size`` (a new image), ``image`` (an existing one) or ``base`` (a linked clone).
 
@@ -26,6 +37,7 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
         base: absolute path of an existing image that stays read-only under a new overlay.
         format: format of ``image`` or ``base``, or of the new image; never probed.
         snapshot: whether snapshots include this disk.
+        encryption: its images are encrypted; None for plain ones.
     """
 
     name: str
@@ -38,6 +50,7 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     discard: bool = True
     read_only: bool = False
     snapshot: bool = True
+    encryption: Encryption | None = None
 
 
 class Forward(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

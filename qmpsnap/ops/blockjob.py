@@ -13,6 +13,7 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, OperationId, job_id
 from qmpsnap.model.operation import Change, Merge, MirrorPlan
+from qmpsnap.ops import keys
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
@@ -92,9 +93,7 @@ async def qemu_for(job: BlockJob, qemu: Monitor | None) -> AsyncIterator[Monitor
             raise QemuGone(f"QEMU of machine {job.machine.name} has ended", machine=job.machine.name)
         yield qemu
         return
-    run_dir = job.context.home.run_dir(job.machine.name)
-    chain = Chain(job.step.disk, job.step.chain)
-    async with worker.working_on(chain, job.machine, qemu=job.context.qemu, run_dir=run_dir) as monitor:
+    async with keys.worker_on(job.context, job.machine, Chain(job.step.disk, job.step.chain)) as monitor:
         yield monitor
 
 

@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
+from types import MappingProxyType
 from typing import TypeVar
 
 from anyio import to_thread
@@ -17,6 +18,7 @@ from qmpsnap.machine.machine import monitor, prepare_run_dir
 from qmpsnap.machine.watch import Watch, watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.secret import Secret, given
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.sqlite import SqliteStore
@@ -32,6 +34,7 @@ class Context(Struct, frozen=True, kw_only=True):
         qemu: the QEMU binary.
         image: makes images with qemu-img.
         host: this host's name, as recorded with the machines it owns.
+        secrets: keys of encrypted disks that the program gave, by ``machine/disk``.
     """
 
     home: Home
@@ -39,6 +42,7 @@ class Context(Struct, frozen=True, kw_only=True):
     qemu: str
     image: ImageTool
     host: str
+    secrets: Mapping[str, Secret] = MappingProxyType({})
 
     def process(self, machine: Machine) -> Process | None:
         """The machine's live QEMU, or None."""
@@ -74,20 +78,25 @@ class Context(Struct, frozen=True, kw_only=True):
 
 
 @asynccontextmanager
-async def opened(home: str | os.PathLike[str] | None = None) -> AsyncIterator[Context]:
+async def opened(
+    home: str | os.PathLike[str] | None = None, *, secrets: Mapping[str, bytes] | None = None
+) -> AsyncIterator[Context]:
     """The context of a home, its store open for the block.
 
     Args:
         home: folder that holds everything, as ``QMPSNAP_HOME`` does; None goes by the environment, in which
             ``QMPSNAP_QEMU`` and ``QMPSNAP_QEMU_IMG`` name other binaries.
+        secrets: keys of encrypted disks, by ``machine/disk``.
 
     Raises:
+        UsageError: a key cannot be used.
         StoreTooNew: a newer qmpsnap wrote the store.
         HostCannot: the store cannot be opened.
     """
     environment = dict(os.environ)
     if home is not None:
         environment["QMPSNAP_HOME"] = os.fspath(home)
+    keys = given(secrets or {})
     places = Home.from_environment(environment, uid=os.geteuid())
     store = await blocking(lambda: SqliteStore(places.store, machines=places.machines))
     try:
@@ -97,6 +106,7 @@ async def opened(home: str | os.PathLike[str] | None = None) -> AsyncIterator[Co
             qemu=environment.get("QMPSNAP_QEMU") or "qemu-system-x86_64",
             image=ImageTool(environment.get("QMPSNAP_QEMU_IMG") or "qemu-img"),
             host=this_host(),
+            secrets=keys,
         )
     finally:
         store.close()

@@ -24,7 +24,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Change, MirrorPlan, Operation
-from qmpsnap.ops import finalize, merge
+from qmpsnap.ops import finalize, keys, merge
 from qmpsnap.ops.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.context import Context, blocking, guarded
 from qmpsnap.qmp import commands, jobs
@@ -142,11 +142,12 @@ async def _make(job: MirrorJob) -> MirrorJob:
     plan = job.step
     target, part = plan.target, part_of(job)
     if plan.made:
-        if target.backing:
-            backing, size = plan.chain[-2], target.virtual_size
-            made = await job.context.image.create_overlay(part, backing=backing, virtual_size=size)
-        else:
-            made = await job.context.image.create_base(part, format=target.format, virtual_size=target.virtual_size)
+        image, size = job.context.image, target.virtual_size
+        async with keys.for_images(job.context, job.machine.name, job.machine.require_disk(plan.disk)) as key:
+            if target.backing:
+                made = await image.create_overlay(part, backing=plan.chain[-2], virtual_size=size, key=key)
+            else:
+                made = await image.create_base(part, format=target.format, virtual_size=size, key=key)
         job = replace(job, identity=(made.device, made.inode))
     await job.mark(steps.MADE)
     if plan.made:

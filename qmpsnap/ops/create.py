@@ -249,7 +249,7 @@ async def _open(
         planned = planner(serial)
         require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
         space.require(
-            space.of_create(planned, context.home.data),
+            space.of_create(work.machine, planned, context.home.data),
             machine=work.machine.name,
             hint="free some space there, or let the new layers lie elsewhere (--file)",
         )
@@ -307,7 +307,7 @@ class _Attempt(Struct, frozen=True):
 
 async def _carry_out(at: _Attempt) -> Change:
     plan, machine, qemu = at.plan, at.work.machine, at.work.qemu
-    change = identified(plan.change, await make_overlays(at.context, plan.overlays))
+    change = identified(plan.change, await make_overlays(at.context, machine, plan.overlays))
     if qemu:
         for overlay in plan.overlays:
             await commands.blockdev_add(qemu, _node_options(overlay, machine))

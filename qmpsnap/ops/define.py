@@ -13,10 +13,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap import private
-from qmpsnap.block import header
+from qmpsnap.block import encrypted, header
 from qmpsnap.block.header import FoundLayer
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StateError, StoreMismatch, UsageError
+from qmpsnap.errors import HostCannot, ImageRefused, NameTaken, NotFoundError, StateError, StoreMismatch, UsageError
 from qmpsnap.machine import probe
 from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.firmware import find_firmware
@@ -26,9 +26,9 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import recover
+from qmpsnap.ops import keys, recover
 from qmpsnap.ops.context import Context, blocking, locked, require_folder
-from qmpsnap.ops.overlays import identified, require_free
+from qmpsnap.ops.overlays import identified, make_overlays, require_free
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
@@ -236,14 +236,14 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
     require_folder(context.home, plan.machine)
     await to_thread.run_sync(private.make_folder, folder)
     headers: dict[LayerId, Header] = {}
+    assert plan.change.define
+    disks = {active: plan.change.define.require_disk(name) for name, active in plan.change.active.items()}
     for layer in plan.images:
-        headers[layer.id] = await context.image.create_base(
-            layer.path, format=layer.format, virtual_size=layer.virtual_size
-        )
-    for overlay in plan.overlays:
-        headers[overlay.layer.id] = await context.image.create_overlay(
-            overlay.layer.path, backing=overlay.backing, virtual_size=overlay.layer.virtual_size
-        )
+        async with keys.for_images(context, plan.machine, disks[layer.id]) as key:
+            headers[layer.id] = await context.image.create_base(
+                layer.path, format=layer.format, virtual_size=layer.virtual_size, key=key
+            )
+    headers |= await make_overlays(context, plan.change.define, plan.overlays)
     if plan.variables and firmware_variables:
         await to_thread.run_sync(_copy_variables, firmware_variables, plan.variables)
     await blocking(context.store.settle, operation.id, plan.machine, identified(plan.change, headers))
@@ -273,10 +273,27 @@ async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path])
             continue
         read = functools.partial(header.read_chain, path, disk.format, allowed=allowed)
         found = await to_thread.run_sync(read)
+        await _require_encrypted(context, spec, disk, found)
         known = [await blocking(context.store.layer_at, layer.path) for layer in found]
         sources[disk.name] = DiskSource(tuple(found), tuple(known))
     require_unshared(spec, sources, writers=writers, readers=readers)
     return sources
+
+
+async def _require_encrypted(context: Context, spec: MachineSpec, disk: DiskSpec, found: Sequence[FoundLayer]) -> None:
+    """Make sure that all images of a disk are encrypted or none is, as its spec says, and that the key opens them."""
+    for layer in found:
+        if layer.header.encrypted is not (disk.encryption is not None):
+            what = "is encrypted" if layer.header.encrypted else "is not encrypted"
+            remedy = "say so in the spec" if layer.header.encrypted else "take it out of the spec"
+            raise ImageRefused(
+                f"disk {disk.name} of {spec.name}: {header.printable(layer.path)} {what}; nothing was created",
+                hint=f"'encryption' of a disk is for all its images: {remedy}, or convert the image first",
+            )
+    async with keys.for_images(context, spec.name, disk) as key:
+        if key is not None:
+            for layer in found:
+                await encrypted.require_key(layer.path, key, qemu_img=context.image.binary)
 
 
 async def users(context: Context) -> tuple[dict[Identity, str], dict[Identity, str]]:

@@ -22,7 +22,7 @@ from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, InternalPlan, Operation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Hardware, Inside
-from qmpsnap.ops import asked, quiesce, recover, space, tagging
+from qmpsnap.ops import asked, keys, quiesce, recover, space, tagging
 from qmpsnap.ops.context import Context, blocking, guarded, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.ops.means import RESERVE_MORE, require_saveable, resident_bytes
@@ -198,6 +198,11 @@ def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Ne
 async def _planner(
     context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest, freezer: Freezer | None = None
 ) -> Callable[[OperationId], InternalPlan]:
+    keys.require_plain(
+        work.machine,
+        "snapshots inside encrypted images are not made",
+        f"qmpsnap snapshot create {work.machine.name} takes its disks by new layers",
+    )
     mode = await asked.mode_of(work.qemu)
     if request.memory and mode == "stopped":
         raise StateError(

@@ -11,7 +11,7 @@ from qmpsnap.errors import HostCannot, QmpError, StateError, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
-from qmpsnap.ops import asked
+from qmpsnap.ops import asked, keys
 from qmpsnap.ops.context import Context, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
@@ -84,6 +84,11 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             machine=machine.name,
         )
     require_spec(machine, "load its memory again")
+    keys.require_plain(
+        machine,
+        "the guest's memory, with what it read from there and the key itself, would lie in a file in the clear",
+        f"qmpsnap snapshot create {machine.name} takes its disks",
+    )
     if request.file and os.path.lexists(request.file):
         raise StateError(
             f"{request.file} exists already; nothing was changed",

@@ -6,7 +6,7 @@ with the change, in one SQL transaction -> vCPUs go on -> job dismissed, nodes c
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import anyio
 from anyio import lowlevel, to_thread
@@ -22,7 +22,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Merge, MergePlan, Operation, Removal
-from qmpsnap.ops import finalize, tagging
+from qmpsnap.ops import finalize, keys, tagging
 from qmpsnap.ops.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
@@ -107,20 +107,29 @@ async def settle(job: MergeJob, monitor: Monitor) -> None:
     step = job.step
     gone = _gone(step)
     await job.require_chain(monitor, (layer for layer in step.chain if layer not in gone), known=step.chain)
-    for layer in step.rebased:
-        await set_backing(layer, step.into, qemu_img=job.context.image.binary)
+    await _rewrite(job, [(layer, step.into) for layer in step.rebased])
     await job.record(step.change)
 
 
 async def settle_without_qemu(job: MergeJob) -> None:
     """QEMU died between finalize and our record: both sides were equal, so the result is made true in the headers."""
-    step, qemu_img = job.step, job.context.image.binary
+    step = job.step
     above = [layer for layer in step.chain if layer.backing == step.top.id]
-    for layer in (*above, *step.rebased) if step.kind == "commit" else ():
-        await set_backing(layer, step.into, qemu_img=qemu_img)
-    if step.kind == "stream":
-        await set_backing(step.into, step.base, qemu_img=qemu_img)
+    if step.kind == "commit":
+        await _rewrite(job, [(layer, step.into) for layer in (*above, *step.rebased)])
+    else:
+        await _rewrite(job, [(step.into, step.base)])
     await job.record(step.change)
+
+
+async def _rewrite(job: MergeJob, pairs: Sequence[tuple[Layer, Layer | None]]) -> None:
+    """Let each first layer's header name the second as its backing."""
+    if not pairs:
+        return
+    disk = job.machine.require_disk(job.step.disk)
+    async with keys.for_images(job.context, job.machine.name, disk) as key:
+        for layer, backing in pairs:
+            await set_backing(layer, backing, qemu_img=job.context.image.binary, key=key)
 
 
 async def remove_files(layers: Iterable[Layer]) -> None:

@@ -213,6 +213,15 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
             hint="qemu-img convert copies its image",
             machine=work.machine.name,
         )
+    if work.machine.require_disk(request.disk).encryption and (
+        request.reuse or is_uri(request.target) or request.format == "raw"
+    ):
+        raise StateError(
+            f"disk {request.disk} of machine {work.machine.name} is encrypted: it is copied to a new qcow2 image, which"
+            " gets the same secret, and to nothing else; nothing was done",
+            hint="leave out --reuse, --format raw and NBD",
+            machine=work.machine.name,
+        )
     if request.mode == "pivot" and not work.qemu:
         require_spec(work.machine, "make it start on the copy")
     at = await look(context, work)

@@ -16,8 +16,10 @@ from qmpsnap.block.image import remove
 from qmpsnap.block.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, Overlay
+from qmpsnap.ops import keys
 from qmpsnap.ops.context import Context
 
 EMPTY_LIMIT = 8 << 20
@@ -36,14 +38,16 @@ def overlay_on(chain: Chain, serial: OperationId, folder: str) -> Layer:
     )
 
 
-async def make_overlays(context: Context, overlays: Sequence[Overlay]) -> dict[LayerId, Header]:
-    """Create every overlay, side by side; each removes its own file when it fails."""
+async def make_overlays(context: Context, machine: Machine, overlays: Sequence[Overlay]) -> dict[LayerId, Header]:
+    """Create every overlay, side by side, encrypted as its disk is; each removes its own file when it fails."""
     headers: dict[LayerId, Header] = {}
 
     async def make(overlay: Overlay) -> None:
-        headers[overlay.layer.id] = await context.image.create_overlay(
-            overlay.part or overlay.layer.path, backing=overlay.backing, virtual_size=overlay.layer.virtual_size
-        )
+        path, size = overlay.part or overlay.layer.path, overlay.layer.virtual_size
+        async with keys.for_images(context, machine.name, machine.require_disk(overlay.disk)) as key:
+            headers[overlay.layer.id] = await context.image.create_overlay(
+                path, backing=overlay.backing, virtual_size=size, key=key
+            )
         if overlay.part:
             await place.claim(overlay.part, overlay.layer.path)
 

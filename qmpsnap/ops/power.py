@@ -16,7 +16,7 @@ from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import asked, compare, pausing, tagging
+from qmpsnap.ops import asked, compare, keys, pausing, tagging
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
@@ -76,18 +76,21 @@ async def bring_up(
     if machine.spec.firmware == "uefi":
         variables = str(context.home.variables(machine.name))
         firmware = argv.Firmware(code=find_firmware().code, vars=variables)
-    arguments = argv.build(
-        context.qemu,
-        machine.spec,
-        chains,
-        uuid=machine.uuid,
-        accel=choice.accel,
-        paused=paused or loading is not None,
-        incoming=isinstance(loading, Loading),
-        firmware=firmware,
-        tsc_khz=accel.tsc_khz(),
-    )
-    process = await launch(arguments, machine, context.home.run_dir(machine.name), accel=choice.accel)
+    async with keys.for_qemu(context, machine, machine.spec.disks) as secrets:
+        arguments = argv.build(
+            context.qemu,
+            machine.spec,
+            chains,
+            uuid=machine.uuid,
+            accel=choice.accel,
+            paused=paused or loading is not None,
+            incoming=isinstance(loading, Loading),
+            firmware=firmware,
+            tsc_khz=accel.tsc_khz(),
+            secrets=secrets,
+        )
+        run_dir = context.home.run_dir(machine.name)
+        process = await launch(arguments, machine, run_dir, accel=choice.accel, inherited=[*secrets.values()])
     try:
         require_opened(process, (layer for chain in chains for layer in chain.layers), machine=machine.name)
     except StoreMismatch:
@@ -134,7 +137,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         timeout: seconds to wait for the guest; 60 by default.
 
     Raises:
-        StateError: it does not run.
+        StateError: it does not run; or QEMU has paused the guest, so that it cannot hear the button.
         DeadlinePassed: the guest did not switch itself off.
     """
     asked.require_time(timeout, "the time for the guest")
@@ -145,7 +148,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         if process is None:
             raise StateError(f"machine {name} does not run; nothing was changed", machine=name)
         wait = timeout if timeout is not None else (0.0 if force else 60.0)
-        if wait and await _ask(context, machine, process, wait):
+        if wait and await _ask(context, machine, process, wait, force=force):
             pass
         elif force:
             await _quit(context, machine, process)
@@ -159,12 +162,14 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         await blocking(context.store.set_process, name, None)
 
 
-async def _ask(context: Context, machine: Machine, process: Process, wait: float) -> bool:
+async def _ask(context: Context, machine: Machine, process: Process, wait: float, *, force: bool) -> bool:
     try:
         async with context.monitor(machine) as qemu:
             if qemu:
                 state = await commands.run_state(qemu)
                 if runstate.remedy(state, machine.name):
+                    if force:
+                        return False
                     raise pausing.asleep(machine.name, state)
                 await commands.control(qemu, "system_powerdown")
     except QemuGone:

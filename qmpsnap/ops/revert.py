@@ -28,7 +28,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Copy, LoadPlan, Operation, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import asked, power, quiesce, recover, revert_inside, situation, space, wake
+from qmpsnap.ops import asked, keys, power, quiesce, recover, revert_inside, situation, space, wake
 from qmpsnap.ops.context import Context, blocking, guarded, in_thread, require_spec
 from qmpsnap.ops.loading import Loading, require_same_hardware
 from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
@@ -291,6 +291,7 @@ async def _switch(context: Context, work: Work, at: Situation, target: Snapshot,
     await to_thread.run_sync(power.require_files, work.machine, points(at, target))
     await to_thread.run_sync(_require_kept, work.machine, target)
     revert_inside.require_frozen(at, target)
+    await keys.require(context, work.machine, at.live.values())
     async with _memory(target, request) as loading:
         operation = await _open(context, work, at, request)
         async with recover.attempting(context, work.machine, work.qemu, operation):
@@ -319,15 +320,17 @@ async def _open(context: Context, work: Work, at: Situation, request: RevertRequ
     def make(serial: OperationId) -> RevertPlan:
         planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
         require_free(one.layer.path for one in planned.new)
-        space.require(_needs(planned, context.home), machine=work.machine.name, hint="free some space there")
+        space.require(
+            _needs(work.machine, planned, context.home), machine=work.machine.name, hint="free some space there"
+        )
         return planned
 
     return await blocking(context.store.open_operation, work.machine.name, make)
 
 
-def _needs(planned: RevertPlan, home: Home) -> list[Need]:
+def _needs(machine: Machine, planned: RevertPlan, home: Home) -> list[Need]:
     """What the new layers need; a snapshot inside an image is copied out of it with the whole image."""
-    needs = [Need(str(home.data), space.STORE, "the store"), *space.of_layers(o.layer for o in planned.overlays)]
+    needs = [Need(str(home.data), space.STORE, "the store"), *space.of_overlays(machine, planned.overlays)]
     for copy in planned.copies:
         with contextlib.suppress(OSError):
             size = Path(copy.source.path).stat().st_blocks * 512
@@ -338,7 +341,7 @@ def _needs(planned: RevertPlan, home: Home) -> list[Need]:
 async def _carry_out(context: Context, work: Work, operation: Operation, loading: Loading | None) -> None:
     planned = operation.plan
     assert isinstance(planned, RevertPlan)
-    await make_overlays(context, planned.overlays)
+    await make_overlays(context, work.machine, planned.overlays)
     for copy in planned.copies:
         await tags.take_out(
             copy.source, copy.tag, copy.layer, keep=planned.inside is not None, qemu_img=context.image.binary

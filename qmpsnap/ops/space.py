@@ -9,14 +9,18 @@ from msgspec import Struct
 
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot
-from qmpsnap.model.chain import Chain, Layer
-from qmpsnap.model.operation import CreatePlan
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.operation import CreatePlan, Overlay
 
 CLUSTER = 64 << 10
 """Bytes of qemu-img's clusters: what an image grows by."""
 
 STORE = 256 << 10
 """Bytes the store's journal may need for one operation."""
+
+LUKS_HEADER = 3 << 20
+"""Bytes that an encrypted image takes more, rounded up."""
 
 LEFT = 1 << 20
 """Bytes that must be left under a running guest by a new layer: what it overwrites takes up room again there."""
@@ -88,14 +92,19 @@ def of_image(virtual_size: int, data: int = 0) -> int:
     return 4 * CLUSTER + tables + clusters * (CLUSTER + 8 + 2) + (CLUSTER if data else 0)
 
 
-def of_layers(layers: Iterable[Layer], what: str = "a new layer") -> list[Need]:
+def of_overlays(machine: Machine, overlays: Iterable[Overlay]) -> list[Need]:
     """What new empty layers need."""
-    return [Need(str(Path(layer.path).parent), of_image(layer.virtual_size), what) for layer in layers]
+    needs = []
+    for overlay in overlays:
+        header = LUKS_HEADER if machine.require_disk(overlay.disk).encryption else 0
+        wanted = of_image(overlay.layer.virtual_size) + header
+        needs.append(Need(str(Path(overlay.layer.path).parent), wanted, "a new layer"))
+    return needs
 
 
-def of_create(plan: CreatePlan, store: Path) -> list[Need]:
+def of_create(machine: Machine, plan: CreatePlan, store: Path) -> list[Need]:
     """What a snapshot needs: layers, room for a running guest to go on in them, its memory, the store's own."""
-    needs = of_layers(overlay.layer for overlay in plan.overlays)
+    needs = of_overlays(machine, plan.overlays)
     needs.append(Need(str(store), STORE, "the store"))
     if plan.live:
         folders = {need.folder: room(need.folder).device for need in needs[: len(plan.overlays)]}

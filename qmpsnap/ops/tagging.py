@@ -17,6 +17,7 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan
+from qmpsnap.ops import keys
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.memory import RESUME_DEADLINE
 from qmpsnap.ops.quiesce import Freezer
@@ -113,7 +114,7 @@ async def open_in(context: Context, machine: Machine, monitor: Monitor | None, c
         return
     run_dir = context.home.run_dir(machine.name)
     await worker.end_leftover(machine, run_dir)
-    async with worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir) as qemu:
+    async with keys.worker_on(context, machine, chain) as qemu:
         yield qemu
 
 

@@ -110,7 +110,7 @@ async def test_a_worker_that_nobody_waits_for_is_ended(q: qmpsnap.Controller, mo
     with monkeypatch.context() as patch:
         patch.setattr(worker, "_quit", _nothing)
         patch.setattr(worker, "_end", _nothing)
-        async with worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir):
+        async with worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir, secrets={}):
             pass
     assert await codes(vm) == {"worker-left"}
     assert [finding.code for finding in (await vm.check(repair=True)).repaired] == ["worker-left"]

@@ -104,6 +104,20 @@ def test_the_security_defaults_are_always_there() -> None:
     assert after(argv, "-sandbox") == ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
 
 
+def test_the_key_of_an_encrypted_disk_comes_by_an_inherited_descriptor() -> None:
+    disks = "disks: [{name: vda, size: 1M, encryption: {secret-file: k}}, {name: vdb, size: 1M}]"
+    argv = argv_of(disks, secrets={"vda": 7})
+    secret = {"qom-type": "secret", "id": "qs-secret-vda", "file": "/proc/self/fd/7"}
+    assert [json.loads(value) for value in after(argv, "-object")] == [secret]
+    nodes = [json.loads(value) for value in after(argv, "-blockdev")]
+    told = {node["node-name"]: node.get("encrypt") for node in nodes}
+    key = {"format": "luks", "key-secret": "qs-secret-vda"}
+    assert told == {"vda-1": key, "vda-2": key, "vdb-1": None, "vdb-2": None}
+    assert argv.index("-object") < argv.index("-blockdev")
+    with pytest.raises(ValueError, match="has no key"):
+        argv_of(disks)
+
+
 def test_only_a_bridge_may_spawn_its_helper() -> None:
     argv = argv_of("nics: [{kind: bridge, bridge: br0}]")
     assert after(argv, "-sandbox") == ["on,obsolete=deny,elevateprivileges=allow,spawn=allow,resourcecontrol=deny"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qmpsnap.errors import SpecError
 from qmpsnap.machine import yamltree
 from qmpsnap.machine.specfile import parse, read
-from qmpsnap.model.spec import DiskSpec, Forward, MachineSpec, NicSpec
+from qmpsnap.model.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
 
 PROFILES = Path(__file__).parents[2] / "launch" / "profiles"
 GUEST = Path("/guest")
@@ -137,6 +137,14 @@ def test_a_size_is_bytes_or_has_a_unit_of_1024(size: str, expected: int) -> None
 )
 def test_memory_without_a_unit_is_mib(memory: str, expected: int) -> None:
     assert spec_of(f"name: web\nmemory: {memory}").memory == expected
+
+
+def test_the_secret_of_an_encrypted_disk_is_a_file_or_comes_later() -> None:
+    assert disk_of("size: 1M").encryption is None
+    assert disk_of("size: 1M, encryption: {}").encryption == Encryption()
+    found = disk_of("size: 1M, encryption: {secret-file: keys/vda}").encryption
+    assert found is not None
+    assert (found.secret_file or "").endswith("/keys/vda")
 
 
 @pytest.mark.parametrize("word", ["true", "True", "yes", "Yes", "on", "ON", "'yes'"])
@@ -301,6 +309,7 @@ KEYS = [
     *("name", "profile", "machine", "accel", "cpu", "cpus", "memory", "kernel", "initrd", "append", "firmware"),
     *("disks", "nics", "agent", "display", "extra", "size", "image", "base", "format", "bus", "cache", "discard"),
     *("read-only", "snapshot", "kind", "mac", "forwards", "ifname", "bridge", "host", "guest", "protocol", "address"),
+    *("encryption", "secret-file"),
 ]
 WORDS = [
     *("web", "guest", "microvm", "kvm", "host", "1G", "1.3G", "0", "512", "-1", ".nan", "1e9999", "no", "~", "''"),

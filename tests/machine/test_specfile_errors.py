@@ -153,6 +153,12 @@ WRONG_DISKS = [
             "directsync, unsafe, found the string 'off'"
         ),
     ),
+    (
+        "{name: vda, size: 1M, encryption: yes}",
+        ("2:43: expected 'encryption' to be a mapping of keys to values, found the string 'yes'"),
+    ),
+    ("{name: vda, size: 1M, encryption: {secret: x}}", "2:44: unknown key 'secret'; did you mean 'secret-file'?"),
+    ("{name: vda, size: 1M, format: raw, encryption: {}}", "2:44: disk 'vda': only qcow2 images are encrypted"),
     ("{name: vda, image: i, bus: sata, read-only: yes}", "2:53: disk 'vda': QEMU has no read-only SATA disks"),
     ("{name: a, image: i}, {name: b, base: ./i}", "2:8: disk 'a': another disk uses its image /vms/web/i too"),
 ]

@@ -1,0 +1,156 @@
+"""Keys of encrypted disks, from where the spec says or the program gave, by descriptor to whoever opens the images.
+
+QEMU gets the read end of a pipe, which is empty once it has read it; qemu-img a file in memory that ends with it. A key
+is never an argument, nor in the environment, the store, the journal, a log or a file of ours.
+"""
+
+import os
+import stat
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+
+from anyio import to_thread
+
+from qmpsnap.block import encrypted
+from qmpsnap.block.header import printable
+from qmpsnap.errors import HostCannot, QemuGone, StateError, UsageError
+from qmpsnap.machine import worker
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.secret import MOST, Secret
+from qmpsnap.model.spec import DiskSpec
+from qmpsnap.ops.context import Context
+from qmpsnap.qmp.session import Session
+
+WRONG = "Invalid password"
+"""What QEMU says of a key that opens none of an image's key slots."""
+
+
+@asynccontextmanager
+async def for_images(context: Context, machine: str, disk: DiskSpec) -> AsyncIterator[int | None]:
+    """A descriptor that qemu-img can read a disk's key from, as often as it likes; None for a disk that has none.
+
+    Raises:
+        UsageError: nobody has given the key, or it cannot be used.
+        HostCannot: its file cannot be read, or others can read it.
+    """
+    if disk.encryption is None:
+        yield None
+        return
+    secret = await to_thread.run_sync(_secret, context, machine, disk)
+    descriptor = os.memfd_create("key", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, secret.reveal())
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+async def require(context: Context, machine: Machine, chains: Iterable[Chain]) -> None:
+    """Make sure that the keys at hand open the machine's disks, before a QEMU ends that has them open.
+
+    Raises:
+        StateError: one does not.
+        QmpsnapError: one cannot be had; see :func:`for_images`.
+    """
+    for chain in chains:
+        async with for_images(context, machine.name, machine.require_disk(chain.disk)) as key:
+            if key is not None:
+                await encrypted.require_key(chain.active.path, key, qemu_img=context.image.binary)
+
+
+@asynccontextmanager
+async def for_qemu(context: Context, machine: Machine, disks: Iterable[DiskSpec]) -> AsyncIterator[dict[str, int]]:
+    """The descriptors from which one QEMU that is started in the block reads the disks' keys, by the disks' names.
+
+    Raises:
+        StateError: QEMU did not start, as a key does not open an image.
+    """
+    with ExitStack() as stack:
+        pipes = {}
+        for disk in disks:
+            if disk.encryption:
+                secret = await to_thread.run_sync(_secret, context, machine.name, disk)
+                pipes[disk.name] = stack.enter_context(_pipe(secret))
+        try:
+            yield pipes
+        except QemuGone as error:
+            if not pipes or WRONG not in error.message:
+                raise
+            raise StateError(
+                f"the secret of disk {', '.join(pipes)} of machine {machine.name} does not open its images;"
+                " nothing was started",
+                hint="give the one that the machine was defined with",
+                machine=machine.name,
+            ) from error
+
+
+@asynccontextmanager
+async def worker_on(context: Context, machine: Machine, chain: Chain) -> AsyncIterator[Session]:
+    """A worker that has a chain open, see :func:`qmpsnap.machine.worker.working_on`, with the key of its disk."""
+    run_dir = context.home.run_dir(machine.name)
+    async with (
+        for_qemu(context, machine, [machine.require_disk(chain.disk)]) as secrets,
+        worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir, secrets=secrets) as session,
+    ):
+        yield session
+
+
+def require_plain(machine: Machine, what: str, hint: str) -> None:
+    """Refuse what would leave a trace of an encrypted disk in the clear.
+
+    Raises:
+        StateError: the machine has such a disk.
+    """
+    if sealed := [disk.name for disk in machine.spec.disks if disk.encryption]:
+        raise StateError(
+            f"disk {', '.join(sealed)} of machine {machine.name} is encrypted, and {what}; nothing was changed",
+            hint=hint,
+            machine=machine.name,
+        )
+
+
+@contextmanager
+def _pipe(secret: Secret) -> Iterator[int]:
+    read, write = os.pipe2(os.O_CLOEXEC)
+    try:
+        os.write(write, secret.reveal())  # far less than a pipe holds
+        os.close(write)
+        yield read
+    finally:
+        os.close(read)
+
+
+def _secret(context: Context, machine: str, disk: DiskSpec) -> Secret:
+    assert disk.encryption
+    place = f"{machine}/{disk.name}"
+    if place in context.secrets:
+        return context.secrets[place]
+    path = disk.encryption.secret_file
+    if path is None:
+        raise UsageError(
+            f"disk {disk.name} of machine {machine} is encrypted, its spec names no file with the secret, and none was"
+            " given; nothing was changed",
+            hint=f"qmpsnap.open(secrets={{{place!r}: ...}}), or 'secret-file' in the spec",
+            machine=machine,
+        )
+    return Secret(_content(path), what=f"the secret in {printable(path)}")
+
+
+def _content(path: str) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o077:
+                raise HostCannot(
+                    f"the secret in {printable(path)} could be read or changed by others; nothing was changed",
+                    hint=f"it must be a file of yours with mode 0600: chmod 0600 {printable(path)}",
+                )
+            return os.read(descriptor, MOST + 1)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise HostCannot(
+            f"the secret in {printable(path)} cannot be read: {error.strerror}; nothing was changed"
+        ) from error
