@@ -446,8 +446,8 @@ async def test_without_the_right_the_guest_stands_still(
 
 
 async def test_a_device_that_cannot_be_saved_is_named(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
-    disk = replace(still_spec.disks[0], bus="nvme")
-    vm = await q.define(replace(still_spec, disks=(disk,)))
+    peer = ("-object", "memory-backend-ram,id=shared,size=1M,share=on", "-device", "ivshmem-plain,memdev=shared")
+    vm = await q.define(replace(still_spec, disks=still_spec.disks[:1], extra=peer), allow_extra=True)
     await vm.start()
     for attempt in (
         vm.preview_snapshot("all", kind="full"),
@@ -456,7 +456,7 @@ async def test_a_device_that_cannot_be_saved_is_named(q: qmpsnap.Controller, sti
         vm.preview_internal("all"),
         vm.snapshot("all", kind="internal"),
     ):
-        with pytest.raises(StateError, match="/nvme; nothing was changed") as refused:
+        with pytest.raises(StateError, match="device 'ivshmem'; nothing was changed") as refused:
             await attempt
         assert refused.value.hint.endswith("takes its disks")
     await vm.snapshot("disk")

@@ -104,6 +104,7 @@ def test_every_commit_and_stream_form(home: Path, small_guest: Path, typed: Type
     hold("tutorial", transcript)
 
 
+@pytest.mark.timeout(300)
 def test_saved_started_afresh_and_restored(home: Path, small_guest: Path, typed: Typed) -> None:
     """The tutorial of save and restore: a process loops in the guest, and is there again with its memory."""
     spec = home / "guest.yaml"
