@@ -145,6 +145,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         busy = None if own else lock.holder(context.home.run_dir(name) / "lock")
         asked, silent = await _ask(context, before, qemu)
         found = await to_thread.run_sync(_files, context, before)
+        old = await blocking(older.sign, context, before.machine, before.chains)
         busy = busy or (None if own else lock.holder(context.home.run_dir(name) / "lock"))
         after = await record(context, name)
         if busy or after == before:
@@ -153,7 +154,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
     return replace(
         found,
         busy=busy,
-        older=await blocking(older.sign, context, before.machine, before.chains),
+        older=old,
         asked=asked,
         silent=silent,
         worker=worker.find(before.machine, context.home.run_dir(name)) is not None,

@@ -25,7 +25,7 @@ FAILED = frozenset({"io-error", "internal-error", "guest-panicked"})
 OUR_NODE = re.compile(r"[a-z][a-z0-9]{0,15}-\d+(\.file)?\Z")
 """A node that bears a layer's id, or the file below one."""
 
-_FLASH = frozenset({"uefi-code", "uefi-vars"})
+_FLASH = frozenset({"uefi-code", "uefi-vars", "uefi-code.file", "uefi-vars.file"})
 
 
 def judge(at: Facts) -> list[Finding]:
@@ -110,10 +110,12 @@ def _writers(at: Facts) -> Iterator[Finding]:
     """I4, by the record: a layer that a guest writes to has no other reader."""
     forest = at.record.forest
     read_only = {disk.name for disk in at.record.machine.spec.disks if disk.read_only}
+    gone = {(at.record.machine.name, found.name) for found in at.record.snapshots if found.state == "consumed"}
     for chain in at.record.chains:
         layer = chain.active
         others = [f"layer {above.id}" for above in forest.children(layer.id)]
-        others += [f"snapshot {r.snapshot} of {r.machine}" for r in forest.references_to(layer.id) if not r.tag]
+        points = [r for r in forest.references_to(layer.id) if not r.tag and (r.machine, r.snapshot) not in gone]
+        others += [f"snapshot {point.snapshot} of {point.machine}" for point in points]
         me = (at.record.machine.name, chain.disk)
         others += [f"disk {w.disk} of {w.machine}" for w in forest.writers_of(layer.id) if (w.machine, w.disk) != me]
         if others and chain.disk not in read_only:

@@ -121,7 +121,7 @@ async def hold_invariants(vm: qmpsnap.MachineHandle, hashes: Mapping[tuple[str, 
     """
     await _snapshots_read_as_they_did(vm, hashes or {})
     found = await vm.check()
-    assert found.findings == ()
+    assert found.findings == (), found.findings
 
 
 async def _snapshots_read_as_they_did(vm: qmpsnap.MachineHandle, hashes: Mapping[tuple[str, str], str]) -> None:

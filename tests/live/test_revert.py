@@ -267,7 +267,10 @@ async def test_what_cannot_be_reverted_to_is_refused_and_the_guest_runs_on(
     assert (caught.value.exit_code, "snapshot delete" in caught.value.hint) == (4, True)
     with pytest.raises(StoreMismatch, match="has no snapshot t inside"):
         await vm.revert("tagged")
-    await _nothing_changed(vm, before, hashes)
+    assert await _picture(vm) == before
+    assert {finding.code for finding in (await vm.check()).findings} == {"tag-missing"}
+    context_of(vm).store.apply(vm.name, Change(removed_snapshots=("tagged",)))
+    await _nothing_changed(vm, await _picture(vm), hashes)
 
 
 async def test_a_disk_that_a_job_holds_is_refused(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
