@@ -6,8 +6,6 @@ out -> ``finalizing:...`` -> finalize, graph verified -> ``settled:...`` with th
 nodes closed, files that nobody needs removed. A finished copy is the user's: the store does not have it.
 """
 
-from contextlib import AsyncExitStack
-
 import anyio
 from anyio import lowlevel
 from msgspec import Struct
@@ -26,7 +24,7 @@ from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Change, MirrorPlan, Operation
 from qmpsnap.ops import finalize, keys, merge
 from qmpsnap.ops.blockjob import BlockJob, qemu_for
-from qmpsnap.ops.context import Context, blocking, guarded
+from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
@@ -184,22 +182,22 @@ async def root_of(monitor: Monitor, plan: MirrorPlan) -> NodeName | None:
 async def carry_on(job: MirrorJob, monitor: Monitor) -> None:
     """Take a job that exists, in whatever state, to its end; also where another process of ours started it."""
     info = await jobs.follow_mirror(monitor, job.id, "ready", "pending", report=job.report)
-    async with AsyncExitStack() as stack:
-        await _go_over(job, monitor, info, stack)
+    async with finalize.watched(job, monitor):
+        await _go_over(job, monitor, info)
 
 
-async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo, stack: AsyncExitStack) -> None:
+async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo) -> None:
     held = False
     if info.status == "ready":
         await (jobs.complete if job.step.mode == "pivot" else jobs.detach)(monitor, job.id)
-        info, held = await _pending(job, monitor, stack)
+        info, held = await _pending(job, monitor)
     if not held:
         await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
     with anyio.CancelScope(shield=True):  # past this point there is only forward, and it takes milliseconds
         try:
             with anyio.fail_after(finalize.FINALIZE_DEADLINE):
                 pending = info.status == "pending"
-                await finalize.go_over(job, monitor, pending=pending, settle=lambda: settle(job, monitor))
+                await finalize.go_over(job, monitor, pending=pending, settle=lambda: settle(job, monitor), held=held)
                 await jobs.dismiss(monitor, job.id)
                 await merge.close_nodes(monitor, gone(job.step))
         finally:
@@ -208,16 +206,12 @@ async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo, stack: Async
     job.report(replace(info, status="concluded"))
 
 
-async def _pending(job: MirrorJob, monitor: Monitor, stack: AsyncExitStack) -> tuple[JobInfo, bool]:
-    """Wait until both sides are equal; a guest that writes without end is held still for it: True then.
-
-    The guard that sees it run on whatever becomes of us is on the stack.
-    """
+async def _pending(job: MirrorJob, monitor: Monitor) -> tuple[JobInfo, bool]:
+    """Wait until both sides are equal; a guest that writes without end is held still for it: True then."""
     with anyio.move_on_after(HOLD_AFTER):
         return await jobs.follow(monitor, job.id, "pending", report=job.report), False
     running = job.step.live and (await commands.query_status(monitor)).running
-    if guard := await stack.enter_async_context(guarded(job.context, job.machine, when=running)):
-        await guard.ready()
+    if running:
         await job.mark(steps.STARTED, running=True)
         await commands.control(monitor, "stop")
     try:

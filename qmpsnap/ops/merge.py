@@ -26,6 +26,7 @@ from qmpsnap.ops import finalize, keys, tagging
 from qmpsnap.ops.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
@@ -84,6 +85,12 @@ async def _start(job: MergeJob, monitor: Monitor) -> None:
 async def carry_on(job: MergeJob, monitor: Monitor) -> None:
     """Take a job that exists, in whatever state, to its end; also where another process of ours started it."""
     info = await jobs.follow(monitor, job.id, "ready", "pending", report=job.report)
+    async with finalize.watched(job, monitor):
+        info = await _go_over(job, monitor, info)
+    job.report(replace(info, status="concluded"))
+
+
+async def _go_over(job: MergeJob, monitor: Monitor, info: JobInfo) -> JobInfo:
     if info.status == "ready":
         await jobs.complete(monitor, job.id)
         info = await jobs.follow(monitor, job.id, "pending", report=job.report)
@@ -95,7 +102,7 @@ async def carry_on(job: MergeJob, monitor: Monitor) -> None:
         await jobs.dismiss(monitor, job.id)
         await close_gone(monitor, job.step)
         await freeze_again(monitor, job.machine, job.step)
-    job.report(replace(info, status="concluded"))
+    return info
 
 
 async def settle(job: MergeJob, monitor: Monitor) -> None:
