@@ -22,15 +22,19 @@ from msgspec import Struct
 import qmpsnap
 from qmpsnap.machine import worker
 from qmpsnap.machine.argv import PID_FILE
+from qmpsnap.model.home import Home
 from tests.faults import filters, mutants, watch
 from tests.faults.scenarios import SCENARIOS
 from tests.faults.site import NAME, TWO
+from tests.live.crash import no_guards
 from tests.live.machine import context_of
 
 # A server that has everything loaded forks each controller: no process starts from nothing, and none has our threads.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.faults.deaths"])
 
+KILLED = "QEMU killed"
+"""What a controller says before it dies that has killed one."""
 WAIT = 60.0
 """Seconds a controller may take to come to its step."""
 ENVIRONMENT = ("QMPSNAP_HOME", "QMPSNAP_QEMU", "QMPSNAP_QEMU_IMG", "QMPSNAP_IMAGES", mutants.VARIABLE)
@@ -64,7 +68,8 @@ class Call(Struct, frozen=True):
 class Life(Struct, frozen=True, kw_only=True):
     """What a controller of its own is to do, and where it tells what it came by.
 
-    ``logs`` is where QEMU logs the writes to the layers that it opens.
+    ``logs`` is where QEMU logs the writes to the layers that it opens; ``qemu_too``: every QEMU of the machine dies
+    right before the controller does, so that no guard comes between.
     """
 
     scenario: str
@@ -74,20 +79,34 @@ class Life(Struct, frozen=True, kw_only=True):
     environment: Mapping[str, str]
     told: Path
     logs: Path | None
+    qemu_too: bool
 
 
 class Death(Struct):
-    """What became of a controller that was to die: the steps it came by, the last one that at which it died."""
+    """What became of a controller that was to die: the steps it came by, the last one that at which it died.
+
+    ``killed``: a QEMU died with it.
+    """
 
     died: bool
     steps: tuple[tuple[str, str], ...]
     said: str
+    killed: bool
 
 
 async def controller_dies(
-    scenario: str, place: Path, point: Point | Call, *, recovering: bool = False, logs: Path | None = None
+    scenario: str,
+    place: Path,
+    point: Point | Call,
+    *,
+    recovering: bool = False,
+    logs: Path | None = None,
+    qemu_too: bool = False,
 ) -> Death:
-    """Let a controller do a scenario's verb, or recover, until it comes to the point; ``logs`` as :class:`Life`."""
+    """Let a controller do a scenario's verb, or recover, until it comes to the point; then its guards, to their end.
+
+    ``logs`` and ``qemu_too`` as :class:`Life`.
+    """
     home = Path(os.environ["QMPSNAP_HOME"])
     told = home / "told"
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
@@ -99,6 +118,7 @@ async def controller_dies(
         environment=environment,
         told=told,
         logs=logs,
+        qemu_too=qemu_too,
     )
     child = _FORKS.Process(target=_live_until, args=(life,))
     child.start()
@@ -106,11 +126,13 @@ async def controller_dies(
     if child.exitcode is None:
         child.kill()
     child.join()
+    await no_guards()
     lines = told.read_text().splitlines() if told.exists() else []
     told.unlink(missing_ok=True)
     reached = [line.split("\t", 2)[1:] for line in lines if line.startswith("step\t")]
-    said = "\n".join(line for line in lines if not line.startswith("step\t"))
-    return Death(child.exitcode == -signal.SIGKILL, tuple((verb, step) for verb, step in reached), said)
+    said = "\n".join(line for line in lines if not line.startswith(("step\t", KILLED)))
+    died = child.exitcode == -signal.SIGKILL
+    return Death(died, tuple((verb, step) for verb, step in reached), said, KILLED in lines)
 
 
 def _live_until(life: Life) -> None:
@@ -118,7 +140,13 @@ def _live_until(life: Life) -> None:
     mutants.apply()
     with life.told.open("a", buffering=1) as file:
         try:
-            dying = _at_step(life.point, file) if isinstance(life.point, Point) else _at_call(life.point)
+
+            def die() -> None:
+                if life.qemu_too and _kill_all(_run_dir()):
+                    file.write(f"{KILLED}\n")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            dying = _at_step(life.point, file, die) if isinstance(life.point, Point) else _at_call(life.point, die)
             with dying, filters.logging(life.logs) if life.logs else contextlib.nullcontext():
                 anyio.run(_act, life)
         except BaseException:  # noqa: BLE001 - a death that did not come is told, whatever came instead
@@ -126,11 +154,11 @@ def _live_until(life: Life) -> None:
             os._exit(1)
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _run_dir() -> Path:
+    return Home.from_environment(os.environ, uid=os.geteuid()).run_dir(NAME)
 
 
-def _at_step(point: Point, told: IO[str]) -> AbstractContextManager[None]:
+def _at_step(point: Point, told: IO[str], die: Callable[[], None]) -> AbstractContextManager[None]:
     left = point.nth
 
     def hook(verb: str, step: str, when: watch.When) -> None:
@@ -141,13 +169,13 @@ def _at_step(point: Point, told: IO[str]) -> AbstractContextManager[None]:
         if when == "after" or last:
             told.write(f"step\t{verb}\t{step}\n")
         if last:
-            _die()
+            die()
 
     return watch.watching(hook)
 
 
 @contextmanager
-def _at_call(call: Call) -> Iterator[None]:
+def _at_call(call: Call, die: Callable[[], None]) -> Iterator[None]:
     owner = importlib.import_module(call.module)
     *path, name = call.function.split(".")
     for part in path:
@@ -159,7 +187,7 @@ def _at_call(call: Call) -> Iterator[None]:
         if when == call.when:
             left -= 1
             if left == 0:
-                _die()
+                die()
 
     async def dying_async(*arguments: Any, **rest: Any) -> Any:
         comes("before")
@@ -190,9 +218,8 @@ async def _act(life: Life) -> None:
             await SCENARIOS[life.scenario].act(vm, life.place)
 
 
-def qemus(vm: qmpsnap.MachineHandle) -> list[int]:
+def qemus(run_dir: Path) -> list[int]:
     """The machine's QEMU and its worker, those that run; found without the store, which may be in the middle of it."""
-    run_dir = context_of(vm).home.run_dir(vm.name)
     found = []
     for folder in (run_dir, run_dir / worker.FOLDER):
         with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
@@ -203,8 +230,12 @@ def qemus(vm: qmpsnap.MachineHandle) -> list[int]:
 
 
 def kill_qemu(vm: qmpsnap.MachineHandle) -> bool:
-    """Kill those, and see them end; whether there was one."""
-    found = qemus(vm)
+    """Kill the machine's QEMU and its worker, and see them end; whether there was one."""
+    return _kill_all(context_of(vm).home.run_dir(vm.name))
+
+
+def _kill_all(run_dir: Path) -> bool:
+    found = qemus(run_dir)
     for pid in found:
         os.kill(pid, signal.SIGKILL)
         _see_end(pid)

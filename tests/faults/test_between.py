@@ -7,7 +7,7 @@ from msgspec import Struct
 
 import qmpsnap
 from tests.faults import site
-from tests.faults.deaths import Call, controller_dies, kill_qemu
+from tests.faults.deaths import Call, controller_dies
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, ready
 
@@ -135,8 +135,6 @@ async def test_killed_between(q: qmpsnap.Controller, place: Path, fault: Fault, 
     fault.case(f"kill -9 between steps: {case.death}", scenario.column)
     vm = await ready(q, scenario, place)
     before = await site.look(vm)
-    died = await controller_dies(case.name, place, CALLS[case.name][case.at])
+    died = await controller_dies(case.name, place, CALLS[case.name][case.at], qemu_too=case.death == "both")
     assert died.died, died.said
-    if case.death == "both":
-        kill_qemu(vm)
     await site.judge(vm, place, before, scenario.expected)

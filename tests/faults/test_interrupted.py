@@ -188,7 +188,7 @@ async def test_qemu_is_stopped(q: qmpsnap.Controller, place: Path, fault: Fault,
 
 
 def _stop(vm: qmpsnap.MachineHandle) -> list[int]:
-    pids = qemus(vm)
+    pids = qemus(context_of(vm).home.run_dir(vm.name))
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     return pids

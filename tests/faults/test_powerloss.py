@@ -14,7 +14,7 @@ from msgspec import Struct
 import qmpsnap
 from qmpsnap.model import steps
 from tests.faults import filters, powerloss, site, watch
-from tests.faults.deaths import Point, controller_dies, kill_qemu
+from tests.faults.deaths import Point, controller_dies
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, Scenario, ready
 from tests.live.machine import context_of
@@ -66,9 +66,8 @@ async def test_the_power_goes(q: qmpsnap.Controller, place: Path, fault: Fault, 
     fault.case(FAULT, scenario.column)
     vm, logs = await _logged(q, scenario, place)
     before = await site.look(vm)
-    died = await controller_dies(case.name, place, Point(scenario.verb, case.step, case.when), logs=logs)
+    died = await controller_dies(case.name, place, Point(scenario.verb, case.step, case.when), logs=logs, qemu_too=True)
     assert died.died, died.said
-    kill_qemu(vm)
     fault.reached(scenario.verb, case.step)
     powerloss.cut_power(logs, _layers(vm, place), seed=case.seed)
     await site.judge(vm, place, before, scenario.expected)

@@ -8,7 +8,7 @@ from msgspec import Struct
 import qmpsnap
 from qmpsnap.model import steps
 from tests.faults import site, watch
-from tests.faults.deaths import Point, controller_dies, kill_qemu
+from tests.faults.deaths import Point, controller_dies
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, ready
 
@@ -57,10 +57,10 @@ async def test_killed(q: qmpsnap.Controller, place: Path, fault: Fault, case: Ca
     fault.case(FIRST, scenario.column)
     vm = await ready(q, scenario, place)
     before = await site.look(vm)
-    died = await controller_dies(case.name, place, Point(scenario.verb, case.step, "after"))
+    point = Point(scenario.verb, case.step, "after")
+    died = await controller_dies(case.name, place, point, qemu_too=case.qemu == "dies")
     assert died.died, died.said
-    if case.qemu == "dies":
-        assert kill_qemu(vm)
+    assert died.killed == (case.qemu == "dies")
     again = await controller_dies(case.name, place, Point("", "", case.when, case.nth), recovering=True)
     if not again.died:
         fault.too_late()  # it had no such word left to say
