@@ -23,6 +23,7 @@ from tests.faults import site, watch
 from tests.faults.deaths import ends_by_itself, qemus
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, ready
+from tests.live.machine import context_of
 
 LIVE = {name: scenario for name, scenario in SCENARIOS.items() if scenario.start != "stopped"}
 AWAITS = (1, 2, 3, 5, 7, 9, 11, 13, 15, 17, 20, 23, 26, 29, 33, 37, 41, 46, 51, 57, 64, 72, 81, 91, 102, 114, 127, 141)
