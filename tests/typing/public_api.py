@@ -14,6 +14,7 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.adopt import Adopted
+from qmpsnap.ops.check import Checked
 from qmpsnap.ops.compare import ChainView, LayerView
 from qmpsnap.ops.delete import DeletePlan
 from qmpsnap.ops.revert import Preview, Reverted
@@ -84,6 +85,7 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.chains("vda"), tuple[ChainView, ...])
     assert_type(await vm.run("uname -s"), Completed)
     assert_type(await vm.run(["uname", "-s"], deadline=5, check=False), Completed)
+    assert_type(await vm.check(deep=True, repair=True), Checked)
     assert_type(await vm.recover(), list[Operation])
     assert_type(await vm.undefine(disks="keep"), list[str])
     await vm.stop(force=True, timeout=5)
