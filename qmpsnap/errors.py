@@ -61,6 +61,11 @@ class QmpsnapError(Exception):
         self.operation = operation
         self.qmp_class = qmp_class
 
+    def add(self, also: str) -> None:
+        """Say one thing more."""
+        self.message = f"{self.message}; {also}"
+        self.args = (self.message,)
+
     def as_dict(self) -> dict[str, str | None]:
         """The error as ``-o json`` prints it on stderr."""
         return {

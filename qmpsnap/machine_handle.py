@@ -5,48 +5,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from anyio import to_thread
 from msgspec.structs import replace
 
-from qmpsnap.errors import QmpError, UsageError
-from qmpsnap.machine import agent
-from qmpsnap.machine.agent import Completed
-from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.errors import UsageError
+from qmpsnap.machine_life import MachineLife
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import (
-    commit,
-    compare,
-    create,
-    delete,
-    internal,
-    mirror,
-    pausing,
-    power,
-    rename,
-    revert,
-    save,
-    space,
-    stack,
-    undefine,
-)
+from qmpsnap.ops import commit, create, delete, internal, mirror, rename, revert, save, stack
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
-from qmpsnap.ops.compare import ChainView
-from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.create import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
 from qmpsnap.ops.internal import InternalRequest
-from qmpsnap.ops.memory import MemoryRequest
+from qmpsnap.ops.means import MemoryRequest
 from qmpsnap.ops.mirror import MirrorRequest, Mode
 from qmpsnap.ops.revert import Preview, Reverted, RevertRequest, Run
 from qmpsnap.ops.save import RestoreRequest, SaveRequest
-from qmpsnap.ops.work import working
-from qmpsnap.qmp import commands
-from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 
 Kind = Literal["disk", "full", "internal"]
@@ -55,63 +32,8 @@ Files = Mapping[str, str | os.PathLike[str]]
 """Disk to a path for its new layer; a relative one begins at the working directory."""
 
 
-class MachineHandle:
+class MachineHandle(MachineLife):
     """One machine of the store, by name."""
-
-    def __init__(self, context: Context, name: str) -> None:
-        self._context = context
-        self.name = name
-
-    async def record(self) -> Machine:
-        """The machine as the store has it."""
-        return await blocking(self._context.store.machine, self.name)
-
-    async def start(self, *, paused: bool = False) -> Process:
-        """Start QEMU and return once its monitor answers; ``paused`` leaves the vCPUs stopped.
-
-        Raises:
-            StateError: it runs already.
-            StoreMismatch: an image is not the one the store knows.
-            QemuGone: QEMU ended at once.
-        """
-        return await power.start(self._context, self.name, paused=paused)
-
-    async def stop(self, *, force: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        """Switch the guest off, waiting up to ``timeout`` seconds (60); ``force`` then ends QEMU.
-
-        Raises:
-            StateError: it does not run.
-            DeadlinePassed: the guest did not switch itself off.
-        """
-        await power.stop(self._context, self.name, force=force, timeout=timeout)
-
-    async def pause(self) -> None:
-        """Stop the guest's vCPUs; its QEMU stays, and :meth:`resume` lets it run on.
-
-        Raises:
-            StateError: it does not run.
-        """
-        await pausing.pause(self._context, self.name)
-
-    async def resume(self) -> None:
-        """Let a paused guest run on, also one that QEMU has paused because a disk was full or failed.
-
-        Raises:
-            StateError: it is not paused.
-            HostCannot: the disk is still full, or fails still: it was paused again at once.
-        """
-        await pausing.resume(self._context, self.name)
-
-    async def is_running(self) -> bool:
-        """Whether a QEMU runs for the machine, whatever state its guest is in."""
-        return self._context.process(await self.record()) is not None
-
-    async def state(self) -> str:
-        """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped``.
-
-        ``paused: no space`` and ``paused: I/O error`` are a guest's that QEMU has paused over a failed request.
-        """
-        return await compare.state(self._context, await self.record())
 
     async def snapshot(
         self,
@@ -321,45 +243,6 @@ class MachineHandle:
         """
         return await rename.run(self._context, self.name, old, new)
 
-    async def snapshots(self) -> tuple[Snapshot, ...]:
-        """The snapshots, oldest first."""
-        return await blocking(self._context.store.snapshots, self.name)
-
-    async def chains(self, disk: str | None = None) -> tuple[ChainView, ...]:
-        """The layers of every disk (or one) as the store, QEMU and the files see them."""
-        return await compare.chains(self._context, self.name, disk)
-
-    async def shortage(self) -> tuple[str, ...]:
-        """A sentence for every file system that may fill up under the guest; QEMU pauses a guest that hits its end."""
-        return await to_thread.run_sync(space.shortage, await blocking(self._context.store.chains, self.name))
-
-    async def run(self, command: str | Sequence[str], *, deadline: float = 60, check: bool = True) -> Completed:
-        """Run a command in the guest through its agent.
-
-        Args:
-            command: program and arguments, or a line for the guest's ``/bin/sh``.
-            deadline: seconds to wait for its end.
-            check: raise when it ends with another status than 0.
-
-        Raises:
-            StateError: the guest's vCPUs are stopped.
-            QmpError: the guest refused, or with ``check`` the command failed.
-            DeadlinePassed: no agent, or the command takes longer.
-        """
-        await pausing.require_awake(self._context, await self.record())
-        words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
-        async with agent.connect(socket, machine=self.name, deadline=deadline) as guest:
-            done = await guest.run(words, deadline=deadline)
-        if check and done.status:
-            raise QmpError(
-                f"{command!r} ended with status {done.status} in the guest of {self.name}:"
-                f" {done.stderr.decode(errors='replace').strip()}",
-                effect="applied",
-                machine=self.name,
-            )
-        return done
-
     async def commit(
         self,
         disk: str,
@@ -450,33 +333,6 @@ class MachineHandle:
         """
         request = DeleteRequest(names=names, children=children, metadata=metadata)
         return await delete.run(self._context, self.name, request, report=report)
-
-    async def jobs(self) -> tuple[JobInfo, ...]:
-        """The jobs that the machine's QEMU has; none when it is stopped."""
-        async with self._context.monitor(await self.record()) as qemu:
-            return await commands.query_jobs(qemu) if qemu else ()
-
-    async def wait(self, *, report: Report = unreported) -> list[Operation]:
-        """See every job of an interrupted operation to its end; returns those operations as they were."""
-        pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
-        async with working(self._context, self.name, "job wait", unfinished="carry on", report=report):
-            return list(pending)
-
-    async def cancel(self) -> list[Operation]:
-        """Cancel every job of an interrupted operation: the chains stay as they are."""
-        pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
-        async with working(self._context, self.name, "job cancel", unfinished="cancel"):
-            return list(pending)
-
-    async def recover(self) -> list[Operation]:
-        """End what an earlier operation left open; returns those operations as they were."""
-        pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
-        async with working(self._context, self.name, "recover"):
-            return list(pending)
-
-    async def undefine(self, *, disks: undefine.Fate | None = None) -> list[str]:
-        """Forget the machine and its snapshots; see :func:`qmpsnap.ops.undefine.run`."""
-        return await undefine.run(self._context, self.name, disks=disks)
 
 
 def _request(

@@ -23,27 +23,37 @@ async def set_backing(
         DeadlinePassed: qemu-img did not end in time.
     """
     wanted = (backing.path if backing else None, backing.format if backing else None)
-    if await to_thread.run_sync(_backing_of, layer) == wanted:
-        return
-    target = ["-b", backing.path, "-F", backing.format] if backing else ["-b", ""]
-    argv = [qemu_img, "rebase", "-u", "-f", layer.format, *target, layer.path]
-    if key is not None:
-        argv = [qemu_img, "rebase", *encrypted.secret(key), "-u", *target, encrypted.alone(layer.path)]
-    late = f"{qemu_img} did not end within {deadline:g} s"
-    done = await tool.run(argv, deadline=deadline, late=late, effect="unknown", inherited=[] if key is None else [key])
-    said = printable(done.stderr.decode(errors="backslashreplace").strip())
-    if done.returncode or await to_thread.run_sync(_backing_of, layer) != wanted:
-        raise HostCannot(f"the backing of {layer.path} was not changed: {said or 'no reason given'}")
-
-
-def _backing_of(layer: Layer) -> tuple[str | None, str | None]:
-    """What the header says, once that is on the disk."""
-    descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = await to_thread.run_sync(_opened, layer)
     try:
-        os.fsync(descriptor)
-        found: Header = header.inspect(descriptor, path=layer.path, format=layer.format)
+        if await to_thread.run_sync(_backing_of, descriptor, layer) == wanted:
+            return
+        target = ["-b", backing.path, "-F", backing.format] if backing else ["-b", ""]
+        # The very file that was looked at, whatever its name leads to by now.
+        image, keep = f"/proc/self/fd/{descriptor}", [descriptor]
+        argv = [qemu_img, "rebase", "-u", "-f", layer.format, *target, image]
+        if key is not None:
+            argv = [qemu_img, "rebase", *encrypted.secret(key), "-u", *target, encrypted.alone(image)]
+            keep.append(key)
+        late = f"{qemu_img} did not end within {deadline:g} s"
+        done = await tool.run(argv, deadline=deadline, late=late, effect="unknown", keep=keep)
+        said = printable(done.stderr.decode(errors="backslashreplace").strip())
+        if done.returncode or await to_thread.run_sync(_backing_of, descriptor, layer) != wanted:
+            raise HostCannot(f"the backing of {layer.path} was not changed: {said or 'no reason given'}")
     finally:
         os.close(descriptor)
+
+
+def _opened(layer: Layer) -> int:
+    try:
+        return os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostCannot(f"{printable(layer.path)} cannot be opened: {error.strerror}; it was not changed") from error
+
+
+def _backing_of(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
+    """What the header says, once that is on the disk."""
+    os.fsync(descriptor)
+    found: Header = header.inspect(descriptor, path=layer.path, format=layer.format)
     if (found.device, found.inode) != (layer.device, layer.inode):
         raise StoreMismatch(f"{printable(layer.path)} is another file than the one recorded; it was not touched")
     return found.backing, found.backing_format

@@ -245,12 +245,14 @@ def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
     folder, name = os.path.split(path)
     try:
         real = Path(os.path.realpath(folder, strict=True)) / name
+        inside = allowed is None or any(real.is_relative_to(os.path.realpath(place)) for place in allowed)
     except ValueError as error:
         raise ImageRefused(f"{printable(path)} is no path: {error}; nothing was changed") from error
     except OSError as error:
         raise _cannot_open(printable(path), error) from error
-    if allowed is None or any(real.is_relative_to(os.path.realpath(place)) for place in allowed):
+    if inside:
         return real
+    assert allowed is not None
     places = ", ".join(str(place) for place in allowed) or "none"
     raise ImageRefused(
         f"image {printable(path)} lies outside the allowed folders; nothing was changed",

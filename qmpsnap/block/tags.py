@@ -8,7 +8,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,13 +44,13 @@ async def take_out(
         StoreMismatch: the source has no such tag.
         HostCannot: no space, or qemu-img failed.
     """
-    await to_thread.run_sync(_copy, source.path, target.path)
+    await to_thread.run_sync(_copy, source.path, target.path, (source.device, source.inode))
     try:
         inside = {found["name"] for found in await _inside(target.path, qemu_img, deadline)}
         _require(tag, inside, source)
-        await _run([qemu_img, "snapshot", "-a", tag, _alone(target.path)], deadline)
+        await _run([qemu_img, "snapshot", "-a", tag, alone(target.path)], deadline)
         for other in sorted(inside - ({tag} if keep else set())):
-            await _run([qemu_img, "snapshot", "-d", other, _alone(target.path)], deadline)
+            await _run([qemu_img, "snapshot", "-d", other, alone(target.path)], deadline)
         return await to_thread.run_sync(_sync, target)
     except BaseException:
         with anyio.CancelScope(shield=True):
@@ -70,20 +70,35 @@ async def go_to(layer: Layer, tag: str, *, qemu_img: str, deadline: float = 600)
         StoreMismatch: it is not the recorded file.
         HostCannot: qemu-img failed.
     """
-    found = await to_thread.run_sync(lambda: header.read(layer.path, format=layer.format))
-    if (found.device, found.inode) != (layer.device, layer.inode):
-        raise StoreMismatch(f"{layer.path} is another file than the one recorded; nothing was changed")
-    await _run([qemu_img, "snapshot", "-a", tag, _alone(layer.path)], deadline)
+    descriptor = await to_thread.run_sync(_opened, layer)
+    try:
+        # The very file that was looked at, whatever its name leads to by now.
+        image = alone(f"/proc/self/fd/{descriptor}")
+        await _run([qemu_img, "snapshot", "-a", tag, image], deadline, keep=[descriptor])
+    finally:
+        os.close(descriptor)
 
 
-def _alone(path: str) -> str:
+def _opened(layer: Layer) -> int:
+    try:
+        descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostCannot(f"{layer.path} cannot be opened: {error.strerror}; nothing was changed") from error
+    found = os.fstat(descriptor)
+    if (found.st_dev, found.st_ino) == (layer.device, layer.inode):
+        return descriptor
+    os.close(descriptor)
+    raise StoreMismatch(f"{layer.path} is another file than the one recorded; nothing was changed")
+
+
+def alone(path: str) -> str:
     """The image as qemu-img is to open it: as qcow2, and without following what its header names."""
     file = {"driver": "file", "filename": path}
     return "json:" + json.dumps({"driver": "qcow2", "file": file, "backing": None})
 
 
-def _copy(source: str, target: str) -> None:
-    """Copy a file, holes as holes, or share its blocks."""
+def _copy(source: str, target: str, identity: tuple[int, int]) -> None:
+    """Copy a file that has this device and inode, holes as holes, or share its blocks."""
     try:
         into = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
@@ -92,6 +107,10 @@ def _copy(source: str, target: str) -> None:
         os.fchmod(into, 0o600)
         out = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
+            found = os.fstat(out)
+            if (found.st_dev, found.st_ino) != identity:
+                Path(target).unlink()
+                raise StoreMismatch(f"{source} is another file than the one recorded; nothing was changed")
             with contextlib.suppress(OSError):
                 fcntl.ioctl(into, FICLONE, out)
                 return
@@ -140,14 +159,14 @@ def _require(tag: str, inside: Collection[str], source: Layer) -> None:
 
 
 async def _inside(path: str, qemu_img: str, deadline: float) -> list[dict[str, Any]]:
-    said = await _run([qemu_img, "info", "--output=json", _alone(path)], deadline)
+    said = await _run([qemu_img, "info", "--output=json", alone(path)], deadline)
     found: list[dict[str, Any]] = json.loads(said).get("snapshots", [])
     return found
 
 
-async def _run(argv: list[str], deadline: float) -> bytes:
+async def _run(argv: list[str], deadline: float, *, keep: Sequence[int] = ()) -> bytes:
     late = f"{argv[0]} {argv[1]} {argv[-1]} took longer than {deadline:g} s"
-    done = await tool.run(argv, deadline=deadline, late=late)
+    done = await tool.run(argv, deadline=deadline, late=late, keep=keep)
     if done.returncode:
         raise HostCannot(f"{argv[0]} {argv[1]} failed: {done.stderr.decode(errors='backslashreplace').strip()}")
     return done.stdout

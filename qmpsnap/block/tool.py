@@ -9,7 +9,7 @@ from qmpsnap.errors import DeadlinePassed, Effect, HostCannot
 
 
 async def run(
-    argv: list[str], *, deadline: float, late: str, effect: Effect = "none", inherited: Sequence[int] = ()
+    argv: list[str], *, deadline: float, late: str, effect: Effect = "none", keep: Sequence[int] = ()
 ) -> "subprocess.CompletedProcess[bytes]":
     """Run a program to its end; what it returned is the caller's to judge.
 
@@ -18,7 +18,7 @@ async def run(
         deadline: seconds after which it is ended.
         late: the message should it not be done by then.
         effect: whether such a program may have changed something.
-        inherited: open descriptors that its arguments speak of.
+        keep: descriptors that it gets, under the same numbers.
 
     Raises:
         DeadlinePassed: it was not done in time.
@@ -26,7 +26,7 @@ async def run(
     """
     try:
         with anyio.fail_after(deadline):
-            return await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False, pass_fds=inherited)
+            return await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False, pass_fds=keep)
     except OSError as error:
         raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error
     except TimeoutError as error:

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import math
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,17 @@ def add_format(parser: argparse.ArgumentParser) -> None:
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """The machine's name."""
     parser.add_argument("machine", metavar="VM", help="name of the machine")
+
+
+def amount(text: str) -> float:
+    """A time that an option gives: a wait without an end, or for no number at all, is a slip of the hand."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number from zero up")
+    return value
 
 
 def home() -> Home:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, home, reading
-from qmpsnap.errors import QemuGone
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, home, reading
+from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
 from qmpsnap.model.machine import Machine, Process
@@ -37,7 +37,7 @@ def register(parsers: Parsers) -> None:
     command = add(parsers, "stop", _stop, help="press the power button and wait for the guest to switch itself off")
     add_machine(command)
     command.add_argument("--force", action="store_true", help="end QEMU if it does not, at once without --timeout")
-    command.add_argument("--timeout", type=float, metavar="S", help="seconds to wait for the guest (60)")
+    command.add_argument("--timeout", type=amount, metavar="S", help="seconds to wait for the guest (60)")
 
     add_machine(add(parsers, "pause", _pause, help="stop a guest's vCPUs; its QEMU stays"))
     add_machine(add(parsers, "resume", _resume, help="let a paused guest run on, also one whose disk was full"))
@@ -52,7 +52,7 @@ def register(parsers: Parsers) -> None:
 
     command = add(parsers, "exec", _exec, help="run a command in the guest through its agent")
     add_machine(command)
-    command.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds to wait for its end (60)")
+    command.add_argument("--timeout", type=amount, default=60, metavar="S", help="seconds to wait for its end (60)")
     command.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="program and arguments")
 
     command = add(parsers, "recover", _recover, help="end operations that were interrupted, forward or back")
@@ -131,7 +131,13 @@ def _show(arguments: argparse.Namespace) -> None:
 
     async def act(controller: "Controller") -> tuple[Machine, str, tuple[str, ...]]:
         vm = await controller.machine(arguments.machine)
-        return await vm.record(), await vm.state(), await vm.shortage()
+        try:
+            state = await vm.state()
+        except (DeadlinePassed, QemuGone) as error:
+            # A hung QEMU hides its state and nothing else.
+            output.note(f"qmpsnap: {error.message}")
+            state = "unknown"
+        return await vm.record(), state, await vm.shortage()
 
     machine, state, shortage = controlling(act)
     with reading() as store:
@@ -255,6 +261,12 @@ def _console(arguments: argparse.Namespace) -> None:
 def _exec(arguments: argparse.Namespace) -> int:
     from qmpsnap.errors import UsageError
 
+    if arguments.command and arguments.command[0].startswith("-") and arguments.command[0] != "--":
+        # All that stands behind VM is the command's: an option there would be run in the guest.
+        raise UsageError(
+            f"option {arguments.command[0]} stands behind VM, where the command begins; nothing was run",
+            hint="options first, as in: qmpsnap exec --timeout 5 VM -- CMD",
+        )
     words = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not words:
         raise UsageError("there is no command to run", hint=f"qmpsnap exec {arguments.machine} -- uname -r")
@@ -271,7 +283,7 @@ def _exec(arguments: argparse.Namespace) -> int:
 
 def _recover(arguments: argparse.Namespace) -> None:
     async def act(controller: "Controller") -> dict[str, list[Any]]:
-        if arguments.machine:
+        if arguments.machine is not None:
             machines = [await controller.machine(arguments.machine)]
         else:
             machines = list(await controller.machines())

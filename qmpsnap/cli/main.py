@@ -29,6 +29,8 @@ NOUNS: Final = {
     "merge": ("commit", "blockcommit", "stream", "pull", "blockpull"),
     "mirror": ("mirror", "copy", "blockcopy"),
     "job": ("job",),
+    "check": ("check",),
+    "log": ("log",),
 }
 """The modules beside this one and the commands that each has, in the order of ``--help``."""
 
@@ -90,9 +92,10 @@ def run() -> NoReturn:
 
 
 def _require_text(words: Sequence[str]) -> None:
-    # Python hands over bytes that are no UTF-8 as lone surrogates, which neither store nor QEMU could keep.
+    # Python hands over bytes that are no UTF-8 as lone surrogates, which neither store nor QEMU could keep; a NUL
+    # ends what the system takes for a path.
     for word in words:
-        if any("\ud800" <= char <= "\udfff" for char in word):
+        if any("\ud800" <= char <= "\udfff" or char == "\0" for char in word):
             raise UsageError(f"{word!r} is not UTF-8 text; nothing was changed", hint="write names and texts in UTF-8")
 
 

@@ -18,6 +18,8 @@ Format = Literal["table", "json", "name"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _STEP = 1024
+_LONGEST = 4000
+"""Characters of an error's message on a terminal."""
 
 
 def emit(form: Format, *, document: dict[str, Any], names: Iterable[str], table: Callable[[], str]) -> None:
@@ -114,7 +116,9 @@ def report(error: QmpsnapError, form: Format) -> None:
     if form == "json":
         print(_json({"schema": SCHEMA, **error.as_dict()}), file=sys.stderr)
         return
-    note(f"qmpsnap: {error.message}")
+    # It may quote a word as long as the kernel lets one be, and nobody reads that to find the sentence's end.
+    message = error.message
+    note(f"qmpsnap: {message if len(message) <= _LONGEST else message[:_LONGEST] + ' ...'}")
     if error.effect == "unknown":
         note("qmpsnap: whether it took effect is not known yet")
     if error.hint:

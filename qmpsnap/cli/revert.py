@@ -75,23 +75,34 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
 
 
 def _print_revert(form: output.Format, found: "Preview") -> None:
+    from qmpsnap.model.operation import RevertPlan
+
     plan = found.plan
-    files = [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
+    files: list[dict[str, str]] = []
+    if isinstance(plan, RevertPlan):
+        files += [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
+        files += [{"create": copy.layer.path, "copy": copy.source.path, "tag": copy.tag} for copy in plan.copies]
     removed = [layer.path for layer in found.removed]
-    commands = [{"execute": "quit"}] if plan.live else []
-    start = ("paused" if plan.paused else "running") if plan.restart else None
-    memory = plan.vmstate.path if plan.vmstate else None
+    commands = [{"execute": name, **({"arguments": given} if given else {})} for name, given in found.commands]
+    start = ("paused" if plan.paused else "running") if isinstance(plan, RevertPlan) and plan.restart else None
+    memory = plan.vmstate.path if isinstance(plan, RevertPlan) and plan.vmstate else None
+    after = "the machine would stay stopped"
+    if not isinstance(plan, RevertPlan):
+        after = "QEMU would stay, its guest goes on with the memory inside the images"
+    elif start:
+        after = f"then QEMU would be started, {start}"
 
     def text() -> str:
-        lines = [f"would revert machine {plan.machine} to {plan.snapshot}; nothing was changed", "files:"]
-        lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
+        lines = [f"would revert machine {plan.machine} to {plan.snapshot}; nothing was changed"]
+        lines += ["files:"] if files or removed else ["no files"]
+        lines += [f"  create {output.printable(f['create'])} {_from(f)}" for f in files]
         lines += [f"  remove {output.printable(path)}" for path in removed]
         lines += [f"snapshot {found.kept} would keep what is active now"] if found.kept else []
         lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
         lines += [f"  {json.dumps(command)}" for command in commands]
-        lines += [f"then QEMU would be started, {start}" if start else "the machine would stay stopped"]
+        lines += [after]
         lines += [f"with the memory in {output.printable(memory)}"] if memory else []
-        return "\n".join([*lines, "bytes to move: 0"])
+        return "\n".join([*lines, f"bytes to move: {found.moves}"])
 
     output.emit(
         form,
@@ -104,8 +115,14 @@ def _print_revert(form: output.Format, found: "Preview") -> None:
             "qmp": commands,
             "start": start,
             "memory": memory,
-            "bytes": 0,
+            "bytes": found.moves,
         },
         names=[plan.snapshot],
         table=text,
     )
+
+
+def _from(file: dict[str, str]) -> str:
+    if "copy" in file:
+        return f"as {output.printable(file['copy'])} was at its snapshot {file['tag']}"
+    return f"on {output.printable(file['backing'])}"

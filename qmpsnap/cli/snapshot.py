@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import delete, output, revert, stack
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, reading
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, reading
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.taken import document_of, print_taken
 from qmpsnap.errors import NotFoundError, UsageError
@@ -44,7 +44,7 @@ def register(parsers: Parsers) -> None:
     )
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
     command.add_argument("--no-snapshot", action="store_true", help="new layers only: nothing appears in the list")
-    command.add_argument("--max-pause", type=float, metavar="MS", help="full: refuse to hold the guest any longer")
+    command.add_argument("--max-pause", type=amount, metavar="MS", help="full: refuse to hold the guest any longer")
     command.add_argument("--degrade", action="store_true", help="full: should the memory fail, keep the disks alone")
     add_compress(command)
     command.add_argument("--no-memory", action="store_true", help="internal: the disks alone")
@@ -102,7 +102,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _create(arguments: argparse.Namespace) -> None:
-    disks = None if arguments.disks is None else [part for part in arguments.disks.split(",") if part]
+    disks = _disks(arguments.disks)
     files = _files(arguments.file)
     _check(arguments)
     if arguments.dry_run and arguments.kind == "internal":
@@ -149,6 +149,15 @@ def _create(arguments: argparse.Namespace) -> None:
     if snapshot.kind != arguments.kind:
         output.note(f"the memory could not be saved, so this is a {snapshot.kind} snapshot")
     print_taken(arguments, snapshot)
+
+
+def _disks(named: str | None) -> list[str] | None:
+    if named is None:
+        return None
+    disks = [part for part in named.split(",") if part]
+    if twice := next((disk for disk in disks if disks.count(disk) > 1), None):
+        raise UsageError(f"--disks names disk {twice} twice; nothing was changed")
+    return disks
 
 
 def _files(named: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Literal
 import anyio
 from msgspec import Struct
 
+from qmpsnap import private
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine.argv import TSC_KHZ
 from qmpsnap.model.spec import Accel
@@ -81,10 +82,8 @@ async def _kvm_runs(qemu: str, cache: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     runs = await vcpu_runs("kvm", qemu=qemu)
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh = answer.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps({"boot": boot_id, "qemu": qemu, "runs": runs}))
-    fresh.replace(answer)
+    private.make_folder(cache)
+    private.write(answer, json.dumps({"boot": boot_id, "qemu": qemu, "runs": runs}).encode())
     return runs
 
 

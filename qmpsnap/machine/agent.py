@@ -24,6 +24,12 @@ REPLY_LIMIT = 64 << 20
 """Bytes a reply may have; the agent caps captured output at 16 MiB, base64 makes it a third more."""
 
 
+_EXITS = range(1 << 32)
+"""Exit statuses: Windows has 32 bits of them."""
+_QUOTED = 500
+"""Characters of the guest's own words in an error."""
+
+
 class Completed(Struct, frozen=True, kw_only=True):
     """A command that ended in the guest; ``status`` is its exit status, or 128 + the signal that killed it."""
 
@@ -79,9 +85,9 @@ class Agent:
         if "error" in answer:
             error = answer["error"] if isinstance(answer["error"], dict) else {}
             raise QmpError(
-                f"the guest agent refused {command}: {error.get('desc', 'no reason given')!s}",
+                f"the guest agent refused {command}: {str(error.get('desc', 'no reason given'))[:_QUOTED]}",
                 machine=self._machine,
-                qmp_class=str(error.get("class", "GenericError")),
+                qmp_class=str(error.get("class", "GenericError"))[:_QUOTED],
             )
         return answer["return"]
 
@@ -123,11 +129,11 @@ class Agent:
         try:
             code = int(status["exitcode"]) if "exitcode" in status else 128 + int(status.get("signal", 0))
             return Completed(
-                status=code,
+                status=_EXITS.index(code),  # itself, or ValueError
                 stdout=base64.b64decode(status.get("out-data", ""), validate=True),
                 stderr=base64.b64decode(status.get("err-data", ""), validate=True),
             )
-        except (TypeError, ValueError, binascii.Error) as error:
+        except (TypeError, ValueError, OverflowError, binascii.Error) as error:
             raise QmpError(f"the guest agent of {self._machine} answered nonsense", machine=self._machine) from error
 
     async def _read_until(self, mark: bytes) -> bytes:
@@ -202,7 +208,8 @@ async def connect(path: Path, *, machine: str, deadline: float = 10) -> AsyncIte
 def _decode(line: bytes) -> dict[str, Any]:
     """The JSON object in a line, or an empty one: a line the agent was cut off in is not an answer."""
     try:
-        answer = json.loads(line.lstrip(b"\xff"))
+        # What was cut off may have a delimiter of its own before the one that counts: no text has that byte.
+        answer = json.loads(line.rpartition(b"\xff")[2])
     except (ValueError, RecursionError):
         return {}
     return answer if isinstance(answer, dict) else {}

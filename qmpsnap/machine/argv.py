@@ -28,6 +28,7 @@ VNC_SOCKET: Final = "vnc.sock"
 PID_FILE: Final = "qemu.pid"
 RUN_FILES: Final = (QMP_SOCKET, USER_SOCKET, CONSOLE_SOCKET, CONSOLE_LOG, AGENT_SOCKET, VNC_SOCKET, PID_FILE)
 """Everything QEMU makes in the run folder."""
+AGENT_CHARDEV: Final = "agent"
 AGENT_PORT: Final = "org.qemu.guest_agent.0"
 
 SATA_PORTS: Final = 6
@@ -154,9 +155,15 @@ def _display(spec: MachineSpec) -> Iterator[str]:
 def _agent(spec: MachineSpec) -> Iterator[str]:
     if not spec.agent:
         return
-    yield from ("-chardev", _socket("agent", AGENT_SOCKET))
+    yield from ("-chardev", _socket(AGENT_CHARDEV, AGENT_SOCKET))
     yield from _json("-device", {"driver": _virtio("serial", spec), "id": "qs-serial"})
-    port = {"driver": "virtserialport", "id": "qs-agent", "bus": "qs-serial.0", "chardev": "agent", "name": AGENT_PORT}
+    port = {
+        "driver": "virtserialport",
+        "id": "qs-agent",
+        "bus": "qs-serial.0",
+        "chardev": AGENT_CHARDEV,
+        "name": AGENT_PORT,
+    }
     yield from _json("-device", port)
 
 

@@ -1,6 +1,7 @@
 """A machine's QEMU: launched so that it outlives us, reached through its monitor, waited for when it ends."""
 
 import os
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import TypeVar
 import anyio
 from msgspec.structs import replace
 
+from qmpsnap import private
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
 from qmpsnap.machine import process as processes
-from qmpsnap.machine.argv import QMP_SOCKET
+from qmpsnap.machine.argv import QMP_SOCKET, RUN_FILES
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.session import Monitor, Session
@@ -31,8 +33,7 @@ def prepare_run_dir(path: Path) -> None:
         HostCannot: it cannot be made, or belongs to or is open to somebody else.
     """
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
+        private.make_folder(path)
         status = path.lstat()
     except OSError as error:
         raise HostCannot(f"the run folder {path} cannot be made: {error}", hint="see qmpsnap doctor") from error
@@ -85,6 +86,7 @@ async def start(
         inherited: open descriptors that it keeps.
     """
     (run_dir / QMP_SOCKET).unlink(missing_ok=True)
+    _clear(run_dir)
     process = processes.spawn(argv, run_dir, inherited=inherited)
     try:
         deadline = anyio.current_time() + LAUNCH_DEADLINE
@@ -106,6 +108,19 @@ async def start(
         with anyio.CancelScope(shield=True):
             await wait_end(process, deadline=5)
         raise
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove links from the names that QEMU writes to: it would follow them. What they lead to stays."""
+    for path in (run_dir / name for name in RUN_FILES):
+        try:
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
+                path.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise HostCannot(f"{path} cannot be removed: {error.strerror}; nothing was started") from error
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from qmpsnap import private
 from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET
@@ -61,10 +62,8 @@ async def ask(qemu: str, cache: Path) -> Abilities:
         return msgspec.json.decode(kept.read_bytes(), type=Abilities)
     except (OSError, msgspec.MsgspecError):
         abilities = await interrogate(qemu)
-    kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh = kept.with_suffix(f".{os.getpid()}")
-    fresh.write_bytes(msgspec.json.encode(abilities))
-    fresh.replace(kept)
+    private.make_folder(kept.parent)
+    private.write(kept, msgspec.json.encode(abilities))
     return abilities
 
 

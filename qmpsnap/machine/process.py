@@ -45,8 +45,16 @@ def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = ()) 
     """
     import subprocess
 
-    descriptor = os.open(run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
+        # Never written over: what has this name may be another file's second one.
+        (run_dir / LOG).unlink(missing_ok=True)
+        descriptor = os.open(run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise HostCannot(
+            f"{run_dir / LOG} cannot be made: {error.strerror}; nothing was started", hint="see qmpsnap doctor"
+        ) from error
+    try:
+        os.fchmod(descriptor, 0o600)  # whatever the umask
         child = subprocess.Popen(
             argv,
             cwd=run_dir,

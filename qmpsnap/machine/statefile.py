@@ -11,7 +11,8 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
-from qmpsnap.model.names import OperationId
+from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 
 MAGIC = b"qmpsnap vmstate\n"
@@ -33,6 +34,11 @@ FALLOC_FL_KEEP_SIZE = 1
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 """The first bytes of a compressed stream; QEMU's own begins with its magic, ``QEVM``."""
 
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What link(2) says where there are none: FAT, many a network's or user's file system."""
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+"""Of renameat2(2), which Python has not."""
+
 _CHUNK = 1 << 20
 _TAIL = 32 + 8 + len(MAGIC)
 
@@ -44,6 +50,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         operation: the one that wrote it.
         snapshot: name of the snapshot as it was then.
         created: seconds since the epoch, UTC.
+        points: disk to the layer that it stood at then; merges may have moved that content since.
         bytes: of the stream, as in :class:`Vmstate`, which the other fields are, too.
     """
 
@@ -57,6 +64,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     compression: Compression
     hardware: Hardware
     steps_ms: dict[str, float] = {}
+    points: dict[str, LayerId] = {}
 
 
 def part(path: str, operation: OperationId) -> str:
@@ -110,12 +118,14 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
     Raises:
         StateError: ``path`` exists by now.
         StoreMismatch: ``written`` is no plain file.
-        HostCannot: no space, or a file system without hard links; nothing has the name ``path``.
+        HostCannot: no space, or a file system that has neither hard links nor a rename that overwrites nothing; nothing
+            has the name ``path``.
     """
     with _translated(path):
         if manifest.compression == "zstd":
             _compress(written)
         with _opened(written, os.O_RDWR) as descriptor:
+            require_own(descriptor, written, path)
             if not _is_sealed(descriptor, written, manifest.operation):
                 _seal(descriptor, manifest)
             os.ftruncate(descriptor, os.fstat(descriptor).st_size)  # lets go of the room it did not need
@@ -123,6 +133,19 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
             _name(descriptor, written, path)
         Path(written).unlink(missing_ok=True)
     return find(path)[0]
+
+
+def require_own(descriptor: int, written: str, path: str) -> None:
+    """Make sure that the open file has no name but the two that we give it: it is to be written to.
+
+    Raises:
+        StoreMismatch: it has.
+    """
+    found, names = os.fstat(descriptor), 1
+    if os.path.lexists(path):
+        names += os.path.samestat(found, os.lstat(path))
+    if found.st_nlink != names:
+        raise StoreMismatch(f"{written} is a second name of another file; it was not touched")
 
 
 def _is_sealed(descriptor: int, path: str, operation: OperationId) -> bool:
@@ -148,17 +171,36 @@ def _seal(descriptor: int, manifest: Manifest) -> None:
 
 
 def _name(descriptor: int, written: str, path: str) -> None:
-    """Give an open file its second name, durably or not at all."""
-    os.link(written, path, follow_symlinks=False)  # unlike a rename it never takes another file's place
+    """Give an open file its name, durably or not at all; never another file's place."""
+    take_back = _give_name(written, path)
     try:
         same = os.path.samestat(os.fstat(descriptor), os.lstat(path))
         _sync_folder(path)
     except OSError:
-        Path(path).unlink()
+        take_back()
         raise
     if not same:
-        Path(path).unlink()
+        take_back()
         raise StoreMismatch(f"{written} was replaced by another file")
+
+
+def _give_name(written: str, path: str) -> Callable[[], None]:
+    """A second name where the file system has hard links, so that there is no moment without one; returns the undo."""
+    try:
+        os.link(written, path, follow_symlinks=False)  # unlike a plain rename it never takes another file's place
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        _rename(written, path)
+        return lambda: _rename(path, written)
+    return Path(path).unlink
+
+
+def _rename(source: str, target: str) -> None:
+    """Rename a file to a name that must be nobody's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def discard(written: str) -> None:
@@ -276,8 +318,7 @@ def _compress(path: str) -> None:
 
 @contextmanager
 def _unpacked(descriptor: int, state: Vmstate) -> Iterator[int]:
-    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-    with _translated(state.path), os.fdopen(os.open(Path(state.path).parent, flags, 0o600), "r+b") as plain:
+    with _translated(state.path), tempfile.TemporaryFile(dir=Path(state.path).parent) as plain:
         with os.fdopen(os.dup(descriptor), "rb") as packed:
             _zstandard().ZstdDecompressor().copy_stream(_Limited(packed, state.bytes), plain)
         plain.flush()
@@ -346,6 +387,8 @@ def _translated(path: str) -> Iterator[None]:
         raise StateError(
             f"{path} exists already; nothing was changed", hint="move it away or choose another name"
         ) from error
+    except ValueError as error:
+        raise HostCannot(f"{path!r} is no path: {error}", hint="choose another name") from error
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "look at its folder and its rights"
         raise HostCannot(f"{path}: {error.strerror}", hint=hint) from error

@@ -7,6 +7,7 @@ is one code path for both. It has a run folder of its own below the machine's, b
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import anyio
 from msgspec.structs import replace
@@ -15,6 +16,7 @@ from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.machine import argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, wait_end
+from qmpsnap.machine.opened import require_opened, require_recorded
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.spec import MachineSpec
@@ -58,7 +60,12 @@ async def end_leftover(machine: Machine, run_dir: Path) -> None:
 
 @asynccontextmanager
 async def working_on(
-    chain: Chain, machine: Machine, *, qemu: str, run_dir: Path, secrets: Mapping[str, int]
+    chain: Chain,
+    machine: Machine,
+    *,
+    qemu: str,
+    run_dir: Path,
+    secrets: Mapping[str, int] = MappingProxyType({}),
 ) -> AsyncIterator[Session]:
     """A worker that has the chain open, its highest layer for writing; ended with the block.
 
@@ -71,10 +78,12 @@ async def working_on(
 
     Raises:
         StateError: somebody else has one of the layers open.
+        StoreMismatch: another file lies in the place of one of them.
         QemuGone: QEMU does not start.
     """
     folder = run_dir / FOLDER
     prepare_run_dir(folder)
+    require_recorded(chain.layers, machine=machine.name)
     disk = machine.require_disk(chain.disk)
     spec = MachineSpec(
         name=machine.name,
@@ -99,8 +108,12 @@ async def working_on(
         ) from error
     try:
         async with monitor(machine, folder) as session:
+            require_opened(process, chain.layers, machine=machine.name)
             yield session
             await _quit(session)
+    except BaseException:
+        processes.terminate(process)  # nobody has told it to quit, and it would write on while we wait
+        raise
     finally:
         await _end(process)
 

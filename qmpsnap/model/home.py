@@ -55,6 +55,11 @@ class Home(Struct, frozen=True, kw_only=True):
         return self.data / "machines"
 
     @property
+    def quarantine(self) -> Path:
+        """The folder that ``check --repair`` moves files to."""
+        return self.data / "quarantine"
+
+    @property
     def guest(self) -> Path:
         """Kernel and initrd of the small guest (``launch/guest/build``); ``@guest/`` in a spec."""
         return self.cache / "guest"

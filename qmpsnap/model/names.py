@@ -3,7 +3,7 @@
 import re
 from typing import NewType
 
-from qmpsnap.errors import NameRefused
+from qmpsnap.errors import NameRefused, UsageError
 
 LayerId = NewType("LayerId", str)
 """A layer's id in the store, unique over all machines, and its node name in QEMU: ``vda-17``."""
@@ -19,6 +19,9 @@ OperationId = NewType("OperationId", int)
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}\Z")
 DISK_NAME = re.compile(r"[a-z][a-z0-9]{0,15}\Z")
+
+MAX_DESCRIPTION = 16 << 10
+"""Bytes; every listing prints it."""
 
 
 def check_name(name: str, what: str) -> str:
@@ -37,6 +40,24 @@ def check_name(name: str, what: str) -> str:
         f"{what} name {name!r} is not allowed; nothing was changed",
         hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit",
     )
+
+
+def check_description(text: str) -> str:
+    """Return ``text`` when a snapshot may be described by it.
+
+    Raises:
+        UsageError: it is not text, or longer than anybody reads in a list.
+    """
+    try:
+        length = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise UsageError("the description is not UTF-8 text; nothing was changed") from error
+    if length > MAX_DESCRIPTION:
+        raise UsageError(
+            f"the description has {length} bytes, and {MAX_DESCRIPTION} are possible; nothing was changed",
+            hint="keep the text in a file, and name that",
+        )
+    return text
 
 
 def check_disk_name(name: str) -> str:

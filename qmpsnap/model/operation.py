@@ -154,7 +154,10 @@ class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
         layers: the active layer of each disk, by the disk's name.
         vmstate: the layer that holds the memory.
         paused: the guest's vCPUs stay stopped afterwards.
-        change: what becomes true.
+        resume: the guest ran before, and runs on should this fail.
+        kept: how what runs now is kept first; None where it goes.
+        variables: the UEFI variable store and what it is replaced with, should the guest have to boot instead.
+        change: what becomes true, but for the size of the memory that is kept.
     """
 
     machine: str
@@ -163,6 +166,9 @@ class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
     layers: dict[str, Layer]
     vmstate: LayerId
     paused: bool
+    resume: bool = True
+    kept: InternalPlan | None = None
+    variables: tuple[str, str] | None = None
     change: Change
 
 

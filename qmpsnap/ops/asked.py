@@ -1,11 +1,12 @@
 """What every kind of snapshot is asked for: a name, disks; and the state of the machine it is taken of."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from qmpsnap.errors import NameTaken, StateError
+from qmpsnap.errors import NameTaken, StateError, UsageError
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import check_name
+from qmpsnap.model.names import OperationId, check_name
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.qmp import commands
@@ -38,6 +39,26 @@ def snapshot_name(machine: Machine, snapshots: Sequence[Snapshot], name: str | N
             machine=machine.name,
         )
     return name
+
+
+def automatic_name(taken: Collection[str], serial: OperationId) -> str:
+    """A free name for the snapshot that a revert makes of what was active before."""
+    names = (f"auto-{serial}", *(f"auto-{serial}-{number}" for number in range(2, len(taken) + 3)))
+    return next(name for name in names if name not in taken)
+
+
+def require_time(value: float | None, what: str) -> None:
+    """Make sure that a wait ends: compared with NaN no time is ever over.
+
+    Args:
+        value: seconds or milliseconds; None says nothing.
+        what: what it is, for the message.
+
+    Raises:
+        UsageError: it is no number from zero up.
+    """
+    if value is not None and not 0 <= value < math.inf:
+        raise UsageError(f"{what} cannot be {value:g}; nothing was changed", hint="give a number from zero up")
 
 
 def disks(machine: Machine, wanted: tuple[str, ...] | None) -> frozenset[str]:

@@ -8,6 +8,7 @@ from msgspec import Struct
 from qmpsnap.block import graph
 from qmpsnap.errors import QemuGone, StoreMismatch
 from qmpsnap.machine import worker
+from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, OperationId, job_id
@@ -53,7 +54,7 @@ class BlockJob(Struct, frozen=True, kw_only=True):
 
     async def record(self, change: Change) -> None:
         """Record what it has made true, and that it is settled, in one SQL transaction."""
-        words = self.words("settled")
+        words = self.words(steps.SETTLED)
         await blocking(lambda: self.context.store.settle(self.operation, self.machine.name, change, step=words))
 
     async def require_chain(self, monitor: Monitor, expected: Iterable[Layer], *, known: Iterable[Layer]) -> None:

@@ -5,6 +5,7 @@ from typing import Literal
 from msgspec import Struct
 
 from qmpsnap.errors import OperationPending
+from qmpsnap.model import steps
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Operation
 from qmpsnap.ops.context import Context, blocking
@@ -42,7 +43,7 @@ class Broken(Struct, frozen=True, kw_only=True):
 
     async def mark_settled(self, *, error: str | None = None) -> None:
         """Record that it is finished, or as finished as it will be: ``error`` is what is not."""
-        await blocking(lambda: self.context.store.mark(self.operation.id, "settled", step="settled", error=error))
+        await blocking(lambda: self.context.store.mark(self.operation.id, "settled", step=steps.SETTLED, error=error))
 
     def pending(self, why: str) -> OperationPending:
         """It cannot be ended now."""

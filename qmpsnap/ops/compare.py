@@ -140,12 +140,22 @@ def layer_problems(layer: Layer, below: Layer | None, found: Header | str) -> li
     problems = []
     if (found.device, found.inode) != (layer.device, layer.inode):
         problems.append(f"{layer.path} is another file than the one recorded")
+    return [*problems, *backing_problems(layer, below, found), *size_problems(layer, found)]
+
+
+def backing_problems(layer: Layer, below: Layer | None, found: Header) -> list[str]:
+    """Where a layer's header names another backing than the one recorded; pure."""
     # A foreign image may name its backing by a relative path; ours never does.
     if layer.owned and layer.format == "qcow2" and found.backing != (below.path if below else None):
-        problems.append(f"the header of {layer.path} names {found.backing or 'nothing'} as its backing")
+        return [f"the header of {layer.path} names {found.backing or 'nothing'} as its backing"]
+    return []
+
+
+def size_problems(layer: Layer, found: Header) -> list[str]:
+    """Where a layer has another size than the one recorded; pure."""
     if found.virtual_size != layer.virtual_size:
-        problems.append(f"{layer.path} has {found.virtual_size} bytes for the guest, recorded are {layer.virtual_size}")
-    return problems
+        return [f"{layer.path} has {found.virtual_size} bytes for the guest, recorded are {layer.virtual_size}"]
+    return []
 
 
 async def state(context: Context, machine: Machine) -> str:

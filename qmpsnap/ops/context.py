@@ -11,7 +11,7 @@ from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.block.image import ImageTool
-from qmpsnap.errors import ForeignHost, QemuGone, StateError
+from qmpsnap.errors import ForeignHost, QemuGone, StateError, StoreMismatch
 from qmpsnap.machine import adopted
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import monitor, prepare_run_dir
@@ -154,6 +154,21 @@ def require_own(context: Context, machine: Machine) -> None:
             " nothing was changed",
             hint=f"run qmpsnap on {machine.host}",
             machine=machine.name,
+        )
+
+
+def require_folder(home: Home, machine: str) -> None:
+    """Refuse a machine whose folder is another one by now: new layers would go there, and others be looked for.
+
+    Raises:
+        StoreMismatch: it is a link, or no folder.
+    """
+    folder = home.machine_dir(machine)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise StoreMismatch(
+            f"the folder {folder} of machine {machine} was replaced by a link or a file; nothing was changed",
+            hint=f"put the folder back; images that have to lie elsewhere: link or mount {home.machines} as a whole",
+            machine=machine,
         )
 
 

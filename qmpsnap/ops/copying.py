@@ -14,6 +14,9 @@ from msgspec.structs import replace
 from qmpsnap.block import graph, place
 from qmpsnap.block.place import Identity
 from qmpsnap.errors import ImageRefused, QmpError, StateError
+from qmpsnap.machine import worker
+from qmpsnap.machine.opened import require_opened
+from qmpsnap.model import steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
@@ -54,9 +57,8 @@ class Phase(Struct, frozen=True):
 
     @property
     def words(self) -> str:
-        """What :meth:`read` reads, as ``started:64769:1234:running``."""
-        device, inode = self.identity
-        return f"{self.name}:{device}:{inode}{':running' if self.running else ''}"
+        """What :meth:`read` reads."""
+        return steps.of_file(self.name, *self.identity, running=self.running)
 
 
 class MirrorJob(BlockJob, frozen=True, kw_only=True):
@@ -145,7 +147,7 @@ async def _make(job: MirrorJob) -> MirrorJob:
             else:
                 made = await image.create_base(part, format=target.format, virtual_size=size, key=key)
         job = replace(job, identity=(made.device, made.inode))
-    await job.mark("made")
+    await job.mark(steps.MADE)
     if plan.made:
         await place.put(part, target.path)
     return job
@@ -158,7 +160,8 @@ async def _start(job: MirrorJob, monitor: Monitor) -> None:
     try:
         await commands.blockdev_add(monitor, options)
         await _require_size(monitor, job.step)
-        await job.mark("started")
+        _require_target(job)
+        await job.mark(steps.STARTED)
         await monitor.execute(start, arguments)
     except QmpError as error:
         if 'Failed to get "' not in error.message:
@@ -204,7 +207,7 @@ async def _pending(job: MirrorJob, monitor: Monitor) -> tuple[JobInfo, bool]:
         return await jobs.follow(monitor, job.id, "pending", report=job.report), False
     running = job.step.live and (await commands.query_status(monitor)).running
     if running:
-        await job.mark("started", running=True)
+        await job.mark(steps.STARTED, running=True)
         await commands.control(monitor, "stop")
     try:
         with anyio.fail_after(finalize.FINALIZE_DEADLINE):
@@ -239,12 +242,22 @@ async def tidy(job: MirrorJob) -> None:
     if plan.mode == "finish" and not plan.nbd:
         await place.make_durable(plan.target.path, job.identity)
     await merge.remove_files(plan.removed)
-    await blocking(lambda: job.context.store.mark(job.operation, "settled", step="settled"))
+    await blocking(lambda: job.context.store.mark(job.operation, "settled", step=steps.SETTLED))
 
 
 def part_of(job: MirrorJob) -> str:
     """Where the target is made; the tag is this operation's alone, in whatever store."""
     return place.part_of(job.step.target.path, f"{job.machine.uuid[:8]}-{job.operation}")
+
+
+def _require_target(job: MirrorJob) -> None:
+    """Whatever was put at the target's name since it was looked at or made: only that file is written to."""
+    context, machine, plan = job.context, job.machine, job.step
+    if plan.nbd:
+        return
+    device, inode = job.identity
+    process = context.process(machine) if plan.live else worker.find(machine, context.home.run_dir(machine.name))
+    require_opened(process, [replace(plan.target, device=device, inode=inode)], machine=machine.name)
 
 
 async def _require_size(monitor: Monitor, plan: MirrorPlan) -> None:

@@ -11,17 +11,20 @@ from msgspec.structs import replace
 from qmpsnap.block import graph, place
 from qmpsnap.errors import DeadlinePassed, QmpsnapError, UsageError
 from qmpsnap.machine import statefile
+from qmpsnap.machine.opened import require_opened
+from qmpsnap.model import steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import OperationId
+from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.model.vmstate import version_of
 from qmpsnap.ops import asked, chosen, commit, memory, recover, recover_create, space
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, require_spec
-from qmpsnap.ops.memory import Means, MemoryRequest, choose
+from qmpsnap.ops.means import Means, MemoryRequest, choose
 from qmpsnap.ops.overlays import identified, make_overlays, overlay_on, require_free
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp import commands, migration
@@ -105,7 +108,7 @@ def plan(
         state="ok",
         parent=machine.current,
         created=now,
-        description=request.description,
+        description=check_description(request.description),
         mode=mode,
         points=tuple(Point(disk=overlay.disk, layer=overlay.backing.id) for overlay in overlays),
         operation=serial,
@@ -142,10 +145,10 @@ def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str
     transaction = ("transaction", _transaction(plan))
     if plan.memory is None:
         return [*adds, transaction]
-    migrate: tuple[str, dict[str, object]] = ("migrate", {"uri": f"fd:{migration.NAME}"})
-    if not plan.memory.resume:
-        return [*adds, transaction, migrate]
-    return [*adds, ("stop", {}), transaction, migrate, ("quit" if plan.memory.quit else "cont", {})]
+    give, migrate = migration.handing_over(version_of(plan.memory.hardware.qemu_version))
+    held = [("stop", {}), transaction, migrate] if plan.memory.resume else [transaction, migrate]
+    after = ["quit"] if plan.memory.quit else ["cont"] if plan.memory.resume else []
+    return [*adds, give, *held, *((command, {}) for command in after)]
 
 
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
@@ -216,8 +219,12 @@ async def _without_memory(context: Context, plan: CreatePlan, error: QmpsnapErro
     if error.effect == "none":
         active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, plan.machine)}
         for overlay in plan.overlays:
-            if active[overlay.disk] == overlay.layer.id:
+            if active[overlay.disk] != overlay.layer.id:
+                continue
+            try:
                 await commit.run(context, plan.machine, CommitRequest(disk=overlay.disk, base=overlay.backing.id))
+            except QmpsnapError as left:  # no reason to tell less of why there is no snapshot
+                error.add(f"layer {overlay.layer.id} of disk {overlay.disk} is left, without a name: {left.message}")
     return None
 
 
@@ -286,10 +293,11 @@ async def _carry_out(at: _Attempt) -> Change:
     if qemu:
         for overlay in plan.overlays:
             await commands.blockdev_add(qemu, _node_options(overlay, machine))
+        require_opened(at.context.process(machine), change.layers, machine=machine.name)
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
         # From here on QEMU may have acted whatever we hear: recovery asks instead of rolling back.
-        await at.mark("transaction")
+        await at.mark(steps.TRANSACTION)
         before = time.monotonic()
         await at.transact(qemu)
         pause_ms = (time.monotonic() - before) * 1000
@@ -297,7 +305,7 @@ async def _carry_out(at: _Attempt) -> Change:
         change = replace(change, snapshots=tuple(replace(found, pause_ms=pause_ms) for found in change.snapshots))
     elif any(overlay.part for overlay in plan.overlays):
         # Once a file has only the name that was chosen, recovery cannot know it for ours: so forward.
-        await at.mark("transaction")
+        await at.mark(steps.TRANSACTION)
     await recover_create.settle(at.context, machine, at.operation, change)
     return change
 
@@ -307,25 +315,27 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     async with memory.channel(qemu, how) as channel:
         await memory.shorten(at.context, machine, how)
         # From here on QEMU may have acted, and we may hold the guest.
-        await at.mark("transaction")
+        await at.mark(steps.TRANSACTION)
         try:
             held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu))
         except DeadlinePassed:
             # It may be whole all the same, but it was held for too long: nobody wants it.
             with anyio.CancelScope(shield=True):
-                await at.mark(recover_create.LOST)
+                await at.mark(steps.LOST)
             raise
-        await at.mark("saving")
+        await at.mark(steps.SAVING)
         await graph.require_agreement(qemu, at.expected, machine=machine.name)
         await memory.written(qemu, at.operation, report=at.report)
     try:
         state = await memory.finish(at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps)
-    except QmpsnapError:
+    except QmpsnapError as error:
+        if how.mode == "stopped" and not how.resume:
+            error.add("to get its disks back from QEMU the paused guest had to run for an instant; it is paused again")
         with anyio.CancelScope(shield=True):
-            await at.mark(recover_create.LOST)
+            await at.mark(steps.LOST)
         raise
     change = recover_create.with_memory(change, state, pause_ms=held.pause_ms)
-    step = recover_create.ENDING if how.quit else None
+    step = steps.ENDING if how.quit else None
     await recover_create.settle(at.context, machine, at.operation, change, step=step)
     if how.quit:
         await recover_create.quit_saved(at.context, machine, qemu, at.operation)

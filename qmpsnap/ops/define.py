@@ -1,6 +1,7 @@
 """``define``: a machine's folder and images are made, then its row."""
 
 import functools
+import os
 import shutil
 import time
 import uuid
@@ -11,10 +12,19 @@ from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qmpsnap import private
 from qmpsnap.block import encrypted, header
 from qmpsnap.block.header import FoundLayer
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import ImageRefused, NameTaken, NotFoundError, StateError, UsageError
+from qmpsnap.errors import (
+    HostCannot,
+    ImageRefused,
+    NameTaken,
+    NotFoundError,
+    StateError,
+    StoreMismatch,
+    UsageError,
+)
 from qmpsnap.machine import probe
 from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.firmware import find_firmware
@@ -25,7 +35,7 @@ from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import keys, recover
-from qmpsnap.ops.context import Context, blocking, locked
+from qmpsnap.ops.context import Context, blocking, locked, require_folder
 from qmpsnap.ops.overlays import identified, make_overlays, require_free
 
 Identity = tuple[int, int]
@@ -205,6 +215,7 @@ async def end_earlier(context: Context, name: str) -> None:
     except NotFoundError:
         placeholder = Machine(name=name, uuid="", host=context.host, spec=MachineSpec(name=name), created=0)
         await recover.end_open(context, placeholder, None)
+        await blocking(_refuse_lost, context, name)
         return
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken.created))
     raise NameTaken(
@@ -214,12 +225,24 @@ async def end_earlier(context: Context, name: str) -> None:
     )
 
 
+def _refuse_lost(context: Context, name: str) -> None:
+    """A machine that the store has lost is not overwritten by another of its name."""
+    folder = context.home.machine_dir(name)
+    if context.store.remembers(name) and folder.is_dir() and any(folder.iterdir()):
+        raise StoreMismatch(
+            f"machine {name} was defined before and has images in {folder}, and this store does not know it;"
+            " nothing was changed",
+            hint="qmpsnap check --rebuild makes the store again from the images; or choose another name",
+            machine=name,
+        )
+
+
 async def _carry_out(context: Context, operation: Operation, *, firmware_variables: str | None) -> None:
     plan = operation.plan
     assert isinstance(plan, DefinePlan)
     folder = context.home.machine_dir(plan.machine)
-    folder.parent.mkdir(mode=0o700, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    require_folder(context.home, plan.machine)
+    await to_thread.run_sync(private.make_folder, folder)
     headers: dict[LayerId, Header] = {}
     assert plan.change.define
     disks = {active: plan.change.define.require_disk(name) for name, active in plan.change.active.items()}
@@ -230,9 +253,21 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
             )
     headers |= await make_overlays(context, plan.change.define, plan.overlays)
     if plan.variables and firmware_variables:
-        await to_thread.run_sync(shutil.copyfile, firmware_variables, plan.variables)
-        Path(plan.variables).chmod(0o600)
+        await to_thread.run_sync(_copy_variables, firmware_variables, plan.variables)
     await blocking(context.store.settle, operation.id, plan.machine, identified(plan.change, headers))
+
+
+def _copy_variables(source: str, target: str) -> None:
+    """Copy the firmware's variable store; whatever has appeared at ``target`` since the plan is not written to."""
+    try:
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o600)
+            file.write(Path(source).read_bytes())
+            file.flush()
+            os.fsync(descriptor)
+    except OSError as error:
+        raise HostCannot(f"the variable store {target} cannot be made: {error.strerror}") from error
 
 
 async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> dict[str, DiskSource]:

@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 
 from qmpsnap.errors import QmpError
+from qmpsnap.model import steps
 from qmpsnap.ops.blockjob import BlockJob
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
@@ -28,13 +29,13 @@ async def go_over(job: BlockJob, monitor: Monitor, *, pending: bool, settle: Cal
     # come to `pending` without that, and a QEMU killed now would take what they moved with it.
     await commands.control(monitor, "stop")
     try:
-        await job.mark("finalizing", running=running)
+        await job.mark(steps.FINALIZING, running=running)
         if pending:
             try:
                 await jobs.finalize(monitor, job.id)
             except QmpError:
                 # The graph is as before and the guest stands still: what it wrote to so far is the truth again.
-                await job.mark("started")
+                await job.mark(steps.STARTED)
                 raise
         await commands.control(monitor, "stop")  # now the headers that finalize has changed
         await settle()

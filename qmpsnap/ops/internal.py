@@ -13,22 +13,23 @@ from msgspec import Struct
 
 from qmpsnap.block import graph
 from qmpsnap.errors import StateError
+from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import NodeName, OperationId
-from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation
+from qmpsnap.model.names import OperationId, check_description
+from qmpsnap.model.operation import Change, InternalPlan, Operation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Hardware, Inside
 from qmpsnap.ops import asked, keys, recover, space, tagging
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.loading import hardware_now
-from qmpsnap.ops.memory import RESERVE_MORE, resident_bytes
+from qmpsnap.ops.means import RESERVE_MORE, require_saveable, resident_bytes
 from qmpsnap.ops.overlays import require_free
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.work import Work, working
-from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp import commands, jobs, migration
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -89,7 +90,7 @@ def plan(
         state="ok",
         parent=machine.current,
         created=now,
-        description=request.description,
+        description=check_description(request.description),
         mode=mode,
         points=tuple(Point(disk=disk, layer=layer.id, tag=tag) for disk, layer in layers.items()),
         operation=serial,
@@ -141,7 +142,7 @@ def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
         return [("transaction", commands.internal_transaction([node], planned.tag)) for node in nodes]
     if planned.vmstate:
         job = tagging.job_of(planned.change.snapshots[0].operation)
-        arguments = jobs.memory_arguments(job, tag=planned.tag, vmstate=NodeName(planned.vmstate), nodes=nodes)
+        arguments = tagging.memory_arguments(job, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
         act: list[tuple[str, dict[str, object]]] = [("snapshot-save", arguments)]
     else:
         act = [("transaction", commands.internal_transaction(nodes, planned.tag))]
@@ -188,6 +189,8 @@ async def _planner(
         )
     hardware = None
     if work.qemu and request.memory is not False:
+        again = f"qmpsnap snapshot create {work.machine.name} --kind internal --no-memory takes its disks"
+        require_saveable(work.machine, await migration.query(work.qemu), hint=again)
         hardware = await hardware_now(context, work.machine, work.qemu)
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
@@ -212,60 +215,17 @@ async def _carry_out(
 ) -> Snapshot:
     planned = operation.plan
     assert isinstance(planned, InternalPlan)
-    await blocking(lambda: context.store.mark(operation.id, "running", step="started"))
+    await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STARTED))
     pause_ms = None
     if work.qemu:
-        pause_ms = await tagging.tag_live(work.qemu, operation, planned, report)
+        pause_ms = await tagging.tag_live(work.qemu, tagging.job_of(operation.id), planned, report)
         found = await commands.query_tags(work.qemu)
     else:
         await tagging.keep_variables(planned)
         found = await tagging.tag_stopped(context, work.machine, planned, chains)
     change = tagging.settled(planned, found, pause_ms=pause_ms)
-    await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step="recorded"))
+    await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.RECORDED))
     if work.qemu and planned.vmstate:
         await jobs.dismiss(work.qemu, tagging.job_of(operation.id))
-    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
+    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
     return change.snapshots[0]
-
-
-# --- back again, in the QEMU that runs --------------------------------------------------------------------------------
-
-
-def in_place(snapshot: Snapshot, chains: Sequence[Chain]) -> bool:
-    """Whether the snapshot's memory and all its disks lie inside the layers that the guest writes to now."""
-    active = {chain.disk: chain.active.id for chain in chains}
-    return snapshot.inside is not None and all(active.get(p.disk) == p.layer for p in snapshot.points)
-
-
-async def load(context: Context, work: Work, snapshot: Snapshot, chains: Sequence[Chain], *, paused: bool) -> None:
-    """Load a snapshot with memory into the QEMU that runs; what its disks hold now is overwritten.
-
-    Raises:
-        QmpError: QEMU could not: it has been ended, and the disks stand at the snapshot.
-    """
-    assert work.qemu
-    assert snapshot.inside
-    active = {chain.disk: chain.active for chain in chains}
-    planned = LoadPlan(
-        machine=work.machine.name,
-        snapshot=snapshot.name,
-        tag=str(snapshot.points[0].tag),
-        layers={point.disk: active[point.disk] for point in snapshot.points},
-        vmstate=snapshot.inside.layer,
-        paused=paused,
-        change=Change(current=snapshot.name),
-    )
-    operation = await blocking(context.store.open_operation, work.machine.name, lambda _: planned)
-    async with recover.attempting(context, work.machine, work.qemu, operation):
-        found = await commands.query_tags(work.qemu)
-        tagging.require_tags(planned.layers.values(), planned.tag, found)
-        await blocking(lambda: context.store.mark(operation.id, "running", step="loading"))
-        await commands.control(work.qemu, "stop")
-        await tagging.load_into(
-            work.qemu, tagging.job_of(operation.id), tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate
-        )
-        await blocking(lambda: context.store.settle(operation.id, planned.machine, planned.change, step="loaded"))
-        await jobs.dismiss(work.qemu, tagging.job_of(operation.id))
-        if not paused:
-            await commands.control(work.qemu, "cont")
-        await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))

@@ -59,14 +59,22 @@ async def require_same_hardware(context: Context, machine: Machine, snapshot: Sn
     Raises:
         StateError: something differs.
     """
-    if snapshot.hardware is None:
-        return
-    if found := differences(snapshot.hardware, await hardware_to_start(context, machine)):
+    if snapshot.hardware:
+        require_fits(snapshot, await hardware_to_start(context, machine), machine=machine.name)
+
+
+def require_fits(snapshot: Snapshot, hardware: Hardware, *, machine: str) -> None:
+    """Make sure that a snapshot's memory fits this hardware of its machine.
+
+    Raises:
+        StateError: something differs.
+    """
+    if snapshot.hardware and (found := differences(snapshot.hardware, hardware)):
         raise StateError(
-            f"the memory of snapshot {snapshot.name} is of other hardware than machine {machine.name} has now:"
+            f"the memory of snapshot {snapshot.name} is of other hardware than machine {machine} has now:"
             f" {'; '.join(found)}; nothing was changed",
             hint="QEMU would load it without complaint and the guest would break; revert to a disk snapshot instead",
-            machine=machine.name,
+            machine=machine,
         )
 
 

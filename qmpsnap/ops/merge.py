@@ -16,6 +16,7 @@ from qmpsnap.block import graph
 from qmpsnap.block.backing import set_backing
 from qmpsnap.block.image import remove
 from qmpsnap.errors import QmpError, StoreMismatch
+from qmpsnap.model import steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
@@ -36,8 +37,8 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
     number: int
 
     def words(self, phase: str, *, running: bool = False) -> str:
-        """As ``2:started`` or ``0:finalizing:running``."""
-        return f"{self.number}:{phase}{':running' if running else ''}"
+        """As :func:`steps.of_job`."""
+        return steps.of_job(self.number, phase, running=running)
 
 
 async def run(
@@ -59,7 +60,9 @@ async def run(
     for number, step in enumerate(plan.steps[first:], start=first):
         if isinstance(step, Removal):
             await blocking(
-                lambda s=step, n=number: context.store.settle(operation.id, machine.name, s.change, step=f"{n}:settled")
+                lambda s=step, n=number: context.store.settle(
+                    operation.id, machine.name, s.change, step=steps.of_job(n, steps.SETTLED)
+                )
             )
             await remove_kept(context, machine, qemu, step)
         else:
@@ -70,11 +73,11 @@ async def run(
                 await _start(job, monitor)
                 await carry_on(job, monitor)
         await remove_files(step.removed)
-    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
+    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
 
 
 async def _start(job: MergeJob, monitor: Monitor) -> None:
-    await job.mark("started")
+    await job.mark(steps.STARTED)
     await monitor.execute(*start_command(job.id, job.step, root=await root_of(monitor, job.step)))
 
 

@@ -235,8 +235,11 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
 
 def _require_place(home: Home, machine: str, request: MirrorRequest) -> None:
     path = Path(request.target)
-    if not path.is_absolute() or ".." in path.parts:
-        raise UsageError(f"target {request.target!r} is not an absolute path; nothing was changed")
+    if not path.is_absolute() or ".." in path.parts or request.target.endswith("/"):
+        raise UsageError(f"target {request.target!r} is not the absolute path of a file; nothing was changed")
+    # Its name becomes a backing string one day; a worker need not come up to learn that it cannot.
+    if fault := header.backing_fault(request.target):
+        raise ImageRefused(f"no copy can be made at {header.printable(request.target)}: {fault}; nothing was changed")
     if not path.is_relative_to(home.machines):
         return
     if request.mode == "finish" or path.parent != home.machine_dir(machine) or re.match(r"[a-z0-9]+-\d+\.", path.name):

@@ -82,6 +82,18 @@ def headers_of(layers: Iterable[Layer]) -> dict[LayerId, Header]:
     return {layer.id: header.read(layer.path, format=layer.format) for layer in layers}
 
 
+def require_planned(overlays: Iterable[Overlay]) -> None:
+    """Make sure that what lies at the places of new layers nobody has used yet is still what was made there.
+
+    Raises:
+        StoreMismatch: it is not; it was left as it is.
+    """
+    for overlay in overlays:
+        whole = _identity_of_new(overlay.layer, overlay.backing.path) is not None
+        if not whole or header.read(overlay.layer.path, format="qcow2").backing != overlay.backing.path:
+            raise StoreMismatch(f"{overlay.layer.path} is not the new layer that was made there")
+
+
 def require_free(paths: Iterable[str]) -> None:
     """Make sure that nothing is where new files are planned; called before the journal has the plan.
 

@@ -11,11 +11,12 @@ from qmpsnap.machine import accel, argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, wait_end
+from qmpsnap.machine.opened import require_opened
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import compare, keys, pausing, tagging
+from qmpsnap.ops import asked, compare, keys, pausing, tagging
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
@@ -90,6 +91,11 @@ async def bring_up(
         )
         run_dir = context.home.run_dir(machine.name)
         process = await launch(arguments, machine, run_dir, accel=choice.accel, inherited=[*secrets.values()])
+    try:
+        require_opened(process, (layer for chain in chains for layer in chain.layers), machine=machine.name)
+    except StoreMismatch:
+        await end(process, None)
+        raise
     await blocking(context.store.set_process, machine.name, process)
     if loading:
         await _load(context, machine, process, loading, paused=paused)
@@ -134,6 +140,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         StateError: it does not run; or QEMU has paused the guest, so that it cannot hear the button.
         DeadlinePassed: the guest did not switch itself off.
     """
+    asked.require_time(timeout, "the time for the guest")
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
     async with locked(context, name, "stop"):

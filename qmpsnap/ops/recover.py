@@ -13,6 +13,7 @@ from anyio import to_thread
 from qmpsnap.block import tags
 from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.machine.machine import end
+from qmpsnap.model import steps
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import (
@@ -146,16 +147,16 @@ async def _end_define(broken: Broken, plan: DefinePlan) -> Direction:
 async def _end_revert(broken: Broken, monitor: Monitor | None) -> Direction:
     operation, plan = broken.operation, broken.operation.plan
     assert isinstance(plan, RevertPlan)
-    if operation.step == "planned":
+    if operation.step == steps.PLANNED:
         await remove_new(plan.overlays)
         for copy in plan.copies:
             await to_thread.run_sync(tags.discard, copy.layer)
         await broken.mark_failed()
         return "back"
-    if operation.step == "stopping":
+    if operation.step == steps.STOPPING:
         await switch(broken.context, broken.machine, monitor, operation, plan)
         monitor = None
-    elif operation.step == "switched":
+    elif operation.step == steps.SWITCHED:
         await remove_files(broken.context, plan)
     elif (plan.vmstate or plan.inside) and monitor:
         monitor = await _end_loading(broken, monitor, plan)
@@ -211,6 +212,8 @@ async def _answering(broken: Broken, qemu: Monitor | None) -> AsyncIterator[Moni
 def remove_folder(home: Home, machine: str, *, variables: bool = True) -> None:
     """Remove a machine's folder, unless somebody has put other files there; with ``variables`` its variable store."""
     folder = home.machine_dir(machine)
+    if folder.is_symlink():
+        return  # what it leads to is not ours
     if variables:
         home.variables(machine).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):

@@ -10,6 +10,7 @@ from qmpsnap.block.image import remove
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.machine.machine import end as end_qemu
+from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import NodeName
@@ -23,12 +24,6 @@ from qmpsnap.ops.overlays import headers_of, identified, remove_new
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
 
-ENDING = "ending"
-"""The step at which a machine is saved, and its QEMU still to be ended (:func:`quit_saved`)."""
-
-LOST = "memory lost"
-"""The step at which the disks have moved, and their memory was written but cannot be kept; it is not tried again."""
-
 
 def direction(step: str, *, active: int | None, total: int) -> Direction | None:
     """Whether a broken ``snapshot create`` is finished or undone; pure.
@@ -41,7 +36,7 @@ def direction(step: str, *, active: int | None, total: int) -> Direction | None:
     Returns:
         None when the rules do not cover what was found: someone else has changed the chain.
     """
-    if step not in {"transaction", "saving", LOST}:
+    if step not in {steps.TRANSACTION, steps.SAVING, steps.LOST}:
         return "back"
     if active is None or active == total:
         # Without QEMU nobody can tell whether the transaction ran; either way the overlays read the same.
@@ -60,7 +55,7 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
     """
     plan = broken.operation.plan
     assert isinstance(plan, CreatePlan)
-    if broken.operation.step == ENDING:
+    if broken.operation.step == steps.ENDING:
         await quit_saved(broken.context, broken.machine, monitor, broken.operation)
         return "forward"
     names = frozenset(node_name(overlay.layer) for overlay in plan.overlays)
@@ -91,7 +86,7 @@ async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) ->
         await settle(context, machine, operation, change)
         return "forward"
     if state := await _state(broken, monitor, plan, memory):
-        step = ENDING if memory.quit else None
+        step = steps.ENDING if memory.quit else None
         await settle(context, machine, operation, with_memory(change, state), step=step)
         if memory.quit:
             await quit_saved(context, machine, monitor, operation)
@@ -109,7 +104,7 @@ async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) ->
 
 async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memory: Memory) -> Vmstate | None:
     """The memory, if it was or can be saved whole; the guest runs on if it should, and is still held if it was not."""
-    if broken.operation.step == LOST:
+    if broken.operation.step == steps.LOST:
         return None
     if finished := await to_thread.run_sync(_finished, broken.operation, memory):
         if monitor and memory.quit and broken.unfinished == "cancel":  # whoever cancels a save wants the guest to run
@@ -147,7 +142,7 @@ async def _kept(broken: Broken, plan: CreatePlan, memory: Memory) -> Vmstate | N
         return await saving.finish(broken.operation, memory, snapshot=plan.change.snapshots[0].name)
     except (HostCannot, StateError, StoreMismatch):
         # A guest is not held, nor a machine kept busy, until somebody makes room or moves a file away.
-        await blocking(lambda: broken.context.store.mark(broken.operation.id, "running", step=LOST))
+        await blocking(lambda: broken.context.store.mark(broken.operation.id, "running", step=steps.LOST))
         return None
 
 
@@ -158,17 +153,20 @@ async def _run_on(broken: Broken, monitor: Monitor | None, memory: Memory) -> No
 
 
 async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
-    if monitor is None or not memory.resume:
+    if monitor is None:
+        return
+    if not memory.resume:
+        await saving.take_disks_back(monitor)
         return
     # Only at this step can it be us who paused the guest, before QEMU's end until then; a migration is always ours.
-    paused_by_us = broken.operation.step in {"transaction", LOST} or memory.quit
+    paused_by_us = broken.operation.step in {steps.TRANSACTION, steps.LOST} or memory.quit
     if paused_by_us or (await commands.query_status(monitor)).status in {"finish-migrate", "postmigrate"}:
         await saving.run_on(monitor)
 
 
 async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
     """Give the memory up: QEMU stops writing it, the guest runs on if it should, the unfinished file goes."""
-    if monitor and broken.operation.step == "planned":
+    if monitor and broken.operation.step == steps.PLANNED:
         # Nothing was stopped or begun yet: a migration is somebody else's.
         if (await migration.query(monitor)).status in migration.IDLE:
             await migration.put_back(monitor)
@@ -210,7 +208,7 @@ async def quit_saved(context: Context, machine: Machine, qemu: Monitor | None, o
     if process and not await end_qemu(process, qemu):
         raise DeadlinePassed(f"QEMU (process {process.pid}) does not end", effect="applied", machine=machine.name)
     await blocking(context.store.set_process, machine.name, None)
-    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
+    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
 
 
 def _finished(operation: Operation, memory: Memory) -> Vmstate | None:

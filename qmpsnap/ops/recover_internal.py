@@ -7,7 +7,9 @@ from anyio import to_thread
 from qmpsnap.block import tags
 from qmpsnap.errors import QmpError
 from qmpsnap.machine.machine import end
+from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
+from qmpsnap.model.names import JobId
 from qmpsnap.model.operation import InternalPlan, LoadPlan
 from qmpsnap.ops import tagging
 from qmpsnap.ops.broken import Broken, Direction
@@ -24,17 +26,18 @@ async def end_create(broken: Broken, monitor: Monitor | None) -> Direction:
     """
     planned = broken.operation.plan
     assert isinstance(planned, InternalPlan)
-    if broken.operation.step == "recorded":
+    job = tagging.job_of(broken.operation.id)
+    if broken.operation.step == steps.RECORDED:
         if monitor:
-            await _dismiss(broken, monitor)
+            await _dismiss(monitor, job)
         await broken.mark_settled()
         return "forward"
     found: dict[str, tuple[Tag, ...]] = {}
-    if broken.operation.step != "planned":
+    if broken.operation.step != steps.PLANNED:
         if monitor:
-            await _job_over(broken, monitor)
-            if planned.resume and not (await commands.query_status(monitor)).running:
-                await commands.control(monitor, "cont")
+            await _job_over(broken, monitor, job)
+            if planned.resume:
+                await _run_on(monitor)
         found = await _tags(broken, monitor, planned)
     whole = found and all(tagging.has_tag(found, node_name(at), planned.tag) for at in planned.layers.values())
     if whole and broken.unfinished != "cancel":
@@ -42,8 +45,9 @@ async def end_create(broken: Broken, monitor: Monitor | None) -> Direction:
         await blocking(broken.context.store.settle, broken.operation.id, planned.machine, change)
     else:
         await _remove(broken, monitor, planned, found)
+        await broken.mark_failed()
     if monitor:
-        await _dismiss(broken, monitor)
+        await _dismiss(monitor, job)
     return "forward" if whole and broken.unfinished != "cancel" else "back"
 
 
@@ -70,7 +74,6 @@ async def _remove(
                 await commands.delete_tag(qemu, node, planned.tag)
     if planned.variables:
         await to_thread.run_sync(tagging.forget_variables, planned.variables[1])
-    await broken.mark_failed()
 
 
 async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
@@ -81,37 +84,53 @@ async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
     """
     planned = broken.operation.plan
     assert isinstance(planned, LoadPlan)
-    context, operation = broken.context, broken.operation
-    if operation.step == "planned":
-        await broken.mark_failed()
-        return "back"
-    loaded = operation.step == "loaded"
+    context, operation, job = broken.context, broken.operation, tagging.job_of(broken.operation.id)
+    if operation.step in {steps.PLANNED, steps.KEEPING}:
+        return await _back(broken, monitor, planned)
+    loaded = operation.step == steps.LOADED
     if monitor and not loaded:
-        if await jobs.find(monitor, tagging.job_of(operation.id), deadline=jobs.MEMORY_DEADLINE) is None:
-            await _run_on(monitor, planned)  # it never came to that: the guest is as it was
-            await broken.mark_failed()
-            return "back"
-        loaded = await _job_over(broken, monitor)
+        if await jobs.find(monitor, job, deadline=jobs.MEMORY_DEADLINE) is None:
+            return await _back(broken, monitor, planned)  # it never came to that
+        loaded = await _job_over(broken, monitor, job)
     if not loaded:
         await _roll_back(broken, monitor, planned)
         monitor = None
-    if operation.step == "loading":
-        await blocking(lambda: context.store.settle(operation.id, planned.machine, planned.change, step="loaded"))
+    if operation.step == steps.LOADING:
+        found = await _tags(broken, monitor, planned.kept) if planned.kept else {}
+        change = tagging.settled_load(planned, found)
+        await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.LOADED))
     if monitor:
-        await _dismiss(broken, monitor)
-        await _run_on(monitor, planned)
+        await _dismiss(monitor, job)
+        if not planned.paused:
+            await _run_on(monitor)
     note = f"{broken.error}; the machine was not started again: qmpsnap start {planned.machine}"
     await broken.mark_settled(error=None if monitor else note)
     return "forward"
 
 
-async def _run_on(monitor: Monitor, planned: LoadPlan) -> None:
-    if not planned.paused and not (await commands.query_status(monitor)).running:
+async def _back(broken: Broken, monitor: Monitor | None, planned: LoadPlan) -> Direction:
+    """Leave the guest as it was, running if it ran, and nothing of what was kept of it."""
+    keeping = tagging.keeping_job_of(broken.operation.id)
+    started = broken.operation.step != "planned"
+    if monitor and started:
+        await _job_over(broken, monitor, keeping)
+        if planned.resume:
+            await _run_on(monitor)
+    if planned.kept and started:
+        await _remove(broken, monitor, planned.kept, await _tags(broken, monitor, planned.kept))
+    if monitor:
+        await _dismiss(monitor, keeping)
+    await broken.mark_failed()
+    return "back"
+
+
+async def _run_on(monitor: Monitor) -> None:
+    if not (await commands.query_status(monitor)).running:
         await commands.control(monitor, "cont")
 
 
 async def _roll_back(broken: Broken, monitor: Monitor | None, planned: LoadPlan) -> None:
-    """Bring the disks to the snapshot without QEMU, which is ended if it lives.
+    """Bring the disks to the snapshot without QEMU, which is ended if it lives, and the UEFI variable store.
 
     It may have rolled them back already and then have loaded half of its devices: such a guest must not run on.
     """
@@ -120,12 +139,14 @@ async def _roll_back(broken: Broken, monitor: Monitor | None, planned: LoadPlan)
     await blocking(broken.context.store.set_process, planned.machine, None)
     for layer in planned.layers.values():
         await tags.go_to(layer, planned.tag, qemu_img=broken.context.image.binary)
+    if planned.variables:
+        mine, kept = planned.variables
+        await to_thread.run_sync(tagging.copy_variables, kept, mine)
 
 
-async def _job_over(broken: Broken, monitor: Monitor) -> bool:
+async def _job_over(broken: Broken, monitor: Monitor, job: JobId) -> bool:
     """Wait for the job's end; whether there was one and it did what it should."""
-    job = tagging.job_of(broken.operation.id)
-    if await jobs.find(monitor, job) is None:
+    if await jobs.find(monitor, job, deadline=jobs.MEMORY_DEADLINE) is None:
         return False
     try:
         await jobs.follow(monitor, job, report=broken.report, deadline=jobs.MEMORY_DEADLINE)
@@ -134,8 +155,7 @@ async def _job_over(broken: Broken, monitor: Monitor) -> bool:
     return True
 
 
-async def _dismiss(broken: Broken, monitor: Monitor) -> None:
-    job = tagging.job_of(broken.operation.id)
+async def _dismiss(monitor: Monitor, job: JobId) -> None:
     with contextlib.suppress(QmpError):
         if await jobs.find(monitor, job):
             await jobs.dismiss(monitor, job)

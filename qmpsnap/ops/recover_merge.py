@@ -6,6 +6,7 @@ from typing import Final
 
 from anyio import to_thread
 
+from qmpsnap.model import steps
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.ops import merge
 from qmpsnap.ops.blockjob import qemu_of
@@ -32,7 +33,7 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
     for removal in plan.steps:
         if isinstance(removal, Removal):
             await merge.remove_kept(context, machine, qemu, removal)  # their snapshots went with the opening
-    if operation.step == "planned":
+    if operation.step in {steps.PLANNED, steps.UNDONE}:
         return await _undo(broken, plan, opening=True)
     number, phase, was_running = _read_step(operation.step)
     step = plan.steps[number] if number < len(plan.steps) else None
@@ -46,7 +47,7 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
             report=broken.report,
         )
         async with qemu_of(job, qemu) as monitor:
-            refused = phase == "started" and await _never_began(broken, job, monitor)
+            refused = phase == steps.STARTED and await _never_began(broken, job, monitor)
             took = await _end_job(broken, job, monitor, phase=phase)
             if monitor and step.live and was_running and not (await commands.query_status(monitor)).running:
                 await commands.control(monitor, "cont")
@@ -87,7 +88,7 @@ def _unwritten(path: str, since: float) -> bool:
 async def _end_job(broken: Broken, job: MergeJob, monitor: Monitor | None, *, phase: str) -> bool:
     """Bring one step's job to one of its two ends; True when it took effect."""
     info = await jobs.find(monitor, job.id) if monitor else None
-    if phase == "started":
+    if phase == steps.STARTED:
         if monitor is None or info is None:
             return False
         if info.status == "concluded" or broken.unfinished == "cancel":
@@ -100,7 +101,7 @@ async def _end_job(broken: Broken, job: MergeJob, monitor: Monitor | None, *, ph
             await jobs.resume(monitor, job.id)
         await merge.carry_on(job, monitor)
         return True
-    if phase == "finalizing":
+    if phase == steps.FINALIZING:
         if monitor is None:
             await merge.settle_without_qemu(job)
             return True
@@ -124,7 +125,9 @@ async def _undo(broken: Broken, plan: MergePlan, *, opening: bool) -> Direction:
     """
     if opening:
         operation = broken.operation
-        await blocking(lambda: broken.context.store.settle(operation.id, broken.machine.name, plan.undo, step="undone"))
+        await blocking(
+            lambda: broken.context.store.settle(operation.id, broken.machine.name, plan.undo, step=steps.UNDONE)
+        )
     await broken.mark_failed()
     return "back" if plan.opening == Change() or (opening and plan.undo != Change()) else "forward"
 

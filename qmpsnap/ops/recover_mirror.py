@@ -1,6 +1,7 @@
 """Ending a broken mirror: until ``finalizing`` the old active layer is the truth, from then on the copy is good."""
 
 from qmpsnap.block import place
+from qmpsnap.model import steps
 from qmpsnap.model.operation import MirrorPlan
 from qmpsnap.ops import copying, merge
 from qmpsnap.ops.blockjob import qemu_of
@@ -46,9 +47,9 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
 async def _end_job(broken: Broken, job: MirrorJob, monitor: Monitor | None, *, phase: str) -> bool:
     """Bring the job to one of its two ends; True when the copy is made."""
     info = await jobs.find(monitor, job.id) if monitor else None
-    if phase in ("planned", "made"):
+    if phase in (steps.PLANNED, steps.MADE):
         return False
-    if phase == "started":
+    if phase == steps.STARTED:
         if monitor is None or info is None:
             return False
         if info.status == "concluded" or broken.unfinished == "cancel":
@@ -60,7 +61,7 @@ async def _end_job(broken: Broken, job: MirrorJob, monitor: Monitor | None, *, p
             await jobs.resume(monitor, job.id)
         await copying.carry_on(job, monitor)
         return True
-    if phase == "finalizing":
+    if phase == steps.FINALIZING:
         if monitor and info and info.status == "pending":
             await jobs.finalize(monitor, job.id)
         await copying.settle(job, monitor)
@@ -75,7 +76,7 @@ async def _remove_made(job: MirrorJob, *, phase: str) -> None:
     if not job.step.made:
         return
     part = copying.part_of(job)
-    if phase == "planned":  # nobody else makes files of that name
+    if phase == steps.PLANNED:  # nobody else makes files of that name
         if found := await place.identity_of(part):
             await place.discard(part, found)
         return

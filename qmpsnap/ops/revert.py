@@ -8,7 +8,7 @@ it only forward is left.
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
@@ -17,27 +17,23 @@ from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import graph, tags
-from qmpsnap.errors import NotFoundError, QemuGone, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.block import tags
+from qmpsnap.errors import NotFoundError, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.machine import statefile
+from qmpsnap.model import steps, surplus
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.merge import unneeded
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, Copy, Operation, Overlay, RevertPlan, Unwritten
+from qmpsnap.model.operation import Change, Copy, LoadPlan, Operation, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import asked, create, internal, keys, power, recover, situation, space, wake
+from qmpsnap.ops import asked, keys, power, recover, revert_inside, situation, space, wake
 from qmpsnap.ops.context import Context, blocking, in_thread, require_spec
-from qmpsnap.ops.create import CreateRequest
-from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.loading import Loading, require_same_hardware
 from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
-from qmpsnap.ops.power import LoadingInside
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.switch import all_empty, switch
-from qmpsnap.ops.tagging import job_of
 from qmpsnap.ops.work import Work, working
 
 Run = Literal["running", "paused"]
@@ -82,10 +78,18 @@ class Reverted(Struct, frozen=True, kw_only=True):
 
 
 class Preview(Struct, frozen=True, kw_only=True):
-    """The plan that a revert would follow now; ``unwritten``: the old active layers are empty now."""
+    """The plan that a revert would follow now.
 
-    plan: RevertPlan
+    Attributes:
+        unwritten: the old active layers are empty now.
+        moves: bytes to copy, at most.
+        commands: the exact QMP commands to the QEMU that runs, in order.
+    """
+
+    plan: RevertPlan | LoadPlan
     unwritten: bool
+    moves: int = 0
+    commands: tuple[tuple[str, dict[str, object]], ...] = ()
 
     @property
     def kept(self) -> str | None:
@@ -96,6 +100,8 @@ class Preview(Struct, frozen=True, kw_only=True):
     @property
     def removed(self) -> tuple[Layer, ...]:
         """The layers whose files would go."""
+        if isinstance(self.plan, LoadPlan):
+            return ()
         return self.plan.unwritten.layers if self.unwritten and self.plan.unwritten else self.plan.removed
 
 
@@ -171,14 +177,14 @@ def plan(
     )
     after = at.after(switched)
     if request.discard:
-        gone = _nobodys(after, old.values())
+        gone = surplus.nobodys(after, old.values())
         return replace(
             planned,
             removed=tuple(layer for layer in gone if layer.owned),
             change=replace(switched, removed_layers=tuple(layer.id for layer in gone)),
         )
     kept = Snapshot(
-        name=_free_name({found.name for found in at.snapshots}, serial),
+        name=asked.automatic_name({found.name for found in at.snapshots}, serial),
         kind="disk",
         state="ok",
         parent=machine.current,
@@ -190,7 +196,7 @@ def plan(
     )
     active = tuple(chain.active for chain in old.values())
     unwritten = None
-    if all(_may_go(after, layer) for layer in active):
+    if all(surplus.may_go(after, layer) for layer in active):
         ids = tuple(layer.id for layer in active)
         unwritten = Unwritten(layers=active, change=replace(switched, removed_layers=ids))
     return replace(planned, change=replace(switched, snapshots=(kept,)), unwritten=unwritten)
@@ -204,15 +210,27 @@ def points(at: Situation, snapshot: Snapshot) -> tuple[Chain, ...]:
 async def preview(context: Context, name: str, request: RevertRequest) -> Preview:
     """What :func:`run` would do now, without a lock and without a change (``--dry-run``)."""
     machine = await blocking(context.store.machine, name)
+    serial = OperationId(await blocking(context.store.next_serial))
     async with context.monitor(machine) as qemu:
         at = await situation.look(context, Work(machine, qemu))
+        target = _target(at, request.name)
+        if qemu and revert_inside.in_place(target, at.live):
+            make = await revert_inside.planner(
+                context, Work(machine, qemu), at, target, discard=request.discard, paused=request.run == "paused"
+            )
+            loaded = make(serial)
+            commands = tuple(revert_inside.qmp_commands(loaded, serial))
+            return Preview(plan=loaded, unwritten=False, commands=commands)
         mode = await asked.mode_of(qemu)
-    serial = OperationId(await blocking(context.store.next_serial))
     planned = plan(machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
-    await require_same_hardware(context, machine, _target(at, request.name))
+    await require_same_hardware(context, machine, target)
     layers = planned.unwritten.layers if planned.unwritten else ()
-    unwritten = planned.unwritten is not None and await to_thread.run_sync(all_empty, layers)
-    return Preview(plan=planned, unwritten=unwritten)
+    return Preview(
+        plan=planned,
+        unwritten=planned.unwritten is not None and await to_thread.run_sync(all_empty, layers),
+        moves=sum(at.bytes.get(copy.source.id, 0) for copy in planned.copies),
+        commands=(("quit", {}),) if planned.live else (),
+    )
 
 
 async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
@@ -232,26 +250,46 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
 
 
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
-    if await _can_load(context, name, request):
-        return await _load(context, name, request)
-    await _freeze(context, name, request)
+    if not await _may_load(context, name, request.name):
+        await revert_inside.freeze(context, name, request.name)
     async with working(context, name, "snapshot revert") as work:
         at = await situation.look(context, work)
-        # The guest ends only for layers that it can be started on again.
         target = _target(at, request.name)
-        await require_same_hardware(context, work.machine, target)
-        await to_thread.run_sync(power.require_files, work.machine, points(at, target))
-        await to_thread.run_sync(_require_kept, work.machine, target)
-        _require_frozen(at, target)
-        await keys.require(context, work.machine, at.live.values())
-        async with _memory(target, request) as loading:
-            operation = await _open(context, work, at, request)
-            async with recover.attempting(context, work.machine, work.qemu, operation):
-                await _carry_out(context, work, operation, loading)
-        done = await _outcome(context, operation)
+        if work.qemu and revert_inside.in_place(target, at.live):
+            done = await _load(context, work, at, target, request)
+        else:
+            done = await _switch(context, work, at, target, request)
     if done.memory and done.state == "running" and request.after:
-        return replace(done, notes=await wake.tell(context, work.machine))
+        return replace(done, notes=await wake.tell(context, await blocking(context.store.machine, name)))
     return done
+
+
+async def _may_load(context: Context, name: str, target: str) -> bool:
+    """Whether the QEMU that runs can go back by itself, as far as that can be said without holding the machine."""
+    machine = await blocking(context.store.machine, name)
+    live = {chain.disk: chain for chain in await blocking(context.store.chains, name)}
+    found = next((s for s in await blocking(context.store.snapshots, name) if s.name == target), None)
+    return found is not None and context.process(machine) is not None and revert_inside.in_place(found, live)
+
+
+async def _load(context: Context, work: Work, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
+    paused = request.run == "paused"
+    kept = await revert_inside.load(context, work, at, target, discard=request.discard, paused=paused)
+    return Reverted(snapshot=target, kept=kept, removed=(), state="paused" if paused else "running", memory=True)
+
+
+async def _switch(context: Context, work: Work, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
+    # The guest ends only for layers that it can be started on again.
+    await require_same_hardware(context, work.machine, target)
+    await to_thread.run_sync(power.require_files, work.machine, points(at, target))
+    await to_thread.run_sync(_require_kept, work.machine, target)
+    revert_inside.require_frozen(at, target)
+    await keys.require(context, work.machine, at.live.values())
+    async with _memory(target, request) as loading:
+        operation = await _open(context, work, at, request)
+        async with recover.attempting(context, work.machine, work.qemu, operation):
+            await _carry_out(context, work, operation, loading)
+    return await _outcome(context, operation)
 
 
 @asynccontextmanager
@@ -302,14 +340,14 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
             copy.source, copy.tag, copy.layer, keep=planned.inside is not None, qemu_img=context.image.binary
         )
     # From here on the guest may have ended: recovery finishes instead of rolling back.
-    await blocking(lambda: context.store.mark(operation.id, "running", step="stopping"))
+    await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STOPPING))
     await switch(context, work.machine, work.qemu, operation, planned)
     if planned.restart:
-        await blocking(lambda: context.store.mark(operation.id, "running", step="starting"))
+        await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STARTING))
         machine = await blocking(context.store.machine, planned.machine)
-        memory = loading or _inside(planned, operation)
+        memory = loading or revert_inside.memory_in(planned, operation)
         await power.bring_up(context, machine, paused=planned.paused, loading=memory)
-    await blocking(lambda: context.store.mark(operation.id, "settled", step="settled"))
+    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
 
 
 async def _outcome(context: Context, operation: Operation) -> Reverted:
@@ -359,45 +397,6 @@ def _target(at: Situation, name: str) -> Snapshot:
     return snapshot
 
 
-async def _can_load(context: Context, name: str, request: RevertRequest) -> bool:
-    """Whether the QEMU that runs can go back by itself: memory and disks inside the layers that its guest writes to."""
-    machine = await blocking(context.store.machine, name)
-    snapshot = next((s for s in await blocking(context.store.snapshots, name) if s.name == request.name), None)
-    chains = await blocking(context.store.chains, name)
-    running = context.process(machine) is not None
-    return running and snapshot is not None and snapshot.state == "ok" and internal.in_place(snapshot, chains)
-
-
-async def _load(context: Context, name: str, request: RevertRequest) -> Reverted:
-    machine = await blocking(context.store.machine, name)
-    target = next(s for s in await blocking(context.store.snapshots, name) if s.name == request.name)
-    await require_same_hardware(context, machine, target)
-    kept = None
-    if not request.discard:
-        at = await blocking(context.store.snapshots, name)
-        serial = OperationId(await blocking(context.store.next_serial))
-        kept = await internal.create(
-            context,
-            name,
-            InternalRequest(
-                name=_free_name({found.name for found in at}, serial),
-                description=f"before the revert to {request.name}",
-            ),
-        )
-    async with working(context, name, "snapshot revert") as work:
-        chains = await blocking(context.store.chains, name)
-        if work.qemu is None:
-            raise QemuGone(f"QEMU of machine {name} has ended; nothing was changed", machine=name)
-        await graph.require_agreement(work.qemu, chains, machine=name)
-        snapshot = next(s for s in await blocking(context.store.snapshots, name) if s.name == request.name)
-        paused = request.run == "paused"
-        await internal.load(context, work, snapshot, chains, paused=paused)
-    done = Reverted(snapshot=snapshot, kept=kept, removed=(), state="paused" if paused else "running", memory=True)
-    if request.after and not paused:
-        return replace(done, notes=await wake.tell(context, await blocking(context.store.machine, name)))
-    return done
-
-
 def _require_kept(machine: Machine, snapshot: Snapshot) -> None:
     """Make sure that the copy of the variable store is there before anything is ended for it."""
     if snapshot.variables and not Path(snapshot.variables).is_file():
@@ -406,62 +405,3 @@ def _require_kept(machine: Machine, snapshot: Snapshot) -> None:
             hint="put a copy of it back",
             machine=machine.name,
         )
-
-
-def _require_frozen(at: Situation, snapshot: Snapshot) -> None:
-    """Make sure that no guest writes to an image that is to be copied."""
-    active = {chain.active.id for chain in at.live.values()} if at.running else set()
-    if busy := [point.layer for point in snapshot.points if point.tag and point.layer in active]:
-        raise StateError(
-            f"the guest of machine {at.machine} writes to {', '.join(busy)} again, where snapshot {snapshot.name} is"
-            " inside; nothing was changed",
-            hint="another command has come in between: try again",
-            machine=at.machine,
-        )
-
-
-async def _freeze(context: Context, name: str, request: RevertRequest) -> None:
-    """Put a layer on top of the one a running guest writes to, where the snapshot is inside that: it is read first."""
-    machine = await blocking(context.store.machine, name)
-    snapshot = next((s for s in await blocking(context.store.snapshots, name) if s.name == request.name), None)
-    if snapshot is None or snapshot.state == "consumed" or not context.process(machine):
-        return
-    active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, name)}
-    if busy := tuple(p.disk for p in snapshot.points if p.tag and active.get(p.disk) == p.layer):
-        await create.add_layers(context, name, CreateRequest(disks=busy))
-
-
-def _inside(planned: RevertPlan, operation: Operation) -> LoadingInside | None:
-    if planned.inside is None:
-        return None
-    layers = {copy.disk: copy.layer for copy in planned.copies}
-    return LoadingInside(job_of(operation.id), planned.copies[0].tag, layers, planned.inside)
-
-
-def _free_name(taken: Collection[str], serial: OperationId) -> str:
-    names = (f"auto-{serial}", *(f"auto-{serial}-{number}" for number in range(2, len(taken) + 3)))
-    return next(name for name in names if name not in taken)
-
-
-def _nobodys(after: Situation, chains: Iterable[Chain]) -> tuple[Layer, ...]:
-    """Of the chains that were active, the layers that nobody needs now, top first."""
-    forest = after.forest
-    gone: list[Layer] = []
-    for chain in chains:
-        found = unneeded(forest, reversed(chain.layers))
-        forest = forest.apply(after.machine, Change(removed_layers=tuple(layer.id for layer in found)))
-        gone += found
-    return tuple(gone)
-
-
-def _may_go(after: Situation, layer: Layer) -> bool:
-    """Whether an empty layer can go and nothing is lost: ours, read by nobody, on a point that is listed."""
-    # A point inside a layer is not what that layer holds now.
-    listed = {
-        point.layer
-        for snapshot in after.snapshots
-        if snapshot.state == "ok"
-        for point in snapshot.points
-        if not point.tag
-    }
-    return layer.owned and layer.backing in listed and not after.forest.readers(layer.id)

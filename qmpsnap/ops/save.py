@@ -16,7 +16,7 @@ from qmpsnap.model.vmstate import Compression
 from qmpsnap.ops import create, revert
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.create import CreateRequest
-from qmpsnap.ops.memory import MemoryRequest
+from qmpsnap.ops.means import MemoryRequest
 from qmpsnap.ops.revert import Reverted, RevertRequest
 from qmpsnap.qmp.jobs import Report, unreported
 
@@ -95,7 +95,7 @@ async def _find(context: Context, name: str, file: str | None) -> Snapshot:
         if usable := [found for found in full if found.state == "ok"]:
             return usable[-1]
         raise NotFoundError(
-            f"machine {name} has no snapshot with memory; nothing was changed",
+            f"machine {name} has no full snapshot that could be restored; nothing was changed",
             hint=f"qmpsnap save {name} makes one",
             machine=name,
         )

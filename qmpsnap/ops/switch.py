@@ -9,11 +9,12 @@ from qmpsnap.block import header
 from qmpsnap.block.image import remove
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused
 from qmpsnap.machine.machine import end
+from qmpsnap.model import steps
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Operation, RevertPlan
 from qmpsnap.ops.context import Context, blocking
-from qmpsnap.ops.overlays import headers_of, identified
+from qmpsnap.ops.overlays import headers_of, identified, require_planned
 from qmpsnap.ops.tagging import copy_variables
 from qmpsnap.qmp.session import Monitor
 
@@ -40,12 +41,13 @@ async def switch(
     if plan.unwritten:
         empty = await to_thread.run_sync(all_empty, plan.unwritten.layers)
         change = plan.unwritten.change if empty else change
+    await to_thread.run_sync(require_planned, plan.overlays)
     headers = await to_thread.run_sync(headers_of, [one.layer for one in plan.new])
     change = identified(change, headers)
     if plan.variables:
         mine, kept = plan.variables
         await to_thread.run_sync(copy_variables, kept, mine)
-    await blocking(lambda: context.store.settle(operation.id, machine.name, change, step="switched"))
+    await blocking(lambda: context.store.settle(operation.id, machine.name, change, step=steps.SWITCHED))
     await remove_files(context, plan)
 
 

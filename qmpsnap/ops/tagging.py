@@ -16,7 +16,7 @@ from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
-from qmpsnap.model.operation import Change, InternalPlan, Operation
+from qmpsnap.model.operation import Change, InternalPlan, LoadPlan
 from qmpsnap.ops import keys
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.memory import RESUME_DEADLINE
@@ -26,20 +26,20 @@ from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
 
 
-async def tag_live(qemu: Monitor, operation: Operation, planned: InternalPlan, report: Report) -> float | None:
-    """Put the tags in; returns how long the guest was held, in milliseconds."""
+async def tag_live(qemu: Monitor, job: JobId, planned: InternalPlan, report: Report) -> float | None:
+    """Put the tags in; returns how long the guest was held, in milliseconds. The job, if any, is not dismissed."""
     before = time.monotonic()
     try:
         if planned.resume:
             await commands.control(qemu, "stop")
         await keep_variables(planned)
-        nodes = [node_name(layer) for layer in planned.layers.values()]
         if planned.vmstate:
-            vmstate = next(node_name(layer) for layer in planned.layers.values() if layer.id == planned.vmstate)
-            arguments = jobs.memory_arguments(job_of(operation.id), tag=planned.tag, vmstate=vmstate, nodes=nodes)
-            await qemu.execute("snapshot-save", arguments)
-            await jobs.follow(qemu, job_of(operation.id), report=report, deadline=jobs.MEMORY_DEADLINE)
+            await qemu.execute(
+                "snapshot-save", memory_arguments(job, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
+            )
+            await jobs.follow(qemu, job, report=report, deadline=jobs.MEMORY_DEADLINE)
         else:
+            nodes = [node_name(layer) for layer in planned.layers.values()]
             await commands.transaction(qemu, commands.internal_transaction(nodes, planned.tag))
     finally:
         if planned.resume:
@@ -158,14 +158,37 @@ def settled(planned: InternalPlan, found: Mapping[str, Sequence[Tag]], *, pause_
     return replace(planned.change, snapshots=(replace(snapshot, pause_ms=pause_ms),))
 
 
+def settled_load(planned: LoadPlan, found: Mapping[str, Sequence[Tag]]) -> Change:
+    """The same of a return to a snapshot, which may have kept what ran before.
+
+    Raises:
+        StoreMismatch: an image lacks the tag of what was kept.
+    """
+    if planned.kept is None:
+        return planned.change
+    return replace(planned.change, snapshots=settled(planned.kept, found).snapshots)
+
+
 def job_of(operation: OperationId) -> JobId:
     """The job that saves or loads memory inside images."""
     return job_id(operation, "memory")
 
 
+def keeping_job_of(operation: OperationId) -> JobId:
+    """The job that saves, before the other loads, the memory of what ran until then."""
+    return job_id(operation, "kept")
+
+
+def memory_arguments(
+    job: JobId, *, tag: str, layers: Mapping[str, Layer], vmstate: LayerId | None
+) -> dict[str, object]:
+    """The arguments of ``snapshot-save`` and ``snapshot-load``; ``vmstate`` is the layer that has the memory."""
+    nodes = {layer.id: node_name(layer) for layer in layers.values()}
+    assert vmstate
+    return jobs.memory_arguments(job, tag=tag, vmstate=nodes[vmstate], nodes=list(nodes.values()))
+
+
 async def load_into(qemu: Monitor, job: JobId, *, tag: str, layers: Mapping[str, Layer], vmstate: LayerId) -> None:
     """Run the job that loads memory and disks; the vCPUs stay stopped, and the job is not dismissed."""
-    nodes = {layer.id: node_name(layer) for layer in layers.values()}
-    arguments = jobs.memory_arguments(job, tag=tag, vmstate=nodes[vmstate], nodes=list(nodes.values()))
-    await qemu.execute("snapshot-load", arguments)
+    await qemu.execute("snapshot-load", memory_arguments(job, tag=tag, layers=layers, vmstate=vmstate))
     await jobs.follow(qemu, job, deadline=jobs.MEMORY_DEADLINE)

@@ -6,9 +6,9 @@ from contextlib import asynccontextmanager
 from msgspec import Struct
 
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops import recover
+from qmpsnap.ops import older, recover
 from qmpsnap.ops.broken import Unfinished
-from qmpsnap.ops.context import Context, blocking, locked, require_own
+from qmpsnap.ops.context import Context, blocking, locked, require_folder, require_own
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
@@ -36,13 +36,17 @@ async def working(
     Raises:
         NotFoundError: no such machine.
         ForeignHost: it is another host's.
+        StoreMismatch: its folder was replaced.
         LockHeld: another controller works on it.
         OperationPending: an earlier operation is open and cannot be ended now.
+        StoreMismatch: the store is an old copy.
     """
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
+    require_folder(context.home, name)
     async with locked(context, name, verb):
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
+        await older.require_current(context, machine)
         async with context.monitor(machine) as qemu:
             await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report)
             machine = await blocking(context.store.machine, name)

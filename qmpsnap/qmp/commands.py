@@ -41,6 +41,13 @@ class GraphEdge(Struct, frozen=True):
     name: str
 
 
+class Chardev(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``ChardevInfo`` we use; ``frontend_open``: the device, or its guest, listens."""
+
+    label: str
+    frontend_open: bool
+
+
 class BlockGraph(Struct, frozen=True):
     """QAPI ``XDbgBlockGraph``."""
 
@@ -145,6 +152,14 @@ class _Kvm(Struct, frozen=True):
     enabled: bool
 
 
+class _Chardev(Struct, frozen=True, rename="kebab"):
+    label: str
+    frontend_open: bool = False
+
+
+_CHARDEVS = tuple[_Chardev, ...]
+
+
 class MachineType(Struct, frozen=True):
     """The part of QAPI ``MachineInfo`` we use; ``alias`` is set on the newest version of a family."""
 
@@ -196,6 +211,11 @@ async def query_block(monitor: Monitor) -> tuple[Backend, ...]:
     return decode("query-block", await monitor.execute("query-block"), tuple[Backend, ...])
 
 
+async def query_chardevs(monitor: Monitor) -> tuple[Chardev, ...]:
+    """QEMU's character devices (``query-chardev``)."""
+    return decode("query-chardev", await monitor.execute("query-chardev"), tuple[Chardev, ...])
+
+
 async def query_memory(monitor: Monitor) -> int:
     """The guest's memory at its start, in bytes (``query-memory-size-summary``)."""
     answer = await monitor.execute("query-memory-size-summary")
@@ -216,6 +236,12 @@ async def machine_type(monitor: Monitor) -> str:
     """The versioned machine type of this very machine (``qom-get``)."""
     answer = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
     return decode("qom-get", answer, str).removesuffix("-machine")
+
+
+async def agent_listens(monitor: Monitor) -> bool:
+    """Whether something in the guest has the agent's port open (``query-chardev``, our chardev ``agent``)."""
+    answer = await monitor.execute("query-chardev")
+    return any(found.label == "agent" and found.frontend_open for found in decode("query-chardev", answer, _CHARDEVS))
 
 
 async def query_block_graph(monitor: Monitor) -> BlockGraph:

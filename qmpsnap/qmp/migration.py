@@ -130,11 +130,25 @@ async def hand_over(monitor: Monitor, descriptor: int, *more: int) -> dict[str, 
         for other in more:
             await monitor.send_descriptor(other)
             await monitor.execute("add-fd", {"fdset-id": number, "opaque": NAME})
-        address = {"transport": "file", "filename": f"/dev/fdset/{number}", "offset": 0}
-        return {"channels": [{"channel-type": "main", "addr": address}]}
+        return address(number)
     await monitor.send_descriptor(descriptor)
     await monitor.execute("getfd", {"fdname": NAME})
-    return {"uri": f"fd:{NAME}"}
+    return address(None)
+
+
+def address(fdset: int | None) -> dict[str, Any]:
+    """The arguments with which ``migrate`` finds a file that was handed over: as a set of descriptors, or by name."""
+    if fdset is None:
+        return {"uri": f"fd:{NAME}"}
+    file = {"transport": "file", "filename": f"/dev/fdset/{fdset}", "offset": 0}
+    return {"channels": [{"channel-type": "main", "addr": file}]}
+
+
+def handing_over(version: tuple[int, ...]) -> list[tuple[str, dict[str, object]]]:
+    """How a QEMU of this version, which has no descriptors yet, is given a file and told to save into it."""
+    if version >= FILE_SINCE:
+        return [("add-fd", {"opaque": NAME}), ("migrate", address(0))]
+    return [("getfd", {"fdname": NAME}), ("migrate", address(None))]
 
 
 class _FdSet(Struct, frozen=True, rename="kebab"):

@@ -4,6 +4,7 @@ The only importer of ``qemu.qmp``. A monitor serves one client: a second one con
 a QEMU that is stopped, so connecting, the greeting and every command have a deadline of their own.
 """
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -177,7 +178,7 @@ async def _greeted(path: Path, machine: str) -> tuple[QMPClient, int]:
         endpoint = await dial(path)
         peer = _peer(endpoint)
         try:
-            await client.connect(endpoint)
+            await _negotiate(client, endpoint)
         except BaseException as error:
             endpoint.close()
             # QEMU may still hold an event for the client before us and send it first: that is no greeting, so again.
@@ -193,6 +194,25 @@ async def _greeted(path: Path, machine: str) -> tuple[QMPClient, int]:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
+async def _negotiate(client: QMPClient, endpoint: socket.socket) -> None:
+    """Greet, in a task of its own: qemu.qmp cleans up when it is cancelled once, and a scope cancels until it is left.
+
+    Cancelled while it cleans up it would leave a future that nobody asks, which asyncio prints a traceback for.
+    """
+    greeting = asyncio.create_task(client.connect(endpoint))
+    try:
+        await asyncio.wait((greeting,))
+    except BaseException:
+        greeting.cancel()
+        with anyio.move_on_after(1, shield=True):
+            await asyncio.wait((greeting,))
+        raise
+    finally:
+        if greeting.done() and not greeting.cancelled():
+            greeting.exception()  # asked
+    greeting.result()
+
+
 def _peer(endpoint: socket.socket) -> int:
     pid, _, _ = struct.unpack("3i", endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return int(pid)
@@ -202,7 +222,10 @@ def _seconds(event: Message) -> float:
     stamp = event.get("timestamp")
     if not isinstance(stamp, dict):
         return math.nan
-    return float(stamp.get("seconds", math.nan)) + float(stamp.get("microseconds", 0)) / 1e6
+    try:
+        return float(stamp.get("seconds", math.nan)) + float(stamp.get("microseconds", 0)) / 1e6
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _no_event(_: Message) -> bool:

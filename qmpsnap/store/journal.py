@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from qmpsnap.errors import NotFoundError, OperationPending
+from qmpsnap.model import steps
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
 
@@ -37,13 +38,14 @@ def open_operation(
     connection.execute("UPDATE serial SET last = last + ?", (serials,))
     now = time.time()
     verb = verb_of(plan)
+    step = steps.PLANNED
     operation = Operation(
-        id=first, machine=machine, verb=verb, state="planned", step="planned", plan=plan,
+        id=first, machine=machine, verb=verb, state="planned", step=step, plan=plan,
         started=now, updated=now, pid=os.getpid(),
     )  # fmt: skip
     connection.execute(
         f"INSERT INTO operation ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (first, machine, verb, "planned", "planned", msgspec.json.encode(plan).decode(), now, now, os.getpid(), None),
+        (first, machine, verb, "planned", step, msgspec.json.encode(plan).decode(), now, now, os.getpid(), None),
     )
     return operation
 
@@ -65,7 +67,11 @@ def mark(
 
     Raises:
         NotFoundError: there is no such operation.
+        ValueError: operations of its kind have no such step.
     """
+    if step is not None:
+        for (verb,) in connection.execute("SELECT verb FROM operation WHERE id = ?", (operation,)):
+            steps.require_known(verb, step)
     done = connection.execute(
         "UPDATE operation SET state = ?, step = coalesce(?, step), error = coalesce(?, error), updated = ?,"
         " version = version + 1 WHERE id = ?",

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
 
     Raises:
         LockHeld: another controller has it.
-        HostCannot: the file cannot be opened, or is a symbolic link.
+        HostCannot: the file cannot be opened, or is a link.
     """
     descriptor = _acquire(path, machine)
     try:
@@ -59,8 +60,24 @@ def _acquire(path: Path, machine: str) -> int:
             ) from None
         # `undefine` removes the file while it holds the lock: what we locked may no longer be what others will open.
         if _same_file(descriptor, path):
+            _require_plain(descriptor, path, machine)
             return descriptor
         os.close(descriptor)
+
+
+def _require_plain(descriptor: int, path: Path, machine: str) -> None:
+    """We write our name into it: it must be no second name of somebody's file."""
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        if status.st_uid == os.geteuid():
+            os.fchmod(descriptor, 0o600)  # a strange umask may have taken our own rights away
+        return
+    os.close(descriptor)
+    raise HostCannot(
+        f"the lock {path} of machine {machine} is no plain file of its own; nothing was changed",
+        hint=f"remove it: {path}",
+        machine=machine,
+    )
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
@@ -77,3 +94,35 @@ def _describe(descriptor: int) -> str:
         return f"'{owner['verb']}' (pid {owner['pid']} on {owner['host']}) since {since}"
     except (ValueError, KeyError, TypeError, OverflowError):
         return "another controller that has only just begun"
+
+
+def holder(path: Path) -> str | None:
+    """Who holds the lock of a machine now, without trying to take it: nobody is ever refused because we looked.
+
+    Args:
+        path: the lock file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        inode = os.fstat(descriptor).st_ino
+        # Some file systems have another device number there than stat(2) tells: the holder's pid decides instead.
+        with Path("/proc/locks").open() as locks:
+            held = {
+                int(fields[4]) for line in locks if (fields := line.split())[1:4] == ["FLOCK", "ADVISORY", "WRITE"]
+                and fields[5].rpartition(":")[2] == str(inode)
+            }  # fmt: skip
+        return _describe(descriptor) if _pid(descriptor) in held else None
+    except (OSError, ValueError, IndexError):
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _pid(descriptor: int) -> int | None:
+    try:
+        return int(json.loads(os.pread(descriptor, 4096, 0))["pid"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
+from qmpsnap import private
 from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
 
 MIGRATIONS: tuple[str, ...] = (
@@ -79,7 +80,7 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
         HostCannot: it cannot be opened or written (rights, full disk).
     """
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private.make_folder(path.parent)
         _make_private(path)
         connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     except (OSError, sqlite3.OperationalError) as error:
@@ -97,7 +98,10 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
         raise HostCannot(f"the store {path} cannot be used: {error}", hint="see qmpsnap doctor") from error
     except sqlite3.DatabaseError as error:
         connection.close()
-        raise StoreMismatch(f"the store {path} is damaged: {error}", hint="put a copy back in its place") from error
+        raise StoreMismatch(
+            f"the store {path} is damaged: {error}",
+            hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
+        ) from error
     except BaseException:
         connection.close()
         raise
@@ -131,6 +135,7 @@ def _make_private(path: Path) -> None:
     """
     with contextlib.suppress(FileExistsError):
         os.mknod(path, 0o600)
+        path.chmod(0o600)  # a strange umask may have taken our own rights away
 
 
 def _refuse_foreign(connection: sqlite3.Connection, path: Path, known: int) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch
+from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.machine import Machine, Process
@@ -19,7 +20,8 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
-from qmpsnap.store import journal, rows, schema
+from qmpsnap.store import journal, records, rows, schema
+from qmpsnap.store.records import Place, Records
 
 
 class SqliteStore:
@@ -35,6 +37,7 @@ class SqliteStore:
         self._connection = schema.connect(path)
         self._path = path
         self._machines = machines
+        self._records = Records(path.parent / records.FOLDER)
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -56,7 +59,12 @@ class SqliteStore:
         with self._reading() as sql:
             row = sql.execute(f"{_MACHINE} WHERE machine.name = ?", (name,)).fetchone()
             if row is None:
-                rows.machine_id(sql, name)
+                try:
+                    rows.machine_id(sql, name)
+                except NotFoundError as error:
+                    if self.remembers(name):
+                        error.hint = "it was defined, and this store does not know it: qmpsnap check --rebuild"
+                    raise
         return rows.read_machine(row)
 
     def chains(self, machine: str) -> tuple[Chain, ...]:
@@ -158,7 +166,7 @@ class SqliteStore:
     def settle(self, operation: OperationId, machine: str, change: Change, *, step: str | None = None) -> None:
         with self._writing() as sql:
             self._apply(sql, machine, change)
-            journal.mark(sql, operation, "running" if step else "settled", step=step or "settled")
+            journal.mark(sql, operation, "running" if step else "settled", step=step or steps.SETTLED)
 
     def apply(self, machine: str, change: Change) -> None:
         with self._writing() as sql:
@@ -177,11 +185,36 @@ class SqliteStore:
                 gone += [self._layer(row) for row in found]
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
             sql.executemany(_HIDE, named)
-            return tuple(gone)
+        self._records.forget(machine)
+        return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
         with self._reading() as sql:
             return journal.select(sql, machine, only_open=only_open)
+
+    def is_described(self, machine: Machine) -> bool:
+        return self._records.has(machine)
+
+    def describe(self, machine: str) -> None:
+        found, forest = self.machine(machine), self.forest()
+        wanted = {below.id for chain in self.chains(machine) for below in chain.layers}
+        for reference in forest.references:
+            if reference.machine == machine:
+                wanted |= set(forest.chain(reference.disk, reference.layer).ids)
+        layers = tuple(forest.layers[layer] for layer in sorted(wanted))
+        self._records.write(found)
+        self._records.add(machine, self._elsewhere(Change(layers=layers, snapshots=self.snapshots(machine))))
+
+    def remembers(self, name: str) -> bool:
+        return any(machine.name == name for machine in self._records.machines())
+
+    def places(self, machine: str) -> tuple[str, ...]:
+        return tuple(place.layer.path for place in self._records.places(machine) if place.layer)
+
+    def is_sound(self) -> bool:
+        """Whether SQLite finds nothing wrong; it looks through the whole file."""
+        with self._reading() as sql:
+            return [*sql.execute("PRAGMA quick_check(1)"), *sql.execute("PRAGMA foreign_key_check")] == [("ok",)]
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -220,12 +253,14 @@ class SqliteStore:
             except sqlite3.DatabaseError as error:
                 raise StoreMismatch(
                     f"the store {self._path} is damaged: {error}; nothing was recorded",
-                    hint="put a copy back in its place",
+                    hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
                 ) from error
 
     def _apply(self, sql: sqlite3.Connection, machine: str, change: Change) -> None:
         if change.define:
             rows.insert_machine(sql, change.define)
+            self._records.write(change.define)
+        self._records.add(machine, self._elsewhere(change))
         number = rows.machine_id(sql, machine)
         for layer in change.layers:
             self._put_layer(sql, layer)
@@ -245,6 +280,16 @@ class SqliteStore:
         for name in change.removed_snapshots:
             rows.remove_snapshot(sql, number, name)
         sql.executemany("DELETE FROM layer WHERE id = ?", [(layer,) for layer in change.removed_layers])
+
+    def _elsewhere(self, change: Change) -> Iterator[Place]:
+        """What of a change nobody would find again by looking into the machines' folder."""
+        for layer in change.layers:
+            pool, path = self._place(layer.path)
+            if not layer.owned or pool != "machines" or Path(path).name != f"{layer.id}.{layer.format}":
+                yield Place(layer=layer)
+        for snapshot in change.snapshots:
+            if snapshot.vmstate and not snapshot.vmstate.path.startswith(f"{self._machines}/"):
+                yield Place(state=snapshot.vmstate.path)
 
     def _chain(self, sql: sqlite3.Connection, active: str) -> tuple[Layer, ...]:
         found = sql.execute(

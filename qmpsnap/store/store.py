@@ -57,7 +57,7 @@ class Store(Protocol):
     def mark(
         self, operation: OperationId, state: OperationState, *, step: str | None = None, error: str | None = None
     ) -> None:
-        """Make an operation's progress durable."""
+        """Make an operation's progress durable; ``step`` is one that :mod:`qmpsnap.model.steps` knows."""
 
     def settle(self, operation: OperationId, machine: str, change: Change, *, step: str | None = None) -> None:
         """Apply a change and end the operation, both or neither; with ``step`` the operation goes on from there.
@@ -77,3 +77,18 @@ class Store(Protocol):
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
         """The machine's journal, oldest first."""
+
+    def is_described(self, machine: Machine) -> bool:
+        """Whether what a lost store could be made again from is there: what ``settle`` keeps beside the store."""
+
+    def describe(self, machine: str) -> None:
+        """Write that down again."""
+
+    def remembers(self, name: str) -> bool:
+        """Whether a machine of that name was written down, which this store need not know."""
+
+    def places(self, machine: str) -> tuple[str, ...]:
+        """Every place outside its folder, or under a name of its own, that a layer of the machine was ever settled at.
+
+        It is kept beside the store, so an old copy of the store does not make it older.
+        """

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from msgspec.structs import replace
@@ -34,6 +35,7 @@ READING = {
     "snapshot-list-empty": "snapshot list bare",
     "snapshot-show": "snapshot show web before-upgrade",
     "snapshot-show-hostile": "snapshot show lab base",
+    "log": "log bare",
     "tree": "tree web",
     "tree-branches": "tree lab",
     "tree-empty": "tree bare",
@@ -57,7 +59,9 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Home:
         pytest.skip("qemu-img is missing")
     folder = str(tmp_path_factory.mktemp("home"))
     home = Home.from_environment({"QMPSNAP_HOME": folder}, uid=os.geteuid())
-    seeded.fill(home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qmpsnap.store.journal.time", SimpleNamespace(time=lambda: seeded.EPOCH))
+        seeded.fill(home)
     seeded.make_images(home, "web")
     return home
 
@@ -84,6 +88,7 @@ def hold(name: str, text: str, home: Home) -> None:
     """Compare with the golden file of that name, once what differs from run to run is replaced."""
     text = text.replace(str(home.data), "/HOME")
     text = re.sub(r'^( *"?host"?: *"?)[^",\n]+', r"\1HOST", text, flags=re.MULTILINE)
+    text = re.sub(r'("pid": )\d+', r"\1PID", text)
     golden = GOLDEN / name
     if os.environ.get("QMPSNAP_GOLDEN") == "write":
         golden.parent.mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ QUICK = (
     ["snapshot", "list", "web", "-o", "json"],
     ["list"],
     ["tree", "lab"],
+    ["log", "web"],
     ["snapshot", "show", "web", "fresh"],
     ["snapshot", "show", "web", "nothing"],
     ["snapshot", "list", "nobody", "-o", "json"],

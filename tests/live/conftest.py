@@ -17,7 +17,7 @@ from qmpsnap.qmp import jobs
 from tests.live.machine import MIB
 
 GRID_SAMPLE = 6
-"""With QMPSNAP_GRID=sample every how-manieth case of a grid (each step times each death) is run."""
+"""With QMPSNAP_GRID=sample every how-manieth test of a grid is run."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

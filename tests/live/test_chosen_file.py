@@ -1,8 +1,6 @@
 """``snapshot create --file``: layers at places of the user's choice, and every verb on them."""
 
 import contextlib
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,9 @@ import qmpsnap
 from qmpsnap.block import place as places
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused, NotFoundError, QmpsnapError, StateError, UsageError
-from qmpsnap.machine.machine import wait_end
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import memory
 from qmpsnap.qmp import migration
-from tests.live.crash import die_at, kill_qemu
 from tests.live.machine import MIB, context_of, fill, hold_invariants, snapshot_hashes
 from tests.live.test_full import survives_failure
 
@@ -178,44 +174,6 @@ async def test_a_strangers_file_at_the_last_moment_is_not_touched(
     await hold_invariants(vm)
 
 
-STORE, CHOSEN = "qmpsnap.store.sqlite", "qmpsnap.ops.chosen"
-STEPS = {
-    "after the journal row": (STORE, "SqliteStore.open_operation", "after", 1),
-    "made beside": ("qmpsnap.block.place", "claim", "before", 1),
-    "at its place": ("qmpsnap.block.place", "claim", "after", 1),
-    "before the step": (STORE, "SqliteStore.mark", "before", 1),
-    "after the step": (STORE, "SqliteStore.mark", "after", 1),
-    "before one name goes": (CHOSEN, "let_go", "before", 1),
-    "with one name": (CHOSEN, "let_go", "after", 1),
-    "settled": (STORE, "SqliteStore.settle", "after", 1),
-}
-TAKEN = {"before one name goes", "with one name", "settled"}
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("qemu", ["lives", "dies too", "never ran"])
-@pytest.mark.parametrize("step", STEPS)
-async def test_killed_in_the_middle(q: qmpsnap.Controller, place: Path, step: str, qemu: str) -> None:
-    vm = await q.define(SPEC)
-    if qemu != "never ran":
-        process = await vm.start(paused=True)
-        await fill(vm, "vda", 1)
-    await die_at(STEPS[step], "snapshot", "create", "still", "s", "--disks", "vda", "--file", f"vda={place}/new")
-    if qemu == "dies too":
-        os.kill(process.pid, signal.SIGKILL)
-        assert await wait_end(process, deadline=10)
-    for _ in range(2):
-        await vm.recover()
-        taken = step in TAKEN or (step == "after the step" and qemu != "lives")
-        assert [snapshot.name for snapshot in await vm.snapshots()] == (["s"] if taken else [])
-        assert _names(place) == (["new"] if taken else [])
-        await hold_invariants(vm)
-    if qemu == "dies too":
-        await vm.start(paused=True)
-    await vm.snapshot("next", files={"vda": place / ("newer" if taken else "new")})
-    await hold_invariants(vm)
-
-
 async def test_beside_the_memory(q: qmpsnap.Controller, still_spec: MachineSpec, place: Path) -> None:
     vm = await q.define(still_spec)
     await vm.start()  # its firmware runs and waits, which is guest enough
@@ -263,44 +221,6 @@ async def test_memory_that_fails_leaves_nothing_there(
         assert _names(place) == ["a"] * degrade
         assert ((await vm.chains())[0].ids == chain) == (not degrade)
         await hold_invariants(vm)
-
-
-MEMORY_STEPS = {
-    "at its place": ("qmpsnap.block.place", "claim", "after", 1),
-    "after the step": (STORE, "SqliteStore.mark", "after", 1),
-    "with the disks moved": ("qmpsnap.qmp.commands", "transaction", "after", 1),
-    "before one name goes": (CHOSEN, "let_go", "before", 1),
-    "with one name": (CHOSEN, "let_go", "after", 1),
-}
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("qemu", ["lives", "dies too"])
-@pytest.mark.parametrize("step", MEMORY_STEPS)
-async def test_killed_with_the_memory(
-    q: qmpsnap.Controller, still_spec: MachineSpec, place: Path, step: str, qemu: str
-) -> None:
-    vm = await q.define(still_spec)
-    await vm.start()
-    await fill(vm, "vda", 1)
-    before = (await vm.chains())[0].ids
-    create = ("snapshot", "create", "still", "s", "--kind", "full", "--file", f"vda={place}/new")
-    await die_at(MEMORY_STEPS[step], *create)
-    if qemu == "dies too":
-        await kill_qemu(vm)
-    for _ in range(2):
-        await vm.recover()
-        assert [snapshot.name for snapshot in await vm.snapshots()] == (["s"] if step in TAKEN else [])
-        # Without QEMU nobody can tell whether the transaction ran: the layer stays, as the active one.
-        moved = step in TAKEN or step == "with the disks moved" or (step == "after the step" and qemu != "lives")
-        assert ((await vm.chains())[0].ids != before) == moved
-        assert _names(place) == ["new"] * moved
-        assert await vm.state() == ("running" if qemu == "lives" else "stopped")
-        await hold_invariants(vm)
-    if qemu == "dies too":
-        await vm.start()
-    await vm.snapshot("next", kind="full", files={"vda": place / "newer"})
-    await hold_invariants(vm)
 
 
 def test_on_the_command_line(home: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

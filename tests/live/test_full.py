@@ -1,13 +1,15 @@
 """Full snapshots of a booted guest: memory and disks of one instant, saved behind its back or while it stands still."""
 
+import errno
 import hashlib
+import math
 import os
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 import msgspec
@@ -16,10 +18,10 @@ from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.cli.main import main
-from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
+from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import memory, space
+from qmpsnap.ops import create, means, memory, space
 from qmpsnap.qmp import migration
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 
@@ -142,8 +144,12 @@ async def test_what_the_list_says_of_it(q: qmpsnap.Controller, guest_spec: Machi
         await vm.snapshot("early", kind="full")
     await vm.start()
     await vm.run("true")
-    planned = (await vm.preview_snapshot("all", kind="full"))[1]
+    machine, planned = await vm.preview_snapshot("all", kind="full")
     assert planned.memory is not None
+    commands = create.qmp_commands(planned, machine)
+    give = "getfd" if planned.memory.hardware.qemu_version.startswith("7.") else "add-fd"
+    assert [name for name, _ in commands] == [*["blockdev-add"] * 2, give, "stop", "transaction", "migrate", "cont"]
+    assert commands[-2][1] == migration.address(None if give == "getfd" else 0)  # a descriptor, never a command line
     assert (planned.memory.mode, planned.memory.why) == ("background", "")
     snapshot = await vm.snapshot("all", kind="full", description="with memory")
     assert (await vm.snapshots())[-1] == snapshot
@@ -197,6 +203,20 @@ async def test_the_guest_is_told_the_time(q: qmpsnap.Controller, guest_spec: Mac
     assert (await say(vm, "date +%Y")) == "2001"
     await vm.revert("then")
     assert int(await say(vm, "date +%Y")) >= 2026
+
+
+async def test_a_guest_without_an_agent_is_not_waited_for(
+    still: qmpsnap.MachineHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its firmware never opens the port: QEMU knows, and nobody connects to wait for an answer."""
+
+    def connect(*_: object, **__: object) -> NoReturn:
+        pytest.fail("connected to an agent that is not there")
+
+    await still.snapshot("then", kind="full")
+    monkeypatch.setattr("qmpsnap.machine.agent.connect", connect)
+    back = await still.revert("then")
+    assert back.notes == ("the guest's clock was not set: no agent listens in the guest",)
 
 
 # --- save and restore -------------------------------------------------------------------------------------------------
@@ -420,7 +440,35 @@ async def test_without_the_right_the_guest_stands_still(
         await require_a_whole_disk(vm)
         await hold_invariants(vm)
     await anyio.to_thread.run_sync(main, ["doctor"])
-    assert "userfaultfd" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "limited background-snapshot" in told
+    assert "sysctl vm.unprivileged_userfaultfd=1" in told.partition("background-snapshot")[2]
+
+
+async def test_a_device_that_cannot_be_saved_is_named(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    disk = replace(still_spec.disks[0], bus="nvme")
+    vm = await q.define(replace(still_spec, disks=(disk,)))
+    await vm.start()
+    for attempt in (
+        vm.preview_snapshot("all", kind="full"),
+        vm.snapshot("all", kind="full"),
+        vm.save(),
+        vm.preview_internal("all"),
+        vm.snapshot("all", kind="internal"),
+    ):
+        with pytest.raises(StateError, match="/nvme; nothing was changed") as refused:
+            await attempt
+        assert refused.value.hint.endswith("takes its disks")
+    await vm.snapshot("disk")
+    await vm.snapshot("inside", kind="internal", memory=False)
+    assert await vm.state() == "running"
+    await hold_invariants(vm)
+
+
+@pytest.mark.parametrize("pause", [0, -5, math.nan, math.inf])
+async def test_a_pause_that_is_none(small: qmpsnap.MachineHandle, pause: float) -> None:
+    with pytest.raises(UsageError, match="ms at most; nothing was changed"):
+        await small.snapshot("quick", kind="full", max_pause_ms=pause)
 
 
 async def test_a_pause_that_gets_too_long_is_given_up(
@@ -471,7 +519,7 @@ async def test_no_space_is_known_before_anything_is_done(
     chain = (await vm.chains())[0].ids
     with pytest.raises(HostCannot, match="MiB are free; nothing was changed"):
         await vm.snapshot("all", kind="full")
-    monkeypatch.setattr(memory, "_require_space", lambda *_: None)  # it was free a moment ago
+    monkeypatch.setattr(means, "_require_space", lambda *_: None)  # it was free a moment ago
     monkeypatch.setattr(space, "require", lambda *_, **__: None)
     with pytest.raises(HostCannot, match="No space left"):
         await vm.snapshot("all", kind="full")
@@ -503,7 +551,7 @@ def no_space(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 async def survives_failure(vm: qmpsnap.MachineHandle) -> bool:
     process = (await vm.record()).process
     assert process is not None
-    return tuple(map(int, process.qemu_version.split("."))) >= memory.CANCELLABLE_SINCE
+    return tuple(map(int, process.qemu_version.split("."))) >= means.CANCELLABLE_SINCE
 
 
 async def test_no_space_for_the_memory_leaves_no_trace(
@@ -592,7 +640,7 @@ async def test_saved_only_where_nothing_is(still: qmpsnap.MachineHandle, tmp_pat
 
 
 @pytest.mark.parametrize("verb", ["snapshot", "save"])
-@pytest.mark.parametrize("failing", ["taken meanwhile", "no hard links", "no room"])
+@pytest.mark.parametrize("failing", ["taken meanwhile", "no room"])
 async def test_a_state_that_cannot_be_finished_is_given_up(
     still: qmpsnap.MachineHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, verb: str
 ) -> None:
@@ -712,10 +760,59 @@ async def test_a_paused_guest_is_not_left_unable_to_write(
     async def no_right(*_: Any, **__: Any) -> str:
         return "no right"
 
-    monkeypatch.setattr(memory, "_why_not_behind_it", no_right)
+    monkeypatch.setattr(means, "_why_not_behind_it", no_right)
     async with user_monitor(still) as qemu:
         await qemu.execute("stop")
     with pytest.raises(StateError, match="is paused"):
         await still.snapshot("all", kind="full")
     assert await still.state() == "paused"
     await fill(still, "vda", 1)
+
+
+@pytest.mark.parametrize("state", ["prelaunch", "paused"])
+async def test_a_paused_guest_whose_save_fails_is_as_it_was(
+    q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    vm = await q.define(still_spec)
+    await vm.start(paused=state == "prelaunch")
+    if state == "paused":
+        async with user_monitor(vm) as qemu:
+            await qemu.execute("stop")
+    assert await vm.state() == state
+    chain = (await vm.chains())[0].ids
+    if state == "prelaunch":  # QEMU would abort
+        with pytest.raises(StateError, match="machine still is prelaunch"):
+            await vm.snapshot("all", kind="full")
+
+    def fails(*_: Any) -> None:
+        raise HostCannot("no room")
+
+    monkeypatch.setattr(statefile, "finish", fails)
+    with pytest.raises(HostCannot, match="no room") as failed:
+        await vm.save()
+    monkeypatch.undo()
+    background = state == "paused" and await survives_failure(vm)
+    assert ("had to run for an instant" in failed.value.message) is not background
+    assert failed.value.effect == "none"
+    assert await vm.state() == "paused"
+    assert (await vm.chains())[0].ids == chain
+    await fill(vm, "vda", 1)  # QEMU would abort, had it not its disks back
+    await hold_invariants(vm)
+    await vm.snapshot("disks")
+    await vm.save()
+    await vm.restore(paused=True)
+    assert await vm.state() == "paused"
+    await hold_invariants(vm)
+
+
+async def test_saved_where_there_are_no_hard_links(
+    still: qmpsnap.MachineHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuses)
+    await still.save(tmp_path / "state")
+    assert list(tmp_path.iterdir()) == [tmp_path / "state"]
+    assert (await still.restore(tmp_path / "state")).state == "running"
+    await hold_invariants(still)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.block import tags
 from qmpsnap.cli.main import main
-from qmpsnap.errors import NameTaken, QmpError, StateError
+from qmpsnap.errors import HostCannot, NameTaken, QmpError, StateError
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
+from qmpsnap.ops import tagging
 from tests.live.crash import die_at, kill_qemu
 from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants, user_monitor
 from tests.live.test_full import COUNT, count, counted, require_a_whole_disk, say
@@ -86,6 +88,33 @@ async def test_memory_and_disks_inside_in_the_same_process(q: qmpsnap.Controller
     assert await vm.snapshots() == ()
     assert [tags_in(vm, layer) for layer in ("vda-1", "vdb-2")] == [[], []]
     await hold_invariants(vm)
+
+
+async def test_in_place_nothing_is_flushed_between_the_two(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
+    vm = await q.define(guest_spec)
+    console = context_of(vm).home.run_dir("guest") / CONSOLE_LOG
+    await vm.start()
+    await vm.run(COUNT.replace("    sync /mnt/log", "    sync /mnt/log; echo @$i >/dev/ttyS0"))  # flushed, so told
+    await counted(vm, 3)
+    await vm.snapshot("inside", kind="internal")
+    await counted(vm, await count(vm) + 5)
+    async with user_monitor(vm) as qemu:
+        with qemu.listener(("STOP", "RESUME")) as heard:
+            reverted = await vm.revert("inside", state="paused")
+            assert [event["event"] for event in heard.clear()] == ["STOP"]  # held all the while
+        assert reverted.kept is not None
+        until = console.stat().st_size  # what it said before the snapshot was loaded
+        await qemu.execute("cont")
+    await counted(vm, await count(vm) + 2)
+    await vm.revert(reverted.kept.name, discard=True, state="paused")
+    since = console.stat().st_size
+    async with user_monitor(vm) as qemu:
+        await qemu.execute("cont")
+    await counted(vm, await count(vm) + 2)
+    await require_a_whole_disk(vm)
+    text = console.read_bytes()
+    told = [int(number) for number in re.findall(rb"@(\d+)\r\n", text[:until] + text[since:])]
+    assert told == list(range(1, len(told) + 1))
 
 
 async def test_below_a_layer_it_is_taken_out(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
@@ -254,7 +283,7 @@ async def test_a_load_that_fails_leaves_no_guest_running(
     with pytest.raises(StateError, match="of other hardware"):
         await vm.revert("inside", discard=True)
     assert await vm.state() == "running"
-    monkeypatch.setattr("qmpsnap.ops.revert.require_same_hardware", _anything_goes)
+    monkeypatch.setattr("qmpsnap.ops.revert_inside.require_fits", lambda *_, **__: None)
     with pytest.raises(QmpError, match="failed") as failed:
         await vm.revert("inside", discard=True)
     assert failed.value.effect == "applied"
@@ -263,8 +292,36 @@ async def test_a_load_that_fails_leaves_no_guest_running(
     await hold_invariants(vm)
 
 
-async def _anything_goes(*_: object) -> None:
-    return
+@pytest.mark.parametrize("state", ["running", "paused"])
+async def test_what_cannot_be_kept_is_not_left(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start()
+    await vm.snapshot("inside", kind="internal")
+    if state == "paused":
+        async with user_monitor(vm) as qemu:
+            await qemu.execute("stop")
+    await fill(vm, "vda", 2)
+    real = tagging.tag_live
+
+    async def fails(*arguments: Any) -> None:
+        await real(*arguments)
+        raise HostCannot("no room")
+
+    monkeypatch.setattr(tagging, "tag_live", fails)
+    with pytest.raises(HostCannot, match="no room") as failed:
+        await vm.revert("inside")
+    monkeypatch.undo()
+    assert failed.value.effect == "none"
+    assert await vm.state() == state
+    assert [snapshot.name for snapshot in await vm.snapshots()] == ["inside"]
+    assert [len(tags_in(vm, layer)) for layer in ("vda-1", "vdb-2")] == [1, 1]
+    await hold_invariants(vm)
+    kept = (await vm.revert("inside")).kept
+    assert kept is not None
+    assert kept.mode == ("live" if state == "running" else "paused")
+    assert await vm.state() == "running"
 
 
 async def test_on_another_branch_a_tag_is_deleted_while_the_machine_runs(
@@ -344,8 +401,33 @@ async def test_the_command_line(
     assert shown["inside"]["layer"] == "vda-1"
     assert "inside vda-1" in await said("snapshot show still a")
     assert "internal" in await said("snapshot list still")
+    would = json.loads(await said("snapshot revert still a --dry-run -o json"))
+    assert [command["execute"] for command in would["qmp"]] == ["stop", "snapshot-save", "snapshot-load", "cont"]
+    assert (would["files"], would["kept"], would["start"]) == ([], "auto-4", None)
+    assert [snapshot.name for snapshot in await vm.snapshots()] == ["a"]
+    assert "QEMU would stay" in await said("snapshot revert still a --dry-run --discard")
     assert "with its memory" in await said("snapshot revert still a --discard")
+    await said("snapshot create still above")
+    assert "vda-1.qcow2 was at its snapshot qs-3-" in await said("snapshot revert still a --dry-run")
+    await said("stop still --force")
     assert "deleted a" in await said("snapshot delete still a")
+
+
+async def test_the_network_is_told(q: qmpsnap.Controller, qcow2_spec: MachineSpec, tmp_path: Path) -> None:
+    dump = tmp_path / "packets"
+    extra = ("-object", f"filter-dump,id=dump,netdev=net0,file={dump}")
+    vm = await q.define(replace(qcow2_spec, nics=(NicSpec(),), extra=extra), allow_extra=True)
+    await vm.start()
+    await vm.snapshot("inside", kind="internal")
+    rarp = bytes.fromhex("8035 0001 0800")  # a card that says where it is
+    assert (await vm.revert("inside", discard=True, after=False)).notes == ()
+    assert rarp not in dump.read_bytes()
+    # The agent's port is there and no agent: the clock of such a guest is not set, and the revert says so.
+    notes = (await vm.revert("inside", discard=True)).notes
+    assert [note.partition(":")[0] for note in notes] == ["the guest's clock was not set"]
+    with anyio.fail_after(30):
+        while rarp not in dump.read_bytes():
+            await anyio.sleep(0.05)
 
 
 # --- UEFI -------------------------------------------------------------------------------------------------------------
@@ -366,10 +448,23 @@ async def test_uefi_with_a_raw_variable_store(q: qmpsnap.Controller, qcow2_spec:
     held = Path(snapshot.variables).read_bytes()
     await hold_invariants(vm)
     assert {layer["node-name"] for layer in await nodes_with_tags(vm)} == {"vda-1", "vdb-2"}  # never the flash
+
+    def written() -> None:
+        """As if the guest had written there: to the last byte of all."""
+        with variables.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([held[-1] ^ 0xFF]))
+
+    written()
+    await vm.revert("inside", discard=True)  # in place: the flash is memory, which QEMU writes back
+    assert variables.read_bytes()[-1] == held[-1]
+    await vm.snapshot("all", kind="full")
+    written()
+    await vm.revert("all", discard=True)
+    assert variables.read_bytes()[-1] == held[-1]
+    await hold_invariants(vm)
     await vm.stop(force=True)
-    content = bytearray(variables.read_bytes())
-    content[-1] ^= 0xFF  # as if the guest had written there
-    variables.write_bytes(content)
+    written()
     await vm.revert("inside", state="paused")
     assert variables.read_bytes() == held
     await hold_invariants(vm)
@@ -388,22 +483,24 @@ async def nodes_with_tags(vm: qmpsnap.MachineHandle) -> list[dict[str, Any]]:
 
 # --- deaths -----------------------------------------------------------------------------------------------------------
 
-STEPS = {
-    "after the journal row": ("qmpsnap.store.sqlite", "SqliteStore.open_operation", "after", 1),
-    "marked started": ("qmpsnap.store.sqlite", "SqliteStore.mark", "after", 1),
+
+KEEPING = {
     "with the guest held": ("qmpsnap.qmp.commands", "control", "after", 1),
     "with the memory on its way": ("qmpsnap.qmp.jobs", "follow", "before", 1),
     "with the memory inside": ("qmpsnap.qmp.jobs", "follow", "after", 1),
+    "marked loading": ("qmpsnap.store.sqlite", "SqliteStore.mark", "after", 2),
+    "loading": ("qmpsnap.qmp.jobs", "follow", "before", 2),
     "settled": ("qmpsnap.store.sqlite", "SqliteStore.settle", "after", 1),
 }
+LOADED = ("loading", "settled")
+"""From here on the machine is where it goes, and what it did before is kept."""
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("qemu", ["lives", "dies too"])
-@pytest.mark.parametrize("verb", ["create", "load"])
-@pytest.mark.parametrize("step", STEPS)
-async def test_killed_in_the_middle(
-    q: qmpsnap.Controller, qcow2_spec: MachineSpec, step: str, verb: str, qemu: str
+@pytest.mark.parametrize("step", KEEPING)
+async def test_killed_while_what_runs_is_kept(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, step: str, qemu: str
 ) -> None:
     vm = await q.define(qcow2_spec)
     await vm.start()
@@ -411,23 +508,21 @@ async def test_killed_in_the_middle(
     tag = str((await vm.snapshot("first", kind="internal")).points[0].tag)
     first = await tag_hash(vm, LayerId("vda-1"), tag)
     await fill(vm, "vda", 2)
-    words = {
-        "create": ("snapshot", "create", "still", "second", "--kind", "internal"),
-        "load": ("snapshot", "revert", "still", "first", "--discard", "--no-after"),
-    }[verb]
-    await die_at(STEPS[step], *words)
+    await die_at(KEEPING[step], "snapshot", "revert", "still", "first", "--no-after")
     if qemu == "dies too":
         await kill_qemu(vm)
     await vm.recover()
     assert await vm.recover() == []
     assert await vm.state() == ("stopped" if qemu == "dies too" else "running")
-    names = [snapshot.name for snapshot in await vm.snapshots()]
-    assert set(names) - {"second"} == {"first"}
-    assert [len(tags_in(vm, layer)) for layer in ("vda-1", "vdb-2")] == [len(names)] * 2
+    snapshots = await vm.snapshots()
+    loaded = step in LOADED or (qemu == "dies too" and step == "marked loading")
+    assert [snapshot.name for snapshot in snapshots] == (["first", "auto-4"] if loaded else ["first"])
+    assert [len(tags_in(vm, layer)) for layer in ("vda-1", "vdb-2")] == [len(snapshots)] * 2
+    assert (await vm.record()).current == "first"
     assert await tag_hash(vm, LayerId("vda-1"), tag) == first
     await hold_invariants(vm)
-    for name in names:
-        await vm.revert(name)
+    for snapshot in snapshots:
+        await vm.revert(snapshot.name, discard=True)
         assert await vm.state() == "running"
     await hold_invariants(vm)
 
@@ -474,8 +569,9 @@ def test_the_copy_keeps_holes(tmp_path: Path) -> None:
         file.truncate(64 * MIB)
         file.seek(32 * MIB)
         file.write(b"b" * 5000)
-    tags._copy(str(source), str(tmp_path / "copy"))
+    identity = (source.stat().st_dev, source.stat().st_ino)
+    tags._copy(str(source), str(tmp_path / "copy"), identity)
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
     assert (tmp_path / "copy").stat().st_blocks * 512 < 4 * MIB
     with pytest.raises(StateError, match="exists already"):
-        tags._copy(str(source), str(tmp_path / "copy"))
+        tags._copy(str(source), str(tmp_path / "copy"), identity)

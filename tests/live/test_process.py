@@ -13,7 +13,7 @@ import pytest
 import qmpsnap
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.machine.recipes import launch_dir
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.spec import MachineSpec
 from tests.live.crash import kill_qemu
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor
 
@@ -115,21 +115,3 @@ async def test_a_long_home_is_no_obstacle(tmp_path: Path, still_spec: MachineSpe
         await vm.start(paused=True)
         await vm.snapshot("s")
         await vm.stop(force=True)
-
-
-async def test_files_are_private_under_an_open_umask(q: qmpsnap.Controller, home: Path) -> None:
-    before = os.umask(0)
-    try:
-        spec = MachineSpec(name="private", memory=64 * MIB, disks=(DiskSpec(name="vda", size=MIB),))
-        vm = await q.define(spec)
-        await vm.start(paused=True)
-        await vm.snapshot("s")
-    finally:
-        os.umask(before)
-    places = context_of(vm).home
-    open_to_others = [
-        path
-        for path in home.rglob("*")
-        if path.lstat().st_mode & 0o077 and path != places.cache and places.cache not in path.parents
-    ]
-    assert open_to_others == []

@@ -19,7 +19,7 @@ from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops.overlays import make_overlays
 from qmpsnap.ops.revert import Run
 from qmpsnap.qmp import commands
-from tests.live.crash import STORE, die_at, kill_qemu
+from tests.live.crash import STORE, die_at
 from tests.live.machine import Hashes, content_hash, context_of, fill, hold_invariants, user_monitor
 
 
@@ -344,140 +344,11 @@ async def test_a_machine_that_does_not_start_again_stands_at_the_snapshot_and_sa
     await require_content_of(vm, "a", hashes, taking="c")
 
 
-@pytest.mark.grid
-@pytest.mark.parametrize("after", range(1, 30, 3))
-async def test_a_cancelled_revert_is_done_or_undone(
-    q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    """Cancelled when the n-th await on a thread or on QEMU is about to begin."""
-    vm, hashes = await two_snapshots(q, still_spec)
-    before = await _picture(vm)
-    count, real = 0, anyio.to_thread.run_sync
-    with anyio.CancelScope() as scope:
-
-        async def counted(*arguments: Any, **rest: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == after:
-                scope.cancel()
-            return await real(*arguments, **rest)
-
-        monkeypatch.setattr(anyio.to_thread, "run_sync", counted)
-        await vm.revert("a", discard=True)
-    monkeypatch.setattr(anyio.to_thread, "run_sync", real)
-    if (await vm.record()).current == "b":
-        await _nothing_changed(vm, before, hashes)
-        return
-    await hold_invariants(vm, hashes)
-    if not await vm.is_running():
-        await vm.start(paused=True)
-    await require_content_of(vm, "a", hashes, taking="c")
-
-
-# --- the controller dies at each step -------------------------------------------------------------------------------
-
-SWITCH = "qmpsnap.ops.switch"
-STEPS = {
-    "before the journal row": (STORE, "SqliteStore.open_operation", "before", 1),
-    "after the journal row": (STORE, "SqliteStore.open_operation", "after", 1),
-    "with one overlay made": ("qmpsnap.block.image", "ImageTool.create_overlay", "after", 1),
-    "with both overlays made": ("qmpsnap.block.image", "ImageTool.create_overlay", "after", 2),
-    "before stopping is marked": (STORE, "SqliteStore.mark", "before", 1),
-    "after stopping is marked": (STORE, "SqliteStore.mark", "after", 1),
-    "after QEMU's end": (SWITCH, "end", "after", 1),
-    "before settling": (STORE, "SqliteStore.settle", "before", 1),
-    "after settling": (STORE, "SqliteStore.settle", "after", 1),
-    "with one file removed": (SWITCH, "remove", "after", 1),
-    "before starting is marked": (STORE, "SqliteStore.mark", "before", 2),
-    "after starting is marked": (STORE, "SqliteStore.mark", "after", 2),
-    "after the start": ("qmpsnap.ops.power", "launch", "after", 1),
-    "before the end is marked": (STORE, "SqliteStore.mark", "before", 3),
-    "after the end is marked": (STORE, "SqliteStore.mark", "after", 3),
-}
-UNDONE = set(list(STEPS)[:5])
-STARTED = set(list(STEPS)[12:])
-ONLY_RUNNING = {"after QEMU's end", *list(STEPS)[10:]}
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("qemu", ["lives", "dies too", "never ran"])
-@pytest.mark.parametrize("step", STEPS)
-async def test_killed_controller(
-    q: qmpsnap.Controller, still_spec: MachineSpec, step: str, qemu: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if qemu == "never ran" and step in ONLY_RUNNING:
-        return  # a stopped machine takes no such step
-    vm, hashes = await two_snapshots(q, still_spec)
-    if qemu == "never ran":
-        await vm.stop(force=True)
-    process, before = context_of(vm).process(await vm.record()), await _picture(vm)
-    discard = ["--discard"] if step == "with one file removed" else []
-    await die_at(STEPS[step], "snapshot", "revert", "still", "a", *discard)
-    if qemu == "dies too":
-        await kill_qemu(vm)
-
-    assert await anyio.to_thread.run_sync(main, ["recover", "still"]) == 0
-    said = capsys.readouterr().err
-    if step in UNDONE:
-        assert (await vm.record()).current == "b"
-        assert files(vm) == before[1]
-        assert await vm.snapshots() == before[2]
-        assert context_of(vm).process(await vm.record()) == (process if qemu == "lives" else None)
-    else:
-        assert (await vm.record()).current == "a"
-        assert await vm.is_running() == (step in STARTED and qemu == "lives")
-        operation = context_of(vm).store.operations("still")[-1]
-        told = "was not started again" in (operation.error or "")
-        assert told == ("is ended: interrupted; the machine was not started again: qmpsnap start still" in said)
-        assert told == (qemu != "never ran" and step != "after the end is marked" and not await vm.is_running())
-    await hold_invariants(vm, hashes)
-    # Once more changes nothing, and the machine goes on working.
-    once = await _picture(vm)
-    await vm.recover()
-    assert await _picture(vm) == once
-    if not await vm.is_running():
-        await vm.start(paused=True)
-    if step in UNDONE:
-        await vm.revert("a")
-    await require_content_of(vm, "a", hashes, taking="c")
-    kept = [name for name in await parents(vm) if name.startswith("auto-")]
-    assert len(kept) == (0 if discard else 1)
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize(
-    "second",
-    [
-        "before settling",
-        "after settling",
-        "with one file removed",
-        "after QEMU's end",
-        ("mark", "before"),
-        ("mark", "after"),
-    ],
-    ids=str,
-)
-async def test_a_recovery_that_dies_is_recovered(
-    q: qmpsnap.Controller, still_spec: MachineSpec, second: str | tuple[str, str]
-) -> None:
-    vm, hashes = await two_snapshots(q, still_spec)
-    gone = {f"{chain.active.id}.qcow2" for chain in context_of(vm).store.chains("still")}
-    await die_at(STEPS["after stopping is marked"], "snapshot", "revert", "still", "a", "--discard")
-    at = STEPS[second] if isinstance(second, str) else (STORE, f"SqliteStore.{second[0]}", second[1], 1)
-    await die_at(at, "recover", "still")
-    await vm.recover()
-    assert (await vm.record()).current == "a"
-    assert not files(vm) & gone
-    await hold_invariants(vm, hashes)
-    await vm.start(paused=True)
-    await require_content_of(vm, "a", hashes, taking="c")
-
-
 async def test_a_verb_that_ends_a_broken_revert_finds_the_machine_stopped(
     q: qmpsnap.Controller, still_spec: MachineSpec
 ) -> None:
     vm, hashes = await two_snapshots(q, still_spec)
-    await die_at(STEPS["after stopping is marked"], "snapshot", "revert", "still", "a")
+    await die_at((STORE, "SqliteStore.mark", "after", 1), "snapshot", "revert", "still", "a")
     assert await vm.is_running()
     assert (await vm.snapshot("c")).mode == "stopped"
     assert not await vm.is_running()

@@ -4,6 +4,7 @@ Every form begins at the same start, on a disk of its own: three snapshots, a ra
 last, and so a chain of four layers. What the disks held at each moment the guest says, and the images are read for it.
 """
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,50 @@ def test_every_commit_and_stream_form(home: Path, small_guest: Path, typed: Type
     assert anyio.run(_active) == now
     anyio.run(_holds, said)
     hold("tutorial", transcript)
+
+
+def test_saved_started_afresh_and_restored(home: Path, small_guest: Path, typed: Typed) -> None:
+    """The tutorial of save and restore: a process loops in the guest, and is there again with its memory."""
+    spec = home / "guest.yaml"
+    spec.write_text(SPEC.format(guest=small_guest))
+    typed(f"define {spec}")
+    typed("start guest")
+
+    def in_guest(script: str) -> str:
+        return typed(f"exec guest -- sh -c {shlex.quote(script)}").partition("\n")[2].strip()
+
+    def counted(at_least: int) -> int:
+        script = f"until [ $(cat /run/count) -ge {at_least} ]; do usleep 10000; done; cat /run/count"
+        return int(in_guest(script))
+
+    looping = "i=0; while :; do i=$((i + 1)); echo $i >/run/new; mv /run/new /run/count; usleep 10000; done"
+    in_guest(
+        f"test -b /dev/vda && echo evening | dd of=/dev/vda conv=fsync; echo 0 >/run/count; ({looping}) >&- 2>&- &"
+    )
+    before = counted(5)
+    file = home / "evening.vmstate"
+    assert "is saved as saved-1 and stopped; its memory is in" in typed(f"save guest {file}")
+    assert "is stopped and has no memory to save" in typed("save guest", code=4)
+
+    typed("start guest")
+    assert in_guest("cat /run/count 2>/dev/null; head -c 7 /dev/vda") == "evening"  # a fresh boot, without the process
+    in_guest("echo afresh | dd of=/dev/vda conv=fsync")
+
+    assert "is at saved-1, running with its memory" in typed(f"restore guest {file}")
+    assert counted(before + 1) > before
+    in_guest("echo 3 >/proc/sys/vm/drop_caches")
+    assert in_guest("head -c 7 /dev/vda") == "evening"  # the disk is the one it knew
+
+    assert "ms were allowed" in typed("snapshot create guest quick --kind full --max-pause 1", code=4)
+    typed("snapshot create guest noon --kind full --max-pause 60000 --degrade --compress zstd -m packed")
+    shown = json.loads(typed("snapshot show guest noon -o json").partition("\n")[2])["snapshot"]
+    assert (shown["kind"], shown["description"], shown["vmstate"]["compression"]) == ("full", "packed", "zstd")
+    assert shown["pause_ms"] > 0
+    assert "is at noon, paused with its memory" in typed("snapshot revert guest noon --paused --no-after")
+    assert "is at noon, running with its memory" in typed("snapshot revert guest noon --discard")
+    counted(before + 2)
+    anyio.run(_holds, {})
+    typed("stop guest --force")
 
 
 async def _guest_says(script: str) -> dict[str, str]:

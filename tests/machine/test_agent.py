@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import anyio
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
+from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError
 from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Agent, Completed
 
@@ -117,6 +120,7 @@ async def test_the_first_words_are_a_delimiter_and_a_random_number(path: Path) -
         b'{"return": {"cut',
         b"\xff",
         b"\xff" + returns(1),
+        b'\xff{"return": {"cut',
         b"\xff" + returns({"pid": 3}) + b"\xff" + returns(-1),
         b"\xffnot json\n",
         b"\xff\xff\xff[[[\n",
@@ -296,3 +300,67 @@ async def test_a_program_that_cannot_be_started_is_refused(path: Path) -> None:
         with pytest.raises(QmpError, match="refused guest-exec: No such file"):
             await guest.run(["nope"], deadline=LONG)
     assert len(script.asked) == 2
+
+
+# --- bytes made by chance -------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["pid", "desc", "class"]), inner),
+    max_leaves=6,
+)
+STATUS = st.fixed_dictionaries(
+    {"exited": st.just(True) | JSON},
+    optional={"exitcode": JSON, "signal": JSON, "out-data": JSON | st.just("aGk="), "err-data": JSON},
+)
+SAID = st.one_of(
+    st.binary(max_size=60),
+    JSON.map(line),
+    JSON.map(returns),
+    STATUS.map(returns),
+    st.fixed_dictionaries({"error": JSON}).map(line),
+    st.sampled_from([b"\xff", b"\n", b"{", b'{"return": 1e400}\n', b"[" * 5000 + b"\n", b'"' + b"9" * 5000 + b"\n"]),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.binary(max_size=20), st.lists(SAID, min_size=1, max_size=4))
+def test_whatever_a_guest_says_is_a_result_or_an_error_of_ours(before: bytes, said: list[bytes]) -> None:
+    async def run() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "agent"
+            answers: list[Answer] = [
+                lambda request: before + synced(request),
+                returns({"pid": 1}),
+                b"\n".join([*said, b""]),
+                HANG_UP,
+            ]
+            with anyio.fail_after(LONG):
+                async with scripted(path, *answers):
+                    try:
+                        async with agent.connect(path, machine="web", deadline=0.5) as guest:
+                            done = await guest.run(["true"], deadline=0.5)
+                    except QmpsnapError as error:
+                        told.append(str(error))
+                    else:
+                        assert 0 <= done.status < 1 << 32
+
+    told: list[str] = []
+    anyio.run(run)
+    assert all(len(text) < 2000 for text in told)
+
+
+@pytest.mark.parametrize("code", [-1, 1 << 32, 10**400, "x", None, [], 1e999])
+async def test_an_exit_status_that_is_none_is_refused(path: Path, code: Any) -> None:
+    status = returns({"exited": True, "exitcode": code})
+    async with talking(path, returns({"pid": 1}), status) as (guest, _):
+        with pytest.raises(QmpError, match="nonsense"):
+            await guest.run(["true"], deadline=LONG)
+
+
+async def test_a_refusal_is_quoted_only_so_far(path: Path) -> None:
+    async with talking(path, line({"error": {"desc": "x" * 1_000_000, "class": "y" * 1_000_000}})) as (guest, _):
+        with pytest.raises(QmpError) as refused:
+            await guest.execute("guest-ping")
+        assert len(str(refused.value)) < 1000
+        assert len(refused.value.qmp_class or "") < 1000

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -125,12 +126,21 @@ def test_a_program_that_is_not_there_is_the_hosts_trouble(tmp_path: Path) -> Non
     assert (caught.value.exit_code, caught.value.hint) == (9, "see qmpsnap doctor")
 
 
-def test_a_log_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_log_that_is_a_link_is_not_written_through(
+    tmp_path: Path, start: Spawn, link: Callable[[Path, Path], None]
+) -> None:
     (tmp_path / "precious").write_text("content")
-    (tmp_path / processes.LOG).symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic link"):
-        spawn(SLEEP, tmp_path)
+    link(tmp_path / processes.LOG, tmp_path / "precious")
+    start()
     assert (tmp_path / "precious").read_text() == "content"
+    assert stat.S_ISREG((tmp_path / processes.LOG).lstat().st_mode)
+
+
+def test_a_log_that_cannot_be_made_is_the_hosts_fault(tmp_path: Path) -> None:
+    (tmp_path / processes.LOG).mkdir()
+    with pytest.raises(HostCannot, match="nothing was started"):
+        spawn(SLEEP, tmp_path)
 
 
 # --- killing --------------------------------------------------------------------------------------------------------

@@ -96,7 +96,49 @@ def test_finishing_that_died_is_done_again(
     assert loaded(target) == STREAM
 
 
-def test_nobodys_file_is_overwritten(part: Path) -> None:
+@pytest.fixture
+def no_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system like FAT."""
+
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuses)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_without_hard_links_it_is_renamed(no_hard_links: None, part: Path, compression: str) -> None:
+    target = part.parent / "all"
+    statefile.finish(str(part), str(target), replace(MANIFEST, compression=compression))
+    assert list(part.parent.iterdir()) == [target]
+    assert loaded(target) == STREAM
+
+
+@pytest.mark.parametrize("fails", ["_sync_folder", "the rename"])
+def test_without_hard_links_all_or_nothing(
+    no_hard_links: None, part: Path, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = part.parent / "all"
+
+    def breaks(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        if fails == "the rename":  # as where neither can be had
+            patch.setattr(statefile, "_rename", breaks)
+        else:
+            patch.setattr(statefile, fails, breaks)
+        with pytest.raises(HostCannot, match="Input/output error"):
+            statefile.finish(str(part), str(target), MANIFEST)
+    assert list(part.parent.iterdir()) == [part]
+    statefile.finish(str(part), str(target), MANIFEST)
+    assert loaded(target) == STREAM
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_nobodys_file_is_overwritten(part: Path, request: pytest.FixtureRequest, *, links: bool) -> None:
+    if not links:
+        request.getfixturevalue("no_hard_links")
     target = part.parent / "all"
     target.write_text("mine")
     with pytest.raises(StateError, match="exists already"):

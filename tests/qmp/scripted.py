@@ -43,9 +43,10 @@ class Refuse:
 
 @dataclass(frozen=True)
 class Event:
-    """Send an event."""
+    """Send an event, of this second."""
 
     name: str
+    at: int = 1
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class Scripted:
                 await _send(writer, {"return": value, "id": self.said[-1 - back].get("id")})
             case Refuse(kind, text):
                 await _send(writer, {"error": {"class": kind, "desc": text}, "id": self.said[-1].get("id")})
-            case Event(name):
-                await _send(writer, {"event": name, "timestamp": {"seconds": 1, "microseconds": 2}})
+            case Event(name, second):
+                await _send(writer, {"event": name, "timestamp": {"seconds": second, "microseconds": 2}})
             case Raw(data):
                 writer.write(data)
                 await writer.drain()

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,6 +136,28 @@ async def test_a_monitor_that_does_not_greet_is_given_up_at_the_deadline(path: P
                     pytest.fail("it did not greet")
             await qemu.hung_up.wait()
     assert (caught.value.exit_code, caught.value.effect) == (6, "none")
+
+
+GIVEN_UP = """
+import pathlib, sys, anyio
+from qmpsnap.errors import DeadlinePassed
+from qmpsnap.qmp import session
+async def main():
+    try:
+        async with session.connect(pathlib.Path(sys.argv[1]), machine="web", deadline=0.1):
+            sys.exit("it greeted")
+    except DeadlinePassed:
+        return
+anyio.run(main)
+"""
+
+
+def test_a_monitor_that_was_given_up_leaves_no_traceback_at_the_end(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path))
+        silent.listen()
+        done = subprocess.run([sys.executable, "-c", GIVEN_UP, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 async def test_a_monitor_that_greets_and_says_no_more_is_given_up_at_the_deadline(path: Path) -> None:

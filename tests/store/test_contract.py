@@ -392,19 +392,28 @@ def test_while_an_operation_is_open_another_is_refused_and_says_which(store: Sto
 @pytest.mark.parametrize("state", get_args(OperationState))
 def test_an_operation_is_open_in_just_the_open_states(store: Store, state: OperationState) -> None:
     operation = opened(store)
-    store.mark(operation.id, state, step="a step", error="a reason")
+    store.mark(operation.id, state, step="settled", error="a reason")
     (found,) = store.operations("web")
-    assert (found.state, found.step, found.error) == (state, "a step", "a reason")
+    assert (found.state, found.step, found.error) == (state, "settled", "a reason")
     assert store.operations("web", only_open=True) == ((found,) if state in OPEN_STATES else ())
 
 
 def test_a_mark_without_step_or_error_leaves_the_earlier_ones(store: Store) -> None:
     operation = opened(store)
-    store.mark(operation.id, "running", step="transaction", error="why")
+    store.mark(operation.id, "running", step="settled", error="why")
     store.mark(operation.id, "unknown")
     (found,) = store.operations("web")
-    assert (found.state, found.step, found.error) == ("unknown", "transaction", "why")
+    assert (found.state, found.step, found.error) == ("unknown", "settled", "why")
     assert found.updated >= operation.updated
+
+
+def test_a_step_that_operations_of_its_kind_do_not_have_is_refused(store: Store) -> None:
+    operation = opened(store)
+    with pytest.raises(ValueError, match=r"'define' has no step '0:started'"):
+        store.mark(operation.id, "running", step="0:started")
+    with pytest.raises(ValueError, match="no step 'a step'"):
+        store.settle(operation.id, "web", Change(define=machine("web")), step="a step")
+    assert (store.operations("web"), store.machines()) == ((operation,), ())
 
 
 def test_settling_ends_the_operation(store: Store) -> None:

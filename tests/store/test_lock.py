@@ -139,6 +139,15 @@ def test_a_symbolic_link_in_its_place_is_refused_and_its_target_left_alone(path:
     assert target.read_text() == "content"
 
 
+def test_a_second_name_of_a_file_is_refused_and_that_file_left_alone(path: Path) -> None:
+    target = path.with_name("precious")
+    target.write_text("content")
+    path.hardlink_to(target)
+    with pytest.raises(HostCannot, match="no plain file of its own"), _locked(path):
+        pytest.fail("it was taken for a lock")
+    assert target.read_text() == "content"
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"verb": "x"}', '{"since": 1e300, "verb": 1, "pid": 2, "host": 3}']
 )

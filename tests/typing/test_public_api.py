@@ -41,5 +41,5 @@ def test_the_package_says_that_it_is_typed() -> None:
 @pytest.mark.parametrize("of", [qmpsnap.Controller, qmpsnap.MachineHandle])
 def test_every_public_method_is_in_the_typed_program(of: type) -> None:
     program = CHECKED.read_text()
-    methods = [name for name in vars(of) if not name.startswith("_")]
+    methods = [name for name in dir(of) if not name.startswith("_")]
     assert [name for name in methods if f".{name}(" not in program] == []

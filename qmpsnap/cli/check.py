@@ -1,0 +1,130 @@
+"""``check``: what does not hold, what it means, and what repair would do; ``--rebuild`` makes a lost store again."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, home, operating
+from qmpsnap.errors import ForeignHost, StoreMismatch, UsageError
+
+if TYPE_CHECKING:
+    from qmpsnap.model.finding import Finding
+    from qmpsnap.ops.check import Checked
+    from qmpsnap.ops.context import Context
+
+
+def register(parsers: Parsers) -> None:
+    """Add the command."""
+    command = add(parsers, "check", _check, help="hold machines to every promise: store, files and QEMU")
+    command.add_argument("machine", metavar="VM", nargs="?", help="only this machine")
+    command.add_argument("--deep", action="store_true", help="also read every image's tables and every state file")
+    command.add_argument(
+        "--repair", action="store_true", help="put right what can be; files are moved, none is deleted"
+    )
+    command.add_argument("--rebuild", action="store_true", help="make a lost store again from images and state files")
+    command.add_argument("--set-aside", action="store_true", help="with --rebuild: even if the store there is whole")
+    add_format(command)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    if arguments.rebuild:
+        return _rebuild(arguments)
+    if arguments.set_aside:
+        raise UsageError("--set-aside goes with --rebuild; nothing was changed", hint="qmpsnap check --help")
+    from qmpsnap.ops import check
+
+    async def act(context: "Context") -> list[dict[str, Any]]:
+        names = [arguments.machine] if arguments.machine else [found.name for found in context.store.machines()]
+        documents = []
+        for name in names:
+            try:
+                done = await check.run(context, name, deep=arguments.deep, mend=arguments.repair)
+            except ForeignHost as error:
+                if arguments.machine:
+                    raise
+                output.note(f"{name}: not checked: {error.message}")
+                continue
+            documents.append(_document(done))
+        return documents
+
+    documents = operating(act)
+    output.emit(
+        arguments.output,
+        document={"machines": documents},
+        names=[f"{found['machine']} {one['code']}" for found in documents for one in found["findings"]],
+        table=lambda: "\n".join(_text(found) for found in documents),
+    )
+    for found in documents:
+        for failed in found["failed"]:
+            output.note(f"{found['machine']}: not repaired: {failed}")
+    return StoreMismatch.exit_code if any(found["findings"] for found in documents) else 0
+
+
+def _document(done: "Checked") -> dict[str, Any]:
+    return {
+        "machine": done.machine,
+        "findings": [_finding(finding) for finding in done.findings],
+        "repaired": [_finding(finding) for finding in done.repaired],
+        "moved": [{"from": moved.old, "to": moved.new} for moved in done.moved],
+        "failed": list(done.failed),
+    }
+
+
+def _finding(finding: "Finding") -> dict[str, Any]:
+    return {
+        "code": finding.code,
+        "invariant": finding.kind.invariant,
+        "found": finding.text,
+        "means": finding.kind.means,
+        "repair": finding.repair or None,
+        "disk": finding.disk,
+        "layer": finding.layer,
+        "file": finding.file,
+    }
+
+
+def _text(found: dict[str, Any]) -> str:
+    lines = [f"{found['machine']}: {len(found['findings']) or 'no'} finding(s)"]
+    for one in found["findings"]:
+        lines += [f"  {one['code']} ({one['invariant']}): {output.printable(one['found'])}", f"    {one['means']}"]
+        lines += [f"    --repair: {one['repair']}"] if one["repair"] else []
+    lines += [f"  repaired {one['code']}: {output.printable(one['found'])}" for one in found["repaired"]]
+    lines += [f"  moved to {output.printable(one['to'])}" for one in found["moved"]]
+    return "\n".join(lines)
+
+
+def _rebuild(arguments: argparse.Namespace) -> int:
+    if arguments.machine or arguments.deep or arguments.repair:
+        raise UsageError(
+            "--rebuild makes the whole store again and goes with --set-aside alone; nothing was changed",
+            hint="qmpsnap check --rebuild, then qmpsnap check --repair",
+        )
+    import anyio
+
+    from qmpsnap.ops import rebuild
+
+    done = anyio.run(lambda: rebuild.run(home(), set_aside=arguments.set_aside))
+    document = {
+        "machines": [
+            {"machine": made.name, "snapshots": list(made.snapshots), "notes": list(made.notes)}
+            for made in done.machines
+        ],
+        "left_out": [{"machine": name, "why": why} for name, why in done.left_out],
+        "aside": done.aside,
+    }
+    output.emit(
+        arguments.output,
+        document=document,
+        names=[made.name for made in done.machines],
+        table=lambda: output.table(
+            ("MACHINE", "SNAPSHOTS"), [(made.name, ", ".join(made.snapshots) or "none") for made in done.machines]
+        ),
+    )
+    for made in done.machines:
+        for note in made.notes:
+            output.note(f"{made.name}: {note}")
+    for name, why in done.left_out:
+        output.note(f"{name}: left out: {why}")
+    if done.aside:
+        output.note(f"the store that was there is kept as {done.aside}")
+    return 0

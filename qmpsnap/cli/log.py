@@ -1,0 +1,46 @@
+"""``log``: the journal of a machine, what was done to it and how that ended. Reads the store alone."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, reading
+
+if TYPE_CHECKING:
+    from qmpsnap.model.operation import Operation
+
+
+def register(parsers: Parsers) -> None:
+    """Add the command."""
+    command = add(parsers, "log", _log, help="the operations of a machine, oldest first, and how each ended")
+    add_machine(command)
+    command.add_argument("--open", action="store_true", help="only those that have not ended")
+    add_format(command)
+
+
+def _log(arguments: argparse.Namespace) -> None:
+    with reading() as store:
+        store.machine(arguments.machine)
+        operations = [_document(found) for found in store.operations(arguments.machine, only_open=arguments.open)]
+    output.emit(
+        arguments.output,
+        document={"machine": arguments.machine, "operations": operations},
+        names=[str(operation["operation"]) for operation in operations],
+        table=lambda: output.table(
+            ("OPERATION", "VERB", "STATE", "STEP", "STARTED", "ERROR"),
+            [(o["operation"], o["verb"], o["state"], o["step"], o["started"], o["error"] or "-") for o in operations],
+        ),
+    )
+
+
+def _document(operation: "Operation") -> dict[str, Any]:
+    return {
+        "operation": operation.id,
+        "verb": operation.verb,
+        "state": operation.state,
+        "step": operation.step,
+        "started": output.moment(operation.started),
+        "updated": output.moment(operation.updated),
+        "pid": operation.pid,
+        "error": operation.error,
+    }

@@ -1,0 +1,61 @@
+"""Whether a QEMU has opened the very files that it was meant to: it is told names, and a name can lead elsewhere.
+
+Between our look at a file and QEMU's opening of its name, somebody may have put another file, or a link, in its place.
+What a process has open is told by the kernel, whatever the name leads to by now.
+"""
+
+import os
+import stat
+from collections.abc import Iterable
+
+from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.machine.adopted import look
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.machine import Process
+
+
+def require_recorded(layers: Iterable[Layer], *, machine: str) -> None:
+    """Make sure, before any program is told their names, that these lead to the recorded files.
+
+    Raises:
+        StoreMismatch: one leads to another file, or nowhere; nothing was changed.
+    """
+    for layer in layers:
+        try:
+            status = os.lstat(layer.path)
+        except OSError as error:
+            raise _mismatch(layer, f"cannot be looked at: {error.strerror}", machine) from error
+        if stat.S_ISLNK(status.st_mode) or (status.st_dev, status.st_ino) != (layer.device, layer.inode):
+            raise _mismatch(layer, "is another file than the one recorded", machine)
+
+
+def require_opened(process: Process | None, layers: Iterable[Layer], *, machine: str) -> None:
+    """Make sure that a QEMU has these very files open.
+
+    Of another user's QEMU, whose files cannot be seen, only the names are looked at again.
+
+    Raises:
+        StoreMismatch: it has opened another file by the name of one; it was asked to do nothing with it.
+        QemuGone: it has ended.
+    """
+    layers = tuple(layers)
+    if process is not None:
+        try:
+            files = look(process.pid).files
+        except HostCannot:
+            pass
+        else:
+            for layer in layers:
+                if (layer.device, layer.inode) not in files:
+                    raise _mismatch(layer, "was replaced by another file before QEMU opened it", machine)
+            return
+    require_recorded(layers, machine=machine)
+
+
+def _mismatch(layer: Layer, what: str, machine: str) -> StoreMismatch:
+    path = "".join(c if c.isprintable() else "?" for c in layer.path)
+    return StoreMismatch(
+        f"layer {layer.id} of machine {machine}: {path} {what}; nothing was changed",
+        hint="put the recorded file back in its place; qmpsnap chain shows store and disk side by side",
+        machine=machine,
+    )

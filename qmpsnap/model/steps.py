@@ -1,0 +1,125 @@
+"""The journal's steps: for every kind of operation, what is durable from each on and which way recovery goes then.
+
+The store refuses a step that is not here, and ``scripts/faults`` dies at every one that is: a new step cannot be
+forgotten. Steps of a merge carry the number of their job (``0:started``), those of a mirror the identity of its file
+(``made:64769:1234``), both sometimes a note (``:running``); here they are ``N:started`` and ``made:FILE``.
+"""
+
+from typing import Final
+
+from msgspec import Struct
+
+PLANNED: Final = "planned"
+SETTLED: Final = "settled"
+# create
+TRANSACTION: Final = "transaction"
+SAVING: Final = "saving"
+LOST: Final = "memory lost"
+ENDING: Final = "ending"
+# internal; of merges and mirrors these are phases, see :func:`of_job` and :func:`of_file`
+STARTED: Final = "started"
+RECORDED: Final = "recorded"
+# load
+KEEPING: Final = "keeping"
+LOADING: Final = "loading"
+LOADED: Final = "loaded"
+# revert
+STOPPING: Final = "stopping"
+SWITCHED: Final = "switched"
+STARTING: Final = "starting"
+# phases of a block job
+MADE: Final = "made"
+FINALIZING: Final = "finalizing"
+# merge
+UNDONE: Final = "undone"
+
+
+class Step(Struct, frozen=True):
+    """One step; ``means`` says what holds once it is durable, and what recovery does from there."""
+
+    name: str
+    means: str
+
+
+_MERGE: Final = (
+    Step(PLANNED, "what the verb says at once is true; no job has started: back"),
+    Step("N:started", "the job may have written; what it reads is still the truth: back"),
+    Step("N:finalizing", "both sides are equal, the vCPUs may stand still: forward, without QEMU by the headers"),
+    Step("N:settled", "the change is recorded: the job is dismissed, nodes close, files go; later jobs only if asked"),
+    Step(UNDONE, "what was true from the opening on is taken back: back"),
+    Step(SETTLED, "nothing is left to do"),
+)
+
+STEPS: Final[dict[str, tuple[Step, ...]]] = {
+    "define": (
+        Step(PLANNED, "files may have been made; nobody can have used them: back"),
+        Step(SETTLED, "the machine is there"),
+    ),
+    "create": (
+        Step(PLANNED, "overlays may have been made and opened; the guest does not write to them: back"),
+        Step(TRANSACTION, "QEMU may write to the overlays, or a chosen name may be the file's only one: it is asked"),
+        Step(SAVING, "the memory is fixed and the guest runs on; it is being written: forward if that ends well"),
+        Step(LOST, "the disks have moved and the memory cannot be kept: the layers stay, the snapshot goes"),
+        Step(ENDING, "the snapshot is there; QEMU is still to be ended: forward"),
+        Step(SETTLED, "the snapshot is there"),
+    ),
+    "internal": (
+        Step(PLANNED, "QEMU has not heard of it: back"),
+        Step(STARTED, "there may be tags: forward when every image has one, else none keeps it"),
+        Step(RECORDED, "the snapshot is there; QEMU's job may still be: forward"),
+        Step(SETTLED, "nothing is left to do"),
+    ),
+    "load": (
+        Step(PLANNED, "QEMU has not heard of it: back"),
+        Step(KEEPING, "the guest may be held, and tags of what it does now may be there: they go, it runs on: back"),
+        Step(LOADING, "disks and memory may be the snapshot's: forward once the job was started"),
+        Step(LOADED, "the machine stands at the snapshot; its guest may still be held: forward"),
+        Step(SETTLED, "nothing is left to do"),
+    ),
+    "commit": _MERGE,
+    "stream": _MERGE,
+    "delete": _MERGE,
+    "mirror": (
+        Step(PLANNED, "the file may have been made, under a name of ours: back"),
+        Step("made:FILE", "that file is ours also under the name asked for; QEMU may have it open: back"),
+        Step("started:FILE", "the job may have written to the copy; the old active layer is the truth: back"),
+        Step("finalizing:FILE", "both sides are equal, the vCPUs may stand still: forward"),
+        Step("settled:FILE", "the change is recorded: the job is dismissed, nodes close, files go"),
+        Step(SETTLED, "nothing is left to do"),
+    ),
+    "revert": (
+        Step(PLANNED, "new layers may have been made; the guest has noticed nothing: back"),
+        Step(STOPPING, "QEMU may have ended: forward, the machine stopped"),
+        Step(SWITCHED, "the machine stands at the snapshot; files may be left that nobody needs: forward"),
+        Step(STARTING, "QEMU may be starting: forward, and one that has its memory runs on"),
+        Step(SETTLED, "nothing is left to do"),
+    ),
+}
+"""By the operation's verb, in order."""
+
+
+def of_job(number: int, phase: str, *, running: bool = False) -> str:
+    """The step of a plan's ``number``-th job, as ``2:started`` or ``0:finalizing:running``."""
+    return f"{number}:{phase}{':running' if running else ''}"
+
+
+def of_file(phase: str, device: int, inode: int, *, running: bool = False) -> str:
+    """The step of a mirror whose target is that file, as ``started:64769:1234:running``."""
+    return f"{phase}:{device}:{inode}{':running' if running else ''}"
+
+
+def name_of(step: str) -> str:
+    """A step's name in the registry, without what it carries."""
+    match step.split(":"):
+        case [number, phase, *_] if number.isdigit():
+            return f"N:{phase}"
+        case [phase, device, inode, *_] if device.isdigit() and inode.isdigit():
+            return f"{phase}:FILE"
+        case _:
+            return step
+
+
+def require_known(verb: str, step: str) -> None:
+    """Raise ``ValueError`` for a step that an operation of this verb does not have: whoever wrote it forgot us."""
+    if name_of(step) not in {known.name for known in STEPS[verb]}:
+        raise ValueError(f"an operation {verb!r} has no step {step!r}: add it to qmpsnap/model/steps.py")

@@ -1,0 +1,114 @@
+"""``check``: whether everything holds that is promised of a machine, and what of the rest can be put right."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from anyio import to_thread
+from msgspec import Struct
+
+from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StateError
+from qmpsnap.model.finding import Finding
+from qmpsnap.model.machine import Machine
+from qmpsnap.ops import deep as reading
+from qmpsnap.ops import facts, recover
+from qmpsnap.ops.context import Context, blocking, locked, require_own
+from qmpsnap.ops.facts import Facts
+from qmpsnap.ops.judge import judge
+from qmpsnap.ops.quarantine import Moved
+from qmpsnap.ops.repair import Repairs, close_to_others, repair
+from qmpsnap.qmp.session import Monitor
+
+
+class Checked(Struct, frozen=True, kw_only=True):
+    """What was found of one machine.
+
+    Attributes:
+        findings: what does not hold now; empty when all is well.
+        repaired: what did not hold before ``repair``.
+        moved: files that are in quarantine now.
+        failed: what repair tried in vain, one sentence each.
+    """
+
+    machine: str
+    findings: tuple[Finding, ...]
+    repaired: tuple[Finding, ...] = ()
+    moved: tuple[Moved, ...] = ()
+    failed: tuple[str, ...] = ()
+
+
+async def run(context: Context, name: str, *, deep: bool = False, mend: bool = False) -> Checked:
+    """Hold a machine to the invariants of docs/design.md.
+
+    Without ``mend`` nothing is changed and no lock is taken: whoever works on the machine is named instead.
+
+    Args:
+        context: where.
+        name: the machine.
+        deep: also read every image's tables and every state file.
+        mend: put right what can be put right without losing anything; nothing is deleted.
+
+    Raises:
+        NotFoundError: no such machine.
+        ForeignHost: it is another host's.
+        LockHeld: with ``mend``: another controller works on it.
+    """
+    machine = await blocking(context.store.machine, name)
+    require_own(context, machine)
+    if mend:
+        return await _mend(context, machine, deep=deep)
+    at = await facts.gather(context, name)
+    return Checked(machine=name, findings=tuple(await _judge(context, at, deep=deep)))
+
+
+async def _judge(context: Context, at: Facts, *, deep: bool) -> list[Finding]:
+    found = judge(at)
+    if deep and not at.busy and not at.record.open:
+        found += await reading.look(context, at)
+    return found
+
+
+async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
+    name = machine.name
+    await _open_run_folder(context, name)
+    async with locked(context, name, "check --repair"):
+        failed: list[str] = []
+        async with _monitor(context, machine) as qemu:
+            at = await facts.gather(context, name, qemu=qemu, own=True)
+            first = judge(at)
+            if at.record.open and not at.older and not at.silent:
+                try:
+                    await recover.end_open(context, machine, qemu)
+                except QmpsnapError as error:
+                    failed.append(f"operation-open: {error.message}")
+        # Ending an operation may have ended or started its QEMU.
+        machine = await blocking(context.store.machine, name)
+        async with _monitor(context, machine) as qemu:
+            at = await facts.gather(context, name, qemu=qemu, own=True)
+            second = await _judge(context, at, deep=deep)
+            done = Repairs((), ()) if at.older else await repair(context, at, qemu, second)
+            at = await facts.gather(context, name, qemu=qemu, own=True)
+            left = await _judge(context, at, deep=deep)
+    before = [*first, *(finding for finding in second if finding not in first)]
+    repaired = tuple(finding for finding in before if finding not in left)
+    return Checked(
+        machine=name, findings=tuple(left), repaired=repaired, moved=done.moved, failed=(*failed, *done.failed)
+    )
+
+
+async def _open_run_folder(context: Context, name: str) -> None:
+    """The lock lies in the run folder, and nobody takes it while that is open to others."""
+    for entry in await to_thread.run_sync(facts.entries, context.home.run):
+        if entry.path == str(context.home.run_dir(name)) and entry.is_open:
+            with contextlib.suppress(QmpsnapError):
+                await to_thread.run_sync(close_to_others, entry)
+
+
+@asynccontextmanager
+async def _monitor(context: Context, machine: Machine) -> AsyncIterator[Monitor | None]:
+    """The machine's monitor; None when it is stopped, and when QEMU does not answer, which is a finding itself."""
+    async with contextlib.AsyncExitStack() as stack:
+        qemu = None
+        with contextlib.suppress(QemuGone, DeadlinePassed, StateError):
+            qemu = await stack.enter_async_context(context.monitor(machine))
+        yield qemu

@@ -1,0 +1,61 @@
+"""What only reading everything can tell: every image's tables, every state file's content."""
+
+from anyio import to_thread
+
+from qmpsnap.block import verify
+from qmpsnap.block.verify import Verdict
+from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
+from qmpsnap.machine import statefile
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.finding import Finding
+from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.ops import keys
+from qmpsnap.ops.context import Context
+from qmpsnap.ops.facts import Facts
+
+_CODES: dict[Verdict, str] = {"damaged": "image-damaged", "leaks": "image-leaks", "in use": "image-in-use"}
+
+
+async def look(context: Context, at: Facts) -> list[Finding]:
+    """Check each qcow2 layer of ours that no guest writes to, and read each state file."""
+    found = [finding for layer in _layers(context, at) if (finding := await _image(context, at, layer))]
+    for snapshot in at.record.snapshots:
+        state = snapshot.vmstate
+        if state and at.states[state.path] is None and (wrong := await to_thread.run_sync(_digest, state)):
+            text = f"snapshot {snapshot.name}: {wrong}"
+            name = at.record.machine.name
+            found.append(Finding(code="state-file-damaged", machine=name, text=text, file=state.path))
+    return found
+
+
+def _layers(context: Context, at: Facts) -> list[Layer]:
+    runs = context.process(at.record.machine) is not None
+    written = {chain.active.id for chain in at.record.chains} if runs else set()
+    layers = (at.record.forest.layers[identity] for identity, found in at.headers.items() if not isinstance(found, str))
+    return [layer for layer in layers if layer.owned and layer.format == "qcow2" and layer.id not in written]
+
+
+async def _image(context: Context, at: Facts, layer: Layer) -> Finding | None:
+    try:
+        async with keys.for_layer(context, at.record.machine, layer) as key:
+            verdict, said = await verify.check(layer, qemu_img=context.image.binary, key=key)
+    except (HostCannot, DeadlinePassed) as error:
+        verdict, said = "damaged", error.message
+    if verdict == "whole":
+        return None
+    return Finding(
+        code=_CODES[verdict],
+        machine=at.record.machine.name,
+        text=f"{layer.path}: {said}",
+        layer=layer.id,
+        file=layer.path,
+        repairable=verdict == "leaks",
+    )
+
+
+def _digest(state: Vmstate) -> str | None:
+    try:
+        with statefile.verified(state):
+            return None
+    except (StoreMismatch, HostCannot) as error:
+        return error.message.removesuffix("; nothing was loaded")

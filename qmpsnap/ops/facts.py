@@ -1,0 +1,310 @@
+"""What `check` goes by: all that store, files and QEMU say of one machine, gathered without changing anything."""
+
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import anyio
+import msgspec
+from anyio import to_thread
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.block import graph, header, tagtable
+from qmpsnap.block.graph import DiskGraph
+from qmpsnap.block.qcow2 import Header
+from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StoreMismatch
+from qmpsnap.machine import agent, statefile, worker
+from qmpsnap.machine import process as processes
+from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.forest import Forest
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.operation import Operation
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.ops import older
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.qmp import commands
+from qmpsnap.qmp.commands import JobInfo, NodeInfo
+from qmpsnap.qmp.session import Monitor
+from qmpsnap.store import lock
+
+AGENT_DEADLINE = 2.0
+"""Seconds the agent may take to say whether the guest is frozen; one that is not there is not asked."""
+
+LOOKS = 3
+"""Times we look at a machine that somebody changes while we do."""
+
+
+class Record(Struct, frozen=True, kw_only=True):
+    """The store's side of a machine.
+
+    Attributes:
+        forest: of all machines.
+        open: operations that have not ended.
+    """
+
+    machine: Machine
+    chains: tuple[Chain, ...]
+    snapshots: tuple[Snapshot, ...]
+    open: tuple[Operation, ...]
+    forest: Forest
+
+
+class Entry(Struct, frozen=True, kw_only=True):
+    """Something in a folder, by its own name: a link is not followed."""
+
+    path: str
+    mode: int
+    device: int
+    inode: int
+
+    @property
+    def is_open(self) -> bool:
+        """Whether others than its owner may touch it."""
+        return not stat.S_ISLNK(self.mode) and bool(stat.S_IMODE(self.mode) & 0o077)
+
+
+class Asked(Struct, frozen=True, kw_only=True):
+    """What QEMU has answered.
+
+    Attributes:
+        frozen: the agent says that the guest's file systems are; None where it was not asked or did not answer.
+        agent: a guest's agent listens.
+    """
+
+    status: str
+    nodes: tuple[NodeInfo, ...]
+    disks: Mapping[str, DiskGraph]
+    jobs: tuple[JobInfo, ...]
+    agent: bool
+    frozen: bool | None = None
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """Everything that is judged.
+
+    Attributes:
+        busy: who works on the machine now.
+        older: why the store must be an old copy.
+        described: the file that a lost store can be made again from is this machine's.
+        private: folders and files that must be this user's alone.
+        folder: what lies in the machine's folder, and unfinished files beside layers elsewhere.
+        headers: each of the machine's layers: its header, or why it cannot be read.
+        tags: of each layer that a point with a tag lies in; None where they cannot be read.
+        states: of each state file: what is wrong with it, as (code, sentence); None when nothing is.
+        asked: None when the machine is stopped, or QEMU is silent.
+        silent: why QEMU did not answer.
+        worker: a helper QEMU runs.
+    """
+
+    record: Record
+    described: bool
+    private: tuple[Entry, ...]
+    folder: tuple[Entry, ...]
+    headers: Mapping[LayerId, Header | str]
+    tags: Mapping[LayerId, frozenset[str] | None]
+    states: Mapping[str, tuple[str, str] | None]
+    missing: tuple[str, ...]
+    busy: str | None = None
+    older: str | None = None
+    asked: Asked | None = None
+    silent: str | None = None
+    worker: bool = False
+
+
+async def record(context: Context, name: str) -> Record:
+    """The store's side of a machine."""
+
+    def read() -> Record:
+        store = context.store
+        return Record(
+            machine=store.machine(name),
+            chains=store.chains(name),
+            snapshots=store.snapshots(name),
+            open=store.operations(name, only_open=True),
+            forest=store.forest(),
+        )
+
+    return await blocking(read)
+
+
+async def gather(context: Context, name: str, *, qemu: Monitor | None = None, own: bool = False) -> Facts:
+    """Look at a machine; nothing is changed, and a QEMU that hangs is waited for no longer than its monitor's deadline.
+
+    Args:
+        context: where.
+        name: the machine.
+        qemu: its monitor, where the caller holds it.
+        own: the caller holds the machine's lock.
+    """
+    before = await record(context, name)
+    for _ in range(LOOKS):
+        busy = None if own else lock.holder(context.home.run_dir(name) / "lock")
+        asked, silent = await _ask(context, before, qemu)
+        found = await to_thread.run_sync(_files, context, before)
+        busy = busy or (None if own else lock.holder(context.home.run_dir(name) / "lock"))
+        after = await record(context, name)
+        if busy or after == before:
+            break
+        before = after
+    return replace(
+        found,
+        busy=busy,
+        older=await blocking(older.sign, context, before.machine, before.chains),
+        asked=asked,
+        silent=silent,
+        worker=worker.find(before.machine, context.home.run_dir(name)) is not None,
+    )
+
+
+async def _ask(context: Context, at: Record, qemu: Monitor | None) -> tuple[Asked | None, str | None]:
+    process = context.process(at.machine)
+    if process and processes.is_stopped(process):
+        return None, f"its QEMU (process {process.pid}) is stopped by a signal or a debugger"
+    try:
+        if qemu is not None:
+            return await _answers(context, at, qemu), None
+        async with context.monitor(at.machine) as monitor:
+            return (await _answers(context, at, monitor) if monitor else None), None
+    except QmpsnapError as error:
+        return None, error.message
+
+
+async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
+    known = frozenset(layer for chain in at.chains for layer in chain.ids)
+    status = await commands.query_status(qemu)
+    listening = not at.machine.adopted and await commands.agent_listens(qemu)
+    return Asked(
+        status=status.status,
+        nodes=await commands.query_nodes(qemu),
+        disks=graph.by_disk(await graph.read(qemu), known),
+        jobs=await commands.query_jobs(qemu),
+        agent=listening,
+        frozen=await freeze_state(context, at.machine) if listening and status.running else None,
+    )
+
+
+async def freeze_state(context: Context, machine: Machine) -> bool | None:
+    """Whether the guest's file systems are frozen; None when its agent does not say within :data:`AGENT_DEADLINE`."""
+    socket = context.home.run_dir(machine.name) / AGENT_SOCKET
+    try:
+        with anyio.fail_after(2 * AGENT_DEADLINE):
+            async with agent.connect(socket, machine=machine.name, deadline=AGENT_DEADLINE) as guest:
+                answer = await guest.execute("guest-fsfreeze-status", deadline=AGENT_DEADLINE)
+    except (QmpsnapError, TimeoutError):
+        return None
+    return answer == "frozen" if answer in ("frozen", "thawed") else None
+
+
+def _files(context: Context, at: Record) -> Facts:
+    home, name = context.home, at.machine.name
+    layers = layers_of(at, str(home.machine_dir(name)))
+    folder = entries(home.machine_dir(name))
+    states = {found.vmstate.path: found.vmstate for found in at.snapshots if found.vmstate}
+    wanted = {found.variables for found in at.snapshots if found.variables}
+    if at.machine.spec.firmware == "uefi" and not at.machine.adopted:
+        wanted.add(str(home.variables(name)))
+    ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted]
+    outside = [path for path in ours if Path(path).parent != home.machine_dir(name)]
+    places = (str(home.machine_dir(name)), str(home.run_dir(name)), *ours)
+    return Facts(
+        record=at,
+        described=context.store.is_described(at.machine),
+        private=tuple(entry for path in places if (entry := _entry(path))),
+        folder=(*folder, *_parts_beside(outside)),
+        headers={layer.id: _header(layer) for layer in layers},
+        tags={layer: _tags(at.forest.layers[layer]) for layer in _tagged(at)},
+        states={path: _state(path, (state.device, state.inode, state.digest)) for path, state in states.items()},
+        missing=tuple(sorted(path for path in wanted if not Path(path).is_file())),
+    )
+
+
+def layers_of(at: Record, folder: str) -> tuple[Layer, ...]:
+    """Every layer that the machine's disks and snapshots read, and those of its folder."""
+    forest = at.forest
+    pending = [layer.id for layer in forest.layers.values() if layer.path.startswith(f"{folder}/")]
+    pending += [chain.active.id for chain in at.chains]
+    pending += [point.layer for snapshot in at.snapshots for point in snapshot.points]
+    found: dict[LayerId, Layer] = {}
+    while pending:
+        layer = forest.layers[pending.pop()]
+        if layer.id not in found:
+            found[layer.id] = layer
+            pending += [layer.backing] if layer.backing else []
+    return tuple(found.values())
+
+
+def entries(folder: Path) -> tuple[Entry, ...]:
+    """What lies in a folder, by name; nothing where there is none."""
+    try:
+        names = sorted(os.listdir(folder))  # noqa: PTH208 - as text
+    except OSError:
+        return ()
+    return tuple(entry for name in names if (entry := _entry(f"{folder}/{name}")))
+
+
+def _entry(path: str) -> Entry | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return Entry(path=path, mode=status.st_mode, device=status.st_dev, inode=status.st_ino)
+
+
+def _parts_beside(paths: list[str]) -> tuple[Entry, ...]:
+    """Unfinished files that an operation may have left beside files at chosen places."""
+    found: dict[str, Entry] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        for entry in entries(Path(folder)):
+            rest = entry.path.removeprefix(f"{folder}/{name}.")
+            if (
+                rest != entry.path
+                and rest.endswith(".part")
+                and rest.removesuffix(".part").removeprefix("qs-").isalnum()
+            ):
+                found[entry.path] = entry
+    return tuple(found.values())
+
+
+def _header(layer: Layer) -> Header | str:
+    try:
+        return header.read(layer.path, format=layer.format, block_device=True)
+    except (ImageRefused, HostCannot) as error:
+        return error.message
+
+
+def _tagged(at: Record) -> set[LayerId]:
+    return {p.layer for s in at.snapshots if s.state == "ok" for p in s.points if p.tag and p.layer in at.forest.layers}
+
+
+def _tags(layer: Layer) -> frozenset[str] | None:
+    try:
+        return tagtable.names(layer)
+    except (ImageRefused, HostCannot):
+        return None
+
+
+def _state(path: str, recorded: tuple[int, int, str]) -> tuple[str, str] | None:
+    try:
+        state, _ = statefile.find(path)
+    except HostCannot as error:
+        return "state-file-missing", error.message
+    except StoreMismatch as error:
+        return "state-file-damaged", error.message.removesuffix("; nothing was loaded")
+    if (state.device, state.inode) != recorded[:2]:
+        return "state-file-replaced", f"{path} is another file than the one recorded"
+    if state.digest != recorded[2]:
+        return (
+            "state-file-damaged",
+            f"{path} says it digests to {state.digest[:12]}..., recorded is {recorded[2][:12]}...",
+        )
+    return None
+
+
+def planned(at: Record) -> str:
+    """The text of every open plan: a path that stands in it is the operation's affair."""
+    return "\n".join(msgspec.json.encode(operation.plan).decode() for operation in at.open)

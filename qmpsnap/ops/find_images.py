@@ -1,0 +1,164 @@
+"""Every image and state file that a lost store must have known, found by our own reader alone."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from qmpsnap.block import header, tagtable
+from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
+from qmpsnap.machine import statefile
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import LayerId, layer_id
+from qmpsnap.model.spec import Format
+from qmpsnap.ops.older import LAYER_FILE
+from qmpsnap.ops.rebuild_plan import Image, State
+from qmpsnap.store.records import Records
+
+
+class Finder:
+    """Collects images by path; ``problems`` says what could not be read."""
+
+    def __init__(self, home: Home, records: Records) -> None:
+        self._home = home
+        self._records = records
+        self._found: dict[str, Image] = {}
+        self._below: dict[str, str | None] = {}
+        self._kinds: dict[str, Format | None] = {}
+        self._last = 0
+        self.problems: list[str] = []
+
+    def images(self, machines: Sequence[Machine]) -> list[Image]:
+        """The images of these machines and all that they read; what reads something that is not there is left out."""
+        for machine in machines:
+            for place in self._records.places(machine.name):
+                if place.layer:
+                    self._noted(machine, place.layer)
+            for file in self._files(machine):
+                self._in_folder(machine, file)
+        for machine in machines:
+            for disk in machine.spec.disks:
+                if (named := disk.image or disk.base) and named not in self._found:
+                    self._foreign(named, disk.format, disk.name)
+        pending = list(self._found)
+        while pending:
+            pending += self._read_below(pending.pop())
+        return self._linked()
+
+    def states(self, machine: Machine) -> list[State]:
+        """The machine's state files."""
+        noted = [place.state for place in self._records.places(machine.name) if place.state]
+        found = []
+        for path in [*(path for path in self._files(machine) if path.endswith(".vmstate")), *noted]:
+            try:
+                vmstate, manifest = statefile.find(path)
+            except (StoreMismatch, HostCannot) as error:
+                self.problems.append(error.message)
+                continue
+            if manifest.hardware.uuid == machine.uuid:
+                self._last = max(self._last, manifest.operation)
+                written = Path(path).stat().st_mtime
+                said = (manifest.operation, manifest.snapshot, manifest.created, manifest.points, written)
+                found.append(State(vmstate, *said))
+        return found
+
+    def variables(self, machine: Machine) -> dict[int, str]:
+        """Copies of the machine's UEFI variable store, by the number of the operation that made each."""
+        named = ((re.fullmatch(r".*/vars-(\d+)\.fd", path), path) for path in self._files(machine))
+        found = {int(name[1]): path for name, path in named if name}
+        self._last = max(self._last, *found, 0)
+        return found
+
+    @property
+    def last_number(self) -> int:
+        """The highest number that a layer or a state file bears."""
+        return self._last
+
+    def _files(self, machine: Machine) -> list[str]:
+        folder = self._home.machine_dir(machine.name)
+        return sorted(f"{folder}/{name}" for name in os.listdir(folder)) if folder.is_dir() else []  # noqa: PTH208
+
+    def _noted(self, machine: Machine, layer: Layer) -> None:
+        disk = layer.id.rpartition("-")[0]
+        if image := self._look(layer.path, layer.format, layer.id, owned=layer.owned):
+            # Another file may be there by now: then it is not ours to remove.
+            same = (image.layer.device, image.layer.inode) == (layer.device, layer.inode)
+            image = replace(image, layer=replace(image.layer, owned=layer.owned and same))
+            of = (machine.name, disk) if layer.owned and machine.spec.disk(disk) else None
+            self._add(replace(image, of=of))
+
+    def _in_folder(self, machine: Machine, path: str) -> None:
+        name = LAYER_FILE.fullmatch(Path(path).name)
+        if name is None or path in self._found or machine.spec.disk(name[1]) is None:
+            return
+        identity = layer_id(name[1], int(name[2]))
+        if image := self._look(path, "raw" if name[3] == "raw" else "qcow2", identity, owned=True):
+            self._add(replace(image, of=(machine.name, name[1])))
+
+    def _foreign(self, path: str, kind: Format, disk: str) -> bool:
+        image = self._look(path, kind, layer_id(disk, self._last + 1), owned=False)
+        if image:
+            self._add(image)
+        return image is not None
+
+    def _read_below(self, path: str) -> Iterator[str]:
+        below = self._below[path]
+        if below is None or below in self._found:
+            return
+        kind = self._kinds[path]
+        if kind is None:
+            self.problems.append(f"{header.printable(path)} does not say of which format its backing is")
+        elif self._foreign(below, kind, self._found[path].layer.id.rpartition("-")[0]):
+            yield below
+
+    def _look(self, path: str, kind: Format, identity: LayerId, *, owned: bool) -> Image | None:
+        try:
+            found = header.read(path, format=kind, block_device=not owned)
+            layer = Layer(
+                id=identity,
+                path=path,
+                format=kind,
+                backing=None,
+                virtual_size=found.virtual_size,
+                device=found.device,
+                inode=found.inode,
+                owned=owned,
+            )
+            tags = tagtable.names(layer) or frozenset()
+            written = os.stat(path).st_mtime  # noqa: PTH116 - a string of somebody's header
+        except (ImageRefused, HostCannot) as error:
+            self.problems.append(error.message.removesuffix("; nothing was changed"))
+            return None
+        except OSError as error:
+            self.problems.append(f"{header.printable(path)}: {error.strerror}")
+            return None
+        below = found.backing
+        self._below[path] = below and os.path.join(os.path.dirname(path), below)  # noqa: PTH118, PTH120 - as QEMU does
+        kinds: dict[str | None, Format] = {"qcow2": "qcow2", "raw": "raw"}
+        self._kinds[path] = kinds.get(found.backing_format)
+        return Image(layer, written, tags)
+
+    def _add(self, image: Image) -> None:
+        taken = {found.layer.id for path, found in self._found.items() if path != image.layer.path}
+        self._last = max(self._last, int(image.layer.id.rpartition("-")[2]))
+        if image.layer.id in taken:
+            self._last += 1
+            fresh = layer_id(image.layer.id.rpartition("-")[0], self._last)
+            image = replace(image, layer=replace(image.layer, id=fresh))
+        self._found[image.layer.path] = image
+
+    def _linked(self) -> list[Image]:
+        """The images with their backing as a layer; without those that end in nothing, or in a circle."""
+        whole: dict[str, Image] = {}
+        left = dict(self._found)
+        while ready := [path for path in left if self._below[path] is None or self._below[path] in whole]:
+            for path in ready:
+                image, below = left.pop(path), self._below[path]
+                backing = whole[below].layer.id if below else None
+                whole[path] = replace(image, layer=replace(image.layer, backing=backing))
+        self.problems += [f"{header.printable(path)} reads an image that is not there" for path in left]
+        return list(whole.values())

@@ -1,0 +1,220 @@
+"""The invariants of docs/design.md as functions: what of a machine's facts does not hold. Pure.
+
+I2, I7 and I8 are about moments and cannot be seen afterwards; the tests hold them. I9 shows as I3: a file that was
+touched is another one, or another size. I1 shows where content was recorded: in state files, and as tags.
+"""
+
+import re
+import stat
+from collections.abc import Iterator
+
+import msgspec
+
+from qmpsnap.block.graph import FILTERS
+from qmpsnap.model.blockdev import node_name
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.finding import Finding
+from qmpsnap.ops import compare
+from qmpsnap.ops.facts import Entry, Facts, planned
+
+UNSETTLED = frozenset({"postmigrate", "finish-migrate", "save-vm", "restore-vm", "inmigrate", "colo"})
+"""Run states that only an operation under way has."""
+
+FAILED = frozenset({"io-error", "internal-error", "guest-panicked"})
+
+OUR_NODE = re.compile(r"[a-z][a-z0-9]{0,15}-\d+(\.file)?\Z")
+"""A node that bears a layer's id, or the file below one."""
+
+_FLASH = frozenset({"uefi-code", "uefi-vars"})
+
+
+def judge(at: Facts) -> list[Finding]:
+    """Everything that does not hold, the worst first.
+
+    While an operation is open, what it may have left is its affair; while another controller works, all is.
+    """
+    if at.busy:
+        return [_finding(at, "machine-busy", f"it is being worked on by {at.busy}")]
+    found = [*_older(at), *_layers(at), *_snapshots(at), *_writers(at), *_private(at), *_described(at)]
+    if at.record.open:
+        return [*_operations(at), *found]
+    return [*found, *_files(at), *_qemu(at), *_worker(at)]
+
+
+def _finding(
+    at: Facts,
+    code: str,
+    text: str,
+    *,
+    disk: str | None = None,
+    layer: Layer | None = None,
+    file: str | None = None,
+    repairable: bool = False,
+) -> Finding:
+    return Finding(
+        code=code,
+        machine=at.record.machine.name,
+        text=text,
+        disk=disk,
+        layer=layer.id if layer else None,
+        file=file or (layer.path if layer else None),
+        repairable=repairable,
+    )
+
+
+def _older(at: Facts) -> Iterator[Finding]:
+    if at.older:
+        yield _finding(at, "store-older", at.older)
+
+
+def _operations(at: Facts) -> Iterator[Finding]:
+    for operation in at.record.open:
+        text = f"operation {operation.id} ({operation.verb}) got as far as '{operation.step}'"
+        yield _finding(at, "operation-open", text, repairable=True)
+
+
+def _layers(at: Facts) -> Iterator[Finding]:
+    """I3: every layer exists, is the recorded file, of the recorded size, and its header names the recorded backing."""
+    layers = at.record.forest.layers
+    for identity, found in at.headers.items():
+        layer = layers[identity]
+        if isinstance(found, str):
+            yield _finding(at, "layer-missing", found.removesuffix("; nothing was changed"), layer=layer)
+            continue
+        if (found.device, found.inode) != (layer.device, layer.inode):
+            yield _finding(at, "layer-replaced", f"{layer.path} is another file than the one recorded", layer=layer)
+        for text in compare.backing_problems(layer, layers[layer.backing] if layer.backing else None, found):
+            yield _finding(at, "backing-differs", text, layer=layer)
+        for text in compare.size_problems(layer, found):
+            yield _finding(at, "size-differs", text, layer=layer)
+        if found.corrupt:
+            yield _finding(at, "image-corrupt", f"{layer.path} is marked corrupt", layer=layer)
+
+
+def _snapshots(at: Facts) -> Iterator[Finding]:
+    """I1, as far as it can be told without reading all: tags, state files and variable stores are there."""
+    for snapshot in at.record.snapshots:
+        for point in snapshot.points if snapshot.state == "ok" else ():
+            if point.tag and point.tag not in (at.tags.get(point.layer) or ()):
+                layer = at.record.forest.layers[point.layer]
+                text = f"{layer.path} has no tag {point.tag}, where snapshot {snapshot.name} has disk {point.disk}"
+                yield _finding(at, "tag-missing", text, disk=point.disk, layer=layer)
+        if snapshot.vmstate and (problem := at.states[snapshot.vmstate.path]):
+            code, text = problem
+            yield _finding(at, code, f"snapshot {snapshot.name}: {text}", file=snapshot.vmstate.path)
+    for path in at.missing:
+        yield _finding(at, "variables-missing", f"there is no {path}", file=path)
+
+
+def _writers(at: Facts) -> Iterator[Finding]:
+    """I4, by the record: a layer that a guest writes to has no other reader."""
+    forest = at.record.forest
+    read_only = {disk.name for disk in at.record.machine.spec.disks if disk.read_only}
+    for chain in at.record.chains:
+        layer = chain.active
+        others = [f"layer {above.id}" for above in forest.children(layer.id)]
+        others += [f"snapshot {r.snapshot} of {r.machine}" for r in forest.references_to(layer.id) if not r.tag]
+        me = (at.record.machine.name, chain.disk)
+        others += [f"disk {w.disk} of {w.machine}" for w in forest.writers_of(layer.id) if (w.machine, w.disk) != me]
+        if others and chain.disk not in read_only:
+            text = f"{layer.path} is written to by disk {chain.disk} and read by {', '.join(others)}"
+            yield _finding(at, "writable-shared", text, disk=chain.disk, layer=layer)
+
+
+def _private(at: Facts) -> Iterator[Finding]:
+    for entry in at.private:
+        if entry.is_open:
+            text = f"{entry.path} has mode {stat.S_IMODE(entry.mode):04o}"
+            yield _finding(at, "mode-open", text, file=entry.path, repairable=True)
+
+
+def _described(at: Facts) -> Iterator[Finding]:
+    if not at.described:
+        yield _finding(at, "record-missing", "a lost store could not be made again with it", repairable=True)
+
+
+def known_files(at: Facts) -> frozenset[str]:
+    """Every path in the machine's folder that has its place in the record."""
+    record = at.record
+    states = (snapshot.vmstate.path for snapshot in record.snapshots if snapshot.vmstate)
+    copies = (snapshot.variables for snapshot in record.snapshots if snapshot.variables)
+    layers = (layer.path for layer in record.forest.layers.values())
+    return frozenset({*states, *copies, *layers})
+
+
+def _files(at: Facts) -> Iterator[Finding]:
+    """I3 and I6: every file in the machine's folder has its place in the record, and none is unfinished."""
+    known = known_files(at)
+    named = {found.backing for found in at.headers.values() if not isinstance(found, str)}
+    variables = at.record.machine.spec.firmware == "uefi"
+    plans = planned(at.record)
+    for entry in at.folder:
+        if entry.path in known or (variables and entry.path.endswith("/vars.fd")):
+            continue
+        if msgspec.json.encode(entry.path).decode() in plans:
+            continue
+        # What an image still reads, or what a newer store knew, is left where it is.
+        movable = not at.older and not at.silent and entry.path not in named and not _open_in_qemu(at, entry)
+        if entry.path.endswith(".part"):
+            yield _finding(at, "part-left", f"{entry.path} is unfinished", file=entry.path, repairable=movable)
+        else:
+            text = f"{entry.path} is not in the store"
+            yield _finding(at, "unreferenced-file", text, file=entry.path, repairable=movable)
+
+
+def _open_in_qemu(at: Facts, entry: Entry) -> bool:
+    return at.asked is not None and any(node.file == entry.path for node in at.asked.nodes)
+
+
+def _qemu(at: Facts) -> Iterator[Finding]:
+    """I4, I5, I6 and I10 in the QEMU that runs: its graph, what it has open, its jobs, its guest."""
+    asked = at.asked
+    if asked is None:
+        if at.silent:
+            yield _finding(at, "monitor-silent", at.silent.removesuffix("; nothing was changed"))
+        return
+    for chain in at.record.chains:
+        disk = asked.disks.get(chain.disk)
+        if disk is None or disk.nodes != chain.ids:
+            seen = " <- ".join(disk.nodes) if disk and disk.nodes else "unknown to the store"
+            text = f"disk {chain.disk}: QEMU's chain is {seen}, the store's {' <- '.join(chain.ids)}"
+            yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
+        elif strangers := [node for node in asked.nodes if node.node_name in disk.above and node.drv not in FILTERS]:
+            text = f"disk {chain.disk}: the guest writes to {strangers[0].file}, which somebody else put there"
+            yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
+    yield from _nodes(at)
+    for job in asked.jobs:
+        ours = job.id.startswith("qs.") and job.status == "concluded"
+        yield _finding(at, "job-left", f"job {job.id} ({job.type}) is {job.status}", repairable=ours)
+    if asked.frozen:
+        yield _finding(at, "guest-frozen", "the guest's agent says that its file systems are frozen", repairable=True)
+    if asked.status in UNSETTLED | FAILED:
+        yield _finding(at, "guest-held", f"QEMU's run state is {asked.status}")
+
+
+def _nodes(at: Facts) -> Iterator[Finding]:
+    asked, machine = at.asked, at.record.machine
+    assert asked is not None
+    layers = {node_name(layer): layer for chain in at.record.chains for layer in chain.layers}
+    read_only = {disk.name for disk in machine.spec.disks if disk.read_only}
+    active = {node_name(chain.active) for chain in at.record.chains if chain.disk not in read_only}
+    filters = {name for disk in asked.disks.values() for name in disk.above}
+    for node in asked.nodes:
+        name = node.node_name
+        layer = layers.get(name.removesuffix(".file"))  # type: ignore[call-overload]
+        if layer is not None:
+            # The file below a layer that a guest writes to is written to as well.
+            if not node.ro and name.removesuffix(".file") not in active:
+                yield _finding(at, "writable-frozen", f"QEMU has {layer.path} open for writing", layer=layer)
+            continue
+        ours = OUR_NODE.match(name) is not None
+        # In a QEMU that somebody else launched, only what bears a name of ours can be judged.
+        if name in _FLASH or name in filters or (machine.adopted and not ours):
+            continue
+        if not name.endswith(".file") or not ours:
+            yield _finding(at, "node-left", f"QEMU has node {name} ({node.file}) open", file=node.file, repairable=ours)
+
+
+def _worker(at: Facts) -> Iterator[Finding]:
+    if at.worker:
+        yield _finding(at, "worker-left", "a QEMU without a guest still has the machine's images open", repairable=True)

@@ -1,0 +1,226 @@
+"""How a machine's memory can be saved now, and why not in a better way: found out before anything is done."""
+
+import math
+import os
+from pathlib import Path
+
+from anyio import to_thread
+from msgspec import Struct
+
+from qmpsnap.errors import HostCannot, QmpError, StateError, UsageError
+from qmpsnap.machine import statefile
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
+from qmpsnap.ops import asked, keys
+from qmpsnap.ops.context import Context, require_spec
+from qmpsnap.ops.loading import hardware_now
+from qmpsnap.qmp import commands, migration
+from qmpsnap.qmp.commands import RunStatus
+from qmpsnap.qmp.session import Monitor
+
+CANCELLABLE_SINCE = (10, 0)
+"""An earlier QEMU hangs for ever when a background save is cancelled or fails: its threads wait for pages that nobody
+releases any more. And it lets the guest run by itself once writes are tracked, also one that was paused."""
+MAPPED_RAM_SINCE = (9, 1)
+"""The first QEMU with mapped-ram, multifd to a file and direct-io."""
+
+BACKGROUND_MS, BACKGROUND_MS_PER_GIB = 5.0, 20.0
+"""What a background save holds the guest for, by mapped memory; printed by ``scripts/bench pause``."""
+STOPPED_MS_PER_GIB = 1000.0
+"""What a stopped save holds the guest for, by resident memory, on a disk that is not slow."""
+
+RESERVE_MORE = 32 << 20
+"""Bytes a state may have above QEMU's resident memory: devices, page headers, what the guest touches meanwhile."""
+
+_TABLE_ENTRY = 8
+"""Bytes of a page table for each page."""
+_PER_HEADER = 256
+"""Bytes of memory for each byte of page headers, at least: 16 and less for 4096."""
+
+
+class MemoryRequest(Struct, frozen=True, kw_only=True):
+    """What a user asks for.
+
+    Attributes:
+        file: the state file's path; None lets it lie with the machine's images.
+        max_pause_ms: refuse, rather than hold the guest longer than this.
+        degrade: should only the memory fail, keep the disks' snapshot.
+        quit: QEMU ends afterwards (``save``): the guest need not run meanwhile.
+    """
+
+    file: str | None = None
+    compression: Compression = "none"
+    max_pause_ms: float | None = None
+    degrade: bool = False
+    quit: bool = False
+
+
+class Means(Struct, frozen=True, kw_only=True):
+    """How this machine's memory can be saved now; fields as in :class:`Memory`."""
+
+    mode: SaveMode
+    layout: Layout
+    why: str
+    hardware: Hardware
+    resume: bool
+    cancellable: bool
+    reserve: int
+
+
+async def choose(context: Context, machine: Machine, qemu: Monitor | None, request: MemoryRequest) -> Means:
+    """The best way there is, found by asking QEMU.
+
+    Raises:
+        StateError: this machine's memory cannot be saved at all, or not within the pause asked for.
+        UsageError: a pause that is none.
+        HostCannot: no space, or nothing to compress with.
+    """
+    asked.require_time(request.max_pause_ms, "the longest pause")
+    process = context.process(machine)
+    if qemu is None or process is None:
+        raise StateError(
+            f"machine {machine.name} is stopped and has no memory to save; nothing was changed",
+            hint=f"qmpsnap snapshot create {machine.name} takes its disks",
+            machine=machine.name,
+        )
+    require_spec(machine, "load its memory again")
+    keys.require_plain(
+        machine,
+        "the guest's memory, with what it read from there and the key itself, would lie in a file in the clear",
+        f"qmpsnap snapshot create {machine.name} takes its disks",
+    )
+    if request.file and os.path.lexists(request.file):
+        raise StateError(
+            f"{request.file} exists already; nothing was changed",
+            hint="move it away or choose another name",
+            machine=machine.name,
+        )
+    if request.max_pause_ms is not None and not 0 < request.max_pause_ms < math.inf:
+        raise UsageError(
+            f"a guest cannot be held for {request.max_pause_ms:g} ms at most; nothing was changed",
+            hint="--max-pause takes milliseconds, more than 0",
+            machine=machine.name,
+        )
+    last = await migration.query(qemu)
+    if last.status not in migration.IDLE:
+        raise StateError(
+            f"somebody else migrates machine {machine.name} (it is {last.status}); nothing was changed",
+            hint="wait for the end of that",
+            machine=machine.name,
+        )
+    require_saveable(machine, last, hint=f"qmpsnap snapshot create {machine.name} takes its disks")
+    if request.compression != "none":
+        statefile.require_zstd()
+    version = version_of(await commands.query_version(qemu))
+    status = await commands.query_status(qemu)
+    running = status.running
+    why = await _why_not_behind_it(machine, qemu, request, status=status, version=version)
+    if why and not running and not request.quit:
+        raise StateError(
+            f"machine {machine.name} is {status.status}, and its memory can only be saved in a way that QEMU does not"
+            f" come back from to a paused guest ({why}); nothing was changed",
+            hint=f"qmpsnap save {machine.name} saves it and ends QEMU; or let it run first",
+            machine=machine.name,
+        )
+    resident = resident_bytes(process.pid)
+    if request.max_pause_ms is not None and running and not request.quit:
+        _require_short(machine, why, resident if why else _mapped(process.pid), request.max_pause_ms)
+    folder = Path(request.file).parent if request.file else context.home.machine_dir(machine.name)
+    cancellable = bool(why) or version >= CANCELLABLE_SINCE
+    expected = resident + RESERVE_MORE
+    # Where running out of space hangs QEMU for ever there must be room for whatever the guest touches meanwhile.
+    ram = machine.spec.memory
+    reserve = expected if cancellable else max(expected, ram + ram // _PER_HEADER + RESERVE_MORE)
+    packed = 0 if request.compression == "none" else expected  # made while the other is still there
+    await to_thread.run_sync(_require_space, folder, reserve + packed)
+    mapped = bool(why) and request.compression == "none" and version >= MAPPED_RAM_SINCE
+    return Means(
+        mode="stopped" if why else "background",
+        layout="mapped-ram" if mapped else "stream",
+        why=why,
+        hardware=await hardware_now(context, machine, qemu),
+        resume=running,
+        cancellable=cancellable,
+        reserve=reserve,
+    )
+
+
+def require_saveable(machine: Machine, found: migration.Migration, *, hint: str) -> None:
+    """Make sure that no device stands in the way of saving memory, in a file or inside an image.
+
+    Raises:
+        StateError: one does; the message names what QEMU names.
+    """
+    if found.blocked_reasons:
+        raise StateError(
+            f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(found.blocked_reasons)};"
+            " nothing was changed",
+            hint=hint,
+            machine=machine.name,
+        )
+
+
+async def _why_not_behind_it(
+    machine: Machine, qemu: Monitor, request: MemoryRequest, *, status: RunStatus, version: tuple[int, ...]
+) -> str:
+    """Why the guest has to stand still for it; empty when it has not."""
+    # After a save while it stands still QEMU has given the disks away: a paused guest gets them back only by running.
+    if request.quit and (status.running or version < CANCELLABLE_SINCE):
+        return "the machine ends afterwards"
+    if not status.running and status.status != "paused" and version >= CANCELLABLE_SINCE:
+        return f"behind it QEMU only saves a guest that runs or is paused, not one that is {status.status}"  # it aborts
+    try:
+        await migration.set_capabilities(qemu, {"background-snapshot": True})
+        await migration.set_capabilities(qemu, {"background-snapshot": False})
+    except QmpError as error:
+        return error.message
+    if not status.running and version < CANCELLABLE_SINCE:
+        raise StateError(
+            f"machine {machine.name} is {status.status}, and QEMU {'.'.join(map(str, version))} would let it run;"
+            " nothing was changed",
+            hint=f"qmpsnap save {machine.name} saves it and ends QEMU; or let it run first",
+            machine=machine.name,
+        )
+    return ""
+
+
+def _require_short(machine: Machine, why: str, used: int, limit_ms: float) -> None:
+    gib = used / (1 << 30)
+    expected = STOPPED_MS_PER_GIB * gib if why else BACKGROUND_MS + BACKGROUND_MS_PER_GIB * gib
+    if expected > limit_ms:
+        mode = f"has to stand still ({why})" if why else "is held while writes become tracked"
+        raise StateError(
+            f"the guest of machine {machine.name} {mode}: about {expected:.0f} ms for {gib:.2f} GiB of memory,"
+            f" and {limit_ms:g} ms were allowed; nothing was changed",
+            hint="allow more with --max-pause, or take the disks alone" + ("; see qmpsnap doctor" if why else ""),
+            machine=machine.name,
+        )
+
+
+def _require_space(folder: Path, wanted: int) -> None:
+    try:
+        found = os.statvfs(folder)
+    except OSError as error:
+        raise HostCannot(f"{folder}: {error.strerror}; nothing was changed") from error
+    free = found.f_bavail * found.f_frsize
+    if free < wanted:
+        raise HostCannot(
+            f"the memory may need {wanted >> 20} MiB in {folder}, and {free >> 20} MiB are free; nothing was changed",
+            hint="free some space, or name a file elsewhere",
+        )
+
+
+def resident_bytes(pid: int) -> int:
+    """Bytes of a process that are in memory: what of the guest's RAM was ever touched, and QEMU itself."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _mapped(pid: int) -> int:
+    """Bytes of a process that have page tables: those in memory, and what was only ever read.
+
+    A background save reads all of the guest's RAM: from the second one on the tables of all of it have to be changed.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    tables = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmPTE:"))
+    return tables // _TABLE_ENTRY * os.sysconf("SC_PAGE_SIZE")

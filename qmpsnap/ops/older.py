@@ -1,0 +1,100 @@
+"""Noticing that the store is an old copy, before anything is started or written by its record.
+
+Every layer's number is above those of the layers it was made on. So what an old store does not know about bears a
+higher number than the layer it believes to be active, and reads a layer that the store knows. Only such files are
+looked at: mostly none, and then this costs one look at the folder.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from qmpsnap.block import header
+from qmpsnap.block.header import printable
+from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.machine import Machine
+from qmpsnap.ops.context import Context, blocking
+
+LAYER_FILE = re.compile(r"([a-z][a-z0-9]{0,15})-(\d+)\.(qcow2|raw)")
+"""The name of a layer's file in its machine's folder."""
+
+_OTHERS = re.compile(r"vars(-\d+)?\.fd|.*\.vmstate|.*\.part")
+
+
+async def require_current(context: Context, machine: Machine) -> None:
+    """Refuse to work with a store that is older than the disks.
+
+    Raises:
+        StoreMismatch: it is; nothing was changed.
+    """
+    chains = await blocking(context.store.chains, machine.name)
+    found = await blocking(sign, context, machine, chains)
+    if found:
+        raise StoreMismatch(
+            f"the store is an old copy for machine {machine.name}: {found}; nothing was changed",
+            hint=f"put the newer store back, or qmpsnap check --rebuild --set-aside makes one from the images;"
+            f" qmpsnap check {machine.name} tells more",
+            machine=machine.name,
+        )
+
+
+def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | None:
+    """Why the store must be an old copy; None when nothing says so."""
+    active = {chain.active.path for chain in chains}
+    newest = {chain.disk: _number(chain.active.id) for chain in chains}
+    unknown = [path for path in _candidates(context, machine.name, newest) if context.store.layer_at(path) is None]
+    if not unknown:
+        return None
+    pending = context.store.operations(machine.name, only_open=True)
+    plans = "\n".join(msgspec.json.encode(operation.plan).decode() for operation in pending)
+    settled = context.store.places(machine.name)
+    for path in unknown:
+        if msgspec.json.encode(path).decode() in plans:  # an interrupted operation's own
+            continue
+        name, number = printable(path), _serial(path)
+        if number is not None and number >= context.store.next_serial():
+            return f"{name} has a number that the store has not given yet"
+        if (backing := _backing(path)) is not None:
+            below = context.store.layer_at(backing)
+            # What reads a layer that we write to is in danger. What else reads one of ours may be a copy that was
+            # made for somebody, unless its name or our notes say that it was a layer.
+            layer = number is not None or path in settled
+            if backing in active or (layer and below and below.owned):
+                return f"{name} reads {printable(backing)}, and the store does not know it"
+    return None
+
+
+def _candidates(context: Context, machine: str, newest: Mapping[str, int]) -> Iterator[str]:
+    folder = context.home.machine_dir(machine)
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - as text
+    except OSError:
+        names = []
+    for name in names:
+        layer = LAYER_FILE.fullmatch(name)
+        if layer is None:
+            if not _OTHERS.fullmatch(name):
+                yield f"{folder}/{name}"
+        elif int(layer[2]) > newest.get(layer[1], 0):
+            yield f"{folder}/{name}"
+    yield from context.store.places(machine)
+
+
+def _backing(path: str) -> str | None:
+    try:
+        return header.read(path).backing
+    except (ImageRefused, HostCannot):
+        return None
+
+
+def _serial(path: str) -> int | None:
+    found = LAYER_FILE.fullmatch(Path(path).name)
+    return int(found[2]) if found else None
+
+
+def _number(layer: str) -> int:
+    return int(layer.rpartition("-")[2])

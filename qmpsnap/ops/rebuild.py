@@ -1,0 +1,187 @@
+"""``check --rebuild``: a lost or damaged store is made again from what lies on the disks; it is kept aside itself."""
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from anyio import to_thread
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.block import graph
+from qmpsnap.errors import HostCannot, StateError
+from qmpsnap.machine import process as processes
+from qmpsnap.machine.machine import monitor, prepare_run_dir
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.operation import DefinePlan
+from qmpsnap.ops.context import this_host
+from qmpsnap.ops.find_images import Finder
+from qmpsnap.ops.rebuild_plan import Image, Rebuilt, plan
+from qmpsnap.qmp import commands
+from qmpsnap.store import condition
+from qmpsnap.store.lock import machine_lock
+from qmpsnap.store.records import FOLDER, Records
+from qmpsnap.store.sqlite import SqliteStore
+
+_FILES = ("", "-wal", "-shm")
+
+
+class Made(Struct, frozen=True):
+    """A machine that the new store has; ``notes`` is what could not be made again."""
+
+    name: str
+    snapshots: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Rebuild(Struct, frozen=True):
+    """The new store's machines, those left out and why, and where the old store is kept."""
+
+    machines: tuple[Made, ...]
+    left_out: tuple[tuple[str, str], ...]
+    aside: str | None
+
+
+class _Found(Struct, frozen=True):
+    """A machine with the QEMU that runs it, and what that writes to."""
+
+    machine: Machine
+    process: Process | None = None
+    active: Mapping[str, LayerId] | None = None
+
+
+async def run(home: Home, *, set_aside: bool) -> Rebuild:
+    """Make the store again; no image is written to, and what there is of a store is renamed.
+
+    Args:
+        home: where.
+        set_aside: also when the store is whole: an old copy, for example.
+
+    Raises:
+        StateError: the store is whole, or there is nothing to make one from.
+        LockHeld: a controller works on a machine.
+        StoreTooNew: a newer qmpsnap wrote the store.
+        QemuGone: the QEMU of a machine runs and does not say what it writes to.
+        DeadlinePassed: likewise.
+    """
+    found = await to_thread.run_sync(lambda: condition.look(home.store, machines=home.machines))
+    if found == "whole" and not set_aside:
+        raise StateError(
+            f"the store {home.store} is whole; nothing was changed",
+            hint="should it be an old copy, --set-aside makes another in its place and keeps it",
+        )
+    records = Records(home.data / FOLDER)
+    machines = records.machines()
+    if not machines:
+        raise StateError(
+            f"{home.data / FOLDER} describes no machine, so there is nothing to make a store from; nothing was changed",
+            hint="qmpsnap define with 'image:' takes images over as they are",
+        )
+    with contextlib.ExitStack() as stack:
+        for machine in machines:
+            prepare_run_dir(home.run_dir(machine.name))
+            lock = home.run_dir(machine.name) / "lock"
+            stack.enter_context(machine_lock(lock, machine=machine.name, verb="check --rebuild"))
+        finder = Finder(home, records)
+        images = await to_thread.run_sync(finder.images, machines)
+        asked = [await _ask(home, machine) for machine in machines if machine.adopted is None]
+        return await to_thread.run_sync(_make, home, finder, machines, asked, images)
+
+
+async def _ask(home: Home, machine: Machine) -> _Found:
+    """What the machine's QEMU writes to, if one runs."""
+    process = processes.find(machine, home.run_dir(machine.name)) if machine.host == this_host() else None
+    if process is None:
+        return _Found(machine)
+    async with monitor(machine, home.run_dir(machine.name)) as qemu:
+        nodes = {node.node_name for node in await commands.query_nodes(qemu)}
+        disks = graph.by_disk(await graph.read(qemu), frozenset(nodes))
+        version = await commands.query_version(qemu)
+    names = {disk.name for disk in machine.spec.disks}
+    active = {disk: LayerId(at.nodes[-1]) for disk, at in disks.items() if disk in names and at.nodes}
+    return _Found(machine, replace(process, qemu_version=version), active)
+
+
+def _make(
+    home: Home, finder: Finder, machines: Sequence[Machine], found: Sequence[_Found], images: Sequence[Image]
+) -> Rebuild:
+    left_out = [(m.name, "it was adopted: qmpsnap adopt takes it over again") for m in machines if m.adopted]
+    planned: list[tuple[_Found, Rebuilt]] = []
+    for at in found:
+        copies = finder.variables(at.machine)
+        rebuilt = plan(at.machine, images, finder.states(at.machine), at.active, variables=copies)
+        if rebuilt.missing:
+            left_out.append((at.machine.name, f"no image of disk {', '.join(rebuilt.missing)} was found"))
+        else:
+            planned.append((at, rebuilt))
+    fresh = home.store.with_name(f"{home.store.name}.{os.getpid()}.part")
+    try:
+        _unlink(fresh)
+        with SqliteStore(fresh, machines=home.machines) as store:
+            serials = max(1, finder.last_number)
+            for at, rebuilt in planned:
+                _record(store, at, rebuilt, serials=serials)
+                serials = 1
+        aside = _swap(home, fresh)
+    finally:
+        _unlink(fresh)
+    made = [
+        Made(at.machine.name, tuple(snapshot.name for snapshot in rebuilt.change.snapshots), _notes(rebuilt))
+        for at, rebuilt in planned
+    ]
+    left_out += [("(images)", problem) for problem in finder.problems]
+    return Rebuild(tuple(made), tuple(left_out), aside)
+
+
+def _notes(rebuilt: Rebuilt) -> tuple[str, ...]:
+    guesses = (
+        f"disk {disk}: several images could be the active one; taken is {layer}, the newest: look before you start it"
+        for disk, layer in rebuilt.guessed.items()
+    )
+    states = (f"{state.vmstate.path}: which layers it belongs to cannot be told" for state in rebuilt.unused)
+    return (*guesses, *states)
+
+
+def _record(store: SqliteStore, at: _Found, rebuilt: Rebuilt, *, serials: int) -> None:
+    name = at.machine.name
+    change = replace(rebuilt.change, define=replace(at.machine, process=None, current=None))
+
+    def make(_: OperationId) -> DefinePlan:
+        return DefinePlan(machine=name, images=(), overlays=(), change=change)
+
+    # Layers that two machines read are put twice, the same both times.
+    operation = store.open_operation(name, make, serials=serials)
+    store.settle(operation.id, name, change)
+    store.set_process(name, at.process)
+
+
+def _swap(home: Home, fresh: Path) -> str | None:
+    """The new file in the store's place, what was there beside it; a crash between leaves no store, never half of one.
+
+    Raises:
+        HostCannot: no right.
+    """
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    aside = home.store.with_name(f"{home.store.name}.aside-{stamp}-{os.getpid()}")
+    try:
+        for suffix in _FILES:
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{home.store}{suffix}").rename(f"{aside}{suffix}")
+        fresh.rename(home.store)
+        folder = os.open(home.data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise HostCannot(f"{home.store} cannot be replaced: {error.strerror}", effect="unknown") from error
+    return str(aside) if aside.exists() else None
+
+
+def _unlink(path: Path) -> None:
+    for suffix in _FILES:
+        Path(f"{path}{suffix}").unlink(missing_ok=True)

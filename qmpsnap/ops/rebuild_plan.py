@@ -1,0 +1,246 @@
+"""What a lost store must have said, by what lies on the disks. Pure.
+
+A layer's number tells its age: an overlay that operation N made is ``DISK-N``, and what it was laid on is where that
+disk stood then. So the overlays of one number are one moment of the machine, the names of the moments aside.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from msgspec import Struct
+
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.operation import Change
+from qmpsnap.model.snapshot import Point, Snapshot, SnapshotKind
+from qmpsnap.model.vmstate import Vmstate
+
+_TAG = re.compile(r"qs-(\d+)-")
+"""What our own tags begin with: the number of the operation that made them."""
+
+TEXT = "found on disk when the store was made again"
+
+
+class Image(Struct, frozen=True):
+    """An image that was found.
+
+    Attributes:
+        layer: what it is recorded as.
+        written: when it was last written to, seconds since the epoch.
+        tags: inside it.
+        of: the machine and disk it was made for; None for what is only read.
+    """
+
+    layer: Layer
+    written: float
+    tags: frozenset[str] = frozenset()
+    of: tuple[str, str] | None = None
+
+
+class State(Struct, frozen=True):
+    """A state file that was found, and what its manifest says; ``written``: when it was last written to."""
+
+    vmstate: Vmstate
+    operation: OperationId
+    snapshot: str
+    created: float
+    points: Mapping[str, LayerId]
+    written: float
+
+
+class _Moment(Struct, frozen=True):
+    """A time at which disks stood at these layers; ``order`` sorts by age."""
+
+    order: tuple[int, int]
+    points: tuple[Point, ...]
+    kind: SnapshotKind = "disk"
+    state: State | None = None
+
+
+class Rebuilt(Struct, frozen=True):
+    """What a machine's row, layers and snapshots are.
+
+    Attributes:
+        missing: the disks that have no image.
+        unused: state files that cannot be given their snapshot.
+        guessed: disk to its active layer, where others could have been that.
+    """
+
+    change: Change
+    missing: tuple[str, ...]
+    unused: tuple[State, ...]
+    guessed: dict[str, LayerId]
+
+
+def plan(
+    machine: Machine,
+    images: Sequence[Image],
+    states: Sequence[State],
+    running: Mapping[str, LayerId] | None,
+    *,
+    variables: Mapping[int, str],
+) -> Rebuilt:
+    """The machine as it must have been recorded.
+
+    Args:
+        machine: as it was written down.
+        images: all that were found, of all machines.
+        states: the machine's.
+        running: disk to active layer, as the QEMU that runs says; None when it is stopped.
+        variables: operation to the copy of the UEFI variable store that it made.
+    """
+    layers = {image.layer.id: image for image in images}
+    read = {image.layer.backing for image in images}
+    active: dict[str, LayerId] = {}
+    guessed: dict[str, LayerId] = {}
+    leaves: list[tuple[str, Layer]] = []
+    for disk in machine.spec.disks:
+        tops = [image.layer for image in images if image.of == (machine.name, disk.name) and image.layer.id not in read]
+        if disk.image and not any(_reads(top.id, layers, disk.image) for top in tops):
+            tops += [image.layer for image in images if image.layer.path == disk.image and image.layer.id not in read]
+        top = (running or {}).get(disk.name) or max((layer.id for layer in tops), key=_number, default=None)
+        if top is None or top not in layers:
+            continue
+        active[disk.name] = top
+        if disk.name not in (running or {}) and len(tops) > 1:
+            guessed[disk.name] = top
+        leaves += [(disk.name, layer) for layer in tops if layer.id != top]
+    moments = _moments(machine, images, states, leaves)
+    snapshots = tuple(_snapshots(moments, layers, variables))
+    used = {moment.state.operation for moment in moments if moment.state}
+    names = {point.layer: snapshot.name for snapshot in reversed(snapshots) for point in snapshot.points}
+    current = next((found for top in active.values() if (found := _below(top, layers, names))), None)
+    needed: dict[LayerId, Layer] = {}
+    for top in [*active.values(), *names]:
+        needed |= {layer.id: layer for layer in _chain(top, layers)}
+    return Rebuilt(
+        Change(
+            define=machine,
+            layers=tuple(sorted(needed.values(), key=lambda layer: _number(layer.id))),
+            active=active,
+            snapshots=snapshots,
+            current=current,
+        ),
+        tuple(disk.name for disk in machine.spec.disks if disk.name not in active),
+        tuple(state for state in states if state.operation not in used),
+        guessed,
+    )
+
+
+def _moments(
+    machine: Machine, images: Sequence[Image], states: Sequence[State], leaves: Sequence[tuple[str, Layer]]
+) -> list[_Moment]:
+    """Every moment that something of the machine's still holds, oldest first; each layer stands for one."""
+    bases = {disk.base for disk in machine.spec.disks}
+    layers = {image.layer.id: image.layer for image in images}
+    by_number: dict[int, list[Point]] = {}
+    for image in images:
+        if image.of is None or image.of[0] != machine.name or image.layer.backing is None or not image.layer.owned:
+            continue
+        if layers[image.layer.backing].path not in bases:
+            point = Point(disk=image.of[1], layer=image.layer.backing)
+            by_number.setdefault(_number(image.layer.id), []).append(point)
+    full = [
+        _Moment((state.operation, 0), points, "full", state)
+        for state in states
+        if (points := tuple(by_number.get(state.operation, ())) or _untouched(state, images))
+    ]
+    found = [_Moment((number, 0), tuple(points)) for number, points in by_number.items()]
+    left: dict[int, list[Point]] = {}
+    for disk, layer in leaves:
+        left.setdefault(_number(layer.id), []).append(Point(disk=disk, layer=layer.id))
+    found += [_Moment((number, 1), tuple(points)) for number, points in left.items()]
+    found += _inside(machine, images)
+    seen = {point for moment in full for point in moment.points}
+    kept = list(full)
+    for moment in sorted(found, key=_age):
+        if not set(moment.points) <= seen:
+            kept.append(moment)
+        seen |= set(moment.points)
+    return sorted(kept, key=_age)
+
+
+def _age(moment: _Moment) -> tuple[int, int]:
+    return moment.order
+
+
+def _untouched(state: State, images: Sequence[Image]) -> tuple[Point, ...]:
+    """The layers that the manifest names, if all are there and none was written to since.
+
+    Memory that goes on with other disks than its own destroys them, so where that is not certain it is left out.
+    """
+    written = {image.layer.id: image.written for image in images if image.of}
+    if all(layer in written and written[layer] <= state.written for layer in state.points.values()):
+        return tuple(Point(disk=disk, layer=layer) for disk, layer in state.points.items())
+    return ()
+
+
+def _inside(machine: Machine, images: Sequence[Image]) -> list[_Moment]:
+    tags: dict[str, list[Point]] = {}
+    for image in images:
+        if image.of and image.of[0] == machine.name and image.layer.owned:
+            for tag in image.tags:
+                tags.setdefault(tag, []).append(Point(disk=image.of[1], layer=image.layer.id, tag=tag))
+    found = []
+    for tag, points in sorted(tags.items()):
+        ours = _TAG.match(tag)
+        number = int(ours[1]) if ours else max(_number(point.layer) for point in points)
+        found.append(_Moment((number, 2), tuple(points), "internal"))
+    return found
+
+
+def _snapshots(
+    moments: Sequence[_Moment], images: Mapping[LayerId, Image], variables: Mapping[int, str]
+) -> Iterator[Snapshot]:
+    taken = {moment.state.snapshot for moment in moments if moment.state}
+    numbers = (f"found-{number}" for number in range(1, len(moments) + len(taken) + 1))
+    free = (name for name in numbers if name not in taken)
+    names: dict[LayerId, str] = {}
+    used: set[str] = set()
+    for moment in moments:
+        name = moment.state.snapshot if moment.state else next(free)
+        if name in used:
+            name = next(free)
+        used.add(name)
+        parent = next((found for p in moment.points if (found := _parent(p, images, names))), None)
+        yield Snapshot(
+            name=name,
+            kind=moment.kind,
+            state="ok",
+            parent=parent,
+            created=moment.state.created if moment.state else max(images[p.layer].written for p in moment.points),
+            description=TEXT,
+            mode="unknown",
+            points=moment.points,
+            operation=OperationId(moment.order[0]),
+            vmstate=moment.state.vmstate if moment.state else None,
+            variables=variables.get(moment.order[0]) if moment.kind == "internal" else None,
+        )
+        for point in moment.points:
+            names.setdefault(point.layer, name)
+
+
+def _parent(point: Point, images: Mapping[LayerId, Image], names: Mapping[LayerId, str]) -> str | None:
+    below = images[point.layer].layer.backing
+    return names.get(point.layer) or (_below(point.layer, images, names) if below else None)
+
+
+def _below(layer: LayerId, images: Mapping[LayerId, Image], names: Mapping[LayerId, str]) -> str | None:
+    """The name of the nearest moment at or under a layer."""
+    return next((names[below.id] for below in _chain(layer, images) if below.id in names), None)
+
+
+def _chain(top: LayerId, images: Mapping[LayerId, Image]) -> Iterator[Layer]:
+    at: LayerId | None = top
+    while at is not None:
+        yield images[at].layer
+        at = images[at].layer.backing
+
+
+def _reads(top: LayerId, images: Mapping[LayerId, Image], path: str) -> bool:
+    return any(layer.path == path for layer in _chain(top, images))
+
+
+def _number(layer: LayerId) -> int:
+    return int(layer.rpartition("-")[2])

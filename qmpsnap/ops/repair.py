@@ -1,0 +1,107 @@
+"""What can be put right without losing anything; each finding by itself, and what cannot stays a finding."""
+
+import os
+import stat
+from collections.abc import Sequence
+
+from anyio import to_thread
+from msgspec import Struct
+
+from qmpsnap.block import verify
+from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
+from qmpsnap.machine import agent, worker
+from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.model.finding import Finding
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import JobId, NodeName
+from qmpsnap.ops import keys, quarantine
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.facts import AGENT_DEADLINE, Entry, Facts
+from qmpsnap.ops.judge import OUR_NODE
+from qmpsnap.ops.quarantine import Moved
+from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp.session import Monitor
+
+
+class Repairs(Struct, frozen=True):
+    """Files that were moved, and what could not be done, one sentence each."""
+
+    moved: tuple[Moved, ...]
+    failed: tuple[str, ...]
+
+
+async def repair(context: Context, at: Facts, qemu: Monitor | None, found: Sequence[Finding]) -> Repairs:
+    """Do for each finding what its kind says, if it is one that we may; the machine's lock is held."""
+    moved: list[Moved] = []
+    failed: list[str] = []
+    for finding in found:
+        if not finding.repairable:
+            continue
+        try:
+            if done := await _one(context, at, qemu, finding):
+                moved.append(done)
+        except QmpsnapError as error:
+            failed.append(f"{finding.code}: {error.message}")
+    return Repairs(tuple(moved), tuple(failed))
+
+
+async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Finding) -> Moved | None:
+    machine = at.record.machine
+    match finding.code:
+        case "record-missing":
+            await blocking(context.store.describe, machine.name)
+        case "unreferenced-file" | "part-left":
+            entry = next(entry for entry in at.folder if entry.path == finding.file)
+            return await to_thread.run_sync(quarantine.move, context.home, finding, entry)
+        case "mode-open":
+            entry = next(entry for entry in at.private if entry.path == finding.file)
+            await to_thread.run_sync(close_to_others, entry)
+        case "image-leaks":
+            layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
+            async with keys.for_layer(context, machine, layer) as key:
+                await verify.check(layer, qemu_img=context.image.binary, give_back=True, key=key)
+        case "worker-left":
+            await worker.end_leftover(machine, context.home.run_dir(machine.name))
+        case "guest-frozen":
+            await _thaw(context, machine)
+        case _ if qemu and at.asked:
+            await _in_qemu(at, qemu, finding)
+    return None
+
+
+async def _in_qemu(at: Facts, qemu: Monitor, finding: Finding) -> None:
+    assert at.asked is not None
+    if finding.code == "job-left":
+        for job in at.asked.jobs:
+            if job.id.startswith("qs.") and job.status == "concluded" and f" {job.id} " in finding.text:
+                await jobs.dismiss(qemu, JobId(job.id))
+    elif finding.code == "node-left":
+        for node in at.asked.nodes:
+            if OUR_NODE.match(node.node_name) and f" {node.node_name} " in finding.text:
+                await commands.blockdev_del(qemu, NodeName(node.node_name))
+
+
+async def _thaw(context: Context, machine: Machine) -> None:
+    socket = context.home.run_dir(machine.name) / AGENT_SOCKET
+    async with agent.connect(socket, machine=machine.name, deadline=AGENT_DEADLINE) as guest:
+        await guest.execute("guest-fsfreeze-thaw", deadline=10)
+
+
+def close_to_others(entry: Entry) -> None:
+    """Take the rights of other users away from the very file that was looked at.
+
+    Raises:
+        StoreMismatch: another file has that name by now.
+        HostCannot: it is not this user's.
+    """
+    try:
+        descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if (status.st_dev, status.st_ino) != (entry.device, entry.inode):
+                raise StoreMismatch(f"{entry.path} is another file by now; it was not touched")
+            os.fchmod(descriptor, 0o700 if stat.S_ISDIR(status.st_mode) else 0o600)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise HostCannot(f"the mode of {entry.path} cannot be changed: {error.strerror}") from error

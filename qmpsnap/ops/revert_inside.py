@@ -1,0 +1,220 @@
+"""Going back to a snapshot inside images: in the QEMU that runs, where its layers are still the active ones.
+
+There the guest is held from before what it does now is kept until it goes on where the snapshot is: nothing that it
+flushed is in neither of the two.
+
+Else its content is taken out into a new layer; an image that a guest writes to gets a layer on top first.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+from msgspec.structs import replace
+
+from qmpsnap.errors import StateError
+from qmpsnap.model import steps
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import JobId, OperationId
+from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation, RevertPlan
+from qmpsnap.model.situation import Situation
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.vmstate import Hardware
+from qmpsnap.ops import asked, create, internal, recover, tagging
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops.internal import InternalRequest
+from qmpsnap.ops.loading import hardware_now, require_fits
+from qmpsnap.ops.overlays import require_free
+from qmpsnap.ops.power import LoadingInside
+from qmpsnap.ops.tagging import job_of
+from qmpsnap.ops.work import Work
+from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp.jobs import unreported
+from qmpsnap.qmp.session import Monitor
+
+
+def in_place(snapshot: Snapshot, live: Mapping[str, Chain]) -> bool:
+    """Whether the snapshot's memory and all its disks lie inside the layers that the guest writes to now."""
+    return snapshot.inside is not None and all(
+        point.disk in live and live[point.disk].active.id == point.layer for point in snapshot.points
+    )
+
+
+def plan(
+    machine: Machine,
+    at: Situation,
+    snapshot: Snapshot,
+    *,
+    serial: OperationId,
+    home: Home,
+    mode: str,
+    hardware: Hardware,
+    now: float,
+    discard: bool,
+    paused: bool,
+) -> LoadPlan:
+    """What will be done where :func:`in_place` holds; pure.
+
+    Args:
+        machine: the machine.
+        at: its layers and snapshots.
+        snapshot: where it goes back to.
+        serial: number of the operation.
+        home: where the copy of a UEFI variable store goes.
+        mode: ``live`` or ``paused``.
+        hardware: of the QEMU that runs.
+        now: seconds since the epoch.
+        discard: do not keep what was written since.
+        paused: the guest's vCPUs stay stopped afterwards.
+    """
+    assert snapshot.inside
+    kept: InternalPlan | None = None
+    if not discard:
+        name = asked.automatic_name({found.name for found in at.snapshots}, serial)
+        request = InternalRequest(name=name, description=f"before the revert to {snapshot.name}")
+        chains = tuple(at.live.values())
+        made = internal.plan(
+            machine, chains, at.snapshots, request, serial=serial, home=home, mode=mode, hardware=hardware, now=now
+        )
+        kept = replace(made, resume=False)  # whether the guest runs, and when, is said here
+    return LoadPlan(
+        machine=machine.name,
+        snapshot=snapshot.name,
+        tag=str(snapshot.points[0].tag),
+        layers={point.disk: at.live[point.disk].active for point in snapshot.points},
+        vmstate=snapshot.inside.layer,
+        paused=paused,
+        resume=mode == "live",
+        kept=kept,
+        variables=(str(home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
+        change=Change(snapshots=kept.change.snapshots if kept else (), current=snapshot.name),
+    )
+
+
+def qmp_commands(planned: LoadPlan, serial: OperationId) -> list[tuple[str, dict[str, object]]]:
+    """The exact QMP commands of a plan, in order."""
+    found: list[tuple[str, dict[str, object]]] = [("stop", {})] if planned.resume else []
+    if kept := planned.kept:
+        found.append(("snapshot-save", _arguments(tagging.keeping_job_of(serial), kept)))
+    found.append(("snapshot-load", _arguments(job_of(serial), planned)))
+    return found if planned.paused else [*found, ("cont", {})]
+
+
+def _arguments(job: JobId, planned: InternalPlan | LoadPlan) -> dict[str, object]:
+    return tagging.memory_arguments(job, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
+
+
+async def planner(
+    context: Context, work: Work, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool
+) -> Callable[[OperationId], LoadPlan]:
+    """The plan but for its number, of the machine as it is now.
+
+    Raises:
+        StateError: the memory is of other hardware than the QEMU that runs has.
+    """
+    assert work.qemu
+    mode = await asked.mode_of(work.qemu)
+    hardware = await hardware_now(context, work.machine, work.qemu)
+    require_fits(snapshot, hardware, machine=work.machine.name)
+
+    def make(serial: OperationId) -> LoadPlan:
+        return plan(
+            work.machine,
+            at,
+            snapshot,
+            serial=serial,
+            home=context.home,
+            mode=mode,
+            hardware=hardware,
+            now=time.time(),
+            discard=discard,
+            paused=paused,
+        )
+
+    return make
+
+
+async def load(
+    context: Context, work: Work, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool
+) -> Snapshot | None:
+    """Go back in the QEMU that runs; returns the automatic snapshot of what ran before, None when that went.
+
+    Raises:
+        StateError: see :func:`planner`.
+        QmpError: QEMU could not keep what runs, which runs on; or could not load the snapshot: it has been ended, and
+            the disks stand at the snapshot.
+    """
+    assert work.qemu
+    planner_ = await planner(context, work, at, snapshot, discard=discard, paused=paused)
+
+    def make(serial: OperationId) -> LoadPlan:
+        planned = planner_(serial)
+        require_free([planned.kept.variables[1]] if planned.kept and planned.kept.variables else [])
+        return planned
+
+    operation = await blocking(context.store.open_operation, work.machine.name, make)
+    async with recover.attempting(context, work.machine, work.qemu, operation):
+        return await _carry_out(context, work.qemu, operation)
+
+
+async def _carry_out(context: Context, qemu: Monitor, operation: Operation) -> Snapshot | None:
+    planned = operation.plan
+    assert isinstance(planned, LoadPlan)
+    tagging.require_tags(planned.layers.values(), planned.tag, await commands.query_tags(qemu))
+    if planned.kept:
+        keeping = tagging.keeping_job_of(operation.id)
+        await blocking(lambda: context.store.mark(operation.id, "running", step=steps.KEEPING))
+        await commands.control(qemu, "stop")
+        await tagging.tag_live(qemu, keeping, planned.kept, unreported)
+        await jobs.dismiss(qemu, keeping)
+    change = tagging.settled_load(planned, await commands.query_tags(qemu))
+    await blocking(lambda: context.store.mark(operation.id, "running", step=steps.LOADING))
+    await commands.control(qemu, "stop")
+    loading = job_of(operation.id)
+    await tagging.load_into(qemu, loading, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
+    await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.LOADED))
+    await jobs.dismiss(qemu, loading)
+    if not planned.paused:
+        await commands.control(qemu, "cont")
+    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
+    return change.snapshots[0] if change.snapshots else None
+
+
+# --- taken out into a new layer ---------------------------------------------------------------------------------------
+
+
+async def freeze(context: Context, name: str, target: str) -> None:
+    """Put a layer on top of the one a running guest writes to, where the snapshot is inside that: it is read first."""
+    machine = await blocking(context.store.machine, name)
+    snapshot = next((s for s in await blocking(context.store.snapshots, name) if s.name == target), None)
+    if snapshot is None or snapshot.state == "consumed" or not context.process(machine):
+        return
+    active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, name)}
+    if busy := tuple(p.disk for p in snapshot.points if p.tag and active.get(p.disk) == p.layer):
+        await create.add_layers(context, name, CreateRequest(disks=busy))
+
+
+def require_frozen(at: Situation, snapshot: Snapshot) -> None:
+    """Make sure that no guest writes to an image that is to be copied.
+
+    Raises:
+        StateError: one does, as another command has come in between.
+    """
+    active = {chain.active.id for chain in at.live.values()} if at.running else set()
+    if busy := [point.layer for point in snapshot.points if point.tag and point.layer in active]:
+        raise StateError(
+            f"the guest of machine {at.machine} writes to {', '.join(busy)} again, where snapshot {snapshot.name} is"
+            " inside; nothing was changed",
+            hint="another command has come in between: try again",
+            machine=at.machine,
+        )
+
+
+def memory_in(planned: RevertPlan, operation: Operation) -> LoadingInside | None:
+    """The memory inside a layer that a revert makes, for the QEMU that is started on it; None if there is none."""
+    if planned.inside is None:
+        return None
+    layers = {copy.disk: copy.layer for copy in planned.copies}
+    return LoadingInside(job_of(operation.id), planned.copies[0].tag, layers, planned.inside)

@@ -1,0 +1,153 @@
+"""What a lost store can be made again from, in small files beside it.
+
+Images and state files say most of it themselves. They do not say whose they are, how the machine is launched and, for
+those outside its folder, where they lie: that is written down here before the store settles it. One file per machine
+for itself (``NAME.json``), one for its images and state files at other places (``NAME.places``), a line for each.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.errors import HostCannot
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.machine import Machine
+
+FOLDER = "records"
+
+
+class Place(Struct, frozen=True, omit_defaults=True):
+    """An image, or the path of a state file, at a place of its own."""
+
+    layer: Layer | None = None
+    state: str | None = None
+
+
+class Records:
+    """The files of one store."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, machine: Machine) -> None:
+        """Write a machine down, durably.
+
+        Raises:
+            HostCannot: no right, no space.
+        """
+        text = msgspec.json.format(msgspec.json.encode(_lasting(machine)))
+        with _translated(self._folder):
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            path = self._machine(machine.name)
+            fresh = path.with_name(f"{path.name}.part")
+            fresh.unlink(missing_ok=True)
+            _append(fresh, text + b"\n", flags=os.O_EXCL)
+            fresh.replace(path)
+            self._sync()
+
+    def has(self, machine: Machine) -> bool:
+        """Whether the file is there, and this machine's."""
+        found = self._read(self._machine(machine.name))
+        return found is not None and found == _lasting(machine)
+
+    def add(self, machine: str, places: Iterable[Place]) -> None:
+        """Note images or state files at places of their own, durably.
+
+        Raises:
+            HostCannot: no right, no space.
+        """
+        text = b"".join(msgspec.json.encode(place) + b"\n" for place in places)
+        if not text:
+            return
+        with _translated(self._folder):
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            path = self._places(machine)
+            fresh = not path.exists()
+            _append(path, text)
+            if fresh:
+                self._sync()
+
+    def forget(self, machine: str) -> None:
+        """Remove what there is of a machine; it is forgotten already, so nothing depends on it."""
+        with contextlib.suppress(OSError):
+            self._machine(machine).unlink(missing_ok=True)
+            self._places(machine).unlink(missing_ok=True)
+
+    def machines(self) -> tuple[Machine, ...]:
+        """Every machine that was written down, by name."""
+        try:
+            names = sorted(os.listdir(self._folder))  # noqa: PTH208 - as text
+        except FileNotFoundError:
+            return ()
+        found = (self._read(self._folder / name) for name in names if name.endswith(".json"))
+        return tuple(machine for machine in found if machine)
+
+    def places(self, machine: str) -> tuple[Place, ...]:
+        """What was noted of a machine, oldest first; a line that a crash has cut is left out."""
+        try:
+            lines = self._places(machine).read_bytes().splitlines()
+        except OSError:
+            return ()
+        found = []
+        for line in lines:
+            with contextlib.suppress(msgspec.MsgspecError):
+                found.append(msgspec.json.decode(line, type=Place))
+        return tuple(found)
+
+    def _machine(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+    def _places(self, name: str) -> Path:
+        return self._folder / f"{name}.places"
+
+    def _read(self, path: Path) -> Machine | None:
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=Machine)
+        except (OSError, msgspec.MsgspecError):
+            return None
+        return found if path.name == f"{found.name}.json" else None
+
+    def _sync(self) -> None:
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _lasting(machine: Machine) -> Machine:
+    """What does not change while the machine exists."""
+    return replace(machine, process=None, current=None)
+
+
+def _append(path: Path, text: bytes, *, flags: int = 0) -> None:
+    """Write a line, or a file, durably and whole: a line that a crash had cut before it must not swallow it."""
+    access = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, access | flags, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            text = b"\n" + text
+        while text:
+            text = text[os.write(descriptor, text) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _translated(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HostCannot(
+            f"{error.filename or folder} cannot be written: {error.strerror}; nothing was recorded",
+            hint="look at its folder's free space and rights: qmpsnap doctor",
+        ) from error

@@ -1,0 +1,229 @@
+"""Deaths with kill -9: of a controller in a process of its own, at the step it was told, and of QEMUs."""
+
+import contextlib
+import importlib
+import inspect
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import anyio
+import psutil
+import pytest
+from anyio import to_thread
+from msgspec import Struct
+
+import qmpsnap
+from qmpsnap.machine import worker
+from qmpsnap.machine.argv import PID_FILE
+from tests.faults import filters, mutants, watch
+from tests.faults.scenarios import SCENARIOS
+from tests.faults.site import NAME, TWO
+from tests.live.machine import context_of
+
+# A server that has everything loaded forks each controller: no process starts from nothing, and none has our threads.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["tests.faults.deaths"])
+
+WAIT = 60.0
+"""Seconds a controller may take to come to its step."""
+ENVIRONMENT = ("QMPSNAP_HOME", "QMPSNAP_QEMU", "QMPSNAP_QEMU_IMG", "QMPSNAP_IMAGES", mutants.VARIABLE)
+
+
+class Point(Struct, frozen=True):
+    """Where to die.
+
+    Attributes:
+        verb: of the operation whose step it is; empty for any.
+        step: its name in the registry; empty for any.
+        when: before it is durable, or after.
+        nth: the number of the step that fits.
+    """
+
+    verb: str
+    step: str
+    when: watch.When
+    nth: int = 1
+
+
+class Call(Struct, frozen=True):
+    """The n-th call of one of the product's functions, right before or right after which to die."""
+
+    module: str
+    function: str
+    when: watch.When
+    nth: int
+
+
+class Life(Struct, frozen=True, kw_only=True):
+    """What a controller of its own is to do, and where it tells what it came by.
+
+    ``logs`` is where QEMU logs the writes to the layers that it opens.
+    """
+
+    scenario: str
+    place: Path
+    point: Point | Call
+    recovering: bool
+    environment: Mapping[str, str]
+    told: Path
+    logs: Path | None
+
+
+class Death(Struct):
+    """What became of a controller that was to die: the steps it came by, the last one that at which it died."""
+
+    died: bool
+    steps: tuple[tuple[str, str], ...]
+    said: str
+
+
+async def controller_dies(
+    scenario: str, place: Path, point: Point | Call, *, recovering: bool = False, logs: Path | None = None
+) -> Death:
+    """Let a controller do a scenario's verb, or recover, until it comes to the point; ``logs`` as :class:`Life`."""
+    home = Path(os.environ["QMPSNAP_HOME"])
+    told = home / "told"
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    life = Life(
+        scenario=scenario,
+        place=place,
+        point=point,
+        recovering=recovering,
+        environment=environment,
+        told=told,
+        logs=logs,
+    )
+    child = _FORKS.Process(target=_live_until, args=(life,))
+    child.start()
+    await to_thread.run_sync(child.join, WAIT)
+    if child.exitcode is None:
+        child.kill()
+    child.join()
+    lines = told.read_text().splitlines() if told.exists() else []
+    told.unlink(missing_ok=True)
+    reached = [line.split("\t", 2)[1:] for line in lines if line.startswith("step\t")]
+    said = "\n".join(line for line in lines if not line.startswith("step\t"))
+    return Death(child.exitcode == -signal.SIGKILL, tuple((verb, step) for verb, step in reached), said)
+
+
+def _live_until(life: Life) -> None:
+    os.environ.update(life.environment)
+    mutants.apply()
+    with life.told.open("a", buffering=1) as file:
+        try:
+            dying = _at_step(life.point, file) if isinstance(life.point, Point) else _at_call(life.point)
+            with dying, filters.logging(life.logs) if life.logs else contextlib.nullcontext():
+                anyio.run(_act, life)
+        except BaseException:  # noqa: BLE001 - a death that did not come is told, whatever came instead
+            file.write(traceback.format_exc())
+            os._exit(1)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _at_step(point: Point, told: IO[str]) -> AbstractContextManager[None]:
+    left = point.nth
+
+    def hook(verb: str, step: str, when: watch.When) -> None:
+        nonlocal left
+        fits = when == point.when and point.verb in ("", verb) and point.step in ("", step)
+        left -= fits
+        last = fits and left == 0
+        if when == "after" or last:
+            told.write(f"step\t{verb}\t{step}\n")
+        if last:
+            _die()
+
+    return watch.watching(hook)
+
+
+@contextmanager
+def _at_call(call: Call) -> Iterator[None]:
+    owner = importlib.import_module(call.module)
+    *path, name = call.function.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    real, left = getattr(owner, name), call.nth
+
+    def comes(when: watch.When) -> None:
+        nonlocal left
+        if when == call.when:
+            left -= 1
+            if left == 0:
+                _die()
+
+    async def dying_async(*arguments: Any, **rest: Any) -> Any:
+        comes("before")
+        result = await real(*arguments, **rest)
+        comes("after")
+        return result
+
+    def dying(*arguments: Any, **rest: Any) -> Any:
+        comes("before")
+        result = real(*arguments, **rest)
+        comes("after")
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, dying_async if inspect.iscoroutinefunction(real) else dying)
+        yield
+
+
+async def _act(life: Life) -> None:
+    async with qmpsnap.open() as q:
+        if life.scenario == "define":
+            await q.define(TWO)
+            return
+        vm = await q.machine(NAME)
+        if life.recovering:
+            await vm.recover()
+        else:
+            await SCENARIOS[life.scenario].act(vm, life.place)
+
+
+def qemus(vm: qmpsnap.MachineHandle) -> list[int]:
+    """The machine's QEMU and its worker, those that run; found without the store, which may be in the middle of it."""
+    run_dir = context_of(vm).home.run_dir(vm.name)
+    found = []
+    for folder in (run_dir, run_dir / worker.FOLDER):
+        with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
+            process = psutil.Process(int((folder / PID_FILE).read_text()))
+            if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(folder):
+                found.append(process.pid)
+    return found
+
+
+def kill_qemu(vm: qmpsnap.MachineHandle) -> bool:
+    """Kill those, and see them end; whether there was one."""
+    found = qemus(vm)
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+        _see_end(pid)
+    return bool(found)
+
+
+def _see_end(pid: int) -> None:
+    until = time.monotonic() + 10
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < until, f"process {pid} does not end"
+            time.sleep(0.001)
+
+
+async def ends_by_itself(act: Callable[[], Awaitable[object]]) -> str:
+    """Do it in this process; returns the error it ended with, or nothing. Anything but an error of ours is raised."""
+    try:
+        with anyio.fail_after(WAIT):
+            await act()
+    except qmpsnap.QmpsnapError as error:
+        return error.code
+    return ""

@@ -1,0 +1,101 @@
+"""What a run of faults comes to: a table of faults and verbs, and the steps that no case came by."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from qmpsnap.model import steps
+
+COLUMNS = (
+    "define",
+    "create",
+    "create full",
+    "create internal",
+    "save",
+    "revert",
+    "commit",
+    "stream",
+    "delete",
+    "mirror",
+)
+
+
+class Fault:
+    """One case tells what it is and what it came by; it travels with the test's report."""
+
+    def __init__(self, record: Callable[[str, object], None]) -> None:
+        self._record = record
+
+    def case(self, fault: str, verb: str) -> None:
+        """It is a case of this fault and this verb."""
+        assert verb in COLUMNS
+        self._record("fault", fault)
+        self._record("verb", verb)
+
+    def reached(self, verb: str, step: str) -> None:
+        """An operation of this verb was hit at this step."""
+        self._record("step", f"{verb}/{step}")
+
+    def too_late(self) -> None:
+        """The fault found the verb over already: no case."""
+        self._record("too late", "")
+
+
+class Tally:
+    """Cases and violations by fault and verb, and the steps that were hit."""
+
+    def __init__(self) -> None:
+        self.cases: Counter[tuple[str, str]] = Counter()
+        self.violations: Counter[tuple[str, str]] = Counter()
+        self.steps: defaultdict[str, set[str]] = defaultdict(set)
+
+    def add(self, properties: Iterable[tuple[str, Any]], *, violated: bool) -> None:
+        """One test's end."""
+        properties = list(properties)
+        told = dict(properties)
+        if "fault" not in told or ("too late" in told and not violated):
+            return
+        cell = (str(told["fault"]), str(told["verb"]))
+        self.cases[cell] += 1
+        self.violations[cell] += violated
+        for name, value in properties:
+            if name == "step":
+                verb, _, step = str(value).partition("/")
+                self.steps[verb].add(step)
+
+    def uncovered(self) -> list[str]:
+        """The registered steps that no case came by."""
+        return [
+            f"{verb}: {step.name}"
+            for verb, known in steps.STEPS.items()
+            for step in known
+            if step.name not in self.steps[verb]
+        ]
+
+    def table(self) -> str:
+        """Cases by fault and verb; violations behind a stroke where there are any."""
+        faults = sorted({fault for fault, _ in self.cases})
+        verbs = [verb for verb in COLUMNS if any(self.cases[fault, verb] for fault in faults)]
+        rows = [["fault", *verbs, "cases", "violations"]]
+        for fault in faults:
+            cells = [self._cell(self.cases[fault, verb], self.violations[fault, verb]) for verb in verbs]
+            rows.append([fault, *cells, *self._sums((fault, verb) for verb in verbs)])
+        sums = [self._cell(*map(int, self._sums((fault, verb) for fault in faults))) for verb in verbs]
+        rows.append(["all", *sums, *self._sums(self.cases)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            "  ".join(
+                cell.ljust(width) if place == 0 else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+        return "\n".join(lines)
+
+    def _sums(self, cells: Iterable[tuple[str, str]]) -> list[str]:
+        found = list(cells)
+        return [str(sum(counter[cell] for cell in found)) for counter in (self.cases, self.violations)]
+
+    @staticmethod
+    def _cell(cases: int, violations: int) -> str:
+        return "-" if not cases else f"{cases}/{violations}" if violations else str(cases)

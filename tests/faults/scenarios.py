@@ -1,0 +1,459 @@
+"""The verbs as faults meet them: how the machine is made ready, what is done, and by which steps it comes."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+import qmpsnap
+from qmpsnap.model import steps
+from qmpsnap.model.spec import MachineSpec
+from qmpsnap.qmp.commands import JobInfo
+from tests.faults import site
+from tests.faults.site import KIB, ONE, TWO, Expected
+from tests.faults.watch import WHEN, When
+
+Act = Callable[[qmpsnap.MachineHandle, Path], Awaitable[object]]
+"""Does the verb; the path is a folder where users keep images of their own."""
+
+Happened = Callable[[qmpsnap.MachineHandle, Path], Awaitable[bool]]
+"""Whether the verb has come to its end, or leaves no trace."""
+
+Start = Literal["stopped", "paused", "running"]
+
+
+At = tuple[str, When]
+"""A step, and whether it is about to become durable or just has."""
+
+NEVER: At = ("", "after")
+
+
+class Scenario(Struct, frozen=True, kw_only=True):
+    """One verb in one form.
+
+    Attributes:
+        column: the verb as the table and its users call it.
+        verb: the operation's verb in the journal.
+        start: how the machine is left before the verb.
+        without: steps of the registry that this form does not come by.
+        idle: steps around which no QEMU of the machine lives, so that none can die.
+        prepare: what is done before, the machine stopped with the snapshots s1 and s2.
+        warm: what is done before, the machine running.
+        first: bytes in the lowest layer.
+        ends: the error that it ends with when nothing disturbs it.
+        happened: tells whether it was done; None where that is not one thing.
+        forward: where there is only forward from: when the controller dies and QEMU lives, and when QEMU dies.
+    """
+
+    column: str
+    verb: str
+    act: Act
+    spec: MachineSpec = ONE
+    start: Start = "stopped"
+    without: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
+    expected: Expected = Expected()
+    prepare: Act | None = None
+    warm: Act | None = None
+    first: int = 64 * KIB
+    ends: str = ""
+    happened: Happened | None = None
+    forward: tuple[At, At] = (NEVER, NEVER)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps it comes by, in order."""
+        return tuple(step.name for step in steps.STEPS[self.verb] if step.name not in self.without)
+
+    def goes_forward(self, at: At, *, qemu: Literal["lives", "dies"]) -> bool:
+        """Whether recovery has to finish what died there; else it has to undo it."""
+        points: list[At] = [(step, when) for step in self.steps for when in WHEN]
+        first = self.forward[qemu == "dies"]
+        return first in points and points.index(at) >= points.index(first)
+
+
+async def ready(q: qmpsnap.Controller, scenario: Scenario, place: Path) -> qmpsnap.MachineHandle:
+    """The machine of a scenario, made ready."""
+    vm = await q.define(scenario.spec)
+    await site.grow(vm, "s1", "s2", first=scenario.first)
+    if scenario.prepare:
+        await scenario.prepare(vm, place)
+    if scenario.start != "stopped":
+        await vm.start(paused=scenario.start == "paused")
+    if scenario.warm:
+        await scenario.warm(vm, place)
+    return vm
+
+
+# --- what is done ---------------------------------------------------------------------------------------------------
+
+
+async def _snapshot(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.snapshot("new")
+
+
+async def _snapshot_in_chosen_file(vm: qmpsnap.MachineHandle, place: Path) -> object:
+    return await vm.snapshot("new", files={"vda": place / "new"})
+
+
+async def _full(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.snapshot("new", kind="full")
+
+
+async def _full_in_chosen_file(vm: qmpsnap.MachineHandle, place: Path) -> object:
+    return await vm.snapshot("new", kind="full", files={"vda": place / "new"})
+
+
+async def _save(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.save()
+
+
+async def _save_whose_place_is_taken(vm: qmpsnap.MachineHandle, place: Path) -> object:
+    def stranger(_: JobInfo) -> None:
+        (place / "state").write_bytes(b"somebody else's")
+
+    return await vm.save(place / "state", report=stranger)
+
+
+async def _internal(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.snapshot("new", kind="internal")
+
+
+async def _internal_disks(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.snapshot("new", kind="internal", memory=False)
+
+
+async def _full_before(vm: qmpsnap.MachineHandle, _: Path) -> None:
+    await vm.snapshot("before", kind="full")
+    await site.write_live(vm, "vda", 9, offset=9 * 64 * KIB)
+
+
+async def _internal_before(vm: qmpsnap.MachineHandle, _: Path) -> None:
+    await vm.snapshot("before", kind="internal")
+    await site.write_live(vm, "vda", 9, offset=9 * 64 * KIB)
+
+
+async def _internal_below(vm: qmpsnap.MachineHandle, _: Path) -> None:
+    await vm.snapshot("before", kind="internal")
+    await vm.snapshot("s3")
+    await site.write_live(vm, "vda", 9, offset=9 * 64 * KIB)
+
+
+async def _revert(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.revert("s1")
+
+
+async def _revert_and_discard(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.revert("s1", discard=True)
+
+
+async def _revert_to_memory(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.revert("before", after=False)
+
+
+async def _load(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.revert("before", discard=True, after=False)
+
+
+async def _commit_middle(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.commit("vda", base="s1", top="s2", consume=True)
+
+
+async def _commit_active(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.commit("vda", base="s2", consume=True)
+
+
+async def _stream(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.stream("vda", base="s1")
+
+
+async def _delete(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.delete_snapshots("s1")
+
+
+async def _delete_two(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.delete_snapshots("before", "s2")
+
+
+async def branch(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.revert("s2")
+
+
+async def _delete_leaf(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    leaf = next(found.name for found in await vm.snapshots() if found.name.startswith("auto-"))
+    return await vm.delete_snapshots(leaf)
+
+
+async def _pivot(vm: qmpsnap.MachineHandle, place: Path) -> object:
+    return await vm.mirror("vda", place / "copy", mode="pivot")
+
+
+async def _pivot_shallow(vm: qmpsnap.MachineHandle, place: Path) -> object:
+    return await vm.mirror("vda", place / "copy", mode="pivot", shallow=True)
+
+
+async def _finish(vm: qmpsnap.MachineHandle, place: Path) -> object:
+    return await vm.mirror("vda", place / "copy", mode="finish")
+
+
+# --- whether it was done --------------------------------------------------------------------------------------------
+
+
+async def _taken(vm: qmpsnap.MachineHandle, _: Path) -> bool:
+    return any(found.name == "new" or found.name.startswith("saved-") for found in await vm.snapshots())
+
+
+async def _gone_back(vm: qmpsnap.MachineHandle, _: Path) -> bool:
+    return (await vm.record()).current in ("s1", "before")
+
+
+async def _shorter(vm: qmpsnap.MachineHandle, _: Path) -> bool:
+    return len((await vm.chains())[0].layers) < 3
+
+
+async def _copied(vm: qmpsnap.MachineHandle, place: Path) -> bool:
+    return (place / "copy").exists()
+
+
+# --- scenarios ------------------------------------------------------------------------------------------------------
+
+_NO_MEMORY = frozenset({steps.SAVING, steps.LOST, steps.ENDING})
+_NO_SAVE = frozenset({steps.LOST, steps.ENDING})
+_LOADS = Expected(goes_to="before", ends=True)
+_LOSES = {name: Expected(loses=frozenset({name})) for name in ("s1", "s2")}
+_COPY = Expected(place=frozenset({"copy"}))
+_WORKER = frozenset({steps.PLANNED, steps.SETTLED})
+_ENDED = frozenset({steps.SWITCHED, steps.STARTING})
+_ALL = frozenset(step.name for found in steps.STEPS.values() for step in found)
+_UNDONE = frozenset({steps.UNDONE})
+_MIRRORED: tuple[At, At] = (("finalizing:FILE", "before"), ("finalizing:FILE", "after"))
+_IN_QEMU_AND_IN_A_WORKER: tuple[Start, ...] = ("paused", "stopped")
+
+
+def _merge(column: str, act: Act, expected: Expected, *, first: int = 64 * KIB) -> dict[str, Scenario]:
+    """A merge in the machine's QEMU and in a worker."""
+    forms: dict[str, Scenario] = {}
+    for start in _IN_QEMU_AND_IN_A_WORKER:
+        forms[start] = Scenario(
+            column=column,
+            verb=column,
+            act=act,
+            start=start,
+            without=_UNDONE,
+            idle=_WORKER if start == "stopped" else frozenset(),
+            expected=expected,
+            first=first,
+            happened=_shorter,
+            forward=(("N:finalizing", "before"), ("N:finalizing", "after")),
+        )
+    return forms
+
+
+def _mirror(act: Act) -> dict[str, Scenario]:
+    return {
+        start: Scenario(
+            column="mirror",
+            verb="mirror",
+            act=act,
+            start=start,
+            idle=_WORKER if start == "stopped" else frozenset(),
+            expected=_COPY,
+            happened=_copied,
+            forward=_MIRRORED,
+        )
+        for start in _IN_QEMU_AND_IN_A_WORKER
+    }
+
+
+def _named(name: str, forms: dict[str, Scenario]) -> dict[str, Scenario]:
+    return {f"{name}, {start}": scenario for start, scenario in forms.items()}
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "create, paused": Scenario(
+        column="create",
+        verb="create",
+        act=_snapshot,
+        spec=TWO,
+        start="paused",
+        without=_NO_MEMORY,
+        happened=_taken,
+        forward=((steps.SETTLED, "before"), (steps.TRANSACTION, "after")),
+    ),
+    "create, stopped": Scenario(
+        column="create",
+        verb="create",
+        act=_snapshot,
+        spec=TWO,
+        without=_NO_MEMORY | {steps.TRANSACTION},
+        idle=_ALL,
+        happened=_taken,
+        forward=((steps.SETTLED, "after"), (steps.SETTLED, "after")),
+    ),
+    "create in a chosen file, paused": Scenario(
+        column="create",
+        verb="create",
+        act=_snapshot_in_chosen_file,
+        start="paused",
+        without=_NO_MEMORY,
+        expected=Expected(place=frozenset({"new"})),
+        happened=_taken,
+        forward=((steps.SETTLED, "before"), (steps.TRANSACTION, "after")),
+    ),
+    "create in a chosen file, stopped": Scenario(
+        column="create",
+        verb="create",
+        act=_snapshot_in_chosen_file,
+        without=_NO_MEMORY,
+        idle=_ALL,
+        expected=Expected(place=frozenset({"new"})),
+        happened=_taken,
+        forward=((steps.TRANSACTION, "after"), (steps.TRANSACTION, "after")),
+    ),
+    "create full": Scenario(
+        column="create full",
+        verb="create",
+        act=_full,
+        spec=TWO,
+        start="running",
+        without=_NO_SAVE,
+        happened=_taken,
+        forward=((steps.SAVING, "before"), (steps.SETTLED, "before")),
+    ),
+    "create full in a chosen file": Scenario(
+        column="create full",
+        verb="create",
+        act=_full_in_chosen_file,
+        start="running",
+        without=_NO_SAVE,
+        expected=Expected(place=frozenset({"new"})),
+        happened=_taken,
+        forward=((steps.SAVING, "before"), (steps.SETTLED, "before")),
+    ),
+    "save": Scenario(
+        column="save",
+        verb="create",
+        act=_save,
+        start="running",
+        without=frozenset({steps.LOST}),
+        idle=frozenset({steps.SETTLED}),
+        expected=Expected(ends=True),
+        happened=_taken,
+        forward=((steps.SAVING, "before"), (steps.ENDING, "before")),
+    ),
+    "save whose place is taken": Scenario(
+        column="save",
+        verb="create",
+        act=_save_whose_place_is_taken,
+        start="running",
+        without=frozenset({steps.ENDING}),
+        expected=Expected(place=frozenset({"state"})),
+        ends="refused",
+    ),
+    "create internal": Scenario(
+        column="create internal",
+        verb="internal",
+        act=_internal,
+        spec=TWO,
+        start="running",
+        happened=_taken,
+        forward=((steps.RECORDED, "before"), (steps.RECORDED, "before")),
+    ),
+    "create internal without memory": Scenario(
+        column="create internal",
+        verb="internal",
+        act=_internal_disks,
+        spec=TWO,
+        start="paused",
+        happened=_taken,
+        forward=((steps.RECORDED, "before"), (steps.RECORDED, "before")),
+    ),
+    "create internal, stopped": Scenario(
+        column="create internal",
+        verb="internal",
+        act=_internal_disks,
+        spec=TWO,
+        idle=_ALL,
+        happened=_taken,
+        forward=((steps.RECORDED, "before"), (steps.RECORDED, "before")),
+    ),
+    "revert, paused": Scenario(
+        column="revert",
+        verb="revert",
+        act=_revert,
+        spec=TWO,
+        start="paused",
+        idle=_ENDED,
+        expected=Expected(goes_to="s1", ends=True),
+        happened=_gone_back,
+        forward=((steps.STOPPING, "after"), (steps.STOPPING, "after")),
+    ),
+    "revert, stopped": Scenario(
+        column="revert",
+        verb="revert",
+        act=_revert_and_discard,
+        without=frozenset({steps.STARTING}),
+        idle=_ALL,
+        expected=Expected(goes_to="s1", ends=True),
+        happened=_gone_back,
+        forward=((steps.STOPPING, "after"), (steps.STOPPING, "after")),
+    ),
+    "revert to memory": Scenario(
+        column="revert",
+        verb="revert",
+        act=_revert_to_memory,
+        start="running",
+        warm=_full_before,
+        idle=_ENDED,
+        expected=_LOADS,
+    ),
+    "revert to memory inside": Scenario(
+        column="revert",
+        verb="revert",
+        act=_revert_to_memory,
+        start="running",
+        warm=_internal_below,
+        idle=_ENDED,
+        expected=_LOADS,
+        happened=_gone_back,
+        forward=((steps.STOPPING, "after"), (steps.STOPPING, "after")),
+    ),
+    "revert in place": Scenario(
+        column="revert", verb="load", act=_load, start="running", warm=_internal_before, expected=_LOADS
+    ),
+    **_named("commit of a middle layer", _merge("commit", _commit_middle, _LOSES["s1"])),
+    **_named("commit of the active layer", _merge("commit", _commit_active, _LOSES["s2"])),
+    **_named("stream", _merge("stream", _stream, Expected())),
+    **_named("delete upwards", _merge("delete", _delete, _LOSES["s1"])),
+    **_named("delete downwards", _merge("delete", _delete, _LOSES["s1"], first=1024 * KIB)),
+    "delete of a leaf": Scenario(
+        column="delete",
+        verb="delete",
+        act=_delete_leaf,
+        prepare=branch,
+        without=_UNDONE | {"N:started", "N:finalizing"},
+        idle=_ALL,
+        expected=Expected(loses=frozenset({"auto-4"})),
+    ),
+    "delete of a full and another": Scenario(
+        column="delete",
+        verb="delete",
+        act=_delete_two,
+        start="running",
+        warm=_full_before,
+        without=_UNDONE,
+        expected=Expected(loses=frozenset({"before", "s2"})),
+    ),
+    **_named("mirror, pivot", _mirror(_pivot)),
+    **_named("mirror, finish", _mirror(_finish)),
+    "mirror, shallow pivot": Scenario(
+        column="mirror",
+        verb="mirror",
+        act=_pivot_shallow,
+        start="paused",
+        expected=_COPY,
+        happened=_copied,
+        forward=_MIRRORED,
+    ),
+}

@@ -1,0 +1,194 @@
+"""Faults under a controller that lives: cancelled at any await, its monitor lost, its QEMU stopped by a signal."""
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+import qmpsnap
+from qmpsnap.machine import machine
+from qmpsnap.model import steps
+from qmpsnap.ops import memory, recover
+from qmpsnap.qmp import session
+from qmpsnap.qmp.session import Session
+from tests.faults import site, watch
+from tests.faults.deaths import ends_by_itself, qemus
+from tests.faults.report import Fault
+from tests.faults.scenarios import SCENARIOS, ready
+
+LIVE = {name: scenario for name, scenario in SCENARIOS.items() if scenario.start != "stopped"}
+AWAITS = (1, 2, 3, 5, 7, 9, 11, 13, 15, 17, 20, 23, 26, 29, 33, 37, 41, 46, 51, 57, 64, 72, 81, 91, 102, 114, 127, 141)
+QUICK = 1.0
+"""Seconds after which a command to a stopped QEMU counts as unanswered."""
+
+
+class _Counted:
+    """Awaits something, and does something at the n-th time that it lets go of the event loop."""
+
+    def __init__(self, awaited: Awaitable[object], nth: int, act: Callable[[], None]) -> None:
+        self._awaited, self._nth, self._act = awaited, nth, act
+        self.count = 0
+
+    def __await__(self) -> Generator[Any, Any, object]:
+        inner = self._awaited.__await__()
+        resume: Callable[[], Any] = partial(next, inner)
+        while True:
+            try:
+                waits_for = resume()
+            except StopIteration as end:
+                return end.value
+            self.count += 1
+            if self.count == self._nth:
+                self._act()
+            try:
+                value = yield waits_for
+            except BaseException as error:  # noqa: BLE001 - handed on to whoever waits inside
+                resume = partial(inner.throw, error)
+            else:
+                resume = partial(inner.send, value)
+
+
+def _cancelled() -> list[object]:
+    params: list[object] = []
+    for place, name in enumerate(SCENARIOS):
+        for turn, nth in enumerate(AWAITS):
+            short = pytest.mark.short if turn % len(AWAITS) == place * 5 % len(AWAITS) else ()
+            params.append(pytest.param(name, nth, id=f"{name}-await {nth}", marks=short))
+    return params
+
+
+@pytest.mark.parametrize(("name", "nth"), _cancelled())
+async def test_cancelled_at_an_await(q: qmpsnap.Controller, place: Path, fault: Fault, name: str, nth: int) -> None:
+    scenario = SCENARIOS[name]
+    fault.case("cancelled at an await", scenario.column)
+    vm = await ready(q, scenario, place)
+    before = await site.look(vm)
+    with anyio.CancelScope() as scope:
+        counted = _Counted(scenario.act(vm, place), nth, scope.cancel)
+        with contextlib.suppress(qmpsnap.QmpsnapError):
+            await counted
+    if counted.count < nth:
+        fault.too_late()
+    await site.judge(vm, place, before, scenario.expected)
+
+
+# --- the monitor is lost ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _sessions() -> Iterator[list[Session]]:
+    """Every session that is opened in the block."""
+    found: list[Session] = []
+    real = Session.__init__
+
+    def init(self: Session, *arguments: Any) -> None:
+        real(self, *arguments)
+        found.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "__init__", init)
+        yield found
+
+
+def _cut(found: list[Session]) -> bool:
+    cut = False
+    for one in found:
+        writer = one._client._writer
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+                cut = True
+    return cut
+
+
+def _at_steps(*, every: int) -> list[object]:
+    """Every live scenario and each of its steps, but the last, after which nothing is to be done."""
+    cases = [
+        (name, step) for name, at in LIVE.items() for step in at.steps if step != steps.SETTLED and step not in at.idle
+    ]
+    return [
+        pytest.param(name, step, id=f"{name}-{step}", marks=pytest.mark.short if place % every == 0 else ())
+        for place, (name, step) in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(("name", "step"), _at_steps(every=5))
+async def test_the_monitor_is_lost(q: qmpsnap.Controller, place: Path, fault: Fault, name: str, step: str) -> None:
+    scenario = SCENARIOS[name]
+    fault.case("monitor lost", scenario.column)
+    vm = await ready(q, scenario, place)
+    before = await site.look(vm)
+    lost: list[bool] = []
+    with _sessions() as found:
+
+        def hook(verb: str, at: str, when: watch.When) -> None:
+            if not lost and (verb, at, when) == (scenario.verb, step, "after"):
+                lost.append(_cut(found))
+
+        with watch.watching(hook):
+            await ends_by_itself(lambda: scenario.act(vm, place))
+    assert lost == [True]
+    fault.reached(scenario.verb, step)
+    await site.judge(vm, place, before, scenario.expected)
+
+
+# --- QEMU is stopped by a signal --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _short_deadlines(stopped: list[int]) -> Iterator[None]:
+    """From the moment QEMU is stopped nobody waits for long."""
+    execute, connect = Session.execute, session.connect
+
+    async def quick(self: Session, command: str, arguments: Any = None, *, deadline: float = 30.0) -> Any:
+        return await execute(self, command, arguments, deadline=QUICK if stopped else deadline)
+
+    def quick_connect(path: Path, *, machine: str, deadline: float = session.CONNECT_DEADLINE) -> Any:
+        return connect(path, machine=machine, deadline=QUICK if stopped else deadline)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "execute", quick)
+        patch.setattr(session, "connect", quick_connect)
+        patch.setattr(machine, "QUIT_DEADLINE", QUICK)
+        patch.setattr(memory, "RESUME_DEADLINE", QUICK)
+        patch.setattr(recover, "SETTLE_DEADLINE", 5 * QUICK)
+        yield
+
+
+@pytest.mark.parametrize(("name", "step"), _at_steps(every=6))
+async def test_qemu_is_stopped(q: qmpsnap.Controller, place: Path, fault: Fault, name: str, step: str) -> None:
+    scenario = SCENARIOS[name]
+    fault.case("SIGSTOP of QEMU", scenario.column)
+    vm = await ready(q, scenario, place)
+    before = await site.look(vm)
+    stopped: list[int] = []
+
+    def hook(verb: str, at: str, when: watch.When) -> None:
+        if not stopped and (verb, at, when) == (scenario.verb, step, "after"):
+            stopped.extend(_stop(vm))
+
+    try:
+        with _short_deadlines(stopped), watch.watching(hook):
+            await ends_by_itself(lambda: scenario.act(vm, place))
+        assert stopped
+    finally:
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    fault.reached(scenario.verb, step)
+    await site.judge(vm, place, before, scenario.expected)
+
+
+def _stop(vm: qmpsnap.MachineHandle) -> list[int]:
+    pids = qemus(vm)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    return pids

@@ -1,0 +1,93 @@
+"""kill -9 around every step of every verb: of the controller, of it and QEMU, of QEMU alone. Then: recover."""
+
+from pathlib import Path
+
+import pytest
+from msgspec import Struct
+
+import qmpsnap
+from tests.faults import site, watch
+from tests.faults.deaths import Point, controller_dies, ends_by_itself, kill_qemu
+from tests.faults.report import Fault
+from tests.faults.scenarios import SCENARIOS, ready
+
+DEATHS = {
+    "controller": "kill -9: controller",
+    "both": "kill -9: controller and QEMU",
+    "QEMU": "kill -9: QEMU",
+}
+
+
+class Case(Struct, frozen=True):
+    """A scenario, the step at which something dies, and what."""
+
+    name: str
+    step: str
+    when: watch.When
+    death: str
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.step}-{self.when}-{self.death}"
+
+
+CASES = [
+    Case(name, step, when, death)
+    for name, scenario in SCENARIOS.items()
+    for step in scenario.steps
+    for when in watch.WHEN
+    for death in DEATHS
+    if death == "controller" or step not in scenario.idle
+]
+
+
+def _params() -> list[object]:
+    """In the short form every step of every scenario once before and once after, the deaths in turn."""
+    params: list[object] = []
+    turn: dict[tuple[str, str, str], list[Case]] = {}
+    for case in CASES:
+        at = (case.name, case.step, case.when)
+        turn.setdefault(at, []).append(case)
+    for place, deaths in enumerate(turn.values()):
+        params += [
+            pytest.param(case, id=str(case), marks=pytest.mark.short if case is deaths[place % len(deaths)] else ())
+            for case in deaths
+        ]
+    return params
+
+
+@pytest.mark.parametrize("case", _params())
+async def test_killed(q: qmpsnap.Controller, place: Path, fault: Fault, case: Case) -> None:
+    scenario = SCENARIOS[case.name]
+    fault.case(DEATHS[case.death], scenario.column)
+    vm = await ready(q, scenario, place)
+    before = await site.look(vm)
+    point = Point(scenario.verb, case.step, case.when)
+    if case.death == "QEMU":
+        await _qemu_dies(vm, place, case.name, point)
+    else:
+        died = await controller_dies(case.name, place, point)
+        assert died.died, f"never came to {point}: {died.said}"
+        assert case.death == "controller" or kill_qemu(vm), "there was no QEMU to kill"
+    fault.reached(scenario.verb, case.step)
+
+    async def ends_as_it_must() -> None:
+        if scenario.happened:
+            forward = scenario.goes_forward(
+                (case.step, case.when), qemu="lives" if case.death == "controller" else "dies"
+            )
+            assert await scenario.happened(vm, place) == forward, f"it must go {'forward' if forward else 'back'}"
+
+    await site.judge(vm, place, before, scenario.expected, also=ends_as_it_must)
+
+
+async def _qemu_dies(vm: qmpsnap.MachineHandle, place: Path, name: str, point: Point) -> None:
+    """QEMU dies under a controller that lives: that has to end, with an error or without."""
+    killed: list[bool] = []
+
+    def hook(verb: str, step: str, when: watch.When) -> None:
+        if not killed and (verb, step, when) == (point.verb, point.step, point.when):
+            killed.append(kill_qemu(vm))
+
+    with watch.watching(hook):
+        await ends_by_itself(lambda: SCENARIOS[name].act(vm, place))
+    assert killed == [True], f"never came to {point}, or there was no QEMU to kill"

@@ -1,0 +1,65 @@
+"""The store's own calls, watched by the name of the step they make durable."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import pytest
+
+from qmpsnap.model import steps
+from qmpsnap.model.names import OperationId
+from qmpsnap.model.operation import Change, Operation, OperationState, Plan, verb_of
+from qmpsnap.store.sqlite import SqliteStore
+
+When = Literal["before", "after"]
+WHEN: tuple[When, ...] = ("before", "after")
+
+Hook = Callable[[str, str, When], None]
+"""Told the operation's verb, the step's name, and whether that is about to become durable or just has."""
+
+
+@contextmanager
+def watching(hook: Hook) -> Iterator[None]:
+    """Call ``hook``, in the thread that writes, around every step; an end without a step is named for its state."""
+    real_open, real_mark, real_settle = SqliteStore.open_operation, SqliteStore.mark, SqliteStore.settle
+
+    def open_operation(
+        store: SqliteStore, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1
+    ) -> Operation:
+        def make(serial: OperationId) -> Plan:
+            plan = make_plan(serial)
+            hook(verb_of(plan), steps.PLANNED, "before")
+            return plan
+
+        operation = real_open(store, machine, make, serials=serials)
+        hook(operation.verb, steps.PLANNED, "after")
+        return operation
+
+    def around(store: SqliteStore, operation: OperationId, name: str, call: Callable[[], None]) -> None:
+        verb = _verb(store, operation)
+        hook(verb, name, "before")
+        call()
+        hook(verb, name, "after")
+
+    def mark(
+        store: SqliteStore, operation: OperationId, state: OperationState, *, step: str | None = None, **rest: Any
+    ) -> None:
+        name = steps.name_of(step) if step else f"({state})"
+        around(store, operation, name, lambda: real_mark(store, operation, state, step=step, **rest))
+
+    def settle(
+        store: SqliteStore, operation: OperationId, machine: str, change: Change, *, step: str | None = None
+    ) -> None:
+        name = steps.name_of(step or steps.SETTLED)
+        around(store, operation, name, lambda: real_settle(store, operation, machine, change, step=step))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SqliteStore, "open_operation", open_operation)
+        patch.setattr(SqliteStore, "mark", mark)
+        patch.setattr(SqliteStore, "settle", settle)
+        yield
+
+
+def _verb(store: SqliteStore, operation: OperationId) -> str:
+    with store._reading() as sql:
+        return str(sql.execute("SELECT verb FROM operation WHERE id = ?", (operation,)).fetchone()[0])

@@ -1,0 +1,167 @@
+"""What `check` sees in a QEMU that runs, what it does about it, and a QEMU that does not answer."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from msgspec.structs import replace
+
+import qmpsnap
+from qmpsnap.block.image import ImageTool
+from qmpsnap.errors import StoreMismatch
+from qmpsnap.machine import agent, worker
+from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.model.spec import MachineSpec
+from tests.live.crash import STORE, die_at
+from tests.live.machine import ONE_DISK, context_of, fill, grown, hold_invariants, user_monitor
+
+
+async def codes(vm: qmpsnap.MachineHandle, **how: bool) -> set[str]:
+    return {finding.code for finding in (await vm.check(**how)).findings}
+
+
+async def add(vm: qmpsnap.MachineHandle, name: str, path: Path, **options: Any) -> None:
+    async with user_monitor(vm) as qemu:
+        file = {"driver": "file", "filename": str(path)}
+        await qemu.execute(
+            "blockdev-add", {"node-name": name, "driver": "qcow2", "file": file, "backing": None, **options}
+        )
+
+
+async def test_a_node_of_ours_is_closed_and_a_users_is_only_told_of(q: qmpsnap.Controller, place: Path) -> None:
+    vm = await grown(q, "s1")
+    tool = ImageTool(context_of(vm).image.binary)
+    for name in ("ours", "theirs"):
+        await tool.create_base(str(place / name), format="qcow2", virtual_size=1 << 20)
+    await add(vm, "vda-77", place / "ours")
+    await add(vm, "backup", place / "theirs")
+    done = await vm.check(repair=True)
+    assert [(finding.code, finding.repair) for finding in done.findings] == [("node-left", "")] * 2  # node and file
+    assert {finding.file for finding in done.findings} == {str(place / "theirs")}
+    assert "node-left" in {finding.code for finding in done.repaired}
+    async with user_monitor(vm) as qemu:
+        await qemu.execute("blockdev-del", {"node-name": "backup"})
+    await hold_invariants(vm)
+
+
+async def test_a_job_of_ours_that_is_over_is_dismissed(q: qmpsnap.Controller, place: Path) -> None:
+    vm = await grown(q, "s1")
+    async with user_monitor(vm) as qemu:
+        for job in ("qs.77.vda", "mine"):
+            options = {"driver": "file", "filename": str(place / job), "size": 1 << 20}
+            await qemu.execute("blockdev-create", {"job-id": job, "options": options})
+    with anyio.fail_after(10):
+        while [job.status for job in await vm.jobs()] != ["concluded"] * 2:
+            await anyio.sleep(0.01)
+    done = await vm.check(repair=True)
+    assert [finding.code for finding in done.repaired] == ["job-left"]
+    assert [finding.text.split()[1] for finding in done.findings] == ["mine"]
+    assert [job.id for job in await vm.jobs()] == ["mine"]
+
+
+async def test_a_chain_that_somebody_else_has_moved_is_told(q: qmpsnap.Controller, place: Path) -> None:
+    vm = await grown(q)
+    async with user_monitor(vm) as qemu:
+        arguments = {"node-name": "vda-1", "snapshot-file": str(place / "theirs"), "snapshot-node-name": "theirs"}
+        await qemu.execute("blockdev-snapshot-sync", arguments)
+    assert "graph-differs" in await codes(vm)
+    await fill(vm, "vda", 7)
+    with pytest.raises(StoreMismatch):
+        await vm.snapshot("s1")
+
+
+async def test_a_frozen_layer_that_is_open_for_writing_is_told(q: qmpsnap.Controller) -> None:
+    vm = await grown(q, "s1")
+    async with user_monitor(vm) as qemu:
+        file = "vda-1.file"
+        options = {"node-name": "vda-1", "driver": "qcow2", "read-only": False, "file": file, "backing": None}
+        reopened = {"node-name": file, "driver": "file", "filename": str((await vm.chains())[0].layers[0].layer.path)}
+        await qemu.execute("blockdev-reopen", {"options": [{**reopened, "read-only": False}, options]})
+    assert await codes(vm) == {"writable-frozen"}
+
+
+async def test_a_qemu_that_hangs_is_told_of_at_once(q: qmpsnap.Controller) -> None:
+    vm = await grown(q, "s1")
+    process = context_of(vm).process(await vm.record())
+    assert process
+    (stray := context_of(vm).home.machine_dir(vm.name) / "stray").write_bytes(b"mine")
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        before = time.monotonic()
+        done = await vm.check(repair=True)
+        assert time.monotonic() - before < 20
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    assert {finding.code for finding in done.findings} >= {"monitor-silent", "unreferenced-file"}
+    assert stray.exists(), "while nobody knows what QEMU has open, nothing is moved"
+    assert (await vm.check(repair=True)).findings == ()
+
+
+async def test_a_worker_that_nobody_waits_for_is_ended(q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = await grown(q, "s1")
+    await vm.stop(force=True)
+    context, machine = context_of(vm), await vm.record()
+    run_dir, (chain,) = context.home.run_dir(vm.name), context.store.chains(vm.name)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_quit", _nothing)
+        patch.setattr(worker, "_end", _nothing)
+        async with worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir):
+            pass
+    assert await codes(vm) == {"worker-left"}
+    assert [finding.code for finding in (await vm.check(repair=True)).repaired] == ["worker-left"]
+    assert worker.find(machine, run_dir) is None
+    await hold_invariants(vm)
+
+
+async def _nothing(_: object) -> None:
+    """In the place of a worker's end."""
+
+
+async def test_what_a_dead_controller_left_is_ended_and_then_judged(q: qmpsnap.Controller) -> None:
+    vm = await grown(q, "s1")
+    await die_at((STORE, "SqliteStore.settle", "before", 1), "snapshot", "create", "still", "s2")
+    assert await codes(vm) == {"operation-open"}
+    done = await vm.check(repair=True)
+    assert (done.findings, [finding.code for finding in done.repaired]) == ((), ["operation-open"])
+    assert [snapshot.name for snapshot in await vm.snapshots()] == ["s1", "s2"]
+    await hold_invariants(vm)
+
+
+async def test_an_image_that_another_process_writes_to_is_told(q: qmpsnap.Controller) -> None:
+    vm = await grown(q, "s1")
+    await vm.stop(force=True)
+    other = await q.define(replace(ONE_DISK, name="other"))
+    await other.start(paused=True)
+    active = (await vm.chains())[0].active.path
+    file = {"driver": "file", "filename": active, "node-name": "vda-77"}
+    async with user_monitor(other) as qemu:
+        await qemu.execute("blockdev-add", {"node-name": "vda-78", "driver": "qcow2", "file": file, "backing": None})
+    assert await codes(vm) == set()
+    assert await codes(vm, deep=True) == {"image-in-use"}
+
+
+async def test_a_guest_that_is_frozen_is_thawed(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
+    vm = await q.define(guest_spec)
+    await vm.start()
+    await vm.run("mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt", deadline=60)
+    await hold_invariants(vm)
+    socket = context_of(vm).home.run_dir(vm.name) / AGENT_SOCKET
+    async with agent.connect(socket, machine=vm.name) as guest:
+        await guest.execute("guest-fsfreeze-freeze", deadline=20)
+    assert await codes(vm) == {"guest-frozen"}
+    assert (await vm.check(repair=True)).findings == ()
+    async with agent.connect(socket, machine=vm.name) as guest:
+        assert await guest.execute("guest-fsfreeze-status") == "thawed"
+
+
+def test_json_of_the_command_line_is_json(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    from qmpsnap.cli.main import main
+
+    del home
+    assert main(["check", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"schema": "qmpsnap/1", "machines": []}

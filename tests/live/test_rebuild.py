@@ -1,0 +1,174 @@
+"""The store is lost, damaged or old: it is made again from the disks, and what the guest wrote is all there."""
+
+import os
+import shutil
+from pathlib import Path
+
+import anyio
+import pytest
+from msgspec.structs import replace
+
+import qmpsnap
+from qmpsnap.cli.main import main
+from qmpsnap.errors import NotFoundError, StateError, StoreMismatch
+from qmpsnap.model.home import Home
+from qmpsnap.model.spec import DiskSpec
+from qmpsnap.ops import rebuild
+from tests.live.machine import (
+    MIB,
+    ONE_DISK,
+    active_hash,
+    fill,
+    grown,
+    hold_invariants,
+    snapshot_hashes,
+    user_monitor,
+)
+
+
+def at(home: Path) -> Home:
+    return Home.from_environment({"QMPSNAP_HOME": str(home)}, uid=os.geteuid())
+
+
+def lose(home: Path) -> None:
+    for file in home.glob("qmpsnap.db*"):
+        file.unlink()
+
+
+async def test_a_tree_of_snapshots_comes_back_and_full_ones_with_their_names(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "s1", "s2")
+        async with user_monitor(vm) as qemu:
+            await qemu.execute("cont")
+        await vm.snapshot("warm", kind="full")
+        await fill(vm, "vda", 4, offset=4 * MIB)
+        await vm.revert("s1", state="paused")
+        await fill(vm, "vda", 5, offset=5 * MIB)
+        await vm.stop(force=True)
+        before, active = await snapshot_hashes(vm), await active_hash(vm)
+        auto = (await vm.snapshots())[-1]
+        assert (auto.name[:5], auto.parent) == ("auto-", "warm")
+    lose(home)
+    done = await rebuild.run(at(home), set_aside=False)
+    assert ([made.name for made in done.machines], done.left_out, done.aside) == (["still"], (), None)
+    assert [note.split(":")[0] for note in done.machines[0].notes] == ["disk vda"], "which leaf was active is a guess"
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        snapshots = {found.name: found for found in await vm.snapshots()}
+        assert sorted(snapshots) == ["found-1", "found-2", "found-3", "warm"]
+        assert [snapshots[name].parent for name in ("found-1", "found-2", "warm", "found-3")] == [
+            None, "found-1", "found-2", "warm",
+        ]  # fmt: skip
+        assert (await vm.record()).current == "found-1"
+        assert await active_hash(vm) == active
+        old = {"found-1": "s1", "found-2": "s2", "warm": "warm", "found-3": auto.name}
+        now = await snapshot_hashes(vm)
+        assert {(old[name], disk): digest for (name, disk), digest in now.items()} == before
+        assert (await vm.check(deep=True)).findings == ()
+        assert (await vm.revert("warm")).state == "running"
+        await vm.stop(force=True)
+        await vm.delete_snapshots("found-2")
+        await hold_invariants(vm)
+
+
+async def test_what_a_running_machine_writes_to_is_asked_of_its_qemu(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "s1", "s2")
+        # The base has the lowest number, and after the commit it is what the guest writes to.
+        await vm.commit("vda", consume=True)
+        active = (await vm.chains())[0].active.id
+    lose(home)
+    await rebuild.run(at(home), set_aside=False)
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert (await vm.is_running(), (await vm.chains())[0].active.id) == (True, active)
+        await hold_invariants(vm)
+        await vm.snapshot("after")
+        await hold_invariants(vm)
+
+
+async def test_clones_two_disks_and_chosen_places_come_back(home: Path, place: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(replace(ONE_DISK, disks=(*ONE_DISK.disks, DiskSpec(name="vdb", size=MIB, format="raw"))))
+        await vm.start(paused=True)
+        await fill(vm, "vda", 1)
+        await fill(vm, "vdb", 2, length=MIB // 2)
+        await vm.snapshot("golden", files={"vda": place / "mine", "vdb": place / "other"})
+        await fill(vm, "vda", 3)
+        await vm.stop(force=True)
+        base = (await vm.chains())[0].layers[0].layer.path
+        (disk,) = ONE_DISK.disks
+        clone = await q.define(replace(ONE_DISK, name="clone", disks=(replace(disk, size=None, base=base),)))
+        before = [(view.disk, view.ids) for machine in (vm, clone) for view in await machine.chains()]
+        hashes, active = await snapshot_hashes(vm), await active_hash(vm)
+    lose(home)
+    await rebuild.run(at(home), set_aside=False)
+    async with qmpsnap.open() as q:
+        vm, clone = await q.machine("still"), await q.machine("clone")
+        assert [(view.disk, view.ids) for machine in (vm, clone) for view in await machine.chains()] == before
+        assert [found.name for found in await vm.snapshots()] == ["found-1"]
+        assert await clone.snapshots() == (), "what a clone grew from is no moment of its own"
+        assert {disk: digest for (_, disk), digest in (await snapshot_hashes(vm)).items()} == {
+            disk: digest for (_, disk), digest in hashes.items()
+        }
+        assert await active_hash(vm) == active
+        for machine in (vm, clone):
+            await hold_invariants(machine)
+
+
+async def test_a_machine_that_the_store_has_lost_is_not_made_anew(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        await q.define(ONE_DISK)
+    lose(home)
+    async with qmpsnap.open() as q:
+        with pytest.raises(NotFoundError) as caught:
+            await q.machine("still")
+        assert "check --rebuild" in caught.value.hint
+        with pytest.raises(StoreMismatch, match="was defined before"):
+            await q.define(ONE_DISK)
+    await rebuild.run(at(home), set_aside=False)
+    async with qmpsnap.open() as q:
+        await hold_invariants(await q.machine("still"))
+
+
+async def test_a_whole_store_is_refused_and_a_damaged_one_kept(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with qmpsnap.open() as q:
+        await q.define(ONE_DISK)
+    with pytest.raises(StateError, match="is whole"):
+        await rebuild.run(at(home), set_aside=False)
+    (home / "qmpsnap.db").write_bytes(b"no database " * 1000)
+    await anyio.to_thread.run_sync(lambda: main(["check", "still"]))
+    assert "check --rebuild" in capsys.readouterr().err
+    assert await anyio.to_thread.run_sync(lambda: main(["check", "--rebuild"])) == 0
+    (aside,) = home.glob("qmpsnap.db.aside-*")
+    assert aside.read_bytes() == b"no database " * 1000
+    async with qmpsnap.open() as q:
+        await hold_invariants(await q.machine("still"))
+
+
+async def test_an_old_copy_of_the_store_is_noticed_and_replaced(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "s1")
+        await vm.stop(force=True)
+    shutil.copy2(home / "qmpsnap.db", home / "backup")
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        await vm.start(paused=True)
+        await vm.snapshot("s2")
+        await fill(vm, "vda", 7, offset=7 * MIB)
+        await vm.stop(force=True)
+        active = await active_hash(vm)
+    lose(home)
+    shutil.copy2(home / "backup", home / "qmpsnap.db")
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        for verb in (vm.start, vm.recover, lambda: vm.snapshot("s3"), lambda: vm.commit("vda", consume=True)):
+            with pytest.raises(StoreMismatch, match="old copy"):
+                await verb()
+        assert {finding.code for finding in (await vm.check()).findings} == {"store-older", "unreferenced-file"}
+    await rebuild.run(at(home), set_aside=True)
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert await active_hash(vm) == active
+        assert [found.name for found in await vm.snapshots()] == ["found-1", "found-2"]
+        await hold_invariants(vm)

@@ -1,0 +1,352 @@
+"""Damage of every kind on a stopped machine: what `check` finds, what repair does, and that nothing is lost."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from qmpsnap.block import header
+from qmpsnap.cli.main import main
+from qmpsnap.errors import ForeignHost, LockHeld, StoreMismatch
+from qmpsnap.machine import statefile
+from qmpsnap.model.finding import KINDS
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.operation import Change, CreatePlan
+from qmpsnap.model.snapshot import Point
+from qmpsnap.ops import check, power
+from qmpsnap.ops.context import Context, opened
+from qmpsnap.store import lock
+from tests.cli import seeded
+from tests.machine.test_statefile import MANIFEST
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+async def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Context]:
+    """A store with the machine ``web``, which is whole: two disks of four and three layers."""
+    if shutil.which("qemu-img") is None:
+        pytest.fail("qemu-img is missing: scripts/setup installs it")
+    monkeypatch.setenv("QMPSNAP_HOME", str(tmp_path))
+    home = Home.from_environment(os.environ, uid=os.geteuid())
+    seeded.fill(home)
+    seeded.make_images(home, "web")
+    for file in home.machine_dir("web").iterdir():
+        file.chmod(0o600)
+    async with opened() as context:
+        yield context
+
+
+def image(context: Context, name: str) -> Path:
+    return context.home.machine_dir("web") / f"{name}.qcow2"
+
+
+def img(*words: str | Path) -> None:
+    subprocess.run(["qemu-img", *map(str, words)], check=True, capture_output=True)
+
+
+def apply(context: Context, **change: object) -> None:
+    context.store.apply("web", Change(**change))  # type: ignore[arg-type]
+
+
+def poke(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def with_memory(context: Context) -> Path:
+    """Give the snapshot ``fresh`` a state file."""
+    path = context.home.machine_dir("web") / "memory-9.vmstate"
+    part = Path(f"{path}.part")
+    part.write_bytes(b"QEVM" + bytes(MIB))
+    part.chmod(0o600)
+    state = statefile.finish(str(part), str(path), replace(MANIFEST, operation=OperationId(9)))
+    fresh = next(found for found in context.store.snapshots("web") if found.name == "fresh")
+    apply(context, snapshots=(replace(fresh, kind="full", vmstate=state),))
+    return path
+
+
+def replaced(path: Path) -> None:
+    copy = path.with_name("copy")
+    shutil.copy2(path, copy)
+    copy.rename(path)
+
+
+def linked(context: Context) -> None:
+    image(context, "vda-3").rename(context.home.data / "x")
+    image(context, "vda-3").symlink_to(context.home.data / "x")
+
+
+def state_replaced(context: Context) -> None:
+    replaced(with_memory(context))
+
+
+def state_missing(context: Context) -> None:
+    with_memory(context).unlink()
+
+
+def state_flipped(context: Context) -> None:
+    poke(with_memory(context), 1000, b"\1")
+
+
+def state_cut(context: Context) -> None:
+    os.truncate(path := with_memory(context), path.stat().st_size - 1)
+
+
+def tag_missing(context: Context) -> None:
+    fresh = next(found for found in context.store.snapshots("web") if found.name == "fresh")
+    points = tuple(replace(point, tag="qs-7-none") for point in fresh.points[:1])
+    apply(context, snapshots=(replace(fresh, kind="internal", points=points),))
+
+
+def variables_missing(context: Context) -> None:
+    fresh = next(found for found in context.store.snapshots("web") if found.name == "fresh")
+    kept = str(context.home.machine_dir("web") / "vars-7.fd")
+    apply(context, snapshots=(replace(fresh, variables=kept),))
+
+
+def shared(context: Context) -> None:
+    fresh = next(found for found in context.store.snapshots("web") if found.name == "fresh")
+    apply(context, snapshots=(replace(fresh, points=(Point(disk="vda", layer=LayerId("vda-5")),)),))
+
+
+def leaking(context: Context) -> None:
+    img("bench", "-q", "-w", "-c", "1", "-t", "none", "-f", "qcow2", image(context, "vda-3"))
+    found = header.read(image(context, "vda-3"))
+    poke(image(context, "vda-3"), found.l1_offset, bytes(8))
+
+
+def damaged(context: Context) -> None:
+    found = header.read(image(context, "vda-3"))
+    poke(image(context, "vda-3"), found.l1_offset, (1 << 63 | 3 << 20 | 512).to_bytes(8, "big"))
+
+
+def interrupted(context: Context) -> None:
+    plan = CreatePlan(machine="web", live=False, overlays=(), change=Change())
+    context.store.open_operation("web", lambda _: plan)
+
+
+def from_the_future(context: Context) -> None:
+    """An overlay whose number this store has not given yet."""
+    path = image(context, f"vda-{context.store.next_serial()}")
+    img("create", "-q", "-f", "qcow2", path, "64M")
+    path.chmod(0o600)
+
+
+def above_the_active(context: Context) -> None:
+    """An overlay on the layer that the guest would write to; other machines have used up the numbers since."""
+    img(
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-u",
+        "-b",
+        image(context, "vda-5"),
+        "-F",
+        "qcow2",
+        image(context, "vda-9"),
+        "64M",
+    )
+
+
+def above_the_active_elsewhere(context: Context) -> None:
+    """The same, at a place that a user has chosen: the store's own note of it has survived."""
+    (place := context.home.data / "elsewhere").mkdir()
+    img("create", "-q", "-f", "qcow2", "-u", "-b", image(context, "vda-5"), "-F", "qcow2", place / "mine", "64M")
+    layer = replace(context.store.layer(LayerId("vda-5")), path=str(place / "mine"), id=LayerId("vda-9"))
+    apply(context, layers=(layer,))
+    apply(context, removed_layers=(layer.id,))
+
+
+DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
+    # What was done; what is found then; what is left of that after repair.
+    "a layer is gone": (lambda c: image(c, "vda-3").unlink(), {"layer-missing"}, {"layer-missing"}),
+    "a layer is a link": (linked, {"layer-missing"}, {"layer-missing"}),
+    "a layer was copied": (lambda c: replaced(image(c, "vda-3")), {"layer-replaced"}, {"layer-replaced"}),
+    "a layer was rebased": (
+        lambda c: img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", image(c, "vda-1"), image(c, "vda-4")),
+        {"backing-differs"},
+        {"backing-differs"},
+    ),
+    "a layer was resized": (
+        lambda c: img("resize", "-q", image(c, "vda-5"), "80M"),
+        {"size-differs"},
+        {"size-differs"},
+    ),
+    "a layer is marked corrupt": (
+        lambda c: poke(image(c, "vda-3"), 79, b"\2"),
+        {"image-corrupt"},
+        {"image-corrupt"},
+    ),
+    "a layer is damaged": (damaged, {"image-damaged"}, {"image-damaged"}),
+    "a layer leaks": (leaking, {"image-leaks"}, set()),
+    "a file of nobody": (lambda c: image(c, "copy").write_bytes(b"mine"), {"unreferenced-file"}, set()),
+    "a folder of nobody": (lambda c: image(c, "folder").mkdir(), {"unreferenced-file"}, set()),
+    "an unfinished file": (lambda c: image(c, "copy").with_suffix(".part").write_bytes(b"half"), {"part-left"}, set()),
+    "an open file": (lambda c: image(c, "vda-3").chmod(0o644), {"mode-open"}, set()),
+    "an open folder": (lambda c: c.home.machine_dir("web").chmod(0o755), {"mode-open"}, set()),
+    "a tag is gone": (tag_missing, {"tag-missing"}, {"tag-missing"}),
+    "a state file is gone": (state_missing, {"state-file-missing"}, {"state-file-missing"}),
+    "a state file was copied": (state_replaced, {"state-file-replaced"}, {"state-file-replaced"}),
+    "a state file was cut": (state_cut, {"state-file-damaged"}, {"state-file-damaged"}),
+    "a state file has another byte": (state_flipped, {"state-file-damaged"}, {"state-file-damaged"}),
+    "a variable store is gone": (variables_missing, {"variables-missing"}, {"variables-missing"}),
+    "a snapshot is written to": (shared, {"writable-shared"}, {"writable-shared"}),
+    "the description is gone": (lambda c: (c.home.data / "records/web.json").unlink(), {"record-missing"}, set()),
+    "an interrupted operation": (interrupted, {"operation-open"}, set()),
+    "the store is old, by a number": (
+        from_the_future,
+        {"store-older", "unreferenced-file"},
+        {"store-older", "unreferenced-file"},
+    ),
+    "the store is old, by a header": (
+        above_the_active,
+        {"store-older", "unreferenced-file"},
+        {"store-older", "unreferenced-file"},
+    ),
+    "the store is old, elsewhere": (above_the_active_elsewhere, {"store-older"}, {"store-older"}),
+}
+ONLY_DEEP = {"a layer is damaged", "a layer leaks", "a state file has another byte"}
+
+
+async def test_a_whole_machine_has_no_finding(web: Context) -> None:
+    assert (await check.run(web, "web", deep=True)).findings == ()
+    done = await check.run(web, "web", deep=True, mend=True)
+    assert (done.findings, done.repaired, done.moved, done.failed) == ((), (), (), ())
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+async def test_damage_is_found_and_what_can_be_is_put_right(web: Context, what: str) -> None:
+    damage, expected, left = DAMAGE[what]
+    damage(web)
+    before = contents(web.home)
+    shallow = await check.run(web, "web")
+    assert {finding.code for finding in shallow.findings} == (set() if what in ONLY_DEEP else expected)
+    found = await check.run(web, "web", deep=True)
+    assert {finding.code for finding in found.findings} == expected
+    assert contents(web.home) == before, "check alone changes nothing"
+    done = await check.run(web, "web", deep=True, mend=True)
+    assert {finding.code for finding in done.findings} == left
+    assert {finding.code for finding in done.repaired} == expected - left
+    assert done.failed == ()
+    assert lost(before, web.home) == []
+    again = await check.run(web, "web", deep=True, mend=True)
+    assert (again.findings, again.repaired, again.moved) == (done.findings, (), ())
+
+
+def contents(home: Home) -> dict[str, bytes]:
+    """Every file of the user's but the store's own."""
+    files = [path for folder in (home.machines, home.quarantine) for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(home.data)): path.read_bytes() for path in files}
+
+
+def lost(before: dict[str, bytes], home: Home) -> list[str]:
+    """What was there before and is nowhere now."""
+    now = contents(home)
+    leaks = {"machines/web/vda-3.qcow2"}  # what qemu-img gives back is no content
+    return [path for path, data in before.items() if data not in now.values() and path not in leaks]
+
+
+async def test_what_is_moved_can_be_put_back(web: Context) -> None:
+    path = image(web, "copy")
+    path.write_bytes(b"mine")
+    (moved,) = (await check.run(web, "web", mend=True)).moved
+    assert (moved.old, Path(moved.new).read_bytes(), path.exists()) == (str(path), b"mine", False)
+    folder = Path(moved.new).parent
+    assert folder.is_relative_to(web.home.quarantine / "web")
+    assert {stat.S_IMODE(place.stat().st_mode) for place in (folder, folder.parent, folder.parent.parent)} == {0o700}
+    note = json.loads((folder / "note.json").read_text())
+    assert (note["path"], note["code"]) == (str(path), "unreferenced-file")
+    path.write_bytes(b"other")
+    (second,) = (await check.run(web, "web", mend=True)).moved
+    assert (Path(moved.new).read_bytes(), Path(second.new).read_bytes()) == (b"mine", b"other")
+
+
+async def test_an_image_that_a_header_names_is_not_moved(web: Context) -> None:
+    img("create", "-q", "-f", "qcow2", image(web, "hand-made"), "64M")
+    img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", image(web, "hand-made"), image(web, "vda-3"))
+    done = await check.run(web, "web", mend=True)
+    assert {finding.code for finding in done.findings} == {"backing-differs", "unreferenced-file"}
+    assert (done.moved, image(web, "hand-made").exists()) == ((), True)
+
+
+async def test_who_works_on_the_machine_is_told_and_nothing_else(web: Context) -> None:
+    image(web, "vda-3").unlink()
+    (run_dir := web.home.run_dir("web")).mkdir(mode=0o700, parents=True)
+    with lock.machine_lock(run_dir / "lock", machine="web", verb="commit"):
+        (finding,) = (await check.run(web, "web")).findings
+        assert finding.code == "machine-busy"
+        assert f"'commit' (pid {os.getpid()}" in finding.text
+        with pytest.raises(LockHeld):
+            await check.run(web, "web", mend=True)
+    assert [finding.code for finding in (await check.run(web, "web")).findings] == ["layer-missing"]
+
+
+async def test_an_old_store_starts_nothing_and_changes_nothing(web: Context) -> None:
+    above_the_active(web)
+    interrupted(web)
+    with pytest.raises(StoreMismatch, match="old copy") as caught:
+        await power.start(web, "web")
+    assert (caught.value.exit_code, caught.value.effect) == (7, "none")
+    assert "check --rebuild --set-aside" in caught.value.hint
+    assert len(web.store.operations("web", only_open=True)) == 1, "not even recovery is done by an old record"
+
+
+async def test_what_an_interrupted_operation_made_is_no_sign_of_an_old_store(web: Context) -> None:
+    above_the_active(web)
+    layer = replace(web.store.layer(LayerId("vda-5")), id=LayerId("vda-9"), path=str(image(web, "vda-9")))
+    plan = CreatePlan(machine="web", live=False, overlays=(), change=Change(layers=(layer,)))
+    web.store.open_operation("web", lambda _: plan)
+    assert [finding.code for finding in (await check.run(web, "web")).findings] == ["operation-open"]
+
+
+async def test_another_hosts_machine_is_named_and_left_out(web: Context, capsys: pytest.CaptureFixture[str]) -> None:
+    far = Machine(name="far", uuid="f", host="elsewhere", spec=web.store.machine("bare").spec, created=1)
+    web.store.apply("far", Change(define=far))
+    with pytest.raises(ForeignHost):
+        await check.run(web, "far")
+
+
+def test_every_code_is_described() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    for code, kind in KINDS.items():
+        assert f"| `{code}` | {kind.invariant} | {'yes' if kind.repair else ''}" in text, code
+
+
+class TestCommandLine:
+    """The same from the shell."""
+
+    def test_findings_exit_7_and_none_0(self, web: Context, capsys: pytest.CaptureFixture[str]) -> None:
+        del web
+        assert main(["check", "web"]) == 0
+        assert capsys.readouterr().out == "web: no finding(s)\n"
+
+    def test_a_finding_says_what_it_means_and_what_repair_would_do(
+        self, web: Context, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        image(web, "copy").write_bytes(b"mine")
+        assert main(["check", "web", "-o", "json"]) == 7
+        (machine,) = json.loads(capsys.readouterr().out)["machines"]
+        (finding,) = machine["findings"]
+        assert (finding["code"], finding["invariant"], finding["file"]) == (
+            "unreferenced-file", "I3", str(image(web, "copy")),
+        )  # fmt: skip
+        assert finding["means"] == KINDS["unreferenced-file"].means
+        assert finding["repair"] == KINDS["unreferenced-file"].repair
+        assert main(["check", "web", "--repair", "-o", "name"]) == 0
+        assert capsys.readouterr().out == ""
+
+    def test_all_machines_are_looked_at(self, web: Context, capsys: pytest.CaptureFixture[str]) -> None:
+        del web
+        assert main(["check", "-o", "name"]) == 7  # of lab there is no image
+        assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"lab"}

@@ -1,0 +1,58 @@
+"""What is written down beside the store: before it settles, durably, and readable after a crash in the middle."""
+
+import os
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from qmpsnap.errors import HostCannot, NotFoundError
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.operation import Change
+from qmpsnap.store.records import Place, Records
+from qmpsnap.store.sqlite import SqliteStore
+from tests.store.samples import MACHINES, PROCESS, defined, layer, machine, settled
+
+
+def test_a_machine_is_read_as_it_was_defined_without_what_passes(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records")
+    records.write(replace(machine("web"), process=PROCESS, current="s1"))
+    assert records.machines() == (machine("web"),)
+    assert records.has(replace(machine("web"), current="s2"))
+    assert not records.has(replace(machine("web"), uuid="another"))
+
+
+def test_a_line_that_a_crash_has_cut_harms_no_other(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records")
+    first, second = (Place(layer=layer(name, path=f"/elsewhere/{name}")) for name in ("vda-1", "vda-2"))
+    records.add("web", [first])
+    with (tmp_path / "records" / "web.places").open("ab") as file:
+        file.write(b'{"layer": {"id": "vda-')
+    records.add("web", [second])
+    assert records.places("web") == (first, second)
+
+
+def test_only_what_nobody_would_find_is_noted(tmp_path: Path) -> None:
+    with SqliteStore(tmp_path / "store.db", machines=MACHINES) as store:
+        base = layer("vda-1", path="/images/base", owned=False)
+        defined(store, "web", base, layer("vda-2", base))
+        settled(store, Change(layers=(layer("vda-3", path="/elsewhere/mine"),)))
+        settled(store, Change(layers=(layer("vda-4", path=f"{MACHINES}/web/mine.qcow2"),)))
+        assert store.places("web") == ("/images/base", "/elsewhere/mine", f"{MACHINES}/web/mine.qcow2")
+        assert store.remembers("web")
+        store.forget("web")
+        assert (store.places("web"), store.remembers("web")) == ((), False)
+
+
+def test_what_cannot_be_written_down_is_not_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SqliteStore(tmp_path / "store.db", machines=MACHINES) as store:
+        defined(store, "web", layer("vda-1"))
+
+        def full(descriptor: int) -> None:
+            raise OSError(28, os.strerror(28))
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(HostCannot, match="No space"):
+            settled(store, Change(layers=(layer("vda-3", path="/elsewhere/mine"),)))
+        with pytest.raises(NotFoundError):
+            store.layer(LayerId("vda-3"))
