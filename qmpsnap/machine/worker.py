@@ -7,6 +7,7 @@ is one code path for both. It has a run folder of its own below the machine's, b
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import anyio
 from msgspec.structs import replace
@@ -59,7 +60,12 @@ async def end_leftover(machine: Machine, run_dir: Path) -> None:
 
 @asynccontextmanager
 async def working_on(
-    chain: Chain, machine: Machine, *, qemu: str, run_dir: Path, secrets: Mapping[str, int]
+    chain: Chain,
+    machine: Machine,
+    *,
+    qemu: str,
+    run_dir: Path,
+    secrets: Mapping[str, int] = MappingProxyType({}),
 ) -> AsyncIterator[Session]:
     """A worker that has the chain open, its highest layer for writing; ended with the block.
 

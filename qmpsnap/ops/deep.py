@@ -9,6 +9,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.ops import keys
 from qmpsnap.ops.context import Context
 from qmpsnap.ops.facts import Facts
 
@@ -36,7 +37,8 @@ def _layers(context: Context, at: Facts) -> list[Layer]:
 
 async def _image(context: Context, at: Facts, layer: Layer) -> Finding | None:
     try:
-        verdict, said = await verify.check(layer, qemu_img=context.image.binary)
+        async with keys.for_layer(context, at.record.machine, layer) as key:
+            verdict, said = await verify.check(layer, qemu_img=context.image.binary, key=key)
     except (HostCannot, DeadlinePassed) as error:
         verdict, said = "damaged", error.message
     if verdict == "whole":

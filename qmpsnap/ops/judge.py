@@ -109,6 +109,8 @@ def _snapshots(at: Facts) -> Iterator[Finding]:
 def _writers(at: Facts) -> Iterator[Finding]:
     """I4, by the record: a layer that a guest writes to has no other reader."""
     forest = at.record.forest
+    # A commit of the active layer leaves the points it has overwritten where they were: nobody reads there any more.
+    consumed = {(at.record.machine.name, found.name) for found in at.record.snapshots if found.state == "consumed"}
     read_only = {disk.name for disk in at.record.machine.spec.disks if disk.read_only}
     gone = {(at.record.machine.name, found.name) for found in at.record.snapshots if found.state == "consumed"}
     for chain in at.record.chains:
@@ -117,6 +119,8 @@ def _writers(at: Facts) -> Iterator[Finding]:
         points = [r for r in forest.references_to(layer.id) if not r.tag and (r.machine, r.snapshot) not in gone]
         others += [f"snapshot {point.snapshot} of {point.machine}" for point in points]
         me = (at.record.machine.name, chain.disk)
+        points = [r for r in forest.references_to(layer.id) if not r.tag and (r.machine, r.snapshot) not in consumed]
+        others += [f"snapshot {r.snapshot} of {r.machine}" for r in points]
         others += [f"disk {w.disk} of {w.machine}" for w in forest.writers_of(layer.id) if (w.machine, w.disk) != me]
         if others and chain.disk not in read_only:
             text = f"{layer.path} is written to by disk {chain.disk} and read by {', '.join(others)}"

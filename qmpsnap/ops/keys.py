@@ -15,7 +15,7 @@ from qmpsnap.block import encrypted
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, QemuGone, StateError, UsageError
 from qmpsnap.machine import worker
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.secret import MOST, Secret
 from qmpsnap.model.spec import DiskSpec
@@ -37,13 +37,27 @@ async def for_images(context: Context, machine: str, disk: DiskSpec) -> AsyncIte
     if disk.encryption is None:
         yield None
         return
-    secret = await to_thread.run_sync(_secret, context, machine, disk)
-    descriptor = os.memfd_create("key", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, secret.reveal())
+    with _in_memory(await to_thread.run_sync(_secret, context, machine, disk)) as descriptor:
         yield descriptor
-    finally:
-        os.close(descriptor)
+
+
+@asynccontextmanager
+async def for_layer(context: Context, machine: Machine, layer: Layer) -> AsyncIterator[int | None]:
+    """As :func:`for_images`, for a layer whose disk its name tells, wherever it is in the disk's tree.
+
+    Raises:
+        UsageError: it is not to be had; also for a key in a file that cannot be read.
+    """
+    disk = machine.spec.disk(layer.id.rsplit("-", 1)[0])
+    if disk is None or disk.encryption is None:
+        yield None
+        return
+    try:
+        secret = await to_thread.run_sync(_secret, context, machine.name, disk)
+    except HostCannot as error:  # which to the caller would be a fault of the image
+        raise UsageError(error.message, hint=error.hint, machine=machine.name) from error
+    with _in_memory(secret) as descriptor:
+        yield descriptor
 
 
 async def require(context: Context, machine: Machine, chains: Iterable[Chain]) -> None:
@@ -108,6 +122,16 @@ def require_plain(machine: Machine, what: str, hint: str) -> None:
             hint=hint,
             machine=machine.name,
         )
+
+
+@contextmanager
+def _in_memory(secret: Secret) -> Iterator[int]:
+    descriptor = os.memfd_create("key", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, secret.reveal())
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
-from qmpsnap.ops import quarantine
+from qmpsnap.ops import keys, quarantine
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.facts import AGENT_DEADLINE, Entry, Facts
 from qmpsnap.ops.judge import OUR_NODE
@@ -58,7 +58,8 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
             await to_thread.run_sync(close_to_others, entry)
         case "image-leaks":
             layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
-            await verify.check(layer, qemu_img=context.image.binary, give_back=True)
+            async with keys.for_layer(context, machine, layer) as key:
+                await verify.check(layer, qemu_img=context.image.binary, give_back=True, key=key)
         case "worker-left":
             await worker.end_leftover(machine, context.home.run_dir(machine.name))
         case "guest-frozen":

@@ -190,6 +190,7 @@ async def test_a_stopped_machine_and_a_key_that_the_program_gives(
             await vm.commit("vda", consume=True)
             assert (await vm.chains())[0].ids == ("vda-1",)
             assert await clear(vm, "vda-1") == now
+            await vm.delete_snapshots("s1")  # consumed
             await hold_invariants(vm)
     async with qmpsnap.open() as q:
         with pytest.raises(UsageError, match="none was given") as missing:
