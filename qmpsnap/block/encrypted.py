@@ -40,7 +40,7 @@ async def require_key(path: str, key: int, *, qemu_img: str, deadline: float = 6
     # "info" opens an image without a look at its key.
     argv = [qemu_img, "map", "-U", "--output=json", "--max-length=65536", *secret(key), alone(path)]
     late = f"opening {printable(path)} took longer than {deadline:g} s"
-    done = await tool.run(argv, deadline=deadline, late=late, keep=[key])
+    done = await tool.run(argv, deadline=deadline, late=late, inherited=[key])
     if done.returncode == 0:
         return
     said = done.stderr.decode(errors="backslashreplace").strip()

@@ -34,7 +34,7 @@ async def check(
         argv = [qemu_img, "check", "-q", *some, *encrypted.secret(key), encrypted.alone(layer.path)]
     late = f"checking {layer.path} took longer than {deadline:g} s"
     effect: Effect = "unknown" if give_back else "none"
-    done = await tool.run(argv, deadline=deadline, late=late, effect=effect, keep=[] if key is None else [key])
+    done = await tool.run(argv, deadline=deadline, late=late, effect=effect, inherited=[] if key is None else [key])
     said = header.printable(" ".join((done.stdout + done.stderr).decode(errors="replace").split()))
     if "Failed to get " in said and "lock" in said:
         return "in use", said

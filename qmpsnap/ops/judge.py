@@ -112,12 +112,9 @@ def _writers(at: Facts) -> Iterator[Finding]:
     # A commit of the active layer leaves the points it has overwritten where they were: nobody reads there any more.
     consumed = {(at.record.machine.name, found.name) for found in at.record.snapshots if found.state == "consumed"}
     read_only = {disk.name for disk in at.record.machine.spec.disks if disk.read_only}
-    gone = {(at.record.machine.name, found.name) for found in at.record.snapshots if found.state == "consumed"}
     for chain in at.record.chains:
         layer = chain.active
         others = [f"layer {above.id}" for above in forest.children(layer.id)]
-        points = [r for r in forest.references_to(layer.id) if not r.tag and (r.machine, r.snapshot) not in gone]
-        others += [f"snapshot {point.snapshot} of {point.machine}" for point in points]
         me = (at.record.machine.name, chain.disk)
         points = [r for r in forest.references_to(layer.id) if not r.tag and (r.machine, r.snapshot) not in consumed]
         others += [f"snapshot {r.snapshot} of {r.machine}" for r in points]
