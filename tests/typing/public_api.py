@@ -9,7 +9,7 @@ from typing import assert_type
 
 import qmpsnap
 from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
-from qmpsnap.machine.agent import Completed
+from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.vmstate import Vmstate
@@ -67,6 +67,8 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.preview_revert("before"), Preview)
     assert_type(await vm.snapshot("all", kind="full", max_pause_ms=40, compression="zstd", degrade=True), Snapshot)
     assert_type(await vm.snapshot("in", kind="internal", memory=False), Snapshot)
+    assert_type(await vm.snapshot(quiesce="prefer", freeze_window=2), Snapshot)
+    await vm.snapshot(quiesce="maybe")  # type: ignore[arg-type]
     assert_type(await vm.preview_internal("in", disks=["vda"]), InternalPlan)
     assert_type(await vm.save("/srv/web.vmstate", name="evening"), Snapshot)
     assert_type(await vm.restore("/srv/web.vmstate", discard=True, paused=True, after=False), Reverted)
@@ -86,6 +88,7 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.run("uname -s"), Completed)
     assert_type(await vm.run(["uname", "-s"], deadline=5, check=False), Completed)
     assert_type(await vm.check(deep=True, repair=True), Checked)
+    assert_type(await vm.fstrim(minimum=4096), tuple[Trimmed, ...])
     assert_type(await vm.recover(), list[Operation])
     assert_type(await vm.undefine(disks="keep"), list[str])
     await vm.stop(force=True, timeout=5)
