@@ -32,6 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "/faults/" in str(item.path):
             item.add_marker(pytest.mark.live)
+            item.add_marker(pytest.mark.timeout(400))
     if FORM in ("short", "sample"):
         chosen = [item for item in items if item.get_closest_marker("short")][:: SAMPLE if FORM == "sample" else 1]
         kept = {id(item) for item in chosen}

@@ -66,9 +66,9 @@ class Scenario(Struct, frozen=True, kw_only=True):
         """The steps it comes by, in order."""
         return tuple(step.name for step in steps.STEPS[self.verb] if step.name not in self.without)
 
-    def goes_forward(self, at: At, *, qemu: Literal["lives", "dies"]) -> bool:
+    def goes_forward(self, at: tuple[str, str], *, qemu: Literal["lives", "dies"]) -> bool:
         """Whether recovery has to finish what died there; else it has to undo it."""
-        points: list[At] = [(step, when) for step in self.steps for when in WHEN]
+        points: list[tuple[str, str]] = [(step, when) for step in self.steps for when in WHEN]
         first = self.forward[qemu == "dies"]
         return first in points and points.index(at) >= points.index(first)
 

@@ -28,6 +28,8 @@ TWO = MachineSpec(
     agent=False,
 )
 NAME = "still"
+WAIT = 200.0
+"""Seconds for the whole verdict, which takes one on an idle host."""
 
 
 class Before(Struct, frozen=True):
@@ -153,7 +155,7 @@ async def judge(
     also: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Recover, twice; then every invariant, and ``also``; then the machine has to work on. Raises what is violated."""
-    with anyio.fail_after(100):  # I10
+    with anyio.fail_after(WAIT):  # I10
         await recover(vm)
         once = await picture(vm, place)
         await vm.recover()
