@@ -62,8 +62,9 @@ async def test_killed(q: qmpsnap.Controller, place: Path, fault: Fault, case: Ca
     vm = await ready(q, scenario, place)
     before = await site.look(vm)
     point = Point(scenario.verb, case.step, case.when)
+    well = False
     if case.death == "QEMU":
-        await _qemu_dies(vm, place, case.name, point)
+        well = await _qemu_dies(vm, place, case.name, point) == ""
     else:
         died = await controller_dies(case.name, place, point, qemu_too=case.death == "both")
         assert died.died, f"never came to {point}: {died.said}"
@@ -74,14 +75,14 @@ async def test_killed(q: qmpsnap.Controller, place: Path, fault: Fault, case: Ca
         if scenario.happened:
             # Under a controller that lives the step becomes durable all the same.
             at = (case.step, "after" if case.death == "QEMU" else case.when)
-            forward = scenario.goes_forward(at, qemu="lives" if case.death == "controller" else "dies")
+            forward = well or scenario.goes_forward(at, qemu="lives" if case.death == "controller" else "dies")
             assert await scenario.happened(vm, place) == forward, f"it must go {'forward' if forward else 'back'}"
 
     await site.judge(vm, place, before, scenario.expected, also=ends_as_it_must)
 
 
-async def _qemu_dies(vm: qmpsnap.MachineHandle, place: Path, name: str, point: Point) -> None:
-    """QEMU dies under a controller that lives: that has to end, with an error or without."""
+async def _qemu_dies(vm: qmpsnap.MachineHandle, place: Path, name: str, point: Point) -> str:
+    """QEMU dies under a controller that lives: that has to end, with an error, which is told, or without."""
     killed: list[bool] = []
 
     def hook(verb: str, step: str, when: watch.When) -> None:
@@ -89,5 +90,6 @@ async def _qemu_dies(vm: qmpsnap.MachineHandle, place: Path, name: str, point: P
             killed.append(kill_qemu(vm))
 
     with watch.watching(hook):
-        await ends_by_itself(lambda: SCENARIOS[name].act(vm, place))
+        ended = await ends_by_itself(lambda: SCENARIOS[name].act(vm, place))
     assert killed == [True], f"never came to {point}, or there was no QEMU to kill"
+    return ended
