@@ -12,6 +12,7 @@ from anyio import to_thread
 
 from qmpsnap.block import tags
 from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
+from qmpsnap.machine import worker
 from qmpsnap.machine.machine import end
 from qmpsnap.model import steps
 from qmpsnap.model.home import Home
@@ -76,6 +77,8 @@ async def end_open(
             raise
         except QmpsnapError as error:
             raise broken.pending(error.message) from error
+    if pending:  # whoever died before its job began has left a worker that nobody asked about
+        await worker.end_leftover(machine, context.home.run_dir(machine.name))
     return list(pending)
 
 
