@@ -17,13 +17,14 @@ from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
 from qmpsnap.ops import commit, create, delete, internal, mirror, rename, revert, save, stack
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
-from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
 from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.means import MemoryRequest
 from qmpsnap.ops.mirror import MirrorRequest, Mode
 from qmpsnap.ops.quiesce import FREEZE_WINDOW, QuiesceRequest
-from qmpsnap.ops.revert import Preview, Reverted, RevertRequest, Run
+from qmpsnap.ops.revert import Preview, Reverted
+from qmpsnap.ops.revert_plan import RevertRequest, Run
 from qmpsnap.ops.save import RestoreRequest, SaveRequest
 from qmpsnap.qmp.jobs import Report, unreported
 

@@ -9,7 +9,8 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controllin
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
-    from qmpsnap.ops.revert import Preview, Reverted, Run
+    from qmpsnap.ops.revert import Preview, Reverted
+    from qmpsnap.ops.revert_plan import Run
 
 
 def register(verbs: Parsers) -> None:

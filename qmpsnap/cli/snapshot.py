@@ -211,7 +211,7 @@ def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: d
 
 
 def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> None:
-    from qmpsnap.ops.create import qmp_commands
+    from qmpsnap.ops.create_plan import qmp_commands
 
     name = plan.change.snapshots[0].name if plan.change.snapshots else None
     what = f"take snapshot {name} of" if name else "add layers to"

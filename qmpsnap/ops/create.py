@@ -1,163 +1,33 @@
 """``snapshot create``: every disk's active layer is frozen under a new empty overlay, all disks in one transaction."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import graph, place
-from qmpsnap.errors import DeadlinePassed, QmpsnapError, UsageError
-from qmpsnap.machine import statefile
+from qmpsnap.block import graph
+from qmpsnap.errors import DeadlinePassed, QmpsnapError
 from qmpsnap.machine.opened import require_opened
 from qmpsnap.machine.watch import Watch
 from qmpsnap.model import steps
-from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
-from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import OperationId, check_description
-from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation, Overlay
-from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.model.vmstate import version_of
+from qmpsnap.model.names import OperationId
+from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
+from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops import asked, chosen, commit, memory, quiesce, recover, recover_create, space
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, guarded, require_spec
-from qmpsnap.ops.means import Means, MemoryRequest, choose
-from qmpsnap.ops.overlays import identified, make_overlays, overlay_on, require_free
-from qmpsnap.ops.quiesce import Freezer, QuiesceRequest
+from qmpsnap.ops.create_plan import CreateRequest, expected, node_options, plan, transaction_of
+from qmpsnap.ops.means import choose
+from qmpsnap.ops.overlays import identified, make_overlays, require_free
+from qmpsnap.ops.quiesce import Freezer
 from qmpsnap.ops.work import Work, working
-from qmpsnap.qmp import commands, migration
+from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-
-
-class CreateRequest(Struct, frozen=True, kw_only=True):
-    """What a user asks for.
-
-    Attributes:
-        name: the snapshot's name; None takes the next free ``snap-N`` (``saved-N`` for one after which QEMU ends).
-        description: free text.
-        disks: names of the disks to include; None takes all that the spec does not leave out.
-        files: disk to absolute path of its new layer; those not named are put into the machine's folder.
-        listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
-        memory: save the guest's memory as well, of the same instant; None takes the disks alone.
-        quiesce: freeze the guest's file systems for that instant.
-    """
-
-    name: str | None = None
-    description: str = ""
-    disks: tuple[str, ...] | None = None
-    listed: bool = True
-    files: Mapping[str, str] = {}
-    memory: MemoryRequest | None = None
-    quiesce: QuiesceRequest = QuiesceRequest()
-
-
-def plan(
-    machine: Machine,
-    chains: Sequence[Chain],
-    snapshots: Sequence[Snapshot],
-    request: CreateRequest,
-    *,
-    serial: OperationId,
-    home: Home,
-    mode: str,
-    now: float,
-    means: Means | None = None,
-    freezer: Freezer | None = None,
-) -> CreatePlan:
-    """What will be done; pure.
-
-    Args:
-        machine: the machine.
-        chains: its live chains.
-        snapshots: those it has already.
-        request: what was asked for.
-        serial: number of the operation and of its new layers.
-        home: where new images go.
-        mode: ``live``, ``paused`` or ``stopped``.
-        now: seconds since the epoch.
-        means: how the memory can be saved, if it was asked for.
-        freezer: what has become of the wish to freeze; None plans for what was asked.
-
-    Raises:
-        NameRefused: the name is not allowed.
-        NameTaken: the machine has a snapshot of that name.
-        NotFoundError: no disk of that name.
-        StateError: a disk cannot be snapshotted.
-    """
-    included = asked.disks(machine, request.disks)
-    _require_included(machine, included, request.files)
-    if request.memory:
-        asked.require_all(machine, included)
-    folder = home.machine_dir(machine.name)
-    overlays = tuple(
-        _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk))
-        for chain in chains
-        if chain.disk in included
-    )
-    change = Change(
-        layers=tuple(overlay.layer for overlay in overlays),
-        active={overlay.disk: overlay.layer.id for overlay in overlays},
-    )
-    live = mode != "stopped"
-    if not request.listed:
-        return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
-    prefix = "saved" if request.memory and request.memory.quit else "snap"
-    name = asked.snapshot_name(machine, snapshots, request.name, prefix=prefix)
-    snapshot = Snapshot(
-        name=name,
-        kind="full" if means else "disk",
-        state="ok",
-        parent=machine.current,
-        created=now,
-        description=check_description(request.description),
-        mode=mode,
-        points=tuple(Point(disk=overlay.disk, layer=overlay.backing.id) for overlay in overlays),
-        operation=serial,
-        level="ram" if means else "crash",
-        unquiesced=freezer.why if freezer else "",
-    )
-    change = replace(change, snapshots=(snapshot,), current=name)
-    memory = _memory(request.memory, means, serial, folder) if request.memory and means else None
-    wish = freezer.wish if freezer else request.quiesce.wish
-    return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change, memory=memory, quiesce=wish)
-
-
-def _memory(request: MemoryRequest, means: Means, serial: OperationId, folder: Path) -> Memory:
-    path = request.file or str(folder / f"memory-{serial}.vmstate")
-    return Memory(
-        path=path,
-        part=statefile.part(path, serial),
-        mode=means.mode,
-        layout=means.layout,
-        compression=request.compression,
-        hardware=means.hardware,
-        why=means.why,
-        resume=means.resume,
-        cancellable=means.cancellable,
-        reserve=means.reserve,
-        quit=request.quit,
-        degrade=request.degrade,
-        max_pause_ms=request.max_pause_ms if means.resume else None,
-    )
-
-
-def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str, object]]]:
-    """The exact QMP commands of a live plan, in order; none for a stopped machine."""
-    if not plan.live:
-        return []
-    adds = [("blockdev-add", _node_options(overlay, machine)) for overlay in plan.overlays]
-    transaction = ("transaction", _transaction(plan))
-    if plan.memory is None:
-        return [*adds, transaction]
-    give, migrate = migration.handing_over(version_of(plan.memory.hardware.qemu_version))
-    held = [("stop", {}), transaction, migrate] if plan.memory.resume else [transaction, migrate]
-    after = ["quit"] if plan.memory.quit else ["cont"] if plan.memory.resume else []
-    return [*adds, give, *held, *((command, {}) for command in after)]
 
 
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
@@ -214,8 +84,10 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
                     guarded(context, work.machine, when=bool(plan.memory and plan.memory.resume)) as guard,
                     recover.attempting(context, work.machine, work.qemu, operation),
                 ):
-                    expected = _expected(chains, plan)
-                    return await _carry_out(_Attempt(context, work, operation, plan, expected, report, freezer, guard))
+                    chains_after = expected(chains, plan)
+                    return await _carry_out(
+                        _Attempt(context, work, operation, plan, chains_after, report, freezer, guard)
+                    )
     except QmpsnapError as error:
         if plan and (plan.memory or plan.quiesce == "require") and (left := await _undone(context, plan, error)):
             return left
@@ -302,7 +174,7 @@ class _Attempt(Struct, frozen=True):
     async def transact(self, qemu: Monitor) -> None:
         """Put every overlay on top, or none."""
         with self.freezer.within():
-            await commands.transaction(qemu, _transaction(self.plan))
+            await commands.transaction(qemu, transaction_of(self.plan))
 
 
 async def _carry_out(at: _Attempt) -> Change:
@@ -310,7 +182,7 @@ async def _carry_out(at: _Attempt) -> Change:
     change = identified(plan.change, await make_overlays(at.context, machine, plan.overlays))
     if qemu:
         for overlay in plan.overlays:
-            await commands.blockdev_add(qemu, _node_options(overlay, machine))
+            await commands.blockdev_add(qemu, node_options(overlay, machine))
         require_opened(at.context.process(machine), change.layers, machine=machine.name)
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
@@ -370,38 +242,3 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     if how.quit:
         await recover_create.quit_saved(at.context, machine, qemu, at.operation)
     return change
-
-
-def _expected(chains: Sequence[Chain], plan: CreatePlan) -> tuple[Chain, ...]:
-    """The live chains once the plan's overlays are active."""
-    new = {overlay.disk: overlay.layer for overlay in plan.overlays}
-    return tuple(chain.with_overlay(new[chain.disk]) if chain.disk in new else chain for chain in chains)
-
-
-def _transaction(plan: CreatePlan) -> dict[str, object]:
-    pairs = [(node_name(overlay.backing), node_name(overlay.layer)) for overlay in plan.overlays]
-    return commands.snapshot_transaction(pairs)
-
-
-def _overlay(machine: Machine, chain: Chain, serial: OperationId, folder: str, path: str | None) -> Overlay:
-    layer = overlay_on(chain, serial, folder)
-    if path is None:
-        return Overlay(disk=chain.disk, layer=layer, backing=chain.active)
-    part = place.part_of(path, f"{machine.uuid[:8]}-{serial}")
-    return Overlay(disk=chain.disk, layer=replace(layer, path=path), backing=chain.active, part=part)
-
-
-def _require_included(machine: Machine, included: frozenset[str], files: Mapping[str, str]) -> None:
-    for disk in files:
-        machine.require_disk(disk)
-        if disk not in included:
-            raise UsageError(
-                f"a file is named for disk {disk} of machine {machine.name}, which the snapshot does not include;"
-                " nothing was changed",
-                hint="name the disk in --disks, or leave out its --file",
-                machine=machine.name,
-            )
-
-
-def _node_options(overlay: Overlay, machine: Machine) -> dict[str, object]:
-    return layer_options(overlay.layer, machine.require_disk(overlay.disk), backing=None, read_only=False)

@@ -18,43 +18,24 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import tags
-from qmpsnap.errors import NotFoundError, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.errors import QmpsnapError, StoreMismatch
 from qmpsnap.machine import statefile
-from qmpsnap.model import steps, surplus
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model import steps
+from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, Copy, LoadPlan, Operation, Overlay, RevertPlan, Unwritten
+from qmpsnap.model.operation import LoadPlan, Operation, RevertPlan
 from qmpsnap.model.situation import Situation
-from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops import asked, keys, power, quiesce, recover, revert_inside, situation, space, wake
-from qmpsnap.ops.context import Context, blocking, guarded, in_thread, require_spec
+from qmpsnap.ops.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.loading import Loading, require_same_hardware
-from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
+from qmpsnap.ops.overlays import make_overlays, require_free
+from qmpsnap.ops.revert_plan import RevertRequest, plan, points, target_of
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.switch import all_empty, switch
 from qmpsnap.ops.work import Work, working
-
-Run = Literal["running", "paused"]
-
-
-class RevertRequest(Struct, frozen=True, kw_only=True):
-    """What a user asks for.
-
-    Attributes:
-        name: the snapshot's name.
-        discard: do not keep what was written since.
-        run: how the machine is afterwards; None as it was before, and running with memory.
-        file: where a full snapshot's state file lies now, if it was moved.
-        after: tell the guest the time and the network where the machine is, once it runs on with memory.
-    """
-
-    name: str
-    discard: bool = False
-    run: Run | None = None
-    file: str | None = None
-    after: bool = True
 
 
 class Reverted(Struct, frozen=True, kw_only=True):
@@ -105,122 +86,13 @@ class Preview(Struct, frozen=True, kw_only=True):
         return self.plan.unwritten.layers if self.unwritten and self.plan.unwritten else self.plan.removed
 
 
-def plan(
-    machine: Machine,
-    at: Situation,
-    request: RevertRequest,
-    *,
-    serial: OperationId,
-    home: Home,
-    mode: str,
-    now: float,
-) -> RevertPlan:
-    """What will be done; pure. Disks that the snapshot does not include stay as they are.
-
-    Args:
-        machine: the machine.
-        at: its layers and snapshots.
-        request: what was asked for.
-        serial: number of the operation and of its new layers.
-        home: where new images go.
-        mode: ``live``, ``paused`` or ``stopped``.
-        now: seconds since the epoch.
-
-    Raises:
-        NotFoundError: no snapshot of that name.
-        StateError: it cannot be reverted to.
-    """
-    require_spec(machine, "start it on other layers")
-    snapshot = _target(at, request.name)
-    if snapshot.vmstate and snapshot.vmstate.frozen and request.run == "paused":
-        raise StateError(
-            f"the guest's file systems are frozen in the memory of snapshot {snapshot.name}, and only a guest that runs"
-            " can be thawed; nothing was changed",
-            hint="leave --paused out",
-            machine=machine.name,
-        )
-    folder = str(home.machine_dir(machine.name))
-    chains = points(at, snapshot)
-    inner = {point.disk: point.tag for point in snapshot.points}
-    overlays = tuple(
-        Overlay(disk=chain.disk, layer=overlay_on(chain, serial, folder), backing=chain.active)
-        for chain in chains
-        if not inner[chain.disk]
-    )
-    copies = tuple(
-        Copy(
-            disk=chain.disk,
-            layer=replace(overlay_on(chain, serial, folder), backing=chain.active.backing),
-            source=chain.active,
-            tag=tag,
-        )
-        for chain in chains
-        if (tag := inner[chain.disk])
-    )
-    new: tuple[Overlay | Copy, ...] = (*overlays, *copies)
-    old = {one.disk: at.live[one.disk] for one in new}
-    switched = Change(
-        layers=tuple(one.layer for one in new),
-        active={one.disk: one.layer.id for one in new},
-        current=snapshot.name,
-    )
-    inside = next(
-        (copy.layer.id for copy in copies if snapshot.inside and copy.source.id == snapshot.inside.layer), None
-    )
-    variables = (str(home.variables(machine.name)), snapshot.variables) if snapshot.variables else None
-    planned = RevertPlan(
-        machine=machine.name,
-        snapshot=snapshot.name,
-        live=mode != "stopped",
-        overlays=overlays,
-        removed=(),
-        restart=mode != "stopped" or request.run is not None or snapshot.hardware is not None,
-        paused=request.run == "paused" or (request.run is None and mode == "paused" and not snapshot.hardware),
-        change=switched,
-        vmstate=snapshot.vmstate,
-        copies=copies,
-        inside=inside,
-        variables=variables,
-    )
-    after = at.after(switched)
-    if request.discard:
-        gone = surplus.nobodys(after, old.values())
-        return replace(
-            planned,
-            removed=tuple(layer for layer in gone if layer.owned),
-            change=replace(switched, removed_layers=tuple(layer.id for layer in gone)),
-        )
-    kept = Snapshot(
-        name=asked.automatic_name({found.name for found in at.snapshots}, serial),
-        kind="disk",
-        state="ok",
-        parent=machine.current,
-        created=now,
-        description=f"{', '.join(old)} before the revert to {snapshot.name}",
-        mode=mode,
-        points=tuple(Point(disk=disk, layer=chain.active.id) for disk, chain in old.items()),
-        operation=serial,
-    )
-    active = tuple(chain.active for chain in old.values())
-    unwritten = None
-    if all(surplus.may_go(after, layer) for layer in active):
-        ids = tuple(layer.id for layer in active)
-        unwritten = Unwritten(layers=active, change=replace(switched, removed_layers=ids))
-    return replace(planned, change=replace(switched, snapshots=(kept,)), unwritten=unwritten)
-
-
-def points(at: Situation, snapshot: Snapshot) -> tuple[Chain, ...]:
-    """The chains that a snapshot's points are the tops of, in the order of the machine's disks."""
-    return tuple(at.forest.chain(disk, point.layer) for disk in at.live if (point := snapshot.point(disk)))
-
-
 async def preview(context: Context, name: str, request: RevertRequest) -> Preview:
     """What :func:`run` would do now, without a lock and without a change (``--dry-run``)."""
     machine = await blocking(context.store.machine, name)
     serial = OperationId(await blocking(context.store.next_serial))
     async with context.monitor(machine) as qemu:
         at = await situation.look(context, Work(machine, qemu))
-        target = _target(at, request.name)
+        target = target_of(at, request.name)
         if qemu and revert_inside.in_place(target, at.live):
             make = await revert_inside.planner(
                 context, Work(machine, qemu), at, target, discard=request.discard, paused=request.run == "paused"
@@ -261,7 +133,7 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
         await revert_inside.freeze(context, name, request.name)
     async with working(context, name, "snapshot revert") as work:
         at = await situation.look(context, work)
-        target = _target(at, request.name)
+        target = target_of(at, request.name)
         if work.qemu and revert_inside.in_place(target, at.live):
             done = await _load(context, work, at, target, request)
         else:
@@ -378,36 +250,6 @@ async def _outcome(context: Context, operation: Operation) -> Reverted:
         state=state if planned.restart else "stopped",
         memory=planned.vmstate is not None or planned.inside is not None,
     )
-
-
-def _target(at: Situation, name: str) -> Snapshot:
-    """The snapshot of that name, once it is one that can be reverted to."""
-    snapshot = next((found for found in at.snapshots if found.name == name), None)
-    if snapshot is None:
-        raise NotFoundError(
-            f"machine {at.machine} has no snapshot {name!r}; nothing was changed",
-            hint=f"qmpsnap snapshot list {at.machine}",
-            machine=at.machine,
-        )
-    if snapshot.state == "consumed":
-        raise StateError(
-            f"snapshot {name} of machine {at.machine} is consumed: a commit has overwritten what it held;"
-            " nothing was changed",
-            hint=f"qmpsnap tree {at.machine} shows the others; qmpsnap snapshot delete {at.machine} {name} forgets it",
-            machine=at.machine,
-        )
-    for chain in points(at, snapshot):
-        point = snapshot.point(chain.disk)
-        if point and point.tag and at.live[chain.disk].active.id == chain.active.id:
-            continue  # its own layer, which is frozen or idle before it is read
-        if writers := at.forest.writers_of(chain.active.id):
-            raise StateError(
-                f"layer {chain.active.id}, where snapshot {name} lies, is written to by machine {writers[0].machine};"
-                " nothing was changed",
-                hint=f"qmpsnap chain {writers[0].machine} {writers[0].disk}",
-                machine=at.machine,
-            )
-    return snapshot
 
 
 def _require_kept(machine: Machine, snapshot: Snapshot) -> None:

@@ -23,7 +23,7 @@ from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Hardware
 from qmpsnap.ops import asked, create, internal, recover, tagging
 from qmpsnap.ops.context import Context, blocking, guarded
-from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.loading import hardware_now, require_fits
 from qmpsnap.ops.overlays import require_free

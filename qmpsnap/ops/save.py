@@ -15,9 +15,10 @@ from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Compression
 from qmpsnap.ops import create, revert
 from qmpsnap.ops.context import Context, blocking
-from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.means import MemoryRequest
-from qmpsnap.ops.revert import Reverted, RevertRequest
+from qmpsnap.ops.revert import Reverted
+from qmpsnap.ops.revert_plan import RevertRequest
 from qmpsnap.qmp.jobs import Report, unreported
 
 

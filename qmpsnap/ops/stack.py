@@ -8,7 +8,8 @@ from qmpsnap.errors import StateError
 from qmpsnap.ops import delete, revert
 from qmpsnap.ops.context import Context
 from qmpsnap.ops.delete import DeleteRequest
-from qmpsnap.ops.revert import Reverted, RevertRequest
+from qmpsnap.ops.revert import Reverted
+from qmpsnap.ops.revert_plan import RevertRequest
 from qmpsnap.ops.work import working
 from qmpsnap.qmp.jobs import Report, unreported
 

@@ -19,8 +19,8 @@ from qmpsnap.cli.main import main
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.ops import compare, create
-from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops import compare, create_plan
+from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.store.sqlite import SqliteStore
 from tests.cli import seeded
 
@@ -121,7 +121,7 @@ def test_a_live_plan_is_its_golden_file(form: str, home: Home, capsys: pytest.Ca
     with SqliteStore(home.store, machines=home.machines) as store:
         machine, chains, snapshots = store.machine("web"), store.chains("web"), store.snapshots("web")
     request = CreateRequest(name="next", description="")
-    plan = create.plan(
+    plan = create_plan.plan(
         machine, chains, snapshots, request, serial=OperationId(6), home=home, mode="live", now=seeded.EPOCH
     )
     snapshot._print_plan(form, machine, plan)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops.overlays import make_overlays
-from qmpsnap.ops.revert import Run
+from qmpsnap.ops.revert_plan import Run
 from qmpsnap.qmp import commands
 from tests.live.crash import STORE, die_at
 from tests.live.machine import Hashes, content_hash, context_of, fill, hold_invariants, user_monitor

@@ -12,8 +12,8 @@ from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import CreatePlan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import create
-from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops import create_plan
+from qmpsnap.ops.create_plan import CreateRequest
 from tests.ops.bench import MIB, chain, home_at, machine, snapshot, with_base
 
 CHAINS = (chain("vda", 1, 3), chain("vdb", 2, size=2 * MIB))
@@ -27,7 +27,7 @@ def plan(
     snapshots: tuple[Snapshot, ...] = (),
     mode: str = "live",
 ) -> CreatePlan:
-    return create.plan(
+    return create_plan.plan(
         of or machine(),
         chains,
         snapshots,
@@ -186,7 +186,7 @@ def test_a_running_machine_is_told_every_overlay_and_then_one_transaction() -> N
         }
         return "blockdev-add", node
 
-    assert create.qmp_commands(plan(of=of, chains=chains), of) == [
+    assert create_plan.qmp_commands(plan(of=of, chains=chains), of) == [
         add("vda", "unmap", direct),
         add("vdb", "ignore", plain),
         (
@@ -205,7 +205,7 @@ def test_a_running_machine_is_told_every_overlay_and_then_one_transaction() -> N
 def test_only_a_machine_that_has_a_qemu_is_told_anything(mode: str, *, live: bool) -> None:
     planned = plan(mode=mode)
     assert planned.live is live
-    assert bool(create.qmp_commands(planned, machine())) is live
+    assert bool(create_plan.qmp_commands(planned, machine())) is live
     assert planned.change.snapshots[0].mode == mode
 
 

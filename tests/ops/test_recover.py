@@ -15,9 +15,9 @@ from qmpsnap.errors import OperationPending, StateError, StoreMismatch
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Overlay
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import create, recover, recover_merge
+from qmpsnap.ops import create_plan, recover, recover_merge
 from qmpsnap.ops.broken import Direction
-from qmpsnap.ops.create import CreateRequest
+from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.recover import end_open
 from qmpsnap.ops.recover_create import direction as create_direction
@@ -126,7 +126,7 @@ async def broken(context: BenchContext, tool: ImageTool, *, step: str, made: tup
 
     def make(serial: OperationId) -> CreatePlan:
         request = CreateRequest(name="before")
-        return create.plan(WEB, chains, snapshots, request, serial=serial, home=context.home, mode="live", now=1.0)
+        return create_plan.plan(WEB, chains, snapshots, request, serial=serial, home=context.home, mode="live", now=1.0)
 
     operation = store.open_operation("web", make)
     assert isinstance(operation.plan, CreatePlan)

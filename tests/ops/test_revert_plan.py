@@ -16,9 +16,10 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, DefinePlan, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.ops import revert
+from qmpsnap.ops import revert_plan
 from qmpsnap.ops.recover import end_open
-from qmpsnap.ops.revert import Preview, RevertRequest, Run
+from qmpsnap.ops.revert import Preview
+from qmpsnap.ops.revert_plan import RevertRequest, Run
 from qmpsnap.store.sqlite import SqliteStore
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, home_at, machine, snapshot
 
@@ -49,7 +50,7 @@ def situation(
 def plan(
     at: Situation | None = None, name: str = "a", *, discard: bool = False, run: Run | None = None, mode: str = "live"
 ) -> RevertPlan:
-    return revert.plan(
+    return revert_plan.plan(
         machine(current="b"),
         at or situation(),
         RevertRequest(name=name, discard=discard, run=run),
@@ -258,7 +259,7 @@ async def broken(
     at = situation((live,), store.snapshots("web"))
 
     def make(serial: OperationId) -> RevertPlan:
-        return revert.plan(web, at, request, serial=serial, home=context.home, mode=mode, now=1.0)
+        return revert_plan.plan(web, at, request, serial=serial, home=context.home, mode=mode, now=1.0)
 
     operation = store.open_operation("web", make)
     assert isinstance(operation.plan, RevertPlan)

@@ -1,0 +1,178 @@
+"""What a revert will do: pure, but for what it is given."""
+
+from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.errors import NotFoundError, StateError
+from qmpsnap.model import surplus
+from qmpsnap.model.chain import Chain
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import OperationId
+from qmpsnap.model.operation import Change, Copy, Overlay, RevertPlan, Unwritten
+from qmpsnap.model.situation import Situation
+from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.ops import asked
+from qmpsnap.ops.context import require_spec
+from qmpsnap.ops.overlays import overlay_on
+
+Run = Literal["running", "paused"]
+
+
+class RevertRequest(Struct, frozen=True, kw_only=True):
+    """What a user asks for.
+
+    Attributes:
+        name: the snapshot's name.
+        discard: do not keep what was written since.
+        run: how the machine is afterwards; None as it was before, and running with memory.
+        file: where a full snapshot's state file lies now, if it was moved.
+        after: tell the guest the time and the network where the machine is, once it runs on with memory.
+    """
+
+    name: str
+    discard: bool = False
+    run: Run | None = None
+    file: str | None = None
+    after: bool = True
+
+
+def plan(
+    machine: Machine,
+    at: Situation,
+    request: RevertRequest,
+    *,
+    serial: OperationId,
+    home: Home,
+    mode: str,
+    now: float,
+) -> RevertPlan:
+    """What will be done; pure. Disks that the snapshot does not include stay as they are.
+
+    Args:
+        machine: the machine.
+        at: its layers and snapshots.
+        request: what was asked for.
+        serial: number of the operation and of its new layers.
+        home: where new images go.
+        mode: ``live``, ``paused`` or ``stopped``.
+        now: seconds since the epoch.
+
+    Raises:
+        NotFoundError: no snapshot of that name.
+        StateError: it cannot be reverted to.
+    """
+    require_spec(machine, "start it on other layers")
+    snapshot = target_of(at, request.name)
+    if snapshot.vmstate and snapshot.vmstate.frozen and request.run == "paused":
+        raise StateError(
+            f"the guest's file systems are frozen in the memory of snapshot {snapshot.name}, and only a guest that runs"
+            " can be thawed; nothing was changed",
+            hint="leave --paused out",
+            machine=machine.name,
+        )
+    folder = str(home.machine_dir(machine.name))
+    chains = points(at, snapshot)
+    inner = {point.disk: point.tag for point in snapshot.points}
+    overlays = tuple(
+        Overlay(disk=chain.disk, layer=overlay_on(chain, serial, folder), backing=chain.active)
+        for chain in chains
+        if not inner[chain.disk]
+    )
+    copies = tuple(
+        Copy(
+            disk=chain.disk,
+            layer=replace(overlay_on(chain, serial, folder), backing=chain.active.backing),
+            source=chain.active,
+            tag=tag,
+        )
+        for chain in chains
+        if (tag := inner[chain.disk])
+    )
+    new: tuple[Overlay | Copy, ...] = (*overlays, *copies)
+    old = {one.disk: at.live[one.disk] for one in new}
+    switched = Change(
+        layers=tuple(one.layer for one in new),
+        active={one.disk: one.layer.id for one in new},
+        current=snapshot.name,
+    )
+    inside = next(
+        (copy.layer.id for copy in copies if snapshot.inside and copy.source.id == snapshot.inside.layer), None
+    )
+    variables = (str(home.variables(machine.name)), snapshot.variables) if snapshot.variables else None
+    planned = RevertPlan(
+        machine=machine.name,
+        snapshot=snapshot.name,
+        live=mode != "stopped",
+        overlays=overlays,
+        removed=(),
+        restart=mode != "stopped" or request.run is not None or snapshot.hardware is not None,
+        paused=request.run == "paused" or (request.run is None and mode == "paused" and not snapshot.hardware),
+        change=switched,
+        vmstate=snapshot.vmstate,
+        copies=copies,
+        inside=inside,
+        variables=variables,
+    )
+    after = at.after(switched)
+    if request.discard:
+        gone = surplus.nobodys(after, old.values())
+        return replace(
+            planned,
+            removed=tuple(layer for layer in gone if layer.owned),
+            change=replace(switched, removed_layers=tuple(layer.id for layer in gone)),
+        )
+    kept = Snapshot(
+        name=asked.automatic_name({found.name for found in at.snapshots}, serial),
+        kind="disk",
+        state="ok",
+        parent=machine.current,
+        created=now,
+        description=f"{', '.join(old)} before the revert to {snapshot.name}",
+        mode=mode,
+        points=tuple(Point(disk=disk, layer=chain.active.id) for disk, chain in old.items()),
+        operation=serial,
+    )
+    active = tuple(chain.active for chain in old.values())
+    unwritten = None
+    if all(surplus.may_go(after, layer) for layer in active):
+        ids = tuple(layer.id for layer in active)
+        unwritten = Unwritten(layers=active, change=replace(switched, removed_layers=ids))
+    return replace(planned, change=replace(switched, snapshots=(kept,)), unwritten=unwritten)
+
+
+def points(at: Situation, snapshot: Snapshot) -> tuple[Chain, ...]:
+    """The chains that a snapshot's points are the tops of, in the order of the machine's disks."""
+    return tuple(at.forest.chain(disk, point.layer) for disk in at.live if (point := snapshot.point(disk)))
+
+
+def target_of(at: Situation, name: str) -> Snapshot:
+    """The snapshot of that name, once it is one that can be reverted to."""
+    snapshot = next((found for found in at.snapshots if found.name == name), None)
+    if snapshot is None:
+        raise NotFoundError(
+            f"machine {at.machine} has no snapshot {name!r}; nothing was changed",
+            hint=f"qmpsnap snapshot list {at.machine}",
+            machine=at.machine,
+        )
+    if snapshot.state == "consumed":
+        raise StateError(
+            f"snapshot {name} of machine {at.machine} is consumed: a commit has overwritten what it held;"
+            " nothing was changed",
+            hint=f"qmpsnap tree {at.machine} shows the others; qmpsnap snapshot delete {at.machine} {name} forgets it",
+            machine=at.machine,
+        )
+    for chain in points(at, snapshot):
+        point = snapshot.point(chain.disk)
+        if point and point.tag and at.live[chain.disk].active.id == chain.active.id:
+            continue  # its own layer, which is frozen or idle before it is read
+        if writers := at.forest.writers_of(chain.active.id):
+            raise StateError(
+                f"layer {chain.active.id}, where snapshot {name} lies, is written to by machine {writers[0].machine};"
+                " nothing was changed",
+                hint=f"qmpsnap chain {writers[0].machine} {writers[0].disk}",
+                machine=at.machine,
+            )
+    return snapshot
