@@ -98,6 +98,7 @@ async def _go_over(job: MergeJob, monitor: Monitor, info: JobInfo) -> JobInfo:
     # Past this point there is only forward, and it takes milliseconds.
     with anyio.fail_after(finalize.FINALIZE_DEADLINE, shield=True):
         pending = info.status == "pending"
+        await require_flushed(monitor, job.machine, job.step)
         await finalize.go_over(job, monitor, pending=pending, settle=lambda: settle(job, monitor))
         await jobs.dismiss(monitor, job.id)
         await close_gone(monitor, job.step)
@@ -182,6 +183,22 @@ async def root_of(monitor: Monitor, step: Merge) -> NodeName:
     known = frozenset(layer.id for layer in step.chain)
     found = graph.by_disk(await graph.read(monitor), known).get(step.disk)
     return NodeName(found.above[0] if found and found.nodes and found.above else step.root)
+
+
+async def require_flushed(monitor: Monitor, machine: Machine, step: Merge) -> None:
+    """Write the layer that was written to out, and hear of it when that fails: ``stop`` does it, too, but never tells.
+
+    Raises:
+        QmpError: it cannot be written out; what it has taken over must not count.
+    """
+    name = node_name(step.into)
+    found = graph.by_disk(await graph.read(monitor), frozenset(layer.id for layer in step.chain)).get(step.disk)
+    if not step.into.owned or found is None or name not in found.nodes:
+        return
+    place = found.nodes.index(name)
+    below = NodeName(found.nodes[place - 1]) if place else None
+    options = layer_options(step.into, machine.require_disk(step.disk), backing=below, read_only=False)
+    await commands.blockdev_reopen(monitor, options | {"file": f"{name}.file"})
 
 
 async def freeze_again(monitor: Monitor, machine: Machine, step: Merge) -> None:

@@ -90,5 +90,6 @@ def logging(folder: Path) -> Iterator[None]:
         return
 
     with _under_each_layer(change), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "freeze_again", stays)
+        for reopening in ("freeze_again", "require_flushed"):
+            patch.setattr(merge, reopening, stays)
         yield

@@ -84,7 +84,7 @@ CALLS: dict[str, dict[str, Call]] = {
     "revert, stopped": {"a file removed": Call(SWITCH, "remove", "after", 1)},
     "revert to memory": ENDED
     | {
-        "the memory on its way back": Call(MIGRATION, "start", "before", 2),
+        "the memory on its way back": Call(MIGRATION, "start", "before", 1),
         "the memory back": Call("qmpsnap.ops.power", "load", "after", 1),
     },
     "revert to memory inside": ENDED
