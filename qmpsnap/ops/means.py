@@ -11,7 +11,7 @@ from qmpsnap.errors import HostCannot, QmpError, StateError, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
-from qmpsnap.ops import asked, keys
+from qmpsnap.ops import keys
 from qmpsnap.ops.context import Context, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
@@ -75,7 +75,12 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
         UsageError: a pause that is none.
         HostCannot: no space, or nothing to compress with.
     """
-    asked.require_time(request.max_pause_ms, "the longest pause")
+    if request.max_pause_ms is not None and not 0 < request.max_pause_ms < math.inf:
+        raise UsageError(
+            f"a guest cannot be held for {request.max_pause_ms:g} ms at most; nothing was changed",
+            hint="--max-pause takes milliseconds, more than 0",
+            machine=machine.name,
+        )
     process = context.process(machine)
     if qemu is None or process is None:
         raise StateError(
@@ -93,12 +98,6 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
         raise StateError(
             f"{request.file} exists already; nothing was changed",
             hint="move it away or choose another name",
-            machine=machine.name,
-        )
-    if request.max_pause_ms is not None and not 0 < request.max_pause_ms < math.inf:
-        raise UsageError(
-            f"a guest cannot be held for {request.max_pause_ms:g} ms at most; nothing was changed",
-            hint="--max-pause takes milliseconds, more than 0",
             machine=machine.name,
         )
     last = await migration.query(qemu)

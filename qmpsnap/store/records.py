@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qmpsnap import private
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
@@ -43,7 +44,7 @@ class Records:
         """
         text = msgspec.json.format(msgspec.json.encode(_lasting(machine)))
         with _translated(self._folder):
-            self._folder.mkdir(mode=0o700, exist_ok=True)
+            private.make_folder(self._folder)
             path = self._machine(machine.name)
             fresh = path.with_name(f"{path.name}.part")
             fresh.unlink(missing_ok=True)
@@ -66,7 +67,7 @@ class Records:
         if not text:
             return
         with _translated(self._folder):
-            self._folder.mkdir(mode=0o700, exist_ok=True)
+            private.make_folder(self._folder)
             path = self._places(machine)
             fresh = not path.exists()
             _append(path, text)
