@@ -420,7 +420,16 @@ SCENARIOS: dict[str, Scenario] = {
         forward=((steps.STOPPING, "after"), (steps.STOPPING, "after")),
     ),
     "revert in place": Scenario(
-        column="revert", verb="load", act=_load, start="running", warm=_internal_before, expected=_LOADS
+        column="revert", verb="load", act=_revert_to_memory, start="running", warm=_internal_before, expected=_LOADS
+    ),
+    "revert in place, discarding": Scenario(
+        column="revert",
+        verb="load",
+        act=_load,
+        start="running",
+        warm=_internal_before,
+        without=frozenset({steps.KEEPING}),
+        expected=_LOADS,
     ),
     **_named("commit of a middle layer", _merge("commit", _commit_middle, _LOSES["s1"])),
     **_named("commit of the active layer", _merge("commit", _commit_active, _LOSES["s2"])),
