@@ -10,13 +10,14 @@ from msgspec import Struct
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StateError
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops import deep as reading
-from qmpsnap.ops import facts, recover
+from qmpsnap.ops import recover
+from qmpsnap.ops.checking import deep as reading
+from qmpsnap.ops.checking import facts
+from qmpsnap.ops.checking.facts import Facts
+from qmpsnap.ops.checking.judge import judge
+from qmpsnap.ops.checking.quarantine import Moved
+from qmpsnap.ops.checking.repair import Repairs, close_to_others, repair
 from qmpsnap.ops.context import Context, blocking, locked, require_own
-from qmpsnap.ops.facts import Facts
-from qmpsnap.ops.judge import judge
-from qmpsnap.ops.quarantine import Moved
-from qmpsnap.ops.repair import Repairs, close_to_others, repair
 from qmpsnap.qmp.session import Monitor
 
 

@@ -19,8 +19,8 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import DefinePlan
 from qmpsnap.ops.context import this_host
-from qmpsnap.ops.find_images import Finder
-from qmpsnap.ops.rebuild_plan import Image, Rebuilt, plan
+from qmpsnap.ops.rebuilding.images import Finder
+from qmpsnap.ops.rebuilding.plan import Image, Rebuilt, plan
 from qmpsnap.qmp import commands
 from qmpsnap.store import condition
 from qmpsnap.store.lock import machine_lock

@@ -14,11 +14,12 @@ from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
-from qmpsnap.ops import keys, quarantine
+from qmpsnap.ops import keys
+from qmpsnap.ops.checking import quarantine
+from qmpsnap.ops.checking.facts import AGENT_DEADLINE, Entry, Facts
+from qmpsnap.ops.checking.judge import OUR_NODE
+from qmpsnap.ops.checking.quarantine import Moved
 from qmpsnap.ops.context import Context, blocking
-from qmpsnap.ops.facts import AGENT_DEADLINE, Entry, Facts
-from qmpsnap.ops.judge import OUR_NODE
-from qmpsnap.ops.quarantine import Moved
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 

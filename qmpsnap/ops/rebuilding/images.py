@@ -16,7 +16,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, layer_id
 from qmpsnap.model.spec import Format
 from qmpsnap.ops.older import LAYER_FILE
-from qmpsnap.ops.rebuild_plan import Image, State
+from qmpsnap.ops.rebuilding.plan import Image, State
 from qmpsnap.store.records import Records
 
 

@@ -10,7 +10,7 @@ from msgspec import Struct
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.home import Home
-from qmpsnap.ops.facts import Entry
+from qmpsnap.ops.checking.facts import Entry
 
 NOTE = "note.json"
 

@@ -10,8 +10,8 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops import keys
+from qmpsnap.ops.checking.facts import Facts
 from qmpsnap.ops.context import Context
-from qmpsnap.ops.facts import Facts
 
 _CODES: dict[Verdict, str] = {"damaged": "image-damaged", "leaks": "image-leaks", "in use": "image-in-use"}
 

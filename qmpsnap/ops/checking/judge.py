@@ -15,7 +15,7 @@ from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
 from qmpsnap.ops import compare
-from qmpsnap.ops.facts import Entry, Facts, planned
+from qmpsnap.ops.checking.facts import Entry, Facts, planned
 
 UNSETTLED = frozenset({"postmigrate", "finish-migrate", "save-vm", "restore-vm", "inmigrate", "colo"})
 """Run states that only an operation under way has."""
