@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = {id(item) for place, item in enumerate(grid) if place % GRID_SAMPLE}
         config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
         items[:] = [item for item in items if id(item) not in left_out]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def _require(program: str, remedy: str) -> None:

@@ -95,6 +95,7 @@ async def require_a_whole_disk(vm: qmpsnap.MachineHandle) -> None:
     await vm.run("umount /mnt && e2fsck -fn /dev/vda >/run/fsck 2>&1")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 async def test_memory_and_disk_are_of_one_instant(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
     vm = await booted(q, guest_spec)
