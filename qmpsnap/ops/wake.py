@@ -4,7 +4,7 @@ import time
 
 from qmpsnap.errors import QmpsnapError
 from qmpsnap.machine import agent
-from qmpsnap.machine.argv import AGENT_CHARDEV, AGENT_SOCKET
+from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.machine import Machine
 from qmpsnap.ops.context import Context
 from qmpsnap.qmp import commands
@@ -24,7 +24,7 @@ async def tell(context: Context, machine: Machine) -> tuple[str, ...]:
                 return ()
             if machine.spec.nics:
                 await commands.announce_self(qemu)
-            listens = any(at.label == AGENT_CHARDEV and at.frontend_open for at in await commands.query_chardevs(qemu))
+            listens = await commands.agent_listens(qemu)
     except QmpsnapError as error:
         return (f"neither network nor clock were told: {error.message}",)
     if not machine.spec.agent:

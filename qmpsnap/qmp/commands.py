@@ -152,14 +152,6 @@ class _Kvm(Struct, frozen=True):
     enabled: bool
 
 
-class _Chardev(Struct, frozen=True, rename="kebab"):
-    label: str
-    frontend_open: bool = False
-
-
-_CHARDEVS = tuple[_Chardev, ...]
-
-
 class MachineType(Struct, frozen=True):
     """The part of QAPI ``MachineInfo`` we use; ``alias`` is set on the newest version of a family."""
 
@@ -211,9 +203,10 @@ async def query_block(monitor: Monitor) -> tuple[Backend, ...]:
     return decode("query-block", await monitor.execute("query-block"), tuple[Backend, ...])
 
 
-async def query_chardevs(monitor: Monitor) -> tuple[Chardev, ...]:
-    """QEMU's character devices (``query-chardev``)."""
-    return decode("query-chardev", await monitor.execute("query-chardev"), tuple[Chardev, ...])
+async def agent_listens(monitor: Monitor) -> bool:
+    """Whether something in the guest has the agent's port open (``query-chardev``, our chardev ``agent``)."""
+    found = decode("query-chardev", await monitor.execute("query-chardev"), tuple[Chardev, ...])
+    return any(at.label == "agent" and at.frontend_open for at in found)
 
 
 async def query_memory(monitor: Monitor) -> int:
@@ -236,12 +229,6 @@ async def machine_type(monitor: Monitor) -> str:
     """The versioned machine type of this very machine (``qom-get``)."""
     answer = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
     return decode("qom-get", answer, str).removesuffix("-machine")
-
-
-async def agent_listens(monitor: Monitor) -> bool:
-    """Whether something in the guest has the agent's port open (``query-chardev``, our chardev ``agent``)."""
-    answer = await monitor.execute("query-chardev")
-    return any(found.label == "agent" and found.frontend_open for found in decode("query-chardev", answer, _CHARDEVS))
 
 
 async def query_block_graph(monitor: Monitor) -> BlockGraph:
