@@ -2,12 +2,12 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from types import MappingProxyType
 from typing import TypeVar
 
-from anyio import to_thread
+from anyio import lowlevel, to_thread
 from msgspec import Struct
 
 from qmpsnap.block.image import ImageTool
@@ -15,7 +15,7 @@ from qmpsnap.errors import ForeignHost, QemuGone, StateError, StoreMismatch
 from qmpsnap.machine import adopted
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import monitor, prepare_run_dir
-from qmpsnap.machine.watch import Watch, watching
+from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.secret import Secret, given
@@ -147,18 +147,21 @@ async def locked(context: Context, name: str, verb: str) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def guarded(context: Context, machine: Machine, *, when: bool) -> AsyncIterator[Watch | None]:
-    """For the block: a guest that we hold in it runs on even if we die. None unless ``when``.
+async def guarded(context: Context, machine: Machine, *, when: bool) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """For the block: a guest that we hold in it runs on even if we die; unless ``when``, nobody watches.
+
+    Yields :meth:`qmpsnap.machine.watch.Watch.ready`, which comes before whatever holds the guest; until then the guard
+    starts beside the block.
 
     Raises:
         HostCannot: no guard can be started.
     """
     if not when:
-        yield None
+        yield lowlevel.checkpoint
         return
     home = context.home
     async with watching(machine.name, run_dir=home.run_dir(machine.name), environment=home.environment) as guard:
-        yield guard
+        yield guard.ready
 
 
 def require_own(context: Context, machine: Machine) -> None:

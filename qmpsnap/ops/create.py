@@ -1,7 +1,7 @@
 """``snapshot create``: every disk's active layer is frozen under a new empty overlay, all disks in one transaction."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 from msgspec import Struct
@@ -10,7 +10,6 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.errors import DeadlinePassed, QmpsnapError
 from qmpsnap.machine.opened import require_opened
-from qmpsnap.machine.watch import Watch
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
@@ -39,7 +38,8 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
             require_spec(machine, "make it start on a new layer")
         make = await _planner(context, Work(machine, qemu), chains, request)
     await chosen.require_free(context, name, request.files)
-    return machine, make(OperationId(await blocking(context.store.next_serial)))
+    serial = OperationId(await blocking(context.store.next_serial))
+    return machine, await blocking(lambda: make(serial))
 
 
 async def run(context: Context, name: str, request: CreateRequest, *, report: Report = unreported) -> Snapshot:
@@ -77,16 +77,17 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
                 require_spec(work.machine, "make it start on a new layer")
             await chosen.require_free(context, name, request.files)
             async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
-                operation = await _open(context, work, chains, request, freezer)
+                make = await _planner(context, work, chains, request, freezer)
+                operation = await blocking(context.store.open_operation, name, make)
                 assert isinstance(operation.plan, CreatePlan)
                 plan = operation.plan
                 async with (
-                    guarded(context, work.machine, when=bool(plan.memory and plan.memory.resume)) as guard,
+                    guarded(context, work.machine, when=bool(plan.memory and plan.memory.resume)) as guard_ready,
                     recover.attempting(context, work.machine, work.qemu, operation),
                 ):
                     chains_after = expected(chains, plan)
                     return await _carry_out(
-                        _Attempt(context, work, operation, plan, chains_after, report, freezer, guard)
+                        _Attempt(context, work, operation, plan, chains_after, report, freezer, guard_ready)
                     )
     except QmpsnapError as error:
         if plan and (plan.memory or plan.quiesce == "require") and (left := await _undone(context, plan, error)):
@@ -112,34 +113,16 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
     return None
 
 
-async def _open(
-    context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest, freezer: Freezer
-) -> Operation:
-    planner = await _planner(context, work, chains, request, freezer)
-
-    def make(serial: OperationId) -> CreatePlan:
-        planned = planner(serial)
-        require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
-        space.require(
-            space.of_create(work.machine, planned, context.home.data),
-            machine=work.machine.name,
-            hint="free some space there, or let the new layers lie elsewhere (--file)",
-        )
-        return planned
-
-    return await blocking(context.store.open_operation, work.machine.name, make)
-
-
 async def _planner(
     context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest, freezer: Freezer | None = None
 ) -> Callable[[OperationId], CreatePlan]:
-    """The plan but for its number, of the machine as it is now."""
+    """The plan but for its number, of the machine as it is now; refused where there is no room for it."""
     mode = await asked.mode_of(work.qemu)
     means = await choose(context, work.machine, work.qemu, request.memory) if request.memory else None
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
     def make(serial: OperationId) -> CreatePlan:
-        return plan(
+        planned = plan(
             work.machine,
             chains,
             snapshots,
@@ -151,6 +134,13 @@ async def _planner(
             means=means,
             freezer=freezer,
         )
+        require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
+        space.require(
+            space.of_create(work.machine, planned, context.home.data),
+            machine=work.machine.name,
+            hint="free some space there, or let the new layers lie elsewhere (--file)",
+        )
+        return planned
 
     return make
 
@@ -165,7 +155,7 @@ class _Attempt(Struct, frozen=True):
     expected: tuple[Chain, ...]
     report: Report
     freezer: Freezer
-    guard: Watch | None
+    guard_ready: Callable[[], Awaitable[None]]
 
     async def mark(self, step: str) -> None:
         """Make a step durable."""
@@ -211,8 +201,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     machine = at.work.machine
     async with memory.channel(qemu, how) as channel:
         await memory.shorten(at.context, machine, how)
-        if at.guard:
-            await at.guard.ready()
+        await at.guard_ready()
         # From here on QEMU may have acted, and we may hold the guest.
         await at.mark(steps.TRANSACTION)
         try:

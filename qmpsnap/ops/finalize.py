@@ -24,9 +24,9 @@ async def watched(job: BlockJob, monitor: Monitor) -> AsyncIterator[None]:
         HostCannot: no guard can be started.
     """
     running = job.step.live and (await commands.query_status(monitor)).running
-    async with guarded(job.context, job.machine, when=running) as guard:
-        if guard:
-            await guard.ready()
+    async with guarded(job.context, job.machine, when=running) as guard_ready:
+        await guard_ready()
+        if running:
             await job.mark(steps.STARTED, running=True)
         yield
 

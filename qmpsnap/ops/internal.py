@@ -138,11 +138,10 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
             operation = await _open(context, work, chains, request, freezer)
             assert isinstance(operation.plan, InternalPlan)
             async with (
-                guarded(context, work.machine, when=operation.plan.resume) as guard,
+                guarded(context, work.machine, when=operation.plan.resume) as guard_ready,
                 recover.attempting(context, work.machine, work.qemu, operation),
             ):
-                if guard:
-                    await guard.ready()
+                await guard_ready()
                 return await _carry_out(context, work, operation, chains, freezer=freezer, report=report)
 
 

@@ -4,10 +4,9 @@ import math
 import os
 from pathlib import Path
 
-from anyio import to_thread
 from msgspec import Struct
 
-from qmpsnap.errors import HostCannot, QmpError, StateError, UsageError
+from qmpsnap.errors import QmpError, StateError, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
@@ -73,7 +72,7 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
     Raises:
         StateError: this machine's memory cannot be saved at all, or not within the pause asked for.
         UsageError: a pause that is none.
-        HostCannot: no space, or nothing to compress with.
+        HostCannot: nothing to compress with.
     """
     if request.max_pause_ms is not None and not 0 < request.max_pause_ms < math.inf:
         raise UsageError(
@@ -124,14 +123,11 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
     resident = resident_bytes(process.pid)
     if request.max_pause_ms is not None and running and not request.quit:
         _require_short(machine, why, resident if why else _mapped(process.pid), request.max_pause_ms)
-    folder = Path(request.file).parent if request.file else context.home.machine_dir(machine.name)
     cancellable = bool(why) or version >= CANCELLABLE_SINCE
     expected = resident + RESERVE_MORE
     # Where running out of space hangs QEMU for ever there must be room for whatever the guest touches meanwhile.
     ram = machine.spec.memory
     reserve = expected if cancellable else max(expected, ram + ram // _PER_HEADER + RESERVE_MORE)
-    packed = 0 if request.compression == "none" else expected  # made while the other is still there
-    await to_thread.run_sync(_require_space, folder, reserve + packed)
     mapped = bool(why) and request.compression == "none" and version >= MAPPED_RAM_SINCE
     return Means(
         mode="stopped" if why else "background",
@@ -193,19 +189,6 @@ def _require_short(machine: Machine, why: str, used: int, limit_ms: float) -> No
             f" and {limit_ms:g} ms were allowed; nothing was changed",
             hint="allow more with --max-pause, or take the disks alone" + ("; see qmpsnap doctor" if why else ""),
             machine=machine.name,
-        )
-
-
-def _require_space(folder: Path, wanted: int) -> None:
-    try:
-        found = os.statvfs(folder)
-    except OSError as error:
-        raise HostCannot(f"{folder}: {error.strerror}; nothing was changed") from error
-    free = found.f_bavail * found.f_frsize
-    if free < wanted:
-        raise HostCannot(
-            f"the memory may need {wanted >> 20} MiB in {folder}, and {free >> 20} MiB are free; nothing was changed",
-            hint="free some space, or name a file elsewhere",
         )
 
 

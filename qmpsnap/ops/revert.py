@@ -226,9 +226,8 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
         machine = await blocking(context.store.machine, planned.machine)
         memory = loading or revert_inside.memory_in(planned, operation)
         frozen = planned.vmstate is not None and planned.vmstate.frozen
-        async with guarded(context, machine, when=frozen) as guard:
-            if guard:
-                await guard.ready()
+        async with guarded(context, machine, when=frozen) as guard_ready:
+            await guard_ready()
             await power.bring_up(context, machine, paused=planned.paused, loading=memory)
             if frozen:
                 await quiesce.thaw(context, machine)

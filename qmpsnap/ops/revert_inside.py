@@ -157,11 +157,10 @@ async def load(
 
     operation = await blocking(context.store.open_operation, work.machine.name, make)
     async with (
-        guarded(context, work.machine, when=not paused) as guard,
+        guarded(context, work.machine, when=not paused) as guard_ready,
         recover.attempting(context, work.machine, work.qemu, operation),
     ):
-        if guard:
-            await guard.ready()
+        await guard_ready()
         return await _carry_out(context, work.qemu, operation)
 
 
