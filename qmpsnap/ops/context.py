@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, asyn
 from types import MappingProxyType
 from typing import TypeVar
 
-from anyio import lowlevel, to_thread
+from anyio import lowlevel
 from msgspec import Struct
 
 from qmpsnap.block.image import ImageTool
@@ -23,6 +23,7 @@ from qmpsnap.qmp.session import Monitor
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
+from qmpsnap.threads import to_end
 
 T = TypeVar("T")
 
@@ -118,13 +119,13 @@ def _log(context: Context, machine: Machine) -> str:
 
 async def blocking(call: Callable[..., T], *arguments: object) -> T:
     """Run a store call in a worker thread, to its end: whether it took effect must be known even when cancelled."""
-    return await to_thread.run_sync(call, *arguments)
+    return await to_end(call, *arguments)
 
 
 @asynccontextmanager
 async def in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
     """Enter and leave a context manager that waits for a disk, without holding the event loop up."""
-    value = await to_thread.run_sync(manager.__enter__)
+    value = await to_end(manager.__enter__)
     try:
         yield value
     except BaseException as error:

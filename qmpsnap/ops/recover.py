@@ -25,6 +25,7 @@ from qmpsnap.model.operation import (
     MergePlan,
     MirrorPlan,
     Operation,
+    OperationState,
     Plan,
     RevertPlan,
 )
@@ -105,7 +106,7 @@ async def after_failure(
     """Find out what a failed attempt has left and end it; tell the error what became of it."""
     direction: Direction | None = None
     try:
-        recorded = await blocking(lambda: context.store.operations(machine.name, only_open=True))
+        recorded = await blocking(context.store.operations, machine.name)
         operation = next((found for found in recorded if found.id == operation.id), operation)
         # Whoever was cancelled wants the job to end; whoever failed wants to know first.
         unfinished: Unfinished = "refuse" if isinstance(error, Exception) else "cancel"
@@ -116,7 +117,7 @@ async def after_failure(
             unfinished=unfinished,
             error=str(error) or "cancelled",
         )
-        direction = await _end(broken, qemu)
+        direction = _ENDED.get(operation.state) or await _end(broken, qemu)
     except QmpsnapError:
         # The store itself may be what failed; the operation stays open then, which is as good.
         with contextlib.suppress(QmpsnapError):
@@ -173,6 +174,9 @@ async def _end_revert(broken: Broken, monitor: Monitor | None) -> Direction:
     await broken.mark_settled(error=note if stopped else None)
     return "forward"
 
+
+_ENDED: dict[OperationState, Direction] = {"settled": "forward", "failed": "back"}
+"""The failure came after the operation's end: there is nothing left to do."""
 
 _ENDS: dict[type[Plan], Callable[[Broken, Monitor | None], Awaitable[Direction]]] = {
     CreatePlan: recover_create.end,

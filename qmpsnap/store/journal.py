@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from qmpsnap.errors import NotFoundError, OperationPending
+from qmpsnap.errors import NotFoundError, OperationPending, StateError
 from qmpsnap.model import steps
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
@@ -63,22 +63,26 @@ def mark(
     step: str | None = None,
     error: str | None = None,
 ) -> None:
-    """Record an operation's state, and its step and error where given.
+    """Record an open operation's state, and its step and error where given.
 
     Raises:
         NotFoundError: there is no such operation.
+        StateError: it is not open any more; what was decided then stays.
         ValueError: operations of its kind have no such step.
     """
     if step is not None:
         for (verb,) in connection.execute("SELECT verb FROM operation WHERE id = ?", (operation,)):
             steps.require_known(verb, step)
-    done = connection.execute(
+    found = connection.execute("SELECT state FROM operation WHERE id = ?", (operation,)).fetchone()
+    if found is None:
+        raise NotFoundError(f"there is no operation {operation}; nothing was recorded")
+    if found[0] not in OPEN_STATES:
+        raise StateError(f"operation {operation} has ended already ({found[0]}); nothing was recorded")
+    connection.execute(
         "UPDATE operation SET state = ?, step = coalesce(?, step), error = coalesce(?, error), updated = ?,"
         " version = version + 1 WHERE id = ?",
         (state, step, error, time.time(), operation),
     )
-    if not done.rowcount:
-        raise NotFoundError(f"there is no operation {operation}; nothing was recorded")
 
 
 def select(connection: sqlite3.Connection, machine: str, *, only_open: bool) -> tuple[Operation, ...]:

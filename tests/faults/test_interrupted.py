@@ -1,9 +1,11 @@
 """Faults under a controller that lives: cancelled at any await, its monitor lost, its QEMU stopped by a signal."""
 
+import asyncio
 import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +25,7 @@ from tests.faults import site, watch
 from tests.faults.deaths import ends_by_itself, qemus
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, ready
-from tests.live.machine import context_of
+from tests.live.machine import context_of, hold_invariants
 
 LIVE = {name: scenario for name, scenario in SCENARIOS.items() if scenario.start != "stopped"}
 AWAITS = (1, 2, 3, 5, 7, 9, 11, 13, 15, 17, 20, 23, 26, 29, 33, 37, 41, 46, 51, 57, 64, 72, 81, 91, 102, 114, 127, 141)
@@ -79,6 +81,76 @@ async def test_cancelled_at_an_await(q: qmpsnap.Controller, place: Path, fault: 
     if counted.count < nth:
         fault.too_late()
     await site.judge(vm, place, before, scenario.expected)
+
+
+# --- cancelled while the store writes ---------------------------------------------------------------------------------
+
+PATIENCE = 0.3
+"""Seconds that the writing thread waits for the task that must not have left it."""
+
+
+def _writes() -> list[object]:
+    """Every scenario and each of its steps; in the short form each verb's step once."""
+    cases = [(name, step) for name, scenario in SCENARIOS.items() for step in dict.fromkeys(scenario.steps)]
+    first = {(SCENARIOS[name].column, step): (name, step) for name, step in reversed(cases)}
+    return [
+        pytest.param(name, step, id=f"{name}-{step}", marks=pytest.mark.short if (name, step) in first.values() else ())
+        for name, step in cases
+    ]
+
+
+@pytest.mark.parametrize(("name", "step"), _writes())
+async def test_cancelled_in_a_write(q: qmpsnap.Controller, place: Path, fault: Fault, name: str, step: str) -> None:
+    """As Ctrl-C and ``asyncio.timeout`` do it, which anyio does not hold up; the thread takes no notice of it."""
+    scenario = SCENARIOS[name]
+    fault.case("cancelled in a write", scenario.column)
+    vm = await ready(q, scenario, place)
+    before = await site.look(vm)
+    with _cancelling(scenario.verb, step) as run:
+        await run(scenario.act(vm, place))
+    fault.reached(scenario.verb, step)
+    if scenario.happened and step == steps.SETTLED:
+        assert await scenario.happened(vm, place), "it had ended well, and was undone"
+    await site.judge(vm, place, before, scenario.expected)
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("step", [step.name for step in steps.STEPS["define"]])
+async def test_defining_is_cancelled_in_a_write(q: qmpsnap.Controller, fault: Fault, step: str) -> None:
+    fault.case("cancelled in a write", "define")
+    with _cancelling("define", step) as run:
+        await run(q.define(site.TWO))
+    fault.reached("define", step)
+    there = [vm.name for vm in await q.machines()]
+    assert there == (["still"] if step == steps.SETTLED else [])
+    vm = await q.machine("still") if there else await q.define(site.TWO)
+    await hold_invariants(vm)
+
+
+@contextmanager
+def _cancelling(verb: str, step: str) -> Iterator[Callable[[Awaitable[object]], Awaitable[None]]]:
+    """Yields what runs a verb in a task, which is cancelled once, while the step is about to become durable."""
+    loop = asyncio.get_running_loop()
+    started: list[asyncio.Future[object]] = []
+    cancelled = False
+
+    def hook(of: str, at: str, when: watch.When) -> None:
+        nonlocal cancelled
+        if not cancelled and (of, at, when) == (verb, step, "before"):
+            cancelled = True
+            loop.call_soon_threadsafe(started[0].cancel)
+            until = time.monotonic() + PATIENCE
+            while time.monotonic() < until and not started[0].done():
+                time.sleep(0.01)
+
+    async def run(act: Awaitable[object]) -> None:
+        started.append(asyncio.ensure_future(act))
+        with contextlib.suppress(qmpsnap.QmpsnapError, asyncio.CancelledError):
+            await started[0]
+
+    with watch.watching(hook):
+        yield run
+    assert cancelled
 
 
 # --- the monitor is lost ----------------------------------------------------------------------------------------------

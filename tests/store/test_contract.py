@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from qmpsnap.errors import NameTaken, NotFoundError, OperationPending, QmpsnapError, StoreMismatch
+from qmpsnap.errors import NameTaken, NotFoundError, OperationPending, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.chain import Layer, LayerState
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
@@ -422,6 +422,18 @@ def test_settling_ends_the_operation(store: Store) -> None:
     operation = opened(store)
     store.settle(operation.id, "web", Change(define=machine("web")))
     assert [(found.state, found.step) for found in store.operations("web")] == [("settled", "settled")]
+
+
+@pytest.mark.parametrize("state", ["settled", "failed"])
+def test_what_has_ended_is_not_decided_again(store: Store, state: OperationState) -> None:
+    operation = opened(store)
+    store.mark(operation.id, state)
+    ended = store.operations("web")
+    with pytest.raises(StateError, match=f"operation {operation.id} has ended already \\({state}\\)"):
+        store.mark(operation.id, "failed", error="late")
+    with pytest.raises(StateError, match="ended already"):
+        store.settle(operation.id, "web", Change(define=machine("web")))
+    assert (store.operations("web"), store.machines()) == (ended, ())
 
 
 def test_a_plan_that_cannot_be_made_takes_no_number_and_opens_nothing(store: Store) -> None:
