@@ -11,12 +11,14 @@ T = TypeVar("T")
 
 
 async def to_end(call: Callable[..., T], *arguments: object) -> T:
-    """Run a call in a thread and wait for its end, whoever cancels: what it does is done before anything else is.
+    """Run a call in a thread and hand on its result, whoever cancels meanwhile: that is raised by the next other await.
 
-    anyio's own wait is left at once by asyncio's ``Task.cancel``, which is what Ctrl-C and ``asyncio.timeout`` come as;
-    the thread would then go on beside whatever cleans up. A cancellation that came meanwhile is raised afterwards.
+    So does anyio for its own scopes. But asyncio's ``Task.cancel``, which Ctrl-C and ``asyncio.timeout`` come as, makes
+    it leave at once: the thread would go on beside whatever cleans up, and what it has opened would be lost.
     """
-    await lowlevel.checkpoint()
+    await lowlevel.checkpoint_if_cancelled()
+    task = asyncio.current_task()
+    assert task
     working = asyncio.ensure_future(to_thread.run_sync(call, *arguments))
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
@@ -25,7 +27,7 @@ async def to_end(call: Callable[..., T], *arguments: object) -> T:
                 await asyncio.wait([working])
             except asyncio.CancelledError as error:
                 cancelled = error
+                task.uncancel()
     if cancelled:
-        working.exception()  # looked at; whoever was cancelled finds out what has become of it
-        raise cancelled
+        task.cancel(*cancelled.args)
     return working.result()

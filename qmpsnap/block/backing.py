@@ -2,12 +2,11 @@
 
 import os
 
-from anyio import to_thread
-
 from qmpsnap.block import encrypted, header, tool
 from qmpsnap.block.header import Header, printable
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model.chain import Layer
+from qmpsnap.threads import to_end
 
 
 async def set_backing(
@@ -23,9 +22,9 @@ async def set_backing(
         DeadlinePassed: qemu-img did not end in time.
     """
     wanted = (backing.path if backing else None, backing.format if backing else None)
-    descriptor = await to_thread.run_sync(_opened, layer)
+    descriptor = await to_end(_opened, layer)
     try:
-        if await to_thread.run_sync(_backing_of, descriptor, layer) == wanted:
+        if await to_end(_backing_of, descriptor, layer) == wanted:
             return
         target = ["-b", backing.path, "-F", backing.format] if backing else ["-b", ""]
         # The very file that was looked at, whatever its name leads to by now.
@@ -37,7 +36,7 @@ async def set_backing(
         late = f"{qemu_img} did not end within {deadline:g} s"
         done = await tool.run(argv, deadline=deadline, late=late, effect="unknown", inherited=inherited)
         said = printable(done.stderr.decode(errors="backslashreplace").strip())
-        if done.returncode or await to_thread.run_sync(_backing_of, descriptor, layer) != wanted:
+        if done.returncode or await to_end(_backing_of, descriptor, layer) != wanted:
             raise HostCannot(f"the backing of {layer.path} was not changed: {said or 'no reason given'}")
     finally:
         os.close(descriptor)

@@ -24,6 +24,7 @@ from qmpsnap.block.header import Header, printable
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import Format
+from qmpsnap.threads import to_end
 
 _SECTOR: Final = 512
 _TRIES: Final = 5
@@ -96,7 +97,7 @@ class ImageTool(Struct, frozen=True):
         place = _check_request(path, virtual_size)
         async with _claimed(place) as claim:
             if format == "raw":
-                return await to_thread.run_sync(claim.finish_raw, virtual_size)
+                return await to_end(claim.finish_raw, virtual_size)
             return await self._make_qcow2(claim, [], virtual_size, None, key)
 
     async def _make_qcow2(
@@ -116,7 +117,7 @@ class ImageTool(Struct, frozen=True):
                 tries -= 1
                 if not tries or encrypted.NO_CLOCK not in error.message:
                     raise
-        return await to_thread.run_sync(claim.finish_qcow2, virtual_size, backing, key is not None)
+        return await to_end(claim.finish_qcow2, virtual_size, backing, key is not None)
 
     async def _run(self, claim: "_Claim", arguments: list[str], key: int | None) -> None:
         """Run qemu-img to its end; it is killed when we are cancelled or its time is over."""
@@ -170,7 +171,7 @@ async def remove(path: str | os.PathLike[str], *, device: int, inode: int) -> bo
         HostCannot: no right, or the disk fails.
     """
     # Not given up half-way: whoever called must learn whether the file is gone.
-    return await to_thread.run_sync(_remove, os.fspath(path), (device, inode))
+    return await to_end(_remove, os.fspath(path), (device, inode))
 
 
 class _Claim:

@@ -9,10 +9,9 @@ import os
 import stat
 from pathlib import Path
 
-from anyio import to_thread
-
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.threads import to_end
 
 Identity = tuple[int, int]
 """Device and inode."""
@@ -30,7 +29,7 @@ async def put(part: str, path: str) -> None:
         StateError: something is there; it was not touched.
         HostCannot: the file system cannot.
     """
-    await to_thread.run_sync(_put, part, path)
+    await to_end(_put, part, path)
 
 
 async def claim(part: str, path: str) -> None:
@@ -40,7 +39,7 @@ async def claim(part: str, path: str) -> None:
         StateError: something is there; it was not touched.
         HostCannot: the file system cannot.
     """
-    await to_thread.run_sync(_claim, part, path)
+    await to_end(_claim, part, path)
 
 
 async def make_durable(path: str, identity: Identity) -> None:
@@ -50,7 +49,7 @@ async def make_durable(path: str, identity: Identity) -> None:
         StoreMismatch: another file has that name.
         HostCannot: the disk fails.
     """
-    await to_thread.run_sync(_make_durable, path, identity)
+    await to_end(_make_durable, path, identity)
 
 
 async def discard(path: str, identity: Identity) -> bool:
@@ -59,12 +58,12 @@ async def discard(path: str, identity: Identity) -> bool:
     Raises:
         HostCannot: no right, or the disk fails.
     """
-    return await to_thread.run_sync(_discard, path, identity)
+    return await to_end(_discard, path, identity)
 
 
 async def identity_of(path: str) -> Identity | None:
     """Identity of the regular file at that name, None if there is none."""
-    return await to_thread.run_sync(_identity, path)
+    return await to_end(_identity, path)
 
 
 def _claim(part: str, path: str) -> None:

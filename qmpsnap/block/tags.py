@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import anyio
-from anyio import to_thread
 
 from qmpsnap.block import header, tool
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.model.chain import Layer
+from qmpsnap.threads import to_end
 
 FICLONE: Final = 0x40049409
 """ioctl(2) that lets two files share their blocks, on file systems that can."""
@@ -44,17 +44,17 @@ async def take_out(
         StoreMismatch: the source has no such tag.
         HostCannot: no space, or qemu-img failed.
     """
-    await to_thread.run_sync(_copy, source.path, target.path, (source.device, source.inode))
+    await to_end(_copy, source.path, target.path, (source.device, source.inode))
     try:
         inside = {found["name"] for found in await _inside(target.path, qemu_img, deadline)}
         _require(tag, inside, source)
         await _run([qemu_img, "snapshot", "-a", tag, alone(target.path)], deadline)
         for other in sorted(inside - ({tag} if keep else set())):
             await _run([qemu_img, "snapshot", "-d", other, alone(target.path)], deadline)
-        return await to_thread.run_sync(_sync, target)
+        return await to_end(_sync, target)
     except BaseException:
         with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(discard, target)
+            await to_end(discard, target)
         raise
 
 
@@ -70,7 +70,7 @@ async def go_to(layer: Layer, tag: str, *, qemu_img: str, deadline: float = 600)
         StoreMismatch: it is not the recorded file.
         HostCannot: qemu-img failed.
     """
-    descriptor = await to_thread.run_sync(_opened, layer)
+    descriptor = await to_end(_opened, layer)
     try:
         # The very file that was looked at, whatever its name leads to by now.
         image = alone(f"/proc/self/fd/{descriptor}")

@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
-from anyio import to_thread
 
 from qmpsnap.errors import DeadlinePassed, HostCannot
 from qmpsnap.machine import guard
+from qmpsnap.threads import to_end
 
 _PACKAGE = str(Path(guard.__file__).parents[2])
 """Where this very qmpsnap lies, however it was found."""
@@ -68,7 +68,7 @@ class Watch:
             self.say(word)
         self._end.close()
         with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(self._child.wait)  # only what has started it: that ends at once
+            await to_end(self._child.wait)  # only what has started it: that ends at once
 
 
 @asynccontextmanager
@@ -140,10 +140,12 @@ async def _start(
         )
 
     try:
-        child = await to_thread.run_sync(spawn)
-    except OSError as error:
+        child = await to_end(spawn)
+    except BaseException as error:
         ours.close()
-        raise HostCannot(f"{sys.executable} cannot be run: {error}; nothing was changed") from error
+        if isinstance(error, OSError):
+            raise HostCannot(f"{sys.executable} cannot be run: {error}; nothing was changed") from error
+        raise
     finally:
         theirs.close()
     return Watch(ours, child)

@@ -118,8 +118,10 @@ def _log(context: Context, machine: Machine) -> str:
 
 
 async def blocking(call: Callable[..., T], *arguments: object) -> T:
-    """Run a store call in a worker thread, to its end: whether it took effect must be known even when cancelled."""
-    return await to_end(call, *arguments)
+    """Run a store call in a worker thread, to its end; whoever was cancelled meanwhile is so now, and may ask it."""
+    found = await to_end(call, *arguments)
+    await lowlevel.checkpoint()
+    return found
 
 
 @asynccontextmanager
@@ -145,6 +147,7 @@ async def locked(context: Context, name: str, verb: str) -> AsyncIterator[None]:
     prepare_run_dir(run_dir)
     with machine_lock(run_dir / "lock", machine=name, verb=verb):
         yield
+    await lowlevel.checkpoint()  # whoever was cancelled while the last thread worked is so here, and not in other code
 
 
 @asynccontextmanager

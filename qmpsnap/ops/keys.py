@@ -9,8 +9,6 @@ import stat
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
-from anyio import to_thread
-
 from qmpsnap.block import encrypted
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, QemuGone, StateError, UsageError
@@ -21,6 +19,7 @@ from qmpsnap.model.secret import MOST, Secret
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.ops.context import Context
 from qmpsnap.qmp.session import Session
+from qmpsnap.threads import to_end
 
 WRONG = "Invalid password"
 """What QEMU says of a key that opens none of an image's key slots."""
@@ -37,7 +36,7 @@ async def for_images(context: Context, machine: str, disk: DiskSpec) -> AsyncIte
     if disk.encryption is None:
         yield None
         return
-    with _in_memory(await to_thread.run_sync(_secret, context, machine, disk)) as descriptor:
+    with _in_memory(await to_end(_secret, context, machine, disk)) as descriptor:
         yield descriptor
 
 
@@ -53,7 +52,7 @@ async def for_layer(context: Context, machine: Machine, layer: Layer) -> AsyncIt
         yield None
         return
     try:
-        secret = await to_thread.run_sync(_secret, context, machine.name, disk)
+        secret = await to_end(_secret, context, machine.name, disk)
     except HostCannot as error:  # which to the caller would be a fault of the image
         raise UsageError(error.message, hint=error.hint, machine=machine.name) from error
     with _in_memory(secret) as descriptor:
@@ -84,7 +83,7 @@ async def for_qemu(context: Context, machine: Machine, disks: Iterable[DiskSpec]
         pipes = {}
         for disk in disks:
             if disk.encryption:
-                secret = await to_thread.run_sync(_secret, context, machine.name, disk)
+                secret = await to_end(_secret, context, machine.name, disk)
                 pipes[disk.name] = stack.enter_context(_pipe(secret))
         try:
             yield pipes

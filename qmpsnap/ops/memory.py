@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
-from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError
@@ -26,6 +25,7 @@ from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 RESUME_DEADLINE = 10.0
 """Seconds for letting the guest run again."""
@@ -48,9 +48,9 @@ async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]
     Raises:
         HostCannot: no space for all of it; a save that has begun must not run out of it.
     """
-    descriptors = [await to_thread.run_sync(statefile.create, memory.part)]
+    descriptors = [await to_end(statefile.create, memory.part)]
     try:
-        await to_thread.run_sync(statefile.reserve, descriptors[0], memory.reserve, memory.part)
+        await to_end(statefile.reserve, descriptors[0], memory.reserve, memory.part)
         direct = statefile.also_direct(descriptors[0]) if memory.layout == "mapped-ram" else None
         descriptors += [] if direct is None else [direct]
         await migration.set_up(
@@ -70,7 +70,7 @@ async def shorten(context: Context, machine: Machine, memory: Memory) -> None:
     """Do what makes the pause shorter and can be done while the guest runs."""
     process = context.process(machine)
     if process and memory.mode == "background" and memory.resume:
-        await to_thread.run_sync(hugepages.gather, process.pid)
+        await to_end(hugepages.gather, process.pid)
 
 
 async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact: Callable[[], Awaitable[None]]) -> Held:
@@ -246,4 +246,4 @@ async def finish(
         steps_ms=dict(steps or {}),
         frozen=frozen,
     )
-    return await to_thread.run_sync(statefile.finish, memory.part, memory.path, manifest)
+    return await to_end(statefile.finish, memory.part, memory.path, manifest)

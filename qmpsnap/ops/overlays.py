@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import anyio
-from anyio import to_thread
 from msgspec.structs import replace
 
 from qmpsnap.block import header, place
@@ -21,6 +20,7 @@ from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, Overlay
 from qmpsnap.ops import keys
 from qmpsnap.ops.context import Context
+from qmpsnap.threads import to_end
 
 EMPTY_LIMIT = 8 << 20
 """Bytes an image may occupy and still pass for one that no guest has written to: tables of an empty 64 TiB image."""
@@ -128,7 +128,7 @@ async def remove_new(made: Iterable[Layer | Overlay]) -> None:
     """
     for one in made:
         layer, below = (one, None) if isinstance(one, Layer) else (one.layer, one.backing.path)
-        if (identity := await to_thread.run_sync(_identity_of_new, layer, below)) is not None:
+        if (identity := await to_end(_identity_of_new, layer, below)) is not None:
             await remove(layer.path, device=identity[0], inode=identity[1])
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import anyio
-from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError, StoreMismatch
@@ -22,6 +21,7 @@ from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands, jobs, runstate
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 
 class LoadingInside(Struct, frozen=True):
@@ -70,7 +70,7 @@ async def bring_up(
         QmpError: it does not take the memory; it has been ended.
     """
     chains = await blocking(context.store.chains, machine.name)
-    await to_thread.run_sync(require_files, machine, chains)
+    await to_end(require_files, machine, chains)
     choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
     firmware = None
     if machine.spec.firmware == "uefi":

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import anyio
-from anyio import to_thread
 
 from qmpsnap.block import tags
 from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
@@ -37,6 +36,7 @@ from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import JobStuck, Report, unreported
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 SETTLE_DEADLINE = 45.0
 """Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled.
@@ -143,7 +143,7 @@ async def _end_define(broken: Broken, plan: DefinePlan) -> Direction:
     """Undo a definition that did not settle: it has no machine yet, and nobody can have used its images."""
     await remove_new([*plan.images, *plan.overlays])
     made = plan.variables is not None  # a file that was there before it was planned has prevented the plan
-    await to_thread.run_sync(lambda: remove_folder(broken.context.home, plan.machine, variables=made))
+    await to_end(lambda: remove_folder(broken.context.home, plan.machine, variables=made))
     await broken.mark_failed()
     return "back"
 
@@ -154,7 +154,7 @@ async def _end_revert(broken: Broken, monitor: Monitor | None) -> Direction:
     if operation.step == steps.PLANNED:
         await remove_new(plan.overlays)
         for copy in plan.copies:
-            await to_thread.run_sync(tags.discard, copy.layer)
+            await to_end(tags.discard, copy.layer)
         await broken.mark_failed()
         return "back"
     if operation.step == steps.STOPPING:

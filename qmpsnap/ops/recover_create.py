@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from anyio import to_thread
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
@@ -23,6 +22,7 @@ from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import headers_of, identified, remove_new
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 
 def direction(step: str, *, active: int | None, total: int) -> Direction | None:
@@ -108,14 +108,14 @@ async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memo
     """The memory, if it was or can be saved whole; the guest runs on if it should, and is still held if it was not."""
     if broken.operation.step == steps.LOST:
         return None
-    if finished := await to_thread.run_sync(_finished, broken.operation, memory):
+    if finished := await to_end(_finished, broken.operation, memory):
         if monitor and memory.quit and broken.unfinished == "cancel":  # whoever cancels a save wants the guest to run
             await remove(finished.path, device=finished.device, inode=finished.inode)
             return None
         await _run_on(broken, monitor, memory)
-        await to_thread.run_sync(statefile.discard, memory.part)  # its other name, if that is still there
+        await to_end(statefile.discard, memory.part)  # its other name, if that is still there
         return finished
-    if monitor is None or not await to_thread.run_sync(_has_content, memory.part):
+    if monitor is None or not await to_end(_has_content, memory.part):
         return None
     return await _kept(broken, plan, memory) if await _is_written(broken, monitor, memory) else None
 
@@ -180,7 +180,7 @@ async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None
             await _resume(broken, monitor, memory)
         await saving.forget(monitor)
         await _resume(broken, monitor, memory)  # a migration that came to its end all the same stops the guest again
-    await to_thread.run_sync(statefile.discard, memory.part)
+    await to_end(statefile.discard, memory.part)
 
 
 def with_memory(change: Change, state: Vmstate, *, pause_ms: float | None = None, unquiesced: str = "") -> Change:

@@ -2,8 +2,6 @@
 
 import contextlib
 
-from anyio import to_thread
-
 from qmpsnap.block import tags
 from qmpsnap.errors import QmpError
 from qmpsnap.machine.machine import end
@@ -17,6 +15,7 @@ from qmpsnap.ops.context import blocking
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 
 async def end_create(broken: Broken, monitor: Monitor | None) -> Direction:
@@ -74,7 +73,7 @@ async def _remove(
             async with tagging.open_in(context, machine, monitor, chain) as qemu:
                 await commands.delete_tag(qemu, node, planned.tag)
     if planned.variables:
-        await to_thread.run_sync(tagging.forget_variables, planned.variables[1])
+        await to_end(tagging.forget_variables, planned.variables[1])
 
 
 async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
@@ -142,7 +141,7 @@ async def _roll_back(broken: Broken, monitor: Monitor | None, planned: LoadPlan)
         await tags.go_to(layer, planned.tag, qemu_img=broken.context.image.binary)
     if planned.variables:
         mine, kept = planned.variables
-        await to_thread.run_sync(tagging.copy_variables, kept, mine)
+        await to_end(tagging.copy_variables, kept, mine)
 
 
 async def _job_over(broken: Broken, monitor: Monitor, job: JobId) -> bool:

@@ -6,7 +6,6 @@ the machine may be started afresh: it then writes to other layers.
 
 from pathlib import Path
 
-from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.errors import NotFoundError, StateError
@@ -20,6 +19,7 @@ from qmpsnap.ops.means import MemoryRequest
 from qmpsnap.ops.revert import Reverted
 from qmpsnap.ops.revert_plan import RevertRequest
 from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.threads import to_end
 
 
 class SaveRequest(Struct, frozen=True, kw_only=True):
@@ -100,7 +100,7 @@ async def _find(context: Context, name: str, file: str | None) -> Snapshot:
             hint=f"qmpsnap save {name} makes one",
             machine=name,
         )
-    state, manifest = await to_thread.run_sync(statefile.find, str(Path(file)))
+    state, manifest = await to_end(statefile.find, str(Path(file)))
     if state.hardware.uuid != machine.uuid:
         raise StateError(
             f"{file} is the memory of another machine (UUID {state.hardware.uuid}); nothing was changed", machine=name

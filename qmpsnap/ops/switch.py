@@ -3,8 +3,6 @@
 ``stopping``: QEMU ends -> the record changes, in one SQL transaction (``switched``) -> files that nobody needs go.
 """
 
-from anyio import to_thread
-
 from qmpsnap.block import header
 from qmpsnap.block.image import remove
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused
@@ -17,6 +15,7 @@ from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import headers_of, identified, require_planned
 from qmpsnap.ops.tagging import copy_variables
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 
 async def switch(
@@ -39,14 +38,14 @@ async def switch(
     # Only now: a guest that runs may write between any look and the end.
     change = plan.change
     if plan.unwritten:
-        empty = await to_thread.run_sync(all_empty, plan.unwritten.layers)
+        empty = await to_end(all_empty, plan.unwritten.layers)
         change = plan.unwritten.change if empty else change
-    await to_thread.run_sync(require_planned, plan.overlays)
-    headers = await to_thread.run_sync(headers_of, [one.layer for one in plan.new])
+    await to_end(require_planned, plan.overlays)
+    headers = await to_end(headers_of, [one.layer for one in plan.new])
     change = identified(change, headers)
     if plan.variables:
         mine, kept = plan.variables
-        await to_thread.run_sync(copy_variables, kept, mine)
+        await to_end(copy_variables, kept, mine)
     await blocking(lambda: context.store.settle(operation.id, machine.name, change, step=steps.SWITCHED))
     await remove_files(context, plan)
 

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
-from anyio import to_thread
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, StoreMismatch
@@ -25,6 +24,7 @@ from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 
 async def tag_live(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: Freezer, report: Report) -> float | None:
@@ -58,7 +58,7 @@ async def _tag_held(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: F
 async def keep_variables(planned: InternalPlan) -> None:
     """Copy the UEFI variable store, if there is one."""
     if planned.variables:
-        await to_thread.run_sync(copy_variables, *planned.variables)
+        await to_end(copy_variables, *planned.variables)
 
 
 def copy_variables(source: str, target: str) -> None:

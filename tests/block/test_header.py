@@ -284,7 +284,7 @@ GOOD = image(
 
 
 def judged(data: bytes, size: int) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     try:
         found = header.parse(data, size)
     except ImageRefused:
@@ -293,7 +293,7 @@ def judged(data: bytes, size: int) -> None:
         assert 0 <= found.virtual_size < 1 << 63
         assert found.backing is None or header.backing_fault(found.backing) is None
         assert found.l1_offset + found.l1_size * 8 <= size
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)

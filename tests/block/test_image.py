@@ -295,7 +295,7 @@ async def test_time_is_over(fake: Fake, pool: Path, tmp_path: Path) -> None:
     begin = time.monotonic()
     with pytest.raises(DeadlinePassed, match=r"within 0\.5 seconds"):
         await ImageTool(slow.binary, timeout=0.5).create_base(pool / "a", format="qcow2", virtual_size=MIB)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     assert not list(pool.iterdir())
     assert not Path(f"/proc/{(tmp_path / 'fake-qemu-img.pid').read_text().strip()}").exists(), "qemu-img lives on"
 
