@@ -200,21 +200,36 @@ async def record(
     return await blocking(context.store.machine, machine.name)
 
 
-async def end_earlier(context: Context, name: str) -> None:
-    """Refuse a taken name; roll back a definition that died before its machine was recorded."""
+async def end_earlier(context: Context, name: str) -> list[Operation]:
+    """Refuse a taken name; roll back a definition that died before its machine was recorded, and return it."""
     try:
         taken = await blocking(context.store.machine, name)
     except NotFoundError:
         placeholder = Machine(name=name, uuid="", host=context.host, spec=MachineSpec(name=name), created=0)
-        await recover.end_open(context, placeholder, None)
+        ended = await recover.end_open(context, placeholder, None)
         await blocking(_refuse_lost, context, name)
-        return
+        return ended
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken.created))
     raise NameTaken(
         f"machine {name} exists since {since}; nothing was changed",
         hint=f"choose another name, or qmpsnap undefine {name} first",
         machine=name,
     )
+
+
+async def undo(context: Context, name: str) -> list[Operation]:
+    """Roll back a definition that died before its machine was recorded; returns its operation as it was.
+
+    Raises:
+        NotFoundError: there is neither such a machine nor a definition of it that has not ended.
+        LockHeld: it is at work.
+    """
+    if not await blocking(lambda: context.store.operations(name, only_open=True)):
+        await blocking(context.store.machine, name)
+    async with locked(context, name, "recover"):
+        ended = await end_earlier(context, name)
+        await to_thread.run_sync(lambda: shutil.rmtree(context.home.run_dir(name), ignore_errors=True))
+    return ended
 
 
 def _refuse_lost(context: Context, name: str) -> None:

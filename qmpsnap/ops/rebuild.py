@@ -17,7 +17,7 @@ from qmpsnap.machine.machine import monitor, prepare_run_dir
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import DefinePlan
+from qmpsnap.model.operation import Change, DefinePlan
 from qmpsnap.ops.context import this_host
 from qmpsnap.ops.rebuilding.images import Finder
 from qmpsnap.ops.rebuilding.plan import Image, Rebuilt, plan
@@ -151,7 +151,8 @@ def _record(store: SqliteStore, at: _Found, rebuilt: Rebuilt, *, serials: int) -
     change = replace(rebuilt.change, define=replace(at.machine, process=None, current=None))
 
     def make(_: OperationId) -> DefinePlan:
-        return DefinePlan(machine=name, images=(), overlays=(), change=change)
+        # Without its layers: whatever was found is recorded, also what two machines should not have shared.
+        return DefinePlan(machine=name, images=(), overlays=(), change=Change(define=change.define))
 
     # Layers that two machines read are put twice, the same both times.
     operation = store.open_operation(name, make, serials=serials)

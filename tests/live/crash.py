@@ -41,7 +41,7 @@ def die():
         os.kill(qemu, signal.SIGKILL)
         while runs(qemu):
             pass
-    os.kill(os.getpid(), last)
+    signal.raise_signal(last)  # to this very thread: a stop sent to the process lets it run on for a moment
 
 def qemus():
     home = os.environ["QMPSNAP_HOME"] + "/"
