@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.errors import HostCannot, StateError
 from qmpsnap.machine import process as processes
-from qmpsnap.machine.machine import monitor, prepare_run_dir
+from qmpsnap.machine.machine import monitor
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
@@ -83,9 +83,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         )
     with contextlib.ExitStack() as stack:
         for machine in machines:
-            prepare_run_dir(home.run_dir(machine.name))
-            lock = home.run_dir(machine.name) / "lock"
-            stack.enter_context(machine_lock(lock, machine=machine.name, verb="check --rebuild"))
+            stack.enter_context(machine_lock(home.lock(machine.name), machine=machine.name, verb="check --rebuild"))
         finder = Finder(home, records)
         images = await to_thread.run_sync(finder.images, machines)
         asked = [await _ask(home, machine) for machine in machines if machine.adopted is None]
