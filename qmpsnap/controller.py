@@ -16,6 +16,7 @@ from pathlib import Path
 from qmpsnap.errors import NotFoundError
 from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.machine_handle import MachineHandle
+from qmpsnap.model.operation import Operation
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import adopt, define
 from qmpsnap.ops.adopt import Adopted
@@ -59,6 +60,18 @@ class Controller:
         """
         await blocking(self.context.store.machine, name)
         return MachineHandle(self.context, name)
+
+    async def recover(self, name: str) -> list[Operation]:
+        """End what is open of a machine, or of a definition that died before there was one; returns it as it was.
+
+        Raises:
+            NotFoundError: there is neither.
+        """
+        try:
+            vm = await self.machine(name)
+        except NotFoundError:
+            return await define.undo(self.context, name)
+        return await vm.recover()
 
     def read_spec(self, path: str | os.PathLike[str]) -> MachineSpec:
         """A spec file as a value.

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmpsnap.model.home import Home
+from qmpsnap.store import runfolder
 from qmpsnap.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def amount(text: str) -> float:
 
 
 def home() -> Home:
-    """The places, by the environment."""
-    return Home.from_environment(os.environ, uid=os.geteuid())
+    """The places, by the environment and the store."""
+    return runfolder.followed(Home.from_environment(os.environ, uid=os.geteuid()))
 
 
 @contextmanager

@@ -308,10 +308,8 @@ def _fstrim(arguments: argparse.Namespace) -> None:
 def _recover(arguments: argparse.Namespace) -> None:
     async def act(controller: "Controller") -> dict[str, list[Any]]:
         if arguments.machine is not None:
-            machines = [await controller.machine(arguments.machine)]
-        else:
-            machines = list(await controller.machines())
-        return {vm.name: await vm.recover() for vm in machines}
+            return {arguments.machine: await controller.recover(arguments.machine)}
+        return {vm.name: await vm.recover() for vm in await controller.machines()}
 
     ended = controlling(act)
     with reading() as store:

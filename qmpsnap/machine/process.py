@@ -113,6 +113,14 @@ def is_alive(process: Process) -> bool:
     return process.boot_id == _boot_id() and process.start_ticks == _start_ticks(process.pid)
 
 
+def folder(process: Process) -> Path | None:
+    """The folder it works in, for a QEMU of ours its run folder; None when that cannot be told."""
+    try:
+        return Path(os.readlink(f"/proc/{process.pid}/cwd"))  # noqa: PTH115 - one that was removed is told as that
+    except OSError:
+        return None
+
+
 def is_stopped(process: Process) -> bool:
     """Whether a signal or a debugger has stopped it, so that its monitor cannot answer."""
     return _stat(process.pid)[:1] in (["T"], ["t"])

@@ -1,6 +1,6 @@
 """All layers of a store as the forest they form, and who needs which: counted over all machines."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -85,6 +85,22 @@ class Forest(Struct, frozen=True):
             ),
             *(f"disk {w.disk} of machine {w.machine}" for w in self.writers_of(layer)),
             *(f"layer {c.id}{self._users(c.id)}" for c in self.children(layer) if c.id != but_layer),
+        )
+
+    def sharers(self, writer: Writer, *, consumed: Collection[str]) -> tuple[str, ...]:
+        """Who else reads the layer that a disk's guest writes to, one short phrase each; nobody, when all is well.
+
+        Args:
+            writer: the disk, and its active layer.
+            consumed: snapshots of that machine that do not count: a commit of the active layer leaves the points it has
+                overwritten where they were, and nobody reads there any more.
+        """
+        gone = {(writer.machine, name) for name in consumed}
+        points = [r for r in self.references_to(writer.layer) if not r.tag and (r.machine, r.snapshot) not in gone]
+        return (
+            *(f"layer {above.id}{self._users(above.id)}" for above in self.children(writer.layer)),
+            *(f"snapshot {r.snapshot} of {r.machine}" for r in points),
+            *(f"disk {w.disk} of {w.machine}" for w in self.writers_of(writer.layer) if w != writer),
         )
 
     def machines_above(self, layer: LayerId) -> frozenset[str]:

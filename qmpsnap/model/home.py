@@ -11,8 +11,8 @@ class Home(Struct, frozen=True, kw_only=True):
     """The four places. ``QMPSNAP_HOME`` puts them under one folder.
 
     Attributes:
-        data: store and machines' images; survives everything.
-        run: sockets, locks, pid files; may be empty after a boot.
+        data: store, locks and machines' images; survives everything.
+        run: sockets, pid files, logs; may be empty after a boot.
         cache: what can be made again: the small guest, probes.
         images: further folders whose images a spec may name.
     """
@@ -47,8 +47,12 @@ class Home(Struct, frozen=True, kw_only=True):
     @property
     def environment(self) -> dict[str, str]:
         """What another process has to be told to find the same places, where its environment is ours otherwise."""
-        beneath = self.run == self.data / "run" and self.cache == self.data / "cache"
-        return {"QMPSNAP_HOME": str(self.data)} if beneath else {}
+        return {"QMPSNAP_HOME": str(self.data)} if self.beneath else {}
+
+    @property
+    def beneath(self) -> bool:
+        """Whether all lies under one folder, as ``QMPSNAP_HOME`` has it."""
+        return self.run == self.data / "run" and self.cache == self.data / "cache"
 
     @property
     def store(self) -> Path:
@@ -74,12 +78,16 @@ class Home(Struct, frozen=True, kw_only=True):
         """The folder of one machine's images."""
         return self.machines / machine
 
+    def lock(self, machine: str) -> Path:
+        """The machine's lock: beside the store, so that all who share that share the lock, wherever sockets are."""
+        return self.data / "locks" / machine
+
     def variables(self, machine: str) -> Path:
         """The machine's own UEFI variable store, where it has one."""
         return self.machine_dir(machine) / "vars.fd"
 
     def run_dir(self, machine: str) -> Path:
-        """The folder of one machine's sockets, lock and logs; QEMU's working directory."""
+        """The folder of one machine's sockets and logs; QEMU's working directory."""
         return self.run / machine
 
 

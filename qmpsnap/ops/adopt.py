@@ -3,7 +3,6 @@
 import functools
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check
 from qmpsnap.model.operation import DefinePlan
 from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec
 from qmpsnap.ops import define
-from qmpsnap.ops.context import Context, blocking, locked
+from qmpsnap.ops.context import Context, blocking, forget_places, locked
 from qmpsnap.ops.define import DiskSource
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.commands import Backend
@@ -167,7 +166,7 @@ async def run(context: Context, name: str, socket: Path) -> Adopted:
             return await _adopt(context, name, socket)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await to_thread.run_sync(lambda: shutil.rmtree(context.home.run_dir(name), ignore_errors=True))
+                await to_thread.run_sync(forget_places, context.home, name)
             raise
 
 

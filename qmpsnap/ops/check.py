@@ -98,7 +98,7 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
 
 
 async def _open_run_folder(context: Context, name: str) -> None:
-    """The lock lies in the run folder, and nobody takes it while that is open to others."""
+    """Nobody works on a machine whose run folder is open to others."""
     for entry in await to_thread.run_sync(facts.entries, context.home.run):
         if entry.path == str(context.home.run_dir(name)) and entry.is_open:
             with contextlib.suppress(QmpsnapError):

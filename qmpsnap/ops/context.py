@@ -1,9 +1,11 @@
 """What every verb works with, and the frame it works in: lock held, host checked, earlier operations ended."""
 
 import os
+import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -20,6 +22,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.secret import Secret, given
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.store import runfolder
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
@@ -65,12 +68,26 @@ class Context(Struct, frozen=True, kw_only=True):
             async with self._session(machine, process) as qemu:
                 yield qemu
         except QemuGone as error:
-            if not error.hint or processes.is_alive(process):
+            if processes.is_alive(process):
+                self._explain(error, machine, process)
+                raise
+            if not error.hint:
                 raise
             error.hint = f"QEMU has ended: qmpsnap start {machine.name}; what it said: {_log(self, machine)}"
             if machine.adopted:
                 error.hint = "QEMU has ended; whoever launched it can do so again"
             raise
+
+    def _explain(self, error: QemuGone, machine: Machine, process: Process) -> None:
+        """Say where the sockets are of a QEMU that runs, where that is not the run folder in which we look for them."""
+        folder = None if machine.adopted else processes.folder(process)
+        if folder is None or folder == self.home.run_dir(machine.name):
+            return
+        error.hint = f"its QEMU runs (process {process.pid}), with its sockets in {folder}: run qmpsnap with"
+        error.hint += " QMPSNAP_HOME or XDG_RUNTIME_DIR as they were when it was started"
+        if not folder.is_dir():
+            error.hint = f"its QEMU runs (process {process.pid}), and the folder of its sockets was removed:"
+            error.hint += f" qmpsnap stop {machine.name} --force ends it"
 
     def _session(self, machine: Machine, process: Process) -> AbstractAsyncContextManager[Monitor]:
         if machine.adopted:
@@ -102,7 +119,7 @@ async def opened(
     store = await blocking(lambda: SqliteStore(places.store, machines=places.machines))
     try:
         yield Context(
-            home=places,
+            home=await blocking(lambda: runfolder.settled(places, in_use=lambda: _in_use(store))),
             store=store,
             qemu=environment.get("QMPSNAP_QEMU") or "qemu-system-x86_64",
             image=ImageTool(environment.get("QMPSNAP_QEMU_IMG") or "qemu-img"),
@@ -111,6 +128,16 @@ async def opened(
         )
     finally:
         store.close()
+
+
+def _in_use(store: Store) -> Path | None:
+    """The run folder in which a QEMU of the store works now."""
+    for machine in store.machines():
+        if machine.process and not machine.adopted and processes.is_alive(machine.process):
+            folder = processes.folder(machine.process)
+            if folder and folder.name == machine.name:
+                return folder.parent
+    return None
 
 
 def _log(context: Context, machine: Machine) -> str:
@@ -143,11 +170,20 @@ async def locked(context: Context, name: str, verb: str) -> AsyncIterator[None]:
     Raises:
         LockHeld: another controller works on it.
     """
-    run_dir = context.home.run_dir(name)
-    prepare_run_dir(run_dir)
-    with machine_lock(run_dir / "lock", machine=name, verb=verb):
+    prepare_run_dir(context.home.run_dir(name))
+    with machine_lock(context.home.lock(name), machine=name, verb=verb):
         yield
     await lowlevel.checkpoint()  # whoever was cancelled while the last thread worked is so here, and not in other code
+
+
+def forget_places(home: Home, name: str, *, run: bool = True) -> None:
+    """Remove the lock and, with ``run``, the run folder of a machine that is none, or no more; its lock is held.
+
+    The lock goes last: whoever waits for it looks again at what it locked.
+    """
+    if run:
+        shutil.rmtree(home.run_dir(name), ignore_errors=True)
+    home.lock(name).unlink(missing_ok=True)
 
 
 @asynccontextmanager

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import keys, recover
-from qmpsnap.ops.context import Context, blocking, locked, require_folder
+from qmpsnap.ops.context import Context, blocking, forget_places, locked, require_folder
 from qmpsnap.ops.overlays import identified, make_overlays, require_free
 
 Identity = tuple[int, int]
@@ -151,16 +150,14 @@ async def run(
     abilities = await probe.ask(context.qemu, context.home.cache)
     spec = replace(spec, machine=abilities.versioned(spec.machine))
     firmware = find_firmware() if spec.firmware == "uefi" else None
-    run_dir = context.home.run_dir(spec.name)
-    was_there = run_dir.exists()  # a QEMU that this store does not know may live in it
+    was_there = context.home.run_dir(spec.name).exists()  # a QEMU that this store does not know may live in it
     async with locked(context, spec.name, "define"):
         await end_earlier(context, spec.name)
         try:
             return await _record(context, spec, firmware, (context.home.data, *context.home.images, *folders))
         except BaseException:
-            # Refused or failed, there is no machine: its run folder, made for the lock, goes as well.
-            if not was_there:
-                shutil.rmtree(run_dir, ignore_errors=True)
+            # Refused or failed, there is no machine: what was made to work on it goes as well.
+            forget_places(context.home, spec.name, run=not was_there)
             raise
 
 
@@ -200,21 +197,36 @@ async def record(
     return await blocking(context.store.machine, machine.name)
 
 
-async def end_earlier(context: Context, name: str) -> None:
-    """Refuse a taken name; roll back a definition that died before its machine was recorded."""
+async def end_earlier(context: Context, name: str) -> list[Operation]:
+    """Refuse a taken name; roll back a definition that died before its machine was recorded, and return it."""
     try:
         taken = await blocking(context.store.machine, name)
     except NotFoundError:
         placeholder = Machine(name=name, uuid="", host=context.host, spec=MachineSpec(name=name), created=0)
-        await recover.end_open(context, placeholder, None)
+        ended = await recover.end_open(context, placeholder, None)
         await blocking(_refuse_lost, context, name)
-        return
+        return ended
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken.created))
     raise NameTaken(
         f"machine {name} exists since {since}; nothing was changed",
         hint=f"choose another name, or qmpsnap undefine {name} first",
         machine=name,
     )
+
+
+async def undo(context: Context, name: str) -> list[Operation]:
+    """Roll back a definition that died before its machine was recorded; returns its operation as it was.
+
+    Raises:
+        NotFoundError: there is neither such a machine nor a definition of it that has not ended.
+        LockHeld: it is at work.
+    """
+    if not await blocking(lambda: context.store.operations(name, only_open=True)):
+        await blocking(context.store.machine, name)
+    async with locked(context, name, "recover"):
+        ended = await end_earlier(context, name)
+        await to_thread.run_sync(forget_places, context.home, name)
+    return ended
 
 
 def _refuse_lost(context: Context, name: str) -> None:

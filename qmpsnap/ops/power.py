@@ -13,6 +13,7 @@ from qmpsnap.machine.machine import end, launch, monitor, wait_end
 from qmpsnap.machine.opened import require_opened
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.forest import Writer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
 from qmpsnap.ops import asked, compare, keys, pausing, tagging
@@ -66,11 +67,13 @@ async def bring_up(
 
     Raises:
         StoreMismatch: an image is not the one the store knows.
+        StateError: somebody else reads an image that the guest would write to.
         QemuGone: QEMU ended at once; the message holds what it wrote.
         QmpError: it does not take the memory; it has been ended.
     """
     chains = await blocking(context.store.chains, machine.name)
     await to_end(require_files, machine, chains)
+    await blocking(_require_alone, context, machine, chains)
     choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
     firmware = None
     if machine.spec.firmware == "uefi":
@@ -183,6 +186,22 @@ async def _quit(context: Context, machine: Machine, process: Process) -> None:
             await end(process, qemu)
     except (QemuGone, DeadlinePassed):
         await end(process, None)
+
+
+def _require_alone(context: Context, machine: Machine, chains: Sequence[Chain]) -> None:
+    """Refuse to let a guest write to what somebody else reads (I4)."""
+    forest = context.store.forest()
+    consumed = {found.name for found in context.store.snapshots(machine.name) if found.state == "consumed"}
+    for chain in chains:
+        active = chain.active
+        others = forest.sharers(Writer(machine.name, chain.disk, active.id), consumed=consumed)
+        if others and not machine.require_disk(chain.disk).read_only:
+            raise StateError(
+                f"disk {chain.disk} of machine {machine.name} would write to {active.path}, which is read by"
+                f" {', '.join(others)}; nothing was started",
+                hint=f"qmpsnap snapshot create {machine.name} puts a layer of its own on it",
+                machine=machine.name,
+            )
 
 
 def require_files(machine: Machine, chains: Sequence[Chain]) -> None:

@@ -13,11 +13,11 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.errors import HostCannot, StateError
 from qmpsnap.machine import process as processes
-from qmpsnap.machine.machine import monitor, prepare_run_dir
+from qmpsnap.machine.machine import monitor
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import DefinePlan
+from qmpsnap.model.operation import Change, DefinePlan
 from qmpsnap.ops.context import this_host
 from qmpsnap.ops.rebuilding.images import Finder
 from qmpsnap.ops.rebuilding.plan import Image, Rebuilt, plan
@@ -83,9 +83,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         )
     with contextlib.ExitStack() as stack:
         for machine in machines:
-            prepare_run_dir(home.run_dir(machine.name))
-            lock = home.run_dir(machine.name) / "lock"
-            stack.enter_context(machine_lock(lock, machine=machine.name, verb="check --rebuild"))
+            stack.enter_context(machine_lock(home.lock(machine.name), machine=machine.name, verb="check --rebuild"))
         finder = Finder(home, records)
         images = await to_thread.run_sync(finder.images, machines)
         asked = [await _ask(home, machine) for machine in machines if machine.adopted is None]
@@ -151,7 +149,8 @@ def _record(store: SqliteStore, at: _Found, rebuilt: Rebuilt, *, serials: int) -
     change = replace(rebuilt.change, define=replace(at.machine, process=None, current=None))
 
     def make(_: OperationId) -> DefinePlan:
-        return DefinePlan(machine=name, images=(), overlays=(), change=change)
+        # Without its layers: whatever was found is recorded, also what two machines should not have shared.
+        return DefinePlan(machine=name, images=(), overlays=(), change=Change(define=change.define))
 
     # Layers that two machines read are put twice, the same both times.
     operation = store.open_operation(name, make, serials=serials)

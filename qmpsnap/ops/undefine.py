@@ -1,6 +1,5 @@
 """``undefine``: a machine is forgotten; its images stay or go, as was said."""
 
-import shutil
 from typing import Literal
 
 from anyio import to_thread
@@ -9,7 +8,7 @@ from qmpsnap.block.image import remove
 from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.context import Context, blocking, forget_places
 from qmpsnap.ops.recover import remove_folder
 from qmpsnap.ops.tagging import forget_variables
 from qmpsnap.ops.work import working
@@ -54,8 +53,7 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
             for kept in variables:
                 await to_thread.run_sync(forget_variables, kept)
             await to_thread.run_sync(remove_folder, context.home, name)
-        # The lock goes last, while we hold it: whoever waits for it looks again at what it locked.
-        await to_thread.run_sync(lambda: shutil.rmtree(context.home.run_dir(name), ignore_errors=True))
+        await to_thread.run_sync(forget_places, context.home, name)
     return [file.path for file in files]
 
 

@@ -6,7 +6,7 @@ These functions run inside the store's transactions; only :mod:`qmpsnap.store.sq
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -93,6 +93,20 @@ def select(connection: sqlite3.Connection, machine: str, *, only_open: bool) -> 
         f"SELECT {_COLUMNS} FROM operation WHERE machine = ? AND state IN ({marks}) ORDER BY id",
         (machine, *states),
     )
+    return _read(rows)
+
+
+def open_elsewhere(connection: sqlite3.Connection, machine: str) -> tuple[Operation, ...]:
+    """The open operations of all other machines, oldest first."""
+    marks = ",".join("?" * len(OPEN_STATES))
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM operation WHERE machine <> ? AND state IN ({marks}) ORDER BY id",
+        (machine, *OPEN_STATES),
+    )
+    return _read(rows)
+
+
+def _read(rows: Iterable[sqlite3.Row]) -> tuple[Operation, ...]:
     return tuple(
         Operation(
             id=OperationId(row[0]),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qmpsnap import private
 from qmpsnap.errors import HostCannot, LockHeld
 
 
@@ -20,7 +21,7 @@ def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
     and it can never outlive the lock by more than a glance: only who fails to get the lock reads it.
 
     Args:
-        path: the lock file; its folder must exist.
+        path: the lock file; its folder is made where it is missing.
         machine: the machine's name, for the error.
         verb: what the lock is held for, as others will be told.
 
@@ -41,6 +42,7 @@ def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
 def _acquire(path: Path, machine: str) -> int:
     while True:
         try:
+            private.make_folder(path.parent)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise HostCannot(

@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch
-from qmpsnap.model import steps
+from qmpsnap.model import sharing, steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.machine import Machine, Process
@@ -125,15 +125,18 @@ class SqliteStore:
 
     def forest(self) -> Forest:
         with self._reading() as sql:
-            layers = [self._layer(row) for row in sql.execute(f"SELECT {_LAYER} FROM layer ORDER BY rowid")]
-            writers = sql.execute(
-                "SELECT machine.name, disk.name, disk.active FROM disk JOIN machine ON machine.id = disk.machine"
-            ).fetchall()
-            references = sql.execute(
-                "SELECT machine.name, snapshot.name, point.disk, point.layer, point.tag FROM point"
-                " JOIN snapshot ON snapshot.id = point.snapshot JOIN machine ON machine.id = snapshot.machine"
-                " ORDER BY snapshot.id, point.position"
-            ).fetchall()
+            return self._forest(sql)
+
+    def _forest(self, sql: sqlite3.Connection) -> Forest:
+        layers = [self._layer(row) for row in sql.execute(f"SELECT {_LAYER} FROM layer ORDER BY rowid")]
+        writers = sql.execute(
+            "SELECT machine.name, disk.name, disk.active FROM disk JOIN machine ON machine.id = disk.machine"
+        ).fetchall()
+        references = sql.execute(
+            "SELECT machine.name, snapshot.name, point.disk, point.layer, point.tag FROM point"
+            " JOIN snapshot ON snapshot.id = point.snapshot JOIN machine ON machine.id = snapshot.machine"
+            " ORDER BY snapshot.id, point.position"
+        ).fetchall()
         return Forest(
             {layer.id: layer for layer in layers},
             tuple(Writer(*row) for row in writers),
@@ -154,7 +157,13 @@ class SqliteStore:
 
     def open_operation(self, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1) -> Operation:
         with self._writing() as sql:
-            operation = journal.open_operation(sql, machine, make_plan, serials=serials)
+
+            def make(serial: OperationId) -> Plan:
+                plan = make_plan(serial)
+                sharing.require_unshared(machine, plan, self._forest(sql), journal.open_elsewhere(sql, machine))
+                return plan
+
+            operation = journal.open_operation(sql, machine, make, serials=serials)
             if isinstance(opening := getattr(operation.plan, "opening", None), Change):
                 self._apply(sql, machine, opening)
             return operation

@@ -51,7 +51,9 @@ class Store(Protocol):
         A plan's ``opening`` change, if it has one, is applied in the same transaction: before anything is done.
 
         Raises:
-            OperationPending: an earlier operation of the machine has not ended.
+            OperationPending: an earlier operation of the machine has not ended, or one of another machine that changes
+                what this one reads or changes, or is about to read what this one changes.
+            StateError: another machine reads what would change, or writes to what would be read, by now.
         """
 
     def mark(

@@ -57,9 +57,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     found = Home.from_environment(os.environ, uid=os.geteuid())
     seeded.fill(found)
     # As any earlier command on `web` has left them.
-    run_dir = found.run_dir("web")
-    run_dir.mkdir(mode=0o700, parents=True)
-    (run_dir / "lock").touch(0o600)
+    found.run_dir("web").mkdir(mode=0o700, parents=True)
+    found.lock("web").parent.mkdir(mode=0o700)
+    found.lock("web").touch(0o600)
     return found
 
 

@@ -1,5 +1,6 @@
 """Deaths with kill -9: of a controller at one exact point of its real code, and of the QEMUs it leaves."""
 
+import contextlib
 import json
 import os
 import signal
@@ -41,7 +42,7 @@ def die():
         os.kill(qemu, signal.SIGKILL)
         while runs(qemu):
             pass
-    os.kill(os.getpid(), last)
+    signal.raise_signal(last)  # to this very thread: a stop sent to the process lets it run on for a moment
 
 def qemus():
     home = os.environ["QMPSNAP_HOME"] + "/"
@@ -103,9 +104,15 @@ async def die_at(point: Point, *words: str, qemu_too: bool = False) -> None:
 
 
 @asynccontextmanager
-async def stopped_at(point: Point, *words: str) -> AsyncIterator[anyio.abc.Process]:
-    """For the block: a process that runs one command line, stopped there (SIGSTOP); then it goes on to its end."""
-    argv = [sys.executable, "-c", DIE_AT, json.dumps([*point, False, signal.SIGSTOP]), *words]
+async def stopped_at(point: Point, *words: str, first: str = "") -> AsyncIterator[anyio.abc.Process]:
+    """For the block: a process that runs one command line, stopped there (SIGSTOP); then it goes on to its end.
+
+    Args:
+        point: where.
+        words: the command line.
+        first: what that process runs before all else.
+    """
+    argv = [sys.executable, "-c", first + DIE_AT, json.dumps([*point, False, signal.SIGSTOP]), *words]
     async with await anyio.open_process(argv, stdout=None, stderr=subprocess.PIPE) as process:
         try:
             with anyio.fail_after(60):
@@ -113,7 +120,8 @@ async def stopped_at(point: Point, *words: str) -> AsyncIterator[anyio.abc.Proce
                     await anyio.sleep(0.02)
             yield process
         finally:
-            process.send_signal(signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # the block may have killed it
+                process.send_signal(signal.SIGCONT)
             await process.wait()
 
 

@@ -62,7 +62,7 @@ async def test_an_overlay_that_somebody_else_put_there_is_never_built_upon(
 
 async def test_a_second_controller_is_told_who_holds_the_lock(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
     vm = await q.define(still_spec)
-    lock = context_of(vm).home.run_dir(vm.name) / "lock"
+    lock = context_of(vm).home.lock(vm.name)
     holder = (
         "import sys; from pathlib import Path; from qmpsnap.store.lock import machine_lock\n"
         f"with machine_lock(Path({str(lock)!r}), machine='still', verb='a long one'):\n"

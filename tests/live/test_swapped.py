@@ -266,7 +266,7 @@ def test_memory_is_never_sealed_into_a_second_name(tmp_path: Path) -> None:
 
 async def test_names_in_the_run_folder(q: qmpsnap.Controller, victim: Victim) -> None:
     vm = await q.define(ONE_DISK)
-    run_dir = context_of(vm).home.run_dir(vm.name)
+    run_dir, lock = context_of(vm).home.run_dir(vm.name), context_of(vm).home.lock(vm.name)
     for way in ("symlink", "hard link"):
         for name in (LOG, CONSOLE_LOG, PID_FILE, "user.sock"):
             (run_dir / name).unlink(missing_ok=True)
@@ -274,12 +274,12 @@ async def test_names_in_the_run_folder(q: qmpsnap.Controller, victim: Victim) ->
         await vm.start(paused=True)
         await vm.stop(force=True)
         victim.is_untouched()
-        (run_dir / "lock").unlink()
-        WAYS[way](victim.path, run_dir / "lock")
+        lock.unlink()
+        WAYS[way](victim.path, lock)
         with pytest.raises(HostCannot, match="lock"):
             await vm.start(paused=True)
         victim.is_untouched()
-        (run_dir / "lock").unlink()
+        lock.unlink()
     for name in ("run", "worker"):
         folder = run_dir if name == "run" else run_dir / name
         shutil.rmtree(folder, ignore_errors=True)

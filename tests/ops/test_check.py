@@ -282,8 +282,7 @@ async def test_an_image_that_a_header_names_is_not_moved(web: Context) -> None:
 
 async def test_who_works_on_the_machine_is_told_and_nothing_else(web: Context) -> None:
     image(web, "vda-3").unlink()
-    (run_dir := web.home.run_dir("web")).mkdir(mode=0o700, parents=True)
-    with lock.machine_lock(run_dir / "lock", machine="web", verb="commit"):
+    with lock.machine_lock(web.home.lock("web"), machine="web", verb="commit"):
         (finding,) = (await check.run(web, "web")).findings
         assert finding.code == "machine-busy"
         assert f"'commit' (pid {os.getpid()}" in finding.text

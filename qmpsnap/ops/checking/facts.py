@@ -142,11 +142,11 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
     """
     before = await record(context, name)
     for _ in range(LOOKS):
-        busy = None if own else lock.holder(context.home.run_dir(name) / "lock")
+        busy = None if own else lock.holder(context.home.lock(name))
         asked, silent = await _ask(context, before, qemu)
         found = await to_thread.run_sync(_files, context, before)
         old = await blocking(older.sign, context, before.machine, before.chains)
-        busy = busy or (None if own else lock.holder(context.home.run_dir(name) / "lock"))
+        busy = busy or (None if own else lock.holder(context.home.lock(name)))
         after = await record(context, name)
         if busy or after == before:
             break

@@ -14,6 +14,7 @@ from qmpsnap.block.graph import FILTERS
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
+from qmpsnap.model.forest import Writer
 from qmpsnap.ops import compare
 from qmpsnap.ops.checking.facts import Entry, Facts, planned
 
@@ -108,17 +109,12 @@ def _snapshots(at: Facts) -> Iterator[Finding]:
 
 def _writers(at: Facts) -> Iterator[Finding]:
     """I4, by the record: a layer that a guest writes to has no other reader."""
-    forest = at.record.forest
-    # A commit of the active layer leaves the points it has overwritten where they were: nobody reads there any more.
-    consumed = {(at.record.machine.name, found.name) for found in at.record.snapshots if found.state == "consumed"}
+    consumed = {found.name for found in at.record.snapshots if found.state == "consumed"}
     read_only = {disk.name for disk in at.record.machine.spec.disks if disk.read_only}
     for chain in at.record.chains:
         layer = chain.active
-        others = [f"layer {above.id}" for above in forest.children(layer.id)]
-        me = (at.record.machine.name, chain.disk)
-        points = [r for r in forest.references_to(layer.id) if not r.tag and (r.machine, r.snapshot) not in consumed]
-        others += [f"snapshot {r.snapshot} of {r.machine}" for r in points]
-        others += [f"disk {w.disk} of {w.machine}" for w in forest.writers_of(layer.id) if (w.machine, w.disk) != me]
+        writer = Writer(at.record.machine.name, chain.disk, layer.id)
+        others = at.record.forest.sharers(writer, consumed=consumed)
         if others and chain.disk not in read_only:
             text = f"{layer.path} is written to by disk {chain.disk} and read by {', '.join(others)}"
             yield _finding(at, "writable-shared", text, disk=chain.disk, layer=layer)

@@ -1,0 +1,142 @@
+"""What an operation does to files that another machine reads, or that another operation is at work on. Pure.
+
+Plans are made from what the store said a moment ago. This is asked in the transaction that opens the operation, so
+that of two operations which meet at one file the second is refused, whichever it is: nothing settles in between.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from msgspec import Struct
+
+from qmpsnap.errors import OperationPending, StateError
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.forest import Forest
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.operation import CreatePlan, DefinePlan, Merge, MergePlan, MirrorPlan, Operation, Plan, RevertPlan
+
+Name = str | tuple[int, int]
+"""What a file is known by: its layer's id, its path, its device and inode; any of them is enough."""
+
+
+class Uses(Struct, frozen=True):
+    """What a plan does to files.
+
+    Attributes:
+        reads: what a machine that is to be will read; what others read already, the forest says.
+        changes: what is made, written to or removed.
+    """
+
+    reads: frozenset[Name] = frozenset()
+    changes: frozenset[Name] = frozenset()
+
+
+def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[Operation]) -> None:
+    """Make sure that nobody else has to do with what a plan changes, and nobody changes what it reads.
+
+    Args:
+        machine: whose plan it is.
+        plan: what is about to be opened.
+        forest: the store now.
+        others: the open operations of all other machines.
+
+    Raises:
+        StateError: another machine has begun to read what changes or to write to what is read, or a layer has gone.
+        OperationPending: the operation of another machine is in the way.
+    """
+    mine = uses(plan, forest)
+    if gone := [name for name in _needed(plan) if name not in forest.layers]:
+        raise StateError(
+            f"layer {gone[0]}, on which machine {machine} was to be built, is not there any more; nothing was changed",
+            hint="try again",
+            machine=machine,
+        )
+    for layer in forest.layers.values():
+        names = _names([layer])
+        if names & mine.changes and (strangers := sorted(forest.machines_above(layer.id) - {machine})):
+            raise StateError(
+                f"layer {layer.id} ({layer.path}) would change, and machine {', '.join(strangers)} reads it by now;"
+                " nothing was changed",
+                hint="try again: what can be done without it is planned anew",
+                machine=machine,
+            )
+        if names & mine.reads and (writers := [w.machine for w in forest.writers_of(layer.id) if w.machine != machine]):
+            raise StateError(
+                f"machine {machine} would read {layer.path}, which machine {writers[0]} writes to by now;"
+                " nothing was changed",
+                hint=f"take a snapshot of {writers[0]} first and use the layer that it freezes",
+                machine=machine,
+            )
+    for other in others:
+        theirs = uses(other.plan, forest)
+        if both := mine.changes & (theirs.reads | theirs.changes) or mine.reads & theirs.changes:
+            _refuse(machine, other, both, reads=not both & theirs.changes)
+
+
+def uses(plan: Plan, forest: Forest) -> Uses:
+    """What a plan does to files; of what it removes, also after the store has forgotten it."""
+    match plan:
+        case DefinePlan():
+            return _define(plan, forest)
+        case CreatePlan():
+            return Uses(changes=_names(overlay.layer for overlay in plan.overlays))
+        case MergePlan():
+            changes: set[Name] = set()
+            for step in plan.steps:
+                changes |= _names(step.removed) | {*step.change.removed_layers}
+                changes |= _names([step.into]) if isinstance(step, Merge) else {layer for _, layer, _ in step.tags}
+            return Uses(changes=frozenset(changes))
+        case RevertPlan():
+            files = [
+                *(new.layer for new in plan.new),
+                *plan.removed,
+                *(plan.unwritten.layers if plan.unwritten else ()),
+            ]
+            return Uses(changes=_names(files) | {*plan.change.removed_layers})
+        case MirrorPlan():
+            return Uses(changes=_names([plan.target, *plan.removed]) | {*plan.change.removed_layers})
+        case _:
+            return Uses()  # tags inside active layers, which only their own machine reads
+
+
+def _define(plan: DefinePlan, forest: Forest) -> Uses:
+    """A new machine makes its images and writes to those it has taken over; it reads all that is below."""
+    disks = plan.change.define.spec.disks if plan.change.define else ()
+    taken = {plan.change.active[disk.name] for disk in disks if not disk.read_only and disk.name in plan.change.active}
+    made = {layer.id for layer in plan.created}
+    new = plan.change.layers
+    below = [layer for top in _needed(plan) if top in forest.layers for layer in forest.chain("", top).layers]
+    return Uses(
+        reads=_names([*(layer for layer in new if layer.id not in made | taken), *below]),
+        changes=_names(layer for layer in new if layer.id in made | taken),
+    )
+
+
+def _needed(plan: Plan) -> list[LayerId]:
+    """The layers that the store has to have for a new machine to be built on them."""
+    if not isinstance(plan, DefinePlan):
+        return []
+    new = {layer.id for layer in plan.change.layers}
+    wanted = [*(layer.backing for layer in plan.change.layers), *plan.change.active.values()]
+    return [layer for layer in dict.fromkeys(wanted) if layer is not None and layer not in new]
+
+
+def _names(layers: Iterable[Layer]) -> frozenset[Name]:
+    found: set[Name] = set()
+    for layer in layers:
+        found |= {layer.id, layer.path}
+        if layer.inode:  # else its file is not made yet
+            found.add((layer.device, layer.inode))
+    return frozenset(found)
+
+
+def _refuse(machine: str, other: Operation, both: frozenset[Name], *, reads: bool) -> NoReturn:
+    what = max((name for name in both if isinstance(name, str)), key=len, default="a file of it")  # the path, if one
+    does = "is about to read" if reads else "changes"
+    wait = "" if isinstance(other.plan, DefinePlan) else f"qmpsnap job wait {other.machine}; or, if nobody does it: "
+    raise OperationPending(
+        f"operation {other.id} ({other.verb}) on machine {other.machine} has not ended and {does} {what};"
+        f" nothing of machine {machine} was changed",
+        hint=f"{wait}qmpsnap recover {other.machine}",
+        machine=machine,
+    )

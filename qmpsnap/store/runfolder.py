@@ -1,0 +1,57 @@
+"""One store, one folder of sockets, whatever ``XDG_RUNTIME_DIR`` says: a link beside the store leads to it.
+
+A shell of a login has that variable, cron and ``su`` have not. Without the link each would look for a machine's QEMU
+in a folder of its own, and take for stopped what the other has started.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from qmpsnap import private
+from qmpsnap.model.home import Home
+
+LINK = "run-folder"
+
+
+def followed(home: Home) -> Home:
+    """The places with the run folder that the store's machines have; ``QMPSNAP_HOME`` has its own, without a link."""
+    if home.beneath:
+        return home
+    try:
+        led = Path(os.readlink(home.data / LINK))  # noqa: PTH115 - one that is gone must not be resolved
+    except OSError:
+        return home
+    return replace(home, run=led) if led.is_dir() else home
+
+
+def settled(home: Home, *, in_use: Callable[[], Path | None]) -> Home:
+    """The same, once it is settled: whoever comes first, and first after the folder has gone, says where it is.
+
+    Args:
+        home: the places by the environment; the folder of the store is there.
+        in_use: the run folder of a QEMU that runs, where one does.
+    """
+    if home.beneath or _is_settled(home):
+        return followed(home)
+    with contextlib.suppress(OSError):  # whoever then needs a run folder is told what is wrong with it
+        folder = os.open(home.data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if not _is_settled(home):
+                chosen = in_use() or home.run
+                private.make_folder(chosen)
+                (home.data / LINK).unlink(missing_ok=True)
+                (home.data / LINK).symlink_to(chosen)
+        finally:
+            os.close(folder)
+    return followed(home)
+
+
+def _is_settled(home: Home) -> bool:
+    link = home.data / LINK
+    return link.is_symlink() and link.is_dir()
