@@ -174,6 +174,6 @@ class MachineLife:
         """
         return await checking.run(self._context, self.name, deep=deep, mend=repair)
 
-    async def undefine(self, *, disks: undefine.Fate | None = None) -> list[str]:
+    async def undefine(self, *, disks: undefine.Fate | None = None, told: undefine.Told | None = None) -> list[str]:
         """Forget the machine and its snapshots; see :func:`qmpsnap.ops.undefine.run`."""
-        return await undefine.run(self._context, self.name, disks=disks)
+        return await undefine.run(self._context, self.name, disks=disks, told=told)

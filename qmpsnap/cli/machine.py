@@ -237,7 +237,7 @@ def _resume(arguments: argparse.Namespace) -> None:
 def _undefine(arguments: argparse.Namespace) -> None:
     async def act(controller: "Controller") -> list[str]:
         vm = await controller.machine(arguments.machine)
-        return await vm.undefine(disks=arguments.disks)
+        return await vm.undefine(disks=arguments.disks, told=lambda sentence: output.warn([sentence]))
 
     images = controlling(act)
     done = "removed" if arguments.disks == "remove" else "kept"

@@ -24,8 +24,8 @@ THAW_LIMIT = 60.0
 """Seconds after which a guest that does not answer is left to whoever comes next."""
 AGAIN = 2.0
 """Seconds after which an agent that has not answered is asked again."""
-ANSWER_LIMIT = 1 << 20
-"""Bytes that are kept of what an agent says."""
+LINE_LIMIT = 1 << 16
+"""Bytes of a line that may be an answer; a longer one is none."""
 
 
 def hold(watch: socket.socket, machine: str, package: str) -> None:
@@ -60,7 +60,7 @@ def freeze(watch: socket.socket, agent: socket.socket, window: float) -> None:
 
 def thaw(agent: socket.socket) -> int | None:
     """Ask until the agent has thawed; how many file systems that were, None when it has not said so."""
-    end, asked, heard, again = time.monotonic() + THAW_LIMIT, set(), b"", 0.0
+    end, asked, ear, again = time.monotonic() + THAW_LIMIT, set(), Ear(), 0.0
     while (now := time.monotonic()) < end:
         if now >= again:
             number = random.getrandbits(62)
@@ -73,16 +73,14 @@ def thaw(agent: socket.socket) -> int | None:
         if not wait(agent, select.POLLIN, min(again, end) - now):
             continue
         try:
-            said = agent.recv(65536)
+            said = agent.recv(65536)  # so much is gone through before the clock is looked at again
         except BlockingIOError:
             continue
         except OSError:
             return None
         if not said:
             return None  # QEMU has closed the channel
-        heard = (heard + said)[-ANSWER_LIMIT:]
-        heard, count = answer(heard, asked)
-        if count is not None:
+        if (count := ear.hear(said, asked)) is not None:
             return count
     return None
 
@@ -107,23 +105,30 @@ def wait(end: socket.socket, event: int, seconds: float | None) -> bool:
     return bool(poll.poll(None if seconds is None else max(0.0, seconds * 1000)))
 
 
-def answer(heard: bytes, asked: set[int]) -> tuple[bytes, int | None]:
-    """What remains of what was heard, and the thaw's result if it is there: the line after one of our numbers."""
-    while b"\xff" in heard:
-        rest = heard[heard.index(b"\xff") + 1 :]
-        lines = rest.split(b"\n", 2)
-        if len(lines) < 2:  # noqa: PLR2004 - a line and what follows it
-            return b"\xff" + rest, None
-        if result(lines[0]) not in asked:
-            heard = rest
-            continue
-        if len(lines) < 3:  # noqa: PLR2004 - two lines and what follows them
-            return b"\xff" + rest, None
-        count = result(lines[1])
-        if count is not None and 0 <= count < 1 << 31:
-            return lines[2], count
-        heard = lines[2]
-    return heard, None
+class Ear:
+    """What an agent says, as it comes, every byte looked at once: the answer is the line after one of our numbers."""
+
+    def __init__(self) -> None:
+        self.line = b""  # from its last delimiter on: what it was cut off in before is no text
+        self._ours = False  # the line before was one of our numbers
+
+    def hear(self, said: bytes, asked: set[int]) -> int | None:
+        """The thaw's result once it is there; of what follows it nothing is kept."""
+        *ends, begun = said.split(b"\n")
+        for end in ends:
+            self._add(end)
+            marked = self.line.startswith(b"\xff")
+            found = result(self.line[marked:]) if len(self.line) <= LINE_LIMIT else None
+            self.line = b""
+            if self._ours and not marked and found is not None and 0 <= found < 1 << 31:
+                return found
+            self._ours = marked and found in asked
+        self._add(begun)
+        return None
+
+    def _add(self, part: bytes) -> None:
+        _, mark, rest = part.rpartition(b"\xff")
+        self.line = (mark + rest if mark else self.line + rest)[: LINE_LIMIT + 1]
 
 
 def result(line: bytes) -> int | None:

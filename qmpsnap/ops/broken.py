@@ -50,7 +50,8 @@ class Broken(Struct, frozen=True, kw_only=True):
         of = self.operation
         return OperationPending(
             f"operation {of.id} ({of.verb}) on machine {of.machine} cannot be ended now: {why}",
-            hint=f"put that right, then: qmpsnap recover {of.machine}",
+            hint=f"put that right, then: qmpsnap recover {of.machine}; what cannot be put right,"
+            f" qmpsnap undefine {of.machine} --keep-disks gives up",
             machine=of.machine,
             operation=str(of.id),
         )

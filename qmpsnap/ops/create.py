@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.errors import DeadlinePassed, QmpsnapError
-from qmpsnap.machine.opened import require_opened
+from qmpsnap.machine.opened import require_opened, require_recorded
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
@@ -116,7 +116,7 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
 async def _planner(
     context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest, freezer: Freezer | None = None
 ) -> Callable[[OperationId], CreatePlan]:
-    """The plan but for its number, of the machine as it is now; refused where there is no room for it."""
+    """The plan but for its number, of the machine as it is now; refused on other files, or without room for it."""
     mode = await asked.mode_of(work.qemu)
     means = await choose(context, work.machine, work.qemu, request.memory) if request.memory else None
     snapshots = await blocking(context.store.snapshots, work.machine.name)
@@ -134,6 +134,9 @@ async def _planner(
             means=means,
             freezer=freezer,
         )
+        touched = {overlay.disk for overlay in planned.overlays}
+        below = (layer for chain in chains if chain.disk in touched for layer in chain.layers)
+        require_recorded(below, machine=work.machine.name)
         require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
         space.require(
             space.of_create(work.machine, planned, context.home.data),

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from qmpsnap.block import graph
 from qmpsnap.errors import StateError, UsageError
+from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain
@@ -151,7 +152,8 @@ async def preview(context: Context, name: str, request: InternalRequest) -> Inte
     chains = await blocking(context.store.chains, name)
     async with context.monitor(machine) as qemu:
         make = await _planner(context, Work(machine, qemu), chains, request)
-    return make(OperationId(await blocking(context.store.next_serial)))
+    serial = OperationId(await blocking(context.store.next_serial))
+    return await blocking(lambda: make(serial))
 
 
 def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
@@ -216,7 +218,7 @@ async def _planner(
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
     def make(serial: OperationId) -> InternalPlan:
-        return plan(
+        planned = plan(
             work.machine,
             chains,
             snapshots,
@@ -228,6 +230,9 @@ async def _planner(
             now=time.time(),
             freezer=freezer,
         )
+        opened = (layer for chain in chains if chain.disk in planned.layers for layer in chain.layers)
+        require_recorded(opened, machine=work.machine.name)
+        return planned
 
     return make
 

@@ -38,6 +38,8 @@ from qmpsnap.qmp.jobs import JobStuck, Report, unreported
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import to_end
 
+GivenUp = Callable[[Operation, QmpsnapError], object]
+
 SETTLE_DEADLINE = 45.0
 """Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled.
 
@@ -53,6 +55,7 @@ async def end_open(
     *,
     unfinished: Unfinished = "refuse",
     report: Report = unreported,
+    given_up: GivenUp | None = None,
 ) -> list[Operation]:
     """End every open operation of a machine whose lock we hold; returns them as they were.
 
@@ -62,24 +65,28 @@ async def end_open(
         qemu: its monitor, None when it is stopped.
         unfinished: what to do with a job that still works.
         report: told about the progress of a job that is carried on.
+        given_up: told of what cannot be ended now, and why, unless a QEMU has the images open; it stays open.
 
     Raises:
         OperationPending: one of them cannot be ended now.
     """
+    run_dir = context.home.run_dir(machine.name)
     pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
     for operation in pending:
         broken = Broken(context=context, machine=machine, operation=operation, unfinished=unfinished, report=report)
         try:
             await _end(broken, qemu)
-        except OperationPending:
-            raise
-        except JobStuck as error:
-            error.tell(machine.name, waits=True)
-            raise
         except QmpsnapError as error:
+            if given_up and qemu is None and worker.find(machine, run_dir) is None:
+                given_up(operation, error)
+                continue
+            if isinstance(error, JobStuck):
+                error.tell(machine.name, waits=True)
+            if isinstance(error, (OperationPending, JobStuck)):
+                raise
             raise broken.pending(error.message) from error
     if pending:  # whoever died before its job began has left a worker that nobody asked about
-        await worker.end_leftover(machine, context.home.run_dir(machine.name))
+        await worker.end_leftover(machine, run_dir)
     return list(pending)
 
 

@@ -1,12 +1,16 @@
 """``undefine``: a machine is forgotten; its images stay or go, as was said."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
+import msgspec
 from anyio import to_thread
 
 from qmpsnap.block.image import remove
-from qmpsnap.errors import StateError, StoreMismatch
+from qmpsnap.errors import QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.context import Context, blocking, forget_places
 from qmpsnap.ops.recover import remove_folder
@@ -17,14 +21,20 @@ Fate = Literal["keep", "remove"]
 """What becomes of the images that only this machine used."""
 
 
-async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
+Told = Callable[[str], object]
+"""Gets one sentence for each operation that was given up."""
+
+
+async def run(context: Context, name: str, *, disks: Fate | None, told: Told | None = None) -> list[str]:
     """Forget a machine and its snapshots.
 
     Args:
         context: where.
         name: the machine.
         disks: ``keep`` leaves its images as files, ``remove`` deletes those that qmpsnap made and nobody else
-            reads; None refuses when anything would be lost.
+            reads; None refuses when anything would be lost. With ``keep`` an operation that cannot be ended is given
+            up, unless a QEMU has the machine's images open.
+        told: learns what was given up.
 
     Returns:
         Paths of the images and state files that are left (``keep``) or were removed (``remove``); a file that
@@ -32,8 +42,14 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
 
     Raises:
         StateError: it runs, or something would be lost and ``disks`` is None.
+        OperationPending: an earlier operation cannot be ended now, nor given up.
     """
-    async with working(context, name, "undefine") as work:
+    hopeless: list[tuple[Operation, QmpsnapError]] = []
+
+    def give_up(operation: Operation, error: QmpsnapError) -> None:
+        hopeless.append((operation, error))
+
+    async with working(context, name, "undefine", given_up=give_up if disks == "keep" else None) as work:
         # An adopted machine is given back as it runs; only what it has open must stay.
         if work.qemu and not (work.machine.adopted and disks != "remove"):
             raise StateError(
@@ -53,8 +69,42 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
             for kept in variables:
                 await to_thread.run_sync(forget_variables, kept)
             await to_thread.run_sync(remove_folder, context.home, name)
+        if told and hopeless:
+            others = (await blocking(context.store.forest)).layers.values()
+            told_of = {file.path for file in (*files, *others)}
+            for operation, error in hopeless:
+                told(await to_thread.run_sync(_given_up, operation, error, told_of))
         await to_thread.run_sync(forget_places, context.home, name)
     return [file.path for file in files]
+
+
+def _given_up(operation: Operation, error: QmpsnapError, told_of: set[str]) -> str:
+    """What became of it, with the files that nobody else will tell of."""
+    why = error.message.removesuffix("; nothing was changed")
+    parts = [f"operation {operation.id} ({operation.verb}) was given up: {why}"]
+    parts.append(f"it got as far as '{operation.step}', and what it has done stays as it is")
+    if left := sorted(path for path in _named(operation.plan) - told_of if Path(path).exists()):
+        parts.append(f"it may have left {', '.join(left)}")
+    plan = operation.plan.kept if isinstance(operation.plan, LoadPlan) else operation.plan
+    if isinstance(plan, InternalPlan):
+        images = ", ".join(layer.path for layer in plan.layers.values())
+        parts.append(f"it may have left a snapshot {plan.tag} inside {images}")
+    return "; ".join(parts)
+
+
+def _named(plan: Plan) -> set[str]:
+    """The files of ours that a plan names: what it makes or removes, and what it was made on."""
+    found: set[str] = set()
+    pending = [msgspec.to_builtins(plan)]
+    while pending:
+        match pending.pop():
+            case dict() as fields:
+                if fields.get("owned", True):
+                    found |= {text for key in ("path", "part") if isinstance(text := fields.get(key), str)}
+                pending += fields.values()
+            case list() | tuple() as items:
+                pending += items
+    return found
 
 
 async def _remove(file: Layer | Vmstate) -> bool:

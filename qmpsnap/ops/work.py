@@ -9,6 +9,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.ops import older, recover
 from qmpsnap.ops.broken import Unfinished
 from qmpsnap.ops.context import Context, blocking, locked, require_folder, require_own
+from qmpsnap.ops.recover import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
@@ -22,7 +23,13 @@ class Work(Struct, frozen=True):
 
 @asynccontextmanager
 async def working(
-    context: Context, name: str, verb: str, *, unfinished: Unfinished = "refuse", report: Report = unreported
+    context: Context,
+    name: str,
+    verb: str,
+    *,
+    unfinished: Unfinished = "refuse",
+    report: Report = unreported,
+    given_up: GivenUp | None = None,
 ) -> AsyncIterator[Work]:
     """Lock the machine, end what an earlier operation left open, and reach its QEMU if it runs.
 
@@ -32,6 +39,7 @@ async def working(
         verb: what the lock is held for, as others will be told.
         unfinished: what to do with a job that still works for an earlier operation.
         report: told about the progress of such a job.
+        given_up: as for :func:`qmpsnap.ops.recover.end_open`.
 
     Raises:
         NotFoundError: no such machine.
@@ -48,7 +56,7 @@ async def working(
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
         await older.require_current(context, machine)
         async with context.monitor(machine) as qemu:
-            await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report)
+            await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report, given_up=given_up)
             machine = await blocking(context.store.machine, name)
             if qemu is None or context.process(machine):
                 yield Work(machine, qemu)

@@ -189,6 +189,8 @@ class SqliteStore:
             used = {identity for (identity,) in sql.execute(_USED, (number, number))}
             named = sql.execute(_NAMED, (number, number)).fetchall()
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
+            for operation in journal.select(sql, machine, only_open=True):
+                journal.mark(sql, operation.id, "failed", error="given up: its machine was forgotten")
             sql.execute("DELETE FROM machine WHERE id = ?", (number,))
             gone: list[Layer] = []
             # From the top down: a layer is the machine's alone once nothing above it, no disk and no point needs it.

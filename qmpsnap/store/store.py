@@ -74,7 +74,7 @@ class Store(Protocol):
     def forget(self, machine: str) -> tuple[Layer, ...]:
         """Remove the machine and the layers that only it used; returns those.
 
-        Layers that others read stay, hidden where nothing names them any more.
+        Layers that others read stay, hidden where nothing names them any more. Operations that are open have failed.
         """
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:

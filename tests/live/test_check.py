@@ -16,7 +16,7 @@ from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.argv import AGENT_SOCKET
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.spec import DiskSpec, MachineSpec
 from tests.live.crash import STORE, die_at
 from tests.live.machine import ONE_DISK, context_of, fill, grown, hold_invariants, user_monitor
 
@@ -83,6 +83,26 @@ async def test_a_frozen_layer_that_is_open_for_writing_is_told(q: qmpsnap.Contro
         reopened = {"node-name": file, "driver": "file", "filename": str((await vm.chains())[0].layers[0].layer.path)}
         await qemu.execute("blockdev-reopen", {"options": [{**reopened, "read-only": False}, options]})
     assert await codes(vm) == {"writable-frozen"}
+
+
+async def test_layers_that_are_named_around_a_link_stay_where_they_are(home: Path) -> None:
+    """The store's folder is reached through a link, and its layers, running or not, by the folder's real name."""
+    (real := home / "real").mkdir()
+    (link := home / "link").symlink_to(real)
+    image = real / "machines/still/vda-1.qcow2"
+    image.parent.mkdir(mode=0o700, parents=True)
+    await ImageTool().create_base(str(image), format="qcow2", virtual_size=1 << 20)
+    async with qmpsnap.open(link) as q:
+        vm = await q.define(replace(ONE_DISK, disks=(DiskSpec(name="vda", image=str(image)),)))
+        await vm.snapshot("s1", files={"vda": link / "machines/still/extra.qcow2"})
+        for state in ("stopped", "paused"):
+            if state == "paused":
+                await vm.start(paused=True)
+            stray = link / "machines/still" / state
+            stray.write_bytes(b"of nobody")
+            done = await vm.check(repair=True)
+            assert (done.findings, [moved.old for moved in done.moved]) == ((), [str(stray)])
+        assert image.exists()
 
 
 async def test_a_qemu_that_hangs_is_told_of_at_once(q: qmpsnap.Controller) -> None:

@@ -138,6 +138,31 @@ async def test_a_new_overlay_before_qemu_opens_it(q: qmpsnap.Controller, swap: S
     await hold_invariants(vm, hashes)
 
 
+@pytest.mark.parametrize("state", ["running", "stopped"])
+@pytest.mark.parametrize("kind", ["disk", "internal"])
+async def test_the_layers_below_a_snapshot(q: qmpsnap.Controller, state: str, kind: Any) -> None:
+    """A copy, a link and a file of the very same bytes are other files; and nothing has been begun then."""
+    vm, hashes, _ = await grown_and_stopped(q)
+    if state == "running":
+        await vm.start(paused=True)
+    context, memory = context_of(vm), False if kind == "internal" else None
+    before = context.store.operations(vm.name)
+    layers = [Path(at.layer.path) for at in (await vm.chains())[0].layers]
+    for path in (layers[-1], layers[0]):
+        away = path.rename(path.with_name("away"))
+        for put in (shutil.copyfile, lambda old, at: at.symlink_to(old), None):
+            if put:
+                put(away, path)
+            with pytest.raises(StoreMismatch, match=rf"{path.name} (is another file|cannot be looked at)") as refused:
+                await vm.snapshot("s", kind=kind, memory=memory)
+            assert (refused.value.effect, refused.value.exit_code) == ("none", 7)
+            path.unlink(missing_ok=True)
+        away.rename(path)
+    assert context.store.operations(vm.name) == before
+    await vm.snapshot("s", kind=kind, memory=memory)
+    await hold_invariants(vm, hashes)
+
+
 async def test_a_new_overlay_of_a_stopped_revert(q: qmpsnap.Controller, swap: Swap) -> None:
     vm, hashes, _ = await grown_and_stopped(q)
     for way in WAYS:

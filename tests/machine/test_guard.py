@@ -159,15 +159,48 @@ def test_it_leaves_the_connection_non_blocking() -> None:
     ],
 )
 def test_only_a_number_after_our_own_number_is_an_answer(said: bytes, count: int | None) -> None:
-    assert guard.answer(said, {7})[1] == count
+    assert guard.Ear().hear(said, {7}) == count
 
 
 @given(st.lists(st.sampled_from([b"\xff", b"\n", b'{"return": 7}', b'{"return": 2}', b"{", b"garbage", b"\0"])))
-def test_no_bytes_make_it_stumble_and_none_are_kept_for_ever(parts: list[bytes]) -> None:
-    rest, count = guard.answer(b"".join(parts), {7})
+def test_no_bytes_make_it_stumble_and_it_does_not_matter_how_they_come(parts: list[bytes]) -> None:
+    count = guard.Ear().hear(b"".join(parts), {7})
     assert count in (None, 2, 7)
-    if count is None:
-        assert guard.answer(rest, {7}) == (rest, None)
+    ear = guard.Ear()
+    assert next((found for part in parts if (found := ear.hear(part, {7})) is not None), None) == count
+
+
+def test_bytes_without_end_are_neither_kept_nor_gone_through_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[int] = []
+    real = json.loads
+
+    def counting(line: bytes) -> Any:
+        parsed.append(len(line))
+        return real(line)
+
+    monkeypatch.setattr(json, "loads", counting)
+    channel, guests = socket.socketpair()
+    with ThreadPoolExecutor() as pool, channel, guests:
+        channel.setblocking(False)
+        guests.settimeout(LONG)
+        thawing = pool.submit(guard.thaw, channel)
+        number = asked_to_thaw(guests)
+        parsed.clear()  # the request was read by this test
+        said = b"\xff" * (1 << 16) + b"\n"
+        guests.sendall(said)
+        answer(guests, number, b'{"return": 2}')
+        assert thawing.result(LONG) == 2
+    assert (len(parsed), sum(parsed) < 2 * len(said)) == (3, True)
+
+
+def test_a_line_that_is_too_long_is_no_answer_and_not_kept() -> None:
+    ear = guard.Ear()
+    ear.hear(b'\xff{"return": 7}\n{"return": 2}', {7})
+    for _ in range(3):
+        ear.hear(b" " * guard.LINE_LIMIT, {7})
+        assert len(ear.line) <= guard.LINE_LIMIT + 1
+    assert ear.hear(b"\n", {7}) is None
+    assert ear.hear(b'%s\xff{"return": 7}\n{"return": 3}\n' % (b"x" * guard.LINE_LIMIT), {7}) == 3
 
 
 def test_it_loads_nothing_of_ours_and_nothing_large() -> None:

@@ -15,11 +15,12 @@ from qmpsnap.block import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import ForeignHost, LockHeld, StoreMismatch
 from qmpsnap.machine import statefile
+from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import KINDS
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, CreatePlan
+from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
 from qmpsnap.model.snapshot import Point
 from qmpsnap.ops import check, power
 from qmpsnap.ops.context import Context, opened
@@ -278,6 +279,44 @@ async def test_an_image_that_a_header_names_is_not_moved(web: Context) -> None:
     done = await check.run(web, "web", mend=True)
     assert {finding.code for finding in done.findings} == {"backing-differs", "unreferenced-file"}
     assert (done.moved, image(web, "hand-made").exists()) == ((), True)
+
+
+async def test_what_any_machine_needs_is_not_moved(web: Context) -> None:
+    """Another machine's spec, layer, and open plan: all of it lies in this machine's folder, by ways of its own."""
+    folder = web.home.machine_dir("web")
+    (folder / "boot").mkdir()
+    needed = [folder / name for name in ("boot/vmlinuz", "initrd", "current", "key,1", "rom", "theirs", "copy.part")]
+    for path in needed:
+        path.write_bytes(path.name.encode())
+    (folder / "newest").symlink_to("current")
+    (link := web.home.data / "link").symlink_to(folder)
+    spec = replace(
+        web.store.machine("bare").spec,
+        kernel=str(folder / "boot/../boot/vmlinuz"),
+        initrd=str(link / "initrd"),
+        append=f"root={link / 'newest'}",
+        extra=("-device", f"loader,file={link / 'key,,1'},force-raw=on", "-bios", str(folder / "rom")),
+    )
+    other = Machine(name="other", uuid="o", host=web.host, spec=spec, created=1)
+    layer = Layer(
+        id=LayerId("vda-90"), path=str(link / "theirs"), format="raw", backing=None, virtual_size=MIB, owned=False
+    )
+    web.store.apply("other", Change(define=other, layers=(layer,), active={"vda": layer.id}))
+    plan = DefinePlan(machine="other", images=(), overlays=(), variables=str(link / "copy.part"), change=Change())
+    web.store.open_operation("other", lambda _: plan)
+    (folder / "mine").write_bytes(b"of nobody")
+    done = await check.run(web, "web", mend=True)
+    assert (done.findings, [moved.old for moved in done.moved]) == ((), [str(folder / "mine")])
+    assert all(path.exists() for path in needed)
+
+
+async def test_a_layer_under_another_name_is_told_and_stays(web: Context) -> None:
+    image(web, "vda-3").rename(image(web, "away"))
+    done = await check.run(web, "web", mend=True)
+    assert {finding.code for finding in done.findings} == {"layer-missing", "unreferenced-file"}
+    (found,) = (finding.text for finding in done.findings if finding.code == "unreferenced-file")
+    assert found == f"{image(web, 'away')} is layer vda-3, whose place is {image(web, 'vda-3')}"
+    assert (done.moved, image(web, "away").exists()) == ((), True)
 
 
 async def test_who_works_on_the_machine_is_told_and_nothing_else(web: Context) -> None:

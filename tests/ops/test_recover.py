@@ -211,7 +211,8 @@ async def test_an_overlay_that_somebody_has_written_to_is_never_removed(
     qemu = FakeQemu(OLD)
     with pytest.raises(OperationPending, match="should be a new, empty image and is not") as caught:
         await end_open(context, WEB, qemu)
-    assert (caught.value.exit_code, caught.value.hint) == (8, "put that right, then: qmpsnap recover web")
+    assert caught.value.exit_code == 8
+    assert caught.value.hint.startswith("put that right, then: qmpsnap recover web; ")
     assert left.files[0].stat().st_size > EMPTY_LIMIT
     assert left.state != "failed"
 

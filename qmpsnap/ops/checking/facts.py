@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import anyio
-import msgspec
 from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
@@ -14,17 +13,18 @@ from msgspec.structs import replace
 from qmpsnap.block import graph, header, tagtable
 from qmpsnap.block.graph import DiskGraph
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StoreMismatch
-from qmpsnap.machine import agent, statefile, worker
+from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StoreMismatch
+from qmpsnap.machine import adopted, agent, statefile, worker
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops import older
+from qmpsnap.ops.checking import named
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
@@ -62,6 +62,11 @@ class Entry(Struct, frozen=True, kw_only=True):
     inode: int
 
     @property
+    def identity(self) -> named.Identity:
+        """What it is, whatever leads to it."""
+        return self.device, self.inode
+
+    @property
     def is_open(self) -> bool:
         """Whether others than its owner may touch it."""
         return not stat.S_ISLNK(self.mode) and bool(stat.S_IMODE(self.mode) & 0o077)
@@ -71,6 +76,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     """What QEMU has answered.
 
     Attributes:
+        files: device and inode of what its process has open, and of what its nodes name.
         frozen: the agent says that the guest's file systems are; None where it was not asked or did not answer.
         agent: a guest's agent listens.
     """
@@ -79,6 +85,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     nodes: tuple[NodeInfo, ...]
     disks: Mapping[str, DiskGraph]
     jobs: tuple[JobInfo, ...]
+    files: frozenset[named.Identity]
     agent: bool
     frozen: bool | None = None
 
@@ -92,6 +99,9 @@ class Facts(Struct, frozen=True, kw_only=True):
         described: the file that a lost store can be made again from is this machine's.
         private: folders and files that must be this user's alone.
         folder: what lies in the machine's folder, and unfinished files beside layers elsewhere.
+        named: those of them that the store's names lead to, of any machine: of layers and state files, in specs and
+            open plans.
+        read: those that the header of a layer names as its backing.
         headers: each of the machine's layers: its header, or why it cannot be read.
         tags: of each layer that a point with a tag lies in; None where they cannot be read.
         states: of each state file: what is wrong with it, as (code, sentence); None when nothing is.
@@ -104,6 +114,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     described: bool
     private: tuple[Entry, ...]
     folder: tuple[Entry, ...]
+    named: frozenset[str]
+    read: frozenset[str]
     headers: Mapping[LayerId, Header | str]
     tags: Mapping[LayerId, frozenset[str] | None]
     states: Mapping[str, tuple[str, str] | None]
@@ -178,14 +190,24 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
     known = frozenset(layer for chain in at.chains for layer in chain.ids)
     status = await commands.query_status(qemu)
     listening = not at.machine.adopted and await commands.agent_listens(qemu)
+    nodes = await commands.query_nodes(qemu)
     return Asked(
         status=status.status,
-        nodes=await commands.query_nodes(qemu),
+        nodes=nodes,
         disks=graph.by_disk(await graph.read(qemu), known),
         jobs=await commands.query_jobs(qemu),
+        files=await to_thread.run_sync(_opened, context.process(at.machine), nodes),
         agent=listening,
         frozen=await freeze_state(context, at.machine) if listening and status.running else None,
     )
+
+
+def _opened(process: Process | None, nodes: tuple[NodeInfo, ...]) -> frozenset[named.Identity]:
+    names = named.ways(node.file for node in nodes)
+    try:
+        return names | (adopted.look(process.pid).files if process else frozenset())
+    except (HostCannot, QemuGone):  # another user's, of which there are only names; or it has just ended
+        return names
 
 
 async def freeze_state(context: Context, machine: Machine) -> bool | None:
@@ -203,24 +225,50 @@ async def freeze_state(context: Context, machine: Machine) -> bool | None:
 def _files(context: Context, at: Record) -> Facts:
     home, name = context.home, at.machine.name
     layers = layers_of(at, str(home.machine_dir(name)))
-    folder = entries(home.machine_dir(name))
     states = {found.vmstate.path: found.vmstate for found in at.snapshots if found.vmstate}
     wanted = {found.variables for found in at.snapshots if found.variables}
     if at.machine.spec.firmware == "uefi" and not at.machine.adopted:
         wanted.add(str(home.variables(name)))
     ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted]
     outside = [path for path in ours if Path(path).parent != home.machine_dir(name)]
+    folder = _once((*entries(home.machine_dir(name)), *_parts_beside(outside)))
+    headers = {layer.id: _header(layer) for layer in layers}
+    known = {*ours, *(layer.path for layer in layers)}
+    strangers = [entry for entry in folder if entry.path not in known]
+    # Names are asked after the folder was: what an operation has made meanwhile is in the store before it is there.
+    needed = named.ways(named.by_store(context.store, home)) if strangers else frozenset()
+    backing = named.ways(_backings(at, headers)) if strangers else frozenset()
     places = (str(home.machine_dir(name)), str(home.run_dir(name)), *ours)
     return Facts(
         record=at,
         described=context.store.is_described(at.machine),
         private=tuple(entry for path in places if (entry := _entry(path))),
-        folder=(*folder, *_parts_beside(outside)),
-        headers={layer.id: _header(layer) for layer in layers},
+        folder=folder,
+        named=frozenset(entry.path for entry in folder if entry.path in known or entry.identity in needed),
+        read=frozenset(entry.path for entry in strangers if entry.identity in backing),
+        headers=headers,
         tags={layer: _tags(at.forest.layers[layer]) for layer in _tagged(at)},
         states={path: _state(path, (state.device, state.inode, state.digest)) for path, state in states.items()},
         missing=tuple(sorted(path for path in wanted if not Path(path).is_file())),
     )
+
+
+def _once(found: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """Each file once, where its folder has been looked at by two names."""
+    first: dict[tuple[named.Identity, str], Entry] = {}
+    for entry in found:
+        first.setdefault((entry.identity, Path(entry.path).name), entry)
+    return tuple(first.values())
+
+
+def _backings(at: Record, headers: Mapping[LayerId, Header | str]) -> list[str]:
+    """What the headers name, which a foreign one may do from its own folder on."""
+    layers = at.forest.layers
+    return [
+        str(Path(layers[identity].path).parent / found.backing)
+        for identity, found in headers.items()
+        if not isinstance(found, str) and found.backing
+    ]
 
 
 def layers_of(at: Record, folder: str) -> tuple[Layer, ...]:
@@ -304,8 +352,3 @@ def _state(path: str, recorded: tuple[int, int, str]) -> tuple[str, str] | None:
             f"{path} says it digests to {state.digest[:12]}..., recorded is {recorded[2][:12]}...",
         )
     return None
-
-
-def planned(at: Record) -> str:
-    """The text of every open plan: a path that stands in it is the operation's affair."""
-    return "\n".join(msgspec.json.encode(operation.plan).decode() for operation in at.open)

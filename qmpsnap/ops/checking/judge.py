@@ -8,15 +8,13 @@ import re
 import stat
 from collections.abc import Iterator
 
-import msgspec
-
 from qmpsnap.block.graph import FILTERS
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.forest import Writer
 from qmpsnap.ops import compare
-from qmpsnap.ops.checking.facts import Entry, Facts, planned
+from qmpsnap.ops.checking.facts import Facts
 
 UNSETTLED = frozenset({"postmigrate", "finish-migrate", "save-vm", "restore-vm", "inmigrate", "colo"})
 """Run states that only an operation under way has."""
@@ -132,37 +130,26 @@ def _described(at: Facts) -> Iterator[Finding]:
         yield _finding(at, "record-missing", "a lost store could not be made again with it", repairable=True)
 
 
-def known_files(at: Facts) -> frozenset[str]:
-    """Every path in the machine's folder that has its place in the record."""
-    record = at.record
-    states = (snapshot.vmstate.path for snapshot in record.snapshots if snapshot.vmstate)
-    copies = (snapshot.variables for snapshot in record.snapshots if snapshot.variables)
-    layers = (layer.path for layer in record.forest.layers.values())
-    return frozenset({*states, *copies, *layers})
-
-
 def _files(at: Facts) -> Iterator[Finding]:
     """I3 and I6: every file in the machine's folder has its place in the record, and none is unfinished."""
-    known = known_files(at)
-    named = {found.backing for found in at.headers.values() if not isinstance(found, str)}
-    variables = at.record.machine.spec.firmware == "uefi"
-    plans = planned(at.record)
+    layers = {(layer.device, layer.inode): layer for layer in at.record.forest.layers.values()}
+    states = {(s.vmstate.device, s.vmstate.inode) for s in at.record.snapshots if s.vmstate}
+    opened = at.asked.files if at.asked else frozenset()
     for entry in at.folder:
-        if entry.path in known or (variables and entry.path.endswith("/vars.fd")):
+        if entry.path in at.named:
             continue
-        if msgspec.json.encode(entry.path).decode() in plans:
-            continue
-        # What an image still reads, or what a newer store knew, is left where it is.
-        movable = not at.older and not at.silent and entry.path not in named and not _open_in_qemu(at, entry)
-        if entry.path.endswith(".part"):
+        layer = layers.get(entry.identity)
+        used = layer or entry.identity in states or entry.identity in opened or entry.path in at.read
+        # What somebody still reads, what is ours by another name, or what a newer store knew, is left where it is.
+        movable = not (at.older or at.silent or used)
+        if layer:
+            text = f"{entry.path} is layer {layer.id}, whose place is {layer.path}"
+            yield _finding(at, "unreferenced-file", text, file=entry.path)
+        elif entry.path.endswith(".part"):
             yield _finding(at, "part-left", f"{entry.path} is unfinished", file=entry.path, repairable=movable)
         else:
             text = f"{entry.path} is not in the store"
             yield _finding(at, "unreferenced-file", text, file=entry.path, repairable=movable)
-
-
-def _open_in_qemu(at: Facts, entry: Entry) -> bool:
-    return at.asked is not None and any(node.file == entry.path for node in at.asked.nodes)
 
 
 def _qemu(at: Facts) -> Iterator[Finding]:
