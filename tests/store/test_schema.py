@@ -325,7 +325,7 @@ def test_damage_that_is_found_later_is_a_mismatch_too(old: Path) -> None:
 
 def test_where_a_folder_cannot_be_made_the_host_cannot(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(HostCannot, match="cannot be written: .*; nothing was changed") as caught:
+    with pytest.raises(HostCannot, match=r"cannot be written: .*; nothing was changed") as caught:
         SqliteStore(tmp_path / "file" / "below" / "store.db", machines=MACHINES)
     assert (caught.value.exit_code, caught.value.hint) == (9, f"look at the rights of {tmp_path} and what is in it")
 

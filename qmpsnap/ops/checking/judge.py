@@ -14,6 +14,7 @@ from qmpsnap.block.graph import FILTERS
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
+from qmpsnap.model.names import is_text
 from qmpsnap.ops import compare
 from qmpsnap.ops.checking.facts import Entry, Facts, planned
 
@@ -154,7 +155,7 @@ def _files(at: Facts) -> Iterator[Finding]:
     for entry in at.folder:
         if entry.path in known or (variables and entry.path.endswith("/vars.fd")):
             continue
-        if msgspec.json.encode(entry.path).decode() in plans:
+        if is_text(entry.path) and msgspec.json.encode(entry.path).decode() in plans:
             continue
         # What an image still reads, or what a newer store knew, is left where it is.
         movable = not at.older and not at.silent and entry.path not in named and not _open_in_qemu(at, entry)
