@@ -89,6 +89,27 @@ async def test_a_guest_whose_disk_is_full_is_paused_and_says_so(
     await vm.stop(force=True)
 
 
+async def test_a_machines_folder_on_another_disk_has_its_quarantine_there(
+    small: Path, place: Path, q: qmpsnap.Controller
+) -> None:
+    vm = await grown(q, "s1")
+    (stray := small / "still" / "stray").write_bytes(b"mine")
+    (moved,) = (await vm.check(repair=True)).moved
+    assert Path(moved.new).is_relative_to(small / ".quarantine" / "still")
+    assert (Path(moved.new).read_bytes(), stray.exists()) == (b"mine", False)
+    assert not (small.parent / "quarantine").exists(), "where it was tried in vain nothing is left"
+    mount(place, 8 * MIB)  # where neither is
+    try:
+        await vm.snapshot("s2", files={"vda": place / "mine"})
+        (part := place / "mine.qs-9.part").touch()
+        done = await vm.check(repair=True)
+        assert ([found.code for found in done.findings], part.exists()) == (["part-left"], True)
+        assert "lies on another file system" in done.failed[0]
+        await vm.stop(force=True)
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)  # noqa: ASYNC221
+
+
 async def _cli(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     """The line with the state, and what was said beside it."""
     from anyio import to_thread
