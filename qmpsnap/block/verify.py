@@ -10,6 +10,7 @@ from qmpsnap.model.chain import Layer
 Verdict = Literal["whole", "leaks", "damaged", "in use"]
 
 _VERDICTS: dict[int, Verdict] = {0: "whole", 2: "damaged", 3: "leaks"}
+"""By qemu-img's exit code; 1 is a check that was not done, and 63 one that the format does not have."""
 
 
 async def check(
@@ -25,7 +26,7 @@ async def check(
         deadline: seconds: all of the image's tables are read.
 
     Raises:
-        HostCannot: qemu-img is missing, or failed for another reason.
+        HostCannot: qemu-img is missing, or could not check the image, of which nothing is known then.
         DeadlinePassed: it took too long.
     """
     some = ["-r", "leaks"] if give_back else []

@@ -1,11 +1,12 @@
 """``check``: what does not hold, what it means, and what repair would do; ``--rebuild`` makes a lost store again."""
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, home, operating
-from qmpsnap.errors import ForeignHost, StoreMismatch, UsageError
+from qmpsnap.errors import ForeignHost, QmpsnapError, StoreMismatch, UsageError
 
 if TYPE_CHECKING:
     from qmpsnap.model.finding import Finding
@@ -33,31 +34,44 @@ def _check(arguments: argparse.Namespace) -> int:
         raise UsageError("--set-aside goes with --rebuild; nothing was changed", hint="qmpsnap check --help")
     from qmpsnap.ops import check
 
+    left_out: dict[str, QmpsnapError] = {}
+
     async def act(context: "Context") -> list[dict[str, Any]]:
         names = [arguments.machine] if arguments.machine else [found.name for found in context.store.machines()]
         documents = []
         for name in names:
             try:
-                done = await check.run(context, name, deep=arguments.deep, mend=arguments.repair)
-            except ForeignHost as error:
+                documents.append(_document(await check.run(context, name, deep=arguments.deep, mend=arguments.repair)))
+            except QmpsnapError as error:
                 if arguments.machine:
                     raise
-                output.note(f"{name}: not checked: {error.message}")
-                continue
-            documents.append(_document(done))
+                left_out[name] = error
         return documents
 
     documents = operating(act)
     output.emit(
         arguments.output,
-        document={"machines": documents},
+        document={
+            "machines": documents,
+            "left_out": [{"machine": name, "why": error.message} for name, error in left_out.items()],
+        },
         names=[f"{found['machine']} {one['code']}" for found in documents for one in found["findings"]],
         table=lambda: "\n".join(_text(found) for found in documents),
     )
     for found in documents:
         for failed in found["failed"]:
             output.note(f"{found['machine']}: not repaired: {failed}")
-    return StoreMismatch.exit_code if any(found["findings"] for found in documents) else 0
+    left = _tell(left_out)
+    return StoreMismatch.exit_code if any(found["findings"] for found in documents) else left
+
+
+def _tell(left_out: Mapping[str, QmpsnapError]) -> int:
+    """Say which machines were not checked; the exit code for that, 0 if they were another host's to check."""
+    for name, error in left_out.items():
+        output.note(f"{name}: not checked: {error.message}")
+        if error.hint:
+            output.note(f"hint: {error.hint}")
+    return next((error.exit_code for error in left_out.values() if not isinstance(error, ForeignHost)), 0)
 
 
 def _document(done: "Checked") -> dict[str, Any]:

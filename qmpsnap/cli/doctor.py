@@ -4,11 +4,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, operating
+from qmpsnap.cli.common import Parsers, add, add_format, home
 from qmpsnap.errors import HostCannot
 
 if TYPE_CHECKING:
-    from qmpsnap.ops.context import Context
     from qmpsnap.ops.examine import Ability
 
 _MARKS = {"yes": "green", "limited": "yellow", "no": "red"}
@@ -20,12 +19,11 @@ def register(parsers: Parsers) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    import anyio
+
     from qmpsnap.ops import examine
 
-    async def act(context: "Context") -> "list[Ability]":
-        return await examine.run(context)
-
-    abilities = operating(act)
+    abilities = anyio.run(examine.run, home())
     output.emit(
         arguments.output,
         document={

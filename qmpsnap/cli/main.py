@@ -17,6 +17,7 @@ from typing import Any, Final, NoReturn
 import qmpsnap
 from qmpsnap.cli import output
 from qmpsnap.errors import QmpsnapError, UsageError
+from qmpsnap.model.names import is_text
 
 NOUNS: Final = {
     "doctor": ("doctor",),
@@ -98,7 +99,7 @@ def _require_text(words: Sequence[str]) -> None:
     # Python hands over bytes that are no UTF-8 as lone surrogates, which neither store nor QEMU could keep; a NUL
     # ends what the system takes for a path.
     for word in words:
-        if any("\ud800" <= char <= "\udfff" or char == "\0" for char in word):
+        if "\0" in word or not is_text(word):
             raise UsageError(f"{word!r} is not UTF-8 text; nothing was changed", hint="write names and texts in UTF-8")
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap import private
+from qmpsnap import private, unwritable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET, RUN_FILES
@@ -36,7 +36,8 @@ def prepare_run_dir(path: Path) -> None:
         private.make_folder(path)
         status = path.lstat()
     except OSError as error:
-        raise HostCannot(f"the run folder {path} cannot be made: {error}", hint="see qmpsnap doctor") from error
+        what, remedy = unwritable.reason(path, error)
+        raise HostCannot(f"the run folder {path} cannot be made: {what}; nothing was changed", hint=remedy) from error
     if not path.is_dir() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise HostCannot(f"the run folder {path} is not private to this user", hint=f"chmod 0700 {path}, or remove it")
 

@@ -1,5 +1,6 @@
 """What a QEMU can do, by asking it: started once without a machine, its answers kept until it or our rights change."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -62,8 +63,9 @@ async def ask(qemu: str, cache: Path) -> Abilities:
         return msgspec.json.decode(kept.read_bytes(), type=Abilities)
     except (OSError, msgspec.MsgspecError):
         abilities = await interrogate(qemu)
-    private.make_folder(kept.parent)
-    private.write(kept, msgspec.json.encode(abilities))
+    with contextlib.suppress(OSError):  # what cannot be kept is asked again
+        private.make_folder(kept.parent)
+        private.write(kept, msgspec.json.encode(abilities))
     return abilities
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from qmpsnap import unwritable
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine.argv import PID_FILE
 from qmpsnap.model.machine import Machine, Process
@@ -50,9 +51,8 @@ def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = ()) 
         (run_dir / LOG).unlink(missing_ok=True)
         descriptor = os.open(run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise HostCannot(
-            f"{run_dir / LOG} cannot be made: {error.strerror}; nothing was started", hint="see qmpsnap doctor"
-        ) from error
+        what, remedy = unwritable.reason(run_dir, error)
+        raise HostCannot(f"{run_dir / LOG} cannot be made: {what}; nothing was started", hint=remedy) from error
     try:
         os.fchmod(descriptor, 0o600)  # whatever the umask
         child = subprocess.Popen(

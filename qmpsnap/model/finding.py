@@ -45,6 +45,9 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "image-corrupt": Kind("I3", "QEMU has found damage in this image and marked it; it refuses to write to it."),
     "image-damaged": Kind("I3", "qemu-img check has found damage: what reads this layer may read wrong data."),
+    "image-unread": Kind(
+        "I3", "qemu-img could not check this image, for the reason it gives: whether it is whole is not known."
+    ),
     "image-leaks": Kind(
         "I3",
         "Clusters of the image are marked as used and are not: they only take space.",
@@ -58,6 +61,9 @@ KINDS: Final[dict[str, Kind]] = {
     "state-file-missing": Kind("I1", "The file with a snapshot's memory is not there, or cannot be read."),
     "state-file-replaced": Kind("I1", "Another file is where a snapshot's memory should be."),
     "state-file-damaged": Kind("I1", "The file with a snapshot's memory is not what it was; it will not be loaded."),
+    "state-file-unread": Kind(
+        "I1", "The file with a snapshot's memory could not be read to its end: whether it is whole is not known."
+    ),
     "variables-missing": Kind("I1", "The file with the machine's UEFI variables, or a snapshot's copy, is not there."),
     "writable-shared": Kind("I4", "A layer that a guest writes to has another reader, whose content would change."),
     "writable-frozen": Kind("I4", "QEMU has a frozen layer open for writing."),

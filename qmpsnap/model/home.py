@@ -65,9 +65,9 @@ class Home(Struct, frozen=True, kw_only=True):
         return self.data / "machines"
 
     @property
-    def quarantine(self) -> Path:
-        """The folder that ``check --repair`` moves files to."""
-        return self.data / "quarantine"
+    def quarantines(self) -> tuple[Path, Path]:
+        """The folders that ``check --repair`` moves files to; the second where images lie on a disk of their own."""
+        return self.data / "quarantine", self.machines / ".quarantine"  # no machine has such a name
 
     @property
     def guest(self) -> Path:

@@ -24,6 +24,15 @@ MAX_DESCRIPTION = 16 << 10
 """Bytes; every listing prints it."""
 
 
+SERIAL = r"[1-9][0-9]{0,17}"
+"""An operation's number in a file's name; one with more digits none ever has, and no store could keep it."""
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is UTF-8, as all that store and journal keep is; a file's name in Linux need not be."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
+
+
 def check_name(name: str, what: str) -> str:
     """Return ``name`` when a machine or snapshot may bear it.
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from anyio import lowlevel
 from msgspec import Struct
@@ -29,6 +29,19 @@ from qmpsnap.store.store import Store
 from qmpsnap.threads import to_end
 
 T = TypeVar("T")
+
+
+class Programs(Struct, frozen=True):
+    """The programs that we run: the QEMU binary, and qemu-img."""
+
+    qemu: str
+    image: ImageTool
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """By ``QMPSNAP_QEMU`` and ``QMPSNAP_QEMU_IMG``."""
+        image = ImageTool(environment.get("QMPSNAP_QEMU_IMG") or "qemu-img")
+        return cls(environment.get("QMPSNAP_QEMU") or "qemu-system-x86_64", image)
 
 
 class Context(Struct, frozen=True, kw_only=True):
@@ -114,15 +127,15 @@ async def opened(
     environment = dict(os.environ)
     if home is not None:
         environment["QMPSNAP_HOME"] = os.fspath(home)
-    keys = given(secrets or {})
+    keys, programs = given(secrets or {}), Programs.from_environment(environment)
     places = Home.from_environment(environment, uid=os.geteuid())
     store = await blocking(lambda: SqliteStore(places.store, machines=places.machines))
     try:
         yield Context(
             home=await blocking(lambda: runfolder.settled(places, in_use=lambda: _in_use(store))),
             store=store,
-            qemu=environment.get("QMPSNAP_QEMU") or "qemu-system-x86_64",
-            image=ImageTool(environment.get("QMPSNAP_QEMU_IMG") or "qemu-img"),
+            qemu=programs.qemu,
+            image=programs.image,
             host=this_host(),
             secrets=keys,
         )

@@ -12,11 +12,14 @@ import psutil
 from anyio import to_thread
 from msgspec import Struct
 
+from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.machine import accel, probe
 from qmpsnap.machine.firmware import find_firmware
+from qmpsnap.model.home import Home
 from qmpsnap.ops import space
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.context import Programs
+from qmpsnap.store.sqlite import SqliteStore
 
 
 class Ability(Struct, frozen=True):
@@ -28,26 +31,27 @@ class Ability(Struct, frozen=True):
     remedy: str = ""
 
 
-async def run(context: Context) -> list[Ability]:
-    """Look at everything; never raises for what is missing."""
+async def run(home: Home) -> list[Ability]:
+    """Look at everything; never raises for what is missing, or a store that cannot be opened."""
+    programs = Programs.from_environment(os.environ)
     return [
-        *await _qemu(context),
-        await _accelerator(context),
-        await _image_tool(context),
+        *await _qemu(programs.qemu, home),
+        await _accelerator(programs.qemu, home),
+        await _image_tool(programs.image),
         _firmware(),
-        _guest(context),
-        await _store(context),
-        *(_folder(name, path) for name, path in (("data", context.home.data), ("run", context.home.run))),
+        _guest(home),
+        await to_thread.run_sync(_store, home),
+        *(_folder(name, path) for name, path in (("data", home.data), ("run", home.run))),
         await to_thread.run_sync(_memory),
     ]
 
 
-async def _qemu(context: Context) -> list[Ability]:
+async def _qemu(qemu: str, home: Home) -> list[Ability]:
     try:
-        abilities = await probe.ask(context.qemu, context.home.cache)
+        abilities = await probe.ask(qemu, home.cache)
     except QmpsnapError as error:
         return [Ability("qemu", "no", error.message, error.hint)]
-    where = shutil.which(context.qemu) or context.qemu
+    where = shutil.which(qemu) or qemu
     found = [Ability("qemu", "yes", f"{abilities.version} ({where})")]
     if abilities.background_snapshot:
         remedy = "sysctl vm.unprivileged_userfaultfd=1, or give this user access to /dev/userfaultfd"
@@ -57,9 +61,9 @@ async def _qemu(context: Context) -> list[Ability]:
     return found
 
 
-async def _accelerator(context: Context) -> Ability:
+async def _accelerator(qemu: str, home: Home) -> Ability:
     try:
-        choice = await accel.choose("auto", qemu=context.qemu, cache=context.home.cache)
+        choice = await accel.choose("auto", qemu=qemu, cache=home.cache)
     except HostCannot as error:
         return Ability("accelerator", "no", error.message, error.hint)
     if choice.accel == "kvm":
@@ -68,13 +72,13 @@ async def _accelerator(context: Context) -> Ability:
     return Ability("accelerator", "limited", f"tcg (slow, works everywhere): {choice.reason}", remedy)
 
 
-async def _image_tool(context: Context) -> Ability:
+async def _image_tool(image: ImageTool) -> Ability:
     remedy = "apt-get install qemu-utils, or set QMPSNAP_QEMU_IMG to the binary"
     try:
         with anyio.fail_after(10):
-            done = await anyio.run_process([context.image.binary, "--version"], stdin=subprocess.DEVNULL, check=False)
+            done = await anyio.run_process([image.binary, "--version"], stdin=subprocess.DEVNULL, check=False)
     except (OSError, TimeoutError) as error:
-        return Ability("qemu-img", "no", f"{context.image.binary}: {str(error) or 'no answer within 10 s'}", remedy)
+        return Ability("qemu-img", "no", f"{image.binary}: {str(error) or 'no answer within 10 s'}", remedy)
     first = done.stdout.decode(errors="replace").partition("\n")[0]
     return Ability("qemu-img", "yes", first) if done.returncode == 0 else Ability("qemu-img", "no", first, remedy)
 
@@ -86,9 +90,9 @@ def _firmware() -> Ability:
         return Ability("uefi", "limited", "no firmware images: specs with 'firmware: uefi' are refused", error.hint)
 
 
-def _guest(context: Context) -> Ability:
+def _guest(home: Home) -> Ability:
     """The agent's counterpart lies in the guest; the small guest has one, so its presence is what can be told here."""
-    if (context.home.guest / "initrd").is_file():
+    if (home.guest / "initrd").is_file():
         return Ability("agent", "yes", "a channel for every machine; the small guest runs qemu-guest-agent")
     return Ability(
         "agent",
@@ -98,9 +102,15 @@ def _guest(context: Context) -> Ability:
     )
 
 
-async def _store(context: Context) -> Ability:
-    machines = await blocking(context.store.machines)
-    return Ability("store", "yes", f"{context.home.store}, {len(machines)} machine(s)")
+def _store(home: Home) -> Ability:
+    try:
+        with SqliteStore(home.store, machines=home.machines) as store:
+            machines, barred = store.machines(), store.barred
+    except QmpsnapError as error:
+        return Ability("store", "no", error.message, error.hint)
+    if barred:
+        return Ability("store", "no", f"{barred.message}; it can be read, {len(machines)} machine(s)", barred.hint)
+    return Ability("store", "yes", f"{home.store}, {len(machines)} machine(s)")
 
 
 def _folder(name: str, path: Path) -> Ability:

@@ -17,12 +17,16 @@ from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import SERIAL, is_text
 from qmpsnap.ops.context import Context, blocking
 
-LAYER_FILE = re.compile(r"([a-z][a-z0-9]{0,15})-(\d+)\.(qcow2|raw)")
+LAYER_FILE = re.compile(rf"([a-z][a-z0-9]{{0,15}})-({SERIAL})\.(qcow2|raw)")
 """The name of a layer's file in its machine's folder."""
 
-_OTHERS = re.compile(r"vars(-\d+)?\.fd|.*\.vmstate|.*\.part")
+AHEAD = 100_000
+"""Operations that a store may have missed; a number further on is none of ours: a copy may bear a date."""
+
+_OTHERS = re.compile(rf"vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part")
 
 
 async def require_current(context: Context, machine: Machine) -> None:
@@ -53,11 +57,13 @@ def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | N
     plans = "\n".join(msgspec.json.encode(operation.plan).decode() for operation in pending)
     settled = context.store.places(machine.name)
     for path in unknown:
-        if msgspec.json.encode(path).decode() in plans:  # an interrupted operation's own
+        if is_text(path) and msgspec.json.encode(path).decode() in plans:  # an interrupted operation's own
             continue
         name, number = printable(path), _serial(path)
-        if number is not None and number >= context.store.next_serial():
-            return f"{name} has a number that the store has not given yet"
+        if number is not None and number >= (following := context.store.next_serial()):
+            if number < following + AHEAD:
+                return f"{name} has a number that the store has not given yet"
+            number = None
         if (backing := _backing(path)) is not None:
             below = context.store.layer_at(backing)
             # What reads a layer that we write to is in danger. What else reads one of ours may be a copy that was

@@ -1,11 +1,12 @@
 """``start`` and ``stop``: QEMU comes up on exactly the chains the store has, and goes down without losing a write."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import anyio
 from msgspec import Struct
 
-from qmpsnap.errors import DeadlinePassed, QemuGone, StateError, StoreMismatch
+from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, StoreMismatch
 from qmpsnap.machine import accel, argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
@@ -51,6 +52,7 @@ async def start(context: Context, name: str, *, paused: bool = False) -> Process
         if work.qemu:
             raise StateError(f"machine {name} runs already; nothing was changed", machine=name)
         require_spec(work.machine, "start it")
+        await blocking(context.store.require_writable)
         return await bring_up(context, work.machine, paused=paused)
 
 
@@ -162,7 +164,8 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
                 effect="none",
                 machine=name,
             )
-        await blocking(context.store.set_process, name, None)
+        with contextlib.suppress(HostCannot):  # that it has ended is seen without the record, as after a boot
+            await blocking(context.store.set_process, name, None)
 
 
 async def _ask(context: Context, machine: Machine, process: Process, wait: float, *, force: bool) -> bool:

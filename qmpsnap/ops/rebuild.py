@@ -67,6 +67,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         StoreTooNew: a newer qmpsnap wrote the store.
         QemuGone: the QEMU of a machine runs and does not say what it writes to.
         DeadlinePassed: likewise.
+        HostCannot: a folder cannot be read, or the new store not be written.
     """
     found = await to_thread.run_sync(lambda: condition.look(home.store, machines=home.machines))
     if found == "whole" and not set_aside:
@@ -136,8 +137,10 @@ def _make(
 
 
 def _notes(rebuilt: Rebuilt) -> tuple[str, ...]:
+    paths = {layer.id: layer.path for layer in rebuilt.change.layers}
     guesses = (
-        f"disk {disk}: several images could be the active one; taken is {layer}, the newest: look before you start it"
+        f"disk {disk}: several images could be the active one; taken is {paths[layer]}, the newest by its number:"
+        " look before you start it"
         for disk, layer in rebuilt.guessed.items()
     )
     states = (f"{state.vmstate.path}: which layers it belongs to cannot be told" for state in rebuilt.unused)

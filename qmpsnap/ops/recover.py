@@ -69,9 +69,12 @@ async def end_open(
 
     Raises:
         OperationPending: one of them cannot be ended now.
+        HostCannot: the store can only be read.
     """
     run_dir = context.home.run_dir(machine.name)
     pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
+    if pending:
+        await blocking(context.store.require_writable)
     for operation in pending:
         broken = Broken(context=context, machine=machine, operation=operation, unfinished=unfinished, report=report)
         try:

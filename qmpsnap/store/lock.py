@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qmpsnap import private
+from qmpsnap import private, unwritable
 from qmpsnap.errors import HostCannot, LockHeld
 
 
@@ -27,13 +27,16 @@ def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
 
     Raises:
         LockHeld: another controller has it.
-        HostCannot: the file cannot be opened, or is a link.
+        HostCannot: the file cannot be opened or written, or is a link.
     """
     descriptor = _acquire(path, machine)
     try:
         owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time(), "verb": verb}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        except OSError as error:
+            raise _cannot("written", path, machine, error) from error
         yield
     finally:
         os.close(descriptor)
@@ -45,11 +48,7 @@ def _acquire(path: Path, machine: str) -> int:
             private.make_folder(path.parent)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
-            raise HostCannot(
-                f"the lock {path} of machine {machine} cannot be opened: {error.strerror}; nothing was changed",
-                hint="see qmpsnap doctor",
-                machine=machine,
-            ) from error
+            raise _cannot("opened", path, machine, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -65,6 +64,15 @@ def _acquire(path: Path, machine: str) -> int:
             _require_plain(descriptor, path, machine)
             return descriptor
         os.close(descriptor)
+
+
+def _cannot(be: str, path: Path, machine: str, error: OSError) -> HostCannot:
+    what, remedy = unwritable.reason(path.parent, error)
+    return HostCannot(
+        f"the lock {path} of machine {machine} cannot be {be}: {what}; nothing was changed",
+        hint=remedy,
+        machine=machine,
+    )
 
 
 def _require_plain(descriptor: int, path: Path, machine: str) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap import private
+from qmpsnap import private, unwritable
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
@@ -81,11 +81,20 @@ class Records:
             self._places(machine).unlink(missing_ok=True)
 
     def machines(self) -> tuple[Machine, ...]:
-        """Every machine that was written down, by name."""
+        """Every machine that was written down, by name.
+
+        Raises:
+            HostCannot: no right to look.
+        """
         try:
             names = sorted(os.listdir(self._folder))  # noqa: PTH208 - as text
         except FileNotFoundError:
             return ()
+        except OSError as error:
+            raise HostCannot(
+                f"{self._folder} cannot be read: {error.strerror}; nothing was changed",
+                hint="give this user the right to read it and what is in it",
+            ) from error
         found = (self._read(self._folder / name) for name in names if name.endswith(".json"))
         return tuple(machine for machine in found if machine)
 
@@ -148,7 +157,7 @@ def _translated(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        what, remedy = unwritable.reason(folder, error)
         raise HostCannot(
-            f"{error.filename or folder} cannot be written: {error.strerror}; nothing was recorded",
-            hint="look at its folder's free space and rights: qmpsnap doctor",
+            f"{error.filename or folder} cannot be written: {what}; nothing was recorded", hint=remedy
         ) from error

@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from qmpsnap import private
+from qmpsnap import private, unwritable
 from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
 
 MIGRATIONS: tuple[str, ...] = (
@@ -76,20 +76,25 @@ MIGRATIONS: tuple[str, ...] = (
 )
 
 
+_UNWRITABLE = frozenset(
+    {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
+)
+
+
 def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Connection:
     """Open the store's file, making or migrating it as needed.
 
     Raises:
         StoreTooNew: a newer qmpsnap wrote it.
         StoreMismatch: the file is damaged or no store at all.
-        HostCannot: it cannot be opened or written (rights, full disk).
+        HostCannot: it cannot be opened or written (rights, full disk); :func:`readable` may still read it.
     """
     try:
         private.make_folder(path.parent)
         _make_private(path)
         connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     except (OSError, sqlite3.OperationalError) as error:
-        raise HostCannot(f"the store {path} cannot be opened: {error}", hint="see qmpsnap doctor") from error
+        raise _cannot(path, error) from error
     try:
         connection.execute("PRAGMA busy_timeout=5000")
         connection.execute("BEGIN")
@@ -100,7 +105,7 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
         migrate(connection, path, migrations)
     except (OSError, sqlite3.OperationalError) as error:
         connection.close()
-        raise HostCannot(f"the store {path} cannot be used: {error}", hint="see qmpsnap doctor") from error
+        raise _cannot(path, error) from error
     except sqlite3.DatabaseError as error:
         connection.close()
         raise StoreMismatch(
@@ -111,6 +116,56 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
         connection.close()
         raise
     return connection
+
+
+def readable(path: Path, why: HostCannot) -> sqlite3.Connection | None:
+    """The store as its file alone has it, where that is all of it: nothing is written, not even by SQLite.
+
+    Good for one transaction: what others write meanwhile would not be noticed.
+
+    Args:
+        path: the database.
+        why: what :func:`connect` has raised.
+
+    Returns:
+        None where it has to be written to before it can be read, or others work with it.
+    """
+    if not _keeps_from_writing(why.__cause__) or _size(path.with_name(f"{path.name}-wal")) or not _size(path):
+        return None
+    try:
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?immutable=1", uri=True, isolation_level=None, check_same_thread=False
+        )
+    except sqlite3.Error:
+        return None
+    try:
+        if _version(connection) == len(MIGRATIONS):
+            return connection
+    except sqlite3.Error:
+        pass
+    connection.close()
+    return None
+
+
+def _cannot(path: Path, error: OSError | sqlite3.OperationalError) -> HostCannot:
+    if not _keeps_from_writing(error):
+        busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+        hint = "another command works with it: try again" if busy else ""
+        return HostCannot(f"the store {path} cannot be used: {error}", hint=hint)
+    what, remedy = unwritable.reason(path.parent, error)
+    return HostCannot(f"the store {path} cannot be written: {what}; nothing was changed", hint=remedy)
+
+
+def _keeps_from_writing(error: BaseException | None) -> bool:
+    """Whether it is about the disk or rights, and not about what others do or what the file says."""
+    return isinstance(error, OSError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _UNWRITABLE
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:

@@ -11,12 +11,13 @@ from typing import Self
 import msgspec
 from msgspec.structs import replace
 
+from qmpsnap import unwritable
 from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch
 from qmpsnap.model import sharing, steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
@@ -33,9 +34,12 @@ class SqliteStore:
         Args:
             path: the database.
             machines: folder that layer paths of pool ``machines`` are relative to.
+
+        Raises:
+            HostCannot: it can neither be written nor read. One that can be read alone refuses changes.
         """
-        self._connection = schema.connect(path)
         self._path = path
+        self._connection, self._barred = self._connect()
         self._machines = machines
         self._records = Records(path.parent / records.FOLDER)
         self._lock = threading.Lock()
@@ -119,6 +123,8 @@ class SqliteStore:
         return self._layer(row)
 
     def layer_at(self, path: str) -> Layer | None:
+        if not is_text(path):
+            return None
         with self._reading() as sql:
             row = sql.execute(f"SELECT {_LAYER} FROM layer WHERE pool = ? AND path = ?", self._place(path)).fetchone()
         return self._layer(row) if row else None
@@ -229,9 +235,37 @@ class SqliteStore:
         with self._reading() as sql:
             return [*sql.execute("PRAGMA quick_check(1)"), *sql.execute("PRAGMA foreign_key_check")] == [("ok",)]
 
+    @property
+    def barred(self) -> HostCannot | None:
+        """Why it cannot be written now; None when it can."""
+        return self._barred
+
+    def require_writable(self) -> None:
+        with self._lock:
+            self._connect_again()
+            self._refuse_barred()
+
+    def _connect(self) -> tuple[sqlite3.Connection, HostCannot | None]:
+        try:
+            return schema.connect(self._path), None
+        except HostCannot as error:
+            if (found := schema.readable(self._path, error)) is None:
+                raise
+            return found, error
+
+    def _connect_again(self) -> None:
+        """What can only be read is opened anew for every transaction, in the hope of better and to see changes."""
+        if self._barred:
+            self._connection.close()
+            self._connection, self._barred = self._connect()
+
+    def _refuse_barred(self) -> None:
+        if self._barred:
+            raise HostCannot(self._barred.message, hint=self._barred.hint) from self._barred
+
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._transaction("BEGIN") as connection:
+        with self._transaction(_READ) as connection:
             yield connection
 
     @contextmanager
@@ -243,6 +277,9 @@ class SqliteStore:
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
         """The one way in: everything in the block is one transaction, SQLite's own errors are translated here."""
         with self._lock:
+            self._connect_again()
+            if begin != _READ:
+                self._refuse_barred()
             try:
                 self._connection.execute(begin)
                 try:
@@ -255,7 +292,7 @@ class SqliteStore:
             except sqlite3.OperationalError as error:
                 raise HostCannot(
                     f"the store {self._path} refused a change: {error}; nothing was recorded",
-                    hint="look at its folder's free space and rights: qmpsnap doctor",
+                    hint=unwritable.reason(self._path.parent, error).remedy,
                 ) from error
             except sqlite3.IntegrityError as error:
                 raise StoreMismatch(
@@ -357,6 +394,7 @@ class SqliteStore:
         )  # fmt: skip
 
 
+_READ = "BEGIN"
 _UNSIGNED = (1 << 64) - 1
 
 

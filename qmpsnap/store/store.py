@@ -39,6 +39,13 @@ class Store(Protocol):
     def forest(self) -> Forest:
         """Every layer, disk and point of all machines."""
 
+    def require_writable(self) -> None:
+        """Make sure that it can be written, before something begins that has to be recorded afterwards.
+
+        Raises:
+            HostCannot: it can only be read.
+        """
+
     def set_process(self, machine: str, process: Process | None) -> None:
         """Record the QEMU that runs the machine, or that none does."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -179,9 +180,27 @@ async def test_a_guest_that_is_frozen_is_thawed(q: qmpsnap.Controller, guest_spe
         assert await guest.execute("guest-fsfreeze-status") == "thawed"
 
 
+async def test_a_file_with_any_name_hinders_nothing(q: qmpsnap.Controller) -> None:
+    vm = await grown(q, "s1")
+    await vm.stop(force=True)
+    folder = context_of(vm).home.machine_dir(vm.name)
+    names = [b"x\xff", b"y\xff.vmstate", b"vda-99999999999999999999.qcow2", b"vars-99999999999999999999.fd"]
+    for name in names:
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).touch()
+    shutil.copy2((await vm.chains())[0].active.path, folder / "vda-20261101.qcow2")
+    await vm.start(paused=True)
+    await vm.snapshot("s2")
+    await vm.recover()
+    assert await codes(vm) == {"unreferenced-file"}
+    assert len((await vm.check(repair=True)).moved) == len(names) + 1
+    await vm.stop(force=True)
+    Path(os.fsdecode(bytes(folder) + b"/x\xff")).touch()
+    await vm.undefine(disks="remove")
+
+
 def test_json_of_the_command_line_is_json(capsys: pytest.CaptureFixture[str], home: Path) -> None:
     from qmpsnap.cli.main import main
 
     del home
     assert main(["check", "-o", "json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"schema": "qmpsnap/1", "machines": []}
+    assert json.loads(capsys.readouterr().out) == {"schema": "qmpsnap/1", "machines": [], "left_out": []}

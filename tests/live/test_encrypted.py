@@ -214,6 +214,7 @@ async def test_a_wrong_key_changes_nothing(q: qmpsnap.Controller, spec: MachineS
         await vm.snapshot("s")
     with pytest.raises(StateError, match="the secret of disk vda of machine vault does not open its images"):
         await vm.start()
+    assert [found.code for found in (await vm.check(deep=True)).findings] == ["image-unread"], "and not damaged"
     secret.chmod(0o644)
     with pytest.raises(HostCannot, match="could be read or changed by others"):
         await vm.start()

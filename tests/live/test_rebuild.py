@@ -1,7 +1,9 @@
 """The store is lost, damaged or old: it is made again from the disks, and what the guest wrote is all there."""
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -10,8 +12,10 @@ from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.cli.main import main
-from qmpsnap.errors import NotFoundError, StateError, StoreMismatch
+from qmpsnap.errors import HostCannot, NotFoundError, StateError, StoreMismatch
+from qmpsnap.machine import statefile
 from qmpsnap.model.home import Home
+from qmpsnap.model.names import OperationId
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.ops import rebuild
 from tests.live.machine import (
@@ -24,6 +28,9 @@ from tests.live.machine import (
     snapshot_hashes,
     user_monitor,
 )
+from tests.machine.test_statefile import MANIFEST
+
+NOBODY = 65534
 
 
 def at(home: Path) -> Home:
@@ -144,6 +151,61 @@ async def test_a_whole_store_is_refused_and_a_damaged_one_kept(home: Path, capsy
     assert aside.read_bytes() == b"no database " * 1000
     async with qmpsnap.open() as q:
         await hold_invariants(await q.machine("still"))
+
+
+async def test_files_with_numbers_that_none_can_have_are_no_layers(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "s1")
+        await vm.stop(force=True)
+        before = [view.ids for view in await vm.chains()]
+        uuid = (await vm.record()).uuid
+    folder = home / "machines" / "still"
+    for name in ("vda-99999999999999999999.qcow2", "vars-99999999999999999999.fd", "vda-\u0667.qcow2"):
+        shutil.copy2(folder / "vda-1.qcow2", folder / name)
+    (folder / "m.part").write_bytes(b"QEVM")
+    hardware = replace(MANIFEST.hardware, uuid=uuid)
+    manifest = replace(MANIFEST, hardware=hardware, operation=OperationId(1 << 63))
+    statefile.finish(str(folder / "m.part"), str(folder / "m.vmstate"), manifest)
+    lose(home)
+    done = await rebuild.run(at(home), set_aside=False)
+    assert [made.name for made in done.machines] == ["still"]
+    assert done.left_out == (("(images)", f"{folder}/m.vmstate names an operation that none can be"),)
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert [view.ids for view in await vm.chains()] == before
+        await vm.snapshot("next")
+
+
+@pytest.mark.parametrize("closed", ["machines/still", "records"])
+async def test_a_folder_that_may_not_be_read_ends_it_before_anything_is_changed(home: Path, closed: str) -> None:
+    async with qmpsnap.open() as q:
+        await q.define(ONE_DISK)
+    lose(home)
+    with as_nobody(home):
+        (home / closed).chmod(0)
+        try:
+            with pytest.raises(HostCannot, match=f"{home}/{closed} cannot be read: Permission denied") as caught:
+                await rebuild.run(at(home), set_aside=False)
+        finally:
+            (home / closed).chmod(0o700)
+        assert "give this user the right" in caught.value.hint
+        assert not (home / "qmpsnap.db").exists()
+        assert len((await rebuild.run(at(home), set_aside=False)).machines) == 1
+
+
+@contextlib.contextmanager
+def as_nobody(home: Path) -> Iterator[None]:
+    """Root may read everything; the block is run by a user who may not, and whose the home is."""
+    if os.geteuid():
+        yield
+        return
+    for path in (home, *home.rglob("*")):
+        os.chown(path, NOBODY, -1)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 async def test_an_old_copy_of_the_store_is_noticed_and_replaced(home: Path) -> None:

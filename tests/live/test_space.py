@@ -16,7 +16,7 @@ from qmpsnap.errors import HostCannot, OperationPending, StateError
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import space
 from qmpsnap.store.sqlite import SqliteStore
-from tests.live.machine import MIB, active_hash, fill, grown, hold_invariants, snapshot_hashes
+from tests.live.machine import MIB, ONE_DISK, active_hash, fill, grown, hold_invariants, snapshot_hashes
 
 HOLE = "dd if=/dev/urandom of=/dev/vdb bs=1M count=30 oflag=direct conv=fsync"
 
@@ -87,6 +87,27 @@ async def test_a_guest_whose_disk_is_full_is_paused_and_says_so(
     await vm.snapshot("s")
     await hold_invariants(vm)
     await vm.stop(force=True)
+
+
+async def test_a_machines_folder_on_another_disk_has_its_quarantine_there(
+    small: Path, place: Path, q: qmpsnap.Controller
+) -> None:
+    vm = await grown(q, "s1")
+    (stray := small / "still" / "stray").write_bytes(b"mine")
+    (moved,) = (await vm.check(repair=True)).moved
+    assert Path(moved.new).is_relative_to(small / ".quarantine" / "still")
+    assert (Path(moved.new).read_bytes(), stray.exists()) == (b"mine", False)
+    assert not (small.parent / "quarantine").exists(), "where it was tried in vain nothing is left"
+    mount(place, 8 * MIB)  # where neither is
+    try:
+        await vm.snapshot("s2", files={"vda": place / "mine"})
+        (part := place / "mine.qs-9.part").touch()
+        done = await vm.check(repair=True)
+        assert ([found.code for found in done.findings], part.exists()) == (["part-left"], True)
+        assert "lies on another file system" in done.failed[0]
+        await vm.stop(force=True)
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)  # noqa: ASYNC221
 
 
 async def _cli(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
@@ -166,3 +187,106 @@ async def test_a_store_that_fills_in_the_middle_holds_the_operation_at_its_job(
     await vm.snapshot("after")
     await hold_invariants(vm, hashes | {("after", "vda"): now})
     await vm.stop(force=True)
+
+
+# --- all of it on one full disk --------------------------------------------------------------------------------------
+
+READING = ("list", "show still", "tree still", "snapshot list still", "chain still", "log still", "check still")
+WRITING = ("snapshot create still s2", "start still", "undefine still --remove-disks")
+
+
+@pytest.fixture
+def one_disk(home: Path) -> Iterator[Path]:
+    """Everything on a file system of 8 MiB."""
+    mount(home, 8 * MIB)
+    yield home
+    subprocess.run(["umount", "--lazy", home], check=True)
+
+
+async def _said(words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = await anyio.to_thread.run_sync(main, words.split())
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+async def test_what_only_reads_works_while_the_disk_is_full_and_the_rest_says_where_to_make_room(
+    one_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with qmpsnap.open() as q:
+        await grown(q, "s1")
+    filler = occupy(one_disk)  # nobody has the store open, and SQLite wants room to open it
+    for words in READING:
+        code, out, err = await _said(words, capsys)
+        assert (code, "still" in out or "vda-1" in out or "s1" in out or "create" in out) == (0, True), (words, err)
+    code, out, _ = await _said("doctor", capsys)
+    assert code == 9
+    assert "the disk is full; nothing was changed; it can be read, 1 machine(s)\n" in out
+    assert f"remedy: make room in {one_disk}\n" in out
+    assert await _said("resume still", capsys) == (0, "", "machine still runs on\n")
+    assert await _said("stop still --force", capsys) == (0, "", "machine still is stopped\n")
+    full = f"the store {one_disk}/qmpsnap.db cannot be written: the disk is full; nothing was changed"
+    for words in WRITING:
+        assert await _said(words, capsys) == (9, "", f"qmpsnap: {full}\nhint: make room in {one_disk}\n"), words
+    assert '"state": "stopped"' in (await _said("list -o json", capsys))[1]
+    filler.unlink()
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert (await vm.record()).process is None or not await vm.is_running()
+        await vm.snapshot("s2")
+        await hold_invariants(vm)
+
+
+async def test_a_store_that_can_only_be_read_is_written_again_once_there_is_room(one_disk: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "s1")
+        await vm.stop(force=True)
+    filler = occupy(one_disk)
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        with pytest.raises(HostCannot, match="the disk is full"):
+            await vm.snapshot("s2")
+        filler.unlink()
+        async with qmpsnap.open() as other:
+            await (await other.machine("still")).snapshot("s2")
+        assert [found.name for found in await vm.snapshots()] == ["s1", "s2"], "what others have done since is seen"
+        await vm.snapshot("s3")
+        await hold_invariants(vm)
+
+
+async def test_a_data_folder_that_is_mounted_read_only_says_so(
+    one_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with qmpsnap.open() as q:
+        await q.define(ONE_DISK)
+    subprocess.run(["mount", "-o", "remount,ro", one_disk], check=True)  # noqa: ASYNC221
+    assert (await _said("check still", capsys))[:2] == (0, "still: no finding(s)\n")
+    for words in ("snapshot create still s1", "start still"):
+        code, _, err = await _said(words, capsys)
+        assert code == 9
+        assert "mounted read-only" in err
+        assert f"then mount {one_disk}" in err
+    code, out, _ = await _said("doctor", capsys)
+    assert (code, "its file system is mounted read-only" in out) == (9, True)
+    subprocess.run(["mount", "-o", "remount,rw", one_disk], check=True)  # noqa: ASYNC221
+
+
+async def test_a_full_run_folder_is_told_of(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mount(home / "run", MIB)
+    try:
+        async with qmpsnap.open() as q:
+            vm = await q.define(ONE_DISK)
+            await vm.start(paused=True)
+            await vm.stop(force=True)
+        shutil.rmtree(home / "run" / "still")
+        (home / "run" / "still").mkdir(mode=0o700)
+        occupy(home / "run")
+        for words in ("start still", "snapshot create still s1", "check still --repair"):
+            code, _, err = await _said(words, capsys)
+            assert (code, "the disk is full; nothing was changed" in err) == (9, True), err
+            assert f"hint: make room in {home}/run/still\n" in err
+        (home / "qmpsnap.db").unlink()
+        assert (await _said("check --rebuild", capsys))[0] == 9
+        assert not (home / "qmpsnap.db").exists()
+    finally:
+        subprocess.run(["umount", "--lazy", home / "run"], check=True)  # noqa: ASYNC221

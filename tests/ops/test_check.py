@@ -1,5 +1,6 @@
 """Damage of every kind on a stopped machine: what `check` finds, what repair does, and that nothing is lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.block import header
+from qmpsnap.block import header, verify
+from qmpsnap.block.image import ImageTool
 from qmpsnap.cli.main import main
-from qmpsnap.errors import ForeignHost, LockHeld, StoreMismatch
+from qmpsnap.errors import DeadlinePassed, ForeignHost, HostCannot, LockHeld, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import KINDS
@@ -193,6 +195,26 @@ DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
     "a layer leaks": (leaking, {"image-leaks"}, set()),
     "a file of nobody": (lambda c: image(c, "copy").write_bytes(b"mine"), {"unreferenced-file"}, set()),
     "a folder of nobody": (lambda c: image(c, "folder").mkdir(), {"unreferenced-file"}, set()),
+    "a name that is no UTF-8": (
+        lambda c: Path(os.fsdecode(bytes(image(c, "x").parent) + b"/x\xff")).write_bytes(b"mine"),
+        {"unreferenced-file"},
+        set(),
+    ),
+    "a number that none has": (
+        lambda c: image(c, "vda-99999999999999999999").write_bytes(b"mine"),
+        {"unreferenced-file"},
+        set(),
+    ),
+    "a number in other digits": (
+        lambda c: image(c, "vda-\u0667").write_bytes(b"mine"),
+        {"unreferenced-file"},
+        set(),
+    ),
+    "a copy with a date": (
+        lambda c: shutil.copy2(image(c, "vda-5"), image(c, "vda-20261101")),
+        {"unreferenced-file"},
+        set(),
+    ),
     "an unfinished file": (lambda c: image(c, "copy").with_suffix(".part").write_bytes(b"half"), {"part-left"}, set()),
     "an open file": (lambda c: image(c, "vda-3").chmod(0o644), {"mode-open"}, set()),
     "an open folder": (lambda c: c.home.machine_dir("web").chmod(0o755), {"mode-open"}, set()),
@@ -247,7 +269,7 @@ async def test_damage_is_found_and_what_can_be_is_put_right(web: Context, what: 
 
 def contents(home: Home) -> dict[str, bytes]:
     """Every file of the user's but the store's own."""
-    files = [path for folder in (home.machines, home.quarantine) for path in folder.rglob("*") if path.is_file()]
+    files = [path for folder in (home.machines, home.quarantines[0]) for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(home.data)): path.read_bytes() for path in files}
 
 
@@ -264,7 +286,7 @@ async def test_what_is_moved_can_be_put_back(web: Context) -> None:
     (moved,) = (await check.run(web, "web", mend=True)).moved
     assert (moved.old, Path(moved.new).read_bytes(), path.exists()) == (str(path), b"mine", False)
     folder = Path(moved.new).parent
-    assert folder.is_relative_to(web.home.quarantine / "web")
+    assert folder.is_relative_to(web.home.quarantines[0] / "web")
     assert {stat.S_IMODE(place.stat().st_mode) for place in (folder, folder.parent, folder.parent.parent)} == {0o700}
     note = json.loads((folder / "note.json").read_text())
     assert (note["path"], note["code"]) == (str(path), "unreferenced-file")
@@ -317,6 +339,63 @@ async def test_a_layer_under_another_name_is_told_and_stays(web: Context) -> Non
     (found,) = (finding.text for finding in done.findings if finding.code == "unreferenced-file")
     assert found == f"{image(web, 'away')} is layer vda-3, whose place is {image(web, 'vda-3')}"
     assert (done.moved, image(web, "away").exists()) == ((), True)
+
+
+async def test_what_was_not_moved_leaves_no_note(web: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    image(web, "copy").write_bytes(b"mine")
+
+    def elsewhere(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", elsewhere)
+        done = await check.run(web, "web", mend=True)
+    assert ([finding.code for finding in done.findings], done.moved) == (["unreferenced-file"], ())
+    assert "lies on another file system" in done.failed[0]
+    assert [place for place in web.home.quarantines if place.exists()] == []
+    assert image(web, "copy").read_bytes() == b"mine"
+
+
+def img_that_says(tmp_path: Path, text: str, code: int) -> ImageTool:
+    program = tmp_path / "says"
+    program.write_text(f"#!/bin/sh\necho '{text}' >&2\nexit {code}\n")
+    program.chmod(0o700)
+    return ImageTool(str(program))
+
+
+@pytest.mark.parametrize("why", ["missing", "key", "unsupported", "late"])
+async def test_an_image_that_could_not_be_looked_at_is_not_called_damaged(
+    web: Context, tmp_path: Path, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def late(*_: object, **__: object) -> None:
+        raise DeadlinePassed("checking it took longer than 3600 s")
+
+    match why:
+        case "missing":
+            web = replace(web, image=ImageTool("no-such-program"))
+        case "key":
+            web = replace(web, image=img_that_says(tmp_path, "Invalid password, cannot unlock any keyslot", 1))
+        case "unsupported":
+            web = replace(web, image=img_that_says(tmp_path, "This image format does not support checks", 63))
+        case _:
+            monkeypatch.setattr(verify, "check", late)
+    found = (await check.run(web, "web", deep=True)).findings
+    assert {finding.code for finding in found} == {"image-unread"}
+    web = replace(web, image=img_that_says(tmp_path, "3 errors were found", 2))
+    monkeypatch.undo()
+    found = (await check.run(web, "web", deep=True)).findings
+    assert {finding.code for finding in found} == {"image-damaged"}
+
+
+async def test_a_state_file_that_could_not_be_read_is_not_called_damaged(
+    web: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(_: object) -> None:
+        raise HostCannot("it is compressed, and the package zstandard is missing")
+
+    with_memory(web)
+    monkeypatch.setattr(statefile, "verified", unreadable)
+    assert [found.code for found in (await check.run(web, "web", deep=True)).findings] == ["state-file-unread"]
 
 
 async def test_who_works_on_the_machine_is_told_and_nothing_else(web: Context) -> None:
@@ -388,3 +467,23 @@ class TestCommandLine:
         del web
         assert main(["check", "-o", "name"]) == 7  # of lab there is no image
         assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"lab"}
+
+    def test_one_that_is_worked_on_is_named_and_the_others_are_repaired(
+        self, web: Context, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        strays = [web.home.machine_dir(name) / "stray" for name in ("bare", "web")]  # before and behind lab
+        for stray in strays:
+            stray.parent.mkdir(mode=0o700, exist_ok=True)
+            stray.write_bytes(b"mine")
+        (run_dir := web.home.run_dir("lab")).mkdir(mode=0o700, parents=True)
+        with lock.machine_lock(run_dir / "lock", machine="lab", verb="commit"):
+            assert main(["check", "--repair", "-o", "json"]) == LockHeld.exit_code
+            out, err = capsys.readouterr()
+            assert main(["check", "lab", "--repair"]) == LockHeld.exit_code
+        found = json.loads(out)
+        assert {machine["machine"]: len(machine["moved"]) for machine in found["machines"]} == {"bare": 1, "web": 1}
+        ((name, why),) = [(machine["machine"], machine["why"]) for machine in found["left_out"]]
+        assert (name, "lab is being worked on by 'commit'" in why) == ("lab", True)
+        assert "lab: not checked: machine lab is being worked on" in err
+        assert "hint: wait for it to end" in err
+        assert not any(stray.exists() for stray in strays)

@@ -325,9 +325,39 @@ def test_damage_that_is_found_later_is_a_mismatch_too(old: Path) -> None:
 
 def test_where_a_folder_cannot_be_made_the_host_cannot(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(HostCannot, match="cannot be opened") as caught:
+    with pytest.raises(HostCannot, match=r"cannot be written: .*; nothing was changed") as caught:
         SqliteStore(tmp_path / "file" / "below" / "store.db", machines=MACHINES)
-    assert (caught.value.exit_code, caught.value.hint) == (9, "see qmpsnap doctor")
+    assert (caught.value.exit_code, caught.value.hint) == (9, f"look at the rights of {tmp_path} and what is in it")
+
+
+# --- one that can only be read ---------------------------------------------------------------------------------------
+
+
+def refused(number: int) -> HostCannot:
+    """As opening it for writing has failed."""
+    error = HostCannot("the store cannot be written")
+    error.__cause__ = sqlite3.OperationalError("said by SQLite")
+    error.__cause__.sqlite_errorcode = number
+    return error
+
+
+def test_a_store_is_read_as_its_file_has_it_only_where_that_is_all(path: Path) -> None:
+    full = refused(sqlite3.SQLITE_IOERR)
+    with SqliteStore(path, machines=MACHINES) as store:
+        defined(store, "web", layer("vda-1"))
+        assert path.with_name("store.db-wal").stat().st_size
+        assert schema.readable(path, full) is None, "what was changed last stands in the -wal file alone"
+    reading = schema.readable(path, full)
+    assert reading
+    with closing(reading):
+        assert reading.execute("SELECT name FROM machine").fetchall() == [("web",)]
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            reading.execute("DELETE FROM machine")
+    assert schema.readable(path, refused(sqlite3.SQLITE_BUSY)) is None, "others work with it"
+
+
+def test_an_older_store_is_not_read_without_its_migrations(old: Path) -> None:
+    assert schema.readable(old, refused(sqlite3.SQLITE_FULL)) is None
 
 
 # --- no space -------------------------------------------------------------------------------------------------------

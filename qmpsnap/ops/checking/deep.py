@@ -1,5 +1,7 @@
 """What only reading everything can tell: every image's tables, every state file's content."""
 
+from typing import Literal
+
 from anyio import to_thread
 
 from qmpsnap.block import verify
@@ -13,7 +15,12 @@ from qmpsnap.ops import keys
 from qmpsnap.ops.checking.facts import Facts
 from qmpsnap.ops.context import Context
 
-_CODES: dict[Verdict, str] = {"damaged": "image-damaged", "leaks": "image-leaks", "in use": "image-in-use"}
+_CODES: dict[Verdict | Literal["unread"], str] = {
+    "damaged": "image-damaged",
+    "leaks": "image-leaks",
+    "in use": "image-in-use",
+    "unread": "image-unread",
+}
 
 
 async def look(context: Context, at: Facts) -> list[Finding]:
@@ -22,9 +29,9 @@ async def look(context: Context, at: Facts) -> list[Finding]:
     for snapshot in at.record.snapshots:
         state = snapshot.vmstate
         if state and at.states[state.path] is None and (wrong := await to_thread.run_sync(_digest, state)):
-            text = f"snapshot {snapshot.name}: {wrong}"
-            name = at.record.machine.name
-            found.append(Finding(code="state-file-damaged", machine=name, text=text, file=state.path))
+            code, said = wrong
+            text = f"snapshot {snapshot.name}: {said}"
+            found.append(Finding(code=code, machine=at.record.machine.name, text=text, file=state.path))
     return found
 
 
@@ -36,11 +43,12 @@ def _layers(context: Context, at: Facts) -> list[Layer]:
 
 
 async def _image(context: Context, at: Facts, layer: Layer) -> Finding | None:
+    verdict: Verdict | Literal["unread"]
     try:
         async with keys.for_layer(context, at.record.machine, layer) as key:
             verdict, said = await verify.check(layer, qemu_img=context.image.binary, key=key)
-    except (HostCannot, DeadlinePassed) as error:
-        verdict, said = "damaged", error.message
+    except (HostCannot, DeadlinePassed) as error:  # which says nothing of the image
+        verdict, said = "unread", error.message
     if verdict == "whole":
         return None
     return Finding(
@@ -53,9 +61,12 @@ async def _image(context: Context, at: Facts, layer: Layer) -> Finding | None:
     )
 
 
-def _digest(state: Vmstate) -> str | None:
+def _digest(state: Vmstate) -> tuple[str, str] | None:
+    """What is wrong with a state file, as (code, sentence)."""
     try:
         with statefile.verified(state):
             return None
-    except (StoreMismatch, HostCannot) as error:
-        return error.message.removesuffix("; nothing was loaded")
+    except StoreMismatch as error:
+        return "state-file-damaged", error.message.removesuffix("; nothing was loaded")
+    except HostCannot as error:
+        return "state-file-unread", error.message

@@ -1,5 +1,7 @@
 """Files out of the way, and never gone: each in a folder of its own, with a note of where it was and why it went."""
 
+import contextlib
+import errno
 import json
 import os
 import time
@@ -32,35 +34,56 @@ def move(home: Home, finding: Finding, entry: Entry) -> Moved:
 
     Raises:
         StoreMismatch: another file has that name by now; it was not touched.
-        HostCannot: the quarantine folder lies on another file system, or there is no right or space.
+        HostCannot: it lies on another file system than store and machines, or there is no right or space.
     """
+    for place in home.quarantines:
+        try:
+            return _move(place, finding, entry)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise HostCannot(f"{entry.path} cannot be moved to {place}: {error.strerror}") from error
+    raise HostCannot(
+        f"{entry.path} lies on another file system than {' and '.join(map(str, home.quarantines))}, so it would have to"
+        " be copied: move it away yourself"
+    )
+
+
+def _move(place: Path, finding: Finding, entry: Entry) -> Moved:
     old = Path(entry.path)
     moment = time.time()
+    note = {
+        "path": entry.path,
+        "code": finding.code,
+        "found": finding.text,
+        "moved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment)),
+        "device": entry.device,
+        "inode": entry.inode,
+    }
+    folder = _folder(place / finding.machine, moment, old.name)
     try:
-        folder = _folder(home.quarantine / finding.machine, moment, old.name)
-        note = {
-            "path": entry.path,
-            "code": finding.code,
-            "found": finding.text,
-            "moved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment)),
-            "device": entry.device,
-            "inode": entry.inode,
-        }
         descriptor = os.open(folder / NOTE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(json.dumps(note, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        found = old.lstat()
-        if (found.st_dev, found.st_ino) != (entry.device, entry.inode):
-            raise StoreMismatch(f"{old} is another file by now; it was not touched")
-        new = folder / "file"
-        old.rename(new)
-        for place in (folder, folder.parent, old.parent):
-            _sync(place)
-    except OSError as error:
-        raise HostCannot(f"{old} cannot be moved to {home.quarantine}: {error.strerror}") from error
-    return Moved(entry.path, str(new))
+        _require_same(old, entry)
+        old.rename(folder / "file")
+    except BaseException:
+        # A note of what was not moved would be untrue.
+        (folder / NOTE).unlink(missing_ok=True)
+        for empty in (folder, *folder.parents[:2]):
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+        raise
+    for changed in (folder, folder.parent, old.parent):
+        _sync(changed)
+    return Moved(entry.path, str(folder / "file"))
+
+
+def _require_same(path: Path, entry: Entry) -> None:
+    found = path.lstat()
+    if (found.st_dev, found.st_ino) != (entry.device, entry.inode):
+        raise StoreMismatch(f"{path} is another file by now; it was not touched")
 
 
 def _folder(parent: Path, moment: float, name: str) -> Path:

@@ -13,7 +13,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import LayerId, layer_id
+from qmpsnap.model.names import SERIAL, LayerId, is_text, layer_id
 from qmpsnap.model.spec import Format
 from qmpsnap.ops.older import LAYER_FILE
 from qmpsnap.ops.rebuilding.plan import Image, State
@@ -33,7 +33,11 @@ class Finder:
         self.problems: list[str] = []
 
     def images(self, machines: Sequence[Machine]) -> list[Image]:
-        """The images of these machines and all that they read; what reads something that is not there is left out."""
+        """The images of these machines and all that they read; what reads something that is not there is left out.
+
+        Raises:
+            HostCannot: a machine's folder cannot be read.
+        """
         for machine in machines:
             for place in self._records.places(machine.name):
                 if place.layer:
@@ -59,7 +63,9 @@ class Finder:
             except (StoreMismatch, HostCannot) as error:
                 self.problems.append(error.message)
                 continue
-            if manifest.hardware.uuid == machine.uuid:
+            if not re.fullmatch(SERIAL, str(manifest.operation)):
+                self.problems.append(f"{header.printable(path)} names an operation that none can be")
+            elif manifest.hardware.uuid == machine.uuid:
                 self._last = max(self._last, manifest.operation)
                 written = Path(path).stat().st_mtime
                 said = (manifest.operation, manifest.snapshot, manifest.created, manifest.points, written)
@@ -68,7 +74,7 @@ class Finder:
 
     def variables(self, machine: Machine) -> dict[int, str]:
         """Copies of the machine's UEFI variable store, by the number of the operation that made each."""
-        named = ((re.fullmatch(r".*/vars-(\d+)\.fd", path), path) for path in self._files(machine))
+        named = ((re.fullmatch(rf".*/vars-({SERIAL})\.fd", path), path) for path in self._files(machine))
         found = {int(name[1]): path for name, path in named if name}
         self._last = max(self._last, *found, 0)
         return found
@@ -80,7 +86,17 @@ class Finder:
 
     def _files(self, machine: Machine) -> list[str]:
         folder = self._home.machine_dir(machine.name)
-        return sorted(f"{folder}/{name}" for name in os.listdir(folder)) if folder.is_dir() else []  # noqa: PTH208
+        try:
+            names = os.listdir(folder)  # noqa: PTH208 - as text
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise HostCannot(
+                f"{folder} cannot be read: {error.strerror}; nothing was changed",
+                hint="give this user the right to read it and what is in it",
+                machine=machine.name,
+            ) from error
+        return sorted(f"{folder}/{name}" for name in names if is_text(name))  # no store could keep another
 
     def _noted(self, machine: Machine, layer: Layer) -> None:
         disk = layer.id.rpartition("-")[0]

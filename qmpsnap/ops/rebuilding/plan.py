@@ -11,12 +11,12 @@ from msgspec import Struct
 
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.names import SERIAL, LayerId, OperationId
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point, Snapshot, SnapshotKind
 from qmpsnap.model.vmstate import Vmstate
 
-_TAG = re.compile(r"qs-(\d+)-")
+_TAG = re.compile(rf"qs-({SERIAL})-")
 """What our own tags begin with: the number of the operation that made them."""
 
 TEXT = "found on disk when the store was made again"

@@ -1,0 +1,42 @@
+"""Why one of our files could not be written, and what to do about it: asked once it has failed."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+LEAST = 64 << 10
+"""Bytes that must be free for small files: SQLite wants 32 KiB before it reads a store that others may write to."""
+
+
+class Reason(NamedTuple):
+    """The end of a sentence, and what to do."""
+
+    what: str
+    remedy: str
+
+
+def reason(place: Path, error: Exception) -> Reason:
+    """What keeps us from writing in a folder, or in the nearest above it that there is.
+
+    Args:
+        place: the folder.
+        error: what was said when it failed; told where nothing better is found.
+    """
+    folder = next((part for part in (place, *place.parents) if part.is_dir()), Path("/"))
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return Reason(_said(error), f"look at {folder} and its file system")
+    if status.f_flag & os.ST_RDONLY:
+        return Reason("its file system is mounted read-only", f"find out why (see dmesg), then mount {folder} writable")
+    if status.f_bavail * status.f_frsize < LEAST:
+        return Reason("the disk is full", f"make room in {folder}")
+    if status.f_files and not status.f_favail:
+        return Reason("the disk has no room for another file", f"remove files that nobody needs from {folder}'s disk")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Reason("this user may not write there", f"give this user the right to write to {folder}, and its files")
+    return Reason(_said(error), f"look at the rights of {folder} and what is in it")
+
+
+def _said(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
