@@ -247,11 +247,20 @@ async def settle(job: MirrorJob, monitor: Monitor | None) -> None:
 
 async def tidy(job: MirrorJob) -> None:
     """See that a finished copy, closed by now, is on the disk; remove what nobody needs; end the operation."""
-    plan = job.step
-    if plan.mode == "finish" and not plan.nbd:
-        await place.make_durable(plan.target.path, job.identity)
-    await merge.remove_files(plan.removed)
+    await write_out(job)
+    await merge.remove_files(job.step.removed)
     await blocking(lambda: job.context.store.mark(job.operation, "settled", step=steps.SETTLED))
+
+
+async def write_out(job: MirrorJob) -> None:
+    """See that a finished copy is on the disk.
+
+    Raises:
+        StoreMismatch: another file has its name.
+        HostCannot: it is not there, or the disk fails.
+    """
+    if job.step.mode == "finish" and not job.step.nbd:
+        await place.make_durable(job.step.target.path, job.identity)
 
 
 def part_of(job: MirrorJob) -> str:

@@ -3,6 +3,7 @@
 from msgspec.structs import replace
 
 from qmpsnap.block import place
+from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model import steps
 from qmpsnap.model.operation import MirrorPlan
 from qmpsnap.ops import copying, finalize, merge
@@ -44,7 +45,12 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
             if monitor and not forward:
                 await merge.close_nodes(monitor, (plan.target,))
     if forward:
-        await copying.tidy(job)
+        try:
+            await copying.write_out(job)
+        except (StoreMismatch, HostCannot) as error:  # a finished copy is the user's, who may have taken it away
+            await broken.mark_settled(error=f"the copy was finished, and {error.message}")
+        else:
+            await copying.tidy(job)
         return "forward"
     await _remove_made(job, phase=phase.name)
     await broken.mark_failed()
