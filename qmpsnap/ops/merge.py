@@ -54,7 +54,8 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
         below = next((node_name(lower) for lower in step.chain if layer and lower.id == layer.backing), None)
         if layer and layer.owned and found and found.below != below:
             # QEMU 7.2 must not be asked how it is open: with a stream that is not dismissed that question ends it.
-            await _reopen(monitor, self.machine, step, layer, below=below, read_only=not found.active)
+            read_only = not found.active and layer != step.into  # which the job keeps open for writing from 10.0 on
+            await _reopen(monitor, self.machine, step, layer, below=below, read_only=read_only)
         await self.require_chain(monitor, step.chain, known=step.chain)
 
 
