@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph, header, tagtable
 from qmpsnap.block.graph import DiskGraph
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StoreMismatch
+from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.machine import agent, statefile, worker
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import AGENT_SOCKET
@@ -178,11 +178,14 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
     known = frozenset(layer for chain in at.chains for layer in chain.ids)
     status = await commands.query_status(qemu)
     listening = not at.machine.adopted and await commands.agent_listens(qemu)
+    jobs = await commands.query_jobs(qemu)
+    if any(job.type == "stream" and job.status == "concluded" for job in jobs):
+        raise StateError("a stream that is over is not dismissed: QEMU 7.2 would end if it was asked for its nodes")
     return Asked(
         status=status.status,
         nodes=await commands.query_nodes(qemu),
         disks=graph.by_disk(await graph.read(qemu), known),
-        jobs=await commands.query_jobs(qemu),
+        jobs=jobs,
         agent=listening,
         frozen=await freeze_state(context, at.machine) if listening and status.running else None,
     )
