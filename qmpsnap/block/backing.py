@@ -42,6 +42,29 @@ async def set_backing(
         os.close(descriptor)
 
 
+async def require_backing(layer: Layer, backing: Layer | None) -> None:
+    """Make sure that the header of ``layer``, which a QEMU may have open, names ``backing``.
+
+    Raises:
+        StoreMismatch: it does not, or the file is another one than recorded.
+        HostCannot: it cannot be read.
+    """
+    await to_thread.run_sync(_require_backing, layer, backing)
+
+
+def _require_backing(layer: Layer, backing: Layer | None) -> None:
+    descriptor = _opened(layer)
+    try:
+        found, _ = _named(descriptor, layer)
+    finally:
+        os.close(descriptor)
+    if found != (backing.path if backing else None):
+        raise StoreMismatch(
+            f"the header of {printable(layer.path)} names {printable(found) if found else 'nothing'} as its backing,"
+            f" where {printable(backing.path) if backing else 'nothing'} is needed"
+        )
+
+
 def _opened(layer: Layer) -> int:
     try:
         return os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -52,6 +75,10 @@ def _opened(layer: Layer) -> int:
 def _backing_of(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
     """What the header says, once that is on the disk."""
     os.fsync(descriptor)
+    return _named(descriptor, layer)
+
+
+def _named(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
     found: Header = header.inspect(descriptor, path=layer.path, format=layer.format)
     if (found.device, found.inode) != (layer.device, layer.inode):
         raise StoreMismatch(f"{printable(layer.path)} is another file than the one recorded; it was not touched")

@@ -47,6 +47,20 @@ class BlockJob(Struct, frozen=True, kw_only=True):
         """How the journal words a phase of it; ``running``: a guest runs, and we may have stopped its vCPUs."""
         raise NotImplementedError
 
+    @property
+    def moves_guest(self) -> bool:
+        """Whether the guest writes to another layer once it has taken effect."""
+        raise NotImplementedError
+
+    async def take_back(self, monitor: Monitor) -> None:
+        """Make QEMU's chain what it was, of a job that failed when it was finalized.
+
+        Raises:
+            StoreMismatch: it is not.
+            QmpError: QEMU refuses.
+        """
+        raise NotImplementedError
+
     async def mark(self, phase: str, *, running: bool = False) -> None:
         """Make durable that it is in this phase from now on."""
         words = self.words(phase, running=running)

@@ -77,7 +77,7 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
         async with _monitor(context, machine) as qemu:
             at = await facts.gather(context, name, qemu=qemu, own=True)
             first = judge(at)
-            if at.record.open and not at.older and not at.silent:
+            if at.record.open and not at.older and (qemu or not at.silent):
                 try:
                     await recover.end_open(context, machine, qemu)
                 except QmpsnapError as error:

@@ -71,6 +71,15 @@ class MirrorJob(BlockJob, frozen=True, kw_only=True):
         """As :attr:`Phase.words`."""
         return Phase(phase, self.identity, running).words
 
+    @property
+    def moves_guest(self) -> bool:
+        """Whether it is a pivot."""
+        return self.step.mode == "pivot"
+
+    async def take_back(self, monitor: Monitor) -> None:
+        """Nothing: QEMU replaces the layer as a whole or not at all."""
+        await self.require_chain(monitor, self.step.chain, known=(*self.step.chain, self.step.target))
+
 
 def expected(plan: MirrorPlan) -> tuple[Layer, ...]:
     """The chain after a pivot."""
@@ -193,16 +202,11 @@ async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo) -> None:
         info, held = await _pending(job, monitor)
     if not held:
         await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
-    with anyio.CancelScope(shield=True):  # past this point there is only forward, and it takes milliseconds
-        try:
-            with anyio.fail_after(finalize.FINALIZE_DEADLINE):
-                pending = info.status == "pending"
-                await finalize.go_over(job, monitor, pending=pending, settle=lambda: settle(job, monitor), held=held)
-                await jobs.dismiss(monitor, job.id)
-                await merge.close_nodes(monitor, gone(job.step))
-        finally:
-            if held:
-                await commands.control(monitor, "cont")
+    # Past this point there is only forward, and it takes milliseconds.
+    with finalize.in_time(job, shield=True):
+        await finalize.go_over(job, monitor, settle=lambda: settle(job, monitor), held=held)
+        await jobs.dismiss(monitor, job.id)
+        await merge.close_nodes(monitor, gone(job.step))
     job.report(replace(info, status="concluded"))
 
 
@@ -215,11 +219,11 @@ async def _pending(job: MirrorJob, monitor: Monitor) -> tuple[JobInfo, bool]:
         await job.mark(steps.STARTED, running=True)
         await commands.control(monitor, "stop")
     try:
-        with anyio.fail_after(finalize.FINALIZE_DEADLINE):
+        with finalize.in_time(job):
             return await jobs.follow(monitor, job.id, "pending", report=job.report), running
     except BaseException:
         if running:
-            with anyio.move_on_after(5, shield=True):
+            with anyio.CancelScope(shield=True):
                 await commands.control(monitor, "cont")
         raise
 
@@ -243,11 +247,20 @@ async def settle(job: MirrorJob, monitor: Monitor | None) -> None:
 
 async def tidy(job: MirrorJob) -> None:
     """See that a finished copy, closed by now, is on the disk; remove what nobody needs; end the operation."""
-    plan = job.step
-    if plan.mode == "finish" and not plan.nbd:
-        await place.make_durable(plan.target.path, job.identity)
-    await merge.remove_files(plan.removed)
+    await write_out(job)
+    await merge.remove_files(job.step.removed)
     await blocking(lambda: job.context.store.mark(job.operation, "settled", step=steps.SETTLED))
+
+
+async def write_out(job: MirrorJob) -> None:
+    """See that a finished copy is on the disk.
+
+    Raises:
+        StoreMismatch: another file has its name.
+        HostCannot: it is not there, or the disk fails.
+    """
+    if job.step.mode == "finish" and not job.step.nbd:
+        await place.make_durable(job.step.target.path, job.identity)
 
 
 def part_of(job: MirrorJob) -> str:

@@ -1,9 +1,16 @@
-"""The moment from which a block job's result is the truth: the guest held still for it, the record made in it."""
+"""The moment from which a block job's result is the truth: the guest held still for it, the record made in it.
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+A job can fail in it, too; where it is a header that could not be written, QEMU has changed its chain by then. That is
+taken back, as the header is what the next QEMU goes by.
+"""
 
-from qmpsnap.errors import QmpError
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import anyio
+from msgspec import Struct
+
+from qmpsnap.errors import DeadlinePassed, OperationPending, QemuGone, QmpError, QmpsnapError
 from qmpsnap.model import steps
 from qmpsnap.ops.blockjob import BlockJob
 from qmpsnap.ops.context import guarded
@@ -12,6 +19,34 @@ from qmpsnap.qmp.session import Monitor
 
 FINALIZE_DEADLINE = 60.0
 """Seconds from finalize to the settled store; the guest's vCPUs are stopped for a few milliseconds of it."""
+
+
+class NotFinalized(QmpError):
+    """A job failed at its end: QEMU's chain is as before, and the journal says ``started`` again."""
+
+
+class Hold(Struct):
+    """A guest that is held; ``known``: which side of the job is the truth, so that writing to it is not in vain."""
+
+    known: bool = True
+
+
+@contextmanager
+def in_time(job: BlockJob, *, shield: bool = False) -> Iterator[None]:
+    """Give the block :data:`FINALIZE_DEADLINE` seconds.
+
+    Raises:
+        DeadlinePassed: it took longer.
+    """
+    with anyio.move_on_after(FINALIZE_DEADLINE, shield=shield) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise DeadlinePassed(
+            f"job {job.id} did not come to its end within {FINALIZE_DEADLINE:g} s",
+            hint=f"qmpsnap recover {job.machine.name} finds out and ends it",
+            effect="unknown",
+            machine=job.machine.name,
+        )
 
 
 @asynccontextmanager
@@ -31,36 +66,99 @@ async def watched(job: BlockJob, monitor: Monitor) -> AsyncIterator[None]:
         yield
 
 
+@asynccontextmanager
+async def going_on(job: BlockJob, monitor: Monitor | None, *, when: bool) -> AsyncIterator[Hold]:
+    """After the block, however it ends, the guest that we may have stopped runs.
+
+    But not while it would write to another layer than the one that counts should QEMU end: then it waits for recovery.
+    """
+    hold = Hold()
+    try:
+        yield hold
+    finally:
+        if monitor and when and (hold.known or not job.moves_guest):
+            with anyio.CancelScope(shield=True):  # QEMU's answers have deadlines of their own
+                if not (await commands.query_status(monitor)).running:
+                    await commands.control(monitor, "cont")
+
+
+async def runs(job: BlockJob, monitor: Monitor | None, *, before: bool) -> bool:
+    """Whether a guest is to run after recovery: it runs, or ran ``before`` somebody stopped it for this job."""
+    if monitor is None or not job.step.live:
+        return False
+    return before or (await commands.query_status(monitor)).running
+
+
 async def go_over(
-    job: BlockJob, monitor: Monitor, *, pending: bool, settle: Callable[[], Awaitable[None]], held: bool = False
+    job: BlockJob, monitor: Monitor, *, settle: Callable[[], Awaitable[None]], held: bool = False
 ) -> None:
     """Stop the vCPUs, mark ``finalizing``, finalize, settle, and let the vCPUs go on.
 
     Args:
         job: the job.
         monitor: the QEMU that it runs in.
-        pending: it waits for ``job-finalize``.
         settle: verifies what has become of the graph and records it.
         held: the guest ran, and was stopped by us already.
 
     Raises:
-        QmpError: the job cannot be finalized; the graph is as before, and the journal says ``started`` again.
+        QmpsnapError: see :func:`make_true`.
     """
     running = job.step.live and (held or (await commands.query_status(monitor)).running)
-    # Also where nothing runs: `stop` writes every node's cached tables out. A commit into a middle layer and a stream
-    # come to `pending` without that, and a QEMU killed now would take what they moved with it.
-    await commands.control(monitor, "stop")
-    try:
+    async with going_on(job, monitor, when=running) as hold:
+        # Also where nothing runs: `stop` writes every node's cached tables out. A commit into a middle layer and a
+        # stream come to `pending` without that, and a QEMU killed now would take what they moved with it.
+        await commands.control(monitor, "stop")
         await job.mark(steps.FINALIZING, running=running)
-        if pending:
-            try:
-                await jobs.finalize(monitor, job.id)
-            except QmpError:
-                # The graph is as before and the guest stands still: what it wrote to so far is the truth again.
-                await job.mark(steps.STARTED, running=running)
-                raise
-        await commands.control(monitor, "stop")  # now the headers that finalize has changed
-        await settle()
-    finally:
-        if running:
-            await commands.control(monitor, "cont")
+        await make_true(job, monitor, hold, running=running, settle=settle)
+
+
+async def make_true(
+    job: BlockJob, monitor: Monitor, hold: Hold, *, running: bool, settle: Callable[[], Awaitable[None]]
+) -> None:
+    """Go on from a durable ``finalizing``: finalize what waits for it, and settle what has become of it.
+
+    Args:
+        job: the job.
+        monitor: the QEMU that it runs in.
+        hold: from :func:`going_on`.
+        running: the guest ran before it was stopped.
+        settle: verifies what has become of the graph and records it.
+
+    Raises:
+        NotFinalized: the job failed; nothing of it has taken effect.
+        OperationPending: it failed, and it is not certain that nothing has.
+    """
+    hold.known = False
+    try:
+        if info := await jobs.find(monitor, job.id):
+            # Concluded may be failed, too: an earlier process may have heard of it, or died before.
+            await (jobs.finalize(monitor, job.id) if info.status == "pending" else _concluded(job, monitor))
+    except QmpError as error:
+        await _give_up(job, monitor, error, running=running)
+        hold.known = True
+        raise NotFinalized(error.message, effect=error.effect, qmp_class=error.qmp_class) from error
+    hold.known = True
+    await commands.control(monitor, "stop")  # now the headers that finalize has changed
+    await settle()
+
+
+async def _concluded(job: BlockJob, monitor: Monitor) -> None:
+    await jobs.follow(monitor, job.id, "concluded")
+
+
+async def _give_up(job: BlockJob, monitor: Monitor, why: QmpError, *, running: bool) -> None:
+    """What counted until now counts again, in QEMU and in the journal, before a guest writes to it."""
+    try:
+        await job.take_back(monitor)
+        await job.mark(steps.STARTED, running=running)
+    except QemuGone:
+        raise
+    except QmpsnapError as error:
+        name = job.machine.name
+        raise OperationPending(
+            f"{why.message}; the chain cannot be made what it was: {error.message}",
+            hint=f"put that right, then: qmpsnap recover {name}; or end its QEMU first (qmpsnap stop {name}): both"
+            " sides are equal, and without QEMU the headers are put right",
+            effect="unknown",
+            machine=name,
+        ) from error

@@ -7,15 +7,15 @@ with the change, in one SQL transaction -> vCPUs go on -> job dismissed, nodes c
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-import anyio
 from anyio import lowlevel, to_thread
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
-from qmpsnap.block.backing import set_backing
+from qmpsnap.block.backing import require_backing, set_backing
 from qmpsnap.block.image import remove
-from qmpsnap.errors import QmpError, StoreMismatch
+from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
 from qmpsnap.model import steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
@@ -40,6 +40,23 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
     def words(self, phase: str, *, running: bool = False) -> str:
         """As :func:`steps.of_job`."""
         return steps.of_job(self.number, phase, running=running)
+
+    @property
+    def moves_guest(self) -> bool:
+        """Whether it is a commit of the active layer."""
+        return self.step.kind == "commit" and self.step.top.id == self.step.chain[-1].id
+
+    async def take_back(self, monitor: Monitor) -> None:
+        """Give the layer whose header could not be written its old backing again, which reads the same."""
+        step = self.step
+        layer = step.into if step.kind == "stream" else _above(step)
+        found = await _place(monitor, step, layer) if layer else None
+        below = next((node_name(lower) for lower in step.chain if layer and lower.id == layer.backing), None)
+        if layer and layer.owned and found and found.below != below:
+            # QEMU 7.2 must not be asked how it is open: with a stream that is not dismissed that question ends it.
+            read_only = not found.active and layer != step.into  # which the job keeps open for writing from 10.0 on
+            await _reopen(monitor, self.machine, step, layer, below=below, read_only=read_only)
+        await self.require_chain(monitor, step.chain, known=step.chain)
 
 
 async def run(
@@ -96,10 +113,9 @@ async def _go_over(job: MergeJob, monitor: Monitor, info: JobInfo) -> JobInfo:
         info = await jobs.follow(monitor, job.id, "pending", report=job.report)
     await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
     # Past this point there is only forward, and it takes milliseconds.
-    with anyio.fail_after(finalize.FINALIZE_DEADLINE, shield=True):
-        pending = info.status == "pending"
+    with finalize.in_time(job, shield=True):
         await require_flushed(monitor, job.machine, job.step)
-        await finalize.go_over(job, monitor, pending=pending, settle=lambda: settle(job, monitor))
+        await finalize.go_over(job, monitor, settle=lambda: settle(job, monitor))
         await jobs.dismiss(monitor, job.id)
         await close_gone(monitor, job.step)
         await freeze_again(monitor, job.machine, job.step)
@@ -107,23 +123,43 @@ async def _go_over(job: MergeJob, monitor: Monitor, info: JobInfo) -> JobInfo:
 
 
 async def settle(job: MergeJob, monitor: Monitor) -> None:
-    """Verify that the graph says what the change says, make the other headers say it, then record it.
+    """Verify that graph and header say what the change says, make the other headers say it, then record it.
 
     Raises:
         StoreMismatch: the graph does not; the operation stays open.
+        OperationPending: the header does not, which QEMU has open.
     """
     step = job.step
     gone = _gone(step)
     await job.require_chain(monitor, (layer for layer in step.chain if layer not in gone), known=step.chain)
+    await _require_header(job)
     await _rewrite(job, [(layer, step.into) for layer in step.rebased])
     await job.record(step.change)
+
+
+async def _require_header(job: MergeJob) -> None:
+    """The next QEMU goes by the header: layers that it names must not go."""
+    step = job.step
+    layer, backing = (step.into, step.base) if step.kind == "stream" else (_above(step), step.into)
+    if layer is None:
+        return
+    try:
+        await require_backing(layer, backing)
+    except StoreMismatch as error:
+        name = job.machine.name
+        raise OperationPending(
+            error.message,
+            hint=f"qmpsnap stop {name}, then: qmpsnap recover {name}; without QEMU the header is put right",
+            effect="unknown",
+            machine=name,
+        ) from error
 
 
 async def settle_without_qemu(job: MergeJob) -> None:
     """QEMU died between finalize and our record: both sides were equal, so the result is made true in the headers."""
     step = job.step
-    above = [layer for layer in step.chain if layer.backing == step.top.id]
     if step.kind == "commit":
+        above = [layer] if (layer := _above(step)) else []
         await _rewrite(job, [(layer, step.into) for layer in (*above, *step.rebased)])
     else:
         await _rewrite(job, [(step.into, step.base)])
@@ -191,14 +227,8 @@ async def require_flushed(monitor: Monitor, machine: Machine, step: Merge) -> No
     Raises:
         QmpError: it cannot be written out; what it has taken over must not count.
     """
-    name = node_name(step.into)
-    found = graph.by_disk(await graph.read(monitor), frozenset(layer.id for layer in step.chain)).get(step.disk)
-    if not step.into.owned or found is None or name not in found.nodes:
-        return
-    place = found.nodes.index(name)
-    below = NodeName(found.nodes[place - 1]) if place else None
-    options = layer_options(step.into, machine.require_disk(step.disk), backing=below, read_only=False)
-    await commands.blockdev_reopen(monitor, options | {"file": f"{name}.file"})
+    if step.into.owned and (found := await _place(monitor, step, step.into)):
+        await _reopen(monitor, machine, step, step.into, below=found.below, read_only=False)
 
 
 async def freeze_again(monitor: Monitor, machine: Machine, step: Merge) -> None:
@@ -206,16 +236,35 @@ async def freeze_again(monitor: Monitor, machine: Machine, step: Merge) -> None:
 
     QEMU leaves it writable when a commit of the active layer is cancelled and, from 10.0 on, after a stream.
     """
-    name = node_name(step.into)
+    found = await _place(monitor, step, step.into)
+    if found is None or found.active:
+        return
+    if all(node.ro for node in await commands.query_nodes(monitor) if node.node_name == node_name(step.into)):
+        return
+    await _reopen(monitor, machine, step, step.into, below=found.below, read_only=True)
+
+
+class _Place(NamedTuple):
+    """Where a layer is in QEMU's chain: the node below it, None at the bottom; on top it is the active one."""
+
+    below: NodeName | None
+    active: bool
+
+
+async def _place(monitor: Monitor, step: Merge, layer: Layer) -> _Place | None:
+    """None where it is not in the chain."""
     found = graph.by_disk(await graph.read(monitor), frozenset(layer.id for layer in step.chain)).get(step.disk)
-    if found is None or name not in found.nodes[:-1]:
-        return
-    if all(node.ro for node in await commands.query_nodes(monitor) if node.node_name == name):
-        return
-    place = found.nodes.index(name)
-    below = NodeName(found.nodes[place - 1]) if place else None
-    options = layer_options(step.into, machine.require_disk(step.disk), backing=below, read_only=True)
-    await commands.blockdev_reopen(monitor, options | {"file": f"{name}.file"})
+    if found is None or node_name(layer) not in found.nodes:
+        return None
+    at = found.nodes.index(node_name(layer))
+    return _Place(NodeName(found.nodes[at - 1]) if at else None, at == len(found.nodes) - 1)
+
+
+async def _reopen(
+    monitor: Monitor, machine: Machine, step: Merge, layer: Layer, *, below: NodeName | None, read_only: bool
+) -> None:
+    options = layer_options(layer, machine.require_disk(step.disk), backing=below, read_only=read_only)
+    await commands.blockdev_reopen(monitor, options | {"file": f"{node_name(layer)}.file"})
 
 
 def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> tuple[str, dict[str, object]]:
@@ -241,6 +290,11 @@ def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> t
         base=node_name(step.base) if step.base else None,
         base_path=step.base.path if step.base else None,
     )
+
+
+def _above(step: Merge) -> Layer | None:
+    """The layer in the job's chain whose backing a commit replaces; None where the active layer is committed."""
+    return next((layer for layer in step.chain if layer.backing == step.top.id), None)
 
 
 def _gone(step: Merge) -> tuple[Layer, ...]:

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Final
 
 from anyio import to_thread
+from msgspec.structs import replace
 
 from qmpsnap.model import steps
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
-from qmpsnap.ops import merge
+from qmpsnap.ops import finalize, merge
 from qmpsnap.ops.blockjob import qemu_of
 from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.context import blocking
 from qmpsnap.ops.merge import MergeJob
-from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp import jobs
 from qmpsnap.qmp.session import Monitor
 
 CLOCK_STEP: Final = 0.1
@@ -48,11 +49,13 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
         )
         async with qemu_of(job, qemu) as monitor:
             refused = phase == steps.STARTED and await _never_began(broken, job, monitor)
-            try:
-                took = await _end_job(broken, job, monitor, phase=phase)
-            finally:  # also where its job is left to its work
-                if monitor and step.live and was_running and not (await commands.query_status(monitor)).running:
-                    await commands.control(monitor, "cont")
+            running = await finalize.runs(job, monitor, before=was_running)
+            async with finalize.going_on(job, monitor, when=running) as hold:  # also where its job is left to its work
+                try:
+                    took = await _end_job(broken, job, monitor, hold, phase=phase, running=running)
+                except finalize.NotFinalized as error:
+                    took, broken = False, replace(broken, error=error.message)
+                    await _let_go(job, monitor)
         if not took:
             # A commit that may have written has overwritten what its snapshots held: they stay marked.
             overwritten = any(isinstance(other, Merge) and other.kind == "commit" for other in plan.steps)
@@ -87,15 +90,23 @@ def _unwritten(path: str, since: float) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_mtime < since - CLOCK_STEP
 
 
-async def _end_job(broken: Broken, job: MergeJob, monitor: Monitor | None, *, phase: str) -> bool:
+async def _let_go(job: MergeJob, monitor: Monitor | None) -> None:
+    """End a job, where it still is, so that the chain is as before."""
+    if monitor is not None:
+        await jobs.cancel(monitor, job.id)
+        await merge.freeze_again(monitor, job.machine, job.step)
+
+
+async def _end_job(
+    broken: Broken, job: MergeJob, monitor: Monitor | None, hold: finalize.Hold, *, phase: str, running: bool
+) -> bool:
     """Bring one step's job to one of its two ends; True when it took effect."""
     info = await jobs.find(monitor, job.id) if monitor else None
     if phase == steps.STARTED:
         if monitor is None or info is None:
             return False
         if info.status == "concluded" or broken.unfinished == "cancel":
-            await jobs.cancel(monitor, job.id)
-            await merge.freeze_again(monitor, job.machine, job.step)
+            await _let_go(job, monitor)
             return False
         if broken.unfinished == "refuse":
             raise broken.still_works(info.status)
@@ -107,9 +118,7 @@ async def _end_job(broken: Broken, job: MergeJob, monitor: Monitor | None, *, ph
         if monitor is None:
             await merge.settle_without_qemu(job)
             return True
-        if info is not None and info.status == "pending":
-            await jobs.finalize(monitor, job.id)
-        await merge.settle(job, monitor)
+        await finalize.make_true(job, monitor, hold, running=running, settle=lambda: merge.settle(job, monitor))
     if monitor is not None:
         await jobs.dismiss(monitor, job.id)
         await merge.close_gone(monitor, job.step)

@@ -1,13 +1,16 @@
 """Ending a broken mirror: until ``finalizing`` the old active layer is the truth, from then on the copy is good."""
 
+from msgspec.structs import replace
+
 from qmpsnap.block import place
+from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model import steps
 from qmpsnap.model.operation import MirrorPlan
-from qmpsnap.ops import copying, merge
+from qmpsnap.ops import copying, finalize, merge
 from qmpsnap.ops.blockjob import qemu_of
 from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.copying import MirrorJob, Phase
-from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp import jobs
 from qmpsnap.qmp.session import Monitor
 
 
@@ -31,22 +34,32 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
         report=broken.report,
     )
     async with qemu_of(job, qemu) as monitor:
-        try:
-            forward = await _end_job(broken, job, monitor, phase=phase.name)
+        running = await finalize.runs(job, monitor, before=phase.running)
+        async with finalize.going_on(job, monitor, when=running) as hold:  # also where its job is left to its work
+            try:
+                forward = await _end_job(broken, job, monitor, hold, phase=phase.name, running=running)
+            except finalize.NotFinalized as error:
+                forward, broken = False, replace(broken, error=error.message)
+                if monitor:
+                    await jobs.cancel(monitor, job.id)
             if monitor and not forward:
                 await merge.close_nodes(monitor, (plan.target,))
-        finally:  # also where its job is left to its work
-            if monitor and plan.live and phase.running and not (await commands.query_status(monitor)).running:
-                await commands.control(monitor, "cont")
     if forward:
-        await copying.tidy(job)
+        try:
+            await copying.write_out(job)
+        except (StoreMismatch, HostCannot) as error:  # a finished copy is the user's, who may have taken it away
+            await broken.mark_settled(error=f"the copy was finished, and {error.message}")
+        else:
+            await copying.tidy(job)
         return "forward"
     await _remove_made(job, phase=phase.name)
     await broken.mark_failed()
     return "back"
 
 
-async def _end_job(broken: Broken, job: MirrorJob, monitor: Monitor | None, *, phase: str) -> bool:
+async def _end_job(
+    broken: Broken, job: MirrorJob, monitor: Monitor | None, hold: finalize.Hold, *, phase: str, running: bool
+) -> bool:
     """Bring the job to one of its two ends; True when the copy is made."""
     info = await jobs.find(monitor, job.id) if monitor else None
     if phase in (steps.PLANNED, steps.MADE):
@@ -64,9 +77,10 @@ async def _end_job(broken: Broken, job: MirrorJob, monitor: Monitor | None, *, p
         await copying.carry_on(job, monitor)
         return True
     if phase == steps.FINALIZING:
-        if monitor and info and info.status == "pending":
-            await jobs.finalize(monitor, job.id)
-        await copying.settle(job, monitor)
+        if monitor is None:
+            await copying.settle(job, None)
+            return True
+        await finalize.make_true(job, monitor, hold, running=running, settle=lambda: copying.settle(job, monitor))
     if monitor is not None:
         await jobs.dismiss(monitor, job.id)
         await merge.close_nodes(monitor, copying.gone(job.step))

@@ -8,7 +8,7 @@ it only forward is left.
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
@@ -25,13 +25,13 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import LoadPlan, Operation, RevertPlan
+from qmpsnap.model.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops import asked, keys, power, quiesce, recover, revert_inside, situation, space, wake
 from qmpsnap.ops.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.loading import Loading, require_same_hardware
-from qmpsnap.ops.overlays import make_overlays, require_free
+from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
 from qmpsnap.ops.revert_plan import RevertRequest, plan, points, target_of
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.switch import all_empty, switch
@@ -120,17 +120,24 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
             ``StateError`` when a job holds a disk, and the families of lock, host, QEMU and deadline. With ``effect``
             ``applied`` the machine stands at the snapshot but could not be started.
     """
+    on_top: tuple[Layer, ...] = ()
+    if not await _may_load(context, name, request.name) and await revert_inside.busy(context, name, request.name):
+        async with working(context, name, "snapshot revert") as work:
+            await _require_possible(context, work, request)
+        on_top = await revert_inside.freeze(context, name, request.name)
     try:
         return await _run(context, name, request)
     except QmpsnapError as error:
         if error.effect == "applied":
             error.hint = f"the machine stands at {request.name} and is stopped: qmpsnap start {name}"
+        elif on_top and error.effect == "none":
+            new = ", ".join(layer.id for layer in on_top)
+            error.add(f"only {new} stays, put on top for it, without a name: the guest writes there")
+            error.effect = "applied"
         raise
 
 
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
-    if not await _may_load(context, name, request.name):
-        await revert_inside.freeze(context, name, request.name)
     async with working(context, name, "snapshot revert") as work:
         at = await situation.look(context, work)
         target = target_of(at, request.name)
@@ -157,13 +164,32 @@ async def _load(context: Context, work: Work, at: Situation, target: Snapshot, r
     return Reverted(snapshot=target, kept=kept, removed=(), state="paused" if paused else "running", memory=True)
 
 
-async def _switch(context: Context, work: Work, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
-    # The guest ends only for layers that it can be started on again.
+async def _require_possible(context: Context, work: Work, request: RevertRequest) -> None:
+    """Refuse what would be refused later, before a layer is put on top for it."""
+    at = await situation.look(context, work)
+    target = target_of(at, request.name)
+    await _examine(context, work, at, target)
+    mode = await asked.mode_of(work.qemu)
+    serial, folder = OperationId(0), str(context.home.machine_dir(work.machine.name))
+    planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+    busy = revert_inside.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
+    chains = [at.live[disk] for disk in busy]
+    tops = [Overlay(disk=one.disk, layer=overlay_on(one, serial, folder), backing=one.active) for one in chains]
+    goes_on = Need(folder, space.LEFT, "the guest that goes on")
+    _require_space(context, work.machine, planned, [*space.of_overlays(work.machine, tops), goes_on])
+
+
+async def _examine(context: Context, work: Work, at: Situation, target: Snapshot) -> None:
+    """The guest ends only for layers that it can be started on again."""
     await require_same_hardware(context, work.machine, target)
     await to_thread.run_sync(power.require_files, work.machine, points(at, target))
     await to_thread.run_sync(_require_kept, work.machine, target)
-    revert_inside.require_frozen(at, target)
     await keys.require(context, work.machine, at.live.values())
+
+
+async def _switch(context: Context, work: Work, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
+    await _examine(context, work, at, target)
+    revert_inside.require_frozen(at, target)
     async with _memory(target, request) as loading:
         operation = await _open(context, work, at, request)
         async with recover.attempting(context, work.machine, work.qemu, operation):
@@ -192,12 +218,15 @@ async def _open(context: Context, work: Work, at: Situation, request: RevertRequ
     def make(serial: OperationId) -> RevertPlan:
         planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
         require_free(one.layer.path for one in planned.new)
-        space.require(
-            _needs(work.machine, planned, context.home), machine=work.machine.name, hint="free some space there"
-        )
+        _require_space(context, work.machine, planned)
         return planned
 
     return await blocking(context.store.open_operation, work.machine.name, make)
+
+
+def _require_space(context: Context, machine: Machine, planned: RevertPlan, also: Iterable[Need] = ()) -> None:
+    needs = [*_needs(machine, planned, context.home), *also]
+    space.require(needs, machine=machine.name, hint="free some space there")
 
 
 def _needs(machine: Machine, planned: RevertPlan, home: Home) -> list[Need]:

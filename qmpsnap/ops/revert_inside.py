@@ -13,10 +13,10 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
 from qmpsnap.model import steps
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import JobId, OperationId
+from qmpsnap.model.names import JobId, LayerId, OperationId
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot
@@ -190,15 +190,24 @@ async def _carry_out(context: Context, qemu: Monitor, operation: Operation) -> S
 # --- taken out into a new layer ---------------------------------------------------------------------------------------
 
 
-async def freeze(context: Context, name: str, target: str) -> None:
-    """Put a layer on top of the one a running guest writes to, where the snapshot is inside that: it is read first."""
+def inner(snapshot: Snapshot, active: Mapping[str, LayerId]) -> tuple[str, ...]:
+    """The disks whose active layer has the snapshot inside."""
+    return tuple(point.disk for point in snapshot.points if point.tag and active.get(point.disk) == point.layer)
+
+
+async def busy(context: Context, name: str, target: str) -> tuple[str, ...]:
+    """The disks where a running guest writes to the layer that the snapshot is inside of, as far as can be said now."""
     machine = await blocking(context.store.machine, name)
     snapshot = next((s for s in await blocking(context.store.snapshots, name) if s.name == target), None)
     if snapshot is None or snapshot.state == "consumed" or not context.process(machine):
-        return
-    active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, name)}
-    if busy := tuple(p.disk for p in snapshot.points if p.tag and active.get(p.disk) == p.layer):
-        await create.add_layers(context, name, CreateRequest(disks=busy))
+        return ()
+    return inner(snapshot, {chain.disk: chain.active.id for chain in await blocking(context.store.chains, name)})
+
+
+async def freeze(context: Context, name: str, target: str) -> tuple[Layer, ...]:
+    """Put a layer on top of each of those, as they are read first; returns them."""
+    disks = await busy(context, name, target)
+    return await create.add_layers(context, name, CreateRequest(disks=disks)) if disks else ()
 
 
 def require_frozen(at: Situation, snapshot: Snapshot) -> None:

@@ -204,3 +204,15 @@ def test_json_of_the_command_line_is_json(capsys: pytest.CaptureFixture[str], ho
     del home
     assert main(["check", "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"schema": "qmpsnap/1", "machines": [], "left_out": []}
+
+
+async def test_a_look_costs_no_guest_whose_stream_is_over(q: qmpsnap.Controller) -> None:
+    """QEMU 7.2 ends when it is asked for its nodes before such a job is dismissed."""
+    vm = await grown(q, "s1")
+    await die_at(("qmpsnap.qmp.jobs", "finalize", "after", 1), "stream", "still", "vda", "--progress", "none")
+    assert [(job.type, job.status) for job in await vm.jobs()] == [("stream", "concluded")]
+    assert (await vm.check()).findings
+    assert await vm.is_running()
+    assert (await vm.check(repair=True)).findings == ()
+    assert await vm.is_running()
+    assert (await vm.chains())[0].ids == ("vda-2",)

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.block import tags
 from qmpsnap.cli.main import main
-from qmpsnap.errors import HostCannot, NameTaken, QmpError, StateError
+from qmpsnap.errors import HostCannot, NameTaken, QmpError, QmpsnapError, StateError
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
-from qmpsnap.ops import tagging
+from qmpsnap.ops import revert, tagging
+from qmpsnap.ops.space import Need
 from tests.live.crash import die_at, kill_qemu
 from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants, user_monitor
 from tests.live.test_full import COUNT, count, counted, require_a_whole_disk, say
@@ -177,6 +180,43 @@ async def test_disks_alone(q: qmpsnap.Controller, qcow2_spec: MachineSpec, *, ru
     forest = context_of(vm).store.forest()
     assert all(tags_in(vm, layer) == [] for layer in forest.layers)
     await hold_invariants(vm)
+
+
+@pytest.mark.parametrize("why", ["no room", "a file is another", "something comes in between"])
+async def test_a_refused_revert_puts_nothing_on_top_or_says_so(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start(paused=True)
+    await vm.snapshot("inside", kind="internal", memory=False)
+    needs = revert._needs
+    before, active = [chain.ids for chain in await vm.chains()], Path((await vm.chains())[0].active.path)
+    if why == "no room":
+        huge = Need(str(active.parent), 1 << 60, "a copy")
+        monkeypatch.setattr(revert, "_needs", lambda *given: [*needs(*given), huge])
+    elif why == "a file is another":
+        active.rename(active.with_suffix(".mine"))
+        active.write_bytes(active.with_suffix(".mine").read_bytes())
+    else:
+        monkeypatch.setattr(revert, "_require_kept", partial(_refuse, iter([False, True])))
+    with pytest.raises(QmpsnapError, match="nothing was") as refused:
+        await vm.revert("inside")
+    monkeypatch.setattr(revert, "_needs", needs)
+    if why == "something comes in between":
+        assert (refused.value.effect, refused.value.hint) == ("applied", "")
+        tops = ", ".join(chain.active.id for chain in await vm.chains())
+        assert f"only {tops} stays, put on top for it" in refused.value.message
+    else:
+        assert refused.value.effect == "none"
+        assert [chain.ids for chain in await vm.chains()] == before
+    if why == "a file is another":
+        active.with_suffix(".mine").rename(active)
+    await hold_invariants(vm)
+
+
+def _refuse(answers: Iterator[bool], *_: object) -> None:
+    if next(answers):
+        raise StateError("somebody was here; nothing was changed")
 
 
 async def test_a_mixed_tree_keeps_every_invariant(q: qmpsnap.Controller, qcow2_spec: MachineSpec) -> None:

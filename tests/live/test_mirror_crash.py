@@ -11,7 +11,8 @@ import qmpsnap
 from qmpsnap.errors import QmpsnapError, StateError
 from qmpsnap.model.names import LayerId
 from qmpsnap.qmp.commands import JobInfo
-from tests.live.machine import active_hash, content_hash, grown_and_stopped, hold_invariants
+from tests.live.crash import STORE, die_at
+from tests.live.machine import active_hash, content_hash, context_of, grown_and_stopped, hold_invariants
 
 
 @pytest.mark.parametrize("form", ["pivot", "finish"])
@@ -67,3 +68,32 @@ async def test_qemu_ends_while_it_copies(q: qmpsnap.Controller, place: Path) -> 
     assert list(place.iterdir()) == []
     await hold_invariants(vm, hashes)
     assert await content_hash(vm, LayerId("vda-3")) == now
+
+
+@pytest.mark.parametrize("then", ["moved", "removed", "another", "a link"])
+async def test_whoever_takes_a_finished_copy_away_locks_no_machine(
+    q: qmpsnap.Controller, place: Path, then: str
+) -> None:
+    vm, hashes, now = await grown_and_stopped(q)
+    await vm.start(paused=True)
+    copy = place / "copy"
+    # Its marks are `made`, `started` and `finalizing`.
+    point = (STORE, "SqliteStore.mark", "after", 3)
+    await die_at(point, "mirror", "still", "vda", str(copy), "--finish", "--progress", "none")
+    copy.rename(place / "mine")
+    if then == "removed":
+        (place / "mine").unlink()
+    elif then == "another":
+        copy.write_bytes(b"mine")
+    elif then == "a link":
+        copy.symlink_to(place / "mine")
+    assert await vm.recover()
+    assert await vm.recover() == []
+    ended = context_of(vm).store.operations("still")[-1]
+    assert (ended.verb, ended.state) == ("mirror", "settled")
+    assert ended.error
+    assert str(copy) in ended.error
+    if then == "another":
+        assert copy.read_bytes() == b"mine"
+    await vm.snapshot("after")
+    await hold_invariants(vm, hashes | {("after", "vda"): now})

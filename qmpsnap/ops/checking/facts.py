@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph, header, tagtable
 from qmpsnap.block.graph import DiskGraph
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StoreMismatch
+from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.machine import adopted, agent, statefile, worker
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import AGENT_SOCKET
@@ -190,12 +190,15 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
     known = frozenset(layer for chain in at.chains for layer in chain.ids)
     status = await commands.query_status(qemu)
     listening = not at.machine.adopted and await commands.agent_listens(qemu)
+    jobs = await commands.query_jobs(qemu)
+    if any(job.type == "stream" and job.status == "concluded" for job in jobs):
+        raise StateError("a stream that is over is not dismissed: QEMU 7.2 would end if it was asked for its nodes")
     nodes = await commands.query_nodes(qemu)
     return Asked(
         status=status.status,
         nodes=nodes,
         disks=graph.by_disk(await graph.read(qemu), known),
-        jobs=await commands.query_jobs(qemu),
+        jobs=jobs,
         files=await to_thread.run_sync(_opened, context.process(at.machine), nodes),
         agent=listening,
         frozen=await freeze_state(context, at.machine) if listening and status.running else None,
