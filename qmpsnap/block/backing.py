@@ -49,7 +49,7 @@ async def require_backing(layer: Layer, backing: Layer | None) -> None:
         StoreMismatch: it does not, or the file is another one than recorded.
         HostCannot: it cannot be read.
     """
-    await to_thread.run_sync(_require_backing, layer, backing)
+    await to_end(_require_backing, layer, backing)
 
 
 def _require_backing(layer: Layer, backing: Layer | None) -> None:

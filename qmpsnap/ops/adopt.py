@@ -33,6 +33,7 @@ from qmpsnap.ops.define import DiskSource
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor, Session
+from qmpsnap.threads import to_end
 
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 """What a QEMU without ``-uuid`` answers."""
@@ -166,7 +167,7 @@ async def run(context: Context, name: str, socket: Path) -> Adopted:
             return await _adopt(context, name, socket)
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await to_thread.run_sync(forget_places, context.home, name)
+                await to_end(forget_places, context.home, name)
             raise
 
 

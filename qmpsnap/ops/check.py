@@ -19,6 +19,7 @@ from qmpsnap.ops.checking.quarantine import Moved
 from qmpsnap.ops.checking.repair import Repairs, close_to_others, repair
 from qmpsnap.ops.context import Context, blocking, locked, require_own
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 
 class Checked(Struct, frozen=True, kw_only=True):
@@ -102,7 +103,7 @@ async def _open_run_folder(context: Context, name: str) -> None:
     for entry in await to_thread.run_sync(facts.entries, context.home.run):
         if entry.path == str(context.home.run_dir(name)) and entry.is_open:
             with contextlib.suppress(QmpsnapError):
-                await to_thread.run_sync(close_to_others, entry)
+                await to_end(close_to_others, entry)
 
 
 @asynccontextmanager

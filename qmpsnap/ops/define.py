@@ -28,6 +28,7 @@ from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import keys, recover
 from qmpsnap.ops.context import Context, blocking, forget_places, locked, require_folder
 from qmpsnap.ops.overlays import identified, make_overlays, require_free
+from qmpsnap.threads import to_end
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
@@ -225,7 +226,7 @@ async def undo(context: Context, name: str) -> list[Operation]:
         await blocking(context.store.machine, name)
     async with locked(context, name, "recover"):
         ended = await end_earlier(context, name)
-        await to_thread.run_sync(forget_places, context.home, name)
+        await to_end(forget_places, context.home, name)
     return ended
 
 
@@ -246,7 +247,7 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
     assert isinstance(plan, DefinePlan)
     folder = context.home.machine_dir(plan.machine)
     require_folder(context.home, plan.machine)
-    await to_thread.run_sync(private.make_folder, folder)
+    await to_end(private.make_folder, folder)
     headers: dict[LayerId, Header] = {}
     assert plan.change.define
     disks = {active: plan.change.define.require_disk(name) for name, active in plan.change.active.items()}
@@ -257,7 +258,7 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
             )
     headers |= await make_overlays(context, plan.change.define, plan.overlays)
     if plan.variables and firmware_variables:
-        await to_thread.run_sync(_copy_variables, firmware_variables, plan.variables)
+        await to_end(_copy_variables, firmware_variables, plan.variables)
     await blocking(context.store.settle, operation.id, plan.machine, identified(plan.change, headers))
 
 

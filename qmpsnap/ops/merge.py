@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from anyio import lowlevel, to_thread
+from anyio import lowlevel
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
@@ -29,6 +29,7 @@ from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 
 class MergeJob(BlockJob, frozen=True, kw_only=True):
@@ -192,7 +193,7 @@ async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, 
         with contextlib.suppress(StoreMismatch):
             await remove(state.path, device=state.device, inode=state.inode)
     for path in removal.variables:
-        await to_thread.run_sync(tagging.forget_variables, path)
+        await to_end(tagging.forget_variables, path)
     for disk, layer, tag in removal.tags:
         await tagging.remove_tag(context, machine, qemu, disk=disk, layer=layer, tag=tag)
 

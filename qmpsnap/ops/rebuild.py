@@ -26,6 +26,7 @@ from qmpsnap.store import condition
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.records import FOLDER, Records
 from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.threads import to_end
 
 _FILES = ("", "-wal", "-shm")
 
@@ -88,7 +89,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         finder = Finder(home, records)
         images = await to_thread.run_sync(finder.images, machines)
         asked = [await _ask(home, machine) for machine in machines if machine.adopted is None]
-        return await to_thread.run_sync(_make, home, finder, machines, asked, images)
+        return await to_end(_make, home, finder, machines, asked, images)
 
 
 async def _ask(home: Home, machine: Machine) -> _Found:

@@ -16,6 +16,7 @@ from qmpsnap.ops.context import Context, blocking, forget_places
 from qmpsnap.ops.recover import remove_folder
 from qmpsnap.ops.tagging import forget_variables
 from qmpsnap.ops.work import working
+from qmpsnap.threads import to_end
 
 Fate = Literal["keep", "remove"]
 """What becomes of the images that only this machine used."""
@@ -67,14 +68,14 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         if disks == "remove":
             files = [file for file in files if await _remove(file)]
             for kept in variables:
-                await to_thread.run_sync(forget_variables, kept)
-            await to_thread.run_sync(remove_folder, context.home, name)
+                await to_end(forget_variables, kept)
+            await to_end(remove_folder, context.home, name)
         if told and hopeless:
             others = (await blocking(context.store.forest)).layers.values()
             told_of = {file.path for file in (*files, *others)}
             for operation, error in hopeless:
                 told(await to_thread.run_sync(_given_up, operation, error, told_of))
-        await to_thread.run_sync(forget_places, context.home, name)
+        await to_end(forget_places, context.home, name)
     return [file.path for file in files]
 
 

@@ -4,7 +4,6 @@ import os
 import stat
 from collections.abc import Sequence
 
-from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.block import verify
@@ -22,6 +21,7 @@ from qmpsnap.ops.checking.quarantine import Moved
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 
 class Repairs(Struct, frozen=True):
@@ -53,10 +53,10 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
             await blocking(context.store.describe, machine.name)
         case "unreferenced-file" | "part-left":
             entry = next(entry for entry in at.folder if entry.path == finding.file)
-            return await to_thread.run_sync(quarantine.move, context.home, finding, entry)
+            return await to_end(quarantine.move, context.home, finding, entry)
         case "mode-open":
             entry = next(entry for entry in at.private if entry.path == finding.file)
-            await to_thread.run_sync(close_to_others, entry)
+            await to_end(close_to_others, entry)
         case "image-leaks":
             layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
             async with keys.for_layer(context, machine, layer) as key:
