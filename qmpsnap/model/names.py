@@ -17,6 +17,8 @@ JobId = NewType("JobId", str)
 OperationId = NewType("OperationId", int)
 """An operation's number in the journal; its new layers carry the same number."""
 
+_TAG = re.compile(r"qs-(\d{1,15})-")
+
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}\Z")
 DISK_NAME = re.compile(r"[a-z][a-z0-9]{0,15}\Z")
 
@@ -82,3 +84,9 @@ def layer_id(disk: str, serial: int) -> LayerId:
 def job_id(operation: OperationId, disk: str) -> JobId:
     """The deterministic id of an operation's job on one disk, so that a later process finds it."""
     return JobId(f"qs.{operation}.{disk}")
+
+
+def tag_number(tag: str) -> OperationId | None:
+    """The number of the operation that made a tag inside an image; None when it is not of our form."""
+    found = _TAG.match(tag)
+    return OperationId(int(found[1])) if found else None

@@ -18,12 +18,14 @@ from tests.live.machine import (
     MIB,
     ONE_DISK,
     active_hash,
+    context_of,
     fill,
     grown,
     hold_invariants,
     snapshot_hashes,
     user_monitor,
 )
+from tests.live.test_mirror import make_image
 
 
 def at(home: Path) -> Home:
@@ -171,4 +173,101 @@ async def test_an_old_copy_of_the_store_is_noticed_and_replaced(home: Path) -> N
         vm = await q.machine("still")
         assert await active_hash(vm) == active
         assert [found.name for found in await vm.snapshots()] == ["found-1", "found-2"]
+        await hold_invariants(vm)
+
+
+async def test_an_image_of_the_users_that_a_disk_went_on_with_is_active_again(home: Path, place: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "s1")
+        await vm.stop(force=True)
+        make_image(vm, place / "mine")
+        await vm.mirror("vda", place / "mine", mode="pivot", reuse=True)
+        before, active = await snapshot_hashes(vm), await active_hash(vm)
+    lose(home)
+    assert (await rebuild.run(at(home), set_aside=False)).left_out == ()
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        layer = (await vm.chains())[0].active
+        assert (layer.path, layer.owned) == (str(place / "mine"), False)
+        assert await active_hash(vm) == active
+        assert list((await snapshot_hashes(vm)).values()) == list(before.values())
+        await hold_invariants(vm)
+
+
+def _damaged(image: Path) -> None:
+    with image.open("r+b") as file:
+        file.seek(72)
+        file.write(b"\xff" * 8)  # incompatible features that nobody knows
+
+
+@pytest.mark.parametrize("what", ["the folder is not there", "the header is broken", "what it reads is not there"])
+async def test_a_layer_below_the_active_one_never_takes_its_place(
+    home: Path, place: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "s1")
+        await vm.snapshot("s2", files={"vda": place / "mine"})
+        await vm.snapshot("s3", files={"vda": place / "top"} if what == "the folder is not there" else {})
+        await fill(vm, "vda", 5, offset=5 * MIB)
+        await vm.stop(force=True)
+        before, active = await snapshot_hashes(vm), await active_hash(vm)
+        top = Path((await vm.chains())[0].active.path)
+    saved = top.read_bytes()
+    if what == "the header is broken":
+        _damaged(top)
+    else:
+        place.rename(home / "away")
+    lose(home)
+    assert await anyio.to_thread.run_sync(lambda: main(["check", "--rebuild"])) == 7
+    said = capsys.readouterr().err
+    assert "still: left out: what disk vda stands at cannot be told" in said
+    assert f"{top} (or move on without it: " in said
+    async with qmpsnap.open() as q:
+        with pytest.raises(NotFoundError):
+            await q.machine("still")
+    if what == "the header is broken":
+        top.write_bytes(saved)
+    else:
+        (home / "away").rename(place)
+    assert await anyio.to_thread.run_sync(lambda: main(["check", "--rebuild", "--set-aside"])) == 0
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert await active_hash(vm) == active
+        assert sorted((await snapshot_hashes(vm)).values()) == sorted(before.values())
+        await hold_invariants(vm)
+
+
+async def test_what_was_removed_at_chosen_places_is_not_missed(home: Path, place: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(ONE_DISK)
+        await vm.start(paused=True)
+        await vm.snapshot("s1", files={"vda": place / "mine"})
+        await fill(vm, "vda", 1)
+        saved = await vm.save(place / "state")
+        await vm.commit("vda", consume=True)
+        await vm.delete_snapshots("s1", saved.name)
+        active = await active_hash(vm)
+    assert list(place.iterdir()) == []
+    place.rmdir()
+    lose(home)
+    done = await rebuild.run(at(home), set_aside=False)
+    assert ([made.name for made in done.machines], done.left_out) == (["still"], ())
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert await active_hash(vm) == active
+        await hold_invariants(vm)
+
+
+async def test_numbers_go_on_after_those_of_tags(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q)
+        for name in ("one", "two"):
+            await vm.snapshot(name, kind="internal")
+        await vm.stop(force=True)
+        serial = context_of(vm).store.next_serial()
+    lose(home)
+    await rebuild.run(at(home), set_aside=False)
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert context_of(vm).store.next_serial() >= serial
         await hold_invariants(vm)

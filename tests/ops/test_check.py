@@ -24,6 +24,7 @@ from qmpsnap.model.snapshot import Point
 from qmpsnap.ops import check, power
 from qmpsnap.ops.context import Context, opened
 from qmpsnap.store import lock
+from qmpsnap.store.records import FOLDER, Place, Records
 from tests.cli import seeded
 from tests.machine.test_statefile import MANIFEST
 
@@ -164,8 +165,7 @@ def above_the_active_elsewhere(context: Context) -> None:
     (place := context.home.data / "elsewhere").mkdir()
     img("create", "-q", "-f", "qcow2", "-u", "-b", image(context, "vda-5"), "-F", "qcow2", place / "mine", "64M")
     layer = replace(context.store.layer(LayerId("vda-5")), path=str(place / "mine"), id=LayerId("vda-9"))
-    apply(context, layers=(layer,))
-    apply(context, removed_layers=(layer.id,))
+    Records(context.home.data / FOLDER).add("web", [Place(layer=layer)])
 
 
 DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
