@@ -77,7 +77,7 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
         async with _monitor(context, machine) as qemu:
             at = await facts.gather(context, name, qemu=qemu, own=True)
             first = judge(at)
-            if at.record.open and not at.older and not at.silent:
+            if at.record.open and at.trusted and not at.silent:
                 try:
                     await recover.end_open(context, machine, qemu)
                 except QmpsnapError as error:
@@ -87,7 +87,7 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
         async with _monitor(context, machine) as qemu:
             at = await facts.gather(context, name, qemu=qemu, own=True)
             second = await _judge(context, at, deep=deep)
-            done = Repairs((), ()) if at.older else await repair(context, at, qemu, second)
+            done = await repair(context, at, qemu, second) if at.trusted else Repairs((), ())
             at = await facts.gather(context, name, qemu=qemu, own=True)
             left = await _judge(context, at, deep=deep)
     before = [*first, *(finding for finding in second if finding not in first)]

@@ -28,7 +28,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import LoadPlan, Operation, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import asked, keys, power, quiesce, recover, revert_inside, situation, space, wake
+from qmpsnap.ops import asked, keys, older, power, quiesce, recover, revert_inside, situation, space, wake
 from qmpsnap.ops.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.loading import Loading, require_same_hardware
 from qmpsnap.ops.overlays import make_overlays, require_free
@@ -130,8 +130,9 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
 
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
     if not await _may_load(context, name, request.name):
+        await older.require_none_lost(context, await blocking(context.store.machine, name))  # before a layer is made
         await revert_inside.freeze(context, name, request.name)
-    async with working(context, name, "snapshot revert") as work:
+    async with working(context, name, "snapshot revert", removes=True) as work:
         at = await situation.look(context, work)
         target = target_of(at, request.name)
         if work.qemu and revert_inside.in_place(target, at.live):

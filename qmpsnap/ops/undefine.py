@@ -34,7 +34,7 @@ async def run(context: Context, name: str, *, disks: Fate | None) -> list[str]:
     Raises:
         StateError: it runs, or something would be lost and ``disks`` is None.
     """
-    async with working(context, name, "undefine") as work:
+    async with working(context, name, "undefine", removes=disks == "remove") as work:
         # An adopted machine is given back as it runs; only what it has open must stay.
         if work.qemu and not (work.machine.adopted and disks != "remove"):
             raise StateError(

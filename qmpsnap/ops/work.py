@@ -22,7 +22,13 @@ class Work(Struct, frozen=True):
 
 @asynccontextmanager
 async def working(
-    context: Context, name: str, verb: str, *, unfinished: Unfinished = "refuse", report: Report = unreported
+    context: Context,
+    name: str,
+    verb: str,
+    *,
+    removes: bool = False,
+    unfinished: Unfinished = "refuse",
+    report: Report = unreported,
 ) -> AsyncIterator[Work]:
     """Lock the machine, end what an earlier operation left open, and reach its QEMU if it runs.
 
@@ -30,6 +36,7 @@ async def working(
         context: where.
         name: the machine.
         verb: what the lock is held for, as others will be told.
+        removes: the verb merges or removes layers, which others may read.
         unfinished: what to do with a job that still works for an earlier operation.
         report: told about the progress of such a job.
 
@@ -39,7 +46,7 @@ async def working(
         StoreMismatch: its folder was replaced.
         LockHeld: another controller works on it.
         OperationPending: an earlier operation is open and cannot be ended now.
-        StoreMismatch: the store is an old copy.
+        StoreMismatch: the store is an old copy, or lacks a machine and layers would go.
     """
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
@@ -47,6 +54,9 @@ async def working(
     async with locked(context, name, verb):
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
         await older.require_current(context, machine)
+        pending = await blocking(lambda: context.store.operations(name, only_open=True))
+        if removes or older.may_remove(pending):
+            await older.require_none_lost(context, machine)
         async with context.monitor(machine) as qemu:
             await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report)
             machine = await blocking(context.store.machine, name)

@@ -271,3 +271,83 @@ async def test_numbers_go_on_after_those_of_tags(home: Path) -> None:
         vm = await q.machine("still")
         assert context_of(vm).store.next_serial() >= serial
         await hold_invariants(vm)
+
+
+async def _cloned(q: qmpsnap.Controller, base: qmpsnap.MachineHandle) -> qmpsnap.MachineHandle:
+    (disk,) = ONE_DISK.disks
+    path = (await base.chains())[0].layers[0].layer.path
+    return await q.define(replace(ONE_DISK, name="clone", disks=(replace(disk, size=None, base=path),)))
+
+
+async def _refuses_to_merge(vm: qmpsnap.MachineHandle, snapshot: str, place: Path) -> None:
+    """Whatever could take a layer away from under a machine that the store has lost; the rest goes on."""
+    for verb in (
+        lambda: vm.delete_snapshots(snapshot),
+        lambda: vm.commit("vda", consume=True),
+        lambda: vm.stream("vda"),
+        lambda: vm.revert(snapshot, discard=True),
+        lambda: vm.mirror("vda", place / "copy", mode="pivot"),
+        vm.pop,
+        lambda: vm.undefine(disks="remove"),
+    ):
+        with pytest.raises(StoreMismatch, match=r"does not know clone.*nothing was changed") as caught:
+            await verb()
+        assert "check --rebuild --set-aside" in caught.value.hint
+    assert [(found.code, "clone" in found.text) for found in (await vm.check()).findings] == [("machine-lost", True)]
+    await vm.start(paused=True)
+    await vm.snapshot("more")
+    await vm.stop(force=True)
+
+
+async def test_what_a_machine_may_read_that_an_old_store_does_not_have_is_neither_merged_nor_removed(
+    home: Path, place: Path
+) -> None:
+    async with qmpsnap.open() as q:
+        await (await grown(q, "gold")).stop(force=True)
+    shutil.copy2(home / "qmpsnap.db", home / "backup")
+    async with qmpsnap.open() as q:
+        before = await active_hash(await _cloned(q, await q.machine("still")))
+    lose(home)
+    shutil.copy2(home / "backup", home / "qmpsnap.db")
+    async with qmpsnap.open() as q:
+        await _refuses_to_merge(await q.machine("still"), "gold", place)
+    assert (await rebuild.run(at(home), set_aside=True)).left_out == ()
+    async with qmpsnap.open() as q:
+        vm, clone = await q.machine("still"), await q.machine("clone")
+        await vm.delete_snapshots("found-1")
+        assert await active_hash(clone) == before
+        for machine in (vm, clone):
+            await hold_invariants(machine)
+
+
+async def test_nor_is_it_after_a_rebuild_that_left_the_machine_out(home: Path, place: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "gold")
+        await vm.stop(force=True)
+        clone = Path((await (await _cloned(q, vm)).chains())[0].active.path)
+    _damaged(clone)
+    lose(home)
+    assert [name for name, _ in (await rebuild.run(at(home), set_aside=False)).left_out] == ["clone", "(images)"]
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        await _refuses_to_merge(vm, "found-1", place)
+        (home / "records" / "clone.json").unlink()
+        await vm.delete_snapshots("found-1")
+        await hold_invariants(vm)
+
+
+async def test_a_tag_made_after_the_copy_tells_that_the_store_is_old(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        await (await grown(q)).stop(force=True)
+    shutil.copy2(home / "qmpsnap.db", home / "backup")
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        await vm.snapshot("inside", kind="internal", memory=False)
+        await hold_invariants(vm)
+    lose(home)
+    shutil.copy2(home / "backup", home / "qmpsnap.db")
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        with pytest.raises(StoreMismatch, match="has a tag with a number"):
+            await vm.start()
+        assert {finding.code for finding in (await vm.check()).findings} == {"store-older"}
