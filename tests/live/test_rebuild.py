@@ -351,3 +351,26 @@ async def test_a_tag_made_after_the_copy_tells_that_the_store_is_old(home: Path)
         with pytest.raises(StoreMismatch, match="has a tag with a number"):
             await vm.start()
         assert {finding.code for finding in (await vm.check()).findings} == {"store-older"}
+
+
+@pytest.mark.parametrize("name", ["clone", "zlone"])
+async def test_a_base_that_its_clone_has_noted_too_stays_a_layer_of_its_own_machine(
+    home: Path, place: Path, name: str
+) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(ONE_DISK)
+        await vm.snapshot("s1", files={"vda": place / "mine"})
+        await vm.snapshot("s2")
+        (disk,) = ONE_DISK.disks
+        base = replace(disk, size=None, base=str(place / "mine"))
+        clone = await q.define(replace(ONE_DISK, name=name, disks=(base,)), folders=[place])
+        context_of(clone).store.describe(name)  # as `check --repair` does
+        before = [view.ids for machine in (vm, clone) for view in await machine.chains()]
+    lose(home)
+    assert (await rebuild.run(at(home), set_aside=False)).left_out == ()
+    async with qmpsnap.open() as q:
+        machines = [await q.machine("still"), await q.machine(name)]
+        assert [view.ids for machine in machines for view in await machine.chains()] == before
+        assert [len(await machine.snapshots()) for machine in machines] == [2, 0]
+        for machine in machines:
+            await hold_invariants(machine)
