@@ -270,7 +270,7 @@ async def _claimed(path: Path) -> AsyncIterator[_Claim]:
     claim = _Claim.make(path)
     try:
         yield claim
-        await lowlevel.checkpoint_if_cancelled()  # who is cancelled never learns of the file: then there is none
+        await lowlevel.checkpoint()  # who is cancelled never learns of the file: then there is none
     except BaseException as error:
         problem = f"the disk did not answer within {_CLEANUP_TIMEOUT:g} seconds"
         # Bounded: a hung disk must not keep us; the thread then ends by itself.

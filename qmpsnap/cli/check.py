@@ -141,4 +141,4 @@ def _rebuild(arguments: argparse.Namespace) -> int:
         output.note(f"{name}: left out: {why}")
     if done.aside:
         output.note(f"the store that was there is kept as {done.aside}")
-    return 0
+    return StoreMismatch.exit_code if done.left_out else 0

@@ -30,6 +30,11 @@ KINDS: Final[dict[str, Kind]] = {
         "The store is an old copy: images on disk were made after what it knows, and writing by its record would"
         " damage them.",
     ),
+    "machine-lost": Kind(
+        "I4",
+        "The store is an old copy, or was made again without that machine: which layers it reads is not known, so none"
+        " is merged or removed.",
+    ),
     "record-missing": Kind(
         "I3",
         "The file that a lost store could be made again from is missing, or is another machine's.",

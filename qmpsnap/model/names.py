@@ -27,6 +27,8 @@ MAX_DESCRIPTION = 16 << 10
 SERIAL = r"[1-9][0-9]{0,17}"
 """An operation's number in a file's name; one with more digits none ever has, and no store could keep it."""
 
+_TAG = re.compile(rf"qs-({SERIAL})-")
+
 
 def is_text(name: str) -> bool:
     """Whether a name is UTF-8, as all that store and journal keep is; a file's name in Linux need not be."""
@@ -91,3 +93,9 @@ def layer_id(disk: str, serial: int) -> LayerId:
 def job_id(operation: OperationId, disk: str) -> JobId:
     """The deterministic id of an operation's job on one disk, so that a later process finds it."""
     return JobId(f"qs.{operation}.{disk}")
+
+
+def tag_number(tag: str) -> OperationId | None:
+    """The number of the operation that made a tag inside an image; None when it is not of our form."""
+    found = _TAG.match(tag)
+    return OperationId(int(found[1])) if found else None

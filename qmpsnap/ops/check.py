@@ -78,7 +78,7 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
         async with _monitor(context, machine) as qemu:
             at = await facts.gather(context, name, qemu=qemu, own=True)
             first = judge(at)
-            if at.record.open and not at.older and (qemu or not at.silent):
+            if at.record.open and at.trusted and (qemu or not at.silent):
                 try:
                     await recover.end_open(context, machine, qemu)
                 except QmpsnapError as error:
@@ -88,7 +88,7 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
         async with _monitor(context, machine) as qemu:
             at = await facts.gather(context, name, qemu=qemu, own=True)
             second = await _judge(context, at, deep=deep)
-            done = Repairs((), ()) if at.older else await repair(context, at, qemu, second)
+            done = await repair(context, at, qemu, second) if at.trusted else Repairs((), ())
             at = await facts.gather(context, name, qemu=qemu, own=True)
             left = await _judge(context, at, deep=deep)
     before = [*first, *(finding for finding in second if finding not in first)]

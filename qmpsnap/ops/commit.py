@@ -75,7 +75,7 @@ def _plan_commit(at: Situation, chain: Chain, request: CommitRequest) -> MergePl
 
 async def preview(context: Context, name: str, request: Request) -> tuple[MergePlan, tuple[str, dict[str, object]]]:
     """The plan that :func:`run` would follow now and the command that starts its job, without a change."""
-    async with working(context, name, "preview") as work:
+    async with working(context, name, "preview", removes=True) as work:
         _, made = await _plan(context, work, request)
         serial = OperationId(await blocking(context.store.next_serial))
         step = made.steps[0]
@@ -98,7 +98,7 @@ async def run(context: Context, name: str, request: Request, *, report: Report =
         QmpsnapError: see :func:`plan`; besides, the job's own failure, after which the chain is as before.
     """
     verb = "commit" if isinstance(request, CommitRequest) else "stream"
-    async with working(context, name, verb) as work:
+    async with working(context, name, verb, removes=True) as work:
         at, made = await _plan(context, work, request)
         require_space(at, made.steps, context.home.data)
         return await carry_out(context, work, lambda _: made, report=report)

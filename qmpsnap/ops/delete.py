@@ -95,7 +95,7 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
 
 async def preview(context: Context, name: str, request: DeleteRequest) -> DeletePlan:
     """The plan that :func:`run` would follow now, without a change."""
-    async with working(context, name, "preview") as work:
+    async with working(context, name, "preview", removes=True) as work:
         return plan(await look(context, work), request)
 
 
@@ -106,7 +106,7 @@ async def run(context: Context, name: str, request: DeleteRequest, *, report: Re
         NotFoundError: a snapshot is not there; nothing was deleted.
         QmpsnapError: a job failed: the snapshots are gone, their layers stay hidden until the next delete.
     """
-    async with working(context, name, "snapshot delete") as work:
+    async with working(context, name, "snapshot delete", removes=not request.metadata) as work:
         at = await look(context, work)
         made = plan(at, request)
         require_space(at, made.plan.steps, context.home.data)

@@ -165,7 +165,7 @@ async def preview(
     context: Context, name: str, request: MirrorRequest
 ) -> tuple[MirrorPlan, list[tuple[str, dict[str, object]]]]:
     """The plan that :func:`run` would follow now and the commands that start its job, without a change."""
-    async with working(context, name, "preview") as work:
+    async with working(context, name, "preview", removes=request.mode == "pivot") as work:
         at, found = await _survey(context, work, request)
         serial = OperationId(await blocking(context.store.next_serial))
         made = plan(at, at.live[request.disk], request, serial=serial, found=found)
@@ -189,7 +189,7 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         StateError: something is at the target, or it is somebody's image already.
         HostCannot: not enough space, or no NBD server there.
     """
-    async with working(context, name, "mirror") as work:
+    async with working(context, name, "mirror", removes=request.mode == "pivot") as work:
         at, found = await _survey(context, work, request)
         chain = at.live[request.disk]
         made = plan(at, chain, request, serial=OperationId(0), found=found)

@@ -1,8 +1,10 @@
-"""Noticing that the store is an old copy, before anything is started or written by its record.
+"""Noticing that the store is an old copy, or lacks a machine, before anything is started or written by its record.
 
 Every layer's number is above those of the layers it was made on. So what an old store does not know about bears a
 higher number than the layer it believes to be active, and reads a layer that the store knows. Only such files are
-looked at: mostly none, and then this costs one look at the folder.
+looked at: mostly none, and then this costs one look at the folder. A tag inside an image bears its operation's number.
+
+A machine that was written down and that the store does not have may read any layer, so none is merged or removed.
 """
 
 import os
@@ -12,13 +14,15 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.block import header
+from qmpsnap.block import header, tagtable
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import SERIAL, is_text
+from qmpsnap.model.names import SERIAL, is_text, tag_number
+from qmpsnap.model.operation import MergePlan, MirrorPlan, Operation, RevertPlan
 from qmpsnap.ops.context import Context, blocking
+from qmpsnap.store.records import FOLDER
 
 LAYER_FILE = re.compile(rf"([a-z][a-z0-9]{{0,15}})-({SERIAL})\.(qcow2|raw)")
 """The name of a layer's file in its machine's folder."""
@@ -46,10 +50,35 @@ async def require_current(context: Context, machine: Machine) -> None:
         )
 
 
+async def require_none_lost(context: Context, machine: Machine) -> None:
+    """Refuse to merge or remove layers while nobody knows what a machine that the store has lost reads.
+
+    Raises:
+        StoreMismatch: there is one; nothing was changed.
+    """
+    if lost := await blocking(context.store.lost):
+        names = ", ".join(lost)
+        files = " ".join(f"{context.home.data / FOLDER}/{name}.json" for name in lost)
+        raise StoreMismatch(
+            f"the store does not know {names}, defined before, which may read layers of machine {machine.name}:"
+            " none can be merged or removed; nothing was changed",
+            hint="put the newer store back, or make one that knows it: qmpsnap check --rebuild --set-aside; take an"
+            f" adopted machine over again: qmpsnap adopt; if its images are gone for good: rm {files}",
+            machine=machine.name,
+        )
+
+
+def may_remove(pending: Sequence[Operation]) -> bool:
+    """Whether ending these operations may merge or remove layers."""
+    return any(isinstance(operation.plan, MergePlan | MirrorPlan | RevertPlan) for operation in pending)
+
+
 def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | None:
     """Why the store must be an old copy; None when nothing says so."""
     active = {chain.active.path for chain in chains}
     newest = {chain.disk: _number(chain.active.id) for chain in chains}
+    if (tagged := _tagged_later(context, chains)) is not None:
+        return tagged
     unknown = [path for path in _candidates(context, machine.name, newest) if context.store.layer_at(path) is None]
     if not unknown:
         return None
@@ -71,6 +100,18 @@ def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | N
             layer = number is not None or path in settled
             if backing in active or (layer and below and below.owned):
                 return f"{name} reads {printable(backing)}, and the store does not know it"
+    return None
+
+
+def _tagged_later(context: Context, chains: Sequence[Chain]) -> str | None:
+    """An active image of ours with a tag that the store has not given; others' images may bear another store's."""
+    for layer in (chain.active for chain in chains if chain.active.owned):
+        try:
+            numbers = [number for tag in tagtable.names(layer) or () if (number := tag_number(tag)) is not None]
+        except (ImageRefused, HostCannot):
+            continue
+        if numbers and max(numbers) >= context.store.next_serial():
+            return f"{printable(layer.path)} has a tag with a number that the store has not given yet"
     return None
 
 

@@ -20,7 +20,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, DefinePlan
 from qmpsnap.ops.context import this_host
 from qmpsnap.ops.rebuilding.images import Finder
-from qmpsnap.ops.rebuilding.plan import Image, Rebuilt, plan
+from qmpsnap.ops.rebuilding.plan import Image, Rebuilt, Unread, plan
 from qmpsnap.qmp import commands
 from qmpsnap.store import condition
 from qmpsnap.store.lock import machine_lock
@@ -113,8 +113,11 @@ def _make(
     planned: list[tuple[_Found, Rebuilt]] = []
     for at in found:
         copies = finder.variables(at.machine)
-        rebuilt = plan(at.machine, images, finder.states(at.machine), at.active, variables=copies)
-        if rebuilt.missing:
+        unread = finder.unread(images)
+        rebuilt = plan(at.machine, images, finder.states(at.machine), at.active, unread=unread, variables=copies)
+        if rebuilt.unread:
+            left_out.append((at.machine.name, _doubt(rebuilt.unread)))
+        elif rebuilt.missing:
             left_out.append((at.machine.name, f"no image of disk {', '.join(rebuilt.missing)} was found"))
         else:
             planned.append((at, rebuilt))
@@ -135,6 +138,16 @@ def _make(
     ]
     left_out += [("(images)", problem) for problem in finder.problems]
     return Rebuild(tuple(made), tuple(left_out), aside)
+
+
+def _doubt(unread: Sequence[Unread]) -> str:
+    """Why a machine is better left out: an older layer in the newest one's place is one that others read."""
+    files = "; ".join(f"{layer.path} (or move on without it: {layer.remedy})" for layer in unread)
+    disks = ", ".join(sorted({layer.disk for layer in unread}))
+    return (
+        f"what disk {disks} stands at cannot be told, as newer layers than those found cannot be read: make them"
+        f" readable, then qmpsnap check --rebuild --set-aside: {files}"
+    )
 
 
 def _notes(rebuilt: Rebuilt) -> tuple[str, ...]:

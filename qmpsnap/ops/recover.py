@@ -154,6 +154,8 @@ async def _end_define(broken: Broken, plan: DefinePlan) -> Direction:
     await remove_new([*plan.images, *plan.overlays])
     made = plan.variables is not None  # a file that was there before it was planned has prevented the plan
     await to_end(lambda: remove_folder(broken.context.home, plan.machine, variables=made))
+    if plan.change.define:
+        await blocking(broken.context.store.undescribe, plan.change.define)
     await broken.mark_failed()
     return "back"
 

@@ -122,7 +122,7 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
     """
     on_top: tuple[Layer, ...] = ()
     if not await _may_load(context, name, request.name) and await revert_inside.busy(context, name, request.name):
-        async with working(context, name, "snapshot revert") as work:
+        async with working(context, name, "snapshot revert", removes=True) as work:
             await _require_possible(context, work, request)
         on_top = await revert_inside.freeze(context, name, request.name)
     try:
@@ -138,7 +138,7 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
 
 
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
-    async with working(context, name, "snapshot revert") as work:
+    async with working(context, name, "snapshot revert", removes=True) as work:
         at = await situation.look(context, work)
         target = target_of(at, request.name)
         if work.qemu and revert_inside.in_place(target, at.live):

@@ -21,7 +21,7 @@ async def pop(context: Context, name: str, *, report: Report = unreported) -> Re
         StateError: there is no current snapshot, or it cannot be gone back to.
         QmpsnapError: see :func:`revert.run` and :func:`delete.run`.
     """
-    async with working(context, name, "snapshot pop") as work:
+    async with working(context, name, "snapshot pop", removes=True) as work:
         current = work.machine.current
     if current is None:
         raise StateError(

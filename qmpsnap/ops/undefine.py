@@ -50,7 +50,8 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
     def give_up(operation: Operation, error: QmpsnapError) -> None:
         hopeless.append((operation, error))
 
-    async with working(context, name, "undefine", given_up=give_up if disks == "keep" else None) as work:
+    giving_up = give_up if disks == "keep" else None
+    async with working(context, name, "undefine", removes=disks == "remove", given_up=giving_up) as work:
         # An adopted machine is given back as it runs; only what it has open must stay.
         if work.qemu and not (work.machine.adopted and disks != "remove"):
             raise StateError(

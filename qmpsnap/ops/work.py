@@ -27,6 +27,7 @@ async def working(
     name: str,
     verb: str,
     *,
+    removes: bool = False,
     unfinished: Unfinished = "refuse",
     report: Report = unreported,
     given_up: GivenUp | None = None,
@@ -37,6 +38,7 @@ async def working(
         context: where.
         name: the machine.
         verb: what the lock is held for, as others will be told.
+        removes: the verb merges or removes layers, which others may read.
         unfinished: what to do with a job that still works for an earlier operation.
         report: told about the progress of such a job.
         given_up: as for :func:`qmpsnap.ops.recover.end_open`.
@@ -47,7 +49,7 @@ async def working(
         StoreMismatch: its folder was replaced.
         LockHeld: another controller works on it.
         OperationPending: an earlier operation is open and cannot be ended now.
-        StoreMismatch: the store is an old copy.
+        StoreMismatch: the store is an old copy, or lacks a machine and layers would go.
     """
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
@@ -55,6 +57,9 @@ async def working(
     async with locked(context, name, verb):
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
         await older.require_current(context, machine)
+        pending = await blocking(lambda: context.store.operations(name, only_open=True))
+        if removes or older.may_remove(pending):
+            await older.require_none_lost(context, machine)
         async with context.monitor(machine) as qemu:
             await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report, given_up=given_up)
             machine = await blocking(context.store.machine, name)

@@ -24,10 +24,11 @@ FOLDER = "records"
 
 
 class Place(Struct, frozen=True, omit_defaults=True):
-    """An image, or the path of a state file, at a place of its own."""
+    """An image, or the path of a state file, at a place of its own; ``gone``: the store has it no more."""
 
     layer: Layer | None = None
     state: str | None = None
+    gone: bool = False
 
 
 class Records:
@@ -68,17 +69,18 @@ class Records:
             return
         with _translated(self._folder):
             private.make_folder(self._folder)
-            path = self._places(machine)
+            path = self.places_file(machine)
             fresh = not path.exists()
             _append(path, text)
             if fresh:
                 self._sync()
 
     def forget(self, machine: str) -> None:
-        """Remove what there is of a machine; it is forgotten already, so nothing depends on it."""
+        """Remove what there is of a machine, durably: what stays is taken for a machine that the store has lost."""
         with contextlib.suppress(OSError):
             self._machine(machine).unlink(missing_ok=True)
-            self._places(machine).unlink(missing_ok=True)
+            self.places_file(machine).unlink(missing_ok=True)
+            self._sync()
 
     def machines(self) -> tuple[Machine, ...]:
         """Every machine that was written down, by name.
@@ -101,7 +103,7 @@ class Records:
     def places(self, machine: str) -> tuple[Place, ...]:
         """What was noted of a machine, oldest first; a line that a crash has cut is left out."""
         try:
-            lines = self._places(machine).read_bytes().splitlines()
+            lines = self.places_file(machine).read_bytes().splitlines()
         except OSError:
             return ()
         found = []
@@ -110,11 +112,12 @@ class Records:
                 found.append(msgspec.json.decode(line, type=Place))
         return tuple(found)
 
+    def places_file(self, name: str) -> Path:
+        """Where a machine's places are written down."""
+        return self._folder / f"{name}.places"
+
     def _machine(self, name: str) -> Path:
         return self._folder / f"{name}.json"
-
-    def _places(self, name: str) -> Path:
-        return self._folder / f"{name}.places"
 
     def _read(self, path: Path) -> Machine | None:
         try:

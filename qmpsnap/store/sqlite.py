@@ -194,6 +194,8 @@ class SqliteStore:
             number = rows.machine_id(sql, machine)
             used = {identity for (identity,) in sql.execute(_USED, (number, number))}
             named = sql.execute(_NAMED, (number, number)).fetchall()
+            # Before it is recorded: a crash between leaves a description missing, not a machine that seems lost.
+            self._records.forget(machine)
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             for operation in journal.select(sql, machine, only_open=True):
                 journal.mark(sql, operation.id, "failed", error="given up: its machine was forgotten")
@@ -204,7 +206,6 @@ class SqliteStore:
                 gone += [self._layer(row) for row in found]
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
             sql.executemany(_HIDE, named)
-        self._records.forget(machine)
         return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
@@ -224,11 +225,23 @@ class SqliteStore:
         self._records.write(found)
         self._records.add(machine, self._elsewhere(Change(layers=layers, snapshots=self.snapshots(machine))))
 
+    def undescribe(self, machine: Machine) -> None:
+        if self._records.has(machine):
+            self._records.forget(machine.name)
+
     def remembers(self, name: str) -> bool:
         return any(machine.name == name for machine in self._records.machines())
 
+    def lost(self) -> tuple[str, ...]:
+        described = [machine.name for machine in self._records.machines()]
+        with self._reading() as sql:  # afterwards: a definition writes its description down while it is open
+            known = {name for (name,) in sql.execute("SELECT name FROM machine")}
+            known |= {name for name in described if journal.select(sql, name, only_open=True)}
+        return tuple(name for name in described if name not in known)
+
     def places(self, machine: str) -> tuple[str, ...]:
-        return tuple(place.layer.path for place in self._records.places(machine) if place.layer)
+        noted = {place.layer.id: place for place in self._records.places(machine) if place.layer}
+        return tuple(place.layer.path for place in noted.values() if place.layer and not place.gone)
 
     def is_sound(self) -> bool:
         """Whether SQLite finds nothing wrong; it looks through the whole file."""
@@ -310,8 +323,8 @@ class SqliteStore:
         if change.define:
             rows.insert_machine(sql, change.define)
             self._records.write(change.define)
-        self._records.add(machine, self._elsewhere(change))
         number = rows.machine_id(sql, machine)
+        self._records.add(machine, [*self._elsewhere(change), *self._gone(sql, number, change)])
         for layer in change.layers:
             self._put_layer(sql, layer)
         for position, (disk, active) in enumerate(change.active.items()):
@@ -334,12 +347,27 @@ class SqliteStore:
     def _elsewhere(self, change: Change) -> Iterator[Place]:
         """What of a change nobody would find again by looking into the machines' folder."""
         for layer in change.layers:
-            pool, path = self._place(layer.path)
-            if not layer.owned or pool != "machines" or Path(path).name != f"{layer.id}.{layer.format}":
+            if self._is_noted(layer):
                 yield Place(layer=layer)
         for snapshot in change.snapshots:
             if snapshot.vmstate and not snapshot.vmstate.path.startswith(f"{self._machines}/"):
                 yield Place(state=snapshot.vmstate.path)
+
+    def _gone(self, sql: sqlite3.Connection, machine: int, change: Change) -> Iterator[Place]:
+        """What of a change was noted once and is not missed from now on."""
+        for identity in change.removed_layers:
+            for row in sql.execute(f"SELECT {_LAYER} FROM layer WHERE id = ?", (identity,)):
+                if self._is_noted(layer := self._layer(row)):
+                    yield Place(layer=layer, gone=True)
+        for name in change.removed_snapshots:
+            found = sql.execute("SELECT vmstate FROM snapshot WHERE machine = ? AND name = ?", (machine, name))
+            for state in (self._vmstate(text) for (text,) in found):
+                if state and not state.path.startswith(f"{self._machines}/"):
+                    yield Place(state=state.path, gone=True)
+
+    def _is_noted(self, layer: Layer) -> bool:
+        pool, path = self._place(layer.path)
+        return not layer.owned or pool != "machines" or Path(path).name != f"{layer.id}.{layer.format}"
 
     def _chain(self, sql: sqlite3.Connection, active: str) -> tuple[Layer, ...]:
         found = sql.execute(

@@ -93,11 +93,21 @@ class Store(Protocol):
     def describe(self, machine: str) -> None:
         """Write that down again."""
 
+    def undescribe(self, machine: Machine) -> None:
+        """Remove what was written down of this very machine, whose definition did not settle."""
+
+    def lost(self) -> tuple[str, ...]:
+        """The machines that were written down and that this store does not know, by name; none that is being defined.
+
+        They may read any layer: which, nobody knows.
+        """
+
     def remembers(self, name: str) -> bool:
         """Whether a machine of that name was written down, which this store need not know."""
 
     def places(self, machine: str) -> tuple[str, ...]:
-        """Every place outside its folder, or under a name of its own, that a layer of the machine was ever settled at.
+        """Every place outside its folder, or under a name of its own, that a layer of the machine was settled at.
 
-        It is kept beside the store, so an old copy of the store does not make it older.
+        Those that were removed since are left out. It is kept beside the store, so an old copy of the store does not
+        make it older.
         """

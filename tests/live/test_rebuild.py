@@ -22,12 +22,14 @@ from tests.live.machine import (
     MIB,
     ONE_DISK,
     active_hash,
+    context_of,
     fill,
     grown,
     hold_invariants,
     snapshot_hashes,
     user_monitor,
 )
+from tests.live.test_mirror import make_image
 from tests.machine.test_statefile import MANIFEST
 
 NOBODY = 65534
@@ -234,3 +236,203 @@ async def test_an_old_copy_of_the_store_is_noticed_and_replaced(home: Path) -> N
         assert await active_hash(vm) == active
         assert [found.name for found in await vm.snapshots()] == ["found-1", "found-2"]
         await hold_invariants(vm)
+
+
+async def test_an_image_of_the_users_that_a_disk_went_on_with_is_active_again(home: Path, place: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "s1")
+        await vm.stop(force=True)
+        make_image(vm, place / "mine")
+        await vm.mirror("vda", place / "mine", mode="pivot", reuse=True)
+        before, active = await snapshot_hashes(vm), await active_hash(vm)
+    lose(home)
+    assert (await rebuild.run(at(home), set_aside=False)).left_out == ()
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        layer = (await vm.chains())[0].active
+        assert (layer.path, layer.owned) == (str(place / "mine"), False)
+        assert await active_hash(vm) == active
+        assert list((await snapshot_hashes(vm)).values()) == list(before.values())
+        await hold_invariants(vm)
+
+
+def _damaged(image: Path) -> None:
+    with image.open("r+b") as file:
+        file.seek(72)
+        file.write(b"\xff" * 8)  # incompatible features that nobody knows
+
+
+@pytest.mark.parametrize("what", ["the folder is not there", "the header is broken", "what it reads is not there"])
+async def test_a_layer_below_the_active_one_never_takes_its_place(
+    home: Path, place: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "s1")
+        await vm.snapshot("s2", files={"vda": place / "mine"})
+        await vm.snapshot("s3", files={"vda": place / "top"} if what == "the folder is not there" else {})
+        await fill(vm, "vda", 5, offset=5 * MIB)
+        await vm.stop(force=True)
+        before, active = await snapshot_hashes(vm), await active_hash(vm)
+        top = Path((await vm.chains())[0].active.path)
+    saved = top.read_bytes()
+    if what == "the header is broken":
+        _damaged(top)
+    else:
+        place.rename(home / "away")
+    lose(home)
+    assert await anyio.to_thread.run_sync(lambda: main(["check", "--rebuild"])) == 7
+    said = capsys.readouterr().err
+    assert "still: left out: what disk vda stands at cannot be told" in said
+    assert f"{top} (or move on without it: " in said
+    async with qmpsnap.open() as q:
+        with pytest.raises(NotFoundError):
+            await q.machine("still")
+    if what == "the header is broken":
+        top.write_bytes(saved)
+    else:
+        (home / "away").rename(place)
+    assert await anyio.to_thread.run_sync(lambda: main(["check", "--rebuild", "--set-aside"])) == 0
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert await active_hash(vm) == active
+        assert sorted((await snapshot_hashes(vm)).values()) == sorted(before.values())
+        await hold_invariants(vm)
+
+
+async def test_what_was_removed_at_chosen_places_is_not_missed(home: Path, place: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(ONE_DISK)
+        await vm.start(paused=True)
+        await vm.snapshot("s1", files={"vda": place / "mine"})
+        await fill(vm, "vda", 1)
+        saved = await vm.save(place / "state")
+        await vm.commit("vda", consume=True)
+        await vm.delete_snapshots("s1", saved.name)
+        active = await active_hash(vm)
+    assert list(place.iterdir()) == []
+    place.rmdir()
+    lose(home)
+    done = await rebuild.run(at(home), set_aside=False)
+    assert ([made.name for made in done.machines], done.left_out) == (["still"], ())
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert await active_hash(vm) == active
+        await hold_invariants(vm)
+
+
+async def test_numbers_go_on_after_those_of_tags(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q)
+        for name in ("one", "two"):
+            await vm.snapshot(name, kind="internal")
+        await vm.stop(force=True)
+        serial = context_of(vm).store.next_serial()
+    lose(home)
+    await rebuild.run(at(home), set_aside=False)
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert context_of(vm).store.next_serial() >= serial
+        await hold_invariants(vm)
+
+
+async def _cloned(q: qmpsnap.Controller, base: qmpsnap.MachineHandle) -> qmpsnap.MachineHandle:
+    (disk,) = ONE_DISK.disks
+    path = (await base.chains())[0].layers[0].layer.path
+    return await q.define(replace(ONE_DISK, name="clone", disks=(replace(disk, size=None, base=path),)))
+
+
+async def _refuses_to_merge(vm: qmpsnap.MachineHandle, snapshot: str, place: Path) -> None:
+    """Whatever could take a layer away from under a machine that the store has lost; the rest goes on."""
+    for verb in (
+        lambda: vm.delete_snapshots(snapshot),
+        lambda: vm.commit("vda", consume=True),
+        lambda: vm.stream("vda"),
+        lambda: vm.revert(snapshot, discard=True),
+        lambda: vm.mirror("vda", place / "copy", mode="pivot"),
+        vm.pop,
+        lambda: vm.undefine(disks="remove"),
+    ):
+        with pytest.raises(StoreMismatch, match=r"does not know clone.*nothing was changed") as caught:
+            await verb()
+        assert "check --rebuild --set-aside" in caught.value.hint
+    assert [(found.code, "clone" in found.text) for found in (await vm.check()).findings] == [("machine-lost", True)]
+    await vm.start(paused=True)
+    await vm.snapshot("more")
+    await vm.stop(force=True)
+
+
+async def test_what_a_machine_may_read_that_an_old_store_does_not_have_is_neither_merged_nor_removed(
+    home: Path, place: Path
+) -> None:
+    async with qmpsnap.open() as q:
+        await (await grown(q, "gold")).stop(force=True)
+    shutil.copy2(home / "qmpsnap.db", home / "backup")
+    async with qmpsnap.open() as q:
+        before = await active_hash(await _cloned(q, await q.machine("still")))
+    lose(home)
+    shutil.copy2(home / "backup", home / "qmpsnap.db")
+    async with qmpsnap.open() as q:
+        await _refuses_to_merge(await q.machine("still"), "gold", place)
+    assert (await rebuild.run(at(home), set_aside=True)).left_out == ()
+    async with qmpsnap.open() as q:
+        vm, clone = await q.machine("still"), await q.machine("clone")
+        await vm.delete_snapshots("found-1")
+        assert await active_hash(clone) == before
+        for machine in (vm, clone):
+            await hold_invariants(machine)
+
+
+async def test_nor_is_it_after_a_rebuild_that_left_the_machine_out(home: Path, place: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "gold")
+        await vm.stop(force=True)
+        clone = Path((await (await _cloned(q, vm)).chains())[0].active.path)
+    _damaged(clone)
+    lose(home)
+    assert [name for name, _ in (await rebuild.run(at(home), set_aside=False)).left_out] == ["clone", "(images)"]
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        await _refuses_to_merge(vm, "found-1", place)
+        (home / "records" / "clone.json").unlink()
+        await vm.delete_snapshots("found-1")
+        await hold_invariants(vm)
+
+
+async def test_a_tag_made_after_the_copy_tells_that_the_store_is_old(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        await (await grown(q)).stop(force=True)
+    shutil.copy2(home / "qmpsnap.db", home / "backup")
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        await vm.snapshot("inside", kind="internal", memory=False)
+        await hold_invariants(vm)
+    lose(home)
+    shutil.copy2(home / "backup", home / "qmpsnap.db")
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        with pytest.raises(StoreMismatch, match="has a tag with a number"):
+            await vm.start()
+        assert {finding.code for finding in (await vm.check()).findings} == {"store-older"}
+
+
+@pytest.mark.parametrize("name", ["clone", "zlone"])
+async def test_a_base_that_its_clone_has_noted_too_stays_a_layer_of_its_own_machine(
+    home: Path, place: Path, name: str
+) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(ONE_DISK)
+        await vm.snapshot("s1", files={"vda": place / "mine"})
+        await vm.snapshot("s2")
+        (disk,) = ONE_DISK.disks
+        base = replace(disk, size=None, base=str(place / "mine"))
+        clone = await q.define(replace(ONE_DISK, name=name, disks=(base,)), folders=[place])
+        context_of(clone).store.describe(name)  # as `check --repair` does
+        before = [view.ids for machine in (vm, clone) for view in await machine.chains()]
+    lose(home)
+    assert (await rebuild.run(at(home), set_aside=False)).left_out == ()
+    async with qmpsnap.open() as q:
+        machines = [await q.machine("still"), await q.machine(name)]
+        assert [view.ids for machine in machines for view in await machine.chains()] == before
+        assert [len(await machine.snapshots()) for machine in machines] == [2, 0]
+        for machine in machines:
+            await hold_invariants(machine)

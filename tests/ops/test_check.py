@@ -27,6 +27,7 @@ from qmpsnap.model.snapshot import Point
 from qmpsnap.ops import check, power
 from qmpsnap.ops.context import Context, opened
 from qmpsnap.store import lock
+from qmpsnap.store.records import FOLDER, Place, Records
 from tests.cli import seeded
 from tests.machine.test_statefile import MANIFEST
 
@@ -167,8 +168,7 @@ def above_the_active_elsewhere(context: Context) -> None:
     (place := context.home.data / "elsewhere").mkdir()
     img("create", "-q", "-f", "qcow2", "-u", "-b", image(context, "vda-5"), "-F", "qcow2", place / "mine", "64M")
     layer = replace(context.store.layer(LayerId("vda-5")), path=str(place / "mine"), id=LayerId("vda-9"))
-    apply(context, layers=(layer,))
-    apply(context, removed_layers=(layer.id,))
+    Records(context.home.data / FOLDER).add("web", [Place(layer=layer)])
 
 
 DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
@@ -475,8 +475,7 @@ class TestCommandLine:
         for stray in strays:
             stray.parent.mkdir(mode=0o700, exist_ok=True)
             stray.write_bytes(b"mine")
-        (run_dir := web.home.run_dir("lab")).mkdir(mode=0o700, parents=True)
-        with lock.machine_lock(run_dir / "lock", machine="lab", verb="commit"):
+        with lock.machine_lock(web.home.lock("lab"), machine="lab", verb="commit"):
             assert main(["check", "--repair", "-o", "json"]) == LockHeld.exit_code
             out, err = capsys.readouterr()
             assert main(["check", "lab", "--repair"]) == LockHeld.exit_code

@@ -21,6 +21,7 @@ from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.recover import end_open
 from qmpsnap.ops.recover_create import direction as create_direction
+from qmpsnap.store.records import FOLDER, Records
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, machine
@@ -347,8 +348,11 @@ async def test_a_definition_that_died_leaves_none_of_its_files(context: BenchCon
     plan = DefinePlan(machine="new", images=layers, overlays=(), change=Change(define=new, layers=layers))
     context.store.open_operation("new", lambda _: plan, serials=2)
     await tool.create_base(layers[0].path, format="qcow2", virtual_size=MIB)
+    Records(context.home.data / FOLDER).write(new)
+    assert context.store.remembers("new")
     await end_open(context, new, None)
     assert context.store.operations("new")[-1].state == "failed"
+    assert not context.store.remembers("new")
     assert not folder.exists()
 
 

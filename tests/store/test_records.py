@@ -11,7 +11,7 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change
 from qmpsnap.store.records import Place, Records
 from qmpsnap.store.sqlite import SqliteStore
-from tests.store.samples import MACHINES, PROCESS, defined, layer, machine, settled
+from tests.store.samples import MACHINES, PROCESS, defined, layer, machine, opened, settled
 
 
 def test_a_machine_is_read_as_it_was_defined_without_what_passes(tmp_path: Path) -> None:
@@ -56,3 +56,46 @@ def test_what_cannot_be_written_down_is_not_settled(tmp_path: Path, monkeypatch:
             settled(store, Change(layers=(layer("vda-3", path="/elsewhere/mine"),)))
         with pytest.raises(NotFoundError):
             store.layer(LayerId("vda-3"))
+
+
+def test_a_machine_that_another_store_wrote_down_is_lost_to_this_one(tmp_path: Path) -> None:
+    with SqliteStore(tmp_path / "store.db", machines=MACHINES) as store:
+        defined(store, "web", layer("vda-1"))
+        assert store.lost() == ()
+    (tmp_path / "store.db").unlink()
+    with SqliteStore(tmp_path / "store.db", machines=MACHINES) as store:
+        assert store.lost() == ("web",)
+        store.undescribe(replace(machine("web"), uuid="another"))
+        assert store.lost() == ("web",)
+        defined(store, "db", layer("vda-2"))
+        opened(store, "web")
+        assert store.lost() == (), "what is being defined is no lost machine"
+
+
+def test_what_was_removed_is_no_place_any_more(tmp_path: Path) -> None:
+    with SqliteStore(tmp_path / "store.db", machines=MACHINES) as store:
+        defined(store, "web", layer("vda-1"))
+        mine = layer("vda-3", path="/elsewhere/mine")
+        settled(store, Change(layers=(mine,)))
+        settled(store, Change(removed_layers=(mine.id,)))
+        assert store.places("web") == ()
+        settled(store, Change(layers=(mine,)))
+        assert store.places("web") == ("/elsewhere/mine",)
+
+
+def test_a_machine_whose_forgetting_was_broken_off_is_there_or_gone_and_never_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SqliteStore(tmp_path / "store.db", machines=MACHINES) as store:
+        defined(store, "web", layer("vda-1"))
+        forget = Records.forget
+
+        def dying(records: Records, name: str) -> None:
+            forget(records, name)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Records, "forget", dying)
+        with pytest.raises(KeyboardInterrupt):
+            store.forget("web")
+        assert not store.is_described(store.machine("web")), "which check finds and repairs"
+        assert store.lost() == ()

@@ -96,6 +96,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     Attributes:
         busy: who works on the machine now.
         older: why the store must be an old copy.
+        lost: machines that were defined and that the store does not know.
         described: the file that a lost store can be made again from is this machine's.
         private: folders and files that must be this user's alone.
         folder: what lies in the machine's folder, and unfinished files beside layers elsewhere.
@@ -122,9 +123,15 @@ class Facts(Struct, frozen=True, kw_only=True):
     missing: tuple[str, ...]
     busy: str | None = None
     older: str | None = None
+    lost: tuple[str, ...] = ()
     asked: Asked | None = None
     silent: str | None = None
     worker: bool = False
+
+    @property
+    def trusted(self) -> bool:
+        """Whether anything may be put right by the store's record."""
+        return not self.older and not self.lost
 
 
 async def record(context: Context, name: str) -> Record:
@@ -158,6 +165,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         asked, silent = await _ask(context, before, qemu)
         found = await to_thread.run_sync(_files, context, before)
         old = await blocking(older.sign, context, before.machine, before.chains)
+        lost = await blocking(context.store.lost)
         busy = busy or (None if own else lock.holder(context.home.lock(name)))
         after = await record(context, name)
         if busy or after == before:
@@ -167,6 +175,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         found,
         busy=busy,
         older=old,
+        lost=lost,
         asked=asked,
         silent=silent,
         worker=worker.find(before.machine, context.home.run_dir(name)) is not None,

@@ -64,6 +64,8 @@ def _finding(
 def _older(at: Facts) -> Iterator[Finding]:
     if at.older:
         yield _finding(at, "store-older", at.older)
+    for name in at.lost:
+        yield _finding(at, "machine-lost", f"machine {name} was defined, and the store does not know it")
 
 
 def _operations(at: Facts) -> Iterator[Finding]:

@@ -13,11 +13,13 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import SERIAL, LayerId, is_text, layer_id
-from qmpsnap.model.spec import Format
+from qmpsnap.model.names import SERIAL, LayerId, is_text, layer_id, tag_number
+from qmpsnap.model.spec import DiskSpec, Format
 from qmpsnap.ops.older import LAYER_FILE
-from qmpsnap.ops.rebuilding.plan import Image, State
-from qmpsnap.store.records import Records
+from qmpsnap.ops.rebuilding.plan import Image, State, Unread
+from qmpsnap.store.records import Place, Records
+
+_KINDS: dict[str | None, Format] = {"qcow2": "qcow2", "raw": "raw"}
 
 
 class Finder:
@@ -30,6 +32,7 @@ class Finder:
         self._below: dict[str, str | None] = {}
         self._kinds: dict[str, Format | None] = {}
         self._last = 0
+        self._layers: dict[tuple[str, str], Unread] = {}
         self.problems: list[str] = []
 
     def images(self, machines: Sequence[Machine]) -> list[Image]:
@@ -38,10 +41,15 @@ class Finder:
         Raises:
             HostCannot: a machine's folder cannot be read.
         """
+        noted = {machine.name: self._records.places(machine.name) for machine in machines}
+        gone = {
+            layer: place for places in noted.values() for layer, place in _latest(places).items() if place.gone
+        }  # whoever removed a layer need not be who noted it
         for machine in machines:
-            for place in self._records.places(machine.name):
-                if place.layer:
-                    self._noted(machine, place.layer)
+            given = {path for disk in machine.spec.disks for path in _given(disk)}
+            for identity, place in _latest(noted[machine.name]).items():
+                assert place.layer
+                self._noted(machine, place.layer, given=place.layer.path in given, gone=identity in gone)
             for file in self._files(machine):
                 self._in_folder(machine, file)
         for machine in machines:
@@ -53,9 +61,15 @@ class Finder:
             pending += self._read_below(pending.pop())
         return self._linked()
 
+    def unread(self, images: Sequence[Image]) -> list[Unread]:
+        """Every layer that there should be and is not among these images."""
+        read = {image.layer.path for image in images}
+        return [layer for (_, path), layer in self._layers.items() if path not in read]
+
     def states(self, machine: Machine) -> list[State]:
         """The machine's state files."""
-        noted = [place.state for place in self._records.places(machine.name) if place.state]
+        last = {place.state: place.gone for place in self._records.places(machine.name) if place.state}
+        noted = [path for path, gone in last.items() if not gone or Path(path).exists()]
         found = []
         for path in [*(path for path in self._files(machine) if path.endswith(".vmstate")), *noted]:
             try:
@@ -98,20 +112,31 @@ class Finder:
             ) from error
         return sorted(f"{folder}/{name}" for name in names if is_text(name))  # no store could keep another
 
-    def _noted(self, machine: Machine, layer: Layer) -> None:
-        disk = layer.id.rpartition("-")[0]
+    def _noted(self, machine: Machine, layer: Layer, *, given: bool, gone: bool) -> None:
+        """A layer at a place of its own; ``given``: the spec names it, or what it names reads it."""
+        if gone and (not layer.owned or not os.path.lexists(layer.path)):
+            return  # what a crash has left of ours is kept
+        disk, _, number = layer.id.rpartition("-")
+        of = (machine.name, disk) if machine.spec.disk(disk) else None
+        if of and not gone:
+            remedy = f"take its line out of {self._records.places_file(machine.name)}"
+            shown = header.printable(layer.path)
+            self._layers[machine.name, layer.path] = Unread(machine.name, disk, int(number), shown, remedy)
+        if given and layer.path in self._found:
+            return  # another machine's layer, which is the base here
         if image := self._look(layer.path, layer.format, layer.id, owned=layer.owned):
             # Another file may be there by now: then it is not ours to remove.
             same = (image.layer.device, image.layer.inode) == (layer.device, layer.inode)
             image = replace(image, layer=replace(image.layer, owned=layer.owned and same))
-            of = (machine.name, disk) if layer.owned and machine.spec.disk(disk) else None
-            self._add(replace(image, of=of))
+            self._add(replace(image, of=None if given else of))
 
     def _in_folder(self, machine: Machine, path: str) -> None:
         name = LAYER_FILE.fullmatch(Path(path).name)
         if name is None or path in self._found or machine.spec.disk(name[1]) is None:
             return
         identity = layer_id(name[1], int(name[2]))
+        unread = Unread(machine.name, name[1], int(name[2]), header.printable(path), "move it out of that folder")
+        self._layers[machine.name, path] = unread
         if image := self._look(path, "raw" if name[3] == "raw" else "qcow2", identity, owned=True):
             self._add(replace(image, of=(machine.name, name[1])))
 
@@ -153,14 +178,14 @@ class Finder:
             self.problems.append(f"{header.printable(path)}: {error.strerror}")
             return None
         below = found.backing
-        self._below[path] = below and os.path.join(os.path.dirname(path), below)  # noqa: PTH118, PTH120 - as QEMU does
-        kinds: dict[str | None, Format] = {"qcow2": "qcow2", "raw": "raw"}
-        self._kinds[path] = kinds.get(found.backing_format)
+        self._below[path] = below and _beside(path, below)
+        self._kinds[path] = _KINDS.get(found.backing_format)
         return Image(layer, written, tags)
 
     def _add(self, image: Image) -> None:
         taken = {found.layer.id for path, found in self._found.items() if path != image.layer.path}
-        self._last = max(self._last, int(image.layer.id.rpartition("-")[2]))
+        tags = (tag_number(tag) or 0 for tag in image.tags if image.of)
+        self._last = max(self._last, int(image.layer.id.rpartition("-")[2]), *tags)
         if image.layer.id in taken:
             self._last += 1
             fresh = layer_id(image.layer.id.rpartition("-")[0], self._last)
@@ -178,3 +203,26 @@ class Finder:
                 whole[path] = replace(image, layer=replace(image.layer, backing=backing))
         self.problems += [f"{header.printable(path)} reads an image that is not there" for path in left]
         return list(whole.values())
+
+
+def _latest(places: Sequence[Place]) -> dict[LayerId, Place]:
+    """What was noted last of each layer."""
+    return {place.layer.id: place for place in places if place.layer}
+
+
+def _given(disk: DiskSpec) -> Iterator[str]:
+    """The image that a disk's spec names, and all that it reads as far as that can be told."""
+    path, kind = disk.image or disk.base, _KINDS.get(disk.format)
+    seen: set[str] = set()
+    while path and path not in seen:
+        seen.add(path)
+        yield path
+        try:
+            found = header.read(path, format=kind, block_device=True)
+        except (ImageRefused, HostCannot):
+            return
+        path, kind = found.backing and _beside(path, found.backing), _KINDS.get(found.backing_format)
+
+
+def _beside(path: str, backing: str) -> str:
+    return os.path.join(os.path.dirname(path), backing)  # noqa: PTH118, PTH120 - as QEMU does

@@ -4,20 +4,16 @@ A layer's number tells its age: an overlay that operation N made is ``DISK-N``, 
 disk stood then. So the overlays of one number are one moment of the machine, the names of the moments aside.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
-from qmpsnap.model.names import SERIAL, LayerId, OperationId
+from qmpsnap.model.names import LayerId, OperationId, tag_number
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point, Snapshot, SnapshotKind
 from qmpsnap.model.vmstate import Vmstate
-
-_TAG = re.compile(rf"qs-({SERIAL})-")
-"""What our own tags begin with: the number of the operation that made them."""
 
 TEXT = "found on disk when the store was made again"
 
@@ -36,6 +32,19 @@ class Image(Struct, frozen=True):
     written: float
     tags: frozenset[str] = frozenset()
     of: tuple[str, str] | None = None
+
+
+class Unread(Struct, frozen=True):
+    """A layer that could not be read, or what it reads: of which machine and disk, and with which number.
+
+    ``remedy`` is what to do about the file at ``path`` when it is lost for good.
+    """
+
+    machine: str
+    disk: str
+    number: int
+    path: str
+    remedy: str
 
 
 class State(Struct, frozen=True):
@@ -65,12 +74,14 @@ class Rebuilt(Struct, frozen=True):
         missing: the disks that have no image.
         unused: state files that cannot be given their snapshot.
         guessed: disk to its active layer, where others could have been that.
+        unread: layers that may be the active ones, and it cannot be told.
     """
 
     change: Change
     missing: tuple[str, ...]
     unused: tuple[State, ...]
     guessed: dict[str, LayerId]
+    unread: tuple[Unread, ...]
 
 
 def plan(
@@ -79,6 +90,7 @@ def plan(
     states: Sequence[State],
     running: Mapping[str, LayerId] | None,
     *,
+    unread: Sequence[Unread],
     variables: Mapping[int, str],
 ) -> Rebuilt:
     """The machine as it must have been recorded.
@@ -88,6 +100,7 @@ def plan(
         images: all that were found, of all machines.
         states: the machine's.
         running: disk to active layer, as the QEMU that runs says; None when it is stopped.
+        unread: the layers that are not among the images, of all machines.
         variables: operation to the copy of the UEFI variable store that it made.
     """
     layers = {image.layer.id: image for image in images}
@@ -125,6 +138,13 @@ def plan(
         tuple(disk.name for disk in machine.spec.disks if disk.name not in active),
         tuple(state for state in states if state.operation not in used),
         guessed,
+        tuple(
+            layer
+            for layer in unread
+            if layer.machine == machine.name
+            and layer.disk not in (running or {})
+            and layer.number > (_number(active[layer.disk]) if layer.disk in active else 0)
+        ),
     )
 
 
@@ -136,7 +156,7 @@ def _moments(
     layers = {image.layer.id: image.layer for image in images}
     by_number: dict[int, list[Point]] = {}
     for image in images:
-        if image.of is None or image.of[0] != machine.name or image.layer.backing is None or not image.layer.owned:
+        if image.of is None or image.of[0] != machine.name or image.layer.backing is None:
             continue
         if layers[image.layer.backing].path not in bases:
             point = Point(disk=image.of[1], layer=image.layer.backing)
@@ -179,13 +199,14 @@ def _untouched(state: State, images: Sequence[Image]) -> tuple[Point, ...]:
 def _inside(machine: Machine, images: Sequence[Image]) -> list[_Moment]:
     tags: dict[str, list[Point]] = {}
     for image in images:
-        if image.of and image.of[0] == machine.name and image.layer.owned:
-            for tag in image.tags:
+        if image.of and image.of[0] == machine.name:
+            for tag in (
+                image.tags if image.layer.owned else filter(tag_number, image.tags)
+            ):  # what a user made there is not ours
                 tags.setdefault(tag, []).append(Point(disk=image.of[1], layer=image.layer.id, tag=tag))
     found = []
     for tag, points in sorted(tags.items()):
-        ours = _TAG.match(tag)
-        number = int(ours[1]) if ours else max(_number(point.layer) for point in points)
+        number = tag_number(tag) or max(_number(point.layer) for point in points)
         found.append(_Moment((number, 2), tuple(points), "internal"))
     return found
 
