@@ -2,17 +2,14 @@
 
 import os
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 import msgspec
 from msgspec.structs import replace
 
-from qmpsnap import unwritable
-from qmpsnap.errors import HostCannot, NotFoundError, StoreMismatch
+from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.model import sharing, steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
@@ -21,7 +18,8 @@ from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operation import Change, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
-from qmpsnap.store import journal, records, rows, schema
+from qmpsnap.store import journal, records, rows
+from qmpsnap.store.database import Database
 from qmpsnap.store.records import Place, Records
 
 
@@ -38,11 +36,9 @@ class SqliteStore:
         Raises:
             HostCannot: it can neither be written nor read. One that can be read alone refuses changes.
         """
-        self._path = path
-        self._connection, self._barred = self._connect()
+        self._database = Database(path)
         self._machines = machines
         self._records = Records(path.parent / records.FOLDER)
-        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -52,15 +48,15 @@ class SqliteStore:
 
     def close(self) -> None:
         """Close the file."""
-        self._connection.close()
+        self._database.close()
 
     def machines(self) -> tuple[Machine, ...]:
-        with self._reading() as sql:
+        with self._database.reading() as sql:
             found = sql.execute(f"{_MACHINE} ORDER BY machine.name").fetchall()
         return tuple(rows.read_machine(row) for row in found)
 
     def machine(self, name: str) -> Machine:
-        with self._reading() as sql:
+        with self._database.reading() as sql:
             row = sql.execute(f"{_MACHINE} WHERE machine.name = ?", (name,)).fetchone()
             if row is None:
                 try:
@@ -72,14 +68,14 @@ class SqliteStore:
         return rows.read_machine(row)
 
     def chains(self, machine: str) -> tuple[Chain, ...]:
-        with self._reading() as sql:
+        with self._database.reading() as sql:
             disks = sql.execute(
                 "SELECT name, active FROM disk WHERE machine = ? ORDER BY position", (rows.machine_id(sql, machine),)
             ).fetchall()
             return tuple(Chain(name, self._chain(sql, active)) for name, active in disks)
 
     def snapshots(self, machine: str) -> tuple[Snapshot, ...]:
-        with self._reading() as sql:
+        with self._database.reading() as sql:
             number = rows.machine_id(sql, machine)
             found = sql.execute(
                 "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
@@ -116,7 +112,7 @@ class SqliteStore:
         )
 
     def layer(self, layer: LayerId) -> Layer:
-        with self._reading() as sql:
+        with self._database.reading() as sql:
             row = sql.execute(f"SELECT {_LAYER} FROM layer WHERE id = ?", (layer,)).fetchone()
         if row is None:
             raise NotFoundError(f"there is no layer {layer}", hint="see qmpsnap chain VM")
@@ -125,12 +121,12 @@ class SqliteStore:
     def layer_at(self, path: str) -> Layer | None:
         if not is_text(path):
             return None
-        with self._reading() as sql:
+        with self._database.reading() as sql:
             row = sql.execute(f"SELECT {_LAYER} FROM layer WHERE pool = ? AND path = ?", self._place(path)).fetchone()
         return self._layer(row) if row else None
 
     def forest(self) -> Forest:
-        with self._reading() as sql:
+        with self._database.reading() as sql:
             return self._forest(sql)
 
     def _forest(self, sql: sqlite3.Connection) -> Forest:
@@ -150,7 +146,7 @@ class SqliteStore:
         )
 
     def set_process(self, machine: str, process: Process | None) -> None:
-        with self._writing() as sql:
+        with self._database.writing() as sql:
             number = rows.machine_id(sql, machine)
             if process is None:
                 sql.execute("DELETE FROM process WHERE machine = ?", (number,))
@@ -158,11 +154,11 @@ class SqliteStore:
                 rows.put_process(sql, number, process)
 
     def next_serial(self) -> int:
-        with self._reading() as sql:
+        with self._database.reading() as sql:
             return journal.next_serial(sql)
 
     def open_operation(self, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1) -> Operation:
-        with self._writing() as sql:
+        with self._database.writing() as sql:
 
             def make(serial: OperationId) -> Plan:
                 plan = make_plan(serial)
@@ -177,20 +173,20 @@ class SqliteStore:
     def mark(
         self, operation: OperationId, state: OperationState, *, step: str | None = None, error: str | None = None
     ) -> None:
-        with self._writing() as sql:
+        with self._database.writing() as sql:
             journal.mark(sql, operation, state, step=step, error=error)
 
     def settle(self, operation: OperationId, machine: str, change: Change, *, step: str | None = None) -> None:
-        with self._writing() as sql:
+        with self._database.writing() as sql:
             self._apply(sql, machine, change)
             journal.mark(sql, operation, "running" if step else "settled", step=step or steps.SETTLED)
 
     def apply(self, machine: str, change: Change) -> None:
-        with self._writing() as sql:
+        with self._database.writing() as sql:
             self._apply(sql, machine, change)
 
     def forget(self, machine: str) -> tuple[Layer, ...]:
-        with self._writing() as sql:
+        with self._database.writing() as sql:
             number = rows.machine_id(sql, machine)
             used = {identity for (identity,) in sql.execute(_USED, (number, number))}
             named = sql.execute(_NAMED, (number, number)).fetchall()
@@ -209,7 +205,7 @@ class SqliteStore:
         return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
-        with self._reading() as sql:
+        with self._database.reading() as sql:
             return journal.select(sql, machine, only_open=only_open)
 
     def is_described(self, machine: Machine) -> bool:
@@ -234,7 +230,7 @@ class SqliteStore:
 
     def lost(self) -> tuple[str, ...]:
         described = [machine.name for machine in self._records.machines()]
-        with self._reading() as sql:  # afterwards: a definition writes its description down while it is open
+        with self._database.reading() as sql:  # afterwards: a definition writes its description down while it is open
             known = {name for (name,) in sql.execute("SELECT name FROM machine")}
             known |= {name for name in described if journal.select(sql, name, only_open=True)}
         return tuple(name for name in described if name not in known)
@@ -245,79 +241,15 @@ class SqliteStore:
 
     def is_sound(self) -> bool:
         """Whether SQLite finds nothing wrong; it looks through the whole file."""
-        with self._reading() as sql:
-            return [*sql.execute("PRAGMA quick_check(1)"), *sql.execute("PRAGMA foreign_key_check")] == [("ok",)]
+        return self._database.is_sound()
 
     @property
     def barred(self) -> HostCannot | None:
         """Why it cannot be written now; None when it can."""
-        return self._barred
+        return self._database.barred
 
     def require_writable(self) -> None:
-        with self._lock:
-            self._connect_again()
-            self._refuse_barred()
-
-    def _connect(self) -> tuple[sqlite3.Connection, HostCannot | None]:
-        try:
-            return schema.connect(self._path), None
-        except HostCannot as error:
-            if (found := schema.readable(self._path, error)) is None:
-                raise
-            return found, error
-
-    def _connect_again(self) -> None:
-        """What can only be read is opened anew for every transaction, in the hope of better and to see changes."""
-        if self._barred:
-            self._connection.close()
-            self._connection, self._barred = self._connect()
-
-    def _refuse_barred(self) -> None:
-        if self._barred:
-            raise HostCannot(self._barred.message, hint=self._barred.hint) from self._barred
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._transaction(_READ) as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._transaction("BEGIN IMMEDIATE") as connection:
-            yield connection
-
-    @contextmanager
-    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        """The one way in: everything in the block is one transaction, SQLite's own errors are translated here."""
-        with self._lock:
-            self._connect_again()
-            if begin != _READ:
-                self._refuse_barred()
-            try:
-                self._connection.execute(begin)
-                try:
-                    yield self._connection
-                    self._connection.execute("COMMIT")
-                except BaseException:
-                    if self._connection.in_transaction:  # SQLite itself rolls back when the disk is full
-                        self._connection.execute("ROLLBACK")
-                    raise
-            except sqlite3.OperationalError as error:
-                raise HostCannot(
-                    f"the store {self._path} refused a change: {error}; nothing was recorded",
-                    hint=unwritable.reason(self._path.parent, error).remedy,
-                ) from error
-            except sqlite3.IntegrityError as error:
-                raise StoreMismatch(
-                    f"the store {self._path} holds something that this change contradicts: {error};"
-                    " nothing was recorded",
-                    hint="another command may have recorded the same a moment ago: try again",
-                ) from error
-            except sqlite3.DatabaseError as error:
-                raise StoreMismatch(
-                    f"the store {self._path} is damaged: {error}; nothing was recorded",
-                    hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
-                ) from error
+        self._database.require_writable()
 
     def _apply(self, sql: sqlite3.Connection, machine: str, change: Change) -> None:
         if change.define:
@@ -422,7 +354,6 @@ class SqliteStore:
         )  # fmt: skip
 
 
-_READ = "BEGIN"
 _UNSIGNED = (1 << 64) - 1
 
 

@@ -61,5 +61,5 @@ def watching(hook: Hook) -> Iterator[None]:
 
 
 def _verb(store: SqliteStore, operation: OperationId) -> str:
-    with store._reading() as sql:
+    with store._database.reading() as sql:
         return str(sql.execute("SELECT verb FROM operation WHERE id = ?", (operation,)).fetchone()[0])

@@ -387,7 +387,7 @@ async def test_other_hardware_is_refused(
     record = await small.record()
     text = msgspec.json.encode(change(record.spec)).decode()
     store: Any = context_of(small).store
-    store._connection.execute("UPDATE machine SET spec = ? WHERE name = 'small'", (text,))
+    store._database.connection.execute("UPDATE machine SET spec = ? WHERE name = 'small'", (text,))
     with pytest.raises(StateError) as refused:
         await small.revert("all")
     assert said in refused.value.message

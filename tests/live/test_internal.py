@@ -317,7 +317,7 @@ async def test_a_load_that_fails_leaves_no_guest_running(
     await vm.stop(force=True)
     store: Any = context_of(vm).store
     text = msgspec.json.encode(replace((await vm.record()).spec, memory=96 * MIB)).decode()
-    store._connection.execute("UPDATE machine SET spec = ? WHERE name = 'still'", (text,))
+    store._database.connection.execute("UPDATE machine SET spec = ? WHERE name = 'still'", (text,))
     store.describe("still")
     await vm.start()
     await fill(vm, "vda", 2)

@@ -166,7 +166,7 @@ async def test_a_store_that_fills_in_the_middle_holds_the_operation_at_its_job(
     hashes, settle = await snapshot_hashes(vm), SqliteStore.settle
 
     def full(self: SqliteStore, *arguments: Any, **named: Any) -> None:
-        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._database.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         occupy(tight)
         settle(self, *arguments, **named)
 

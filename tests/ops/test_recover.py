@@ -413,11 +413,11 @@ async def test_when_the_store_fails_as_well_the_effect_is_unknown_and_the_operat
     context: BenchContext, store: SqliteStore, tool: ImageTool
 ) -> None:
     left = await broken(context, tool, step="transaction")
-    store._connection.execute("PRAGMA query_only=ON")
+    store._database.connection.execute("PRAGMA query_only=ON")
     error = await after(context, FakeQemu(NEW))
     assert (error.effect, error.hint) == ("unknown", "qmpsnap recover web finds out and ends it")
     assert left.state == "running"
-    store._connection.execute("PRAGMA query_only=OFF")
+    store._database.connection.execute("PRAGMA query_only=OFF")
     await end_open(context, WEB, FakeQemu(NEW))
     left.check_settled()
 

@@ -365,8 +365,8 @@ def test_an_older_store_is_not_read_without_its_migrations(old: Path) -> None:
 
 def fill(store: SqliteStore) -> None:
     """No page more for this connection, as on a full disk."""
-    (pages,) = store._connection.execute("PRAGMA page_count").fetchone()
-    store._connection.execute(f"PRAGMA max_page_count={pages}")
+    (pages,) = store._database.connection.execute("PRAGMA page_count").fetchone()
+    store._database.connection.execute(f"PRAGMA max_page_count={pages}")
 
 
 def large() -> Change:
@@ -397,7 +397,7 @@ def test_on_a_full_disk_a_change_is_refused_and_nothing_recorded(
         assert (caught.value.exit_code, caught.value.effect) == (9, "none")
         assert everything(store) == before
         assert store.operations("web", only_open=True) == (pending,)
-        store._connection.execute("PRAGMA max_page_count=100000")
+        store._database.connection.execute("PRAGMA max_page_count=100000")
         attempt(store, pending.id)  # with space again it goes on as if nothing had been
         assert store.operations("web", only_open=True) == ()
 
@@ -405,7 +405,7 @@ def test_on_a_full_disk_a_change_is_refused_and_nothing_recorded(
 def test_a_locked_store_is_the_hosts_trouble_not_a_crash(path: Path) -> None:
     with SqliteStore(path, machines=MACHINES) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
         defined(store, "web", layer("vda-1"))
-        store._connection.execute("PRAGMA busy_timeout=10")
+        store._database.connection.execute("PRAGMA busy_timeout=10")
         other.execute("BEGIN IMMEDIATE")
         assert store.machines() == (machine("web"),)  # readers go on
         with pytest.raises(HostCannot, match="locked"):

@@ -1,0 +1,109 @@
+"""The store's one connection: who may read or write when, and SQLite's own errors in our words."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qmpsnap import unwritable
+from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.store import schema
+
+_READ = "BEGIN"
+
+
+class Database:
+    """An SQLite file that threads share. Where it can only be read, changes are refused.
+
+    Raises:
+        HostCannot: it can neither be written nor read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.connection, self._barred = self._connect()
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.connection.close()
+
+    @property
+    def barred(self) -> HostCannot | None:
+        """Why it cannot be written now; None when it can."""
+        return self._barred
+
+    def require_writable(self) -> None:
+        """Raise ``HostCannot`` when it cannot be written now."""
+        with self._lock:
+            self._connect_again()
+            self._refuse_barred()
+
+    def is_sound(self) -> bool:
+        """Whether SQLite finds nothing wrong; it looks through the whole file."""
+        with self.reading() as sql:
+            return [*sql.execute("PRAGMA quick_check(1)"), *sql.execute("PRAGMA foreign_key_check")] == [("ok",)]
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """For the block: what it reads is of one moment."""
+        with self._transaction(_READ) as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """For the block: what it changes is durable at its end, all of it or nothing."""
+        with self._transaction("BEGIN IMMEDIATE") as connection:
+            yield connection
+
+    def _connect(self) -> tuple[sqlite3.Connection, HostCannot | None]:
+        try:
+            return schema.connect(self._path), None
+        except HostCannot as error:
+            if (found := schema.readable(self._path, error)) is None:
+                raise
+            return found, error
+
+    def _connect_again(self) -> None:
+        """What can only be read is opened anew for every transaction, in the hope of better and to see changes."""
+        if self._barred:
+            self.connection.close()
+            self.connection, self._barred = self._connect()
+
+    def _refuse_barred(self) -> None:
+        if self._barred:
+            raise HostCannot(self._barred.message, hint=self._barred.hint) from self._barred
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        """The one way in: everything in the block is one transaction, SQLite's own errors are translated here."""
+        with self._lock:
+            self._connect_again()
+            if begin != _READ:
+                self._refuse_barred()
+            try:
+                self.connection.execute(begin)
+                try:
+                    yield self.connection
+                    self.connection.execute("COMMIT")
+                except BaseException:
+                    if self.connection.in_transaction:  # SQLite itself rolls back when the disk is full
+                        self.connection.execute("ROLLBACK")
+                    raise
+            except sqlite3.OperationalError as error:
+                raise HostCannot(
+                    f"the store {self._path} refused a change: {error}; nothing was recorded",
+                    hint=unwritable.reason(self._path.parent, error).remedy,
+                ) from error
+            except sqlite3.IntegrityError as error:
+                raise StoreMismatch(
+                    f"the store {self._path} holds something that this change contradicts: {error};"
+                    " nothing was recorded",
+                    hint="another command may have recorded the same a moment ago: try again",
+                ) from error
+            except sqlite3.DatabaseError as error:
+                raise StoreMismatch(
+                    f"the store {self._path} is damaged: {error}; nothing was recorded",
+                    hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
+                ) from error
