@@ -20,14 +20,17 @@ async def to_end(call: Callable[..., T], *arguments: object) -> T:
     task = asyncio.current_task()
     assert task
     working = asyncio.ensure_future(to_thread.run_sync(call, *arguments))
-    cancelled: asyncio.CancelledError | None = None
+    heard: list[asyncio.CancelledError] = []
     with anyio.CancelScope(shield=True):
         while not working.done():
             try:
                 await asyncio.wait([working])
             except asyncio.CancelledError as error:
-                cancelled = error
-                task.uncancel()
-    if cancelled:
-        task.cancel(*cancelled.args)
+                heard.append(error)
+    if heard and (failed := working.exception()):
+        raise heard[0] from failed  # nothing is lost, and whoever cleans up is not cancelled in that
+    for _ in heard:
+        task.uncancel()
+    for one in heard:
+        task.cancel(*one.args)
     return working.result()

@@ -22,10 +22,15 @@ def reason(place: Path, error: Exception) -> Reason:
         place: the folder.
         error: what was said when it failed; told where nothing better is found.
     """
-    folder = next((part for part in (place, *place.parents) if part.is_dir()), Path("/"))
+    return found(place) or Reason(_said(error), f"look at the rights of {_nearest(place)} and what is in it")
+
+
+def found(place: Path) -> Reason | None:
+    """The same where it can be seen; None where nothing speaks against it."""
+    folder = _nearest(place)
     try:
         status = os.statvfs(folder)
-    except OSError:
+    except OSError as error:
         return Reason(_said(error), f"look at {folder} and its file system")
     if status.f_flag & os.ST_RDONLY:
         return Reason("its file system is mounted read-only", f"find out why (see dmesg), then mount {folder} writable")
@@ -35,7 +40,11 @@ def reason(place: Path, error: Exception) -> Reason:
         return Reason("the disk has no room for another file", f"remove files that nobody needs from {folder}'s disk")
     if not os.access(folder, os.W_OK | os.X_OK):
         return Reason("this user may not write there", f"give this user the right to write to {folder}, and its files")
-    return Reason(_said(error), f"look at the rights of {folder} and what is in it")
+    return None
+
+
+def _nearest(place: Path) -> Path:
+    return next((part for part in (place, *place.parents) if part.is_dir()), Path("/"))
 
 
 def _said(error: Exception) -> str:

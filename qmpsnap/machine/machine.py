@@ -96,8 +96,15 @@ async def start(
                 return process, await ask()
             except QemuGone as error:
                 if not processes.is_alive(process):
+                    said = processes.log_tail(run_dir)
+                    if not said and (why := unwritable.found(run_dir)):
+                        raise HostCannot(
+                            f"QEMU cannot write to {run_dir}: {why.what}; nothing was changed",
+                            hint=why.remedy,
+                            machine=machine,
+                        ) from error
                     raise QemuGone(
-                        f"QEMU did not start machine {machine}: {processes.log_tail(run_dir) or 'it said nothing'}",
+                        f"QEMU did not start machine {machine}: {said or 'it said nothing'}",
                         hint=f"the whole of it is in {run_dir / processes.LOG}",
                         machine=machine,
                     ) from error

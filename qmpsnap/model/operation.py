@@ -15,6 +15,9 @@ OperationState = Literal["planned", "running", "settled", "failed", "unknown"]
 """``planned``: durable, nothing done. ``running``: past its first irrevocable step. ``settled``: done and recorded.
 ``failed``: undone, with its error. ``unknown``: we stopped looking before the end; ``recover`` asks."""
 
+Ended = Literal["settled", "failed"]
+"""How an operation ends."""
+
 OPEN_STATES: tuple[OperationState, ...] = ("planned", "running", "unknown")
 
 

@@ -73,6 +73,19 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
             _refuse(machine, other, both, reads=not both & theirs.changes)
 
 
+def require_unused(machine: str, gone: Sequence[Layer], forest: Forest, others: Sequence[Operation]) -> None:
+    """Make sure that no open operation of another machine has to do with layers that are about to go.
+
+    Raises:
+        OperationPending: one has.
+    """
+    names = _names(gone)
+    for other in others:
+        theirs = uses(other.plan, forest)
+        if both := names & (theirs.reads | theirs.changes):
+            _refuse(machine, other, both, reads=not both & theirs.changes)
+
+
 def uses(plan: Plan, forest: Forest) -> Uses:
     """What a plan does to files; of what it removes, also after the store has forgotten it."""
     match plan:

@@ -162,7 +162,7 @@ async def run(context: Context, name: str, socket: Path) -> Adopted:
     check_name(name, "machine")
     socket = socket.absolute()
     async with locked(context, name, "adopt"):
-        await define.end_earlier(context, name)
+        await define.end_earlier(context, name, adopts=True)
         try:
             return await _adopt(context, name, socket)
         except BaseException:

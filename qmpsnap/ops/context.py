@@ -129,7 +129,7 @@ async def opened(
         environment["QMPSNAP_HOME"] = os.fspath(home)
     keys, programs = given(secrets or {}), Programs.from_environment(environment)
     places = Home.from_environment(environment, uid=os.geteuid())
-    store = await blocking(lambda: SqliteStore(places.store, machines=places.machines))
+    store = await to_end(lambda: SqliteStore(places.store, machines=places.machines))
     try:
         yield Context(
             home=await blocking(lambda: runfolder.settled(places, in_use=lambda: _in_use(store))),

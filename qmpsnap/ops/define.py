@@ -198,14 +198,17 @@ async def record(
     return await blocking(context.store.machine, machine.name)
 
 
-async def end_earlier(context: Context, name: str) -> list[Operation]:
-    """Refuse a taken name; roll back a definition that died before its machine was recorded, and return it."""
+async def end_earlier(context: Context, name: str, *, adopts: bool = False) -> list[Operation]:
+    """Refuse a taken name; roll back a definition that died before its machine was recorded, and return it.
+
+    With ``adopts`` an adopted machine that the store has lost is taken over again.
+    """
     try:
         taken = await blocking(context.store.machine, name)
     except NotFoundError:
         placeholder = Machine(name=name, uuid="", host=context.host, spec=MachineSpec(name=name), created=0)
         ended = await recover.end_open(context, placeholder, None)
-        await blocking(_refuse_lost, context, name)
+        await blocking(lambda: _refuse_lost(context, name, adopts=adopts))
         return ended
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken.created))
     raise NameTaken(
@@ -230,10 +233,10 @@ async def undo(context: Context, name: str) -> list[Operation]:
     return ended
 
 
-def _refuse_lost(context: Context, name: str) -> None:
+def _refuse_lost(context: Context, name: str, *, adopts: bool) -> None:
     """A machine that the store has lost is not overwritten by another of its name."""
-    folder = context.home.machine_dir(name)
-    if context.store.remembers(name) and folder.is_dir() and any(folder.iterdir()):
+    folder, lost = context.home.machine_dir(name), context.store.remembered(name)
+    if lost and not (adopts and lost.adopted) and folder.is_dir() and any(folder.iterdir()):
         raise StoreMismatch(
             f"machine {name} was defined before and has images in {folder}, and this store does not know it;"
             " nothing was changed",

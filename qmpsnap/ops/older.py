@@ -33,6 +33,23 @@ AHEAD = 100_000
 _OTHERS = re.compile(rf"vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part")
 
 
+async def require_fit(context: Context, machine: Machine, *, removes: bool) -> None:
+    """Refuse to work with a store that is older than the disks or, where layers may go, lacks a machine.
+
+    Args:
+        context: where.
+        machine: the machine.
+        removes: layers are to be merged or removed; ending an open operation may do that, too.
+
+    Raises:
+        StoreMismatch: it is; nothing was changed.
+    """
+    await require_current(context, machine)
+    pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
+    if removes or may_remove(pending):
+        await require_none_lost(context, machine)
+
+
 async def require_current(context: Context, machine: Machine) -> None:
     """Refuse to work with a store that is older than the disks.
 

@@ -13,7 +13,7 @@ from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import NodeName
-from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
+from qmpsnap.model.operation import Change, CreatePlan, Ended, Memory, Operation
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops import chosen, quiesce
 from qmpsnap.ops import memory as saving
@@ -96,11 +96,10 @@ async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) ->
         await _drop(broken, monitor, memory)
     if memory and memory.degrade and not unproven:
         disks = tuple(replace(snapshot, kind="disk", level="crash") for snapshot in change.snapshots)
-        await settle(context, machine, operation, replace(change, snapshots=disks))
-        await broken.mark_settled(error=broken.error)
+        await settle(context, machine, operation, replace(change, snapshots=disks), error=broken.error)
         return "forward"
-    await settle(context, machine, operation, Change(layers=change.layers, active=change.active))
-    await broken.mark_failed()
+    layers = Change(layers=change.layers, active=change.active)
+    await settle(context, machine, operation, layers, state="failed", error=broken.error)
     return "back"
 
 
@@ -199,15 +198,24 @@ def with_memory(change: Change, state: Vmstate, *, pause_ms: float | None = None
 
 
 async def settle(
-    context: Context, machine: Machine, operation: Operation, change: Change, *, step: str | None = None
+    context: Context,
+    machine: Machine,
+    operation: Operation,
+    change: Change,
+    *,
+    step: str | None = None,
+    state: Ended = "settled",
+    error: str | None = None,
 ) -> None:
     """Record what is true from now on; the new layers keep the places that were chosen for them alone.
 
-    With ``step`` the operation goes on from there.
+    With ``step`` the operation goes on from there, else it ends in ``state``; ``error`` is what went wrong.
     """
     assert isinstance(operation.plan, CreatePlan)
     await chosen.let_go(operation.plan.overlays)
-    await blocking(lambda: context.store.settle(operation.id, machine.name, change, step=step))
+    await blocking(
+        lambda: context.store.settle(operation.id, machine.name, change, step=step, state=state, error=error)
+    )
 
 
 async def quit_saved(context: Context, machine: Machine, qemu: Monitor | None, operation: Operation) -> None:

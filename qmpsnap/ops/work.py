@@ -56,10 +56,7 @@ async def working(
     require_folder(context.home, name)
     async with locked(context, name, verb):
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
-        await older.require_current(context, machine)
-        pending = await blocking(lambda: context.store.operations(name, only_open=True))
-        if removes or older.may_remove(pending):
-            await older.require_none_lost(context, machine)
+        await older.require_fit(context, machine, removes=removes)
         async with context.monitor(machine) as qemu:
             await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report, given_up=given_up)
             machine = await blocking(context.store.machine, name)

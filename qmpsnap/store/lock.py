@@ -1,5 +1,7 @@
 """One controller at a time per machine: an advisory lock that ends with its holder, however that ends."""
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -32,11 +34,9 @@ def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
     descriptor = _acquire(path, machine)
     try:
         owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time(), "verb": verb}
-        try:
+        with contextlib.suppress(OSError):  # it is for others to read; on a full disk, too, there are things to do
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
-        except OSError as error:
-            raise _cannot("written", path, machine, error) from error
         yield
     finally:
         os.close(descriptor)
@@ -45,10 +45,14 @@ def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
 def _acquire(path: Path, machine: str) -> int:
     while True:
         try:
-            private.make_folder(path.parent)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            descriptor = _open(path)
         except OSError as error:
-            raise _cannot("opened", path, machine, error) from error
+            what, remedy = unwritable.reason(path.parent, error)
+            raise HostCannot(
+                f"the lock {path} of machine {machine} cannot be opened: {what}; nothing was changed",
+                hint=remedy,
+                machine=machine,
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -66,13 +70,15 @@ def _acquire(path: Path, machine: str) -> int:
         os.close(descriptor)
 
 
-def _cannot(be: str, path: Path, machine: str, error: OSError) -> HostCannot:
-    what, remedy = unwritable.reason(path.parent, error)
-    return HostCannot(
-        f"the lock {path} of machine {machine} cannot be {be}: {what}; nothing was changed",
-        hint=remedy,
-        machine=machine,
-    )
+def _open(path: Path) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        private.make_folder(path.parent)
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS or not path.exists():
+            raise
+    return os.open(path, os.O_RDONLY | flags)  # what cannot be written can be locked
 
 
 def _require_plain(descriptor: int, path: Path, machine: str) -> None:
@@ -80,7 +86,8 @@ def _require_plain(descriptor: int, path: Path, machine: str) -> None:
     status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
         if status.st_uid == os.geteuid():
-            os.fchmod(descriptor, 0o600)  # a strange umask may have taken our own rights away
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, 0o600)  # a strange umask may have taken our own rights away
         return
     os.close(descriptor)
     raise HostCannot(

@@ -15,7 +15,7 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId, is_text
-from qmpsnap.model.operation import Change, Operation, OperationState, Plan
+from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
 from qmpsnap.store import journal, records, rows
@@ -62,7 +62,7 @@ class SqliteStore:
                 try:
                     rows.machine_id(sql, name)
                 except NotFoundError as error:
-                    if self.remembers(name):
+                    if self.remembered(name):
                         error.hint = "it was defined, and this store does not know it: qmpsnap check --rebuild"
                     raise
         return rows.read_machine(row)
@@ -176,10 +176,19 @@ class SqliteStore:
         with self._database.writing() as sql:
             journal.mark(sql, operation, state, step=step, error=error)
 
-    def settle(self, operation: OperationId, machine: str, change: Change, *, step: str | None = None) -> None:
+    def settle(
+        self,
+        operation: OperationId,
+        machine: str,
+        change: Change,
+        *,
+        step: str | None = None,
+        state: Ended = "settled",
+        error: str | None = None,
+    ) -> None:
         with self._database.writing() as sql:
             self._apply(sql, machine, change)
-            journal.mark(sql, operation, "running" if step else "settled", step=step or steps.SETTLED)
+            journal.mark(sql, operation, "running" if step else state, step=step or steps.SETTLED, error=error)
 
     def apply(self, machine: str, change: Change) -> None:
         with self._database.writing() as sql:
@@ -188,10 +197,9 @@ class SqliteStore:
     def forget(self, machine: str) -> tuple[Layer, ...]:
         with self._database.writing() as sql:
             number = rows.machine_id(sql, machine)
+            forest, elsewhere = self._forest(sql), journal.open_elsewhere(sql, machine)
             used = {identity for (identity,) in sql.execute(_USED, (number, number))}
             named = sql.execute(_NAMED, (number, number)).fetchall()
-            # Before it is recorded: a crash between leaves a description missing, not a machine that seems lost.
-            self._records.forget(machine)
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             for operation in journal.select(sql, machine, only_open=True):
                 journal.mark(sql, operation.id, "failed", error="given up: its machine was forgotten")
@@ -202,6 +210,9 @@ class SqliteStore:
                 gone += [self._layer(row) for row in found]
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
             sql.executemany(_HIDE, named)
+            sharing.require_unused(machine, gone, forest, elsewhere)
+            # Before it is recorded: a crash between leaves a description missing, not a machine that seems lost.
+            self._records.forget(machine)
         return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
@@ -225,15 +236,16 @@ class SqliteStore:
         if self._records.has(machine):
             self._records.forget(machine.name)
 
-    def remembers(self, name: str) -> bool:
-        return any(machine.name == name for machine in self._records.machines())
+    def remembered(self, name: str) -> Machine | None:
+        return next((machine for machine in self._records.machines() if machine.name == name), None)
 
     def lost(self) -> tuple[str, ...]:
         described = [machine.name for machine in self._records.machines()]
         with self._database.reading() as sql:  # afterwards: a definition writes its description down while it is open
             known = {name for (name,) in sql.execute("SELECT name FROM machine")}
             known |= {name for name in described if journal.select(sql, name, only_open=True)}
-        return tuple(name for name in described if name not in known)
+        # And again, as undefine removes the description first.
+        return tuple(name for name in described if name not in known and self.remembered(name))
 
     def places(self, machine: str) -> tuple[str, ...]:
         noted = {place.layer.id: place for place in self._records.places(machine) if place.layer}

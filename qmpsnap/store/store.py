@@ -11,7 +11,7 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, Operation, OperationState, Plan
+from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Snapshot
 
 
@@ -68,8 +68,17 @@ class Store(Protocol):
     ) -> None:
         """Make an operation's progress durable; ``step`` is one that :mod:`qmpsnap.model.steps` knows."""
 
-    def settle(self, operation: OperationId, machine: str, change: Change, *, step: str | None = None) -> None:
-        """Apply a change and end the operation, both or neither; with ``step`` the operation goes on from there.
+    def settle(
+        self,
+        operation: OperationId,
+        machine: str,
+        change: Change,
+        *,
+        step: str | None = None,
+        state: Ended = "settled",
+        error: str | None = None,
+    ) -> None:
+        """Apply a change and end the operation so, both or neither; with ``step`` the operation goes on from there.
 
         Raises:
             NameTaken: the change defines a machine whose name is in use.
@@ -102,8 +111,8 @@ class Store(Protocol):
         They may read any layer: which, nobody knows.
         """
 
-    def remembers(self, name: str) -> bool:
-        """Whether a machine of that name was written down, which this store need not know."""
+    def remembered(self, name: str) -> Machine | None:
+        """The machine of that name as it was written down; this store need not know it."""
 
     def places(self, machine: str) -> tuple[str, ...]:
         """Every place outside its folder, or under a name of its own, that a layer of the machine was settled at.

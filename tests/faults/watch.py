@@ -48,10 +48,16 @@ def watching(hook: Hook) -> Iterator[None]:
         around(store, operation, name, lambda: real_mark(store, operation, state, step=step, **rest))
 
     def settle(
-        store: SqliteStore, operation: OperationId, machine: str, change: Change, *, step: str | None = None
+        store: SqliteStore,
+        operation: OperationId,
+        machine: str,
+        change: Change,
+        *,
+        step: str | None = None,
+        **rest: Any,
     ) -> None:
         name = steps.name_of(step or steps.SETTLED)
-        around(store, operation, name, lambda: real_settle(store, operation, machine, change, step=step))
+        around(store, operation, name, lambda: real_settle(store, operation, machine, change, step=step, **rest))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SqliteStore, "open_operation", open_operation)

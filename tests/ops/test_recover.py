@@ -349,10 +349,10 @@ async def test_a_definition_that_died_leaves_none_of_its_files(context: BenchCon
     context.store.open_operation("new", lambda _: plan, serials=2)
     await tool.create_base(layers[0].path, format="qcow2", virtual_size=MIB)
     Records(context.home.data / FOLDER).write(new)
-    assert context.store.remembers("new")
+    assert context.store.remembered("new")
     await end_open(context, new, None)
     assert context.store.operations("new")[-1].state == "failed"
-    assert not context.store.remembers("new")
+    assert not context.store.remembered("new")
     assert not folder.exists()
 
 

@@ -39,9 +39,9 @@ def test_only_what_nobody_would_find_is_noted(tmp_path: Path) -> None:
         settled(store, Change(layers=(layer("vda-3", path="/elsewhere/mine"),)))
         settled(store, Change(layers=(layer("vda-4", path=f"{MACHINES}/web/mine.qcow2"),)))
         assert store.places("web") == ("/images/base", "/elsewhere/mine", f"{MACHINES}/web/mine.qcow2")
-        assert store.remembers("web")
+        assert store.remembered("web")
         store.forget("web")
-        assert (store.places("web"), store.remembers("web")) == ((), False)
+        assert (store.places("web"), store.remembered("web")) == ((), None)
 
 
 def test_what_cannot_be_written_down_is_not_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
