@@ -171,9 +171,19 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
             await client.disconnect()
 
 
+class _Client(QMPClient):
+    """Messages are only written out for the log if somebody reads that: of a long chain it costs more than all else."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+
 async def _greeted(path: Path, machine: str) -> tuple[QMPClient, int]:
     for attempt in range(_GREETINGS):
-        client = QMPClient(machine)
+        client = _Client(machine)
         client.events.event_filter = _no_event
         endpoint = await dial(path)
         peer = _peer(endpoint)
