@@ -137,7 +137,7 @@ async def after_failure(
         error.effect = {"forward": "applied", "back": "none", None: "unknown"}[direction]  # type: ignore[assignment]
         if isinstance(error, JobStuck):
             error.tell(machine.name, waits=direction is None)
-        elif direction is None and not isinstance(error, HostCannot):
+        elif direction is None and not isinstance(error, HostCannot | OperationPending):  # these say more
             error.hint = f"qmpsnap recover {machine.name} finds out and ends it"
 
 
