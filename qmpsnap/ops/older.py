@@ -44,13 +44,13 @@ async def require_fit(context: Context, machine: Machine, *, removes: bool) -> N
     Raises:
         StoreMismatch: it is; nothing was changed.
     """
-    await require_current(context, machine)
+    await _require_current(context, machine)
     pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
-    if removes or may_remove(pending):
-        await require_none_lost(context, machine)
+    if removes or _may_remove(pending):
+        await _require_none_lost(context, machine)
 
 
-async def require_current(context: Context, machine: Machine) -> None:
+async def _require_current(context: Context, machine: Machine) -> None:
     """Refuse to work with a store that is older than the disks.
 
     Raises:
@@ -67,7 +67,7 @@ async def require_current(context: Context, machine: Machine) -> None:
         )
 
 
-async def require_none_lost(context: Context, machine: Machine) -> None:
+async def _require_none_lost(context: Context, machine: Machine) -> None:
     """Refuse to merge or remove layers while nobody knows what a machine that the store has lost reads.
 
     Raises:
@@ -85,7 +85,7 @@ async def require_none_lost(context: Context, machine: Machine) -> None:
         )
 
 
-def may_remove(pending: Sequence[Operation]) -> bool:
+def _may_remove(pending: Sequence[Operation]) -> bool:
     """Whether ending these operations may merge or remove layers."""
     return any(isinstance(operation.plan, MergePlan | MirrorPlan | RevertPlan) for operation in pending)
 

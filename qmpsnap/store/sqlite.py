@@ -294,7 +294,7 @@ class SqliteStore:
             if self._is_noted(layer):
                 yield Place(layer=layer)
         for snapshot in change.snapshots:
-            if snapshot.vmstate and not snapshot.vmstate.path.startswith(f"{self._machines}/"):
+            if snapshot.vmstate and self._is_outside(snapshot.vmstate):
                 yield Place(state=snapshot.vmstate.path)
 
     def _gone(self, sql: sqlite3.Connection, machine: int, change: Change) -> Iterator[Place]:
@@ -306,8 +306,11 @@ class SqliteStore:
         for name in change.removed_snapshots:
             found = sql.execute("SELECT vmstate FROM snapshot WHERE machine = ? AND name = ?", (machine, name))
             for state in (self._vmstate(text) for (text,) in found):
-                if state and not state.path.startswith(f"{self._machines}/"):
+                if state and self._is_outside(state):
                     yield Place(state=state.path, gone=True)
+
+    def _is_outside(self, state: Vmstate) -> bool:
+        return not state.path.startswith(f"{self._machines}/")
 
     def _is_noted(self, layer: Layer) -> bool:
         pool, path = self._place(layer.path)
@@ -380,25 +383,23 @@ _MACHINE = (
     " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
     " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
 )
-_UNREFERENCED = (
-    f"SELECT {_LAYER} FROM layer WHERE NOT EXISTS (SELECT 1 FROM layer above WHERE above.backing = layer.id)"
-    " AND NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
+_UNNAMED = (
+    "NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
     " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
 )
+_UNREFERENCED = (
+    f"SELECT {_LAYER} FROM layer WHERE {_UNNAMED}"
+    " AND NOT EXISTS (SELECT 1 FROM layer above WHERE above.backing = layer.id)"
+)
+_HIDE = f"UPDATE layer SET state = 'hidden', version = version + 1 WHERE id = ? AND state = 'ok' AND {_UNNAMED}"
+"""What a deleted snapshot leaves to others is hidden; so is what a forgotten machine leaves."""
 _NAMED = (
     "SELECT active FROM disk WHERE machine = ? UNION SELECT layer FROM point"
     " JOIN snapshot ON snapshot.id = point.snapshot WHERE snapshot.machine = ?"
 )
 """Every layer that one machine's disks and snapshots name."""
-_HIDE = (
-    "UPDATE layer SET state = 'hidden', version = version + 1 WHERE id = ? AND state = 'ok'"
-    " AND NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
-    " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
-)
-"""What a deleted snapshot leaves to others is hidden; so is what a forgotten machine leaves."""
 _USED = (
-    "WITH RECURSIVE used (id) AS (SELECT active FROM disk WHERE machine = ? UNION SELECT layer FROM point"
-    " JOIN snapshot ON snapshot.id = point.snapshot WHERE snapshot.machine = ? UNION SELECT layer.backing FROM used"
+    f"WITH RECURSIVE used (id) AS ({_NAMED} UNION SELECT layer.backing FROM used"
     " JOIN layer ON layer.id = used.id WHERE layer.backing IS NOT NULL) SELECT id FROM used"
 )
-"""Every layer that one machine's disks and snapshots read."""
+"""Every layer that they read."""
