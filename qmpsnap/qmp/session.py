@@ -172,7 +172,7 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
 
 
 class _Client(QMPClient):
-    """Messages are only written out for the log if somebody reads that: of a long chain it costs more than all else."""
+    """Messages are only written out for the log if somebody reads that: those of long chains are long."""
 
     def _cb_outbound(self, msg: Message) -> Message:
         return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
