@@ -102,7 +102,11 @@ class Controller:
             NameTaken: there is a machine of that name.
             ImageRefused: an image is not what the spec says, or not in an allowed folder.
         """
-        if not isinstance(spec, MachineSpec):
+        if isinstance(spec, MachineSpec):
+            from qmpsnap.machine import specfile  # as above
+
+            spec = specfile.checked(spec, folder=Path.cwd(), guest_dir=self.context.home.guest)
+        else:
             folders = (*folders, Path(spec).absolute().parent)
             spec = self.read_spec(spec)
         machine = await define.run(self.context, spec, folders=folders, allow_extra=allow_extra)
@@ -128,11 +132,17 @@ class Controller:
         """Start a machine, defining it first if the store does not have it.
 
         Args:
-            spec: path of a spec file, or the name of a machine.
+            spec: path of a spec file, or the name of a machine. Of a machine that is defined already the file gives
+                only the name: what else has changed in it since is not looked at.
             paused: leave the vCPUs stopped.
+
+        Raises:
+            SpecError: the file describes no machine, or there is none.
+            NotFoundError: no machine of that name.
+            QmpsnapError: as :meth:`define` and :meth:`MachineHandle.start`.
         """
         name = os.fspath(spec)
-        if Path(name).is_file():
+        if os.sep in name or Path(name).is_file():
             wanted = self.read_spec(name)
             try:
                 vm = await self.machine(wanted.name)

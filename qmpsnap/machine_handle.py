@@ -1,37 +1,28 @@
 """What a program does with one machine: each verb of :mod:`qmpsnap.ops`, by the machine's name."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack, overload
 
-from msgspec.structs import replace
-
-from qmpsnap.errors import UsageError
 from qmpsnap.machine_life import MachineLife
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
-from qmpsnap.model.snapshot import Quiesce, Snapshot
+from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import commit, create, delete, internal, mirror, rename, revert, save, stack
+from qmpsnap.ops import asked, commit, create, delete, internal, mirror, rename, revert, save, stack
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
 from qmpsnap.ops.internal import InternalRequest
-from qmpsnap.ops.means import MemoryRequest
 from qmpsnap.ops.mirror import MirrorRequest, Mode
-from qmpsnap.ops.quiesce import FREEZE_WINDOW, QuiesceRequest
 from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.revert_plan import RevertRequest, Run
 from qmpsnap.ops.save import RestoreRequest, SaveRequest
+from qmpsnap.ops.snapshot_request import Files, Kind, SnapshotOptions, names_of, paths_of, requested
 from qmpsnap.qmp.jobs import Report, unreported
-
-Kind = Literal["disk", "full", "internal"]
-
-Files = Mapping[str, str | os.PathLike[str]]
-"""Disk to a path for its new layer; a relative one begins at the working directory."""
 
 
 class MachineHandle(MachineLife):
@@ -42,16 +33,8 @@ class MachineHandle(MachineLife):
         name: str | None = None,
         *,
         kind: Kind = "disk",
-        description: str = "",
-        disks: Sequence[str] | None = None,
-        files: Files | None = None,
-        max_pause_ms: float | None = None,
-        compression: Compression = "none",
-        degrade: bool = False,
-        memory: bool | None = None,
-        quiesce: Quiesce = "skip",
-        freeze_window: float = FREEZE_WINDOW,
         report: Report = unreported,
+        **options: Unpack[SnapshotOptions],
     ) -> Snapshot:
         """Take a snapshot, all disks at one instant; a ``full`` one with the guest's memory of that same instant.
 
@@ -63,68 +46,57 @@ class MachineHandle(MachineLife):
         Args:
             name: its name; None takes the next free ``snap-N``.
             kind: ``disk``, ``full`` or ``internal``.
-            description: free text.
-            disks: names of the disks; None takes all that the spec does not leave out.
-            files: disk to the path of its new layer, where that is to be a place of the caller's choice.
-            max_pause_ms: refuse, rather than hold the guest longer than this; with ``full`` only, like what follows.
-            compression: of the memory's file.
-            degrade: should only the memory fail, keep the disks' snapshot and return that.
-            memory: with ``internal`` only: whether the guest's memory is saved, too; None if there is a guest.
-            quiesce: ``require``: of frozen file systems or not at all; ``prefer``: if the guest's agent can freeze
-                them, and the snapshot's ``unquiesced`` says why it could not.
-            freeze_window: seconds they may be frozen.
             report: told how much of the memory is written.
+            options: any of these.
+
+                - ``description``: free text.
+                - ``disks``: names of the disks; None (the default) takes all that the spec does not leave out.
+                - ``files``: disk to the path of its new layer, where that is to be a place of the caller's choice.
+                - ``max_pause_ms``: with ``full``: refuse, rather than hold the guest longer than this.
+                - ``compression``: with ``full``: ``none`` or ``zstd``, of the memory's file.
+                - ``degrade``: with ``full``: should only the memory fail, keep the disks' snapshot and return that.
+                - ``memory``: with ``internal``: whether the guest's memory is saved, too; None if there is a guest.
+                - ``quiesce``: ``require``: of frozen file systems or not at all; ``prefer``: if the guest's agent can
+                  freeze them, and the snapshot's ``unquiesced`` says why it could not; ``skip`` (the default).
+                - ``freeze_window``: seconds they may be frozen, 5 by default.
 
         Raises:
             NameTaken: there is a snapshot of that name.
-            UsageError: a file for a disk that gets no new layer, or at a place that cannot be chosen.
+            UsageError: an option that the kind does not heed, or a file for a disk that gets no new layer, or at a
+                place that cannot be chosen.
             StateError: a disk is read-only or busy with a job, something is at the path of a file, or the memory cannot
                 be saved as asked.
             StoreMismatch: QEMU's chains are not the store's.
             HostCannot: no space for the memory; the guest runs on, and there is no trace of the attempt.
             QemuGone, DeadlinePassed, QmpError: with ``require``, the guest's agent is not there, silent or refuses.
         """
-        if kind == "internal":
-            if files:
-                raise UsageError("an internal snapshot makes no new layers: files name nothing; nothing was changed")
-            inside = InternalRequest(
-                name=name,
-                description=description,
-                disks=None if disks is None else tuple(disks),
-                memory=memory,
-                quiesce=QuiesceRequest(wish=quiesce, window=freeze_window),
-            )
-            return await internal.create(self._context, self.name, inside, report=report)
-        wanted = None
-        if kind == "full":
-            wanted = MemoryRequest(max_pause_ms=max_pause_ms, compression=compression, degrade=degrade)
-        freeze = QuiesceRequest(wish=quiesce, window=freeze_window)
-        request = replace(_request(name, description, disks, files), memory=wanted, quiesce=freeze)
+        request = requested(kind, name, options)
+        if isinstance(request, InternalRequest):
+            return await internal.create(self._context, self.name, request, report=report)
         return await create.run(self._context, self.name, request, report=report)
 
+    @overload
     async def preview_snapshot(
         self,
         name: str | None = None,
         *,
         kind: Literal["disk", "full"] = "disk",
-        description: str = "",
-        disks: Sequence[str] | None = None,
-        files: Files | None = None,
-        max_pause_ms: float | None = None,
-        quiesce: Quiesce = "skip",
-    ) -> tuple[Machine, CreatePlan]:
-        """What :meth:`snapshot` would do now, without doing it."""
-        memory = MemoryRequest(max_pause_ms=max_pause_ms) if kind == "full" else None
-        freeze = QuiesceRequest(wish=quiesce)
-        request = replace(_request(name, description, disks, files), memory=memory, quiesce=freeze)
-        return await create.preview(self._context, self.name, request)
+        **options: Unpack[SnapshotOptions],
+    ) -> tuple[Machine, CreatePlan]: ...
 
-    async def preview_internal(
-        self, name: str | None = None, *, disks: Sequence[str] | None = None, memory: bool | None = None
-    ) -> InternalPlan:
-        """What :meth:`snapshot` of kind ``internal`` would do now, without doing it."""
-        request = InternalRequest(name=name, disks=None if disks is None else tuple(disks), memory=memory)
-        return await internal.preview(self._context, self.name, request)
+    @overload
+    async def preview_snapshot(
+        self, name: str | None = None, *, kind: Literal["internal"], **options: Unpack[SnapshotOptions]
+    ) -> tuple[Machine, InternalPlan]: ...
+
+    async def preview_snapshot(
+        self, name: str | None = None, *, kind: Kind = "disk", **options: Unpack[SnapshotOptions]
+    ) -> tuple[Machine, CreatePlan | InternalPlan]:
+        """What :meth:`snapshot` would do now, without doing it; refused as that would be, but for a silent agent."""
+        request = requested(kind, name, options)
+        if isinstance(request, InternalRequest):
+            return await internal.preview(self._context, self.name, request)
+        return await create.preview(self._context, self.name, request)
 
     async def save(
         self,
@@ -154,7 +126,7 @@ class MachineHandle(MachineLife):
             description=description,
             compression=compression,
         )
-        return await save.save(self._context, self.name, request, report=report)
+        return await save.save(self._context, self.name, asked.well_typed(request), report=report)
 
     async def restore(
         self,
@@ -180,7 +152,7 @@ class MachineHandle(MachineLife):
         request = RestoreRequest(
             file=None if file is None else str(Path(file).absolute()), discard=discard, paused=paused, after=after
         )
-        return await save.restore(self._context, self.name, request)
+        return await save.restore(self._context, self.name, asked.well_typed(request))
 
     async def add_layers(self, *, disks: Sequence[str] | None = None, files: Files | None = None) -> tuple[Layer, ...]:
         """Put a new empty layer on every disk as :meth:`snapshot` does, but list no snapshot; returns those layers.
@@ -193,14 +165,13 @@ class MachineHandle(MachineLife):
             StateError: a disk is read-only or busy with a job.
             StoreMismatch: QEMU's chains are not the store's.
         """
-        return await create.add_layers(self._context, self.name, _request(None, "", disks, files))
+        return await create.add_layers(self._context, self.name, _layers_request(disks, files))
 
     async def preview_add_layers(
         self, *, disks: Sequence[str] | None = None, files: Files | None = None
     ) -> tuple[Machine, CreatePlan]:
         """What :meth:`add_layers` would do now, without doing it."""
-        request = replace(_request(None, "", disks, files), listed=False)
-        return await create.preview(self._context, self.name, request)
+        return await create.preview(self._context, self.name, _layers_request(disks, files))
 
     async def revert(
         self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None, after: bool = True
@@ -221,10 +192,10 @@ class MachineHandle(MachineLife):
 
         Raises:
             NotFoundError: there is none of that name.
-            StateError: it is consumed or internal, a job holds a disk, or its memory is of other hardware.
+            StateError: it is consumed, a job holds a disk, or its memory is of other hardware.
             StoreMismatch: QEMU's chains or the files are not the store's.
         """
-        request = replace(_revert_request(snapshot, discard, state), after=after)
+        request = _revert_request(snapshot, discard, state, after=after)
         return await revert.run(self._context, self.name, request)
 
     async def preview_revert(
@@ -281,7 +252,7 @@ class MachineHandle(MachineLife):
             HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
         """
         request = CommitRequest(disk=disk, base=base, top=top, consume=consume)
-        return await commit.run(self._context, self.name, request, report=report)
+        return await commit.run(self._context, self.name, asked.well_typed(request), report=report)
 
     async def stream(self, disk: str, *, base: str | None = None, report: Report = unreported) -> MergePlan:
         """Let the active layer absorb what lies between it and ``base`` (everything, without it); nothing is lost.
@@ -290,7 +261,8 @@ class MachineHandle(MachineLife):
             StateError: nothing lies between.
             HostCannot: not enough space.
         """
-        return await commit.run(self._context, self.name, StreamRequest(disk=disk, base=base), report=report)
+        request = asked.well_typed(StreamRequest(disk=disk, base=base))
+        return await commit.run(self._context, self.name, request, report=report)
 
     async def mirror(
         self,
@@ -330,7 +302,7 @@ class MachineHandle(MachineLife):
             format=format,
             write_blocking=write_blocking,
         )
-        return await mirror.run(self._context, self.name, request, report=report)
+        return await mirror.run(self._context, self.name, asked.well_typed(request), report=report)
 
     async def delete_snapshots(
         self, *names: str, children: bool = False, metadata: bool = False, report: Report = unreported
@@ -347,17 +319,13 @@ class MachineHandle(MachineLife):
             NotFoundError: one is not there; nothing was deleted.
         """
         request = DeleteRequest(names=names, children=children, metadata=metadata)
-        return await delete.run(self._context, self.name, request, report=report)
+        return await delete.run(self._context, self.name, asked.well_typed(request), report=report)
 
 
-def _request(
-    name: str | None, description: str, disks: Sequence[str] | None, files: Files | None = None
-) -> CreateRequest:
-    chosen = {disk: str(Path(path).absolute()) for disk, path in (files or {}).items()}
-    included = None if disks is None else tuple(disks)
-    return CreateRequest(name=name, description=description, disks=included, files=chosen)
+def _layers_request(disks: Sequence[str] | None, files: Files | None) -> CreateRequest:
+    return asked.well_typed(CreateRequest(disks=names_of(disks), files=paths_of(files), listed=False))
 
 
-def _revert_request(snapshot: Snapshot | str, discard: bool, state: Run | None) -> RevertRequest:  # noqa: FBT001
+def _revert_request(snapshot: Snapshot | str, discard: bool, state: Run | None, *, after: bool = True) -> RevertRequest:  # noqa: FBT001
     name = snapshot if isinstance(snapshot, str) else snapshot.name
-    return RevertRequest(name=name, discard=discard, run=state)
+    return asked.well_typed(RevertRequest(name=name, discard=discard, run=state, after=after))

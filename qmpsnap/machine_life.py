@@ -139,8 +139,12 @@ class MachineLife:
             return await guest.fstrim(minimum=minimum, deadline=deadline)
 
     async def jobs(self) -> tuple[JobInfo, ...]:
-        """The jobs that the machine's QEMU has; none when it is stopped."""
-        async with self._context.monitor(await self.record()) as qemu:
+        """The jobs that the machine's QEMU has, also of a verb that is at work; none when it is stopped.
+
+        Raises:
+            QemuGone, DeadlinePassed: QEMU runs and does not answer.
+        """
+        async with self._context.monitor(await self.record(), look=True) as qemu:
             return await commands.query_jobs(qemu) if qemu else ()
 
     async def wait(self, *, report: Report = unreported) -> list[Operation]:

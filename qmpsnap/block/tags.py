@@ -119,7 +119,8 @@ def _copy(source: str, target: str, identity: tuple[int, int]) -> None:
             os.close(out)
     except OSError as error:
         Path(target).unlink()
-        raise HostCannot(f"{source} cannot be copied to {target}: {error.strerror}", hint="free some space") from error
+        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise HostCannot(f"{source} cannot be copied to {target}: {error.strerror}", hint=hint) from error
     finally:
         os.close(into)
 

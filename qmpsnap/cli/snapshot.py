@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qmpsnap.controller import Controller
     from qmpsnap.model.machine import Machine
     from qmpsnap.model.operation import CreatePlan, InternalPlan
+    from qmpsnap.ops.snapshot_request import SnapshotOptions
 
 _NESTED = frozenset({"disks", "vmstate", "inside", "pause_ms"})
 """Keys of a snapshot's JSON that its table shows otherwise."""
@@ -97,67 +98,44 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--no-snapshot takes neither NAME nor --message: nothing would bear them; nothing was changed")
     if arguments.no_snapshot and arguments.kind != "disk":
         raise UsageError(f"--no-snapshot makes layers, and --kind {arguments.kind} a snapshot; nothing was changed")
-
-    if arguments.kind != "full" and (
-        arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"
-    ):
-        raise UsageError("--max-pause, --degrade and --compress are about memory: add --kind full; nothing was changed")
-    if arguments.file and arguments.kind == "internal":
-        raise UsageError("--file is about new layers, and a snapshot inside images makes none; nothing was changed")
+    if arguments.no_snapshot and (arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"):
+        raise UsageError(
+            "--max-pause, --degrade and --compress are about a snapshot, and --no-snapshot makes none;"
+            " nothing was changed"
+        )
     if arguments.quiesce == "skip" and arguments.freeze_window is not None:
         raise UsageError("--freeze-window is about freezing: add --quiesce require or prefer; nothing was changed")
     if arguments.quiesce != "skip" and arguments.no_snapshot:
         raise UsageError("--quiesce is about a snapshot, and --no-snapshot makes none; nothing was changed")
-    if arguments.no_memory and arguments.kind != "internal":
-        raise UsageError("--no-memory is about snapshots inside images: add --kind internal; nothing was changed")
 
 
 def _create(arguments: argparse.Namespace) -> None:
-    disks = _disks(arguments.disks)
-    files = _files(arguments.file)
     _check(arguments)
-    if arguments.dry_run and arguments.kind == "internal":
-        _preview_internal(arguments, disks)
+    disks, files = _disks(arguments.disks), _files(arguments.file)
+    if arguments.no_snapshot:
+        (_preview_layers if arguments.dry_run else _add_layers)(arguments, disks, files)
         return
-
-    async def preview(controller: "Controller") -> tuple["Machine", "CreatePlan"]:
-        vm = await controller.machine(arguments.machine)
-        if arguments.no_snapshot:
-            return await vm.preview_add_layers(disks=disks, files=files)
-        return await vm.preview_snapshot(
-            arguments.name,
-            kind=arguments.kind,
-            description=arguments.message,
-            disks=disks,
-            files=files,
-            max_pause_ms=arguments.max_pause,
-            quiesce=arguments.quiesce,
-        )
+    options: SnapshotOptions = {
+        "description": arguments.message,
+        "disks": disks,
+        "files": files,
+        "max_pause_ms": arguments.max_pause,
+        "compression": arguments.compress,
+        "degrade": arguments.degrade,
+        "memory": False if arguments.no_memory else None,
+        "quiesce": arguments.quiesce,
+    }
+    if arguments.freeze_window is not None:
+        options["freeze_window"] = arguments.freeze_window
 
     if arguments.dry_run:
-        _print_plan(arguments.output, *controlling(preview))
-        return
-    if arguments.no_snapshot:
-        _add_layers(arguments, disks, files)
+        _preview(arguments, options)
         return
     with reporting(arguments.progress) as report:
 
         async def act(controller: "Controller") -> Snapshot:
             vm = await controller.machine(arguments.machine)
-            return await vm.snapshot(
-                arguments.name,
-                kind=arguments.kind,
-                description=arguments.message,
-                disks=disks,
-                files=files,
-                max_pause_ms=arguments.max_pause,
-                compression=arguments.compress,
-                degrade=arguments.degrade,
-                memory=False if arguments.no_memory else None,
-                quiesce=arguments.quiesce,
-                **_window(arguments),
-                report=report,
-            )
+            return await vm.snapshot(arguments.name, kind=arguments.kind, report=report, **options)
 
         snapshot = controlling(act)
     if snapshot.kind != arguments.kind:
@@ -174,10 +152,6 @@ def _disks(named: str | None) -> list[str] | None:
     if twice := next((disk for disk in disks if disks.count(disk) > 1), None):
         raise UsageError(f"--disks names disk {twice} twice; nothing was changed")
     return disks
-
-
-def _window(arguments: argparse.Namespace) -> dict[str, float]:
-    return {} if arguments.freeze_window is None else {"freeze_window": arguments.freeze_window}
 
 
 def _files(named: Sequence[str]) -> dict[str, str]:
@@ -208,6 +182,30 @@ def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: d
         names=[layer.id for layer in layers],
         table=lambda: f"{', '.join(layer.id for layer in layers)} active; no snapshot was listed",
     )
+
+
+def _preview_layers(arguments: argparse.Namespace, disks: list[str] | None, files: dict[str, str]) -> None:
+    async def look(controller: "Controller") -> tuple["Machine", "CreatePlan"]:
+        vm = await controller.machine(arguments.machine)
+        return await vm.preview_add_layers(disks=disks, files=files)
+
+    _print_plan(arguments.output, *controlling(look))
+
+
+def _preview(arguments: argparse.Namespace, options: "SnapshotOptions") -> None:
+    from qmpsnap.model.operation import InternalPlan
+
+    async def look(controller: "Controller") -> tuple["Machine", "CreatePlan | InternalPlan"]:
+        vm = await controller.machine(arguments.machine)
+        planned: tuple[Machine, CreatePlan | InternalPlan]
+        planned = await vm.preview_snapshot(arguments.name, kind=arguments.kind, **options)
+        return planned
+
+    machine, plan = controlling(look)
+    if isinstance(plan, InternalPlan):
+        _print_internal(arguments.output, plan)
+    else:
+        _print_plan(arguments.output, machine, plan)
 
 
 def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> None:
@@ -251,12 +249,7 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
     )
 
 
-def _preview_internal(arguments: argparse.Namespace, disks: list[str] | None) -> None:
-    async def look(controller: "Controller") -> "InternalPlan":
-        vm = await controller.machine(arguments.machine)
-        return await vm.preview_internal(arguments.name, disks=disks, memory=False if arguments.no_memory else None)
-
-    plan = controlling(look)
+def _print_internal(form: output.Format, plan: "InternalPlan") -> None:
     from qmpsnap.ops.internal import qmp_commands
 
     name = plan.change.snapshots[0].name
@@ -266,12 +259,21 @@ def _preview_internal(arguments: argparse.Namespace, disks: list[str] | None) ->
     def text() -> str:
         lines = [f"would take snapshot {name} inside the images of machine {plan.machine}; nothing was changed"]
         lines += [f"  tag {tag['tag']} inside {tag['layer']}" for tag in tags]
+        if plan.quiesce != "skip":
+            lines += [f"  the guest's agent would be told to freeze its file systems ({plan.quiesce})"]
         lines += [f"  memory inside {plan.vmstate}; the guest would stand still meanwhile"] if plan.vmstate else []
         return "\n".join([*lines, "QMP commands:", *(f"  {json.dumps(command)}" for command in commands)])
 
     output.emit(
-        arguments.output,
-        document={"machine": plan.machine, "snapshot": name, "tags": tags, "memory": plan.vmstate, "qmp": commands},
+        form,
+        document={
+            "machine": plan.machine,
+            "snapshot": name,
+            "tags": tags,
+            "memory": plan.vmstate,
+            "qmp": commands,
+            "quiesce": plan.quiesce,
+        },
         names=[name],
         table=text,
     )

@@ -237,6 +237,7 @@ def _small_guest() -> Path:
     )
     if done.returncode:
         raise HostCannot(
-            "the small guest could not be built; nothing was started", hint="scripts/demo installs what it needs"
+            "the small guest could not be built; nothing was started",
+            hint=f"{launch_dir() / 'guest' / 'build'} says what it needs",
         )
     return guest

@@ -206,7 +206,7 @@ class Agent:
             if isinstance(status, dict) and status.get("exited"):
                 return self._completed(status)
             if anyio.current_time() > end:
-                raise self._late(deadline, command[0])
+                raise self._late(deadline, command[0], hint="it goes on in the guest; --timeout allows it more")
             await anyio.sleep(pause)
             pause = min(pause * 1.5, 0.25)
 
@@ -247,10 +247,10 @@ class Agent:
                 machine=self._machine,
             ) from error
 
-    def _late(self, deadline: float, what: str) -> DeadlinePassed:
+    def _late(self, deadline: float, what: str, *, hint: str = "") -> DeadlinePassed:
         return DeadlinePassed(
             f"the guest agent of machine {self._machine} did not finish {what} within {deadline:g} s",
-            hint="is qemu-guest-agent installed and running in the guest?",
+            hint=hint or "is qemu-guest-agent installed and running in the guest?",
             effect="unknown",
             machine=self._machine,
         )

@@ -133,13 +133,14 @@ def _clear(run_dir: Path) -> None:
 
 @asynccontextmanager
 async def monitor(
-    machine: Machine, run_dir: Path, *, deadline: float = session.CONNECT_DEADLINE
+    machine: Machine, run_dir: Path, *, socket: str = QMP_SOCKET, deadline: float = session.CONNECT_DEADLINE
 ) -> AsyncIterator[Session]:
-    """A session with the machine's own monitor, after it has said that it is this machine.
+    """A session with one of the machine's monitors, after it has said that it is this machine.
 
     Args:
         machine: the machine.
         run_dir: its run folder.
+        socket: which monitor: ours, or the user's.
         deadline: seconds until the monitor must have greeted us.
 
     Raises:
@@ -147,7 +148,7 @@ async def monitor(
         DeadlinePassed: QEMU is there and silent.
         StateError: the socket belongs to another machine's QEMU.
     """
-    async with session.connect(run_dir / QMP_SOCKET, machine=machine.name, deadline=deadline) as qemu:
+    async with session.connect(run_dir / socket, machine=machine.name, deadline=deadline) as qemu:
         uuid = await commands.query_uuid(qemu)
         if uuid != machine.uuid:
             raise StateError(

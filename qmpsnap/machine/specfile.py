@@ -1,11 +1,15 @@
 """A machine's spec from YAML: a checked value, or one error that says where it is wrong and what would be right."""
 
 import ipaddress
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from qmpsnap.errors import SpecError
 from qmpsnap.machine.specvalues import (
     Reader,
     disk_name,
@@ -22,7 +26,7 @@ from qmpsnap.machine.specvalues import (
     strings,
     whole,
 )
-from qmpsnap.machine.yamltree import Entry, Tree, compose, load, shorten
+from qmpsnap.machine.yamltree import Entry, Tree, compose, load, shorten, tree_of
 from qmpsnap.model.spec import (
     Accel,
     Bus,
@@ -74,7 +78,31 @@ def parse(text: str, source: str, *, folder: Path, guest_dir: Path, profile_dir:
     Raises:
         SpecError: the text describes no machine; nothing was created.
     """
-    root = compose(text, source)
+    return _machine(compose(text, source), folder=folder, guest_dir=guest_dir, profile_dir=profile_dir)
+
+
+def checked(spec: MachineSpec, *, folder: Path, guest_dir: Path) -> MachineSpec:
+    """The machine that a program describes, held to the same rules as a file's: its names become paths and arguments.
+
+    Args:
+        spec: the spec; its paths may be path-like objects, too.
+        folder: where relative paths start.
+        guest_dir: the small guest's folder.
+
+    Raises:
+        SpecError: it describes no machine; nothing was created.
+    """
+    try:
+        plain = msgspec.to_builtins(spec, enc_hook=os.fspath)
+    except TypeError as error:
+        raise SpecError(f"the spec holds what no spec can: {error}; nothing was created") from error
+    if type(spec.memory) is int:
+        plain["memory"] = f"{spec.memory}B"  # a file's plain number is MiB
+    root = tree_of(plain, "the spec")
+    return _machine(root, folder=folder, guest_dir=guest_dir, profile_dir=Path())
+
+
+def _machine(root: Tree, *, folder: Path, guest_dir: Path, profile_dir: Path) -> MachineSpec:
     entries = _machine_entries(root)
     values = _read_all(entries, _machine_readers(folder, guest_dir))
     if "profile" in values:

@@ -139,6 +139,23 @@ def compose(text: str, source: str) -> Tree:
     return _tree(root)
 
 
+def tree_of(value: Any, where: str) -> Tree:
+    """A tree of plain values that a program has made: mappings, lists and scalars.
+
+    Args:
+        value: the values; an underscore in a key stands for a hyphen, as Python's names have none.
+        where: what errors call the whole of it.
+    """
+    if isinstance(value, dict):
+        named = {str(key).replace("_", "-"): found for key, found in value.items()}
+        entries = {key: Entry(Tree(key, where, key), tree_of(found, f"{where}: {key}")) for key, found in named.items()}
+        return Tree(entries, where)
+    if isinstance(value, list):
+        return Tree(tuple(tree_of(found, f"{where} {number}") for number, found in enumerate(value, start=1)), where)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return Tree(value, where, "" if value is None else text)
+
+
 class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
     """PyYAML down to its nodes, without what makes a small file large or deep."""
 

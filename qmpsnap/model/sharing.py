@@ -64,7 +64,7 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
             raise StateError(
                 f"machine {machine} would read {layer.path}, which machine {writers[0]} writes to by now;"
                 " nothing was changed",
-                hint=f"take a snapshot of {writers[0]} first and use the layer that it freezes",
+                hint=f"qmpsnap snapshot create {writers[0]} first, then use the layer that it freezes",
                 machine=machine,
             )
     for other in others:

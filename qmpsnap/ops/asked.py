@@ -3,6 +3,10 @@
 import math
 import time
 from collections.abc import Collection, Sequence
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
 
 from qmpsnap.errors import NameTaken, StateError, UsageError
 from qmpsnap.model.machine import Machine
@@ -11,6 +15,20 @@ from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
+
+_Request = TypeVar("_Request", bound=Struct)
+
+
+def well_typed(request: _Request) -> _Request:
+    """The request, if each field is what its type says: a mistyped word must not pass for a weaker wish.
+
+    Raises:
+        UsageError: one is not.
+    """
+    try:
+        return msgspec.convert(msgspec.to_builtins(request), type(request))
+    except (msgspec.ValidationError, TypeError) as error:
+        raise UsageError(f"{error}; nothing was changed") from error
 
 
 async def mode_of(qemu: Monitor | None) -> str:

@@ -76,7 +76,8 @@ def _require_nothing(path: str) -> None:
 
 def _no_folder(path: str, error: OSError) -> HostCannot:
     folder = header.printable(str(Path(path).parent))
-    return HostCannot(f"{folder} cannot be used: {error.strerror}; nothing was changed", hint="make the folder first")
+    hint = "make the folder first" if isinstance(error, FileNotFoundError) else "choose another folder"
+    return HostCannot(f"{folder} cannot be used: {error.strerror}; nothing was changed", hint=hint)
 
 
 async def let_go(overlays: Sequence[Overlay]) -> None:

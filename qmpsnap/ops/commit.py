@@ -74,9 +74,13 @@ def _plan_commit(at: Situation, chain: Chain, request: CommitRequest) -> MergePl
 
 
 async def preview(context: Context, name: str, request: Request) -> tuple[MergePlan, tuple[str, dict[str, object]]]:
-    """The plan that :func:`run` would follow now and the command that starts its job, without a change."""
+    """The plan that :func:`run` would follow now and the command that starts its job.
+
+    Only what an interrupted operation has left is ended, as by every verb; the plan is of what is then.
+    """
     async with working(context, name, "preview", removes=True) as work:
-        _, made = await _plan(context, work, request)
+        at, made = await _plan(context, work, request)
+        require_space(at, made.steps, context.home.data)
         serial = OperationId(await blocking(context.store.next_serial))
         step = made.steps[0]
         assert isinstance(step, Merge)

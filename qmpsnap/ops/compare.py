@@ -163,5 +163,5 @@ async def state(context: Context, machine: Machine) -> str:
 
     ``paused: no space`` and ``paused: I/O error``: QEMU has paused the guest because a request of it failed.
     """
-    async with context.monitor(machine) as qemu:
+    async with context.monitor(machine, look=True) as qemu:
         return await commands.run_state(qemu) if qemu else "stopped"

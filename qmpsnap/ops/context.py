@@ -16,13 +16,14 @@ from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import ForeignHost, QemuGone, StateError, StoreMismatch
 from qmpsnap.machine import adopted
 from qmpsnap.machine import process as processes
+from qmpsnap.machine.argv import QMP_SOCKET, USER_SOCKET
 from qmpsnap.machine.machine import monitor, prepare_run_dir
 from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.secret import Secret, given
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.store import runfolder
+from qmpsnap.store import lock, runfolder
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
@@ -66,8 +67,12 @@ class Context(Struct, frozen=True, kw_only=True):
         return processes.find(machine, self.home.run_dir(machine.name))
 
     @asynccontextmanager
-    async def monitor(self, machine: Machine) -> AsyncIterator[Monitor | None]:
+    async def monitor(self, machine: Machine, *, look: bool = False) -> AsyncIterator[Monitor | None]:
         """A session with the machine's QEMU, or None when it is stopped.
+
+        Args:
+            machine: the machine.
+            look: only to ask: while somebody works on the machine, and has its monitor, by the one that is the user's.
 
         Raises:
             QemuGone: QEMU runs, but nobody answers on its monitor.
@@ -78,7 +83,7 @@ class Context(Struct, frozen=True, kw_only=True):
             yield None
             return
         try:
-            async with self._session(machine, process) as qemu:
+            async with self._session(machine, process, look=look) as qemu:
                 yield qemu
         except QemuGone as error:
             if processes.is_alive(process):
@@ -102,10 +107,11 @@ class Context(Struct, frozen=True, kw_only=True):
             error.hint = f"its QEMU runs (process {process.pid}), and the folder of its sockets was removed:"
             error.hint += f" qmpsnap stop {machine.name} --force ends it"
 
-    def _session(self, machine: Machine, process: Process) -> AbstractAsyncContextManager[Monitor]:
+    def _session(self, machine: Machine, process: Process, *, look: bool) -> AbstractAsyncContextManager[Monitor]:
         if machine.adopted:
             return adopted.monitor(machine, machine.adopted, process)
-        return monitor(machine, self.home.run_dir(machine.name))
+        busy = look and lock.holder(self.home.lock(machine.name))
+        return monitor(machine, self.home.run_dir(machine.name), socket=USER_SOCKET if busy else QMP_SOCKET)
 
 
 @asynccontextmanager

@@ -18,12 +18,12 @@ from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops import asked, chosen, commit, memory, quiesce, recover, recover_create, space
 from qmpsnap.ops.commit import CommitRequest
-from qmpsnap.ops.context import Context, blocking, guarded, require_spec
+from qmpsnap.ops.context import Context, blocking, guarded
 from qmpsnap.ops.create_plan import CreateRequest, expected, node_options, plan, transaction_of
 from qmpsnap.ops.means import choose
 from qmpsnap.ops.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.quiesce import Freezer
-from qmpsnap.ops.work import Work, working
+from qmpsnap.ops.work import Work, require_agreement, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
@@ -34,9 +34,10 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
     machine = await blocking(context.store.machine, name)
     chains = await blocking(context.store.chains, name)
     async with context.monitor(machine) as qemu:
-        if qemu is None:
-            require_spec(machine, "make it start on a new layer")
-        make = await _planner(context, Work(machine, qemu), chains, request)
+        work = Work(machine, qemu)
+        await require_agreement(work, chains, doing="make it start on a new layer")
+        freezer = await quiesce.foreseen(machine, qemu, request.quiesce)
+        make = await _planner(context, work, chains, request, freezer)
     await chosen.require_free(context, name, request.files)
     serial = OperationId(await blocking(context.store.next_serial))
     return machine, await blocking(lambda: make(serial))
@@ -57,12 +58,12 @@ async def run(context: Context, name: str, request: CreateRequest, *, report: Re
 
 
 async def add_layers(context: Context, name: str, request: CreateRequest) -> tuple[Layer, ...]:
-    """Put the new layers on top without recording a snapshot; returns them.
+    """Put the new layers on top without recording a snapshot, as a request that is not ``listed`` asks; returns them.
 
     Raises:
         QmpsnapError: as :func:`run`.
     """
-    change = await _run(context, name, replace(request, listed=False), unreported)
+    change = await _run(context, name, request, unreported)
     return change.layers
 
 
@@ -71,10 +72,7 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
     try:
         async with working(context, name, "snapshot create") as work:
             chains = await blocking(context.store.chains, name)
-            if work.qemu:
-                await graph.require_agreement(work.qemu, chains, machine=name)
-            else:
-                require_spec(work.machine, "make it start on a new layer")
+            await require_agreement(work, chains, doing="make it start on a new layer")
             await chosen.require_free(context, name, request.files)
             async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
                 make = await _planner(context, work, chains, request, freezer)
@@ -114,7 +112,7 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
 
 
 async def _planner(
-    context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest, freezer: Freezer | None = None
+    context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest, freezer: Freezer
 ) -> Callable[[OperationId], CreatePlan]:
     """The plan but for its number, of the machine as it is now; refused on other files, or without room for it."""
     mode = await asked.mode_of(work.qemu)

@@ -350,7 +350,7 @@ def require_unshared(
                 raise StateError(
                     f"disk {disk.name} of {spec.name} would read {layer.path}, which machine {writer} writes to;"
                     " nothing was created",
-                    hint=f"take a snapshot of {writer} first and use the layer that it freezes",
+                    hint=f"qmpsnap snapshot create {writer} first, then use the layer that it freezes",
                 )
         if disk.image and not disk.read_only:
             if source.known[-1] is not None or files[-1] in readers:

@@ -16,7 +16,7 @@ from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops.commit import carry_out
 from qmpsnap.ops.context import Context
 from qmpsnap.ops.situation import look, require_space
-from qmpsnap.ops.work import working
+from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -94,9 +94,9 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
 
 
 async def preview(context: Context, name: str, request: DeleteRequest) -> DeletePlan:
-    """The plan that :func:`run` would follow now, without a change."""
-    async with working(context, name, "preview", removes=True) as work:
-        return plan(await look(context, work), request)
+    """The plan that :func:`run` would follow now, once an interrupted operation is ended, as by every verb."""
+    async with working(context, name, "preview", removes=not request.metadata) as work:
+        return await _plan(context, work, request)
 
 
 async def run(context: Context, name: str, request: DeleteRequest, *, report: Report = unreported) -> DeletePlan:
@@ -107,11 +107,16 @@ async def run(context: Context, name: str, request: DeleteRequest, *, report: Re
         QmpsnapError: a job failed: the snapshots are gone, their layers stay hidden until the next delete.
     """
     async with working(context, name, "snapshot delete", removes=not request.metadata) as work:
-        at = await look(context, work)
-        made = plan(at, request)
-        require_space(at, made.plan.steps, context.home.data)
+        made = await _plan(context, work, request)
         await carry_out(context, work, lambda _: made.plan, report=report)
         return made
+
+
+async def _plan(context: Context, work: Work, request: DeleteRequest) -> DeletePlan:
+    at = await look(context, work)
+    made = plan(at, request)
+    require_space(at, made.plan.steps, context.home.data)
+    return made
 
 
 def _choose(at: Situation, request: DeleteRequest) -> list[Snapshot]:

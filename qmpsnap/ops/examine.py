@@ -98,7 +98,7 @@ def _guest(home: Home) -> Ability:
         "agent",
         "limited",
         "a channel for every machine; the small guest is not built",
-        "scripts/demo, or launch/guest/build",
+        "qmpsnap demo builds it",
     )
 
 

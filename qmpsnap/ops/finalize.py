@@ -157,8 +157,8 @@ async def _give_up(job: BlockJob, monitor: Monitor, why: QmpError, *, running: b
         name = job.machine.name
         raise OperationPending(
             f"{why.message}; the chain cannot be made what it was: {error.message}",
-            hint=f"put that right, then: qmpsnap recover {name}; or end its QEMU first (qmpsnap stop {name}): both"
-            " sides are equal, and without QEMU the headers are put right",
+            hint=f"put that right, then: qmpsnap recover {name}; or end its QEMU first (qmpsnap stop {name} --force):"
+            " both sides are equal, and without QEMU the headers are put right",
             effect="unknown",
             machine=name,
         ) from error

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from qmpsnap.block import graph
 from qmpsnap.errors import StateError, UsageError
 from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model import steps
@@ -24,13 +23,13 @@ from qmpsnap.model.operation import Change, InternalPlan, Operation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Hardware, Inside
 from qmpsnap.ops import asked, keys, quiesce, recover, space, tagging
-from qmpsnap.ops.context import Context, blocking, guarded, require_spec
+from qmpsnap.ops.context import Context, blocking, guarded
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.ops.means import RESERVE_MORE, require_saveable, resident_bytes
 from qmpsnap.ops.overlays import require_free
 from qmpsnap.ops.quiesce import Freezer, QuiesceRequest
 from qmpsnap.ops.space import Need
-from qmpsnap.ops.work import Work, working
+from qmpsnap.ops.work import Work, require_agreement, working
 from qmpsnap.qmp import commands, jobs, migration
 from qmpsnap.qmp.jobs import Report, unreported
 
@@ -123,20 +122,13 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
     Raises:
         QmpsnapError: see :func:`plan`; besides, the families of lock, host, QEMU and deadline.
     """
-    if request.quiesce.wish != "skip" and request.memory is not False:
-        raise UsageError(
-            "a guest whose memory is saved inside its images is not frozen for it: it would go on frozen;"
-            " nothing was changed",
-            hint="add --no-memory, or take a full snapshot",
-        )
+    _require_possible(request)
     async with working(context, name, "snapshot create") as work:
         chains = await blocking(context.store.chains, name)
-        if work.qemu:
-            await graph.require_agreement(work.qemu, chains, machine=name)
-        else:
-            require_spec(work.machine, "open its images while it is stopped")
+        await require_agreement(work, chains, doing="open its images while it is stopped")
         async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
-            operation = await _open(context, work, chains, request, freezer)
+            make = await _planner(context, work, chains, request, freezer)
+            operation = await blocking(context.store.open_operation, name, make)
             assert isinstance(operation.plan, InternalPlan)
             async with (
                 guarded(context, work.machine, when=operation.plan.resume) as guard_ready,
@@ -146,14 +138,27 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
                 return await _carry_out(context, work, operation, chains, freezer=freezer, report=report)
 
 
-async def preview(context: Context, name: str, request: InternalRequest) -> InternalPlan:
+async def preview(context: Context, name: str, request: InternalRequest) -> tuple[Machine, InternalPlan]:
     """The plan that :func:`create` would follow now, without a lock and without a change."""
+    _require_possible(request)
     machine = await blocking(context.store.machine, name)
     chains = await blocking(context.store.chains, name)
     async with context.monitor(machine) as qemu:
-        make = await _planner(context, Work(machine, qemu), chains, request)
+        work = Work(machine, qemu)
+        await require_agreement(work, chains, doing="open its images while it is stopped")
+        freezer = await quiesce.foreseen(machine, qemu, request.quiesce)
+        make = await _planner(context, work, chains, request, freezer)
     serial = OperationId(await blocking(context.store.next_serial))
-    return await blocking(lambda: make(serial))
+    return machine, await blocking(lambda: make(serial))
+
+
+def _require_possible(request: InternalRequest) -> None:
+    if request.quiesce.wish != "skip" and request.memory is not False:
+        raise UsageError(
+            "a guest whose memory is saved inside its images is not frozen for it: it would go on frozen;"
+            " nothing was changed",
+            hint="add --no-memory, or take a full snapshot",
+        )
 
 
 def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
@@ -170,20 +175,6 @@ def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
     return [("stop", {}), *act, ("cont", {})] if planned.resume else act
 
 
-async def _open(
-    context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest, freezer: Freezer
-) -> Operation:
-    planner = await _planner(context, work, chains, request, freezer)
-
-    def make(serial: OperationId) -> InternalPlan:
-        planned = planner(serial)
-        require_free([planned.variables[1]] if planned.variables else [])
-        space.require(_needs(context, work.machine, planned), machine=work.machine.name, hint="free some space there")
-        return planned
-
-    return await blocking(context.store.open_operation, work.machine.name, make)
-
-
 def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Need]:
     """What a tag needs: tables of its own in every image, and the guest's memory where that is saved."""
     process = context.process(machine)
@@ -197,7 +188,7 @@ def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Ne
 
 
 async def _planner(
-    context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest, freezer: Freezer | None = None
+    context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest, freezer: Freezer
 ) -> Callable[[OperationId], InternalPlan]:
     keys.require_plain(
         work.machine,
@@ -232,6 +223,8 @@ async def _planner(
         )
         opened = (layer for chain in chains if chain.disk in planned.layers for layer in chain.layers)
         require_recorded(opened, machine=work.machine.name)
+        require_free([planned.variables[1]] if planned.variables else [])
+        space.require(_needs(context, work.machine, planned), machine=work.machine.name, hint="free some space there")
         return planned
 
     return make

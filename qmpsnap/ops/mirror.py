@@ -164,11 +164,15 @@ def _require_fit(request: MirrorRequest, chain: Chain, below: Layer | None, foun
 async def preview(
     context: Context, name: str, request: MirrorRequest
 ) -> tuple[MirrorPlan, list[tuple[str, dict[str, object]]]]:
-    """The plan that :func:`run` would follow now and the commands that start its job, without a change."""
+    """The plan that :func:`run` would follow now and the commands that start its job.
+
+    Only what an interrupted operation has left is ended, as by every verb; the plan is of what is then.
+    """
     async with working(context, name, "preview", removes=request.mode == "pivot") as work:
         at, found = await _survey(context, work, request)
         serial = OperationId(await blocking(context.store.next_serial))
         made = plan(at, at.live[request.disk], request, serial=serial, found=found)
+        await _require_space(context, made, found)
         root = await copying.root_of(work.qemu, made) if work.qemu else None
         commands = copying.qmp_commands(made, work.machine, job_id(serial, request.disk), root=root)
         return made, [(command, work.machine.sent(arguments)) for command, arguments in commands]

@@ -29,7 +29,7 @@ async def pause(context: Context, name: str) -> None:
         if work.qemu is None or state != "running":
             raise StateError(
                 f"machine {name} does not run ({state}); nothing was changed",
-                hint=runstate.remedy(state, name),
+                hint=runstate.remedy(state, name) or ("" if work.qemu else f"qmpsnap start {name}"),
                 machine=name,
             )
         await commands.control(work.qemu, "stop")

@@ -21,7 +21,7 @@ from qmpsnap.ops import asked, compare, keys, pausing, tagging
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
-from qmpsnap.qmp import commands, jobs, runstate
+from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import to_end
 
@@ -50,7 +50,9 @@ async def start(context: Context, name: str, *, paused: bool = False) -> Process
     """
     async with working(context, name, "start") as work:
         if work.qemu:
-            raise StateError(f"machine {name} runs already; nothing was changed", machine=name)
+            raise StateError(
+                f"machine {name} runs already; nothing was changed", hint=f"qmpsnap show {name}", machine=name
+            )
         require_spec(work.machine, "start it")
         await blocking(context.store.require_writable)
         return await bring_up(context, work.machine, paused=paused)
@@ -142,7 +144,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         timeout: seconds to wait for the guest; 60 by default.
 
     Raises:
-        StateError: it does not run; or QEMU has paused the guest, so that it cannot hear the button.
+        StateError: it does not run; or its vCPUs are stopped, so that it cannot hear the button.
         DeadlinePassed: the guest did not switch itself off.
     """
     asked.require_time(timeout, "the time for the guest")
@@ -151,7 +153,9 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
     async with locked(context, name, "stop"):
         process = context.process(machine)
         if process is None:
-            raise StateError(f"machine {name} does not run; nothing was changed", machine=name)
+            raise StateError(
+                f"machine {name} does not run; nothing was changed", hint=f"qmpsnap start {name}", machine=name
+            )
         wait = timeout if timeout is not None else (0.0 if force else 60.0)
         if wait and await _ask(context, machine, process, wait, force=force):
             pass
@@ -173,7 +177,7 @@ async def _ask(context: Context, machine: Machine, process: Process, wait: float
         async with context.monitor(machine) as qemu:
             if qemu:
                 state = await commands.run_state(qemu)
-                if runstate.remedy(state, machine.name):
+                if state in pausing.RESUMABLE:
                     if force:
                         return False
                     raise pausing.asleep(machine.name, state)

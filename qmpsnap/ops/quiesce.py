@@ -190,11 +190,7 @@ async def prepared(
         DeadlinePassed: the agent does not answer.
         HostCannot: no guard can be started.
     """
-    if not 0 < request.window <= WINDOW_LIMIT:
-        raise UsageError(
-            f"a freeze window has more than 0 s and at most {WINDOW_LIMIT:g}, not {request.window:g};"
-            " nothing was changed"
-        )
+    _require_window(request)
     if request.wish == "skip":
         yield Freezer()
         return
@@ -216,6 +212,32 @@ async def prepared(
                 raise
             freezer = Freezer(why=error.message)
         yield freezer
+
+
+async def foreseen(machine: Machine, qemu: Monitor | None, request: QuiesceRequest) -> Freezer:
+    """The freezer for a plan that nobody carries out: the agent is not spoken to.
+
+    Raises:
+        UsageError, StateError: as :func:`prepared`.
+    """
+    _require_window(request)
+    if request.wish == "skip":
+        return Freezer()
+    try:
+        await _require_guest(machine, qemu)
+    except StateError as error:
+        if request.wish == "require":
+            raise
+        return Freezer(why=error.message)
+    return Freezer(request.wish)
+
+
+def _require_window(request: QuiesceRequest) -> None:
+    if not 0 < request.window <= WINDOW_LIMIT:
+        raise UsageError(
+            f"a freeze window has more than 0 s and at most {WINDOW_LIMIT:g}, not {request.window:g};"
+            " nothing was changed"
+        )
 
 
 async def _require_guest(machine: Machine, qemu: Monitor | None) -> None:

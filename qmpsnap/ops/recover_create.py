@@ -226,7 +226,12 @@ async def quit_saved(context: Context, machine: Machine, qemu: Monitor | None, o
     """
     process = context.process(machine)
     if process and not await end_qemu(process, qemu):
-        raise DeadlinePassed(f"QEMU (process {process.pid}) does not end", effect="applied", machine=machine.name)
+        raise DeadlinePassed(
+            f"QEMU of machine {machine.name} (process {process.pid}) does not end",
+            hint=f"its storage may hang; once it has ended: qmpsnap recover {machine.name}",
+            effect="applied",
+            machine=machine.name,
+        )
     await blocking(context.store.set_process, machine.name, None)
     await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
 

@@ -103,7 +103,9 @@ async def _find(context: Context, name: str, file: str | None) -> Snapshot:
     state, manifest = await to_end(statefile.find, str(Path(file)))
     if state.hardware.uuid != machine.uuid:
         raise StateError(
-            f"{file} is the memory of another machine (UUID {state.hardware.uuid}); nothing was changed", machine=name
+            f"{file} is the memory of another machine (UUID {state.hardware.uuid}); nothing was changed",
+            hint=f"qmpsnap show {name} tells this one's UUID",
+            machine=name,
         )
     for found in full:
         if found.vmstate and found.vmstate.digest == state.digest:

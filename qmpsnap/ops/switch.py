@@ -31,6 +31,7 @@ async def switch(
     if process and not await end(process, qemu):
         raise DeadlinePassed(
             f"QEMU of machine {machine.name} (process {process.pid}) does not end",
+            hint=f"its storage may hang; once it has ended: qmpsnap recover {machine.name}",
             effect="unknown",
             machine=machine.name,
         )

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 from anyio import to_thread
 
 from qmpsnap.block.image import remove
-from qmpsnap.errors import QmpsnapError, StateError, StoreMismatch
+from qmpsnap.errors import QmpsnapError, StateError, StoreMismatch, UsageError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.model.vmstate import Vmstate
@@ -45,6 +45,8 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         StateError: it runs, or something would be lost and ``disks`` is None.
         OperationPending: an earlier operation cannot be ended now, nor given up.
     """
+    if disks not in (None, *get_args(Fate)):
+        raise UsageError(f"images can be kept or removed, not {disks!r}; nothing was changed", hint="disks='keep'")
     hopeless: list[tuple[Operation, QmpsnapError]] = []
 
     def give_up(operation: Operation, error: QmpsnapError) -> None:

@@ -1,14 +1,16 @@
 """The frame of every verb that changes a machine."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from msgspec import Struct
 
+from qmpsnap.block import graph
+from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.ops import older, recover
 from qmpsnap.ops.broken import Unfinished
-from qmpsnap.ops.context import Context, blocking, locked, require_folder, require_own
+from qmpsnap.ops.context import Context, blocking, locked, require_folder, require_own, require_spec
 from qmpsnap.ops.recover import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
@@ -19,6 +21,24 @@ class Work(Struct, frozen=True):
 
     machine: Machine
     qemu: Monitor | None
+
+
+async def require_agreement(work: Work, chains: Sequence[Chain], *, doing: str) -> None:
+    """Make sure that a plan for these chains can be carried out: by the QEMU that has them, or without one.
+
+    Args:
+        work: the machine.
+        chains: its live chains as the store has them.
+        doing: what would be done without a QEMU, for the message.
+
+    Raises:
+        StoreMismatch: QEMU has other chains.
+        StateError: it is stopped, and somebody else starts it.
+    """
+    if work.qemu:
+        await graph.require_agreement(work.qemu, chains, machine=work.machine.name)
+    else:
+        require_spec(work.machine, doing)
 
 
 @asynccontextmanager

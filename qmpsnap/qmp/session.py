@@ -153,7 +153,8 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
     except TimeoutError as error:
         raise DeadlinePassed(
             f"the monitor of machine {machine} did not greet within {deadline:g} s; nothing was changed",
-            hint="QEMU is stopped by a signal or hangs, or another client holds this monitor",
+            hint=f"another command works on it (qmpsnap check {machine} tells which), another client holds its monitor,"
+            " or QEMU hangs or was stopped by a signal",
             machine=machine,
         ) from error
     except (ConnectError, OSError) as error:

@@ -60,7 +60,7 @@ def _acquire(path: Path, machine: str) -> int:
             os.close(descriptor)
             raise LockHeld(
                 f"machine {machine} is being worked on by {owner}; nothing was changed",
-                hint="wait for it to end and try again",
+                hint="try again once it has ended; Ctrl-C there, or kill -INT of its process, cancels it",
                 machine=machine,
             ) from None
         # `undefine` removes the file while it holds the lock: what we locked may no longer be what others will open.

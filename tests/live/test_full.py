@@ -454,7 +454,7 @@ async def test_a_device_that_cannot_be_saved_is_named(q: qmpsnap.Controller, sti
         vm.preview_snapshot("all", kind="full"),
         vm.snapshot("all", kind="full"),
         vm.save(),
-        vm.preview_internal("all"),
+        vm.preview_snapshot("all", kind="internal"),
         vm.snapshot("all", kind="internal"),
     ):
         with pytest.raises(StateError, match="device 'ivshmem'; nothing was changed") as refused:

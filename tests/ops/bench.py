@@ -117,7 +117,7 @@ class BenchContext(Context, frozen=True, kw_only=True):
     qemu_now: Any = None
 
     @asynccontextmanager
-    async def monitor(self, machine: Machine) -> AsyncIterator[Monitor | None]:  # noqa: ARG002 - as its parent
+    async def monitor(self, machine: Machine, *, look: bool = False) -> AsyncIterator[Monitor | None]:  # noqa: ARG002 - as its parent
         yield self.qemu_now
 
 

@@ -69,7 +69,7 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.snapshot("in", kind="internal", memory=False), Snapshot)
     assert_type(await vm.snapshot(quiesce="prefer", freeze_window=2), Snapshot)
     await vm.snapshot(quiesce="maybe")  # type: ignore[arg-type]
-    assert_type(await vm.preview_internal("in", disks=["vda"]), InternalPlan)
+    assert_type(await vm.preview_snapshot("in", kind="internal", disks=["vda"]), tuple[Machine, InternalPlan])
     assert_type(await vm.save("/srv/web.vmstate", name="evening"), Snapshot)
     assert_type(await vm.restore("/srv/web.vmstate", discard=True, paused=True, after=False), Reverted)
     assert_type(await vm.mirror("vda", "/srv/copy.qcow2", mode="finish"), MirrorPlan)

@@ -1,0 +1,94 @@
+"""What a snapshot is asked for, by its kind: a wish that this kind would not heed is refused, not left unsaid."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypedDict, get_args
+
+from qmpsnap.errors import UsageError
+from qmpsnap.model.snapshot import Quiesce
+from qmpsnap.model.vmstate import Compression
+from qmpsnap.ops import asked
+from qmpsnap.ops.create_plan import CreateRequest
+from qmpsnap.ops.internal import InternalRequest
+from qmpsnap.ops.means import MemoryRequest
+from qmpsnap.ops.quiesce import FREEZE_WINDOW, QuiesceRequest
+
+Kind = Literal["disk", "full", "internal"]
+
+Files = Mapping[str, str | os.PathLike[str]]
+"""Disk to a path for its new layer; a relative one begins at the working directory."""
+
+
+class SnapshotOptions(TypedDict, total=False):
+    """The options of :meth:`qmpsnap.MachineHandle.snapshot`, which describes them."""
+
+    description: str
+    disks: Sequence[str] | None
+    files: Files | None
+    max_pause_ms: float | None
+    compression: Compression
+    degrade: bool
+    memory: bool | None
+    quiesce: Quiesce
+    freeze_window: float
+
+
+def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateRequest | InternalRequest:
+    """The request for a snapshot of that kind; pure.
+
+    Raises:
+        UsageError: there is no such kind, it does not heed an option, or an option is not of its type.
+    """
+    _require_heeded(kind, options)
+    freeze = QuiesceRequest(wish=options.get("quiesce", "skip"), window=options.get("freeze_window", FREEZE_WINDOW))
+    description, disks = options.get("description", ""), names_of(options.get("disks"))
+    if kind == "internal":
+        inside = InternalRequest(
+            name=name, description=description, disks=disks, memory=options.get("memory"), quiesce=freeze
+        )
+        return asked.well_typed(inside)
+    wanted = None
+    if kind == "full":
+        wanted = MemoryRequest(
+            max_pause_ms=options.get("max_pause_ms"),
+            compression=options.get("compression", "none"),
+            degrade=options.get("degrade", False),
+        )
+    files = paths_of(options.get("files"))
+    request = CreateRequest(name=name, description=description, disks=disks, files=files, memory=wanted, quiesce=freeze)
+    return asked.well_typed(request)
+
+
+def names_of(disks: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The disks as a request has them.
+
+    Raises:
+        UsageError: it is one name, which would be taken for a name per letter.
+    """
+    if isinstance(disks, str):
+        raise UsageError(f"disks is a list of names, not {disks!r}; nothing was changed", hint=f"disks=[{disks!r}]")
+    return None if disks is None else tuple(disks)
+
+
+def paths_of(files: Files | None) -> dict[str, str]:
+    """The places as a request has them: absolute."""
+    return {disk: str(Path(path).absolute()) for disk, path in (files or {}).items()}
+
+
+def _require_heeded(kind: Kind, options: SnapshotOptions) -> None:
+    problem, hint = "", f"the kinds are {', '.join(get_args(Kind))}"
+    about_memory = options.get("max_pause_ms") is not None or options.get("degrade")
+    if kind not in get_args(Kind):
+        problem = f"there is no kind of snapshot {kind!r}"
+    elif kind != "full" and (about_memory or options.get("compression", "none") != "none"):
+        problem = "a longest pause, compression and degrading are about the memory of a full snapshot"
+        hint = "ask for kind full, or leave them out"
+    elif kind != "internal" and options.get("memory") is not None:
+        problem = "with or without memory is a question for internal snapshots"
+        hint = "ask for kind internal; kind full has the memory, kind disk has not"
+    elif kind == "internal" and options.get("files"):
+        problem = "an internal snapshot makes no new layers: a file for one says nothing"
+        hint = "leave the files out"
+    if problem:
+        raise UsageError(f"{problem}; nothing was changed", hint=hint)
