@@ -18,6 +18,7 @@
      │    └── StoreTooNew           7  written by a newer qmpsnap
      ├── OperationPending           8  an earlier operation has to be recovered first
      ├── HostCannot                 9  a program, a right or space is missing
+     ├── Interrupted              130  by Ctrl-C, at the command line only
      └── QmpError                   1  QEMU refused a command (carries QEMU's class)
 
 A message says what failed and what is unchanged; ``hint`` says what to type next;
@@ -77,6 +78,13 @@ class QmpsnapError(Exception):
             "operation": self.operation,
             "qmp_class": self.qmp_class,
         }
+
+
+class Interrupted(QmpsnapError):
+    """Ctrl-C; the message says what became of the operation. A program gets its own cancellation instead."""
+
+    exit_code = 130
+    code = "interrupted"
 
 
 class UsageError(QmpsnapError):

@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     form: output.Format = "json" if _asks_for_json(words) else "table"
+    arguments = None
     try:
         _require_text(words)
         arguments = parser(words[0] if words else None).parse_args(words)
@@ -79,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.report(error, form)
         return error.exit_code
     except KeyboardInterrupt:
-        output.note("qmpsnap: interrupted")
-        return 130
+        from qmpsnap.cli.interrupted import interrupted
+
+        left = interrupted(getattr(arguments, "machine", None))
+        output.report(left, form)
+        return left.exit_code
     except BrokenPipeError:
         # Whoever read us has had enough; what Python would still flush goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,6 +108,8 @@ def _require_text(words: Sequence[str]) -> None:
 
 
 def _asks_for_json(words: Sequence[str]) -> bool:
-    # Asked of the raw words, as an error of the parser itself must come out in that form, too.
-    joined = " ".join(words)
+    # Asked of the raw words, as an error of the parser itself must come out in that form, too. What a command in the
+    # guest is given is its own.
+    ours = words[: words.index("--")] if "--" in words else words
+    joined = " ".join(ours)
     return any(asked in f"{joined} " for asked in ("-o json ", "-ojson ", "--output json ", "--output=json "))

@@ -150,7 +150,7 @@ def tree_of(value: Any, where: str) -> Tree:
         named = {str(key).replace("_", "-"): found for key, found in value.items()}
         entries = {key: Entry(Tree(key, where, key), tree_of(found, f"{where}: {key}")) for key, found in named.items()}
         return Tree(entries, where)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return Tree(tuple(tree_of(found, f"{where} {number}") for number, found in enumerate(value, start=1)), where)
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return Tree(value, where, "" if value is None else text)

@@ -5,6 +5,7 @@ forgotten. Steps of a merge carry the number of their job (``0:started``), those
 (``made:64769:1234``), both sometimes a note (``:running``); here they are ``N:started`` and ``made:FILE``.
 """
 
+from collections.abc import Mapping
 from typing import Final
 
 from msgspec import Struct
@@ -106,6 +107,20 @@ def of_job(number: int, phase: str, *, running: bool = False) -> str:
 def of_file(phase: str, device: int, inode: int, *, running: bool = False) -> str:
     """The step of a mirror whose target is that file, as ``started:64769:1234:running``."""
     return f"{phase}:{device}:{inode}{':running' if running else ''}"
+
+
+def on_device(step: str, numbers: Mapping[int, int]) -> str:
+    """The step with the number that its file's device has now.
+
+    Args:
+        step: a step; one that carries no file stays as it is.
+        numbers: old numbers to new ones.
+    """
+    match step.split(":"):
+        case [phase, device, inode, *more] if device.isdigit() and inode.isdigit():
+            return ":".join([phase, str(numbers.get(int(device), device)), inode, *more])
+        case _:
+            return step
 
 
 def name_of(step: str) -> str:

@@ -1,5 +1,6 @@
 """What every verb works with, and the frame it works in: lock held, host checked, earlier operations ended."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -13,7 +14,7 @@ from anyio import lowlevel
 from msgspec import Struct
 
 from qmpsnap.block.image import ImageTool
-from qmpsnap.errors import ForeignHost, QemuGone, StateError, StoreMismatch
+from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.machine import adopted
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET, USER_SOCKET
@@ -135,7 +136,7 @@ async def opened(
         environment["QMPSNAP_HOME"] = os.fspath(home)
     keys, programs = given(secrets or {}), Programs.from_environment(environment)
     places = Home.from_environment(environment, uid=os.geteuid())
-    store = await to_end(lambda: SqliteStore(places.store, machines=places.machines))
+    store = await to_end(_open_store, places)
     try:
         yield Context(
             home=await blocking(lambda: runfolder.settled(places, in_use=lambda: _in_use(store))),
@@ -147,6 +148,13 @@ async def opened(
         )
     finally:
         store.close()
+
+
+def _open_store(home: Home) -> SqliteStore:
+    store = SqliteStore(home.store, machines=home.machines)
+    with contextlib.suppress(QmpsnapError):  # what can only be read, or is damaged, is so for each who needs it
+        store.follow_devices()
+    return store
 
 
 def _in_use(store: Store) -> Path | None:

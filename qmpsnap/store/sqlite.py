@@ -18,7 +18,7 @@ from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
-from qmpsnap.store import journal, records, rows
+from qmpsnap.store import devices, journal, queries, records, rows
 from qmpsnap.store.database import Database
 from qmpsnap.store.records import Place, Records
 
@@ -52,12 +52,12 @@ class SqliteStore:
 
     def machines(self) -> tuple[Machine, ...]:
         with self._database.reading() as sql:
-            found = sql.execute(f"{_MACHINE} ORDER BY machine.name").fetchall()
+            found = sql.execute(f"{queries.MACHINE} ORDER BY machine.name").fetchall()
         return tuple(rows.read_machine(row) for row in found)
 
     def machine(self, name: str) -> Machine:
         with self._database.reading() as sql:
-            row = sql.execute(f"{_MACHINE} WHERE machine.name = ?", (name,)).fetchone()
+            row = sql.execute(f"{queries.MACHINE} WHERE machine.name = ?", (name,)).fetchone()
             if row is None:
                 try:
                     rows.machine_id(sql, name)
@@ -113,7 +113,7 @@ class SqliteStore:
 
     def layer(self, layer: LayerId) -> Layer:
         with self._database.reading() as sql:
-            row = sql.execute(f"SELECT {_LAYER} FROM layer WHERE id = ?", (layer,)).fetchone()
+            row = sql.execute(f"SELECT {queries.LAYER} FROM layer WHERE id = ?", (layer,)).fetchone()
         if row is None:
             raise NotFoundError(f"there is no layer {layer}", hint="see qmpsnap chain VM")
         return self._layer(row)
@@ -122,7 +122,9 @@ class SqliteStore:
         if not is_text(path):
             return None
         with self._database.reading() as sql:
-            row = sql.execute(f"SELECT {_LAYER} FROM layer WHERE pool = ? AND path = ?", self._place(path)).fetchone()
+            row = sql.execute(
+                f"SELECT {queries.LAYER} FROM layer WHERE pool = ? AND path = ?", self._place(path)
+            ).fetchone()
         return self._layer(row) if row else None
 
     def forest(self) -> Forest:
@@ -130,7 +132,7 @@ class SqliteStore:
             return self._forest(sql)
 
     def _forest(self, sql: sqlite3.Connection) -> Forest:
-        layers = [self._layer(row) for row in sql.execute(f"SELECT {_LAYER} FROM layer ORDER BY rowid")]
+        layers = [self._layer(row) for row in sql.execute(f"SELECT {queries.LAYER} FROM layer ORDER BY rowid")]
         writers = sql.execute(
             "SELECT machine.name, disk.name, disk.active FROM disk JOIN machine ON machine.id = disk.machine"
         ).fetchall()
@@ -198,18 +200,18 @@ class SqliteStore:
         with self._database.writing() as sql:
             number = rows.machine_id(sql, machine)
             forest, elsewhere = self._forest(sql), journal.open_elsewhere(sql, machine)
-            used = {identity for (identity,) in sql.execute(_USED, (number, number))}
-            named = sql.execute(_NAMED, (number, number)).fetchall()
+            used = {identity for (identity,) in sql.execute(queries.USED, (number, number))}
+            named = sql.execute(queries.NAMED, (number, number)).fetchall()
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             for operation in journal.select(sql, machine, only_open=True):
                 journal.mark(sql, operation.id, "failed", error="given up: its machine was forgotten")
             sql.execute("DELETE FROM machine WHERE id = ?", (number,))
             gone: list[Layer] = []
             # From the top down: a layer is the machine's alone once nothing above it, no disk and no point needs it.
-            while found := [row for row in sql.execute(_UNREFERENCED) if row[0] in used]:
+            while found := [row for row in sql.execute(queries.UNREFERENCED) if row[0] in used]:
                 gone += [self._layer(row) for row in found]
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
-            sql.executemany(_HIDE, named)
+            sql.executemany(queries.HIDE, named)
             sharing.require_unused(machine, gone, forest, elsewhere)
             # Before it is recorded: a crash between leaves a description missing, not a machine that seems lost.
             self._records.forget(machine)
@@ -250,6 +252,21 @@ class SqliteStore:
     def places(self, machine: str) -> tuple[str, ...]:
         noted = {place.layer.id: place for place in self._records.places(machine) if place.layer}
         return tuple(place.layer.path for place in noted.values() if place.layer and not place.gone)
+
+    def follow_devices(self) -> None:
+        with self._database.reading() as sql:
+            if sql.execute(queries.ELSEWHERE, (os.uname().nodename,)).fetchone() or not devices.moved(self._files(sql)):
+                return
+        with self._database.writing() as sql:  # where another process may have done so by now
+            devices.follow(sql, devices.moved(self._files(sql)))
+
+    def _files(self, sql: sqlite3.Connection) -> Iterator[devices.File]:
+        for row in sql.execute(f"SELECT {queries.LAYER} FROM layer").fetchall():
+            layer = self._layer(row)
+            yield layer.path, layer.device, layer.inode
+        for (text,) in sql.execute("SELECT vmstate FROM snapshot WHERE vmstate IS NOT NULL").fetchall():
+            if state := self._vmstate(text):
+                yield state.path, state.device, state.inode
 
     def is_sound(self) -> bool:
         """Whether SQLite finds nothing wrong; it looks through the whole file."""
@@ -300,7 +317,7 @@ class SqliteStore:
     def _gone(self, sql: sqlite3.Connection, machine: int, change: Change) -> Iterator[Place]:
         """What of a change was noted once and is not missed from now on."""
         for identity in change.removed_layers:
-            for row in sql.execute(f"SELECT {_LAYER} FROM layer WHERE id = ?", (identity,)):
+            for row in sql.execute(f"SELECT {queries.LAYER} FROM layer WHERE id = ?", (identity,)):
                 if self._is_noted(layer := self._layer(row)):
                     yield Place(layer=layer, gone=True)
         for name in change.removed_snapshots:
@@ -320,7 +337,7 @@ class SqliteStore:
         found = sql.execute(
             "WITH RECURSIVE chain (id, depth) AS (SELECT ?, 0 UNION ALL SELECT layer.backing, depth + 1 FROM chain"
             " JOIN layer ON layer.id = chain.id WHERE layer.backing IS NOT NULL)"
-            f" SELECT {_LAYER} FROM chain JOIN layer USING (id) ORDER BY depth DESC",
+            f" SELECT {queries.LAYER} FROM chain JOIN layer USING (id) ORDER BY depth DESC",
             (active,),
         )
         return tuple(self._layer(row) for row in found)
@@ -328,10 +345,10 @@ class SqliteStore:
     def _put_layer(self, sql: sqlite3.Connection, layer: Layer) -> None:
         values = (
             layer.id, *self._place(layer.path), layer.format, layer.backing, layer.virtual_size,
-            _signed(layer.device), _signed(layer.inode), layer.owned, layer.state,
+            devices.signed(layer.device), devices.signed(layer.inode), layer.owned, layer.state,
         )  # fmt: skip
         sql.execute(
-            f"INSERT INTO layer ({_LAYER}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
+            f"INSERT INTO layer ({queries.LAYER}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
             " pool = excluded.pool, path = excluded.path, format = excluded.format, backing = excluded.backing,"
             " virtual_size = excluded.virtual_size, device = excluded.device, inode = excluded.inode,"
             " owned = excluded.owned, state = excluded.state, version = version + 1",
@@ -365,41 +382,5 @@ class SqliteStore:
         root = f"{self._machines}/" if pool == "machines" else "/"
         return Layer(
             id=identity, path=root + path, format=layer_format, backing=backing, virtual_size=size,
-            device=device & _UNSIGNED, inode=inode & _UNSIGNED, owned=bool(owned), state=state,
+            device=devices.unsigned(device), inode=devices.unsigned(inode), owned=bool(owned), state=state,
         )  # fmt: skip
-
-
-_UNSIGNED = (1 << 64) - 1
-
-
-def _signed(number: int) -> int:
-    """A device or inode number, unsigned in Linux, as SQLite's signed integer of the same 64 bits."""
-    return number - (1 << 64) if number >> 63 else number
-
-
-_LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state"
-_MACHINE = (
-    "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted,"
-    " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
-    " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
-)
-_UNNAMED = (
-    "NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
-    " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
-)
-_UNREFERENCED = (
-    f"SELECT {_LAYER} FROM layer WHERE {_UNNAMED}"
-    " AND NOT EXISTS (SELECT 1 FROM layer above WHERE above.backing = layer.id)"
-)
-_HIDE = f"UPDATE layer SET state = 'hidden', version = version + 1 WHERE id = ? AND state = 'ok' AND {_UNNAMED}"
-"""What a deleted snapshot leaves to others is hidden; so is what a forgotten machine leaves."""
-_NAMED = (
-    "SELECT active FROM disk WHERE machine = ? UNION SELECT layer FROM point"
-    " JOIN snapshot ON snapshot.id = point.snapshot WHERE snapshot.machine = ?"
-)
-"""Every layer that one machine's disks and snapshots name."""
-_USED = (
-    f"WITH RECURSIVE used (id) AS ({_NAMED} UNION SELECT layer.backing FROM used"
-    " JOIN layer ON layer.id = used.id WHERE layer.backing IS NOT NULL) SELECT id FROM used"
-)
-"""Every layer that they read."""

@@ -105,6 +105,12 @@ class Store(Protocol):
     def undescribe(self, machine: Machine) -> None:
         """Remove what was written down of this very machine, whose definition did not settle."""
 
+    def follow_devices(self) -> None:
+        """Where the kernel has given a file system another device number, the recorded files have it from now on.
+
+        Left alone where the store has machines of other hosts, on which the same files have other numbers.
+        """
+
     def lost(self) -> tuple[str, ...]:
         """The machines that were written down and that this store does not know, by name; none that is being defined.
 

@@ -1,0 +1,30 @@
+"""The questions that the store asks SQLite more than once, or that want explaining; no value is ever part of one."""
+
+LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state"
+MACHINE = (
+    "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted,"
+    " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
+    " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
+)
+UNNAMED = (
+    "NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
+    " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
+)
+UNREFERENCED = (
+    f"SELECT {LAYER} FROM layer WHERE {UNNAMED}"
+    " AND NOT EXISTS (SELECT 1 FROM layer above WHERE above.backing = layer.id)"
+)
+HIDE = f"UPDATE layer SET state = 'hidden', version = version + 1 WHERE id = ? AND state = 'ok' AND {UNNAMED}"
+"""What a deleted snapshot leaves to others is hidden; so is what a forgotten machine leaves."""
+NAMED = (
+    "SELECT active FROM disk WHERE machine = ? UNION SELECT layer FROM point"
+    " JOIN snapshot ON snapshot.id = point.snapshot WHERE snapshot.machine = ?"
+)
+"""Every layer that one machine's disks and snapshots name."""
+USED = (
+    f"WITH RECURSIVE used (id) AS ({NAMED} UNION SELECT layer.backing FROM used"
+    " JOIN layer ON layer.id = used.id WHERE layer.backing IS NOT NULL) SELECT id FROM used"
+)
+"""Every layer that they read."""
+ELSEWHERE = "SELECT 1 FROM machine WHERE host <> ? LIMIT 1"
+"""Whether another host has machines here."""
