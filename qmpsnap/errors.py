@@ -186,6 +186,6 @@ class HostCannot(QmpsnapError):
 
 
 class QmpError(QmpsnapError):
-    """QEMU answered a command with an error; the command had no effect."""
+    """QEMU, or the agent in its guest, said no, or a job has failed; ``effect`` says what that has changed."""
 
     code = "qmp"

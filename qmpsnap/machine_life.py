@@ -1,12 +1,13 @@
 """What a program does with one machine but for its snapshots and layers: start, stop, look, run a command, jobs."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from anyio import to_thread
 
-from qmpsnap.errors import QmpError
+from qmpsnap.errors import QmpError, StateError
 from qmpsnap.machine import agent
-from qmpsnap.machine.agent import Completed, Trimmed
+from qmpsnap.machine.agent import Agent, Completed, Trimmed
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import Operation
@@ -44,10 +45,12 @@ class MachineLife:
         return await power.start(self._context, self.name, paused=paused)
 
     async def stop(self, *, force: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        """Switch the guest off, waiting up to ``timeout`` seconds (60); ``force`` then ends QEMU.
+        """Switch the guest off, waiting up to ``timeout`` seconds (60).
+
+        With ``force`` QEMU is ended then, or at once where no ``timeout`` is given.
 
         Raises:
-            StateError: it does not run.
+            StateError: it does not run, or its vCPUs are stopped and ``force`` is not given.
             DeadlinePassed: the guest did not switch itself off.
         """
         await power.stop(self._context, self.name, force=force, timeout=timeout)
@@ -101,15 +104,12 @@ class MachineLife:
             check: raise when it ends with another status than 0.
 
         Raises:
-            StateError: the guest's vCPUs are stopped.
+            StateError: the guest's vCPUs are stopped, or the machine was adopted.
             QmpError: the guest refused, or with ``check`` the command failed.
             DeadlinePassed: no agent, or the command takes longer.
         """
-        asked.require_time(deadline, "the deadline")
-        await pausing.require_awake(self._context, await self.record())
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
-        async with agent.connect(socket, machine=self.name, deadline=deadline) as guest:
+        async with self._agent(deadline) as guest:
             done = await guest.run(words, deadline=deadline)
         if check and done.status:
             raise QmpError(
@@ -128,15 +128,27 @@ class MachineLife:
             deadline: seconds to wait for all of them.
 
         Raises:
-            StateError: the guest's vCPUs are stopped.
+            StateError: the guest's vCPUs are stopped, or the machine was adopted.
             QmpError: the guest refused.
             DeadlinePassed: no agent, or it takes longer.
         """
+        async with self._agent(deadline) as guest:
+            return await guest.fstrim(minimum=minimum, deadline=deadline)
+
+    @asynccontextmanager
+    async def _agent(self, deadline: float) -> AsyncIterator[Agent]:
         asked.require_time(deadline, "the deadline")
-        await pausing.require_awake(self._context, await self.record())
+        machine = await self.record()
+        if machine.adopted:
+            raise StateError(
+                f"machine {self.name} was adopted: qmpsnap has no channel to an agent in its guest; nothing was done",
+                hint="whoever launched it may have one",
+                machine=self.name,
+            )
+        await pausing.require_awake(self._context, machine)
         socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
         async with agent.connect(socket, machine=self.name, deadline=deadline) as guest:
-            return await guest.fstrim(minimum=minimum, deadline=deadline)
+            yield guest
 
     async def jobs(self) -> tuple[JobInfo, ...]:
         """The jobs that the machine's QEMU has, also of a verb that is at work; none when it is stopped.
@@ -148,19 +160,35 @@ class MachineLife:
             return await commands.query_jobs(qemu) if qemu else ()
 
     async def wait(self, *, report: Report = unreported) -> list[Operation]:
-        """See every job of an interrupted operation to its end; returns those operations as they were."""
+        """See every job of an interrupted operation to its end; returns those operations as they were.
+
+        Raises:
+            LockHeld: another controller works on the machine.
+            OperationPending: one cannot be ended now.
+            HostCannot: a job is paused, as there is no space.
+        """
         pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
         async with working(self._context, self.name, "job wait", unfinished="carry on", report=report):
             return list(pending)
 
     async def cancel(self) -> list[Operation]:
-        """Cancel every job of an interrupted operation: the chains stay as they are."""
+        """Cancel every job of an interrupted operation: the chains stay as they are.
+
+        Raises:
+            LockHeld: another controller works on the machine: it is for that to cancel.
+            OperationPending: one cannot be ended now.
+        """
         pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
         async with working(self._context, self.name, "job cancel", unfinished="cancel"):
             return list(pending)
 
     async def recover(self) -> list[Operation]:
-        """End what an earlier operation left open; returns those operations as they were."""
+        """End what an earlier operation left open; returns those operations as they were.
+
+        Raises:
+            LockHeld: another controller works on the machine.
+            OperationPending: one cannot be ended now; the hint says what helps.
+        """
         pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
         async with working(self._context, self.name, "recover"):
             return list(pending)

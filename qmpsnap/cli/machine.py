@@ -257,9 +257,8 @@ def _console(arguments: argparse.Namespace) -> None:
     try:
         endpoint = anyio.run(dial, home().run_dir(machine.name) / CONSOLE_SOCKET)
     except OSError as error:
-        raise QemuGone(
-            f"machine {machine.name} has no console now", hint=f"qmpsnap start {machine.name}", machine=machine.name
-        ) from error
+        hint = "its console is its launcher's" if machine.adopted else f"qmpsnap start {machine.name}"
+        raise QemuGone(f"machine {machine.name} has no console now", hint=hint, machine=machine.name) from error
     with endpoint:
         console.attach(endpoint, terminal_in=sys.stdin.fileno(), terminal_out=sys.stdout.fileno())
 

@@ -26,7 +26,7 @@ def well_typed(request: _Request) -> _Request:
         UsageError: one is not.
     """
     try:
-        return msgspec.convert(msgspec.to_builtins(request), type(request))
+        return msgspec.convert(msgspec.to_builtins(request, builtin_types=(bytes,)), type(request))
     except (msgspec.ValidationError, TypeError) as error:
         raise UsageError(f"{error}; nothing was changed") from error
 

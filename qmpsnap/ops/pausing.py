@@ -29,7 +29,8 @@ async def pause(context: Context, name: str) -> None:
         if work.qemu is None or state != "running":
             raise StateError(
                 f"machine {name} does not run ({state}); nothing was changed",
-                hint=runstate.remedy(state, name) or ("" if work.qemu else f"qmpsnap start {name}"),
+                hint=runstate.remedy(state, name)
+                or ("" if work.qemu or work.machine.adopted else f"qmpsnap start {name}"),
                 machine=name,
             )
         await commands.control(work.qemu, "stop")
@@ -56,7 +57,7 @@ async def resume(context: Context, name: str) -> None:
         if qemu is None or state not in RESUMABLE:
             raise StateError(
                 f"machine {name} is not paused ({state}); nothing was changed",
-                hint=f"qmpsnap start {name}" if qemu is None else "",
+                hint=f"qmpsnap start {name}" if qemu is None and not machine.adopted else "",
                 machine=name,
             )
         await commands.control(qemu, "cont")

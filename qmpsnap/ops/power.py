@@ -154,7 +154,9 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         process = context.process(machine)
         if process is None:
             raise StateError(
-                f"machine {name} does not run; nothing was changed", hint=f"qmpsnap start {name}", machine=name
+                f"machine {name} does not run; nothing was changed",
+                hint="" if machine.adopted else f"qmpsnap start {name}",
+                machine=name,
             )
         wait = timeout if timeout is not None else (0.0 if force else 60.0)
         if wait and await _ask(context, machine, process, wait, force=force):

@@ -86,7 +86,7 @@ def test_every_variable_is_described_and_no_other() -> None:
 
 
 def test_every_error_class_is_drawn() -> None:
-    drawn = set(re.findall(r"^ *[│├└─ ]*(\w+) +\d\b", errors.__doc__ or "", flags=re.MULTILINE))
+    drawn = set(re.findall(r"^ *[│├└─ ]*(\w+) +\d+\b", errors.__doc__ or "", flags=re.MULTILINE))
     classes = {
         name
         for name, found in vars(errors).items()

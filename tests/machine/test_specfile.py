@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qmpsnap.errors import SpecError
 from qmpsnap.machine import yamltree
-from qmpsnap.machine.specfile import parse, read
+from qmpsnap.machine.specfile import checked, parse, read
 from qmpsnap.model.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
 
 PROFILES = Path(__file__).parents[2] / "launch" / "profiles"
@@ -365,3 +365,75 @@ def test_what_is_written_is_what_is_read(values: dict[str, Any]) -> None:
     snapshot = "yes" if values["snapshot"] else "no"
     disk = disk_of(f"size: {values['size']}, bus: {values['bus']}, snapshot: {snapshot}")
     assert disk == DiskSpec(name="vda", **values)
+
+
+# --- what a program says ----------------------------------------------------------------------------------------------
+
+
+def checked_of(spec: MachineSpec) -> MachineSpec:
+    return checked(spec, folder=Path("/vms/web"), guest_dir=GUEST)
+
+
+@pytest.mark.parametrize("profile", [path.stem for path in PROFILES.glob("*.yaml")])
+def test_a_program_may_say_what_a_file_may(profile: str) -> None:
+    spec = spec_of(f"profile: {profile}\nname: web\n")
+    assert checked_of(spec) == spec
+
+
+def test_every_value_comes_back() -> None:
+    spec = MachineSpec(
+        name="web",
+        memory=64 << 20,
+        kernel='/boot/it\'s "this"',
+        append='quiet root="/dev/vda"',
+        disks=(
+            DiskSpec(name="vda", size=512, cache="unsafe", discard=False, snapshot=False),
+            DiskSpec(name="vdb", image="/a: b", format="raw", read_only=True, bus="scsi"),
+            DiskSpec(name="vdc", size=1 << 20, encryption=Encryption(secret_file="/run/key")),  # noqa: S106
+            DiskSpec(name="vdd", size=1 << 20, encryption=Encryption()),
+        ),
+        nics=(
+            NicSpec(mac="52:54:00:12:34:56", forwards=(Forward(host=2222, guest=22),)),
+            NicSpec(kind="tap", ifname="t"),
+        ),
+        extra=("-device", "x,y=1"),
+    )
+    assert checked_of(spec) == spec
+
+
+def test_a_path_of_a_program_starts_where_it_is() -> None:
+    image: Any = Path("a.qcow2")
+    spec = MachineSpec(name="web", disks=(DiskSpec(name="vda", image=image), DiskSpec(name="b", base="@guest/b")))
+    assert [disk.image or disk.base for disk in checked_of(spec).disks] == ["/vms/web/a.qcow2", "/guest/b"]
+
+
+WRONG: dict[str, MachineSpec] = {
+    "'../../web'": MachineSpec(name="../../web"),
+    "'vda/../../x'": MachineSpec(name="web", disks=(DiskSpec(name="vda/../../x", size=512),)),
+    "two disks have the name 'vda'": MachineSpec(name="web", disks=(DiskSpec(name="vda", size=512),) * 2),
+    "another disk uses its image /a": MachineSpec(
+        name="web", disks=(DiskSpec(name="vda", image="/a"), DiskSpec(name="vdb", image="/a"))
+    ),
+    "needs one of 'size', 'image' and 'base'": MachineSpec(name="web", disks=(DiskSpec(name="vda"),)),
+    "has both 'size' and 'image'": MachineSpec(name="web", disks=(DiskSpec(name="vda", size=512, image="/a"),)),
+    "one of writeback.*found the string 'unsave'; did you mean": MachineSpec(
+        name="web",
+        disks=(DiskSpec(name="vda", size=512, cache="unsave"),),  # type: ignore[arg-type]
+    ),
+    "true or false": MachineSpec(name="web", disks=(DiskSpec(name="vda", size=512, snapshot="never"),)),  # type: ignore[arg-type]
+    "an interface's name": MachineSpec(name="web", nics=(NicSpec(kind="tap", ifname="t,script=/x"),)),
+    "a machine type's name": MachineSpec(name="web", machine="q35,accel=kvm"),
+    "multiple of 1M": MachineSpec(name="web", memory=512),
+    "'memory' to be a size": MachineSpec(name="web", memory=1.5),  # type: ignore[arg-type]
+    r"'name' to be a string, found the number 5": MachineSpec(name=5),  # type: ignore[arg-type]
+    "holds the character U\\+0000": MachineSpec(name="web", kernel="/k", append="a\0b"),
+    "holds what no spec can": MachineSpec(name="web", extra=(object(),)),  # type: ignore[arg-type]
+    "'initrd' and 'append' need a 'kernel'": MachineSpec(name="web", append="quiet"),
+}
+
+
+@pytest.mark.parametrize("why", WRONG)
+def test_a_program_is_held_to_the_same_rules(why: str) -> None:
+    with pytest.raises(SpecError, match=why) as refused:
+        checked_of(WRONG[why])
+    assert refused.value.message.startswith("the spec")

@@ -1,0 +1,94 @@
+"""What a snapshot is asked for: no wish is left unsaid, none is taken for a weaker one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmpsnap.errors import UsageError
+from qmpsnap.ops import asked
+from qmpsnap.ops.create_plan import CreateRequest
+from qmpsnap.ops.delete import DeleteRequest
+from qmpsnap.ops.internal import InternalRequest
+from qmpsnap.ops.means import MemoryRequest
+from qmpsnap.ops.mirror import MirrorRequest
+from qmpsnap.ops.quiesce import QuiesceRequest
+from qmpsnap.ops.revert_plan import RevertRequest
+from qmpsnap.ops.snapshot_request import requested
+
+
+def test_nothing_said_is_a_snapshot_of_the_disks() -> None:
+    assert requested("disk", None, {}) == CreateRequest()
+
+
+def test_everything_said_is_asked_for() -> None:
+    assert requested(
+        "full",
+        "s",
+        {
+            "description": "d",
+            "disks": ["vda"],
+            "files": {"vda": "a"},
+            "max_pause_ms": 5,
+            "compression": "zstd",
+            "degrade": True,
+            "quiesce": "require",
+            "freeze_window": 2,
+        },
+    ) == CreateRequest(
+        name="s",
+        description="d",
+        disks=("vda",),
+        files={"vda": str(Path.cwd() / "a")},
+        memory=MemoryRequest(max_pause_ms=5, compression="zstd", degrade=True),
+        quiesce=QuiesceRequest(wish="require", window=2),
+    )
+    inside = requested("internal", "s", {"memory": False, "quiesce": "prefer", "disks": ("vda",)})
+    assert inside == InternalRequest(
+        name="s", memory=False, disks=("vda",), quiesce=QuiesceRequest(wish="prefer", window=5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "why"),
+    [
+        ("memory", {}, "no kind of snapshot 'memory'"),
+        ("disk", {"max_pause_ms": 5}, "memory of a full snapshot"),
+        ("disk", {"compression": "zstd"}, "memory of a full snapshot"),
+        ("internal", {"degrade": True}, "memory of a full snapshot"),
+        ("disk", {"memory": True}, "question for internal snapshots"),
+        ("full", {"memory": False}, "question for internal snapshots"),
+        ("internal", {"files": {"vda": "/a"}}, "makes no new layers"),
+        ("disk", {"quiesce": "required"}, "Invalid enum value 'required'"),
+        ("full", {"compression": "gzip"}, "Invalid enum value 'gzip'"),
+        ("full", {"max_pause_ms": "5"}, "Expected `float"),
+        ("disk", {"disks": "vda"}, "a list of names, not 'vda'"),
+        ("disk", {"disks": [1]}, "Expected `str`"),
+        ("disk", {"description": b"\xff"}, "nothing was changed"),
+        ("disk", {"description": object()}, "nothing was changed"),
+        ("internal", {"memory": "no"}, "Expected `bool"),
+    ],
+)
+def test_a_wish_that_would_not_be_heeded_is_refused(kind: Any, options: Any, why: str) -> None:
+    with pytest.raises(UsageError, match=why) as refused:
+        requested(kind, None, options)
+    assert refused.value.message.endswith("nothing was changed")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        RevertRequest(name="s", run="stopped"),  # type: ignore[arg-type]
+        MirrorRequest(disk="vda", target="/a", mode="copy"),  # type: ignore[arg-type]
+        MirrorRequest(disk="vda", target="/a", mode="pivot", format="vmdk"),  # type: ignore[arg-type]
+        DeleteRequest(names=("s", None)),  # type: ignore[arg-type]
+    ],
+)
+def test_a_mistyped_word_is_refused(request_: Any) -> None:
+    with pytest.raises(UsageError):
+        asked.well_typed(request_)
+
+
+def test_a_request_is_what_it_was() -> None:
+    request = MirrorRequest(disk="vda", target="/a", mode="pivot", format="raw")
+    assert asked.well_typed(request) == request
