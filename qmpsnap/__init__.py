@@ -19,39 +19,104 @@ if TYPE_CHECKING:
     from qmpsnap.controller import open_controller as open  # noqa: A004 - reads as qmpsnap.open()
     from qmpsnap.errors import QmpsnapError
     from qmpsnap.following import progress
+    from qmpsnap.machine.agent import Completed, Trimmed
     from qmpsnap.machine_handle import MachineHandle
     from qmpsnap.model.chain import Chain, Layer
+    from qmpsnap.model.machine import Machine, Process
+    from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
     from qmpsnap.model.snapshot import Snapshot
-    from qmpsnap.model.spec import DiskSpec, MachineSpec
+    from qmpsnap.model.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
+    from qmpsnap.ops.adopt import Adopted
+    from qmpsnap.ops.check import Checked
+    from qmpsnap.ops.compare import ChainView
+    from qmpsnap.ops.delete import DeletePlan
+    from qmpsnap.ops.revert import Preview, Reverted
+    from qmpsnap.ops.snapshot_request import SnapshotOptions
+    from qmpsnap.qmp.commands import JobInfo
+    from qmpsnap.qmp.jobs import Report
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adopted",
     "Chain",
+    "ChainView",
+    "Checked",
+    "Completed",
     "Controller",
+    "CreatePlan",
+    "DeletePlan",
     "DiskSpec",
+    "Encryption",
+    "Forward",
+    "InternalPlan",
+    "JobInfo",
     "Layer",
+    "Machine",
     "MachineHandle",
     "MachineSpec",
+    "MergePlan",
+    "MirrorPlan",
+    "NicSpec",
+    "Operation",
+    "Preview",
+    "Process",
     "QmpsnapError",
+    "Report",
+    "Reverted",
     "Snapshot",
+    "SnapshotOptions",
+    "Trimmed",
     "errors",
     "open",
     "progress",
 ]
 
-_WHERE = {
-    "errors": ("qmpsnap.errors", ""),
-    "Controller": ("qmpsnap.controller", "Controller"),
-    "MachineHandle": ("qmpsnap.machine_handle", "MachineHandle"),
-    "open": ("qmpsnap.controller", "open_controller"),
-    "QmpsnapError": ("qmpsnap.errors", "QmpsnapError"),
-    "Chain": ("qmpsnap.model.chain", "Chain"),
-    "Layer": ("qmpsnap.model.chain", "Layer"),
-    "Snapshot": ("qmpsnap.model.snapshot", "Snapshot"),
-    "DiskSpec": ("qmpsnap.model.spec", "DiskSpec"),
-    "MachineSpec": ("qmpsnap.model.spec", "MachineSpec"),
-    "progress": ("qmpsnap.following", "progress"),
+_FROM = {
+    "qmpsnap.controller": ("Controller",),
+    "qmpsnap.errors": ("QmpsnapError",),
+    "qmpsnap.following": ("progress",),
+    "qmpsnap.machine.agent": (
+        "Completed",
+        "Trimmed",
+    ),
+    "qmpsnap.machine_handle": ("MachineHandle",),
+    "qmpsnap.model.chain": (
+        "Chain",
+        "Layer",
+    ),
+    "qmpsnap.model.machine": (
+        "Machine",
+        "Process",
+    ),
+    "qmpsnap.model.operation": (
+        "CreatePlan",
+        "InternalPlan",
+        "MergePlan",
+        "MirrorPlan",
+        "Operation",
+    ),
+    "qmpsnap.model.snapshot": ("Snapshot",),
+    "qmpsnap.model.spec": (
+        "DiskSpec",
+        "Encryption",
+        "Forward",
+        "MachineSpec",
+        "NicSpec",
+    ),
+    "qmpsnap.ops.adopt": ("Adopted",),
+    "qmpsnap.ops.check": ("Checked",),
+    "qmpsnap.ops.compare": ("ChainView",),
+    "qmpsnap.ops.delete": ("DeletePlan",),
+    "qmpsnap.ops.revert": (
+        "Preview",
+        "Reverted",
+    ),
+    "qmpsnap.ops.snapshot_request": ("SnapshotOptions",),
+    "qmpsnap.qmp.commands": ("JobInfo",),
+    "qmpsnap.qmp.jobs": ("Report",),
 }
+_WHERE = {name: (module, name) for module, names in _FROM.items() for name in names}
+_WHERE |= {"errors": ("qmpsnap.errors", ""), "open": ("qmpsnap.controller", "open_controller")}
 
 
 if not TYPE_CHECKING:  # a type checker would take it for a promise that every name is there

@@ -1,13 +1,17 @@
 """The documentation against what it speaks of: golden files, spec keys, variables, links, names of tests."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import qmpsnap
 from qmpsnap import errors
+from qmpsnap.controller import Controller
 from qmpsnap.machine import specfile
 from qmpsnap.machine.recipes import launch_dir
+from qmpsnap.machine_handle import MachineHandle
 from qmpsnap.model.spec import DiskSpec, Forward, MachineSpec, NicSpec
 
 ROOT = Path(__file__).parents[2]
@@ -93,3 +97,14 @@ def test_every_error_class_is_drawn() -> None:
         if isinstance(found, type) and issubclass(found, errors.QmpsnapError)
     }
     assert drawn == classes
+
+
+@pytest.mark.parametrize(("letter", "of"), [("q", Controller), ("vm", MachineHandle)])
+def test_the_python_page_tells_every_method(letter: str, of: type) -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    methods = {name for name, found in inspect.getmembers(of, inspect.isfunction) if not name.startswith("_")}
+    assert methods == set(re.findall(rf"`(?:await )?{letter}\.(\w+)\(", page))
+
+
+def test_all_that_is_public_can_be_imported() -> None:
+    assert [name for name in qmpsnap.__all__ if not hasattr(qmpsnap, name)] == []

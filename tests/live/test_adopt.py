@@ -254,6 +254,9 @@ async def test_stop_ends_it_and_nothing_starts_it_again(q: qmpsnap.Controller, l
         await vm.revert("s1")
     with pytest.raises(StateError, match="cannot load its memory again"):
         await vm.save()
+    for attempt in (vm.run("true"), vm.fstrim()):
+        with pytest.raises(StateError, match="no channel to an agent in its guest"):
+            await attempt
     assert theirs.process.poll() is None
     await vm.stop(force=True)
     assert theirs.process.wait(10) == 0
