@@ -2,10 +2,11 @@
 
 The store refuses a step that is not here, and ``scripts/faults`` dies at every one that is: a new step cannot be
 forgotten. Steps of a merge carry the number of their job (``0:started``), those of a mirror the identity of its file
-(``made:64769:1234``), both sometimes a note (``:running``); here they are ``N:started`` and ``made:FILE``.
+(``made:64769:1234``), both sometimes a note (``:running``, or the state of the file that is to be written to); here
+they are ``N:started`` and ``made:FILE``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from msgspec import Struct
@@ -99,9 +100,12 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
 """By the operation's verb, in order."""
 
 
-def of_job(number: int, phase: str, *, running: bool = False) -> str:
-    """The step of a plan's ``number``-th job, as ``2:started`` or ``0:finalizing:running``."""
-    return f"{number}:{phase}{':running' if running else ''}"
+def of_job(number: int, phase: str, *, running: bool = False, state: Iterable[int] = ()) -> str:
+    """The step of a plan's ``number``-th job, as ``2:started`` or ``0:finalizing:running``.
+
+    ``state`` is that of the file it writes to, from before: ``0:started:TIME:TIME:SIZE``.
+    """
+    return ":".join([str(number), phase, *(["running"] if running else []), *map(str, state)])
 
 
 def of_file(phase: str, device: int, inode: int, *, running: bool = False) -> str:

@@ -6,7 +6,9 @@ with the change, in one SQL transaction -> vCPUs go on -> job dismissed, nodes c
 """
 
 import contextlib
+import stat
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from anyio import lowlevel
@@ -96,8 +98,22 @@ async def run(
 
 
 async def _start(job: MergeJob, monitor: Monitor) -> None:
-    await job.mark(steps.STARTED)
+    words = steps.of_job(job.number, steps.STARTED, state=await to_end(state_of, job.step.into.path))
+    await blocking(lambda: job.context.store.mark(job.operation, "running", step=words))
     await monitor.execute(*start_command(job.id, job.step, root=await root_of(monitor, job.step)))
+
+
+def state_of(path: str) -> tuple[int, ...]:
+    """What is another once a file was written to: ``st_mtime_ns``, ``st_ctime_ns`` and ``st_size``.
+
+    No clock is asked: ours and a file server's differ, and both can be set back. Empty where there is no such file, or
+    a block device, whose node does not tell.
+    """
+    try:
+        status = Path(path).lstat()
+    except OSError:
+        return ()
+    return (status.st_mtime_ns, status.st_ctime_ns, status.st_size) if stat.S_ISREG(status.st_mode) else ()
 
 
 async def carry_on(job: MergeJob, monitor: Monitor) -> None:
@@ -240,9 +256,13 @@ async def freeze_again(monitor: Monitor, machine: Machine, step: Merge) -> None:
     found = await _place(monitor, step, step.into)
     if found is None or found.active:
         return
-    if all(node.ro for node in await commands.query_nodes(monitor) if node.node_name == node_name(step.into)):
-        return
-    await _reopen(monitor, machine, step, step.into, below=found.below, read_only=True)
+    if not await is_frozen(monitor, step):
+        await _reopen(monitor, machine, step, step.into, below=found.below, read_only=True)
+
+
+async def is_frozen(monitor: Monitor, step: Merge) -> bool:
+    """Whether QEMU does not have the layer that was written to open for writing: all that it knows is in the file."""
+    return all(node.ro for node in await commands.query_nodes(monitor) if node.node_name == node_name(step.into))
 
 
 class _Place(NamedTuple):

@@ -1,10 +1,5 @@
 """Ending a broken commit, stream or delete: the journal's step, the job QEMU still has, and the headers decide."""
 
-import stat
-from pathlib import Path
-from typing import Final
-
-from anyio import to_thread
 from msgspec.structs import replace
 
 from qmpsnap.model import steps
@@ -16,9 +11,7 @@ from qmpsnap.ops.context import blocking
 from qmpsnap.ops.merge import MergeJob
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.session import Monitor
-
-CLOCK_STEP: Final = 0.1
-"""Seconds by which a file's time may lag behind the clock: file systems know that of the last tick."""
+from qmpsnap.threads import to_end
 
 
 async def end(broken: Broken, qemu: Monitor | None) -> Direction:
@@ -74,20 +67,15 @@ async def _never_began(broken: Broken, job: MergeJob, monitor: Monitor | None) -
 
     A job of ours that came to be stays in the QEMU that runs the guest until somebody dismisses it; that may have been
     an earlier recovery which died, or the user, and whoever launched that QEMU may have launched it again. So the file
-    has to say so, too. A worker ends with its jobs: of those nothing is certain.
+    has to say so, too: its state must be the one that the step carries. A worker ends with its jobs: of those nothing
+    is certain.
     """
     if monitor is None or not job.step.live or job.number != 0 or await jobs.find(monitor, job.id):
         return False
-    return await to_thread.run_sync(_unwritten, job.step.into.path, broken.operation.started)
-
-
-def _unwritten(path: str, since: float) -> bool:
-    """Whether nobody has written to a file since then; of a block device its node does not tell."""
-    try:
-        status = Path(path).lstat()
-    except OSError:
+    if not await merge.is_frozen(monitor, job.step):  # what has changed need not be in the file yet
         return False
-    return stat.S_ISREG(status.st_mode) and status.st_mtime < since - CLOCK_STEP
+    state = await to_end(merge.state_of, job.step.into.path)
+    return bool(state) and broken.operation.step == steps.of_job(job.number, steps.STARTED, state=state)
 
 
 async def _let_go(job: MergeJob, monitor: Monitor | None) -> None:

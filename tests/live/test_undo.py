@@ -14,11 +14,14 @@ import qmpsnap
 from qmpsnap.errors import QmpError, QmpsnapError, StoreMismatch
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import merge
+from qmpsnap.store.sqlite import SqliteStore
+from tests.live.crash import JOBS, STORE, die_at
 from tests.live.machine import (
     MIB,
     ONE_DISK,
     active_hash,
     content_hash,
+    context_of,
     fill,
     grown_and_stopped,
     hold_invariants,
@@ -184,3 +187,48 @@ async def test_a_commit_that_somebody_else_dismissed_has_written(q: qmpsnap.Cont
         if states[name] == "ok":
             point = next(found for found in await vm.snapshots() if found.name == name).points[0]
             assert await content_hash(vm, point.layer) == recorded
+
+
+def _rewrite_journal(vm: qmpsnap.MachineHandle, change: str) -> None:
+    store = context_of(vm).store
+    assert isinstance(store, SqliteStore)
+    connection = store._database.connection
+    assert connection.execute(f"UPDATE operation SET {change} WHERE step LIKE '0:started%'").rowcount == 1  # noqa: S608
+
+
+@pytest.mark.parametrize("top", ["s2", None], ids=["middle", "active"])
+async def test_no_clock_makes_an_overwritten_snapshot_ok_again(q: qmpsnap.Controller, top: str | None) -> None:
+    vm, _, now = await grown_and_stopped(q)
+    await vm.start(paused=True)
+    words = ("commit", "still", "vda", "--base", "s1", *(("--top", top) if top else ()), "--consume")
+    await die_at((JOBS, "follow", "before", 1), *words)
+    async with user_monitor(vm) as qemu:
+        found: Any = [{"status": "running"}]
+        while found[0]["status"] not in {"ready", "pending"}:  # all is written
+            found = await qemu.execute("query-jobs")
+        await qemu.execute("job-cancel", {"id": found[0]["id"]})
+        while found[0]["status"] != "concluded":
+            found = await qemu.execute("query-jobs")
+        await qemu.execute("job-dismiss", {"id": found[0]["id"]})
+    _rewrite_journal(vm, "started = started + 3600")  # as a clock says it that is put back now, or is a file server's
+    await vm.recover()
+    assert {found.name: found.state for found in await vm.snapshots()}["s1"] == "consumed"
+    await hold_invariants(vm)
+    assert await active_hash(vm) == now
+
+
+@pytest.mark.parametrize("journal", ["", "an older qmpsnap's"])
+async def test_a_commit_that_did_not_come_to_start_is_taken_back_if_the_file_says_so(
+    q: qmpsnap.Controller, journal: str
+) -> None:
+    vm, hashes, now = await grown_and_stopped(q)
+    await vm.start(paused=True)
+    words = ("commit", "still", "vda", "--base", "s1", "--top", "s2", "--consume")
+    await die_at((STORE, "SqliteStore.mark", "after", 1), *words)
+    if journal:
+        _rewrite_journal(vm, "step = '0:started'")
+    await vm.recover()
+    states = {found.name: found.state for found in await vm.snapshots()}
+    assert states["s1"] == ("consumed" if journal else "ok")
+    await hold_invariants(vm, {key: value for key, value in hashes.items() if states[key[0]] == "ok"})
+    assert await active_hash(vm) == now

@@ -23,9 +23,11 @@ def test_it_begins_planned_and_ends_settled(verb: str) -> None:
 
 def test_what_a_step_carries_is_not_part_of_its_name() -> None:
     assert steps.of_job(2, steps.FINALIZING, running=True) == "2:finalizing:running"
+    assert steps.of_job(0, steps.STARTED, state=(3, 4, 5)) == "0:started:3:4:5"
     assert steps.of_file(steps.STARTED, 64769, 12) == "started:64769:12"
     for verb, step, name in (
         ("commit", steps.of_job(0, steps.FINALIZING, running=True), "N:finalizing"),
+        ("commit", steps.of_job(0, steps.STARTED, state=(3, 4, 5)), "N:started"),
         ("delete", steps.of_job(12, steps.SETTLED), "N:settled"),
         ("mirror", steps.of_file(steps.STARTED, 64769, 12, running=True), "started:FILE"),
         ("create", steps.LOST, "memory lost"),

@@ -15,7 +15,7 @@ from qmpsnap.errors import OperationPending, StateError, StoreMismatch
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Overlay
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import create_plan, recover, recover_merge
+from qmpsnap.ops import create_plan, merge, recover
 from qmpsnap.ops.broken import Direction
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.overlays import EMPTY_LIMIT, remove_new, require_free
@@ -426,6 +426,11 @@ def test_a_file_tells_whether_a_job_has_written_to_it(tmp_path: Path) -> None:
     file = tmp_path / "layer"
     file.write_bytes(b"x")
     os.utime(file, (100.0, 100.0))
-    assert [recover_merge._unwritten(str(file), since) for since in (99.0, 100.05, 101.0)] == [False, False, True]
-    assert not recover_merge._unwritten(str(tmp_path / "none"), 101.0)
-    assert not recover_merge._unwritten("/dev/null", 1e12)
+    before = merge.state_of(str(file))
+    assert merge.state_of(str(file)) == before
+    assert (before[0], before[2]) == (100 * 10**9, 1)
+    file.write_bytes(b"y")
+    os.utime(file, (100.0, 100.0))
+    assert merge.state_of(str(file)) != before, "a time that was put back is a change, too"
+    assert merge.state_of(str(tmp_path / "none")) == ()
+    assert merge.state_of("/dev/null") == ()
