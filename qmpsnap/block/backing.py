@@ -1,4 +1,4 @@
-"""Writing another backing string into the header of an image that no QEMU has open."""
+"""What the header of a layer says once that is on the disk; writing another backing string into it."""
 
 import os
 
@@ -52,10 +52,28 @@ async def require_backing(layer: Layer, backing: Layer | None) -> None:
     await to_end(_require_backing, layer, backing)
 
 
+def durable_size(layer: Layer) -> int:
+    """Bytes for the guest by the file of ``layer``, which a QEMU may have open, once they are on the disk.
+
+    Raises:
+        StoreMismatch: the file is another one than recorded.
+        ImageRefused: it is not of its format.
+        HostCannot: it cannot be read, or not be written out.
+    """
+    descriptor = _opened(layer)
+    try:
+        os.fsync(descriptor)
+        return _header(descriptor, layer).virtual_size
+    except OSError as error:
+        raise HostCannot(f"{printable(layer.path)} cannot be written out: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+
+
 def _require_backing(layer: Layer, backing: Layer | None) -> None:
     descriptor = _opened(layer)
     try:
-        found, _ = _named(descriptor, layer)
+        found = _header(descriptor, layer).backing
     finally:
         os.close(descriptor)
     if found != (backing.path if backing else None):
@@ -75,11 +93,12 @@ def _opened(layer: Layer) -> int:
 def _backing_of(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
     """What the header says, once that is on the disk."""
     os.fsync(descriptor)
-    return _named(descriptor, layer)
+    found = _header(descriptor, layer)
+    return found.backing, found.backing_format
 
 
-def _named(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
-    found: Header = header.inspect(descriptor, path=layer.path, format=layer.format)
+def _header(descriptor: int, layer: Layer) -> Header:
+    found = header.inspect(descriptor, path=layer.path, format=layer.format)
     if (found.device, found.inode) != (layer.device, layer.inode):
         raise StoreMismatch(f"{printable(layer.path)} is another file than the one recorded; it was not touched")
-    return found.backing, found.backing_format
+    return found

@@ -2,6 +2,7 @@
 
 from msgspec.structs import replace
 
+from qmpsnap.block.backing import durable_size
 from qmpsnap.model import steps
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.ops import finalize, merge
@@ -50,6 +51,7 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
                     took, broken = False, replace(broken, error=error.message)
                     await _let_go(job, monitor)
         if not took:
+            await _keep_size(job)
             # A commit that may have written has overwritten what its snapshots held: they stay marked.
             overwritten = any(isinstance(other, Merge) and other.kind == "commit" for other in plan.steps)
             return await _undo(broken, plan, opening=refused or not overwritten)
@@ -76,6 +78,20 @@ async def _never_began(broken: Broken, job: MergeJob, monitor: Monitor | None) -
         return False
     state = await to_end(merge.state_of, job.step.into.path)
     return bool(state) and broken.operation.step == steps.of_job(job.number, steps.STARTED, state=state)
+
+
+async def _keep_size(job: MergeJob) -> None:
+    """Record the size of a base that a commit has lengthened, which QEMU does first: nothing shortens it again.
+
+    Whoever reads it through the layers above reads what they read before, zeros where those say nothing.
+
+    Raises:
+        QmpsnapError: see :func:`durable_size`.
+    """
+    into, size = job.step.into, max(job.step.into.virtual_size, job.step.top.virtual_size)
+    if job.step.kind == "commit" and size > into.virtual_size and await to_end(durable_size, into) == size:
+        change = Change(layers=(replace(into, virtual_size=size),))
+        await blocking(lambda: job.context.store.apply(job.machine.name, change))
 
 
 async def _let_go(job: MergeJob, monitor: Monitor | None) -> None:

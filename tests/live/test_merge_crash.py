@@ -4,12 +4,24 @@ from pathlib import Path
 
 import anyio
 import pytest
+from msgspec.structs import replace
 
 import qmpsnap
+from qmpsnap.block import header
 from qmpsnap.errors import QmpsnapError
+from qmpsnap.model.spec import DiskSpec, Format
 from qmpsnap.qmp.commands import JobInfo
-from tests.live.crash import JOBS, die_at
-from tests.live.machine import Hashes, active_hash, grown_and_stopped, hold_invariants, user_monitor
+from tests.live.crash import JOBS, die_at, kill_qemu
+from tests.live.machine import (
+    MIB,
+    ONE_DISK,
+    Hashes,
+    active_hash,
+    fill,
+    grown_and_stopped,
+    hold_invariants,
+    user_monitor,
+)
 
 VERBS = {
     "commit of a middle layer": ("commit", "vda", "--base", "s1", "--top", "s2", "--consume"),
@@ -64,3 +76,62 @@ async def test_a_job_at_work_is_told_waited_for_and_cancelled(q: qmpsnap.Control
     assert await vm.jobs() == ()
     assert len((await vm.chains())[0].layers) == 3
     await _holds(vm, hashes, now)
+
+
+async def _on_a_smaller_base(q: qmpsnap.Controller, place: Path, format_: Format) -> tuple[qmpsnap.MachineHandle, str]:
+    """A paused machine on an overlay that a user has put on another machine's base, twice as long; that is gone."""
+    disk = DiskSpec(name="vda", size=2 * MIB, format=format_)
+    small = await q.define(replace(ONE_DISK, name="small", disks=(disk,)))
+    await small.start(paused=True)
+    await fill(small, "vda", 1, length=2 * MIB)
+    await small.snapshot("s1")
+    await small.stop(force=True)
+    base = (await small.chains())[0].layers[0].layer.path
+    mine = str(place / "mine.qcow2")
+    await anyio.run_process(["qemu-img", "create", "-f", "qcow2", "-b", base, "-F", format_, mine, str(4 * MIB)])
+    disk = DiskSpec(name="vda", image=mine)
+    vm = await q.define(replace(ONE_DISK, disks=(disk,)), folders=[place, Path(base).parent])
+    await small.undefine(disks="remove")
+    await vm.start(paused=True)
+    await fill(vm, "vda", 2, offset=MIB // 2, length=64 << 10)
+    await vm.snapshot("s2")
+    await fill(vm, "vda", 3, offset=3 * MIB, length=256 << 10)
+    return vm, await active_hash(vm)
+
+
+async def _until_longer(path: str, format_: Format) -> None:
+    with anyio.fail_after(60):
+        while header.read(path, format=format_).virtual_size != 4 * MIB:
+            await anyio.sleep(0.02)
+
+
+@pytest.mark.parametrize("format_", ["qcow2", "raw"])
+@pytest.mark.parametrize("end", ["cancelled", "QEMU killed", "the worker killed"])
+async def test_a_base_that_a_commit_has_lengthened_before_it_was_undone_is_that_long(
+    q: qmpsnap.Controller, place: Path, format_: Format, end: str
+) -> None:
+    vm, now = await _on_a_smaller_base(q, place, format_)
+    if "worker" in end:
+        await vm.stop(force=True)
+    base = (await vm.chains())[0].layers[0].layer
+    assert base.virtual_size == 2 * MIB
+    await die_at((JOBS, "follow", "before", 1), "snapshot", "delete", "still", "s2")
+    await _until_longer(base.path, format_)
+    if end == "cancelled":
+        await vm.cancel()
+    else:
+        await kill_qemu(vm)
+        await vm.recover()
+    chain = (await vm.chains())[0]
+    assert len(chain.layers) == 3
+    assert [at.problems for at in chain.layers] == [()] * 3
+    assert chain.layers[0].layer.virtual_size == 4 * MIB
+    await hold_invariants(vm)
+    if await vm.is_running():
+        await vm.stop(force=True)
+    await vm.start(paused=True)
+    assert await active_hash(vm) == now
+    await vm.commit("vda")
+    assert len((await vm.chains())[0].layers) == 1
+    await hold_invariants(vm)
+    assert await active_hash(vm) == now
