@@ -12,7 +12,7 @@ from msgspec import Struct
 from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.chain import Chain
 from qmpsnap.qmp import commands
-from qmpsnap.qmp.commands import BlockGraph, GraphNode
+from qmpsnap.qmp.commands import Backend, BlockGraph, GraphNode
 from qmpsnap.qmp.session import Monitor
 
 FILTERS = frozenset(
@@ -121,6 +121,61 @@ async def require_agreement(monitor: Monitor, chains: Sequence[Chain], *, machin
             )
         if found.above:
             await _require_filters(monitor, found.above, machine=machine, disk=chain.disk)
+
+
+async def require_no_other(monitor: Monitor, chains: Sequence[Chain], *, machine: str, hint: str) -> None:
+    """Make sure that the guest writes to its machine's disks alone: memory destroys what is of another time.
+
+    Args:
+        monitor: its QEMU.
+        chains: the live chains, which QEMU was found to have.
+        machine: the machine's name.
+        hint: what to do once that is not so any more, or instead.
+
+    Raises:
+        StateError: a device writes to something else, as somebody has attached it or ``adopt`` has left it out.
+    """
+    graph = await read(monitor)
+    disks = by_disk(graph, frozenset(layer for chain in chains for layer in chain.ids))
+    found = [disks[chain.disk] for chain in chains if chain.disk in disks]
+    ours = {name for disk in found for name in (*disk.above, *disk.nodes[-1:])}
+    permissions = _permissions(graph)
+    others = [
+        f"{_shown(backend)} ({backend.inserted.file})"
+        for backend in await commands.query_block(monitor)
+        if backend.inserted and backend.inserted.node_name not in ours and _writes(backend, permissions)
+    ]
+    if others:
+        raise StateError(
+            f"the guest of machine {machine} also writes to {', '.join(others)}, no disk of the machine: memory that is"
+            " loaded beside a disk of another time destroys what is on it; nothing was changed",
+            hint=f"detach it (device_del), or take its medium out (eject); {hint}",
+            machine=machine,
+        )
+
+
+def _permissions(graph: BlockGraph) -> dict[str, frozenset[str]]:
+    """What devices may do with each node that they have."""
+    names = {node.id: node.name for node in graph.nodes}
+    may: dict[str, frozenset[str]] = {}
+    for edge in graph.edges:
+        if edge.name == "root":
+            may[names[edge.child]] = may.get(names[edge.child], frozenset()) | frozenset(edge.perm)
+    return may
+
+
+def _writes(backend: Backend, permissions: Mapping[str, frozenset[str]]) -> bool:
+    """Whether a device can write to what it has; a CD-ROM drive only reads, however its image was opened."""
+    node = backend.inserted
+    if node is None or node.ro or not backend.qdev or backend.is_flash:
+        return False
+    may = permissions.get(node.node_name, frozenset())
+    return "write" in may or "consistent-read" not in may
+
+
+def _shown(backend: Backend) -> str:
+    device = _DEVICE.match(backend.qdev or "")
+    return device[1] if device else backend.name
 
 
 async def _require_filters(monitor: Monitor, names: Sequence[str], *, machine: str, disk: str) -> None:

@@ -42,7 +42,6 @@ _UNSETTLED: Final = ("inmigrate", "postmigrate", "finish-migrate", "save-vm", "r
 """Run states in which the images are not, or not only, this QEMU's."""
 
 _DEVICE_ID: Final = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/|$)")
-_FLASH: Final = re.compile(r"pflash\d+$")
 
 
 class AdoptedDisk(Struct, frozen=True, kw_only=True):
@@ -84,14 +83,13 @@ def choose(backends: Sequence[Backend]) -> tuple[list[Backend], list[str]]:
     """The drives that are disks, and why others are not; pure."""
     disks, left_out = [], []
     for backend in backends:
-        device, qdev = backend.device, backend.qdev or ""
         if backend.removable:
             left_out.append(f"{backend.name}: its medium can be taken out")
         elif backend.inserted is None:
             left_out.append(f"{backend.name}: it is empty")
-        elif _FLASH.match(device) or qdev.startswith("/machine/system.flash"):
+        elif backend.is_flash:
             left_out.append(f"{backend.name}: it is firmware")
-        elif not qdev:
+        elif not backend.qdev:
             left_out.append(f"{backend.name}: no device uses it")
         else:
             disks.append(backend)

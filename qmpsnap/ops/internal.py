@@ -30,7 +30,7 @@ from qmpsnap.ops.overlays import require_free
 from qmpsnap.ops.quiesce import Freezer, QuiesceRequest
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.work import Work, require_agreement, working
-from qmpsnap.qmp import commands, jobs, migration
+from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -204,7 +204,7 @@ async def _planner(
     hardware = None
     if work.qemu and request.memory is not False:
         again = f"qmpsnap snapshot create {work.machine.name} --kind internal --no-memory takes its disks"
-        require_saveable(work.machine, await migration.query(work.qemu), hint=again)
+        await require_saveable(work.machine, work.qemu, chains, hint=again)
         hardware = await hardware_now(context, work.machine, work.qemu)
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 

@@ -2,12 +2,15 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import Struct
 
+from qmpsnap.block import graph
 from qmpsnap.errors import QmpError, StateError, UsageError
 from qmpsnap.machine import statefile
+from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
 from qmpsnap.ops import keys
@@ -66,7 +69,9 @@ class Means(Struct, frozen=True, kw_only=True):
     reserve: int
 
 
-async def choose(context: Context, machine: Machine, qemu: Monitor | None, request: MemoryRequest) -> Means:
+async def choose(
+    context: Context, machine: Machine, qemu: Monitor | None, chains: Sequence[Chain], request: MemoryRequest
+) -> Means:
     """The best way there is, found by asking QEMU.
 
     Raises:
@@ -99,14 +104,13 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
             hint="move it away or choose another name",
             machine=machine.name,
         )
-    last = await migration.query(qemu)
-    if last.status not in migration.IDLE:
+    if (last := (await migration.query(qemu)).status) not in migration.IDLE:
         raise StateError(
-            f"somebody else migrates machine {machine.name} (it is {last.status}); nothing was changed",
+            f"somebody else migrates machine {machine.name} (it is {last}); nothing was changed",
             hint="wait for the end of that",
             machine=machine.name,
         )
-    require_saveable(machine, last, hint=f"qmpsnap snapshot create {machine.name} takes its disks")
+    await require_saveable(machine, qemu, chains, hint=f"qmpsnap snapshot create {machine.name} takes its disks")
     if request.compression != "none":
         statefile.require_zstd()
     version = version_of(await commands.query_version(qemu))
@@ -140,19 +144,25 @@ async def choose(context: Context, machine: Machine, qemu: Monitor | None, reque
     )
 
 
-def require_saveable(machine: Machine, found: migration.Migration, *, hint: str) -> None:
+async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Chain], *, hint: str) -> None:
     """Make sure that no device stands in the way of saving memory, in a file or inside an image.
 
+    Args:
+        machine: the machine.
+        qemu: its monitor.
+        chains: its live chains.
+        hint: what can be saved instead.
+
     Raises:
-        StateError: one does; the message names what QEMU names.
+        StateError: one does; the message names what QEMU names, or what else the guest writes to.
     """
-    if found.blocked_reasons:
+    if reasons := (await migration.query(qemu)).blocked_reasons:
         raise StateError(
-            f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(found.blocked_reasons)};"
-            " nothing was changed",
+            f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(reasons)}; nothing was changed",
             hint=hint,
             machine=machine.name,
         )
+    await graph.require_no_other(qemu, chains, machine=machine.name, hint=hint)
 
 
 async def _why_not_behind_it(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
+from qmpsnap.block import graph
 from qmpsnap.errors import StateError
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
@@ -113,9 +114,11 @@ async def planner(
     """The plan but for its number, of the machine as it is now.
 
     Raises:
-        StateError: the memory is of other hardware than the QEMU that runs has.
+        StateError: the memory is of other hardware than the QEMU that runs has, or the guest writes to more than would
+            go back with it.
     """
     assert work.qemu
+    await graph.require_no_other(work.qemu, tuple(at.live.values()), machine=work.machine.name, hint="then try again")
     mode = await asked.mode_of(work.qemu)
     hardware = await hardware_now(context, work.machine, work.qemu)
     require_fits(snapshot, hardware, machine=work.machine.name)

@@ -4,8 +4,9 @@ Each names its QAPI command. Answers are decoded by msgspec at this border: wire
 says becomes a ``QmpError``, never an ``AttributeError`` further up.
 """
 
+import re
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct, field
@@ -16,6 +17,8 @@ from qmpsnap.qmp import runstate
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Monitor
 
 T = TypeVar("T")
+
+_FLASH: Final = re.compile(r"pflash\d+$")
 
 
 class RunStatus(Struct, frozen=True):
@@ -34,11 +37,19 @@ class GraphNode(Struct, frozen=True):
 
 
 class GraphEdge(Struct, frozen=True):
-    """An edge of QEMU's block graph, from ``parent`` to ``child``; ``name`` is ``backing``, ``file``, ``root`` ..."""
+    """An edge of QEMU's block graph, from ``parent`` to ``child``.
+
+    Attributes:
+        parent: id of who uses it.
+        child: id of what is used.
+        name: ``backing``, ``file``, ``root`` ...
+        perm: QAPI ``BlockPermission`` names: what the parent may do (``consistent-read``, ``write`` ...).
+    """
 
     parent: int
     child: int
     name: str
+    perm: tuple[str, ...] = ()
 
 
 class Chardev(Struct, frozen=True, rename="kebab"):
@@ -111,6 +122,11 @@ class Backend(Struct, frozen=True, rename="kebab"):
     def name(self) -> str:
         """Its name in the block graph."""
         return self.device or self.qdev or ""
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether it is a flash chip: firmware, or its variables, which are part of the guest's memory."""
+        return bool(_FLASH.match(self.device)) or (self.qdev or "").startswith("/machine/system.flash")
 
 
 class JobInfo(Struct, frozen=True, rename="kebab"):

@@ -67,7 +67,7 @@ async def ask(tmp_path: Path, call: Call, said: Expect, answer: Any) -> Any:
                 "nodes": [{"id": 1, "type": "block-driver", "name": "a"}],
                 "edges": [{"parent": 1, "child": 2, "name": "file", "perm": ["write"], "shared-perm": []}],
             },
-            BlockGraph((GraphNode(1, "block-driver", "a"),), (GraphEdge(1, 2, "file"),)),
+            BlockGraph((GraphNode(1, "block-driver", "a"),), (GraphEdge(1, 2, "file", ("write",)),)),
         ),
         (
             lambda monitor: commands.blockdev_add(monitor, {"driver": "raw"}),

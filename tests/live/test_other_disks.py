@@ -1,0 +1,174 @@
+"""What the guest writes to that is no disk of its machine: no memory is taken or loaded beside it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from qemu.qmp import QMPClient
+
+import qmpsnap
+from qmpsnap.errors import StateError
+from qmpsnap.model.spec import DiskSpec, MachineSpec
+from tests.live.machine import MIB, fill, hold_invariants, user_monitor
+
+# "launched" and its "folder" are fixtures
+from tests.live.test_adopt import BLOCKDEV, THROTTLED, folder, launched  # noqa: F401
+
+
+@pytest.fixture
+async def scsi(q: qmpsnap.Controller) -> qmpsnap.MachineHandle:
+    """A machine that runs, and whose bus takes more disks while it does."""
+    spec = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB, bus="scsi"),))
+    vm = await q.define(spec)
+    await vm.start()
+    return vm
+
+
+@asynccontextmanager
+async def attached(
+    vm: qmpsnap.MachineHandle, image: Path, *, driver: str = "scsi-hd", read_only: bool = False
+) -> AsyncIterator[None]:
+    """Somebody else's device on the machine's bus, with an image of theirs."""
+    async with user_monitor(vm) as qemu:
+        await qemu.execute(
+            "blockdev-add",
+            {"driver": "file", "node-name": "theirs", "filename": str(image), "read-only": read_only},
+        )
+        await qemu.execute("device_add", {"driver": driver, "id": "extra", "bus": "qs-scsi.0", "drive": "theirs"})
+    try:
+        yield
+    finally:
+        async with user_monitor(vm) as qemu:
+            await _detach(qemu)
+
+
+async def _detach(qemu: QMPClient) -> None:
+    await qemu.execute("device_del", {"id": "extra"})
+    with anyio.fail_after(20):
+        while "extra" in str(await qemu.execute("query-block")):
+            await anyio.sleep(0.01)
+    await qemu.execute("blockdev-del", {"node-name": "theirs"})
+
+
+async def drives(vm: qmpsnap.MachineHandle) -> list[Any]:
+    async with user_monitor(vm) as qemu:
+        found: Any = await qemu.execute("query-block")
+    return list(found)
+
+
+async def refuses_memory(vm: qmpsnap.MachineHandle, named: str) -> None:
+    """Every way to take it is refused, previews alike, and nothing has changed."""
+    chain, state, before = (await vm.chains())[0].ids, await vm.state(), await vm.snapshots()
+    ways: list[Any] = [partial(way, "s", kind="internal") for way in (vm.preview_snapshot, vm.snapshot)]
+    if (await vm.record()).adopted is None:
+        ways += [*(partial(way, "s", kind="full") for way in (vm.preview_snapshot, vm.snapshot)), vm.save]
+    for way in ways:
+        with pytest.raises(StateError, match=rf"also writes to {named}.*; nothing was changed") as refused:
+            await way()
+        assert (refused.value.exit_code, refused.value.effect) == (4, "none")
+        assert "device_del" in refused.value.hint
+        assert f"qmpsnap snapshot create {vm.name}" in refused.value.hint
+    assert ((await vm.chains())[0].ids, await vm.state(), await vm.snapshots()) == (chain, state, before)
+
+
+@pytest.fixture
+def image(place: Path) -> Path:
+    """Somebody else's raw image."""
+    (found := place / "extra.img").write_bytes(bytes(MIB))
+    return found
+
+
+async def test_beside_a_disk_that_was_attached_no_memory_is_taken(scsi: qmpsnap.MachineHandle, image: Path) -> None:
+    async with attached(scsi, image):
+        await refuses_memory(scsi, r"extra \(.*extra\.img\), no disk of the machine")
+        await scsi.snapshot("inside", kind="internal", memory=False)
+        await scsi.snapshot("disks")
+        await hold_invariants_but_theirs(scsi)
+    await scsi.snapshot("all", kind="full")
+    await hold_invariants(scsi)
+
+
+async def hold_invariants_but_theirs(vm: qmpsnap.MachineHandle) -> None:
+    """What was refused has left nothing; that QEMU has another image open is what the test has done."""
+    assert {finding.code for finding in (await vm.check()).findings} <= {"node-left"}
+
+
+async def test_beside_a_disk_that_was_attached_no_memory_is_loaded(scsi: qmpsnap.MachineHandle, image: Path) -> None:
+    await scsi.snapshot("inside", kind="internal")
+    await fill(scsi, "vda", 2)
+    process = (await scsi.record()).process
+    async with attached(scsi, image):
+        for way in (scsi.preview_revert, scsi.revert, partial(scsi.revert, discard=True)):
+            with pytest.raises(StateError, match=r"also writes to extra .*; nothing was changed") as refused:
+                await way("inside")
+            assert (refused.value.exit_code, refused.value.effect) == (4, "none")
+            assert refused.value.hint.endswith("then try again")
+        assert ((await scsi.record()).process, await scsi.state()) == (process, "running")
+        assert [snapshot.name for snapshot in await scsi.snapshots()] == ["inside"]
+    assert (await scsi.revert("inside")).kept is not None
+    await hold_invariants(scsi)
+
+
+@pytest.mark.parametrize(("driver", "read_only"), [("scsi-hd", True), ("scsi-cd", False)], ids=["read-only", "CD"])
+async def test_what_the_guest_only_reads_stands_in_no_ones_way(
+    scsi: qmpsnap.MachineHandle, image: Path, driver: str, *, read_only: bool
+) -> None:
+    async with attached(scsi, image, driver=driver, read_only=read_only):
+        assert [drive["inserted"]["ro"] for drive in await drives(scsi)] == [False, read_only]
+        await scsi.snapshot("inside", kind="internal")
+        await scsi.revert("inside", discard=True)
+        await scsi.snapshot("all", kind="full")
+        assert await scsi.state() == "running"
+
+
+async def test_an_options_disk_of_the_spec_counts_too(q: qmpsnap.Controller, image: Path) -> None:
+    vm = await q.define(
+        MachineSpec(
+            name="still",
+            memory=64 * MIB,
+            disks=(DiskSpec(name="vda", size=16 * MIB),),
+            extra=("-drive", f"file={image},format=raw,if=virtio"),
+        ),
+        allow_extra=True,
+    )
+    await vm.start()
+    await refuses_memory(vm, r"virtio0 \(")
+
+
+SLOW = [
+    *("-object", "throttle-group,id=tg,x-iops-total=5000", "-blockdev", BLOCKDEV),
+    *("-blockdev", THROTTLED, "-device", "virtio-blk,drive=slow"),
+]
+READ_ONLY = ["-blockdev", "file,node-name=n,filename=floppy.img,read-only=on", "-device", "virtio-blk,drive=n"]
+OTHERS = {
+    "CD": ["-drive", "if=ide,media=cdrom,format=raw,file=floppy.img"],
+    "no medium": ["-drive", "if=floppy"],
+    "flash": ["-drive", "if=pflash,format=raw,file=flash.img"],
+    "read-only": READ_ONLY,
+    "floppy": ["-drive", "if=floppy,format=raw,file=floppy.img"],
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+async def test_of_an_adopted_machine(
+    q: qmpsnap.Controller,
+    folder: Path,  # noqa: F811
+    launched: Any,  # noqa: F811
+    other: str,
+) -> None:
+    (folder / "floppy.img").write_bytes(bytes(1440 << 10))
+    (folder / "flash.img").write_bytes(bytes(MIB))
+    theirs = launched([*SLOW, *OTHERS[other]], machine="pc")
+    await q.adopt("theirs", theirs.socket)
+    vm = await q.machine("theirs")
+    await vm.snapshot("disks")
+    if other == "floppy":
+        await refuses_memory(vm, r"floppy0 \(")
+        async with theirs.monitor() as qemu:
+            await qemu.execute("eject", {"device": "floppy0", "force": True})
+    await vm.snapshot("inside", kind="internal")
+    await vm.revert("inside", discard=True, state="paused")
