@@ -207,7 +207,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         await at.mark(steps.TRANSACTION)
         try:
             async with at.freezer.frozen():
-                held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu))
+                held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu), machine=machine.name)
         except DeadlinePassed:
             # It may be whole all the same, but it was held for too long: nobody wants it.
             with anyio.CancelScope(shield=True):

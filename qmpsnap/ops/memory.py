@@ -15,13 +15,13 @@ from typing import Any
 import anyio
 from msgspec import Struct
 
-from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError
+from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
 from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, Memory, Operation
 from qmpsnap.model.vmstate import SaveMode, Vmstate
 from qmpsnap.ops.context import Context
-from qmpsnap.qmp import commands, migration
+from qmpsnap.qmp import commands, migration, runstate
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
@@ -73,7 +73,9 @@ async def shorten(context: Context, machine: Machine, memory: Memory) -> None:
         await to_end(hugepages.gather, process.pid)
 
 
-async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact: Callable[[], Awaitable[None]]) -> Held:
+async def hold(
+    qemu: Monitor, memory: Memory, channel: dict[str, Any], transact: Callable[[], Awaitable[None]], *, machine: str
+) -> Held:
     """Stop the guest, move the disks, fix the memory, let the guest run on: one instant for all of it.
 
     Where QEMU is to end afterwards the guest stays stopped, unless this fails.
@@ -81,6 +83,7 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
     Raises:
         DeadlinePassed: it took longer than allowed; the memory was given up, the disks have moved. Of a QEMU that
             cannot give it up the guest is held for as long as it takes.
+        StateError: QEMU has paused the guest by itself before we could; the disks have not moved, and it stays paused.
         QmpError: QEMU refused a step.
     """
     clock = _Clock()
@@ -90,6 +93,11 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
             with anyio.fail_after(memory.max_pause_ms / 1000 if memory.max_pause_ms and memory.cancellable else None):
                 if memory.resume:
                     await commands.control(qemu, "stop")
+                if memory.resume or memory.mode == "background":
+                    state = await commands.run_state(qemu)
+                    resume = memory.resume and state == "paused"  # else it does not stand still because of us
+                    _require_paused(machine, state)
+                if memory.resume:
                     clock.step("stop")
                 await transact()
                 clock.step("transaction")
@@ -121,6 +129,20 @@ async def hold(qemu: Monitor, memory: Memory, channel: dict[str, Any], transact:
     pause = (times.get("RESUME", math.nan) - times.get("STOP", math.nan)) * 1000
     # Somebody else's stop or cont may have come between: then the two are no pair.
     return Held(pause if pause >= 0 else None, clock.steps)
+
+
+def _require_paused(machine: str, state: str) -> None:
+    """Make sure that a command has stopped the guest: behind one that stands still otherwise QEMU aborts.
+
+    Raises:
+        StateError: it is in another state.
+    """
+    if state != "paused":
+        raise StateError(
+            f"the guest of machine {machine} was to be held for its memory, and is {state}; nothing was changed",
+            hint=runstate.remedy(state, machine) or f"see to that, then try again: qmpsnap show {machine} tells more",
+            machine=machine,
+        )
 
 
 class _Clock:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qemu.qmp import Message
 
-from qmpsnap.errors import HostCannot, QemuGone, QmpError
+from qmpsnap.errors import HostCannot, QemuGone, QmpError, StateError
 from qmpsnap.model.names import JobId
 from qmpsnap.model.operation import Memory
 from qmpsnap.model.vmstate import Hardware
@@ -65,7 +65,7 @@ def played(turns: Sequence[Turn], act: Callable[[Session], Awaitable[Any]]) -> A
                 with anyio.fail_after(30):
                     try:
                         return await act(monitor)
-                    except (QmpError, QemuGone, HostCannot) as error:
+                    except (QmpError, QemuGone, HostCannot, StateError) as error:
                         return error
 
     real = session._EventBell.wait
@@ -149,6 +149,38 @@ SAVES = {
 }
 
 
+def behind(*, resume: bool) -> Memory:
+    """A memory to be saved behind a guest."""
+    return Memory(
+        path="/memory",
+        part="/memory.part",
+        mode="background",
+        layout="stream",
+        compression="none",
+        hardware=Hardware(
+            uuid="", qemu_version="10.0.0", machine_type="q35", accel="tcg", cpu="max", cpus=1, memory=1, devices=()
+        ),
+        resume=resume,
+    )
+
+
+def held(turns: list[Turn], how: Memory, transact: Callable[[], Awaitable[None]]) -> Any:
+    return played(turns, lambda monitor: memory.hold(monitor, how, {"uri": "fd:x"}, transact, machine="web"))
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("state", ["guest-panicked", "watchdog", "shutdown", "running"])
+def test_a_guest_that_does_not_stand_still_because_of_us_is_left_alone(state: str, *, resume: bool) -> None:
+    turns: list[Turn] = [Expect("stop"), Reply()] if resume else []
+    turns += [Expect("query-status"), Reply({"status": state, "running": state == "running"})]
+    turns += [Expect("query-migrate"), Reply({"status": "none"})]
+
+    async def transact() -> None:
+        pytest.fail("the disks have moved")
+
+    assert isinstance(held(transcript(turns, []), behind(resume=resume), transact), StateError)
+
+
 @fuzzed(80)
 @given(
     st.lists(st.sampled_from([{"status": "setup"}, {"status": "active"}]), max_size=4),
@@ -160,20 +192,11 @@ def test_the_guest_is_held_until_its_memory_is_fixed_and_never_longer(
     before: list[dict[str, str]], end: str, guest: str, noise: list[list[Event]]
 ) -> None:
     resume = guest == "running"
-    how = Memory(
-        path="/memory",
-        part="/memory.part",
-        mode="background",
-        layout="stream",
-        compression="none",
-        hardware=Hardware(
-            uuid="", qemu_version="10.0.0", machine_type="q35", accel="tcg", cpu="max", cpus=1, memory=1, devices=()
-        ),
-        resume=resume,
-    )
+    how = behind(resume=resume)
     fails = end in ("failed", "cancelled")
     asked = [*before, SAVES[end], *([SAVES[end]] if fails else [])]  # who gives up looks once more
     turns: list[Turn] = [Expect("stop"), Reply()] if resume else []
+    turns += [Expect("query-status"), Reply({"status": "paused", "running": False})]
     turns += [Expect("migrate", {"uri": "fd:x"}), Reply()]
     for answer in asked:
         turns += [Expect("query-migrate"), Reply(answer)]
@@ -183,7 +206,7 @@ def test_the_guest_is_held_until_its_memory_is_fixed_and_never_longer(
     async def transact() -> None:
         moved.append(True)
 
-    found = played(transcript(turns, noise), lambda monitor: memory.hold(monitor, how, {"uri": "fd:x"}, transact))
+    found = held(transcript(turns, noise), how, transact)
     assert moved == [True]
     if fails:
         assert isinstance(found, HostCannot)
