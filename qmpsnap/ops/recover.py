@@ -65,7 +65,7 @@ async def end_open(
         qemu: its monitor, None when it is stopped.
         unfinished: what to do with a job that still works.
         report: told about the progress of a job that is carried on.
-        given_up: told of what cannot be ended now, and why, unless a QEMU has the images open; it stays open.
+        given_up: told of what cannot be ended now, and why, unless the machine's QEMU or a worker runs; it stays open.
 
     Raises:
         OperationPending: one of them cannot be ended now.

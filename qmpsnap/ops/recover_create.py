@@ -15,7 +15,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operation import Change, CreatePlan, Ended, Memory, Operation
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import chosen, quiesce
+from qmpsnap.ops import chosen, quiesce, relaunched
 from qmpsnap.ops import memory as saving
 from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.context import Context, blocking
@@ -66,6 +66,9 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
     way = direction(broken.operation.step, active=active, total=len(names))
     if way is None:
         raise broken.pending("only some of its overlays are active in QEMU")
+    if way == "forward" and monitor is None:
+        old, new = [overlay.backing for overlay in plan.overlays], [overlay.layer for overlay in plan.overlays]
+        way = way if await relaunched.new_counts(broken, old=old, new=new, in_turn=True) else "back"
     if way == "forward":
         return await _forward(broken, monitor, plan)
     if plan.memory:

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from qmpsnap.block.backing import durable_size
 from qmpsnap.model import steps
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
-from qmpsnap.ops import finalize, merge
+from qmpsnap.ops import finalize, merge, relaunched
 from qmpsnap.ops.blockjob import qemu_of
 from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.context import blocking
@@ -56,6 +56,8 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
             overwritten = any(isinstance(other, Merge) and other.kind == "commit" for other in plan.steps)
             return await _undo(broken, plan, opening=refused or not overwritten)
     if isinstance(step, Merge | Removal):
+        if qemu is None:
+            await relaunched.require_unused(broken, step.removed)
         await merge.remove_files(step.removed)
     if broken.unfinished == "carry on":
         await merge.run(context, machine, qemu, operation, first=number + 1, report=broken.report)
@@ -120,6 +122,10 @@ async def _end_job(
         return True
     if phase == steps.FINALIZING:
         if monitor is None:
+            old, new = job.step.chain[-1], job.step.into
+            if job.moves_guest and not await relaunched.new_counts(broken, old=[old], new=[new]):
+                return False
+            await relaunched.require_unused(broken, job.step.removed)
             await merge.settle_without_qemu(job)
             return True
         await finalize.make_true(job, monitor, hold, running=running, settle=lambda: merge.settle(job, monitor))

@@ -6,7 +6,7 @@ from qmpsnap.block import place
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model import steps
 from qmpsnap.model.operation import MirrorPlan
-from qmpsnap.ops import copying, finalize, merge
+from qmpsnap.ops import copying, finalize, merge, relaunched
 from qmpsnap.ops.blockjob import qemu_of
 from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.copying import MirrorJob, Phase
@@ -50,6 +50,8 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
         except (StoreMismatch, HostCannot) as error:  # a finished copy is the user's, who may have taken it away
             await broken.mark_settled(error=f"the copy was finished, and {error.message}")
         else:
+            if qemu is None:
+                await relaunched.require_unused(broken, plan.removed)
             await copying.tidy(job)
         return "forward"
     await _remove_made(job, phase=phase.name)
@@ -78,12 +80,20 @@ async def _end_job(
         return True
     if phase == steps.FINALIZING:
         if monitor is None:
-            await copying.settle(job, None)
-            return True
+            return await _settled_without_qemu(broken, job)
         await finalize.make_true(job, monitor, hold, running=running, settle=lambda: copying.settle(job, monitor))
     if monitor is not None:
         await jobs.dismiss(monitor, job.id)
         await merge.close_nodes(monitor, copying.gone(job.step))
+    return True
+
+
+async def _settled_without_qemu(broken: Broken, job: MirrorJob) -> bool:
+    """Record a copy whose QEMU has ended, unless the old active layer still counts; True when the copy does."""
+    old, new = job.step.chain[-1], job.step.target
+    if job.moves_guest and not await relaunched.new_counts(broken, old=[old], new=[new]):
+        return False
+    await copying.settle(job, None)
     return True
 
 

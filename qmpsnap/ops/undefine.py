@@ -10,8 +10,10 @@ from anyio import to_thread
 from qmpsnap.block.image import remove
 from qmpsnap.errors import QmpsnapError, StateError, StoreMismatch, UsageError
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.ops import relaunched
 from qmpsnap.ops.context import Context, blocking, forget_places
 from qmpsnap.ops.recover import remove_folder
 from qmpsnap.ops.tagging import forget_variables
@@ -34,7 +36,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         name: the machine.
         disks: ``keep`` leaves its images as files, ``remove`` deletes those that qmpsnap made and nobody else
             reads; None refuses when anything would be lost. With ``keep`` an operation that cannot be ended is given
-            up, unless a QEMU has the machine's images open.
+            up, unless the machine's QEMU runs; of an adopted one that its owner has launched again we know nothing.
         told: learns what was given up.
 
     Returns:
@@ -42,7 +44,8 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         somebody has put in the place of one of them is left alone.
 
     Raises:
-        StateError: it runs, or something would be lost and ``disks`` is None.
+        StateError: it runs, another process has images open that would go, or something would be lost and ``disks``
+            is None.
         OperationPending: an earlier operation cannot be ended now, nor given up.
     """
     if disks not in (None, *get_args(Fate)):
@@ -63,6 +66,8 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
             )
         if disks is None:
             await _refuse_loss(context, name)
+        if disks == "remove":
+            await _refuse_open(context, work.machine)
         snapshots = await blocking(context.store.snapshots, name)
         states = [found.vmstate for found in snapshots if found.vmstate]
         variables = [found.variables for found in snapshots if found.variables]
@@ -118,6 +123,17 @@ async def _remove(file: Layer | Vmstate) -> bool:
     except StoreMismatch:
         return False
     return True
+
+
+async def _refuse_open(context: Context, machine: Machine) -> None:
+    chains = await blocking(context.store.chains, machine.name)
+    ours = [layer for chain in chains for layer in chain.layers if layer.owned]
+    if held := await relaunched.open_elsewhere(machine, ours):
+        raise StateError(
+            f"another process has {held} of machine {machine.name} open; nothing was changed",
+            hint=f"end that process; or qmpsnap undefine {machine.name} --keep-disks",
+            machine=machine.name,
+        )
 
 
 async def _refuse_loss(context: Context, name: str) -> None:

@@ -1,0 +1,116 @@
+"""What the owner of an adopted machine may have done with its images since the QEMU that we know of has ended.
+
+Its owner may launch another QEMU on them at any time, and nobody tells us. QEMU's image locks tell of one that runs,
+the files' times of one that wrote and has ended. Machines of our own are left out: ``start`` ends what is open first.
+"""
+
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from qmpsnap.block import locks
+from qmpsnap.block.header import printable
+from qmpsnap.errors import OperationPending
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.machine import Machine
+from qmpsnap.ops.broken import Broken
+from qmpsnap.threads import to_end
+
+PATIENCE: Final = 5.0
+"""Seconds that a QEMU which was killed is given to let go of its images: that comes after freeing its memory."""
+
+
+async def open_elsewhere(machine: Machine, layers: Sequence[Layer]) -> str | None:
+    """The path of a layer of an adopted machine without a QEMU that another process has open; None if there is none.
+
+    Raises:
+        HostCannot: that cannot be told.
+    """
+    held = None
+    with anyio.move_on_after(PATIENCE):
+        while machine.adopted and (held := await to_end(_locked, layers)):
+            await anyio.sleep(0.05)
+    return held
+
+
+async def require_unused(broken: Broken, layers: Sequence[Layer]) -> None:
+    """Make sure that no QEMU but ours uses, or has used since the last step, layers that are to be removed.
+
+    Raises:
+        OperationPending: one does, or has.
+        HostCannot: that cannot be told.
+    """
+    await _require_closed(broken, layers)
+    if broken.machine.adopted and await to_end(_last_write, layers) > broken.operation.updated:
+        raise _unclear(broken, f"{_names(layers)} would be removed, and may have been written to since it was left")
+
+
+async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Layer], in_turn: bool = False) -> bool:
+    """Whether the new side of an operation counts, whose QEMU has ended after both were equal.
+
+    The owner of an adopted machine goes on with the old side, as the store has not said otherwise; what was written to
+    the new one was so before. All other machines go on with the new side.
+
+    Args:
+        broken: the operation, at the step since which either may have been written to.
+        old: the layers that the guest wrote to before.
+        new: those that it was to write to afterwards.
+        in_turn: the old ones may have been written to since that step, but not after the new ones.
+
+    Raises:
+        OperationPending: another process has one of them open, or both may have been written to.
+        HostCannot: that cannot be told.
+    """
+    if not broken.machine.adopted:
+        return True
+    await _require_closed(broken, (*old, *new))
+    before, after = await to_end(_last_write, old), await to_end(_last_write, new)
+    since = broken.operation.updated
+    if after <= since:
+        return False
+    if before <= since or (in_turn and before <= after):
+        return True
+    raise _unclear(broken, f"both {_names(old)} and {_names(new)} may have been written to by QEMUs of its owner")
+
+
+async def _require_closed(broken: Broken, layers: Sequence[Layer]) -> None:
+    if held := await open_elsewhere(broken.machine, layers):
+        name = broken.machine.name
+        error = broken.pending(f"another process has {printable(held)} open; nothing was changed")
+        error.hint = f"end it, then: qmpsnap recover {name}; or, if it is the machine's QEMU, launched again:"
+        error.hint += f" qmpsnap undefine {name} --keep-disks, then: qmpsnap adopt {name} --qmp SOCKET"
+        raise error
+
+
+def _unclear(broken: Broken, why: str) -> OperationPending:
+    """Nobody but the owner knows which files are the guest's disk."""
+    error, name = broken.pending(f"{why}; nothing was changed"), broken.machine.name
+    error.hint = f"qmpsnap undefine {name} --keep-disks leaves all files; launch its QEMU on those that are right,"
+    error.hint += f" then: qmpsnap adopt {name} --qmp SOCKET"
+    return error
+
+
+def _locked(layers: Iterable[Layer]) -> str | None:
+    return next((layer.path for layer in layers if locks.is_locked(layer.path)), None)
+
+
+def _last_write(layers: Iterable[Layer]) -> float:
+    """When one of them was written to last, in seconds since the epoch; of a block device its node does not tell."""
+    return max((_written(layer.path) for layer in layers), default=0)
+
+
+def _written(path: str) -> float:
+    try:
+        status = Path(path).lstat()
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        return float("inf")
+    return status.st_mtime if stat.S_ISREG(status.st_mode) else float("inf")
+
+
+def _names(layers: Iterable[Layer]) -> str:
+    return ", ".join(printable(layer.path) for layer in layers)
