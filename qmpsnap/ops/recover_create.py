@@ -68,7 +68,7 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
         raise broken.pending("only some of its overlays are active in QEMU")
     if way == "forward" and monitor is None:
         old, new = [overlay.backing for overlay in plan.overlays], [overlay.layer for overlay in plan.overlays]
-        way = way if await relaunched.new_counts(broken, old=old, new=new, in_turn=True) else "back"
+        way = way if await relaunched.new_counts(broken, old=old, new=new, fresh=True) else "back"
     if way == "forward":
         return await _forward(broken, monitor, plan)
     if plan.memory:

@@ -4,6 +4,7 @@ Its owner may launch another QEMU on them at any time, and nobody tells us. QEMU
 the files' times of one that wrote and has ended. Machines of our own are left out: ``start`` ends what is open first.
 """
 
+import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from qmpsnap.errors import OperationPending
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.ops.broken import Broken
+from qmpsnap.ops.switch import all_empty
 from qmpsnap.threads import to_end
 
 PATIENCE: Final = 5.0
@@ -48,7 +50,7 @@ async def require_unused(broken: Broken, layers: Sequence[Layer]) -> None:
         raise _unclear(broken, f"{_names(layers)} would be removed, and may have been written to since it was left")
 
 
-async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Layer], in_turn: bool = False) -> bool:
+async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Layer], fresh: bool = False) -> bool:
     """Whether the new side of an operation counts, whose QEMU has ended after both were equal.
 
     The owner of an adopted machine goes on with the old side, as the store has not said otherwise; what was written to
@@ -58,7 +60,7 @@ async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Laye
         broken: the operation, at the step since which either may have been written to.
         old: the layers that the guest wrote to before.
         new: those that it was to write to afterwards.
-        in_turn: the old ones may have been written to since that step, but not after the new ones.
+        fresh: the new ones lie on the old ones and were empty at that step, at which the guest still wrote to the old.
 
     Raises:
         OperationPending: another process has one of them open, or both may have been written to.
@@ -69,9 +71,10 @@ async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Laye
     await _require_closed(broken, (*old, *new))
     before, after = await to_end(_last_write, old), await to_end(_last_write, new)
     since = broken.operation.updated
-    if after <= since:
+    # Where what they hold can be told, no clock is asked whether anything would be lost.
+    if await to_end(all_empty, [layer for layer in new if os.path.lexists(layer.path)]) if fresh else after <= since:
         return False
-    if before <= since or (in_turn and before <= after):
+    if before <= since or (fresh and before <= after):
         return True
     raise _unclear(broken, f"both {_names(old)} and {_names(new)} may have been written to by QEMUs of its owner")
 

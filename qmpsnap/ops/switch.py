@@ -3,6 +3,8 @@
 ``stopping``: QEMU ends -> the record changes, in one SQL transaction (``switched``) -> files that nobody needs go.
 """
 
+from collections.abc import Iterable
+
 from qmpsnap.block import header
 from qmpsnap.block.image import remove
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused
@@ -59,7 +61,7 @@ async def remove_files(context: Context, plan: RevertPlan) -> None:
             await remove(layer.path, device=layer.device, inode=layer.inode)
 
 
-def all_empty(layers: tuple[Layer, ...]) -> bool:
+def all_empty(layers: Iterable[Layer]) -> bool:
     """Whether nothing was written to any of them; a layer that cannot be read does not count as empty."""
     try:
         return all(header.is_empty(layer) for layer in layers)
