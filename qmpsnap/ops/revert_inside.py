@@ -159,8 +159,9 @@ async def load(
         return planned
 
     operation = await blocking(context.store.open_operation, work.machine.name, make)
+    assert isinstance(operation.plan, LoadPlan)
     async with (
-        guarded(context, work.machine, when=not paused) as guard_ready,
+        guarded(context, work.machine, when=operation.plan.resume or not paused) as guard_ready,
         recover.attempting(context, work.machine, work.qemu, operation),
     ):
         await guard_ready()

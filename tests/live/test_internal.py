@@ -566,6 +566,36 @@ async def test_killed_while_what_runs_is_kept(
     await hold_invariants(vm)
 
 
+@pytest.mark.parametrize(
+    ("before", "step", "after"),
+    [
+        ("running", "with the guest held", "running"),
+        ("running", "with the memory on its way", "running"),
+        ("running", "loading", "paused"),
+        ("paused", "with the memory inside", "paused"),
+    ],
+)
+async def test_the_guard_also_watches_a_guest_that_is_to_stand_still_afterwards(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, before: str, step: str, after: str
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start()
+    await vm.snapshot("first", kind="internal")
+    if before == "paused":
+        async with user_monitor(vm) as qemu:
+            await qemu.execute("stop")
+    await die_at(KEEPING[step], "snapshot", "revert", "still", "first", "--paused")
+    async with user_monitor(vm) as qemu:  # nobody has recovered but the guard
+        status: Any = await qemu.execute("query-status")
+    assert status["status"] == after
+    operations = context_of(vm).store.operations("still", only_open=True)
+    assert len(operations) == (before == "paused")  # there is nothing that would have to be watched
+    await vm.recover()
+    assert await vm.state() == after
+    assert [s.name for s in await vm.snapshots()] == (["first", "auto-4"] if step in LOADED else ["first"])
+    await hold_invariants(vm)
+
+
 @pytest.mark.parametrize("qemu", ["lives", "dies too"])
 @pytest.mark.parametrize(
     "point",
