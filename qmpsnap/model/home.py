@@ -6,6 +6,8 @@ from typing import Self
 
 from msgspec import Struct
 
+from qmpsnap.model.names import OperationId
+
 
 class Home(Struct, frozen=True, kw_only=True):
     """The four places. ``QMPSNAP_HOME`` puts them under one folder.
@@ -85,6 +87,10 @@ class Home(Struct, frozen=True, kw_only=True):
     def variables(self, machine: str) -> Path:
         """The machine's own UEFI variable store, where it has one."""
         return self.machine_dir(machine) / "vars.fd"
+
+    def variables_copy(self, machine: str, operation: OperationId) -> Path:
+        """Where that operation copies the UEFI variable store to."""
+        return self.machine_dir(machine) / f"vars-{operation}.fd"
 
     def run_dir(self, machine: str) -> Path:
         """The folder of one machine's sockets and logs; QEMU's working directory."""

@@ -260,10 +260,12 @@ class Unwritten(Struct, frozen=True, kw_only=True):
     Attributes:
         layers: the old active layers; once QEMU has ended each must prove empty, and then they go.
         change: what becomes true then.
+        variables: copies of the UEFI variable store; where the revert replaces that, it must read like one of them.
     """
 
     layers: tuple[Layer, ...]
     change: Change
+    variables: tuple[str, ...] = ()
 
 
 class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
@@ -302,6 +304,11 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
     def new(self) -> tuple[Overlay | Copy, ...]:
         """The new active layers."""
         return (*self.overlays, *self.copies)
+
+    @property
+    def keeps(self) -> str | None:
+        """Where the UEFI variable store is copied to before it is replaced; None where it stays, or is not kept."""
+        return next((found.variables for found in self.change.snapshots if found.variables), None)
 
 
 class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):

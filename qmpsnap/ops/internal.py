@@ -86,7 +86,7 @@ def plan(
     # Not of the number alone: an image may have been another store's, and have that store's tags inside.
     tag = f"qs-{serial}-{sha256(f'{machine.uuid}/{serial}/{now}'.encode()).hexdigest()[:8]}"
     variables = str(home.variables(machine.name)) if machine.spec.firmware == "uefi" and not machine.adopted else None
-    kept = str(home.machine_dir(machine.name) / f"vars-{serial}.fd") if variables else None
+    kept = str(home.variables_copy(machine.name, serial)) if variables else None
     vmstate = next(iter(layers.values())).id if hardware else None
     snapshot = Snapshot(
         name=name,

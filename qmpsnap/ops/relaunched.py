@@ -12,13 +12,12 @@ from typing import Final
 
 import anyio
 
-from qmpsnap.block import locks
+from qmpsnap.block import header, locks
 from qmpsnap.block.header import printable
-from qmpsnap.errors import OperationPending
+from qmpsnap.errors import HostCannot, ImageRefused, OperationPending
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.ops.broken import Broken
-from qmpsnap.ops.switch import all_empty
 from qmpsnap.threads import to_end
 
 PATIENCE: Final = 5.0
@@ -72,7 +71,7 @@ async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Laye
     before, after = await to_end(_last_write, old), await to_end(_last_write, new)
     since = broken.operation.updated
     # Where what they hold can be told, no clock is asked whether anything would be lost.
-    if await to_end(all_empty, [layer for layer in new if os.path.lexists(layer.path)]) if fresh else after <= since:
+    if await to_end(_all_empty, [layer for layer in new if os.path.lexists(layer.path)]) if fresh else after <= since:
         return False
     if before <= since or (fresh and before <= after):
         return True
@@ -113,6 +112,14 @@ def _written(path: str) -> float:
     except OSError:
         return float("inf")
     return status.st_mtime if stat.S_ISREG(status.st_mode) else float("inf")
+
+
+def _all_empty(layers: Iterable[Layer]) -> bool:
+    """Whether nothing was written to any of them; what cannot be read may have been."""
+    try:
+        return all(header.is_empty(layer) for layer in layers)
+    except (ImageRefused, HostCannot):
+        return False
 
 
 def _names(layers: Iterable[Layer]) -> str:

@@ -1,9 +1,9 @@
 """``snapshot revert``: new empty overlays on a snapshot's points become active, and what was active stays or goes.
 
-Order: plan -> journal -> overlays made, the guest still running -> ``stopping`` -> QEMU ends -> the record changes
-(``switched``) -> files that nobody needs go -> ``starting`` -> QEMU starts on the new layers, with the snapshot's
-memory if it has one -> settled. Before ``stopping`` a broken revert is undone and the guest has noticed nothing; after
-it only forward is left.
+Order: plan -> journal -> overlays made, the guest still running -> ``stopping`` -> QEMU ends -> the UEFI variable store
+is kept and replaced -> the record changes (``switched``) -> files that nobody needs go -> ``starting`` -> QEMU starts
+on the new layers, with the snapshot's memory if it has one -> settled. Before ``stopping`` a broken revert is undone
+and the guest has noticed nothing; after it only forward is left.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from qmpsnap.ops.loading import Loading, require_same_hardware
 from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
 from qmpsnap.ops.revert_plan import RevertRequest, plan, points, target_of
 from qmpsnap.ops.space import Need
-from qmpsnap.ops.switch import all_empty, switch
+from qmpsnap.ops.switch import nothing_written, switch
 from qmpsnap.ops.work import Work, working
 
 
@@ -62,7 +62,7 @@ class Preview(Struct, frozen=True, kw_only=True):
     """The plan that a revert would follow now.
 
     Attributes:
-        unwritten: the old active layers are empty now.
+        unwritten: nothing that would have to be kept is there now.
         moves: bytes to copy, at most.
         commands: the exact QMP commands to the QEMU that runs, in order.
     """
@@ -103,10 +103,10 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
         mode = await asked.mode_of(qemu)
     planned = plan(machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
     await require_same_hardware(context, machine, target)
-    layers = planned.unwritten.layers if planned.unwritten else ()
+    variables = str(context.home.variables(name)) if planned.keeps else None
     return Preview(
         plan=planned,
-        unwritten=planned.unwritten is not None and await to_thread.run_sync(all_empty, layers),
+        unwritten=await to_thread.run_sync(nothing_written, planned, variables),
         moves=sum(at.bytes.get(copy.source.id, 0) for copy in planned.copies),
         commands=(("quit", {}),) if planned.live else (),
     )
@@ -172,6 +172,7 @@ async def _require_possible(context: Context, work: Work, request: RevertRequest
     mode = await asked.mode_of(work.qemu)
     serial, folder = OperationId(0), str(context.home.machine_dir(work.machine.name))
     planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+    _require_variables(context.home, planned)
     busy = revert_inside.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
     chains = [at.live[disk] for disk in busy]
     tops = [Overlay(disk=one.disk, layer=overlay_on(one, serial, folder), backing=one.active) for one in chains]
@@ -217,7 +218,8 @@ async def _open(context: Context, work: Work, at: Situation, request: RevertRequ
 
     def make(serial: OperationId) -> RevertPlan:
         planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
-        require_free(one.layer.path for one in planned.new)
+        require_free([*(one.layer.path for one in planned.new), *([planned.keeps] if planned.keeps else [])])
+        _require_variables(context.home, planned)
         _require_space(context, work.machine, planned)
         return planned
 
@@ -236,6 +238,9 @@ def _needs(machine: Machine, planned: RevertPlan, home: Home) -> list[Need]:
         with contextlib.suppress(OSError):
             size = Path(copy.source.path).stat().st_blocks * 512
             needs.append(Need(str(Path(copy.layer.path).parent), size, f"a copy of {copy.source.id}"))
+    if planned.keeps:
+        size = home.variables(machine.name).stat().st_size
+        needs.append(Need(str(Path(planned.keeps).parent), size, "a copy of the UEFI variable store"))
     return needs
 
 
@@ -278,6 +283,16 @@ async def _outcome(context: Context, operation: Operation) -> Reverted:
         state=state if planned.restart else "stopped",
         memory=planned.vmstate is not None or planned.inside is not None,
     )
+
+
+def _require_variables(home: Home, planned: RevertPlan) -> None:
+    """Make sure that the variable store is there, where it is to be kept."""
+    if planned.keeps and not (path := home.variables(planned.machine)).is_file():
+        raise StoreMismatch(
+            f"{path}, the variable store of machine {planned.machine}, is not there; nothing was changed",
+            hint="put a copy of it back, or add --discard: then nothing of now is kept",
+            machine=planned.machine,
+        )
 
 
 def _require_kept(machine: Machine, snapshot: Snapshot) -> None:

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import NotFoundError, StateError
 from qmpsnap.model import surplus
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
@@ -134,13 +134,33 @@ def plan(
         mode=mode,
         points=tuple(Point(disk=disk, layer=chain.active.id) for disk, chain in old.items()),
         operation=serial,
+        variables=str(home.variables_copy(machine.name, serial)) if _replaces_variables(machine, snapshot) else None,
     )
     active = tuple(chain.active for chain in old.values())
     unwritten = None
     if all(surplus.may_go(after, layer) for layer in active):
-        ids = tuple(layer.id for layer in active)
-        unwritten = Unwritten(layers=active, change=replace(switched, removed_layers=ids))
+        change = replace(switched, removed_layers=tuple(layer.id for layer in active))
+        unwritten = Unwritten(layers=active, change=change, variables=_variables_below(at, active))
     return replace(planned, change=replace(switched, snapshots=(kept,)), unwritten=unwritten)
+
+
+def _replaces_variables(machine: Machine, snapshot: Snapshot) -> bool:
+    """Whether the UEFI variable store is another one afterwards; a guest's memory has one, too, and QEMU writes it."""
+    return machine.spec.firmware == "uefi" and bool(snapshot.variables or snapshot.hardware)
+
+
+def _variables_below(at: Situation, active: tuple[Layer, ...]) -> tuple[str, ...]:
+    """Copies of the UEFI variable store: where it reads like one of them, nothing was written to it.
+
+    They are those of the snapshots that these layers lie on. What a memory brought along cannot be compared: there any
+    copy that the machine has will do, so that at least no content is lost.
+    """
+    below = {layer.backing for layer in active}
+    usable = [found for found in at.snapshots if found.state == "ok"]
+    there = [found for found in usable if below <= {point.layer for point in found.points if not point.tag}]
+    if any(found.hardware for found in there):
+        there = usable
+    return tuple(found.variables for found in there if found.variables)
 
 
 def points(at: Situation, snapshot: Snapshot) -> tuple[Chain, ...]:

@@ -1,21 +1,21 @@
 """The part of a revert from which there is only forward; the run and a later recovery take the same way.
 
-``stopping``: QEMU ends -> the record changes, in one SQL transaction (``switched``) -> files that nobody needs go.
+``stopping``: QEMU ends -> the UEFI variable store is kept and replaced -> the record changes, in one SQL transaction
+(``switched``) -> files that nobody needs go.
 """
 
-from collections.abc import Iterable
+from pathlib import Path
 
 from qmpsnap.block import header
 from qmpsnap.block.image import remove
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused
 from qmpsnap.machine.machine import end
 from qmpsnap.model import steps
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Operation, RevertPlan
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import headers_of, identified, require_planned
-from qmpsnap.ops.tagging import copy_variables
+from qmpsnap.ops.tagging import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import to_end
 
@@ -28,6 +28,7 @@ async def switch(
     Raises:
         DeadlinePassed: QEMU cannot be ended.
         StoreMismatch: another file is where a layer lay that should go; it was not touched.
+        HostCannot: the UEFI variable store cannot be copied.
     """
     process = context.process(machine)
     if process and not await end(process, qemu):
@@ -39,10 +40,10 @@ async def switch(
         )
     await blocking(context.store.set_process, machine.name, None)
     # Only now: a guest that runs may write between any look and the end.
-    change = plan.change
-    if plan.unwritten:
-        empty = await to_end(all_empty, plan.unwritten.layers)
-        change = plan.unwritten.change if empty else change
+    if plan.keeps:
+        await to_end(copy_variables_once, str(context.home.variables(machine.name)), plan.keeps)
+    empty = await to_end(nothing_written, plan, plan.keeps)
+    change = plan.unwritten.change if plan.unwritten and empty else plan.change
     await to_end(require_planned, plan.overlays)
     headers = await to_end(headers_of, [one.layer for one in plan.new])
     change = identified(change, headers)
@@ -54,16 +55,35 @@ async def switch(
 
 
 async def remove_files(context: Context, plan: RevertPlan) -> None:
-    """Remove the files of those layers that the record does not have any more; fine when they are gone."""
+    """Remove the files of what the record does not have any more, or never had; fine when they are gone."""
     forest = await blocking(context.store.forest)
     for layer in (*plan.removed, *(plan.unwritten.layers if plan.unwritten else ())):
         if layer.id not in forest.layers:
             await remove(layer.path, device=layer.device, inode=layer.inode)
+    if plan.keeps:
+        snapshots = await blocking(context.store.snapshots, plan.machine)
+        if all(found.variables != plan.keeps for found in snapshots):
+            await to_end(forget_variables, plan.keeps)
 
 
-def all_empty(layers: Iterable[Layer]) -> bool:
-    """Whether nothing was written to any of them; a layer that cannot be read does not count as empty."""
-    try:
-        return all(header.is_empty(layer) for layer in layers)
-    except (ImageRefused, HostCannot):
+def nothing_written(plan: RevertPlan, variables: str | None) -> bool:
+    """Whether there is nothing that only an automatic snapshot would keep; what cannot be read was written to.
+
+    Args:
+        plan: says what must be empty, and what the UEFI variable store must read like.
+        variables: where the store's content lies now; None where it is not replaced.
+    """
+    unwritten = plan.unwritten
+    if unwritten is None:
         return False
+    try:
+        if not all(header.is_empty(layer) for layer in unwritten.layers):
+            return False
+        return variables is None or _reads_like(variables, unwritten.variables)
+    except (ImageRefused, HostCannot, OSError):
+        return False
+
+
+def _reads_like(path: str, copies: tuple[str, ...]) -> bool:
+    content = Path(path).read_bytes()
+    return any(Path(copy).read_bytes() == content for copy in copies if Path(copy).is_file())

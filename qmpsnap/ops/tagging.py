@@ -76,13 +76,32 @@ def copy_variables(source: str, target: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(target)
-        folder = os.open(fresh.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _fsync_folder(fresh.parent)
     except OSError as error:
         raise HostCannot(f"the variable store {source} cannot be copied: {error.strerror}") from error
+
+
+def copy_variables_once(source: str, target: str) -> None:
+    """The same, unless that was done already: by now ``source`` may have been replaced.
+
+    Raises:
+        HostCannot: as :func:`copy_variables`.
+    """
+    if not Path(target).exists():
+        copy_variables(source, target)
+        return
+    try:
+        _fsync_folder(Path(target).parent)  # whoever made it may have died right before
+    except OSError as error:
+        raise HostCannot(f"the folder of {target} cannot be written out: {error.strerror}") from error
+
+
+def _fsync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def forget_variables(path: str) -> None:

@@ -484,5 +484,5 @@ class TestCommandLine:
         ((name, why),) = [(machine["machine"], machine["why"]) for machine in found["left_out"]]
         assert (name, "lab is being worked on by 'commit'" in why) == ("lab", True)
         assert "lab: not checked: machine lab is being worked on" in err
-        assert "hint: wait for it to end" in err
+        assert "hint: try again once it has ended" in err
         assert not any(stray.exists() for stray in strays)

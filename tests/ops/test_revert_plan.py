@@ -12,10 +12,12 @@ from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
+from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, DefinePlan, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.model.vmstate import Inside, hardware_of
 from qmpsnap.ops import revert_plan
 from qmpsnap.ops.recover import end_open
 from qmpsnap.ops.revert import Preview
@@ -48,10 +50,16 @@ def situation(
 
 
 def plan(
-    at: Situation | None = None, name: str = "a", *, discard: bool = False, run: Run | None = None, mode: str = "live"
+    at: Situation | None = None,
+    name: str = "a",
+    *,
+    discard: bool = False,
+    run: Run | None = None,
+    mode: str = "live",
+    of: Machine | None = None,
 ) -> RevertPlan:
     return revert_plan.plan(
-        machine(current="b"),
+        of or machine(current="b"),
         at or situation(),
         RevertRequest(name=name, discard=discard, run=run),
         serial=OperationId(17),
@@ -135,6 +143,44 @@ def test_a_preview_tells_one_or_the_other() -> None:
     written, unwritten = Preview(plan=plan(), unwritten=False), Preview(plan=plan(), unwritten=True)
     assert (written.kept, written.removed) == ("auto-17", ())
     assert (unwritten.kept, [layer.id for layer in unwritten.removed]) == (None, ["vda-5", "vdb-6"])
+
+
+# --- the UEFI variable store ----------------------------------------------------------------------------------------
+
+WEB = machine(current="b")
+UEFI = replace(WEB, spec=replace(WEB.spec, firmware="uefi"))
+HARDWARE = hardware_of(UEFI.spec, uuid=UEFI.uuid, accel="tcg", qemu_version="7.2.22", host_cpu="some")
+INSIDE = Inside(layer=LayerId("vda-1"), bytes=1, hardware=HARDWARE)
+SET, COPY = replace(LISTED[0], variables="/q/vars-3.fd"), replace(LISTED[1], variables="/q/vars-5.fd")
+
+
+@pytest.mark.parametrize("target", [SET, replace(LISTED[0], inside=INSIDE)], ids=["a copy", "a memory"])
+def test_the_variable_store_is_kept_where_it_is_replaced(target: Snapshot) -> None:
+    at = situation(snapshots=(target, LISTED[1]))
+    assert plan(at, of=UEFI).keeps == plan(at, of=UEFI).change.snapshots[0].variables == "/q/machines/web/vars-17.fd"
+    assert plan(at, of=UEFI, discard=True).keeps is None
+
+
+def test_a_variable_store_that_stays_is_not_kept() -> None:
+    assert plan(of=UEFI).keeps is None
+    assert plan(situation(snapshots=(replace(LISTED[0], inside=INSIDE), LISTED[1]))).keeps is None  # a BIOS machine
+
+
+@pytest.mark.parametrize(
+    ("below", "copies"),
+    [
+        (LISTED[1], ()),
+        (COPY, ("/q/vars-5.fd",)),
+        (replace(COPY, state="consumed"), None),
+        (replace(LISTED[1], inside=INSIDE), ("/q/vars-3.fd",)),
+    ],
+    ids=["without a copy", "with a copy", "consumed", "with a memory"],
+)
+def test_it_is_unwritten_if_it_reads_like_that_of_the_snapshot_below(
+    below: Snapshot, copies: tuple[str, ...] | None
+) -> None:
+    unwritten = plan(situation(snapshots=(SET, below)), of=UEFI).unwritten
+    assert (unwritten and unwritten.variables) == copies
 
 
 # --- what is discarded ----------------------------------------------------------------------------------------------

@@ -120,7 +120,8 @@ def plan(
             guessed[disk.name] = top
         leaves += [(disk.name, layer) for layer in tops if layer.id != top]
     moments = _moments(machine, images, states, leaves)
-    snapshots = tuple(_snapshots(moments, layers, variables))
+    own = [image.layer.id for image in images if image.of and image.of[0] == machine.name]
+    snapshots = tuple(_snapshots(moments, layers, _copies(moments, own, variables)))
     used = {moment.state.operation for moment in moments if moment.state}
     names = {point.layer: snapshot.name for snapshot in reversed(snapshots) for point in snapshot.points}
     current = next((found for top in active.values() if (found := _below(top, layers, names))), None)
@@ -211,8 +212,27 @@ def _inside(machine: Machine, images: Sequence[Image]) -> list[_Moment]:
     return found
 
 
+def _copies(
+    moments: Sequence[_Moment], own: Sequence[LayerId], variables: Mapping[int, str]
+) -> dict[tuple[int, int], str]:
+    """The copy of the UEFI variable store that each moment has, by the moment's order.
+
+    An internal one has its own number. What a revert has kept has that of the revert, and then the youngest layer of
+    all that are older is one of those that were active until then.
+    """
+    inside = {moment.order[0]: moment.order for moment in moments if moment.kind == "internal"}
+    found = {inside[number]: path for number, path in variables.items() if number in inside}
+    for number in sorted(variables.keys() - inside.keys()):
+        youngest = max((layer for layer in own if _number(layer) < number), key=_number, default=None)
+        for moment in moments:
+            layers = {point.layer for point in moment.points}
+            if moment.kind == "disk" and youngest in layers and all(_number(layer) < number for layer in layers):
+                found.setdefault(moment.order, variables[number])
+    return found
+
+
 def _snapshots(
-    moments: Sequence[_Moment], images: Mapping[LayerId, Image], variables: Mapping[int, str]
+    moments: Sequence[_Moment], images: Mapping[LayerId, Image], variables: Mapping[tuple[int, int], str]
 ) -> Iterator[Snapshot]:
     taken = {moment.state.snapshot for moment in moments if moment.state}
     numbers = (f"found-{number}" for number in range(1, len(moments) + len(taken) + 1))
@@ -236,7 +256,7 @@ def _snapshots(
             points=moment.points,
             operation=OperationId(moment.order[0]),
             vmstate=moment.state.vmstate if moment.state else None,
-            variables=variables.get(moment.order[0]) if moment.kind == "internal" else None,
+            variables=variables.get(moment.order) if moment.kind != "full" else None,
         )
         for point in moment.points:
             names.setdefault(point.layer, name)
