@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 
 from qmpsnap.block.header import printable
+from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.threads import to_end
 
@@ -69,7 +70,7 @@ async def identity_of(path: str) -> Identity | None:
 def _claim(part: str, path: str) -> None:
     try:
         os.link(part, path, follow_symlinks=False)
-        _sync_folder(path)
+        sync_folder(Path(path).parent)
     except FileExistsError as error:
         raise StateError(
             f"{printable(path)} exists already; nothing was changed", hint="choose another name"
@@ -82,7 +83,7 @@ def _put(part: str, path: str) -> None:
     try:
         os.link(part, path, follow_symlinks=False)
         Path(part).unlink()
-        _sync_folder(path)
+        sync_folder(Path(path).parent)
     except FileExistsError as error:
         raise taken(path) from error
     except OSError as error:
@@ -110,7 +111,7 @@ def _make_durable(path: str, identity: Identity) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        _sync_folder(path)
+        sync_folder(Path(path).parent)
     except OSError as error:
         raise HostCannot(f"{printable(path)} cannot be written out: {error.strerror}", effect="unknown") from error
 
@@ -120,7 +121,7 @@ def _discard(path: str, identity: Identity) -> bool:
         return False
     try:
         Path(path).unlink()
-        _sync_folder(path)
+        sync_folder(Path(path).parent)
     except OSError as error:
         raise HostCannot(f"{printable(path)} cannot be removed: {error.strerror}") from error
     return True
@@ -132,11 +133,3 @@ def _identity(path: str) -> Identity | None:
     except OSError:
         return None
     return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
-
-
-def _sync_folder(path: str) -> None:
-    folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -8,7 +8,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, home
 from qmpsnap.errors import HostCannot
 
 if TYPE_CHECKING:
-    from qmpsnap.ops.examine import Ability
+    from qmpsnap.ops.doctor import Ability
 
 _MARKS = {"yes": "green", "limited": "yellow", "no": "red"}
 
@@ -21,9 +21,9 @@ def register(parsers: Parsers) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     import anyio
 
-    from qmpsnap.ops import examine
+    from qmpsnap.ops import doctor
 
-    abilities = anyio.run(examine.run, home())
+    abilities = anyio.run(doctor.run, home())
     output.emit(
         arguments.output,
         document={

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, reading
+from qmpsnap.model.moment import moment
 
 if TYPE_CHECKING:
     from qmpsnap.model.operation import Operation
@@ -39,8 +40,8 @@ def _document(operation: "Operation") -> dict[str, Any]:
         "verb": operation.verb,
         "state": operation.state,
         "step": operation.step,
-        "started": output.moment(operation.started),
-        "updated": output.moment(operation.updated),
+        "started": moment(operation.started),
+        "updated": moment(operation.updated),
         "pid": operation.pid,
         "error": operation.error,
     }

@@ -12,6 +12,7 @@ from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
 from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.moment import moment
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
@@ -165,7 +166,7 @@ def _show(arguments: argparse.Namespace) -> None:
         "machine_type": machine.spec.machine,
         "memory": machine.spec.memory,
         "cpus": machine.spec.cpus,
-        "created": output.moment(machine.created),
+        "created": moment(machine.created),
         "current": machine.current,
         "disks": [
             {

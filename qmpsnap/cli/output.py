@@ -5,7 +5,6 @@ No library is needed for any of it, so that ``list`` and ``tree`` answer at once
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -88,11 +87,6 @@ def size(number: int | None) -> str:
             break
         value /= _STEP
     return f"{number} B" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def moment(seconds: float) -> str:
-    """A time as RFC 3339, UTC, in whole seconds."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def printable(text: str) -> str:

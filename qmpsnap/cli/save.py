@@ -8,7 +8,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controllin
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.revert import add_after, print_outcome
 from qmpsnap.cli.snapshot import add_compress
-from qmpsnap.cli.taken import document_of
+from qmpsnap.cli.snapshot_json import document_of
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller

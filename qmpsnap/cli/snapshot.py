@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from qmpsnap.cli import delete, output, revert, stack
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, reading
 from qmpsnap.cli.progress import add_progress, reporting
-from qmpsnap.cli.taken import document_of, print_taken
-from qmpsnap.errors import NotFoundError, UsageError
+from qmpsnap.cli.snapshot_json import document_of, print_taken
+from qmpsnap.errors import UsageError
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.moment import moment
+from qmpsnap.model.snapshot import Snapshot, require_snapshot
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
@@ -308,14 +309,9 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _show(arguments: argparse.Namespace) -> None:
     with reading() as store:
-        found = [s for s in store.snapshots(arguments.machine) if s.name == arguments.name]
-        if not found:
-            raise NotFoundError(
-                f"machine {arguments.machine} has no snapshot {arguments.name!r}",
-                hint=f"qmpsnap snapshot list {arguments.machine}",
-                machine=arguments.machine,
-            )
-        document = document_of(store, arguments.machine, found[0])
+        snapshots = store.snapshots(arguments.machine)
+        found = require_snapshot(snapshots, arguments.name, machine=arguments.machine)
+        document = document_of(store, arguments.machine, found)
 
     def text() -> str:
         plain = {key: value for key, value in document.items() if key not in _NESTED}
@@ -359,7 +355,7 @@ def _tree(arguments: argparse.Namespace) -> None:
     children: dict[str | None, list[tuple[str, str]]] = {}
     for snapshot in snapshots:
         kind = snapshot.kind if snapshot.state == "ok" else f"{snapshot.kind} ({snapshot.state})"
-        text = f"{snapshot.name}  {output.moment(snapshot.created)}  {kind}  {snapshot.description}".rstrip()
+        text = f"{snapshot.name}  {moment(snapshot.created)}  {kind}  {snapshot.description}".rstrip()
         children.setdefault(snapshot.parent, []).append((snapshot.name, text))
     # A name cannot hold a parenthesis, so this key is nobody's parent.
     children.setdefault(machine.current, []).append((HERE, HERE))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
 from qmpsnap.cli.progress import add_progress, reporting
-from qmpsnap.cli.taken import print_taken
+from qmpsnap.cli.snapshot_json import print_taken
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller

@@ -20,6 +20,7 @@ from typing import IO, Any
 import msgspec
 from msgspec import Struct
 
+from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
@@ -176,7 +177,7 @@ def _name(descriptor: int, written: str, path: str) -> None:
     take_back = _give_name(written, path)
     try:
         same = os.path.samestat(os.fstat(descriptor), os.lstat(path))
-        _sync_folder(path)
+        sync_folder(Path(path).parent)
     except OSError:
         take_back()
         raise
@@ -371,14 +372,6 @@ def _opened(path: str, access: int = os.O_RDONLY) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _sync_folder(path: str) -> None:
-    folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Snapshots: a named point in time of a machine, and where its content lies."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from msgspec import Struct
 
+from qmpsnap.errors import NotFoundError
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.vmstate import Hardware, Inside, Vmstate
 
@@ -67,3 +69,19 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     def point(self, disk: str) -> Point | None:
         """The point of that disk, or None when the snapshot does not include it."""
         return next((point for point in self.points if point.disk == disk), None)
+
+
+def require_snapshot(snapshots: Iterable[Snapshot], name: str, *, machine: str) -> Snapshot:
+    """The snapshot of that name.
+
+    Raises:
+        NotFoundError: the machine has none.
+    """
+    for snapshot in snapshots:
+        if snapshot.name == name:
+            return snapshot
+    raise NotFoundError(
+        f"machine {machine} has no snapshot {name!r}; nothing was changed",
+        hint=f"qmpsnap snapshot list {machine}",
+        machine=machine,
+    )

@@ -1,8 +1,7 @@
 """What every kind of snapshot is asked for: a name, disks; and the state of the machine it is taken of."""
 
 import math
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -10,6 +9,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import NameTaken, StateError, UsageError
 from qmpsnap.model.machine import Machine
+from qmpsnap.model.moment import moment
 from qmpsnap.model.names import OperationId, check_name
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import DiskSpec
@@ -45,18 +45,27 @@ def snapshot_name(machine: Machine, snapshots: Sequence[Snapshot], name: str | N
         NameRefused: it is not allowed.
         NameTaken: the machine has a snapshot of that name.
     """
-    taken = {snapshot.name: snapshot for snapshot in snapshots}
     if name is None:
+        taken = {snapshot.name for snapshot in snapshots}
         return next(free for number in range(1, len(taken) + 2) if (free := f"{prefix}-{number}") not in taken)
     check_name(name, "snapshot")
-    if name in taken:
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken[name].created))
-        raise NameTaken(
-            f"machine {machine.name} has a snapshot {name} since {since}; nothing was changed",
-            hint="choose another name",
-            machine=machine.name,
-        )
+    require_free_name(snapshots, name, machine=machine.name)
     return name
+
+
+def require_free_name(snapshots: Iterable[Snapshot], name: str, *, machine: str) -> None:
+    """Make sure that no snapshot of the machine has that name.
+
+    Raises:
+        NameTaken: one has.
+    """
+    for snapshot in snapshots:
+        if snapshot.name == name:
+            raise NameTaken(
+                f"machine {machine} has a snapshot {name} since {moment(snapshot.created)}; nothing was changed",
+                hint="choose another name",
+                machine=machine,
+            )
 
 
 def automatic_name(taken: Collection[str], serial: OperationId) -> str:

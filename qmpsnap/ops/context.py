@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from qmpsnap.machine.machine import monitor, prepare_run_dir
 from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.moment import moment
 from qmpsnap.model.secret import Secret, given
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, runfolder
@@ -234,7 +234,7 @@ async def guarded(context: Context, machine: Machine, *, when: bool) -> AsyncIte
 def require_own(context: Context, machine: Machine) -> None:
     """Raise ``ForeignHost`` when the machine is another host's."""
     if machine.host != context.host:
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(machine.created))
+        since = moment(machine.created)
         raise ForeignHost(
             f"machine {machine.name} belongs to host {machine.host} since {since}, this is {context.host};"
             " nothing was changed",

@@ -22,6 +22,7 @@ from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
+from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
@@ -210,7 +211,7 @@ async def end_earlier(context: Context, name: str, *, adopts: bool = False) -> l
         ended = await recover.end_open(context, placeholder, None)
         await blocking(lambda: _refuse_lost(context, name, adopts=adopts))
         return ended
-    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(taken.created))
+    since = moment(taken.created)
     raise NameTaken(
         f"machine {name} exists since {since}; nothing was changed",
         hint=f"choose another name, or qmpsnap undefine {name} first",

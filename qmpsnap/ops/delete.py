@@ -5,14 +5,14 @@ from collections.abc import Collection, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import NotFoundError, StateError, UsageError
+from qmpsnap.errors import StateError, UsageError
 from qmpsnap.model import merge as rules
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.merge import DiskReduction
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.model.situation import Situation
-from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.snapshot import Snapshot, require_snapshot
 from qmpsnap.ops.commit import carry_out
 from qmpsnap.ops.context import Context
 from qmpsnap.ops.situation import look, require_space
@@ -120,16 +120,10 @@ async def _plan(context: Context, work: Work, request: DeleteRequest) -> DeleteP
 
 
 def _choose(at: Situation, request: DeleteRequest) -> list[Snapshot]:
-    known = {snapshot.name: snapshot for snapshot in at.snapshots}
     if not request.names:
         raise UsageError("there is no snapshot to delete", hint=f"qmpsnap snapshot list {at.machine}")
     for name in request.names:
-        if name not in known:
-            raise NotFoundError(
-                f"machine {at.machine} has no snapshot {name!r}; nothing was deleted",
-                hint=f"qmpsnap snapshot list {at.machine}",
-                machine=at.machine,
-            )
+        require_snapshot(at.snapshots, name, machine=at.machine)
     wanted = set(request.names)
     if request.children:
         for snapshot in at.snapshots:  # oldest first: a parent comes before what grew from it

@@ -5,7 +5,7 @@ import anyio
 from qmpsnap.errors import HostCannot, StateError
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops import older, recover
+from qmpsnap.ops import recover, stale_store
 from qmpsnap.ops.context import Context, blocking, locked, require_own
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands, glance, runstate
@@ -51,7 +51,7 @@ async def resume(context: Context, name: str) -> None:
         if not failed:
             # Who was stopped by us, in the midst of something, runs again when that is ended, and no sooner. What QEMU
             # has paused by itself was not stopped by us, and must not wait for a job that needs the same space.
-            await older.require_fit(context, machine, removes=False)
+            await stale_store.require_fit(context, machine, removes=False)
             await recover.end_open(context, machine, qemu)
             state = await _state(qemu)
         if qemu is None or state not in RESUMABLE:

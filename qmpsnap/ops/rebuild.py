@@ -11,6 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
+from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StateError
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import monitor
@@ -188,11 +189,7 @@ def _swap(home: Home, fresh: Path) -> str | None:
             with contextlib.suppress(FileNotFoundError):
                 Path(f"{home.store}{suffix}").rename(f"{aside}{suffix}")
         fresh.rename(home.store)
-        folder = os.open(home.data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(home.data)
     except OSError as error:
         raise HostCannot(f"{home.store} cannot be replaced: {error.strerror}", effect="unknown") from error
     return str(aside) if aside.exists() else None

@@ -1,11 +1,9 @@
 """``snapshot rename``: another name, in one SQL transaction; the snapshots that grew from it follow."""
 
-import time
-
-from qmpsnap.errors import NameTaken, NotFoundError
 from qmpsnap.model.names import check_name
 from qmpsnap.model.operation import Change
-from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.snapshot import Snapshot, require_snapshot
+from qmpsnap.ops import asked
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.work import working
 
@@ -27,19 +25,8 @@ async def run(context: Context, name: str, old: str, new: str) -> Snapshot:
     check_name(new, "snapshot")
     # Operations remember snapshots by name, so none may be open: this frame ends them first.
     async with working(context, name, "snapshot rename"):
-        snapshots = {snapshot.name: snapshot for snapshot in await blocking(context.store.snapshots, name)}
-        if old not in snapshots:
-            raise NotFoundError(
-                f"machine {name} has no snapshot {old!r}; nothing was changed",
-                hint=f"qmpsnap snapshot list {name}",
-                machine=name,
-            )
-        if new in snapshots:
-            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(snapshots[new].created))
-            raise NameTaken(
-                f"machine {name} has a snapshot {new} since {since}; nothing was changed",
-                hint="choose another name",
-                machine=name,
-            )
+        snapshots = await blocking(context.store.snapshots, name)
+        require_snapshot(snapshots, old, machine=name)
+        asked.require_free_name(snapshots, new, machine=name)
         await blocking(context.store.apply, name, Change(renamed={old: new}))
         return next(found for found in await blocking(context.store.snapshots, name) if found.name == new)

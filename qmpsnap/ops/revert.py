@@ -28,7 +28,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import asked, keys, power, quiesce, recover, revert_inside, situation, space, wake
+from qmpsnap.ops import after_load, asked, keys, power, quiesce, recover, revert_inside, situation, space
 from qmpsnap.ops.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.loading import Loading, require_same_hardware
 from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
@@ -146,7 +146,7 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
         else:
             done = await _switch(context, work, at, target, request)
     if done.memory and done.state == "running" and request.after:
-        return replace(done, notes=await wake.tell(context, await blocking(context.store.machine, name)))
+        return replace(done, notes=await after_load.tell(context, await blocking(context.store.machine, name)))
     return done
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import NotFoundError, StateError
+from qmpsnap.errors import StateError
 from qmpsnap.model import surplus
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
@@ -13,7 +13,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, Copy, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.situation import Situation
-from qmpsnap.model.snapshot import Point, Snapshot
+from qmpsnap.model.snapshot import Point, Snapshot, require_snapshot
 from qmpsnap.ops import asked
 from qmpsnap.ops.context import require_spec
 from qmpsnap.ops.overlays import overlay_on
@@ -170,13 +170,7 @@ def points(at: Situation, snapshot: Snapshot) -> tuple[Chain, ...]:
 
 def target_of(at: Situation, name: str) -> Snapshot:
     """The snapshot of that name, once it is one that can be reverted to."""
-    snapshot = next((found for found in at.snapshots if found.name == name), None)
-    if snapshot is None:
-        raise NotFoundError(
-            f"machine {at.machine} has no snapshot {name!r}; nothing was changed",
-            hint=f"qmpsnap snapshot list {at.machine}",
-            machine=at.machine,
-        )
+    snapshot = require_snapshot(at.snapshots, name, machine=at.machine)
     if snapshot.state == "consumed":
         raise StateError(
             f"snapshot {name} of machine {at.machine} is consumed: a commit has overwritten what it held;"

@@ -9,6 +9,7 @@ from pathlib import Path
 import anyio
 from msgspec.structs import replace
 
+from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.machine import worker
 from qmpsnap.model.blockdev import node_name
@@ -76,7 +77,7 @@ def copy_variables(source: str, target: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(target)
-        _fsync_folder(fresh.parent)
+        sync_folder(fresh.parent)
     except OSError as error:
         raise HostCannot(f"the variable store {source} cannot be copied: {error.strerror}") from error
 
@@ -91,17 +92,9 @@ def copy_variables_once(source: str, target: str) -> None:
         copy_variables(source, target)
         return
     try:
-        _fsync_folder(Path(target).parent)  # whoever made it may have died right before
+        sync_folder(Path(target).parent)  # whoever made it may have died right before
     except OSError as error:
         raise HostCannot(f"the folder of {target} cannot be written out: {error.strerror}") from error
-
-
-def _fsync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def forget_variables(path: str) -> None:

@@ -8,7 +8,7 @@ from msgspec import Struct
 from qmpsnap.block import graph
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops import older, recover
+from qmpsnap.ops import recover, stale_store
 from qmpsnap.ops.broken import Unfinished
 from qmpsnap.ops.context import Context, blocking, locked, require_folder, require_own, require_spec
 from qmpsnap.ops.recover import GivenUp
@@ -76,7 +76,7 @@ async def working(
     require_folder(context.home, name)
     async with locked(context, name, verb):
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
-        await older.require_fit(context, machine, removes=removes)
+        await stale_store.require_fit(context, machine, removes=removes)
         async with context.monitor(machine) as qemu:
             await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report, given_up=given_up)
             machine = await blocking(context.store.machine, name)

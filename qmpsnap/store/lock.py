@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qmpsnap import private, unwritable
 from qmpsnap.errors import HostCannot, LockHeld
+from qmpsnap.model.moment import moment
 
 
 @contextmanager
@@ -107,7 +108,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
 def _describe(descriptor: int) -> str:
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(owner["since"]))
+        since = moment(owner["since"])
         return f"'{owner['verb']}' (pid {owner['pid']} on {owner['host']}) since {since}"
     except (ValueError, KeyError, TypeError, OverflowError):
         return "another controller that has only just begun"

@@ -16,6 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap import private, unwritable
+from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
@@ -51,7 +52,7 @@ class Records:
             fresh.unlink(missing_ok=True)
             _append(fresh, text + b"\n", flags=os.O_EXCL)
             fresh.replace(path)
-            self._sync()
+            sync_folder(self._folder)
 
     def has(self, machine: Machine) -> bool:
         """Whether the file is there, and this machine's."""
@@ -73,14 +74,14 @@ class Records:
             fresh = not path.exists()
             _append(path, text)
             if fresh:
-                self._sync()
+                sync_folder(self._folder)
 
     def forget(self, machine: str) -> None:
         """Remove what there is of a machine, durably: what stays is taken for a machine that the store has lost."""
         with contextlib.suppress(OSError):
             self._machine(machine).unlink(missing_ok=True)
             self.places_file(machine).unlink(missing_ok=True)
-            self._sync()
+            sync_folder(self._folder)
 
     def machines(self) -> tuple[Machine, ...]:
         """Every machine that was written down, by name.
@@ -125,13 +126,6 @@ class Records:
         except (OSError, msgspec.MsgspecError):
             return None
         return found if path.name == f"{found.name}.json" else None
-
-    def _sync(self) -> None:
-        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _lasting(machine: Machine) -> Machine:

@@ -36,7 +36,7 @@ WRITTEN = {
     "the memory written": Call(MEMORY, "written", "after", 1),
     "QEMU put back": Call(MIGRATION, "put_back", "after", 1),
     "the manifest appended": Call(STATEFILE, "_seal", "after", 1),
-    "the name given": Call(STATEFILE, "_sync_folder", "before", 1),
+    "the name given": Call(STATEFILE, "sync_folder", "before", 1),
     "the file finished": Call(STATEFILE, "finish", "after", 1),
 }
 JOB = {

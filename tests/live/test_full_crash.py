@@ -18,7 +18,7 @@ PACKING = {
     "packing": (STATEFILE, "_zstandard", "after", 2),
     "packed": (STATEFILE, "_compress", "after", 1),
     "with the manifest appended": (STATEFILE, "_seal", "after", 1),
-    "with the name given": (STATEFILE, "_sync_folder", "before", 1),
+    "with the name given": (STATEFILE, "sync_folder", "before", 1),
 }
 TAKEN = ("with the name given", "with the file finished", "settled")
 """From here on the snapshot is there, whatever becomes of QEMU."""

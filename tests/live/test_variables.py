@@ -184,7 +184,7 @@ REPLACE = ("qmpsnap.ops.switch", "copy_variables")
 SETTLE = ("qmpsnap.store.sqlite", "SqliteStore.settle")
 FORWARD: dict[str, Point] = {
     "before it is copied": (*COPY, "before", 1),
-    "with a copy that may not be durable": ("qmpsnap.ops.tagging", "_fsync_folder", "before", 1),
+    "with a copy that may not be durable": ("qmpsnap.ops.tagging", "sync_folder", "before", 1),
     "with a copy": (*REPLACE, "before", 1),
     "replaced": (*REPLACE, "after", 1),
     "not settled": (*SETTLE, "before", 1),

@@ -66,7 +66,7 @@ def test_what_was_written_is_loaded(part: Path, compression: str) -> None:
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize(
-    "dies_in", ["_compress", "_packed_over", "_seal", "ftruncate", "link", "_sync_folder", "unlink"]
+    "dies_in", ["_compress", "_packed_over", "_seal", "ftruncate", "link", "sync_folder", "unlink"]
 )
 def test_finishing_that_died_is_done_again(
     part: Path, compression: str, dies_in: str, monkeypatch: pytest.MonkeyPatch
@@ -114,7 +114,7 @@ def test_without_hard_links_it_is_renamed(no_hard_links: None, part: Path, compr
     assert loaded(target) == STREAM
 
 
-@pytest.mark.parametrize("fails", ["_sync_folder", "the rename"])
+@pytest.mark.parametrize("fails", ["sync_folder", "the rename"])
 def test_without_hard_links_all_or_nothing(
     no_hard_links: None, part: Path, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +180,7 @@ def fails(*_: object, **__: object) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-@pytest.mark.parametrize("failing", [(os, "link"), (statefile, "_sync_folder"), (os, "pwrite")])
+@pytest.mark.parametrize("failing", [(os, "link"), (statefile, "sync_folder"), (os, "pwrite")])
 def test_what_cannot_be_finished_has_no_name(
     part: Path, failing: tuple[object, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

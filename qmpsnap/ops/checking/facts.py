@@ -23,7 +23,7 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import older
+from qmpsnap.ops import stale_store
 from qmpsnap.ops.checking import named
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
@@ -164,7 +164,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         busy = None if own else lock.holder(context.home.lock(name))
         asked, silent = await _ask(context, before, qemu)
         found = await to_thread.run_sync(_files, context, before)
-        old = await blocking(older.sign, context, before.machine, before.chains)
+        old = await blocking(stale_store.sign, context, before.machine, before.chains)
         lost = await blocking(context.store.lost)
         busy = busy or (None if own else lock.holder(context.home.lock(name)))
         after = await record(context, name)
@@ -228,10 +228,9 @@ async def freeze_state(context: Context, machine: Machine) -> bool | None:
     try:
         with anyio.fail_after(2 * AGENT_DEADLINE):
             async with agent.connect(socket, machine=machine.name, deadline=AGENT_DEADLINE) as guest:
-                answer = await guest.execute("guest-fsfreeze-status", deadline=AGENT_DEADLINE)
+                return await guest.freeze_status(deadline=AGENT_DEADLINE) == "frozen"
     except (QmpsnapError, TimeoutError):
         return None
-    return answer == "frozen" if answer in ("frozen", "thawed") else None
 
 
 def _files(context: Context, at: Record) -> Facts:

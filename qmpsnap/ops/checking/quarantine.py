@@ -9,9 +9,11 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.home import Home
+from qmpsnap.model.moment import moment
 from qmpsnap.ops.checking.facts import Entry
 
 NOTE = "note.json"
@@ -50,16 +52,16 @@ def move(home: Home, finding: Finding, entry: Entry) -> Moved:
 
 def _move(place: Path, finding: Finding, entry: Entry) -> Moved:
     old = Path(entry.path)
-    moment = time.time()
+    now = time.time()
     note = {
         "path": entry.path,
         "code": finding.code,
         "found": finding.text,
-        "moved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment)),
+        "moved": moment(now),
         "device": entry.device,
         "inode": entry.inode,
     }
-    folder = _folder(place / finding.machine, moment, old.name)
+    folder = _folder(place / finding.machine, now, old.name)
     try:
         descriptor = os.open(folder / NOTE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -76,7 +78,7 @@ def _move(place: Path, finding: Finding, entry: Entry) -> Moved:
                 empty.rmdir()
         raise
     for changed in (folder, folder.parent, old.parent):
-        _sync(changed)
+        sync_folder(changed)
     return Moved(entry.path, str(folder / "file"))
 
 
@@ -101,11 +103,3 @@ def _folder(parent: Path, moment: float, name: str) -> Path:
         else:
             folder.chmod(0o700)
             return folder
-
-
-def _sync(place: Path) -> None:
-    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,8 +15,8 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import SERIAL, LayerId, is_text, layer_id, tag_number
 from qmpsnap.model.spec import DiskSpec, Format
-from qmpsnap.ops.older import LAYER_FILE
 from qmpsnap.ops.rebuilding.plan import Image, State, Unread
+from qmpsnap.ops.stale_store import LAYER_FILE
 from qmpsnap.store.records import Place, Records
 
 _KINDS: dict[str | None, Format] = {"qcow2": "qcow2", "raw": "raw"}

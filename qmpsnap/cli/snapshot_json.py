@@ -6,6 +6,7 @@ from typing import Any
 from qmpsnap.cli import output
 from qmpsnap.cli.common import reading
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.moment import moment
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.store.store import Store
@@ -36,7 +37,7 @@ def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any
         "state": snapshot.state,
         "parent": snapshot.parent,
         "current": store.machine(machine).current == snapshot.name,
-        "created": output.moment(snapshot.created),
+        "created": moment(snapshot.created),
         "description": snapshot.description,
         "disks": {
             point.disk: {"layer": point.layer, "path": layers[point.layer].path, "tag": point.tag}
