@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from qmpsnap.ops.revert import Preview, Reverted
     from qmpsnap.ops.snapshot_request import SnapshotOptions
     from qmpsnap.qmp.commands import JobInfo
-    from qmpsnap.qmp.jobs import Report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,7 +60,6 @@ __all__ = [
     "Preview",
     "Process",
     "QmpsnapError",
-    "Report",
     "Reverted",
     "Snapshot",
     "SnapshotOptions",
@@ -113,7 +111,6 @@ _FROM = {
     ),
     "qmpsnap.ops.snapshot_request": ("SnapshotOptions",),
     "qmpsnap.qmp.commands": ("JobInfo",),
-    "qmpsnap.qmp.jobs": ("Report",),
 }
 _WHERE = {name: (module, name) for module, names in _FROM.items() for name in names}
 _WHERE |= {"errors": ("qmpsnap.errors", ""), "open": ("qmpsnap.controller", "open_controller")}

@@ -58,12 +58,12 @@ async def run(context: Context, name: str, request: CreateRequest, *, report: Re
 
 
 async def add_layers(context: Context, name: str, request: CreateRequest) -> tuple[Layer, ...]:
-    """Put the new layers on top without recording a snapshot, as a request that is not ``listed`` asks; returns them.
+    """Put the new layers on top without recording a snapshot; returns them.
 
     Raises:
         QmpsnapError: as :func:`run`.
     """
-    change = await _run(context, name, request, unreported)
+    change = await _run(context, name, replace(request, listed=False), unreported)
     return change.layers
 
 

@@ -12,7 +12,9 @@ from tests.live.machine import context_of, grown_and_stopped
 
 async def interrupt(point: Point, *words: str) -> tuple[int, str]:
     """The exit code and stderr of a command that gets SIGINT there."""
-    async with stopped_at(point, *words) as process:
+    # Where the tests run in the background, a shell has let them ignore it.
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    async with stopped_at(point, *words, first=heeds) as process:
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGCONT)
         assert process.stderr

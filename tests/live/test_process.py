@@ -12,6 +12,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
+from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.model.spec import MachineSpec
 from tests.live.crash import kill_qemu
@@ -70,7 +71,9 @@ async def test_a_killed_qemu_is_noticed_and_the_machine_starts_again(
 async def test_a_silent_monitor_ends_in_a_deadline_and_never_blocks_list(
     q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmpsnap.machine.machine.monitor.__wrapped__.__kwdefaults__", {"deadline": 0.5})
+    monkeypatch.setattr(
+        "qmpsnap.machine.machine.monitor.__wrapped__.__kwdefaults__", {"socket": QMP_SOCKET, "deadline": 0.5}
+    )
     vm = await q.define(still_spec)
     process = await vm.start(paused=True)
     os.kill(process.pid, signal.SIGSTOP)

@@ -88,7 +88,9 @@ async def test_the_one_that_was_waited_for_comes_to_its_end(q: qmpsnap.Controlle
 async def test_a_hung_machine_keeps_nobody_waiting(
     q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
-    monkeypatch.setattr("qmpsnap.machine.machine.monitor.__wrapped__.__kwdefaults__", {"deadline": 0.5})
+    monkeypatch.setattr(
+        "qmpsnap.machine.machine.monitor.__wrapped__.__kwdefaults__", {"socket": QMP_SOCKET, "deadline": 0.5}
+    )
     vm = await grown(q, "s1")
     run_dir = context_of(vm).home.run_dir(vm.name)
     process = context_of(vm).process(await vm.record())
