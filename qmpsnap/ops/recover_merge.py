@@ -109,9 +109,7 @@ async def _end_job(
     """Bring one step's job to one of its two ends; True when it took effect."""
     info = await jobs.find(monitor, job.id) if monitor else None
     if phase == steps.STARTED:
-        if monitor is None or info is None:
-            return False
-        if info.status == "concluded" or broken.unfinished == "cancel":
+        if monitor is None or info is None or info.status == "concluded" or broken.unfinished == "cancel":
             await _let_go(job, monitor)
             return False
         if broken.unfinished == "refuse":
