@@ -128,9 +128,16 @@ async def test_an_agent_that_never_answers_is_waited_for_no_longer_than_the_wind
 ) -> None:
     agent = Agent(freeze=said)
     async with listening(context, agent), freezing(context, "require", window=0.2) as freezer:
-        with pytest.raises(DeadlinePassed, match=r"did not finish guest-fsfreeze-freeze within 0\.2 s"):
+        with pytest.raises((DeadlinePassed, QmpError)) as caught:
             async with freezer.frozen():
                 pytest.fail("that was no freeze")
+        # Where we are held up the guard is first to see the window end, and what it is answered looks like our answer.
+        late, nonsense = (
+            "did not finish guest-fsfreeze-freeze within 0.2 s",
+            "answered guest-fsfreeze-freeze with nonsense",
+        )
+        assert (late if isinstance(caught.value, DeadlinePassed) else nonsense) in caught.value.message
+        assert caught.value.effect == "unknown"
         assert "thaw" in agent.asked
 
 
