@@ -206,7 +206,7 @@ class Agent:
             if isinstance(status, dict) and status.get("exited"):
                 return self._completed(status)
             if anyio.current_time() > end:
-                raise self._late(deadline, command[0], hint="it goes on in the guest; --timeout allows it more")
+                raise self.late(deadline, command[0], hint="it goes on in the guest; --timeout allows it more")
             await anyio.sleep(pause)
             pause = min(pause * 1.5, 0.25)
 
@@ -238,7 +238,7 @@ class Agent:
             with anyio.fail_after(seconds):
                 yield
         except TimeoutError as error:
-            raise self._late(seconds, what) from error
+            raise self.late(seconds, what) from error
         except (anyio.EndOfStream, anyio.BrokenResourceError) as error:
             raise QemuGone(
                 f"the agent's channel of machine {self._machine} closed during {what}",
@@ -247,7 +247,8 @@ class Agent:
                 machine=self._machine,
             ) from error
 
-    def _late(self, deadline: float, what: str, *, hint: str = "") -> DeadlinePassed:
+    def late(self, deadline: float, what: str, *, hint: str = "") -> DeadlinePassed:
+        """What is raised when the agent has not done something within ``deadline`` seconds."""
         return DeadlinePassed(
             f"the guest agent of machine {self._machine} did not finish {what} within {deadline:g} s",
             hint=hint or "is qemu-guest-agent installed and running in the guest?",

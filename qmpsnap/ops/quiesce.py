@@ -121,7 +121,9 @@ class Freezer:
         try:
             count = await guest.freeze(deadline=self._window)
         except QmpsnapError as error:
-            self._give_up(error)
+            # Behind the window the guard speaks on this channel, and what it is answered looks like our answer.
+            late = isinstance(error, QmpError) and time.monotonic() > self._until
+            self._give_up(guest.late(self._window, "guest-fsfreeze-freeze") if late else error)
             return
         if count == 0:
             self._give_up(QmpError(f"the guest of machine {self._machine} has no file system that can be frozen"))
