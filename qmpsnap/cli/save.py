@@ -4,11 +4,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, reading
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.revert import add_after, print_outcome
 from qmpsnap.cli.snapshot import add_compress
-from qmpsnap.cli.snapshot_json import document_of
+from qmpsnap.cli.snapshot_json import print_snapshot
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
@@ -51,18 +51,9 @@ def _save(arguments: argparse.Namespace) -> None:
 
         snapshot = controlling(act)
     assert snapshot.vmstate
-    path, size = snapshot.vmstate.path, snapshot.vmstate.bytes
-    with reading() as store:
-        document = document_of(store, arguments.machine, snapshot)
-    output.emit(
-        arguments.output,
-        document={"machine": arguments.machine, "snapshot": document},
-        names=[snapshot.name],
-        table=lambda: (
-            f"machine {arguments.machine} is saved as {snapshot.name} and stopped;"
-            f" its memory is in {output.printable(path)} ({output.size(size)})"
-        ),
-    )
+    memory = f"{output.printable(snapshot.vmstate.path)} ({output.size(snapshot.vmstate.bytes)})"
+    text = f"machine {arguments.machine} is saved as {snapshot.name} and stopped; its memory is in {memory}"
+    print_snapshot(arguments, snapshot, text)
 
 
 def _restore(arguments: argparse.Namespace) -> None:

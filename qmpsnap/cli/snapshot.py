@@ -228,8 +228,7 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
         if memory:
             lines += [f"  create {output.printable(memory['path'])} with the memory ({memory['mode']})"]
             lines += [f"  the guest would stand still meanwhile: {memory['why']}"] if memory["why"] else []
-        if plan.quiesce != "skip":
-            lines += [f"  the guest's agent would be told to freeze its file systems ({plan.quiesce})"]
+        lines += _freeze(plan)
         lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
         lines += [f"  {json.dumps(command)}" for command in commands]
         return "\n".join([*lines, "bytes to move: 0"])
@@ -250,6 +249,12 @@ def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> 
     )
 
 
+def _freeze(plan: "CreatePlan | InternalPlan") -> list[str]:
+    if plan.quiesce == "skip":
+        return []
+    return [f"  the guest's agent would be told to freeze its file systems ({plan.quiesce})"]
+
+
 def _print_internal(form: output.Format, plan: "InternalPlan") -> None:
     from qmpsnap.ops.internal import qmp_commands
 
@@ -260,8 +265,7 @@ def _print_internal(form: output.Format, plan: "InternalPlan") -> None:
     def text() -> str:
         lines = [f"would take snapshot {name} inside the images of machine {plan.machine}; nothing was changed"]
         lines += [f"  tag {tag['tag']} inside {tag['layer']}" for tag in tags]
-        if plan.quiesce != "skip":
-            lines += [f"  the guest's agent would be told to freeze its file systems ({plan.quiesce})"]
+        lines += _freeze(plan)
         lines += [f"  memory inside {plan.vmstate}; the guest would stand still meanwhile"] if plan.vmstate else []
         return "\n".join([*lines, "QMP commands:", *(f"  {json.dumps(command)}" for command in commands)])
 

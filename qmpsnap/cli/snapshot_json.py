@@ -14,17 +14,21 @@ from qmpsnap.store.store import Store
 
 def print_taken(arguments: argparse.Namespace, snapshot: Snapshot) -> None:
     """The snapshot that was taken, and how long the guest was held for it."""
-    with reading() as store:
-        document = document_of(store, arguments.machine, snapshot)
     took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
     memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else " and memory" if snapshot.inside else ""
+    disks = ", ".join(point.disk for point in snapshot.points)
+    print_snapshot(arguments, snapshot, f"snapshot {snapshot.name} of {disks}{memory} taken ({snapshot.mode}{took})")
+
+
+def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str) -> None:
+    """One snapshot, in the form that was asked for; ``text`` is its table."""
+    with reading() as store:
+        document = document_of(store, arguments.machine, snapshot)
     output.emit(
         arguments.output,
         document={"machine": arguments.machine, "snapshot": document},
         names=[snapshot.name],
-        table=lambda: (
-            f"snapshot {snapshot.name} of {', '.join(document['disks'])}{memory} taken ({snapshot.mode}{took})"
-        ),
+        table=lambda: text,
     )
 
 

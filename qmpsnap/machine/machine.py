@@ -11,7 +11,7 @@ import anyio
 from msgspec.structs import replace
 
 from qmpsnap import private, unwritable
-from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
+from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, StateError
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET, RUN_FILES
 from qmpsnap.model.machine import Machine, Process
@@ -176,6 +176,21 @@ async def end(process: Process, qemu: Monitor | None) -> bool:
                 return True
     processes.terminate(process)
     return await wait_end(process, deadline=QUIT_DEADLINE)
+
+
+async def require_ended(process: Process | None, qemu: Monitor | None, *, machine: str, effect: Effect) -> None:
+    """End a QEMU as :func:`end` does, if there is one.
+
+    Raises:
+        DeadlinePassed: it still runs; with ``effect``, as the caller knows it.
+    """
+    if process and not await end(process, qemu):
+        raise DeadlinePassed(
+            f"QEMU of machine {machine} (process {process.pid}) does not end",
+            hint=f"its storage may hang; once it has ended: qmpsnap recover {machine}",
+            effect=effect,
+            machine=machine,
+        )
 
 
 async def wait_end(process: Process, *, deadline: float) -> bool:

@@ -211,9 +211,8 @@ async def end_earlier(context: Context, name: str, *, adopts: bool = False) -> l
         ended = await recover.end_open(context, placeholder, None)
         await blocking(lambda: _refuse_lost(context, name, adopts=adopts))
         return ended
-    since = moment(taken.created)
     raise NameTaken(
-        f"machine {name} exists since {since}; nothing was changed",
+        f"machine {name} exists since {moment(taken.created)}; nothing was changed",
         hint=f"choose another name, or qmpsnap undefine {name} first",
         machine=name,
     )

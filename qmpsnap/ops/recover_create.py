@@ -6,9 +6,9 @@ from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.block.image import remove
-from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
+from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import statefile
-from qmpsnap.machine.machine import end as end_qemu
+from qmpsnap.machine.machine import require_ended
 from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.machine import Machine
@@ -227,14 +227,7 @@ async def quit_saved(context: Context, machine: Machine, qemu: Monitor | None, o
     Raises:
         DeadlinePassed: it does not end.
     """
-    process = context.process(machine)
-    if process and not await end_qemu(process, qemu):
-        raise DeadlinePassed(
-            f"QEMU of machine {machine.name} (process {process.pid}) does not end",
-            hint=f"its storage may hang; once it has ended: qmpsnap recover {machine.name}",
-            effect="applied",
-            machine=machine.name,
-        )
+    await require_ended(context.process(machine), qemu, machine=machine.name, effect="applied")
     await blocking(context.store.set_process, machine.name, None)
     await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
 

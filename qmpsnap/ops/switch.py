@@ -8,8 +8,8 @@ from pathlib import Path
 
 from qmpsnap.block import header
 from qmpsnap.block.image import remove
-from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused
-from qmpsnap.machine.machine import end
+from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.machine.machine import require_ended
 from qmpsnap.model import steps
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Operation, RevertPlan
@@ -30,14 +30,7 @@ async def switch(
         StoreMismatch: another file is where a layer lay that should go; it was not touched.
         HostCannot: the UEFI variable store cannot be copied.
     """
-    process = context.process(machine)
-    if process and not await end(process, qemu):
-        raise DeadlinePassed(
-            f"QEMU of machine {machine.name} (process {process.pid}) does not end",
-            hint=f"its storage may hang; once it has ended: qmpsnap recover {machine.name}",
-            effect="unknown",
-            machine=machine.name,
-        )
+    await require_ended(context.process(machine), qemu, machine=machine.name, effect="unknown")
     await blocking(context.store.set_process, machine.name, None)
     # Only now: a guest that runs may write between any look and the end.
     if plan.keeps:
