@@ -261,9 +261,8 @@ class SqliteStore:
             devices.follow(sql, devices.moved(self._files(sql)))
 
     def _files(self, sql: sqlite3.Connection) -> Iterator[devices.File]:
-        for row in sql.execute(f"SELECT {queries.LAYER} FROM layer").fetchall():
-            layer = self._layer(row)
-            yield layer.path, layer.device, layer.inode
+        for pool, path, device, inode in sql.execute("SELECT pool, path, device, inode FROM layer").fetchall():
+            yield self._path(pool, path), devices.unsigned(device), devices.unsigned(inode)
         for (text,) in sql.execute("SELECT vmstate FROM snapshot WHERE vmstate IS NOT NULL").fetchall():
             if state := self._vmstate(text):
                 yield state.path, state.device, state.inode
@@ -361,6 +360,10 @@ class SqliteStore:
         inside = path.removeprefix(f"{self._machines}/")
         return ("machines", inside) if inside != path else (f"host:{os.uname().nodename}", path.removeprefix("/"))
 
+    def _path(self, pool: str, path: str) -> str:
+        """The other way round."""
+        return (f"{self._machines}/" if pool == "machines" else "/") + path
+
     def _portable(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with the paths of its files relative where they lie in the machines' folder."""
         inside = f"{self._machines}/"
@@ -379,8 +382,7 @@ class SqliteStore:
 
     def _layer(self, row: sqlite3.Row) -> Layer:
         identity, pool, path, layer_format, backing, size, device, inode, owned, state = row
-        root = f"{self._machines}/" if pool == "machines" else "/"
         return Layer(
-            id=identity, path=root + path, format=layer_format, backing=backing, virtual_size=size,
+            id=identity, path=self._path(pool, path), format=layer_format, backing=backing, virtual_size=size,
             device=devices.unsigned(device), inode=devices.unsigned(inode), owned=bool(owned), state=state,
         )  # fmt: skip
