@@ -63,7 +63,7 @@ INSIDE = {
     "the memory inside": Call(JOBS, "follow", "after", 1),
 }
 ENDED = {
-    "QEMU ended": Call(SWITCH, "end", "after", 1),
+    "QEMU ended": Call(SWITCH, "require_ended", "after", 1),
     "QEMU started": Call("qmpsnap.ops.power", "launch", "after", 1),
 }
 CALLS: dict[str, dict[str, Call]] = {
