@@ -206,3 +206,15 @@ async def wait_end(process: Process, *, deadline: float) -> bool:
         return not processes.is_alive(process)
     finally:
         os.close(descriptor)
+
+
+async def unless_ending(process: Process | None) -> Process | None:
+    """That process; None when there is none, or it was killed and has ended now: it is waited for, a little.
+
+    While one of its threads is left, its images are locked and may be written to.
+    """
+    if process is None:
+        return None
+    if processes.is_ending(process):
+        await wait_end(process, deadline=QUIT_DEADLINE)
+    return process if processes.is_alive(process) else None

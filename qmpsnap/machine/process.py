@@ -3,6 +3,7 @@
 Without asyncio and subprocess on purpose: ``list`` asks here whether machines run and must stay quick.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -26,8 +27,8 @@ LOG = "qemu.log"
 _WAITING = b"QEMU waiting for connection on: "
 """What every QEMU of ours says as it starts: it waits for our own monitor session before it opens anything."""
 
-_START_TICKS = 19
-"""Where ``/proc/PID/stat`` has the start time, counted from its third field."""
+_THREADS, _START_TICKS = 17, 19
+"""Where ``/proc/PID/stat`` has the number of threads and the start time, counted from its third field."""
 
 _children: "dict[int, subprocess.Popen[bytes]]" = {}
 """QEMUs that this very process started, so that they are reaped when they end."""
@@ -80,7 +81,8 @@ def find(machine: Machine, run_dir: Path) -> Process | None:
     """The live QEMU of a machine, or None.
 
     The recorded one counts when pid, start time and boot all agree. A QEMU whose starter died before it could record
-    it is found by its own pid file and recognised by the machine's UUID among its arguments.
+    it is found by its own pid file and recognised by the machine's UUID among its arguments; one that is ending, which
+    has none any more, by the folder that its last threads work in.
     """
     recorded = machine.process
     if recorded and is_alive(recorded):
@@ -90,7 +92,8 @@ def find(machine: Machine, run_dir: Path) -> Process | None:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return None
-    if not machine.uuid or machine.uuid.encode() not in arguments:
+    known = bool(machine.uuid) and machine.uuid.encode() in arguments
+    if not known and not (_ends(_stat(pid)) and run_dir in _thread_folders(pid)):
         return None
     flags = itertools.pairwise(arguments)
     accel = next((value.split(b",")[0].decode() for flag, value in flags if flag == b"-accel"), "")
@@ -109,8 +112,16 @@ def existing(pid: int) -> Process | None:
 
 
 def is_alive(process: Process) -> bool:
-    """Whether that very process still runs (a zombie does not)."""
+    """Whether that very process still runs: also one that was killed does, until the last of its threads has ended.
+
+    Till then it has its images open, and a write of it that had begun comes to its end. A zombie has no other threads.
+    """
     return process.boot_id == _boot_id() and process.start_ticks == _start_ticks(process.pid)
+
+
+def is_ending(process: Process) -> bool:
+    """Whether that very process has no first thread any more, so that nobody answers, and others still end."""
+    return is_alive(process) and _ends(_stat(process.pid))
 
 
 def folder(process: Process) -> Path | None:
@@ -158,11 +169,25 @@ def _record(pid: int, ticks: int, *, accel: str = "") -> Process:
 
 def _start_ticks(pid: int) -> int | None:
     fields = _stat(pid)
-    if fields and fields[0] not in ("Z", "X"):
+    if fields and (fields[0] not in ("Z", "X") or _ends(fields)):
         return int(fields[_START_TICKS])
     if child := _children.pop(pid, None):
         child.wait()  # ended already: this only reaps it
     return None
+
+
+def _ends(fields: Sequence[str]) -> bool:
+    """Whether a process is one whose first thread has ended, and not all the others."""
+    return bool(fields) and fields[0] == "Z" and int(fields[_THREADS]) > 1
+
+
+def _thread_folders(pid: int) -> set[Path]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                found.add((thread / "cwd").readlink())
+    return found
 
 
 def _stat(pid: int) -> list[str]:

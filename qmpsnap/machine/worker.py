@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.machine import argv
 from qmpsnap.machine import process as processes
-from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, wait_end
+from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, unless_ending, wait_end
 from qmpsnap.machine.opened import require_opened, require_recorded
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine, Process
@@ -35,7 +35,7 @@ def find(machine: Machine, run_dir: Path) -> Process | None:
 @asynccontextmanager
 async def left_behind(machine: Machine, run_dir: Path) -> AsyncIterator[Session | None]:
     """A session with the worker that was left behind, if it lives; a block that ends well ends it, too."""
-    process = find(machine, run_dir)
+    process = await unless_ending(find(machine, run_dir))
     if process is None:
         yield None
         return
@@ -47,7 +47,7 @@ async def left_behind(machine: Machine, run_dir: Path) -> AsyncIterator[Session 
 
 async def end_leftover(machine: Machine, run_dir: Path) -> None:
     """End the worker that an earlier process of ours left behind, if it left one that nobody waits for."""
-    process = find(machine, run_dir)
+    process = await unless_ending(find(machine, run_dir))
     if process is None:
         return
     try:

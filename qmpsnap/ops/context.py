@@ -17,7 +17,7 @@ from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, Stor
 from qmpsnap.machine import adopted
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET, USER_SOCKET
-from qmpsnap.machine.machine import monitor, prepare_run_dir
+from qmpsnap.machine.machine import monitor, prepare_run_dir, unless_ending
 from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
@@ -79,7 +79,7 @@ class Context(Struct, frozen=True, kw_only=True):
             QemuGone: QEMU runs, but nobody answers on its monitor.
             DeadlinePassed: QEMU runs, but its monitor stays silent.
         """
-        process = self.process(machine)
+        process = await unless_ending(self.process(machine))
         if process is None:
             yield None
             return

@@ -56,7 +56,8 @@ def qemus():
 
 def runs(pid):
     try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
+        fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
+        return fields[0] not in "ZX" or fields[17] != "1"  # a zombie with threads that have its images open
     except OSError:
         return False
 

@@ -1,22 +1,29 @@
 """Merges that are cancelled, and jobs that a dead controller has left at work; what dies where is in tests/faults."""
 
+import sys
 from pathlib import Path
 
 import anyio
+import psutil
 import pytest
 from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.block import header
 from qmpsnap.errors import QmpsnapError
+from qmpsnap.machine import machine as machines
+from qmpsnap.machine import worker
+from qmpsnap.machine.machine import wait_end
+from qmpsnap.model.machine import Process
 from qmpsnap.model.spec import DiskSpec, Format
 from qmpsnap.qmp.commands import JobInfo
-from tests.live.crash import JOBS, die_at, kill_qemu
+from tests.live.crash import JOBS, STORE, die_at, kill_qemu
 from tests.live.machine import (
     MIB,
     ONE_DISK,
     Hashes,
     active_hash,
+    context_of,
     fill,
     grown_and_stopped,
     hold_invariants,
@@ -135,3 +142,46 @@ async def test_a_base_that_a_commit_has_lengthened_before_it_was_undone_is_that_
     assert len((await vm.chains())[0].layers) == 1
     await hold_invariants(vm)
     assert await active_hash(vm) == now
+
+
+ENDING = """
+import ctypes, fcntl, os, sys, threading
+image = open(sys.argv[1], "rb")
+for start in (100, 200):
+    fcntl.lockf(image, fcntl.LOCK_SH, 100, start)
+threading.Thread(target=sys.stdin.read).start()
+open("qemu.pid", "w").write(f"{os.getpid()}\\n")
+ctypes.CDLL(None).syscall(60, 0)  # exit, of this thread alone
+"""
+"""What a killed worker is until its last thread has ended: without its first one, and its image locked."""
+
+
+async def test_the_last_thread_of_a_killed_worker_is_waited_for(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, hashes, now = await grown_and_stopped(q)
+    # Its marks are `started` and `finalizing`.
+    await die_at((STORE, "SqliteStore.mark", "after", 2), "stream", "still", "vda", qemu_too=True)
+    folder, active = context_of(vm).home.run_dir("still") / worker.FOLDER, (await vm.chains())[0].active
+    argv = [sys.executable, "-c", ENDING, active.path]
+    async with await anyio.open_process(argv, cwd=folder) as ending:
+        try:
+            with anyio.fail_after(60):
+                while psutil.Process(ending.pid).status() != psutil.STATUS_ZOMBIE:
+                    await anyio.sleep(0.02)
+            waited: list[float] = []
+
+            async def wait(process: Process, *, deadline: float) -> bool:
+                waited.append(deadline)
+                assert ending.stdin
+                await ending.stdin.aclose()  # only now its last thread ends
+                return await wait_end(process, deadline=deadline)
+
+            monkeypatch.setattr(machines, "wait_end", wait)
+            assert await vm.recover()
+            assert waited
+        finally:
+            if ending.returncode is None:
+                ending.kill()
+    assert len((await vm.chains())[0].layers) == 1
+    await _holds(vm, hashes, now)

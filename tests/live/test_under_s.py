@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 import pytest
 
 import qmpsnap
@@ -76,9 +75,10 @@ async def test_a_dry_run_tells_exactly_what_the_run_then_does(
     assert changing == foretold
 
 
-def _cpu(qemu: psutil.Process) -> float:
-    """Seconds of CPU time that we and QEMU have taken: no matter who else is at work on this machine."""
-    return time.process_time() + sum(qemu.cpu_times()[:2])
+def _cpu(qemu: int) -> float:
+    """Seconds of CPU time that we and the QEMU of that pid have taken, in steps far smaller than a clock tick."""
+    threads = Path(f"/proc/{qemu}/task").iterdir()
+    return time.process_time() + sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 async def test_the_hundredth_snapshot_costs_like_the_tenth(
@@ -97,14 +97,14 @@ async def test_the_hundredth_snapshot_costs_like_the_tenth(
     monkeypatch.setattr(Session, "execute", measuring)
     process = (await vm.record()).process
     assert process
-    qemu = psutil.Process(process.pid)
     took: list[float] = []
     for _ in range(100):
-        before = _cpu(qemu)
+        before = _cpu(process.pid)
         await vm.snapshot()
-        took.append(_cpu(qemu) - before)
-    tenth, hundredth = sum(took[5:15]), sum(took[90:])
-    assert hundredth < 2 * tenth, f"10th {tenth * 100:.0f} ms of CPU time, 100th {hundredth * 100:.0f} ms"
+        took.append(_cpu(process.pid) - before)
+    # The cheapest of those around each: whoever else is at work takes caches and half a core away, and gives none.
+    tenth, hundredth = min(took[5:15]), min(took[90:])
+    assert hundredth < 2 * tenth, f"10th {tenth * 1000:.0f} ms of CPU time, 100th {hundredth * 1000:.0f} ms"
     assert max(sizes) < 1_000_000
     assert len((await vm.chains())[0].layers) == 101
     await hold_invariants(vm)

@@ -13,9 +13,11 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
+from qmpsnap.machine import machine as machines
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import PID_FILE
-from qmpsnap.machine.process import find, is_alive, is_stopped, log_tail, spawn, terminate
+from qmpsnap.machine.machine import unless_ending, wait_end
+from qmpsnap.machine.process import find, is_alive, is_ending, is_stopped, log_tail, spawn, terminate
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.spec import MachineSpec
 
@@ -32,6 +34,9 @@ def start(tmp_path: Path) -> Iterator[Spawn]:
 
     def run(argv: list[str] | None = None) -> Process:
         started.append(spawn(argv or SLEEP, tmp_path))
+        arguments = Path(f"/proc/{started[-1].pid}/cmdline")
+        while processes._stat(started[-1].pid)[0] != "Z" and not arguments.read_bytes():
+            time.sleep(0.001)  # the kernel says that the program runs before it has put its arguments there
         return started[-1]
 
     yield run
@@ -61,6 +66,22 @@ def machine(process: Process | None = None, *, uuid: str = UUID) -> Machine:
     return Machine(name="web", uuid=uuid, host="here", spec=spec, created=0.0, process=process)
 
 
+WITHOUT_ITS_FIRST_THREAD = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+ctypes.CDLL(None).syscall(60, 0)  # exit, of this thread alone
+"""
+
+
+@pytest.fixture
+def ending(start: Spawn) -> Process:
+    """A process as one that was killed and whose threads have not all ended yet: the first has, another lives."""
+    process = start([sys.executable, "-c", WITHOUT_ITS_FIRST_THREAD, "-uuid", UUID])
+    while processes._stat(process.pid)[0] != "Z":
+        time.sleep(0.005)
+    return process
+
+
 def posing_as(*arguments: str) -> list[str]:
     """A process that sleeps with these words among its arguments, as QEMU would have them."""
     return [sys.executable, "-c", "import time; time.sleep(60)", *arguments]
@@ -87,6 +108,30 @@ def test_a_zombie_is_not_alive() -> None:
         assert processes._stat(child.pid)[0] == "Z"
         ticks = int(processes._stat(child.pid)[processes._START_TICKS])
         assert not is_alive(processes._record(child.pid, ticks))
+
+
+def test_one_that_was_killed_is_alive_until_its_last_thread_has_ended(start: Spawn, ending: Process) -> None:
+    assert is_alive(ending)
+    assert is_ending(ending)
+    os.kill(ending.pid, signal.SIGKILL)
+    assert not is_alive(ended(ending))
+    assert not is_ending(ending)
+    assert not is_ending(start())
+
+
+async def test_the_end_of_all_threads_is_waited_for(ending: Process) -> None:
+    assert not await wait_end(ending, deadline=0.1)
+    terminate(ending)
+    assert await unless_ending(ending) is None
+
+
+async def test_one_that_does_not_end_is_not_said_to_have_ended(
+    start: Spawn, ending: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "QUIT_DEADLINE", 0.1)
+    assert await unless_ending(ending) == ending
+    assert await unless_ending(other := start()) == other
+    assert await unless_ending(None) is None
 
 
 def test_a_process_with_a_closing_parenthesis_in_its_name_is_read_right(start: Spawn, tmp_path: Path) -> None:
@@ -186,6 +231,17 @@ def test_one_that_nobody_recorded_is_found_by_its_pid_file_and_uuid(start: Spawn
     later = find(machine(replace(process, boot_id="the last boot")), tmp_path)
     assert later is not None
     assert later.pid == process.pid
+
+
+def test_one_that_is_ending_is_found_by_its_pid_file_and_folder(ending: Process, tmp_path: Path) -> None:
+    (tmp_path / PID_FILE).write_text(f"{ending.pid}\n")
+    found = find(machine(), tmp_path)
+    assert found is not None
+    assert (found.pid, found.start_ticks) == (ending.pid, ending.start_ticks)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / PID_FILE).write_text(f"{ending.pid}\n")
+    assert find(machine(), other) is None
 
 
 @pytest.mark.parametrize("arguments", [("-uuid", "another"), (f"-uuid={UUID}",), ()], ids=["other", "glued", "none"])
