@@ -27,8 +27,8 @@ LOG = "qemu.log"
 _WAITING = b"QEMU waiting for connection on: "
 """What every QEMU of ours says as it starts: it waits for our own monitor session before it opens anything."""
 
-_THREADS, _START_TICKS = 17, 19
-"""Where ``/proc/PID/stat`` has the number of threads and the start time, counted from its third field."""
+_THREADS, _START_TICKS, _MEMORY = 17, 19, 20
+"""Where ``/proc/PID/stat`` has number of threads, start time and virtual size, counted from its third field."""
 
 _children: "dict[int, subprocess.Popen[bytes]]" = {}
 """QEMUs that this very process started, so that they are reaped when they end."""
@@ -93,7 +93,7 @@ def find(machine: Machine, run_dir: Path) -> Process | None:
     except (OSError, ValueError):
         return None
     known = bool(machine.uuid) and machine.uuid.encode() in arguments
-    if not known and not (_ends(_stat(pid)) and run_dir in _thread_folders(pid)):
+    if not known and not (_has_no_memory(pid) and run_dir.resolve() in _thread_folders(pid)):
         return None
     flags = itertools.pairwise(arguments)
     accel = next((value.split(b",")[0].decode() for flag, value in flags if flag == b"-accel"), "")
@@ -120,8 +120,8 @@ def is_alive(process: Process) -> bool:
 
 
 def is_ending(process: Process) -> bool:
-    """Whether that very process has no first thread any more, so that nobody answers, and others still end."""
-    return is_alive(process) and _ends(_stat(process.pid))
+    """Whether that very process has no memory any more, so that nobody answers, and still has threads that end."""
+    return is_alive(process) and _has_no_memory(process.pid)
 
 
 def folder(process: Process) -> Path | None:
@@ -169,16 +169,16 @@ def _record(pid: int, ticks: int, *, accel: str = "") -> Process:
 
 def _start_ticks(pid: int) -> int | None:
     fields = _stat(pid)
-    if fields and (fields[0] not in ("Z", "X") or _ends(fields)):
+    if fields and (fields[0] not in ("Z", "X") or int(fields[_THREADS]) > 1):
         return int(fields[_START_TICKS])
     if child := _children.pop(pid, None):
         child.wait()  # ended already: this only reaps it
     return None
 
 
-def _ends(fields: Sequence[str]) -> bool:
-    """Whether a process is one whose first thread has ended, and not all the others."""
-    return bool(fields) and fields[0] == "Z" and int(fields[_THREADS]) > 1
+def _has_no_memory(pid: int) -> bool:
+    """Whether the first thread of a process has given its memory up, which it does before it closes its files."""
+    return _stat(pid)[_MEMORY : _MEMORY + 1] == ["0"]
 
 
 def _thread_folders(pid: int) -> set[Path]:
