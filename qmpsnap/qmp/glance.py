@@ -24,12 +24,11 @@ _ASKED = ("qmp_capabilities", "query-status", "query-block")
 _QUESTIONS = "".join(json.dumps({"execute": command, "id": command}) + "\n" for command in _ASKED).encode()
 
 
-def states(sockets: Mapping[str, Path], *, deadline: float = DEADLINE) -> dict[str, str]:
+def states(sockets: Mapping[str, Path]) -> dict[str, str]:
     """The run state of those machines whose QEMU answers at once.
 
     Args:
         sockets: a machine's name to its monitor.
-        deadline: seconds for all of them together.
     """
     poll, talks = select.poll(), {}
     for name, path in sockets.items():
@@ -40,7 +39,7 @@ def states(sockets: Mapping[str, Path], *, deadline: float = DEADLINE) -> dict[s
         talks[endpoint.fileno()] = _Talk(name, endpoint)
         poll.register(endpoint, select.POLLIN)
     found: dict[str, str] = {}
-    end = time.monotonic() + deadline
+    end = time.monotonic() + DEADLINE
     try:
         while any(not talk.over for talk in talks.values()):
             ready = poll.poll(max(0.0, end - time.monotonic()) * 1000)
