@@ -25,6 +25,7 @@ JOBS = "qmpsnap.qmp.jobs"
 # Dies with kill -9 right before or after the n-th call of one function of the real code.
 DIE_AT = """
 import importlib, json, os, signal, sys
+from qmpsnap.machine.process import existing
 module, attribute, when, nth, qemu_too, last = json.loads(sys.argv[1])
 owner = importlib.import_module(module)
 *path, name = attribute.split(".")
@@ -40,7 +41,7 @@ def counts():
 def die():
     for qemu in qemus() if qemu_too else ():
         os.kill(qemu, signal.SIGKILL)
-        while runs(qemu):
+        while existing(qemu):
             pass
     signal.raise_signal(last)  # to this very thread: a stop sent to the process lets it run on for a moment
 
@@ -53,13 +54,6 @@ def qemus():
                 yield int(pid)
         except OSError:
             pass
-
-def runs(pid):
-    try:
-        fields = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()
-        return fields[0] not in "ZX" or fields[17] != "1"  # a zombie with threads that have its images open
-    except OSError:
-        return False
 
 async def dying_async(*a, **k):
     last = counts()

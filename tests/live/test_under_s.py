@@ -93,26 +93,26 @@ async def test_the_hundredth_snapshot_costs_like_the_tenth(
         return answer
 
     monkeypatch.setattr(Session, "execute", measuring)
-    vms = [await _snapshots(q, name, count) for name, count in (("flat", 5), ("deep", 90))]
-    took: dict[str, list[float]] = {vm.name: [] for vm in vms}
+    flat, deep = await _with_snapshots(q, "flat", 5), await _with_snapshots(q, "deep", 90)
+    took: dict[str, list[float]] = {flat.name: [], deep.name: []}
     for _ in range(10):
-        for vm in vms:  # by turns: whoever else is at work takes caches and half a core away, now from both
+        for vm in (flat, deep):  # by turns: whoever else is at work takes caches and half a core away, now from both
             process = (await vm.record()).process
             assert process
             before = _cpu(process.pid)
             await vm.snapshot()
             took[vm.name].append(_cpu(process.pid) - before)
-    tenth, hundredth = sum(took["flat"]), sum(took["deep"])
+    tenth, hundredth = sum(took[flat.name]), sum(took[deep.name])
     assert hundredth < 2 * tenth, f"10th {tenth * 100:.0f} ms of CPU time, 100th {hundredth * 100:.0f} ms"
     assert max(sizes) < 1_000_000
-    assert len((await vm.chains())[0].layers) == 101
-    await hold_invariants(vm)
-    await vm.stop(force=True)
-    await vm.start(paused=True)
-    await hold_invariants(vm)
+    assert len((await deep.chains())[0].layers) == 101
+    await hold_invariants(deep)
+    await deep.stop(force=True)
+    await deep.start(paused=True)
+    await hold_invariants(deep)
 
 
-async def _snapshots(q: qmpsnap.Controller, name: str, count: int) -> qmpsnap.MachineHandle:
+async def _with_snapshots(q: qmpsnap.Controller, name: str, count: int) -> qmpsnap.MachineHandle:
     vm = await q.define(MachineSpec(name=name, memory=64 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB),)))
     await vm.start(paused=True)
     for _ in range(count):

@@ -16,6 +16,12 @@ from qmpsnap.qmp import glance, runstate
 GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\r\n'
 
 
+@pytest.fixture(autouse=True)
+def long_glance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy host holds those up who do answer, and that must not decide a test."""
+    monkeypatch.setattr(glance, "DEADLINE", 1.0)
+
+
 @contextmanager
 def qemu(path: Path, answers: dict[str, Any]) -> Iterator[Path]:
     """A monitor that greets, says something on its own, and answers what it has an answer to."""
@@ -52,12 +58,6 @@ def test_what_qemu_says_in_our_words(tmp_path: Path, status: str, io: list[Any],
     answers = {"qmp_capabilities": {}, "query-status": {"status": status}, "query-block": io}
     with qemu(tmp_path / "qmp", answers) as path:
         assert glance.states({"web": path}) == {"web": told}
-
-
-@pytest.fixture(autouse=True)
-def long_glance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy host holds those up who do answer, and that must not decide a test."""
-    monkeypatch.setattr(glance, "DEADLINE", 1.0)
 
 
 def test_who_says_nothing_or_nonsense_holds_nobody_up(tmp_path: Path) -> None:
