@@ -1,10 +1,11 @@
 """A controller dies, and the next command ends what it left; what dies where is in tests/faults."""
 
+import subprocess
 from pathlib import Path
 
 import qmpsnap
 from qmpsnap.model.spec import MachineSpec
-from tests.live.crash import STORE, die_at
+from tests.live.crash import STORE, die_at, guards
 from tests.live.machine import hold_invariants
 
 
@@ -29,3 +30,10 @@ async def test_a_definition_that_died_can_be_repeated(q: qmpsnap.Controller, hom
     vm = await q.define(spec)
     assert len(_files(home)) == 2
     await hold_invariants(vm)
+
+
+def test_a_process_without_arguments_counts_as_a_guard_until_it_ends(home: Path) -> None:
+    # What the kernel shows of a guard while it becomes a recovery; this one stays so until its input ends.
+    with subprocess.Popen([""], executable="cat", cwd=home, stdin=subprocess.PIPE) as becoming:
+        assert [process.pid for process in guards()] == [becoming.pid]
+    assert not guards()
