@@ -47,10 +47,10 @@ def test_without_usable_xdg_folders_a_user_has_the_usual_ones(environment: dict[
 
 
 def test_root_has_the_systems_folders() -> None:
-    assert places({"HOME": "/root", "XDG_DATA_HOME": "/x"}, uid=0) == (
+    assert places({"HOME": "/home/u", "XDG_DATA_HOME": "/x"}, uid=0) == (
         "/var/lib/qmpsnap",
         "/run/qmpsnap",
-        "/root/.cache/qmpsnap",
+        "/home/u/.cache/qmpsnap",
     )
 
 
