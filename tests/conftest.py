@@ -1,24 +1,44 @@
-"""Where all tests put their files: in memory, if it has room, as most of a live test's time is the disk's."""
+"""Where all tests put their files (in memory, if it has room, as most of a live test's time is the disk's), and their
+order."""
 
 import os
 import shutil
 import tempfile
 
 import psutil
+import pytest
+
+from tests import selection
 
 MEMORY = "/dev/shm"
 ROOM = 6 << 30
 """Bytes that must be free there and in all; three at once take up less than 2 GiB."""
 
 
-def pytest_configure() -> None:
+SHARED = "QMPSNAP_TESTS_SHARED"
+"""Names a folder that all workers of one session share, for what is made once."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
     if "TMPDIR" not in os.environ and _has_room():
         os.environ["TMPDIR"] = MEMORY  # for the processes that tests start, too
         tempfile.tempdir = None
+    if not hasattr(config, "workerinput"):
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="qs-shared-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(SHARED))
 
 
 def pytest_report_header() -> str:
     return f"files: in {tempfile.gettempdir()}; TMPDIR names another place"
+
+
+@pytest.hookimpl(trylast=True)  # after the faults' form has left out its part
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    selection.choose(config, items)
 
 
 def _has_room() -> bool:

@@ -29,15 +29,15 @@ def fault(record_property: object) -> Fault:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if "/faults/" in str(item.path):
-            item.add_marker(pytest.mark.live)
-            item.add_marker(pytest.mark.timeout(400))
+    ours = [item for item in items if "/faults/" in str(item.path)]
+    for item in ours:
+        item.add_marker(pytest.mark.live)
+        item.add_marker(pytest.mark.timeout(400))
     if FORM in ("short", "sample"):
-        chosen = [item for item in items if item.get_closest_marker("short")][:: SAMPLE if FORM == "sample" else 1]
-        kept = {id(item) for item in chosen}
-        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-        items[:] = chosen
+        chosen = [item for item in ours if item.get_closest_marker("short")][:: SAMPLE if FORM == "sample" else 1]
+        left_out = {id(item) for item in ours} - {id(item) for item in chosen}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
+        items[:] = [item for item in items if id(item) not in left_out]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -68,5 +68,5 @@ def _whole(config: pytest.Config) -> bool:
         FORM in ("long", "short")
         and not config.option.keyword
         and not config.option.markexpr
-        and config.args == ["tests/faults"]
+        and config.args in (["tests"], ["tests/faults"])
     )

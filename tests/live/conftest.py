@@ -16,20 +16,11 @@ from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.qmp import glance, jobs
 from tests.live.machine import MIB
 
-GRID_SAMPLE = 6
-"""With QMPSNAP_GRID=sample every how-manieth test of a grid is run."""
 
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/live/" in str(item.path):
             item.add_marker(pytest.mark.live)
-    if os.environ.get("QMPSNAP_GRID") == "sample":
-        grid = [item for item in items if item.get_closest_marker("grid")]
-        left_out = {id(item) for place, item in enumerate(grid) if place % GRID_SAMPLE}
-        config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
-        items[:] = [item for item in items if id(item) not in left_out]
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def _require(program: str, remedy: str) -> None:

@@ -1,26 +1,23 @@
 """What the live tests do to a machine from outside, and the invariants they hold it to afterwards."""
 
-import hashlib
-import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from qemu.qmp import QMPClient
 
 import qmpsnap
-from qmpsnap.block import content
 from qmpsnap.machine.argv import USER_SOCKET
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.context import Context
+from tests.live.digest import content_digest, whole_digest
 
 MIB = 1 << 20
 
 Hashes = dict[tuple[str, str], str]
-"""(Snapshot, disk) to the SHA-256 of the disk at its moment."""
+"""(Snapshot, disk) to the digest of the disk at its moment."""
 
 ONE_DISK = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB),))
 
@@ -78,17 +75,18 @@ async def grown_and_stopped(q: qmpsnap.Controller) -> tuple[qmpsnap.MachineHandl
 
 
 async def content_hash(vm: qmpsnap.MachineHandle, layer_id: str) -> str:
-    """SHA-256 of all that a layer holds which nobody writes to, its backing included."""
+    """Digest of all that a layer holds which nobody writes to, its backing included."""
     return await hash_of(vm, context_of(vm).store.layer(LayerId(layer_id)))
 
 
 async def hash_of(vm: qmpsnap.MachineHandle, layer: Layer) -> str:
     """The same of a layer that the store need not have."""
-    context = context_of(vm)
-    with tempfile.TemporaryDirectory(dir=context.home.data) as folder:
-        copy = Path(folder) / "copy"
-        await content.copy_out(layer, copy, qemu_img=context.image.binary)
-        return hashlib.sha256(copy.read_bytes()).hexdigest()
+    return await content_digest(layer, qemu_img=context_of(vm).image.binary)
+
+
+async def full_hash(vm: qmpsnap.MachineHandle, layer: Layer) -> str:
+    """The same by reading every byte through QEMU's block layer, which trusts no map of what is allocated."""
+    return await whole_digest(layer, qemu_img=context_of(vm).image.binary)
 
 
 async def snapshot_hashes(vm: qmpsnap.MachineHandle) -> Hashes:
@@ -102,11 +100,11 @@ async def snapshot_hashes(vm: qmpsnap.MachineHandle) -> Hashes:
 
 
 async def active_hash(vm: qmpsnap.MachineHandle) -> str:
-    """SHA-256 of what the guest reads on its first disk; a paused machine is stopped for it and started again."""
+    """Digest of what the guest reads on its first disk; a paused machine is stopped for it and started again."""
     ran = await vm.is_running()
     if ran:
         await vm.stop(force=True)
-    found = await content_hash(vm, (await vm.chains())[0].active.id)
+    found = await full_hash(vm, context_of(vm).store.layer((await vm.chains())[0].active.id))
     if ran:
         await vm.start(paused=True)
     return found
@@ -117,7 +115,7 @@ async def hold_invariants(vm: qmpsnap.MachineHandle, hashes: Mapping[tuple[str, 
 
     Args:
         vm: the machine, idle.
-        hashes: (snapshot, disk) to the SHA-256 of the disk at its moment.
+        hashes: (snapshot, disk) to the digest of the disk at its moment.
     """
     await _snapshots_read_as_they_did(vm, hashes or {})
     found = await vm.check()

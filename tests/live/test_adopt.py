@@ -23,6 +23,8 @@ from qmpsnap.ops import commit
 from qmpsnap.ops.commit import CommitRequest
 from tests.live.machine import MIB, content_hash, fill, hold_invariants
 
+pytestmark = pytest.mark.version
+
 THROTTLED = "driver=throttle,node-name=slow,throttle-group=tg,file=fmt"
 BLOCKDEV = "driver=qcow2,node-name=fmt,file.driver=file,file.filename={folder}/top.qcow2"
 FORMS = {

@@ -16,6 +16,7 @@ from qmpsnap.machine.argv import CONSOLE_SOCKET
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.qmp.dial import dial
+from tests.live.booted import start_booted
 from tests.live.machine import MIB, context_of, hold_invariants
 
 WRITE = "test -b /dev/{0} && dd if=/dev/urandom of=/dev/{0} bs=1M count=2 conv=fsync 2>/dev/null && dd if=/dev/{0} bs=1M count=2 2>/dev/null | sha256sum | cut -c1-64"  # noqa: E501
@@ -34,7 +35,7 @@ async def test_every_snapshot_holds_what_the_guest_said(
     q: qmpsnap.Controller, guest_spec: MachineSpec, tmp_path: Path
 ) -> None:
     vm = await q.define(guest_spec)
-    await vm.start()
+    await start_booted(vm)
     said: dict[str, dict[str, str]] = {}
     for name in ("one", "two", "three"):
         said[name] = {disk: (await vm.run(WRITE.format(disk))).stdout.decode().strip() for disk in ("vda", "vdb")}
@@ -74,7 +75,7 @@ async def test_what_the_guest_flushed_is_there_after_a_restart(q: qmpsnap.Contro
 
 async def test_a_command_that_fails_in_the_guest_says_so(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
     vm = await q.define(guest_spec)
-    await vm.start()
+    await start_booted(vm)
     with pytest.raises(QmpError, match="status 3"):
         await vm.run("echo no >&2; exit 3")
     done = await vm.run(["/bin/sh", "-c", "echo out; echo err >&2; exit 4"], check=False)

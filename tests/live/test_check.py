@@ -18,6 +18,7 @@ from qmpsnap.errors import StoreMismatch
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.spec import DiskSpec, MachineSpec
+from tests.live.booted import start_booted
 from tests.live.crash import STORE, die_at
 from tests.live.machine import ONE_DISK, context_of, fill, grown, hold_invariants, user_monitor
 
@@ -168,7 +169,7 @@ async def test_an_image_that_another_process_writes_to_is_told(q: qmpsnap.Contro
 
 async def test_a_guest_that_is_frozen_is_thawed(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
     vm = await q.define(guest_spec)
-    await vm.start()
+    await start_booted(vm)
     await vm.run("mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt", deadline=60)
     await hold_invariants(vm)
     socket = context_of(vm).home.run_dir(vm.name) / AGENT_SOCKET

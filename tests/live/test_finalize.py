@@ -34,6 +34,8 @@ from tests.live.machine import (
     user_monitor,
 )
 
+pytestmark = pytest.mark.version
+
 
 @contextmanager
 def stuck_headers() -> Iterator[None]:

@@ -23,7 +23,10 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import create_plan, means, memory, space
 from qmpsnap.qmp import migration
+from tests.live.booted import start_booted
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
+
+pytestmark = pytest.mark.version
 
 COUNT = """
 mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt && test -b /dev/vda || exit 1
@@ -63,7 +66,7 @@ echo $! >/run/counter
 
 async def booted(q: qmpsnap.Controller, spec: MachineSpec) -> qmpsnap.MachineHandle:
     vm = await q.define(spec)
-    await vm.start()
+    await start_booted(vm)
     await vm.run(COUNT)
     await counted(vm, 3)
     return vm
@@ -95,11 +98,10 @@ async def require_a_whole_disk(vm: qmpsnap.MachineHandle) -> None:
     await vm.run("umount /mnt && e2fsck -fn /dev/vda >/run/fsck 2>&1")
 
 
-@pytest.mark.long
-@pytest.mark.timeout(300)
-async def test_memory_and_disk_are_of_one_instant(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
+@pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.grid) for first in (5, 10, 15))])
+async def test_memory_and_disk_are_of_one_instant(q: qmpsnap.Controller, guest_spec: MachineSpec, first: int) -> None:
     vm = await booted(q, guest_spec)
-    for number in range(20):
+    for number in range(first, first + 5):
         name = f"round-{number}"
         snapshot = await vm.snapshot(name, kind="full")
         assert snapshot.vmstate is not None
@@ -124,7 +126,7 @@ async def test_memory_and_disk_are_of_one_instant(q: qmpsnap.Controller, guest_s
 @pytest.mark.parametrize("verb", ["snapshot", "save"])
 async def test_no_flushed_block_is_lost(q: qmpsnap.Controller, guest_spec: MachineSpec, verb: str) -> None:
     vm = await q.define(guest_spec)
-    await vm.start()
+    await start_booted(vm)
     await vm.run(BLOCKS)
     await counted(vm, 20)
     if verb == "save":
@@ -143,7 +145,7 @@ async def test_what_the_list_says_of_it(q: qmpsnap.Controller, guest_spec: Machi
     vm = await q.define(guest_spec)
     with pytest.raises(StateError, match="is stopped and has no memory"):
         await vm.snapshot("early", kind="full")
-    await vm.start()
+    await start_booted(vm)
     await vm.run("true")
     machine, planned = await vm.preview_snapshot("all", kind="full")
     assert planned.memory is not None

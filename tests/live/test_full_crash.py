@@ -9,6 +9,8 @@ from qmpsnap.model.spec import MachineSpec
 from tests.live.crash import die_at, kill_qemu
 from tests.live.machine import context_of, fill, hold_invariants
 
+pytestmark = pytest.mark.version
+
 STORE = "qmpsnap.store.sqlite"
 COMMANDS = "qmpsnap.qmp.commands"
 MIGRATION = "qmpsnap.qmp.migration"

@@ -9,6 +9,8 @@ from qmpsnap.errors import OperationPending
 from tests.live.crash import STORE, die_at
 from tests.live.machine import ONE_DISK, context_of, grown_and_stopped, hold_invariants
 
+pytestmark = pytest.mark.version
+
 CREATE = ("snapshot", "create", "still", "s3")
 
 

@@ -1,6 +1,5 @@
 """Snapshots inside the images: with and without memory, gone back to in place or taken out, deleted, mixed."""
 
-import hashlib
 import json
 import os
 import re
@@ -24,9 +23,13 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
 from qmpsnap.ops import revert, tagging
 from qmpsnap.ops.space import Need
+from tests.live.booted import start_booted
 from tests.live.crash import die_at, kill_qemu
+from tests.live.digest import raw_digest
 from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants, user_monitor
 from tests.live.test_full import COUNT, count, counted, require_a_whole_disk, say
+
+pytestmark = pytest.mark.version
 
 QEMU_IMG = os.environ.get("QMPSNAP_QEMU_IMG") or "qemu-img"
 
@@ -48,19 +51,19 @@ def tags_in(vm: qmpsnap.MachineHandle, layer: str) -> list[dict[str, Any]]:
 
 
 async def tag_hash(vm: qmpsnap.MachineHandle, layer: LayerId, tag: str) -> str:
-    """SHA-256 of what a layer held when the tag was made, read by qemu-img from the tag itself."""
+    """Digest of what a layer held when the tag was made, read by qemu-img from the tag itself."""
     found = context_of(vm).store.layer(layer)
     copy = Path(found.path).with_suffix(".raw")
     argv = [QEMU_IMG, "convert", "-U", "-f", "qcow2", "-l", f"snapshot.name={tag}", "-O", "raw", found.path, str(copy)]
     await anyio.run_process(argv)
-    digest = hashlib.sha256(copy.read_bytes()).hexdigest()
+    digest = raw_digest(copy)
     copy.unlink()
     return digest
 
 
 async def test_memory_and_disks_inside_in_the_same_process(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
     vm = await q.define(guest_spec)
-    await vm.start()
+    await start_booted(vm)
     await vm.run(COUNT)
     await counted(vm, 3)
     snapshot = await vm.snapshot("inside", kind="internal")
@@ -96,7 +99,7 @@ async def test_memory_and_disks_inside_in_the_same_process(q: qmpsnap.Controller
 async def test_in_place_nothing_is_flushed_between_the_two(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
     vm = await q.define(guest_spec)
     console = context_of(vm).home.run_dir("guest") / CONSOLE_LOG
-    await vm.start()
+    await start_booted(vm)
     await vm.run(COUNT.replace("    sync /mnt/log", "    sync /mnt/log; echo @$i >/dev/ttyS0"))  # flushed, so told
     await counted(vm, 3)
     await vm.snapshot("inside", kind="internal")
@@ -122,7 +125,7 @@ async def test_in_place_nothing_is_flushed_between_the_two(q: qmpsnap.Controller
 
 async def test_below_a_layer_it_is_taken_out(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
     vm = await q.define(guest_spec)
-    await vm.start()
+    await start_booted(vm)
     await vm.run(COUNT)
     await counted(vm, 3)
     await vm.snapshot("inside", kind="internal")

@@ -9,6 +9,8 @@ import qmpsnap
 from tests.live.crash import JOBS, STORE, Point, stopped_at
 from tests.live.machine import context_of, grown_and_stopped
 
+pytestmark = pytest.mark.version
+
 
 async def interrupt(point: Point, *words: str) -> tuple[int, str]:
     """The exit code and stderr of a command that gets SIGINT there."""

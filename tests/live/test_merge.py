@@ -27,6 +27,8 @@ from tests.live.machine import (
     snapshot_hashes,
 )
 
+pytestmark = pytest.mark.version
+
 
 async def _chain(vm: qmpsnap.MachineHandle) -> list[str]:
     return [layer.layer.id for layer in (await vm.chains())[0].layers]

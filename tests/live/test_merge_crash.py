@@ -36,6 +36,8 @@ VERBS = {
     "stream": ("stream", "vda", "--base", "s1"),
 }
 
+pytestmark = pytest.mark.version
+
 
 async def _holds(vm: qmpsnap.MachineHandle, hashes: Hashes, now: str) -> None:
     """Whatever the end: snapshots that are said to be ok are, and the guest reads what it read."""
@@ -146,6 +148,7 @@ async def test_a_base_that_a_commit_has_lengthened_before_it_was_undone_is_that_
 
 ENDING = """
 import ctypes, fcntl, os, sys, threading
+
 image = open(sys.argv[1], "rb")
 for start in (100, 200):
     fcntl.lockf(image, fcntl.LOCK_SH, 100, start)

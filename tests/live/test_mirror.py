@@ -26,6 +26,8 @@ from tests.live.machine import (
     hold_invariants,
 )
 
+pytestmark = pytest.mark.version
+
 SIZE = 16 * MIB
 
 

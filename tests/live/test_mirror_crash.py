@@ -14,6 +14,8 @@ from qmpsnap.qmp.commands import JobInfo
 from tests.live.crash import STORE, die_at
 from tests.live.machine import active_hash, content_hash, context_of, grown_and_stopped, hold_invariants
 
+pytestmark = pytest.mark.version
+
 
 @pytest.mark.parametrize("form", ["pivot", "finish"])
 @pytest.mark.parametrize("state", ["running", "stopped"])

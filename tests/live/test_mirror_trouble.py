@@ -27,6 +27,8 @@ from qmpsnap.qmp.commands import JobInfo
 from tests.live.machine import MIB, active_hash, context_of, grown_and_stopped, hold_invariants
 from tests.live.test_mirror import SIZE, file_hash, make_image
 
+pytestmark = pytest.mark.version
+
 MIDDLE = 2 * MIB
 """Bytes after which a server dies: these disks hold 3 MiB."""
 

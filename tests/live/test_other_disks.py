@@ -18,6 +18,8 @@ from tests.live.machine import MIB, fill, hold_invariants, user_monitor
 # "launched" and its "folder" are fixtures
 from tests.live.test_adopt import BLOCKDEV, THROTTLED, folder, launched  # noqa: F401
 
+pytestmark = pytest.mark.version
+
 
 @pytest.fixture
 async def scsi(q: qmpsnap.Controller) -> qmpsnap.MachineHandle:

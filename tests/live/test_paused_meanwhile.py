@@ -16,6 +16,8 @@ from qmpsnap.ops import memory
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor
 from tests.live.test_space import HOLE, mount
 
+pytestmark = pytest.mark.version
+
 
 @pytest.fixture
 def small(place: Path) -> Iterator[Path]:

@@ -18,6 +18,8 @@ from qmpsnap.model.spec import MachineSpec
 from tests.live.crash import kill_qemu
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor
 
+pytestmark = pytest.mark.version
+
 
 async def test_qemu_outlives_the_process_that_started_it(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
     vm = await q.define(still_spec)

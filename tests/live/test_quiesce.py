@@ -11,6 +11,7 @@ from qmpsnap.block import content
 from qmpsnap.errors import DeadlinePassed, QmpError, StateError, UsageError
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import quiesce
+from tests.live.booted import start_booted
 from tests.live.crash import die_at, no_guards, stopped_at
 from tests.live.machine import context_of, hold_invariants
 
@@ -24,7 +25,7 @@ LONG = 60.0
 async def vm(q: qmpsnap.Controller, guest_spec: MachineSpec) -> qmpsnap.MachineHandle:
     """The small guest with ext4 on its first disk, mounted."""
     handle = await q.define(guest_spec)
-    await handle.start()
+    await start_booted(handle)
     await handle.run(MOUNT)
     return handle
 

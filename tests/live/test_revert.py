@@ -19,8 +19,11 @@ from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops.overlays import make_overlays
 from qmpsnap.ops.revert_plan import Run
 from qmpsnap.qmp import commands
+from tests.live.booted import start_booted
 from tests.live.crash import STORE, die_at
 from tests.live.machine import Hashes, content_hash, context_of, fill, hold_invariants, user_monitor
+
+pytestmark = pytest.mark.version
 
 
 async def taken(vm: qmpsnap.MachineHandle, name: str, hashes: Hashes, disks: Sequence[str] | None = None) -> None:
@@ -451,7 +454,7 @@ def test_the_command_line_says_what_was_done(home: Path, capsys: pytest.CaptureF
 
 async def test_a_guest_finds_its_file_again_after_a_revert(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
     vm = await q.define(guest_spec)
-    await vm.start()
+    await start_booted(vm)
     await vm.run("mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt && echo kept > /mnt/file && sync")
     await vm.snapshot("with-file", description="the file is there")
     await vm.run("rm /mnt/file && echo other > /mnt/later && sync")

@@ -4,6 +4,7 @@ Every form begins at the same start, on a disk of its own: three snapshots, a ra
 last, and so a chain of four layers. What the disks held at each moment the guest says, and the images are read for it.
 """
 
+import hashlib
 import json
 import shlex
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import anyio
 import pytest
 
 import qmpsnap
+from qmpsnap.block import content
 from qmpsnap.cli.main import main
-from tests.live.machine import content_hash, hold_invariants
+from qmpsnap.model.names import LayerId
+from tests.live.machine import context_of, hold_invariants
 from tests.live.printed import hold, steady
 
 Hashes = dict[tuple[str, str], str]
@@ -158,13 +161,31 @@ async def _guest_says(script: str) -> dict[str, str]:
     return {path.removeprefix("/dev/"): found for found, path in map(str.split, lines)}
 
 
-async def _holds(hashes: Hashes) -> None:
+async def _holds(said: Hashes) -> None:
+    """The invariants, and that every snapshot reads as what the guest said it had on its disks at that moment."""
     async with qmpsnap.open() as q:
-        await hold_invariants(await q.machine("guest"), hashes)
+        vm = await q.machine("guest")
+        await hold_invariants(vm)
+        snapshots = {snapshot.name: snapshot for snapshot in await vm.snapshots()}
+        for (name, disk), digest in said.items():
+            point = snapshots[name].point(disk)
+            assert snapshots[name].state == "ok"
+            assert point is not None
+            assert await _sha256(vm, point.layer) == digest, f"snapshot {name} of {disk} changed"
+
+
+async def _sha256(vm: qmpsnap.MachineHandle, layer: LayerId) -> str:
+    """As the guest's own sha256sum of the disk would be."""
+    context = context_of(vm)
+    copy = context.home.data / "copy"
+    await content.copy_out(context.store.layer(layer), copy, qemu_img=context.image.binary)
+    digest = hashlib.sha256(copy.read_bytes()).hexdigest()
+    copy.unlink()
+    return digest
 
 
 async def _active() -> dict[str, str]:
     """What a stopped machine's disks hold."""
     async with qmpsnap.open() as q:
         vm = await q.machine("guest")
-        return {view.disk: await content_hash(vm, view.layers[-1].layer.id) for view in await vm.chains()}
+        return {view.disk: await _sha256(vm, view.layers[-1].layer.id) for view in await vm.chains()}

@@ -13,6 +13,8 @@ from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.qmp.session import Session
 from tests.live.machine import MIB, content_hash, fill, hold_invariants
 
+pytestmark = pytest.mark.version
+
 
 async def test_running_paused_and_stopped_machines_alike(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
     vm = await q.define(still_spec)

@@ -28,6 +28,8 @@ from tests.live.machine import (
     user_monitor,
 )
 
+pytestmark = pytest.mark.version
+
 
 async def _resize(vm: qmpsnap.MachineHandle, node: str, size: int) -> None:
     async with user_monitor(vm) as qemu:

@@ -1,0 +1,61 @@
+"""A guest that has just booted, without its boot: it is booted once for all the tests of a session, and loaded in each.
+
+For tests that only need *a* guest. Those that test a start, a console or a clock boot one of their own.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+from anyio import to_thread
+from msgspec.structs import replace
+
+import qmpsnap
+from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.ops.loading import Loading
+from qmpsnap.ops.power import bring_up
+from qmpsnap.ops.work import working
+from tests.conftest import SHARED
+from tests.live.machine import context_of
+
+
+async def start_booted(vm: qmpsnap.MachineHandle) -> None:
+    """Start a stopped machine whose disks are empty; its guest runs on from where one like it had its agent ready."""
+    state = await _state_of((await vm.record()).spec)
+    descriptor = os.open(state.path, os.O_RDONLY)
+    try:
+        context = context_of(vm)
+        async with working(context, vm.name, "start") as work:
+            await bring_up(context, work.machine, paused=False, loading=Loading(state, descriptor))
+    finally:
+        os.close(descriptor)
+
+
+async def _state_of(spec: MachineSpec) -> Vmstate:
+    """The memory of a guest of this spec, of the QEMU under test; whoever needs it first makes it."""
+    spec = replace(spec, name="booted")
+    folder = Path(os.environ[SHARED]) / hashlib.sha256(msgspec.json.encode(spec)).hexdigest()[:16]
+    record = folder / "vmstate.json"
+    async with _locked(folder):
+        if not record.exists():
+            async with qmpsnap.open(folder) as q:
+                vm = await q.define(spec)
+                await vm.start()
+                await vm.run("true")
+                snapshot = await vm.snapshot("booted", kind="full")
+                await vm.stop(force=True)
+            record.write_bytes(msgspec.json.encode(snapshot.vmstate))
+    return msgspec.json.decode(record.read_bytes(), type=Vmstate)
+
+
+@asynccontextmanager
+async def _locked(folder: Path) -> AsyncIterator[None]:
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        await to_thread.run_sync(fcntl.flock, lock, fcntl.LOCK_EX)
+        yield

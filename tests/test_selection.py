@@ -1,0 +1,55 @@
+"""The choice of tests for a newer QEMU and their order: nothing is run twice, and four quarters have everything."""
+
+from pathlib import Path
+
+from tests import selection, timings
+
+TESTS = [f"tests/live/test_{name}.py::test_it[{number}]" for name in ("one", "two", "three") for number in range(40)]
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.live.test_full" name="test_slow[a-b]" time="3.6"/>
+<testcase classname="tests.model.test_merge.TestHistories" name="runTest" time="0.1"/>
+<testcase classname="tests.live.test_full" name="test_bad" time="1.2"><failure/></testcase>
+<testcase classname="tests.live.test_full" name="test_left" time="0"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_every_test_is_in_one_quarter() -> None:
+    quarters = [{test for test in TESTS if selection.in_quarter(test, quarter)} for quarter in range(4)]
+    assert sorted(test for quarter in quarters for test in quarter) == sorted(TESTS)
+    assert all(quarters)
+
+
+def test_the_longest_begin_first_with_every_worker() -> None:
+    took = {TESTS[7]: 9.0, TESTS[50]: 30.0, TESTS[99]: 20.0}
+    order = selection.longest_first(TESTS, took)
+    assert [TESTS[place] for place in order[:3]] == [TESTS[50], TESTS[99], TESTS[7]]
+    assert order[3:] == [place for place in range(len(TESTS)) if TESTS[place] not in took]
+    dealt = selection.dealt(order, 3)
+    assert sorted(dealt) == list(range(len(TESTS)))
+    assert [dealt[place] for place in (0, 40, 80)] == order[:3]  # where xdist cuts the list in three
+
+
+def test_a_report_is_read_and_the_slow_are_kept(tmp_path: Path) -> None:
+    report = tmp_path / "10.0.xml"
+    report.write_text(REPORT)
+    found = list(timings.cases([report]))
+    assert [(case.kind, case.outcome) for case in found] == [
+        ("live", "passed"),
+        ("model", "passed"),
+        ("live", "failed"),
+        ("live", "skipped"),
+    ]
+    assert found[1].test == "tests/model/test_merge.py::TestHistories::runTest"
+    assert timings.table(found) == [
+        "passed/failed/skipped  10.0",
+        "live                   1/1/1",
+        "model                  1/0/0",
+        "all                    2/1/1",
+    ]
+    assert timings.slowest(found)[0].split() == ["3.6", "s", "10.0", "tests/live/test_full.py::test_slow[a-b]"]
+    timings.keep(found, tmp_path / "slow")
+    assert (tmp_path / "slow").read_text() == (
+        "1 tests/live/test_full.py::test_bad\n4 tests/live/test_full.py::test_slow[a-b]\n"
+    )
+    assert timings.main([str(report)]) == 1
