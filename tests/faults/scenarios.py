@@ -12,7 +12,7 @@ from qmpsnap.model.spec import MachineSpec
 from qmpsnap.qmp.commands import JobInfo
 from tests.faults import site
 from tests.faults.site import KIB, ONE, TWO, Expected
-from tests.faults.watch import WHEN, When
+from tests.harness.watch import WHEN, When
 
 Act = Callable[[qmpsnap.MachineHandle, Path], Awaitable[object]]
 """Does the verb; the path is a folder where users keep images of their own."""
@@ -43,6 +43,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
         first: bytes in the lowest layer.
         ends: the error that it ends with when nothing disturbs it.
         happened: tells whether it was done; None where that is not one thing.
+        again: what was undone has to be possible once more, under the same name.
         forward: where there is only forward from: when the controller dies and QEMU lives, and when QEMU dies.
     """
 
@@ -59,6 +60,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
     first: int = 64 * KIB
     ends: str = ""
     happened: Happened | None = None
+    again: bool = False
     forward: tuple[At, At] = (NEVER, NEVER)
 
     @property
@@ -71,6 +73,16 @@ class Scenario(Struct, frozen=True, kw_only=True):
         points: list[tuple[str, str]] = [(step, when) for step in self.steps for when in WHEN]
         first = self.forward[qemu == "dies"]
         return first in points and points.index(at) >= points.index(first)
+
+
+async def ended(scenario: Scenario, vm: qmpsnap.MachineHandle, place: Path, *, forward: bool) -> None:
+    """Raises what is violated: it must have been done, or undone; what was undone can be done again."""
+    if not scenario.happened:
+        return
+    assert await scenario.happened(vm, place) == forward, f"it must go {'forward' if forward else 'back'}"
+    if scenario.again and not forward:
+        await scenario.act(vm, place)
+        assert await scenario.happened(vm, place), "it was undone, and cannot be done again"
 
 
 async def ready(q: qmpsnap.Controller, scenario: Scenario, place: Path) -> qmpsnap.MachineHandle:
@@ -376,6 +388,7 @@ SCENARIOS: dict[str, Scenario] = {
         spec=TWO,
         idle=_ALL,
         happened=_taken,
+        again=True,
         forward=((steps.RECORDED, "before"), (steps.RECORDED, "before")),
     ),
     "revert, paused": Scenario(

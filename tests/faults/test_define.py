@@ -6,9 +6,11 @@ import pytest
 
 import qmpsnap
 from qmpsnap.model import steps
-from tests.faults import site, watch
-from tests.faults.deaths import Point, controller_dies
+from tests.faults import site
+from tests.faults.deaths import controller_dies
 from tests.faults.report import Fault
+from tests.harness import watch
+from tests.harness.deaths import Point
 from tests.live.machine import hold_invariants
 
 CASES = [(step.name, when) for step in steps.STEPS["define"] for when in watch.WHEN]
@@ -24,6 +26,7 @@ async def test_killed(q: qmpsnap.Controller, home: Path, fault: Fault, step: str
     there = [vm.name for vm in await q.machines()]
     assert there == (["still"] if (step, when) == (steps.SETTLED, "after") else [])
     vm = await q.machine("still") if there else await q.define(site.TWO)
+    assert len(list((home / "machines" / "still").iterdir())) == len(site.TWO.disks), "an image was left behind"
     await hold_invariants(vm)
     await vm.snapshot("afterwards")
     await hold_invariants(vm)

@@ -21,10 +21,12 @@ from qmpsnap.model import steps
 from qmpsnap.ops import memory, recover
 from qmpsnap.qmp import session
 from qmpsnap.qmp.session import Session
-from tests.faults import site, watch
-from tests.faults.deaths import ends_by_itself, qemus
+from tests.faults import site
+from tests.faults.deaths import ends_by_itself
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, ready
+from tests.harness import watch
+from tests.harness.processes import qemus
 from tests.live.machine import context_of, hold_invariants
 
 LIVE = {name: scenario for name, scenario in SCENARIOS.items() if scenario.start != "stopped"}

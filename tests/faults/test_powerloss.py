@@ -13,10 +13,12 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.model import steps
-from tests.faults import filters, powerloss, site, watch
-from tests.faults.deaths import Point, controller_dies
+from tests.faults import filters, powerloss, site
+from tests.faults.deaths import controller_dies
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, Scenario, ready
+from tests.harness import watch
+from tests.harness.deaths import Point
 from tests.live.machine import context_of
 
 FAULT = "power loss at a step"

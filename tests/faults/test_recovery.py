@@ -7,10 +7,12 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.model import steps
-from tests.faults import site, watch
-from tests.faults.deaths import Point, controller_dies
+from tests.faults import site
+from tests.faults.deaths import controller_dies
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, ready
+from tests.harness import watch
+from tests.harness.deaths import Point
 
 FIRST = "kill -9 of the recovery, too"
 

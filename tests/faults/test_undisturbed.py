@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 import qmpsnap
-from tests.faults import site, watch
+from tests.faults import site
 from tests.faults.deaths import ends_by_itself
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, ready
+from tests.harness import watch
 
 
 @pytest.mark.short

@@ -18,8 +18,8 @@ from qmpsnap.errors import StoreMismatch
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.spec import DiskSpec, MachineSpec
+from tests.harness.deaths import STORE, Call, die_at
 from tests.live.booted import start_booted
-from tests.live.crash import STORE, die_at
 from tests.live.machine import ONE_DISK, context_of, fill, grown, hold_invariants, user_monitor
 
 
@@ -146,7 +146,7 @@ async def _nothing(_: object) -> None:
 
 async def test_what_a_dead_controller_left_is_ended_and_then_judged(q: qmpsnap.Controller) -> None:
     vm = await grown(q, "s1")
-    await die_at((STORE, "SqliteStore.settle", "before", 1), "snapshot", "create", "still", "s2")
+    await die_at(Call(STORE, "SqliteStore.settle", "before", 1), "snapshot", "create", "still", "s2")
     assert await codes(vm) == {"operation-open"}
     done = await vm.check(repair=True)
     assert (done.findings, [finding.code for finding in done.repaired]) == ((), ["operation-open"])
@@ -210,7 +210,7 @@ def test_json_of_the_command_line_is_json(capsys: pytest.CaptureFixture[str], ho
 async def test_a_look_costs_no_guest_whose_stream_is_over(q: qmpsnap.Controller) -> None:
     """QEMU 7.2 ends when it is asked for its nodes before such a job is dismissed."""
     vm = await grown(q, "s1")
-    await die_at(("qmpsnap.qmp.jobs", "finalize", "after", 1), "stream", "still", "vda", "--progress", "none")
+    await die_at(Call("qmpsnap.qmp.jobs", "finalize", "after", 1), "stream", "still", "vda", "--progress", "none")
     assert [(job.type, job.status) for job in await vm.jobs()] == [("stream", "concluded")]
     assert (await vm.check()).findings
     assert await vm.is_running()

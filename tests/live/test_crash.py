@@ -5,30 +5,17 @@ from pathlib import Path
 
 import qmpsnap
 from qmpsnap.model.spec import MachineSpec
-from tests.live.crash import STORE, die_at, guards
+from tests.harness.deaths import Call, die_at
+from tests.harness.processes import guards
 from tests.live.machine import hold_invariants
-
-
-def _files(home: Path) -> set[str]:
-    return {path.name for path in (home / "machines/still").iterdir()}
 
 
 async def test_the_next_verb_recovers_by_itself(q: qmpsnap.Controller, still_spec: MachineSpec, home: Path) -> None:
     vm = await q.define(still_spec)
     await vm.start(paused=True)
-    await die_at(("qmpsnap.qmp.commands", "transaction", "after", 1), "snapshot", "create", "still", "one")
+    await die_at(Call("qmpsnap.qmp.commands", "transaction", "after", 1), "snapshot", "create", "still", "one")
     await vm.snapshot("two")
     assert [snapshot.name for snapshot in await vm.snapshots()] == ["one", "two"]
-    await hold_invariants(vm)
-
-
-async def test_a_definition_that_died_can_be_repeated(q: qmpsnap.Controller, home: Path) -> None:
-    spec = home / "s.yaml"
-    spec.write_text("name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}, {name: vdb, size: 1M, format: raw}]\n")
-    await die_at((STORE, "SqliteStore.settle", "before", 1), "define", str(spec))
-    assert await q.machines() == ()
-    vm = await q.define(spec)
-    assert len(_files(home)) == 2
     await hold_invariants(vm)
 
 

@@ -11,7 +11,7 @@ import pytest
 import qmpsnap
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.model.spec import MachineSpec
-from tests.live.crash import STORE, die_at
+from tests.harness.deaths import STORE, Call, die_at
 from tests.live.machine import active_hash, context_of, fill, flush, grown_and_stopped, hold_invariants
 
 
@@ -84,7 +84,7 @@ VERBS = {
 async def test_an_operation_that_was_open(q: qmpsnap.Controller, home: Path, verb: str) -> None:
     vm, hashes, now = await grown_and_stopped(q)
     words = [word.format(home / "copy.qcow2") for word in VERBS[verb]]
-    await die_at((STORE, "SqliteStore.settle", "after", 1), *words)
+    await die_at(Call(STORE, "SqliteStore.settle", "after", 1), *words)
     (left,) = context_of(vm).store.operations("still", only_open=True)
     recorded_elsewhere(home)
     async with qmpsnap.open() as again:

@@ -20,7 +20,8 @@ from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store.sqlite import SqliteStore
-from tests.live.crash import STORE, die_at, kill_qemu
+from tests.harness.deaths import STORE, Call, die_at
+from tests.harness.processes import kill_qemu
 from tests.live.machine import (
     MIB,
     Hashes,
@@ -118,9 +119,9 @@ async def test_a_header_that_cannot_be_written_costs_no_commit_its_data(q: qmpsn
 
 MARK = "SqliteStore.mark"
 DEATHS = {
-    "the job still pending": (STORE, MARK, "after", 2),
-    "nobody knows that it failed": (STORE, MARK, "before", 3),
-    "it is known": (STORE, MARK, "after", 3),
+    "the job still pending": Call(STORE, MARK, "after", 2),
+    "nobody knows that it failed": Call(STORE, MARK, "before", 3),
+    "it is known": Call(STORE, MARK, "after", 3),
 }
 """``started``, ``finalizing`` and ``started`` again are the marks."""
 
@@ -213,7 +214,7 @@ async def test_no_guest_writes_to_a_side_that_does_not_count(
         assert (await vm.chains())[0].ids == ("vda-1", "vda-2", "vda-3")
         await vm.stop(force=True)
     else:
-        await kill_qemu(vm)
+        kill_qemu(vm)
         await vm.recover()
         assert (await vm.chains())[0].ids != ("vda-1", "vda-2", "vda-3")
     overwritten = "s2" if verb == "commit" else ""

@@ -6,7 +6,8 @@ import pytest
 import qmpsnap
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.model.spec import MachineSpec
-from tests.live.crash import die_at, kill_qemu
+from tests.harness.deaths import Call, die_at
+from tests.harness.processes import kill_qemu
 from tests.live.machine import context_of, fill, hold_invariants
 
 pytestmark = pytest.mark.version
@@ -17,10 +18,10 @@ MIGRATION = "qmpsnap.qmp.migration"
 MEMORY = "qmpsnap.ops.memory"
 STATEFILE = "qmpsnap.machine.statefile"
 PACKING = {
-    "packing": (STATEFILE, "_zstandard", "after", 2),
-    "packed": (STATEFILE, "_compress", "after", 1),
-    "with the manifest appended": (STATEFILE, "_seal", "after", 1),
-    "with the name given": (STATEFILE, "sync_folder", "before", 1),
+    "packing": Call(STATEFILE, "_zstandard", "after", 2),
+    "packed": Call(STATEFILE, "_compress", "after", 1),
+    "with the manifest appended": Call(STATEFILE, "_seal", "after", 1),
+    "with the name given": Call(STATEFILE, "sync_folder", "before", 1),
 }
 TAKEN = ("with the name given", "with the file finished", "settled")
 """From here on the snapshot is there, whatever becomes of QEMU."""
@@ -56,16 +57,16 @@ async def test_killed_while_going_back(q: qmpsnap.Controller, still_spec: Machin
     await vm.snapshot("all", kind="full")
     await fill(vm, "vda", 3)
     point = {
-        "with the file at hand": ("qmpsnap.machine.process", "spawn", "after", 1),
-        "loading": (MIGRATION, "start", "before", 1),
-        "loaded": ("qmpsnap.ops.power", "load", "after", 1),
+        "with the file at hand": Call("qmpsnap.machine.process", "spawn", "after", 1),
+        "loading": Call(MIGRATION, "start", "before", 1),
+        "loaded": Call("qmpsnap.ops.power", "load", "after", 1),
     }[step]
     await die_at(point, "snapshot", "revert", "still", "all")
     socket = context_of(vm).home.run_dir(vm.name) / QMP_SOCKET
     while not (await vm.is_running() and socket.exists()):  # it was let go in the very moment of its birth
         await anyio.sleep(0.05)
     if qemu == "dies too":
-        await kill_qemu(vm)
+        kill_qemu(vm)
     await vm.recover()
     assert await vm.recover() == []
     on = step == "loaded" and qemu == "lives"

@@ -6,7 +6,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import OperationPending
-from tests.live.crash import STORE, die_at
+from tests.harness.deaths import STORE, Call, die_at
 from tests.live.machine import ONE_DISK, context_of, grown_and_stopped, hold_invariants
 
 pytestmark = pytest.mark.version
@@ -45,7 +45,7 @@ async def usable_again(q: qmpsnap.Controller, vm: qmpsnap.MachineHandle) -> None
 
 async def test_a_snapshot_inside_an_image_that_is_gone(q: qmpsnap.Controller) -> None:
     vm, _, _ = await grown_and_stopped(q)
-    await die_at(("qmpsnap.ops.tagging", "tag_stopped", "before", 1), *CREATE, "--kind", "internal")
+    await die_at(Call("qmpsnap.ops.tagging", "tag_stopped", "before", 1), *CREATE, "--kind", "internal")
     (active := Path((await vm.chains())[0].active.path)).unlink()
     sentence, kept = await given_up(vm)
     assert sentence.startswith("operation ")
@@ -58,7 +58,7 @@ async def test_a_snapshot_inside_an_image_that_is_gone(q: qmpsnap.Controller) ->
 async def test_a_new_layer_that_somebody_has_put_another_file_for(q: qmpsnap.Controller) -> None:
     vm, _, _ = await grown_and_stopped(q)
     layer = context_of(vm).home.machine_dir("still") / f"vda-{context_of(vm).store.next_serial()}.qcow2"
-    await die_at((STORE, "SqliteStore.settle", "before", 1), *CREATE)
+    await die_at(Call(STORE, "SqliteStore.settle", "before", 1), *CREATE)
     layer.write_bytes(b"of somebody")
     sentence, kept = await given_up(vm)
     assert sentence.endswith(f"it may have left {layer}")
@@ -70,7 +70,7 @@ async def test_while_a_qemu_has_the_images_open_nothing_is_given_up(q: qmpsnap.C
     vm, _, _ = await grown_and_stopped(q)
     layer = context_of(vm).home.machine_dir("still") / f"vda-{context_of(vm).store.next_serial()}.qcow2"
     await vm.start(paused=True)
-    await die_at(("qmpsnap.ops.create", "make_overlays", "after", 1), *CREATE)
+    await die_at(Call("qmpsnap.ops.create", "make_overlays", "after", 1), *CREATE)
     layer.write_bytes(b"of somebody")
     with pytest.raises(OperationPending):
         await vm.undefine(disks="keep")

@@ -23,8 +23,9 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
 from qmpsnap.ops import revert, tagging
 from qmpsnap.ops.space import Need
+from tests.harness.deaths import Call, die_at
+from tests.harness.processes import kill_qemu
 from tests.live.booted import start_booted
-from tests.live.crash import die_at, kill_qemu
 from tests.live.digest import raw_digest
 from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants, user_monitor
 from tests.live.test_full import COUNT, count, counted, require_a_whole_disk, say
@@ -396,23 +397,6 @@ async def test_another_machines_base_keeps_its_tags(q: qmpsnap.Controller, qcow2
     await vm.delete_snapshots("inside", metadata=True)
 
 
-@pytest.mark.parametrize("step", ["marked started", "with one tag"])
-async def test_killed_while_a_stopped_machine_is_tagged(
-    q: qmpsnap.Controller, qcow2_spec: MachineSpec, step: str
-) -> None:
-    vm = await q.define(qcow2_spec)
-    point = {
-        "marked started": ("qmpsnap.store.sqlite", "SqliteStore.mark", "after", 1),
-        "with one tag": ("qmpsnap.qmp.commands", "transaction", "after", 1),
-    }[step]
-    await die_at(point, "snapshot", "create", "still", "inside", "--kind", "internal")
-    await vm.recover()
-    assert await vm.snapshots() == ()
-    assert [tags_in(vm, layer) for layer in ("vda-1", "vdb-2")] == [[], []]
-    await vm.snapshot("inside", kind="internal")
-    await hold_invariants(vm)
-
-
 async def test_what_cannot_be(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
     vm = await q.define(still_spec)  # its vdb is raw
     with pytest.raises(StateError, match="vdb of machine still is raw"):
@@ -529,12 +513,12 @@ async def nodes_with_tags(vm: qmpsnap.MachineHandle) -> list[dict[str, Any]]:
 
 
 KEEPING = {
-    "with the guest held": ("qmpsnap.qmp.commands", "control", "after", 1),
-    "with the memory on its way": ("qmpsnap.qmp.jobs", "follow", "before", 1),
-    "with the memory inside": ("qmpsnap.qmp.jobs", "follow", "after", 1),
-    "marked loading": ("qmpsnap.store.sqlite", "SqliteStore.mark", "after", 2),
-    "loading": ("qmpsnap.qmp.jobs", "follow", "before", 2),
-    "settled": ("qmpsnap.store.sqlite", "SqliteStore.settle", "after", 1),
+    "with the guest held": Call("qmpsnap.qmp.commands", "control", "after", 1),
+    "with the memory on its way": Call("qmpsnap.qmp.jobs", "follow", "before", 1),
+    "with the memory inside": Call("qmpsnap.qmp.jobs", "follow", "after", 1),
+    "marked loading": Call("qmpsnap.store.sqlite", "SqliteStore.mark", "after", 2),
+    "loading": Call("qmpsnap.qmp.jobs", "follow", "before", 2),
+    "settled": Call("qmpsnap.store.sqlite", "SqliteStore.settle", "after", 1),
 }
 LOADED = ("loading", "settled")
 """From here on the machine is where it goes, and what it did before is kept."""
@@ -603,16 +587,16 @@ async def test_the_guard_also_watches_a_guest_that_is_to_stand_still_afterwards(
 @pytest.mark.parametrize(
     "point",
     [
-        ("qmpsnap.block.tags", "take_out", "after", 1),
-        ("qmpsnap.block.tags", "take_out", "after", 2),
-        ("qmpsnap.ops.tagging", "load_into", "before", 1),
-        ("qmpsnap.ops.tagging", "load_into", "after", 1),
-        ("qmpsnap.qmp.commands", "delete_tag", "after", 1),
+        Call("qmpsnap.block.tags", "take_out", "after", 1),
+        Call("qmpsnap.block.tags", "take_out", "after", 2),
+        Call("qmpsnap.ops.tagging", "load_into", "before", 1),
+        Call("qmpsnap.ops.tagging", "load_into", "after", 1),
+        Call("qmpsnap.qmp.commands", "delete_tag", "after", 1),
     ],
-    ids=lambda point: f"{point[1]}-{point[2]}-{point[3]}",
+    ids=lambda point: f"{point.function}-{point.when}-{point.nth}",
 )
 async def test_killed_while_it_is_taken_out(
-    q: qmpsnap.Controller, qcow2_spec: MachineSpec, point: tuple[str, str, str, int], qemu: str
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, point: Call, qemu: str
 ) -> None:
     vm = await q.define(qcow2_spec)
     await vm.start()
@@ -622,7 +606,7 @@ async def test_killed_while_it_is_taken_out(
     await vm.stop(force=True)
     await die_at(point, "snapshot", "revert", "still", "inside", "--no-after")
     if qemu == "dies too":
-        await kill_qemu(vm)
+        kill_qemu(vm)
     await vm.recover()
     assert await vm.recover() == []
     assert await tag_hash(vm, LayerId("vda-1"), tag) == held

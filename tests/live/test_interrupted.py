@@ -6,28 +6,24 @@ import signal
 import pytest
 
 import qmpsnap
-from tests.live.crash import JOBS, STORE, Point, stopped_at
+from tests.harness.deaths import JOBS, STORE, Call, stopped_at
 from tests.live.machine import context_of, grown_and_stopped
 
 pytestmark = pytest.mark.version
 
 
-async def interrupt(point: Point, *words: str) -> tuple[int, str]:
+async def interrupt(point: Call, *words: str) -> tuple[int, str]:
     """The exit code and stderr of a command that gets SIGINT there."""
-    # Where the tests run in the background, a shell has let them ignore it.
-    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    async with stopped_at(point, *words, first=heeds) as process:
+    async with stopped_at(point, *words) as process:
         process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGCONT)
-        assert process.stderr
-        told = b"".join([chunk async for chunk in process.stderr])
-        return await process.wait(), told.decode()
+    assert process.returncode is not None
+    return process.returncode, process.stderr
 
 
 async def test_an_operation_that_was_undone(q: qmpsnap.Controller) -> None:
     vm, _, _ = await grown_and_stopped(q)
     await vm.start(paused=True)
-    code, told = await interrupt((JOBS, "follow", "before", 1), "stream", "still", "vda", "--progress", "none")
+    code, told = await interrupt(Call(JOBS, "follow", "before", 1), "stream", "still", "vda", "--progress", "none")
     last = context_of(vm).store.operations("still")[-1]
     assert (code, last.state) == (130, "failed")
     assert told == f"qmpsnap: interrupted; operation {last.id} (stream) was undone\n"
@@ -37,7 +33,7 @@ async def test_an_operation_that_was_completed(q: qmpsnap.Controller) -> None:
     vm, _, _ = await grown_and_stopped(q)
     await vm.start(paused=True)
     line = ("snapshot", "create", "still", "kept", "-o", "json")
-    code, told = await interrupt((STORE, "SqliteStore.settle", "after", 1), *line)
+    code, told = await interrupt(Call(STORE, "SqliteStore.settle", "after", 1), *line)
     last = context_of(vm).store.operations("still")[-1]
     error = json.loads(told)
     assert (code, last.state) == (130, "settled")
@@ -47,7 +43,7 @@ async def test_an_operation_that_was_completed(q: qmpsnap.Controller) -> None:
 
 async def test_what_changes_nothing(q: qmpsnap.Controller) -> None:
     await grown_and_stopped(q)
-    point = ("qmpsnap.machine.machine", "launch", "before", 1)
+    point = Call("qmpsnap.machine.machine", "launch", "before", 1)
     code, told = await interrupt(point, "start", "still")
     assert (code, told) == (130, "qmpsnap: interrupted\n")
 

@@ -13,7 +13,7 @@ from qmpsnap.ops import commit, delete, mirror, space
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.ops.mirror import MirrorRequest
-from tests.live.crash import JOBS, stopped_at
+from tests.harness.deaths import JOBS, Call, stopped_at
 from tests.live.machine import context_of, grown_and_stopped, user_monitor
 
 
@@ -22,7 +22,7 @@ async def test_jobs_and_state_while_another_process_works(
 ) -> None:
     vm, _, _ = await grown_and_stopped(q)
     await vm.start(paused=True)
-    async with stopped_at((JOBS, "follow", "before", 1), "stream", "still", "vda", "--progress", "none") as process:
+    async with stopped_at(Call(JOBS, "follow", "before", 1), "stream", "still", "vda", "--progress", "none") as process:
         (job,) = await vm.jobs()
         assert job.type == "stream"
         assert await vm.state() in ("paused", "prelaunch")

@@ -17,7 +17,8 @@ from qmpsnap.machine.machine import wait_end
 from qmpsnap.model.machine import Process
 from qmpsnap.model.spec import DiskSpec, Format
 from qmpsnap.qmp.commands import JobInfo
-from tests.live.crash import JOBS, STORE, die_at, kill_qemu
+from tests.harness.deaths import JOBS, STORE, Call, die_at
+from tests.harness.processes import kill_qemu
 from tests.live.machine import (
     MIB,
     ONE_DISK,
@@ -71,7 +72,7 @@ async def test_a_cancelled_scope_leaves_the_chain_as_before(q: qmpsnap.Controlle
 async def test_a_job_at_work_is_told_waited_for_and_cancelled(q: qmpsnap.Controller, home: Path) -> None:
     vm, hashes, now = await grown_and_stopped(q)
     await vm.start(paused=True)
-    await die_at((JOBS, "follow", "before", 1), "stream", "still", "vda")
+    await die_at(Call(JOBS, "follow", "before", 1), "stream", "still", "vda")
     async with user_monitor(vm) as qemu:
         found = [job.id for job in await vm.jobs()]
         assert len(found) == 1
@@ -124,12 +125,12 @@ async def test_a_base_that_a_commit_has_lengthened_before_it_was_undone_is_that_
         await vm.stop(force=True)
     base = (await vm.chains())[0].layers[0].layer
     assert base.virtual_size == 2 * MIB
-    await die_at((JOBS, "follow", "before", 1), "snapshot", "delete", "still", "s2")
+    await die_at(Call(JOBS, "follow", "before", 1), "snapshot", "delete", "still", "s2")
     await _until_longer(base.path, format_)
     if end == "cancelled":
         await vm.cancel()
     else:
-        await kill_qemu(vm)
+        kill_qemu(vm)
         await vm.recover()
     chain = (await vm.chains())[0]
     assert len(chain.layers) == 3
@@ -164,7 +165,7 @@ async def test_the_last_thread_of_a_killed_worker_is_waited_for(
 ) -> None:
     vm, hashes, now = await grown_and_stopped(q)
     # Its marks are `started` and `finalizing`.
-    await die_at((STORE, "SqliteStore.mark", "after", 2), "stream", "still", "vda", qemu_too=True)
+    await die_at(Call(STORE, "SqliteStore.mark", "after", 2), "stream", "still", "vda", qemu_too=True)
     folder, active = context_of(vm).home.run_dir("still") / worker.FOLDER, (await vm.chains())[0].active
     argv = [sys.executable, "-c", ENDING, active.path]
     async with await anyio.open_process(argv, cwd=folder) as ending:

@@ -11,7 +11,7 @@ import qmpsnap
 from qmpsnap.errors import QmpsnapError, StateError
 from qmpsnap.model.names import LayerId
 from qmpsnap.qmp.commands import JobInfo
-from tests.live.crash import STORE, die_at
+from tests.harness.deaths import STORE, Call, die_at
 from tests.live.machine import active_hash, content_hash, context_of, grown_and_stopped, hold_invariants
 
 pytestmark = pytest.mark.version
@@ -80,7 +80,7 @@ async def test_whoever_takes_a_finished_copy_away_locks_no_machine(
     await vm.start(paused=True)
     copy = place / "copy"
     # Its marks are `made`, `started` and `finalizing`.
-    point = (STORE, "SqliteStore.mark", "after", 3)
+    point = Call(STORE, "SqliteStore.mark", "after", 3)
     await die_at(point, "mirror", "still", "vda", str(copy), "--finish", "--progress", "none")
     copy.rename(place / "mine")
     if then == "removed":

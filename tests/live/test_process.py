@@ -15,7 +15,7 @@ from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.model.spec import MachineSpec
-from tests.live.crash import kill_qemu
+from tests.harness.processes import kill_qemu
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor
 
 pytestmark = pytest.mark.version
@@ -62,7 +62,7 @@ async def test_a_killed_qemu_is_noticed_and_the_machine_starts_again(
 ) -> None:
     vm = await q.define(still_spec)
     await vm.start(paused=True)
-    await kill_qemu(vm)
+    kill_qemu(vm)
     assert not await vm.is_running()
     assert await vm.state() == "stopped"
     await vm.snapshot("while-down")

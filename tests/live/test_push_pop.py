@@ -8,7 +8,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
 from qmpsnap.model.spec import MachineSpec
-from tests.live.crash import die_at
+from tests.harness.deaths import Call, die_at
 from tests.live.machine import active_hash, context_of, fill, hold_invariants
 
 
@@ -43,14 +43,12 @@ async def test_a_stack(q: qmpsnap.Controller, still_spec: MachineSpec, state: st
 @pytest.mark.parametrize(
     "point",
     [
-        ("qmpsnap.ops.revert", "run", "before", 1),
-        ("qmpsnap.ops.revert", "run", "after", 1),
-        ("qmpsnap.ops.delete", "run", "after", 1),
+        Call("qmpsnap.ops.revert", "run", "before", 1),
+        Call("qmpsnap.ops.revert", "run", "after", 1),
+        Call("qmpsnap.ops.delete", "run", "after", 1),
     ],
 )
-async def test_killed_between_its_steps(
-    q: qmpsnap.Controller, still_spec: MachineSpec, point: tuple[str, str, str, int]
-) -> None:
+async def test_killed_between_its_steps(q: qmpsnap.Controller, still_spec: MachineSpec, point: Call) -> None:
     vm = await q.define(still_spec)
     await vm.start(paused=True)
     await vm.push("lower")

@@ -11,8 +11,9 @@ from qmpsnap.block import content
 from qmpsnap.errors import DeadlinePassed, QmpError, StateError, UsageError
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import quiesce
+from tests.harness.deaths import Call, die_at, stopped_at
+from tests.harness.processes import no_guards
 from tests.live.booted import start_booted
-from tests.live.crash import die_at, no_guards, stopped_at
 from tests.live.machine import context_of, hold_invariants
 
 MOUNT = "mkfs.ext4 -q -E lazy_itable_init=0 /dev/vda && mount -t ext4 /dev/vda /mnt && sync"
@@ -97,9 +98,9 @@ async def test_inside_the_images(vm: qmpsnap.MachineHandle) -> None:
 
 
 FROZEN = {
-    "disk": ("qmpsnap.machine.agent", "Agent.freeze", "after", 1),
-    "full, frozen": ("qmpsnap.machine.agent", "Agent.freeze", "after", 1),
-    "full, held": ("qmpsnap.ops.memory", "fixed", "after", 1),
+    "disk": Call("qmpsnap.machine.agent", "Agent.freeze", "after", 1),
+    "full, frozen": Call("qmpsnap.machine.agent", "Agent.freeze", "after", 1),
+    "full, held": Call("qmpsnap.ops.memory", "fixed", "after", 1),
 }
 
 
@@ -168,7 +169,10 @@ async def test_killed_while_a_merge_holds_the_guest(q: qmpsnap.Controller, still
     await vm.start()  # its firmware runs
     await vm.snapshot("one")
     # The first of these is the step before the guest is stopped, the second that it is.
-    for point in (("qmpsnap.qmp.commands", "control", "after", 1), ("qmpsnap.qmp.jobs", "finalize", "after", 1)):
+    for point in (
+        Call("qmpsnap.qmp.commands", "control", "after", 1),
+        Call("qmpsnap.qmp.jobs", "finalize", "after", 1),
+    ):
         await die_at(point, "stream", "still", "vda", "--progress", "none")
         assert await vm.state() == "running"
         await vm.wait()

@@ -13,7 +13,7 @@ from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.operation import Merge, MergePlan
 from qmpsnap.ops import relaunched
-from tests.live.crash import JOBS, STORE, Point, die_at
+from tests.harness.deaths import JOBS, STORE, Call, die_at
 from tests.live.machine import context_of
 from tests.live.test_adopt import Foreign, agree, folder, launched
 
@@ -22,21 +22,21 @@ __all__ = ["folder", "launched"]  # fixtures
 CREATE = ("snapshot", "create", "theirs", "s3")
 COMMIT = ("commit", "--base", "s2", "--consume")
 PIVOT = ("mirror", "--pivot", "copy.qcow2")
-VERBS: dict[str, tuple[Point, tuple[str, ...]]] = {
-    "commit before finalize": ((JOBS, "finalize", "before", 1), COMMIT),
-    "commit after finalize": ((JOBS, "finalize", "after", 1), COMMIT),
-    "pivot before finalize": ((JOBS, "finalize", "before", 1), PIVOT),
-    "pivot after finalize": ((JOBS, "finalize", "after", 1), PIVOT),
-    "create": ((STORE, "SqliteStore.settle", "before", 1), CREATE),
+VERBS: dict[str, tuple[Call, tuple[str, ...]]] = {
+    "commit before finalize": (Call(JOBS, "finalize", "before", 1), COMMIT),
+    "commit after finalize": (Call(JOBS, "finalize", "after", 1), COMMIT),
+    "pivot before finalize": (Call(JOBS, "finalize", "before", 1), PIVOT),
+    "pivot after finalize": (Call(JOBS, "finalize", "after", 1), PIVOT),
+    "create": (Call(STORE, "SqliteStore.settle", "before", 1), CREATE),
 }
-SETTLED: dict[str, tuple[Point, tuple[str, ...]]] = {
-    "commit": (("qmpsnap.ops.merge", "remove_files", "before", 1), COMMIT),
-    "pivot": (("qmpsnap.ops.merge", "remove_files", "before", 1), PIVOT),
+SETTLED: dict[str, tuple[Call, tuple[str, ...]]] = {
+    "commit": (Call("qmpsnap.ops.merge", "remove_files", "before", 1), COMMIT),
+    "pivot": (Call("qmpsnap.ops.merge", "remove_files", "before", 1), PIVOT),
 }
 STREAM = ("snapshot", "delete", "theirs", "s2")
-STAYS: dict[str, tuple[Point, tuple[str, ...]]] = {
-    "before finalize": ((JOBS, "finalize", "before", 1), STREAM),
-    "after finalize": ((JOBS, "finalize", "after", 1), STREAM),
+STAYS: dict[str, tuple[Call, tuple[str, ...]]] = {
+    "before finalize": (Call(JOBS, "finalize", "before", 1), STREAM),
+    "after finalize": (Call(JOBS, "finalize", "after", 1), STREAM),
 }
 MOVED = [verb for verb in VERBS if "before" not in verb]
 """Those after which the guest has been moved to the new side, in a QEMU that lives on."""

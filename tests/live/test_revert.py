@@ -19,8 +19,8 @@ from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops.overlays import make_overlays
 from qmpsnap.ops.revert_plan import Run
 from qmpsnap.qmp import commands
+from tests.harness.deaths import STORE, Call, die_at
 from tests.live.booted import start_booted
-from tests.live.crash import STORE, die_at
 from tests.live.machine import Hashes, content_hash, context_of, fill, hold_invariants, user_monitor
 
 pytestmark = pytest.mark.version
@@ -354,7 +354,7 @@ async def test_a_verb_that_ends_a_broken_revert_finds_the_machine_stopped(
     q: qmpsnap.Controller, still_spec: MachineSpec
 ) -> None:
     vm, hashes = await two_snapshots(q, still_spec)
-    await die_at((STORE, "SqliteStore.mark", "after", 1), "snapshot", "revert", "still", "a")
+    await die_at(Call(STORE, "SqliteStore.mark", "after", 1), "snapshot", "revert", "still", "a")
     assert await vm.is_running()
     assert (await vm.snapshot("c")).mode == "stopped"
     assert not await vm.is_running()

@@ -13,13 +13,13 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from tests.live.crash import JOBS, STORE, Point, die_at, stopped_at
+from tests.harness.deaths import JOBS, STORE, Call, die_at, stopped_at
 from tests.live.machine import MIB, context_of, grown, hold_invariants
 
-FOLLOWS: Point = (JOBS, "follow", "before", 1)
-STOPPING: Point = ("qmpsnap.ops.revert", "switch", "before", 1)
-OPENS: Point = (STORE, "SqliteStore.open_operation", "before", 1)
-SETTLES: Point = (STORE, "SqliteStore.settle", "before", 1)
+FOLLOWS = Call(JOBS, "follow", "before", 1)
+STOPPING = Call("qmpsnap.ops.revert", "switch", "before", 1)
+OPENS = Call(STORE, "SqliteStore.open_operation", "before", 1)
+SETTLES = Call(STORE, "SqliteStore.settle", "before", 1)
 
 CONSUME = ("commit", "still", "vda", "--consume")
 
@@ -51,7 +51,7 @@ def layers_of(vm: qmpsnap.MachineHandle) -> tuple[Layer, ...]:
     ],
 )
 async def test_no_clone_on_what_an_interrupted_operation_changes(
-    q: qmpsnap.Controller, home: Path, point: Point, words: tuple[str, ...], layer: int
+    q: qmpsnap.Controller, home: Path, point: Call, words: tuple[str, ...], layer: int
 ) -> None:
     vm = await grown(q, "s1", "s2")
     if "--consume" not in words:

@@ -2,24 +2,28 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qmpsnap.store.runfolder import LINK
-from tests.live.crash import STORE, Point, stopped_at
+from tests.harness.deaths import STORE, Call, stopped_at
 
 # Tests may run as root, whose places no variable moves: a user's are what is asked for here.
 AS_USER = """
 from qmpsnap.model.home import Home
+from tests.harness.deaths import STORE, Call, stopped_at
 by_environment = Home.from_environment.__func__
 Home.from_environment = classmethod(lambda cls, environment, *, uid: by_environment(cls, environment, uid=1000))
 """
+as_user = partial(exec, AS_USER, {})
 
-SETTLES: Point = (STORE, "SqliteStore.settle", "before", 1)
-RECORDS: Point = (STORE, "SqliteStore.set_process", "before", 1)
+SETTLES = Call(STORE, "SqliteStore.settle", "before", 1)
+RECORDS = Call(STORE, "SqliteStore.set_process", "before", 1)
 
 SPEC = {"name": "still", "memory": "64 MiB", "agent": False, "disks": [{"name": "vda", "size": "1 MiB"}]}
 
@@ -62,7 +66,7 @@ def desk(home: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
 async def test_who_works_in_one_keeps_the_other_away(desk: Desk, state: str) -> None:
     if state == "running":
         desk.run("start", "still", "--paused")
-    async with stopped_at(SETTLES, "snapshot", "create", "still", "first", first=AS_USER) as other:
+    async with stopped_at(SETTLES, "snapshot", "create", "still", "first", first=as_user) as other:
         desk.cron()
         assert f"'snapshot create' (pid {other.pid} " in desk.run("snapshot", "create", "still", code=4).stderr
     assert other.returncode == 0
@@ -77,8 +81,8 @@ async def test_who_works_in_one_keeps_the_other_away(desk: Desk, state: str) -> 
 
 
 async def test_what_one_has_started_and_not_recorded_runs_for_the_other(desk: Desk) -> None:
-    async with stopped_at(RECORDS, "start", "still", "--paused", first=AS_USER) as starting:
-        starting.kill()
+    async with stopped_at(RECORDS, "start", "still", "--paused", first=as_user) as starting:
+        starting.send_signal(signal.SIGKILL)
     desk.cron()
     assert desk.state() == "running"
     assert "runs already" in desk.run("start", "still", code=4).stderr

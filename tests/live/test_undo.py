@@ -15,7 +15,7 @@ from qmpsnap.errors import QmpError, QmpsnapError, StoreMismatch
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import merge
 from qmpsnap.store.sqlite import SqliteStore
-from tests.live.crash import JOBS, STORE, die_at
+from tests.harness.deaths import JOBS, STORE, Call, die_at
 from tests.live.machine import (
     MIB,
     ONE_DISK,
@@ -203,7 +203,7 @@ async def test_no_clock_makes_an_overwritten_snapshot_ok_again(q: qmpsnap.Contro
     vm, _, now = await grown_and_stopped(q)
     await vm.start(paused=True)
     words = ("commit", "still", "vda", "--base", "s1", *(("--top", top) if top else ()), "--consume")
-    await die_at((JOBS, "follow", "before", 1), *words)
+    await die_at(Call(JOBS, "follow", "before", 1), *words)
     async with user_monitor(vm) as qemu:
         found: Any = [{"status": "running"}]
         while found[0]["status"] not in {"ready", "pending"}:  # all is written
@@ -226,7 +226,7 @@ async def test_a_commit_that_did_not_come_to_start_is_taken_back_if_the_file_say
     vm, hashes, now = await grown_and_stopped(q)
     await vm.start(paused=True)
     words = ("commit", "still", "vda", "--base", "s1", "--top", "s2", "--consume")
-    await die_at((STORE, "SqliteStore.mark", "after", 1), *words)
+    await die_at(Call(STORE, "SqliteStore.mark", "after", 1), *words)
     if journal:
         _rewrite_journal(vm, "step = '0:started'")
     await vm.recover()

@@ -12,7 +12,7 @@ from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import rebuild
-from tests.live.crash import Point, die_at
+from tests.harness.deaths import Call, die_at
 from tests.live.machine import MIB, context_of, hold_invariants
 from tests.live.test_rebuild import at, lose
 
@@ -182,19 +182,19 @@ async def test_a_lost_store_does_not_lose_it(home: Path, uefi_spec: MachineSpec)
 COPY = ("qmpsnap.ops.tagging", "copy_variables")
 REPLACE = ("qmpsnap.ops.switch", "copy_variables")
 SETTLE = ("qmpsnap.store.sqlite", "SqliteStore.settle")
-FORWARD: dict[str, Point] = {
-    "before it is copied": (*COPY, "before", 1),
-    "with a copy that may not be durable": ("qmpsnap.ops.tagging", "sync_folder", "before", 1),
-    "with a copy": (*REPLACE, "before", 1),
-    "replaced": (*REPLACE, "after", 1),
-    "not settled": (*SETTLE, "before", 1),
-    "settled": (*SETTLE, "after", 1),
+FORWARD: dict[str, Call] = {
+    "before it is copied": Call(*COPY, "before", 1),
+    "with a copy that may not be durable": Call("qmpsnap.ops.tagging", "sync_folder", "before", 1),
+    "with a copy": Call(*REPLACE, "before", 1),
+    "replaced": Call(*REPLACE, "after", 1),
+    "not settled": Call(*SETTLE, "before", 1),
+    "settled": Call(*SETTLE, "after", 1),
 }
 
 
 async def test_killed_before_the_guest_would_notice(q: qmpsnap.Controller, uefi_spec: MachineSpec) -> None:
     vm = await stopped_with_a_snapshot(q, uefi_spec)
-    await die_at(("qmpsnap.store.sqlite", "SqliteStore.mark", "before", 1), "snapshot", "revert", "still", "s")
+    await die_at(Call("qmpsnap.store.sqlite", "SqliteStore.mark", "before", 1), "snapshot", "revert", "still", "s")
     await vm.recover()
     assert (mark(vm), copies(vm)) == (2, await listed(vm))
     await hold_invariants(vm)
