@@ -6,6 +6,7 @@ For tests that only need *a* guest. Those that test a start, a console or a cloc
 import fcntl
 import hashlib
 import os
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ from qmpsnap.ops.power import bring_up
 from qmpsnap.ops.work import working
 from tests.conftest import SHARED
 from tests.live.machine import context_of
+
+BOOT = 180.0
+"""Seconds for a boot that takes two on an idle host."""
 
 
 async def start_booted(vm: qmpsnap.MachineHandle) -> None:
@@ -43,12 +47,15 @@ async def _state_of(spec: MachineSpec) -> Vmstate:
     record = folder / "vmstate.json"
     async with _locked(folder):
         if not record.exists():
-            async with qmpsnap.open(folder) as q:
+            home = tempfile.mkdtemp(dir=folder)  # another one where the one before did not come up
+            async with qmpsnap.open(home) as q:
                 vm = await q.define(spec)
                 await vm.start()
-                await vm.run("true")
-                snapshot = await vm.snapshot("booted", kind="full")
-                await vm.stop(force=True)
+                try:
+                    await vm.run("true", deadline=BOOT)
+                    snapshot = await vm.snapshot("booted", kind="full")
+                finally:
+                    await vm.stop(force=True)
             record.write_bytes(msgspec.json.encode(snapshot.vmstate))
     return msgspec.json.decode(record.read_bytes(), type=Vmstate)
 
