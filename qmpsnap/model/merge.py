@@ -72,7 +72,8 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
         root=job_chain.active.id,
         live=live,
         chain=job_chain.layers,
-        moves=sum(at.bytes.get(layer.id, 0) for layer in gone),
+        # The job that commits layers below the active one writes zeros like any data before QEMU 10.0.
+        moves=at.moves(gone, into, zeros="none" if highest.id == job_chain.active.id else "all"),
         rebased=rebased,
         removed=_files(gone),
         change=Change(
@@ -130,7 +131,7 @@ def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) 
         root=job_chain.active.id,
         live=live,
         chain=job_chain.layers,
-        moves=sum(at.bytes.get(layer.id, 0) for layer in between),
+        moves=at.moves(between, target, zeros="near data"),
         removed=_files(removed),
         change=Change(layers=(alone,), removed_layers=tuple(layer.id for layer in removed)),
     )
@@ -184,14 +185,13 @@ def _reduce_run(at: Situation, run: Sequence[LayerId]) -> DiskReduction | None:
     """The cheapest way to make ``run`` (its last layer stays needed, the others are not) one layer."""
     layers = [at.forest.layer(layer) for layer in run]
     disk = _disk_of(at.forest, at.machine, layers[-1])
-    total = sum(at.bytes.get(layer, 0) for layer in run)
     ways: list[tuple[Choice, tuple[Merge, ...]]] = []
     for place, layer in enumerate(layers):
         try:
             steps = _merge_into(at, disk, layers, layer.id)
         except StateError:
             continue
-        choice = Choice(layer.id, _how(place, len(run)), total - at.bytes.get(layer.id, 0))
+        choice = Choice(layer.id, _how(place, len(run)), sum(step.moves for step in steps))
         ways.append((choice, steps))
     ways.sort(key=lambda way: (way[0].bytes, way[0].how))
     if not ways:

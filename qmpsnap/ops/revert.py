@@ -91,7 +91,7 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
     machine = await blocking(context.store.machine, name)
     serial = OperationId(await blocking(context.store.next_serial))
     async with context.monitor(machine) as qemu:
-        at = await situation.look(context, Work(machine, qemu))
+        at = await situation.look(context, Work(machine, qemu), counted=False)
         target = target_of(at, request.name)
         if qemu and revert_inside.in_place(target, at.live):
             make = await revert_inside.planner(
@@ -139,7 +139,7 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
 
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
     async with working(context, name, "snapshot revert", removes=True) as work:
-        at = await situation.look(context, work)
+        at = await situation.look(context, work, counted=False)
         target = target_of(at, request.name)
         if work.qemu and revert_inside.in_place(target, at.live):
             done = await _load(context, work, at, target, request)
@@ -166,7 +166,7 @@ async def _load(context: Context, work: Work, at: Situation, target: Snapshot, r
 
 async def _require_possible(context: Context, work: Work, request: RevertRequest) -> None:
     """Refuse what would be refused later, before a layer is put on top for it."""
-    at = await situation.look(context, work)
+    at = await situation.look(context, work, counted=False)
     target = target_of(at, request.name)
     await _examine(context, work, at, target)
     mode = await asked.mode_of(work.qemu)

@@ -4,8 +4,9 @@ import contextlib
 from pathlib import Path
 
 from anyio import to_thread
+from msgspec.structs import replace
 
-from qmpsnap.block import graph
+from qmpsnap.block import allocated, graph
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.model.chain import Chain, Layer
@@ -13,14 +14,20 @@ from qmpsnap.model.forest import Forest
 from qmpsnap.model.home import Home
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Merge, Removal
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.situation import TABLE_COVERS, Held, Situation
 from qmpsnap.ops import space
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.work import Work
+from qmpsnap.threads import to_end
 
 
-async def look(context: Context, work: Work) -> Situation:
+async def look(context: Context, work: Work, *, counted: bool = True) -> Situation:
     """The situation of a machine whose lock we hold, after QEMU has agreed that its chains are the store's.
+
+    Args:
+        context: where.
+        work: the machine.
+        counted: count what its layers hold, for what merges or copies them: every table is read for it.
 
     Raises:
         StoreMismatch: it does not.
@@ -31,13 +38,17 @@ async def look(context: Context, work: Work) -> Situation:
     if work.qemu:
         await graph.require_agreement(work.qemu, chains, machine=name)
     forest = await blocking(context.store.forest)
+    running = work.qemu is not None
+    sizes = await to_thread.run_sync(_bytes, forest, context.home, name, chains)
+    written = {chain.active.id for chain in chains if running}
     return Situation(
         machine=name,
         forest=forest,
         snapshots=await blocking(context.store.snapshots, name),
         live={chain.disk: chain for chain in chains},
-        running=work.qemu is not None,
-        bytes=await to_thread.run_sync(_bytes, forest, context.home, name, chains),
+        running=running,
+        bytes=sizes,
+        held=await to_end(_held, [forest.layer(layer) for layer in sizes], written) if counted else {},
     )
 
 
@@ -76,7 +87,7 @@ def require_space(at: Situation, steps: tuple[Merge | Removal, ...], store: Path
             folder = Path(step.into.path).parent
             found = space.room(folder)
             free = left.setdefault(found.device, found.free)
-            growth = min(step.moves, max(0, step.into.virtual_size - at.bytes.get(step.into.id, 0)))
+            growth = min(step.moves, _may_grow(at, step))
             if free < growth:
                 raise HostCannot(
                     f"layer {step.into.id} may grow by {growth} bytes and {free} are free at {printable(str(folder))};"
@@ -90,6 +101,34 @@ def require_space(at: Situation, steps: tuple[Merge | Removal, ...], store: Path
                 device = space.room(Path(layer.path).parent).device
                 if device in left:
                     left[device] += at.bytes.get(layer.id, 0)
+
+
+def _may_grow(at: Situation, step: Merge) -> int:
+    """Bytes that the layer may grow by, whatever is written to it: what it holds already is written over in place.
+
+    Not where that is compressed, or read by a snapshot inside it.
+    """
+    into, size = step.into, max(step.into.virtual_size, step.top.virtual_size)
+    occupied = at.bytes.get(into.id, 0)
+    if into.id not in at.held:
+        return max(0, into.virtual_size - occupied)
+    if any(reference.tag for reference in at.forest.references_to(into.id)):
+        return step.moves
+    most = size if into.format == "raw" else space.of_image(size, size)
+    return max(0, most - min(occupied, at.held[into.id].data))
+
+
+def _held(layers: list[Layer], written: set[LayerId]) -> dict[LayerId, Held]:
+    """What each layer holds; one that a QEMU writes to has grown by what its file has, and its tables need not say."""
+    found = {layer.id: allocated.held(layer) for layer in layers}
+    for layer in layers:
+        if layer.id in written:
+            counted = found[layer.id]
+            with contextlib.suppress(OSError):
+                length = min(layer.virtual_size, Path(layer.path).stat().st_size)
+                tables = max(counted.tables, -(-length // TABLE_COVERS))
+                found[layer.id] = replace(counted, data=max(counted.data, length), tables=tables)
+    return found
 
 
 def _bytes(forest: Forest, home: Home, machine: str, chains: tuple[Chain, ...]) -> dict[LayerId, int]:
