@@ -25,9 +25,13 @@ A message says what failed and what is unchanged; ``hint`` says what to type nex
 ``effect`` says whether anything changed: ``none``, ``applied`` or ``unknown``.
 """
 
-from typing import ClassVar, Literal
+import re
+from typing import ClassVar, Final, Literal
 
 Effect = Literal["none", "applied", "unknown"]
+
+_CLAIM: Final = re.compile(r"; nothing was (?:changed|created|deleted|done|recorded|removed|started)\b")
+"""How a message says so by itself that was made before any operation had begun."""
 
 
 class QmpsnapError(Exception):
@@ -61,6 +65,18 @@ class QmpsnapError(Exception):
         self.machine = machine
         self.operation = operation
         self.qmp_class = qmp_class
+
+    def claim(self, effect: Effect, left: str = "") -> None:
+        """Say what has come of it, as found; whatever the message said of that before counts no more.
+
+        Args:
+            effect: whether anything was changed.
+            left: what is otherwise now, where it is not only what was asked for.
+        """
+        said = {"none": "nothing was changed", "applied": left, "unknown": ""}[effect]
+        fact = _CLAIM.sub("", self.message)
+        self.effect, self.message = effect, f"{fact}; {said}" if said else fact
+        self.args = (self.message,)
 
     def add(self, also: str) -> None:
         """Say one thing more."""

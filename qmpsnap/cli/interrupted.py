@@ -24,8 +24,8 @@ def interrupted(machine: str | None) -> Interrupted:
     error.machine, error.operation = machine, str(operation.id)
     if operation.state in OPEN_STATES:
         error.effect, error.hint = "unknown", f"qmpsnap recover {machine} finds out and ends it"
-    elif operation.state == "settled" or operation.verb == "delete":
-        error.effect = "applied"
+    else:
+        error.effect = operation.effect or ("applied" if operation.state == "settled" else "none")
     return error
 
 
@@ -34,4 +34,4 @@ def _became(operation: Operation) -> str:
         return "is open"
     if operation.state == "settled":
         return "was completed"
-    return "was given up; the snapshots are gone, their layers go later" if operation.verb == "delete" else "was undone"
+    return f"was given up; {operation.outcome}" if operation.outcome else "was undone"

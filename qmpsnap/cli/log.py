@@ -29,9 +29,17 @@ def _log(arguments: argparse.Namespace) -> None:
         names=[str(operation["operation"]) for operation in operations],
         table=lambda: output.table(
             ("OPERATION", "VERB", "STATE", "STEP", "STARTED", "ERROR"),
-            [(o["operation"], o["verb"], o["state"], o["step"], o["started"], o["error"] or "-") for o in operations],
+            [(o["operation"], o["verb"], o["state"], o["step"], o["started"], _said(o)) for o in operations],
         ),
     )
+
+
+def _said(operation: dict[str, Any]) -> str:
+    """What went wrong, and what has come of it all the same."""
+    if not operation["error"]:
+        return "-"
+    stays = operation["outcome"] if operation["state"] == "failed" else None
+    return f"{operation['error']}; {stays}" if stays else str(operation["error"])
 
 
 def _document(operation: "Operation") -> dict[str, Any]:
@@ -44,4 +52,6 @@ def _document(operation: "Operation") -> dict[str, Any]:
         "updated": moment(operation.updated),
         "pid": operation.pid,
         "error": operation.error,
+        "effect": operation.effect,
+        "outcome": operation.outcome,
     }

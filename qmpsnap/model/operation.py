@@ -4,6 +4,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from qmpsnap.errors import Effect
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
@@ -357,6 +358,8 @@ class Operation(Struct, frozen=True, kw_only=True):
         started: seconds since the epoch, UTC.
         pid: the controller that opened it.
         error: one sentence, when it failed.
+        effect: whether it has changed what the store has of the machine, found when it ended; None before that.
+        outcome: what is otherwise than before it, in words.
     """
 
     id: OperationId
@@ -369,3 +372,5 @@ class Operation(Struct, frozen=True, kw_only=True):
     updated: float
     pid: int
     error: str | None = None
+    effect: Effect | None = None
+    outcome: str | None = None

@@ -51,6 +51,8 @@ _MERGE: Final = (
     Step(UNDONE, "what was true from the opening on is taken back: back"),
     Step(SETTLED, "nothing is left to do"),
 )
+_MERGE_ALONE: Final = tuple(step for step in _MERGE if step.name != UNDONE)
+"""Of what opens with nothing that can be taken back: a stream changes nothing at once, and a name that went is gone."""
 
 STEPS: Final[dict[str, tuple[Step, ...]]] = {
     "define": (
@@ -79,8 +81,8 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
         Step(SETTLED, "nothing is left to do"),
     ),
     "commit": _MERGE,
-    "stream": _MERGE,
-    "delete": _MERGE,
+    "stream": _MERGE_ALONE,
+    "delete": _MERGE_ALONE,
     "mirror": (
         Step(PLANNED, "the file may have been made, under a name of ours: back"),
         Step("made:FILE", "that file is ours also under the name asked for; QEMU may have it open: back"),

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import anyio
 
 from qmpsnap.block import tags
-from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
+from qmpsnap.errors import Effect, HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.machine import worker
 from qmpsnap.machine.machine import end
 from qmpsnap.model import steps
@@ -134,11 +134,21 @@ async def after_failure(
             await blocking(lambda: context.store.mark(operation.id, "unknown", error=str(error)))
     if isinstance(error, QmpsnapError):
         error.machine, error.operation = machine.name, str(operation.id)
-        error.effect = {"forward": "applied", "back": "none", None: "unknown"}[direction]  # type: ignore[assignment]
+        error.claim(*await _found(context, operation))
         if isinstance(error, JobStuck):
             error.tell(machine.name, waits=direction is None)
         elif direction is None and not isinstance(error, HostCannot | OperationPending):  # these say more
             error.hint = f"qmpsnap recover {machine.name} finds out and ends it"
+
+
+async def _found(context: Context, operation: Operation) -> tuple[Effect, str]:
+    """The effect of an operation as the journal has it now, and what is left of it in words."""
+    try:
+        recorded = await blocking(context.store.operations, operation.machine)
+    except QmpsnapError:
+        return "unknown", ""
+    ended = next((found for found in recorded if found.id == operation.id), operation)
+    return ended.effect or "unknown", ended.outcome or ""
 
 
 async def _end(broken: Broken, qemu: Monitor | None) -> Direction:

@@ -142,7 +142,7 @@ async def _undo(broken: Broken, plan: MergePlan, *, opening: bool) -> Direction:
         plan: its plan.
         opening: take the opening back, too.
     """
-    if opening:
+    if opening and plan.undo != Change():
         operation = broken.operation
         await blocking(
             lambda: broken.context.store.settle(operation.id, broken.machine.name, plan.undo, step=steps.UNDONE)

@@ -4,7 +4,7 @@ Two operations, each whole by itself. Broken off between them, the machine stand
 does what is left.
 """
 
-from qmpsnap.errors import StateError
+from qmpsnap.errors import QmpsnapError, StateError
 from qmpsnap.ops import delete, revert
 from qmpsnap.ops.context import Context
 from qmpsnap.ops.delete import DeleteRequest
@@ -30,5 +30,10 @@ async def pop(context: Context, name: str, *, report: Report = unreported) -> Re
             machine=name,
         )
     reverted = await revert.run(context, name, RevertRequest(name=current, discard=True))
-    await delete.run(context, name, DeleteRequest(names=(current,)), report=report)
+    try:
+        await delete.run(context, name, DeleteRequest(names=(current,)), report=report)
+    except QmpsnapError as error:
+        if error.effect == "none":
+            error.claim("applied", f"the machine stands at {current}, and what was written since is gone")
+        raise
     return reverted

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
-from qmpsnap.model import steps
+from qmpsnap.model import outcome, steps
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
+from qmpsnap.model.outcome import Recorded
+from qmpsnap.store import recorded
 
 _COLUMNS = "id, machine, verb, state, step, plan, started, updated, pid, error"
+_OUTCOME = "effect, outcome"
 
 
 def open_operation(
@@ -43,9 +46,22 @@ def open_operation(
         id=first, machine=machine, verb=verb, state="planned", step=step, plan=plan,
         started=now, updated=now, pid=os.getpid(),
     )  # fmt: skip
+    before = msgspec.json.encode(recorded.read(connection, machine)).decode()
     connection.execute(
-        f"INSERT INTO operation ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (first, machine, verb, "planned", step, msgspec.json.encode(plan).decode(), now, now, os.getpid(), None),
+        f"INSERT INTO operation ({_COLUMNS}, before) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            first,
+            machine,
+            verb,
+            "planned",
+            step,
+            msgspec.json.encode(plan).decode(),
+            now,
+            now,
+            os.getpid(),
+            None,
+            before,
+        ),
     )
     return operation
 
@@ -83,6 +99,23 @@ def mark(
         " version = version + 1 WHERE id = ?",
         (state, step, error, time.time(), operation),
     )
+    if state not in OPEN_STATES:
+        _record_outcome(connection, operation, settled=state == "settled")
+
+
+def _record_outcome(connection: sqlite3.Connection, operation: OperationId, *, settled: bool) -> None:
+    """In the transaction that ends the operation: what it has come to is what differs from before it, and no opinion.
+
+    Of one that an older qmpsnap has opened nothing is known.
+    """
+    machine, text = connection.execute("SELECT machine, before FROM operation WHERE id = ?", (operation,)).fetchone()
+    if text is None:
+        return
+    before, after = msgspec.json.decode(text, type=Recorded), recorded.read(connection, machine)
+    connection.execute(
+        "UPDATE operation SET effect = ?, outcome = ?, before = NULL WHERE id = ?",
+        (outcome.effect(before, after, settled=settled), outcome.left(before, after) or None, operation),
+    )
 
 
 def select(connection: sqlite3.Connection, machine: str, *, only_open: bool) -> tuple[Operation, ...]:
@@ -90,7 +123,7 @@ def select(connection: sqlite3.Connection, machine: str, *, only_open: bool) -> 
     states = OPEN_STATES if only_open else (*OPEN_STATES, "settled", "failed")
     marks = ",".join("?" * len(states))
     rows = connection.execute(
-        f"SELECT {_COLUMNS} FROM operation WHERE machine = ? AND state IN ({marks}) ORDER BY id",
+        f"SELECT {_COLUMNS}, {_OUTCOME} FROM operation WHERE machine = ? AND state IN ({marks}) ORDER BY id",
         (machine, *states),
     )
     return _read(rows)
@@ -100,7 +133,7 @@ def open_elsewhere(connection: sqlite3.Connection, machine: str) -> tuple[Operat
     """The open operations of all other machines, oldest first."""
     marks = ",".join("?" * len(OPEN_STATES))
     rows = connection.execute(
-        f"SELECT {_COLUMNS} FROM operation WHERE machine <> ? AND state IN ({marks}) ORDER BY id",
+        f"SELECT {_COLUMNS}, {_OUTCOME} FROM operation WHERE machine <> ? AND state IN ({marks}) ORDER BY id",
         (machine, *OPEN_STATES),
     )
     return _read(rows)
@@ -119,6 +152,8 @@ def _read(rows: Iterable[sqlite3.Row]) -> tuple[Operation, ...]:
             updated=row[7],
             pid=row[8],
             error=row[9],
+            effect=row[10],
+            outcome=row[11],
         )
         for row in rows
     )

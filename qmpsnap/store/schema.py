@@ -73,6 +73,11 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE snapshot ADD COLUMN unquiesced TEXT NOT NULL DEFAULT '';
     UPDATE snapshot SET level = 'ram' WHERE vmstate IS NOT NULL OR inside IS NOT NULL;
     """,
+    """
+    ALTER TABLE operation ADD COLUMN before TEXT;
+    ALTER TABLE operation ADD COLUMN effect TEXT;
+    ALTER TABLE operation ADD COLUMN outcome TEXT;
+    """,
 )
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.faults import mutants
+from tests.faults import claims, mutants
 from tests.faults.report import Fault, Tally
 from tests.live.conftest import home, place, q
 
@@ -25,7 +25,9 @@ mutants.apply()
 def fault(record_property: object) -> Fault:
     """What the case tells about itself."""
     assert callable(record_property)
-    return Fault(record_property)
+    found = Fault(record_property)
+    claims.tell(found.claim)
+    return found
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 
 import qmpsnap
-from tests.faults import filters, mutants
+from tests.faults import claims, filters, mutants
 from tests.faults.scenarios import SCENARIOS
 from tests.faults.site import NAME, TWO
 from tests.harness import deaths
@@ -59,5 +59,6 @@ async def ends_by_itself(act: Callable[[], Awaitable[object]]) -> str:
         with anyio.fail_after(WAIT):
             await act()
     except qmpsnap.QmpsnapError as error:
+        claims.heard(error)
         return error.code
     return ""

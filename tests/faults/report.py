@@ -36,6 +36,10 @@ class Fault:
         """An operation of this verb was hit at this step."""
         self._record("step", f"{verb}/{step}")
 
+    def claim(self) -> None:
+        """What was said to have come of the verb was compared with what has."""
+        self._record("claim", "")
+
     def too_late(self) -> None:
         """The fault found the verb over already: no case."""
         self._record("too late", "")
@@ -47,6 +51,7 @@ class Tally:
     def __init__(self) -> None:
         self.cases: Counter[tuple[str, str]] = Counter()
         self.violations: Counter[tuple[str, str]] = Counter()
+        self.claims: Counter[str] = Counter()
         self.steps: defaultdict[str, set[str]] = defaultdict(set)
 
     def add(self, properties: Iterable[tuple[str, Any]], *, violated: bool) -> None:
@@ -58,6 +63,7 @@ class Tally:
         cell = (str(told["fault"]), str(told["verb"]))
         self.cases[cell] += 1
         self.violations[cell] += violated
+        self.claims[cell[1]] += "claim" in told
         for name, value in properties:
             if name == "step":
                 verb, _, step = str(value).partition("/")
@@ -82,6 +88,10 @@ class Tally:
             rows.append([fault, *cells, *self._sums((fault, verb) for verb in verbs)])
         sums = [self._cell(*map(int, self._sums((fault, verb) for fault in faults))) for verb in verbs]
         rows.append(["all", *sums, *self._sums(self.cases)])
+        compared = sum(self.claims.values())
+        rows.append(
+            ["of them with a claim that was compared", *(str(self.claims[v] or "-") for v in verbs), str(compared), ""]
+        )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = (
             "  ".join(

@@ -16,6 +16,7 @@ from qmpsnap.block import header
 from qmpsnap.errors import OperationPending
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import DiskSpec, MachineSpec
+from tests.faults import claims
 from tests.live.machine import MIB, Hashes, context_of, fill, flush, hold_invariants
 
 KIB = 1 << 10
@@ -38,6 +39,7 @@ class Before(Struct, frozen=True):
     hashes: Hashes
     disks: Mapping[str, str]
     state: str
+    claimed: claims.Before
 
 
 class Expected(Struct, frozen=True, kw_only=True):
@@ -93,7 +95,7 @@ async def grow(vm: qmpsnap.MachineHandle, *names: str, first: int = 64 * KIB) ->
 
 async def look(vm: qmpsnap.MachineHandle) -> Before:
     """Before the fault; a machine that runs has written nothing that is not on its disks."""
-    return Before(await _snapshot_hashes(vm), await disk_hashes(vm), await vm.state())
+    return Before(await _snapshot_hashes(vm), await disk_hashes(vm), await vm.state(), claims.look(vm))
 
 
 async def _snapshot_hashes(vm: qmpsnap.MachineHandle) -> Hashes:
@@ -155,8 +157,10 @@ async def judge(
     also: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Recover, twice; then every invariant, and ``also``; then the machine has to work on. Raises what is violated."""
+    claims.hold_error(vm, before.claimed)
     with anyio.fail_after(WAIT):  # I10
         await recover(vm)
+        claims.hold_log(vm, before.claimed)
         once = await picture(vm, place)
         await vm.recover()
         assert await picture(vm, place) == once, "I8: a second recovery changed something"

@@ -1,0 +1,60 @@
+"""What an operation has come to: a pure comparison of what the store recorded of its machine before it and after it."""
+
+from collections.abc import Iterator, Mapping
+
+from msgspec import Struct
+
+from qmpsnap.errors import Effect
+
+
+class Recorded(Struct, frozen=True):
+    """What the store has of a machine that an operation can change.
+
+    Attributes:
+        current: its current snapshot.
+        snapshots: the state of each, by name.
+        disks: id and size in bytes of each disk's layers, base first.
+    """
+
+    current: str | None = None
+    snapshots: Mapping[str, str] = {}
+    disks: Mapping[str, tuple[tuple[str, int], ...]] = {}
+
+
+def effect(before: Recorded, after: Recorded, *, settled: bool) -> Effect:
+    """What an operation that has ended has done; one that was undone may have left something all the same."""
+    return "applied" if settled or before != after else "none"
+
+
+def left(before: Recorded, after: Recorded) -> str:
+    """What is otherwise, in words; empty where nothing is."""
+    return ", ".join(_differences(before, after))
+
+
+def _differences(before: Recorded, after: Recorded) -> Iterator[str]:
+    yield from _of_snapshots(before, after)
+    yield from _of_disks(before, after)
+    if after.current != before.current and before.current in after.snapshots:
+        yield f"the current snapshot is {after.current or 'none'}"
+
+
+def _of_snapshots(before: Recorded, after: Recorded) -> Iterator[str]:
+    for name, state in before.snapshots.items():
+        if name not in after.snapshots:
+            yield f"snapshot {name} is gone"
+        elif after.snapshots[name] != state:
+            yield f"snapshot {name} is {after.snapshots[name]}"
+    for name in after.snapshots:
+        if name not in before.snapshots:
+            yield f"snapshot {name} is there"
+
+
+def _of_disks(before: Recorded, after: Recorded) -> Iterator[str]:
+    for disk, layers in after.disks.items():
+        old = before.disks.get(disk, ())
+        if not layers or not old or layers[-1][0] != old[-1][0]:
+            yield f"disk {disk} writes to layer {layers[-1][0] if layers else 'none'}"
+        elif [layer for layer, _ in layers] != [layer for layer, _ in old]:
+            yield f"disk {disk} has other layers"
+        elif layers != old:
+            yield f"a layer of disk {disk} was lengthened"

@@ -1,0 +1,38 @@
+"""What the store has of a machine, as an operation's outcome is derived from it. SQLite's part of the store only."""
+
+import sqlite3
+from typing import Final
+
+from qmpsnap.model.outcome import Recorded
+
+_SNAPSHOTS: Final = (
+    "SELECT snapshot.name, snapshot.state FROM snapshot JOIN machine ON machine.id = snapshot.machine"
+    " WHERE machine.name = ? ORDER BY snapshot.id"
+)
+_CURRENT: Final = (
+    "SELECT snapshot.name FROM machine JOIN snapshot ON snapshot.id = machine.current WHERE machine.name = ?"
+)
+_LAYERS: Final = """
+    WITH RECURSIVE chain (disk, position, id, depth) AS (
+        SELECT disk.name, disk.position, disk.active, 0 FROM disk JOIN machine ON machine.id = disk.machine
+        WHERE machine.name = ?
+        UNION ALL
+        SELECT chain.disk, chain.position, layer.backing, depth + 1 FROM chain JOIN layer ON layer.id = chain.id
+        WHERE layer.backing IS NOT NULL
+    )
+    SELECT chain.disk, layer.id, layer.virtual_size FROM chain JOIN layer ON layer.id = chain.id
+    ORDER BY chain.position, chain.disk, chain.depth DESC
+"""
+
+
+def read(sql: sqlite3.Connection, machine: str) -> Recorded:
+    """As it is now; of a machine that there is not, nothing."""
+    current = sql.execute(_CURRENT, (machine,)).fetchone()
+    disks: dict[str, tuple[tuple[str, int], ...]] = {}
+    for disk, layer, size in sql.execute(_LAYERS, (machine,)):
+        disks[disk] = (*disks.get(disk, ()), (layer, size))
+    return Recorded(
+        current=current[0] if current else None,
+        snapshots=dict(sql.execute(_SNAPSHOTS, (machine,)).fetchall()),
+        disks=disks,
+    )

@@ -1,0 +1,112 @@
+"""What an error and the log say has come of a verb, compared with what has: never asked of whoever said it.
+
+Files, layers and snapshots are looked at before the verb; when it ends with an error, before anything recovers; and
+once more after the recovery, for the log.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+import qmpsnap
+from qmpsnap.model.operation import OPEN_STATES, Operation
+from tests.live.machine import context_of
+
+_heard: list[qmpsnap.QmpsnapError] = []
+_told: list[Callable[[], None]] = []
+
+
+class Before(Struct, frozen=True):
+    """What there was, and the number of the machine's last operation."""
+
+    seen: dict[str, Any]
+    files: dict[str, int]
+    last: int
+
+
+def tell(compared: Callable[[], None]) -> None:
+    """For this test: what is called whenever a claim is compared."""
+    _told[:] = [compared]
+
+
+def heard(error: qmpsnap.QmpsnapError) -> None:
+    """The verb has ended with this error."""
+    _heard.append(error)
+
+
+@contextmanager
+def hearing() -> Iterator[None]:
+    """Hear the error that the block ends with; it goes no further."""
+    try:
+        yield
+    except qmpsnap.QmpsnapError as error:
+        heard(error)
+
+
+def look(vm: qmpsnap.MachineHandle) -> Before:
+    """Before the verb."""
+    _heard.clear()
+    operations = context_of(vm).store.operations(vm.name)
+    return Before(_seen(vm), _files(vm), operations[-1].id if operations else 0)
+
+
+def hold_error(vm: qmpsnap.MachineHandle, before: Before) -> None:
+    """Right after the verb: what its error claims is so."""
+    for error in _heard:
+        operations = _since(vm, before)
+        changed = _seen(vm) != before.seen or any(found.state == "settled" for found in operations)
+        is_open = any(found.state in OPEN_STATES for found in operations)
+        is_so = "unknown" if is_open else "applied" if changed else "none"
+        assert error.effect == is_so, f"claim: {error.message!r} says {error.effect}, and it is {is_so}"
+        says_none = "nothing was" in error.message
+        assert not says_none or is_so == "none", f"claim: {error.message!r} says so, and it is {is_so}"
+        assert error.exit_code, f"claim: {error.message!r} ends with exit 0"
+        if is_so == "none":
+            assert _files(vm) == before.files, f"claim: {error.message!r}, and files are others"
+        _compared()
+    _heard.clear()
+
+
+def hold_log(vm: qmpsnap.MachineHandle, before: Before) -> None:
+    """After the recovery: what the log says of each operation is so."""
+    operations = _since(vm, before)
+    now = _seen(vm)
+    for found in operations:
+        if found.state == "settled":
+            assert found.effect == "applied", f"claim: the log says {found.effect} of what has settled"
+        elif len(operations) == 1:
+            is_so = "applied" if now != before.seen else "none"
+            assert found.effect == is_so, f"claim: the log says {found.effect}, and it is {is_so}"
+            assert bool(found.outcome) == (is_so == "applied"), f"claim: the log says {found.outcome}"
+        _compared()
+
+
+def _compared() -> None:
+    for compared in _told:
+        compared()
+
+
+def _since(vm: qmpsnap.MachineHandle, before: Before) -> list[Operation]:
+    return [found for found in context_of(vm).store.operations(vm.name) if found.id > before.last]
+
+
+def _seen(vm: qmpsnap.MachineHandle) -> dict[str, Any]:
+    store = context_of(vm).store
+    return {
+        "current": store.machine(vm.name).current,
+        "snapshots": {found.name: found.state for found in store.snapshots(vm.name)},
+        "layers": {found.disk: [(at.id, at.virtual_size) for at in found.layers] for found in store.chains(vm.name)},
+    }
+
+
+def _files(vm: qmpsnap.MachineHandle) -> dict[str, int]:
+    folder: Path = context_of(vm).home.machine_dir(vm.name)
+    found = {}
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[file.name] = file.stat().st_ino
+    return found
