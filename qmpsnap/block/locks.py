@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterable
 from typing import Final
 
 from qmpsnap.block.header import printable
@@ -23,11 +24,28 @@ def is_locked(path: str) -> bool:
     Raises:
         HostCannot: no right to read the file, or its file system knows no locks.
     """
-    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_BYTES, 0)
+    return _asked(path, [_BYTES])
+
+
+_READ, _WRITE, _RESIZE = 0, 1, 3  # QEMU's BLK_PERM_CONSISTENT_READ, BLK_PERM_WRITE and BLK_PERM_RESIZE
+_USED, _UNSHARED = 100, 200  # the byte that says: somebody does this, and: nobody else may
+
+
+def is_refused(path: str, *, writing: bool) -> bool:
+    """Whether QEMU would be refused an image for the locks of others, as a reader or as its only writer.
+
+    Not by a reader that shares everything (``-U``), nor, for a reader, by other readers. Raises as :func:`is_locked`.
+    """
+    kept_from = (_READ, _WRITE, _RESIZE) if writing else (_READ,)
+    return _asked(path, [(_USED + _WRITE, 1), (_USED + _RESIZE, 1), *((_UNSHARED + bit, 1) for bit in kept_from)])
+
+
+def _asked(path: str, places: Iterable[tuple[int, int]]) -> bool:
+    """Whether anybody else has a lock in one of these places, given as start and length."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
+            return any(_is_taken(descriptor, *place) for place in places)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -36,4 +54,9 @@ def is_locked(path: str) -> bool:
         raise HostCannot(
             f"whether {printable(path)} is open in another process cannot be told: {error.strerror}"
         ) from error
+
+
+def _is_taken(descriptor: int, start: int, length: int) -> bool:
+    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)

@@ -13,6 +13,7 @@ from qmpsnap.model.operation import Change, Merge, MergePlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops import merge, recover
 from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.possible import require_possible
 from qmpsnap.ops.situation import look, require_space, resolve
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp.jobs import Report, unreported
@@ -81,6 +82,7 @@ async def preview(context: Context, name: str, request: Request) -> tuple[MergeP
     async with working(context, name, "preview", removes=True) as work:
         at, made = await _plan(context, work, request)
         require_space(at, made.steps, context.home.data)
+        await require_possible(work, at, made.steps)
         serial = OperationId(await blocking(context.store.next_serial))
         step = made.steps[0]
         assert isinstance(step, Merge)
@@ -105,6 +107,7 @@ async def run(context: Context, name: str, request: Request, *, report: Report =
     async with working(context, name, verb, removes=True) as work:
         at, made = await _plan(context, work, request)
         require_space(at, made.steps, context.home.data)
+        await require_possible(work, at, made.steps)
         return await carry_out(context, work, lambda _: made, report=report)
 
 
@@ -117,7 +120,11 @@ async def _plan(context: Context, work: Work, request: Request) -> tuple[Situati
 async def carry_out(
     context: Context, work: Work, make: Callable[[OperationId], MergePlan], *, report: Report
 ) -> MergePlan:
-    """Journal a plan, run its steps, and end it one way or the other when that fails."""
+    """Journal a plan, run its steps, and end it one way or the other when that fails.
+
+    Raises:
+        QmpsnapError: a step has failed, or could not begin.
+    """
     operation = await blocking(context.store.open_operation, work.machine.name, make)
     async with recover.attempting(context, work.machine, work.qemu, operation):
         await merge.run(context, work.machine, work.qemu, operation, report=report)

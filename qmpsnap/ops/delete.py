@@ -15,6 +15,7 @@ from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot, require_snapshot
 from qmpsnap.ops.commit import carry_out
 from qmpsnap.ops.context import Context
+from qmpsnap.ops.possible import require_possible
 from qmpsnap.ops.situation import look, require_space
 from qmpsnap.ops.work import Work, working
 from qmpsnap.qmp.jobs import Report, unreported
@@ -116,6 +117,7 @@ async def _plan(context: Context, work: Work, request: DeleteRequest) -> DeleteP
     at = await look(context, work)
     made = plan(at, request)
     require_space(at, made.plan.steps, context.home.data)
+    await require_possible(work, at, made.plan.steps)
     return made
 
 

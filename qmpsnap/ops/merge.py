@@ -313,6 +313,12 @@ def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> t
     )
 
 
+def rewritten(step: Merge) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
+    """Layers whose headers a step makes name another backing: those in the job's QEMU, and those that we rewrite."""
+    above = _above(step) if step.kind == "commit" else None
+    return ((above,) if above else ()), step.rebased
+
+
 def _above(step: Merge) -> Layer | None:
     """The layer in the job's chain whose backing a commit replaces; None where the active layer is committed."""
     return next((layer for layer in step.chain if layer.backing == step.top.id), None)

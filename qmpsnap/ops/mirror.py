@@ -9,7 +9,7 @@ from typing import Literal
 from anyio import to_thread
 from msgspec import Struct
 
-from qmpsnap.block import header, measure, nbd, place
+from qmpsnap.block import access, header, measure, nbd, place
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.model.chain import Chain, Layer
@@ -112,7 +112,7 @@ def plan(
         write_blocking=request.write_blocking,
         live=at.running,
         chain=chain.layers,
-        moves=min(active.virtual_size, sum(at.bytes.get(layer.id, 0) for layer in copied)),
+        moves=at.moves(copied, target),
         removed=removed,
         nbd=export,
         change=change,
@@ -298,6 +298,8 @@ async def _require_space(context: Context, made: MirrorPlan, found: Found | None
     """
     if made.nbd:
         return
+    if found:  # it is overwritten, by a process that opens it anew
+        await to_thread.run_sync(lambda: access.require_writable(made.target, ours=not made.live))
     folder = str(Path(made.target.path).parent)
     there = found.header.allocated if found else 0
 

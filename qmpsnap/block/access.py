@@ -1,0 +1,103 @@
+"""Whether an image can be opened as QEMU will open it: asked before anything is recorded."""
+
+import contextlib
+import errno
+import os
+from typing import Final
+
+from qmpsnap.block import header, locks
+from qmpsnap.block.header import printable
+from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError
+from qmpsnap.model.chain import Layer
+
+_WHY: Final = {
+    errno.EROFS: ("its file system is mounted read-only", "mount it writable"),
+    errno.EPERM: ("it is immutable or append-only", "lsattr shows it, chattr -i or -a takes it away"),
+    errno.ETXTBSY: ("the kernel uses it, as swap or as a program that runs", "end that use"),
+    errno.EAGAIN: ("another process holds a lease on it", "end that process"),
+}
+_FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: bool = False) -> None:
+    """Make sure that nothing stands against writing to an image.
+
+    Args:
+        layer: the image.
+        size: bytes that it will be lengthened to, where it is shorter.
+        ours: a process of ours will write to it; else a QEMU that may have more rights than we have.
+        shared: a QEMU that has it open already will write to it, so that its locks tell of that one.
+
+    Raises:
+        HostCannot: no right, or a file system, attribute or device that does not let anybody.
+        StateError: another process has it open in a way that forbids it, or QEMU has marked it corrupt.
+        ImageRefused: it is no image of its format.
+    """
+    try:
+        descriptor = os.open(layer.path, os.O_RDWR | _FLAGS)
+    except OSError as error:
+        if error.errno == errno.EACCES and not ours:
+            return  # that QEMU says so itself
+        raise _cannot(layer, error) from error
+    try:
+        found = header.inspect(descriptor, path=layer.path, format=layer.format)
+        is_device = os.fstat(descriptor).st_rdev != 0
+    finally:
+        os.close(descriptor)
+    if found.corrupt:
+        raise StateError(
+            f"{printable(layer.path)} is marked corrupt, so that QEMU does not write to it; nothing was changed",
+            hint=f"qemu-img check {printable(layer.path)} tells what is damaged; copy what can be read before a repair",
+        )
+    if found.virtual_size < size and (is_device or (found.version < 3 and found.internal_snapshots)):  # noqa: PLR2004
+        kind = "a device" if is_device else "qcow2 of version 2 with snapshots inside"
+        raise HostCannot(
+            f"{printable(layer.path)} has {found.virtual_size} bytes and would need {size}, and"
+            f" QEMU cannot lengthen {kind}; nothing was changed"
+        )
+    if not shared and _is_refused(layer, writing=True):
+        raise _held(layer)
+
+
+def require_readable(layer: Layer) -> None:
+    """Make sure that nothing stands against a QEMU of ours reading an image that nobody may write to meanwhile.
+
+    Raises:
+        HostCannot: no right.
+        StateError: another process has it open for writing.
+    """
+    try:
+        os.close(os.open(layer.path, os.O_RDONLY | _FLAGS))
+    except OSError as error:
+        raise _cannot(layer, error, what="read") from error
+    if _is_refused(layer, writing=False):
+        raise _held(layer)
+
+
+def may_go(path: str) -> bool:
+    """Whether the file's own attributes let its name be removed; its mode has no say in that."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | _FLAGS))
+    except OSError as error:
+        return error.errno != errno.EPERM
+    return True
+
+
+def _is_refused(layer: Layer, *, writing: bool) -> bool:
+    with contextlib.suppress(HostCannot):  # where no locks can be asked, QEMU is the one to say so
+        return locks.is_refused(layer.path, writing=writing)
+    return False
+
+
+def _cannot(layer: Layer, error: OSError, *, what: str = "written to") -> QmpsnapError:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        return ImageRefused(f"there is no image {printable(layer.path)} ({error.strerror}); nothing was changed")
+    why, hint = _WHY.get(error.errno or 0, (str(error.strerror), f"look at the rights of {printable(layer.path)}"))
+    return HostCannot(f"{printable(layer.path)} cannot be {what}: {why}; nothing was changed", hint=hint)
+
+
+def _held(layer: Layer) -> StateError:
+    return StateError(
+        f"another process has {printable(layer.path)} open; nothing was changed",
+        hint=f"end that process: fuser -v {printable(layer.path)} names it",
+    )

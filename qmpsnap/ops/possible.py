@@ -1,0 +1,70 @@
+"""What can be refused of a merge is asked before its operation is opened, with which names go and marks are made."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from anyio import to_thread
+
+from qmpsnap.block import access
+from qmpsnap.block.header import printable
+from qmpsnap.errors import HostCannot, QmpsnapError
+from qmpsnap.model.operation import Merge, Removal
+from qmpsnap.model.situation import Situation
+from qmpsnap.ops.merge import rewritten
+from qmpsnap.ops.work import Work
+
+
+async def require_possible(work: Work, at: Situation, steps: Sequence[Merge | Removal]) -> None:
+    """Refuse before anything begins what QEMU or the host would refuse.
+
+    A QEMU that has the images open is not asked for their locks, which are its own: it refuses by itself, and as its
+    job stays to be seen, that is undone.
+
+    Raises:
+        QmpsnapError: as :func:`access.require_writable` and :func:`access.require_readable`.
+    """
+    try:
+        await to_thread.run_sync(_look, at, steps)
+    except QmpsnapError as error:
+        error.machine = work.machine.name
+        raise
+
+
+def _look(at: Situation, steps: Sequence[Merge | Removal]) -> None:
+    for step in steps:
+        if isinstance(step, Merge):
+            _look_at_merge(step)
+        else:
+            for _, inside, _ in step.tags:
+                access.require_writable(at.forest.layer(inside), ours=not at.running, shared=at.running)
+        for layer in step.removed:
+            _require_removable(layer.path)
+
+
+def _look_at_merge(step: Merge) -> None:
+    access.require_writable(
+        step.into,
+        size=max(step.into.virtual_size, step.top.virtual_size) if step.kind == "commit" else 0,
+        ours=not step.live,
+        shared=step.live,
+    )
+    in_qemu, by_us = rewritten(step)
+    for layer in in_qemu:
+        access.require_writable(layer, ours=not step.live, shared=step.live)
+    for layer in by_us:
+        access.require_writable(layer)
+    if not step.live:
+        for layer in step.chain:
+            access.require_readable(layer)
+
+
+def _require_removable(path: str) -> None:
+    """The folder lets go of a name, and the file too; one that is gone already is fine."""
+    folder = Path(path).parent
+    if os.path.lexists(path) and not (os.access(folder, os.W_OK) and access.may_go(path)):
+        raise HostCannot(
+            f"{printable(path)} would go and cannot be removed: its folder or the file itself does not let it;"
+            " nothing was changed",
+            hint=f"look at the rights of {printable(str(folder))}, and at what lsattr says of both",
+        )
