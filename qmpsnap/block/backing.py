@@ -2,6 +2,7 @@
 
 import os
 
+from qmpsnap import identity
 from qmpsnap.block import encrypted, header, tool
 from qmpsnap.block.header import Header, printable
 from qmpsnap.errors import HostCannot, StoreMismatch
@@ -99,6 +100,6 @@ def _backing_of(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
 
 def _header(descriptor: int, layer: Layer) -> Header:
     found = header.inspect(descriptor, path=layer.path, format=layer.format)
-    if (found.device, found.inode) != (layer.device, layer.inode):
+    if not identity.same_file(layer, found):
         raise StoreMismatch(f"{printable(layer.path)} is another file than the one recorded; it was not touched")
     return found

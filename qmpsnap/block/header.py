@@ -15,6 +15,7 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qmpsnap import identity
 from qmpsnap.block.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.model.chain import Layer
@@ -101,7 +102,8 @@ def inspect(descriptor: int, *, path: str, format: Format | None = None, foreign
         header = parse(data, size, path=path)
     else:
         header = Header(format="raw", virtual_size=-(-size // _SECTOR) * _SECTOR, file_size=size)
-    return replace(header, device=status.st_dev, inode=status.st_ino, allocated=status.st_blocks * 512)
+    birth = identity.born(descriptor)
+    return replace(header, device=status.st_dev, inode=status.st_ino, birth=birth, allocated=status.st_blocks * 512)
 
 
 def read(

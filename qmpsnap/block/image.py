@@ -19,9 +19,11 @@ from anyio import lowlevel, to_thread
 from anyio.abc import Process
 from msgspec import Struct
 
+from qmpsnap import identity
 from qmpsnap.block import encrypted, header
 from qmpsnap.block.header import Header, printable
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.identity import FileId
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import Format
 from qmpsnap.threads import to_end
@@ -163,7 +165,7 @@ class ImageTool(Struct, frozen=True):
         return process
 
 
-async def remove(path: str | os.PathLike[str], *, device: int, inode: int) -> bool:
+async def remove(path: str | os.PathLike[str], *, device: int, inode: int, birth: int = 0) -> bool:
     """Unlink an image durably, if it is still the file it was recorded as; say whether it was there.
 
     Raises:
@@ -171,7 +173,7 @@ async def remove(path: str | os.PathLike[str], *, device: int, inode: int) -> bo
         HostCannot: no right, or the disk fails.
     """
     # Not given up half-way: whoever called must learn whether the file is gone.
-    return await to_end(_remove, os.fspath(path), (device, inode))
+    return await to_end(_remove, os.fspath(path), FileId(device, inode, birth))
 
 
 class _Claim:
@@ -335,13 +337,12 @@ def _check_backing(backing: Layer, encrypted: bool) -> None:  # noqa: FBT001
         raise StoreMismatch(
             f"{printable(backing.path)} has {found.virtual_size} bytes for the guest, and {backing.virtual_size} are"
             f" recorded: it was resized behind qmpsnap; {_UNCHANGED}",
-            hint=f"if the guest does not use the new size, set {backing.virtual_size} bytes again (block_resize, or"
-            " qemu-img resize of a stopped machine); else qmpsnap undefine VM --keep-disks and define it again with"
-            " 'image:'",
+            hint="a disk that has grown: qmpsnap check VM --repair records the new size; else set"
+            f" {backing.virtual_size} bytes again (block_resize, or qemu-img resize of a stopped machine)",
         )
 
 
-def _remove(path: str, identity: tuple[int, int]) -> bool:
+def _remove(path: str, recorded: FileId) -> bool:
     folder_path, name = os.path.split(path)
     with _translated(path, "was not removed"):
         try:
@@ -349,13 +350,13 @@ def _remove(path: str, identity: tuple[int, int]) -> bool:
         except (FileNotFoundError, NotADirectoryError):
             return False
         try:
-            found = _identity_at(folder, name)
+            found = identity.at(name, folder=folder)
             if found is None:
                 return False
-            if found != identity:
+            if not identity.same_file(recorded, found):
                 raise StoreMismatch(
                     f"the file at {printable(path)} is not the recorded image; it was not touched",
-                    hint="see qmpsnap check VM",
+                    hint="move it away if it is yours; qmpsnap relocate tells what it is, should it be a copy",
                 )
             os.unlink(name, dir_fd=folder)
             with _translated(path, "is unlinked, but perhaps not durably", effect="unknown"):

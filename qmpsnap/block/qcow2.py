@@ -64,6 +64,7 @@ class Header(Struct, frozen=True, kw_only=True):
         file_size: length of the file or device.
         allocated: bytes the file occupies on its file system.
         device: ``st_dev``; with ``inode`` (``st_ino``) the file's identity, taken from the descriptor that was read.
+        birth: when the file was born; with the two before it tells this file from a later one of the same number.
     """
 
     format: Format
@@ -83,6 +84,7 @@ class Header(Struct, frozen=True, kw_only=True):
     allocated: int = 0
     device: int = 0
     inode: int = 0
+    birth: int = 0
 
 
 class _Fields(NamedTuple):

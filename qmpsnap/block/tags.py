@@ -14,9 +14,11 @@ from typing import Any, Final
 
 import anyio
 
+from qmpsnap import identity
 from qmpsnap.block import header, tool
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.identity import FileId
 from qmpsnap.model.chain import Layer
 from qmpsnap.threads import to_end
 
@@ -44,7 +46,7 @@ async def take_out(
         StoreMismatch: the source has no such tag.
         HostCannot: no space, or qemu-img failed.
     """
-    await to_end(_copy, source.path, target.path, (source.device, source.inode))
+    await to_end(_copy, source.path, target.path, (source.device, source.inode, source.birth))
     try:
         inside = {found["name"] for found in await _inside(target.path, qemu_img, deadline)}
         _require(tag, inside, source)
@@ -84,8 +86,7 @@ def _opened(layer: Layer) -> int:
         descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise HostCannot(f"{layer.path} cannot be opened: {error.strerror}; nothing was changed") from error
-    found = os.fstat(descriptor)
-    if (found.st_dev, found.st_ino) == (layer.device, layer.inode):
+    if identity.same_file(layer, identity.of(descriptor)):
         return descriptor
     os.close(descriptor)
     raise StoreMismatch(f"{layer.path} is another file than the one recorded; nothing was changed")
@@ -97,8 +98,8 @@ def alone(path: str) -> str:
     return "json:" + json.dumps({"driver": "qcow2", "file": file, "backing": None})
 
 
-def _copy(source: str, target: str, identity: tuple[int, int]) -> None:
-    """Copy a file that has this device and inode, holes as holes, or share its blocks."""
+def _copy(source: str, target: str, recorded: tuple[int, ...]) -> None:
+    """Copy a file that has this device, inode and birth, holes as holes, or share its blocks."""
     try:
         into = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
@@ -107,8 +108,7 @@ def _copy(source: str, target: str, identity: tuple[int, int]) -> None:
         os.fchmod(into, 0o600)
         out = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            found = os.fstat(out)
-            if (found.st_dev, found.st_ino) != identity:
+            if not identity.same_file(FileId(*recorded), identity.of(out)):
                 Path(target).unlink()
                 raise StoreMismatch(f"{source} is another file than the one recorded; nothing was changed")
             with contextlib.suppress(OSError):

@@ -47,7 +47,7 @@ def _adopt(arguments: argparse.Namespace) -> None:
     async def act(controller: "Controller") -> "Adopted":
         return await controller.adopt(arguments.name, arguments.qmp)
 
-    done = controlling(act)
+    done = controlling(act, make=True)
     documents = [
         {
             "disk": disk.name,
@@ -72,7 +72,7 @@ def _import(arguments: argparse.Namespace) -> None:
         vm = await controller.define(spec, folders=[*folders, *map(Path, arguments.allow)])
         return await vm.record(), await vm.chains()
 
-    machine, chains = controlling(act)
+    machine, chains = controlling(act, make=True)
     documents = [
         {
             "disk": chain.disk,

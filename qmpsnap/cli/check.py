@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, home, operating
+from qmpsnap.cli.common import Parsers, add, add_format, home, operating, untold
 from qmpsnap.errors import ForeignHost, QmpsnapError, StoreMismatch, UsageError
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ def _check(arguments: argparse.Namespace) -> int:
     from qmpsnap.ops import check
 
     left_out: dict[str, QmpsnapError] = {}
+    wrong: StoreMismatch | None = None
 
     async def act(context: "Context") -> list[dict[str, Any]]:
+        nonlocal wrong
+        wrong = None if arguments.machine else untold(context.store)
         names = [arguments.machine] if arguments.machine else [found.name for found in context.store.machines()]
         documents = []
         for name in names:
@@ -61,7 +64,7 @@ def _check(arguments: argparse.Namespace) -> int:
     for found in documents:
         for failed in found["failed"]:
             output.note(f"{found['machine']}: not repaired: {failed}")
-    left = _tell(left_out)
+    left = output.told(wrong) or _tell(left_out)
     return StoreMismatch.exit_code if any(found["findings"] for found in documents) else left
 
 
@@ -125,6 +128,7 @@ def _rebuild(arguments: argparse.Namespace) -> int:
         ],
         "left_out": [{"machine": name, "why": why} for name, why in done.left_out],
         "aside": done.aside,
+        "moved_from": done.moved_from,
     }
     output.emit(
         arguments.output,
@@ -139,6 +143,9 @@ def _rebuild(arguments: argparse.Namespace) -> int:
             output.note(f"{made.name}: {note}")
     for name, why in done.left_out:
         output.note(f"{name}: left out: {why}")
+    if done.moved_from:
+        output.note(f"the images' headers name {done.moved_from}, where the home was, or its original is:")
+        output.note("hint: qmpsnap relocate lets it go on where it is")
     if done.aside:
         output.note(f"the store that was there is kept as {done.aside}")
     return StoreMismatch.exit_code if done.left_out else 0

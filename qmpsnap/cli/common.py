@@ -8,9 +8,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qmpsnap.errors import StoreMismatch
 from qmpsnap.model.home import Home
 from qmpsnap.store import runfolder
 from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.store import Store
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
@@ -58,19 +60,40 @@ def home() -> Home:
 def reading() -> Iterator[SqliteStore]:
     """The store alone: for commands that must answer at once, whatever QEMU does."""
     places = home()
-    with SqliteStore(places.store, machines=places.machines) as store:
+    with SqliteStore(places.store, machines=places.machines, make=False) as store:
         yield store
 
 
-def controlling(act: Callable[["Controller"], Awaitable[T]]) -> T:
+def untold(store: Store) -> StoreMismatch | None:
+    """What an empty or short list of machines must not hide: there is no home, or its store has lost machines."""
+    places = home()
+    if lost := store.lost():
+        aside = " --set-aside" if store.machines() else ""
+        what = "knows nothing of" if store.is_there else "is not there, which knew"
+        return StoreMismatch(
+            f"the store {places.store} {what} {', '.join(lost)}, defined before",
+            hint=f"put the store back, or qmpsnap check --rebuild{aside} makes one from the images",
+        )
+    if not store.is_there:
+        return StoreMismatch(
+            f"there is no home at {places.data}: nothing was ever defined there",
+            hint="qmpsnap define SPEC.yaml makes it; QMPSNAP_HOME names another",
+        )
+    return None
+
+
+def controlling(act: Callable[["Controller"], Awaitable[T]], *, make: bool = False) -> T:
     """Run ``act`` with a controller, whose machines know every verb."""
     from qmpsnap.controller import Controller
 
-    return operating(lambda context: act(Controller(context)))
+    return operating(lambda context: act(Controller(context)), make=make)
 
 
-def operating(act: Callable[["Context"], Awaitable[T]]) -> T:
-    """Run ``act``, which calls its verb itself, so that no other is loaded; only here asyncio and qemu.qmp are."""
+def operating(act: Callable[["Context"], Awaitable[T]], *, make: bool = False) -> T:
+    """Run ``act``, which calls its verb itself, so that no other is loaded; only here asyncio and qemu.qmp are.
+
+    ``make``: it may make the home, as only a new machine does.
+    """
     import anyio
 
     from qmpsnap.ops.context import opened
@@ -78,7 +101,7 @@ def operating(act: Callable[["Context"], Awaitable[T]]) -> T:
     async def main() -> T:
         gc.freeze()
         gc.enable()  # all is imported, and a job may take hours
-        async with opened() as context:
+        async with opened(make=make) as context:
             return await act(context)
 
     return anyio.run(main)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, home
-from qmpsnap.errors import HostCannot
+from qmpsnap.errors import HostCannot, StoreMismatch
 
 if TYPE_CHECKING:
     from qmpsnap.ops.doctor import Ability
@@ -32,6 +32,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
         names=[ability.name for ability in abilities],
         table=lambda: _print(abilities),
     )
+    if any(ability.lost for ability in abilities):
+        return StoreMismatch.exit_code
     return HostCannot.exit_code if any(ability.ok == "no" for ability in abilities) else 0
 
 

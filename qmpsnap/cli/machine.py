@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, home, reading
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, home, reading, untold
 from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
@@ -16,6 +16,7 @@ from qmpsnap.model.moment import moment
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
+    from qmpsnap.store.sqlite import SqliteStore
 
 
 def register(parsers: Parsers) -> None:
@@ -74,14 +75,14 @@ def _define(arguments: argparse.Namespace) -> None:
         vm = await controller.define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra)
         return await vm.record()
 
-    machine = controlling(act)
+    machine = controlling(act, make=True)
     output.note(f"machine {machine.name} defined ({machine.spec.machine}); qmpsnap start {machine.name}")
 
 
-def _list(arguments: argparse.Namespace) -> None:
+def _list(arguments: argparse.Namespace) -> int:
     with reading() as store:
         records = store.machines()
-        alive = {machine.name: process for machine in records if (process := _process(machine))}
+        alive = {machine.name: process for machine in records if (process := _process(machine, store))}
         paused = _paused(records, alive)
         machines = [
             {
@@ -95,6 +96,7 @@ def _list(arguments: argparse.Namespace) -> None:
             for machine in records
             for process in [alive.get(machine.name)]
         ]
+        wrong = untold(store)
     output.emit(
         arguments.output,
         document={"machines": machines},
@@ -104,6 +106,7 @@ def _list(arguments: argparse.Namespace) -> None:
             [(m["name"], m["state"], m["pid"] or "-", m["snapshots"], m["current"] or "-") for m in machines],
         ),
     )
+    return output.told(wrong)
 
 
 def _paused(machines: Sequence[Machine], alive: Mapping[str, Process]) -> dict[str, str]:
@@ -124,8 +127,10 @@ def _paused(machines: Sequence[Machine], alive: Mapping[str, Process]) -> dict[s
     return {name: state for name, state in found.items() if runstate.remedy(state, name)}
 
 
-def _process(machine: Machine) -> Any:
-    return processes.find(machine, home().run_dir(machine.name))
+def _process(machine: Machine, store: "SqliteStore") -> Any:
+    record = store.home.record()
+    copied = record.path if record and record.path != str(home().data) else None
+    return processes.find(machine, home().run_dir(machine.name), not_of=copied)
 
 
 def _elsewhere(machine: Machine) -> str:
@@ -150,7 +155,7 @@ def _show(arguments: argparse.Namespace) -> None:
     with reading() as store:
         chains = store.chains(machine.name)
         snapshots = store.snapshots(machine.name)
-    process = _process(machine)
+        process = _process(machine, store)
     run_dir = home().run_dir(machine.name)
     document = {
         "name": machine.name,

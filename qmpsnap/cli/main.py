@@ -34,6 +34,7 @@ NOUNS: Final = {
     "mirror": ("mirror", "copy", "blockcopy"),
     "job": ("job",),
     "check": ("check",),
+    "relocate": ("relocate",),
     "log": ("log",),
 }
 """The modules beside this one and the commands that each has, in the order of ``--help``."""

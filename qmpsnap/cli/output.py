@@ -105,6 +105,15 @@ def warn(sentences: Iterable[str]) -> None:
         note(f"warning: {printable(sentence)}")
 
 
+def told(error: QmpsnapError | None) -> int:
+    """Say beside the data what is wrong with it; returns the exit code for that, 0 for nothing."""
+    if error is None:
+        return 0
+    note(f"qmpsnap: {error.message}")
+    note(f"hint: {error.hint}")
+    return error.exit_code
+
+
 def report(error: QmpsnapError, form: Format) -> None:
     """Print an error on stderr, as an object when JSON was asked for."""
     if form == "json":

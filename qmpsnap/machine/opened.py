@@ -4,10 +4,9 @@ Between our look at a file and QEMU's opening of its name, somebody may have put
 What a process has open is told by the kernel, whatever the name leads to by now.
 """
 
-import os
-import stat
 from collections.abc import Iterable
 
+from qmpsnap import identity
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.machine.adopted import look
 from qmpsnap.model.chain import Layer
@@ -22,10 +21,12 @@ def require_recorded(layers: Iterable[Layer], *, machine: str) -> None:
     """
     for layer in layers:
         try:
-            status = os.lstat(layer.path)
+            found = identity.at(layer.path)
         except OSError as error:
             raise _mismatch(layer, f"cannot be looked at: {error.strerror}", machine) from error
-        if stat.S_ISLNK(status.st_mode) or (status.st_dev, status.st_ino) != (layer.device, layer.inode):
+        if found is None:
+            raise _mismatch(layer, "cannot be looked at: there is no such file", machine)
+        if not identity.same_file(layer, found):
             raise _mismatch(layer, "is another file than the one recorded", machine)
 
 
@@ -56,6 +57,6 @@ def _mismatch(layer: Layer, what: str, machine: str) -> StoreMismatch:
     path = "".join(c if c.isprintable() else "?" for c in layer.path)
     return StoreMismatch(
         f"layer {layer.id} of machine {machine}: {path} {what}; nothing was changed",
-        hint="put the recorded file back in its place; qmpsnap chain shows store and disk side by side",
+        hint="put the recorded file back in its place; should this be a copy of it: qmpsnap relocate",
         machine=machine,
     )

@@ -77,15 +77,20 @@ def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = ()) 
     return _record(child.pid, int(_stat(child.pid)[_START_TICKS]))
 
 
-def find(machine: Machine, run_dir: Path) -> Process | None:
+def find(machine: Machine, run_dir: Path, *, not_of: str | None = None) -> Process | None:
     """The live QEMU of a machine, or None.
 
     The recorded one counts when pid, start time and boot all agree. A QEMU whose starter died before it could record
     it is found by its own pid file and recognised by the machine's UUID among its arguments; one that is ending, which
     has none any more, by the folder that its last threads work in.
+
+    Args:
+        machine: the machine.
+        run_dir: its run folder.
+        not_of: path of another home, of which this one is or was a copy: what works there, or was adopted, is its.
     """
     recorded = machine.process
-    if recorded and is_alive(recorded):
+    if recorded and is_alive(recorded) and not (not_of and (machine.adopted or _works_in(recorded, not_of))):
         return recorded
     try:
         pid = int((run_dir / PID_FILE).read_text())
@@ -93,6 +98,7 @@ def find(machine: Machine, run_dir: Path) -> Process | None:
     except (OSError, ValueError):
         return None
     known = bool(machine.uuid) and machine.uuid.encode() in arguments
+    known = known and Path(f"/proc/{pid}/cwd").resolve() == run_dir.resolve()  # else it is of a copied folder
     if not known and not (_has_no_memory(pid) and run_dir.resolve() in _thread_folders(pid)):
         return None
     flags = itertools.pairwise(arguments)
@@ -130,6 +136,11 @@ def folder(process: Process) -> Path | None:
         return Path(os.readlink(f"/proc/{process.pid}/cwd"))  # noqa: PTH115 - one that was removed is told as that
     except OSError:
         return None
+
+
+def _works_in(process: Process, home: str) -> bool:
+    where = folder(process)
+    return where is not None and where.is_relative_to(home)
 
 
 def is_stopped(process: Process) -> bool:

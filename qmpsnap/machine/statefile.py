@@ -20,6 +20,7 @@ from typing import IO, Any
 import msgspec
 from msgspec import Struct
 
+from qmpsnap import identity
 from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.model.names import LayerId, OperationId
@@ -221,13 +222,14 @@ def find(path: str) -> tuple[Vmstate, Manifest]:
     """
     with _opened(path) as descriptor:
         manifest = _manifest(descriptor, path)
-        status = os.fstat(descriptor)
+        status, birth = os.fstat(descriptor), identity.born(descriptor)
     return Vmstate(
         path=path,
         bytes=manifest.bytes,
         digest=manifest.digest,
         device=status.st_dev,
         inode=status.st_ino,
+        birth=birth,
         mode=manifest.mode,
         layout=manifest.layout,
         compression=manifest.compression,
@@ -248,8 +250,7 @@ def verified(state: Vmstate) -> Iterator[int]:
         HostCannot: it cannot be read, or there is no space to unpack it.
     """
     with _opened(state.path) as descriptor:
-        status = os.fstat(descriptor)
-        if (status.st_dev, status.st_ino) != (state.device, state.inode):
+        if not identity.same_file(state, identity.of(descriptor)):
             raise StoreMismatch(f"{state.path} is another file than the one recorded; nothing was loaded")
         manifest = _manifest(descriptor, state.path)
         size, digest = _digest(descriptor, state.bytes)

@@ -24,6 +24,7 @@ class Layer(Struct, frozen=True, kw_only=True):
         virtual_size: bytes the guest sees.
         device: ``st_dev`` of the file when it was recorded; with ``inode`` its identity.
         inode: ``st_ino`` of the file.
+        birth: when the file was born, by its file system, in nanoseconds since the epoch; 0 where that does not say.
         owned: qmpsnap created the file; only owned files are ever written to by a job or removed.
     """
 
@@ -34,6 +35,7 @@ class Layer(Struct, frozen=True, kw_only=True):
     virtual_size: int
     device: int = 0
     inode: int = 0
+    birth: int = 0
     owned: bool = True
     state: LayerState = "ok"
 

@@ -22,6 +22,7 @@ class Kind(Struct, frozen=True):
 
 
 _ASIDE: Final = "It is moved to the machine's quarantine folder, with a note."
+_COPY: Final = "qmpsnap relocate compares it, and takes it over with --accept-copies"
 _PRIVATE: Final = "Its mode becomes 0600, a folder's 0700."
 
 KINDS: Final[dict[str, Kind]] = {
@@ -41,12 +42,25 @@ KINDS: Final[dict[str, Kind]] = {
         "It is written again from the store.",
     ),
     "layer-missing": Kind("I3", "A recorded layer's file is not there or is no image: all that reads it is lost."),
-    "layer-replaced": Kind("I3", "Another file is where the recorded layer's should be; it may hold anything."),
+    "home-moved": Kind(
+        "I3",
+        "The home was moved or copied: headers and records name the folder it was in. Nothing is changed until qmpsnap"
+        " relocate lets it go on where it is; that keeps names, texts and tree.",
+    ),
+    "layer-replaced": Kind(
+        "I3",
+        "Another file is where the recorded layer's should be; it may hold anything. Put the recorded one back; should"
+        f" this be a copy of it: {_COPY}.",
+    ),
     "backing-differs": Kind(
-        "I3", "The image's header names another backing than the one recorded: other tools read another content."
+        "I3",
+        "The image's header names another backing than the one recorded: other tools read another content. After a"
+        " move or copy qmpsnap relocate puts it right.",
     ),
     "size-differs": Kind(
-        "I3", "The image was resized behind qmpsnap; new layers on it would cut or lengthen the disk."
+        "I3",
+        "The image was resized behind qmpsnap; new layers on it would cut or lengthen the disk.",
+        "The size of a layer that a guest writes to and that has grown is recorded; each layer below keeps its own.",
     ),
     "image-corrupt": Kind("I3", "QEMU has found damage in this image and marked it; it refuses to write to it."),
     "image-damaged": Kind("I3", "qemu-img check has found damage: what reads this layer may read wrong data."),
@@ -64,7 +78,9 @@ KINDS: Final[dict[str, Kind]] = {
     "mode-open": Kind("I3", "Other users can read it, or reach what is in it.", _PRIVATE),
     "tag-missing": Kind("I1", "The image does not have the tag that an internal snapshot lies under."),
     "state-file-missing": Kind("I1", "The file with a snapshot's memory is not there, or cannot be read."),
-    "state-file-replaced": Kind("I1", "Another file is where a snapshot's memory should be."),
+    "state-file-replaced": Kind(
+        "I1", "Another file is where a snapshot's memory should be; qmpsnap relocate takes over one with its digest."
+    ),
     "state-file-damaged": Kind("I1", "The file with a snapshot's memory is not what it was; it will not be loaded."),
     "state-file-unread": Kind(
         "I1", "The file with a snapshot's memory could not be read to its end: whether it is whole is not known."

@@ -44,7 +44,7 @@ class Vmstate(Struct, frozen=True, kw_only=True):
         path: absolute.
         bytes: of QEMU's stream as it lies in the file, that is before the manifest at its end.
         digest: SHA-256 of those bytes, in hexadecimal.
-        device: of the file, with ``inode``, so that another file in its place is noticed.
+        device: of the file, with ``inode`` and ``birth``, so that another file in its place is noticed.
         frozen: the guest's file systems are frozen in that memory, and have to be thawed once it runs.
         steps_ms: what each step took for which the guest was held, as we measured it.
     """
@@ -60,6 +60,7 @@ class Vmstate(Struct, frozen=True, kw_only=True):
     hardware: Hardware
     steps_ms: dict[str, float] = {}
     frozen: bool = False
+    birth: int = 0
 
 
 class Inside(Struct, frozen=True, kw_only=True):

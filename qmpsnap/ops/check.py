@@ -10,7 +10,7 @@ from msgspec import Struct
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StateError
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops import recover
+from qmpsnap.ops import recover, relocate
 from qmpsnap.ops.checking import deep as reading
 from qmpsnap.ops.checking import facts
 from qmpsnap.ops.checking.facts import Facts
@@ -73,7 +73,8 @@ async def _judge(context: Context, at: Facts, *, deep: bool) -> list[Finding]:
 async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
     name = machine.name
     await _open_run_folder(context, name)
-    async with locked(context, name, "check --repair"):
+    await relocate.go_on(context)
+    async with locked(context, name, "check --repair", anywhere=True):
         failed: list[str] = []
         async with _monitor(context, machine) as qemu:
             at = await facts.gather(context, name, qemu=qemu, own=True)

@@ -9,6 +9,7 @@ from qmpsnap.block import graph, header
 from qmpsnap.block.graph import DiskGraph
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.identity import same_file
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId
@@ -138,9 +139,27 @@ def layer_problems(layer: Layer, below: Layer | None, found: Header | str) -> li
     if isinstance(found, str):
         return [found]
     problems = []
-    if (found.device, found.inode) != (layer.device, layer.inode):
+    if not same_file(layer, found):
         problems.append(f"{layer.path} is another file than the one recorded")
     return [*problems, *backing_problems(layer, below, found), *size_problems(layer, found)]
+
+
+def remedy(machine: str, at: LayerView, found: Header | str) -> str:
+    """The one next action where a layer's file contradicts its record; pure."""
+    if not isinstance(found, str):
+        if not same_file(at.layer, found):
+            return "put the recorded file back; should this be a copy of it: qmpsnap relocate"
+        if found.virtual_size != at.layer.virtual_size:
+            return resized(machine, at.layer, found.virtual_size, active=at.active)
+    return f"qmpsnap chain {machine} shows store and disk side by side; qmpsnap check {machine} tells what to do"
+
+
+def resized(machine: str, layer: Layer, size: int, *, active: bool) -> str:
+    """The next action for a layer of another size than the recorded one; pure."""
+    if active and size > layer.virtual_size:
+        return f"qmpsnap check {machine} --repair records the new size; each snapshot keeps its own"
+    shrink = "--shrink " if size > layer.virtual_size else ""
+    return f"set the recorded size again: qemu-img resize {shrink}-f {layer.format} {layer.path} {layer.virtual_size}"
 
 
 def backing_problems(layer: Layer, below: Layer | None, found: Header) -> list[str]:

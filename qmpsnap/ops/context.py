@@ -23,6 +23,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.moment import moment
 from qmpsnap.model.secret import Secret, given
+from qmpsnap.ops import whereabouts
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, runfolder
 from qmpsnap.store.lock import machine_lock
@@ -54,6 +55,7 @@ class Context(Struct, frozen=True, kw_only=True):
         image: makes images with qemu-img.
         host: this host's name, as recorded with the machines it owns.
         secrets: keys of encrypted disks that the program gave, by ``machine/disk``.
+        moved_from: where the store believed its home to lie when it was opened, if that is elsewhere.
     """
 
     home: Home
@@ -62,10 +64,11 @@ class Context(Struct, frozen=True, kw_only=True):
     image: ImageTool
     host: str
     secrets: Mapping[str, Secret] = MappingProxyType({})
+    moved_from: str | None = None
 
     def process(self, machine: Machine) -> Process | None:
-        """The machine's live QEMU, or None."""
-        return processes.find(machine, self.home.run_dir(machine.name))
+        """The machine's live QEMU, or None; one that works for the home which this is a copy of is not ours."""
+        return processes.find(machine, self.home.run_dir(machine.name), not_of=self.moved_from)
 
     @asynccontextmanager
     async def monitor(self, machine: Machine, *, look: bool = False) -> AsyncIterator[Monitor | None]:
@@ -117,7 +120,10 @@ class Context(Struct, frozen=True, kw_only=True):
 
 @asynccontextmanager
 async def opened(
-    home: str | os.PathLike[str] | None = None, *, secrets: Mapping[str, bytes] | None = None
+    home: str | os.PathLike[str] | None = None,
+    *,
+    secrets: Mapping[str, bytes] | None = None,
+    make: bool = True,
 ) -> AsyncIterator[Context]:
     """The context of a home, its store open for the block.
 
@@ -125,6 +131,7 @@ async def opened(
         home: folder that holds everything, as ``QMPSNAP_HOME`` does; None goes by the environment, in which
             ``QMPSNAP_QEMU`` and ``QMPSNAP_QEMU_IMG`` name other binaries.
         secrets: keys of encrypted disks, by ``machine/disk``.
+        make: a home that is not there is made; else it is one without machines.
 
     Raises:
         UsageError: a key cannot be used.
@@ -136,7 +143,7 @@ async def opened(
         environment["QMPSNAP_HOME"] = os.fspath(home)
     keys, programs = given(secrets or {}), Programs.from_environment(environment)
     places = Home.from_environment(environment, uid=os.geteuid())
-    store = await to_end(_open_store, places)
+    places, store = await to_end(_open_store, places, make)
     try:
         yield Context(
             home=await blocking(lambda: runfolder.settled(places, in_use=lambda: _in_use(store))),
@@ -145,16 +152,23 @@ async def opened(
             image=programs.image,
             host=this_host(),
             secrets=keys,
+            moved_from=await blocking(whereabouts.recorded_elsewhere, places, store, this_host()),
         )
     finally:
         store.close()
 
 
-def _open_store(home: Home) -> SqliteStore:
-    store = SqliteStore(home.store, machines=home.machines)
+def _open_store(home: Home, make: bool) -> tuple[Home, SqliteStore]:  # noqa: FBT001
+    store = SqliteStore(home.store, machines=home.machines, make=make)
+    places = home
+    with contextlib.suppress(QmpsnapError):  # a damaged one is told by whoever needs it
+        places = whereabouts.named(home, whereabouts.recorded(home, store))
+    if places != home:
+        store.close()
+        store = SqliteStore(places.store, machines=places.machines)
     with contextlib.suppress(QmpsnapError):  # what can only be read, or is damaged, is so for each who needs it
         store.follow_devices()
-    return store
+    return places, store
 
 
 def _in_use(store: Store) -> Path | None:
@@ -191,12 +205,24 @@ async def in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
 
 
 @asynccontextmanager
-async def locked(context: Context, name: str, verb: str) -> AsyncIterator[None]:
+async def locked(context: Context, name: str, verb: str, *, anywhere: bool = False) -> AsyncIterator[None]:
     """Hold the lock of a machine, which need not exist yet.
+
+    Args:
+        context: where.
+        name: the machine.
+        verb: what the lock is held for, as others will be told.
+        anywhere: also in a home that lies elsewhere than its headers and records say.
 
     Raises:
         LockHeld: another controller works on it.
+        StoreMismatch: the home was moved or copied, and has not been relocated.
     """
+    from qmpsnap.ops import relocate  # which takes the locks of all machines, and does not wait for ours
+
+    if not anywhere:
+        await relocate.go_on(context)
+        await blocking(whereabouts.require_here, context.home, context.store, context.host)
     prepare_run_dir(context.home.run_dir(name))
     with machine_lock(context.home.lock(name), machine=name, verb=verb):
         yield

@@ -11,6 +11,7 @@ from anyio import lowlevel
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qmpsnap import identity
 from qmpsnap.block import graph, place
 from qmpsnap.block.place import Identity
 from qmpsnap.errors import ImageRefused, QmpError, StateError
@@ -29,6 +30,7 @@ from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
 
 HOLD_AFTER = 2.0
 """Seconds a guest may keep a job from its end; then its vCPUs are stopped until it is over."""
@@ -240,8 +242,11 @@ async def settle(job: MirrorJob, monitor: Monitor | None) -> None:
         await job.require_chain(monitor, wanted, known=(*plan.chain, plan.target))
     if plan.mode == "pivot":
         device, inode = job.identity
-        change = replace(plan.change, layers=(replace(plan.target, device=device, inode=inode),))
         await place.make_durable(plan.target.path, job.identity)
+        found = None if plan.nbd else await to_end(identity.at, plan.target.path)
+        birth = found.birth if found and (found.device, found.inode) == job.identity else 0
+        target = replace(plan.target, device=device, inode=inode, birth=birth)
+        change = replace(plan.change, layers=(target,))
     await job.record(change)
 
 

@@ -106,6 +106,7 @@ def _foreign(found: FoundLayer, identity: LayerId, below: Layer | None) -> Layer
         virtual_size=found.header.virtual_size,
         device=found.header.device,
         inode=found.header.inode,
+        birth=found.header.birth,
         owned=False,
     )
 

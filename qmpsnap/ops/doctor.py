@@ -1,9 +1,11 @@
 """``doctor``: what this host, its QEMU and its folders can do."""
 
+import contextlib
 import os
 import shutil
 import stat
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +14,7 @@ import psutil
 from anyio import to_thread
 from msgspec import Struct
 
+from qmpsnap import identity
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.machine import accel, probe
@@ -23,32 +26,45 @@ from qmpsnap.store.sqlite import SqliteStore
 
 
 class Ability(Struct, frozen=True):
-    """One thing a host can do, can do in part, or cannot; ``remedy`` is empty when there is nothing to do."""
+    """One thing a host can do, can do in part, or cannot; ``remedy`` is empty when there is nothing to do.
+
+    ``lost``: it is the home that is not there, or that has lost machines.
+    """
 
     name: str
     ok: Literal["yes", "limited", "no"]
     detail: str
     remedy: str = ""
+    lost: bool = False
 
 
 async def run(home: Home) -> list[Ability]:
     """Look at everything; never raises for what is missing, or a store that cannot be opened."""
     programs = Programs.from_environment(os.environ)
+    cache = home.cache
+    with contextlib.ExitStack() as stack:
+        if home.beneath and not home.data.exists():  # looking makes no home
+            cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return await _look(programs, home, cache)
+
+
+async def _look(programs: Programs, home: Home, cache: Path) -> list[Ability]:
     return [
-        *await _qemu(programs.qemu, home),
-        await _accelerator(programs.qemu, home),
+        *await _qemu(programs.qemu, cache),
+        await _accelerator(programs.qemu, cache),
         await _image_tool(programs.image),
         _firmware(),
         _guest(home),
         await to_thread.run_sync(_store, home),
+        await to_thread.run_sync(_births, home),
         *(_folder(name, path) for name, path in (("data", home.data), ("run", home.run))),
         await to_thread.run_sync(_memory),
     ]
 
 
-async def _qemu(qemu: str, home: Home) -> list[Ability]:
+async def _qemu(qemu: str, cache: Path) -> list[Ability]:
     try:
-        abilities = await probe.ask(qemu, home.cache)
+        abilities = await probe.ask(qemu, cache)
     except QmpsnapError as error:
         return [Ability("qemu", "no", error.message, error.hint)]
     where = shutil.which(qemu) or qemu
@@ -61,9 +77,9 @@ async def _qemu(qemu: str, home: Home) -> list[Ability]:
     return found
 
 
-async def _accelerator(qemu: str, home: Home) -> Ability:
+async def _accelerator(qemu: str, cache: Path) -> Ability:
     try:
-        choice = await accel.choose("auto", qemu=qemu, cache=home.cache)
+        choice = await accel.choose("auto", qemu=qemu, cache=cache)
     except HostCannot as error:
         return Ability("accelerator", "no", error.message, error.hint)
     if choice.accel == "kvm":
@@ -104,13 +120,37 @@ def _guest(home: Home) -> Ability:
 
 def _store(home: Home) -> Ability:
     try:
-        with SqliteStore(home.store, machines=home.machines) as store:
-            machines, barred = store.machines(), store.barred
+        with SqliteStore(home.store, machines=home.machines, make=False) as store:
+            machines, barred, lost = store.machines(), store.barred, store.lost()
+            is_there = store.is_there
     except QmpsnapError as error:
         return Ability("store", "no", error.message, error.hint)
     if barred:
         return Ability("store", "no", f"{barred.message}; it can be read, {len(machines)} machine(s)", barred.hint)
+    if lost:
+        detail = f"{home.store} knows nothing of {', '.join(lost)}, defined before"
+        remedy = "put the store back, or qmpsnap check --rebuild makes one from the images"
+        return Ability("store", "no", detail, remedy, lost=True)
+    if not is_there and home.beneath:
+        detail = f"there is no home at {home.data}"
+        return Ability("store", "no", detail, "qmpsnap define makes it, if that is the place", lost=True)
+    if not is_there:
+        return Ability("store", "yes", f"{home.store}, made when first needed")
     return Ability("store", "yes", f"{home.store}, {len(machines)} machine(s)")
+
+
+def _births(home: Home) -> Ability:
+    """Whether a file that replaces a layer can be told by more than its inode's number."""
+    folder = next(place for place in (home.machines, *home.machines.parents) if place.is_dir())
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if identity.born(descriptor):
+            return Ability("identity", "yes", "files are told by device, inode and time of birth")
+    finally:
+        os.close(descriptor)
+    detail = f"the file system of {folder} keeps no time of birth: a file that was put in a layer's place and got its"
+    detail += " inode's number is not told from it"
+    return Ability("identity", "limited", detail, "keep images on ext4, XFS or btrfs")
 
 
 def _folder(name: str, path: Path) -> Ability:

@@ -197,7 +197,7 @@ async def remove_files(layers: Iterable[Layer]) -> None:
     """Remove files of layers that the store has forgotten; gone already is fine, another file is left alone."""
     for layer in layers:
         if layer.owned:
-            await remove(layer.path, device=layer.device, inode=layer.inode)
+            await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth)
 
 
 async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, removal: Removal) -> None:
@@ -207,7 +207,7 @@ async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, 
     """
     for state in removal.states:
         with contextlib.suppress(StoreMismatch):
-            await remove(state.path, device=state.device, inode=state.inode)
+            await remove(state.path, device=state.device, inode=state.inode, birth=state.birth)
     for path in removal.variables:
         await to_end(tagging.forget_variables, path)
     for disk, layer, tag in removal.tags:

@@ -88,6 +88,7 @@ def plan(
         virtual_size=active.virtual_size,
         device=found.header.device if found else 0,
         inode=found.header.inode if found else 0,
+        birth=found.header.birth if found else 0,
         owned=found is None and export is None,
     )
     change = Change()

@@ -70,11 +70,12 @@ def _first(errors: BaseExceptionGroup[QmpsnapError]) -> QmpsnapError:
 
 def identified(change: Change, headers: Mapping[LayerId, Header]) -> Change:
     """The change with the identities of the files that were made."""
-    layers = tuple(
-        replace(layer, device=headers[layer.id].device, inode=headers[layer.id].inode) if layer.id in headers else layer
-        for layer in change.layers
-    )
+    layers = tuple(_at(layer, headers[layer.id]) if layer.id in headers else layer for layer in change.layers)
     return replace(change, layers=layers)
+
+
+def _at(layer: Layer, found: Header) -> Layer:
+    return replace(layer, device=found.device, inode=found.inode, birth=found.birth)
 
 
 def headers_of(layers: Iterable[Layer]) -> dict[LayerId, Header]:

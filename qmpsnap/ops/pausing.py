@@ -45,7 +45,7 @@ async def resume(context: Context, name: str) -> None:
     """
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
-    async with locked(context, name, "resume"), context.monitor(machine) as qemu:
+    async with locked(context, name, "resume", anywhere=True), context.monitor(machine) as qemu:
         state = await _state(qemu)
         failed = bool(runstate.remedy(state, name))
         if not failed:

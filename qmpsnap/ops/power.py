@@ -150,7 +150,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
     asked.require_time(timeout, "the time for the guest")
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
-    async with locked(context, name, "stop"):
+    async with locked(context, name, "stop", anywhere=True):
         process = context.process(machine)
         if process is None:
             raise StateError(
@@ -220,11 +220,12 @@ def require_files(machine: Machine, chains: Sequence[Chain]) -> None:
         StoreMismatch: one is not; nothing was started.
     """
     for chain in chains:
-        found = compare.view(chain, compare.headers(chain), (), None)
+        headers = compare.headers(chain)
+        found = compare.view(chain, headers, (), None)
         for layer in found.layers:
             if layer.problems:
                 raise StoreMismatch(
                     f"disk {chain.disk} of machine {machine.name}: {layer.problems[0]}; nothing was started",
-                    hint=f"qmpsnap chain {machine.name} {chain.disk} shows store and disk side by side",
+                    hint=compare.remedy(machine.name, layer, headers[layer.layer.id]),
                     machine=machine.name,
                 )

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
@@ -19,7 +21,9 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, DefinePlan
-from qmpsnap.ops.context import this_host
+from qmpsnap.model.relocation import HomeRecord, carried_all
+from qmpsnap.ops import relocate
+from qmpsnap.ops.context import Context, Programs, this_host
 from qmpsnap.ops.rebuilding.images import Finder
 from qmpsnap.ops.rebuilding.plan import Image, Rebuilt, Unread, plan
 from qmpsnap.qmp import commands
@@ -41,11 +45,15 @@ class Made(Struct, frozen=True):
 
 
 class Rebuild(Struct, frozen=True):
-    """The new store's machines, those left out and why, and where the old store is kept."""
+    """The new store's machines, those left out and why, and where the old store is kept.
+
+    ``moved_from``: the home that the images' headers still name.
+    """
 
     machines: tuple[Made, ...]
     left_out: tuple[tuple[str, str], ...]
     aside: str | None
+    moved_from: str | None = None
 
 
 class _Found(Struct, frozen=True):
@@ -54,6 +62,22 @@ class _Found(Struct, frozen=True):
     machine: Machine
     process: Process | None = None
     active: Mapping[str, LayerId] | None = None
+
+
+class _Task(Struct, frozen=True, kw_only=True):
+    """What a store is made from.
+
+    Attributes:
+        place: which home it is, and which folder headers and records name.
+        known: the machines of the store that is there, if that can be read.
+    """
+
+    home: Home
+    place: HomeRecord
+    known: frozenset[str]
+    machines: Sequence[Machine]
+    found: Sequence[_Found]
+    images: Sequence[Image]
 
 
 async def run(home: Home, *, set_aside: bool) -> Rebuild:
@@ -77,8 +101,12 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
             f"the store {home.store} is whole; nothing was changed",
             hint="should it be an old copy, --set-aside makes another in its place and keeps it",
         )
+    known: frozenset[str] = frozenset()
+    if found == "whole":
+        known = await to_thread.run_sync(_known, home)
     records = Records(home.data / FOLDER)
-    machines = records.machines()
+    place = records.home() or HomeRecord(uuid.uuid4().hex, str(home.data))
+    machines = tuple(_here(machine, place, home) for machine in records.machines())
     if not machines:
         raise StateError(
             f"{home.data / FOLDER} describes no machine, so there is nothing to make a store from; nothing was changed",
@@ -87,10 +115,11 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
     with contextlib.ExitStack() as stack:
         for machine in machines:
             stack.enter_context(machine_lock(home.lock(machine.name), machine=machine.name, verb="check --rebuild"))
-        finder = Finder(home, records)
+        finder = Finder(home, records, place)
         images = await to_thread.run_sync(finder.images, machines)
         asked = [await _ask(home, machine) for machine in machines if machine.adopted is None]
-        return await to_end(_make, home, finder, machines, asked, images)
+        task = _Task(home=home, place=place, known=known, machines=machines, found=asked, images=images)
+        return await to_end(_make, task, finder)
 
 
 async def _ask(home: Home, machine: Machine) -> _Found:
@@ -107,12 +136,35 @@ async def _ask(home: Home, machine: Machine) -> _Found:
     return _Found(machine, replace(process, qemu_version=version), active)
 
 
-def _make(
-    home: Home, finder: Finder, machines: Sequence[Machine], found: Sequence[_Found], images: Sequence[Image]
-) -> Rebuild:
-    left_out = [(m.name, "it was adopted: qmpsnap adopt takes it over again") for m in machines if m.adopted]
+def _known(home: Home) -> frozenset[str]:
+    """The machines of a store that is whole, where nothing keeps their names and texts better than a new one.
+
+    Raises:
+        StateError: the home was moved, or its files are copies, which ``relocate`` puts right.
+    """
+    with SqliteStore(home.store, machines=home.machines) as store:
+        image = Programs.from_environment(os.environ).image
+        context = Context(home=home, store=store, qemu="", image=image, host=this_host())
+        if relocate.look(context).needed:
+            raise StateError(
+                f"the store {home.store} is whole, and its home was moved or its files are copies: another would lose"
+                " names and texts; nothing was changed",
+                hint="qmpsnap relocate, with --accept-copies where files are copies, keeps them",
+            )
+        return frozenset(machine.name for machine in store.machines())
+
+
+def _here(machine: Machine, place: HomeRecord, home: Home) -> Machine:
+    """The machine with what it names of the home where that is now."""
+    text = msgspec.json.decode(msgspec.json.encode(machine))
+    return msgspec.convert(carried_all(text, (place.path,), str(home.data)), Machine)
+
+
+def _make(task: _Task, finder: Finder) -> Rebuild:
+    home, place, images = task.home, task.place, task.images
+    left_out = [(m.name, "it was adopted: qmpsnap adopt takes it over again") for m in task.machines if m.adopted]
     planned: list[tuple[_Found, Rebuilt]] = []
-    for at in found:
+    for at in task.found:
         copies = finder.variables(at.machine)
         unread = finder.unread(images)
         rebuilt = plan(at.machine, images, finder.states(at.machine), at.active, unread=unread, variables=copies)
@@ -122,6 +174,9 @@ def _make(
             left_out.append((at.machine.name, f"no image of disk {', '.join(rebuilt.missing)} was found"))
         else:
             planned.append((at, rebuilt))
+    _require_all(home, task.known, left_out)
+    if place.path == str(home.data) and finder.elsewhere:
+        place = HomeRecord(place.id, min(finder.elsewhere))
     fresh = home.store.with_name(f"{home.store.name}.{os.getpid()}.part")
     try:
         _unlink(fresh)
@@ -130,6 +185,7 @@ def _make(
             for at, rebuilt in planned:
                 _record(store, at, rebuilt, serials=serials)
                 serials = 1
+            store.home.note(place)
         aside = _swap(home, fresh)
     finally:
         _unlink(fresh)
@@ -138,7 +194,24 @@ def _make(
         for at, rebuilt in planned
     ]
     left_out += [("(images)", problem) for problem in finder.problems]
-    return Rebuild(tuple(made), tuple(left_out), aside)
+    return Rebuild(tuple(made), tuple(left_out), aside, place.path if place.path != str(home.data) else None)
+
+
+def _require_all(home: Home, known: frozenset[str], left_out: Sequence[tuple[str, str]]) -> None:
+    """Never put a store aside that can be read, to leave out a machine that it knows.
+
+    Raises:
+        StateError: that would happen; nothing was changed.
+    """
+    for name, why in left_out:
+        if name in known:
+            raise StateError(
+                f"the store {home.store} can be read and knows machine {name}, which would be left out: {why};"
+                " nothing was changed",
+                hint=f"qmpsnap check {name} tells what helps; to go on without it: move {home.store} away yourself,"
+                " then qmpsnap check --rebuild",
+                machine=name,
+            )
 
 
 def _doubt(unread: Sequence[Unread]) -> str:

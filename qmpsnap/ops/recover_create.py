@@ -112,7 +112,7 @@ async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memo
         return None
     if finished := await to_end(_finished, broken.operation, memory):
         if monitor and memory.quit and broken.unfinished == "cancel":  # whoever cancels a save wants the guest to run
-            await remove(finished.path, device=finished.device, inode=finished.inode)
+            await remove(finished.path, device=finished.device, inode=finished.inode, birth=finished.birth)
             return None
         await _run_on(broken, monitor, memory)
         await to_end(statefile.discard, memory.part)  # its other name, if that is still there

@@ -208,7 +208,7 @@ async def _memory(snapshot: Snapshot, request: RevertRequest) -> AsyncIterator[L
     if request.file:
         moved = Path(request.file)
         status = await to_thread.run_sync(moved.stat)
-        state = replace(state, path=request.file, device=status.st_dev, inode=status.st_ino)
+        state = replace(state, path=request.file, device=status.st_dev, inode=status.st_ino, birth=0)
     async with in_thread(statefile.verified(state)) as descriptor:
         yield Loading(state, descriptor)
 

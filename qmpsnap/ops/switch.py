@@ -52,7 +52,7 @@ async def remove_files(context: Context, plan: RevertPlan) -> None:
     forest = await blocking(context.store.forest)
     for layer in (*plan.removed, *(plan.unwritten.layers if plan.unwritten else ())):
         if layer.id not in forest.layers:
-            await remove(layer.path, device=layer.device, inode=layer.inode)
+            await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth)
     if plan.keeps:
         snapshots = await blocking(context.store.snapshots, plan.machine)
         if all(found.variables != plan.keeps for found in snapshots):

@@ -119,7 +119,7 @@ def _named(plan: Plan) -> set[str]:
 async def _remove(file: Layer | Vmstate) -> bool:
     """Remove a file that is gone for the store; False for one that somebody has put in its place: that stays."""
     try:
-        await remove(file.path, device=file.device, inode=file.inode)
+        await remove(file.path, device=file.device, inode=file.inode, birth=file.birth)
     except StoreMismatch:
         return False
     return True

@@ -20,8 +20,9 @@ class Database:
         HostCannot: it can neither be written nor read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, make: bool = True) -> None:
         self._path = path
+        self.is_there = make or not _is_missing(path)
         self.connection, self._barred = self._connect()
         self._lock = threading.Lock()
 
@@ -58,6 +59,8 @@ class Database:
             yield connection
 
     def _connect(self) -> tuple[sqlite3.Connection, HostCannot | None]:
+        if not self.is_there:
+            return schema.nowhere(), None
         try:
             return schema.connect(self._path), None
         except HostCannot as error:
@@ -107,3 +110,13 @@ class Database:
                     f"the store {self._path} is damaged: {error}; nothing was recorded",
                     hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
                 ) from error
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # that is another matter, told by whoever opens it
+        return False
+    return False

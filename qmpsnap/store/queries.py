@@ -1,6 +1,6 @@
 """The questions that the store asks SQLite more than once, or that want explaining; no value is ever part of one."""
 
-LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state"
+LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state, birth"
 MACHINE = (
     "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted,"
     " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"

@@ -20,8 +20,12 @@ from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
+from qmpsnap.model.relocation import HomeRecord
 
 FOLDER = "records"
+
+_HOME = ".home"
+"""No machine has such a name."""
 
 
 class Place(Struct, frozen=True, omit_defaults=True):
@@ -82,6 +86,31 @@ class Records:
             self._machine(machine).unlink(missing_ok=True)
             self.places_file(machine).unlink(missing_ok=True)
             sync_folder(self._folder)
+
+    def note_home(self, home: HomeRecord) -> None:
+        """Write down which home this is and where it lies, durably.
+
+        Raises:
+            HostCannot: no right, no space.
+        """
+        lasting = replace(home, moving=None)
+        if self.home() == lasting:
+            return
+        with _translated(self._folder):
+            private.make_folder(self._folder)
+            path = self._folder / _HOME
+            fresh = path.with_name(f"{path.name}.part")
+            fresh.unlink(missing_ok=True)
+            _append(fresh, msgspec.json.encode(lasting) + b"\n", flags=os.O_EXCL)
+            fresh.replace(path)
+            sync_folder(self._folder)
+
+    def home(self) -> HomeRecord | None:
+        """Which home was written down here; None where none was."""
+        try:
+            return msgspec.json.decode((self._folder / _HOME).read_bytes(), type=HomeRecord)
+        except (OSError, msgspec.MsgspecError):
+            return None
 
     def machines(self) -> tuple[Machine, ...]:
         """Every machine that was written down, by name.

@@ -78,6 +78,13 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE operation ADD COLUMN effect TEXT;
     ALTER TABLE operation ADD COLUMN outcome TEXT;
     """,
+    """
+    ALTER TABLE layer ADD COLUMN birth INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE home (
+        one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL, path TEXT NOT NULL, moving TEXT,
+        version INTEGER NOT NULL DEFAULT 1
+    ) STRICT;
+    """,
 )
 
 
@@ -120,6 +127,14 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
     except BaseException:
         connection.close()
         raise
+    return connection
+
+
+def nowhere() -> sqlite3.Connection:
+    """An empty store without a file: what there is where no store was ever made."""
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    for migration in MIGRATIONS:
+        connection.executescript(migration)
     return connection
 
 

@@ -20,25 +20,28 @@ from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
 from qmpsnap.store import devices, journal, queries, records, rows
 from qmpsnap.store.database import Database
+from qmpsnap.store.homes import HomeTable
 from qmpsnap.store.records import Place, Records
 
 
 class SqliteStore:
     """The store in one SQLite file. Safe to share between threads; close it or use it as a context manager."""
 
-    def __init__(self, path: Path, *, machines: Path) -> None:
+    def __init__(self, path: Path, *, machines: Path, make: bool = True) -> None:
         """Open or make the file.
 
         Args:
             path: the database.
             machines: folder that layer paths of pool ``machines`` are relative to.
+            make: where there is no file, make it; else the store is empty, and nothing is written.
 
         Raises:
             HostCannot: it can neither be written nor read. One that can be read alone refuses changes.
         """
-        self._database = Database(path)
+        self._database = Database(path, make=make)
         self._machines = machines
         self._records = Records(path.parent / records.FOLDER)
+        self.home = HomeTable(self._database, self._records, machines=machines)
 
     def __enter__(self) -> Self:
         return self
@@ -267,6 +270,11 @@ class SqliteStore:
             if state := self._vmstate(text):
                 yield state.path, state.device, state.inode
 
+    @property
+    def is_there(self) -> bool:
+        """Whether it has a file."""
+        return self._database.is_there
+
     def is_sound(self) -> bool:
         """Whether SQLite finds nothing wrong; it looks through the whole file."""
         return self._database.is_sound()
@@ -280,6 +288,7 @@ class SqliteStore:
         self._database.require_writable()
 
     def _apply(self, sql: sqlite3.Connection, machine: str, change: Change) -> None:
+        self.home.born(sql)
         if change.define:
             rows.insert_machine(sql, change.define)
             self._records.write(change.define)
@@ -344,13 +353,14 @@ class SqliteStore:
     def _put_layer(self, sql: sqlite3.Connection, layer: Layer) -> None:
         values = (
             layer.id, *self._place(layer.path), layer.format, layer.backing, layer.virtual_size,
-            devices.signed(layer.device), devices.signed(layer.inode), layer.owned, layer.state,
+            devices.signed(layer.device), devices.signed(layer.inode), layer.owned, layer.state, layer.birth,
         )  # fmt: skip
         sql.execute(
-            f"INSERT INTO layer ({queries.LAYER}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
-            " pool = excluded.pool, path = excluded.path, format = excluded.format, backing = excluded.backing,"
-            " virtual_size = excluded.virtual_size, device = excluded.device, inode = excluded.inode,"
-            " owned = excluded.owned, state = excluded.state, version = version + 1",
+            f"INSERT INTO layer ({queries.LAYER}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id)"
+            " DO UPDATE SET pool = excluded.pool, path = excluded.path, format = excluded.format,"
+            " backing = excluded.backing, virtual_size = excluded.virtual_size, device = excluded.device,"
+            " inode = excluded.inode, birth = excluded.birth, owned = excluded.owned, state = excluded.state,"
+            " version = version + 1",
             values,
         )
 
@@ -381,8 +391,8 @@ class SqliteStore:
         return replace(state, path=str(self._machines / state.path))  # an absolute path stays as it is
 
     def _layer(self, row: sqlite3.Row) -> Layer:
-        identity, pool, path, layer_format, backing, size, device, inode, owned, state = row
+        identity, pool, path, layer_format, backing, size, device, inode, owned, state, birth = row
         return Layer(
             id=identity, path=self._path(pool, path), format=layer_format, backing=backing, virtual_size=size,
-            device=devices.unsigned(device), inode=devices.unsigned(inode), owned=bool(owned), state=state,
+            device=devices.unsigned(device), inode=devices.unsigned(inode), owned=bool(owned), state=state, birth=birth,
         )  # fmt: skip

@@ -13,10 +13,19 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.store.homes import HomeTable
 
 
 class Store(Protocol):
     """What every backend keeps. Unknown names raise ``NotFoundError``; a failed call changes nothing."""
+
+    @property
+    def home(self) -> HomeTable:
+        """Which home this is the store of, and where that lies."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is one; where not, it is empty and keeps nothing."""
 
     def machines(self) -> tuple[Machine, ...]:
         """All machines by name, those of other hosts included."""

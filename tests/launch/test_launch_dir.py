@@ -86,9 +86,11 @@ def test_the_installed_command_answers(installed: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(installed), "QMPSNAP_HOME": str(tmp_path / "home")}
     done = subprocess.run(
         [sys.executable, "-m", "qmpsnap", "list", "-o", "json"],
-        check=True, cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False, cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert json.loads(done.stdout) == {"schema": "qmpsnap/1", "machines": []}
+    assert (done.returncode, json.loads(done.stdout)) == (7, {"schema": "qmpsnap/1", "machines": []})
+    assert "there is no home at" in done.stderr
+    assert not (tmp_path / "home").exists()
 
 
 def test_the_unit_runs_commands_that_there_are() -> None:

@@ -182,7 +182,13 @@ DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
         {"backing-differs"},
     ),
     "a layer was resized": (
-        lambda c: img("resize", "-q", image(c, "vda-5"), "80M"),
+        lambda c: img("resize", "-q", image(c, "vda-3"), "80M"),
+        {"size-differs"},
+        {"size-differs"},
+    ),
+    "a disk has grown": (lambda c: img("resize", "-q", image(c, "vda-5"), "80M"), {"size-differs"}, set()),
+    "a disk has shrunk": (
+        lambda c: img("resize", "-q", "--shrink", image(c, "vda-5"), "8M"),
         {"size-differs"},
         {"size-differs"},
     ),

@@ -14,6 +14,7 @@ from qmpsnap.block import graph, header, tagtable
 from qmpsnap.block.graph import DiskGraph
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.identity import same_file
 from qmpsnap.machine import adopted, agent, statefile, worker
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import AGENT_SOCKET
@@ -23,7 +24,8 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import stale_store
+from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.ops import stale_store, whereabouts
 from qmpsnap.ops.checking import named
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
@@ -96,6 +98,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     Attributes:
         busy: who works on the machine now.
         older: why the store must be an old copy.
+        moved: where the store believes its home to lie, if that is elsewhere.
         lost: machines that were defined and that the store does not know.
         described: the file that a lost store can be made again from is this machine's.
         private: folders and files that must be this user's alone.
@@ -123,6 +126,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     missing: tuple[str, ...]
     busy: str | None = None
     older: str | None = None
+    moved: str | None = None
     lost: tuple[str, ...] = ()
     asked: Asked | None = None
     silent: str | None = None
@@ -131,7 +135,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     @property
     def trusted(self) -> bool:
         """Whether anything may be put right by the store's record."""
-        return not self.older and not self.lost
+        return not self.older and not self.lost and not self.moved
 
 
 async def record(context: Context, name: str) -> Record:
@@ -166,6 +170,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         found = await to_thread.run_sync(_files, context, before)
         old = await blocking(stale_store.sign, context, before.machine, before.chains)
         lost = await blocking(context.store.lost)
+        moved = await blocking(whereabouts.recorded_elsewhere, context.home, context.store, context.host)
         busy = busy or (None if own else lock.holder(context.home.lock(name)))
         after = await record(context, name)
         if busy or after == before:
@@ -175,6 +180,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         found,
         busy=busy,
         older=old,
+        moved=moved,
         lost=lost,
         asked=asked,
         silent=silent,
@@ -259,7 +265,7 @@ def _files(context: Context, at: Record) -> Facts:
         read=frozenset(entry.path for entry in strangers if entry.identity in backing),
         headers=headers,
         tags={layer: _tags(at.forest.layers[layer]) for layer in _tagged(at)},
-        states={path: _state(path, (state.device, state.inode, state.digest)) for path, state in states.items()},
+        states={path: _state(state) for path, state in states.items()},
         missing=tuple(sorted(path for path in wanted if not Path(path).is_file())),
     )
 
@@ -348,18 +354,19 @@ def _tags(layer: Layer) -> frozenset[str] | None:
         return None
 
 
-def _state(path: str, recorded: tuple[int, int, str]) -> tuple[str, str] | None:
+def _state(recorded: Vmstate) -> tuple[str, str] | None:
+    path = recorded.path
     try:
         state, _ = statefile.find(path)
     except HostCannot as error:
         return "state-file-missing", error.message
     except StoreMismatch as error:
         return "state-file-damaged", error.message.removesuffix("; nothing was loaded")
-    if (state.device, state.inode) != recorded[:2]:
+    if not same_file(recorded, state):
         return "state-file-replaced", f"{path} is another file than the one recorded"
-    if state.digest != recorded[2]:
+    if state.digest != recorded.digest:
         return (
             "state-file-damaged",
-            f"{path} says it digests to {state.digest[:12]}..., recorded is {recorded[2][:12]}...",
+            f"{path} says it digests to {state.digest[:12]}..., recorded is {recorded.digest[:12]}...",
         )
     return None

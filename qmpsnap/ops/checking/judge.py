@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 
 from qmpsnap.block.graph import FILTERS
+from qmpsnap.identity import same_file
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
@@ -62,6 +63,8 @@ def _finding(
 
 
 def _older(at: Facts) -> Iterator[Finding]:
+    if at.moved:
+        yield _finding(at, "home-moved", f"the home is recorded as {at.moved}, which its headers name")
     if at.older:
         yield _finding(at, "store-older", at.older)
     for name in at.lost:
@@ -82,12 +85,20 @@ def _layers(at: Facts) -> Iterator[Finding]:
         if isinstance(found, str):
             yield _finding(at, "layer-missing", found.removesuffix("; nothing was changed"), layer=layer)
             continue
-        if (found.device, found.inode) != (layer.device, layer.inode):
+        if not same_file(layer, found):
             yield _finding(at, "layer-replaced", f"{layer.path} is another file than the one recorded", layer=layer)
         for text in compare.backing_problems(layer, layers[layer.backing] if layer.backing else None, found):
-            yield _finding(at, "backing-differs", text, layer=layer)
+            if not (at.moved and found.backing and found.backing.startswith(f"{at.moved}/")):  # told already
+                yield _finding(at, "backing-differs", text, layer=layer)
         for text in compare.size_problems(layer, found):
-            yield _finding(at, "size-differs", text, layer=layer)
+            active = layer.id in (chain.active.id for chain in at.record.chains)
+            grown = active and found.virtual_size > layer.virtual_size and same_file(layer, found)
+            way = (
+                ""
+                if grown
+                else f": {compare.resized(at.record.machine.name, layer, found.virtual_size, active=active)}"
+            )
+            yield _finding(at, "size-differs", f"{text}{way}", layer=layer, repairable=grown)
         if found.corrupt:
             yield _finding(at, "image-corrupt", f"{layer.path} is marked corrupt", layer=layer)
 

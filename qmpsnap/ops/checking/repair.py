@@ -5,6 +5,7 @@ import stat
 from collections.abc import Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qmpsnap.block import verify
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
@@ -13,6 +14,7 @@ from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
+from qmpsnap.model.operation import Change
 from qmpsnap.ops import keys
 from qmpsnap.ops.checking import quarantine
 from qmpsnap.ops.checking.facts import AGENT_DEADLINE, Entry, Facts
@@ -61,6 +63,8 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
             layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
             async with keys.for_layer(context, machine, layer) as key:
                 await verify.check(layer, qemu_img=context.image.binary, give_back=True, key=key)
+        case "size-differs":
+            await _record_size(context, at, finding)
         case "worker-left":
             await worker.end_leftover(machine, context.home.run_dir(machine.name))
         case "guest-frozen":
@@ -68,6 +72,15 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
         case _ if qemu and at.asked:
             await _in_qemu(at, qemu, finding)
     return None
+
+
+async def _record_size(context: Context, at: Facts, finding: Finding) -> None:
+    """What the header says is the size of the disk from now on, as far as new layers go."""
+    layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
+    found = at.headers[layer.id]
+    assert not isinstance(found, str)
+    change = Change(layers=(replace(layer, virtual_size=found.virtual_size),))
+    await blocking(context.store.apply, at.record.machine.name, change)
 
 
 async def _in_qemu(at: Facts, qemu: Monitor, finding: Finding) -> None:

@@ -9,24 +9,34 @@ from msgspec.structs import replace
 
 from qmpsnap.block import header, tagtable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
+from qmpsnap.identity import same_file
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import SERIAL, LayerId, is_text, layer_id, tag_number
+from qmpsnap.model.relocation import HomeRecord, carried
 from qmpsnap.model.spec import DiskSpec, Format
+from qmpsnap.ops import whereabouts
 from qmpsnap.ops.rebuilding.plan import Image, State, Unread
 from qmpsnap.ops.stale_store import LAYER_FILE
-from qmpsnap.store.records import Place, Records
+from qmpsnap.store.records import FOLDER, Place, Records
+
+_INSIDE = re.compile(r"(/.*)/machines/([^/]+/[^/]+)")
+"""A file in the folder of a home's machine."""
 
 _KINDS: dict[str | None, Format] = {"qcow2": "qcow2", "raw": "raw"}
 
 
 class Finder:
-    """Collects images by path; ``problems`` says what could not be read."""
+    """Collects images by path; ``problems`` says what could not be read, ``elsewhere`` which homes headers name."""
 
-    def __init__(self, home: Home, records: Records) -> None:
+    def __init__(self, home: Home, records: Records, place: HomeRecord) -> None:
         self._home = home
+        self._before = (place.path,)
+        self._original = whereabouts.original(place, home)
+        self._named: set[str] = set()
+        self.elsewhere: set[str] = {place.path} - {str(home.data)}
         self._records = records
         self._found: dict[str, Image] = {}
         self._below: dict[str, str | None] = {}
@@ -41,7 +51,9 @@ class Finder:
         Raises:
             HostCannot: a machine's folder cannot be read.
         """
-        noted = {machine.name: self._records.places(machine.name) for machine in machines}
+        noted = {machine.name: self._places(machine) for machine in machines}
+        self._named = {place.layer.path for places in noted.values() for place in places if place.layer}
+        self._named |= {path for machine in machines for disk in machine.spec.disks for path in _given(disk)}
         gone = {
             layer: place for places in noted.values() for layer, place in _latest(places).items() if place.gone
         }  # whoever removed a layer need not be who noted it
@@ -68,7 +80,7 @@ class Finder:
 
     def states(self, machine: Machine) -> list[State]:
         """The machine's state files."""
-        last = {place.state: place.gone for place in self._records.places(machine.name) if place.state}
+        last = {place.state: place.gone for place in self._places(machine) if place.state}
         noted = [path for path, gone in last.items() if not gone or Path(path).exists()]
         found = []
         for path in [*(path for path in self._files(machine) if path.endswith(".vmstate")), *noted]:
@@ -98,6 +110,32 @@ class Finder:
         """The highest number that a layer or a state file bears."""
         return self._last
 
+    def _places(self, machine: Machine) -> list[Place]:
+        """What was noted of a machine, with the home's folder where it is now."""
+        found = []
+        for place in self._records.places(machine.name):
+            layer = place.layer and replace(place.layer, path=self._carried(place.layer.path))
+            found.append(replace(place, layer=layer, state=place.state and self._carried(place.state)))
+        return found
+
+    def _carried(self, path: str) -> str:
+        return carried(path, self._before, str(self._home.data))
+
+    def _own(self, path: str) -> str:
+        """What the header of a layer of ours means: of another home's machines it is the file of this home.
+
+        A home that was moved or copied has headers with the folder that it, or its original, was in.
+        """
+        here = self._carried(path)
+        inside = _INSIDE.fullmatch(here)
+        if inside is None or inside[1] == str(self._home.data) or here in self._named:
+            return here
+        root, own = Path(inside[1]), f"{self._home.machines}/{inside[2]}"
+        if os.path.lexists(own) or (root / "qmpsnap.db").exists() or (root / FOLDER).is_dir():
+            self.elsewhere.add(inside[1])
+            return own
+        return here
+
     def _files(self, machine: Machine) -> list[str]:
         folder = self._home.machine_dir(machine.name)
         try:
@@ -122,11 +160,13 @@ class Finder:
             remedy = f"take its line out of {self._records.places_file(machine.name)}"
             shown = header.printable(layer.path)
             self._layers[machine.name, layer.path] = Unread(machine.name, disk, int(number), shown, remedy)
+        if self._original and layer.owned and not layer.path.startswith(f"{self._home.data}/"):
+            return  # the original's: neither to be written to nor removed by a copy of its home
         if given and layer.path in self._found:
             return  # another machine's layer, which is the base here
         if image := self._look(layer.path, layer.format, layer.id, owned=layer.owned):
             # Another file may be there by now: then it is not ours to remove.
-            same = (image.layer.device, image.layer.inode) == (layer.device, layer.inode)
+            same = same_file(layer, image.layer)
             image = replace(image, layer=replace(image.layer, owned=layer.owned and same))
             self._add(replace(image, of=None if given else of))
 
@@ -167,6 +207,7 @@ class Finder:
                 virtual_size=found.virtual_size,
                 device=found.device,
                 inode=found.inode,
+                birth=found.birth,
                 owned=owned,
             )
             tags = tagtable.names(layer) or frozenset()
@@ -178,7 +219,8 @@ class Finder:
             self.problems.append(f"{header.printable(path)}: {error.strerror}")
             return None
         below = found.backing
-        self._below[path] = below and _beside(path, below)
+        beside = below and _beside(path, below)
+        self._below[path] = self._own(beside) if beside and owned else beside
         self._kinds[path] = _KINDS.get(found.backing_format)
         return Image(layer, written, tags)
 

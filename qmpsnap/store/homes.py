@@ -1,0 +1,158 @@
+"""Which home a store belongs to: its id, its path, and the one transaction by which it lies elsewhere.
+
+Layers in the machines' folder are recorded by a relative path; what else names the home (specs, open plans, images
+that lie in it beside that folder) is a text, and all of them change at once.
+"""
+
+import sqlite3
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qmpsnap.model.operation import OPEN_STATES
+from qmpsnap.model.relocation import HomeRecord, Relocation, carried, carried_all
+from qmpsnap.store.database import Database
+from qmpsnap.store.devices import signed
+from qmpsnap.store.records import Records
+
+Ids = Mapping[tuple[int, int], tuple[int, int, int]]
+"""Device and inode of a file to those of its copy, with the copy's birth."""
+
+
+class HomeTable:
+    """The home's row of a store, and what is written down of it beside the store."""
+
+    def __init__(self, database: Database, records: Records, *, machines: Path) -> None:
+        self._database = database
+        self._records = records
+        self._machines = machines
+
+    def record(self) -> HomeRecord | None:
+        """What is recorded; None in a store that nothing was changed in since there are such records."""
+        with self._database.reading() as sql:
+            return _read(sql)
+
+    def note(self, home: HomeRecord) -> None:
+        """Record a home's id and path.
+
+        Raises:
+            HostCannot: no right, no space.
+        """
+        with self._database.writing() as sql:
+            _write(sql, home)
+        self._records.note_home(home)
+
+    def born(self, sql: sqlite3.Connection) -> None:
+        """Record, with a change, that the home lies where it does, if nothing is recorded yet."""
+        if _read(sql) is None:
+            home = self._records.home() or HomeRecord(uuid.uuid4().hex, str(self._machines.parent))
+            _write(sql, home)
+            self._records.note_home(home)
+
+    def begin(self, record: HomeRecord, relocation: Relocation) -> None:
+        """Make durable what was agreed to of a home with that record, before a header is rewritten.
+
+        Raises:
+            HostCannot: no right, no space.
+        """
+        with self._database.writing() as sql:
+            _write(sql, HomeRecord(record.id, record.path, relocation))
+
+    def finish(self, relocation: Relocation) -> None:
+        """Record the home as lying where it is, and its files as those that are there.
+
+        Raises:
+            HostCannot: no right, no space.
+        """
+        home = HomeRecord(relocation.id, relocation.now)
+        with self._database.writing() as sql:
+            ids = self._ids(sql, relocation)
+            self._layers(sql, relocation)
+            self._texts(sql, relocation, ids)
+            if relocation.foreign_process:
+                sql.execute("DELETE FROM process")
+            _write(sql, home)
+        self._records.note_home(home)
+
+    def _ids(self, sql: sqlite3.Connection, to: Relocation) -> Ids:
+        found: dict[tuple[int, int], tuple[int, int, int]] = {}
+        unsigned = (1 << 64) - 1
+        for layer in to.layers:
+            row = sql.execute("SELECT device, inode FROM layer WHERE id = ?", (layer.id,)).fetchone()
+            if row and row[1]:
+                found[row[0] & unsigned, row[1] & unsigned] = (layer.device, layer.inode, layer.birth)
+        return found
+
+    def _layers(self, sql: sqlite3.Connection, to: Relocation) -> None:
+        for identity, path in sql.execute("SELECT id, path FROM layer WHERE pool <> 'machines'").fetchall():
+            if (new := carried(f"/{path}", to.before, to.now)) != f"/{path}":
+                sql.execute("UPDATE layer SET path = ? WHERE id = ?", (new.removeprefix("/"), identity))
+        sql.executemany(
+            "UPDATE layer SET device = ?, inode = ?, birth = ?, virtual_size = ?, version = version + 1 WHERE id = ?",
+            [(signed(of.device), signed(of.inode), of.birth, of.virtual_size, of.id) for of in to.layers],
+        )
+
+    def _texts(self, sql: sqlite3.Connection, to: Relocation, ids: Ids) -> None:
+        states = {state.path: state for state in to.states}
+
+        def text(value: Any) -> Any:
+            return _identified(carried_all(value, to.before, to.now), ids)
+
+        def state(value: Any) -> Any:
+            new = carried_all(value, to.before, to.now)
+            if copy := states.get(str(self._machines / new["path"])):
+                new |= {"device": copy.device, "inode": copy.inode, "birth": copy.birth}
+            return new
+
+        _rewrite(sql, "machine", "spec", text)
+        _rewrite(sql, "machine", "adopted", text)
+        _rewrite(sql, "snapshot", "vmstate", state)
+        _rewrite(sql, "snapshot", "inside", text)
+        marks = ",".join("?" * len(OPEN_STATES))
+        _rewrite(sql, "operation", "plan", text, where=f" AND state IN ({marks})", values=OPEN_STATES)
+
+
+def _rewrite(
+    sql: sqlite3.Connection,
+    table: str,
+    column: str,
+    change: Callable[[Any], Any],
+    *,
+    where: str = "",
+    values: Sequence[str] = (),
+) -> None:
+    wanted = f"SELECT id, {column} FROM {table} WHERE {column} IS NOT NULL{where}"
+    for number, text in sql.execute(wanted, tuple(values)).fetchall():
+        new = msgspec.json.encode(change(msgspec.json.decode(text))).decode()
+        sql.execute(f"UPDATE {table} SET {column} = ?, version = version + 1 WHERE id = ?", (new, number))
+
+
+def _identified(value: Any, ids: Ids) -> Any:
+    """A recorded value with the identities of the copies: a file's is always a device beside an inode."""
+    if isinstance(value, list):
+        return [_identified(each, ids) for each in value]
+    if not isinstance(value, dict):
+        return value
+    new = {key: _identified(each, ids) for key, each in value.items()}
+    if copy := ids.get((new.get("device", 0), new.get("inode", 0))):
+        new |= dict(zip(("device", "inode", "birth"), copy, strict=True))
+    return new
+
+
+def _read(sql: sqlite3.Connection) -> HomeRecord | None:
+    row = sql.execute("SELECT id, path, moving FROM home").fetchone()
+    if row is None:
+        return None
+    return HomeRecord(row[0], row[1], msgspec.json.decode(row[2], type=Relocation) if row[2] else None)
+
+
+def _write(sql: sqlite3.Connection, home: HomeRecord) -> None:
+    moving = msgspec.json.encode(home.moving).decode() if home.moving else None
+    sql.execute(
+        "INSERT INTO home (one, id, path, moving) VALUES (1, ?, ?, ?) ON CONFLICT (one) DO UPDATE SET"
+        " id = excluded.id, path = excluded.path, moving = excluded.moving, version = version + 1",
+        (home.id, home.path, moving),
+    )
