@@ -64,7 +64,7 @@ def of(descriptor: int) -> FileId:
 
 
 def at(name: str | os.PathLike[str], *, folder: int | None = None) -> FileId | None:
-    """Identity of the regular file of that name, links not followed; None where there is none.
+    """Identity of the file of that name, links not followed, which are files of their own; None where there is none.
 
     Args:
         name: a path, or with ``folder`` a name in it.
@@ -79,13 +79,18 @@ def at(name: str | os.PathLike[str], *, folder: int | None = None) -> FileId | N
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return of(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else FileId(-1, -1)
+        return of(descriptor)
     finally:
         os.close(descriptor)
 
 
 def born(descriptor: int) -> int:
-    """When an open file was born, in nanoseconds since the epoch; 0 where its file system does not say."""
+    """When an open file was born, in nanoseconds since the epoch; 0 where its file system does not say.
+
+    Not of a device: its node is born anew with every boot.
+    """
+    if stat.S_IFMT(os.fstat(descriptor).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        return 0
     statx = _statx()
     if statx is None:
         return 0

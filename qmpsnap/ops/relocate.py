@@ -149,6 +149,7 @@ async def _end(context: Context, relocation: Relocation) -> None:
     copies = {layer.id: layer for layer in relocation.layers}
     layers = {layer.id: _carried(copies.get(layer.id, layer), relocation) for layer in forest.layers.values()}
     machines = {machine.name: machine for machine in await blocking(context.store.machines)}
+    layers = await to_thread.run_sync(_with_planned, context, layers, relocation)
     for layer, backing in await to_thread.run_sync(_stale_headers, layers, relocation):
         readers = sorted(forest.machines_above(layer.id) & machines.keys())
         if not readers:
@@ -189,7 +190,7 @@ def look(context: Context) -> Look:
     relocation = replace(plain, layers=tuple(layers), states=tuple(states))
     after = {layer.id: layer for layer in layers}
     carried_layers = {one.id: _carried(after.get(one.id, one), plain) for one in forest.layers.values()}
-    stale = [layer.path for layer, _ in _stale_headers(carried_layers, relocation)]
+    stale = [layer.path for layer, _ in _stale_headers(_with_planned(context, carried_layers, plain), relocation)]
     taken = any(one.verdict in ("copy", "proven", "other home's") for one in compared)
     needed = bool(record.path != now or record.moving or taken or stale)
     return Look(
@@ -279,6 +280,26 @@ def _wanted(said: str, below: Layer | None, to: Relocation) -> str:
         return new
     inside = below.path.removeprefix(to.now)
     return below.path if inside.startswith("/machines/") and whereabouts.root_of(said, inside) else said
+
+
+def _with_planned(context: Context, layers: dict[LayerId, Layer], to: Relocation) -> dict[LayerId, Layer]:
+    """Beside the recorded layers those that an open operation has made and the store does not have yet.
+
+    They are known by their place, which the plan names, and by the header that the plan has asked for.
+    """
+    found = dict(layers)
+    for machine in context.store.machines():
+        for operation in context.store.operations(machine.name, only_open=True):
+            for new in getattr(operation.plan, "overlays", ()):
+                below = _carried(new.backing, to)
+                for path in (new.layer.path, *([new.part] if new.part else [])):
+                    here = replace(new.layer, path=carried(path, to.before, to.now))
+                    with contextlib.suppress(ImageRefused, HostCannot):
+                        seen = header.read(here.path, format=here.format)
+                        if seen.backing and _wanted(seen.backing, below, to) == below.path and here.id not in layers:
+                            ours = replace(here, device=seen.device, inode=seen.inode, birth=seen.birth)
+                            found.setdefault(here.id, ours)
+    return found
 
 
 def _stale_headers(layers: dict[LayerId, Layer], to: Relocation) -> Sequence[tuple[Layer, Layer]]:

@@ -43,14 +43,14 @@ class HomeTable:
         """
         with self._database.writing() as sql:
             _write(sql, home)
-        self._records.note_home(home)
 
-    def born(self, sql: sqlite3.Connection) -> None:
-        """Record, with a change, that the home lies where it does, if nothing is recorded yet."""
-        if _read(sql) is None:
-            home = self._records.home() or HomeRecord(uuid.uuid4().hex, str(self._machines.parent))
-            _write(sql, home)
-            self._records.note_home(home)
+    def born(self, sql: sqlite3.Connection) -> HomeRecord:
+        """What is recorded; with the first change, that the home lies where it does."""
+        if found := _read(sql):
+            return found
+        home = self._records.home() or HomeRecord(uuid.uuid4().hex, str(self._machines.parent))
+        _write(sql, home)
+        return home
 
     def begin(self, record: HomeRecord, relocation: Relocation) -> None:
         """Make durable what was agreed to of a home with that record, before a header is rewritten.
@@ -75,7 +75,6 @@ class HomeTable:
             if relocation.foreign_process:
                 sql.execute("DELETE FROM process")
             _write(sql, home)
-        self._records.note_home(home)
 
     def _ids(self, sql: sqlite3.Connection, to: Relocation) -> Ids:
         found: dict[tuple[int, int], tuple[int, int, int]] = {}

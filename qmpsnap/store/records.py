@@ -24,9 +24,6 @@ from qmpsnap.model.relocation import HomeRecord
 
 FOLDER = "records"
 
-_HOME = ".home"
-"""No machine has such a name."""
-
 
 class Place(Struct, frozen=True, omit_defaults=True):
     """An image, or the path of a state file, at a place of its own; ``gone``: the store has it no more."""
@@ -36,19 +33,28 @@ class Place(Struct, frozen=True, omit_defaults=True):
     gone: bool = False
 
 
+class _Housed(Struct, frozen=True):
+    """What a machine's file says beside the machine."""
+
+    home: HomeRecord | None = None
+
+
 class Records:
     """The files of one store."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def write(self, machine: Machine) -> None:
-        """Write a machine down, durably.
+    def write(self, machine: Machine, home: HomeRecord | None = None) -> None:
+        """Write a machine down, and of which home it is, durably.
 
         Raises:
             HostCannot: no right, no space.
         """
-        text = msgspec.json.format(msgspec.json.encode(_lasting(machine)))
+        said = msgspec.to_builtins(_lasting(machine))
+        if home:
+            said["home"] = {"id": home.id, "path": home.path}
+        text = msgspec.json.format(msgspec.json.encode(said))
         with _translated(self._folder):
             private.make_folder(self._folder)
             path = self._machine(machine.name)
@@ -87,30 +93,16 @@ class Records:
             self.places_file(machine).unlink(missing_ok=True)
             sync_folder(self._folder)
 
-    def note_home(self, home: HomeRecord) -> None:
-        """Write down which home this is and where it lies, durably.
-
-        Raises:
-            HostCannot: no right, no space.
-        """
-        lasting = replace(home, moving=None)
-        if self.home() == lasting:
-            return
-        with _translated(self._folder):
-            private.make_folder(self._folder)
-            path = self._folder / _HOME
-            fresh = path.with_name(f"{path.name}.part")
-            fresh.unlink(missing_ok=True)
-            _append(fresh, msgspec.json.encode(lasting) + b"\n", flags=os.O_EXCL)
-            fresh.replace(path)
-            sync_folder(self._folder)
-
     def home(self) -> HomeRecord | None:
-        """Which home was written down here; None where none was."""
-        try:
-            return msgspec.json.decode((self._folder / _HOME).read_bytes(), type=HomeRecord)
-        except (OSError, msgspec.MsgspecError):
-            return None
+        """Which home the machines were written down for, and where that lay; None where none says."""
+        names: list[str] = []
+        with contextlib.suppress(OSError):
+            names = self._names()
+        for name in names:
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                if found := msgspec.json.decode((self._folder / name).read_bytes(), type=_Housed).home:
+                    return found
+        return None
 
     def machines(self) -> tuple[Machine, ...]:
         """Every machine that was written down, by name.
@@ -119,15 +111,13 @@ class Records:
             HostCannot: no right to look.
         """
         try:
-            names = sorted(os.listdir(self._folder))  # noqa: PTH208 - as text
-        except FileNotFoundError:
-            return ()
+            names = self._names()
         except OSError as error:
             raise HostCannot(
                 f"{self._folder} cannot be read: {error.strerror}; nothing was changed",
                 hint="give this user the right to read it and what is in it",
             ) from error
-        found = (self._read(self._folder / name) for name in names if name.endswith(".json"))
+        found = (self._read(self._folder / name) for name in names)
         return tuple(machine for machine in found if machine)
 
     def places(self, machine: str) -> tuple[Place, ...]:
@@ -145,6 +135,12 @@ class Records:
     def places_file(self, name: str) -> Path:
         """Where a machine's places are written down."""
         return self._folder / f"{name}.places"
+
+    def _names(self) -> list[str]:
+        try:
+            return [name for name in sorted(os.listdir(self._folder)) if name.endswith(".json")]  # noqa: PTH208 - as text
+        except FileNotFoundError:
+            return []
 
     def _machine(self, name: str) -> Path:
         return self._folder / f"{name}.json"

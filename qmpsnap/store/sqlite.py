@@ -234,7 +234,7 @@ class SqliteStore:
             if reference.machine == machine:
                 wanted |= set(forest.chain(reference.disk, reference.layer).ids)
         layers = tuple(forest.layers[layer] for layer in sorted(wanted))
-        self._records.write(found)
+        self._records.write(found, self.home.record())
         self._records.add(machine, self._elsewhere(Change(layers=layers, snapshots=self.snapshots(machine))))
 
     def undescribe(self, machine: Machine) -> None:
@@ -288,10 +288,10 @@ class SqliteStore:
         self._database.require_writable()
 
     def _apply(self, sql: sqlite3.Connection, machine: str, change: Change) -> None:
-        self.home.born(sql)
+        home = self.home.born(sql)
         if change.define:
             rows.insert_machine(sql, change.define)
-            self._records.write(change.define)
+            self._records.write(change.define, home)
         number = rows.machine_id(sql, machine)
         self._records.add(machine, [*self._elsewhere(change), *self._gone(sql, number, change)])
         for layer in change.layers:
