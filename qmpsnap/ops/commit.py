@@ -6,7 +6,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
-from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model import merge as rules
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.names import OperationId, job_id
@@ -126,16 +125,7 @@ async def carry_out(
     Raises:
         QmpsnapError: a step has failed, or could not begin.
     """
-
-    def planned(serial: OperationId) -> MergePlan:
-        made = make(serial)
-        merges = [step for step in made.steps if isinstance(step, Merge)]
-        files = {layer.id: layer for step in merges for layer in (*step.chain, *step.rebased)}
-        require_recorded(files.values(), machine=work.machine.name)
-        return made
-
-    # A file that is not the recorded one is found before anything is marked or gone.
-    operation = await blocking(context.store.open_operation, work.machine.name, planned)
+    operation = await blocking(context.store.open_operation, work.machine.name, make)
     async with recover.attempting(context, work.machine, work.qemu, operation):
         await merge.run(context, work.machine, work.qemu, operation, report=report)
     assert isinstance(operation.plan, MergePlan)

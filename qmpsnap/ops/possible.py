@@ -9,6 +9,7 @@ from anyio import to_thread
 from qmpsnap.block import access
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, QmpsnapError
+from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model.operation import Merge, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.merge import rewritten
@@ -22,6 +23,7 @@ async def require_possible(work: Work, at: Situation, steps: Sequence[Merge | Re
     job stays to be seen, that is undone.
 
     Raises:
+        StoreMismatch: the name of a layer that a merge reads or writes to leads to another file.
         QmpsnapError: as :func:`access.require_writable` and :func:`access.require_readable`.
     """
     try:
@@ -34,6 +36,8 @@ async def require_possible(work: Work, at: Situation, steps: Sequence[Merge | Re
 def _look(at: Situation, steps: Sequence[Merge | Removal]) -> None:
     for step in steps:
         if isinstance(step, Merge):
+            # QEMU opens the one that it is to write to anew, by its name.
+            require_recorded((*step.chain, *step.rebased), machine=at.machine)
             _look_at_merge(step)
         else:
             for _, inside, _ in step.tags:

@@ -20,7 +20,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import rebuild, relocate
 from qmpsnap.ops.context import opened
-from tests.live.crash import STORE, die_at
+from tests.harness.deaths import STORE, Call, die_at
 from tests.live.machine import (
     MIB,
     Hashes,
@@ -233,10 +233,10 @@ async def test_what_cannot_be_a_copy_is_never_taken_over(first: Path, what: str)
 
 
 DEATHS = {
-    "before a header": (("qmpsnap.ops.relocate", "set_backing", "before", 1), {str}),
-    "between two headers": (("qmpsnap.ops.relocate", "set_backing", "after", 1), {str}),
-    "before the store has it": (("qmpsnap.store.homes", "HomeTable.finish", "before", 1), {str}),
-    "after it has": (("qmpsnap.store.homes", "HomeTable.finish", "after", 1), {str}),
+    "before a header": Call("qmpsnap.ops.relocate", "set_backing", "before", 1),
+    "between two headers": Call("qmpsnap.ops.relocate", "set_backing", "after", 1),
+    "before the store has it": Call("qmpsnap.store.homes", "HomeTable.finish", "before", 1),
+    "after it has": Call("qmpsnap.store.homes", "HomeTable.finish", "after", 1),
 }
 
 
@@ -249,7 +249,7 @@ async def test_whoever_is_killed_in_between_leaves_it_to_the_next_command(
         before = await two_snapshots(q)
     there = first.rename(first.with_name("there"))
     monkeypatch.setenv("QMPSNAP_HOME", str(there))
-    await die_at(DEATHS[death][0], "relocate")
+    await die_at(DEATHS[death], "relocate")
     if then == "moved once more":
         monkeypatch.setenv("QMPSNAP_HOME", str(there.rename(there.with_name("elsewhere"))))
         await moved()
@@ -264,7 +264,7 @@ async def test_an_operation_that_was_open_is_ended_where_the_home_is_now(
 ) -> None:
     async with qmpsnap.open() as q:
         before = await two_snapshots(q)
-    await die_at((STORE, "SqliteStore.settle", "before", 1), "snapshot", "create", "still", "s3")
+    await die_at(Call(STORE, "SqliteStore.settle", "before", 1), "snapshot", "create", "still", "s3")
     monkeypatch.setenv("QMPSNAP_HOME", str(first.rename(first.with_name("there"))))
     await moved()
     async with qmpsnap.open() as q:
