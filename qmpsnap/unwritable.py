@@ -1,11 +1,16 @@
 """Why one of our files could not be written, and what to do about it: asked once it has failed."""
 
 import os
+import resource
 from pathlib import Path
 from typing import NamedTuple
 
 LEAST = 64 << 10
 """Bytes that must be free for small files: SQLite wants 32 KiB before it reads a store that others may write to."""
+
+
+SPARE = 4
+"""Descriptors that a command should have left."""
 
 
 class Reason(NamedTuple):
@@ -22,6 +27,8 @@ def reason(place: Path, error: Exception) -> Reason:
         place: the folder.
         error: what was said when it failed; told where nothing better is found.
     """
+    if _no_descriptor():
+        return Reason("this process may open no more files", "raise its limit (ulimit -n)")
     return found(place) or Reason(_said(error), f"look at the rights of {_nearest(place)} and what is in it")
 
 
@@ -41,6 +48,14 @@ def found(place: Path) -> Reason | None:
     if not os.access(folder, os.W_OK | os.X_OK):
         return Reason("this user may not write there", f"give this user the right to write to {folder}, and its files")
     return None
+
+
+def _no_descriptor() -> bool:
+    """Whether SQLite, which wants some at once, has found none left; what it had is free again."""
+    try:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/proc/self/fd")) < SPARE  # noqa: PTH208
+    except OSError:
+        return True
 
 
 def _nearest(place: Path) -> Path:

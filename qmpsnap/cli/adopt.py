@@ -116,4 +116,5 @@ def _emit(arguments: argparse.Namespace, disks: list[dict[str, Any]], uuid: str,
         document={"machine": arguments.name, "uuid": uuid, "pid": pid, "disks": disks},
         names=[arguments.name],
         table=lambda: output.table(("DISK", "DEVICE", "FILTERS", "LAYERS", "ACTIVE"), rows),
+        done=f"machine {arguments.name} is adopted",
     )

@@ -60,12 +60,21 @@ def _check(arguments: argparse.Namespace) -> int:
         },
         names=[f"{found['machine']} {one['code']}" for found in documents for one in found["findings"]],
         table=lambda: "\n".join(_text(found) for found in documents),
+        done=_repaired(documents),
     )
     for found in documents:
         for failed in found["failed"]:
             output.note(f"{found['machine']}: not repaired: {failed}")
     left = output.told(wrong) or _tell(left_out)
     return StoreMismatch.exit_code if any(found["findings"] for found in documents) else left
+
+
+def _repaired(documents: list[dict[str, Any]]) -> str:
+    """What repair has changed, in one sentence; empty where that is nothing."""
+    done = [f"{found['machine']}: {one['code']}" for found in documents for one in found["repaired"]]
+    moved = [one["to"] for found in documents for one in found["moved"]]
+    told = [f"repaired {', '.join(done)}"] * bool(done) + [f"moved to {', '.join(moved)}"] * bool(moved)
+    return "; ".join(told)
 
 
 def _tell(left_out: Mapping[str, QmpsnapError]) -> int:
@@ -137,6 +146,7 @@ def _rebuild(arguments: argparse.Namespace) -> int:
         table=lambda: output.table(
             ("MACHINE", "SNAPSHOTS"), [(made.name, ", ".join(made.snapshots) or "none") for made in done.machines]
         ),
+        done=f"the store was made again, with machines {', '.join(made.name for made in done.machines) or 'none'}",
     )
     for made in done.machines:
         for note in made.notes:

@@ -44,6 +44,7 @@ def _delete(arguments: argparse.Namespace) -> None:
         document={"machine": arguments.machine, "dry_run": arguments.dry_run, **document},
         names=plan.names,
         table=lambda: _text(document, dry_run=arguments.dry_run),
+        done="" if arguments.dry_run else f"deleted {', '.join(plan.names)} of machine {arguments.machine}",
     )
 
 

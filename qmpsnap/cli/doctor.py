@@ -38,14 +38,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _print(abilities: "list[Ability]") -> str:
+    import io
+    import sys
+
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=sys.stdout.isatty() or None, highlight=False, soft_wrap=True)
     width = max(len(ability.name) for ability in abilities)
     for ability in abilities:
         console.print(Text(f"{ability.ok:8}", style=_MARKS[ability.ok]), end="")
         console.print(Text(f"{ability.name:{width}}  {output.printable(ability.detail)}"))
         if ability.remedy:
             console.print(Text(f"{'':8}{'':{width}}  remedy: {output.printable(ability.remedy)}"))
-    return ""
+    return drawn.getvalue().rstrip("\n")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, home, reading, untold
-from qmpsnap.errors import DeadlinePassed, QemuGone
+from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
 from qmpsnap.model.machine import Machine, Process
@@ -287,8 +287,18 @@ def _exec(arguments: argparse.Namespace) -> int:
         return await vm.run(words, deadline=arguments.timeout, check=False)
 
     done = controlling(act)
-    sys.stdout.buffer.write(done.stdout)
-    sys.stderr.buffer.write(done.stderr)
+    try:
+        output.pass_on(done.stdout, done.stderr)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise HostCannot(
+            f"the command has ended with status {done.status} in the guest of {arguments.machine}, and what it said"
+            f" cannot be written: {error.strerror}",
+            hint="make room where the output goes, or send it elsewhere",
+            effect="applied",
+            machine=arguments.machine,
+        ) from error
     return int(done.status)
 
 
@@ -307,6 +317,7 @@ def _fstrim(arguments: argparse.Namespace) -> None:
             ("FILE SYSTEM", "TRIMMED"),
             [(one.path, one.error or output.size(one.trimmed or 0)) for one in found],
         ),
+        done=f"the guest of {arguments.machine} has trimmed {', '.join(one.path for one in found) or 'nothing'}",
     )
 
 

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, Final, NoReturn
 
 import qmpsnap
+from qmpsnap import descriptors
 from qmpsnap.cli import output
 from qmpsnap.errors import QmpsnapError, UsageError
 from qmpsnap.model.names import is_text
@@ -52,6 +53,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}", hint=f"{self.prog} --help")
 
+    def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ARG002 - argparse's own
+        # argparse leaves what it prints in a buffer; all that it prints here is an answer: --help, --version.
+        output.say(message.rstrip("\n"))
+
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """The whole command line, or where the first word is a command, as much of it as that needs."""
@@ -87,17 +92,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.report(left, form)
         return left.exit_code
     except BrokenPipeError:
-        # Whoever read us has had enough; what Python would still flush goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + signal.SIGPIPE  # whoever read us has had enough
+    except Exception as error:
+        from qmpsnap.cli.interrupted import limited
+
+        if (refused := limited(getattr(arguments, "machine", None), error)) is None:
+            raise
+        output.report(refused, form)
+        return refused.exit_code
 
 
 def run() -> NoReturn:
     """The console script."""
+    descriptors.fill()
+    descriptors.open_streams()
+    _speak_utf8()
     gc.disable()  # what is imported stays: looking through it again and again would take longer than most commands
     code = main()
     gc.freeze()  # and nobody need take it apart at the end
     sys.exit(code)
+
+
+def _speak_utf8() -> None:
+    """Begin again where the locale has made Python take names for another encoding: store, QEMU and specs have UTF-8.
+
+    What is printed stays in the encoding that the terminal was said to have.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or not sys.executable:
+        return
+    told = {"PYTHONIOENCODING": os.environ.get("PYTHONIOENCODING") or f"{sys.stdout.encoding}:backslashreplace"}
+    os.execve(  # noqa: S606 - no shell wanted
+        sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], {**os.environ, **told}
+    )
 
 
 def _require_text(words: Sequence[str]) -> None:

@@ -80,6 +80,7 @@ def _merge(arguments: argparse.Namespace, request: "Request") -> None:
         document=document,
         names=[str(document["into"])],
         table=lambda: "\n".join(lines),
+        done="" if arguments.dry_run else f"done: {text(document)}",
     )
 
 

@@ -68,7 +68,13 @@ def _mirror(arguments: argparse.Namespace) -> None:
         lines = [text(document)]
         if plan.mode == "finish":
             lines.append(f"{output.printable(plan.target.path)} is yours: qmpsnap does not keep track of it")
-    output.emit(arguments.output, document=document, names=[plan.target.path], table=lambda: "\n".join(lines))
+    output.emit(
+        arguments.output,
+        document=document,
+        names=[plan.target.path],
+        table=lambda: "\n".join(lines),
+        done="" if arguments.dry_run else f"done: {text(document)}",
+    )
 
 
 def describe(plan: "MirrorPlan") -> dict[str, Any]:

@@ -1,14 +1,20 @@
 """What commands print: JSON, names, tables and trees on stdout, errors on stderr.
 
-No library is needed for any of it, so that ``list`` and ``tree`` answer at once.
+No library is needed for any of it, so that ``list`` and ``tree`` answer at once. All of it goes past Python's buffers:
+one that could not be emptied would fail again, with nobody to tell, when the process ends. A stderr that cannot be
+written stops nothing.
 """
 
+import contextlib
+import errno
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
-from qmpsnap.errors import QmpsnapError
+from qmpsnap.errors import HostCannot, QmpsnapError
 
 SCHEMA = "qmpsnap/1"
 """Names the shape of every JSON answer; it changes only when a field is taken away or changes its meaning."""
@@ -21,7 +27,9 @@ _LONGEST = 4000
 """Characters of an error's message on a terminal."""
 
 
-def emit(form: Format, *, document: dict[str, Any], names: Iterable[str], table: Callable[[], str]) -> None:
+def emit(
+    form: Format, *, document: dict[str, Any], names: Iterable[str], table: Callable[[], str], done: str = ""
+) -> None:
     """Print one answer in the form that was asked for.
 
     Args:
@@ -29,16 +37,52 @@ def emit(form: Format, *, document: dict[str, Any], names: Iterable[str], table:
         document: the JSON answer, without its schema.
         names: one per line for ``-o name``.
         table: makes the text for people.
+        done: of what has changed something, one sentence that says so; for :func:`say`.
+
+    Raises:
+        HostCannot, BrokenPipeError: as :func:`say`.
     """
     if form == "json":
-        print(_json({"schema": SCHEMA, **document}, indent=2))
-    elif form == "name":
-        for name in names:
-            print(name)
+        text = _json({"schema": SCHEMA, **document}, sys.stdout, indent=2)
     else:
-        text = table()
-        if text:
-            print(text)
+        text = "\n".join(names) if form == "name" else table()
+    if text:
+        say(text, done=done)
+
+
+def say(text: str, *, done: str = "") -> None:
+    """Print lines on stdout.
+
+    Args:
+        text: the lines.
+        done: where something has changed, what is said on stderr should stdout refuse them: it was done all the same.
+
+    Raises:
+        HostCannot: stdout cannot be written, and nothing was changed.
+        BrokenPipeError: nobody reads stdout any more, and nothing was changed.
+    """
+    try:
+        _pour(sys.stdout, f"{text}\n")
+    except OSError as error:
+        if done:
+            note(f"qmpsnap: {printable(done)}; the answer cannot be written to standard output: {error.strerror}")
+            return
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise HostCannot(
+            f"the answer cannot be written to standard output: {error.strerror}; nothing was changed",
+            hint="make room where it goes, or send it elsewhere",
+        ) from error
+
+
+def pass_on(stdout: bytes, stderr: bytes) -> None:
+    """Print what another program has said, byte for byte.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _pour(sys.stdout, stdout)
+    _pour(sys.stderr, stderr)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -65,13 +109,14 @@ def tree(root: str, children: Callable[[str | None], Sequence[tuple[str, str]]])
         children: for a key (None for the root) the keys and texts of what hangs below it.
     """
     lines = [root]
+    fork, corner, line = ("├── ", "└── ", "│   ") if _takes(sys.stdout, "├└│─") else ("|-- ", "`-- ", "|   ")
 
     def draw(key: str | None, indent: str) -> None:
         below = children(key)
         for place, (child, text) in enumerate(below, start=1):
             last = place == len(below)
-            lines.append(f"{indent}{'└── ' if last else '├── '}{printable(text)}")
-            draw(child, indent + ("    " if last else "│   "))
+            lines.append(f"{indent}{corner if last else fork}{printable(text)}")
+            draw(child, indent + ("    " if last else line))
 
     draw(None, "")
     return "\n".join(lines)
@@ -96,7 +141,13 @@ def printable(text: str) -> str:
 
 def note(text: str) -> None:
     """Say something to the person at the terminal, beside the data; line breaks stay."""
-    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
+    aside("\n".join(map(printable, text.split("\n"))) + "\n")
+
+
+def aside(text: str) -> None:
+    """Write to stderr as it is; should that fail, there is nobody to tell, and no reason to leave work half done."""
+    with contextlib.suppress(OSError):
+        _pour(sys.stderr, text)
 
 
 def warn(sentences: Iterable[str]) -> None:
@@ -117,7 +168,7 @@ def told(error: QmpsnapError | None) -> int:
 def report(error: QmpsnapError, form: Format) -> None:
     """Print an error on stderr, as an object when JSON was asked for."""
     if form == "json":
-        print(_json({"schema": SCHEMA, **error.as_dict()}), file=sys.stderr)
+        aside(_json({"schema": SCHEMA, **error.as_dict()}, sys.stderr) + "\n")
         return
     # It may quote a word as long as the kernel lets one be, and nobody reads that to find the sentence's end.
     message = error.message
@@ -128,7 +179,55 @@ def report(error: QmpsnapError, form: Format) -> None:
         note(f"hint: {error.hint}")
 
 
-def _json(document: dict[str, Any], *, indent: int | None = None) -> str:
-    """JSON in UTF-8 that is as safe to look at as a table: what would steer a terminal is escaped."""
+def _json(document: dict[str, Any], stream: TextIO, *, indent: int | None = None) -> str:
+    """JSON that is as safe to look at as a table: what would steer a terminal is escaped, or what it cannot show."""
     text = json.dumps(document, indent=indent, ensure_ascii=False)
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    return text if _takes(stream, text) else json.dumps(document, indent=indent)
+
+
+def _encoding(stream: TextIO | None) -> str:
+    return getattr(stream, "encoding", None) or "utf-8"
+
+
+def _takes(stream: TextIO | None, text: str) -> bool:
+    """Whether the stream's encoding has all these characters."""
+    try:
+        text.encode(_encoding(stream))
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _pour(stream: TextIO | None, said: str | bytes) -> None:
+    """Write all of it now. A stream that was closed before we began is as good as ``/dev/null``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if stream is None:
+        return
+    data = said if isinstance(said, bytes) else said.encode(_encoding(stream), "backslashreplace")
+    try:
+        stream.flush()
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:  # it is in memory
+        stream.buffer.write(data) if hasattr(stream, "buffer") else stream.write(data.decode(_encoding(stream)))
+        return
+    except ValueError as error:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from error
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[os.write(descriptor, left) :]
+        except BlockingIOError:
+            _wait_for_room(descriptor)
+
+
+def _wait_for_room(descriptor: int) -> None:
+    """Whoever shares the descriptor with us has made it non-blocking."""
+    import select
+
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    poll.poll()

@@ -1,12 +1,13 @@
 """Progress of jobs on stderr: a bar on a terminal, lines elsewhere, objects when asked."""
 
 import argparse
+import io
 import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 from qmpsnap.cli import output
 
@@ -49,7 +50,7 @@ def reporting(mode: Mode) -> Iterator["Report"]:
 def _report_json(job: "JobInfo") -> None:
     told = {"job": job.id, "type": job.type, "state": job.status}
     figures = {"bytes": job.current_progress, "total": job.total_progress}
-    print(json.dumps({"schema": output.SCHEMA, **told, **figures}), file=sys.stderr, flush=True)
+    output.aside(json.dumps({"schema": output.SCHEMA, **told, **figures}) + "\n")
 
 
 class _Plain:
@@ -68,6 +69,19 @@ class _Plain:
         left = (job.total_progress - job.current_progress) / rate if rate else 0
         eta = f", {left:.0f} s left" if job.status == "running" and left >= 1 else ""
         output.note(f"{job.id} {job.type}: {job.status}, {amount}, {output.size(int(rate))}/s{eta}")
+
+
+class _Terminal(io.TextIOBase):
+    """Stderr for rich, which draws in a thread of its own and would have it all end there once the terminal is gone."""
+
+    encoding = property(lambda _: getattr(sys.stderr, "encoding", "utf-8"))
+
+    def write(self, text: str) -> int:
+        output.aside(text)
+        return len(text)
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
 
 
 @contextmanager
@@ -91,7 +105,7 @@ def _bar() -> Iterator["Report"]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(file=cast(TextIO, _Terminal()))) as progress:
 
         def report(job: "JobInfo") -> None:
             if job.id not in tasks:

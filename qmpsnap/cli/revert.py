@@ -58,7 +58,8 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
     goes_on = " with its memory" if done.memory else ""
     kept = f"what was active before is snapshot {done.kept.name}" if done.kept else ""
     gone = f"{', '.join(done.removed)} removed" if done.removed else ""
-    text = f"machine {arguments.machine} is at {done.snapshot.name}, {done.state}{goes_on}"
+    where = f"machine {arguments.machine} is at {done.snapshot.name}, {done.state}{goes_on}"
+    text = "; ".join(filter(None, (where, kept, gone)))
     output.emit(
         arguments.output,
         document={
@@ -71,7 +72,8 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
             "notes": list(done.notes),
         },
         names=[done.snapshot.name],
-        table=lambda: "; ".join(filter(None, (text, kept, gone))),
+        table=lambda: text,
+        done=text,
     )
 
 

@@ -173,6 +173,7 @@ def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: d
         return await vm.add_layers(disks=disks, files=files)
 
     layers = controlling(act)
+    text = f"{', '.join(layer.id for layer in layers)} active; no snapshot was listed"
     output.emit(
         arguments.output,
         document={
@@ -181,7 +182,8 @@ def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: d
             "layers": [{"layer": layer.id, "path": layer.path} for layer in layers],
         },
         names=[layer.id for layer in layers],
-        table=lambda: f"{', '.join(layer.id for layer in layers)} active; no snapshot was listed",
+        table=lambda: text,
+        done=text,
     )
 
 

@@ -29,6 +29,7 @@ def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str)
         document={"machine": arguments.machine, "snapshot": document},
         names=[snapshot.name],
         table=lambda: text,
+        done=text,
     )
 
 

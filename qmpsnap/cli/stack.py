@@ -47,9 +47,11 @@ def _pop(arguments: argparse.Namespace) -> None:
     for note in done.notes:
         output.note(note)
     name = done.snapshot.name
+    text = f"machine {arguments.machine} is where it was at {name}, {done.state}; {name} is deleted"
     output.emit(
         arguments.output,
         document={"machine": arguments.machine, "snapshot": name, "state": done.state},
         names=[name],
-        table=lambda: f"machine {arguments.machine} is where it was at {name}, {done.state}; {name} is deleted",
+        table=lambda: text,
+        done=text,
     )

@@ -5,7 +5,6 @@ import hashlib
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +88,7 @@ class _Tour:
         with reading() as store:
             (snapshot,) = store.snapshots(MACHINE)
         assert snapshot.vmstate
-        print(f"the guest was held for {snapshot.pause_ms or 0:.1f} ms ({snapshot.vmstate.mode})")
+        output.say(f"the guest was held for {snapshot.pause_ms or 0:.1f} ms ({snapshot.vmstate.mode})")
         _in_guest(f"sleep 1; {END_COUNTER}")
         _type("snapshot", "revert", MACHINE, "counting", "--discard")
         first, then = (int(count) for count in _in_guest(COUNTED_TWICE).split())
@@ -149,7 +148,7 @@ class _Tour:
         self._judge(f"{what:15} reads {found}", good=found == self.said[name])
 
     def _judge(self, what: str, *, good: bool) -> None:
-        print(f"{'ok ' if good else 'BAD'}  {what}")
+        output.say(f"{'ok ' if good else 'BAD'}  {what}")
         self.good &= good
 
     def _content(self, name: str, *, path: str | None = None) -> str:
@@ -171,7 +170,6 @@ class _Tour:
 
 def _say(text: str) -> None:
     output.note(f"\n== {text}")
-    sys.stderr.flush()
 
 
 def _in_guest(script: str) -> str:
@@ -184,7 +182,7 @@ def _in_guest(script: str) -> str:
         return (await vm.run(words)).stdout.decode().strip()
 
     said = controlling(act)
-    print(f"the guest says {said}")
+    output.say(f"the guest says {said}")
     return said
 
 
@@ -193,7 +191,6 @@ def _type(*words: str, code: int = 0) -> None:
     from qmpsnap.cli.main import main
 
     output.note(f"$ qmpsnap {shlex.join(words)}")
-    sys.stderr.flush()
     if (found := main(words)) != code:
         raise QmpsnapError(f"the demo's command ended with exit code {found}")
 

@@ -65,7 +65,8 @@ def _raw(descriptor: int) -> Iterator[None]:
         yield
         return
     before = termios.tcgetattr(descriptor)
-    print("attached; Ctrl-] leaves the console", file=sys.stderr)  # noqa: T201 - a terminal is being spoken to
+    with contextlib.suppress(OSError):  # whoever has no stderr knows how to leave
+        print("attached; Ctrl-] leaves the console", file=sys.stderr, flush=True)  # noqa: T201 - to a terminal
     try:
         tty.setraw(descriptor)
         yield

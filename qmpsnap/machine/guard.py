@@ -24,6 +24,8 @@ THAW_LIMIT = 60.0
 """Seconds after which a guest that does not answer is left to whoever comes next."""
 AGAIN = 2.0
 """Seconds after which an agent that has not answered is asked again."""
+STDERR = 2
+"""The last descriptor that no file may be opened as: it would be read as input, or be sent messages."""
 LINE_LIMIT = 1 << 16
 """Bytes of a line that may be an answer; a longer one is none."""
 
@@ -143,6 +145,9 @@ def result(line: bytes) -> int | None:
 
 def main(mode: str, watched: str, *rest: str) -> None:
     """Say that it watches, and do so; the starter's own child ends at once, so that nobody has to wait for this one."""
+    while (null := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        os.set_inheritable(null, True)
+    os.close(null)
     if os.fork():
         os._exit(0)
     watch = socket.socket(fileno=int(watched))

@@ -12,6 +12,7 @@ from typing import Self, TypeVar
 from anyio import lowlevel
 from msgspec import Struct
 
+from qmpsnap import descriptors
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.machine import adopted
@@ -138,6 +139,7 @@ async def opened(
         StoreTooNew: a newer qmpsnap wrote the store.
         HostCannot: the store cannot be opened.
     """
+    descriptors.fill()  # a program that uses us may have closed one, and images are opened from here on
     environment = dict(os.environ)
     if home is not None:
         environment["QMPSNAP_HOME"] = os.fspath(home)
