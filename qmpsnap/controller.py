@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from qmpsnap.errors import NotFoundError
+from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.machine_handle import MachineHandle
 from qmpsnap.model.operation import Operation
@@ -138,11 +138,13 @@ class Controller:
 
         Raises:
             SpecError: the file describes no machine, or there is none.
+            UsageError: there are both a file and a machine of that name.
             NotFoundError: no machine of that name.
             QmpsnapError: as :meth:`define` and :meth:`MachineHandle.start`.
         """
         name = os.fspath(spec)
         if os.sep in name or Path(name).is_file():
+            await self._require_one_meaning(name)
             wanted = self.read_spec(name)
             try:
                 vm = await self.machine(wanted.name)
@@ -152,3 +154,11 @@ class Controller:
             vm = await self.machine(name)
         await vm.start(paused=paused)
         return vm
+
+    async def _require_one_meaning(self, name: str) -> None:
+        if os.sep not in name and name in {found.name for found in await blocking(self.context.store.machines)}:
+            raise UsageError(
+                f"{name!r} may be the machine {name} or the file {Path.cwd() / name}; nothing was changed",
+                hint=f"./{name} is the file; machine({name!r}) has the machine's start()",
+                machine=name,
+            )

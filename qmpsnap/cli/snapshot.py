@@ -333,7 +333,7 @@ def _show(arguments: argparse.Namespace) -> None:
             f"{key + ':':14}{'-' if value in (None, '') else output.printable(str(value))}"
             for key, value in plain.items()
         ]
-        rows = [(disk, d["layer"], d["tag"] or "-", d["path"]) for disk, d in document["disks"].items()]
+        rows = [(disk, d["layer"], d["tag"] or "-", d["path"] or "-") for disk, d in document["disks"].items()]
         return "\n".join([*lines, "", output.table(("DISK", "LAYER", "TAG", "PATH"), rows)])
 
     output.emit(

@@ -5,7 +5,6 @@ from typing import Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import reading
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.moment import moment
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Vmstate
@@ -35,7 +34,8 @@ def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str)
 
 def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any]:
     """The JSON of one snapshot, as docs/cli.md describes it."""
-    layers = _layers(store, snapshot)
+    # What a commit has overwritten lies nowhere any more: at that place is what somebody else wrote.
+    paths = {} if snapshot.state == "consumed" else _paths(store, snapshot)
     return {
         "name": snapshot.name,
         "kind": snapshot.kind,
@@ -45,7 +45,7 @@ def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any
         "created": moment(snapshot.created),
         "description": snapshot.description,
         "disks": {
-            point.disk: {"layer": point.layer, "path": layers[point.layer].path, "tag": point.tag}
+            point.disk: {"layer": point.layer, "path": paths.get(point.layer), "tag": point.tag}
             for point in snapshot.points
         },
         "pause_ms": snapshot.pause_ms,
@@ -72,5 +72,5 @@ def _vmstate(state: Vmstate) -> dict[str, Any]:
     }
 
 
-def _layers(store: Store, snapshot: Snapshot) -> dict[str, Layer]:
-    return {point.layer: store.layer(point.layer) for point in snapshot.points}
+def _paths(store: Store, snapshot: Snapshot) -> dict[str, str]:
+    return {point.layer: store.layer(point.layer).path for point in snapshot.points}

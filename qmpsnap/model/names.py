@@ -27,6 +27,7 @@ MAX_DESCRIPTION = 16 << 10
 SERIAL = r"[1-9][0-9]{0,17}"
 """An operation's number in a file's name; one with more digits none ever has, and no store could keep it."""
 
+_LAYER = re.compile(rf"([a-z][a-z0-9]{{0,15}})-{SERIAL}\Z")
 _TAG = re.compile(rf"qs-({SERIAL})-")
 
 
@@ -88,6 +89,12 @@ def check_disk_name(name: str) -> str:
 def layer_id(disk: str, serial: int) -> LayerId:
     """The id of the layer of ``disk`` that the store's serial number ``serial`` stands for."""
     return LayerId(f"{disk}-{serial}")
+
+
+def layer_disk(name: str) -> str | None:
+    """The disk of the layer that a name of the form ``vda-17`` may stand for; None when it is not of our form."""
+    found = _LAYER.match(name)
+    return found[1] if found else None
 
 
 def job_id(operation: OperationId, disk: str) -> JobId:

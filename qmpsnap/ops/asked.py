@@ -7,10 +7,11 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from qmpsnap.errors import NameTaken, StateError, UsageError
+from qmpsnap.errors import NameRefused, NameTaken, StateError, UsageError
+from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.moment import moment
-from qmpsnap.model.names import OperationId, check_name
+from qmpsnap.model.names import OperationId, check_name, layer_disk
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.qmp import commands
@@ -38,7 +39,9 @@ async def mode_of(qemu: Monitor | None) -> str:
     return "live" if (await commands.query_status(qemu)).running else "paused"
 
 
-def snapshot_name(machine: Machine, snapshots: Sequence[Snapshot], name: str | None, *, prefix: str = "snap") -> str:
+def snapshot_name(
+    machine: Machine, chains: Iterable[Chain], snapshots: Sequence[Snapshot], name: str | None, *, prefix: str = "snap"
+) -> str:
     """The name as asked for, or the next free one.
 
     Raises:
@@ -47,10 +50,37 @@ def snapshot_name(machine: Machine, snapshots: Sequence[Snapshot], name: str | N
     """
     if name is None:
         taken = {snapshot.name for snapshot in snapshots}
-        return next(free for number in range(1, len(taken) + 2) if (free := f"{prefix}-{number}") not in taken)
-    check_name(name, "snapshot")
+        return free_name(prefix, taken, layered=layered(machine, chains))
+    require_snapshot_name(machine, chains, name)
     require_free_name(snapshots, name, machine=machine.name)
     return name
+
+
+def layered(machine: Machine, chains: Iterable[Chain]) -> frozenset[str]:
+    """What the layers of a machine are called after: its disks, and those of others from whom it has layers."""
+    others = {layer_disk(layer) for chain in chains for layer in chain.ids}
+    return frozenset({disk.name for disk in machine.spec.disks} | {disk for disk in others if disk})
+
+
+def free_name(prefix: str, taken: Collection[str], *, layered: Collection[str]) -> str:
+    """The next free ``PREFIX-N``; of a machine with a disk of that name, whose layers are called so, ``PREFIX.N``."""
+    mark = "." if prefix in layered else "-"
+    return next(free for number in range(1, len(taken) + 2) if (free := f"{prefix}{mark}{number}") not in taken)
+
+
+def require_snapshot_name(machine: Machine, chains: Iterable[Chain], name: str) -> None:
+    """Make sure that a name stands for a snapshot and nothing else.
+
+    Raises:
+        NameRefused: it is not allowed, or a layer of the machine is called so, or may be one day.
+    """
+    check_name(name, "snapshot")
+    if (disk := layer_disk(name)) in layered(machine, chains):
+        raise NameRefused(
+            f"a snapshot cannot be called {name}, as layers of disk {disk} are; nothing was changed",
+            hint="choose another name",
+            machine=machine.name,
+        )
 
 
 def require_free_name(snapshots: Iterable[Snapshot], name: str, *, machine: str) -> None:
@@ -68,9 +98,10 @@ def require_free_name(snapshots: Iterable[Snapshot], name: str, *, machine: str)
             )
 
 
-def automatic_name(taken: Collection[str], serial: OperationId) -> str:
-    """A free name for the snapshot that a revert makes of what was active before."""
-    names = (f"auto-{serial}", *(f"auto-{serial}-{number}" for number in range(2, len(taken) + 3)))
+def automatic_name(taken: Collection[str], serial: OperationId, *, layered: Collection[str]) -> str:
+    """A free name for the snapshot that a revert makes of what was active before; no layer's, as :func:`free_name`."""
+    first = f"auto.{serial}" if "auto" in layered else f"auto-{serial}"
+    names = (first, *(f"{first}-{number}" for number in range(2, len(taken) + 3)))
     return next(name for name in names if name not in taken)
 
 

@@ -97,7 +97,7 @@ def plan(
     if not request.listed:
         return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
     prefix = "saved" if request.memory and request.memory.quit else "snap"
-    name = asked.snapshot_name(machine, snapshots, request.name, prefix=prefix)
+    name = asked.snapshot_name(machine, chains, snapshots, request.name, prefix=prefix)
     snapshot = Snapshot(
         name=name,
         kind="full" if means else "disk",

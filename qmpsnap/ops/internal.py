@@ -82,7 +82,7 @@ def plan(
             )
     if hardware:
         asked.require_all(machine, chosen)
-    name = asked.snapshot_name(machine, snapshots, request.name)
+    name = asked.snapshot_name(machine, chains, snapshots, request.name)
     # Not of the number alone: an image may have been another store's, and have that store's tags inside.
     tag = f"qs-{serial}-{sha256(f'{machine.uuid}/{serial}/{now}'.encode()).hexdigest()[:8]}"
     variables = str(home.variables(machine.name)) if machine.spec.firmware == "uefi" and not machine.adopted else None

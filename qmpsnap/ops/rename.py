@@ -22,11 +22,12 @@ async def run(context: Context, name: str, old: str, new: str) -> Snapshot:
         NotFoundError: there is no snapshot ``old``.
         NameTaken: there is a snapshot ``new``.
     """
-    check_name(new, "snapshot")
+    check_name(new, "snapshot")  # whatever machine it is
     # Operations remember snapshots by name, so none may be open: this frame ends them first.
-    async with working(context, name, "snapshot rename"):
+    async with working(context, name, "snapshot rename") as work:
         snapshots = await blocking(context.store.snapshots, name)
         require_snapshot(snapshots, old, machine=name)
+        asked.require_snapshot_name(work.machine, await blocking(context.store.chains, name), new)
         asked.require_free_name(snapshots, new, machine=name)
         await blocking(context.store.apply, name, Change(renamed={old: new}))
         return next(found for found in await blocking(context.store.snapshots, name) if found.name == new)

@@ -74,9 +74,11 @@ def plan(
     assert snapshot.inside
     kept: InternalPlan | None = None
     if not discard:
-        name = asked.automatic_name({found.name for found in at.snapshots}, serial)
-        request = InternalRequest(name=name, description=f"before the revert to {snapshot.name}")
         chains = tuple(at.live.values())
+        name = asked.automatic_name(
+            {found.name for found in at.snapshots}, serial, layered=asked.layered(machine, chains)
+        )
+        request = InternalRequest(name=name, description=f"before the revert to {snapshot.name}")
         made = internal.plan(
             machine, chains, at.snapshots, request, serial=serial, home=home, mode=mode, hardware=hardware, now=now
         )

@@ -125,7 +125,9 @@ def plan(
             change=replace(switched, removed_layers=tuple(layer.id for layer in gone)),
         )
     kept = Snapshot(
-        name=asked.automatic_name({found.name for found in at.snapshots}, serial),
+        name=asked.automatic_name(
+            {found.name for found in at.snapshots}, serial, layered=asked.layered(machine, at.live.values())
+        ),
         kind="disk",
         state="ok",
         parent=machine.current,

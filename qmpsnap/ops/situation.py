@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import allocated, graph
 from qmpsnap.block.header import printable
-from qmpsnap.errors import HostCannot, NotFoundError
+from qmpsnap.errors import HostCannot, NotFoundError, StateError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
 from qmpsnap.model.home import Home
@@ -57,13 +57,30 @@ def resolve(at: Situation, chain: Chain, wanted: str) -> LayerId:
 
     Raises:
         NotFoundError: the chain has neither.
+        StateError: it has both, or what the snapshot held is overwritten.
     """
+    snapshot = next((found for found in at.snapshots if found.name == wanted), None)
+    point = snapshot.point(chain.disk) if snapshot else None
+    consumed = snapshot is not None and snapshot.state == "consumed"
     if wanted in chain.ids:
+        if snapshot and (consumed or point is None or point.layer != wanted):
+            lies = "which is consumed" if consumed else f"at layer {point.layer}" if point else "without this disk"
+            raise StateError(
+                f"{wanted} may be the layer {wanted} of disk {chain.disk} or the snapshot {wanted}, {lies};"
+                " nothing was changed",
+                hint=f"qmpsnap snapshot rename {at.machine} {wanted} NAME, then say which",
+                machine=at.machine,
+            )
         return LayerId(wanted)
-    for snapshot in at.snapshots:
-        point = snapshot.point(chain.disk)
-        if snapshot.name == wanted and point and point.layer in chain.ids:
-            return point.layer
+    if consumed:
+        raise StateError(
+            f"snapshot {wanted} of machine {at.machine} is consumed: a commit has overwritten what it held;"
+            " nothing was changed",
+            hint=f"qmpsnap chain {at.machine} {chain.disk} lists the layers, which can be named instead",
+            machine=at.machine,
+        )
+    if point and point.layer in chain.ids:
+        return point.layer
     raise NotFoundError(
         f"the live chain of disk {chain.disk} of machine {at.machine} has no layer or snapshot {wanted!r};"
         " nothing was changed",

@@ -4,7 +4,7 @@ A layer's number tells its age: an overlay that operation N made is ``DISK-N``, 
 disk stood then. So the overlays of one number are one moment of the machine, the names of the moments aside.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -14,6 +14,7 @@ from qmpsnap.model.names import LayerId, OperationId, tag_number
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point, Snapshot, SnapshotKind
 from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.ops import asked
 
 TEXT = "found on disk when the store was made again"
 
@@ -121,7 +122,7 @@ def plan(
         leaves += [(disk.name, layer) for layer in tops if layer.id != top]
     moments = _moments(machine, images, states, leaves)
     own = [image.layer.id for image in images if image.of and image.of[0] == machine.name]
-    snapshots = tuple(_snapshots(moments, layers, _copies(moments, own, variables)))
+    snapshots = tuple(_snapshots(moments, layers, _copies(moments, own, variables), layered=asked.layered(machine, ())))
     used = {moment.state.operation for moment in moments if moment.state}
     names = {point.layer: snapshot.name for snapshot in reversed(snapshots) for point in snapshot.points}
     current = next((found for top in active.values() if (found := _below(top, layers, names))), None)
@@ -232,17 +233,19 @@ def _copies(
 
 
 def _snapshots(
-    moments: Sequence[_Moment], images: Mapping[LayerId, Image], variables: Mapping[tuple[int, int], str]
+    moments: Sequence[_Moment],
+    images: Mapping[LayerId, Image],
+    variables: Mapping[tuple[int, int], str],
+    *,
+    layered: Collection[str],
 ) -> Iterator[Snapshot]:
     taken = {moment.state.snapshot for moment in moments if moment.state}
-    numbers = (f"found-{number}" for number in range(1, len(moments) + len(taken) + 1))
-    free = (name for name in numbers if name not in taken)
     names: dict[LayerId, str] = {}
     used: set[str] = set()
     for moment in moments:
-        name = moment.state.snapshot if moment.state else next(free)
-        if name in used:
-            name = next(free)
+        name = moment.state.snapshot if moment.state else ""
+        if not name or name in used:
+            name = asked.free_name("found", taken | used, layered=layered)
         used.add(name)
         parent = next((found for p in moment.points if (found := _parent(p, images, names))), None)
         yield Snapshot(
