@@ -95,17 +95,25 @@ class MachineLife:
         """A sentence for every file system that may fill up under the guest; QEMU pauses a guest that hits its end."""
         return await to_thread.run_sync(space.shortage, await blocking(self._context.store.chains, self.name))
 
-    async def run(self, command: str | Sequence[str], *, deadline: float = 60, check: bool = True) -> Completed:
+    async def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        deadline: float = 60,
+        check: bool = True,
+        allow_truncated: bool = False,
+    ) -> Completed:
         """Run a command in the guest through its agent.
 
         Args:
             command: program and arguments, or a line for the guest's ``/bin/sh``.
             deadline: seconds to wait for its end.
             check: raise when it ends with another status than 0.
+            allow_truncated: take what the agent has kept, 16 MiB of stdout and of stderr, where there was more.
 
         Raises:
             StateError: the guest's vCPUs are stopped, or the machine was adopted.
-            QmpError: the guest refused, or with ``check`` the command failed.
+            QmpError: the guest refused, with ``check`` the command failed, or it has said more than the agent keeps.
             DeadlinePassed: no agent, or the command takes longer.
         """
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
@@ -118,6 +126,8 @@ class MachineLife:
                 effect="applied",
                 machine=self.name,
             )
+        if not allow_truncated:
+            done.require_whole(self.name)
         return done
 
     async def fstrim(self, *, minimum: int = 0, deadline: float = 60) -> tuple[Trimmed, ...]:

@@ -55,6 +55,9 @@ def register(parsers: Parsers) -> None:
     command = add(parsers, "exec", _exec, help="run a command in the guest through its agent")
     add_machine(command)
     command.add_argument("--timeout", type=amount, default=60, metavar="S", help="seconds to wait for its end (60)")
+    command.add_argument(
+        "--allow-truncated", action="store_true", help="take what the agent keeps, 16 MiB of stdout and of stderr"
+    )
     command.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="program and arguments")
 
     command = add(parsers, "fstrim", _fstrim, help="let the guest give its disks back what its file systems do not use")
@@ -284,7 +287,7 @@ def _exec(arguments: argparse.Namespace) -> int:
 
     async def act(controller: "Controller") -> Any:
         vm = await controller.machine(arguments.machine)
-        return await vm.run(words, deadline=arguments.timeout, check=False)
+        return await vm.run(words, deadline=arguments.timeout, check=False, allow_truncated=True)
 
     done = controlling(act)
     try:
@@ -299,6 +302,8 @@ def _exec(arguments: argparse.Namespace) -> int:
             effect="applied",
             machine=arguments.machine,
         ) from error
+    if not arguments.allow_truncated:
+        done.require_whole(arguments.machine)
     return int(done.status)
 
 

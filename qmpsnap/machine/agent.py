@@ -23,7 +23,10 @@ from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
 from qmpsnap.qmp.dial import dial
 
 REPLY_LIMIT = 64 << 20
-"""Bytes a reply may have; the agent caps captured output at 16 MiB, base64 makes it a third more."""
+"""Bytes a reply may have; the agent keeps :data:`CAPTURED` of each stream, base64 makes it a third more."""
+
+CAPTURED = 16 << 20
+"""Bytes of a command's stdout, and of its stderr, that the agent keeps (QGA's ``GUEST_EXEC_MAX_OUTPUT``)."""
 
 
 _EXITS = range(1 << 32)
@@ -37,11 +40,32 @@ MOUNTS_LIMIT = 100_000
 
 
 class Completed(Struct, frozen=True, kw_only=True):
-    """A command that ended in the guest; ``status`` is its exit status, or 128 + the signal that killed it."""
+    """A command that ended in the guest.
+
+    Attributes:
+        status: its exit status, or 128 + the signal that killed it.
+        truncated: which of ``stdout`` and ``stderr`` it has said more on than the agent keeps (:data:`CAPTURED`).
+    """
 
     status: int
     stdout: bytes
     stderr: bytes
+    truncated: tuple[str, ...] = ()
+
+    def require_whole(self, machine: str) -> None:
+        """Make sure that all the command said is here.
+
+        Raises:
+            QmpError: the guest's agent has thrown the rest away.
+        """
+        if self.truncated:
+            raise QmpError(
+                f"the command has ended with status {self.status} in the guest of {machine}, and its"
+                f" {' and '.join(self.truncated)} is cut off: the guest's agent keeps {CAPTURED >> 20} MiB of each",
+                hint="let it write to a file in the guest, or say less; --allow-truncated takes what there is",
+                effect="applied",
+                machine=machine,
+            )
 
 
 class Trimmed(Struct, frozen=True, kw_only=True):
@@ -217,6 +241,9 @@ class Agent:
                 status=_EXITS.index(code),  # itself, or ValueError
                 stdout=base64.b64decode(status.get("out-data", ""), validate=True),
                 stderr=base64.b64decode(status.get("err-data", ""), validate=True),
+                truncated=tuple(
+                    name for name, key in (("stdout", "out"), ("stderr", "err")) if status.get(f"{key}-truncated")
+                ),
             )
         except (TypeError, ValueError, OverflowError, binascii.Error) as error:
             raise QmpError(f"the guest agent of {self._machine} answered nonsense", machine=self._machine) from error

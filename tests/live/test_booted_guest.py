@@ -82,6 +82,21 @@ async def test_a_command_that_fails_in_the_guest_says_so(q: qmpsnap.Controller, 
     assert (done.status, done.stdout, done.stderr) == (4, b"out\n", b"err\n")
 
 
+async def test_what_a_command_says_is_passed_on_whole_or_is_an_error(
+    q: qmpsnap.Controller, guest_spec: MachineSpec, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    vm = await q.define(guest_spec)
+    await vm.start()
+    every = "".join(f"\\{byte:03o}" for byte in range(256))
+    words = ["exec", "guest", "--", "printf", every]
+    assert await anyio.to_thread.run_sync(main, words) == 0
+    assert capfdbinary.readouterr().out == bytes(range(256))
+    much = ["sh", "-c", "head -c 16777217 /dev/zero; exit 3"]
+    assert await anyio.to_thread.run_sync(main, ["exec", "guest", "--", *much]) == 1
+    out, err = capfdbinary.readouterr()
+    assert (len(out), b"status 3 in the guest of guest, and its stdout is cut off" in err) == (16 << 20, True)
+
+
 async def test_the_console_speaks_both_ways(q: qmpsnap.Controller, guest_spec: MachineSpec, tmp_path: Path) -> None:
     vm = await q.define(guest_spec)
     await vm.start()

@@ -269,6 +269,29 @@ async def test_the_status_is_the_exit_status_or_that_of_a_shell_for_a_signal(
 
 
 @pytest.mark.parametrize(
+    ("flags", "truncated"),
+    [
+        ({}, ()),
+        ({"out-truncated": False}, ()),
+        ({"err-truncated": True}, ("stderr",)),
+        ({"out-truncated": True, "err-truncated": True}, ("stdout", "stderr")),
+    ],
+)
+async def test_output_that_the_agent_has_cut_off_is_told(
+    path: Path, flags: dict[str, bool], truncated: tuple[str, ...]
+) -> None:
+    async with talking(path, returns({"pid": 1}), exited(exitcode=0, **flags)) as (guest, _):
+        done = await guest.run(["x"], deadline=LONG)
+    assert done.truncated == truncated
+    if truncated:
+        with pytest.raises(QmpError, match=f"its {' and '.join(truncated)} is cut off") as told:
+            done.require_whole("m")
+        assert told.value.effect == "applied"
+    else:
+        done.require_whole("m")
+
+
+@pytest.mark.parametrize(
     "status",
     [
         {"exitcode": 0, "out-data": "abc"},
