@@ -23,15 +23,17 @@ if TYPE_CHECKING:
     from qmpsnap.machine_handle import MachineHandle
     from qmpsnap.model.chain import Chain, Layer
     from qmpsnap.model.machine import Machine, Process
-    from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
+    from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
     from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.model.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
-    from qmpsnap.ops.adopt import Adopted
+    from qmpsnap.ops.adopt import Adopted, Survey
     from qmpsnap.ops.check import Checked
     from qmpsnap.ops.compare import ChainView
     from qmpsnap.ops.delete import DeletePlan
+    from qmpsnap.ops.foresee import Forgotten
     from qmpsnap.ops.revert import Preview, Reverted
     from qmpsnap.ops.snapshot_request import SnapshotOptions
+    from qmpsnap.ops.stack import PopPreview
     from qmpsnap.qmp.commands import JobInfo
 
 __version__ = "0.1.0"
@@ -43,9 +45,11 @@ __all__ = [
     "Completed",
     "Controller",
     "CreatePlan",
+    "DefinePlan",
     "DeletePlan",
     "DiskSpec",
     "Encryption",
+    "Forgotten",
     "Forward",
     "InternalPlan",
     "JobInfo",
@@ -57,12 +61,14 @@ __all__ = [
     "MirrorPlan",
     "NicSpec",
     "Operation",
+    "PopPreview",
     "Preview",
     "Process",
     "QmpsnapError",
     "Reverted",
     "Snapshot",
     "SnapshotOptions",
+    "Survey",
     "Trimmed",
     "errors",
     "open",
@@ -77,13 +83,15 @@ _FROM = {
     "qmpsnap.machine_handle": ("MachineHandle",),
     "qmpsnap.model.chain": ("Chain", "Layer"),
     "qmpsnap.model.machine": ("Machine", "Process"),
-    "qmpsnap.model.operation": ("CreatePlan", "InternalPlan", "MergePlan", "MirrorPlan", "Operation"),
+    "qmpsnap.model.operation": ("CreatePlan", "DefinePlan", "InternalPlan", "MergePlan", "MirrorPlan", "Operation"),
     "qmpsnap.model.snapshot": ("Snapshot",),
     "qmpsnap.model.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
-    "qmpsnap.ops.adopt": ("Adopted",),
+    "qmpsnap.ops.adopt": ("Adopted", "Survey"),
     "qmpsnap.ops.check": ("Checked",),
     "qmpsnap.ops.compare": ("ChainView",),
     "qmpsnap.ops.delete": ("DeletePlan",),
+    "qmpsnap.ops.foresee": ("Forgotten",),
+    "qmpsnap.ops.stack": ("PopPreview",),
     "qmpsnap.ops.revert": ("Preview", "Reverted"),
     "qmpsnap.ops.snapshot_request": ("SnapshotOptions",),
     "qmpsnap.qmp.commands": ("JobInfo",),

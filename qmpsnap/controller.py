@@ -16,10 +16,10 @@ from pathlib import Path
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.machine_handle import MachineHandle
-from qmpsnap.model.operation import Operation
+from qmpsnap.model.operation import DefinePlan, Operation
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import adopt, define
-from qmpsnap.ops.adopt import Adopted
+from qmpsnap.ops import adopt, define, foresee
+from qmpsnap.ops.adopt import Adopted, Survey
 from qmpsnap.ops.context import Context, blocking, opened
 
 
@@ -102,15 +102,34 @@ class Controller:
             NameTaken: there is a machine of that name.
             ImageRefused: an image is not what the spec says, or not in an allowed folder.
         """
+        wanted, allowed = self._wanted(spec, folders)
+        machine = await define.run(self.context, wanted, folders=allowed, allow_extra=allow_extra)
+        return MachineHandle(self.context, machine.name)
+
+    async def preview_define(
+        self,
+        spec: MachineSpec | str | os.PathLike[str],
+        *,
+        folders: Sequence[Path] = (),
+        allow_extra: bool = False,
+    ) -> DefinePlan:
+        """What :meth:`define` would do now, without doing it; refused as that would be."""
+        wanted, allowed = self._wanted(spec, folders)
+        return await foresee.defined(self.context, wanted, folders=allowed, allow_extra=allow_extra)
+
+    def _wanted(
+        self, spec: MachineSpec | str | os.PathLike[str], folders: Sequence[Path]
+    ) -> tuple[MachineSpec, Sequence[Path]]:
+        """A spec as a value, and the folders that its images may lie in."""
         if isinstance(spec, MachineSpec):
             from qmpsnap.machine import specfile  # as above
 
-            spec = specfile.checked(spec, folder=Path.cwd(), guest_dir=self.context.home.guest)
-        else:
-            folders = (*folders, Path(spec).absolute().parent)
-            spec = self.read_spec(spec)
-        machine = await define.run(self.context, spec, folders=folders, allow_extra=allow_extra)
-        return MachineHandle(self.context, machine.name)
+            return specfile.checked(spec, folder=Path.cwd(), guest_dir=self.context.home.guest), folders
+        return self.read_spec(spec), (*folders, Path(spec).absolute().parent)
+
+    async def preview_adopt(self, name: str, socket: str | os.PathLike[str]) -> tuple[Survey, DefinePlan]:
+        """What :meth:`adopt` would find and record now, without doing it; refused as that would be."""
+        return await adopt.preview(self.context, name, Path(socket))
 
     async def adopt(self, name: str, socket: str | os.PathLike[str]) -> Adopted:
         """Take over a QEMU that somebody else launched; it does not notice. ``machine(name)`` then is its handle.

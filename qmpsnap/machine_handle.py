@@ -12,7 +12,7 @@ from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorP
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import asked, commit, create, delete, internal, mirror, rename, revert, save, stack
+from qmpsnap.ops import asked, commit, create, delete, foresee, internal, mirror, rename, revert, save, stack
 from qmpsnap.ops.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
@@ -22,6 +22,7 @@ from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.revert_plan import RevertRequest, Run
 from qmpsnap.ops.save import RestoreRequest, SaveRequest
 from qmpsnap.ops.snapshot_request import Files, Kind, SnapshotOptions, names_of, paths_of, requested
+from qmpsnap.ops.stack import PopPreview
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -120,13 +121,20 @@ class MachineHandle(MachineLife):
             StateError: it does not run, or the file exists.
             HostCannot: no space; the guest runs on.
         """
-        request = SaveRequest(
-            file=None if file is None else str(Path(file).absolute()),
-            name=name,
-            description=description,
-            compression=compression,
-        )
-        return await save.save(self._context, self.name, asked.well_typed(request), report=report)
+        request = _save_request(file, name, description, compression)
+        return await save.save(self._context, self.name, request, report=report)
+
+    async def preview_save(
+        self,
+        file: str | os.PathLike[str] | None = None,
+        *,
+        name: str | None = None,
+        description: str = "",
+        compression: Compression = "none",
+    ) -> tuple[Machine, CreatePlan]:
+        """What :meth:`save` would do now, without doing it."""
+        request = save.wanted(_save_request(file, name, description, compression))
+        return await create.preview(self._context, self.name, request)
 
     async def restore(
         self,
@@ -153,6 +161,14 @@ class MachineHandle(MachineLife):
             file=None if file is None else str(Path(file).absolute()), discard=discard, paused=paused, after=after
         )
         return await save.restore(self._context, self.name, asked.well_typed(request))
+
+    async def preview_restore(
+        self, file: str | os.PathLike[str] | None = None, *, discard: bool = False, paused: bool = False
+    ) -> Preview:
+        """What :meth:`restore` would do now, without doing it."""
+        place = None if file is None else str(Path(file).absolute())
+        request = asked.well_typed(RestoreRequest(file=place, discard=discard, paused=paused))
+        return await save.preview_restore(self._context, self.name, request)
 
     async def add_layers(self, *, disks: Sequence[str] | None = None, files: Files | None = None) -> tuple[Layer, ...]:
         """Put a new empty layer on every disk as :meth:`snapshot` does, but list no snapshot; returns those layers.
@@ -205,19 +221,28 @@ class MachineHandle(MachineLife):
         return await revert.preview(self._context, self.name, _revert_request(snapshot, discard, state))
 
     async def push(self, name: str | None = None, *, description: str = "") -> Snapshot:
-        """Take a snapshot to come back to with :meth:`pop`; the same as :meth:`snapshot`."""
-        return await self.snapshot(name, description=description)
+        """Take a snapshot as :meth:`snapshot` does, and mark it as one to come back to with :meth:`pop`."""
+        return await create.run(self._context, self.name, _push_request(name, description))
 
-    async def pop(self, *, report: Report = unreported) -> Reverted:
+    async def preview_push(self, name: str | None = None, *, description: str = "") -> tuple[Machine, CreatePlan]:
+        """What :meth:`push` would do now, without doing it."""
+        return await create.preview(self._context, self.name, _push_request(name, description))
+
+    async def pop(self, *, discard: bool = False, report: Report = unreported) -> Reverted:
         """Go back to the current snapshot, without what was written since, and delete it; its parent is current then.
 
         Args:
+            discard: agree to that where :meth:`push` did not make it.
             report: told about the progress of jobs.
 
         Raises:
-            StateError: there is no current snapshot, or it cannot be gone back to.
+            StateError: there is no current snapshot, :meth:`push` did not make it, or it cannot be gone back to.
         """
-        return await stack.pop(self._context, self.name, report=report)
+        return await stack.pop(self._context, self.name, discard=discard, report=report)
+
+    async def preview_pop(self, *, discard: bool = False) -> PopPreview:
+        """What :meth:`pop` would do now, without doing it."""
+        return await stack.preview(self._context, self.name, discard=discard)
 
     async def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now.
@@ -228,6 +253,10 @@ class MachineHandle(MachineLife):
             NameTaken: there is a snapshot ``new``.
         """
         return await rename.run(self._context, self.name, old, new)
+
+    async def preview_rename(self, old: str, new: str) -> None:
+        """Refused where :meth:`rename_snapshot` would be now; changes nothing."""
+        await foresee.renamed(self._context, self.name, old, new)
 
     async def commit(
         self,
@@ -322,8 +351,19 @@ class MachineHandle(MachineLife):
         return await delete.run(self._context, self.name, asked.well_typed(request), report=report)
 
 
+def _push_request(name: str | None, description: str) -> CreateRequest:
+    return asked.well_typed(CreateRequest(name=name, description=description, pushed=True))
+
+
 def _layers_request(disks: Sequence[str] | None, files: Files | None) -> CreateRequest:
     return asked.well_typed(CreateRequest(disks=names_of(disks), files=paths_of(files), listed=False))
+
+
+def _save_request(
+    file: str | os.PathLike[str] | None, name: str | None, description: str, compression: Compression
+) -> SaveRequest:
+    place = None if file is None else str(Path(file).absolute())
+    return asked.well_typed(SaveRequest(file=place, name=name, description=description, compression=compression))
 
 
 def _revert_request(snapshot: Snapshot | str, discard: bool, state: Run | None, *, after: bool = True) -> RevertRequest:  # noqa: FBT001

@@ -12,11 +12,12 @@ from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import asked, compare, pausing, power, space, undefine
+from qmpsnap.ops import asked, compare, foresee, pausing, power, space, undefine
 from qmpsnap.ops import check as checking
 from qmpsnap.ops.check import Checked
 from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.foresee import Forgotten
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
@@ -215,6 +216,10 @@ class MachineLife:
             LockHeld: with ``repair``: another controller works on it.
         """
         return await checking.run(self._context, self.name, deep=deep, mend=repair)
+
+    async def preview_undefine(self, *, disks: undefine.Fate | None = None) -> Forgotten:
+        """The files that :meth:`undefine` would keep or remove now; refused as that would be."""
+        return await foresee.forgotten(self._context, self.name, disks=disks)
 
     async def undefine(self, *, disks: undefine.Fate | None = None, told: undefine.Told | None = None) -> list[str]:
         """Forget the machine and its snapshots; see :func:`qmpsnap.ops.undefine.run`."""

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, controlling
 from qmpsnap.errors import UsageError
+from qmpsnap.model.chain import Chain
 from qmpsnap.model.names import check_disk_name, check_name
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
+    from qmpsnap.model.machine import Machine
     from qmpsnap.ops.adopt import Adopted
 
 _IMAGE = re.compile(r"(?P<disk>[^=/]+)=(?P<path>.+?)(?:,format=(?P<format>qcow2|raw))?", flags=re.DOTALL)
@@ -33,6 +35,7 @@ def register(parsers: Parsers) -> None:
     command.add_argument(
         "--allow", metavar="DIR", action="append", default=[], help="backing images may lie in DIR, too"
     )
+    command.add_argument("--dry-run", action="store_true", help="print what would be taken over, change nothing")
     add_format(command)
 
 
@@ -45,9 +48,14 @@ def _adopt(arguments: argparse.Namespace) -> None:
         raise UsageError("--allow goes with --image; a running QEMU has its images open already")
 
     async def act(controller: "Controller") -> "Adopted":
-        return await controller.adopt(arguments.name, arguments.qmp)
+        if not arguments.dry_run:
+            return await controller.adopt(arguments.name, arguments.qmp)
+        from qmpsnap.ops.adopt import Adopted
 
-    done = controlling(act, make=True)
+        found, _ = await controller.preview_adopt(arguments.name, arguments.qmp)
+        return Adopted(found.machine, found.disks, found.left_out)
+
+    done = controlling(act, make=not arguments.dry_run)
     documents = [
         {
             "disk": disk.name,
@@ -68,18 +76,26 @@ def _import(arguments: argparse.Namespace) -> None:
     spec = MachineSpec(name=arguments.name, disks=disks)
     folders = [Path(disk.image).parent for disk in disks if disk.image]
 
-    async def act(controller: "Controller") -> Any:
-        vm = await controller.define(spec, folders=[*folders, *map(Path, arguments.allow)])
-        return await vm.record(), await vm.chains()
+    async def act(controller: "Controller") -> "tuple[Machine, list[Chain]]":
+        allowed = [*folders, *map(Path, arguments.allow)]
+        if arguments.dry_run:
+            plan = await controller.preview_define(spec, folders=allowed)
+            assert plan.change.define
+            forest = controller.context.store.forest().apply(plan.machine, plan.change)
+            return plan.change.define, [forest.chain(disk, top) for disk, top in plan.change.active.items()]
+        vm = await controller.define(spec, folders=allowed)
+        return await vm.record(), [
+            Chain(seen.disk, tuple(at.layer for at in seen.layers)) for seen in await vm.chains()
+        ]
 
-    machine, chains = controlling(act, make=True)
+    machine, chains = controlling(act, make=not arguments.dry_run)
     documents = [
         {
             "disk": chain.disk,
             "device": None,
             "read_only": False,
             "filters": [],
-            "layers": [{"node": None, "path": at.layer.path, "format": at.layer.format} for at in chain.layers],
+            "layers": [{"node": None, "path": layer.path, "format": layer.format} for layer in chain.layers],
         }
         for chain in chains
     ]
@@ -111,10 +127,17 @@ def _emit(arguments: argparse.Namespace, disks: list[dict[str, Any]], uuid: str,
         )
         for disk in disks
     ]
+    would = f"would adopt machine {arguments.name}; nothing was changed\n" if arguments.dry_run else ""
     output.emit(
         arguments.output,
-        document={"machine": arguments.name, "uuid": uuid, "pid": pid, "disks": disks},
+        document={
+            "machine": arguments.name,
+            "dry_run": arguments.dry_run,
+            "uuid": None if arguments.dry_run and not arguments.qmp else uuid,  # one is made up each time
+            "pid": pid,
+            "disks": disks,
+        },
         names=[arguments.name],
-        table=lambda: output.table(("DISK", "DEVICE", "FILTERS", "LAYERS", "ACTIVE"), rows),
-        done=f"machine {arguments.name} is adopted",
+        table=lambda: would + output.table(("DISK", "DEVICE", "FILTERS", "LAYERS", "ACTIVE"), rows),
+        done="" if arguments.dry_run else f"machine {arguments.name} is adopted",
     )

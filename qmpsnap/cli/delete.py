@@ -38,17 +38,18 @@ def _delete(arguments: argparse.Namespace) -> None:
             return await delete.run(context, arguments.machine, request, report=report)
 
         plan = operating(act)
-    document = _document(plan)
+    document = document_of(plan)
     output.emit(
         arguments.output,
         document={"machine": arguments.machine, "dry_run": arguments.dry_run, **document},
         names=plan.names,
-        table=lambda: _text(document, dry_run=arguments.dry_run),
+        table=lambda: text_of(document, dry_run=arguments.dry_run),
         done="" if arguments.dry_run else f"deleted {', '.join(plan.names)} of machine {arguments.machine}",
     )
 
 
-def _document(plan: "DeletePlan") -> dict[str, Any]:
+def document_of(plan: "DeletePlan") -> dict[str, Any]:
+    """The JSON of a plan, as docs/cli.md describes it."""
     return {
         "deleted": list(plan.names),
         "runs": [
@@ -65,7 +66,8 @@ def _document(plan: "DeletePlan") -> dict[str, Any]:
     }
 
 
-def _text(document: dict[str, Any], *, dry_run: bool) -> str:
+def text_of(document: dict[str, Any], *, dry_run: bool) -> str:
+    """The same for people."""
     verb = "would delete" if dry_run else "deleted"
     lines = [f"{verb} {', '.join(document['deleted'])} ({output.size(document['bytes'])} at most to move)"]
     for run in document["runs"]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, home, reading, untold
+from qmpsnap.cli.plans import print_definition
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
@@ -16,6 +17,8 @@ from qmpsnap.model.moment import moment
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
+    from qmpsnap.model.operation import DefinePlan
+    from qmpsnap.ops.foresee import Forgotten
     from qmpsnap.store.sqlite import SqliteStore
 
 
@@ -25,6 +28,8 @@ def register(parsers: Parsers) -> None:
     command.add_argument("spec", metavar="SPEC.yaml", help="the machine's spec; launch/profiles has examples")
     command.add_argument("--allow", metavar="DIR", action="append", default=[], help="images may lie in DIR, too")
     command.add_argument("--allow-extra", action="store_true", help="accept the spec's 'extra' QEMU arguments")
+    command.add_argument("--dry-run", action="store_true", help="print the files that would be made, change nothing")
+    add_format(command)
 
     add_format(add(parsers, "list", _list, help="the machines and whether they run"))
 
@@ -49,6 +54,8 @@ def register(parsers: Parsers) -> None:
     fate = command.add_mutually_exclusive_group()
     fate.add_argument("--keep-disks", dest="disks", action="store_const", const="keep", help="leave images as files")
     fate.add_argument("--remove-disks", dest="disks", action="store_const", const="remove", help="delete its images")
+    command.add_argument("--dry-run", action="store_true", help="print the files that would stay or go, change nothing")
+    add_format(command)
 
     add_machine(add(parsers, "console", _console, help="attach the terminal to the serial console (Ctrl-] leaves)"))
 
@@ -73,13 +80,27 @@ def register(parsers: Parsers) -> None:
 def _define(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
+    folders = [Path(folder) for folder in arguments.allow]
+
+    async def look(controller: "Controller") -> "DefinePlan":
+        return await controller.preview_define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra)
+
     async def act(controller: "Controller") -> Machine:
-        folders = [Path(folder) for folder in arguments.allow]
         vm = await controller.define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra)
         return await vm.record()
 
+    if arguments.dry_run:
+        print_definition(arguments.output, controlling(look))
+        return
     machine = controlling(act, make=True)
     output.note(f"machine {machine.name} defined ({machine.spec.machine}); qmpsnap start {machine.name}")
+    output.emit(
+        arguments.output,
+        document={"machine": machine.name, "uuid": machine.uuid, "machine_type": machine.spec.machine},
+        names=[machine.name],
+        table=lambda: "",
+        done=f"machine {machine.name} was defined",
+    )
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -248,11 +269,28 @@ def _undefine(arguments: argparse.Namespace) -> None:
         vm = await controller.machine(arguments.machine)
         return await vm.undefine(disks=arguments.disks, told=lambda sentence: output.warn([sentence]))
 
-    images = controlling(act)
+    async def look(controller: "Controller") -> "Forgotten":
+        vm = await controller.machine(arguments.machine)
+        return await vm.preview_undefine(disks=arguments.disks)
+
     done = "removed" if arguments.disks == "remove" else "kept"
-    output.note(f"machine {arguments.machine} is forgotten")
-    for image in images:
-        output.note(f"{done}: {image}")
+    if arguments.dry_run:
+        found = controlling(look)
+        images = [*found.kept, *found.removed]
+        lines = [f"would forget machine {arguments.machine}; nothing was changed"]
+    else:
+        images, lines = controlling(act), []
+        output.note(f"machine {arguments.machine} is forgotten")
+        for image in images:
+            output.note(f"{done}: {image}")
+    lines += [f"  {done}: {output.printable(image)}" for image in images] if arguments.dry_run else []
+    output.emit(
+        arguments.output,
+        document={"machine": arguments.machine, "dry_run": arguments.dry_run, "kept": [], "removed": [], done: images},
+        names=[arguments.machine],
+        table=lambda: "\n".join(lines),
+        done="" if arguments.dry_run else f"machine {arguments.machine} was forgotten",
+    )
 
 
 def _console(arguments: argparse.Namespace) -> None:

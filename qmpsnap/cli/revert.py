@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
@@ -46,7 +46,7 @@ def _revert(arguments: argparse.Namespace) -> None:
         return await vm.revert(arguments.name, discard=arguments.discard, state=state, after=not arguments.no_after)
 
     if arguments.dry_run:
-        _print_revert(arguments.output, controlling(look))
+        print_preview(arguments.output, controlling(look))
         return
     print_outcome(arguments, controlling(act))
 
@@ -77,7 +77,14 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
     )
 
 
-def _print_revert(form: output.Format, found: "Preview") -> None:
+def print_preview(form: output.Format, found: "Preview") -> None:
+    """The plan of a revert."""
+    document = document_of(found)
+    output.emit(form, document=document, names=[document["snapshot"]], table=lambda: text_of(document))
+
+
+def document_of(found: "Preview") -> dict[str, Any]:
+    """The JSON of a plan, as docs/cli.md describes it."""
     from qmpsnap.model.operation import RevertPlan
 
     plan = found.plan
@@ -85,44 +92,39 @@ def _print_revert(form: output.Format, found: "Preview") -> None:
     if isinstance(plan, RevertPlan):
         files += [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
         files += [{"create": copy.layer.path, "copy": copy.source.path, "tag": copy.tag} for copy in plan.copies]
-    removed = [layer.path for layer in found.removed]
-    commands = [{"execute": name, **({"arguments": given} if given else {})} for name, given in found.commands]
     start = ("paused" if plan.paused else "running") if isinstance(plan, RevertPlan) and plan.restart else None
-    memory = plan.vmstate.path if isinstance(plan, RevertPlan) and plan.vmstate else None
+    return {
+        "machine": plan.machine,
+        "snapshot": plan.snapshot,
+        "files": files,
+        "removed": [layer.path for layer in found.removed],
+        "kept": found.kept,
+        "qmp": [{"execute": name, **({"arguments": given} if given else {})} for name, given in found.commands],
+        "start": start,
+        "memory": plan.vmstate.path if isinstance(plan, RevertPlan) and plan.vmstate else None,
+        "in_place": not isinstance(plan, RevertPlan),
+        "bytes": found.moves,
+    }
+
+
+def text_of(plan: dict[str, Any]) -> str:
+    """The same for people."""
+    files, removed, commands, memory = plan["files"], plan["removed"], plan["qmp"], plan["memory"]
     after = "the machine would stay stopped"
-    if not isinstance(plan, RevertPlan):
+    if plan["in_place"]:
         after = "QEMU would stay, its guest goes on with the memory inside the images"
-    elif start:
-        after = f"then QEMU would be started, {start}"
-
-    def text() -> str:
-        lines = [f"would revert machine {plan.machine} to {plan.snapshot}; nothing was changed"]
-        lines += ["files:"] if files or removed else ["no files"]
-        lines += [f"  create {output.printable(f['create'])} {_from(f)}" for f in files]
-        lines += [f"  remove {output.printable(path)}" for path in removed]
-        lines += [f"snapshot {found.kept} would keep what is active now"] if found.kept else []
-        lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
-        lines += [f"  {json.dumps(command)}" for command in commands]
-        lines += [after]
-        lines += [f"with the memory in {output.printable(memory)}"] if memory else []
-        return "\n".join([*lines, f"bytes to move: {found.moves}"])
-
-    output.emit(
-        form,
-        document={
-            "machine": plan.machine,
-            "snapshot": plan.snapshot,
-            "files": files,
-            "removed": removed,
-            "kept": found.kept,
-            "qmp": commands,
-            "start": start,
-            "memory": memory,
-            "bytes": found.moves,
-        },
-        names=[plan.snapshot],
-        table=text,
-    )
+    elif plan["start"]:
+        after = f"then QEMU would be started, {plan['start']}"
+    lines = [f"would revert machine {plan['machine']} to {plan['snapshot']}; nothing was changed"]
+    lines += ["files:"] if files or removed else ["no files"]
+    lines += [f"  create {output.printable(f['create'])} {_from(f)}" for f in files]
+    lines += [f"  remove {output.printable(path)}" for path in removed]
+    lines += [f"snapshot {plan['kept']} would keep what is active now"] if plan["kept"] else []
+    lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
+    lines += [f"  {json.dumps(command)}" for command in commands]
+    lines += [after]
+    lines += [f"with the memory in {output.printable(memory)}"] if memory else []
+    return "\n".join([*lines, f"bytes to move: {plan['bytes']}"])
 
 
 def _from(file: dict[str, str]) -> str:

@@ -5,15 +5,18 @@ from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.plans import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
-from qmpsnap.cli.revert import add_after, print_outcome
+from qmpsnap.cli.revert import add_after, print_outcome, print_preview
 from qmpsnap.cli.snapshot import add_compress
 from qmpsnap.cli.snapshot_json import print_snapshot
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
+    from qmpsnap.model.machine import Machine
+    from qmpsnap.model.operation import CreatePlan
     from qmpsnap.model.snapshot import Snapshot
-    from qmpsnap.ops.revert import Reverted
+    from qmpsnap.ops.revert import Preview, Reverted
 
 
 def register(parsers: Parsers) -> None:
@@ -24,6 +27,7 @@ def register(parsers: Parsers) -> None:
     command.add_argument("--name", metavar="NAME", help="the snapshot's name; the next free saved-N without it")
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
     add_compress(command)
+    command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
     add_progress(command)
     add_format(command)
 
@@ -33,10 +37,20 @@ def register(parsers: Parsers) -> None:
     command.add_argument("--discard", action="store_true", help="do not keep what was written since")
     command.add_argument("--paused", action="store_true", help="leave its vCPUs stopped")
     add_after(command)
+    command.add_argument("--dry-run", action="store_true", help="print what would be done, change nothing")
     add_format(command)
 
 
 def _save(arguments: argparse.Namespace) -> None:
+    async def look(controller: "Controller") -> "tuple[Machine, CreatePlan]":
+        vm = await controller.machine(arguments.machine)
+        return await vm.preview_save(
+            arguments.file, name=arguments.name, description=arguments.message, compression=arguments.compress
+        )
+
+    if arguments.dry_run:
+        print_plan(arguments.output, *controlling(look))
+        return
     with reporting(arguments.progress) as report:
 
         async def act(controller: "Controller") -> "Snapshot":
@@ -57,6 +71,14 @@ def _save(arguments: argparse.Namespace) -> None:
 
 
 def _restore(arguments: argparse.Namespace) -> None:
+    async def look(controller: "Controller") -> "Preview":
+        vm = await controller.machine(arguments.machine)
+        return await vm.preview_restore(arguments.file, discard=arguments.discard, paused=arguments.paused)
+
+    if arguments.dry_run:
+        print_preview(arguments.output, controlling(look))
+        return
+
     async def act(controller: "Controller") -> "Reverted":
         vm = await controller.machine(arguments.machine)
         return await vm.restore(

@@ -1,12 +1,12 @@
 """Snapshots: create, list, show, revert, rename, and the tree they form."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import delete, output, revert, stack
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, reading
+from qmpsnap.cli.plans import print_internal, print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_json import document_of, print_taken
 from qmpsnap.errors import UsageError
@@ -80,6 +80,8 @@ def register(parsers: Parsers) -> None:
     add_machine(command)
     command.add_argument("old", metavar="OLD", help="the snapshot")
     command.add_argument("new", metavar="NEW", help="its new name")
+    command.add_argument("--dry-run", action="store_true", help="print what would be done, change nothing")
+    add_format(command)
 
     command = add(parsers, "tree", _tree, help="which snapshot grew from which, and where the machine stands")
     add_machine(command)
@@ -192,7 +194,7 @@ def _preview_layers(arguments: argparse.Namespace, disks: list[str] | None, file
         vm = await controller.machine(arguments.machine)
         return await vm.preview_add_layers(disks=disks, files=files)
 
-    _print_plan(arguments.output, *controlling(look))
+    print_plan(arguments.output, *controlling(look))
 
 
 def _preview(arguments: argparse.Namespace, options: "SnapshotOptions") -> None:
@@ -206,84 +208,9 @@ def _preview(arguments: argparse.Namespace, options: "SnapshotOptions") -> None:
 
     machine, plan = controlling(look)
     if isinstance(plan, InternalPlan):
-        _print_internal(arguments.output, plan)
+        print_internal(arguments.output, plan)
     else:
-        _print_plan(arguments.output, machine, plan)
-
-
-def _print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> None:
-    from qmpsnap.ops.create_plan import qmp_commands
-
-    name = plan.change.snapshots[0].name if plan.change.snapshots else None
-    what = f"take snapshot {name} of" if name else "add layers to"
-    files = [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
-    commands = [
-        {"execute": command, "arguments": machine.sent(arguments)} for command, arguments in qmp_commands(plan, machine)
-    ]
-
-    saved = plan.memory
-    memory = {"path": saved.path, "mode": saved.mode, "why": saved.why} if saved else None
-
-    def text() -> str:
-        lines = [f"would {what} machine {plan.machine}; nothing was changed", "files:"]
-        lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
-        if memory:
-            lines += [f"  create {output.printable(memory['path'])} with the memory ({memory['mode']})"]
-            lines += [f"  the guest would stand still meanwhile: {memory['why']}"] if memory["why"] else []
-        lines += _freeze(plan)
-        lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
-        lines += [f"  {json.dumps(command)}" for command in commands]
-        return "\n".join([*lines, "bytes to move: 0"])
-
-    output.emit(
-        form,
-        document={
-            "machine": plan.machine,
-            "snapshot": name,
-            "files": files,
-            "qmp": commands,
-            "memory": memory,
-            "quiesce": plan.quiesce,
-            "bytes": 0,
-        },
-        names=[name] if name else [overlay.layer.id for overlay in plan.overlays],
-        table=text,
-    )
-
-
-def _freeze(plan: "CreatePlan | InternalPlan") -> list[str]:
-    if plan.quiesce == "skip":
-        return []
-    return [f"  the guest's agent would be told to freeze its file systems ({plan.quiesce})"]
-
-
-def _print_internal(form: output.Format, plan: "InternalPlan") -> None:
-    from qmpsnap.ops.internal import qmp_commands
-
-    name = plan.change.snapshots[0].name
-    commands = [{"execute": command, "arguments": sent} for command, sent in qmp_commands(plan)]
-    tags = [{"layer": layer.id, "tag": plan.tag} for layer in plan.layers.values()]
-
-    def text() -> str:
-        lines = [f"would take snapshot {name} inside the images of machine {plan.machine}; nothing was changed"]
-        lines += [f"  tag {tag['tag']} inside {tag['layer']}" for tag in tags]
-        lines += _freeze(plan)
-        lines += [f"  memory inside {plan.vmstate}; the guest would stand still meanwhile"] if plan.vmstate else []
-        return "\n".join([*lines, "QMP commands:", *(f"  {json.dumps(command)}" for command in commands)])
-
-    output.emit(
-        form,
-        document={
-            "machine": plan.machine,
-            "snapshot": name,
-            "tags": tags,
-            "memory": plan.vmstate,
-            "qmp": commands,
-            "quiesce": plan.quiesce,
-        },
-        names=[name],
-        table=text,
-    )
+        print_plan(arguments.output, machine, plan)
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -345,12 +272,24 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _rename(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> Snapshot:
+    async def act(controller: "Controller") -> None:
         vm = await controller.machine(arguments.machine)
-        return await vm.rename_snapshot(arguments.old, arguments.new)
+        rename = vm.preview_rename if arguments.dry_run else vm.rename_snapshot
+        await rename(arguments.old, arguments.new)
 
-    snapshot = controlling(act)
-    output.note(f"snapshot {arguments.old} of machine {arguments.machine} is {snapshot.name} now")
+    controlling(act)
+    what = f"snapshot {arguments.old} of machine {arguments.machine}"
+    text = f"{what} would be {arguments.new}; nothing was changed" if arguments.dry_run else ""
+    document = {"machine": arguments.machine, "dry_run": arguments.dry_run, "old": arguments.old}
+    if not arguments.dry_run:
+        output.note(f"{what} is {arguments.new} now")
+    output.emit(
+        arguments.output,
+        document={**document, "snapshot": arguments.new},
+        names=[arguments.new],
+        table=lambda: text,
+        done="" if arguments.dry_run else "the snapshot was renamed",
+    )
 
 
 def _tree(arguments: argparse.Namespace) -> None:

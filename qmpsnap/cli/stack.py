@@ -3,15 +3,19 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from qmpsnap.cli import output
+from qmpsnap.cli import delete, output, revert
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.plans import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_json import print_taken
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
+    from qmpsnap.model.machine import Machine
+    from qmpsnap.model.operation import CreatePlan
     from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.ops.revert import Reverted
+    from qmpsnap.ops.stack import PopPreview
 
 
 def register(verbs: Parsers) -> None:
@@ -20,15 +24,26 @@ def register(verbs: Parsers) -> None:
     add_machine(command)
     command.add_argument("name", metavar="NAME", nargs="?", help="its name; the next free snap-N without it")
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
+    command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
     add_format(command)
 
-    command = add(verbs, "pop", _pop, help="go back to the current snapshot, and delete it")
+    command = add(verbs, "pop", _pop, help="go back to the snapshot that push took, and delete it")
     add_machine(command)
+    command.add_argument("--discard", action="store_true", help="also if push did not take it: agree to lose it")
+    command.add_argument("--dry-run", action="store_true", help="print what would be done, change nothing")
     add_progress(command)
     add_format(command)
 
 
 def _push(arguments: argparse.Namespace) -> None:
+    async def look(controller: "Controller") -> "tuple[Machine, CreatePlan]":
+        vm = await controller.machine(arguments.machine)
+        return await vm.preview_push(arguments.name, description=arguments.message)
+
+    if arguments.dry_run:
+        print_plan(arguments.output, *controlling(look))
+        return
+
     async def act(controller: "Controller") -> "Snapshot":
         vm = await controller.machine(arguments.machine)
         return await vm.push(arguments.name, description=arguments.message)
@@ -37,11 +52,14 @@ def _push(arguments: argparse.Namespace) -> None:
 
 
 def _pop(arguments: argparse.Namespace) -> None:
+    if arguments.dry_run:
+        _preview_pop(arguments)
+        return
     with reporting(arguments.progress) as report:
 
         async def act(controller: "Controller") -> "Reverted":
             vm = await controller.machine(arguments.machine)
-            return await vm.pop(report=report)
+            return await vm.pop(discard=arguments.discard, report=report)
 
         done = controlling(act)
     for note in done.notes:
@@ -54,4 +72,21 @@ def _pop(arguments: argparse.Namespace) -> None:
         names=[name],
         table=lambda: text,
         done=text,
+    )
+
+
+def _preview_pop(arguments: argparse.Namespace) -> None:
+    async def look(controller: "Controller") -> "PopPreview":
+        vm = await controller.machine(arguments.machine)
+        return await vm.preview_pop(discard=arguments.discard)
+
+    found = controlling(look)
+    back, gone = revert.document_of(found.revert), delete.document_of(found.delete)
+    removed = [path for run in gone["runs"] for path in run["removed"]]
+    both = {**back, **gone, "removed": back["removed"] + removed, "bytes": back["bytes"] + gone["bytes"]}
+    output.emit(
+        arguments.output,
+        document=both,
+        names=[back["snapshot"]],
+        table=lambda: f"{revert.text_of(back)}\nthen {delete.text_of(gone, dry_run=True)}",
     )

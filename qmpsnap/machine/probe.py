@@ -44,8 +44,8 @@ class Abilities(Struct, frozen=True, kw_only=True):
         )
 
 
-async def ask(qemu: str, cache: Path) -> Abilities:
-    """The binary's abilities, from the cache where it is the same file as then.
+async def ask(qemu: str, cache: Path | None) -> Abilities:
+    """The binary's abilities, from the cache where it is the same file as then; without a cache nothing is kept.
 
     Raises:
         HostCannot: there is no such binary, or it does not start.
@@ -58,6 +58,8 @@ async def ask(qemu: str, cache: Path) -> Abilities:
         )
     status = os.stat(binary)  # noqa: PTH116 - of the very name that will be run
     identity = f"{binary}-{status.st_ino}-{status.st_mtime_ns}-{os.geteuid()}{_userfaultfd()}".replace("/", "_")
+    if cache is None:
+        return await interrogate(qemu)
     kept = cache / "qemu-abilities" / f"{identity[-200:]}.json"
     try:
         return msgspec.json.decode(kept.read_bytes(), type=Abilities)

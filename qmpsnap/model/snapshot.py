@@ -42,6 +42,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         unquiesced: why its file systems were not frozen, where that was preferred; empty otherwise.
         variables: path of a copy of the UEFI variable store, where the machine has one; of an ``internal`` snapshot,
             and of an automatic one that was made when a revert replaced the store.
+        pushed: it was taken to be popped, with what is written after it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     variables: str | None = None
     level: Level = "crash"
     unquiesced: str = ""
+    pushed: bool = False
 
     @property
     def hardware(self) -> Hardware | None:

@@ -30,6 +30,7 @@ from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec
 from qmpsnap.ops import define
 from qmpsnap.ops.context import Context, blocking, forget_places, locked
 from qmpsnap.ops.define import DiskSource
+from qmpsnap.ops.work import require_settled
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor, Session
@@ -169,7 +170,29 @@ async def run(context: Context, name: str, socket: Path) -> Adopted:
             raise
 
 
+async def preview(context: Context, name: str, socket: Path) -> tuple[Survey, DefinePlan]:
+    """What :func:`run` would find and record now; refused as that would be, and nothing is changed."""
+    check_name(name, "machine")
+    await require_settled(context, name)
+    await define.require_new(context, name, adopts=True)
+    survey, sources = await _look(context, name, socket.absolute())
+    serial = OperationId(await blocking(context.store.next_serial))
+    return survey, plan(survey, sources, serial=serial, home=context.home)
+
+
 async def _adopt(context: Context, name: str, socket: Path) -> Adopted:
+    survey, sources = await _look(context, name, socket)
+    machine = await define.record(
+        context,
+        survey.machine,
+        lambda serial: plan(survey, sources, serial=serial, home=context.home),
+        serials=define.serials_needed(survey.machine.spec, sources),
+    )
+    return Adopted(machine, survey.disks, survey.left_out)
+
+
+async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict[str, DiskSource]]:
+    """What the QEMU tells, and the files of its disks, once they can be taken over."""
     try:
         async with session.connect(socket, machine=name) as qemu:
             seen = await to_thread.run_sync(adopted.look, qemu.peer)
@@ -183,7 +206,7 @@ async def _adopt(context: Context, name: str, socket: Path) -> Adopted:
         error.hint = "QEMU is stopped by a signal or hangs, or another client holds this monitor: one at a time can"
         raise
     await _refuse_known(context, survey)
-    sources = {}
+    sources: dict[str, DiskSource] = {}
     for disk in survey.disks:
         files = await to_thread.run_sync(functools.partial(_files, disk, seen))
         known = [await blocking(context.store.layer_at, found.path) for found in files]
@@ -204,13 +227,7 @@ async def _adopt(context: Context, name: str, socket: Path) -> Adopted:
     survey = replace(survey, machine=replace(survey.machine, spec=spec))
     writers, readers = await define.users(context)
     define.require_unshared(spec, sources, writers=writers, readers=readers)
-    machine = await define.record(
-        context,
-        survey.machine,
-        lambda serial: plan(survey, sources, serial=serial, home=context.home),
-        serials=define.serials_needed(spec, sources),
-    )
-    return Adopted(machine, survey.disks, survey.left_out)
+    return survey, sources
 
 
 async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: str) -> Survey:

@@ -15,7 +15,7 @@ from qmpsnap.ops import merge, recover
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.possible import require_possible
 from qmpsnap.ops.situation import look, require_space, resolve
-from qmpsnap.ops.work import Work, working
+from qmpsnap.ops.work import Work, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -75,11 +75,8 @@ def _plan_commit(at: Situation, chain: Chain, request: CommitRequest) -> MergePl
 
 
 async def preview(context: Context, name: str, request: Request) -> tuple[MergePlan, tuple[str, dict[str, object]]]:
-    """The plan that :func:`run` would follow now and the command that starts its job.
-
-    Only what an interrupted operation has left is ended, as by every verb; the plan is of what is then.
-    """
-    async with working(context, name, "preview", removes=True) as work:
+    """The plan that :func:`run` would follow now and the command that starts its job; locks and changes nothing."""
+    async with looking(context, name, removes=True) as work:
         at, made = await _plan(context, work, request)
         require_space(at, made.steps, context.home.data)
         await require_possible(work, at, made.steps)

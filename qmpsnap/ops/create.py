@@ -23,7 +23,7 @@ from qmpsnap.ops.create_plan import CreateRequest, expected, node_options, plan,
 from qmpsnap.ops.means import choose
 from qmpsnap.ops.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.quiesce import Freezer
-from qmpsnap.ops.work import Work, require_agreement, working
+from qmpsnap.ops.work import Work, looking, require_agreement, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
@@ -31,16 +31,14 @@ from qmpsnap.qmp.session import Monitor
 
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
-    machine = await blocking(context.store.machine, name)
-    chains = await blocking(context.store.chains, name)
-    async with context.monitor(machine) as qemu:
-        work = Work(machine, qemu)
+    async with looking(context, name) as work:
+        chains = await blocking(context.store.chains, name)
         await require_agreement(work, chains, doing="make it start on a new layer")
-        freezer = await quiesce.foreseen(machine, qemu, request.quiesce)
+        freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
         make = await _planner(context, work, chains, request, freezer)
     await chosen.require_free(context, name, request.files)
     serial = OperationId(await blocking(context.store.next_serial))
-    return machine, await blocking(lambda: make(serial))
+    return work.machine, await blocking(lambda: make(serial))
 
 
 async def run(context: Context, name: str, request: CreateRequest, *, report: Report = unreported) -> Snapshot:

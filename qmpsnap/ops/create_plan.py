@@ -35,6 +35,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
         memory: save the guest's memory as well, of the same instant; None takes the disks alone.
         quiesce: freeze the guest's file systems for that instant.
+        pushed: :mod:`qmpsnap.ops.stack` may go back to it and delete it.
     """
 
     name: str | None = None
@@ -44,6 +45,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
     files: Mapping[str, str] = {}
     memory: MemoryRequest | None = None
     quiesce: QuiesceRequest = QuiesceRequest()
+    pushed: bool = False
 
 
 def plan(
@@ -110,6 +112,7 @@ def plan(
         operation=serial,
         level="ram" if means else "crash",
         unquiesced=freezer.why if freezer else "",
+        pushed=request.pushed,
     )
     change = replace(change, snapshots=(snapshot,), current=name)
     memory = _memory(request.memory, means, serial, folder) if request.memory and means else None

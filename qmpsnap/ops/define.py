@@ -145,14 +145,7 @@ async def run(
         ImageRefused: an image is not what the spec says, or not in an allowed folder.
         StateError: an image is written to by another machine.
     """
-    if spec.extra and not allow_extra:
-        raise UsageError(
-            f"the spec of {spec.name} has 'extra' QEMU arguments, which can undo every protection; nothing was created",
-            hint="qmpsnap define --allow-extra takes them over as they are",
-        )
-    abilities = await probe.ask(context.qemu, context.home.cache)
-    spec = replace(spec, machine=abilities.versioned(spec.machine))
-    firmware = find_firmware() if spec.firmware == "uefi" else None
+    spec, firmware = await complete(context, spec, allow_extra=allow_extra)
     was_there = context.home.run_dir(spec.name).exists()  # a QEMU that this store does not know may live in it
     async with locked(context, spec.name, "define"):
         await end_earlier(context, spec.name)
@@ -164,9 +157,34 @@ async def run(
             raise
 
 
-async def _record(context: Context, spec: MachineSpec, firmware: Firmware | None, allowed: Sequence[Path]) -> Machine:
+async def complete(
+    context: Context, spec: MachineSpec, *, allow_extra: bool, keep: bool = True
+) -> tuple[MachineSpec, Firmware | None]:
+    """The spec with its versioned machine type, and its firmware; with ``keep`` QEMU's answers are kept in the cache.
+
+    Raises:
+        UsageError: it has ``extra`` arguments, and nobody allows them.
+        SpecError: this QEMU has no such machine type.
+    """
+    if spec.extra and not allow_extra:
+        raise UsageError(
+            f"the spec of {spec.name} has 'extra' QEMU arguments, which can undo every protection; nothing was created",
+            hint="qmpsnap define --allow-extra takes them over as they are",
+        )
+    abilities = await probe.ask(context.qemu, context.home.cache if keep else None)
+    spec = replace(spec, machine=abilities.versioned(spec.machine))
+    return spec, find_firmware() if spec.firmware == "uefi" else None
+
+
+async def survey(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> tuple[Machine, dict[str, DiskSource]]:
+    """The machine to be, and what lies under its disks already; images may lie in the folders ``allowed``."""
     sources = await _sources(context, spec, allowed)
     machine = Machine(name=spec.name, uuid=str(uuid.uuid4()), host=context.host, spec=spec, created=time.time())
+    return machine, sources
+
+
+async def _record(context: Context, spec: MachineSpec, firmware: Firmware | None, allowed: Sequence[Path]) -> Machine:
+    machine, sources = await survey(context, spec, allowed)
 
     def make(serial: OperationId) -> DefinePlan:
         return plan(machine, sources, serial=serial, home=context.home, variables=firmware is not None)
@@ -205,13 +223,24 @@ async def end_earlier(context: Context, name: str, *, adopts: bool = False) -> l
 
     With ``adopts`` an adopted machine that the store has lost is taken over again.
     """
+    await _refuse_taken(context, name)
+    placeholder = Machine(name=name, uuid="", host=context.host, spec=MachineSpec(name=name), created=0)
+    ended = await recover.end_open(context, placeholder, None)
+    await blocking(lambda: _refuse_lost(context, name, adopts=adopts))
+    return ended
+
+
+async def require_new(context: Context, name: str, *, adopts: bool = False) -> None:
+    """The same where no definition of it is open: nothing is ended."""
+    await _refuse_taken(context, name)
+    await blocking(lambda: _refuse_lost(context, name, adopts=adopts))
+
+
+async def _refuse_taken(context: Context, name: str) -> None:
     try:
         taken = await blocking(context.store.machine, name)
     except NotFoundError:
-        placeholder = Machine(name=name, uuid="", host=context.host, spec=MachineSpec(name=name), created=0)
-        ended = await recover.end_open(context, placeholder, None)
-        await blocking(lambda: _refuse_lost(context, name, adopts=adopts))
-        return ended
+        return
     raise NameTaken(
         f"machine {name} exists since {moment(taken.created)}; nothing was changed",
         hint=f"choose another name, or qmpsnap undefine {name} first",

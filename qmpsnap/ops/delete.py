@@ -17,7 +17,7 @@ from qmpsnap.ops.commit import carry_out
 from qmpsnap.ops.context import Context
 from qmpsnap.ops.possible import require_possible
 from qmpsnap.ops.situation import look, require_space
-from qmpsnap.ops.work import Work, working
+from qmpsnap.ops.work import Work, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -95,8 +95,8 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
 
 
 async def preview(context: Context, name: str, request: DeleteRequest) -> DeletePlan:
-    """The plan that :func:`run` would follow now, once an interrupted operation is ended, as by every verb."""
-    async with working(context, name, "preview", removes=not request.metadata) as work:
+    """The plan that :func:`run` would follow now, without a lock and without a change."""
+    async with looking(context, name, removes=not request.metadata) as work:
         return await _plan(context, work, request)
 
 

@@ -29,7 +29,7 @@ from qmpsnap.ops.means import RESERVE_MORE, require_saveable, resident_bytes
 from qmpsnap.ops.overlays import require_free
 from qmpsnap.ops.quiesce import Freezer, QuiesceRequest
 from qmpsnap.ops.space import Need
-from qmpsnap.ops.work import Work, require_agreement, working
+from qmpsnap.ops.work import Work, looking, require_agreement, working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
 
@@ -141,15 +141,13 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
 async def preview(context: Context, name: str, request: InternalRequest) -> tuple[Machine, InternalPlan]:
     """The plan that :func:`create` would follow now, without a lock and without a change."""
     _require_possible(request)
-    machine = await blocking(context.store.machine, name)
-    chains = await blocking(context.store.chains, name)
-    async with context.monitor(machine) as qemu:
-        work = Work(machine, qemu)
+    async with looking(context, name) as work:
+        chains = await blocking(context.store.chains, name)
         await require_agreement(work, chains, doing="open its images while it is stopped")
-        freezer = await quiesce.foreseen(machine, qemu, request.quiesce)
+        freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
         make = await _planner(context, work, chains, request, freezer)
     serial = OperationId(await blocking(context.store.next_serial))
-    return machine, await blocking(lambda: make(serial))
+    return work.machine, await blocking(lambda: make(serial))
 
 
 def _require_possible(request: InternalRequest) -> None:

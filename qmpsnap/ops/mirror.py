@@ -24,7 +24,7 @@ from qmpsnap.ops import copying, recover, space
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.situation import look
 from qmpsnap.ops.space import Need
-from qmpsnap.ops.work import Work, working
+from qmpsnap.ops.work import Work, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 Mode = Literal["pivot", "finish"]
@@ -165,11 +165,8 @@ def _require_fit(request: MirrorRequest, chain: Chain, below: Layer | None, foun
 async def preview(
     context: Context, name: str, request: MirrorRequest
 ) -> tuple[MirrorPlan, list[tuple[str, dict[str, object]]]]:
-    """The plan that :func:`run` would follow now and the commands that start its job.
-
-    Only what an interrupted operation has left is ended, as by every verb; the plan is of what is then.
-    """
-    async with working(context, name, "preview", removes=request.mode == "pivot") as work:
+    """The plan that :func:`run` would follow now and the commands that start its job; locks and changes nothing."""
+    async with looking(context, name, removes=request.mode == "pivot") as work:
         at, found = await _survey(context, work, request)
         serial = OperationId(await blocking(context.store.next_serial))
         made = plan(at, at.live[request.disk], request, serial=serial, found=found)

@@ -35,7 +35,7 @@ from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
 from qmpsnap.ops.revert_plan import RevertRequest, plan, points, target_of
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.switch import nothing_written, switch
-from qmpsnap.ops.work import Work, working
+from qmpsnap.ops.work import Work, looking, working
 
 
 class Reverted(Struct, frozen=True, kw_only=True):
@@ -88,14 +88,14 @@ class Preview(Struct, frozen=True, kw_only=True):
 
 async def preview(context: Context, name: str, request: RevertRequest) -> Preview:
     """What :func:`run` would do now, without a lock and without a change (``--dry-run``)."""
-    machine = await blocking(context.store.machine, name)
     serial = OperationId(await blocking(context.store.next_serial))
-    async with context.monitor(machine) as qemu:
-        at = await situation.look(context, Work(machine, qemu), counted=False)
+    async with looking(context, name, removes=True) as work:
+        machine, qemu = work.machine, work.qemu
+        at = await situation.look(context, work, counted=False)
         target = target_of(at, request.name)
         if qemu and revert_inside.in_place(target, at.live):
             make = await revert_inside.planner(
-                context, Work(machine, qemu), at, target, discard=request.discard, paused=request.run == "paused"
+                context, work, at, target, discard=request.discard, paused=request.run == "paused"
             )
             loaded = make(serial)
             commands = tuple(revert_inside.qmp_commands(loaded, serial))

@@ -16,7 +16,7 @@ from qmpsnap.ops import create, revert
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.means import MemoryRequest
-from qmpsnap.ops.revert import Reverted
+from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.revert_plan import RevertRequest
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.threads import to_end
@@ -75,17 +75,23 @@ async def restore(context: Context, name: str, request: RestoreRequest) -> Rever
         StateError: the file is another machine's, or its snapshot is gone.
         StoreMismatch: the file is none of ours, or not what was written.
     """
+    return await revert.run(context, name, await _wanted_back(context, name, request))
+
+
+async def preview_restore(context: Context, name: str, request: RestoreRequest) -> Preview:
+    """What :func:`restore` would do now; refused as that would be, but for a file that is damaged inside."""
+    return await revert.preview(context, name, await _wanted_back(context, name, request))
+
+
+async def _wanted_back(context: Context, name: str, request: RestoreRequest) -> RevertRequest:
+    """The revert that a restore is."""
     snapshot = await _find(context, name, request.file)
-    return await revert.run(
-        context,
-        name,
-        RevertRequest(
-            name=snapshot.name,
-            discard=request.discard,
-            run="paused" if request.paused else "running",
-            file=request.file,
-            after=request.after,
-        ),
+    return RevertRequest(
+        name=snapshot.name,
+        discard=request.discard,
+        run="paused" if request.paused else "running",
+        file=request.file,
+        after=request.after,
     )
 
 

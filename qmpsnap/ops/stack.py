@@ -1,34 +1,44 @@
-"""``snapshot pop``: back to the current snapshot, which then goes; ``push`` is ``create``.
+"""``snapshot pop``: back to the snapshot that ``push`` took, which then goes; ``push`` is ``create`` with a mark.
 
 Two operations, each whole by itself. Broken off between them, the machine stands at the snapshot, and another ``pop``
 does what is left.
 """
 
+from msgspec import Struct
+
 from qmpsnap.errors import QmpsnapError, StateError
-from qmpsnap.ops import delete, revert
-from qmpsnap.ops.context import Context
-from qmpsnap.ops.delete import DeleteRequest
-from qmpsnap.ops.revert import Reverted
+from qmpsnap.model.snapshot import require_snapshot
+from qmpsnap.ops import delete, revert, situation
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.delete import DeletePlan, DeleteRequest
+from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.revert_plan import RevertRequest
-from qmpsnap.ops.work import working
+from qmpsnap.ops.work import looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 
-async def pop(context: Context, name: str, *, report: Report = unreported) -> Reverted:
+class PopPreview(Struct, frozen=True):
+    """The plans that a pop would follow now, one after the other."""
+
+    revert: Preview
+    delete: DeletePlan
+
+
+async def pop(context: Context, name: str, *, discard: bool = False, report: Report = unreported) -> Reverted:
     """Go back to the current snapshot, without what was written since, and delete it; its parent is current then.
 
+    Args:
+        context: where.
+        name: the machine.
+        discard: agree to lose a snapshot that was not pushed, and what was written since.
+        report: told about the progress of jobs.
+
     Raises:
-        StateError: there is no current snapshot, or it cannot be gone back to.
+        StateError: there is no current snapshot, it was not pushed, or it cannot be gone back to.
         QmpsnapError: see :func:`revert.run` and :func:`delete.run`.
     """
-    async with working(context, name, "snapshot pop", removes=True) as work:
-        current = work.machine.current
-    if current is None:
-        raise StateError(
-            f"machine {name} stands on no snapshot; nothing was changed",
-            hint=f"qmpsnap snapshot push {name} takes one to come back to",
-            machine=name,
-        )
+    async with working(context, name, "snapshot pop", removes=True):
+        current = await _top(context, name, discard=discard)
     reverted = await revert.run(context, name, RevertRequest(name=current, discard=True))
     try:
         await delete.run(context, name, DeleteRequest(names=(current,)), report=report)
@@ -37,3 +47,32 @@ async def pop(context: Context, name: str, *, report: Report = unreported) -> Re
             error.claim("applied", f"the machine stands at {current}, and what was written since is gone")
         raise
     return reverted
+
+
+async def preview(context: Context, name: str, *, discard: bool = False) -> PopPreview:
+    """What :func:`pop` would do now, without a lock and without a change; refused as that would be."""
+    async with looking(context, name, removes=True) as work:
+        current = await _top(context, name, discard=discard)
+        at = await situation.look(context, work)
+    back = await revert.preview(context, name, RevertRequest(name=current, discard=True))
+    return PopPreview(back, delete.plan(at.after(back.plan.change), DeleteRequest(names=(current,))))
+
+
+async def _top(context: Context, name: str, *, discard: bool) -> str:
+    """The snapshot that goes: what push has not made, nobody has agreed to lose."""
+    machine = await blocking(context.store.machine, name)
+    if machine.current is None:
+        raise StateError(
+            f"machine {name} stands on no snapshot; nothing was changed",
+            hint=f"qmpsnap snapshot push {name} takes one to come back to",
+            machine=name,
+        )
+    found = require_snapshot(await blocking(context.store.snapshots, name), machine.current, machine=name)
+    if not (found.pushed or discard):
+        raise StateError(
+            f"push is not known to have made snapshot {found.name}, on which machine {name} stands: pop would delete"
+            " it, with all that was written since; nothing was changed",
+            hint=f"qmpsnap snapshot revert {name} {found.name} goes back and keeps both; --discard agrees to lose them",
+            machine=name,
+        )
+    return found.name

@@ -17,7 +17,7 @@ from qmpsnap.ops import relaunched
 from qmpsnap.ops.context import Context, blocking, forget_places
 from qmpsnap.ops.recover import remove_folder
 from qmpsnap.ops.tagging import forget_variables
-from qmpsnap.ops.work import working
+from qmpsnap.ops.work import Work, working
 from qmpsnap.threads import to_end
 
 Fate = Literal["keep", "remove"]
@@ -57,17 +57,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
 
     giving_up = give_up if disks == "keep" else None
     async with working(context, name, "undefine", removes=disks == "remove", given_up=giving_up) as work:
-        # An adopted machine is given back as it runs; only what it has open must stay.
-        if work.qemu and not (work.machine.adopted and disks != "remove"):
-            raise StateError(
-                f"machine {name} runs; nothing was changed",
-                hint=f"qmpsnap stop {name} first{', or undefine it with --keep-disks' if work.machine.adopted else ''}",
-                machine=name,
-            )
-        if disks is None:
-            await _refuse_loss(context, name)
-        if disks == "remove":
-            await _refuse_open(context, work.machine)
+        await require_possible(context, work, disks)
         snapshots = await blocking(context.store.snapshots, name)
         states = [found.vmstate for found in snapshots if found.vmstate]
         variables = [found.variables for found in snapshots if found.variables]
@@ -85,6 +75,26 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
                 told(await to_thread.run_sync(_given_up, operation, error, told_of))
         await to_end(forget_places, context.home, name)
     return [file.path for file in files]
+
+
+async def require_possible(context: Context, work: Work, disks: Fate | None) -> None:
+    """Make sure that the machine can be forgotten now, with that fate of its images.
+
+    Raises:
+        StateError: as :func:`run`.
+    """
+    name = work.machine.name
+    # An adopted machine is given back as it runs; only what it has open must stay.
+    if work.qemu and not (work.machine.adopted and disks != "remove"):
+        raise StateError(
+            f"machine {name} runs; nothing was changed",
+            hint=f"qmpsnap stop {name} first{', or undefine it with --keep-disks' if work.machine.adopted else ''}",
+            machine=name,
+        )
+    if disks is None:
+        await _refuse_loss(context, name)
+    if disks == "remove":
+        await _refuse_open(context, work.machine)
 
 
 def _given_up(operation: Operation, error: QmpsnapError, told_of: set[str]) -> str:

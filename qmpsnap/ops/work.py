@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from msgspec import Struct
 
 from qmpsnap.block import graph
+from qmpsnap.errors import LockHeld, OperationPending
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.ops import recover, stale_store
@@ -14,6 +15,7 @@ from qmpsnap.ops.context import Context, blocking, locked, require_folder, requi
 from qmpsnap.ops.recover import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.store import lock
 
 
 class Work(Struct, frozen=True):
@@ -84,3 +86,41 @@ async def working(
                 yield Work(machine, qemu)
                 return
         yield Work(machine, None)  # an interrupted revert was ended, and its QEMU with it
+
+
+@asynccontextmanager
+async def looking(context: Context, name: str, *, removes: bool = False) -> AsyncIterator[Work]:
+    """Reach a machine and its QEMU to see what a verb would do: nothing is locked, ended, made or changed.
+
+    Raises:
+        LockHeld: another controller is at an operation of it; what it leaves behind is not known yet.
+        OperationPending: an earlier operation is open, and would be ended first.
+        QmpsnapError: as :func:`working`.
+    """
+    machine = await blocking(context.store.machine, name)
+    require_own(context, machine)
+    require_folder(context.home, name)
+    await stale_store.require_fit(context, machine, removes=removes)
+    await require_settled(context, name)
+    async with context.monitor(machine, look=True) as qemu:
+        yield Work(machine, qemu)
+
+
+async def require_settled(context: Context, name: str) -> None:
+    """Refuse to foretell anything while an operation is open: whether it ends forward or back, nobody has asked yet.
+
+    Raises:
+        LockHeld, OperationPending: as :func:`looking`.
+    """
+    pending = await blocking(lambda: context.store.operations(name, only_open=True))
+    if not pending:
+        return
+    what = f"operation {pending[0].id} ({pending[0].verb}) of machine {name} is open"
+    if owner := await blocking(lock.holder, context.home.lock(name)):
+        raise LockHeld(f"{what}, {owner} is at it; nothing was changed", hint="wait until it has ended", machine=name)
+    raise OperationPending(
+        f"{what} and would be ended first; nothing was changed",
+        hint=f"qmpsnap recover {name}, then the dry run again",
+        machine=name,
+        operation=str(pending[0].id),
+    )

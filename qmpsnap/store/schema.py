@@ -85,6 +85,9 @@ MIGRATIONS: tuple[str, ...] = (
         version INTEGER NOT NULL DEFAULT 1
     ) STRICT;
     """,
+    """
+    ALTER TABLE snapshot ADD COLUMN pushed INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 

@@ -82,7 +82,7 @@ class SqliteStore:
             number = rows.machine_id(sql, machine)
             found = sql.execute(
                 "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
-                " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced"
+                " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced, s.pushed"
                 " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent WHERE s.machine = ? ORDER BY s.id",
                 (number,),
             ).fetchall()
@@ -110,6 +110,7 @@ class SqliteStore:
                 variables=str(self._machines / row[12]) if row[12] else None,
                 level=row[13],
                 unquiesced=row[14],
+                pushed=bool(row[15]),
             )
             for row in found
         )

@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.cli import snapshot
+from qmpsnap.cli import plans
 from qmpsnap.cli.main import main
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
@@ -124,7 +124,7 @@ def test_a_live_plan_is_its_golden_file(form: str, home: Home, capsys: pytest.Ca
     plan = create_plan.plan(
         machine, chains, snapshots, request, serial=OperationId(6), home=home, mode="live", now=seeded.EPOCH
     )
-    snapshot._print_plan(form, machine, plan)  # type: ignore[arg-type]
+    plans.print_plan(form, machine, plan)  # type: ignore[arg-type]
     hold(f"dry-run-live.{form}", capsys.readouterr().out, home)
 
 

@@ -192,6 +192,15 @@ async def _adopted(
     return theirs, vm, hashes
 
 
+async def test_a_dry_run_tells_what_would_be_taken_over(q: qmpsnap.Controller, launched: Any) -> None:
+    theirs = launched(FORMS["drive"])
+    survey, plan = await q.preview_adopt("theirs", theirs.socket)
+    assert await q.machines() == ()
+    assert not q.context.home.run_dir("theirs").exists()
+    done = await q.adopt("theirs", theirs.socket)
+    assert (survey.disks, plan.created) == (done.disks, ())
+
+
 @pytest.mark.parametrize("form", FORMS)
 async def test_snapshots_are_taken_below_the_filters(q: qmpsnap.Controller, launched: Any, form: str) -> None:
     theirs, vm, _ = await _adopted(q, launched, form)

@@ -1,5 +1,7 @@
 """``snapshot push`` and ``pop``: a stack that survives a death between its two steps."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
 from qmpsnap.model.spec import MachineSpec
+from qmpsnap.store import schema
+from qmpsnap.store.sqlite import SqliteStore
 from tests.harness.deaths import Call, die_at
 from tests.live.machine import active_hash, context_of, fill, hold_invariants
 
@@ -78,3 +82,32 @@ def test_on_the_command_line(home: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "is where it was at mine, stopped; mine is deleted" in capsys.readouterr().out
     assert main(["snapshot", "pop", "still", "-o", "json"]) == 0
     assert '"snapshot": "snap-1"' in capsys.readouterr().out
+
+
+async def test_only_what_was_pushed_is_popped_unasked(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:
+    vm = await q.define(still_spec)
+    await vm.push("pushed")
+    await vm.snapshot("taken")
+    with pytest.raises(StateError, match="push is not known to have made snapshot taken") as refused:
+        await vm.pop()
+    with pytest.raises(StateError, match="push is not known"):
+        await vm.preview_pop()
+    assert "snapshot revert still taken goes back and keeps both; --discard" in refused.value.hint
+    assert [snapshot.name for snapshot in await vm.snapshots()] == ["pushed", "taken"]
+    assert (await vm.preview_pop(discard=True)).delete.names == ("taken",)
+    assert (await vm.pop(discard=True)).snapshot.name == "taken"
+    await vm.rename_snapshot("pushed", "renamed")
+    assert (await vm.pop()).snapshot.name == "renamed"
+
+
+def test_an_older_store_does_not_know_what_was_pushed(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    schema.connect(path, migrations=schema.MIGRATIONS[:4]).close()
+    with closing(sqlite3.connect(path)) as old, old:
+        old.execute("INSERT INTO machine (id, name, uuid, host, spec, created) VALUES (1, 'm', 'u', 'h', '{}', 0)")
+        old.execute(
+            "INSERT INTO snapshot VALUES (1, 1, 's', 'disk', 'ok', NULL, 0, '', 'live', NULL, 1, 1, NULL, NULL, NULL,"
+            " 'crash', '')"
+        )
+    with SqliteStore(path, machines=tmp_path) as store:
+        assert [found.pushed for found in store.snapshots("m")] == [False]

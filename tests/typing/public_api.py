@@ -11,13 +11,15 @@ import qmpsnap
 from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
 from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops.adopt import Adopted
+from qmpsnap.ops.adopt import Adopted, Survey
 from qmpsnap.ops.check import Checked
 from qmpsnap.ops.compare import ChainView, LayerView
 from qmpsnap.ops.delete import DeletePlan
+from qmpsnap.ops.foresee import Forgotten
 from qmpsnap.ops.revert import Preview, Reverted
+from qmpsnap.ops.stack import PopPreview
 from qmpsnap.qmp.commands import JobInfo
 
 
@@ -40,6 +42,8 @@ async def the_controller(q: Controller) -> None:
     assert_type(await q.define(Path("web.yaml"), folders=[Path("/images")], allow_extra=True), MachineHandle)
     assert_type(await q.define(MachineSpec(name="web", disks=(DiskSpec(name="vda", size=1 << 30),))), MachineHandle)
     assert_type(await q.adopt("theirs", "/run/qmp.sock"), Adopted)
+    assert_type(await q.preview_define("web.yaml"), DefinePlan)
+    assert_type(await q.preview_adopt("theirs", "/run/qmp.sock"), tuple[Survey, DefinePlan])
     assert_type(await q.start("web.yaml", paused=True), MachineHandle)
     await q.start("web.yaml", True)  # type: ignore[call-arg]
     await q.machine(None)  # type: ignore[arg-type]
@@ -81,7 +85,13 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.cancel(), list[Operation])
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
     assert_type(await vm.push("before", description="text"), Snapshot)
-    assert_type(await vm.pop(), Reverted)
+    assert_type(await vm.pop(discard=True), Reverted)
+    assert_type(await vm.preview_push("before"), tuple[Machine, CreatePlan])
+    assert_type(await vm.preview_pop(discard=True), PopPreview)
+    assert_type(await vm.preview_save(name="evening"), tuple[Machine, CreatePlan])
+    assert_type(await vm.preview_restore(discard=True), Preview)
+    assert_type(await vm.preview_undefine(disks="keep"), Forgotten)
+    await vm.preview_rename("before", "after")
     await vm.revert("before", state="asleep")  # type: ignore[arg-type]
     assert_type(await vm.snapshots(), tuple[Snapshot, ...])
     assert_type(await vm.chains("vda"), tuple[ChainView, ...])

@@ -1,0 +1,122 @@
+"""Plans of new layers and snapshots, as a dry run prints them."""
+
+import json
+from typing import TYPE_CHECKING
+
+from qmpsnap.cli import output
+
+if TYPE_CHECKING:
+    from qmpsnap.model.machine import Machine
+    from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan
+
+
+def print_definition(form: output.Format, plan: "DefinePlan") -> None:
+    """The plan of a machine."""
+    machine = plan.change.define
+    assert machine
+    backings = {overlay.layer.id: overlay.backing.path for overlay in plan.overlays}
+    files = [
+        {"create": made.path, "backing": backings.get(made.id), "size": made.virtual_size} for made in plan.created
+    ]
+    read = [layer.path for layer in plan.change.layers if not layer.owned]
+
+    def text() -> str:
+        lines = [f"would define machine {machine.name} ({machine.spec.machine}); nothing was changed", "files:"]
+        for made in files:
+            below = f" on {output.printable(str(made['backing']))}" if made["backing"] else ""
+            lines.append(f"  create {output.printable(str(made['create']))}{below}")
+        lines += [f"  create {output.printable(plan.variables)}"] if plan.variables else []
+        return "\n".join([*lines, *(f"  read {output.printable(path)}" for path in read), "bytes to move: 0"])
+
+    output.emit(
+        form,
+        document={
+            "machine": machine.name,
+            "dry_run": True,
+            "machine_type": machine.spec.machine,
+            "files": files,
+            "read": read,
+            "variables": plan.variables,
+            "qmp": [],
+            "bytes": 0,
+        },
+        names=[machine.name],
+        table=text,
+    )
+
+
+def print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> None:
+    """The plan of new layers, with a snapshot or without one."""
+    from qmpsnap.ops.create_plan import qmp_commands
+
+    name = plan.change.snapshots[0].name if plan.change.snapshots else None
+    what = f"take snapshot {name} of" if name else "add layers to"
+    files = [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
+    commands = [
+        {"execute": command, "arguments": machine.sent(arguments)} for command, arguments in qmp_commands(plan, machine)
+    ]
+
+    saved = plan.memory
+    memory = {"path": saved.path, "mode": saved.mode, "why": saved.why} if saved else None
+
+    def text() -> str:
+        lines = [f"would {what} machine {plan.machine}; nothing was changed", "files:"]
+        lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
+        if memory:
+            lines += [f"  create {output.printable(memory['path'])} with the memory ({memory['mode']})"]
+            lines += [f"  the guest would stand still meanwhile: {memory['why']}"] if memory["why"] else []
+        lines += _freeze(plan)
+        lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
+        lines += [f"  {json.dumps(command)}" for command in commands]
+        return "\n".join([*lines, "bytes to move: 0"])
+
+    output.emit(
+        form,
+        document={
+            "machine": plan.machine,
+            "snapshot": name,
+            "files": files,
+            "qmp": commands,
+            "memory": memory,
+            "quiesce": plan.quiesce,
+            "bytes": 0,
+        },
+        names=[name] if name else [overlay.layer.id for overlay in plan.overlays],
+        table=text,
+    )
+
+
+def _freeze(plan: "CreatePlan | InternalPlan") -> list[str]:
+    if plan.quiesce == "skip":
+        return []
+    return [f"  the guest's agent would be told to freeze its file systems ({plan.quiesce})"]
+
+
+def print_internal(form: output.Format, plan: "InternalPlan") -> None:
+    """The plan of a snapshot inside the images."""
+    from qmpsnap.ops.internal import qmp_commands
+
+    name = plan.change.snapshots[0].name
+    commands = [{"execute": command, "arguments": sent} for command, sent in qmp_commands(plan)]
+    tags = [{"layer": layer.id, "tag": plan.tag} for layer in plan.layers.values()]
+
+    def text() -> str:
+        lines = [f"would take snapshot {name} inside the images of machine {plan.machine}; nothing was changed"]
+        lines += [f"  tag {tag['tag']} inside {tag['layer']}" for tag in tags]
+        lines += _freeze(plan)
+        lines += [f"  memory inside {plan.vmstate}; the guest would stand still meanwhile"] if plan.vmstate else []
+        return "\n".join([*lines, "QMP commands:", *(f"  {json.dumps(command)}" for command in commands)])
+
+    output.emit(
+        form,
+        document={
+            "machine": plan.machine,
+            "snapshot": name,
+            "tags": tags,
+            "memory": plan.vmstate,
+            "qmp": commands,
+            "quiesce": plan.quiesce,
+        },
+        names=[name],
+        table=text,
+    )

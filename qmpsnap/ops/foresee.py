@@ -1,0 +1,59 @@
+"""What ``define``, ``undefine`` and ``snapshot rename`` would do now (``--dry-run``): nothing is made or changed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import OperationId, check_name
+from qmpsnap.model.operation import DefinePlan
+from qmpsnap.model.snapshot import require_snapshot
+from qmpsnap.model.spec import MachineSpec
+from qmpsnap.ops import asked, define, undefine
+from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.overlays import require_free
+from qmpsnap.ops.work import looking, require_settled
+
+
+class Forgotten(Struct, frozen=True):
+    """What ``undefine`` would leave as files, or delete."""
+
+    kept: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+
+async def defined(
+    context: Context, spec: MachineSpec, *, folders: Sequence[Path] = (), allow_extra: bool = False
+) -> DefinePlan:
+    """The plan that :func:`qmpsnap.ops.define.run` would follow now; refused as that would be."""
+    spec, firmware = await define.complete(context, spec, allow_extra=allow_extra, keep=False)
+    await require_settled(context, spec.name)
+    await define.require_new(context, spec.name)
+    machine, sources = await define.survey(context, spec, (context.home.data, *context.home.images, *folders))
+    serial = OperationId(await blocking(context.store.next_serial))
+    planned = define.plan(machine, sources, serial=serial, home=context.home, variables=firmware is not None)
+    require_free([*(layer.path for layer in planned.created), *filter(None, [planned.variables])])
+    return planned
+
+
+async def forgotten(context: Context, name: str, *, disks: undefine.Fate | None) -> Forgotten:
+    """The files that :func:`qmpsnap.ops.undefine.run` would keep or remove now; refused as that would be."""
+    async with looking(context, name, removes=disks == "remove") as work:
+        await undefine.require_possible(context, work, disks)
+    forest = await blocking(context.store.forest)
+    layers = [at.path for at in forest.layers.values() if at.owned and forest.machines_above(at.id) == {name}]
+    states = [found.vmstate.path for found in await blocking(context.store.snapshots, name) if found.vmstate]
+    files = (*sorted(layers), *states)
+    return Forgotten(removed=files) if disks == "remove" else Forgotten(kept=files)
+
+
+async def renamed(context: Context, name: str, old: str, new: str) -> Machine:
+    """Make sure that :func:`qmpsnap.ops.rename.run` would do it now; returns the machine."""
+    check_name(new, "snapshot")
+    async with looking(context, name) as work:
+        snapshots = await blocking(context.store.snapshots, name)
+        require_snapshot(snapshots, old, machine=name)
+        asked.require_snapshot_name(work.machine, await blocking(context.store.chains, name), new)
+        asked.require_free_name(snapshots, new, machine=name)
+        return work.machine

@@ -1,0 +1,148 @@
+"""``--dry-run`` of every changing verb: it tells what the verb then does, and nothing has changed, not even a time."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpsnap
+from qmpsnap.cli.main import main, parser
+from qmpsnap.errors import LockHeld, OperationPending
+from qmpsnap.model.operation import Change, CreatePlan
+from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.ops.context import locked
+from tests.cli.test_help import LEAVES
+from tests.live.machine import MIB, context_of
+
+SPEC = "name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}, {name: vdb, size: 1M}]\n"
+NO_CHANGE = frozenset(
+    {
+        *("doctor", "demo", "list", "show", "start", "stop", "pause", "resume", "console", "exec", "fstrim", "recover"),
+        *("tree", "chain", "check", "log", "snapshot list", "snapshot show", "job list", "job wait", "job cancel"),
+    }
+)
+"""What reads, or changes the state of a guest or of an operation, but no layer, snapshot or machine."""
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Every file and folder with its inode, size and last change; of SQLite's own what only readers leave is not."""
+    found = {}
+    for path in (folder, *folder.rglob("*")):
+        if not path.name.endswith(("-wal", "-shm")):
+            status = path.lstat()
+            found[str(path)] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    del found[str(folder)]  # SQLite makes and removes its own in it
+    return found
+
+
+def told(capsys: pytest.CaptureFixture[str], line: str, code: int = 0) -> Any:
+    found = main(line.split())
+    out, err = capsys.readouterr()
+    assert found == code, err
+    return json.loads(out) if "json" in line else out
+
+
+def dry(capsys: pytest.CaptureFixture[str], home: Path, line: str) -> Any:
+    """The JSON of a dry run after which all is as before; its table says so, too."""
+    before = everything(home)
+    assert "nothing was changed" in (text := told(capsys, f"{line} --dry-run")) or "would" in text
+    found = told(capsys, f"{line} --dry-run -o json")
+    assert everything(home) == before
+    return found
+
+
+def test_every_verb_that_changes_something_has_one() -> None:
+    def options(command: argparse.ArgumentParser) -> set[str]:
+        return {option for action in command._actions for option in action.option_strings}
+
+    assert {name for name, command in LEAVES.items() if "--dry-run" not in options(command)} == NO_CHANGE
+    assert parser().prog == "qmpsnap"
+
+
+def test_a_machine_s_life(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tmp_path / "s.yaml"
+    spec.write_text(SPEC)
+    home.rmdir()
+    assert "would define machine still" in told(capsys, f"define {spec} --dry-run")
+    would = told(capsys, f"define {spec} --dry-run -o json")
+    assert not home.exists()
+    home.mkdir()
+    assert told(capsys, f"define {spec} -o json")["machine_type"] == would["machine_type"]
+    folder = home / "machines" / "still"
+    assert sorted(file["create"] for file in would["files"]) == sorted(map(str, folder.iterdir()))
+    assert main(["define", str(spec), "--dry-run"]) == 4
+    capsys.readouterr()
+
+    pushed = dry(capsys, home, "snapshot push still mine")
+    assert told(capsys, "snapshot push still mine -o json")["snapshot"]["name"] == pushed["snapshot"] == "mine"
+    assert all(Path(file["create"]).exists() for file in pushed["files"])
+    renamed = dry(capsys, home, "snapshot rename still mine yours")
+    assert (renamed["old"], renamed["snapshot"]) == ("mine", "yours")
+    assert main(["snapshot", "rename", "still", "none", "yours", "--dry-run"]) == 3
+    assert told(capsys, "snapshot rename still mine yours") == ""  # it is told on stderr
+    popped = dry(capsys, home, "snapshot pop still")
+    before = set(folder.iterdir())
+    assert told(capsys, "snapshot pop still --progress none -o json")["snapshot"] == popped["snapshot"] == "yours"
+    assert popped["deleted"] == ["yours"]
+    assert {str(path) for path in before - set(folder.iterdir())} <= set(popped["removed"])
+
+    told(capsys, "snapshot create still other")
+    for fate, verb in (("--keep-disks", "kept"), ("--remove-disks", "removed")):
+        would = dry(capsys, home, f"undefine still {fate}")
+        assert sorted(would[verb]) == sorted(map(str, folder.iterdir()))
+    assert main(["undefine", "still", "--dry-run"]) == 4
+    capsys.readouterr()
+    done = told(capsys, "undefine still --remove-disks -o json")
+    assert (sorted(done["removed"]), done["kept"]) == (sorted(would["removed"]), [])
+
+
+def test_images_that_would_be_adopted(home: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = place / "a.raw"
+    image.write_bytes(bytes(MIB))
+    would = dry(capsys, home, f"adopt taken --image vda={image},format=raw")
+    assert not (home / "machines").exists()
+    done = told(capsys, f"adopt taken --image vda={image},format=raw -o json")
+    assert (would["disks"], would["dry_run"], done["dry_run"]) == (done["disks"], True, False)
+
+
+async def test_memory(q: qmpsnap.Controller, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vm = await q.define(MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=MIB),)))
+    await vm.start(paused=True)
+    before = everything(home)
+    machine, plan = await vm.preview_save(name="bed")
+    assert everything(home) == before
+    assert plan.memory
+    saved = await vm.save(name="bed")
+    assert saved.vmstate
+    assert (plan.memory.path, plan.memory.quit, machine.name) == (saved.vmstate.path, True, "still")
+    before = everything(home)
+    back = await vm.preview_restore(discard=True, paused=True)
+    assert everything(home) == before
+    assert (await vm.restore(discard=True, paused=True)).snapshot.name == back.plan.snapshot == "bed"
+    await vm.stop(force=True)
+
+
+async def test_nothing_is_ended_or_waited_for(q: qmpsnap.Controller, home: Path) -> None:
+    vm = await q.define(MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=MIB),)))
+    await vm.push("mine")
+    context = context_of(vm)
+    operation = context.store.open_operation(
+        "still", lambda _: CreatePlan(machine="still", live=False, overlays=(), change=Change())
+    )
+    before = everything(home)
+    looks = (
+        lambda: vm.preview_push("next"), vm.preview_pop, lambda: vm.preview_revert("mine"),
+        lambda: vm.preview_undefine(disks="keep"), lambda: vm.preview_rename("mine", "yours"),
+        lambda: vm.preview_snapshot("s", kind="internal", memory=False),
+    )  # fmt: skip
+    for look in looks:
+        with pytest.raises(OperationPending, match=rf"operation {operation.id} \(create\) of machine still is open"):
+            await look()
+    async with locked(context, "still", "other"):
+        with pytest.raises(LockHeld, match=f"{os.getpid()}"):
+            await vm.preview_pop()
+    assert context.store.operations("still", only_open=True) == (operation,)
+    assert everything(home).keys() == before.keys()
