@@ -3,14 +3,16 @@
 import os
 import sys
 
-_LAST = 2
+_FILES = 3
 
 
 def fill() -> None:
     """Put ``/dev/null`` on each of descriptors 0 to 2 that is closed, for us and for whatever we start."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= _LAST:  # the lowest free one, each time
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
+    for descriptor in range(_FILES):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # as the lowest free one, which is this
 
 
 def open_streams() -> None:

@@ -16,8 +16,8 @@ from typing import Any, Final, NoReturn
 
 import qmpsnap
 from qmpsnap import descriptors
-from qmpsnap.cli import output
-from qmpsnap.errors import QmpsnapError, UsageError
+from qmpsnap.cli import limits, output
+from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
 from qmpsnap.model.names import is_text
 
 NOUNS: Final = {
@@ -94,12 +94,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 128 + signal.SIGPIPE  # whoever read us has had enough
     except Exception as error:
+        if (what := limits.refused(error)) is None:
+            raise
+        told = _left(getattr(arguments, "machine", None), what)
+        output.report(told, form)
+        return told.exit_code
+
+
+def _left(machine: str | None, what: str) -> HostCannot:
+    try:
         from qmpsnap.cli.interrupted import limited
 
-        if (refused := limited(getattr(arguments, "machine", None), error)) is None:
-            raise
-        output.report(refused, form)
-        return refused.exit_code
+        return limited(machine, what)
+    except Exception:  # noqa: BLE001 - no file can be opened, not even that one
+        return HostCannot(what, hint="ulimit -a", effect="unknown", machine=machine)
 
 
 def run() -> NoReturn:

@@ -24,8 +24,8 @@ THAW_LIMIT = 60.0
 """Seconds after which a guest that does not answer is left to whoever comes next."""
 AGAIN = 2.0
 """Seconds after which an agent that has not answered is asked again."""
-STDERR = 2
-"""The last descriptor that no file may be opened as: it would be read as input, or be sent messages."""
+STREAMS = 3
+"""So many descriptors may be no other file's: it would be read as input, or be sent messages."""
 LINE_LIMIT = 1 << 16
 """Bytes of a line that may be an answer; a longer one is none."""
 
@@ -145,9 +145,11 @@ def result(line: bytes) -> int | None:
 
 def main(mode: str, watched: str, *rest: str) -> None:
     """Say that it watches, and do so; the starter's own child ends at once, so that nobody has to wait for this one."""
-    while (null := os.open(os.devnull, os.O_RDWR)) <= STDERR:
-        os.set_inheritable(null, True)
-    os.close(null)
+    for descriptor in range(STREAMS):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if os.fork():
         os._exit(0)
     watch = socket.socket(fileno=int(watched))

@@ -49,6 +49,19 @@ async def the_controller(q: Controller) -> None:
     await q.machine(None)  # type: ignore[arg-type]
 
 
+async def previews(vm: MachineHandle) -> None:
+    assert_type(await vm.preview_snapshot("before"), tuple[Machine, CreatePlan])
+    assert_type(await vm.preview_add_layers(), tuple[Machine, CreatePlan])
+    assert_type(await vm.preview_revert("before"), Preview)
+    assert_type(await vm.preview_snapshot("in", kind="internal", disks=["vda"]), tuple[Machine, InternalPlan])
+    assert_type(await vm.preview_push("before"), tuple[Machine, CreatePlan])
+    assert_type(await vm.preview_pop(discard=True), PopPreview)
+    assert_type(await vm.preview_save(name="evening"), tuple[Machine, CreatePlan])
+    assert_type(await vm.preview_restore(discard=True), Preview)
+    assert_type(await vm.preview_undefine(disks="keep"), Forgotten)
+    await vm.preview_rename("before", "after")
+
+
 async def a_machine(vm: MachineHandle) -> None:
     assert_type(vm.name, str)
     assert_type(await vm.record(), Machine)
@@ -63,17 +76,13 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.snapshot(files={"vda": "/srv/vda.qcow2"}), Snapshot)
     assert_type(await vm.snapshot(files={"vda": Path("vda.qcow2")}), Snapshot)
     await vm.snapshot(files=["vda"])  # type: ignore[arg-type]
-    assert_type(await vm.preview_snapshot("before"), tuple[Machine, CreatePlan])
     assert_type(await vm.add_layers(disks=["vda"], files={"vda": "l"}), tuple[Layer, ...])
-    assert_type(await vm.preview_add_layers(), tuple[Machine, CreatePlan])
     assert_type(await vm.revert("before", discard=True, state="paused"), Reverted)
     assert_type(await vm.revert(await vm.snapshot()), Reverted)
-    assert_type(await vm.preview_revert("before"), Preview)
     assert_type(await vm.snapshot("all", kind="full", max_pause_ms=40, compression="zstd", degrade=True), Snapshot)
     assert_type(await vm.snapshot("in", kind="internal", memory=False), Snapshot)
     assert_type(await vm.snapshot(quiesce="prefer", freeze_window=2), Snapshot)
     await vm.snapshot(quiesce="maybe")  # type: ignore[arg-type]
-    assert_type(await vm.preview_snapshot("in", kind="internal", disks=["vda"]), tuple[Machine, InternalPlan])
     assert_type(await vm.save("/srv/web.vmstate", name="evening"), Snapshot)
     assert_type(await vm.restore("/srv/web.vmstate", discard=True, paused=True, after=False), Reverted)
     assert_type(await vm.mirror("vda", "/srv/copy.qcow2", mode="finish"), MirrorPlan)
@@ -86,12 +95,6 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
     assert_type(await vm.push("before", description="text"), Snapshot)
     assert_type(await vm.pop(discard=True), Reverted)
-    assert_type(await vm.preview_push("before"), tuple[Machine, CreatePlan])
-    assert_type(await vm.preview_pop(discard=True), PopPreview)
-    assert_type(await vm.preview_save(name="evening"), tuple[Machine, CreatePlan])
-    assert_type(await vm.preview_restore(discard=True), Preview)
-    assert_type(await vm.preview_undefine(disks="keep"), Forgotten)
-    await vm.preview_rename("before", "after")
     await vm.revert("before", state="asleep")  # type: ignore[arg-type]
     assert_type(await vm.snapshots(), tuple[Snapshot, ...])
     assert_type(await vm.chains("vda"), tuple[ChainView, ...])

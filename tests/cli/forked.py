@@ -1,0 +1,75 @@
+"""Runs command lines in forks of one process that has all modules: with descriptors, limits and a user of their own.
+
+``python -m tests.cli.forked`` reads cases from stdin, one JSON object a line, and writes ``[code, stderr]`` for each.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import qmpsnap.ops
+from qmpsnap.cli import main
+
+SECONDS = 10
+"""After so long a command line hangs."""
+
+
+def redirected(descriptor: int, target: str) -> None:
+    if target == "closed":
+        os.close(descriptor)
+        setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)  # as Python starts
+        return
+    if target == "pipe":  # that nobody reads
+        reader, opened = os.pipe()
+        os.close(reader)
+    else:
+        opened = os.open(target, os.O_RDONLY if descriptor == 0 else os.O_RDWR)
+    os.dup2(opened, descriptor)
+    os.close(opened)
+
+
+def run(case: dict[str, Any], said: int) -> NoReturn:
+    os.dup2(said, 2)
+    for descriptor, target in case.get("streams", {}).items():
+        redirected(int(descriptor), target)
+    for name, value in case.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    if case.get("user"):
+        os.setgroups([])
+        os.setresgid(*[case["user"]] * 3)
+        os.setresuid(*[case["user"]] * 3)
+    signal.alarm(SECONDS)
+    sys.argv = ["qmpsnap", *case["words"]]
+    main.run()
+
+
+def served(line: str) -> tuple[int, str]:
+    """What became of one case."""
+    with tempfile.TemporaryFile() as said:
+        if (pid := os.fork()) == 0:
+            run(json.loads(line), said.fileno())
+        _, status = os.waitpid(pid, 0)
+        said.seek(0)
+        return os.waitstatus_to_exitcode(status), said.read().decode(errors="replace")
+
+
+def serve() -> None:
+    for noun in main.NOUNS:
+        import_module(f"qmpsnap.cli.{noun}")
+    for module in Path(qmpsnap.ops.__file__).parent.glob("[a-z]*.py"):
+        import_module(f"qmpsnap.ops.{module.stem}")
+    with contextlib.suppress(ImportError):
+        import_module("qmpsnap.controller")
+    answers = [served(line) for line in sys.stdin.read().splitlines()]
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    serve()
