@@ -6,10 +6,13 @@ from contextlib import asynccontextmanager
 
 from anyio import to_thread
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StateError
+from qmpsnap.identity import same_file
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
+from qmpsnap.model.operation import Change
 from qmpsnap.ops import recover, relocate
 from qmpsnap.ops.checking import deep as reading
 from qmpsnap.ops.checking import facts
@@ -90,6 +93,8 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
             at = await facts.gather(context, name, qemu=qemu, own=True)
             second = await _judge(context, at, deep=deep)
             done = await repair(context, at, qemu, second) if at.trusted else Repairs((), ())
+            if at.trusted and not at.record.open:
+                await blocking(_record_births, context, at)
             at = await facts.gather(context, name, qemu=qemu, own=True)
             left = await _judge(context, at, deep=deep)
     before = [*first, *(finding for finding in second if finding not in first)]
@@ -97,6 +102,19 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
     return Checked(
         machine=name, findings=tuple(left), repaired=repaired, moved=done.moved, failed=(*failed, *done.failed)
     )
+
+
+def _record_births(context: Context, at: Facts) -> None:
+    """Of layers that a release has recorded which knew no births; they are the recorded files, as far as it went."""
+    layers = at.record.forest.layers
+    found = {identity: seen for identity, seen in at.headers.items() if not isinstance(seen, str) and seen.birth}
+    news = tuple(
+        replace(layers[identity], birth=seen.birth)
+        for identity, seen in found.items()
+        if not layers[identity].birth and same_file(layers[identity], seen)
+    )
+    if news:
+        context.store.apply(at.record.machine.name, Change(layers=news))
 
 
 async def _open_run_folder(context: Context, name: str) -> None:

@@ -372,6 +372,19 @@ async def test_a_file_with_the_same_inode_and_another_birth_is_another_file(firs
         assert Path(base.path).exists(), "what replaced the layer is somebody's"
 
 
+async def test_births_that_an_earlier_release_did_not_record_are_recorded_by_repair(first: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(SPEC)
+        layer = (await vm.chains())[0].active
+        with sqlite3.connect(first / "qmpsnap.db") as sql:
+            sql.execute("UPDATE layer SET birth = 0")
+        sql.close()
+        await vm.check()
+        assert (await vm.chains())[0].active.birth == 0, "looking records nothing"
+        await vm.check(repair=True)
+        assert (await vm.chains())[0].active == layer
+
+
 @pytest.mark.parametrize("how", ["stopped", "running"])
 async def test_a_disk_that_was_made_larger_goes_on(first: Path, how: str) -> None:
     async with qmpsnap.open() as q:
