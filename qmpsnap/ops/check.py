@@ -93,9 +93,9 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
             at = await facts.gather(context, name, qemu=qemu, own=True)
             second = await _judge(context, at, deep=deep)
             done = await repair(context, at, qemu, second) if at.trusted else Repairs((), ())
-            if at.trusted and not at.record.open:
-                await blocking(_record_births, context, at)
             at = await facts.gather(context, name, qemu=qemu, own=True)
+            if at.trusted and not at.record.open:
+                await blocking(_record_births, context, at)  # by what is recorded now: a size may be another
             left = await _judge(context, at, deep=deep)
     before = [*first, *(finding for finding in second if finding not in first)]
     repaired = tuple(finding for finding in before if finding not in left)
