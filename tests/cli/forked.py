@@ -61,6 +61,7 @@ def served(line: str) -> tuple[int, str]:
 
 
 def serve() -> None:
+    import_module("anyio._backends._asyncio")  # as anyio does at run time, where another user may have no right to it
     for noun in main.NOUNS:
         import_module(f"qmpsnap.cli.{noun}")
     for module in Path(qmpsnap.ops.__file__).parent.glob("[a-z]*.py"):

@@ -47,6 +47,7 @@ LINES = {
     "pause": "pause web",
     "pull": "pull web vda --base fresh",
     "recover": "recover nobody",
+    "relocate": "relocate --nonsense",
     "restore": "restore web /nonexistent/state",
     "resume": "resume web",
     "save": "save web /nonexistent/state --name bed -m text",
