@@ -11,7 +11,7 @@ import anyio
 from msgspec.structs import replace
 
 from qmpsnap import private, unwritable
-from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, StateError
+from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET, RUN_FILES
 from qmpsnap.model.machine import Machine, Process
@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 LAUNCH_DEADLINE = 20.0
 """Seconds from exec to the monitor's greeting."""
+_KILLS = 5
+"""Times that a failed launch is looked through: what is killed may just have started something else."""
 QUIT_DEADLINE = 10.0
 """Seconds from ``quit``, or from a kill, to QEMU's end."""
 
@@ -47,6 +49,8 @@ async def launch(
 ) -> Process:
     """Start QEMU and return once its monitor answered and said it is this machine.
 
+    What was started may be a wrapper that does not become QEMU: the process is the one that listens on the monitor.
+
     Args:
         argv: QEMU and its arguments.
         machine: the machine.
@@ -56,17 +60,26 @@ async def launch(
 
     Raises:
         QemuGone: QEMU ended at once; the message holds what it wrote.
-        HostCannot: the binary cannot be run.
+        HostCannot: the binary cannot be run, or runs where its process cannot be seen.
         DeadlinePassed: it runs but its monitor stays silent; it has been killed.
     """
 
-    async def version() -> str:
+    async def question() -> tuple[Process, str]:
         # QEMU listens before it has finished its start: on a busy host its greeting takes as long as that.
         async with monitor(machine, run_dir, deadline=LAUNCH_DEADLINE) as qemu:
-            return await commands.query_version(qemu)
+            process = processes.existing(qemu.peer) if qemu.peer > 0 else None
+            if process is None:
+                await commands.control(qemu, "quit")
+                raise HostCannot(
+                    f"{argv[0]} runs QEMU where its process cannot be seen, as in a container (another PID namespace):"
+                    f" machine {machine.name} was not started",
+                    hint="let QMPSNAP_QEMU be a QEMU of this host; a wrapper has to run it in the same PID namespace",
+                    machine=machine.name,
+                )
+            return process, await commands.query_version(qemu)
 
-    process, found = await start(argv, run_dir, machine=machine.name, ask=version, inherited=inherited)
-    return replace(process, accel=accel, qemu_version=found)
+    first, (process, found) = await start(argv, run_dir, machine=machine.name, ask=question, inherited=inherited)
+    return replace(process, started=first.started, accel=accel, qemu_version=found)
 
 
 async def start(
@@ -83,8 +96,11 @@ async def start(
         argv: a QEMU that listens on :data:`QMP_SOCKET`.
         run_dir: its working directory.
         machine: a name for errors.
-        ask: the question; raises ``QemuGone`` as long as nobody listens. When it fails, QEMU is killed.
+        ask: the question; raises ``QemuGone`` as long as nobody listens. When it fails, all that was started is killed.
         inherited: open descriptors that it keeps.
+
+    Returns:
+        What was started, QEMU itself or a wrapper of it, and the answer.
     """
     (run_dir / QMP_SOCKET).unlink(missing_ok=True)
     _clear(run_dir)
@@ -95,7 +111,8 @@ async def start(
             try:
                 return process, await ask()
             except QemuGone as error:
-                if not processes.is_alive(process):
+                # A wrapper may end before the QEMU that it has started.
+                if not processes.is_alive(process) and not processes.launched(process, argv, run_dir):
                     said = processes.log_tail(run_dir)
                     if not said and (why := unwritable.found(run_dir)):
                         raise HostCannot(
@@ -109,13 +126,31 @@ async def start(
                         machine=machine,
                     ) from error
                 if anyio.current_time() > deadline:
-                    raise
+                    raise QemuGone(
+                        f"nothing that {argv[0]} started has opened the monitor of machine {machine} within"
+                        f" {LAUNCH_DEADLINE:g} s: {processes.log_tail(run_dir) or 'it said nothing'}",
+                        hint="a wrapper has to pass all of its arguments on to QEMU, and keep its working directory",
+                        machine=machine,
+                    ) from error
             await anyio.sleep(0.005)
-    except BaseException:
-        processes.terminate(process)
+    except BaseException as error:
         with anyio.CancelScope(shield=True):
-            await wait_end(process, deadline=5)
+            left = await end_launch(process, argv, run_dir)
+        if left and isinstance(error, QmpsnapError):
+            error.add(f"process {', '.join(str(one.pid) for one in left)} still runs and cannot be ended")
         raise
+
+
+async def end_launch(first: Process, argv: Sequence[str], run_dir: Path) -> tuple[Process, ...]:
+    """Kill all that a launch has started, wrapper and QEMU; returns what still runs."""
+    for _ in range(_KILLS):
+        if not (found := processes.launched(first, argv, run_dir)):
+            break
+        for one in found:
+            processes.terminate(one)
+        for one in found:
+            await wait_end(one, deadline=5 / _KILLS)
+    return processes.launched(first, argv, run_dir)
 
 
 def _clear(run_dir: Path) -> None:

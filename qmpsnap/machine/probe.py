@@ -11,9 +11,8 @@ from msgspec import Struct
 
 from qmpsnap import private
 from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
-from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET
-from qmpsnap.machine.machine import LAUNCH_DEADLINE, start, wait_end
+from qmpsnap.machine.machine import LAUNCH_DEADLINE, end_launch, start
 from qmpsnap.qmp import commands, migration, session
 
 
@@ -95,11 +94,10 @@ async def interrogate(qemu: str) -> Abilities:
                 return await _interview(monitor)
 
         try:
-            process, abilities = await start(argv, run_dir, machine="(probe)", ask=question)
+            first, abilities = await start(argv, run_dir, machine="(probe)", ask=question)
         except QemuGone as error:
             raise HostCannot(f"{qemu} does not start: {error.message}", hint="see qmpsnap doctor") from error
-        processes.terminate(process)
-        await wait_end(process, deadline=5)
+        await end_launch(first, argv, run_dir)
         return abilities
 
 

@@ -27,8 +27,8 @@ LOG = "qemu.log"
 _WAITING = b"QEMU waiting for connection on: "
 """What every QEMU of ours says as it starts: it waits for our own monitor session before it opens anything."""
 
-_THREADS, _START_TICKS, _MEMORY = 17, 19, 20
-"""Where ``/proc/PID/stat`` has number of threads, start time and virtual size, counted from its third field."""
+_SESSION, _THREADS, _START_TICKS, _MEMORY = 3, 17, 19, 20
+"""Where ``/proc/PID/stat`` has session, threads, start time and virtual size, counted from its third field."""
 
 _children: "dict[int, subprocess.Popen[bytes]]" = {}
 """QEMUs that this very process started, so that they are reaped when they end."""
@@ -70,6 +70,8 @@ def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = ()) 
         raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error
     finally:
         os.close(descriptor)
+    for ended in [pid for pid, known in _children.items() if pid != child.pid and known.poll() is not None]:
+        del _children[ended]  # mostly a wrapper, whose end nobody waits for
     if reused := _children.get(child.pid):
         reused.returncode = 0  # ended and reaped by somebody else, or its pid could not be this one's
     _children[child.pid] = child
@@ -117,6 +119,33 @@ def existing(pid: int) -> Process | None:
     return replace(_record(pid, ticks), started=started)
 
 
+def launched(first: Process, argv: Sequence[str], run_dir: Path) -> tuple[Process, ...]:
+    """What still runs of a launch: a wrapper need not become QEMU, nor wait for it.
+
+    Args:
+        first: from :func:`spawn`.
+        argv: what was started.
+        run_dir: its working directory.
+    """
+    given = b"\0".join(os.fsencode(argument) for argument in argv[1:]) + b"\0"
+    found = []
+    for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        fields = _stat(pid)
+        # One that has left the session is known by QEMU's arguments, which nobody else has in this folder.
+        if fields and (fields[_SESSION] == str(first.pid) or _was_given(pid, given, run_dir)):
+            ticks = _start_ticks(pid)
+            found += [] if ticks is None else [_record(pid, ticks)]
+    return tuple(found)
+
+
+def _was_given(pid: int, given: bytes, run_dir: Path) -> bool:
+    proc = Path(f"/proc/{pid}")
+    try:
+        return given in (proc / "cmdline").read_bytes() and (proc / "cwd").samefile(run_dir)
+    except OSError:  # it has ended, or is another user's
+        return False
+
+
 def is_alive(process: Process) -> bool:
     """Whether that very process still runs: also one that was killed does, until the last of its threads has ended.
 
@@ -149,7 +178,7 @@ def is_stopped(process: Process) -> bool:
 
 
 def terminate(process: Process) -> None:
-    """Kill that very process, without a chance to hit a later one of the same pid."""
+    """Kill that very process, without a chance to hit a later one of the same pid; another user's is left alone."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -158,7 +187,7 @@ def terminate(process: Process) -> None:
         # With the descriptor open the pid cannot pass to another process between this look and the signal.
         if is_alive(process):
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         pass
     finally:
         os.close(descriptor)

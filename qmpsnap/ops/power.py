@@ -100,10 +100,12 @@ async def bring_up(
         process = await launch(arguments, machine, run_dir, accel=choice.accel, inherited=[*secrets.values()])
     try:
         require_opened(process, (layer for chain in chains for layer in chain.layers), machine=machine.name)
-    except StoreMismatch:
-        await end(process, None)
+        await blocking(context.store.set_process, machine.name, process)
+    except BaseException:
+        # Nobody has heard of it yet: what fails here must not leave a QEMU that nobody counts on.
+        with anyio.CancelScope(shield=True):
+            await end(process, None)
         raise
-    await blocking(context.store.set_process, machine.name, process)
     if loading:
         await _load(context, machine, process, loading, paused=paused)
     return process

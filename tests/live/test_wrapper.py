@@ -1,0 +1,130 @@
+"""``QMPSNAP_QEMU`` is a script: whatever becomes of QEMU below it, the machine's process is QEMU's, or nothing is left."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import qmpsnap
+from qmpsnap.errors import HostCannot, QemuGone, StoreMismatch
+from qmpsnap.machine import machine as machines
+from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.ops import power
+from qmpsnap.qmp import session
+from qmpsnap.store.sqlite import SqliteStore
+from tests.live.machine import MIB, context_of, hold_invariants
+
+SPEC = MachineSpec(name="still", memory=64 * MIB, accel="tcg", disks=(DiskSpec(name="vda", size=MIB),), agent=False)
+
+WORKS = {
+    "waits for it": '{qemu} "$@"',
+    "ends before it": '{qemu} "$@" &',
+    "gives it a session of its own": 'setsid {qemu} "$@" & wait',
+    "lets it see other processes than we do": 'unshare --pid --fork --kill-child {qemu} "$@" || {qemu} "$@"',
+    "talks": 'echo starting; echo this >&2; {qemu} "$@"; echo ended',
+}
+FAILS = {
+    "a device that is none": ('{qemu} "$@" -device nothing-such', "nothing-such"),
+    "another process waits on": ('sleep 600 & {qemu} "$@" -device nothing-such', "has opened the monitor"),
+    "no arguments": ("{qemu} -S -display none", "pass all of its arguments on"),
+    "another folder": ('cd / && {qemu} "$@"', "keep its working directory"),
+    "lets it fork, which our sandbox forbids": ('{qemu} "$@" -daemonize', "did not start machine"),
+    "ends at once": ("echo not today; exit 1", "not today"),
+}
+
+
+@pytest.fixture
+def wrapper(home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes the script."""
+    qemu = shutil.which(os.environ.get("QMPSNAP_QEMU") or "qemu-system-x86_64")
+
+    def write(script: str) -> None:
+        path = home / "wrapper"
+        path.write_text(f"#!/bin/sh\n{script.format(qemu=qemu)}\n")
+        path.chmod(0o700)
+
+    write('exec {qemu} "$@"')
+    monkeypatch.setenv("QMPSNAP_QEMU", str(home / "wrapper"))
+    return write
+
+
+def left(home: Path) -> list[str]:
+    """What runs of the home: by folder, or by what it was told."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line = " ".join(process.cmdline())
+            if process.status() != "zombie" and (str(home) in line or str(home) in process.cwd()):
+                found.append(line)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("how", WORKS)
+async def test_qemu_below_a_wrapper_is_the_machines_process(home: Path, wrapper: Any, how: str) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(SPEC)
+        wrapper(WORKS[how])
+        process = await vm.start(paused=True)
+        assert "-uuid" in psutil.Process(process.pid).cmdline()
+        assert "qemu" in psutil.Process(process.pid).name()
+        await vm.snapshot("s")
+        await vm.stop(force=True)
+        assert not psutil.pid_exists(process.pid) or psutil.Process(process.pid).status() == "zombie"
+        await vm.commit("vda", consume=True)  # a QEMU without a guest is started by the same wrapper
+        await hold_invariants(vm)
+    assert left(home) == []
+
+
+@pytest.mark.parametrize("how", FAILS)
+async def test_nothing_runs_after_a_start_that_failed(
+    home: Path, wrapper: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machines, "LAUNCH_DEADLINE", 3.0)
+    script, said = FAILS[how]
+    async with qmpsnap.open() as q:
+        vm = await q.define(SPEC)
+        wrapper(script)
+        with pytest.raises(QemuGone) as failed:
+            await vm.start(paused=True)
+        assert said in f"{failed.value.message} {failed.value.hint}"
+        assert not await vm.is_running()
+    assert left(home) == []
+
+
+async def test_a_qemu_whose_process_cannot_be_seen_is_refused_as_that(
+    home: Path, wrapper: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(SPEC)
+        wrapper(WORKS["waits for it"])
+        monkeypatch.setattr(session, "_peer", lambda _: 0)  # the kernel's word for one of another PID namespace
+        with pytest.raises(HostCannot, match="another PID namespace"):
+            await vm.start(paused=True)
+    assert left(home) == []
+
+
+@pytest.mark.parametrize("fault", ["another file", "no record"])
+async def test_nothing_runs_after_a_start_that_was_refused_at_its_end(
+    home: Path, wrapper: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(SPEC)
+        wrapper(WORKS["waits for it"])
+
+        def fail(*_: object, **__: object) -> None:
+            raise StoreMismatch("it is not to be")
+
+        if fault == "no record":
+            monkeypatch.setattr(SqliteStore, "set_process", fail)
+        else:
+            monkeypatch.setattr(power, "require_opened", fail)
+        with pytest.raises(StoreMismatch):
+            await vm.start(paused=True)
+        monkeypatch.undo()
+        assert context_of(vm).process(await vm.record()) is None
+    assert left(home) == []
