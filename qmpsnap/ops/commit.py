@@ -11,7 +11,7 @@ from qmpsnap.model.chain import Chain
 from qmpsnap.model.names import OperationId, job_id
 from qmpsnap.model.operation import Change, Merge, MergePlan
 from qmpsnap.model.situation import Situation
-from qmpsnap.ops import merge, recover
+from qmpsnap.ops import merge, recover, serials
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.possible import require_possible
 from qmpsnap.ops.situation import look, require_space, resolve
@@ -80,7 +80,7 @@ async def preview(context: Context, name: str, request: Request) -> tuple[MergeP
         at, made = await _plan(context, work, request)
         require_space(at, made.steps, context.home.data)
         await require_possible(work, at, made.steps)
-        serial = OperationId(await blocking(context.store.next_serial))
+        serial = await serials.next_free(context, work.machine, work.qemu)
         step = made.steps[0]
         assert isinstance(step, Merge)
         root = await merge.root_of(work.qemu, step) if work.qemu and step.live else None
@@ -122,6 +122,7 @@ async def carry_out(
     Raises:
         QmpsnapError: a step has failed, or could not begin.
     """
+    await serials.pass_over(context, work.machine, work.qemu)
     operation = await blocking(context.store.open_operation, work.machine.name, make)
     async with recover.attempting(context, work.machine, work.qemu, operation):
         await merge.run(context, work.machine, work.qemu, operation, report=report)

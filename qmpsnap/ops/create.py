@@ -16,7 +16,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import asked, chosen, commit, memory, quiesce, recover, recover_create, space
+from qmpsnap.ops import asked, chosen, commit, memory, quiesce, recover, recover_create, serials, space
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, guarded
 from qmpsnap.ops.create_plan import CreateRequest, expected, node_options, plan, transaction_of
@@ -36,8 +36,8 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
         await require_agreement(work, chains, doing="make it start on a new layer")
         freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
         make = await _planner(context, work, chains, request, freezer)
+        serial = await serials.next_free(context, work.machine, work.qemu)
     await chosen.require_free(context, name, request.files)
-    serial = OperationId(await blocking(context.store.next_serial))
     return work.machine, await blocking(lambda: make(serial))
 
 
@@ -74,6 +74,7 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
             await chosen.require_free(context, name, request.files)
             async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
                 make = await _planner(context, work, chains, request, freezer)
+                await serials.pass_over(context, work.machine, work.qemu)
                 operation = await blocking(context.store.open_operation, name, make)
                 assert isinstance(operation.plan, CreatePlan)
                 plan = operation.plan

@@ -20,7 +20,7 @@ from qmpsnap.model.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.operation import Change, MirrorPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.spec import Format
-from qmpsnap.ops import copying, recover, space
+from qmpsnap.ops import copying, recover, serials, space
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.situation import look
 from qmpsnap.ops.space import Need
@@ -168,7 +168,7 @@ async def preview(
     """The plan that :func:`run` would follow now and the commands that start its job; locks and changes nothing."""
     async with looking(context, name, removes=request.mode == "pivot") as work:
         at, found = await _survey(context, work, request)
-        serial = OperationId(await blocking(context.store.next_serial))
+        serial = await serials.next_free(context, work.machine, work.qemu)
         made = plan(at, at.live[request.disk], request, serial=serial, found=found)
         await _require_space(context, made, found)
         root = await copying.root_of(work.qemu, made) if work.qemu else None
@@ -198,6 +198,7 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         await _require_space(context, made, found)
         if made.nbd:
             await nbd.require_server(made.nbd)
+        await serials.pass_over(context, work.machine, work.qemu)
         operation = await blocking(
             context.store.open_operation, name, lambda serial: plan(at, chain, request, serial=serial, found=found)
         )

@@ -71,6 +71,11 @@ def next_serial(connection: sqlite3.Connection) -> int:
     return int(connection.execute("SELECT last + 1 FROM serial").fetchone()[0])
 
 
+def skip_to(connection: sqlite3.Connection, serial: OperationId) -> None:
+    """Let the next operation have this number, if it would have a lower one."""
+    connection.execute("UPDATE serial SET last = max(last, ?)", (serial - 1,))
+
+
 def mark(
     connection: sqlite3.Connection,
     operation: OperationId,

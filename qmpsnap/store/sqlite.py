@@ -163,6 +163,10 @@ class SqliteStore:
         with self._database.reading() as sql:
             return journal.next_serial(sql)
 
+    def skip_to(self, serial: OperationId) -> None:
+        with self._database.writing() as sql:
+            journal.skip_to(sql, serial)
+
     def open_operation(self, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1) -> Operation:
         with self._database.writing() as sql:
 

@@ -61,6 +61,9 @@ class Store(Protocol):
     def next_serial(self) -> int:
         """The number the next operation would get; for plans that are only printed."""
 
+    def skip_to(self, serial: OperationId) -> None:
+        """Let the next operation have this number, if it would have a lower one."""
+
     def open_operation(self, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1) -> Operation:
         """Make the plan with the next serial number(s) and make it durable as ``planned``.
 
