@@ -9,6 +9,7 @@ from typing import Final
 from msgspec import Struct
 
 from qmpsnap.block.graph import FILTERS
+from qmpsnap.block.header import conversion
 from qmpsnap.errors import StateError
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.spec import Format
@@ -18,12 +19,13 @@ _PROTOCOLS: Final = ("file", "host_device")
 
 
 class ForeignLayer(Struct, frozen=True):
-    """A node and its file; ``path`` is as QEMU was given it, perhaps relative."""
+    """A node and its file; ``path`` is as QEMU was given it, perhaps relative; ``file`` is the node that reads it."""
 
     node: NodeName
     format: Format
     path: str
     virtual_size: int
+    file: NodeName = NodeName("")
 
 
 class ForeignDisk(Struct, frozen=True):
@@ -82,18 +84,23 @@ class _Reader:
         node = self.node(at)
         name = NodeName(node.node_name)
         if node.drv in _PROTOCOLS:
-            return ForeignLayer(name, "raw", node.file, node.image.virtual_size)
+            return ForeignLayer(name, "raw", node.file, node.image.virtual_size, name)
         if node.drv in FILTERS:
             raise self._refused(f"the filter {name} ({node.drv}) stands between two of its layers")
         if "data-file" in self.below(at):
             raise self._refused(f"node {name} keeps its data in a file of its own")
-        if node.drv == "qcow2":
-            return ForeignLayer(name, "qcow2", self._path(at), node.image.virtual_size)
-        if node.drv == "raw":
-            return ForeignLayer(name, "raw", self._path(at), node.image.virtual_size)
-        raise self._refused(f"node {name} is of format {node.drv!r}, not qcow2 or raw")
+        if node.drv in ("qcow2", "raw"):
+            file = self._file(at)
+            return ForeignLayer(
+                name, "raw" if node.drv == "raw" else "qcow2", file.file, node.image.virtual_size,
+                NodeName(file.node_name),
+            )  # fmt: skip
+        refused = self._refused(f"node {name} is of format {node.drv!r}, not qcow2 or raw")
+        if "file" in self.below(at):
+            refused.hint = f"end that QEMU; {conversion(self._file(at).file, node.drv)}"
+        raise refused
 
-    def _path(self, at: int) -> str:
+    def _file(self, at: int) -> NodeInfo:
         below = self.below(at).get("file")
         while below is not None and self.node(below).drv in FILTERS:
             below = self.lower(below)
@@ -104,7 +111,7 @@ class _Reader:
             raise self._refused(
                 f"node {self.node(at).node_name} is read over {protocol.drv!r} ({protocol.file}), not from a file"
             )
-        return protocol.file
+        return protocol
 
     def _refused(self, why: str) -> StateError:
         return StateError(

@@ -26,6 +26,7 @@ __all__ = [
     "FoundLayer",
     "Header",
     "backing_fault",
+    "conversion",
     "detect",
     "inspect",
     "is_empty",
@@ -39,6 +40,7 @@ __all__ = [
 MAX_DEPTH: Final = 256
 
 _MAGICS: Final = (
+    (0, MAGIC + b"\0\0\0\1", "qcow"),
     (0, MAGIC, "qcow2"),
     (0, b"KDMV", "vmdk"),
     (0, b"COWD", "vmdk"),
@@ -50,6 +52,14 @@ _MAGICS: Final = (
     (0, b"WithouFreSpacExt", "parallels"),
     (64, b"\x7f\x10\xda\xbe", "vdi"),
 )  # LUKS is not among them: an encrypted volume is opaque data, and raw is what it is
+
+_PACKED: Final = (
+    (b"\x1f\x8b", "gunzip --keep"),
+    (b"\xfd7zXZ\0", "unxz --keep"),
+    (b"\x28\xb5\x2f\xfd", "unzstd"),
+    (b"BZh", "bunzip2 --keep"),
+)
+"""Images are handed out packed, under names that do not always say so."""
 
 _SECTOR: Final = 512
 _FIRST_READ: Final = 64 << 10  # one default cluster: nearly every image is read in one go
@@ -85,25 +95,62 @@ def inspect(descriptor: int, *, path: str, format: Format | None = None, foreign
             data = os.pread(descriptor, MAX_CLUSTER, 0)  # a cluster larger than the first read
     except OSError as error:
         raise HostCannot(f"{printable(path)} cannot be read: {error.strerror}; nothing was changed") from error
-    magic = next((kind for offset, bytes_, kind in _MAGICS if data.startswith(bytes_, offset)), None)
-    if format == "qcow2" and magic != "qcow2":
-        raise ImageRefused(
-            f"image {printable(path)} is declared qcow2 but has no qcow2 header; nothing was changed",
-            hint=f"declare its true format: it looks like {magic or 'raw'}",
-        )
-    if format == "raw" and foreign and magic:
-        raise ImageRefused(
-            f"image {printable(path)} is declared raw but begins like a {magic} image; nothing was changed",
-            hint="declare format: qcow2"
-            if magic == "qcow2"
-            else f"convert it first: qemu-img convert -f {magic} -O qcow2",
-        )
+    if (format == "qcow2" and _magic(data) != "qcow2") or (format == "raw" and foreign):
+        _require_declared(data, _end(descriptor, size), path=path, format=format)
     if (format or detect(data)) == "qcow2":
         header = parse(data, size, path=path)
     else:
         header = Header(format="raw", virtual_size=-(-size // _SECTOR) * _SECTOR, file_size=size)
     birth = identity.born(descriptor)
     return replace(header, device=status.st_dev, inode=status.st_ino, birth=birth, allocated=status.st_blocks * 512)
+
+
+def _end(descriptor: int, size: int) -> bytes:
+    """The last sector of a file."""
+    try:
+        return os.pread(descriptor, _SECTOR, max(0, size - _SECTOR))
+    except OSError:  # the first one could be read, and tells most
+        return b""
+
+
+def _magic(data: bytes) -> str | None:
+    return next((kind for offset, bytes_, kind in _MAGICS if data.startswith(bytes_, offset)), None)
+
+
+def _require_declared(data: bytes, end: bytes, *, path: str, format: Format) -> None:  # noqa: A002
+    """Refuse what shows another format than the declared one; the hint is the way to one that can be declared."""
+    shown = printable(path)
+    magic, sign = _magic(data), "begins"
+    if magic is None and end.startswith(b"conectix"):
+        magic, sign = "vpc", "ends"  # a virtual hard disk of fixed size
+    if magic == "qcow2":
+        raise ImageRefused(
+            f"image {shown} is declared raw but begins like a qcow2 image; nothing was changed",
+            hint="declare it qcow2: 'format: qcow2' in a spec, nothing behind the path of adopt --image",
+        )
+    if magic:
+        but = f"{sign} like a {magic} image" if format == "raw" else f"has no qcow2 header: it {sign} like {magic}"
+        raise ImageRefused(
+            f"image {shown} is declared {format} but {but}; only qcow2 and raw images can have snapshots; nothing was"
+            " changed",
+            hint=conversion(path, magic),
+        )
+    if format == "qcow2":
+        packer = next((unpack for bytes_, unpack in _PACKED if data.startswith(bytes_)), None)
+        raise ImageRefused(
+            f"image {shown} is declared qcow2 but has no qcow2 header; nothing was changed",
+            hint=f"it is packed: {packer} {shlex.quote(shown)}"
+            if packer
+            else "if it is raw, declare that: 'format: raw' in a spec, adopt --image DISK=PATH,format=raw",
+        )
+
+
+def conversion(path: str, magic: str) -> str:
+    """The hint to an image of another format: the command that makes a qcow2 image of it."""
+    target = os.path.splitext(path)[0] + ".qcow2"  # noqa: PTH122  a name, whatever it holds
+    target = f"{path}.qcow2" if target == path else target
+    command = f"qemu-img convert -f {magic} -O qcow2 {shlex.quote(path)} {shlex.quote(target)}"
+    return printable(f"convert it while nobody writes to it, then use the new image: {command}", 2000)
 
 
 def read(
@@ -239,6 +286,8 @@ def _pinned_format(path: str, header: Header) -> Format:
         problem = "names a backing image without its format: raw or qcow2 would have to be guessed"
     else:
         problem = f"names a backing image of format {printable(header.backing_format)}, not raw or qcow2"
+        # With its backing in it the image is one of qcow2 alone.
+        hint = "flatten it while nobody writes to it: " + conversion(path, "qcow2").partition(": ")[2]
     raise ImageRefused(f"image {printable(path)} {problem}; nothing was changed", hint=printable(hint, 2000))
 
 

@@ -21,15 +21,23 @@ class Seen(Struct, frozen=True, kw_only=True):
     Attributes:
         user: whose files it can open.
         folder: its working directory: what its relative paths are relative to.
-        files: device and inode of everything it has open.
+        names: device and inode of everything it has open, and the name the kernel has for it now: a relative path
+            that QEMU was given says nothing once it has changed its folder.
+        apart: it has a root folder or mounts of its own, so that a path may be another one there.
         arguments: its command line.
     """
 
     process: Process
     user: int
     folder: str
-    files: frozenset[tuple[int, int]]
+    names: dict[tuple[int, int], str]
+    apart: bool
     arguments: tuple[str, ...]
+
+    @property
+    def files(self) -> frozenset[tuple[int, int]]:
+        """Device and inode of everything it has open."""
+        return frozenset(self.names)
 
 
 def look(pid: int) -> Seen:
@@ -48,7 +56,8 @@ def look(pid: int) -> Seen:
             process=process,
             user=proc.stat().st_uid,
             folder=str((proc / "cwd").readlink()),
-            files=frozenset(_open_files(proc / "fd")),
+            names=_open_files(proc / "fd"),
+            apart=str((proc / "root").readlink()) != "/" or not (proc / "ns/mnt").samefile("/proc/self/ns/mnt"),
             arguments=tuple((proc / "cmdline").read_bytes().decode(errors="replace").split("\0")),
         )
     except PermissionError as error:
@@ -64,14 +73,14 @@ def _ended(pid: int) -> QemuGone:
     return QemuGone(f"process {pid}, which listened on the socket, has ended; nothing was changed")
 
 
-def _open_files(folder: Path) -> set[tuple[int, int]]:
-    found = set()
+def _open_files(folder: Path) -> dict[tuple[int, int], str]:
+    found = {}
     for descriptor in folder.iterdir():
         try:
-            status = descriptor.stat()
+            status, name = descriptor.stat(), descriptor.readlink()
         except FileNotFoundError:  # closed meanwhile
             continue
-        found.add((status.st_dev, status.st_ino))
+        found[status.st_dev, status.st_ino] = str(name)
     return found
 
 

@@ -90,7 +90,8 @@ async def working_on(
         machine="q35",
         accel="tcg",
         memory=MEMORY,
-        disks=(replace(disk, size=1 << 20, image=None, base=None, bus="virtio", read_only=False),),
+        # Not as its owner's QEMU has it open: image locks tell whether that one has been started again.
+        disks=(replace(disk, size=1 << 20, image=None, base=None, bus="virtio", read_only=False, opened=None),),
         agent=False,
     )
     arguments = argv.build(qemu, spec, [chain], uuid=machine.uuid, accel="tcg", paused=True, secrets=secrets)

@@ -23,7 +23,7 @@ def layer_options(layer: Layer, disk: DiskSpec, *, backing: NodeName | None, rea
 
     Args:
         layer: the image.
-        disk: cache and discard modes come from here.
+        disk: cache and discard modes come from here, of an adopted one whatever its owner has set.
         backing: node name of the layer below, or None for no backing at all.
         read_only: open the image read-only; only the active layer is opened for writing.
     """
@@ -43,11 +43,19 @@ def layer_options(layer: Layer, disk: DiskSpec, *, backing: NodeName | None, rea
             "cache": cache,
         },
     }
+    if disk.opened:
+        options |= _allowed(disk.opened.format, read_only=read_only)
+        options["file"] |= _allowed(disk.opened.file, read_only=read_only)
     if layer.format == "qcow2":
         options["backing"] = backing
     if disk.encryption:
         options["encrypt"] = {"format": ENCRYPT, "key-secret": secret_id(disk.name)}
     return options
+
+
+def _allowed(options: dict[str, Any], *, read_only: bool) -> dict[str, Any]:
+    """Those that a node can have: what is said of writes goes where there are none."""
+    return {key: value for key, value in options.items() if not read_only or key not in ("discard", "detect-zeroes")}
 
 
 def chain_options(chain: Chain, disk: DiskSpec) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 :mod:`qmpsnap.machine.specfile` makes it from YAML; :mod:`qmpsnap.machine.argv` makes QEMU's arguments from it.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -27,6 +27,18 @@ class Encryption(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     secret_file: str | None = None
 
 
+class Opened(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How the owner of an adopted QEMU has a disk opened, in QAPI's words: every new layer is opened so, too.
+
+    Attributes:
+        format: of the node of the active layer (``detect-zeroes``, ``discard``, ``cache``, ``l2-cache-size`` ...).
+        file: of the node below it (``aio``, ``locking``, ``cache`` ...).
+    """
+
+    format: dict[str, Any] = {}
+    file: dict[str, Any] = {}
+
+
 class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One disk: exactly one of ``size`` (a new image), ``image`` (an existing one) or ``base`` (a linked clone).
 
@@ -38,6 +50,7 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
         format: format of ``image`` or ``base``, or of the new image; never probed.
         snapshot: whether snapshots include this disk.
         encryption: its images are encrypted; None for plain ones.
+        opened: how an adopted QEMU has it open; no spec file has this.
     """
 
     name: str
@@ -51,6 +64,7 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     read_only: bool = False
     snapshot: bool = True
     encryption: Encryption | None = None
+    opened: Opened | None = None
 
 
 class Forward(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

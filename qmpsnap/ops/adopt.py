@@ -1,6 +1,5 @@
 """``adopt``: a QEMU that somebody else launched becomes a machine of ours, its images layers that we never write to."""
 
-import functools
 import os
 import re
 import time
@@ -14,11 +13,10 @@ from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import foreign, graph, header
-from qmpsnap.block.foreign import ForeignDisk, ForeignLayer
-from qmpsnap.block.header import FoundLayer
+from qmpsnap.block import foreign, graph
+from qmpsnap.block.foreign import ForeignDisk
 from qmpsnap.block.qcow2 import printable
-from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpError, StateError, StoreMismatch
+from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpError, StateError
 from qmpsnap.machine import adopted
 from qmpsnap.machine.adopted import Seen
 from qmpsnap.model.adoption import Adoption
@@ -26,8 +24,8 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
 from qmpsnap.model.operation import DefinePlan
-from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec
-from qmpsnap.ops import define
+from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec, Opened
+from qmpsnap.ops import adopt_files, define
 from qmpsnap.ops.context import Context, blocking, forget_places, locked
 from qmpsnap.ops.define import DiskSource
 from qmpsnap.ops.work import require_settled
@@ -54,6 +52,8 @@ class AdoptedDisk(Struct, frozen=True, kw_only=True):
         found: its nodes and files.
         read_only: the guest cannot write to it.
         cache: QEMU's cache mode for it.
+        opened: everything that new layers of it are to be opened with.
+        untold: why not all of that is known; empty when it is.
     """
 
     name: str
@@ -61,6 +61,8 @@ class AdoptedDisk(Struct, frozen=True, kw_only=True):
     found: ForeignDisk
     read_only: bool
     cache: Cache
+    opened: Opened = Opened()
+    untold: str = ""
 
 
 class Survey(Struct, frozen=True, kw_only=True):
@@ -177,7 +179,8 @@ async def preview(context: Context, name: str, socket: Path) -> tuple[Survey, De
     await define.require_new(context, name, adopts=True)
     survey, sources = await _look(context, name, socket.absolute())
     serial = OperationId(await blocking(context.store.next_serial))
-    return survey, plan(survey, sources, serial=serial, home=context.home)
+    planned = plan(survey, sources, serial=serial, home=context.home)
+    return replace(survey, disks=_placed(survey, sources)), planned
 
 
 async def _adopt(context: Context, name: str, socket: Path) -> Adopted:
@@ -188,7 +191,7 @@ async def _adopt(context: Context, name: str, socket: Path) -> Adopted:
         lambda serial: plan(survey, sources, serial=serial, home=context.home),
         serials=define.serials_needed(survey.machine.spec, sources),
     )
-    return Adopted(machine, survey.disks, survey.left_out)
+    return Adopted(machine, _placed(survey, sources), survey.left_out)
 
 
 async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict[str, DiskSource]]:
@@ -208,7 +211,7 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
     await _refuse_known(context, survey)
     sources: dict[str, DiskSource] = {}
     for disk in survey.disks:
-        files = await to_thread.run_sync(functools.partial(_files, disk, seen))
+        files = await to_thread.run_sync(adopt_files.files, disk.name, disk.backend, disk.found, seen)
         known = [await blocking(context.store.layer_at, found.path) for found in files]
         sources[disk.name] = DiskSource(tuple(files), tuple(known))
     spec = replace(
@@ -220,6 +223,7 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
                 format=sources[disk.name].found[-1].format,
                 cache=disk.cache,
                 read_only=disk.read_only,
+                opened=disk.opened,
             )
             for disk in survey.disks
         ),
@@ -228,6 +232,17 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
     writers, readers = await define.users(context)
     define.require_unshared(spec, sources, writers=writers, readers=readers)
     return survey, sources
+
+
+def _placed(survey: Survey, sources: Mapping[str, DiskSource]) -> tuple[AdoptedDisk, ...]:
+    """The disks with the paths of their files, of which QEMU may have only relative ones."""
+
+    def placed(disk: AdoptedDisk) -> AdoptedDisk:
+        files = sources[disk.name].found
+        layers = (replace(layer, path=file.path) for layer, file in zip(disk.found.layers, files, strict=True))
+        return replace(disk, found=replace(disk.found, layers=tuple(layers)))
+
+    return tuple(map(placed, survey.disks))
 
 
 async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: str) -> Survey:
@@ -256,7 +271,7 @@ async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: s
             f"that QEMU has jobs: {printable(shown)}; nothing was changed", hint="end and dismiss them, then adopt it"
         )
     _require_reachable(seen)
-    disks, left_out = await _disks(qemu)
+    disks, left_out = await _disks(qemu, seen)
     if not disks:
         raise StateError(
             f"that QEMU has no disk to take snapshots of ({'; '.join(left_out) or 'no drive at all'});"
@@ -292,7 +307,7 @@ def _require_reachable(seen: Seen) -> None:
         )
 
 
-async def _disks(qemu: Monitor) -> tuple[list[AdoptedDisk], list[str]]:
+async def _disks(qemu: Monitor, seen: Seen) -> tuple[list[AdoptedDisk], list[str]]:
     chosen, left_out = choose(await commands.query_block(qemu))
     # The graph last: a node that only the first of two answers has would otherwise be missed.
     nodes = await commands.query_nodes(qemu)
@@ -300,14 +315,18 @@ async def _disks(qemu: Monitor) -> tuple[list[AdoptedDisk], list[str]]:
     disks = []
     for name, backend in zip(names(chosen), chosen, strict=True):
         assert backend.inserted is not None  # else it was not chosen
-        cache = backend.inserted.cache
+        image = foreign.read_disk(backend, found, nodes)
+        opened, untold = adopt_files.opened(backend.name, image, nodes, seen.arguments)
+        cache = next(node.cache for node in nodes if node.node_name == image.layers[-1].node)
         disks.append(
             AdoptedDisk(
                 name=name,
                 backend=backend.name,
-                found=foreign.read_disk(backend, found, nodes),
+                found=image,
                 read_only=backend.inserted.ro,
                 cache="none" if cache.direct else "unsafe" if cache.no_flush else "writeback",
+                opened=opened,
+                untold=untold,
             )
         )
     return disks, left_out
@@ -327,48 +346,3 @@ async def _refuse_known(context: Context, survey: Survey) -> None:
 
 def _place(process: object) -> tuple[object, ...]:
     return tuple(getattr(process, field) for field in ("pid", "start_ticks", "boot_id"))
-
-
-def _files(disk: AdoptedDisk, seen: Seen) -> list[FoundLayer]:
-    """The files of a disk, once our own reader agrees with QEMU about each: identity, size, backing."""
-    files: list[FoundLayer] = []
-    for layer in disk.found.layers:
-        # Joined as text: an absolute path must stay the very string that QEMU has.
-        path = os.path.join(seen.folder, layer.path)  # noqa: PTH118
-        if Path(path).is_symlink():
-            path = str(Path(path).resolve())
-        found = FoundLayer(
-            path=path, format=layer.format, header=header.read(path, format=layer.format, block_device=True)
-        )
-        below = files[-1] if files else None
-        if problem := _file_problem(layer, found, seen) or (layer.format == "qcow2" and _backing_problem(found, below)):
-            raise StoreMismatch(
-                f"disk {disk.name} ({disk.backend}): {problem}; nothing was changed",
-                hint="QEMU and the files on disk have to agree before anything is built on them",
-            )
-        files.append(found)
-    return files
-
-
-def _file_problem(layer: ForeignLayer, found: FoundLayer, seen: Seen) -> str:
-    shown, size = printable(found.path), found.header.virtual_size
-    if (found.header.device, found.header.inode) not in seen.files:
-        return f"QEMU has another file open than the one that {shown} is now"
-    if size != layer.virtual_size:
-        return f"{shown} has {size} bytes for the guest, QEMU says {layer.virtual_size}"
-    return ""
-
-
-def _backing_problem(found: FoundLayer, below: FoundLayer | None) -> str:
-    """Where a header and QEMU's graph name different backings; they may do so by different strings."""
-    named = found.header.backing
-    said = f"the header of {printable(found.path)} names {printable(named or 'nothing')} as its backing"
-    if named is None or below is None:
-        agree = named is None and below is None
-        return "" if agree else f"{said}, QEMU reads {printable(below.path) if below else 'nothing'}"
-    try:
-        status = (Path(found.path).parent / named).stat()
-    except OSError:
-        return f"{said}, which is not there"
-    agree = (status.st_dev, status.st_ino) == (below.header.device, below.header.inode)
-    return "" if agree else f"{said}, QEMU reads {printable(below.path)}"

@@ -100,6 +100,7 @@ class NodeInfo(Struct, frozen=True, rename="kebab"):
     image: ImageInfo
     backing_file: str | None = field(name="backing_file", default=None)
     cache: CacheInfo = CacheInfo()
+    detect_zeroes: str = field(name="detect_zeroes", default="off")
 
 
 class Backend(Struct, frozen=True, rename="kebab"):

@@ -33,6 +33,9 @@ COMMAND_DEADLINE = 30.0
 _GREETINGS = 5
 """Times we take something else for what an earlier client left behind."""
 
+_LONGEST = 1 << 20
+"""Lines that one message of a monitor with ``pretty=on`` may have."""
+
 # qemu.qmp reports replies that come after we stopped waiting; we have said so ourselves by then.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
@@ -173,7 +176,21 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
 
 
 class _Client(QMPClient):
-    """Messages are only written out for the log if somebody reads that: those of long chains are long."""
+    """Messages are only written out for the log if somebody reads that: those of long chains are long.
+
+    A monitor with ``pretty=on`` writes each in lines, of which the last is its closing brace alone.
+    """
+
+    async def _do_recv(self) -> Message:
+        said = await self._readline()
+        if said.rstrip() == b"{":
+            lines = [said]
+            while lines[-1].rstrip() != b"}" and lines[-1].endswith(b"\n"):
+                lines.append(await self._readline())
+                if len(lines) > _LONGEST:
+                    raise ValueError("a message without an end")
+            said = b"".join(lines)
+        return Message(said, eager=True)
 
     def _cb_outbound(self, msg: Message) -> Message:
         return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg

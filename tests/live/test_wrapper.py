@@ -1,4 +1,4 @@
-"""``QMPSNAP_QEMU`` is a script: whatever becomes of QEMU below it, the machine's process is QEMU's, or nothing is left."""
+"""``QMPSNAP_QEMU`` is a script: the machine's process is the QEMU below it, and no start that fails leaves anything."""
 
 import os
 import shutil

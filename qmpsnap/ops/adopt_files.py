@@ -1,0 +1,155 @@
+"""The images of a QEMU that somebody else launched: where they are, whether all agree on them, how they were opened."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qmpsnap.block import header
+from qmpsnap.block.foreign import ForeignDisk, ForeignLayer
+from qmpsnap.block.header import FoundLayer
+from qmpsnap.block.qcow2 import printable
+from qmpsnap.errors import ImageRefused, StateError, StoreMismatch
+from qmpsnap.machine import blockline
+from qmpsnap.machine.adopted import Seen
+from qmpsnap.model.spec import Opened
+from qmpsnap.qmp.commands import NodeInfo
+
+_DELETED = " (deleted)"
+
+
+def files(disk: str, backend: str, found: ForeignDisk, seen: Seen) -> list[FoundLayer]:
+    """The files of a disk, base first, once our own reader agrees with QEMU about each: identity, size, backing.
+
+    Raises:
+        StoreMismatch: it does not.
+        StateError: a file cannot be found, or QEMU has only a temporary one.
+        ImageRefused: an image is none that we read.
+    """
+    files: list[FoundLayer] = []
+    for layer in found.layers:
+        path = _place(disk, layer, seen)
+        try:
+            read = header.read(path, format=layer.format, block_device=True)
+        except ImageRefused as error:
+            if os.path.lexists(path):
+                raise
+            raise _not_there(disk, layer, path, seen) from error
+        file = FoundLayer(path=path, format=layer.format, header=read)
+        below = files[-1] if files else None
+        if problem := _file_problem(layer, file, seen) or (layer.format == "qcow2" and _backing_problem(file, below)):
+            raise StoreMismatch(
+                f"disk {disk} ({backend}): {problem}; nothing was changed",
+                hint="QEMU and the files on disk have to agree before anything is built on them",
+            )
+        files.append(file)
+    return files
+
+
+def opened(backend: str, found: ForeignDisk, nodes: Sequence[NodeInfo], arguments: Sequence[str]) -> tuple[Opened, str]:
+    """What new layers of a disk are opened with, and what of it could not be learned; pure.
+
+    Args:
+        backend: the disk's name in the block graph.
+        found: its nodes.
+        nodes: all of QEMU's.
+        arguments: its command line.
+    """
+    active = found.layers[-1]
+    by_name = {node.node_name: node for node in nodes}
+    image, file = by_name[active.node], by_name[active.file]
+    told = blockline.options_of(arguments, node=active.node, file=active.file, drive=backend, path=active.path)
+    above: dict[str, Any] = dict(told.format) if told else {"discard": "ignore"}
+    below: dict[str, Any] = dict(told.file) if told else {"discard": "unmap"}
+    if image.detect_zeroes != "off":
+        above["detect-zeroes"] = image.detect_zeroes
+    if image.detect_zeroes == "unmap":
+        above["discard"] = "unmap"  # QEMU has the one only with the other
+    for options, node in ((above, image), (below, file)):
+        options["cache"] = {"direct": node.cache.direct, "no-flush": node.cache.no_flush}
+    untold = "" if told else "QEMU's arguments do not name its image: new layers ignore discards and have default aio"
+    return Opened(format=above, file=below), untold
+
+
+def _place(disk: str, layer: ForeignLayer, seen: Seen) -> str:
+    """Where a layer's file is; of a relative path that leads nowhere any more, QEMU's open files tell."""
+    # Joined as text: an absolute path must stay the very string that QEMU has.
+    path = os.path.join(seen.folder, layer.path)  # noqa: PTH118
+    if Path(path).is_symlink():
+        path = str(Path(path).resolve())
+    if layer.path.startswith("/") or _identity(path) in seen.names:
+        return path
+    parts = [part for part in os.path.normpath(layer.path).split("/") if part != ".."]
+    named = sorted(name for name in seen.names.values() if name.endswith("/" + "/".join(parts)))
+    if len(named) > 1:
+        raise StateError(
+            f"disk {disk}: QEMU was given the relative path {printable(layer.path)}, has changed its folder since, and"
+            f" has several files of that name open ({printable(', '.join(named), 300)}); nothing was changed",
+            hint="launch it with absolute paths",
+        )
+    return named[0] if named else path
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _not_there(disk: str, layer: ForeignLayer, path: str, seen: Seen) -> StateError:
+    """Why a file that QEMU has open is not where it should be."""
+    shown = printable(layer.path)
+    if path + _DELETED in seen.names.values():
+        if blockline.is_temporary(seen.arguments):
+            return StateError(
+                f"disk {disk}: QEMU was launched with -snapshot or snapshot=on, so the guest writes to a temporary file"
+                " without a name, which is lost when QEMU ends; nothing was changed",
+                hint="launch it without; a snapshot of qmpsnap and a revert to it do the same",
+            )
+        return StateError(
+            f"disk {disk}: {shown} was deleted while QEMU has it open; nothing was changed",
+            hint="copy it out while QEMU runs (QMP drive-backup with sync=full), and launch QEMU on the copy",
+        )
+    if seen.apart:
+        return StateError(
+            f"disk {disk}: there is no {shown} here: that QEMU has a root folder or mounts of its own (a chroot, a"
+            " container); nothing was changed",
+            hint="run qmpsnap where QEMU runs: nsenter --target PID --mount --root",
+        )
+    if not layer.path.startswith("/"):
+        return StateError(
+            f"disk {disk}: QEMU was given the relative path {shown} and has changed its folder since (it is"
+            f" {printable(seen.folder)} now, as after -daemonize); none of its open files has that name; nothing was"
+            " changed",
+            hint="launch it with absolute paths",
+        )
+    return StateError(
+        f"disk {disk}: {shown}, which QEMU has open, was moved or renamed; nothing was changed",
+        hint="put it back to that place",
+    )
+
+
+def _file_problem(layer: ForeignLayer, found: FoundLayer, seen: Seen) -> str:
+    shown, size = printable(found.path), found.header.virtual_size
+    if (found.header.device, found.header.inode) not in seen.files:
+        return f"QEMU has another file open than the one that {shown} is now"
+    if size != layer.virtual_size:
+        return f"{shown} has {size} bytes for the guest, QEMU says {layer.virtual_size}"
+    return ""
+
+
+def _backing_problem(found: FoundLayer, below: FoundLayer | None) -> str:
+    """Where a header and QEMU's graph name different backings; they may do so by different strings."""
+    named = found.header.backing
+    said = f"the header of {printable(found.path)} names {printable(named or 'nothing')} as its backing"
+    if named is None or below is None:
+        agree = named is None and below is None
+        return "" if agree else f"{said}, QEMU reads {printable(below.path) if below else 'nothing'}"
+    try:
+        status = (Path(found.path).parent / named).stat()
+    except OSError:
+        return f"{said}, which is not there"
+    agree = (status.st_dev, status.st_ino) == (below.header.device, below.header.inode)
+    return "" if agree else f"{said}, QEMU reads {printable(below.path)}"
