@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qmpsnap.block.header import conversion
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, controlling
 from qmpsnap.errors import UsageError
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from qmpsnap.model.machine import Machine
     from qmpsnap.ops.adopt import Adopted
 
-_IMAGE = re.compile(r"(?P<disk>[^=/]+)=(?P<path>.+?)(?:,format=(?P<format>qcow2|raw))?", flags=re.DOTALL)
+_IMAGE = re.compile(r"(?P<disk>[^=/]+)=(?P<path>.+?)(?:,format=(?P<format>[a-z0-9_-]+))?", flags=re.DOTALL)
+_QEMUS = {"vhd": "vpc"}
+"""Formats that QEMU calls otherwise than people do."""
 
 
 def register(parsers: Parsers) -> None:
@@ -67,6 +70,9 @@ def _adopt(arguments: argparse.Namespace) -> None:
         for disk in done.disks
     ]
     _emit(arguments, documents, done.machine.uuid, done.machine.process.pid if done.machine.process else None)
+    for disk in done.disks:
+        if disk.untold:
+            output.note(f"qmpsnap: disk {disk.name}: {disk.untold}")
     for reason in done.left_out:
         output.note(f"left out: {output.printable(reason)}")
 
@@ -108,12 +114,16 @@ def _disk(text: str) -> DiskSpec:
         raise UsageError(
             f"--image {text!r} is not of the form DISK=PATH[,format=raw]", hint="--image vda=/path/to.qcow2"
         )
-    path = Path(found["path"])
+    path, format_ = Path(found["path"]), found["format"] or "qcow2"
+    if format_ not in ("qcow2", "raw"):
+        raise UsageError(
+            f"an image of format {format_} cannot be adopted: only qcow2 and raw images can have snapshots here;"
+            " nothing was changed",
+            hint=conversion(str(path), _QEMUS.get(format_, format_)),
+        )
     # Not resolved: a symlink is refused later, and the string is what the headers have to say.
     image = str(path if path.is_absolute() else Path.cwd() / path)
-    return DiskSpec(
-        name=check_disk_name(found["disk"]), image=image, format="raw" if found["format"] == "raw" else "qcow2"
-    )
+    return DiskSpec(name=check_disk_name(found["disk"]), image=image, format="raw" if format_ == "raw" else "qcow2")
 
 
 def _emit(arguments: argparse.Namespace, disks: list[dict[str, Any]], uuid: str, pid: int | None) -> None:

@@ -235,7 +235,7 @@ def _disk(tree: Tree, path: Reader) -> tuple[DiskSpec, Tree]:
         "size": disk_size,
         "image": path,
         "base": path,
-        "format": one_of(Format),
+        "format": one_of(Format, "an image of another format: qemu-img convert -O qcow2 IMAGE NEW, then name NEW here"),
         "bus": one_of(Bus),
         "cache": one_of(Cache),
         "discard": flag,

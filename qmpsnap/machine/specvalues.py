@@ -72,14 +72,14 @@ def matching(pattern: re.Pattern[str], expected: str) -> Reader:
     return reader
 
 
-def one_of(words: Any) -> Reader:
-    """A reader of a ``Literal``'s words, or of the words of a tuple."""
+def one_of(words: Any, remedy: str = "") -> Reader:
+    """A reader of a ``Literal``'s words, or of the words of a tuple; ``remedy`` goes with what is none of them."""
     known: tuple[str, ...] = get_args(words) or words
 
     def reader(tree: Tree, what: str) -> str:
         if tree.value not in known:
             near = nearest(tree.text, list(known))
-            tree.refuse(f"expected {what} to be one of {', '.join(known)}, found {tree.described()}{near}")
+            tree.refuse(f"expected {what} to be one of {', '.join(known)}, found {tree.described()}{near}", remedy)
         return tree.text
 
     return reader

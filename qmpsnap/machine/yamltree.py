@@ -37,6 +37,16 @@ _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
 }
+_REMEDIES = {
+    r"'\t'": "put spaces in place of the tab: YAML is indented with nothing else",
+    "cannot start any token": "put a value that begins with @, % or ` in quotes",
+    "mapping values are not allowed": "put a value with ': ' in it in quotes; a key on the line above needs its ':'",
+    "could not find expected ':'": "write 'key: value', with a space behind the colon",
+    "expected ',' or": "close the bracket that was opened before",
+    "unexpected end of stream": "close the quote that was opened before",
+    "expected <block end>": "let the keys of one mapping begin in one column; a quote inside a quoted value is doubled",
+}
+"""What to do about what PyYAML says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +140,7 @@ def compose(text: str, source: str) -> Tree:
     except yaml.MarkedYAMLError as error:
         where = _where(error.problem_mark or error.context_mark or loader.get_mark())
         problem = error.problem or error.context or "syntax error"
-        hint = "put a value that begins with @, % or ` in quotes" if "cannot start any token" in problem else ""
+        hint = next((remedy for sign, remedy in _REMEDIES.items() if sign in problem), "")
         raise SpecError(f"{where}: not valid YAML: {problem}", hint=hint) from error
     except (ValueError, OverflowError) as error:  # PyYAML on "\UFFFFFFFF" and on an endless version number
         raise SpecError(f"{_where(loader.get_mark())}: not valid YAML: {error}") from error

@@ -160,6 +160,9 @@ def require_all(machine: Machine, chosen: frozenset[str]) -> None:
         raise StateError(
             f"a snapshot with the memory of machine {machine.name} must include {', '.join(left_out)}: memory that is"
             " loaded beside a disk of another time destroys what is on it; nothing was changed",
-            hint="leave --disks out; a disk with 'snapshot: no' allows disk snapshots only",
+            hint="leave --disks out"
+            if all(machine.require_disk(name).snapshot for name in left_out)
+            else "a machine that has a disk with 'snapshot: no' in its spec has disk snapshots only:"
+            f" qmpsnap snapshot create {machine.name}",
             machine=machine.name,
         )

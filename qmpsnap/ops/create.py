@@ -138,11 +138,22 @@ async def _planner(
         space.require(
             space.of_create(work.machine, planned, context.home.data),
             machine=work.machine.name,
-            hint="free some space there, or let the new layers lie elsewhere (--file)",
+            hint=_elsewhere(work.machine, request),
         )
         return planned
 
     return make
+
+
+def _elsewhere(machine: Machine, request: CreateRequest) -> str:
+    """What helps where there is no room: each verb has a way of its own, or none."""
+    create = f"qmpsnap snapshot create {machine.name}"
+    if request.memory and request.memory.quit:
+        return f"free some space there, or let the memory lie elsewhere: qmpsnap save {machine.name} FILE"
+    if request.memory:
+        return f"free some space there; {create} takes the disks alone"
+    disk = next(iter(request.disks or ()), machine.spec.disks[0].name)
+    return f"free some space there, or let new layers lie elsewhere: {create} --file {disk}=PATH"
 
 
 class _Attempt(Struct, frozen=True):
