@@ -4,15 +4,15 @@ Node names are layer ids, so names alone tell which image stands where. What sta
 layer must be a filter (throttle, a job's own); anything else is an image that somebody else put there.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
 from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.chain import Chain
+from qmpsnap.model.snapshot import Outside
 from qmpsnap.qmp import commands
-from qmpsnap.qmp.commands import Backend, BlockGraph, GraphNode
+from qmpsnap.qmp.commands import DEVICE, Backend, BlockGraph, GraphNode
 from qmpsnap.qmp.session import Monitor
 
 FILTERS = frozenset(
@@ -29,9 +29,6 @@ FILTERS = frozenset(
 )
 """Drivers that pass requests through and hold no data."""
 
-# A device with an id gives its backend that id; virtio-pci's disk is a child of the device and has only a path.
-_DEVICE = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/|$)")
-
 
 class DiskGraph(Struct, frozen=True):
     """What QEMU has behind one device.
@@ -45,6 +42,22 @@ class DiskGraph(Struct, frozen=True):
     nodes: tuple[str, ...]
     above: tuple[str, ...]
     jobs: tuple[str, ...]
+
+
+class Beside(Struct, frozen=True):
+    """Where QEMU's devices are not the machine's disks.
+
+    Attributes:
+        others: what the guest writes to besides, as somebody has attached it or ``adopt`` has left it out.
+        unplugged: disks of the machine that QEMU has no device for, and nobody else writes to.
+    """
+
+    others: tuple[Outside, ...] = ()
+    unplugged: frozenset[str] = frozenset()
+
+
+NOTHING = Beside()
+"""QEMU's devices and the machine's disks are the same, or no QEMU runs."""
 
 
 async def read(monitor: Monitor) -> BlockGraph:
@@ -72,7 +85,7 @@ def by_disk(graph: BlockGraph, known: frozenset[str]) -> dict[str, DiskGraph]:
     return {
         device[1]: _walk(children[node.id]["root"], vertices, children, jobs, known)
         for node in graph.nodes
-        if node.type == "block-backend" and (device := _DEVICE.match(node.name)) and "root" in children.get(node.id, {})
+        if node.type == "block-backend" and (device := DEVICE.match(node.name)) and "root" in children.get(node.id, {})
     }
 
 
@@ -100,8 +113,16 @@ def _walk(
     return DiskGraph(tuple(reversed(nodes)), tuple(above), tuple(sorted(holders)))
 
 
-async def require_agreement(monitor: Monitor, chains: Sequence[Chain], *, machine: str) -> None:
+async def require_agreement(
+    monitor: Monitor, chains: Sequence[Chain], *, machine: str, lacking: frozenset[str] = frozenset()
+) -> None:
     """Make sure that QEMU's chains are the store's, and that no job holds them.
+
+    Args:
+        monitor: its QEMU.
+        chains: the store's.
+        machine: the machine's name.
+        lacking: disks that are not touched, so that QEMU need not have them: :attr:`Beside.unplugged`.
 
     Raises:
         StoreMismatch: a disk's chain in QEMU is another one than the store's.
@@ -111,6 +132,8 @@ async def require_agreement(monitor: Monitor, chains: Sequence[Chain], *, machin
     disks = by_disk(graph, frozenset(layer for chain in chains for layer in chain.ids))
     for chain in chains:
         found = disks.get(chain.disk)
+        if found is None and chain.disk in lacking:
+            continue
         if found is None or found.nodes != chain.ids:
             raise _mismatch(machine, chain, found.nodes if found else ())
         if found.jobs:
@@ -121,6 +144,26 @@ async def require_agreement(monitor: Monitor, chains: Sequence[Chain], *, machin
             )
         if found.above:
             await _require_filters(monitor, found.above, machine=machine, disk=chain.disk)
+
+
+async def beside(monitor: Monitor, chains: Sequence[Chain]) -> Beside:
+    """What QEMU has attached that is no disk of these chains, and which of them it lacks."""
+    # The drives last: a disk that is unplugged between the two answers is one that QEMU has.
+    graph = await read(monitor)
+    backends = await commands.query_block(monitor)
+    disks = by_disk(graph, frozenset(layer for chain in chains for layer in chain.ids))
+    found = [disks[chain.disk] for chain in chains if chain.disk in disks]
+    ours = {name for disk in found for name in (*disk.above, *disk.nodes[-1:])}
+    permissions = _permissions(graph)
+    others = tuple(
+        Outside(backend.shown, backend.inserted.file)
+        for backend in backends
+        if backend.inserted and backend.inserted.node_name not in ours and _writes(backend, permissions)
+    )
+    # A layer that has another reader, as under another device's name, is not out of the guest's reach.
+    used = {edge.child for edge in graph.edges}
+    free = {chain.disk for chain in chains if not any(n.name == chain.active.id and n.id in used for n in graph.nodes)}
+    return Beside(others, frozenset(free - disks.keys()))
 
 
 async def require_no_other(monitor: Monitor, chains: Sequence[Chain], *, machine: str, hint: str) -> None:
@@ -135,17 +178,8 @@ async def require_no_other(monitor: Monitor, chains: Sequence[Chain], *, machine
     Raises:
         StateError: a device writes to something else, as somebody has attached it or ``adopt`` has left it out.
     """
-    graph = await read(monitor)
-    disks = by_disk(graph, frozenset(layer for chain in chains for layer in chain.ids))
-    found = [disks[chain.disk] for chain in chains if chain.disk in disks]
-    ours = {name for disk in found for name in (*disk.above, *disk.nodes[-1:])}
-    permissions = _permissions(graph)
-    others = [
-        f"{_shown(backend)} ({backend.inserted.file})"
-        for backend in await commands.query_block(monitor)
-        if backend.inserted and backend.inserted.node_name not in ours and _writes(backend, permissions)
-    ]
-    if others:
+    if found := (await beside(monitor, chains)).others:
+        others = [f"{other.name} ({other.file})" for other in found]
         raise StateError(
             f"the guest of machine {machine} also writes to {', '.join(others)}, no disk of the machine: memory that is"
             " loaded beside a disk of another time destroys what is on it; nothing was changed",
@@ -173,11 +207,6 @@ def _writes(backend: Backend, permissions: Mapping[str, frozenset[str]]) -> bool
     return "write" in may or "consistent-read" not in may
 
 
-def _shown(backend: Backend) -> str:
-    device = _DEVICE.match(backend.qdev or "")
-    return device[1] if device else backend.name
-
-
 async def _require_filters(monitor: Monitor, names: Sequence[str], *, machine: str, disk: str) -> None:
     for node in await commands.query_nodes(monitor):
         if node.node_name in names and node.drv not in FILTERS:
@@ -193,6 +222,9 @@ def _mismatch(machine: str, chain: Chain, found: tuple[str, ...]) -> StoreMismat
     return StoreMismatch(
         f"disk {chain.disk} of machine {machine}: QEMU's chain is {' <- '.join(found) or 'empty'}, the store's is"
         f" {' <- '.join(chain.ids)}; nothing was changed",
-        hint=f"qmpsnap chain {machine} {chain.disk} shows both sides",
+        hint=f"qmpsnap chain {machine} {chain.disk} shows both sides"
+        if found
+        else f"was it unplugged? A QEMU that is started has it again (qmpsnap stop {machine}, then start), as has one"
+        f" that gets it back (device_add with id {chain.disk})",
         machine=machine,
     )

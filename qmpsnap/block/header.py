@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from qmpsnap import identity
 from qmpsnap.block.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
 from qmpsnap.errors import HostCannot, ImageRefused
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.chain import MAX_LAYERS, Layer
 from qmpsnap.model.spec import Format
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "require",
 ]
 
-MAX_DEPTH: Final = 256
+MAX_DEPTH: Final = MAX_LAYERS
 
 _MAGICS: Final = (
     (0, MAGIC + b"\0\0\0\1", "qcow"),
@@ -262,7 +262,11 @@ def read_chain(
     place, pinned = os.path.join(Path.cwd(), os.fspath(path)), format  # noqa: PTH118  Path would drop what QEMU keeps
     while True:
         if len(layers) == max_depth:
-            raise ImageRefused(f"{printable(os.fspath(path))} has more than {max_depth} layers; nothing was changed")
+            raise ImageRefused(
+                f"{printable(os.fspath(path))} has more than {max_depth} layers; nothing was changed",
+                hint="copy it into one image while nobody writes to it: "
+                + printable(f"qemu-img convert -O qcow2 {shlex.quote(os.fspath(path))} NEW", 2000),
+            )
         header = require(place, format=pinned, allowed=allowed, block_device=block_device)
         if (header.device, header.inode) in seen:
             raise ImageRefused(f"the chain of {printable(os.fspath(path))} loops at {printable(place)}")

@@ -55,6 +55,8 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
     """Where the machine stands after a revert or a restore."""
     for note in done.notes:
         output.note(note)
+    for one in done.detached:
+        output.note(f"not attached any more: {output.printable(f'{one.name} ({one.file})')}, no disk of the machine")
     goes_on = " with its memory" if done.memory else ""
     kept = f"what was active before is snapshot {done.kept.name}" if done.kept else ""
     gone = f"{', '.join(done.removed)} removed" if done.removed else ""
@@ -70,6 +72,7 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
             "state": done.state,
             "memory": done.memory,
             "notes": list(done.notes),
+            "detached": [{"name": one.name, "file": one.file} for one in done.detached],
         },
         names=[done.snapshot.name],
         table=lambda: text,

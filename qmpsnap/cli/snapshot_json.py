@@ -16,6 +16,8 @@ def print_taken(arguments: argparse.Namespace, snapshot: Snapshot) -> None:
     took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
     memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else " and memory" if snapshot.inside else ""
     disks = ", ".join(point.disk for point in snapshot.points)
+    for one in snapshot.outside:
+        output.note(f"not in the snapshot: {output.printable(one.sentence)}")
     print_snapshot(arguments, snapshot, f"snapshot {snapshot.name} of {disks}{memory} taken ({snapshot.mode}{took})")
 
 
@@ -25,7 +27,11 @@ def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str)
         document = document_of(store, arguments.machine, snapshot)
     output.emit(
         arguments.output,
-        document={"machine": arguments.machine, "snapshot": document},
+        document={
+            "machine": arguments.machine,
+            "snapshot": document,
+            "outside": [{"name": one.name, "file": one.file} for one in snapshot.outside],
+        },
         names=[snapshot.name],
         table=lambda: text,
         done=text,

@@ -30,12 +30,14 @@ class Adoption(Struct, frozen=True, kw_only=True):
         disks: disk to the name of its backend in the block graph: the drive's id, or the device's id or path.
         nodes: layer to the name of its node, for those layers that it had open when it was adopted. Layers that we
             add are named by their ids there, too.
+        left_out: devices that the guest writes to and that were no disks to be taken over.
     """
 
     socket: str
     uuid: str
     disks: dict[str, str]
     nodes: dict[LayerId, NodeName]
+    left_out: tuple[str, ...] = ()
 
     def sent(self, arguments: Any) -> Any:
         """Arguments of a command as this QEMU understands them."""

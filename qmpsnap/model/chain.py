@@ -1,6 +1,6 @@
 """Layers and chains: one disk's images from its base up to where the guest writes."""
 
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -12,6 +12,11 @@ from qmpsnap.model.spec import Format
 LayerState = Literal["ok", "hidden", "consumed"]
 """``ok``: in use or kept for a snapshot. ``hidden``: kept only because another layer reads it.
 ``consumed``: its content was overwritten by a commit."""
+
+
+MAX_LAYERS: Final = 256
+"""Layers a chain may have, made or found: headers are followed no deeper, so none is made that could not be read again.
+"""
 
 
 class Layer(Struct, frozen=True, kw_only=True):

@@ -88,7 +88,9 @@ KINDS: Final[dict[str, Kind]] = {
     "variables-missing": Kind("I1", "The file with the machine's UEFI variables, or a snapshot's copy, is not there."),
     "writable-shared": Kind("I4", "A layer that a guest writes to has another reader, whose content would change."),
     "writable-frozen": Kind("I4", "QEMU has a frozen layer open for writing."),
-    "graph-differs": Kind("I5", "QEMU's chain is not the one that the store has; every changing verb refuses."),
+    "graph-differs": Kind(
+        "I5", "QEMU's chain is not the one that the store has, or the disk was unplugged; what changes it is refused."
+    ),
     "operation-open": Kind(
         "I6", "An operation was interrupted and has not been ended yet.", "It is ended as recover does."
     ),
@@ -97,7 +99,9 @@ KINDS: Final[dict[str, Kind]] = {
     "job-left": Kind(
         "I6", "QEMU has a job that belongs to no open operation.", "One of ours that is over is dismissed."
     ),
-    "node-left": Kind("I6", "QEMU has an image open that no disk reads.", "One of ours that nobody uses is closed."),
+    "node-left": Kind(
+        "I6", "QEMU has an image open that no disk of the machine reads.", "One of ours that nobody uses is closed."
+    ),
     "guest-frozen": Kind("I10", "The guest's file systems are frozen: its programs wait.", "They are thawed."),
     "guest-held": Kind("I10", "QEMU holds the guest: after a migration, or because a request to a disk failed."),
     "monitor-silent": Kind("I10", "QEMU runs and does not answer; what it has open could not be looked at."),

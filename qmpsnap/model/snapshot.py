@@ -27,6 +27,25 @@ class Point(Struct, frozen=True, kw_only=True):
     tag: str | None = None
 
 
+class Outside(Struct, frozen=True):
+    """A disk that a snapshot does not have, as QEMU and the machine do not have the same.
+
+    Attributes:
+        name: the device, or the machine's disk.
+        file: what the device writes to; None of a disk that was unplugged.
+    """
+
+    name: str
+    file: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """What to say of it."""
+        if self.file is None:
+            return f"disk {self.name} is not attached to the guest now"
+        return f"the guest also writes to {self.name} ({self.file}), which is no disk of the machine"
+
+
 class Snapshot(Struct, frozen=True, kw_only=True):
     """A named point in time of a machine.
 
@@ -43,6 +62,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         variables: path of a copy of the UEFI variable store, where the machine has one; of an ``internal`` snapshot,
             and of an automatic one that was made when a revert replaced the store.
         pushed: it was taken to be popped, with what is written after it.
+        outside: what it has not; told by the call that takes it, not kept.
     """
 
     name: str
@@ -61,6 +81,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     level: Level = "crash"
     unquiesced: str = ""
     pushed: bool = False
+    outside: tuple[Outside, ...] = ()
 
     @property
     def hardware(self) -> Hardware | None:

@@ -271,7 +271,7 @@ async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: s
             f"that QEMU has jobs: {printable(shown)}; nothing was changed", hint="end and dismiss them, then adopt it"
         )
     _require_reachable(seen)
-    disks, left_out = await _disks(qemu, seen)
+    disks, left_out, others = await _disks(qemu, seen)
     if not disks:
         raise StateError(
             f"that QEMU has no disk to take snapshots of ({'; '.join(left_out) or 'no drive at all'});"
@@ -287,7 +287,8 @@ async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: s
         created=time.time(),
         process=replace(seen.process, accel=spec.accel, qemu_version=version),
     )
-    adoption = Adoption(socket=str(socket), uuid=qemu_uuid, disks={disk.name: disk.backend for disk in disks}, nodes={})
+    names = {disk.name: disk.backend for disk in disks}
+    adoption = Adoption(socket=str(socket), uuid=qemu_uuid, disks=names, nodes={}, left_out=others)
     return Survey(machine=machine, adoption=adoption, disks=tuple(disks), left_out=tuple(left_out))
 
 
@@ -307,8 +308,9 @@ def _require_reachable(seen: Seen) -> None:
         )
 
 
-async def _disks(qemu: Monitor, seen: Seen) -> tuple[list[AdoptedDisk], list[str]]:
-    chosen, left_out = choose(await commands.query_block(qemu))
+async def _disks(qemu: Monitor, seen: Seen) -> tuple[list[AdoptedDisk], list[str], tuple[str, ...]]:
+    backends = await commands.query_block(qemu)
+    chosen, left_out = choose(backends)
     # The graph last: a node that only the first of two answers has would otherwise be missed.
     nodes = await commands.query_nodes(qemu)
     found = await graph.read(qemu)
@@ -329,7 +331,7 @@ async def _disks(qemu: Monitor, seen: Seen) -> tuple[list[AdoptedDisk], list[str
                 untold=untold,
             )
         )
-    return disks, left_out
+    return disks, left_out, tuple(backend.shown for backend in backends if backend not in chosen)
 
 
 async def _refuse_known(context: Context, survey: Survey) -> None:

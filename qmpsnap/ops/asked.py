@@ -7,12 +7,13 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
+from qmpsnap.block.graph import Beside
 from qmpsnap.errors import NameRefused, NameTaken, StateError, UsageError
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.moment import moment
 from qmpsnap.model.names import OperationId, check_name, layer_disk
-from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.snapshot import Outside, Snapshot
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
@@ -119,8 +120,8 @@ def require_time(value: float | None, what: str) -> None:
         raise UsageError(f"{what} cannot be {value:g}; nothing was changed", hint="give a number from zero up")
 
 
-def disks(machine: Machine, wanted: tuple[str, ...] | None) -> frozenset[str]:
-    """The disks as asked for; without a wish all that the spec does not leave out.
+def disks(machine: Machine, wanted: tuple[str, ...] | None, *, lacking: frozenset[str] = frozenset()) -> frozenset[str]:
+    """The disks as asked for; without a wish all that the spec does not leave out and QEMU does not lack.
 
     Raises:
         NotFoundError: no disk of that name.
@@ -128,6 +129,7 @@ def disks(machine: Machine, wanted: tuple[str, ...] | None) -> frozenset[str]:
     """
     if wanted is None:
         chosen = [disk.name for disk in machine.spec.disks if disk.snapshot and not disk.read_only]
+        chosen = [disk for disk in chosen if disk not in lacking]
     else:
         chosen = [_writable(machine, disk).name for disk in wanted]
     if not chosen:
@@ -137,6 +139,14 @@ def disks(machine: Machine, wanted: tuple[str, ...] | None) -> frozenset[str]:
             machine=machine.name,
         )
     return frozenset(chosen)
+
+
+def outside(machine: Machine, beside: Beside, wanted: tuple[str, ...] | None) -> tuple[Outside, ...]:
+    """What a snapshot of these disks has not though it was asked for everything; nothing where disks were named."""
+    if wanted is not None:
+        return ()
+    left_out = (disk.name for disk in machine.spec.disks if disk.name in beside.unplugged)
+    return (*beside.others, *(Outside(name) for name in left_out))
 
 
 def _writable(machine: Machine, name: str) -> DiskSpec:
@@ -150,12 +160,19 @@ def _writable(machine: Machine, name: str) -> DiskSpec:
     return disk
 
 
-def require_all(machine: Machine, chosen: frozenset[str]) -> None:
+def require_all(machine: Machine, chosen: frozenset[str], *, lacking: frozenset[str] = frozenset()) -> None:
     """Memory and disks are of one instant, or the guest's file systems would not fit its memory.
 
     Raises:
-        StateError: a disk that the guest writes to is left out.
+        StateError: a disk that the guest writes to is left out, or was unplugged: memory is loaded beside all disks.
     """
+    if gone := [disk.name for disk in machine.spec.disks if disk.name in lacking]:
+        raise StateError(
+            f"disk {', '.join(gone)} of machine {machine.name} was unplugged, and a QEMU that is started for its memory"
+            " would have it again; nothing was changed",
+            hint=f"attach it again (device_add); qmpsnap snapshot create {machine.name} takes the other disks alone",
+            machine=machine.name,
+        )
     if left_out := [disk.name for disk in machine.spec.disks if not disk.read_only and disk.name not in chosen]:
         raise StateError(
             f"a snapshot with the memory of machine {machine.name} must include {', '.join(left_out)}: memory that is"

@@ -110,7 +110,7 @@ async def run(context: Context, name: str, request: Request, *, report: Report =
 
 async def _plan(context: Context, work: Work, request: Request) -> tuple[Situation, MergePlan]:
     work.machine.require_disk(request.disk)
-    at = await look(context, work)
+    at = await look(context, work, disks=(request.disk,))
     return at, plan(at, at.live[request.disk], request)
 
 

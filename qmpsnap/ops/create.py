@@ -8,6 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
+from qmpsnap.block.graph import Beside
 from qmpsnap.errors import DeadlinePassed, QmpsnapError
 from qmpsnap.machine.opened import require_opened, require_recorded
 from qmpsnap.model import steps
@@ -28,14 +29,16 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
+_STARTS = "make it start on a new layer"
+
 
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
     async with looking(context, name) as work:
         chains = await blocking(context.store.chains, name)
-        await require_agreement(work, chains, doing="make it start on a new layer")
+        beside = await require_agreement(work, chains, doing=_STARTS, wanted=request.disks)
         freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
-        make = await _planner(context, work, chains, request, freezer)
+        make = await _planner(context, work, chains, request, freezer, beside=beside)
         serial = await serials.next_free(context, work.machine, work.qemu)
     await chosen.require_free(context, name, request.files)
     return work.machine, await blocking(lambda: make(serial))
@@ -70,10 +73,10 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
     try:
         async with working(context, name, "snapshot create") as work:
             chains = await blocking(context.store.chains, name)
-            await require_agreement(work, chains, doing="make it start on a new layer")
+            beside = await require_agreement(work, chains, doing=_STARTS, wanted=request.disks)
             await chosen.require_free(context, name, request.files)
             async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
-                make = await _planner(context, work, chains, request, freezer)
+                make = await _planner(context, work, chains, request, freezer, beside=beside)
                 await serials.pass_over(context, work.machine, work.qemu)
                 operation = await blocking(context.store.open_operation, name, make)
                 assert isinstance(operation.plan, CreatePlan)
@@ -82,9 +85,9 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
                     guarded(context, work.machine, when=bool(plan.memory and plan.memory.resume)) as guard_ready,
                     recover.attempting(context, work.machine, work.qemu, operation),
                 ):
-                    chains_after = expected(chains, plan)
+                    after = [one for one in expected(chains, plan) if one.disk not in beside.unplugged]
                     return await _carry_out(
-                        _Attempt(context, work, operation, plan, chains_after, report, freezer, guard_ready)
+                        _Attempt(context, work, operation, plan, tuple(after), report, freezer, guard_ready)
                     )
     except QmpsnapError as error:
         if plan and (plan.memory or plan.quiesce == "require") and (left := await _undone(context, plan, error)):
@@ -111,7 +114,13 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
 
 
 async def _planner(
-    context: Context, work: Work, chains: Sequence[Chain], request: CreateRequest, freezer: Freezer
+    context: Context,
+    work: Work,
+    chains: Sequence[Chain],
+    request: CreateRequest,
+    freezer: Freezer,
+    *,
+    beside: Beside,
 ) -> Callable[[OperationId], CreatePlan]:
     """The plan but for its number, of the machine as it is now; refused on other files, or without room for it."""
     mode = await asked.mode_of(work.qemu)
@@ -130,6 +139,7 @@ async def _planner(
             now=time.time(),
             means=means,
             freezer=freezer,
+            beside=beside,
         )
         touched = {overlay.disk for overlay in planned.overlays}
         below = (layer for chain in chains if chain.disk in touched for layer in chain.layers)

@@ -7,6 +7,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import place
+from qmpsnap.block.graph import NOTHING, Beside
 from qmpsnap.errors import UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.blockdev import layer_options, node_name
@@ -60,6 +61,7 @@ def plan(
     now: float,
     means: Means | None = None,
     freezer: Freezer | None = None,
+    beside: Beside = NOTHING,
 ) -> CreatePlan:
     """What will be done; pure.
 
@@ -74,6 +76,7 @@ def plan(
         now: seconds since the epoch.
         means: how the memory can be saved, if it was asked for.
         freezer: what has become of the wish to freeze; None plans for what was asked.
+        beside: where QEMU's devices are not the machine's disks.
 
     Raises:
         NameRefused: the name is not allowed.
@@ -81,10 +84,10 @@ def plan(
         NotFoundError: no disk of that name.
         StateError: a disk cannot be snapshotted.
     """
-    included = asked.disks(machine, request.disks)
+    included = asked.disks(machine, request.disks, lacking=beside.unplugged)
     _require_included(machine, included, request.files)
     if request.memory:
-        asked.require_all(machine, included)
+        asked.require_all(machine, included, lacking=beside.unplugged)
     folder = home.machine_dir(machine.name)
     overlays = tuple(
         _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk))
@@ -113,6 +116,7 @@ def plan(
         level="ram" if means else "crash",
         unquiesced=freezer.why if freezer else "",
         pushed=request.pushed,
+        outside=asked.outside(machine, beside, request.disks),
     )
     change = replace(change, snapshots=(snapshot,), current=name)
     memory = _memory(request.memory, means, serial, folder) if request.memory and means else None

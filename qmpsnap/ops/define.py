@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +29,15 @@ from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import keys, recover
 from qmpsnap.ops.context import Context, blocking, forget_places, locked, require_folder
-from qmpsnap.ops.overlays import identified, make_overlays, require_free
+from qmpsnap.ops.overlays import identified, make_overlays, require_free, require_room
 from qmpsnap.threads import to_end
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
+
+
+_SECTOR, _BLOCK = 512, 4096
+"""Bytes of the smallest and of the largest blocks that disks have."""
 
 
 class DiskSource(Struct, frozen=True):
@@ -319,11 +324,25 @@ async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path])
             continue
         read = functools.partial(header.read_chain, path, disk.format, allowed=allowed)
         found = await to_thread.run_sync(read)
+        if disk.base:
+            require_room(disk.name, len(found))
+        _require_whole(disk, found[-1])
         await _require_encrypted(context, spec, disk, found)
         known = [await blocking(context.store.layer_at, layer.path) for layer in found]
         sources[disk.name] = DiskSource(tuple(found), tuple(known))
     require_unshared(spec, sources, writers=writers, readers=readers)
     return sources
+
+
+def _require_whole(disk: DiskSpec, top: FoundLayer) -> None:
+    """Refuse what QEMU may not write to past the page cache: the end of a file that is no end of a block."""
+    size, shown = top.header.file_size, header.printable(top.path, 2000)
+    if disk.image and top.format == "raw" and disk.cache in ("none", "directsync") and size % _SECTOR:
+        raise ImageRefused(
+            f"disk {disk.name}: {header.printable(top.path)} has {size} bytes, no multiple of {_SECTOR}, which 'cache:"
+            f" {disk.cache}' needs of a raw image; nothing was created",
+            hint=f"qemu-img resize -f raw {shlex.quote(shown)} {-(-size // _BLOCK) * _BLOCK}, or another 'cache'",
+        )
 
 
 async def _require_encrypted(context: Context, spec: MachineSpec, disk: DiskSpec, found: Sequence[FoundLayer]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from qmpsnap.block.graph import NOTHING, Beside
 from qmpsnap.errors import StateError, UsageError
 from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model import steps
@@ -32,6 +33,8 @@ from qmpsnap.ops.space import Need
 from qmpsnap.ops.work import Work, looking, require_agreement, working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
+
+_OPENS = "open its images while it is stopped"
 
 
 class InternalRequest(Struct, frozen=True, kw_only=True):
@@ -63,6 +66,7 @@ def plan(
     hardware: Hardware | None,
     now: float,
     freezer: Freezer | None = None,
+    beside: Beside = NOTHING,
 ) -> InternalPlan:
     """What will be done; pure. Arguments as for :func:`qmpsnap.ops.create.plan`.
 
@@ -70,7 +74,7 @@ def plan(
         NameTaken: the machine has a snapshot of that name.
         StateError: a disk cannot hold a snapshot inside, or there is no memory to save.
     """
-    chosen = asked.disks(machine, request.disks)
+    chosen = asked.disks(machine, request.disks, lacking=beside.unplugged)
     layers = {chain.disk: chain.active for chain in chains if chain.disk in chosen}
     for disk, layer in layers.items():
         if layer.format != "qcow2":
@@ -81,7 +85,7 @@ def plan(
                 machine=machine.name,
             )
     if hardware:
-        asked.require_all(machine, chosen)
+        asked.require_all(machine, chosen, lacking=beside.unplugged)
     name = asked.snapshot_name(machine, chains, snapshots, request.name)
     # Not of the number alone: an image may have been another store's, and have that store's tags inside.
     tag = f"qs-{serial}-{sha256(f'{machine.uuid}/{serial}/{now}'.encode()).hexdigest()[:8]}"
@@ -102,6 +106,7 @@ def plan(
         variables=kept,
         level="ram" if hardware else "crash",
         unquiesced=freezer.why if freezer else "",
+        outside=asked.outside(machine, beside, request.disks),
     )
     return InternalPlan(
         machine=machine.name,
@@ -125,9 +130,9 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
     _require_possible(request)
     async with working(context, name, "snapshot create") as work:
         chains = await blocking(context.store.chains, name)
-        await require_agreement(work, chains, doing="open its images while it is stopped")
+        beside = await require_agreement(work, chains, doing=_OPENS, wanted=request.disks)
         async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
-            make = await _planner(context, work, chains, request, freezer)
+            make = await _planner(context, work, chains, request, freezer, beside=beside)
             operation = await blocking(context.store.open_operation, name, make)
             assert isinstance(operation.plan, InternalPlan)
             async with (
@@ -143,9 +148,9 @@ async def preview(context: Context, name: str, request: InternalRequest) -> tupl
     _require_possible(request)
     async with looking(context, name) as work:
         chains = await blocking(context.store.chains, name)
-        await require_agreement(work, chains, doing="open its images while it is stopped")
+        beside = await require_agreement(work, chains, doing=_OPENS, wanted=request.disks)
         freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
-        make = await _planner(context, work, chains, request, freezer)
+        make = await _planner(context, work, chains, request, freezer, beside=beside)
     serial = OperationId(await blocking(context.store.next_serial))
     return work.machine, await blocking(lambda: make(serial))
 
@@ -186,7 +191,13 @@ def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Ne
 
 
 async def _planner(
-    context: Context, work: Work, chains: Sequence[Chain], request: InternalRequest, freezer: Freezer
+    context: Context,
+    work: Work,
+    chains: Sequence[Chain],
+    request: InternalRequest,
+    freezer: Freezer,
+    *,
+    beside: Beside,
 ) -> Callable[[OperationId], InternalPlan]:
     keys.require_plain(
         work.machine,
@@ -218,6 +229,7 @@ async def _planner(
             hardware=hardware,
             now=time.time(),
             freezer=freezer,
+            beside=beside,
         )
         opened = (layer for chain in chains if chain.disk in planned.layers for layer in chain.layers)
         require_recorded(opened, machine=work.machine.name)

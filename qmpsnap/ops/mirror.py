@@ -227,7 +227,7 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
         )
     if request.mode == "pivot" and not work.qemu:
         require_spec(work.machine, "make it start on the copy")
-    at = await look(context, work)
+    at = await look(context, work, disks=(request.disk,))
     if is_uri(request.target):
         if request.reuse:
             raise UsageError("--reuse is for images; an NBD export is always overwritten; nothing was changed")

@@ -14,7 +14,7 @@ from qmpsnap.block.header import printable
 from qmpsnap.block.image import remove
 from qmpsnap.block.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, Overlay
@@ -27,7 +27,12 @@ EMPTY_LIMIT = 8 << 20
 
 
 def overlay_on(chain: Chain, serial: OperationId, folder: str) -> Layer:
-    """A new empty layer on top of a chain."""
+    """A new empty layer on top of a chain.
+
+    Raises:
+        StateError: the chain has as many layers as one can have.
+    """
+    require_room(chain.disk, len(chain.layers))
     identity = layer_id(chain.disk, serial)
     return Layer(
         id=identity,
@@ -36,6 +41,20 @@ def overlay_on(chain: Chain, serial: OperationId, folder: str) -> Layer:
         backing=chain.active.id,
         virtual_size=chain.active.virtual_size,
     )
+
+
+def require_room(disk: str, layers: int) -> None:
+    """Make sure that one more layer fits on a chain, so that every chain that is made can be read again.
+
+    Raises:
+        StateError: it does not; the hint is what makes the chain shorter.
+    """
+    if layers >= MAX_LAYERS:
+        raise StateError(
+            f"disk {disk} has {layers} layers, and a chain may have {MAX_LAYERS}; nothing was changed",
+            hint=f"make it shorter: qmpsnap stream VM {disk} takes all layers into the active one, qmpsnap snapshot"
+            " delete merges those of snapshots that are not needed",
+        )
 
 
 async def make_overlays(context: Context, machine: Machine, overlays: Sequence[Overlay]) -> dict[LayerId, Header]:

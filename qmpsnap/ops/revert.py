@@ -8,7 +8,7 @@ and the guest has noticed nothing; after it only forward is left.
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.situation import Situation
-from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.snapshot import Outside, Snapshot
 from qmpsnap.ops import after_load, asked, keys, power, quiesce, recover, revert_inside, situation, space
 from qmpsnap.ops.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.loading import Loading, require_same_hardware
@@ -36,6 +36,8 @@ from qmpsnap.ops.revert_plan import RevertRequest, plan, points, target_of
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.switch import nothing_written, switch
 from qmpsnap.ops.work import Work, looking, working
+from qmpsnap.qmp import commands
+from qmpsnap.qmp.commands import Backend
 
 
 class Reverted(Struct, frozen=True, kw_only=True):
@@ -48,6 +50,7 @@ class Reverted(Struct, frozen=True, kw_only=True):
         state: how the machine is now.
         memory: the guest goes on where it was; else it boots.
         notes: what the guest could not be told afterwards, one sentence each.
+        detached: what somebody had attached to the QEMU that was ended; the machine does not have it.
     """
 
     snapshot: Snapshot
@@ -56,6 +59,7 @@ class Reverted(Struct, frozen=True, kw_only=True):
     state: Literal["running", "paused", "stopped"]
     memory: bool = False
     notes: tuple[str, ...] = ()
+    detached: tuple[Outside, ...] = ()
 
 
 class Preview(Struct, frozen=True, kw_only=True):
@@ -91,7 +95,7 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
     serial = OperationId(await blocking(context.store.next_serial))
     async with looking(context, name, removes=True) as work:
         machine, qemu = work.machine, work.qemu
-        at = await situation.look(context, work, counted=False)
+        at = await situation.look(context, work, disks=(), counted=False)
         target = target_of(at, request.name)
         if qemu and revert_inside.in_place(target, at.live):
             make = await revert_inside.planner(
@@ -139,15 +143,32 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
 
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
     async with working(context, name, "snapshot revert", removes=True) as work:
-        at = await situation.look(context, work, counted=False)
+        at = await situation.look(context, work, disks=(), counted=False)
         target = target_of(at, request.name)
         if work.qemu and revert_inside.in_place(target, at.live):
             done = await _load(context, work, at, target, request)
         else:
+            before = await commands.query_block(work.qemu) if work.qemu else ()
             done = await _switch(context, work, at, target, request)
+            done = replace(done, detached=await _detached(context, work.machine, before))
     if done.memory and done.state == "running" and request.after:
         return replace(done, notes=await after_load.tell(context, await blocking(context.store.machine, name)))
     return done
+
+
+async def _detached(context: Context, machine: Machine, before: Sequence[Backend]) -> tuple[Outside, ...]:
+    """What the QEMU that was ended had attached, and the one that was started has not."""
+    try:
+        async with context.monitor(await blocking(context.store.machine, machine.name)) as qemu:
+            after = {backend.name for backend in await commands.query_block(qemu)} if qemu else set()
+    except QmpsnapError:  # no reason to call a revert failed that is done
+        return ()
+    disks = {disk.name for disk in machine.spec.disks}
+    return tuple(
+        Outside(backend.shown, backend.inserted.file)
+        for backend in before
+        if backend.inserted and backend.qdev and backend.name not in after and backend.shown not in disks
+    )
 
 
 async def _may_load(context: Context, name: str, target: str) -> bool:
@@ -166,7 +187,7 @@ async def _load(context: Context, work: Work, at: Situation, target: Snapshot, r
 
 async def _require_possible(context: Context, work: Work, request: RevertRequest) -> None:
     """Refuse what would be refused later, before a layer is put on top for it."""
-    at = await situation.look(context, work, counted=False)
+    at = await situation.look(context, work, disks=(), counted=False)
     target = target_of(at, request.name)
     await _examine(context, work, at, target)
     mode = await asked.mode_of(work.qemu)

@@ -1,6 +1,7 @@
 """What plans for commit, stream and delete are made from, read from store and files."""
 
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 
 from anyio import to_thread
@@ -21,13 +22,16 @@ from qmpsnap.ops.work import Work
 from qmpsnap.threads import to_end
 
 
-async def look(context: Context, work: Work, *, counted: bool = True) -> Situation:
+async def look(
+    context: Context, work: Work, *, disks: Collection[str] | None = None, counted: bool = True
+) -> Situation:
     """The situation of a machine whose lock we hold, after QEMU has agreed that its chains are the store's.
 
     Args:
         context: where.
         work: the machine.
         counted: count what its layers hold, for what merges or copies them: every table is read for it.
+        disks: those that QEMU has to have; None for all. Others may be unplugged.
 
     Raises:
         StoreMismatch: it does not.
@@ -36,7 +40,10 @@ async def look(context: Context, work: Work, *, counted: bool = True) -> Situati
     name = work.machine.name
     chains = await blocking(context.store.chains, name)
     if work.qemu:
-        await graph.require_agreement(work.qemu, chains, machine=name)
+        lacking = frozenset[str]()
+        if disks is not None:
+            lacking = (await graph.beside(work.qemu, chains)).unplugged.difference(disks)
+        await graph.require_agreement(work.qemu, chains, machine=name, lacking=lacking)
     forest = await blocking(context.store.forest)
     running = work.qemu is not None
     sizes = await to_thread.run_sync(_bytes, forest, context.home, name, chains)

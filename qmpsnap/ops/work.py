@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from msgspec import Struct
 
 from qmpsnap.block import graph
+from qmpsnap.block.graph import Beside
 from qmpsnap.errors import LockHeld, OperationPending
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
@@ -25,22 +26,31 @@ class Work(Struct, frozen=True):
     qemu: Monitor | None
 
 
-async def require_agreement(work: Work, chains: Sequence[Chain], *, doing: str) -> None:
+async def require_agreement(
+    work: Work, chains: Sequence[Chain], *, doing: str, wanted: tuple[str, ...] | None = None
+) -> Beside:
     """Make sure that a plan for these chains can be carried out: by the QEMU that has them, or without one.
 
     Args:
         work: the machine.
         chains: its live chains as the store has them.
         doing: what would be done without a QEMU, for the message.
+        wanted: disks that were asked for by name.
+
+    Returns:
+        Which disks QEMU lacks, so that they cannot be included, and what it has besides.
 
     Raises:
         StoreMismatch: QEMU has other chains.
         StateError: it is stopped, and somebody else starts it.
     """
-    if work.qemu:
-        await graph.require_agreement(work.qemu, chains, machine=work.machine.name)
-    else:
+    if not work.qemu:
         require_spec(work.machine, doing)
+        return Beside()
+    found = await graph.beside(work.qemu, chains)
+    lacking = found.unplugged.difference(wanted or ())
+    await graph.require_agreement(work.qemu, chains, machine=work.machine.name, lacking=lacking)
+    return found
 
 
 @asynccontextmanager

@@ -18,6 +18,9 @@ from qmpsnap.qmp.session import COMMAND_DEADLINE, Monitor
 
 T = TypeVar("T")
 
+# A device with an id gives its backend that id; virtio-pci's disk is a child of the device and has only a path.
+DEVICE: Final = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/|$)")
+
 _FLASH: Final = re.compile(r"pflash\d+$")
 
 
@@ -123,6 +126,12 @@ class Backend(Struct, frozen=True, rename="kebab"):
     def name(self) -> str:
         """Its name in the block graph."""
         return self.device or self.qdev or ""
+
+    @property
+    def shown(self) -> str:
+        """The id of its device, if that has one; else its name."""
+        found = DEVICE.match(self.qdev or "")
+        return found[1] if found else self.name
 
     @property
     def is_flash(self) -> bool:

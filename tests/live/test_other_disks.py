@@ -1,5 +1,6 @@
 """What the guest writes to that is no disk of its machine: no memory is taken or loaded beside it."""
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -11,7 +12,8 @@ import pytest
 from qemu.qmp import QMPClient
 
 import qmpsnap
-from qmpsnap.errors import StateError
+from qmpsnap.cli.main import main
+from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB, fill, hold_invariants, user_monitor
 
@@ -174,3 +176,124 @@ async def test_of_an_adopted_machine(
             await qemu.execute("eject", {"device": "floppy0", "force": True})
     await vm.snapshot("inside", kind="internal")
     await vm.revert("inside", discard=True, state="paused")
+
+
+# --- what is told of them ---------------------------------------------------------------------------------------------
+
+
+EXTRA = {"driver": "scsi-hd", "id": "extra", "bus": "qs-scsi.0", "drive": "theirs"}
+
+
+async def test_a_disk_that_was_attached_is_told_of(scsi: qmpsnap.MachineHandle, image: Path) -> None:
+    async with attached(scsi, image):
+        for kind in ("disk", "internal"):
+            taken = await scsi.snapshot(kind, kind=kind, memory=False if kind == "internal" else None)
+            assert [(one.name, one.file) for one in taken.outside] == [("extra", str(image))]
+        assert (await scsi.snapshot("named", disks=["vda"])).outside == ()
+        found = [(finding.code, finding.file) for finding in (await scsi.check()).findings]
+        assert ("node-left", str(image)) in found
+        done = await scsi.revert("disk")
+        assert [(one.name, one.file) for one in done.detached] == [("extra", str(image))]
+        assert (await scsi.revert("named")).detached == ()
+        async with user_monitor(scsi) as qemu:  # for the fixture, which takes it away again
+            await qemu.execute("blockdev-add", {"driver": "file", "node-name": "theirs", "filename": str(image)})
+            await qemu.execute(
+                "device_add", {"driver": "scsi-hd", "id": "extra", "bus": "qs-scsi.0", "drive": "theirs"}
+            )
+    await hold_invariants(scsi)
+
+
+async def test_to_an_adopted_qemu_too(
+    q: qmpsnap.Controller,
+    folder: Path,  # noqa: F811
+    launched: Any,  # noqa: F811
+    image: Path,
+) -> None:
+    (folder / "floppy.img").write_bytes(bytes(1440 << 10))
+    theirs = launched([*SLOW, *OTHERS["floppy"], "-device", "virtio-scsi,id=bus"], machine="pc")
+    await q.adopt("theirs", theirs.socket)
+    vm = await q.machine("theirs")
+    assert [finding.text for finding in (await vm.check()).findings] == [], "what was left out was told then"
+    async with theirs.monitor() as qemu:
+        await qemu.execute("blockdev-add", {"driver": "file", "node-name": "theirs", "filename": str(image)})
+        await qemu.execute("device_add", {"driver": "scsi-hd", "id": "extra", "bus": "bus.0", "drive": "theirs"})
+    assert {one.name for one in (await vm.snapshot("s")).outside} == {"floppy0", "extra"}
+    assert [finding.file for finding in (await vm.check()).findings] == [str(image)]
+
+
+@pytest.fixture
+async def two(q: qmpsnap.Controller) -> qmpsnap.MachineHandle:
+    """A machine that stands still, whose second disk can be unplugged."""
+    disks = (DiskSpec(name="vda", size=MIB, bus="scsi"), DiskSpec(name="vdb", size=MIB, bus="scsi"))
+    vm = await q.define(MachineSpec(name="still", memory=64 * MIB, disks=disks))
+    await vm.start(paused=True)
+    await fill(vm, "vdb", 1, length=MIB // 2)
+    await vm.snapshot("both")
+    return vm
+
+
+async def unplug(vm: qmpsnap.MachineHandle) -> None:
+    async with user_monitor(vm) as qemu:
+        await qemu.execute("device_del", {"id": "vdb"})
+        with anyio.fail_after(20):
+            while '"qdev": "vdb"' in json.dumps(await qemu.execute("query-block")):
+                await anyio.sleep(0.01)
+
+
+async def test_a_disk_that_was_unplugged_stands_in_no_others_way(two: qmpsnap.MachineHandle) -> None:
+    await unplug(two)
+    await fill(two, "vda", 2, length=MIB // 2)
+    taken = await two.snapshot("without")
+    assert [point.disk for point in taken.points] == ["vda"]
+    assert [(one.name, one.file) for one in taken.outside] == [("vdb", None)]
+    await two.stream("vda", base="both")
+    inside = await two.snapshot("inside", kind="internal", memory=False)
+    assert [point.disk for point in inside.points] == ["vda"]
+    assert [(f.code, f.disk) for f in (await two.check()).findings if f.code == "graph-differs"] == [
+        ("graph-differs", "vdb")
+    ]
+    for way in (partial(two.snapshot, "s", disks=["vdb"]), partial(two.stream, "vdb"), partial(two.commit, "vdb")):
+        with pytest.raises(StoreMismatch, match="disk vdb of machine still: QEMU's chain is empty") as refused:
+            await way()
+        assert "unplugged" in refused.value.hint
+    for memory in (partial(two.snapshot, "s", kind="full"), two.save, partial(two.snapshot, "s", kind="internal")):
+        with pytest.raises(StateError, match="disk vdb of machine still was unplugged"):
+            await memory()
+    await two.revert("without")  # which starts a QEMU that has it again
+    assert {drive["qdev"] for drive in await drives(two)} == {"vda", "vdb"}
+    await two.snapshot("again")
+    await hold_invariants(two)
+
+
+async def test_a_layer_that_another_device_writes_to_is_not_out_of_reach(two: qmpsnap.MachineHandle) -> None:
+    active = next(view.active.id for view in await two.chains() if view.disk == "vdb")
+    await unplug(two)
+    async with user_monitor(two) as qemu:
+        await qemu.execute("device_add", {"driver": "scsi-hd", "id": "other", "bus": "qs-scsi.0", "drive": active})
+    with pytest.raises(StoreMismatch, match="disk vdb"):
+        await two.snapshot("s")
+
+
+def test_the_commands_tell_it(home: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = home / "m.yaml"
+    spec.write_text("name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M, bus: scsi}]\n")
+    assert main(["define", str(spec)]) == 0
+    assert main(["start", "still", "--paused"]) == 0
+
+    async def attach() -> None:
+        async with qmpsnap.open() as q, user_monitor(await q.machine("still")) as qemu:
+            await qemu.execute("blockdev-add", {"driver": "file", "node-name": "theirs", "filename": str(image)})
+            await qemu.execute(
+                "device_add", {"driver": "scsi-hd", "id": "extra", "bus": "qs-scsi.0", "drive": "theirs"}
+            )
+
+    anyio.run(attach)
+    capsys.readouterr()
+    assert main(["snapshot", "create", "still", "s", "-o", "json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["outside"] == [{"name": "extra", "file": str(image)}]
+    assert "not in the snapshot" in said.err
+    assert main(["snapshot", "revert", "still", "s", "-o", "json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["detached"] == [{"name": "extra", "file": str(image)}]
+    assert "not attached any more: extra" in said.err

@@ -11,7 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph, header, tagtable
-from qmpsnap.block.graph import DiskGraph
+from qmpsnap.block.graph import NOTHING, Beside, DiskGraph
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.identity import same_file
@@ -81,6 +81,7 @@ class Asked(Struct, frozen=True, kw_only=True):
         files: device and inode of what its process has open, and of what its nodes name.
         frozen: the agent says that the guest's file systems are; None where it was not asked or did not answer.
         agent: a guest's agent listens.
+        beside: where QEMU's devices are not the machine's disks.
     """
 
     status: str
@@ -90,6 +91,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     files: frozenset[named.Identity]
     agent: bool
     frozen: bool | None = None
+    beside: Beside = NOTHING
 
 
 class Facts(Struct, frozen=True, kw_only=True):
@@ -216,6 +218,7 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
         jobs=jobs,
         files=await to_thread.run_sync(_opened, context.process(at.machine), nodes),
         agent=listening,
+        beside=await graph.beside(qemu, at.chains),
         frozen=await freeze_state(context, at.machine) if listening and status.running else None,
     )
 

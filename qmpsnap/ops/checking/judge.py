@@ -174,7 +174,10 @@ def _qemu(at: Facts) -> Iterator[Finding]:
         return
     for chain in at.record.chains:
         disk = asked.disks.get(chain.disk)
-        if disk is None or disk.nodes != chain.ids:
+        if chain.disk in asked.beside.unplugged:
+            text = f"disk {chain.disk} is not attached to the guest now: snapshots are taken without it"
+            yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
+        elif disk is None or disk.nodes != chain.ids:
             seen = " <- ".join(disk.nodes) if disk and disk.nodes else "unknown to the store"
             text = f"disk {chain.disk}: QEMU's chain is {seen}, the store's {' <- '.join(chain.ids)}"
             yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
@@ -182,6 +185,7 @@ def _qemu(at: Facts) -> Iterator[Finding]:
             text = f"disk {chain.disk}: the guest writes to {strangers[0].file}, which somebody else put there"
             yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
     yield from _nodes(at)
+    yield from _attached(at)
     for job in asked.jobs:
         ours = job.id.startswith("qs.") and job.status == "concluded"
         yield _finding(at, "job-left", f"job {job.id} ({job.type}) is {job.status}", repairable=ours)
@@ -212,6 +216,16 @@ def _nodes(at: Facts) -> Iterator[Finding]:
             continue
         if not name.endswith(".file") or not ours:
             yield _finding(at, "node-left", f"QEMU has node {name} ({node.file}) open", file=node.file, repairable=ours)
+
+
+def _attached(at: Facts) -> Iterator[Finding]:
+    """What the guest writes to that no snapshot has, but for what an adoption has left out and said so."""
+    assert at.asked is not None
+    known = at.record.machine.adopted.left_out if at.record.machine.adopted else ()
+    for other in at.asked.beside.others:
+        if other.name not in known:
+            text = f"{other.sentence}: it is in no snapshot, and gone after a revert"
+            yield _finding(at, "node-left", text, file=other.file)
 
 
 def _worker(at: Facts) -> Iterator[Finding]:
