@@ -124,6 +124,8 @@ async def _planner(
 ) -> Callable[[OperationId], CreatePlan]:
     """The plan but for its number, of the machine as it is now; refused on other files, or without room for it."""
     mode = await asked.mode_of(work.qemu)
+    if request.memory and beside.unplugged:
+        asked.require_all(work.machine, frozenset(), lacking=beside.unplugged)
     means = await choose(context, work.machine, work.qemu, chains, request.memory) if request.memory else None
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
