@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qmpsnap.cli import output
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.model.home import Home
 from qmpsnap.store import runfolder
@@ -87,6 +88,14 @@ def controlling(act: Callable[["Controller"], Awaitable[T]], *, make: bool = Fal
     from qmpsnap.controller import Controller
 
     return operating(lambda context: act(Controller(context)), make=make)
+
+
+def tell_remedy(state: str, machine: str) -> None:
+    """What lets a guest in this state run on, as a hint; nothing where that is nobody's fault."""
+    from qmpsnap.qmp import runstate
+
+    if remedy := runstate.remedy(state, machine):
+        output.note(f"hint: {remedy}")
 
 
 def operating(act: Callable[["Context"], Awaitable[T]], *, make: bool = False) -> T:

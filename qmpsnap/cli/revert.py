@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, tell_remedy
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
@@ -61,7 +61,8 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
     kept = f"what was active before is snapshot {done.kept.name}" if done.kept else ""
     gone = f"{', '.join(done.removed)} removed" if done.removed else ""
     where = f"machine {arguments.machine} is at {done.snapshot.name}, {done.state}{goes_on}"
-    text = "; ".join(filter(None, (where, kept, gone)))
+    clock = "" if done.clock_error_ms is None else f"the guest's clock is off by {done.clock_error_ms:+.1f} ms"
+    text = "; ".join(filter(None, (where, clock, kept, gone)))
     output.emit(
         arguments.output,
         document={
@@ -72,12 +73,14 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
             "state": done.state,
             "memory": done.memory,
             "notes": list(done.notes),
+            "clock_error_ms": done.clock_error_ms,
             "detached": [{"name": one.name, "file": one.file} for one in done.detached],
         },
         names=[done.snapshot.name],
         table=lambda: text,
         done=text,
     )
+    tell_remedy(done.state, arguments.machine)
 
 
 def print_preview(form: output.Format, found: "Preview") -> None:

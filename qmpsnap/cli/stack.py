@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import delete, output, revert
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, tell_remedy
 from qmpsnap.cli.plans import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_json import print_taken
@@ -73,6 +73,7 @@ def _pop(arguments: argparse.Namespace) -> None:
         table=lambda: text,
         done=text,
     )
+    tell_remedy(done.state, arguments.machine)
 
 
 def _preview_pop(arguments: argparse.Namespace) -> None:

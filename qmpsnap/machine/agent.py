@@ -1,6 +1,6 @@
 """The QEMU guest agent: commands in the guest, with a deadline on each; what it answers is data, never trusted.
 
-Commands: ``guest-sync-delimited``, ``guest-ping``, ``guest-set-time``, ``guest-exec``,
+Commands: ``guest-sync-delimited``, ``guest-ping``, ``guest-set-time``, ``guest-get-time``, ``guest-exec``,
 ``guest-exec-status``, ``guest-fsfreeze-freeze``, ``guest-fsfreeze-status``, ``guest-fsfreeze-thaw``, ``guest-fstrim``
 (QGA's own schema).
 """
@@ -142,6 +142,18 @@ class Agent:
             DeadlinePassed: no answer in time; effect unknown.
         """
         await self.execute("guest-set-time", {"time": nanoseconds}, deadline=deadline)
+
+    async def get_time(self, *, deadline: float = 10) -> int:
+        """The guest's clock (``guest-get-time``) in nanoseconds since the epoch, UTC.
+
+        Raises:
+            QmpError: the guest refused it, or answered nonsense.
+            DeadlinePassed: no answer in time.
+        """
+        said = await self.execute("guest-get-time", deadline=deadline)
+        if type(said) is not int or not 0 <= said < 1 << 63:
+            raise self._nonsense("guest-get-time")
+        return said
 
     async def freeze(self, *, deadline: float) -> int:
         """Freeze the guest's file systems (``guest-fsfreeze-freeze``); returns how many there were.

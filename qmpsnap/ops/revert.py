@@ -9,16 +9,15 @@ and the guest has noticed nothing; after it only forward is left.
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Literal
 
 from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import tags
-from qmpsnap.errors import QmpsnapError, StoreMismatch
+from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Layer
@@ -38,6 +37,7 @@ from qmpsnap.ops.switch import nothing_written, switch
 from qmpsnap.ops.work import Work, looking, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import Backend
+from qmpsnap.qmp.session import Monitor
 
 
 class Reverted(Struct, frozen=True, kw_only=True):
@@ -47,19 +47,23 @@ class Reverted(Struct, frozen=True, kw_only=True):
         snapshot: where the machine stands now.
         kept: the automatic snapshot of what was active before; None when that went.
         removed: the layers that went.
-        state: how the machine is now.
+        state: how the machine is now, in QEMU's word as it was asked: ``running``, ``paused``, ``suspended`` for a
+            guest that slept when its memory was saved ...; or ``stopped``.
         memory: the guest goes on where it was; else it boots.
         notes: what the guest could not be told afterwards, one sentence each.
         detached: what somebody had attached to the QEMU that was ended; the machine does not have it.
+        clock_error_ms: how far the guest's clock is ahead of the host's now that it was set, less than 0 where it is
+            behind; None where it was not set, or nobody knows.
     """
 
     snapshot: Snapshot
     kept: Snapshot | None
     removed: tuple[LayerId, ...]
-    state: Literal["running", "paused", "stopped"]
+    state: str
     memory: bool = False
     notes: tuple[str, ...] = ()
     detached: tuple[Outside, ...] = ()
+    clock_error_ms: float | None = None
 
 
 class Preview(Struct, frozen=True, kw_only=True):
@@ -152,7 +156,8 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
             done = await _switch(context, work, at, target, request)
             done = replace(done, detached=await _detached(context, work.machine, before))
     if done.memory and done.state == "running" and request.after:
-        return replace(done, notes=await after_load.tell(context, await blocking(context.store.machine, name)))
+        told = await after_load.tell(context, await blocking(context.store.machine, name))
+        return replace(done, notes=told.notes, clock_error_ms=told.clock_error_ms)
     return done
 
 
@@ -182,7 +187,21 @@ async def _may_load(context: Context, name: str, target: str) -> bool:
 async def _load(context: Context, work: Work, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
     paused = request.run == "paused"
     kept = await revert_inside.load(context, work, at, target, discard=request.discard, paused=paused)
-    return Reverted(snapshot=target, kept=kept, removed=(), state="paused" if paused else "running", memory=True)
+    assert work.qemu
+    state = await _said(contextlib.nullcontext(work.qemu))
+    return Reverted(snapshot=target, kept=kept, removed=(), state=state, memory=True)
+
+
+async def _said(asking: AbstractAsyncContextManager[Monitor | None]) -> str:
+    """The run state as QEMU says it now; what was asked for says nothing of a guest that slept, or fell over at once.
+
+    The revert is done whatever comes back: one that does not answer any more is no reason to call it failed.
+    """
+    try:
+        async with asking as qemu:
+            return await commands.run_state(qemu) if qemu else "stopped"
+    except (QemuGone, DeadlinePassed):
+        return "unknown"
 
 
 async def _require_possible(context: Context, work: Work, request: RevertRequest) -> None:
@@ -296,12 +315,11 @@ async def _outcome(context: Context, operation: Operation) -> Reverted:
     forest = await blocking(context.store.forest)
     kept = planned.change.snapshots
     gone = planned.unwritten.layers if planned.unwritten else planned.removed
-    state: Literal["running", "paused"] = "paused" if planned.paused else "running"
     return Reverted(
         snapshot=snapshots[planned.snapshot],
         kept=snapshots.get(kept[0].name) if kept else None,
         removed=tuple(layer.id for layer in gone if layer.id not in forest.layers),
-        state=state if planned.restart else "stopped",
+        state=await _said(context.monitor(await blocking(context.store.machine, planned.machine))),
         memory=planned.vmstate is not None or planned.inside is not None,
     )
 
