@@ -64,14 +64,26 @@ class MachineLife:
         """
         await pausing.pause(self._context, self.name)
 
-    async def resume(self) -> None:
+    async def resume(self) -> str:
         """Let a paused guest run on, also one that QEMU has paused because a disk was full or failed.
+
+        Returns:
+            The run state then: ``suspended`` for a guest that slept when it was paused.
 
         Raises:
             StateError: it is not paused.
             HostCannot: the disk is still full, or fails still: it was paused again at once.
         """
-        await pausing.resume(self._context, self.name)
+        return await pausing.resume(self._context, self.name)
+
+    async def wakeup(self) -> None:
+        """Wake a guest that has put itself to sleep (ACPI S3).
+
+        Raises:
+            StateError: it does not sleep.
+            DeadlinePassed: it still sleeps after some seconds.
+        """
+        await pausing.wakeup(self._context, self.name)
 
     async def is_running(self) -> bool:
         """Whether a QEMU runs for the machine, whatever state its guest is in."""
@@ -80,7 +92,8 @@ class MachineLife:
     async def state(self) -> str:
         """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped``.
 
-        ``paused: no space`` and ``paused: I/O error`` are a guest's that QEMU has paused over a failed request.
+        ``paused: no space`` and ``paused: I/O error`` are a guest's that QEMU has paused over a failed request,
+        ``suspended`` is one's that sleeps (ACPI S3).
         """
         return await compare.state(self._context, await self.record())
 

@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, home, reading, untold
+from qmpsnap.cli.common import (
+    Parsers,
+    add,
+    add_format,
+    add_machine,
+    amount,
+    controlling,
+    home,
+    reading,
+    tell_remedy,
+    untold,
+)
 from qmpsnap.cli.plans import print_definition
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone
 from qmpsnap.machine import process as processes
@@ -48,6 +59,7 @@ def register(parsers: Parsers) -> None:
 
     add_machine(add(parsers, "pause", _pause, help="stop a guest's vCPUs; its QEMU stays"))
     add_machine(add(parsers, "resume", _resume, help="let a paused guest run on, also one whose disk was full"))
+    add_machine(add(parsers, "wakeup", _wakeup, help="wake a guest that has suspended itself (ACPI S3)"))
 
     command = add(parsers, "undefine", _undefine, help="forget a machine and its snapshots")
     add_machine(command)
@@ -134,7 +146,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _paused(machines: Sequence[Machine], alive: Mapping[str, Process]) -> dict[str, str]:
-    """Which guests QEMU has paused over a failed request, as far as their QEMUs say so at once."""
+    """Which guests sleep or were paused over a failed request, as far as their QEMUs say so at once."""
     # One that is not recorded yet waits for whoever starts it, one that a signal has stopped answers nobody, and the
     # monitor of one that was adopted is not ours to play with.
     asked = [
@@ -163,8 +175,6 @@ def _elsewhere(machine: Machine) -> str:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from qmpsnap.qmp import runstate
-
     async def act(controller: "Controller") -> tuple[Machine, str, tuple[str, ...]]:
         vm = await controller.machine(arguments.machine)
         try:
@@ -212,8 +222,7 @@ def _show(arguments: argparse.Namespace) -> None:
     }
     output.emit(arguments.output, document=document, names=[machine.name], table=lambda: _show_text(document))
     output.warn(shortage)
-    if remedy := runstate.remedy(state, machine.name):
-        output.note(f"hint: {remedy}")
+    tell_remedy(state, machine.name)
 
 
 def _show_text(document: dict[str, Any]) -> str:
@@ -256,12 +265,22 @@ def _pause(arguments: argparse.Namespace) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> None:
+    async def act(controller: "Controller") -> str:
+        vm = await controller.machine(arguments.machine)
+        return await vm.resume()
+
+    state = controlling(act)
+    output.note(f"machine {arguments.machine} {'runs on' if state == 'running' else f'is {state}'}")
+    tell_remedy(state, arguments.machine)
+
+
+def _wakeup(arguments: argparse.Namespace) -> None:
     async def act(controller: "Controller") -> None:
         vm = await controller.machine(arguments.machine)
-        await vm.resume()
+        await vm.wakeup()
 
     controlling(act)
-    output.note(f"machine {arguments.machine} runs on")
+    output.note(f"machine {arguments.machine} is awake")
 
 
 def _undefine(arguments: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ NOUNS: Final = {
     "doctor": ("doctor",),
     "demo": ("demo",),
     "machine": (
-        *("define", "list", "show", "start", "stop", "pause", "resume", "undefine"),
+        *("define", "list", "show", "start", "stop", "pause", "resume", "wakeup", "undefine"),
         *("console", "exec", "fstrim", "recover"),
     ),
     "adopt": ("adopt",),

@@ -15,8 +15,12 @@ from qmpsnap.model.moment import moment
 from qmpsnap.model.names import OperationId, check_name, layer_disk
 from qmpsnap.model.snapshot import Outside, Snapshot
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.qmp import commands
+from qmpsnap.model.vmstate import version_of
+from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
+
+SUSPENDED_SINCE = (9, 0)
+"""The first QEMU whose memory of a guest says that it sleeps, and that stops and continues a sleeping one."""
 
 _Request = TypeVar("_Request", bound=Struct)
 
@@ -34,10 +38,45 @@ def well_typed(request: _Request) -> _Request:
 
 
 async def mode_of(qemu: Monitor | None) -> str:
-    """``live``, ``paused`` or ``stopped``: how a snapshot taken now is taken."""
+    """``live``, ``suspended``, ``paused`` or ``stopped``: how a snapshot taken now is taken."""
     if qemu is None:
         return "stopped"
-    return "live" if (await commands.query_status(qemu)).running else "paused"
+    status = await commands.query_status(qemu)
+    if status.status == runstate.SUSPENDED:
+        return "suspended"
+    return "live" if status.running else "paused"
+
+
+def may_run(mode: str) -> bool:
+    """Whether the guest may write at any moment unless it is held: it runs, or sleeps and may wake by itself."""
+    return mode in {"live", "suspended"}
+
+
+async def require_told(machine: Machine, qemu: Monitor, *, doing: str, hint: str = "") -> None:
+    """Make sure that memory taken from this QEMU, or loaded into it, comes with whether its guest sleeps.
+
+    An earlier QEMU loads the memory of a guest that slept as that of one that runs, which nothing wakes any more.
+
+    Args:
+        machine: the machine.
+        qemu: its monitor.
+        doing: what cannot be done with a sleeping guest's memory.
+        hint: what can be done instead of waking it.
+
+    Raises:
+        StateError: it sleeps, and QEMU would forget it.
+    """
+    if (await commands.query_status(qemu)).status != runstate.SUSPENDED:
+        return
+    version = await commands.query_version(qemu)
+    if version_of(version) < SUSPENDED_SINCE:
+        first = runstate.remedy(runstate.SUSPENDED, machine.name)
+        raise StateError(
+            f"the guest of machine {machine.name} is suspended, and QEMU {version} cannot {doing}: it forgets that the"
+            " guest sleeps; nothing was changed",
+            hint=f"{first} first{hint and f'; or {hint}'}",
+            machine=machine.name,
+        )
 
 
 def snapshot_name(

@@ -216,7 +216,7 @@ async def _pending(job: MirrorJob, monitor: Monitor) -> tuple[JobInfo, bool]:
     """Wait until both sides are equal; a guest that writes without end is held still for it: True then."""
     with anyio.move_on_after(HOLD_AFTER):
         return await jobs.follow(monitor, job.id, "pending", report=job.report), False
-    running = job.step.live and (await commands.query_status(monitor)).running
+    running = job.step.live and (await commands.query_status(monitor)).live
     if running:
         await job.mark(steps.STARTED, running=True)
         await commands.control(monitor, "stop")

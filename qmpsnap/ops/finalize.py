@@ -58,7 +58,7 @@ async def watched(job: BlockJob, monitor: Monitor) -> AsyncIterator[None]:
     Raises:
         HostCannot: no guard can be started.
     """
-    running = job.step.live and (await commands.query_status(monitor)).running
+    running = job.step.live and (await commands.query_status(monitor)).live
     async with guarded(job.context, job.machine, when=running) as guard_ready:
         await guard_ready()
         if running:
@@ -78,7 +78,7 @@ async def going_on(job: BlockJob, monitor: Monitor | None, *, when: bool) -> Asy
     finally:
         if monitor and when and (hold.known or not job.moves_guest):
             with anyio.CancelScope(shield=True):  # QEMU's answers have deadlines of their own
-                if not (await commands.query_status(monitor)).running:
+                if not (await commands.query_status(monitor)).live:
                     await commands.control(monitor, "cont")
 
 
@@ -86,7 +86,7 @@ async def runs(job: BlockJob, monitor: Monitor | None, *, before: bool) -> bool:
     """Whether a guest is to run after recovery: it runs, or ran ``before`` somebody stopped it for this job."""
     if monitor is None or not job.step.live:
         return False
-    return before or (await commands.query_status(monitor)).running
+    return before or (await commands.query_status(monitor)).live
 
 
 async def go_over(
@@ -103,7 +103,7 @@ async def go_over(
     Raises:
         QmpsnapError: see :func:`make_true`.
     """
-    running = job.step.live and (held or (await commands.query_status(monitor)).running)
+    running = job.step.live and (held or (await commands.query_status(monitor)).live)
     async with going_on(job, monitor, when=running) as hold:
         # Also where nothing runs: `stop` writes every node's cached tables out. A commit into a middle layer and a
         # stream come to `pending` without that, and a QEMU killed now would take what they moved with it.

@@ -115,7 +115,7 @@ def plan(
         layers=layers,
         vmstate=vmstate,
         variables=(variables, kept) if variables and kept else None,
-        resume=mode == "live" and bool(vmstate or variables),
+        resume=asked.may_run(mode) and bool(vmstate or variables),
         change=Change(snapshots=(snapshot,), current=name),
         quiesce=freezer.wish if freezer else request.quiesce.wish,
     )

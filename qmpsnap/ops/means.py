@@ -13,7 +13,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
-from qmpsnap.ops import keys
+from qmpsnap.ops import asked, keys
 from qmpsnap.ops.context import Context, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
@@ -115,7 +115,7 @@ async def choose(
         statefile.require_zstd()
     version = version_of(await commands.query_version(qemu))
     status = await commands.query_status(qemu)
-    running = status.running
+    running = status.live
     why = await _why_not_behind_it(machine, qemu, request, status=status, version=version)
     if why and not running and not request.quit:
         raise StateError(
@@ -154,8 +154,10 @@ async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Cha
         hint: what can be saved instead.
 
     Raises:
-        StateError: one does; the message names what QEMU names, or what else the guest writes to.
+        StateError: one does; the message names what QEMU names, or what else the guest writes to. Or the guest sleeps,
+            and QEMU would forget that.
     """
+    await asked.require_told(machine, qemu, doing="save its memory so that it can be woken again", hint=hint)
     if reasons := (await migration.query(qemu)).blocked_reasons:
         raise StateError(
             f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(reasons)}; nothing was changed",
@@ -170,16 +172,16 @@ async def _why_not_behind_it(
 ) -> str:
     """Why the guest has to stand still for it; empty when it has not."""
     # After a save while it stands still QEMU has given the disks away: a paused guest gets them back only by running.
-    if request.quit and (status.running or version < CANCELLABLE_SINCE):
+    if request.quit and (status.live or version < CANCELLABLE_SINCE):
         return "the machine ends afterwards"
-    if not status.running and status.status != "paused" and version >= CANCELLABLE_SINCE:
+    if not status.live and status.status != "paused" and version >= CANCELLABLE_SINCE:
         return f"behind it QEMU only saves a guest that runs or is paused, not one that is {status.status}"  # it aborts
     try:
         await migration.set_capabilities(qemu, {"background-snapshot": True})
         await migration.set_capabilities(qemu, {"background-snapshot": False})
     except QmpError as error:
         return error.message
-    if not status.running and version < CANCELLABLE_SINCE:
+    if not status.live and version < CANCELLABLE_SINCE:
         raise StateError(
             f"machine {machine.name} is {status.status}, and QEMU {'.'.join(map(str, version))} would let it run;"
             " nothing was changed",

@@ -1,8 +1,8 @@
-"""``pause`` and ``resume``: a guest's vCPUs stopped and let run again, also after QEMU has stopped them by itself."""
+"""``pause``, ``resume``, ``wakeup``: a guest's vCPUs stopped and let run again, whoever has stopped them."""
 
 import anyio
 
-from qmpsnap.errors import HostCannot, StateError
+from qmpsnap.errors import DeadlinePassed, HostCannot, StateError
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.model.machine import Machine
 from qmpsnap.ops import recover, stale_store
@@ -13,6 +13,12 @@ from qmpsnap.qmp.session import Monitor
 
 RESUMABLE = frozenset({"paused", "prelaunch", runstate.NO_SPACE, runstate.FAILED})
 """States that ``cont`` leads out of, and in which it can do no harm."""
+
+ASLEEP = RESUMABLE | {runstate.SUSPENDED}
+"""States in which a guest does nothing, hears no button and answers nobody."""
+
+WAKEUP_DEADLINE = 10.0
+"""Seconds in which QEMU has woken a guest."""
 
 AGAIN = 0.5
 """Seconds in which a request that failed before has failed again, if it still cannot be done."""
@@ -36,8 +42,11 @@ async def pause(context: Context, name: str) -> None:
         await commands.control(work.qemu, "stop")
 
 
-async def resume(context: Context, name: str) -> None:
+async def resume(context: Context, name: str) -> str:
     """Let a paused guest run, whoever has paused it; what it was paused over is tried again.
+
+    Returns:
+        The run state then: a guest that slept when it was paused sleeps on.
 
     Raises:
         StateError: it is not paused.
@@ -47,7 +56,7 @@ async def resume(context: Context, name: str) -> None:
     require_own(context, machine)
     async with locked(context, name, "resume", anywhere=True), context.monitor(machine) as qemu:
         state = await _state(qemu)
-        failed = bool(runstate.remedy(state, name))
+        failed = state in {runstate.NO_SPACE, runstate.FAILED}
         if not failed:
             # Who was stopped by us, in the midst of something, runs again when that is ended, and no sooner. What QEMU
             # has paused by itself was not stopped by us, and must not wait for a job that needs the same space.
@@ -57,12 +66,43 @@ async def resume(context: Context, name: str) -> None:
         if qemu is None or state not in RESUMABLE:
             raise StateError(
                 f"machine {name} is not paused ({state}); nothing was changed",
-                hint=f"qmpsnap start {name}" if qemu is None and not machine.adopted else "",
+                hint=f"qmpsnap start {name}" if qemu is None and not machine.adopted else runstate.remedy(state, name),
                 machine=name,
             )
         await commands.control(qemu, "cont")
         if failed:
             await _require_running(machine, qemu)
+        return await _state(qemu)
+
+
+async def wakeup(context: Context, name: str) -> None:
+    """Wake a guest that has put itself to sleep (ACPI S3).
+
+    Raises:
+        StateError: it does not sleep.
+        QmpError: QEMU refuses: the machine cannot be woken from outside.
+        DeadlinePassed: it still sleeps after :data:`WAKEUP_DEADLINE`.
+    """
+    async with working(context, name, "wakeup") as work:
+        state = await _state(work.qemu)
+        if work.qemu is None or state != runstate.SUSPENDED:
+            hint = f"qmpsnap resume {name}" if state in RESUMABLE else ""
+            if work.qemu is None and not work.machine.adopted:
+                hint = f"qmpsnap start {name}"
+            raise StateError(
+                f"the guest of machine {name} does not sleep ({state}); nothing was changed", hint=hint, machine=name
+            )
+        async with work.qemu.listen("WAKEUP") as bell:
+            await commands.control(work.qemu, "system_wakeup")
+            with anyio.move_on_after(WAKEUP_DEADLINE):
+                while await _state(work.qemu) == runstate.SUSPENDED:
+                    await bell.wait(AGAIN)
+                return
+        raise DeadlinePassed(
+            f"the guest of machine {name} has not woken within {WAKEUP_DEADLINE:g} s",
+            hint=f"qmpsnap show {name}",
+            machine=name,
+        )
 
 
 async def require_awake(context: Context, machine: Machine) -> None:
@@ -75,7 +115,7 @@ async def require_awake(context: Context, machine: Machine) -> None:
         return
     sockets = {machine.name: context.home.run_dir(machine.name) / QMP_SOCKET}
     state = (await blocking(glance.states, sockets)).get(machine.name, "running")
-    if state in RESUMABLE:
+    if state in ASLEEP:
         raise asleep(machine.name, state)
 
 
@@ -95,10 +135,10 @@ async def _state(qemu: Monitor | None) -> str:
 async def _require_running(machine: Machine, qemu: Monitor) -> None:
     async with qemu.listen("STOP") as bell:
         with anyio.move_on_after(AGAIN):
-            while not (hint := runstate.remedy(state := await commands.run_state(qemu), machine.name)):
+            while (state := await commands.run_state(qemu)) not in {runstate.NO_SPACE, runstate.FAILED}:
                 await bell.wait(AGAIN)
             raise HostCannot(
                 f"the guest of machine {machine.name} ran on and was paused again at once ({state})",
-                hint=hint,
+                hint=runstate.remedy(state, machine.name),
                 machine=machine.name,
             )

@@ -181,7 +181,7 @@ async def _ask(context: Context, machine: Machine, process: Process, wait: float
         async with context.monitor(machine) as qemu:
             if qemu:
                 state = await commands.run_state(qemu)
-                if state in pausing.RESUMABLE:
+                if state in pausing.ASLEEP:
                     if force:
                         return False
                     raise pausing.asleep(machine.name, state)

@@ -24,7 +24,7 @@ from qmpsnap.model.operation import CreatePlan, InternalPlan, Operation, RevertP
 from qmpsnap.model.snapshot import Quiesce
 from qmpsnap.ops.broken import Broken
 from qmpsnap.ops.context import Context
-from qmpsnap.qmp import commands
+from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
 
 FREEZE_WINDOW = 5.0
@@ -244,8 +244,9 @@ def _require_window(request: QuiesceRequest) -> None:
 
 async def _require_guest(machine: Machine, qemu: Monitor | None) -> None:
     hint = "--quiesce prefer takes the snapshot without it"
-    if qemu is None or not (await commands.query_status(qemu)).running:
-        state = "stopped" if qemu is None else "paused"
+    status = await commands.query_status(qemu) if qemu else None
+    if status is None or not status.running:
+        state = "stopped" if status is None else runstate.SUSPENDED if status.live else "paused"
         raise StateError(
             f"machine {machine.name} is {state}: no guest is there to freeze its file systems; nothing was changed",
             hint=hint,

@@ -213,7 +213,7 @@ _ENDS: dict[type[Plan], Callable[[Broken, Monitor | None], Awaitable[Direction]]
 async def _end_loading(broken: Broken, monitor: Monitor, plan: RevertPlan) -> Monitor | None:
     """A QEMU that was to go on with memory: it runs on when that is loaded, and ends when it is not."""
     status = await commands.query_status(monitor)
-    if status.status == "inmigrate" or (plan.inside and not status.running):
+    if status.status == "inmigrate" or (plan.inside and not status.live):
         if process := broken.context.process(broken.machine):
             await end(process, monitor)
         await blocking(broken.context.store.set_process, broken.machine.name, None)

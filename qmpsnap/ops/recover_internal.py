@@ -125,7 +125,7 @@ async def _back(broken: Broken, monitor: Monitor | None, planned: LoadPlan) -> D
 
 
 async def _run_on(monitor: Monitor) -> None:
-    if not (await commands.query_status(monitor)).running:
+    if not (await commands.query_status(monitor)).live:
         await commands.control(monitor, "cont")
 
 

@@ -65,7 +65,7 @@ def plan(
         snapshot: where it goes back to.
         serial: number of the operation.
         home: where the copy of a UEFI variable store goes.
-        mode: ``live`` or ``paused``.
+        mode: ``live``, ``suspended`` or ``paused``.
         hardware: of the QEMU that runs.
         now: seconds since the epoch.
         discard: do not keep what was written since.
@@ -90,7 +90,7 @@ def plan(
         layers={point.disk: at.live[point.disk].active for point in snapshot.points},
         vmstate=snapshot.inside.layer,
         paused=paused,
-        resume=mode == "live",
+        resume=asked.may_run(mode),
         kept=kept,
         variables=(str(home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
         change=Change(snapshots=kept.change.snapshots if kept else (), current=snapshot.name),
@@ -121,6 +121,9 @@ async def planner(
     """
     assert work.qemu
     await graph.require_no_other(work.qemu, tuple(at.live.values()), machine=work.machine.name, hint="then try again")
+    await asked.require_told(
+        work.machine, work.qemu, doing="load other memory into it", hint=f"qmpsnap stop {work.machine.name} --force"
+    )
     mode = await asked.mode_of(work.qemu)
     hardware = await hardware_now(context, work.machine, work.qemu)
     require_fits(snapshot, hardware, machine=work.machine.name)
@@ -178,11 +181,13 @@ async def _carry_out(context: Context, qemu: Monitor, operation: Operation) -> S
         keeping = tagging.keeping_job_of(operation.id)
         await blocking(lambda: context.store.mark(operation.id, "running", step=steps.KEEPING))
         await commands.control(qemu, "stop")
+        await tagging.require_held(qemu)
         await tagging.tag_live(qemu, keeping, planned.kept, Freezer(), unreported)
         await jobs.dismiss(qemu, keeping)
     change = tagging.settled_load(planned, await commands.query_tags(qemu))
     await blocking(lambda: context.store.mark(operation.id, "running", step=steps.LOADING))
     await commands.control(qemu, "stop")
+    await tagging.require_held(qemu)
     loading = job_of(operation.id)
     await tagging.load_into(qemu, loading, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
     await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.LOADED))

@@ -10,7 +10,7 @@ import anyio
 from msgspec.structs import replace
 
 from qmpsnap.durable import sync_folder
-from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import worker
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
@@ -21,7 +21,7 @@ from qmpsnap.ops import keys
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.memory import RESUME_DEADLINE
 from qmpsnap.ops.quiesce import Freezer
-from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp import commands, jobs, runstate
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
@@ -39,6 +39,8 @@ async def _tag_held(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: F
     try:
         if planned.resume:
             await commands.control(qemu, "stop")
+        if planned.vmstate and planned.resume:
+            await require_held(qemu)
         await keep_variables(planned)
         if planned.vmstate:
             await qemu.execute(
@@ -54,6 +56,16 @@ async def _tag_held(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: F
             with anyio.move_on_after(RESUME_DEADLINE, shield=True):
                 await commands.control(qemu, "cont")
     return (time.monotonic() - before) * 1000
+
+
+async def require_held(qemu: Monitor) -> None:
+    """Make sure that the guest stands still after ``stop``: QEMU before 9.0 does not stop one that has gone to sleep.
+
+    Raises:
+        StateError: it has, in this very moment.
+    """
+    if await commands.run_state(qemu) == runstate.SUSPENDED:
+        raise StateError("the guest has suspended itself in this very moment; nothing was changed", hint="try again")
 
 
 async def keep_variables(planned: InternalPlan) -> None:

@@ -30,6 +30,11 @@ class RunStatus(Struct, frozen=True):
     status: str
     running: bool
 
+    @property
+    def live(self) -> bool:
+        """Nobody has stopped the guest: it runs, or it sleeps and may wake at any moment."""
+        return self.running or self.status == runstate.SUSPENDED
+
 
 class GraphNode(Struct, frozen=True):
     """A vertex of QEMU's block graph: a node, a device's backend or a job."""
@@ -317,8 +322,10 @@ async def transaction(monitor: Monitor, arguments: dict[str, Any], *, deadline: 
     await monitor.execute("transaction", arguments, deadline=deadline)
 
 
-async def control(monitor: Monitor, command: Literal["cont", "stop", "system_powerdown", "quit"]) -> None:
-    """``cont``, ``stop``, ``system_powerdown`` (the power button) or ``quit``."""
+async def control(
+    monitor: Monitor, command: Literal["cont", "stop", "system_powerdown", "system_wakeup", "quit"]
+) -> None:
+    """``cont``, ``stop``, ``system_powerdown`` (the power button), ``system_wakeup`` or ``quit``."""
     await monitor.execute(command)
 
 

@@ -1,9 +1,12 @@
-"""Why QEMU has paused a guest by itself, in words, and what helps."""
+"""Why a guest does not run although nobody has paused it, in words, and what helps."""
 
 from collections.abc import Iterable
 
 IO_ERROR = "io-error"
 """QAPI ``RunState``: a request of the guest failed in a way that QEMU pauses for (``werror``, ``rerror``)."""
+
+SUSPENDED = "suspended"
+"""QAPI ``RunState``: the guest has put itself to sleep (ACPI S3); ``system_wakeup`` or an alarm of its own wakes it."""
 
 NO_SPACE = "paused: no space"
 FAILED = "paused: I/O error"
@@ -27,4 +30,6 @@ def remedy(state: str, machine: str) -> str:
         return f"free some space where the disks' active layers lie, then: qmpsnap resume {machine}"
     if state == FAILED:
         return f"see to the storage of the disks' active layers, then: qmpsnap resume {machine}"
+    if state == SUSPENDED:
+        return f"qmpsnap wakeup {machine}"
     return ""
