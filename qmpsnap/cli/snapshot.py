@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.operation import CreatePlan, InternalPlan
     from qmpsnap.ops.snapshot_request import SnapshotOptions
 
-_NESTED = frozenset({"disks", "vmstate", "inside", "pause_ms"})
+_NESTED = frozenset({"disks", "vmstate", "inside", "pause_ms", "pause_exceeded", "frozen_ms"})
 """Keys of a snapshot's JSON that its table shows otherwise."""
 
 HERE = "(current, you are here)"
@@ -143,6 +143,11 @@ def _create(arguments: argparse.Namespace) -> None:
         snapshot = controlling(act)
     if snapshot.kind != arguments.kind:
         output.note(f"the memory could not be saved, so this is a {snapshot.kind} snapshot")
+    if snapshot.pause_exceeded:
+        output.note(
+            f"the guest was held for {snapshot.pause_ms:.0f} ms, longer than the {snapshot.max_pause_ms:g} ms of"
+            " --max-pause; the snapshot stands"
+        )
     if snapshot.unquiesced:
         output.note(f"the guest's file systems were not frozen: {output.printable(snapshot.unquiesced)}")
     print_taken(arguments, snapshot)
@@ -248,9 +253,13 @@ def _show(arguments: argparse.Namespace) -> None:
 
     def text() -> str:
         plain = {key: value for key, value in document.items() if key not in _NESTED}
-        if plain["unquiesced"] is None:
-            del plain["unquiesced"]
-        plain["pause"] = None if document["pause_ms"] is None else f"{document['pause_ms']:.1f} ms"
+        for seldom in ("unquiesced", "variables"):
+            if plain[seldom] is None:
+                del plain[seldom]
+        longer = f", longer than the {found.max_pause_ms:g} ms agreed to" if found.pause_exceeded else ""
+        plain["pause"] = None if found.pause_ms is None else f"{found.pause_ms:.1f} ms{longer}"
+        if found.frozen_ms is not None:
+            plain["frozen"] = f"{found.frozen_ms:.1f} ms"
         if state := document["vmstate"]:
             plain["memory"] = f"{state['path']} ({output.size(state['bytes'])}, {state['mode']}, {state['layout']})"
         if inside := document["inside"]:

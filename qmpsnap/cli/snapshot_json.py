@@ -14,6 +14,7 @@ from qmpsnap.store.store import Store
 def print_taken(arguments: argparse.Namespace, snapshot: Snapshot) -> None:
     """The snapshot that was taken, and how long the guest was held for it."""
     took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
+    took += f", frozen for {snapshot.frozen_ms:.1f} ms" if snapshot.frozen_ms is not None else ""
     memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else " and memory" if snapshot.inside else ""
     disks = ", ".join(point.disk for point in snapshot.points)
     for one in snapshot.outside:
@@ -55,9 +56,12 @@ def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any
             for point in snapshot.points
         },
         "pause_ms": snapshot.pause_ms,
+        "pause_exceeded": snapshot.pause_exceeded,
+        "frozen_ms": snapshot.frozen_ms,
         "mode": snapshot.mode,
         "level": snapshot.level,
         "unquiesced": snapshot.unquiesced or None,
+        "variables": snapshot.variables,
         "vmstate": _vmstate(snapshot.vmstate) if snapshot.vmstate else None,
         "inside": {"layer": inside.layer, "bytes": inside.bytes} if (inside := snapshot.inside) else None,
     }

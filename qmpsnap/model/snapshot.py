@@ -52,8 +52,12 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     Attributes:
         parent: name of the snapshot the machine stood on when this one was taken, or None.
         created: seconds since the epoch, UTC.
-        mode: how it was taken: ``live`` (running guest), ``paused`` or ``stopped``.
-        pause_ms: how long the guest's vCPUs were held, in milliseconds; None where no guest ran.
+        mode: how it was taken: ``live`` (running guest), ``suspended`` (one that slept), ``paused`` or ``stopped``.
+        pause_ms: how long the guest's vCPUs were held, in milliseconds; where they were not, how long QEMU took for the
+            disks' transaction, in which it takes no requests. None where no guest ran.
+        frozen_ms: from the order to freeze the guest's file systems until its agent had thawed them, in milliseconds:
+            who wrote there waited no longer than that. None where nothing was frozen, or nobody knows when it ended.
+        max_pause_ms: how long the guest was to be held at most; None where that was not asked for.
         operation: the operation that took it.
         vmstate: the guest's RAM and devices at that instant, in a file; a ``full`` snapshot has it.
         inside: the same inside an image; an ``internal`` snapshot of a guest that had memory.
@@ -82,6 +86,13 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     unquiesced: str = ""
     pushed: bool = False
     outside: tuple[Outside, ...] = ()
+    frozen_ms: float | None = None
+    max_pause_ms: float | None = None
+
+    @property
+    def pause_exceeded(self) -> bool:
+        """Whether the guest was held for longer than was agreed to."""
+        return self.pause_ms is not None and self.max_pause_ms is not None and self.pause_ms > self.max_pause_ms
 
     @property
     def hardware(self) -> Hardware | None:

@@ -199,6 +199,7 @@ async def _carry_out(at: _Attempt) -> Change:
         require_opened(at.context.process(machine), change.layers, machine=machine.name)
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
+        await at.guard_ready()
         # From here on QEMU may have acted whatever we hear: recovery asks instead of rolling back.
         await at.mark(steps.TRANSACTION)
         async with at.freezer.frozen():
@@ -210,7 +211,8 @@ async def _carry_out(at: _Attempt) -> Change:
         change = replace(
             change,
             snapshots=tuple(
-                replace(found, pause_ms=pause_ms, level=level, unquiesced=why) for found in change.snapshots
+                replace(found, pause_ms=pause_ms, level=level, unquiesced=why, frozen_ms=at.freezer.frozen_ms)
+                for found in change.snapshots
             ),
         )
     elif any(overlay.part for overlay in plan.overlays):
@@ -248,7 +250,10 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         with anyio.CancelScope(shield=True):
             await at.mark(steps.LOST)
         raise
-    change = recover_create.with_memory(change, state, pause_ms=held.pause_ms, unquiesced=at.freezer.why)
+    freezer = at.freezer
+    change = recover_create.with_memory(
+        change, state, pause_ms=held.pause_ms, unquiesced=freezer.why, frozen_ms=freezer.frozen_ms
+    )
     step = steps.ENDING if how.quit else None
     await recover_create.settle(at.context, machine, at.operation, change, step=step)
     if how.quit:

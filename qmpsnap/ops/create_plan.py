@@ -72,7 +72,7 @@ def plan(
         request: what was asked for.
         serial: number of the operation and of its new layers.
         home: where new images go.
-        mode: ``live``, ``paused`` or ``stopped``.
+        mode: ``live``, ``suspended``, ``paused`` or ``stopped``.
         now: seconds since the epoch.
         means: how the memory can be saved, if it was asked for.
         freezer: what has become of the wish to freeze; None plans for what was asked.
@@ -117,6 +117,7 @@ def plan(
         unquiesced=freezer.why if freezer else "",
         pushed=request.pushed,
         outside=asked.outside(machine, beside, request.disks),
+        max_pause_ms=request.memory.max_pause_ms if request.memory and means and means.resume else None,
     )
     change = replace(change, snapshots=(snapshot,), current=name)
     memory = _memory(request.memory, means, serial, folder) if request.memory and means else None

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -12,9 +13,10 @@ from qmpsnap.errors import QmpError, StateError, UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
+from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
 from qmpsnap.ops import asked, keys
-from qmpsnap.ops.context import Context, require_spec
+from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import RunStatus
@@ -30,6 +32,9 @@ BACKGROUND_MS, BACKGROUND_MS_PER_GIB = 5.0, 20.0
 """What a background save holds the guest for, by mapped memory; printed by ``scripts/bench pause``."""
 STOPPED_MS_PER_GIB = 1000.0
 """What a stopped save holds the guest for, by resident memory, on a disk that is not slow."""
+
+MEASURED = 3
+"""Full snapshots that are looked back at: of three, one that took far too long decides nothing."""
 
 RESERVE_MORE = 32 << 20
 """Bytes a state may have above QEMU's resident memory: devices, page headers, what the guest touches meanwhile."""
@@ -125,8 +130,11 @@ async def choose(
             machine=machine.name,
         )
     resident = resident_bytes(process.pid)
+    hardware = await hardware_now(context, machine, qemu)
     if request.max_pause_ms is not None and running and not request.quit:
-        _require_short(machine, why, resident if why else _mapped(process.pid), request.max_pause_ms)
+        used = resident if why else _mapped(process.pid)
+        snapshots = await blocking(context.store.snapshots, machine.name)
+        _require_short(machine, why, used, lasted(snapshots, "stopped" if why else "background", hardware), request)
     cancellable = bool(why) or version >= CANCELLABLE_SINCE
     expected = resident + RESERVE_MORE
     # Where running out of space hangs QEMU for ever there must be room for whatever the guest touches meanwhile.
@@ -137,7 +145,7 @@ async def choose(
         mode="stopped" if why else "background",
         layout="mapped-ram" if mapped else "stream",
         why=why,
-        hardware=await hardware_now(context, machine, qemu),
+        hardware=hardware,
         resume=running,
         cancellable=cancellable,
         reserve=reserve,
@@ -191,14 +199,35 @@ async def _why_not_behind_it(
     return ""
 
 
-def _require_short(machine: Machine, why: str, used: int, limit_ms: float) -> None:
+def lasted(snapshots: Iterable[Snapshot], mode: SaveMode, hardware: Hardware) -> tuple[float, ...]:
+    """How long this guest was held for its last full snapshots of that mode, in milliseconds, oldest first; pure.
+
+    Those of other memory, another QEMU or accelerator say nothing.
+    """
+    like = (hardware.memory, hardware.qemu_version, hardware.accel)
+    states = [(found.vmstate, found.pause_ms) for found in snapshots if found.vmstate and found.vmstate.mode == mode]
+    held = [(state.hardware, ms) for state, ms in states if ms is not None]
+    return tuple(ms for at, ms in held if (at.memory, at.qemu_version, at.accel) == like)[-MEASURED:]
+
+
+def expected_ms(computed: float, measured: Sequence[float]) -> float:
+    """How long the guest will be held: the median of what was measured; pure.
+
+    What was not measured yet counts as computed: else a single bad moment would refuse every later snapshot that could
+    show it to have been one.
+    """
+    return statistics.median([*measured, *[computed] * (MEASURED - len(measured))])
+
+
+def _require_short(machine: Machine, why: str, used: int, measured: Sequence[float], request: MemoryRequest) -> None:
     gib = used / (1 << 30)
-    expected = STOPPED_MS_PER_GIB * gib if why else BACKGROUND_MS + BACKGROUND_MS_PER_GIB * gib
-    if expected > limit_ms:
+    expected = expected_ms(STOPPED_MS_PER_GIB * gib if why else BACKGROUND_MS + BACKGROUND_MS_PER_GIB * gib, measured)
+    if request.max_pause_ms is not None and expected > request.max_pause_ms:
         mode = f"has to stand still ({why})" if why else "is held while writes become tracked"
+        before = f", as its last full snapshots took {', '.join(f'{ms:.0f}' for ms in measured)} ms" if measured else ""
         raise StateError(
-            f"the guest of machine {machine.name} {mode}: about {expected:.0f} ms for {gib:.2f} GiB of memory,"
-            f" and {limit_ms:g} ms were allowed; nothing was changed",
+            f"the guest of machine {machine.name} {mode}: about {expected:.0f} ms for {gib:.2f} GiB of memory{before},"
+            f" and {request.max_pause_ms:g} ms were allowed; nothing was changed",
             hint="allow more with --max-pause, or take the disks alone" + ("; see qmpsnap doctor" if why else ""),
             machine=machine.name,
         )

@@ -56,12 +56,15 @@ class Freezer:
         wish: ``skip`` when it is certain that nothing will be frozen.
         why: why the file systems are not (or were not all the time) frozen, where that was preferred.
         sent: the agent was told to freeze.
+        frozen_ms: from then until it had thawed; None before that, and where nobody knows when it did.
     """
 
     def __init__(self, wish: Quiesce = "skip", why: str = "") -> None:
         self.wish: Quiesce = wish
         self.why = why
         self.sent = False
+        self.frozen_ms: float | None = None
+        self._since = 0.0
         self._window = FREEZE_WINDOW
         self._agent: Agent | None = None
         self._watch: Watch | None = None
@@ -115,7 +118,8 @@ class Freezer:
             self._give_up(self._late())
 
     async def _freeze(self, guest: Agent, guard: Watch) -> None:
-        self._until = time.monotonic() + self._window
+        self._since = time.monotonic()
+        self._until = self._since + self._window
         self.sent = True
         guard.say(b"f")  # its window begins later than ours: whoever is in time by our clock was so by its clock
         try:
@@ -156,9 +160,11 @@ class Freezer:
         try:
             # Few bytes, written at once: they come as one.
             if said := await guard.hear(64, deadline=THAW_DEADLINE):
-                return int(said[1:])
-            await guest.synchronise(deadline=THAW_DEADLINE)
-            return await guest.thaw(deadline=THAW_DEADLINE)
+                count = int(said[1:])
+            else:
+                await guest.synchronise(deadline=THAW_DEADLINE)
+                count = await guest.thaw(deadline=THAW_DEADLINE)
+            self.frozen_ms = (time.monotonic() - self._since) * 1000
         except QmpsnapError as error:
             raise DeadlinePassed(
                 f"the guest of machine {self._machine} has not said within {THAW_DEADLINE:g} s that it has thawed its"
@@ -169,6 +175,7 @@ class Freezer:
         finally:
             await guard.leave(b"")
             await guest.close()
+        return count
 
     def _late(self) -> DeadlinePassed:
         return DeadlinePassed(

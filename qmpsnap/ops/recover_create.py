@@ -185,8 +185,15 @@ async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None
     await to_end(statefile.discard, memory.part)
 
 
-def with_memory(change: Change, state: Vmstate, *, pause_ms: float | None = None, unquiesced: str = "") -> Change:
-    """The change with where the memory lies, how long the guest was held for it, and why it was not frozen."""
+def with_memory(
+    change: Change,
+    state: Vmstate,
+    *,
+    pause_ms: float | None = None,
+    unquiesced: str = "",
+    frozen_ms: float | None = None,
+) -> Change:
+    """The change with where the memory lies, how long the guest was held and frozen for it, and why it was not."""
     snapshots = tuple(
         replace(
             found,
@@ -194,6 +201,7 @@ def with_memory(change: Change, state: Vmstate, *, pause_ms: float | None = None
             level="ram",
             pause_ms=found.pause_ms if pause_ms is None else pause_ms,
             unquiesced=unquiesced or found.unquiesced,
+            frozen_ms=found.frozen_ms if frozen_ms is None else frozen_ms,
         )
         for found in change.snapshots
     )

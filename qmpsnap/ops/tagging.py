@@ -194,7 +194,7 @@ def settled(
         snapshot = replace(snapshot, inside=replace(snapshot.inside, bytes=sizes[0]), level="ram")
     if freezer:
         level = "fs" if freezer.reached else snapshot.level
-        snapshot = replace(snapshot, level=level, unquiesced=freezer.why)
+        snapshot = replace(snapshot, level=level, unquiesced=freezer.why, frozen_ms=freezer.frozen_ms)
     return replace(planned.change, snapshots=(replace(snapshot, pause_ms=pause_ms),))
 
 

@@ -101,21 +101,22 @@ def put_snapshot(sql: sqlite3.Connection, machine: int, snapshot: Snapshot) -> N
     parent = snapshot_id(sql, machine, snapshot.parent)
     sql.execute(
         "INSERT INTO snapshot (machine, name, kind, state, parent, created, description, mode, pause_ms, operation,"
-        " vmstate, inside, variables, level, unquiesced, pushed)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        " vmstate, inside, variables, level, unquiesced, pushed, frozen_ms, max_pause_ms)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (machine, name) DO UPDATE SET kind = excluded.kind,"
         " state = excluded.state, parent = excluded.parent, created = excluded.created,"
         " description = excluded.description, mode = excluded.mode, pause_ms = excluded.pause_ms,"
         " operation = excluded.operation, vmstate = excluded.vmstate, inside = excluded.inside,"
         " variables = excluded.variables, level = excluded.level, unquiesced = excluded.unquiesced,"
-        " pushed = excluded.pushed,"
+        " pushed = excluded.pushed, frozen_ms = excluded.frozen_ms, max_pause_ms = excluded.max_pause_ms,"
         " version = version + 1",
         (
             machine, snapshot.name, snapshot.kind, snapshot.state, parent, snapshot.created, snapshot.description,
             snapshot.mode, snapshot.pause_ms, snapshot.operation,
             msgspec.json.encode(snapshot.vmstate).decode() if snapshot.vmstate else None,
             msgspec.json.encode(snapshot.inside).decode() if snapshot.inside else None,
-            snapshot.variables, snapshot.level, snapshot.unquiesced, snapshot.pushed,
+            snapshot.variables, snapshot.level, snapshot.unquiesced, snapshot.pushed, snapshot.frozen_ms,
+            snapshot.max_pause_ms,
         ),
     )  # fmt: skip
     number = snapshot_id(sql, machine, snapshot.name)

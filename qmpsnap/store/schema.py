@@ -88,6 +88,10 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE snapshot ADD COLUMN pushed INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    ALTER TABLE snapshot ADD COLUMN frozen_ms REAL;
+    ALTER TABLE snapshot ADD COLUMN max_pause_ms REAL;
+    """,
 )
 
 

@@ -82,7 +82,8 @@ class SqliteStore:
             number = rows.machine_id(sql, machine)
             found = sql.execute(
                 "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
-                " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced, s.pushed"
+                " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced, s.pushed,"
+                " s.frozen_ms, s.max_pause_ms"
                 " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent WHERE s.machine = ? ORDER BY s.id",
                 (number,),
             ).fetchall()
@@ -111,6 +112,8 @@ class SqliteStore:
                 level=row[13],
                 unquiesced=row[14],
                 pushed=bool(row[15]),
+                frozen_ms=row[16],
+                max_pause_ms=row[17],
             )
             for row in found
         )

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -20,6 +21,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch, UsageError
 from qmpsnap.machine import statefile
+from qmpsnap.model.operation import Change
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import create_plan, means, memory, space
 from qmpsnap.qmp import migration
@@ -204,8 +206,54 @@ async def test_the_guest_is_told_the_time(q: qmpsnap.Controller, guest_spec: Mac
     await vm.snapshot("then", kind="full")
     await vm.revert("then", after=False)
     assert (await say(vm, "date +%Y")) == "2001"
-    await vm.revert("then")
-    assert int(await say(vm, "date +%Y")) >= 2026
+    # The agent answers only when hwclock has ended, which says nothing of the clock.
+    await vm.run(
+        "printf '#!/bin/sh\\nsleep 6\\nexit 1\\n' >/run/slow; chmod +x /run/slow; mount --bind /run/slow /sbin/hwclock"
+    )
+    await vm.snapshot("slow", kind="full")
+    for name, notes in (("then", 0), ("slow", 1)):
+        back = await vm.revert(name)
+        assert [note.partition(",")[0] for note in back.notes] == ["the guest's clock was set"] * notes
+        assert back.clock_error_ms is not None
+        assert abs(back.clock_error_ms) < 200
+        assert int(await say(vm, "date +%Y")) >= 2026
+
+
+async def test_a_pause_is_foreseen_by_those_before(still: qmpsnap.MachineHandle) -> None:
+    """The store is told that they took longer than the little memory here does."""
+    store = context_of(still).store
+
+    async def take(name: str, pause_ms: float) -> None:
+        taken = await still.snapshot(name, kind="full", max_pause_ms=300)
+        await anyio.to_thread.run_sync(
+            lambda: store.apply("still", Change(snapshots=(replace(taken, pause_ms=pause_ms),)))
+        )
+
+    await take("s1", 9000)
+    await take("s2", 20)  # one outlier refuses nothing
+    await take("s3", 1500)
+    with pytest.raises(StateError, match=r"about 1500 ms .* took 9000, 20, 1500 ms, and 300 ms were allowed"):
+        await still.snapshot("s4", kind="full", max_pause_ms=300)
+    assert len(await still.snapshots()) == 3
+    await still.snapshot("s4", kind="full")
+
+
+async def test_a_longer_pause_than_agreed_is_told(
+    still: qmpsnap.MachineHandle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(means, "BACKGROUND_MS", 0.0)
+    monkeypatch.setattr(means, "BACKGROUND_MS_PER_GIB", 0.0)
+    words = ["snapshot", "create", "still", "quick", "--kind", "full", "--max-pause", "0.01", "-o", "json"]
+    code = await anyio.to_thread.run_sync(main, words)
+    said = capsys.readouterr()
+    if await survives_failure(still):
+        assert (code, await still.snapshots()) == (6, ())
+        return
+    assert code == 0
+    assert json.loads(said.out)["snapshot"]["pause_exceeded"] is True
+    assert "longer than the 0.01 ms of --max-pause; the snapshot stands" in said.err
+    assert await anyio.to_thread.run_sync(main, ["snapshot", "show", "still", "quick"]) == 0
+    assert "longer than the 0.01 ms agreed to" in capsys.readouterr().out
 
 
 async def test_a_guest_without_an_agent_is_not_waited_for(

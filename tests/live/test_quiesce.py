@@ -67,6 +67,10 @@ async def test_what_the_guest_has_not_flushed_is_in_the_snapshot(vm: qmpsnap.Mac
     without = await vm.snapshot("without")
     with_it = await vm.snapshot("with", quiesce="require")
     assert (without.level, with_it.level, with_it.unquiesced) == ("crash", "fs", "")
+    assert without.frozen_ms is None
+    assert with_it.frozen_ms is not None
+    assert with_it.pause_ms is not None
+    assert with_it.frozen_ms > with_it.pause_ms  # which lies within it
     await writes(vm)
     clean, found = await in_snapshot(vm, "without", tmp_path)
     assert not clean
@@ -79,6 +83,7 @@ async def test_memory_that_was_frozen_is_thawed_where_it_is_loaded(vm: qmpsnap.M
     first = await written(vm)
     full = await vm.snapshot("full", kind="full", quiesce="require")
     assert (full.level, full.vmstate is not None and full.vmstate.frozen) == ("ram", True)
+    assert (await vm.snapshots())[-1].frozen_ms == full.frozen_ms is not None
     await writes(vm)
     assert await in_snapshot(vm, "full", tmp_path) == (True, first)
     with pytest.raises(StateError, match="only a guest that runs can be thawed"):
@@ -91,6 +96,7 @@ async def test_memory_that_was_frozen_is_thawed_where_it_is_loaded(vm: qmpsnap.M
 async def test_inside_the_images(vm: qmpsnap.MachineHandle) -> None:
     taken = await vm.snapshot("inside", kind="internal", memory=False, quiesce="require")
     assert taken.level == "fs"
+    assert taken.frozen_ms is not None
     await writes(vm)
     with pytest.raises(UsageError, match="would go on frozen"):
         await vm.snapshot("more", kind="internal", quiesce="prefer")

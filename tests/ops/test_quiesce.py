@@ -89,8 +89,10 @@ async def test_frozen_before_the_transaction_and_thawed_after_it(context: BenchC
         async with freezer.frozen():
             with freezer.within():
                 assert agent.asked == ["freeze"]
+            assert freezer.frozen_ms is None  # it is not over
         assert agent.asked == ["freeze", "thaw"]
         assert (freezer.reached, freezer.why) == (True, "")
+        assert freezer.frozen_ms is not None
 
 
 WRONG = {
