@@ -12,7 +12,7 @@ from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import asked, compare, foresee, pausing, power, space, undefine
+from qmpsnap.ops import asked, compare, foresee, pausing, power, space, undefine, variables
 from qmpsnap.ops import check as checking
 from qmpsnap.ops.check import Checked
 from qmpsnap.ops.compare import ChainView
@@ -108,6 +108,10 @@ class MachineLife:
     async def shortage(self) -> tuple[str, ...]:
         """A sentence for every file system that may fill up under the guest; QEMU pauses a guest that hits its end."""
         return await to_thread.run_sync(space.shortage, await blocking(self._context.store.chains, self.name))
+
+    async def left_out(self) -> tuple[str, ...]:
+        """A sentence on what the guest writes to and no snapshot holds: the UEFI variables of an adopted machine."""
+        return await variables.left_out(self._context, await self.record())
 
     async def run(
         self,

@@ -136,11 +136,14 @@ def _create(arguments: argparse.Namespace) -> None:
         return
     with reporting(arguments.progress) as report:
 
-        async def act(controller: "Controller") -> Snapshot:
+        async def act(controller: "Controller") -> tuple[Snapshot, tuple[str, ...]]:
             vm = await controller.machine(arguments.machine)
-            return await vm.snapshot(arguments.name, kind=arguments.kind, report=report, **options)
+            taken = await vm.snapshot(arguments.name, kind=arguments.kind, report=report, **options)
+            return taken, await vm.left_out()
 
-        snapshot = controlling(act)
+        snapshot, notes = controlling(act)
+    for note in notes:
+        output.note(note)
     if snapshot.kind != arguments.kind:
         output.note(f"the memory could not be saved, so this is a {snapshot.kind} snapshot")
     if snapshot.pause_exceeded:
@@ -150,7 +153,7 @@ def _create(arguments: argparse.Namespace) -> None:
         )
     if snapshot.unquiesced:
         output.note(f"the guest's file systems were not frozen: {output.printable(snapshot.unquiesced)}")
-    print_taken(arguments, snapshot)
+    print_taken(arguments, snapshot, notes)
 
 
 def _disks(named: str | None) -> list[str] | None:

@@ -1,6 +1,7 @@
 """A snapshot as the command line shows it: what is said of one just taken, and its JSON."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from qmpsnap.cli import output
@@ -11,19 +12,20 @@ from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.store.store import Store
 
 
-def print_taken(arguments: argparse.Namespace, snapshot: Snapshot) -> None:
-    """The snapshot that was taken, and how long the guest was held for it."""
+def print_taken(arguments: argparse.Namespace, snapshot: Snapshot, notes: Sequence[str]) -> None:
+    """The snapshot that was taken, how long the guest was held for it, and what it does not hold (``notes``)."""
     took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
     took += f", frozen for {snapshot.frozen_ms:.1f} ms" if snapshot.frozen_ms is not None else ""
     memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else " and memory" if snapshot.inside else ""
     disks = ", ".join(point.disk for point in snapshot.points)
     for one in snapshot.outside:
         output.note(f"not in the snapshot: {output.printable(one.sentence)}")
-    print_snapshot(arguments, snapshot, f"snapshot {snapshot.name} of {disks}{memory} taken ({snapshot.mode}{took})")
+    text = f"snapshot {snapshot.name} of {disks}{memory} taken ({snapshot.mode}{took})"
+    print_snapshot(arguments, snapshot, text, notes=list(notes))
 
 
-def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str) -> None:
-    """One snapshot, in the form that was asked for; ``text`` is its table."""
+def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str, **more: Any) -> None:
+    """One snapshot, in the form that was asked for; ``text`` is its table, ``more`` stands beside it in JSON."""
     with reading() as store:
         document = document_of(store, arguments.machine, snapshot)
     output.emit(
@@ -32,6 +34,7 @@ def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str)
             "machine": arguments.machine,
             "snapshot": document,
             "outside": [{"name": one.name, "file": one.file} for one in snapshot.outside],
+            **more,
         },
         names=[snapshot.name],
         table=lambda: text,

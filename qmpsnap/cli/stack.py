@@ -44,11 +44,14 @@ def _push(arguments: argparse.Namespace) -> None:
         print_plan(arguments.output, *controlling(look))
         return
 
-    async def act(controller: "Controller") -> "Snapshot":
+    async def act(controller: "Controller") -> tuple["Snapshot", tuple[str, ...]]:
         vm = await controller.machine(arguments.machine)
-        return await vm.push(arguments.name, description=arguments.message)
+        return await vm.push(arguments.name, description=arguments.message), await vm.left_out()
 
-    print_taken(arguments, controlling(act))
+    snapshot, notes = controlling(act)
+    for note in notes:
+        output.note(note)
+    print_taken(arguments, snapshot, notes)
 
 
 def _pop(arguments: argparse.Namespace) -> None:

@@ -92,6 +92,10 @@ class Home(Struct, frozen=True, kw_only=True):
         """Where that operation copies the UEFI variable store to."""
         return self.machine_dir(machine) / f"vars-{operation}.fd"
 
+    def variables_taken(self, machine: str, operation: OperationId) -> Path:
+        """Where that ``snapshot create`` copies it to: not what was active before a revert, but what it has taken."""
+        return self.machine_dir(machine) / f"vars-at-{operation}.fd"
+
     def run_dir(self, machine: str) -> Path:
         """The folder of one machine's sockets and logs; QEMU's working directory."""
         return self.run / machine

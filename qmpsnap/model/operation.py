@@ -118,6 +118,8 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
         overlays: the new active layers.
         memory: how the memory is saved; None for the disks alone.
         quiesce: the guest's file systems may have been frozen for it, and with ``require`` there is no snapshot else.
+        variables: the UEFI variable store and where its copy goes.
+        hold: the guest is held for that copy and the transaction, as it writes to its variables all the time.
     """
 
     machine: str
@@ -126,6 +128,8 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
     change: Change
     memory: Memory | None = None
     quiesce: Quiesce = "skip"
+    variables: tuple[str, str] | None = None
+    hold: bool = False
 
 
 class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):

@@ -63,8 +63,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         inside: the same inside an image; an ``internal`` snapshot of a guest that had memory.
         level: what can be relied on of what the guest had not written out.
         unquiesced: why its file systems were not frozen, where that was preferred; empty otherwise.
-        variables: path of a copy of the UEFI variable store, where the machine has one; of an ``internal`` snapshot,
-            and of an automatic one that was made when a revert replaced the store.
+        variables: path of a copy of the UEFI variable store, where the machine has one; a ``full`` snapshot has it in
+            its memory, an automatic one if the revert replaced the store.
         pushed: it was taken to be popped, with what is written after it.
         outside: what it has not; told by the call that takes it, not kept.
     """

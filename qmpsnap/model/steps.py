@@ -63,7 +63,7 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
         Step(PLANNED, "overlays may have been made and opened; the guest does not write to them: back"),
         Step(TRANSACTION, "QEMU may write to the overlays, or a chosen name may be the file's only one: it is asked"),
         Step(SAVING, "the memory is fixed and the guest runs on; it is being written: forward if that ends well"),
-        Step(LOST, "the disks have moved and the memory cannot be kept: the layers stay, the snapshot goes"),
+        Step(LOST, "the disks have moved; memory or UEFI variables cannot be kept: layers stay, the snapshot goes"),
         Step(ENDING, "the snapshot is there; QEMU is still to be ended: forward"),
         Step(SETTLED, "the snapshot is there"),
     ),

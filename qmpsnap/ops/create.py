@@ -17,7 +17,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import asked, chosen, commit, memory, quiesce, recover, recover_create, serials, space
+from qmpsnap.ops import asked, chosen, commit, memory, quiesce, recover, recover_create, serials, space, variables
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.context import Context, blocking, guarded
 from qmpsnap.ops.create_plan import CreateRequest, expected, node_options, plan, transaction_of
@@ -54,7 +54,12 @@ async def run(context: Context, name: str, request: CreateRequest, *, report: Re
             store's, and the families of lock, host, QEMU and deadline. Unless ``effect`` is ``unknown`` nothing has
             changed; then the next command, or ``recover``, finds out and ends it.
     """
-    change = await _run(context, name, request, report)
+    try:
+        change = await _run(context, name, request, report)
+    except variables.VariablesMoved as error:
+        if error.effect != "none":
+            raise
+        change = await _run(context, name, replace(request, hold=True), report)
     return change.snapshots[0]
 
 
@@ -82,7 +87,7 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
                 assert isinstance(operation.plan, CreatePlan)
                 plan = operation.plan
                 async with (
-                    guarded(context, work.machine, when=bool(plan.memory and plan.memory.resume)) as guard_ready,
+                    guarded(context, work.machine, when=plan.hold or _holds(plan.memory)) as guard_ready,
                     recover.attempting(context, work.machine, work.qemu, operation),
                 ):
                     after = [one for one in expected(chains, plan) if one.disk not in beside.unplugged]
@@ -90,9 +95,14 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
                         _Attempt(context, work, operation, plan, tuple(after), report, freezer, guard_ready)
                     )
     except QmpsnapError as error:
-        if plan and (plan.memory or plan.quiesce == "require") and (left := await _undone(context, plan, error)):
+        moved = plan and (plan.memory or plan.quiesce == "require" or plan.variables)
+        if plan and moved and (left := await _undone(context, plan, error)):
             return left
         raise
+
+
+def _holds(memory: Memory | None) -> bool:
+    return memory is not None and memory.resume
 
 
 async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Change | None:
@@ -126,6 +136,9 @@ async def _planner(
     mode = await asked.mode_of(work.qemu)
     if request.memory and beside.unplugged:
         asked.require_all(work.machine, frozenset(), lacking=beside.unplugged)
+    has_variables = work.machine.spec.firmware == "uefi" and not work.machine.adopted
+    if request.listed and request.memory is None and has_variables and asked.may_run(mode) and not request.hold:
+        request = replace(request, hold=not await variables.is_still(context.home.variables(work.machine.name)))
     means = await choose(context, work.machine, work.qemu, chains, request.memory) if request.memory else None
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
@@ -146,6 +159,7 @@ async def _planner(
         touched = {overlay.disk for overlay in planned.overlays}
         below = (layer for chain in chains if chain.disk in touched for layer in chain.layers)
         require_recorded(below, machine=work.machine.name)
+        require_free([planned.variables[1]] if planned.variables else [])
         require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
         space.require(
             space.of_create(work.machine, planned, context.home.data),
@@ -185,7 +199,9 @@ class _Attempt(Struct, frozen=True):
         await blocking(lambda: self.context.store.mark(self.operation.id, "running", step=step))
 
     async def transact(self, qemu: Monitor) -> None:
-        """Put every overlay on top, or none."""
+        """Put every overlay on top, or none; where the guest is held for it, with its variables as they are then."""
+        if self.plan.hold or self.plan.memory:
+            await variables.copy(self.plan.variables)
         with self.freezer.within():
             await commands.transaction(qemu, transaction_of(self.plan))
 
@@ -193,6 +209,7 @@ class _Attempt(Struct, frozen=True):
 async def _carry_out(at: _Attempt) -> Change:
     plan, machine, qemu = at.plan, at.work.machine, at.work.qemu
     change = identified(plan.change, await make_overlays(at.context, machine, plan.overlays))
+    await variables.copy(plan.variables)
     if qemu:
         for overlay in plan.overlays:
             await commands.blockdev_add(qemu, node_options(overlay, machine))
@@ -204,8 +221,16 @@ async def _carry_out(at: _Attempt) -> Change:
         await at.mark(steps.TRANSACTION)
         async with at.freezer.frozen():
             before = time.monotonic()
-            await at.transact(qemu)
+            async with variables.held(qemu, when=plan.hold, machine=machine.name):
+                await at.transact(qemu)
             pause_ms = (time.monotonic() - before) * 1000
+        if not plan.hold and await variables.have_moved(plan.variables):
+            await at.mark(steps.LOST)  # recovery must not find that they read alike again
+            raise variables.VariablesMoved(
+                f"the UEFI variables of machine {machine.name} were written to while its snapshot was taken",
+                hint="try again",
+                machine=machine.name,
+            )
         await graph.require_agreement(qemu, at.expected, machine=machine.name)
         level, why = "fs" if at.freezer.reached else "crash", at.freezer.why
         change = replace(

@@ -37,6 +37,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         memory: save the guest's memory as well, of the same instant; None takes the disks alone.
         quiesce: freeze the guest's file systems for that instant.
         pushed: :mod:`qmpsnap.ops.stack` may go back to it and delete it.
+        hold: hold the guest for the copy of its UEFI variables: it wrote there meanwhile when this was tried without.
     """
 
     name: str | None = None
@@ -47,6 +48,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
     memory: MemoryRequest | None = None
     quiesce: QuiesceRequest = QuiesceRequest()
     pushed: bool = False
+    hold: bool = False
 
 
 def plan(
@@ -119,10 +121,28 @@ def plan(
         outside=asked.outside(machine, beside, request.disks),
         max_pause_ms=request.memory.max_pause_ms if request.memory and means and means.resume else None,
     )
+    copied = _variables(machine, home, serial, request)
+    snapshot = replace(snapshot, variables=copied[1] if copied else None)
     change = replace(change, snapshots=(snapshot,), current=name)
     memory = _memory(request.memory, means, serial, folder) if request.memory and means else None
     wish = freezer.wish if freezer else request.quiesce.wish
-    return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change, memory=memory, quiesce=wish)
+    return CreatePlan(
+        machine=machine.name,
+        live=live,
+        overlays=overlays,
+        change=change,
+        memory=memory,
+        quiesce=wish,
+        variables=copied,
+        hold=bool(copied) and memory is None and request.hold and asked.may_run(mode),
+    )
+
+
+def _variables(machine: Machine, home: Home, serial: OperationId, request: CreateRequest) -> tuple[str, str] | None:
+    """The UEFI variable store and where its copy goes; memory has it, unless the disks alone may be what is kept."""
+    if machine.spec.firmware != "uefi" or machine.adopted or (request.memory and not request.memory.degrade):
+        return None
+    return str(home.variables(machine.name)), str(home.variables_taken(machine.name, serial))
 
 
 def _memory(request: MemoryRequest, means: Means, serial: OperationId, folder: Path) -> Memory:
@@ -151,7 +171,7 @@ def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str
     adds = [("blockdev-add", node_options(overlay, machine)) for overlay in plan.overlays]
     transaction = ("transaction", transaction_of(plan))
     if plan.memory is None:
-        return [*adds, transaction]
+        return [*adds, ("stop", {}), transaction, ("cont", {})] if plan.hold else [*adds, transaction]
     give, migrate = migration.handing_over(version_of(plan.memory.hardware.qemu_version))
     held = [("stop", {}), transaction, migrate] if plan.memory.resume else [transaction, migrate]
     after = ["quit"] if plan.memory.quit else ["cont"] if plan.memory.resume else []

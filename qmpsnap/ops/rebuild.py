@@ -165,9 +165,11 @@ def _make(task: _Task, finder: Finder) -> Rebuild:
     left_out = [(m.name, "it was adopted: qmpsnap adopt takes it over again") for m in task.machines if m.adopted]
     planned: list[tuple[_Found, Rebuilt]] = []
     for at in task.found:
-        copies = finder.variables(at.machine)
+        copies, taken = finder.variables(at.machine), finder.variables(at.machine, taken=True)
         unread = finder.unread(images)
-        rebuilt = plan(at.machine, images, finder.states(at.machine), at.active, unread=unread, variables=copies)
+        rebuilt = plan(
+            at.machine, images, finder.states(at.machine), at.active, unread=unread, variables=copies, taken=taken
+        )
         if rebuilt.unread:
             left_out.append((at.machine.name, _doubt(rebuilt.unread)))
         elif rebuilt.missing:

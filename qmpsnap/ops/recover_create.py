@@ -15,7 +15,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operation import Change, CreatePlan, Ended, Memory, Operation
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import chosen, quiesce, relaunched
+from qmpsnap.ops import chosen, quiesce, relaunched, tagging, variables
 from qmpsnap.ops import memory as saving
 from qmpsnap.ops.broken import Broken, Direction
 from qmpsnap.ops.context import Context, blocking
@@ -58,6 +58,9 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
     if broken.operation.step == steps.ENDING:
         await quit_saved(broken.context, broken.machine, monitor, broken.operation)
         return "forward"
+    proven = await to_end(variables.proven, broken.operation)  # before a held guest runs on, and writes there
+    if plan.hold and monitor and broken.operation.step == steps.TRANSACTION:
+        await saving.run_on(monitor)
     names = frozenset(node_name(overlay.layer) for overlay in plan.overlays)
     found = await graph.read(monitor) if monitor else None
     active = None
@@ -70,37 +73,48 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
         old, new = [overlay.backing for overlay in plan.overlays], [overlay.layer for overlay in plan.overlays]
         way = way if await relaunched.new_counts(broken, old=old, new=new, fresh=True) else "back"
     if way == "forward":
-        return await _forward(broken, monitor, plan)
+        return await _forward(broken, monitor, plan, proven=proven)
     if plan.memory:
         await _drop(broken, monitor, plan.memory)
     if monitor and found:
         for name in sorted(names & graph.node_names(found)):
             await commands.blockdev_del(monitor, NodeName(name))
+    await _forget_copy(plan)
     await chosen.undo(plan.overlays)
     await remove_new([overlay for overlay in plan.overlays if not overlay.part])
     await broken.mark_failed()
     return way
 
 
-async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan) -> Direction:
+async def _forget_copy(plan: CreatePlan) -> None:
+    if plan.variables:
+        await to_end(tagging.forget_variables, plan.variables[1])
+
+
+async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan, *, proven: bool) -> Direction:
+    """``proven``: the copy of the UEFI variables is that of the disks' instant; memory has them anyway."""
     context, machine, operation, memory = broken.context, broken.machine, broken.operation, plan.memory
     change = identified(plan.change, headers_of(overlay.layer for overlay in plan.overlays))
     unproven = quiesce.unproven(operation)
-    if memory is None and not unproven:
+    if memory is None and proven and not unproven:
         await settle(context, machine, operation, change)
         return "forward"
     if memory and not unproven and (state := await _state(broken, monitor, plan, memory)):
         step = steps.ENDING if memory.quit else None
+        if not proven:
+            await _forget_copy(plan)
+            change = replace(change, snapshots=tuple(replace(found, variables=None) for found in change.snapshots))
         await settle(context, machine, operation, with_memory(change, state), step=step)
         if memory.quit:
             await quit_saved(context, machine, monitor, operation)
         return "forward"
     if memory:
         await _drop(broken, monitor, memory)
-    if memory and memory.degrade and not unproven:
+    if memory and memory.degrade and proven and not unproven:
         disks = tuple(replace(snapshot, kind="disk", level="crash") for snapshot in change.snapshots)
         await settle(context, machine, operation, replace(change, snapshots=disks), error=broken.error)
         return "forward"
+    await _forget_copy(plan)
     layers = Change(layers=change.layers, active=change.active)
     await settle(context, machine, operation, layers, state="failed", error=broken.error)
     return "back"

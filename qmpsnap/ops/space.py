@@ -1,5 +1,6 @@
 """Room on file systems: what an operation may need is looked for before it begins, and shortage is told in time."""
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -110,6 +111,11 @@ def of_create(machine: Machine, plan: CreatePlan, store: Path) -> list[Need]:
         folders = {need.folder: room(need.folder).device for need in needs[: len(plan.overlays)]}
         once = {device: folder for folder, device in folders.items()}  # several disks share what is left
         needs += [Need(folder, LEFT, "the guest that goes on in it") for folder in once.values()]
+    if plan.variables:
+        source, target = plan.variables
+        with contextlib.suppress(OSError):
+            size = Path(source).stat().st_size
+            needs.append(Need(str(Path(target).parent), size, "a copy of the UEFI variable store"))
     if plan.memory:
         packed = 1 if plan.memory.compression == "none" else 2  # made while the other is still there
         folder = str(Path(plan.memory.path).parent)

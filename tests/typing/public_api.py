@@ -68,7 +68,7 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.start(paused=True), Process)
     assert_type(await vm.is_running(), bool)
     assert_type(await vm.state(), str)
-    assert_type(await vm.shortage(), tuple[str, ...])
+    assert_type(await vm.shortage() + await vm.left_out(), tuple[str, ...])
     await vm.pause()
     assert_type(await vm.resume(), str)
     await vm.wakeup()

@@ -98,9 +98,14 @@ class Finder:
                 found.append(State(vmstate, *said))
         return found
 
-    def variables(self, machine: Machine) -> dict[int, str]:
-        """Copies of the machine's UEFI variable store, by the number of the operation that made each."""
-        named = ((re.fullmatch(rf".*/vars-({SERIAL})\.fd", path), path) for path in self._files(machine))
+    def variables(self, machine: Machine, *, taken: bool = False) -> dict[int, str]:
+        """Copies of the machine's UEFI variable store, by the number of the operation that made each.
+
+        With ``taken`` those that snapshots by new layers have taken; else those inside images, and those that a revert
+        has kept.
+        """
+        prefix = "vars-at-" if taken else "vars-"
+        named = ((re.fullmatch(rf".*/{prefix}({SERIAL})\.fd", path), path) for path in self._files(machine))
         found = {int(name[1]): path for name, path in named if name}
         self._last = max(self._last, *found, 0)
         return found

@@ -93,6 +93,7 @@ def plan(
     *,
     unread: Sequence[Unread],
     variables: Mapping[int, str],
+    taken: Mapping[int, str],
 ) -> Rebuilt:
     """The machine as it must have been recorded.
 
@@ -102,7 +103,8 @@ def plan(
         states: the machine's.
         running: disk to active layer, as the QEMU that runs says; None when it is stopped.
         unread: the layers that are not among the images, of all machines.
-        variables: operation to the copy of the UEFI variable store that it made.
+        variables: operation to the copy of the UEFI variable store that it made: an internal snapshot, or a revert.
+        taken: the same of snapshots by new layers.
     """
     layers = {image.layer.id: image for image in images}
     read = {image.layer.backing for image in images}
@@ -122,7 +124,8 @@ def plan(
         leaves += [(disk.name, layer) for layer in tops if layer.id != top]
     moments = _moments(machine, images, states, leaves)
     own = [image.layer.id for image in images if image.of and image.of[0] == machine.name]
-    snapshots = tuple(_snapshots(moments, layers, _copies(moments, own, variables), layered=asked.layered(machine, ())))
+    copies = _copies(moments, own, variables, taken)
+    snapshots = tuple(_snapshots(moments, layers, copies, layered=asked.layered(machine, ())))
     used = {moment.state.operation for moment in moments if moment.state}
     names = {point.layer: snapshot.name for snapshot in reversed(snapshots) for point in snapshot.points}
     current = next((found for top in active.values() if (found := _below(top, layers, names))), None)
@@ -214,21 +217,26 @@ def _inside(machine: Machine, images: Sequence[Image]) -> list[_Moment]:
 
 
 def _copies(
-    moments: Sequence[_Moment], own: Sequence[LayerId], variables: Mapping[int, str]
+    moments: Sequence[_Moment], own: Sequence[LayerId], variables: Mapping[int, str], taken: Mapping[int, str]
 ) -> dict[tuple[int, int], str]:
     """The copy of the UEFI variable store that each moment has, by the moment's order.
 
-    An internal one has its own number. What a revert has kept has that of the revert, and then the youngest layer of
-    all that are older is one of those that were active until then.
+    An internal one has its own number, one by new layers that of the layers above it, unless they were merged away.
+    What a revert has kept has that of the revert. Else the youngest layer of all that are older than a number is one of
+    those that were active until then.
     """
+    at = {moment.order[0]: moment.order for moment in moments if moment.order[1] == 0}
     inside = {moment.order[0]: moment.order for moment in moments if moment.kind == "internal"}
     found = {inside[number]: path for number, path in variables.items() if number in inside}
-    for number in sorted(variables.keys() - inside.keys()):
+    found |= {at[number]: path for number, path in taken.items() if number in at}
+    given = set(found.values())
+    left = {number: path for number, path in (*variables.items(), *taken.items()) if path not in given}
+    for number in sorted(left):
         youngest = max((layer for layer in own if _number(layer) < number), key=_number, default=None)
         for moment in moments:
             layers = {point.layer for point in moment.points}
             if moment.kind == "disk" and youngest in layers and all(_number(layer) < number for layer in layers):
-                found.setdefault(moment.order, variables[number])
+                found.setdefault(moment.order, left[number])
     return found
 
 
@@ -259,7 +267,7 @@ def _snapshots(
             points=moment.points,
             operation=OperationId(moment.order[0]),
             vmstate=moment.state.vmstate if moment.state else None,
-            variables=variables.get(moment.order) if moment.kind != "full" else None,
+            variables=variables.get(moment.order),
         )
         for point in moment.points:
             names.setdefault(point.layer, name)

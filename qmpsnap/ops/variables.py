@@ -1,0 +1,137 @@
+"""The UEFI variable store at the instant of the disks' snapshot: it is raw flash, and in no transaction.
+
+The copy is made first. It counts if the store still reads like it after the transaction. A guest that writes to its
+variables all the time is held for the copy and the transaction instead; and so is one that did so in between, when the
+snapshot is taken again.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+
+from qmpsnap.block.header import printable
+from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
+from qmpsnap.model import steps
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.operation import CreatePlan, Operation
+from qmpsnap.ops import tagging
+from qmpsnap.ops.context import Context
+from qmpsnap.ops.memory import RESUME_DEADLINE
+from qmpsnap.qmp import commands, runstate
+from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_end
+
+LOOKS = 5
+"""How often a store is looked at until it stands still for :data:`STILL` seconds; then the guest is held."""
+STILL = 0.01
+"""Seconds; more than a guest lets pass between two writes of one update."""
+
+Copied = tuple[str, str]
+"""A machine's variable store and where its copy goes."""
+
+
+class VariablesMoved(StateError):
+    """The store was written to between its copy and the disks' transaction: the snapshot has to be taken again."""
+
+
+def proven(operation: Operation) -> bool:
+    """Whether the copy that a broken ``snapshot create`` has made is that of the disks' instant, or none is wanted."""
+    plan = operation.plan
+    if not isinstance(plan, CreatePlan) or plan.variables is None:
+        return True
+    if operation.step == steps.TRANSACTION:
+        return _read_alike(*plan.variables)
+    return plan.memory is not None  # made while the guest was held for that; without, the step says that it is lost
+
+
+async def is_still(path: Path) -> bool:
+    """Whether a running guest leaves its variable store alone now, at one of several looks.
+
+    Raises:
+        HostCannot: the store cannot be read.
+    """
+    content = await to_end(_content, str(path))
+    for _ in range(LOOKS):
+        await anyio.sleep(STILL)
+        before, content = content, await to_end(_content, str(path))
+        if content == before:
+            return True
+    return False
+
+
+async def copy(copied: Copied | None) -> None:
+    """Make the copy, or make it again where the store has changed since; durable.
+
+    Raises:
+        HostCannot: the store is not there, or there is no space.
+    """
+    if copied and not await to_end(_read_alike, *copied):
+        await to_end(tagging.copy_variables, *copied)
+
+
+async def have_moved(copied: Copied | None) -> bool:
+    """Whether somebody has written to the store since the copy was made."""
+    return copied is not None and not await to_end(_read_alike, *copied)
+
+
+@asynccontextmanager
+async def held(qemu: Monitor, *, when: bool, machine: str) -> AsyncIterator[None]:
+    """For the block the guest is held; unless ``when``, nothing is done.
+
+    Raises:
+        StateError: QEMU has paused the guest by itself before we could; it stays paused.
+    """
+    if not when:
+        yield
+        return
+    ours = True
+    try:
+        await commands.control(qemu, "stop")
+        state = await commands.run_state(qemu)
+        ours = state in {"paused", runstate.SUSPENDED}  # an earlier QEMU does not stop a guest that sleeps
+        if not ours:
+            raise StateError(
+                f"the guest of machine {machine} was to be held for its UEFI variables, and is {state};"
+                " nothing was changed",
+                hint=runstate.remedy(state, machine) or f"qmpsnap show {machine} tells more",
+                machine=machine,
+            )
+        yield
+    finally:
+        if ours:
+            with anyio.move_on_after(RESUME_DEADLINE, shield=True):
+                await commands.control(qemu, "cont")
+
+
+async def left_out(context: Context, machine: Machine) -> tuple[str, ...]:
+    """A sentence where the machine's guest has UEFI variables that no snapshot of ours holds, as they are its owner's.
+
+    Only a QEMU that runs can tell; one that does not answer is not waited for any longer.
+    """
+    if not machine.adopted:
+        return ()
+    try:
+        async with context.monitor(machine, look=True) as qemu:
+            drives = await commands.query_block(qemu) if qemu else ()
+    except (QemuGone, DeadlinePassed):
+        return ()
+    files = [drive.inserted.file for drive in drives if drive.is_flash and drive.inserted and not drive.inserted.ro]
+    named = ", ".join(map(printable, files))
+    text = f"the UEFI variables of machine {machine.name} are its owner's and in no snapshot of qmpsnap's: {named}"
+    return (text,) if files else ()
+
+
+def _content(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise HostCannot(f"the variable store {path} cannot be read: {error.strerror}; nothing was changed") from error
+
+
+def _read_alike(source: str, target: str) -> bool:
+    try:
+        return Path(source).read_bytes() == Path(target).read_bytes()
+    except OSError:
+        return False
