@@ -88,10 +88,9 @@ class Tally:
             rows.append([fault, *cells, *self._sums((fault, verb) for verb in verbs)])
         sums = [self._cell(*map(int, self._sums((fault, verb) for fault in faults))) for verb in verbs]
         rows.append(["all", *sums, *self._sums(self.cases)])
-        compared = sum(self.claims.values())
-        rows.append(
-            ["of them with a claim that was compared", *(str(self.claims[v] or "-") for v in verbs), str(compared), ""]
-        )
+        if compared := sum(self.claims.values()):
+            claims = [str(self.claims[verb] or "-") for verb in verbs]
+            rows.append(["of them with a claim compared", *claims, str(compared), ""])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = (
             "  ".join(
