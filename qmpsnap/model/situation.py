@@ -26,6 +26,10 @@ _PIECE: Final = 512 << 10
 """Bytes that a stream reads at once: all zeros it writes as such, else all of it as data."""
 
 
+_OWN: Final = 4
+"""Clusters that such an image writes anew besides: its header, its two upper tables, a block of reference counts."""
+
+
 class Held(Struct, frozen=True, kw_only=True):
     """What a layer has of its own, as an image that takes it over stores it, at most.
 
@@ -84,7 +88,7 @@ class Situation(Struct, frozen=True):
         tables = min(-(-size // TABLE_COVERS), sum(held.tables for held in found))
         if into.format == "raw" or not (data or tables):
             return data
-        return data + CLUSTER * (tables + 1 + data // _COUNTS_COVER)
+        return data + CLUSTER * (tables + _OWN + data // _COUNTS_COVER)
 
     def after(self, change: Change) -> "Situation":
         """The situation once a change has settled."""
