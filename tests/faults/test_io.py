@@ -8,7 +8,7 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.errors import OperationPending
-from tests.faults import filters, site
+from tests.faults import claims, filters, site
 from tests.faults.deaths import ends_by_itself
 from tests.faults.filters import Failure
 from tests.faults.report import Fault
@@ -60,6 +60,7 @@ async def test_a_request_fails(q: qmpsnap.Controller, place: Path, fault: Fault,
         before = await site.look(vm)
         if not await ends_by_itself(lambda: scenario.act(vm, place)):
             fault.too_late()  # it makes no such request, or QEMU has got over it
+        claims.hold_error(vm, before.claimed)  # here, before anything is done about it
         try:
             await vm.recover()
         except OperationPending:
