@@ -65,6 +65,7 @@ LINES = {
     "stream": "stream web vda --base fresh",
     "tree": "tree web",
     "undefine": "undefine web",
+    "wakeup": "wakeup web",
 }
 TELLS = frozenset({"check", "doctor"})
 """Whose answer is what is wrong."""
