@@ -23,14 +23,15 @@ def part_of(path: str, tag: str) -> str:
     return f"{path}.qs-{tag}.part"
 
 
-async def put(part: str, path: str) -> None:
+async def put(part: str, path: str, identity: Identity) -> None:
     """Give a finished file its name, durably.
 
     Raises:
         StateError: something is there; it was not touched.
+        StoreMismatch: another file is where it was made; that was not touched.
         HostCannot: the file system cannot.
     """
-    await to_end(_put, part, path)
+    await to_end(_put, part, path, identity)
 
 
 async def claim(part: str, path: str) -> None:
@@ -62,6 +63,21 @@ async def discard(path: str, identity: Identity) -> bool:
     return await to_end(_discard, path, identity)
 
 
+def require_folder(path: str) -> None:
+    """Make sure that the folder of an image is there, before the image passes for removed.
+
+    Raises:
+        HostCannot: it is not, as of a file system that is not mounted: with that the image would come back.
+    """
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise HostCannot(
+            f"{printable(str(folder))} is not there, from where {printable(path)} is to be removed",
+            hint="mount its file system, or make the folder again",
+            effect="unknown",
+        )
+
+
 async def identity_of(path: str) -> Identity | None:
     """Identity of the regular file at that name, None if there is none."""
     return await to_end(_identity, path)
@@ -79,9 +95,12 @@ def _claim(part: str, path: str) -> None:
         raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}; nothing was changed") from error
 
 
-def _put(part: str, path: str) -> None:
+def _put(part: str, path: str, identity: Identity) -> None:
     try:
         os.link(part, path, follow_symlinks=False)
+        if _identity(path) != identity:
+            Path(path).unlink()  # the name that we have just given it; the file keeps its own
+            raise StoreMismatch(f"{printable(part)} was replaced by another file; it was not touched")
         Path(part).unlink()
         sync_folder(Path(path).parent)
     except FileExistsError as error:

@@ -26,6 +26,10 @@ FICLONE: Final = 0x40049409
 """ioctl(2) that lets two files share their blocks, on file systems that can."""
 
 _CHUNK = 4 << 20
+_HEAD: Final = 64 << 10
+"""Bytes in which a header and the name of its backing lie: the smallest first cluster that has both is shorter."""
+_CONSTANT: Final = 36
+"""Bytes of a header, up to its encryption, that tags leave as they are."""
 
 
 async def take_out(
@@ -60,9 +64,29 @@ async def take_out(
         raise
 
 
-def discard(target: Layer) -> None:
-    """Remove a copy that nobody has used yet; fine when it is not there."""
-    Path(target.path).unlink(missing_ok=True)
+def discard(target: Layer, source: Layer) -> None:
+    """Remove a copy of ``source`` that nobody has used yet; fine when it is not there. What is no copy of it stays."""
+    try:
+        ours = _begins_like(target.path, source.path)
+    except FileNotFoundError:
+        return
+    if ours:
+        Path(target.path).unlink(missing_ok=True)
+
+
+def _begins_like(target: str, source: str) -> bool:
+    """Whether a file is a copy, or what there is of one: of a header what no tag changes, and the backing's name."""
+    heads = []
+    for path in (target, source):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            heads.append((os.fstat(descriptor).st_size, os.pread(descriptor, _HEAD, 0)))
+        finally:
+            os.close(descriptor)
+    (size, copied), (whole, head) = heads
+    place, length = (int.from_bytes(head[at : at + width], "big") for at, width in ((8, 8), (16, 4)))
+    same = copied[:_CONSTANT] == head[:_CONSTANT] and copied[place : place + length] == head[place : place + length]
+    return same or (size in (0, whole) and not copied.strip(b"\0"))
 
 
 async def go_to(layer: Layer, tag: str, *, qemu_img: str, deadline: float = 600) -> None:

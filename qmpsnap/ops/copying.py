@@ -160,7 +160,7 @@ async def _make(job: MirrorJob) -> MirrorJob:
         job = replace(job, identity=(made.device, made.inode))
     await job.mark(steps.MADE)
     if plan.made:
-        await place.put(part, target.path)
+        await place.put(part, target.path, job.identity)
     return job
 
 

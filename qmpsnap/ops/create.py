@@ -120,6 +120,7 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
                 await commit.run(context, plan.machine, CommitRequest(disk=overlay.disk, base=overlay.backing.id))
             except QmpsnapError as left:  # no reason to tell less of why there is no snapshot
                 error.add(f"layer {overlay.layer.id} of disk {overlay.disk} is left, without a name: {left.message}")
+                error.effect = "applied"
     return None
 
 

@@ -6,6 +6,7 @@ with the change, in one SQL transaction -> vCPUs go on -> job dismissed, nodes c
 """
 
 import contextlib
+import functools
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.block.backing import require_backing, set_backing
 from qmpsnap.block.image import remove
+from qmpsnap.block.place import require_folder
 from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
+from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model import steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
@@ -98,9 +101,17 @@ async def run(
 
 
 async def _start(job: MergeJob, monitor: Monitor) -> None:
+    command = start_command(job.id, job.step, root=await root_of(monitor, job.step))
+    await _require_recorded(job)
     words = steps.of_job(job.number, steps.STARTED, state=await to_end(state_of, job.step.into.path))
     await blocking(lambda: job.context.store.mark(job.operation, "running", step=words))
-    await monitor.execute(*start_command(job.id, job.step, root=await root_of(monitor, job.step)))
+    await _require_recorded(job)  # the disk may have been slow
+    await monitor.execute(*command)
+
+
+async def _require_recorded(job: MergeJob) -> None:
+    """Refuse where a name leads to another file: QEMU opens the one that it is to write to anew, by its name."""
+    await to_end(functools.partial(require_recorded, job.step.chain, machine=job.machine.name))
 
 
 def state_of(path: str) -> tuple[int, ...]:
@@ -131,6 +142,7 @@ async def _go_over(job: MergeJob, monitor: Monitor, info: JobInfo) -> JobInfo:
     await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
     # Past this point there is only forward, and it takes milliseconds.
     with finalize.in_time(job, shield=True):
+        await _require_recorded(job)
         await require_flushed(monitor, job.machine, job.step)
         await finalize.go_over(job, monitor, settle=lambda: settle(job, monitor))
         await jobs.dismiss(monitor, job.id)
@@ -194,9 +206,14 @@ async def _rewrite(job: MergeJob, pairs: Sequence[tuple[Layer, Layer | None]]) -
 
 
 async def remove_files(layers: Iterable[Layer]) -> None:
-    """Remove files of layers that the store has forgotten; gone already is fine, another file is left alone."""
+    """Remove files of layers that the store has forgotten; gone already is fine, another file is left alone.
+
+    Raises:
+        HostCannot: their folder is not there, as of a file system that is not mounted: with it they would come back.
+    """
     for layer in layers:
         if layer.owned:
+            await to_end(require_folder, layer.path)
             await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth)
 
 

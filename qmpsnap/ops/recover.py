@@ -176,7 +176,7 @@ async def _end_revert(broken: Broken, monitor: Monitor | None) -> Direction:
     if operation.step == steps.PLANNED:
         await remove_new(plan.overlays)
         for copy in plan.copies:
-            await to_end(tags.discard, copy.layer)
+            await to_end(tags.discard, copy.layer, copy.source)
         await broken.mark_failed()
         return "back"
     if operation.step == steps.STOPPING:

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.block.image import remove
+from qmpsnap.block.place import require_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.machine.machine import require_ended
@@ -196,6 +197,7 @@ async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None
             await _resume(broken, monitor, memory)
         await saving.forget(monitor)
         await _resume(broken, monitor, memory)  # a migration that came to its end all the same stops the guest again
+    await to_end(require_folder, memory.part)
     await to_end(statefile.discard, memory.part)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qmpsnap.block import header
 from qmpsnap.block.image import remove
+from qmpsnap.block.place import require_folder
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.machine.machine import require_ended
 from qmpsnap.model import steps
@@ -52,6 +53,7 @@ async def remove_files(context: Context, plan: RevertPlan) -> None:
     forest = await blocking(context.store.forest)
     for layer in (*plan.removed, *(plan.unwritten.layers if plan.unwritten else ())):
         if layer.id not in forest.layers:
+            await to_end(require_folder, layer.path)
             await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth)
     if plan.keeps:
         snapshots = await blocking(context.store.snapshots, plan.machine)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from qmpsnap.block import image
 from qmpsnap.model import merge as rules
 from qmpsnap.model import steps
-from qmpsnap.ops import create, finalize
+from qmpsnap.ops import create, finalize, merge, possible
 from qmpsnap.ops.blockjob import BlockJob
 from qmpsnap.ops.create import _Attempt
 from qmpsnap.qmp import commands, jobs
@@ -70,6 +71,19 @@ def _nobody_looks_who_reads_a_layer(patch: Patch) -> None:
     patch.setattr(rules, "_refuse_readers", lambda *_: None)
 
 
+def _a_file_is_removed_whatever_it_is(patch: Patch) -> None:
+    def remove(path: str, *_: object) -> bool:
+        Path(path).unlink(missing_ok=True)
+        return True
+
+    patch.setattr(image, "_remove", remove)
+
+
+def _nobody_looks_where_a_name_leads(patch: Patch) -> None:
+    for module in (merge, possible):
+        patch.setattr(module, "require_recorded", lambda *_, **__: None)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "a removed fsync": _an_overlay_is_not_written_out,
     "a removed flush": _a_result_is_not_flushed_before_it_counts,
@@ -77,6 +91,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "swapped steps of a merge": _qemu_hears_of_a_merge_before_the_journal,
     "auto-dismiss on": _qemu_dismisses_jobs_by_itself,
     "the reference check off": _nobody_looks_who_reads_a_layer,
+    "removal without a look": _a_file_is_removed_whatever_it_is,
+    "names not looked at": _nobody_looks_where_a_name_leads,
 }
 
 

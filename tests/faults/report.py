@@ -17,7 +17,10 @@ COLUMNS = (
     "stream",
     "delete",
     "mirror",
+    "undefine",
+    "others",
 )
+"""The verbs; others: start, stop, rename."""
 
 
 class Fault:

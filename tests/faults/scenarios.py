@@ -66,7 +66,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
     @property
     def steps(self) -> tuple[str, ...]:
         """The steps it comes by, in order."""
-        return tuple(step.name for step in steps.STEPS[self.verb] if step.name not in self.without)
+        return tuple(step.name for step in steps.STEPS.get(self.verb, ()) if step.name not in self.without)
 
     def goes_forward(self, at: tuple[str, str], *, qemu: Literal["lives", "dies"]) -> bool:
         """Whether recovery has to finish what died there; else it has to undo it."""

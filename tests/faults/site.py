@@ -3,7 +3,7 @@
 import hashlib
 import os
 import subprocess
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,11 @@ async def look(vm: qmpsnap.MachineHandle) -> Before:
     return Before(await _snapshot_hashes(vm), await disk_hashes(vm), await vm.state(), claims.look(vm))
 
 
-async def _snapshot_hashes(vm: qmpsnap.MachineHandle) -> Hashes:
+async def _snapshot_hashes(vm: qmpsnap.MachineHandle, *, but: Collection[str] = ()) -> Hashes:
     return {
         (snapshot.name, point.disk): await _hash(vm, context_of(vm).store.layer(point.layer), tag=point.tag)
         for snapshot in await vm.snapshots()
-        if snapshot.state == "ok"
+        if snapshot.state == "ok" and snapshot.name not in but
         for point in snapshot.points
     }
 

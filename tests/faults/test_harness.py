@@ -20,6 +20,10 @@ LOOKED_AT = {
         "test_kill.py::test_killed[commit of a middle layer, paused-N:finalizing-before-controller]"
     ],
     "auto-dismiss on": ["test_undisturbed.py::test_undisturbed[stream, paused]"],
+    "removal without a look": ["test_outsider.py::test_somebody_else[undefine, removing-replaces-active-there before]"],
+    "names not looked at": [
+        "test_outsider.py::test_somebody_else[commit of a middle layer, paused-replaces-frozen-there before]"
+    ],
     "the reference check off": ["test_shared.py::test_another_branch_reads_it[commit-paused]"],
 }
 

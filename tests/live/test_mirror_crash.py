@@ -48,9 +48,9 @@ async def test_a_strangers_file_at_the_last_moment_is_not_touched(
 
     real = places.put
 
-    async def late(part: str, path: str) -> None:
+    async def late(part: str, path: str, identity: places.Identity) -> None:
         target.write_bytes(b"mine")
-        await real(part, path)
+        await real(part, path, identity)
 
     monkeypatch.setattr(places, "put", late)
     with pytest.raises(StateError, match="exists already") as refused:
