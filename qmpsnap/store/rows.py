@@ -57,8 +57,11 @@ def insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
         put_process(sql, machine_id(sql, machine.name), machine.process)
 
 
-def put_process(sql: sqlite3.Connection, machine: int, process: Process) -> None:
-    """Record the QEMU that runs a machine."""
+def put_process(sql: sqlite3.Connection, machine: int, process: Process | None) -> None:
+    """Record the QEMU that runs a machine, or that none does."""
+    if process is None:
+        sql.execute("DELETE FROM process WHERE machine = ?", (machine,))
+        return
     sql.execute(
         "INSERT INTO process (machine, pid, start_ticks, boot_id, started, accel, qemu_version)"
         " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine) DO UPDATE SET pid = excluded.pid,"

@@ -156,11 +156,7 @@ class SqliteStore:
 
     def set_process(self, machine: str, process: Process | None) -> None:
         with self._database.writing() as sql:
-            number = rows.machine_id(sql, machine)
-            if process is None:
-                sql.execute("DELETE FROM process WHERE machine = ?", (number,))
-            else:
-                rows.put_process(sql, number, process)
+            rows.put_process(sql, rows.machine_id(sql, machine), process)
 
     def next_serial(self) -> int:
         with self._database.reading() as sql:

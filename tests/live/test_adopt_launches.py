@@ -57,9 +57,7 @@ def daemon(home: Path) -> Iterator[Any]:
 
     yield launch
     if pid_file.exists():
-        process = psutil.Process(int(pid_file.read_text()))
-        process.kill()
-        process.wait(10)
+        psutil.Process(int(pid_file.read_text())).kill()
 
 
 async def active_nodes(theirs: Foreign) -> tuple[Any, Any]:

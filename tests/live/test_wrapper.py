@@ -84,7 +84,7 @@ async def test_qemu_below_a_wrapper_is_the_machines_process(home: Path, wrapper:
 async def test_nothing_runs_after_a_start_that_failed(
     home: Path, wrapper: Any, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machines, "LAUNCH_DEADLINE", 3.0)
+    monkeypatch.setattr(machines, "LAUNCH_DEADLINE", 1.5)
     script, said = FAILS[how]
     async with qmpsnap.open() as q:
         vm = await q.define(SPEC)
