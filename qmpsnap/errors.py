@@ -10,6 +10,7 @@
      ├── NotFoundError              3  no such machine, snapshot, disk or layer
      ├── StateError                 4  understood, but not in this state
      │    ├── NameTaken             4
+     │    ├── ImageInUse            4  another program has an image open
      │    ├── LockHeld              4  another controller works on the machine
      │    └── ForeignHost           4  the machine belongs to another host
      ├── QemuGone                   5  QEMU or its monitor is not there (any more)
@@ -146,6 +147,10 @@ class NameTaken(StateError):
     """The name is in use."""
 
     code = "name-taken"
+
+
+class ImageInUse(StateError):
+    """Another program writes to an image, or reads one that would change; the message says which program."""
 
 
 class LockHeld(StateError):

@@ -196,7 +196,7 @@ class MachineLife:
             HostCannot: a job is paused, as there is no space.
         """
         pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
-        async with working(self._context, self.name, "job wait", unfinished="carry on", report=report):
+        async with working(self._context, self.name, "job wait", alone=False, unfinished="carry on", report=report):
             return list(pending)
 
     async def cancel(self) -> list[Operation]:
@@ -207,7 +207,7 @@ class MachineLife:
             OperationPending: one cannot be ended now.
         """
         pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
-        async with working(self._context, self.name, "job cancel", unfinished="cancel"):
+        async with working(self._context, self.name, "job cancel", alone=False, unfinished="cancel"):
             return list(pending)
 
     async def recover(self) -> list[Operation]:
@@ -218,7 +218,7 @@ class MachineLife:
             OperationPending: one cannot be ended now; the hint says what helps.
         """
         pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
-        async with working(self._context, self.name, "recover"):
+        async with working(self._context, self.name, "recover", alone=False):
             return list(pending)
 
     async def check(self, *, deep: bool = False, repair: bool = False) -> Checked:

@@ -10,8 +10,11 @@ from typing import Final
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot
 
-_BYTES: Final = (100, 200)
+ANY: Final = (100, 200)
 """Start and number of the bytes that QEMU locks: one for each thing that it does with an image, or lets nobody do."""
+
+WRITES: Final = (101, 3)
+"""Those of them that say: writes, writes what reads the same, resizes."""
 
 _FLOCK: Final = "hhqqi4x"  # struct flock of 64 bits: type, whence, start, length, pid
 
@@ -24,7 +27,7 @@ def is_locked(path: str) -> bool:
     Raises:
         HostCannot: no right to read the file, or its file system knows no locks.
     """
-    return _asked(path, [_BYTES])
+    return _asked(path, [ANY])
 
 
 _READ, _WRITE, _RESIZE = 0, 1, 3  # QEMU's BLK_PERM_CONSISTENT_READ, BLK_PERM_WRITE and BLK_PERM_RESIZE
@@ -45,7 +48,7 @@ def _asked(path: str, places: Iterable[tuple[int, int]]) -> bool:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            return any(_is_taken(descriptor, *place) for place in places)
+            return any(held(descriptor, place) for place in places)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -56,7 +59,12 @@ def _asked(path: str, places: Iterable[tuple[int, int]]) -> bool:
         ) from error
 
 
-def _is_taken(descriptor: int, start: int, length: int) -> bool:
-    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+def held(descriptor: int, which: tuple[int, int]) -> bool:
+    """Whether another process has locked any of these bytes of an open file.
+
+    Raises:
+        OSError: its file system knows no locks.
+    """
+    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *which, 0)
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)

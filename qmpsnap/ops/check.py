@@ -69,7 +69,8 @@ async def run(context: Context, name: str, *, deep: bool = False, mend: bool = F
 async def _judge(context: Context, at: Facts, *, deep: bool) -> list[Finding]:
     found = judge(at)
     if deep and not at.busy and not at.record.open:
-        found += await reading.look(context, at)
+        told = {(finding.code, finding.layer) for finding in found}
+        found += [more for more in await reading.look(context, at) if (more.code, more.layer) not in told]
     return found
 
 

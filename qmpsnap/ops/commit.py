@@ -15,7 +15,7 @@ from qmpsnap.ops import merge, recover, serials
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.possible import require_possible
 from qmpsnap.ops.situation import look, require_space, resolve
-from qmpsnap.ops.work import Work, looking, working
+from qmpsnap.ops.work import Work, begin, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -123,7 +123,7 @@ async def carry_out(
         QmpsnapError: a step has failed, or could not begin.
     """
     await serials.pass_over(context, work.machine, work.qemu)
-    operation = await blocking(context.store.open_operation, work.machine.name, make)
+    operation = await begin(context, work, make)
     async with recover.attempting(context, work.machine, work.qemu, operation):
         await merge.run(context, work.machine, work.qemu, operation, report=report)
     assert isinstance(operation.plan, MergePlan)

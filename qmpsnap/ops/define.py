@@ -27,7 +27,7 @@ from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import keys, recover
+from qmpsnap.ops import keys, outsiders, recover
 from qmpsnap.ops.context import Context, blocking, forget_places, locked, require_folder
 from qmpsnap.ops.overlays import identified, make_overlays, require_free, require_room
 from qmpsnap.threads import to_end
@@ -331,6 +331,8 @@ async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path])
         known = [await blocking(context.store.layer_at, layer.path) for layer in found]
         sources[disk.name] = DiskSource(tuple(found), tuple(known))
     require_unshared(spec, sources, writers=writers, readers=readers)
+    paths = [layer.path for source in sources.values() for layer in source.found]
+    await outsiders.require_free(paths, machine=spec.name)
     return sources
 
 

@@ -24,7 +24,7 @@ from qmpsnap.ops import copying, recover, serials, space
 from qmpsnap.ops.context import Context, blocking, require_spec
 from qmpsnap.ops.situation import look
 from qmpsnap.ops.space import Need
-from qmpsnap.ops.work import Work, looking, working
+from qmpsnap.ops.work import Work, begin, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 Mode = Literal["pivot", "finish"]
@@ -199,9 +199,7 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         if made.nbd:
             await nbd.require_server(made.nbd)
         await serials.pass_over(context, work.machine, work.qemu)
-        operation = await blocking(
-            context.store.open_operation, name, lambda serial: plan(at, chain, request, serial=serial, found=found)
-        )
+        operation = await begin(context, work, lambda serial: plan(at, chain, request, serial=serial, found=found))
         async with recover.attempting(context, work.machine, work.qemu, operation):
             await copying.run(context, work.machine, work.qemu, operation, report=report)
         assert isinstance(operation.plan, MirrorPlan)

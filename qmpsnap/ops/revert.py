@@ -34,7 +34,7 @@ from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
 from qmpsnap.ops.revert_plan import RevertRequest, plan, points, target_of
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.switch import nothing_written, switch
-from qmpsnap.ops.work import Work, looking, working
+from qmpsnap.ops.work import Work, begin, looking, require_alone, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor
@@ -263,7 +263,7 @@ async def _open(context: Context, work: Work, at: Situation, request: RevertRequ
         _require_space(context, work.machine, planned)
         return planned
 
-    return await blocking(context.store.open_operation, work.machine.name, make)
+    return await begin(context, work, make)
 
 
 def _require_space(context: Context, machine: Machine, planned: RevertPlan, also: Iterable[Need] = ()) -> None:

@@ -13,7 +13,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import relaunched
+from qmpsnap.ops import outsiders
 from qmpsnap.ops.context import Context, blocking, forget_places
 from qmpsnap.ops.recover import remove_folder
 from qmpsnap.ops.tagging import forget_variables
@@ -56,7 +56,8 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         hopeless.append((operation, error))
 
     giving_up = give_up if disks == "keep" else None
-    async with working(context, name, "undefine", removes=disks == "remove", given_up=giving_up) as work:
+    goes = disks == "remove"
+    async with working(context, name, "undefine", removes=goes, alone=goes, given_up=giving_up) as work:
         await require_possible(context, work, disks)
         snapshots = await blocking(context.store.snapshots, name)
         states = [found.vmstate for found in snapshots if found.vmstate]
@@ -136,14 +137,9 @@ async def _remove(file: Layer | Vmstate) -> bool:
 
 
 async def _refuse_open(context: Context, machine: Machine) -> None:
-    chains = await blocking(context.store.chains, machine.name)
-    ours = [layer for chain in chains for layer in chain.layers if layer.owned]
-    if held := await relaunched.open_elsewhere(machine, ours):
-        raise StateError(
-            f"another process has {held} of machine {machine.name} open; nothing was changed",
-            hint=f"end that process; or qmpsnap undefine {machine.name} --keep-disks",
-            machine=machine.name,
-        )
+    forest = await blocking(context.store.forest)
+    ours = [at.path for at in forest.layers.values() if at.owned and forest.machines_above(at.id) == {machine.name}]
+    await outsiders.require_free(ours, machine=machine.name, readers=True)
 
 
 async def _refuse_loss(context: Context, name: str) -> None:

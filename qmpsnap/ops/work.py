@@ -1,6 +1,6 @@
 """The frame of every verb that changes a machine."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from msgspec import Struct
@@ -10,7 +10,9 @@ from qmpsnap.block.graph import Beside
 from qmpsnap.errors import LockHeld, OperationPending
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops import recover, stale_store
+from qmpsnap.model.names import OperationId
+from qmpsnap.model.operation import Operation, Plan
+from qmpsnap.ops import outsiders, recover, stale_store
 from qmpsnap.ops.broken import Unfinished
 from qmpsnap.ops.context import Context, blocking, locked, require_folder, require_own, require_spec
 from qmpsnap.ops.recover import GivenUp
@@ -60,6 +62,7 @@ async def working(
     verb: str,
     *,
     removes: bool = False,
+    alone: bool = True,
     unfinished: Unfinished = "refuse",
     report: Report = unreported,
     given_up: GivenUp | None = None,
@@ -71,6 +74,7 @@ async def working(
         name: the machine.
         verb: what the lock is held for, as others will be told.
         removes: the verb merges or removes layers, which others may read.
+        alone: nobody else may write to the machine's images; not asked by what changes none of them.
         unfinished: what to do with a job that still works for an earlier operation.
         report: told about the progress of such a job.
         given_up: as for :func:`qmpsnap.ops.recover.end_open`.
@@ -82,6 +86,7 @@ async def working(
         LockHeld: another controller works on it.
         OperationPending: an earlier operation is open and cannot be ended now.
         StoreMismatch: the store is an old copy, or lacks a machine and layers would go.
+        ImageInUse: another program writes to one of its images.
     """
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
@@ -93,13 +98,20 @@ async def working(
             await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report, given_up=given_up)
             machine = await blocking(context.store.machine, name)
             if qemu is None or context.process(machine):
-                yield Work(machine, qemu)
+                work = Work(machine, qemu)
+                if alone:
+                    await require_alone(context, work)
+                yield work
                 return
+        if alone:
+            await require_alone(context, Work(machine, None))
         yield Work(machine, None)  # an interrupted revert was ended, and its QEMU with it
 
 
 @asynccontextmanager
-async def looking(context: Context, name: str, *, removes: bool = False) -> AsyncIterator[Work]:
+async def looking(
+    context: Context, name: str, *, removes: bool = False, alone: bool = True
+) -> AsyncIterator[Work]:
     """Reach a machine and its QEMU to see what a verb would do: nothing is locked, ended, made or changed.
 
     Raises:
@@ -113,7 +125,10 @@ async def looking(context: Context, name: str, *, removes: bool = False) -> Asyn
     await stale_store.require_fit(context, machine, removes=removes)
     await require_settled(context, name)
     async with context.monitor(machine, look=True) as qemu:
-        yield Work(machine, qemu)
+        work = Work(machine, qemu)
+        if alone:
+            await require_alone(context, work)
+        yield work
 
 
 async def require_settled(context: Context, name: str) -> None:
@@ -134,3 +149,40 @@ async def require_settled(context: Context, name: str) -> None:
         machine=name,
         operation=str(pending[0].id),
     )
+
+
+async def require_alone(context: Context, work: Work) -> None:
+    """Refuse while another program writes to an image that the machine, or a snapshot of it, reads.
+
+    The active layers of a machine that runs are its QEMU's, which keeps others away by its locks.
+
+    Raises:
+        ImageInUse: one does; the message names it.
+    """
+    name, store = work.machine.name, context.store
+    chains = await blocking(store.chains, name)
+    layers = outsiders.read_by(chains, await blocking(store.snapshots, name), await blocking(store.forest))
+    process = context.process(work.machine)
+    active = {chain.active.id for chain in chains} if work.qemu else set()
+    await outsiders.require_unwritten(
+        (layer for layer in layers if layer.id not in active),
+        machine=name,
+        ours=[process.pid] if process else [],
+    )
+
+
+async def begin(context: Context, work: Work, make: Callable[[OperationId], Plan]) -> Operation:
+    """Journal a plan; nothing has been changed before. Of a machine that is stopped nobody may read what will change.
+
+    Raises:
+        ImageInUse: another program has an image open that would be written to or go.
+    """
+    forest = await blocking(context.store.forest)
+
+    def unread(serial: OperationId) -> Plan:
+        plan = make(serial)
+        if work.qemu is None:
+            outsiders.require_unread(plan, forest, machine=work.machine.name)
+        return plan
+
+    return await outsiders.retrying(lambda: blocking(context.store.open_operation, work.machine.name, unread))

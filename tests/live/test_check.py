@@ -163,8 +163,10 @@ async def test_an_image_that_another_process_writes_to_is_told(q: qmpsnap.Contro
     file = {"driver": "file", "filename": active, "node-name": "vda-77"}
     async with user_monitor(other) as qemu:
         await qemu.execute("blockdev-add", {"node-name": "vda-78", "driver": "qcow2", "file": file, "backing": None})
-    assert await codes(vm) == set()
-    assert await codes(vm, deep=True) == {"image-in-use"}
+    assert await codes(vm) == {"image-in-use"}
+    (finding,) = (await vm.check(deep=True)).findings
+    assert (finding.code, finding.file) == ("image-in-use", active)
+    assert f"(process {(await other.record()).process.pid})" in finding.text  # type: ignore[union-attr]
 
 
 async def test_a_guest_that_is_frozen_is_thawed(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import anyio
 from anyio import to_thread
@@ -13,6 +14,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph, header, tagtable
 from qmpsnap.block.graph import NOTHING, Beside, DiskGraph
 from qmpsnap.block.qcow2 import Header
+from qmpsnap.block.users import User
 from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.identity import same_file
 from qmpsnap.machine import adopted, agent, statefile, worker
@@ -25,7 +27,7 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import stale_store, whereabouts
+from qmpsnap.ops import outsiders, stale_store, whereabouts
 from qmpsnap.ops.checking import named
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
@@ -114,6 +116,7 @@ class Facts(Struct, frozen=True, kw_only=True):
         asked: None when the machine is stopped, or QEMU is silent.
         silent: why QEMU did not answer.
         worker: a helper QEMU runs.
+        users: of each image that somebody else has open for writing: who.
     """
 
     record: Record
@@ -133,6 +136,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     asked: Asked | None = None
     silent: str | None = None
     worker: bool = False
+    users: Mapping[LayerId, User] = MappingProxyType({})
 
     @property
     def trusted(self) -> bool:
@@ -170,6 +174,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         busy = None if own else lock.holder(context.home.lock(name))
         asked, silent = await _ask(context, before, qemu)
         found = await to_thread.run_sync(_files, context, before)
+        users = await to_thread.run_sync(_users, context, before)
         old = await blocking(stale_store.sign, context, before.machine, before.chains)
         lost = await blocking(context.store.lost)
         moved = await blocking(whereabouts.recorded_elsewhere, context.home, context.store, context.host)
@@ -187,7 +192,22 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         asked=asked,
         silent=silent,
         worker=worker.find(before.machine, context.home.run_dir(name)) is not None,
+        users=users,
     )
+
+
+def _users(context: Context, at: Record) -> dict[LayerId, User]:
+    """Who else writes to the machine's images; the active ones of a machine that runs are its QEMU's to lock."""
+    process = context.process(at.machine)
+    helper = worker.find(at.machine, context.home.run_dir(at.machine.name))
+    written = {chain.active.id for chain in at.chains} if process else set()
+    layers = {
+        layer.path: layer.id
+        for layer in outsiders.read_by(at.chains, at.snapshots, at.forest)
+        if layer.id not in written
+    }
+    ours = [found.pid for found in (process, helper) if found]
+    return {layers[user.path]: user for user in outsiders.writers(layers, ours=ours)}
 
 
 async def _ask(context: Context, at: Record, qemu: Monitor | None) -> tuple[Asked | None, str | None]:

@@ -35,7 +35,7 @@ def judge(at: Facts) -> list[Finding]:
     """
     if at.busy:
         return [_finding(at, "machine-busy", f"it is being worked on by {at.busy}")]
-    found = [*_older(at), *_layers(at), *_snapshots(at), *_writers(at), *_private(at), *_described(at)]
+    found = [*_older(at), *_layers(at), *_snapshots(at), *_users(at), *_writers(at), *_private(at), *_described(at)]
     if at.record.open:
         return [*_operations(at), *found]
     return [*found, *_files(at), *_qemu(at), *_worker(at)]
@@ -116,6 +116,13 @@ def _snapshots(at: Facts) -> Iterator[Finding]:
             yield _finding(at, code, f"snapshot {snapshot.name}: {text}", file=snapshot.vmstate.path)
     for path in at.missing:
         yield _finding(at, "variables-missing", f"there is no {path}", file=path)
+
+
+def _users(at: Facts) -> Iterator[Finding]:
+    """I4, beyond our own machines: who has an image open that nobody may write to."""
+    for identity, user in at.users.items():
+        layer = at.record.forest.layers[identity]
+        yield _finding(at, "image-in-use", f"{layer.path} {user.does} {user.who}", layer=layer)
 
 
 def _writers(at: Facts) -> Iterator[Finding]:

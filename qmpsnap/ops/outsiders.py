@@ -1,0 +1,117 @@
+"""Other programs that have a machine's images open: looked for before anything of the machine is changed."""
+
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from typing import Final, NoReturn, TypeVar
+
+import anyio
+
+from qmpsnap.block import users
+from qmpsnap.block.header import printable
+from qmpsnap.block.users import User
+from qmpsnap.errors import ImageInUse
+from qmpsnap.model import sharing
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.forest import Forest
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.operation import Plan
+from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.threads import to_end
+
+T = TypeVar("T")
+
+PATIENCE: Final = 1.0
+"""Seconds that somebody is given to close an image: one that was killed closes it only when its memory is freed."""
+
+
+async def require_unwritten(layers: Iterable[Layer], *, machine: str, ours: Collection[int] = ()) -> None:
+    """Refuse where somebody else writes to one of these images.
+
+    Args:
+        layers: the images.
+        machine: whose they are.
+        ours: the processes that may, as the machine's QEMU.
+
+    Raises:
+        ImageInUse: somebody does; the message names it.
+    """
+    await require_free([layer.path for layer in layers], machine=machine, ours=ours)
+
+
+async def require_free(
+    paths: Sequence[str], *, machine: str, readers: bool = False, ours: Collection[int] = ()
+) -> None:
+    """As :func:`require_unwritten`, by path; with ``readers`` nobody else may have one of them open at all."""
+
+    async def ask() -> None:
+        if found := await to_end(lambda: _first(paths, readers=readers, ours=ours)):
+            refuse(found, machine)
+
+    await retrying(ask)
+
+
+async def retrying(call: Callable[[], Awaitable[T]]) -> T:
+    """Do what refuses because somebody has an image open, until nobody has or :data:`PATIENCE` is over."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return await call()
+        except ImageInUse:
+            if time.monotonic() > end:
+                raise
+        await anyio.sleep(0.05)
+
+
+def require_unread(plan: Plan, forest: Forest, *, machine: str) -> None:
+    """Refuse a plan that would write to or remove an image that somebody else reads; no QEMU has it open.
+
+    Raises:
+        ImageInUse: somebody does.
+    """
+    changes = sharing.uses(plan, forest).changes
+    paths = [layer.path for layer in forest.layers.values() if layer.id in changes]
+    if found := _first(paths, readers=True, ours=()):
+        refuse(found, machine)
+
+
+def refuse(found: User, machine: str) -> NoReturn:
+    """Say who is in the way."""
+    raise ImageInUse(
+        f"{printable(found.path)}, an image of machine {machine}, {found.does} {found.who}; nothing was changed",
+        hint="end it, then try again"
+        if found.by
+        else f"it may be the QEMU of {machine}: end it where it was started, or run qmpsnap there",
+        machine=machine,
+    )
+
+
+def read_by(chains: Iterable[Chain], snapshots: Iterable[Snapshot], forest: Forest) -> tuple[Layer, ...]:
+    """Every image that a machine's disks and snapshots read, each once; pure."""
+    pending: list[LayerId] = [chain.active.id for chain in chains]
+    pending += [point.layer for snapshot in snapshots for point in snapshot.points]
+    found: dict[LayerId, Layer] = {}
+    while pending:
+        layer = forest.layers.get(pending.pop())
+        if layer is not None and layer.id not in found:
+            found[layer.id] = layer
+            pending += [layer.backing] if layer.backing else []
+    return tuple(found.values())
+
+
+def writers(paths: Iterable[str], *, ours: Collection[int] = ()) -> tuple[User, ...]:
+    """Who else writes to each of these images; of one that cannot be asked about, nobody is known."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if user := users.user(path, ours=ours):
+                found.append(user)
+    return tuple(found)
+
+
+def _first(paths: Iterable[str], *, readers: bool, ours: Collection[int]) -> User | None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if user := users.user(path, readers=readers, ours=ours):
+                return user
+    return None
