@@ -152,6 +152,8 @@ class NameTaken(StateError):
 class ImageInUse(StateError):
     """Another program writes to an image, or reads one that would change; the message says which program."""
 
+    code = "image-used"
+
 
 class LockHeld(StateError):
     """Another controller holds the machine's lock; the message says who and since when."""

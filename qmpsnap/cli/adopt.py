@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.block.header import conversion
-from qmpsnap.cli import output
+from qmpsnap.cli import output, seen
 from qmpsnap.cli.common import Parsers, add, add_format, controlling
 from qmpsnap.errors import UsageError
 from qmpsnap.model.chain import Chain
@@ -75,6 +75,7 @@ def _adopt(arguments: argparse.Namespace) -> None:
             output.note(f"qmpsnap: disk {disk.name}: {disk.untold}")
     for reason in done.left_out:
         output.note(f"left out: {output.printable(reason)}")
+    seen.tell_owner(arguments.name)
 
 
 def _import(arguments: argparse.Namespace) -> None:

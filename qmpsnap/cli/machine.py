@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qmpsnap.cli import output
+from qmpsnap.cli import output, seen
 from qmpsnap.cli.common import (
     Parsers,
     add,
@@ -120,14 +120,18 @@ def _list(arguments: argparse.Namespace) -> int:
         records = store.machines()
         alive = {machine.name: process for machine in records if (process := _process(machine, store))}
         paused = _paused(records, alive)
+        looks = seen.images(store, records, alive)
         machines = [
             {
                 "name": machine.name,
-                "state": _elsewhere(machine) or paused.get(machine.name) or ("running" if process else "stopped"),
+                "state": _elsewhere(machine)
+                or paused.get(machine.name)
+                or seen.state(machine, process, looks.get(machine.name)),
                 "pid": process.pid if process else None,
                 "host": machine.host,
                 "current": machine.current,
                 "snapshots": len(store.snapshots(machine.name)),
+                "images": looks[machine.name].word if machine.name in looks else "not asked",
             }
             for machine in records
             for process in [alive.get(machine.name)]
@@ -142,6 +146,8 @@ def _list(arguments: argparse.Namespace) -> int:
             [(m["name"], m["state"], m["pid"] or "-", m["snapshots"], m["current"] or "-") for m in machines],
         ),
     )
+    for name, look in looks.items():
+        seen.tell(name, look)
     return output.told(wrong)
 
 
@@ -190,6 +196,10 @@ def _show(arguments: argparse.Namespace) -> None:
         chains = store.chains(machine.name)
         snapshots = store.snapshots(machine.name)
         process = _process(machine, store)
+        alive = {machine.name: process} if process else {}
+        look = seen.images(store, [machine], alive).get(machine.name)
+    if state == "stopped":
+        state = seen.state(machine, process, look)
     run_dir = home().run_dir(machine.name)
     document = {
         "name": machine.name,
@@ -219,9 +229,12 @@ def _show(arguments: argparse.Namespace) -> None:
             for chain in chains
         ],
         "snapshots": [snapshot.name for snapshot in snapshots],
+        "images": look.word if look else "not asked",
     }
     output.emit(arguments.output, document=document, names=[machine.name], table=lambda: _show_text(document))
     output.warn(shortage)
+    if look:
+        seen.tell(machine.name, look)
     tell_remedy(state, machine.name)
 
 
@@ -253,6 +266,7 @@ def _stop(arguments: argparse.Namespace) -> None:
 
     controlling(act)
     output.note(f"machine {arguments.machine} is stopped")
+    seen.tell_owner(arguments.machine)
 
 
 def _pause(arguments: argparse.Namespace) -> None:

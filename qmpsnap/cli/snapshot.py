@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qmpsnap.cli import delete, output, revert, stack
+from qmpsnap.cli import delete, output, revert, seen, stack
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, reading
 from qmpsnap.cli.plans import print_internal, print_plan
 from qmpsnap.cli.progress import add_progress, reporting
@@ -154,6 +154,7 @@ def _create(arguments: argparse.Namespace) -> None:
     if snapshot.unquiesced:
         output.note(f"the guest's file systems were not frozen: {output.printable(snapshot.unquiesced)}")
     print_taken(arguments, snapshot, notes)
+    seen.tell_owner(arguments.machine)
 
 
 def _disks(named: str | None) -> list[str] | None:
@@ -195,6 +196,7 @@ def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: d
         table=lambda: text,
         done=text,
     )
+    seen.tell_owner(arguments.machine)
 
 
 def _preview_layers(arguments: argparse.Namespace, disks: list[str] | None, files: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from qmpsnap.cli import delete, output, revert
+from qmpsnap.cli import delete, output, revert, seen
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, tell_remedy
 from qmpsnap.cli.plans import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
@@ -52,6 +52,7 @@ def _push(arguments: argparse.Namespace) -> None:
     for note in notes:
         output.note(note)
     print_taken(arguments, snapshot, notes)
+    seen.tell_owner(arguments.machine)
 
 
 def _pop(arguments: argparse.Namespace) -> None:

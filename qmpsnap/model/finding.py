@@ -73,6 +73,11 @@ KINDS: Final[dict[str, Kind]] = {
         "qemu-img check -r leaks gives them back, as nobody has the image open.",
     ),
     "image-in-use": Kind("I4", "Another process has the image open for writing, and it is not this machine's QEMU."),
+    "frozen-written": Kind(
+        "I1",
+        "Something has written to a frozen image, as a QEMU that was started on the images of before a snapshot, or has"
+        " given its file another time: what reads it may not read as at its moment.",
+    ),
     "unreferenced-file": Kind("I3", "The file lies among the machine's images and the store does not know it.", _ASIDE),
     "part-left": Kind("I6", "An unfinished file is left; no operation is open that could need it.", _ASIDE),
     "mode-open": Kind("I3", "Other users can read it, or reach what is in it.", _PRIVATE),

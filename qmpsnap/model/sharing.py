@@ -112,6 +112,19 @@ def uses(plan: Plan, forest: Forest) -> Uses:
             return Uses()  # tags inside active layers, which only their own machine reads
 
 
+def rewritten(plan: Plan) -> frozenset[LayerId]:
+    """The layers that are there and whose files a plan may write to, even if it is only their header."""
+    if not isinstance(plan, MergePlan):
+        return frozenset()
+    found: set[LayerId] = set()
+    for step in plan.steps:
+        if isinstance(step, Merge):
+            found |= {layer.id for layer in (*step.chain, *step.rebased, step.into, *step.removed)}
+        else:
+            found |= {layer for _, layer, _ in step.tags}
+    return frozenset(found)
+
+
 def _define(plan: DefinePlan, forest: Forest) -> Uses:
     """A new machine makes its images and writes to those it has taken over; it reads all that is below."""
     disks = plan.change.define.spec.disks if plan.change.define else ()

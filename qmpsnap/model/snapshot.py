@@ -10,8 +10,9 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.vmstate import Hardware, Inside, Vmstate
 
 SnapshotKind = Literal["disk", "full", "internal"]
-SnapshotState = Literal["ok", "consumed"]
-"""``ok``: every point reads as it did at its moment. ``consumed``: a commit overwrote a point; not revertable."""
+SnapshotState = Literal["ok", "consumed", "overwritten"]
+"""``ok``: every point reads as it did at its moment. ``consumed``: a commit overwrote a point; not revertable.
+``overwritten``: another program has written to an image that a point reads, as far as times and size tell."""
 Level = Literal["crash", "fs", "ram"]
 """``crash``: the disks as after a loss of power. ``fs``: the guest's file systems were frozen, so that they are whole
 and have all that was written. ``ram``: the guest's memory is there, too, and it goes on where it was."""

@@ -25,7 +25,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
 from qmpsnap.model.operation import DefinePlan
 from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec, Opened
-from qmpsnap.ops import adopt_files, define, outsiders
+from qmpsnap.ops import adopt_files, define
 from qmpsnap.ops.context import Context, blocking, forget_places, locked
 from qmpsnap.ops.define import DiskSource
 from qmpsnap.ops.work import require_settled
@@ -231,8 +231,7 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
     survey = replace(survey, machine=replace(survey.machine, spec=spec))
     writers, readers = await define.users(context)
     define.require_unshared(spec, sources, writers=writers, readers=readers)
-    paths = [layer.path for source in sources.values() for layer in source.found]
-    await outsiders.require_free(paths, machine=name, ours=[seen.process.pid])
+    await define.require_unwritten(context, name, sources, ours=[seen.process.pid])
     return survey, sources
 
 

@@ -5,7 +5,7 @@ import os
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from anyio import to_thread
@@ -20,6 +20,7 @@ from qmpsnap.errors import HostCannot, ImageRefused, NameTaken, NotFoundError, S
 from qmpsnap.machine import probe
 from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.firmware import find_firmware
+from qmpsnap.model import sharing
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
@@ -331,8 +332,7 @@ async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path])
         known = [await blocking(context.store.layer_at, layer.path) for layer in found]
         sources[disk.name] = DiskSource(tuple(found), tuple(known))
     require_unshared(spec, sources, writers=writers, readers=readers)
-    paths = [layer.path for source in sources.values() for layer in source.found]
-    await outsiders.require_free(paths, machine=spec.name)
+    await require_unwritten(context, spec.name, sources)
     return sources
 
 
@@ -345,6 +345,26 @@ def _require_whole(disk: DiskSpec, top: FoundLayer) -> None:
             f" {disk.cache}' needs of a raw image; nothing was created",
             hint=f"qemu-img resize -f raw {shlex.quote(shown)} {-(-size // _BLOCK) * _BLOCK}, or another 'cache'",
         )
+async def require_unwritten(
+    context: Context, name: str, sources: Mapping[str, DiskSource], *, ours: Collection[int] = ()
+) -> None:
+    """Refuse images that another program writes to; what an open operation of ours changes, the store refuses.
+
+    Raises:
+        ImageInUse: one does.
+    """
+
+    def changing() -> set[object]:
+        forest = context.store.forest()
+        found: set[object] = set()
+        for machine in context.store.machines():
+            for operation in context.store.operations(machine.name, only_open=True):
+                found |= sharing.uses(operation.plan, forest).changes
+        return found
+
+    changes = await blocking(changing)
+    paths = [layer.path for source in sources.values() for layer in source.found]
+    await outsiders.require_free([path for path in paths if path not in changes], machine=name, ours=ours)
 
 
 async def _require_encrypted(context: Context, spec: MachineSpec, disk: DiskSpec, found: Sequence[FoundLayer]) -> None:

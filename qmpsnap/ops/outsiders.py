@@ -12,11 +12,9 @@ from qmpsnap.block.header import printable
 from qmpsnap.block.users import User
 from qmpsnap.errors import ImageInUse
 from qmpsnap.model import sharing
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.chain import Layer
 from qmpsnap.model.forest import Forest
-from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Plan
-from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.threads import to_end
 
 T = TypeVar("T")
@@ -84,29 +82,6 @@ def refuse(found: User, machine: str) -> NoReturn:
         else f"it may be the QEMU of {machine}: end it where it was started, or run qmpsnap there",
         machine=machine,
     )
-
-
-def read_by(chains: Iterable[Chain], snapshots: Iterable[Snapshot], forest: Forest) -> tuple[Layer, ...]:
-    """Every image that a machine's disks and snapshots read, each once; pure."""
-    pending: list[LayerId] = [chain.active.id for chain in chains]
-    pending += [point.layer for snapshot in snapshots for point in snapshot.points]
-    found: dict[LayerId, Layer] = {}
-    while pending:
-        layer = forest.layers.get(pending.pop())
-        if layer is not None and layer.id not in found:
-            found[layer.id] = layer
-            pending += [layer.backing] if layer.backing else []
-    return tuple(found.values())
-
-
-def writers(paths: Iterable[str], *, ours: Collection[int] = ()) -> tuple[User, ...]:
-    """Who else writes to each of these images; of one that cannot be asked about, nobody is known."""
-    found = []
-    for path in paths:
-        with contextlib.suppress(OSError):
-            if user := users.user(path, ours=ours):
-                found.append(user)
-    return tuple(found)
 
 
 def _first(paths: Iterable[str], *, readers: bool, ours: Collection[int]) -> User | None:

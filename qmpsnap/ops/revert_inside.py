@@ -210,7 +210,7 @@ async def busy(context: Context, name: str, target: str) -> tuple[str, ...]:
     """The disks where a running guest writes to the layer that the snapshot is inside of, as far as can be said now."""
     machine = await blocking(context.store.machine, name)
     snapshot = next((s for s in await blocking(context.store.snapshots, name) if s.name == target), None)
-    if snapshot is None or snapshot.state == "consumed" or not context.process(machine):
+    if snapshot is None or snapshot.state != "ok" or not context.process(machine):
         return ()
     return inner(snapshot, {chain.disk: chain.active.id for chain in await blocking(context.store.chains, name)})
 

@@ -180,6 +180,14 @@ def target_of(at: Situation, name: str) -> Snapshot:
             hint=f"qmpsnap tree {at.machine} shows the others; qmpsnap snapshot delete {at.machine} {name} forgets it",
             machine=at.machine,
         )
+    if snapshot.state == "overwritten":
+        raise StateError(
+            f"snapshot {name} of machine {at.machine} is overwritten: another program has written to an image that it"
+            " reads; nothing was changed",
+            hint=f"qmpsnap check {at.machine} tells which; if nothing but a file's time was changed, give it back"
+            " (touch -d), and the snapshot is ok again",
+            machine=at.machine,
+        )
     for chain in points(at, snapshot):
         point = snapshot.point(chain.disk)
         if point and point.tag and at.live[chain.disk].active.id == chain.active.id:

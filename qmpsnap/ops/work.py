@@ -12,9 +12,10 @@ from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Operation, Plan
-from qmpsnap.ops import outsiders, recover, stale_store
+from qmpsnap.ops import frozen, outsiders, recover, stale_store
 from qmpsnap.ops.broken import Unfinished
 from qmpsnap.ops.context import Context, blocking, locked, require_folder, require_own, require_spec
+from qmpsnap.ops.reading import read_by
 from qmpsnap.ops.recover import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
@@ -87,6 +88,7 @@ async def working(
         OperationPending: an earlier operation is open and cannot be ended now.
         StoreMismatch: the store is an old copy, or lacks a machine and layers would go.
         ImageInUse: another program writes to one of its images.
+        StoreMismatch: another program has written to a frozen image; its snapshots are marked.
     """
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
@@ -100,12 +102,21 @@ async def working(
             if qemu is None or context.process(machine):
                 work = Work(machine, qemu)
                 if alone:
-                    await require_alone(context, work)
+                    await _require_unspoilt(context, work)
                 yield work
+                await blocking(frozen.keep, context.store, name)
                 return
         if alone:
-            await require_alone(context, Work(machine, None))
+            await _require_unspoilt(context, Work(machine, None))
         yield Work(machine, None)  # an interrupted revert was ended, and its QEMU with it
+        await blocking(frozen.keep, context.store, name)
+
+
+async def _require_unspoilt(context: Context, work: Work) -> None:
+    """Nobody writes to the machine's images, and nobody has written to frozen ones without being told."""
+    await require_alone(context, work)
+    await blocking(frozen.notice, context.store, work.machine.name)
+    await blocking(frozen.keep, context.store, work.machine.name)
 
 
 @asynccontextmanager
@@ -161,7 +172,7 @@ async def require_alone(context: Context, work: Work) -> None:
     """
     name, store = work.machine.name, context.store
     chains = await blocking(store.chains, name)
-    layers = outsiders.read_by(chains, await blocking(store.snapshots, name), await blocking(store.forest))
+    layers = read_by(chains, await blocking(store.snapshots, name), await blocking(store.forest))
     process = context.process(work.machine)
     active = {chain.active.id for chain in chains} if work.qemu else set()
     await outsiders.require_unwritten(

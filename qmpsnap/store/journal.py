@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
-from qmpsnap.model import outcome, steps
+from qmpsnap.model import outcome, sharing, steps
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
 from qmpsnap.model.outcome import Recorded
-from qmpsnap.store import recorded
+from qmpsnap.store import frozen, recorded
 
 _COLUMNS = "id, machine, verb, state, step, plan, started, updated, pid, error"
 _OUTCOME = "effect, outcome"
@@ -63,6 +63,7 @@ def open_operation(
             before,
         ),
     )
+    frozen.drop(connection, sharing.rewritten(plan))
     return operation
 
 

@@ -92,6 +92,9 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE snapshot ADD COLUMN frozen_ms REAL;
     ALTER TABLE snapshot ADD COLUMN max_pause_ms REAL;
     """,
+    """
+    CREATE TABLE frozen (layer TEXT PRIMARY KEY, mtime_ns INTEGER NOT NULL, size INTEGER NOT NULL) STRICT;
+    """,
 )
 
 

@@ -20,6 +20,7 @@ from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
 from qmpsnap.store import devices, journal, queries, records, rows
 from qmpsnap.store.database import Database
+from qmpsnap.store.frozen import FrozenTable
 from qmpsnap.store.homes import HomeTable
 from qmpsnap.store.records import Place, Records
 
@@ -41,6 +42,7 @@ class SqliteStore:
         self._database = Database(path, make=make)
         self._machines = machines
         self._records = Records(path.parent / records.FOLDER)
+        self.frozen = FrozenTable(self._database)
         self.home = HomeTable(self._database, self._records, machines=machines)
 
     def __enter__(self) -> Self:

@@ -13,11 +13,16 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.store.frozen import FrozenTable
 from qmpsnap.store.homes import HomeTable
 
 
 class Store(Protocol):
     """What every backend keeps. Unknown names raise ``NotFoundError``; a failed call changes nothing."""
+
+    @property
+    def frozen(self) -> FrozenTable:
+        """What the files of frozen images were, forgotten of each that an operation may write to as it is opened."""
 
     @property
     def home(self) -> HomeTable:

@@ -17,7 +17,7 @@ from qemu.qmp import ConnectError, QMPClient
 
 import qmpsnap
 from qmpsnap.cli.main import main
-from qmpsnap.errors import DeadlinePassed, NameTaken, QemuGone, StateError, StoreMismatch
+from qmpsnap.errors import DeadlinePassed, ImageInUse, NameTaken, QemuGone, StateError, StoreMismatch
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import commit
 from qmpsnap.ops.commit import CommitRequest
@@ -398,8 +398,9 @@ async def test_a_qemu_that_was_replaced_is_not_taken_for_it(q: qmpsnap.Controlle
         (folder / name).unlink()
     launched("drive")
     assert not await vm.is_running()
-    with pytest.raises(StateError, match="somebody else launches"):
+    with pytest.raises(ImageInUse, match=r"is open for writing in qemu-system-\S+ \(process"):
         await vm.snapshot("s2")
+    assert {finding.code for finding in (await vm.check()).findings} >= {"image-in-use"}
 
 
 def test_the_command_shows_the_mapping(

@@ -11,7 +11,7 @@ from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import graph, header, tagtable
+from qmpsnap.block import graph, header, images, tagtable
 from qmpsnap.block.graph import NOTHING, Beside, DiskGraph
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.block.users import User
@@ -27,7 +27,7 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import outsiders, stale_store, whereabouts
+from qmpsnap.ops import frozen, stale_store, whereabouts
 from qmpsnap.ops.checking import named
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
@@ -116,6 +116,7 @@ class Facts(Struct, frozen=True, kw_only=True):
         asked: None when the machine is stopped, or QEMU is silent.
         silent: why QEMU did not answer.
         worker: a helper QEMU runs.
+        overwritten: the frozen layers that something has written to since they were frozen.
         users: of each image that somebody else has open for writing: who.
     """
 
@@ -136,6 +137,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     asked: Asked | None = None
     silent: str | None = None
     worker: bool = False
+    overwritten: tuple[LayerId, ...] = ()
     users: Mapping[LayerId, User] = MappingProxyType({})
 
     @property
@@ -174,7 +176,9 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         busy = None if own else lock.holder(context.home.lock(name))
         asked, silent = await _ask(context, before, qemu)
         found = await to_thread.run_sync(_files, context, before)
-        users = await to_thread.run_sync(_users, context, before)
+        process = context.process(before.machine)
+        look = await blocking(frozen.asked, context.store, before.machine, process.pid if process else None)
+        seen = await to_thread.run_sync(images.look, replace(look, ours=_ours(context, before.machine)))
         old = await blocking(stale_store.sign, context, before.machine, before.chains)
         lost = await blocking(context.store.lost)
         moved = await blocking(whereabouts.recorded_elsewhere, context.home, context.store, context.host)
@@ -192,22 +196,15 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         asked=asked,
         silent=silent,
         worker=worker.find(before.machine, context.home.run_dir(name)) is not None,
-        users=users,
+        users=seen.users,
+        overwritten=seen.changed,
     )
 
 
-def _users(context: Context, at: Record) -> dict[LayerId, User]:
-    """Who else writes to the machine's images; the active ones of a machine that runs are its QEMU's to lock."""
-    process = context.process(at.machine)
-    helper = worker.find(at.machine, context.home.run_dir(at.machine.name))
-    written = {chain.active.id for chain in at.chains} if process else set()
-    layers = {
-        layer.path: layer.id
-        for layer in outsiders.read_by(at.chains, at.snapshots, at.forest)
-        if layer.id not in written
-    }
-    ours = [found.pid for found in (process, helper) if found]
-    return {layers[user.path]: user for user in outsiders.writers(layers, ours=ours)}
+def _ours(context: Context, machine: Machine) -> list[int]:
+    """The processes of ours that may have the machine's images open."""
+    helper = worker.find(machine, context.home.run_dir(machine.name))
+    return [found.pid for found in (context.process(machine), helper) if found]
 
 
 async def _ask(context: Context, at: Record, qemu: Monitor | None) -> tuple[Asked | None, str | None]:

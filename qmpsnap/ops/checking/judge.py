@@ -123,6 +123,10 @@ def _users(at: Facts) -> Iterator[Finding]:
     for identity, user in at.users.items():
         layer = at.record.forest.layers[identity]
         yield _finding(at, "image-in-use", f"{layer.path} {user.does} {user.who}", layer=layer)
+    for identity in at.overwritten:
+        layer = at.record.forest.layers[identity]
+        text = f"{layer.path} has another time or size than when it was frozen"
+        yield _finding(at, "frozen-written", text, layer=layer)
 
 
 def _writers(at: Facts) -> Iterator[Finding]:

@@ -61,6 +61,7 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
             await to_end(close_to_others, entry)
         case "image-leaks":
             layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
+            await blocking(context.store.frozen.forget, [layer.id])
             async with keys.for_layer(context, machine, layer) as key:
                 await verify.check(layer, qemu_img=context.image.binary, give_back=True, key=key)
         case "size-differs":

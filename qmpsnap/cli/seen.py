@@ -1,0 +1,65 @@
+"""What `list`, `show` and whoever changes an adopted machine say about images, and about who has them open."""
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from qmpsnap.block import images as files
+from qmpsnap.block.images import Seen
+from qmpsnap.cli import output
+from qmpsnap.cli.common import home, reading
+from qmpsnap.machine.argv import USER_SOCKET
+from qmpsnap.model.machine import Machine, Process
+from qmpsnap.qmp import unixsocket
+
+if TYPE_CHECKING:
+    from qmpsnap.store.store import Store
+
+
+def images(store: "Store", machines: Sequence[Machine], alive: Mapping[str, Process]) -> dict[str, Seen]:
+    """How the images are of those machines that are this host's."""
+    from qmpsnap.ops import frozen
+
+    here = [machine for machine in machines if machine.host == os.uname().nodename]
+    pids = {name: process.pid for name, process in alive.items()}
+    return files.glance({machine.name: frozen.asked(store, machine, pids.get(machine.name)) for machine in here})
+
+
+def state(machine: Machine, process: Process | None, found: Seen | None) -> str:
+    """``running`` or ``stopped``; ``unknown`` where a QEMU that cannot be seen from here may run."""
+    if process:
+        return "running"
+    return "unknown" if (found and found.unseen) or _answers(machine) else "stopped"
+
+
+def _answers(machine: Machine) -> bool:
+    """Whether somebody listens on the monitor that users have; its owner's is not ours to play with."""
+    if machine.adopted:
+        return False
+    with contextlib.suppress(OSError):
+        unixsocket.connect(home().run_dir(machine.name) / USER_SOCKET).close()
+        return True
+    return False
+
+
+def tell(name: str, found: Seen) -> None:
+    """Say what is wrong with the images of a machine, for people."""
+    if not found.asked:
+        output.note(f"{name}: images were not asked: their storage did not answer at once")
+    for user in found.users.values():
+        output.note(f"{name}: {output.printable(user.path)} {user.does} {output.printable(user.who)}")
+    if found.changed:
+        changed = ", ".join(found.changed)
+        output.note(f"{name}: {changed} was written to since it was frozen; qmpsnap check {name}")
+
+
+def tell_owner(name: str) -> None:
+    """Say to the owner of an adopted machine what has to be started from now on."""
+    with reading() as store:
+        if not store.machine(name).adopted:
+            return
+        chains = store.chains(name)
+    active = ", ".join(f"{output.printable(chain.active.path)} ({chain.disk})" for chain in chains)
+    output.note(f"{name} was adopted: whoever starts its QEMU has to do so on {active} from now on;")
+    output.note("  started on an image below, it would write into what a snapshot holds")
