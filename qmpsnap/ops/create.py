@@ -24,7 +24,7 @@ from qmpsnap.ops.create_plan import CreateRequest, expected, node_options, plan,
 from qmpsnap.ops.means import choose
 from qmpsnap.ops.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.quiesce import Freezer
-from qmpsnap.ops.work import Work, looking, require_agreement, require_alone, working
+from qmpsnap.ops.work import Work, looking, require_agreement, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor

@@ -345,6 +345,8 @@ def _require_whole(disk: DiskSpec, top: FoundLayer) -> None:
             f" {disk.cache}' needs of a raw image; nothing was created",
             hint=f"qemu-img resize -f raw {shlex.quote(shown)} {-(-size // _BLOCK) * _BLOCK}, or another 'cache'",
         )
+
+
 async def require_unwritten(
     context: Context, name: str, sources: Mapping[str, DiskSource], *, ours: Collection[int] = ()
 ) -> None:

@@ -21,7 +21,7 @@ from qmpsnap.model.operation import Change, MirrorPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.spec import Format
 from qmpsnap.ops import copying, recover, serials, space
-from qmpsnap.ops.context import Context, blocking, require_spec
+from qmpsnap.ops.context import Context, require_spec
 from qmpsnap.ops.situation import look
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.work import Work, begin, looking, working

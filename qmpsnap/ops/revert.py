@@ -34,7 +34,7 @@ from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
 from qmpsnap.ops.revert_plan import RevertRequest, plan, points, target_of
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.switch import nothing_written, switch
-from qmpsnap.ops.work import Work, begin, looking, require_alone, working
+from qmpsnap.ops.work import Work, begin, looking, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor

@@ -120,9 +120,7 @@ async def _require_unspoilt(context: Context, work: Work) -> None:
 
 
 @asynccontextmanager
-async def looking(
-    context: Context, name: str, *, removes: bool = False, alone: bool = True
-) -> AsyncIterator[Work]:
+async def looking(context: Context, name: str, *, removes: bool = False, alone: bool = True) -> AsyncIterator[Work]:
     """Reach a machine and its QEMU to see what a verb would do: nothing is locked, ended, made or changed.
 
     Raises:
