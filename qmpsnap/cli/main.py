@@ -23,10 +23,8 @@ from qmpsnap.model.names import is_text
 NOUNS: Final = {
     "doctor": ("doctor",),
     "demo": ("demo",),
-    "machine": (
-        *("define", "list", "show", "start", "stop", "pause", "resume", "wakeup", "undefine"),
-        *("console", "exec", "fstrim", "recover"),
-    ),
+    "machine": ("define", "list", "show", "start", "stop", "pause", "resume", "wakeup", "undefine", "recover"),
+    "guest": ("console", "exec", "fstrim"),
     "adopt": ("adopt",),
     "snapshot": ("snapshot", "tree"),
     "save": ("save", "restore"),

@@ -25,9 +25,9 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
 from qmpsnap.model.operation import DefinePlan
 from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec, Opened
-from qmpsnap.ops import adopt_files, define
+from qmpsnap.ops import adopt_files, define, disk_sources
 from qmpsnap.ops.context import Context, blocking, forget_places, locked
-from qmpsnap.ops.define import DiskSource
+from qmpsnap.ops.disk_sources import DiskSource
 from qmpsnap.ops.work import require_settled
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.commands import Backend
@@ -229,9 +229,9 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
         ),
     )
     survey = replace(survey, machine=replace(survey.machine, spec=spec))
-    writers, readers = await define.users(context)
-    define.require_unshared(spec, sources, writers=writers, readers=readers)
-    await define.require_unwritten(context, name, sources, ours=[seen.process.pid])
+    writers, readers = await disk_sources.users(context)
+    disk_sources.require_unshared(spec, sources, writers=writers, readers=readers)
+    await disk_sources.require_unwritten(context, name, sources, ours=[seen.process.pid])
     return survey, sources
 
 

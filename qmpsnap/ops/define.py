@@ -1,26 +1,20 @@
 """``define``: a machine's folder and images are made, then its row."""
 
-import functools
 import os
-import shlex
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from anyio import to_thread
-from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap import private
-from qmpsnap.block import encrypted, header
 from qmpsnap.block.header import FoundLayer
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import HostCannot, ImageRefused, NameTaken, NotFoundError, StateError, StoreMismatch, UsageError
+from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch, UsageError
 from qmpsnap.machine import probe
 from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.firmware import find_firmware
-from qmpsnap.model import sharing
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
@@ -28,29 +22,11 @@ from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import keys, outsiders, recover
+from qmpsnap.ops import disk_sources, keys, recover
 from qmpsnap.ops.context import Context, blocking, forget_places, locked, require_folder
-from qmpsnap.ops.overlays import identified, make_overlays, require_free, require_room
+from qmpsnap.ops.disk_sources import DiskSource
+from qmpsnap.ops.overlays import identified, make_overlays, require_free
 from qmpsnap.threads import to_end
-
-Identity = tuple[int, int]
-"""Device and inode of a file."""
-
-
-_SECTOR, _BLOCK = 512, 4096
-"""Bytes of the smallest and of the largest blocks that disks have."""
-
-
-class DiskSource(Struct, frozen=True):
-    """What lies under a disk already: the images of ``image`` or ``base``, base first.
-
-    Attributes:
-        found: the images as their headers tell.
-        known: the store's layer for each, None where it is new to the store.
-    """
-
-    found: tuple[FoundLayer, ...] = ()
-    known: tuple[Layer | None, ...] = ()
 
 
 def plan(
@@ -184,7 +160,7 @@ async def complete(
 
 async def survey(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> tuple[Machine, dict[str, DiskSource]]:
     """The machine to be, and what lies under its disks already; images may lie in the folders ``allowed``."""
-    sources = await _sources(context, spec, allowed)
+    sources = await disk_sources.read(context, spec, allowed)
     machine = Machine(name=spec.name, uuid=str(uuid.uuid4()), host=context.host, spec=spec, created=time.time())
     return machine, sources
 
@@ -312,131 +288,3 @@ def _copy_variables(source: str, target: str) -> None:
             os.fsync(descriptor)
     except OSError as error:
         raise HostCannot(f"the variable store {target} cannot be made: {error.strerror}") from error
-
-
-async def _sources(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> dict[str, DiskSource]:
-    """Read what lies under each disk, with our own reader only, and make sure that nobody else writes to it."""
-    writers, readers = await users(context)
-    sources: dict[str, DiskSource] = {}
-    for disk in spec.disks:
-        path = disk.image or disk.base
-        if path is None:
-            sources[disk.name] = DiskSource()
-            continue
-        read = functools.partial(header.read_chain, path, disk.format, allowed=allowed)
-        found = await to_thread.run_sync(read)
-        if disk.base:
-            require_room(disk.name, len(found))
-        _require_whole(disk, found[-1])
-        await _require_encrypted(context, spec, disk, found)
-        known = [await blocking(context.store.layer_at, layer.path) for layer in found]
-        sources[disk.name] = DiskSource(tuple(found), tuple(known))
-    require_unshared(spec, sources, writers=writers, readers=readers)
-    await require_unwritten(context, spec.name, sources)
-    return sources
-
-
-def _require_whole(disk: DiskSpec, top: FoundLayer) -> None:
-    """Refuse what QEMU may not write to past the page cache: the end of a file that is no end of a block."""
-    size, shown = top.header.file_size, header.printable(top.path, 2000)
-    if disk.image and top.format == "raw" and disk.cache in ("none", "directsync") and size % _SECTOR:
-        raise ImageRefused(
-            f"disk {disk.name}: {header.printable(top.path)} has {size} bytes, no multiple of {_SECTOR}, which 'cache:"
-            f" {disk.cache}' needs of a raw image; nothing was created",
-            hint=f"qemu-img resize -f raw {shlex.quote(shown)} {-(-size // _BLOCK) * _BLOCK}, or another 'cache'",
-        )
-
-
-async def require_unwritten(
-    context: Context, name: str, sources: Mapping[str, DiskSource], *, ours: Collection[int] = ()
-) -> None:
-    """Refuse images that another program writes to; what an open operation of ours changes, the store refuses.
-
-    Raises:
-        ImageInUse: one does.
-    """
-
-    def changing() -> set[object]:
-        forest = context.store.forest()
-        found: set[object] = set()
-        for machine in context.store.machines():
-            for operation in context.store.operations(machine.name, only_open=True):
-                found |= sharing.uses(operation.plan, forest).changes
-        return found
-
-    changes = await blocking(changing)
-    paths = [layer.path for source in sources.values() for layer in source.found]
-    await outsiders.require_free([path for path in paths if path not in changes], machine=name, ours=ours)
-
-
-async def _require_encrypted(context: Context, spec: MachineSpec, disk: DiskSpec, found: Sequence[FoundLayer]) -> None:
-    """Make sure that all images of a disk are encrypted or none is, as its spec says, and that the key opens them."""
-    for layer in found:
-        if layer.header.encrypted is not (disk.encryption is not None):
-            what = "is encrypted" if layer.header.encrypted else "is not encrypted"
-            remedy = "say so in the spec" if layer.header.encrypted else "take it out of the spec"
-            raise ImageRefused(
-                f"disk {disk.name} of {spec.name}: {header.printable(layer.path)} {what}; nothing was created",
-                hint=f"'encryption' of a disk is for all its images: {remedy}, or convert the image first",
-            )
-    async with keys.for_images(context, spec.name, disk) as key:
-        if key is not None:
-            for layer in found:
-                await encrypted.require_key(layer.path, key, qemu_img=context.image.binary)
-
-
-async def users(context: Context) -> tuple[dict[Identity, str], dict[Identity, str]]:
-    """Which machine writes to which file, and which machine reads which."""
-    writers: dict[Identity, str] = {}
-    readers: dict[Identity, str] = {}
-    for machine in await blocking(context.store.machines):
-        for chain in await blocking(context.store.chains, machine.name):
-            writers[chain.active.device, chain.active.inode] = machine.name
-            readers |= {(layer.device, layer.inode): machine.name for layer in chain.layers}
-    return writers, readers
-
-
-def require_unshared(
-    spec: MachineSpec,
-    sources: Mapping[str, DiskSource],
-    *,
-    writers: Mapping[Identity, str],
-    readers: Mapping[Identity, str],
-) -> None:
-    """Make sure that no image has a writer and another reader; files are told by identity, not by name.
-
-    Args:
-        spec: the machine to be.
-        sources: what lies under each of its disks.
-        writers: the active layers of the other machines.
-        readers: all their layers.
-
-    Raises:
-        StateError: an image would have both; nothing was created.
-    """
-    own: dict[Identity, DiskSpec] = {}
-    for disk in spec.disks:
-        source = sources[disk.name]
-        files = [(layer.header.device, layer.header.inode) for layer in source.found]
-        for layer, file in zip(source.found, files, strict=True):
-            if writer := writers.get(file):
-                raise StateError(
-                    f"disk {disk.name} of {spec.name} would read {layer.path}, which machine {writer} writes to;"
-                    " nothing was created",
-                    hint=f"qmpsnap snapshot create {writer} first, then use the layer that it freezes",
-                )
-        if disk.image and not disk.read_only:
-            if source.known[-1] is not None or files[-1] in readers:
-                raise _written(spec, disk, "other machines read")
-            own[files[-1]] = disk
-    for disk in spec.disks:
-        for layer in sources[disk.name].found:
-            if (other := own.get((layer.header.device, layer.header.inode), disk)) is not disk:
-                raise _written(spec, other, f"its disk {disk.name} reads")
-
-
-def _written(spec: MachineSpec, disk: DiskSpec, who: str) -> StateError:
-    return StateError(
-        f"disk {disk.name} of {spec.name} would write to {disk.image}, which {who}; nothing was created",
-        hint="use 'base:' instead of 'image:' for a linked clone",
-    )

@@ -1,6 +1,11 @@
 """The questions that the store asks SQLite more than once, or that want explaining; no value is ever part of one."""
 
 LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state, birth"
+SNAPSHOT = (
+    "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
+    " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced, s.pushed, s.frozen_ms, s.max_pause_ms"
+    " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent"
+)
 MACHINE = (
     "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted,"
     " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"

@@ -82,13 +82,7 @@ class SqliteStore:
     def snapshots(self, machine: str) -> tuple[Snapshot, ...]:
         with self._database.reading() as sql:
             number = rows.machine_id(sql, machine)
-            found = sql.execute(
-                "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
-                " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced, s.pushed,"
-                " s.frozen_ms, s.max_pause_ms"
-                " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent WHERE s.machine = ? ORDER BY s.id",
-                (number,),
-            ).fetchall()
+            found = sql.execute(f"{queries.SNAPSHOT} WHERE s.machine = ? ORDER BY s.id", (number,)).fetchall()
             points: dict[int, list[Point]] = {}
             for snapshot, disk, layer, tag in sql.execute(
                 "SELECT snapshot, disk, layer, tag FROM point JOIN snapshot ON snapshot.id = point.snapshot"

@@ -15,7 +15,7 @@ from qmpsnap.model.names import LayerId, NodeName, OperationId
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import adopt
 from qmpsnap.ops.adopt import AdoptedDisk, Survey
-from qmpsnap.ops.define import DiskSource
+from qmpsnap.ops.disk_sources import DiskSource
 from qmpsnap.qmp.commands import Backend, BlockGraph, GraphEdge, GraphNode, ImageInfo, NodeInfo
 
 HOME = Home(data=Path("/d"), run=Path("/r"), cache=Path("/c"))
