@@ -66,6 +66,7 @@ class QmpsnapError(Exception):
         self.machine = machine
         self.operation = operation
         self.qmp_class = qmp_class
+        self._claimed = ""
 
     def claim(self, effect: Effect, left: str = "") -> None:
         """Say what has come of it, as found; whatever the message said of that before counts no more.
@@ -76,7 +77,9 @@ class QmpsnapError(Exception):
         """
         said = {"none": "nothing was changed", "applied": left, "unknown": ""}[effect]
         fact = _CLAIM.sub("", self.message)
-        self.effect, self.message = effect, f"{fact}; {said}" if said else fact
+        if self._claimed:
+            fact = fact.replace(f"; {self._claimed}", "")
+        self.effect, self.message, self._claimed = effect, f"{fact}; {said}" if said else fact, said
         self.args = (self.message,)
 
     def add(self, also: str) -> None:

@@ -7,13 +7,15 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
 from msgspec import Struct
 
+from qmpsnap import identity
 from qmpsnap.block import users
 from qmpsnap.block.users import User
+from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
 
 DEADLINE: Final = 0.2
@@ -31,12 +33,14 @@ class Asked(Struct, frozen=True):
     Attributes:
         paths: of each layer that nobody but the machine's QEMU may write to.
         active: those that a guest writes to; empty where its QEMU is known and runs.
-        stamps: what the frozen ones were when they were frozen, as far as that is recorded.
+        frozen: the frozen ones of which it is recorded what they were then.
+        stamps: what that is.
         ours: its processes.
     """
 
     paths: Mapping[LayerId, str]
     active: frozenset[LayerId]
+    frozen: Collection[Layer]
     stamps: Mapping[LayerId, Stamp]
     ours: Collection[int] = ()
 
@@ -82,23 +86,29 @@ def look(at: Asked) -> Seen:
                 found[layer] = user
         except OSError:
             unsaid = True
-    return Seen(found, changed({at.paths[layer]: stamp for layer, stamp in at.stamps.items()}, at.paths), unsaid,
-                active=at.active)  # fmt: skip
+    return Seen(found, changed(at.frozen, at.stamps), unsaid, active=at.active)
 
 
-def changed(stamps: Mapping[str, Stamp], paths: Mapping[LayerId, str]) -> tuple[LayerId, ...]:
-    """The layers whose files are there and have another time or size than these."""
-    by_path = {path: layer for layer, path in paths.items()}
-    return tuple(by_path[path] for path, kept in stamps.items() if (now := stamp(path)) and now != kept)
+def changed(layers: Iterable[Layer], stamps: Mapping[LayerId, Stamp]) -> tuple[LayerId, ...]:
+    """Those of the layers whose own files are there and have another time or size than these."""
+    return tuple(
+        layer.id for layer in layers if layer.id in stamps and (now := stamp(layer)) and now != stamps[layer.id]
+    )
 
 
-def stamp(path: str) -> Stamp | None:
-    """A file's; None where there is none, or a block device, whose node does not tell."""
+def stamp(layer: Layer) -> Stamp | None:
+    """A layer's; None where another file or none has its name, or a block device, whose node does not tell."""
     try:
-        status = os.lstat(path)
+        descriptor = os.open(layer.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
-    return (status.st_mtime_ns, status.st_size) if stat.S_ISREG(status.st_mode) else None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or not identity.same_file(layer, identity.of(descriptor)):
+            return None
+        return status.st_mtime_ns, status.st_size
+    finally:
+        os.close(descriptor)
 
 
 def glance(wanted: Mapping[str, Asked]) -> dict[str, Seen]:

@@ -111,16 +111,18 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
         names = {snapshot.name for snapshot in plan.change.snapshots}
         found = await blocking(context.store.snapshots, plan.machine)
         return replace(plan.change, snapshots=tuple(snapshot for snapshot in found if snapshot.name in names))
-    if error.effect == "none":
-        active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, plan.machine)}
-        for overlay in plan.overlays:
-            if active[overlay.disk] != overlay.layer.id:
-                continue
-            try:
-                await commit.run(context, plan.machine, CommitRequest(disk=overlay.disk, base=overlay.backing.id))
-            except QmpsnapError as left:  # no reason to tell less of why there is no snapshot
-                error.add(f"layer {overlay.layer.id} of disk {overlay.disk} is left, without a name: {left.message}")
-                error.effect = "applied"
+    if error.effect == "unknown":
+        return None
+    active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, plan.machine)}
+    moved = [overlay for overlay in plan.overlays if active[overlay.disk] == overlay.layer.id]
+    left: list[str] = []
+    for overlay in moved:
+        try:
+            await commit.run(context, plan.machine, CommitRequest(disk=overlay.disk, base=overlay.backing.id))
+        except QmpsnapError as why:  # no reason to tell less of why there is no snapshot
+            left.append(f"layer {overlay.layer.id} of disk {overlay.disk} is left, without a name: {why.message}")
+    if moved:
+        error.claim("applied" if left else "none", "; ".join(left))
     return None
 
 

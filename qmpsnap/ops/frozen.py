@@ -27,10 +27,12 @@ def asked(store: Store, machine: Machine, pid: int | None) -> Asked:
     chains, forest = store.chains(machine.name), store.forest()
     layers = {layer.id: layer for layer in read_by(chains, store.snapshots(machine.name), forest)}
     active = frozenset(chain.active.id for chain in chains)
+    stamps = {key: stamp for key, stamp in store.frozen.stamps().items() if key in layers and key not in active}
     return Asked(
         paths={layer.id: layer.path for layer in layers.values() if not (pid and layer.id in active)},
         active=frozenset() if pid else active,
-        stamps={key: stamp for key, stamp in store.frozen.stamps().items() if key in layers and key not in active},
+        frozen=[layers[key] for key in stamps],
+        stamps=stamps,
         ours=() if pid is None else (pid,),
     )
 
@@ -43,12 +45,12 @@ def keep(store: Store, machine: str) -> None:
         chains, forest, snapshots = store.chains(machine), store.forest(), store.snapshots(machine)
         known, active = store.frozen.stamps(), {writer.layer for writer in forest.writers}
         spoilt = [found for found in snapshots if found.state == "overwritten"]
-        left = {layer.id for layer in read_by((), spoilt, forest)}
+        left = {layer.id for layer in read_by((), spoilt, forest)} if spoilt else set()
         new = {
             layer.id: stamp
             for layer in read_by(chains, snapshots, forest)
             if layer.id not in known and layer.id not in active and layer.id not in left
-            if (stamp := images.stamp(layer.path))
+            if (stamp := images.stamp(layer))
         }
         if new:
             store.frozen.record(new)
@@ -64,8 +66,9 @@ def notice(store: Store, machine: str) -> None:
     known = store.frozen.stamps()
     layers = {layer.id: layer for layer in read_by(chains, snapshots, forest)}
     active = {chain.active.id for chain in chains}
-    stamps = {layers[key].path: stamp for key, stamp in known.items() if key in layers and key not in active}
-    changed = set(images.changed(stamps, {key: layer.path for key, layer in layers.items()}))
+    changed = set(images.changed((layer for layer in layers.values() if layer.id not in active), known))
+    if not changed and all(snapshot.state != "overwritten" for snapshot in snapshots):
+        return  # what each snapshot reads costs the square of the depth
     # What was taken after that was told is of the images as they were then.
     told = {layer for snapshot in snapshots if snapshot.state == "overwritten" for layer in _reads(snapshot, forest)}
     marked = [

@@ -199,7 +199,8 @@ async def _said(asking: AbstractAsyncContextManager[Monitor | None]) -> str:
     """
     try:
         async with asking as qemu:
-            return await commands.run_state(qemu) if qemu else "stopped"
+            state = await commands.run_state(qemu) if qemu else "stopped"
+            return "paused" if state == "prelaunch" else state  # started with -S because it is to stand still
     except (QemuGone, DeadlinePassed):
         return "unknown"
 

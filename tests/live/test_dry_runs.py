@@ -20,7 +20,21 @@ from tests.live.machine import MIB, context_of
 SPEC = "name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}, {name: vdb, size: 1M}]\n"
 NO_CHANGE = frozenset(
     {
-        *("doctor", "demo", "list", "show", "start", "stop", "pause", "resume", "console", "exec", "fstrim", "recover"),
+        *(
+            "doctor",
+            "demo",
+            "list",
+            "show",
+            "start",
+            "stop",
+            "pause",
+            "resume",
+            "wakeup",
+            "console",
+            "exec",
+            "fstrim",
+            "recover",
+        ),
         *("tree", "chain", "check", "log", "snapshot list", "snapshot show", "job list", "job wait", "job cancel"),
     }
 )

@@ -118,7 +118,7 @@ def test_storage_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytes
     fifo = tmp_path / "fifo"
     with hanging(fifo):
         monkeypatch.setattr(images, "look", lambda _: fifo.read_bytes())
-        wanted = {name: Asked({LayerId("vda-1"): str(fifo)}, frozenset(), {}) for name in ("a", "b")}
+        wanted = {name: Asked({LayerId("vda-1"): str(fifo)}, frozenset(), (), {}) for name in ("a", "b")}
         assert {name: found.word for name, found in images.glance(wanted).items()} == {
             "a": "not asked",
             "b": "not asked",

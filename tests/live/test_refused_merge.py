@@ -11,7 +11,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.cli.main import main
-from qmpsnap.errors import HostCannot, QmpsnapError, StateError
+from qmpsnap.errors import HostCannot, ImageInUse, QmpsnapError, StateError
 from qmpsnap.model.chain import Layer
 from qmpsnap.ops import delete as deleting
 from tests.faults import claims, site
@@ -106,10 +106,12 @@ async def test_a_stopped_machines_refused_merge_changes_nothing(q: qmpsnap.Contr
     await hold_invariants(vm)
 
 
-async def test_what_shares_the_base_is_not_in_the_way(q: qmpsnap.Controller) -> None:
+async def test_a_reader_that_would_share_the_base_is_refused_too(q: qmpsnap.Controller) -> None:
     vm, base = await _made(q)
-    with _open_in_another(base, "-r", "-U"):
+    with _open_in_another(base, "-r", "-U"), pytest.raises(ImageInUse, match="nothing was changed"):
         await vm.commit("vda", consume=True)
+    await hold_invariants(vm)
+    await vm.commit("vda", consume=True)
 
 
 async def test_a_stream_into_an_image_that_another_writes_to_is_refused(q: qmpsnap.Controller) -> None:
