@@ -50,10 +50,12 @@ class Beside(Struct, frozen=True):
     Attributes:
         others: what the guest writes to besides, as somebody has attached it or ``adopt`` has left it out.
         unplugged: disks of the machine that QEMU has no device for, and nobody else writes to.
+        names: those that its nodes and drives have.
     """
 
     others: tuple[Outside, ...] = ()
     unplugged: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
 
 
 NOTHING = Beside()
@@ -63,6 +65,11 @@ NOTHING = Beside()
 async def read(monitor: Monitor) -> BlockGraph:
     """QEMU's graph as it is now (``x-debug-query-block-graph``)."""
     return await commands.query_block_graph(monitor)
+
+
+def taken_names(graph: BlockGraph) -> frozenset[str]:
+    """The names that no new node can have: those of nodes and of drives, which share one space of names."""
+    return frozenset(node.name for node in graph.nodes if node.type in {"block-driver", "block-backend"})
 
 
 def node_names(graph: BlockGraph) -> frozenset[str]:
@@ -113,13 +120,24 @@ def _walk(
     return DiskGraph(tuple(reversed(nodes)), tuple(above), tuple(sorted(holders)))
 
 
-async def require_agreement(
-    monitor: Monitor, chains: Sequence[Chain], *, machine: str, lacking: frozenset[str] = frozenset()
+async def require_agreement(monitor: Monitor, chains: Sequence[Chain], *, machine: str) -> None:
+    """As :func:`require_chains`, of the graph as it is now."""
+    await require_chains(monitor, await read(monitor), chains, machine=machine)
+
+
+async def require_chains(
+    monitor: Monitor,
+    graph: BlockGraph,
+    chains: Sequence[Chain],
+    *,
+    machine: str,
+    lacking: frozenset[str] = frozenset(),
 ) -> None:
     """Make sure that QEMU's chains are the store's, and that no job holds them.
 
     Args:
         monitor: its QEMU.
+        graph: its graph.
         chains: the store's.
         machine: the machine's name.
         lacking: disks that are not touched, so that QEMU need not have them: :attr:`Beside.unplugged`.
@@ -128,7 +146,6 @@ async def require_agreement(
         StoreMismatch: a disk's chain in QEMU is another one than the store's.
         StateError: a job that is not ours is working on a disk.
     """
-    graph = await read(monitor)
     disks = by_disk(graph, frozenset(layer for chain in chains for layer in chain.ids))
     for chain in chains:
         found = disks.get(chain.disk)
@@ -146,14 +163,14 @@ async def require_agreement(
             await _require_filters(monitor, found.above, machine=machine, disk=chain.disk)
 
 
-async def beside(monitor: Monitor, chains: Sequence[Chain]) -> Beside:
+async def beside(monitor: Monitor, graph: BlockGraph, chains: Sequence[Chain]) -> Beside:
     """What QEMU has attached that is no disk of these chains, and which of them it lacks."""
-    # The drives last: a disk that is unplugged between the two answers is one that QEMU has.
-    graph = await read(monitor)
-    backends = await commands.query_block(monitor)
     disks = by_disk(graph, frozenset(layer for chain in chains for layer in chain.ids))
     found = [disks[chain.disk] for chain in chains if chain.disk in disks]
     ours = {name for disk in found for name in (*disk.above, *disk.nodes[-1:])}
+    # query-block describes whole chains, so that a long one costs: it is asked only where there is another drive. The
+    # drives last: a disk that is unplugged between the two answers is one that QEMU has.
+    backends = await commands.query_block(monitor) if _has_others(graph, ours) else ()
     permissions = _permissions(graph)
     others = tuple(
         Outside(backend.shown, backend.inserted.file)
@@ -163,7 +180,15 @@ async def beside(monitor: Monitor, chains: Sequence[Chain]) -> Beside:
     # A layer that has another reader, as under another device's name, is not out of the guest's reach.
     used = {edge.child for edge in graph.edges}
     free = {chain.disk for chain in chains if not any(n.name == chain.active.id and n.id in used for n in graph.nodes)}
-    return Beside(others, frozenset(free - disks.keys()))
+    return Beside(others, frozenset(free - disks.keys()), taken_names(graph))
+
+
+def _has_others(graph: BlockGraph, ours: set[str]) -> bool:
+    """Whether any drive or device has another node than these."""
+    nodes = {node.id: node for node in graph.nodes}
+    return any(
+        nodes[edge.parent].type == "block-backend" and nodes[edge.child].name not in ours for edge in graph.edges
+    )
 
 
 async def require_no_other(monitor: Monitor, chains: Sequence[Chain], *, machine: str, hint: str) -> None:
@@ -178,7 +203,7 @@ async def require_no_other(monitor: Monitor, chains: Sequence[Chain], *, machine
     Raises:
         StateError: a device writes to something else, as somebody has attached it or ``adopt`` has left it out.
     """
-    if found := (await beside(monitor, chains)).others:
+    if found := (await beside(monitor, await read(monitor), chains)).others:
         others = [f"{other.name} ({other.file})" for other in found]
         raise StateError(
             f"the guest of machine {machine} also writes to {', '.join(others)}, no disk of the machine: memory that is"

@@ -60,7 +60,7 @@ async def take_out(
         return await to_end(_sync, target)
     except BaseException:
         with anyio.CancelScope(shield=True):
-            await to_end(discard, target)
+            await to_end(discard, target, source)
         raise
 
 

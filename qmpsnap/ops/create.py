@@ -39,7 +39,7 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
         beside = await require_agreement(work, chains, doing=_STARTS, wanted=request.disks)
         freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
         make = await _planner(context, work, chains, request, freezer, beside=beside)
-        serial = await serials.next_free(context, work.machine, work.qemu)
+        serial = await serials.next_free(context, work.machine, work.qemu, seen=beside.names)
     await chosen.require_free(context, name, request.files)
     return work.machine, await blocking(lambda: make(serial))
 
@@ -82,7 +82,7 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
             await chosen.require_free(context, name, request.files)
             async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
                 make = await _planner(context, work, chains, request, freezer, beside=beside)
-                await serials.pass_over(context, work.machine, work.qemu)
+                await serials.pass_over(context, work.machine, work.qemu, seen=beside.names)
                 operation = await blocking(context.store.open_operation, name, make)
                 assert isinstance(operation.plan, CreatePlan)
                 plan = operation.plan

@@ -8,18 +8,27 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
 
 
-async def next_free(context: Context, machine: Machine, qemu: Monitor | None) -> OperationId:
-    """The number that the next operation would get after :func:`pass_over`; for plans that are only printed."""
+async def next_free(
+    context: Context, machine: Machine, qemu: Monitor | None, *, seen: frozenset[str] = frozenset()
+) -> OperationId:
+    """The number that the next operation would get after :func:`pass_over`; for plans that are only printed.
+
+    ``seen`` are the names that its graph has, where that was just read.
+    """
     serial = OperationId(await blocking(context.store.next_serial))
-    taken = await _taken(machine, qemu) if qemu else frozenset()
+    taken = await _taken(machine, qemu, seen) if qemu else frozenset()
     while not taken.isdisjoint(_names(machine, serial)):
         serial = OperationId(serial + 1)
     return serial
 
 
-async def pass_over(context: Context, machine: Machine, qemu: Monitor | None) -> None:
+async def pass_over(
+    context: Context, machine: Machine, qemu: Monitor | None, *, seen: frozenset[str] = frozenset()
+) -> None:
     """Let the next operation have a number none of whose names QEMU has; the numbers before it are nobody's."""
-    if qemu and (serial := await next_free(context, machine, qemu)) != await blocking(context.store.next_serial):
+    if qemu and (serial := await next_free(context, machine, qemu, seen=seen)) != await blocking(
+        context.store.next_serial
+    ):
         await blocking(context.store.skip_to, serial)
 
 
@@ -29,10 +38,9 @@ def _names(machine: Machine, serial: OperationId) -> set[str]:
     return {*layers, *(f"{layer}.file" for layer in layers), *jobs}
 
 
-async def _taken(machine: Machine, qemu: Monitor) -> frozenset[str]:
-    """Every name that a node or a job could not have: nodes and drives share one space of names."""
+async def _taken(machine: Machine, qemu: Monitor, seen: frozenset[str]) -> frozenset[str]:
+    """Every name that a node or a job could not have."""
     # Of nodes that are layers of ours under the owner's name, that name.
     theirs = machine.adopted.nodes.values() if machine.adopted else ()
-    drives = [backend.device for backend in await commands.query_block(qemu)]
     jobs = [job.id for job in await commands.query_jobs(qemu)]
-    return graph.node_names(await graph.read(qemu)) | {*theirs, *drives, *jobs}
+    return (seen or graph.taken_names(await graph.read(qemu))) | {*theirs, *jobs}

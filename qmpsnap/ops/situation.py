@@ -40,10 +40,10 @@ async def look(
     name = work.machine.name
     chains = await blocking(context.store.chains, name)
     if work.qemu:
-        lacking = frozenset[str]()
+        now, lacking = await graph.read(work.qemu), frozenset[str]()
         if disks is not None:
-            lacking = (await graph.beside(work.qemu, chains)).unplugged.difference(disks)
-        await graph.require_agreement(work.qemu, chains, machine=name, lacking=lacking)
+            lacking = (await graph.beside(work.qemu, now, chains)).unplugged.difference(disks)
+        await graph.require_chains(work.qemu, now, chains, machine=name, lacking=lacking)
     forest = await blocking(context.store.forest)
     running = work.qemu is not None
     sizes = await to_thread.run_sync(_bytes, forest, context.home, name, chains)

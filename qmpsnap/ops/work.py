@@ -50,9 +50,10 @@ async def require_agreement(
     if not work.qemu:
         require_spec(work.machine, doing)
         return Beside()
-    found = await graph.beside(work.qemu, chains)
+    now = await graph.read(work.qemu)
+    found = await graph.beside(work.qemu, now, chains)
     lacking = found.unplugged.difference(wanted or ())
-    await graph.require_agreement(work.qemu, chains, machine=work.machine.name, lacking=lacking)
+    await graph.require_chains(work.qemu, now, chains, machine=work.machine.name, lacking=lacking)
     return found
 
 

@@ -6,11 +6,13 @@ For tests that only need *a* guest. Those that test a start, a console or a cloc
 import fcntl
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio
 import msgspec
 from anyio import to_thread
 from msgspec.structs import replace
@@ -42,22 +44,26 @@ async def start_booted(vm: qmpsnap.MachineHandle) -> None:
 
 async def _state_of(spec: MachineSpec) -> Vmstate:
     """The memory of a guest of this spec, of the QEMU under test; whoever needs it first makes it."""
-    spec = replace(spec, name="booted")
-    folder = Path(os.environ[SHARED]) / hashlib.sha256(msgspec.json.encode(spec)).hexdigest()[:16]
+    text = msgspec.json.encode(replace(spec, name="booted"))
+    folder = Path(os.environ[SHARED]) / hashlib.sha256(text).hexdigest()[:16]
     record = folder / "vmstate.json"
     async with _locked(folder):
-        if not record.exists():
-            home = tempfile.mkdtemp(dir=folder)  # another one where the one before did not come up
-            async with qmpsnap.open(home) as q:
-                vm = await q.define(spec)
-                await vm.start()
-                try:
-                    await vm.run("true", deadline=BOOT)
-                    snapshot = await vm.snapshot("booted", kind="full")
-                finally:
-                    await vm.stop(force=True)
-            record.write_bytes(msgspec.json.encode(snapshot.vmstate))
+        if not record.exists():  # in a process of its own, in which no test has broken anything
+            argv = [sys.executable, "-m", __name__, tempfile.mkdtemp(dir=folder), str(record)]
+            await anyio.run_process(argv, input=text, cwd=Path(__file__).parents[2])
     return msgspec.json.decode(record.read_bytes(), type=Vmstate)
+
+
+async def _boot(home: str, record: Path, spec: MachineSpec) -> None:
+    async with qmpsnap.open(home) as q:
+        vm = await q.define(spec)
+        await vm.start()
+        try:
+            await vm.run("true", deadline=BOOT)
+            snapshot = await vm.snapshot("booted", kind="full")
+        finally:
+            await vm.stop(force=True)
+    record.write_bytes(msgspec.json.encode(snapshot.vmstate))
 
 
 @asynccontextmanager
@@ -66,3 +72,7 @@ async def _locked(folder: Path) -> AsyncIterator[None]:
     with (folder / "lock").open("w") as lock:
         await to_thread.run_sync(fcntl.flock, lock, fcntl.LOCK_EX)
         yield
+
+
+if __name__ == "__main__":
+    anyio.run(_boot, sys.argv[1], Path(sys.argv[2]), msgspec.json.decode(sys.stdin.buffer.read(), type=MachineSpec))

@@ -431,6 +431,8 @@ def test_the_command_line_says_what_was_done(home: Path, capsys: pytest.CaptureF
         "state": "stopped",
         "memory": False,
         "notes": [],
+        "clock_error_ms": None,
+        "detached": [],
     }
     assert [Path(path).name for path in said("snapshot revert still b --dry-run -o json")["removed"]] == ["vda-5.qcow2"]
     assert main(shlex.split("snapshot revert still b")) == 0

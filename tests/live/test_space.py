@@ -172,7 +172,7 @@ async def test_a_store_that_fills_in_the_middle_holds_the_operation_at_its_job(
 
     with monkeypatch.context() as patched:
         patched.setattr(SqliteStore, "settle", full)
-        with pytest.raises(HostCannot, match="nothing was recorded") as middle:
+        with pytest.raises(HostCannot, match="refused a change: database or disk is full") as middle:
             await vm.stream("vda")
     assert (middle.value.exit_code, middle.value.effect) == (9, "unknown")
     assert [(job.type, job.status) for job in await vm.jobs()] == [("stream", "concluded")]

@@ -235,7 +235,7 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
         jobs=jobs,
         files=await to_thread.run_sync(_opened, context.process(at.machine), nodes),
         agent=listening,
-        beside=await graph.beside(qemu, at.chains),
+        beside=await graph.beside(qemu, await graph.read(qemu), at.chains),
         frozen=await freeze_state(context, at.machine) if listening and status.running else None,
     )
 
