@@ -93,6 +93,7 @@ def _tell(machine: str, layers: list[Layer], marked: list[Snapshot]) -> NoReturn
         f" {', '.join(snapshot.name for snapshot in marked)} does not read as at its moment any more and is marked"
         " overwritten; nothing else was changed",
         hint="start the machine on its active images from now on (qmpsnap chain shows them); do it again to go on",
+        effect="applied",
         machine=machine,
     )
 

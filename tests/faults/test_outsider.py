@@ -227,7 +227,7 @@ async def test_somebody_else(q: qmpsnap.Controller, place: Path, fault: Fault, c
         await to_thread.run_sync(stack.close)
     if error:
         _claims_what_is_true(error, stood, await _standing(vm, place, but=known))
-        minds = visit.kind.harmless and visit.came and error.code not in ("refused", "in-use")
+        minds = visit.kind.harmless and visit.came and error.code not in ("refused", "image-used")
         assert not minds, f"nobody may mind that: {error}"
     elif scenario.happened:
         assert await scenario.happened(vm, place), "it says that it was done"
