@@ -59,10 +59,10 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _kill_all_below(folder: Path) -> None:
-    """End every process that works in the folder: QEMU's working directory is its run folder."""
+    """End every process that works in the folder, as QEMU does, or is told of it where that was unmounted under it."""
     for process in psutil.process_iter():
         try:
-            if Path(process.cwd()).is_relative_to(folder):
+            if Path(process.cwd()).is_relative_to(folder) or any(f"{folder}/" in word for word in process.cmdline()):
                 process.send_signal(signal.SIGCONT)
                 process.kill()
                 process.wait(10)
