@@ -40,7 +40,9 @@ def _names(machine: Machine, serial: OperationId) -> set[str]:
 
 async def _taken(machine: Machine, qemu: Monitor, seen: frozenset[str]) -> frozenset[str]:
     """Every name that a node or a job could not have."""
-    # Of nodes that are layers of ours under the owner's name, that name.
-    theirs = machine.adopted.nodes.values() if machine.adopted else ()
+    # An owner's names are not those in the graph as we read it: nodes are called as the layers they are there.
+    theirs: list[str] = []
+    if machine.adopted:
+        theirs = [*machine.adopted.nodes.values(), *(drive.device for drive in await commands.query_block(qemu))]
     jobs = [job.id for job in await commands.query_jobs(qemu)]
     return (seen or graph.taken_names(await graph.read(qemu))) | {*theirs, *jobs}

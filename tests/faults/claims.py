@@ -58,7 +58,9 @@ def hold_error(vm: qmpsnap.MachineHandle, before: Before) -> None:
     """Right after the verb: what its error claims is so."""
     for error in _heard:
         operations = _since(vm, before)
-        changed = _seen(vm) != before.seen or any(found.state == "settled" for found in operations)
+        # What settles after one that has failed cleans up behind it: then only what is otherwise now counts.
+        settled = bool(operations) and operations[0].state == "settled"
+        changed = settled or _seen(vm) != before.seen
         is_open = any(found.state in OPEN_STATES for found in operations)
         is_so = "unknown" if is_open else "applied" if changed else "none"
         assert error.effect == is_so, f"claim: {error.message!r} says {error.effect}, and it is {is_so}"
