@@ -1,8 +1,8 @@
-"""What waits for a disk runs in a thread; nobody leaves while it still does."""
+"""What waits for a disk runs in a thread; nobody leaves while it still does, nor while something is being closed."""
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import anyio
 from anyio import lowlevel, to_thread
@@ -11,15 +11,23 @@ T = TypeVar("T")
 
 
 async def to_end(call: Callable[..., T], *arguments: object) -> T:
-    """Run a call in a thread and hand on its result, whoever cancels meanwhile: that is raised by the next other await.
+    """Run a call in a thread and hand on its result, whoever cancels meanwhile; see :func:`completed`."""
+    await lowlevel.checkpoint_if_cancelled()
+    return await completed(to_thread.run_sync(call, *arguments))
+
+
+async def completed(work: Coroutine[Any, Any, T]) -> T:
+    """Await to the end and hand on the result, whoever cancels meanwhile: that is raised by the next other await.
 
     So does anyio for its own scopes. But asyncio's ``Task.cancel``, which Ctrl-C and ``asyncio.timeout`` come as, makes
-    it leave at once: the thread would go on beside whatever cleans up, and what it has opened would be lost.
+    whoever waits leave at once, also where a scope is shielded: the work would go on beside whatever cleans up, and
+    what it has opened would be lost.
+
+    The work is a task of its own, which no deadline of the caller's ends: it has to have one itself.
     """
-    await lowlevel.checkpoint_if_cancelled()
     task = asyncio.current_task()
     assert task
-    working = asyncio.ensure_future(to_thread.run_sync(call, *arguments))
+    working = asyncio.ensure_future(work)
     heard: list[asyncio.CancelledError] = []
     with anyio.CancelScope(shield=True):
         while not working.done():

@@ -91,6 +91,6 @@ class _Talk:
             try:
                 said = json.loads(line)
                 found[str(said["id"])] = said["return"]
-            except (ValueError, KeyError, TypeError):
-                continue  # the greeting, an event
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # the greeting, an event, or what no QEMU says
         return found

@@ -1,11 +1,15 @@
 """A session with the monitor, against a scripted one: what is said, what comes back, what we conclude."""
 
+import asyncio
+import gc
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -13,7 +17,7 @@ import pytest
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
 from qmpsnap.qmp import session
-from tests.qmp.scripted import HELLO, Close, Event, Expect, Raw, Refuse, Reply, Turn, scripted
+from tests.qmp.scripted import GREETING, HELLO, Close, Event, Expect, Raw, Refuse, Reply, Turn, scripted
 
 LONG = 30.0
 """Seconds no test waits for."""
@@ -306,3 +310,137 @@ async def test_an_error_of_the_caller_passes_through_and_closes_the_session(path
                 raise ZeroDivisionError
         with anyio.fail_after(LONG):
             await qemu.hung_up.wait()
+
+
+# --- nothing is left ------------------------------------------------------------------------------------------------
+
+DEEP = b"[" * 100_000 + b"\n"
+"""More than Python's reader of JSON takes."""
+
+
+@pytest.fixture
+async def unasked() -> AsyncIterator[list[str]]:
+    """What asyncio would have printed: it is empty at the end."""
+    said: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(str(context)))
+    yield said
+    gc.collect()
+    assert said == []
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize(
+    "turns",
+    [
+        (Raw(json.dumps(GREETING).encode() + b"\n"), Close()),
+        (*HELLO, Close()),
+        (*HELLO[:2], Refuse("GenericError", "no"), Close()),
+        (*HELLO[:2], Raw(DEEP)),
+        (Raw(DEEP),),
+        (Raw(b'{"QMP": {"version": {}, "capabilities": 7}}\n'),),
+    ],
+    ids=["greeted", "negotiated", "refused", "deep", "deep greeting", "no capabilities"],
+)
+async def test_a_monitor_that_ends_while_it_greets_is_gone(path: Path, turns: tuple[Turn, ...]) -> None:
+    async with scripted(path, *turns):
+        with pytest.raises(QemuGone, match="web"):
+            async with session.connect(path, machine="web") as monitor:
+                await monitor.execute("stop")  # it may have ended as late as that
+        assert _left() == []
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize(
+    "said",
+    [DEEP, b'{"return": {}, "id": [1]}\n', b'{"event": {}, "timestamp": 3}\n', b"[]\n", b"\xff\n", b"7\n"],
+    ids=["deep", "id", "event", "list", "no text", "number"],
+)
+async def test_what_no_qemu_says_ends_the_session_and_leaves_nothing(path: Path, said: bytes) -> None:
+    async with scripted(path, *HELLO, Expect("stop"), Raw(said), Close()):
+        async with session.connect(path, machine="web") as monitor, monitor.listen("STOP"):
+            with pytest.raises(QemuGone) as caught:
+                await monitor.execute("stop")
+        assert (caught.value.effect, _left()) == ("unknown", [])
+
+
+@pytest.mark.usefixtures("unasked")
+async def test_an_answer_and_the_end_at_once_are_an_answer(path: Path) -> None:
+    answer = Raw(b'{"return": {}, "id": "__qmp#00000"}\n')
+    async with scripted(path, *HELLO, Expect("quit"), answer, Close()) as qemu:
+        async with session.connect(path, machine="web") as monitor:
+            assert await monitor.execute("quit") == {}
+            await qemu.hung_up.wait()
+        assert _left() == []
+
+
+@pytest.mark.usefixtures("unasked")
+@pytest.mark.parametrize("again", [None, 0, 1, 3], ids=lambda steps: f"again after {steps}")
+async def test_cancelled_at_any_step_a_session_leaves_no_task(path: Path, again: int | None) -> None:
+    ended: list[str] = []
+    async with _obliging(path):
+
+        async def work() -> None:
+            async with session.connect(path, machine="web") as monitor:
+                await monitor.execute("stop")
+
+        for steps in range(400):
+            working = asyncio.create_task(work())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            working.cancel()
+            for _ in range(again or 0):
+                await asyncio.sleep(0)
+            if again is not None:
+                working.cancel()
+            await asyncio.wait([working])
+            assert _left() == [], steps
+            ended.append("cancelled" if working.cancelled() else "done")
+            if ended[-10:] == ["done"] * 10:
+                return
+        pytest.fail(f"it never came to its end: {ended}")
+
+
+async def test_a_monitor_that_takes_nothing_is_let_go_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_FLUSH", 0.1)
+    async with scripted(path, *HELLO):
+        hung = asyncio.create_task(_say_much(path))
+        with pytest.raises(DeadlinePassed):
+            await asyncio.wait_for(hung, LONG)
+        assert _left() == []
+
+
+async def _say_much(path: Path) -> None:
+    async with session.connect(path, machine="web") as monitor:
+        for task in asyncio.all_tasks():
+            if "play" in repr(task):  # the monitor's own: from here on nobody reads
+                task.cancel()
+        await asyncio.sleep(0)
+        await monitor.execute("stop", {"much": "x" * (16 << 20)}, deadline=0.1)
+
+
+def _left() -> list[str]:
+    """Tasks that are not the test's own: the library's, or ours around it."""
+    return [repr(task) for task in asyncio.all_tasks() if re.search("site-packages/qemu|qmpsnap/qmp", repr(task))]
+
+
+@asynccontextmanager
+async def _obliging(path: Path) -> AsyncIterator[None]:
+    """A monitor that greets everybody and says yes to everything."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            writer.write(json.dumps(GREETING).encode() + b"\n")
+            while said := await reader.read(4096):
+                found = re.search(rb'"id": *("[^"]*")', said)
+                writer.write(b'{"return": {}' + (b', "id": ' + found[1] if found else b"") + b"}\n")
+                await writer.drain()
+        except OSError:  # the client has left
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_unix_server(answer, path)
+    try:
+        yield
+    finally:
+        server.close()
