@@ -21,6 +21,7 @@ from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import adopt, define, foresee
 from qmpsnap.ops.adopt import Adopted, Survey
 from qmpsnap.ops.context import Context, blocking, opened
+from qmpsnap.refused import border
 
 
 @asynccontextmanager
@@ -42,6 +43,7 @@ async def open_controller(
         yield Controller(context)
 
 
+@border
 class Controller:
     """All machines of one store, from :func:`qmpsnap.open`."""
 

@@ -24,8 +24,10 @@ from qmpsnap.ops.save import RestoreRequest, SaveRequest
 from qmpsnap.ops.snapshot_request import Files, Kind, SnapshotOptions, names_of, paths_of, requested
 from qmpsnap.ops.stack import PopPreview
 from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.refused import border
 
 
+@border
 class MachineHandle(MachineLife):
     """One machine of the store, by name."""
 

@@ -22,8 +22,10 @@ from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.refused import border
 
 
+@border
 class MachineLife:
     """A machine as it starts, runs and ends; :class:`qmpsnap.MachineHandle` has the verbs that change its layers."""
 

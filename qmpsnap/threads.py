@@ -42,3 +42,13 @@ async def completed(work: Coroutine[Any, Any, T]) -> T:
     for one in heard:
         task.cancel(*one.args)
     return working.result()
+
+
+async def bounded(seconds: float, work: Coroutine[Any, Any, object]) -> None:
+    """As :func:`completed`, but given up after so many seconds."""
+
+    async def working() -> None:
+        with anyio.move_on_after(seconds):
+            await work
+
+    await completed(working())

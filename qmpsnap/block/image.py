@@ -26,7 +26,7 @@ from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, ImageRefused, Qmp
 from qmpsnap.identity import FileId
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import Format
-from qmpsnap.threads import to_end
+from qmpsnap.threads import completed, to_end
 
 _SECTOR: Final = 512
 _TRIES: Final = 5
@@ -147,9 +147,9 @@ class ImageTool(Struct, frozen=True):
 
     async def _spawn(self, claim: "_Claim", arguments: list[str], key: int | None) -> Process:
         try:
-            # Shielded: asyncio, cancelled again and again while it spawns, leaves a process nobody waits for.
-            with anyio.CancelScope(shield=True):
-                process = await anyio.open_process(
+            # To its end: asyncio, cancelled again and again while it spawns, leaves a process nobody waits for.
+            return await completed(
+                anyio.open_process(
                     [self.binary, *arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -157,12 +157,12 @@ class ImageTool(Struct, frozen=True):
                     pass_fds=[claim.descriptor] if key is None else [claim.descriptor, key],
                     start_new_session=True,  # a Ctrl-C is ours to answer, not its own
                 )
+            )
         except OSError as error:
             raise HostCannot(
                 f"{self.binary} cannot be run: {error.strerror}; {printable(claim.path)} was not created",
                 hint="install qemu-utils, or name the program in QMPSNAP_QEMU_IMG",
             ) from error
-        return process
 
 
 async def remove(path: str | os.PathLike[str], *, device: int, inode: int, birth: int = 0) -> bool:

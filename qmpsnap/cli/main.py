@@ -15,8 +15,8 @@ from importlib import import_module
 from typing import Any, Final, NoReturn
 
 import qmpsnap
-from qmpsnap import descriptors
-from qmpsnap.cli import limits, output
+from qmpsnap import descriptors, refused
+from qmpsnap.cli import output
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
 from qmpsnap.model.names import is_text
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 128 + signal.SIGPIPE  # whoever read us has had enough
     except Exception as error:
-        if (what := limits.refused(error)) is None:
+        if (what := refused.refused(error)) is None:
             raise
         told = _left(getattr(arguments, "machine", None), what)
         output.report(told, form)

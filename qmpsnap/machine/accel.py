@@ -19,6 +19,7 @@ from qmpsnap import private
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine.argv import TSC_KHZ
 from qmpsnap.model.spec import Accel
+from qmpsnap.threads import completed
 
 PROBE_DEADLINE = 5.0
 """Seconds the firmware has to print its first line; it takes a twentieth of one."""
@@ -98,7 +99,7 @@ async def vcpu_runs(accel: str, *, qemu: str, deadline: float = PROBE_DEADLINE) 
         "-chardev", "stdio,id=debug,signal=off", "-device", "isa-debugcon,iobase=0x402,chardev=debug",
     ]  # fmt: skip
     try:
-        process = await anyio.open_process(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = await completed(anyio.open_process(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL))
     except OSError as error:
         raise HostCannot(f"{qemu} cannot be run: {error}", hint="see qmpsnap doctor") from error
     async with process:

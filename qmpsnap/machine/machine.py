@@ -17,6 +17,7 @@ from qmpsnap.machine.argv import QMP_SOCKET, RUN_FILES
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.session import Monitor, Session
+from qmpsnap.threads import completed
 
 T = TypeVar("T")
 
@@ -134,8 +135,7 @@ async def start(
                     ) from error
             await anyio.sleep(0.005)
     except BaseException as error:
-        with anyio.CancelScope(shield=True):
-            left = await end_launch(process, argv, run_dir)
+        left = await completed(end_launch(process, argv, run_dir))
         if left and isinstance(error, QmpsnapError):
             error.add(f"process {', '.join(str(one.pid) for one in left)} still runs and cannot be ended")
         raise

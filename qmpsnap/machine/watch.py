@@ -9,10 +9,11 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
+from anyio import to_thread
 
 from qmpsnap.errors import DeadlinePassed, HostCannot
 from qmpsnap.machine import guard
-from qmpsnap.threads import to_end
+from qmpsnap.threads import completed, to_end
 
 _PACKAGE = str(Path(guard.__file__).parents[2])
 """Where this very qmpsnap lies, however it was found."""
@@ -67,8 +68,7 @@ class Watch:
         if word:
             self.say(word)
         self._end.close()
-        with anyio.CancelScope(shield=True):
-            await to_end(self._child.wait)  # only what has started it: that ends at once
+        await completed(to_thread.run_sync(self._child.wait))  # only what has started it: that ends at once
 
 
 @asynccontextmanager

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-import anyio
 from msgspec.structs import replace
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
@@ -22,6 +21,7 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Session
+from qmpsnap.threads import completed
 
 FOLDER = "worker"
 MEMORY = 64 << 20
@@ -42,7 +42,7 @@ async def left_behind(machine: Machine, run_dir: Path) -> AsyncIterator[Session 
     async with monitor(machine, run_dir / FOLDER) as qemu:
         yield qemu
         await _quit(qemu)
-    await _end(process)
+    await completed(_end(process))
 
 
 async def end_leftover(machine: Machine, run_dir: Path) -> None:
@@ -55,7 +55,7 @@ async def end_leftover(machine: Machine, run_dir: Path) -> None:
             await _quit(qemu)
     except (QemuGone, DeadlinePassed):
         processes.terminate(process)
-    await _end(process)
+    await completed(_end(process))
 
 
 @asynccontextmanager
@@ -116,7 +116,7 @@ async def working_on(
         processes.terminate(process)  # nobody has told it to quit, and it would write on while we wait
         raise
     finally:
-        await _end(process)
+        await completed(_end(process))
 
 
 async def _quit(session: Session) -> None:
@@ -128,8 +128,6 @@ async def _quit(session: Session) -> None:
 
 
 async def _end(process: Process) -> None:
-    # Shielded and bounded: whoever is cancelled leaves no worker behind either.
-    with anyio.CancelScope(shield=True):
-        if not await wait_end(process, deadline=5):
-            processes.terminate(process)
-            await wait_end(process, deadline=5)
+    if not await wait_end(process, deadline=5):
+        processes.terminate(process)
+        await wait_end(process, deadline=5)

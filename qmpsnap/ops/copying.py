@@ -30,7 +30,7 @@ from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
+from qmpsnap.threads import completed, to_end
 
 HOLD_AFTER = 2.0
 """Seconds a guest may keep a job from its end; then its vCPUs are stopped until it is over."""
@@ -225,8 +225,7 @@ async def _pending(job: MirrorJob, monitor: Monitor) -> tuple[JobInfo, bool]:
             return await jobs.follow(monitor, job.id, "pending", report=job.report), running
     except BaseException:
         if running:
-            with anyio.CancelScope(shield=True):
-                await commands.control(monitor, "cont")
+            await completed(commands.control(monitor, "cont"))
         raise
 
 

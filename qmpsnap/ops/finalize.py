@@ -16,6 +16,7 @@ from qmpsnap.ops.blockjob import BlockJob
 from qmpsnap.ops.context import guarded
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import completed
 
 FINALIZE_DEADLINE = 60.0
 """Seconds from finalize to the settled store; the guest's vCPUs are stopped for a few milliseconds of it."""
@@ -77,9 +78,12 @@ async def going_on(job: BlockJob, monitor: Monitor | None, *, when: bool) -> Asy
         yield hold
     finally:
         if monitor and when and (hold.known or not job.moves_guest):
-            with anyio.CancelScope(shield=True):  # QEMU's answers have deadlines of their own
-                if not (await commands.query_status(monitor)).live:
-                    await commands.control(monitor, "cont")
+            await completed(_let_run(monitor))  # QEMU's answers have deadlines of their own
+
+
+async def _let_run(monitor: Monitor) -> None:
+    if not (await commands.query_status(monitor)).live:
+        await commands.control(monitor, "cont")
 
 
 async def runs(job: BlockJob, monitor: Monitor | None, *, before: bool) -> bool:

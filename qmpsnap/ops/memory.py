@@ -25,7 +25,7 @@ from qmpsnap.qmp import commands, migration, runstate
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
+from qmpsnap.threads import bounded, to_end
 
 RESUME_DEADLINE = 10.0
 """Seconds for letting the guest run again."""
@@ -116,19 +116,21 @@ async def hold(
             raise
         finally:
             if resume:
-                with anyio.move_on_after(RESUME_DEADLINE, shield=True):
-                    try:
-                        # An earlier QEMU has done so by itself; then this changes nothing.
-                        await commands.control(qemu, "cont")
-                    except QmpError:
-                        await run_on(qemu)  # QEMU had not quite ended its migration
-                    clock.step("cont")
+                await bounded(RESUME_DEADLINE, _let_run(qemu, clock))
         if resume:
             await bell.wait(1.0)
     times = dict(reversed(bell.times))
     pause = (times.get("RESUME", math.nan) - times.get("STOP", math.nan)) * 1000
     # Somebody else's stop or cont may have come between: then the two are no pair.
     return Held(pause if pause >= 0 else None, clock.steps)
+
+
+async def _let_run(qemu: Monitor, clock: "_Clock") -> None:
+    try:
+        await commands.control(qemu, "cont")  # an earlier QEMU has done so by itself; then this changes nothing
+    except QmpError:
+        await run_on(qemu)  # QEMU had not quite ended its migration
+    clock.step("cont")
 
 
 def _require_paused(machine: str, state: str) -> None:
@@ -193,13 +195,16 @@ async def take_disks_back(qemu: Monitor) -> None:
 
 async def give_up(qemu: Monitor, memory: Memory) -> None:
     """Cancel a save, whoever started it; where that is not possible, wait until the guest may run again."""
-    with anyio.move_on_after(RESUME_DEADLINE, shield=True):
-        if (await migration.query(qemu)).status in migration.IDLE:
-            return
-        if memory.cancellable:
-            await migration.cancel(qemu)
-        else:
-            await fixed(qemu, memory.mode)
+    await bounded(RESUME_DEADLINE, _give_up(qemu, memory))
+
+
+async def _give_up(qemu: Monitor, memory: Memory) -> None:
+    if (await migration.query(qemu)).status in migration.IDLE:
+        return
+    if memory.cancellable:
+        await migration.cancel(qemu)
+    else:
+        await fixed(qemu, memory.mode)
 
 
 async def written(qemu: Monitor, operation: Operation, *, report: Report) -> None:

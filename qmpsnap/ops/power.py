@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 
-import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, StoreMismatch
@@ -23,7 +22,7 @@ from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
+from qmpsnap.threads import completed, to_end
 
 
 class LoadingInside(Struct, frozen=True):
@@ -103,8 +102,7 @@ async def bring_up(
         await blocking(context.store.set_process, machine.name, process)
     except BaseException:
         # Nobody has heard of it yet: what fails here must not leave a QEMU that nobody counts on.
-        with anyio.CancelScope(shield=True):
-            await end(process, None)
+        await completed(end(process, None))
         raise
     if loading:
         await _load(context, machine, process, loading, paused=paused)
@@ -123,10 +121,13 @@ async def _load(
             if not paused:
                 await commands.control(qemu, "cont")
     except BaseException:
-        with anyio.CancelScope(shield=True):
-            await end(process, None)
-            await blocking(context.store.set_process, machine.name, None)
+        await completed(_end_unloaded(context, machine, process))
         raise
+
+
+async def _end_unloaded(context: Context, machine: Machine, process: Process) -> None:
+    await end(process, None)
+    await blocking(context.store.set_process, machine.name, None)
 
 
 async def _load_inside(qemu: Monitor, loading: LoadingInside) -> None:

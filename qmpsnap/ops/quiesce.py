@@ -26,6 +26,7 @@ from qmpsnap.ops.broken import Broken
 from qmpsnap.ops.context import Context
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import completed
 
 FREEZE_WINDOW = 5.0
 """Seconds a guest's file systems are frozen at most."""
@@ -91,12 +92,11 @@ class Freezer:
             await self._freeze(self._agent, self._watch)
             yield
         except BaseException:
-            with anyio.CancelScope(shield=True), contextlib.suppress(QmpsnapError):
-                await self._thaw(self._agent, self._watch)
+            with contextlib.suppress(QmpsnapError):
+                await completed(self._thaw(self._agent, self._watch))
             raise
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._finish()
+            await completed(self._finish())
 
     @contextmanager
     def within(self) -> Iterator[None]:

@@ -36,6 +36,7 @@ from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import JobStuck, Report, unreported
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.refused import translated
 from qmpsnap.threads import to_end
 
 GivenUp = Callable[[Operation, QmpsnapError], object]
@@ -105,9 +106,12 @@ async def attempting(
     try:
         yield
     except BaseException as error:
+        told = translated(error) or error
         with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
-            await after_failure(context, machine, qemu, operation, error)
-        raise
+            await after_failure(context, machine, qemu, operation, told)
+        if told is error:
+            raise
+        raise told from error
 
 
 async def after_failure(
@@ -128,7 +132,9 @@ async def after_failure(
             error=str(error) or "cancelled",
         )
         direction = _ENDED.get(operation.state) or await _end(broken, qemu)
-    except QmpsnapError:
+    except Exception as failure:
+        if translated(failure) is None:
+            raise
         # The store itself may be what failed; the operation stays open then, which is as good.
         with contextlib.suppress(QmpsnapError):
             await blocking(lambda: context.store.mark(operation.id, "unknown", error=str(error)))

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import anyio
 from msgspec.structs import replace
 
 from qmpsnap.durable import sync_folder
@@ -25,7 +24,7 @@ from qmpsnap.qmp import commands, jobs, runstate
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
+from qmpsnap.threads import bounded, to_end
 
 
 async def tag_live(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: Freezer, report: Report) -> float | None:
@@ -53,8 +52,7 @@ async def _tag_held(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: F
                 await commands.transaction(qemu, commands.internal_transaction(nodes, planned.tag))
     finally:
         if planned.resume:
-            with anyio.move_on_after(RESUME_DEADLINE, shield=True):
-                await commands.control(qemu, "cont")
+            await bounded(RESUME_DEADLINE, commands.control(qemu, "cont"))
     return (time.monotonic() - before) * 1000
 
 

@@ -21,7 +21,7 @@ from qmpsnap.ops.context import Context
 from qmpsnap.ops.memory import RESUME_DEADLINE
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
+from qmpsnap.threads import bounded, to_end
 
 LOOKS = 5
 """How often a store is looked at until it stands still for :data:`STILL` seconds; then the guest is held."""
@@ -101,8 +101,7 @@ async def held(qemu: Monitor, *, when: bool, machine: str) -> AsyncIterator[None
         yield
     finally:
         if ours:
-            with anyio.move_on_after(RESUME_DEADLINE, shield=True):
-                await commands.control(qemu, "cont")
+            await bounded(RESUME_DEADLINE, commands.control(qemu, "cont"))
 
 
 async def left_out(context: Context, machine: Machine) -> tuple[str, ...]:

@@ -95,6 +95,8 @@ class Database:
                         self.connection.execute("ROLLBACK")
                     raise
             except sqlite3.OperationalError as error:
+                if "Could not decode" in str(error):  # bytes that are no text, where only text is
+                    raise self._damaged(error) from error
                 raise HostCannot(
                     f"the store {self._path} refused a change: {error}; nothing was recorded",
                     hint=unwritable.reason(self._path.parent, error).remedy,
@@ -106,10 +108,13 @@ class Database:
                     hint="another command may have recorded the same a moment ago: try again",
                 ) from error
             except sqlite3.DatabaseError as error:
-                raise StoreMismatch(
-                    f"the store {self._path} is damaged: {error}; nothing was recorded",
-                    hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
-                ) from error
+                raise self._damaged(error) from error
+
+    def _damaged(self, error: sqlite3.Error) -> StoreMismatch:
+        return StoreMismatch(
+            f"the store {self._path} is damaged: {error}; nothing was recorded",
+            hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
+        )
 
 
 def _is_missing(path: Path) -> bool:

@@ -14,6 +14,7 @@ import msgspec
 
 from qmpsnap.model import steps
 from qmpsnap.model.operation import OPEN_STATES
+from qmpsnap.store.decoded import decoded
 
 File = tuple[str, int, int]
 """Path, and the device and inode that were recorded."""
@@ -60,7 +61,7 @@ def follow(sql: sqlite3.Connection, numbers: Mapping[int, int]) -> None:
 
 
 def _text(text: str, numbers: Mapping[int, int]) -> str:
-    return msgspec.json.encode(_renumbered(msgspec.json.decode(text), numbers)).decode()
+    return msgspec.json.encode(_renumbered(decoded(text), numbers)).decode()
 
 
 def _renumbered(value: Any, numbers: Mapping[int, int]) -> Any:

@@ -15,6 +15,7 @@ import msgspec
 from qmpsnap.model.operation import OPEN_STATES
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried, carried_all
 from qmpsnap.store.database import Database
+from qmpsnap.store.decoded import decoded
 from qmpsnap.store.devices import signed
 from qmpsnap.store.records import Records
 
@@ -127,7 +128,7 @@ def _rewrite(
 ) -> None:
     wanted = f"SELECT id, {column} FROM {table} WHERE {column} IS NOT NULL{where}"
     for number, text in sql.execute(wanted, tuple(values)).fetchall():
-        new = msgspec.json.encode(change(msgspec.json.decode(text))).decode()
+        new = msgspec.json.encode(change(decoded(text))).decode()
         sql.execute(f"UPDATE {table} SET {column} = ?, version = version + 1 WHERE id = ?", (new, number))
 
 
@@ -147,7 +148,7 @@ def _read(sql: sqlite3.Connection) -> HomeRecord | None:
     row = sql.execute("SELECT id, path, moving FROM home").fetchone()
     if row is None:
         return None
-    return HomeRecord(row[0], row[1], msgspec.json.decode(row[2], type=Relocation) if row[2] else None)
+    return HomeRecord(row[0], row[1], decoded(row[2], Relocation) if row[2] else None)
 
 
 def _write(sql: sqlite3.Connection, home: HomeRecord) -> None:

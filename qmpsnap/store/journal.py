@@ -16,6 +16,7 @@ from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
 from qmpsnap.model.outcome import Recorded
 from qmpsnap.store import frozen, recorded
+from qmpsnap.store.decoded import decoded
 
 _COLUMNS = "id, machine, verb, state, step, plan, started, updated, pid, error"
 _OUTCOME = "effect, outcome"
@@ -117,7 +118,7 @@ def _record_outcome(connection: sqlite3.Connection, operation: OperationId, *, s
     machine, text = connection.execute("SELECT machine, before FROM operation WHERE id = ?", (operation,)).fetchone()
     if text is None:
         return
-    before, after = msgspec.json.decode(text, type=Recorded), recorded.read(connection, machine)
+    before, after = decoded(text, Recorded), recorded.read(connection, machine)
     connection.execute(
         "UPDATE operation SET effect = ?, outcome = ?, before = NULL WHERE id = ?",
         (outcome.effect(before, after, settled=settled), outcome.left(before, after) or None, operation),
@@ -153,7 +154,7 @@ def _read(rows: Iterable[sqlite3.Row]) -> tuple[Operation, ...]:
             verb=row[2],
             state=row[3],
             step=row[4],
-            plan=msgspec.json.decode(row[5], type=Plan),
+            plan=decoded(row[5], Plan),
             started=row[6],
             updated=row[7],
             pid=row[8],

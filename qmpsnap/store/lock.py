@@ -110,7 +110,7 @@ def _describe(descriptor: int) -> str:
         owner = json.loads(os.pread(descriptor, 4096, 0))
         since = moment(owner["since"])
         return f"'{owner['verb']}' (pid {owner['pid']} on {owner['host']}) since {since}"
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "another controller that has only just begun"
 
 
@@ -142,5 +142,5 @@ def holder(path: Path) -> str | None:
 def _pid(descriptor: int) -> int | None:
     try:
         return int(json.loads(os.pread(descriptor, 4096, 0))["pid"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -17,10 +17,11 @@ from msgspec.structs import replace
 
 from qmpsnap import private, unwritable
 from qmpsnap.durable import sync_folder
-from qmpsnap.errors import HostCannot
+from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.relocation import HomeRecord
+from qmpsnap.store.decoded import decoded
 
 FOLDER = "records"
 
@@ -99,8 +100,8 @@ class Records:
         with contextlib.suppress(OSError):
             names = self._names()
         for name in names:
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
-                if found := msgspec.json.decode((self._folder / name).read_bytes(), type=_Housed).home:
+            with contextlib.suppress(OSError, StoreMismatch):
+                if found := decoded((self._folder / name).read_bytes(), _Housed).home:
                     return found
         return None
 
@@ -128,8 +129,8 @@ class Records:
             return ()
         found = []
         for line in lines:
-            with contextlib.suppress(msgspec.MsgspecError):
-                found.append(msgspec.json.decode(line, type=Place))
+            with contextlib.suppress(StoreMismatch):
+                found.append(decoded(line, Place))
         return tuple(found)
 
     def places_file(self, name: str) -> Path:
@@ -147,8 +148,8 @@ class Records:
 
     def _read(self, path: Path) -> Machine | None:
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=Machine)
-        except (OSError, msgspec.MsgspecError):
+            found = decoded(path.read_bytes(), Machine)
+        except (OSError, StoreMismatch):
             return None
         return found if path.name == f"{found.name}.json" else None
 

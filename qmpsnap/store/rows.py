@@ -10,6 +10,7 @@ from qmpsnap.model.adoption import Adoption
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import MachineSpec
+from qmpsnap.store.decoded import decoded
 
 
 def read_machine(row: sqlite3.Row) -> Machine:
@@ -19,11 +20,11 @@ def read_machine(row: sqlite3.Row) -> Machine:
         name=name,
         uuid=uuid,
         host=host,
-        spec=msgspec.json.decode(spec, type=MachineSpec),
+        spec=decoded(spec, MachineSpec),
         created=created,
         current=current,
         process=Process(**dict(zip(Process.__struct_fields__, process, strict=True))) if process[0] else None,
-        adopted=msgspec.json.decode(adopted, type=Adoption) if adopted else None,
+        adopted=decoded(adopted, Adoption) if adopted else None,
     )
 
 

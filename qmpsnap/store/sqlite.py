@@ -20,6 +20,7 @@ from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
 from qmpsnap.store import devices, journal, queries, records, rows
 from qmpsnap.store.database import Database
+from qmpsnap.store.decoded import decoded
 from qmpsnap.store.frozen import FrozenTable
 from qmpsnap.store.homes import HomeTable
 from qmpsnap.store.records import Place, Records
@@ -103,7 +104,7 @@ class SqliteStore:
                 operation=OperationId(row[9]),
                 points=tuple(points.get(row[0], ())),
                 vmstate=self._vmstate(row[10]),
-                inside=msgspec.json.decode(row[11], type=Inside) if row[11] else None,
+                inside=decoded(row[11], Inside) if row[11] else None,
                 variables=str(self._machines / row[12]) if row[12] else None,
                 level=row[13],
                 unquiesced=row[14],
@@ -387,7 +388,7 @@ class SqliteStore:
     def _vmstate(self, text: str | None) -> Vmstate | None:
         if text is None:
             return None
-        state = msgspec.json.decode(text, type=Vmstate)
+        state = decoded(text, Vmstate)
         return replace(state, path=str(self._machines / state.path))  # an absolute path stays as it is
 
     def _layer(self, row: sqlite3.Row) -> Layer:

@@ -1,7 +1,19 @@
-"""What the system refuses a process that has come to one of its limits, in words; loaded before it can be refused."""
+"""What the system refuses us, in words: the one place that knows which foreign errors are no mistake of ours.
+
+Where much can be said of a refusal it is said where that happens; this is for all the others. Loaded before a limit of
+the process can keep it from being loaded.
+"""
 
 import errno
+import functools
+import inspect
 import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from qmpsnap.errors import HostCannot, QmpsnapError
+
+C = TypeVar("C", bound=type)
 
 _LIMITS = {
     errno.EMFILE: "this process may open no more files (ulimit -n)",
@@ -18,6 +30,39 @@ def refused(error: BaseException) -> str | None:
     if what := _said(error):
         sys.unraisablehook = lambda _: None  # what falls apart after that has nothing new to say
     return what
+
+
+def translated(error: BaseException) -> QmpsnapError | None:
+    """An error as our callers know it, what has come of it unknown; None where it is a mistake of ours, or an end."""
+    if isinstance(error, QmpsnapError):
+        return error
+    if not isinstance(error, Exception) or isinstance(error, BrokenPipeError):  # that is the caller's own output
+        return None
+    what = _said(error)
+    return None if what is None else HostCannot(what, hint="qmpsnap doctor; ulimit -a", effect="unknown")
+
+
+def border(api: C) -> C:
+    """Let the coroutines of a class raise errors of ours alone, but for mistakes."""
+    for name, call in vars(api).copy().items():
+        if inspect.iscoroutinefunction(call) and not name.startswith("_"):
+            setattr(api, name, _translating(call))
+    return api
+
+
+def _translating(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    async def inside(*arguments: Any, **named: Any) -> Any:
+        try:
+            return await call(*arguments, **named)
+        except QmpsnapError:
+            raise
+        except Exception as error:
+            if (told := translated(error)) is None:
+                raise
+            raise told from error
+
+    return inside
 
 
 def _said(error: BaseException) -> str | None:

@@ -1,0 +1,32 @@
+"""Values that the store keeps as JSON."""
+
+from typing import Any, TypeVar, overload
+
+import msgspec
+
+from qmpsnap.errors import StoreMismatch
+
+T = TypeVar("T")
+
+
+@overload
+def decoded(text: str | bytes, kind: type[T]) -> T: ...
+
+
+@overload
+def decoded(text: str | bytes, kind: Any = Any) -> Any: ...
+
+
+def decoded(text: str | bytes, kind: Any = Any) -> Any:
+    """A value of the store's.
+
+    Raises:
+        StoreMismatch: it is none that this release has written, or a newer one.
+    """
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
+        raise StoreMismatch(
+            f"the store holds a value that no qmpsnap has written: {error}",
+            hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
+        ) from error
