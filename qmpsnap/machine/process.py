@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from qmpsnap import unwritable
 from qmpsnap.errors import HostCannot
+from qmpsnap.machine import surroundings
 from qmpsnap.machine.argv import PID_FILE
 from qmpsnap.model.machine import Machine, Process
 
@@ -56,16 +57,19 @@ def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = ()) 
         raise HostCannot(f"{run_dir / LOG} cannot be made: {what}; nothing was started", hint=remedy) from error
     try:
         os.fchmod(descriptor, 0o600)  # whatever the umask
-        child = subprocess.Popen(
-            argv,
-            cwd=run_dir,
-            stdin=subprocess.DEVNULL,
-            stdout=descriptor,
-            stderr=descriptor,
-            start_new_session=True,
-            umask=0o077,
-            pass_fds=inherited,
-        )
+        with surroundings.unblocked():
+            child = subprocess.Popen(
+                argv,
+                cwd=run_dir,
+                env=surroundings.environment(os.environ),
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
+                start_new_session=True,
+                umask=0o077,
+                pass_fds=inherited,
+            )
+        surroundings.raise_limits(child.pid)
     except OSError as error:
         raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error
     finally:

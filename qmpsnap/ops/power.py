@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, StoreMismatch
-from qmpsnap.machine import accel, argv
+from qmpsnap.machine import accel, argv, surroundings
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, wait_end
@@ -75,6 +75,7 @@ async def bring_up(
         QmpError: it does not take the memory; it has been ended.
     """
     chains = await blocking(context.store.chains, machine.name)
+    surroundings.require_room(chains, machine=machine.name)
     await to_end(require_files, machine, chains)
     await blocking(_require_alone, context, machine, chains)
     choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import resource
 import sqlite3
 from pathlib import Path
 
@@ -51,6 +52,15 @@ async def test_a_folder_that_cannot_be_looked_into(q: qmpsnap.Controller, monkey
         with pytest.raises(QmpsnapError):
             await vm.start(paused=True)
     assert not await vm.is_running()
+
+
+async def test_a_hard_limit_below_a_disk(q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = await _defined(q)
+    with monkeypatch.context() as limited:
+        limited.setattr(resource, "getrlimit", lambda _: (MIB - 1, MIB - 1))
+        with pytest.raises(HostCannot, match="disk vda") as refused:
+            await vm.start(paused=True)
+    assert (refused.value.effect, "ulimit -Hf" in refused.value.hint, await vm.is_running()) == ("none", True, False)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A QEMU is told from every other process: here with real, short-lived processes that stand in for it."""
 
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -287,3 +288,24 @@ def test_that_every_qemu_waits_for_our_monitor_is_no_reason(tmp_path: Path) -> N
 
 def test_without_a_log_nothing_was_said(tmp_path: Path) -> None:
     assert log_tail(tmp_path) == ""
+
+
+def test_it_inherits_nothing_of_whoever_typed_the_command(start: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LD_PRELOAD": "", "PYTHONPATH": "/x", "SSH_AUTH_SOCK": "/y", "QEMU_MODULE_DIR": "/z"}.items():
+        monkeypatch.setenv(name, value)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, before[1]))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        child = start()
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # ours stays as it was
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    proc = Path(f"/proc/{child.pid}")
+    names = {entry.split(b"=")[0] for entry in (proc / "environ").read_bytes().split(b"\0")}
+    assert b"QEMU_MODULE_DIR" in names
+    assert names.isdisjoint({b"LD_PRELOAD", b"PYTHONPATH", b"SSH_AUTH_SOCK"})
+    assert resource.prlimit(child.pid, resource.RLIMIT_FSIZE) == (before[1], before[1])
+    status = dict(line.split(":\t") for line in (proc / "status").read_text().splitlines() if ":\t" in line)
+    assert int(status["SigBlk"], 16) == 0

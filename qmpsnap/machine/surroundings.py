@@ -1,0 +1,75 @@
+"""What a QEMU that lives long gets from the process that starts it: nothing of whoever typed the command.
+
+Working folder, session and umask are set where it is started. Signals that are ignored stay so for a program that is
+started, but QEMU sets each that it heeds itself.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from qmpsnap.errors import HostCannot
+from qmpsnap.model.chain import Chain
+
+_KEPT = frozenset({
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "XDG_RUNTIME_DIR", "LD_LIBRARY_PATH",
+})  # fmt: skip
+_KEPT_PREFIXES = ("LC_", "QEMU_")
+
+_LIMITS = (
+    resource.RLIMIT_AS,
+    resource.RLIMIT_CORE,
+    resource.RLIMIT_CPU,
+    resource.RLIMIT_DATA,
+    resource.RLIMIT_FSIZE,
+    resource.RLIMIT_MEMLOCK,
+    resource.RLIMIT_NOFILE,
+    resource.RLIMIT_NPROC,
+)
+"""All but the stack's, which is what every thread would get."""
+
+
+def environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """What QEMU, and a wrapper around it, need of our environment."""
+    return {name: value for name, value in ours.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
+
+
+@contextmanager
+def unblocked() -> Iterator[None]:
+    """For the block this thread, and what it starts, has no signal blocked."""
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def raise_limits(pid: int) -> None:
+    """Raise the limits of a process that has just begun to the hard ones; as far as we may, its priority is usual."""
+    with contextlib.suppress(OSError):  # it has ended, or has become another user's
+        for limit in _LIMITS:
+            hard = resource.prlimit(pid, limit)[1]
+            resource.prlimit(pid, limit, (hard, hard))
+    with contextlib.suppress(OSError):  # only root may raise it
+        os.setpriority(os.PRIO_PROCESS, pid, 0)
+
+
+def require_room(chains: Iterable[Chain], *, machine: str) -> None:
+    """Make sure that the guest can write to all of each disk: beyond the limit of a file's size its writes would fail.
+
+    Raises:
+        HostCannot: the hard limit, which we cannot raise, is smaller than a disk.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for chain in chains:
+        if hard not in (resource.RLIM_INFINITY, -1) and chain.active.virtual_size > hard:
+            raise HostCannot(
+                f"no file may have more than {hard} bytes here, and disk {chain.disk} of machine {machine} has"
+                f" {chain.active.virtual_size}: the guest's writes beyond would fail; nothing was started",
+                hint="raise the hard limit (ulimit -Hf; 'fsize' in /etc/security/limits.conf, LimitFSIZE= of a unit)"
+                " and log in anew",
+                machine=machine,
+            )
