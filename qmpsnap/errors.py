@@ -16,7 +16,8 @@
      ├── QemuGone                   5  QEMU or its monitor is not there (any more)
      ├── DeadlinePassed             6  our wait ended; the effect may be unknown
      ├── StoreMismatch              7  store, QEMU and disk disagree
-     │    └── StoreTooNew           7  written by a newer qmpsnap
+     │    ├── StoreTooNew           7  written by a newer qmpsnap
+     │    └── LayersCircular        7  recorded layers that read one another in a circle
      ├── OperationPending           8  an earlier operation has to be recovered first
      ├── HostCannot                 9  a program, a right or space is missing
      ├── Interrupted              130  by Ctrl-C, at the command line only
@@ -195,6 +196,12 @@ class StoreTooNew(StoreMismatch):
     """The store's schema is newer than this qmpsnap."""
 
     code = "store-too-new"
+
+
+class LayersCircular(StoreMismatch):
+    """Layers are recorded to read one another in a circle, which no image can."""
+
+    code = "layers-circular"
 
 
 class OperationPending(QmpsnapError):

@@ -39,6 +39,9 @@ __all__ = [
 
 MAX_DEPTH: Final = MAX_LAYERS
 
+MAX_TAGS: Final = 1024
+"""Snapshots that a foreign image may have inside: QEMU reads all of them whenever it opens it, and hangs in 65,536."""
+
 _MAGICS: Final = (
     (0, MAGIC + b"\0\0\0\1", "qcow"),
     (0, MAGIC, "qcow2"),
@@ -239,7 +242,14 @@ def require(
         HostCannot: no right to read it, or the disk fails.
     """
     real = _inside(os.fspath(path), allowed)
-    return read(real, format=format, foreign=True, block_device=block_device)
+    found = read(real, format=format, foreign=True, block_device=block_device)
+    if found.internal_snapshots > MAX_TAGS:
+        raise ImageRefused(
+            f"image {printable(os.fspath(path))} has {found.internal_snapshots} snapshots inside, more than the"
+            f" {MAX_TAGS} that QEMU opens in any time; nothing was changed",
+            hint=printable(f"copy it without them: qemu-img convert -O qcow2 {shlex.quote(os.fspath(path))} NEW", 2000),
+        )
+    return found
 
 
 def read_chain(

@@ -57,6 +57,15 @@ KINDS: Final[dict[str, Kind]] = {
         "The image's header names another backing than the one recorded: other tools read another content. After a"
         " move or copy qmpsnap relocate puts it right.",
     ),
+    "backing-format-differs": Kind(
+        "I3",
+        "The image's header names no format of its backing, or another than the one recorded: other tools guess it, and"
+        " take a raw one that begins like an image for that image. It is found with --deep.",
+    ),
+    "layers-circular": Kind(
+        "I3",
+        "The store has it that a layer reads itself, by way of those below it: it was damaged, or written by hand.",
+    ),
     "size-differs": Kind(
         "I3",
         "The image was resized behind qmpsnap; new layers on it would cut or lengthen the disk.",

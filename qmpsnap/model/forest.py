@@ -1,11 +1,11 @@
 """All layers of a store as the forest they form, and who needs which: counted over all machines."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import NotFoundError
+from qmpsnap.errors import LayersCircular, NotFoundError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change
@@ -53,7 +53,9 @@ class Forest(Struct, frozen=True):
         while at is not None:
             layers.append(self.layer(at))
             at = layers[-1].backing
-        return Chain(disk, tuple(reversed(layers)))
+            if len(layers) > len(self.layers):
+                break
+        return Chain(disk, based(reversed(layers)))
 
     def children(self, layer: LayerId) -> tuple[Layer, ...]:
         """The layers that read ``layer`` directly."""
@@ -106,9 +108,11 @@ class Forest(Struct, frozen=True):
     def machines_above(self, layer: LayerId) -> frozenset[str]:
         """The machines whose disks or snapshots read the layer, directly or through layers above."""
         found: set[str] = set()
-        pending = [layer]
+        pending, seen = [layer], set[LayerId]()
         while pending:
-            at = pending.pop()
+            if (at := pending.pop()) in seen:
+                continue  # recorded to read itself: `check` says so
+            seen.add(at)
             found.update(w.machine for w in self.writers_of(at))
             found.update(r.machine for r in self.references_to(at))
             pending.extend(child.id for child in self.children(at))
@@ -138,3 +142,18 @@ class Forest(Struct, frozen=True):
     def _users(self, layer: LayerId) -> str:
         machines = sorted(self.machines_above(layer))
         return f" (of {', '.join(machines)})" if machines else ""
+
+
+def based(found: Iterable[Layer]) -> tuple[Layer, ...]:
+    """The layers of a chain, base first.
+
+    Raises:
+        LayersCircular: one is there twice: it has no base.
+    """
+    layers = tuple(found)
+    if len(layers) > len({layer.id for layer in layers}):
+        raise LayersCircular(
+            f"the store has it that layer {layers[-1].id} reads itself, by way of those below it; nothing was changed",
+            hint="qmpsnap check --rebuild makes the store again from the images, or put a copy back in its place",
+        )
+    return layers

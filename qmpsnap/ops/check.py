@@ -8,7 +8,7 @@ from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StateError
+from qmpsnap.errors import DeadlinePassed, LayersCircular, QemuGone, QmpsnapError, StateError
 from qmpsnap.identity import same_file
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
@@ -62,7 +62,10 @@ async def run(context: Context, name: str, *, deep: bool = False, mend: bool = F
     require_own(context, machine)
     if mend:
         return await _mend(context, machine, deep=deep)
-    at = await facts.gather(context, name)
+    try:
+        at = await facts.gather(context, name)
+    except LayersCircular as error:  # nothing that reads a chain can be asked then
+        return Checked(machine=name, findings=(Finding(code=error.code, machine=name, text=error.message),))
     return Checked(machine=name, findings=tuple(await _judge(context, at, deep=deep)))
 
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.model import sharing, steps
 from qmpsnap.model.chain import Chain, Layer
-from qmpsnap.model.forest import Forest, Reference, Writer
+from qmpsnap.model.forest import Forest, Reference, Writer, based
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
@@ -345,11 +345,11 @@ class SqliteStore:
     def _chain(self, sql: sqlite3.Connection, active: str) -> tuple[Layer, ...]:
         found = sql.execute(
             "WITH RECURSIVE chain (id, depth) AS (SELECT ?, 0 UNION ALL SELECT layer.backing, depth + 1 FROM chain"
-            " JOIN layer ON layer.id = chain.id WHERE layer.backing IS NOT NULL)"
+            " JOIN layer ON layer.id = chain.id WHERE layer.backing IS NOT NULL LIMIT (SELECT count(*) + 1 FROM layer))"
             f" SELECT {queries.LAYER} FROM chain JOIN layer USING (id) ORDER BY depth DESC",
             (active,),
         )
-        return tuple(self._layer(row) for row in found)
+        return based(self._layer(row) for row in found)
 
     def _put_layer(self, sql: sqlite3.Connection, layer: Layer) -> None:
         values = (

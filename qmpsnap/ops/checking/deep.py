@@ -1,5 +1,6 @@
-"""What only reading everything can tell: every image's tables, every state file's content."""
+"""What only reading everything can tell: every image's tables, what headers say beside that, state files' content."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from anyio import to_thread
@@ -25,7 +26,8 @@ _CODES: dict[Verdict | Literal["unread"], str] = {
 
 async def look(context: Context, at: Facts) -> list[Finding]:
     """Check each qcow2 layer of ours that no guest writes to, and read each state file."""
-    found = [finding for layer in _layers(context, at) if (finding := await _image(context, at, layer))]
+    found = [*_formats(at)]
+    found += [finding for layer in _layers(context, at) if (finding := await _image(context, at, layer))]
     for snapshot in at.record.snapshots:
         state = snapshot.vmstate
         if state and at.states[state.path] is None and (wrong := await to_thread.run_sync(_digest, state)):
@@ -33,6 +35,25 @@ async def look(context: Context, at: Facts) -> list[Finding]:
             text = f"snapshot {snapshot.name}: {said}"
             found.append(Finding(code=code, machine=at.record.machine.name, text=text, file=state.path))
     return found
+
+
+def _formats(at: Facts) -> Iterator[Finding]:
+    layers = at.record.forest.layers
+    for identity, header in at.headers.items():
+        layer = layers[identity]
+        below = layers.get(layer.backing) if layer.backing else None
+        if isinstance(header, str) or below is None or layer.format != "qcow2" or not layer.owned:
+            continue
+        if header.backing_format != below.format:
+            said = header.backing_format or "none"
+            text = f"the header of {layer.path} names {said} as its backing's format, recorded is {below.format}"
+            yield Finding(
+                code="backing-format-differs",
+                machine=at.record.machine.name,
+                text=text,
+                layer=layer.id,
+                file=layer.path,
+            )
 
 
 def _layers(context: Context, at: Facts) -> list[Layer]:
