@@ -201,7 +201,7 @@ class StoreTooNew(StoreMismatch):
 class LayersCircular(StoreMismatch):
     """Layers are recorded to read one another in a circle, which no image can."""
 
-    code = "layers-circular"
+    code = "store-circular"
 
 
 class OperationPending(QmpsnapError):
