@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qmpsnap import unwritable
-from qmpsnap.errors import HostCannot, StoreMismatch
-from qmpsnap.store import schema
+from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
+from qmpsnap.store import schema, standing
 
 _READ = "BEGIN"
 
@@ -23,6 +23,9 @@ class Database:
     def __init__(self, path: Path, *, make: bool = True) -> None:
         self._path = path
         self.is_there = make or not _is_missing(path)
+        self._doubt: Exception | None = None
+        """What a COMMIT has failed with whose outcome is not known; the connection is closed then."""
+        self._inherited = False
         self.connection, self._barred = self._connect()
         self._lock = threading.Lock()
 
@@ -39,7 +42,9 @@ class Database:
         """Raise ``HostCannot`` when it cannot be written now."""
         with self._lock:
             self._connect_again()
+            self._remove_doubt()
             self._refuse_barred()
+            self._require_durable()
 
     def is_sound(self) -> bool:
         """Whether SQLite finds nothing wrong; it looks through the whole file."""
@@ -61,6 +66,7 @@ class Database:
     def _connect(self) -> tuple[sqlite3.Connection, HostCannot | None]:
         if not self.is_there:
             return schema.nowhere(), None
+        self._inherited = standing.has_frames(self._path)
         try:
             return schema.connect(self._path), None
         except HostCannot as error:
@@ -83,32 +89,115 @@ class Database:
         """The one way in: everything in the block is one transaction, SQLite's own errors are translated here."""
         with self._lock:
             self._connect_again()
+            self._remove_doubt()
             if begin != _READ:
                 self._refuse_barred()
-            try:
+                self._require_durable()
+            with self._translated():
                 self.connection.execute(begin)
+                number = None
                 try:
                     yield self.connection
-                    self.connection.execute("COMMIT")
+                    if begin != _READ:
+                        number = standing.sign(self.connection)
+                    self._commit(number)
                 except BaseException:
-                    if self.connection.in_transaction:  # SQLite itself rolls back when the disk is full
+                    # SQLite itself rolls back when the disk is full.
+                    if not self._doubt and self.connection.in_transaction:
                         self.connection.execute("ROLLBACK")
                     raise
-            except sqlite3.OperationalError as error:
-                if "Could not decode" in str(error):  # bytes that are no text, where only text is
-                    raise self._damaged(error) from error
-                raise HostCannot(
-                    f"the store {self._path} refused a change: {error}; nothing was recorded",
-                    hint=unwritable.reason(self._path.parent, error).remedy,
-                ) from error
-            except sqlite3.IntegrityError as error:
-                raise StoreMismatch(
-                    f"the store {self._path} holds something that this change contradicts: {error};"
-                    " nothing was recorded",
-                    hint="another command may have recorded the same a moment ago: try again",
-                ) from error
-            except sqlite3.DatabaseError as error:
+
+    def _commit(self, number: int | None) -> None:
+        """End a transaction. Where that fails, what stands decides: a change that does is one that was made."""
+        try:
+            self.connection.execute("COMMIT")
+        except sqlite3.IntegrityError:
+            raise  # told before anything is written
+        except (sqlite3.Error, MemoryError) as error:
+            if number is None:
+                raise
+            self._doubt = error
+            if not self._settle(number):
+                raise
+
+    def _remove_doubt(self) -> None:
+        """After a COMMIT that failed nothing is read either until it is known what stands, and that it stays."""
+        if self._doubt:
+            self._settle(None)
+
+    def _require_durable(self) -> None:
+        """Before the first change: what others have left above the store's file may never have reached the disk."""
+        if not self._inherited:
+            return
+        try:
+            with self._translated():
+                self._harden(None)
+        except OSError as error:
+            raise HostCannot(
+                f"the store {self._path} has changes that may not have reached the disk, and they cannot be written"
+                f" out: {error}; nothing was recorded",
+                hint=unwritable.reason(self._path.parent, error).remedy,
+            ) from error
+        self._inherited = False
+
+    def _settle(self, number: int | None) -> bool:
+        """Open the file anew, make what stands there durable, and say whether the transaction of that number does.
+
+        Raises:
+            HostCannot: that is not to be found out now. The next transaction tries again.
+        """
+        assert self._doubt
+        self.connection.close()
+        try:
+            self._path.stat()  # or another would be made in its place
+            self.connection = schema.connect(self._path)
+            found = self._harden(number)
+        except (QmpsnapError, sqlite3.Error, OSError, MemoryError) as error:
+            self.connection.close()
+            raise HostCannot(
+                f"the store {self._path} could not write a change out to the disk ({self._doubt}), nor what is there"
+                f" now ({error}): whether the change is recorded is not known",
+                hint="look at the disk (dmesg); the next command finds out once it can be written to",
+                effect="unknown",
+            ) from self._doubt
+        self._doubt, self._barred, self._inherited = None, None, False
+        return found
+
+    def _harden(self, number: int | None) -> bool:
+        """Make what stands durable, and that nothing else does; whether the transaction of that number is among it.
+
+        The COMMIT at its end overwrites frames that SQLite has given up, and that a power loss would bring back.
+        """
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            standing.write_again(self._path)
+            found = standing.stands(self.connection, number)
+            standing.sign(self.connection)
+            self.connection.execute("COMMIT")
+        except BaseException:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            raise
+        return found
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "Could not decode" in str(error):  # bytes that are no text, where only text is
                 raise self._damaged(error) from error
+            raise HostCannot(
+                f"the store {self._path} refused a change: {error}; nothing was recorded",
+                hint=unwritable.reason(self._path.parent, error).remedy,
+            ) from error
+        except sqlite3.IntegrityError as error:
+            raise StoreMismatch(
+                f"the store {self._path} holds something that this change contradicts: {error}; nothing was recorded",
+                hint="another command may have recorded the same a moment ago: try again",
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from error
 
     def _damaged(self, error: sqlite3.Error) -> StoreMismatch:
         return StoreMismatch(

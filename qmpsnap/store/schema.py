@@ -95,6 +95,9 @@ MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE frozen (layer TEXT PRIMARY KEY, mtime_ns INTEGER NOT NULL, size INTEGER NOT NULL) STRICT;
     """,
+    """
+    CREATE TABLE committed (id INTEGER PRIMARY KEY, number INTEGER NOT NULL) STRICT;
+    """,
 )
 
 

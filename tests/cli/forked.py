@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import qmpsnap.ops
 from qmpsnap.cli import main
+from tests.harness import failing
 
 SECONDS = 10
 """After so long a command line hangs."""
@@ -45,6 +46,8 @@ def run(case: dict[str, Any], said: int) -> NoReturn:
         os.setgroups([])
         os.setresgid(*[case["user"]] * 3)
         os.setresuid(*[case["user"]] * 3)
+    if case.get("fails"):
+        failing.fail(**case["fails"])
     signal.alarm(SECONDS)
     sys.argv = ["qmpsnap", *case["words"]]
     main.run()
@@ -60,7 +63,8 @@ def served(line: str) -> tuple[int, str]:
         return os.waitstatus_to_exitcode(status), said.read().decode(errors="replace")
 
 
-def serve() -> None:
+def load() -> None:
+    """Import what any command line wants."""
     import_module("anyio._backends._asyncio")  # as anyio does at run time, where another user may have no right to it
     for noun in main.NOUNS:
         import_module(f"qmpsnap.cli.{noun}")
@@ -68,6 +72,10 @@ def serve() -> None:
         import_module(f"qmpsnap.ops.{module.stem}")
     with contextlib.suppress(ImportError):
         import_module("qmpsnap.controller")
+
+
+def serve() -> None:
+    load()
     answers = [served(line) for line in sys.stdin.read().splitlines()]
     json.dump(answers, sys.stdout)
 

@@ -1,0 +1,69 @@
+"""Which transactions stand in an SQLite file, and that what stands is on the disk.
+
+A COMMIT that fails says neither. Its frames may be whole in the ``-wal`` file, and whoever opens the store next reads
+them; or they are not, and SQLite writes others in their place. And after a failed fsync Linux takes the pages it could
+not write for clean: a second fsync of them succeeds and writes nothing, until they are written to anew.
+"""
+
+import os
+import secrets
+import sqlite3
+from pathlib import Path
+
+KEPT = 1000
+"""Transactions of all processes that are remembered: one in doubt is asked for within seconds."""
+
+_PIECE = 1 << 20
+
+
+def sign(connection: sqlite3.Connection) -> int:
+    """Give the open transaction a number that :func:`stands` finds wherever it is recorded."""
+    number = secrets.randbits(63)
+    connection.execute("INSERT INTO committed (number) VALUES (?)", (number,))
+    connection.execute("DELETE FROM committed WHERE id <= last_insert_rowid() - ?", (KEPT,))
+    return number
+
+
+def stands(connection: sqlite3.Connection, number: int | None) -> bool:
+    """Whether the transaction of that number is recorded."""
+    return connection.execute("SELECT 1 FROM committed WHERE number = ?", (number,)).fetchone() is not None
+
+
+def frames(store: Path) -> Path:
+    """The file with what was not yet taken over into the store's own."""
+    return store.with_name(f"{store.name}-wal")
+
+
+def has_frames(store: Path) -> bool:
+    """Whether there is something in it: of a process that works beside us, or of one that has not closed the store."""
+    try:
+        return frames(store).stat().st_size > 0
+    except OSError:
+        return False
+
+
+def write_again(store: Path) -> None:
+    """Write the frames once more, as they are, and out to the disk; our connection holds the write lock.
+
+    Unlike the store's own file, this one may be opened and closed beside SQLite: its locks are not on it.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    try:
+        file = os.open(frames(store), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        pass
+    else:
+        try:
+            at = 0
+            while piece := os.pread(file, _PIECE, at):
+                at += os.pwrite(file, piece, at)
+            os.fsync(file)
+        finally:
+            os.close(file)
+    folder = os.open(store.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
