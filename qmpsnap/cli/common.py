@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmpsnap.cli import output
-from qmpsnap.errors import StoreMismatch
+from qmpsnap.errors import QmpsnapError, StoreMismatch
 from qmpsnap.model.home import Home
 from qmpsnap.store import runfolder
 from qmpsnap.store.sqlite import SqliteStore
@@ -63,6 +63,20 @@ def reading() -> Iterator[SqliteStore]:
     places = home()
     with SqliteStore(places.store, machines=places.machines, make=False) as store:
         yield store
+
+
+@contextmanager
+def answering(done: str = "") -> Iterator[SqliteStore]:
+    """The store alone, for the answer of a verb that is done, whatever keeps it from being read.
+
+    ``done``: what the error says of it.
+    """
+    try:
+        with reading() as store:
+            yield store
+    except QmpsnapError as error:
+        error.claim("applied", done)
+        raise
 
 
 def untold(store: Store) -> StoreMismatch | None:

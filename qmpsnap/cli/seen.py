@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qmpsnap.block import images as files
 from qmpsnap.block.images import Seen
 from qmpsnap.cli import output
-from qmpsnap.cli.common import home, reading
+from qmpsnap.cli.common import answering, home
 from qmpsnap.machine.argv import USER_SOCKET
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.qmp import unixsocket
@@ -56,7 +56,7 @@ def tell(name: str, found: Seen) -> None:
 
 def tell_owner(name: str) -> None:
     """Say to the owner of an adopted machine what has to be started from now on."""
-    with reading() as store:
+    with answering() as store:
         if not store.machine(name).adopted:
             return
         chains = store.chains(name)

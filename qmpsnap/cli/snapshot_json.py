@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import reading
+from qmpsnap.cli.common import answering
 from qmpsnap.model.moment import moment
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Vmstate
@@ -26,7 +26,7 @@ def print_taken(arguments: argparse.Namespace, snapshot: Snapshot, notes: Sequen
 
 def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str, **more: Any) -> None:
     """One snapshot, in the form that was asked for; ``text`` is its table, ``more`` stands beside it in JSON."""
-    with reading() as store:
+    with answering(text) as store:
         document = document_of(store, arguments.machine, snapshot)
     output.emit(
         arguments.output,
