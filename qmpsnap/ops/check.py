@@ -65,7 +65,7 @@ async def run(context: Context, name: str, *, deep: bool = False, mend: bool = F
     try:
         at = await facts.gather(context, name)
     except LayersCircular as error:  # nothing that reads a chain can be asked then
-        return Checked(machine=name, findings=(Finding(code=error.code, machine=name, text=error.message),))
+        return Checked(machine=name, findings=(Finding(code="layers-circular", machine=name, text=error.message),))
     return Checked(machine=name, findings=tuple(await _judge(context, at, deep=deep)))
 
 

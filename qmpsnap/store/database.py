@@ -114,7 +114,8 @@ class Database:
         except sqlite3.IntegrityError:
             raise  # told before anything is written
         except (sqlite3.Error, MemoryError) as error:
-            if number is None:
+            # Without room the frame that would have ended it was not written, and SQLite has rolled back.
+            if number is None or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 raise
             self._doubt = error
             if not self._settle(number):
