@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
         tempfile.tempdir = None
     if not hasattr(config, "workerinput"):
         os.environ[SHARED] = tempfile.mkdtemp(prefix="qs-shared-")
+        config.pluginmanager.import_plugin("tests.faults.reporting")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
