@@ -4,6 +4,7 @@ order."""
 import os
 import shutil
 import tempfile
+from importlib import import_module
 
 import psutil
 import pytest
@@ -25,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
         tempfile.tempdir = None
     if not hasattr(config, "workerinput"):
         os.environ[SHARED] = tempfile.mkdtemp(prefix="qs-shared-")
-        config.pluginmanager.import_plugin("tests.faults.reporting")
+        config.pluginmanager.register(import_module("tests.faults.reporting"))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

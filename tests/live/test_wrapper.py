@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import anyio
 import psutil
 import pytest
 
@@ -77,7 +78,9 @@ async def test_qemu_below_a_wrapper_is_the_machines_process(home: Path, wrapper:
         assert not psutil.pid_exists(process.pid) or psutil.Process(process.pid).status() == "zombie"
         await vm.commit("vda", consume=True)  # a QEMU without a guest is started by the same wrapper
         await hold_invariants(vm)
-    assert left(home) == []
+    with anyio.fail_after(20):  # the wrapper itself ends a moment after its QEMU
+        while left(home):
+            await anyio.sleep(0.05)
 
 
 @pytest.mark.parametrize("how", FAILS)
