@@ -15,7 +15,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import rebuild
+from qmpsnap.ops import rebuild, variables
 from qmpsnap.qmp import commands
 from tests.harness.deaths import Call, die_at
 from tests.live.machine import context_of, fill, hold_invariants, user_monitor
@@ -89,12 +89,20 @@ async def test_a_running_guest_is_held_only_if_it_has_to_be(
     q: qmpsnap.Controller, uefi_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vm = await booted(q, uefi_spec)
-    variables = context_of(vm).home.variables("still")
+    store = context_of(vm).home.variables("still")
     content = b""
-    while content != (content := variables.read_bytes()):  # it is at its first boot
+    while content != (content := store.read_bytes()):  # it is at its first boot
         await anyio.sleep(1)
     assert await held_times(vm, "quiet") == 0
-    with written_all_the_time(vm):
+    read = variables._content
+
+    def read_and_write(path: str) -> bytes:
+        content = read(path)
+        put(vm, content[-1] + 1 & 0xFF)
+        return content
+
+    with monkeypatch.context() as patched:  # a guest that does nothing else writes between any two looks
+        patched.setattr(variables, "_content", read_and_write)
         planned = (await vm.preview_snapshot("busy"))[1]
         assert planned.hold
         assert await held_times(vm, "busy") == 1
