@@ -23,24 +23,22 @@
      ├── Interrupted              130  by Ctrl-C, at the command line only
      └── QmpError                   1  QEMU refused a command (carries QEMU's class)
 
-A message says what failed and what is unchanged; ``hint`` says what to type next;
-``effect`` says whether anything changed: ``none``, ``applied`` or ``unknown``.
+``message`` says what failed, ``effect`` whether anything changed (``none``, ``applied`` or ``unknown``), ``left`` what is
+otherwise now, and ``hint`` what to type next. No message speaks of the effect: ``str(error)`` adds it, as it is then.
 """
 
-import re
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Literal
 
 Effect = Literal["none", "applied", "unknown"]
-
-_CLAIM: Final = re.compile(r"; nothing was (?:changed|created|deleted|done|recorded|removed|started)\b")
-"""How a message says so by itself that was made before any operation had begun."""
 
 
 class QmpsnapError(Exception):
     """The root: catch this to catch everything qmpsnap raises on purpose.
 
     Attributes:
+        message: what failed.
         effect: whether the failed call changed anything.
+        left: what is otherwise now, where it is not only what was asked for; empty unless something is.
         hint: what to do next, a command where there is one; empty if nothing helps.
         machine: the machine's name, where the error is about one.
         operation: the id of the journalled operation, where there was one.
@@ -64,35 +62,34 @@ class QmpsnapError(Exception):
         self.message = message
         self.hint = hint
         self.effect: Effect = effect
+        self.left = ""
         self.machine = machine
         self.operation = operation
         self.qmp_class = qmp_class
-        self._claimed = ""
+
+    def __str__(self) -> str:
+        """What failed and what has come of it, in one sentence."""
+        said = {"none": "nothing was changed", "applied": self.left, "unknown": ""}[self.effect]
+        return f"{self.message}; {said}" if said else self.message
 
     def claim(self, effect: Effect, left: str = "") -> None:
-        """Say what has come of it, as found; whatever the message said of that before counts no more.
+        """Say what has come of it, as found; whatever was said of that before counts no more.
 
         Args:
             effect: whether anything was changed.
             left: what is otherwise now, where it is not only what was asked for.
         """
-        said = {"none": "nothing was changed", "applied": left, "unknown": ""}[effect]
-        fact = _CLAIM.sub("", self.message)
-        if self._claimed:
-            fact = fact.replace(f"; {self._claimed}", "")
-        self.effect, self.message, self._claimed = effect, f"{fact}; {said}" if said else fact, said
-        self.args = (self.message,)
+        self.effect, self.left = effect, left
 
     def add(self, also: str) -> None:
-        """Say one thing more."""
+        """Say one thing more of what failed."""
         self.message = f"{self.message}; {also}"
-        self.args = (self.message,)
 
     def as_dict(self) -> dict[str, str | None]:
         """The error as ``-o json`` prints it on stderr."""
         return {
             "code": self.code,
-            "message": self.message,
+            "message": str(self),
             "hint": self.hint,
             "effect": self.effect,
             "machine": self.machine,

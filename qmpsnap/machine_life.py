@@ -171,7 +171,7 @@ class MachineLife:
         machine = await self.record()
         if machine.adopted:
             raise StateError(
-                f"machine {self.name} was adopted: qmpsnap has no channel to an agent in its guest; nothing was done",
+                f"machine {self.name} was adopted: qmpsnap has no channel to an agent in its guest",
                 hint="whoever launched it may have one",
                 machine=self.name,
             )

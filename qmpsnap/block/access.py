@@ -46,14 +46,14 @@ def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: 
         os.close(descriptor)
     if found.corrupt:
         raise StateError(
-            f"{printable(layer.path)} is marked corrupt, so that QEMU does not write to it; nothing was changed",
+            f"{printable(layer.path)} is marked corrupt, so that QEMU does not write to it",
             hint=f"qemu-img check {printable(layer.path)} tells what is damaged; copy what can be read before a repair",
         )
     if found.virtual_size < size and (is_device or (found.version < 3 and found.internal_snapshots)):  # noqa: PLR2004
         kind = "a device" if is_device else "qcow2 of version 2 with snapshots inside"
         raise HostCannot(
             f"{printable(layer.path)} has {found.virtual_size} bytes and would need {size}, and"
-            f" QEMU cannot lengthen {kind}; nothing was changed"
+            f" QEMU cannot lengthen {kind}"
         )
     if not shared and _is_refused(layer, writing=True):
         raise _held(layer)
@@ -91,13 +91,13 @@ def _is_refused(layer: Layer, *, writing: bool) -> bool:
 
 def _cannot(layer: Layer, error: OSError, *, what: str = "written to") -> QmpsnapError:
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-        return ImageRefused(f"there is no image {printable(layer.path)} ({error.strerror}); nothing was changed")
+        return ImageRefused(f"there is no image {printable(layer.path)} ({error.strerror})")
     why, hint = _WHY.get(error.errno or 0, (str(error.strerror), f"look at the rights of {printable(layer.path)}"))
-    return HostCannot(f"{printable(layer.path)} cannot be {what}: {why}; nothing was changed", hint=hint)
+    return HostCannot(f"{printable(layer.path)} cannot be {what}: {why}", hint=hint)
 
 
 def _held(layer: Layer) -> StateError:
     return StateError(
-        f"another process has {printable(layer.path)} open; nothing was changed",
+        f"another process has {printable(layer.path)} open",
         hint=f"end that process: fuser -v {printable(layer.path)} names it",
     )

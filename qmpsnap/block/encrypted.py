@@ -46,7 +46,7 @@ async def require_key(path: str, key: int, *, qemu_img: str, deadline: float = 6
     said = done.stderr.decode(errors="backslashreplace").strip()
     if "Invalid password" in said:
         raise StateError(
-            f"the secret does not open {printable(path)}; nothing was changed",
+            f"the secret does not open {printable(path)}",
             hint="give the one that the disk was defined with",
         )
-    raise HostCannot(f"{printable(path)} cannot be opened: {printable(said)}; nothing was changed")
+    raise HostCannot(f"{printable(path)} cannot be opened: {printable(said)}")

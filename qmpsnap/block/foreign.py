@@ -53,7 +53,7 @@ def read_disk(backend: Backend, graph: BlockGraph, nodes: Sequence[NodeInfo]) ->
         layers.append(reader.layer(at))
         at = reader.below(at).get("backing")
     if not layers:
-        raise StateError(f"device {backend.name} has no image in QEMU's block graph; nothing was adopted")
+        raise StateError(f"device {backend.name} has no image in QEMU's block graph")
     return ForeignDisk(tuple(reversed(layers)), tuple(filters))
 
 
@@ -115,6 +115,6 @@ class _Reader:
 
     def _refused(self, why: str) -> StateError:
         return StateError(
-            f"device {self._device} cannot be adopted: {why}; nothing was changed",
+            f"device {self._device} cannot be adopted: {why}",
             hint="disks made of qcow2 and raw files or block devices can be",
         )

@@ -155,7 +155,7 @@ async def require_chains(
             raise _mismatch(machine, chain, found.nodes if found else ())
         if found.jobs:
             raise StateError(
-                f"disk {chain.disk} of machine {machine} is busy with job {', '.join(found.jobs)}; nothing was changed",
+                f"disk {chain.disk} of machine {machine} is busy with job {', '.join(found.jobs)}",
                 hint="wait for the job to end or cancel it, then try again",
                 machine=machine,
             )
@@ -207,7 +207,7 @@ async def require_no_other(monitor: Monitor, chains: Sequence[Chain], *, machine
         others = [f"{other.name} ({other.file})" for other in found]
         raise StateError(
             f"the guest of machine {machine} also writes to {', '.join(others)}, no disk of the machine: memory that is"
-            " loaded beside a disk of another time destroys what is on it; nothing was changed",
+            " loaded beside a disk of another time destroys what is on it",
             hint=f"detach it (device_del), or take its medium out (eject); {hint}",
             machine=machine,
         )
@@ -236,8 +236,7 @@ async def _require_filters(monitor: Monitor, names: Sequence[str], *, machine: s
     for node in await commands.query_nodes(monitor):
         if node.node_name in names and node.drv not in FILTERS:
             raise StoreMismatch(
-                f"the guest of machine {machine} writes disk {disk} to {node.file}, which somebody else put there;"
-                " nothing was changed",
+                f"the guest of machine {machine} writes disk {disk} to {node.file}, which somebody else put there",
                 hint=f"qmpsnap chain {machine} {disk} shows both sides",
                 machine=machine,
             )
@@ -246,7 +245,7 @@ async def _require_filters(monitor: Monitor, names: Sequence[str], *, machine: s
 def _mismatch(machine: str, chain: Chain, found: tuple[str, ...]) -> StoreMismatch:
     return StoreMismatch(
         f"disk {chain.disk} of machine {machine}: QEMU's chain is {' <- '.join(found) or 'empty'}, the store's is"
-        f" {' <- '.join(chain.ids)}; nothing was changed",
+        f" {' <- '.join(chain.ids)}",
         hint=f"qmpsnap chain {machine} {chain.disk} shows both sides"
         if found
         else f"was it unplugged? A QEMU that is started has it again (qmpsnap stop {machine}, then start), as has one"

@@ -97,7 +97,7 @@ def inspect(descriptor: int, *, path: str, format: Format | None = None, foreign
         if data.startswith(MAGIC) and len(data) == _FIRST_READ and data[20:24] > b"\0\0\0\x10":
             data = os.pread(descriptor, MAX_CLUSTER, 0)  # a cluster larger than the first read
     except OSError as error:
-        raise HostCannot(f"{printable(path)} cannot be read: {error.strerror}; nothing was changed") from error
+        raise HostCannot(f"{printable(path)} cannot be read: {error.strerror}") from error
     if (format == "qcow2" and _magic(data) != "qcow2") or (format == "raw" and foreign):
         _require_declared(data, _end(descriptor, size), path=path, format=format)
     if (format or detect(data)) == "qcow2":
@@ -128,20 +128,19 @@ def _require_declared(data: bytes, end: bytes, *, path: str, format: Format) -> 
         magic, sign = "vpc", "ends"  # a virtual hard disk of fixed size
     if magic == "qcow2":
         raise ImageRefused(
-            f"image {shown} is declared raw but begins like a qcow2 image; nothing was changed",
+            f"image {shown} is declared raw but begins like a qcow2 image",
             hint="declare it qcow2: 'format: qcow2' in a spec, nothing behind the path of adopt --image",
         )
     if magic:
         but = f"{sign} like a {magic} image" if format == "raw" else f"has no qcow2 header: it {sign} like {magic}"
         raise ImageRefused(
-            f"image {shown} is declared {format} but {but}; only qcow2 and raw images can have snapshots; nothing was"
-            " changed",
+            f"image {shown} is declared {format} but {but}; only qcow2 and raw images can have snapshots",
             hint=conversion(path, magic),
         )
     if format == "qcow2":
         packer = next((unpack for bytes_, unpack in _PACKED if data.startswith(bytes_)), None)
         raise ImageRefused(
-            f"image {shown} is declared qcow2 but has no qcow2 header; nothing was changed",
+            f"image {shown} is declared qcow2 but has no qcow2 header",
             hint=f"it is packed: {packer} {shlex.quote(shown)}"
             if packer
             else "if it is raw, declare that: 'format: raw' in a spec, adopt --image DISK=PATH,format=raw",
@@ -185,14 +184,14 @@ def _opened(path: str | os.PathLike[str], *, block_device: bool) -> Iterator[int
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except ValueError as error:
-        raise ImageRefused(f"{shown} is no path: {error}; nothing was changed") from error
+        raise ImageRefused(f"{shown} is no path: {error}") from error
     except OSError as error:
         raise _cannot_open(shown, error) from error
     try:
         mode = os.fstat(descriptor).st_mode
         if not (stat.S_ISREG(mode) or (block_device and stat.S_ISBLK(mode))):
             kind = "a block device, which is not allowed here" if stat.S_ISBLK(mode) else "not a regular file"
-            raise ImageRefused(f"{shown} is {kind}; nothing was changed", hint="name an image file")
+            raise ImageRefused(f"{shown} is {kind}", hint="name an image file")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -246,7 +245,7 @@ def require(
     if found.internal_snapshots > MAX_TAGS:
         raise ImageRefused(
             f"image {printable(os.fspath(path))} has {found.internal_snapshots} snapshots inside, more than the"
-            f" {MAX_TAGS} that QEMU opens in any time; nothing was changed",
+            f" {MAX_TAGS} that QEMU opens in any time",
             hint=printable(f"copy it without them: qemu-img convert -O qcow2 {shlex.quote(os.fspath(path))} NEW", 2000),
         )
     return found
@@ -273,7 +272,7 @@ def read_chain(
     while True:
         if len(layers) == max_depth:
             raise ImageRefused(
-                f"{printable(os.fspath(path))} has more than {max_depth} layers; nothing was changed",
+                f"{printable(os.fspath(path))} has more than {max_depth} layers",
                 hint="copy it into one image while nobody writes to it: "
                 + printable(f"qemu-img convert -O qcow2 {shlex.quote(os.fspath(path))} NEW", 2000),
             )
@@ -302,7 +301,7 @@ def _pinned_format(path: str, header: Header) -> Format:
         problem = f"names a backing image of format {printable(header.backing_format)}, not raw or qcow2"
         # With its backing in it the image is one of qcow2 alone.
         hint = "flatten it while nobody writes to it: " + conversion(path, "qcow2").partition(": ")[2]
-    raise ImageRefused(f"image {printable(path)} {problem}; nothing was changed", hint=printable(hint, 2000))
+    raise ImageRefused(f"image {printable(path)} {problem}", hint=printable(hint, 2000))
 
 
 def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
@@ -312,7 +311,7 @@ def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
         real = Path(os.path.realpath(folder, strict=True)) / name
         inside = allowed is None or any(real.is_relative_to(os.path.realpath(place)) for place in allowed)
     except ValueError as error:
-        raise ImageRefused(f"{printable(path)} is no path: {error}; nothing was changed") from error
+        raise ImageRefused(f"{printable(path)} is no path: {error}") from error
     except OSError as error:
         raise _cannot_open(printable(path), error) from error
     if inside:
@@ -320,7 +319,7 @@ def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
     assert allowed is not None
     places = ", ".join(str(place) for place in allowed) or "none"
     raise ImageRefused(
-        f"image {printable(path)} lies outside the allowed folders; nothing was changed",
+        f"image {printable(path)} lies outside the allowed folders",
         hint=f"allowed: {places}. Move the image there, or: qmpsnap define --allow DIR",
     )
 
@@ -328,7 +327,7 @@ def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
 def _cannot_open(shown: str, error: OSError) -> ImageRefused | HostCannot:
     """The error for an image that would not open."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO):
-        return ImageRefused(f"there is no image {shown} ({error.strerror}); nothing was changed")
+        return ImageRefused(f"there is no image {shown} ({error.strerror})")
     if error.errno == errno.ELOOP:
-        return ImageRefused(f"{shown} is a symbolic link; nothing was changed", hint="name the image file itself")
-    return HostCannot(f"{shown} cannot be opened: {error.strerror}; nothing was changed")
+        return ImageRefused(f"{shown} is a symbolic link", hint="name the image file itself")
+    return HostCannot(f"{shown} cannot be opened: {error.strerror}")

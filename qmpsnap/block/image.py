@@ -33,7 +33,6 @@ _TRIES: Final = 5
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 _MAX_SAID: Final = 64 << 10  # bytes kept of what qemu-img writes
 _CLEANUP_TIMEOUT: Final = 10.0  # seconds; an unlink and an fsync on a disk that still answers
-_UNCHANGED: Final = "nothing was changed"
 
 
 class ImageTool(Struct, frozen=True):
@@ -70,7 +69,7 @@ class ImageTool(Struct, frozen=True):
         place = _check_request(path, virtual_size)
         if virtual_size < backing.virtual_size:
             raise ImageRefused(
-                f"an overlay of {virtual_size} bytes would cut {backing.virtual_size} bytes below it; {_UNCHANGED}",
+                f"an overlay of {virtual_size} bytes would cut {backing.virtual_size} bytes below it",
                 hint="make the overlay as large as the layer below",
             )
         await to_thread.run_sync(_check_backing, backing, key is not None, abandon_on_cancel=True)  # it only reads
@@ -210,7 +209,7 @@ class _Claim:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
             raise StateError(
-                f"{shown} exists already; {_UNCHANGED}", hint="look at it, then move it away or choose another name"
+                f"{shown} exists already", hint="look at it, then move it away or choose another name"
             ) from error.__cause__
 
     def finish_raw(self, virtual_size: int) -> Header:
@@ -225,7 +224,7 @@ class _Claim:
             try:
                 made = header.inspect(self.descriptor, path=self.path, format="qcow2")
             except ImageRefused as error:
-                raise self._unexpected(error.message.removesuffix(f"; {_UNCHANGED}")) from error
+                raise self._unexpected(error.message) from error
             wanted = (virtual_size, backing.path if backing else None, backing.format if backing else None)
             if (made.virtual_size, made.backing, made.backing_format) != wanted:
                 raise self._unexpected(f"size, backing and its format {wanted!r} were asked for")
@@ -280,8 +279,7 @@ async def _claimed(path: Path) -> AsyncIterator[_Claim]:
             problem = await to_thread.run_sync(_discard, claim, abandon_on_cancel=True)
         if problem and isinstance(error, QmpsnapError):
             error.effect = "unknown"
-            error.message = f"{error.message}; an unfinished file may be left there: {problem}"
-            error.args = (error.message,)
+            error.add(f"an unfinished file may be left there: {problem}")
         raise
     claim.close()
 
@@ -310,10 +308,10 @@ def _check_request(path: str | os.PathLike[str], virtual_size: int) -> Path:
     if not problem and Path(text).name in ("", ".."):
         problem = "the path names no file"
     if problem:
-        raise ImageRefused(f"no image can be made at {printable(text)!r}: {problem}; {_UNCHANGED}")
+        raise ImageRefused(f"no image can be made at {printable(text)!r}: {problem}")
     if virtual_size <= 0 or virtual_size % _SECTOR or virtual_size >= 1 << 63:
         raise ImageRefused(
-            f"an image cannot have {virtual_size} bytes; {_UNCHANGED}",
+            f"an image cannot have {virtual_size} bytes",
             hint=f"use a positive multiple of {_SECTOR} bytes",
         )
     return Path(text)
@@ -323,20 +321,20 @@ def _check_backing(backing: Layer, encrypted: bool) -> None:  # noqa: FBT001
     """The layer below as an overlay needs it: a plain absolute name, of its format and size, encrypted as this one."""
     problem = header.backing_fault(backing.path) or ("" if backing.path.startswith("/") else "the path is not absolute")
     if problem:
-        raise ImageRefused(f"{printable(backing.path)!r} cannot be a backing: {problem}; {_UNCHANGED}")
+        raise ImageRefused(f"{printable(backing.path)!r} cannot be a backing: {problem}")
     found = header.read(backing.path, format=backing.format, block_device=True)
     if found.encrypted is not encrypted:
         # An overlay in plain text would hold what the guest believes to be encrypted.
         states = ("is encrypted", "is not") if found.encrypted else ("is not encrypted", "is")
         raise ImageRefused(
-            f"{printable(backing.path)} {states[0]}, and its disk {states[1]} by its spec; {_UNCHANGED}",
+            f"{printable(backing.path)} {states[0]}, and its disk {states[1]} by its spec",
             hint="'encryption' in the spec of a disk is for all its layers; an adopted machine has no such spec",
         )
     if found.virtual_size != backing.virtual_size:
         # An overlay of the recorded size would cut, or lengthen, the disk that the guest sees.
         raise StoreMismatch(
             f"{printable(backing.path)} has {found.virtual_size} bytes for the guest, and {backing.virtual_size} are"
-            f" recorded: it was resized behind qmpsnap; {_UNCHANGED}",
+            f" recorded: it was resized behind qmpsnap",
             hint="a disk that has grown: qmpsnap check VM --repair records the new size; else set"
             f" {backing.virtual_size} bytes again (block_resize, or qemu-img resize of a stopped machine)",
         )

@@ -35,6 +35,6 @@ async def require_server(export: NbdExport, *, deadline: float = 5.0) -> None:
 
 def _refused(export: NbdExport, why: str) -> HostCannot:
     return HostCannot(
-        f"no NBD server answers for {export.uri}: {why}; nothing was changed",
+        f"no NBD server answers for {export.uri}: {why}",
         hint="start it first, as in: qemu-nbd --socket PATH --format raw --export-name NAME IMAGE",
     )

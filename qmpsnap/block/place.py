@@ -88,11 +88,9 @@ def _claim(part: str, path: str) -> None:
         os.link(part, path, follow_symlinks=False)
         sync_folder(Path(path).parent)
     except FileExistsError as error:
-        raise StateError(
-            f"{printable(path)} exists already; nothing was changed", hint="choose another name"
-        ) from error
+        raise StateError(f"{printable(path)} exists already", hint="choose another name") from error
     except OSError as error:
-        raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}; nothing was changed") from error
+        raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}") from error
 
 
 def _put(part: str, path: str, identity: Identity) -> None:
@@ -115,7 +113,7 @@ def _put(part: str, path: str, identity: Identity) -> None:
 def taken(path: str) -> StateError:
     """Something is at a name that should be free."""
     return StateError(
-        f"{printable(path)} exists already; nothing was changed",
+        f"{printable(path)} exists already",
         hint="choose another name, or --reuse to overwrite that image",
     )
 

@@ -151,9 +151,7 @@ def parse(data: bytes, file_size: int, *, path: str = "image") -> Header:
     try:
         return _parse(data, file_size)
     except _Fault as fault:
-        raise ImageRefused(
-            f"image {printable(path)} is refused: {fault}; nothing was changed", hint=fault.hint
-        ) from None
+        raise ImageRefused(f"image {printable(path)} is refused: {fault}", hint=fault.hint) from None
 
 
 def _parse(data: bytes, file_size: int) -> Header:

@@ -109,11 +109,11 @@ def _opened(layer: Layer) -> int:
     try:
         descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise HostCannot(f"{layer.path} cannot be opened: {error.strerror}; nothing was changed") from error
+        raise HostCannot(f"{layer.path} cannot be opened: {error.strerror}") from error
     if identity.same_file(layer, identity.of(descriptor)):
         return descriptor
     os.close(descriptor)
-    raise StoreMismatch(f"{layer.path} is another file than the one recorded; nothing was changed")
+    raise StoreMismatch(f"{layer.path} is another file than the one recorded")
 
 
 def alone(path: str) -> str:
@@ -127,14 +127,14 @@ def _copy(source: str, target: str, recorded: tuple[int, ...]) -> None:
     try:
         into = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
-        raise StateError(f"{target} exists already; nothing was changed") from error
+        raise StateError(f"{target} exists already") from error
     try:
         os.fchmod(into, 0o600)
         out = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if not identity.same_file(FileId(*recorded), identity.of(out)):
                 Path(target).unlink()
-                raise StoreMismatch(f"{source} is another file than the one recorded; nothing was changed")
+                raise StoreMismatch(f"{source} is another file than the one recorded")
             with contextlib.suppress(OSError):
                 fcntl.ioctl(into, FICLONE, out)
                 return
@@ -180,7 +180,7 @@ def _sync(target: Layer) -> Header:
 
 def _require(tag: str, inside: Collection[str], source: Layer) -> None:
     if tag not in inside:
-        raise StoreMismatch(f"{source.path} has no snapshot {tag} inside; nothing was changed")
+        raise StoreMismatch(f"{source.path} has no snapshot {tag} inside")
 
 
 async def _inside(path: str, qemu_img: str, deadline: float) -> list[dict[str, Any]]:

@@ -118,8 +118,7 @@ def _disk(text: str) -> DiskSpec:
     path, format_ = Path(found["path"]), found["format"] or "qcow2"
     if format_ not in ("qcow2", "raw"):
         raise UsageError(
-            f"an image of format {format_} cannot be adopted: only qcow2 and raw images can have snapshots here;"
-            " nothing was changed",
+            f"an image of format {format_} cannot be adopted: only qcow2 and raw images can have snapshots here",
             hint=conversion(str(path), _QEMUS.get(format_, format_)),
         )
     # Not resolved: a symlink is refused later, and the string is what the headers have to say.

@@ -31,7 +31,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.rebuild:
         return _rebuild(arguments)
     if arguments.set_aside:
-        raise UsageError("--set-aside goes with --rebuild; nothing was changed", hint="qmpsnap check --help")
+        raise UsageError("--set-aside goes with --rebuild", hint="qmpsnap check --help")
     from qmpsnap.ops import check
 
     left_out: dict[str, QmpsnapError] = {}
@@ -122,7 +122,7 @@ def _text(found: dict[str, Any]) -> str:
 def _rebuild(arguments: argparse.Namespace) -> int:
     if arguments.machine or arguments.deep or arguments.repair:
         raise UsageError(
-            "--rebuild makes the whole store again and goes with --set-aside alone; nothing was changed",
+            "--rebuild makes the whole store again and goes with --set-aside alone",
             hint="qmpsnap check --rebuild, then qmpsnap check --repair",
         )
     import anyio

@@ -55,7 +55,7 @@ def _exec(arguments: argparse.Namespace) -> int:
     if arguments.command and arguments.command[0].startswith("-") and arguments.command[0] != "--":
         # All that stands behind VM is the command's: an option there would be run in the guest.
         raise UsageError(
-            f"option {arguments.command[0]} stands behind VM, where the command begins; nothing was run",
+            f"option {arguments.command[0]} stands behind VM, where the command begins",
             hint="options first, as in: qmpsnap exec --timeout 5 VM -- CMD",
         )
     words = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command

@@ -137,7 +137,7 @@ def _require_text(words: Sequence[str]) -> None:
     # ends what the system takes for a path.
     for word in words:
         if "\0" in word or not is_text(word):
-            raise UsageError(f"{word!r} is not UTF-8 text; nothing was changed", hint="write names and texts in UTF-8")
+            raise UsageError(f"{word!r} is not UTF-8 text", hint="write names and texts in UTF-8")
 
 
 def _asks_for_json(words: Sequence[str]) -> bool:

@@ -70,7 +70,7 @@ def say(text: str, *, done: str = "") -> None:
         if isinstance(error, BrokenPipeError):
             raise
         raise HostCannot(
-            f"the answer cannot be written to standard output: {error.strerror}; nothing was changed",
+            f"the answer cannot be written to standard output: {error.strerror}",
             hint="make room where it goes, or send it elsewhere",
         ) from error
 
@@ -171,7 +171,7 @@ def report(error: QmpsnapError, form: Format) -> None:
         aside(_json({"schema": SCHEMA, **error.as_dict()}, sys.stderr) + "\n")
         return
     # It may quote a word as long as the kernel lets one be, and nobody reads that to find the sentence's end.
-    message = error.message
+    message = str(error)
     note(f"qmpsnap: {message if len(message) <= _LONGEST else message[:_LONGEST] + ' ...'}")
     if error.effect == "unknown":
         note("qmpsnap: whether it took effect is not known yet")

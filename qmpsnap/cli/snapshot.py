@@ -98,18 +98,15 @@ def add_compress(command: argparse.ArgumentParser) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse options that say nothing of what is asked for."""
     if arguments.no_snapshot and (arguments.name or arguments.message):
-        raise UsageError("--no-snapshot takes neither NAME nor --message: nothing would bear them; nothing was changed")
+        raise UsageError("--no-snapshot takes neither NAME nor --message: nothing would bear them")
     if arguments.no_snapshot and arguments.kind != "disk":
-        raise UsageError(f"--no-snapshot makes layers, and --kind {arguments.kind} a snapshot; nothing was changed")
+        raise UsageError(f"--no-snapshot makes layers, and --kind {arguments.kind} a snapshot")
     if arguments.no_snapshot and (arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"):
-        raise UsageError(
-            "--max-pause, --degrade and --compress are about a snapshot, and --no-snapshot makes none;"
-            " nothing was changed"
-        )
+        raise UsageError("--max-pause, --degrade and --compress are about a snapshot, and --no-snapshot makes none")
     if arguments.quiesce == "skip" and arguments.freeze_window is not None:
-        raise UsageError("--freeze-window is about freezing: add --quiesce require or prefer; nothing was changed")
+        raise UsageError("--freeze-window is about freezing: add --quiesce require or prefer")
     if arguments.quiesce != "skip" and arguments.no_snapshot:
-        raise UsageError("--quiesce is about a snapshot, and --no-snapshot makes none; nothing was changed")
+        raise UsageError("--quiesce is about a snapshot, and --no-snapshot makes none")
 
 
 def _create(arguments: argparse.Namespace) -> None:
@@ -162,7 +159,7 @@ def _disks(named: str | None) -> list[str] | None:
         return None
     disks = [part for part in named.split(",") if part]
     if twice := next((disk for disk in disks if disks.count(disk) > 1), None):
-        raise UsageError(f"--disks names disk {twice} twice; nothing was changed")
+        raise UsageError(f"--disks names disk {twice} twice")
     return disks
 
 
@@ -171,9 +168,9 @@ def _files(named: Sequence[str]) -> dict[str, str]:
     for text in named:
         disk, equals, path = text.partition("=")
         if not (disk and equals and path):
-            raise UsageError(f"--file {text!r} is not DISK=PATH; nothing was changed")
+            raise UsageError(f"--file {text!r} is not DISK=PATH")
         if disk in files:
-            raise UsageError(f"--file names disk {disk} twice; nothing was changed")
+            raise UsageError(f"--file names disk {disk} twice")
         files[disk] = path
     return files
 

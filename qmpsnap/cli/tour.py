@@ -234,7 +234,7 @@ def _small_guest() -> Path:
     )
     if done.returncode:
         raise HostCannot(
-            "the small guest could not be built; nothing was started",
+            "the small guest could not be built",
             hint=f"{launch_dir() / 'guest' / 'build'} says what it needs",
         )
     return guest

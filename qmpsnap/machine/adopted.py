@@ -62,7 +62,7 @@ def look(pid: int) -> Seen:
         )
     except PermissionError as error:
         raise HostCannot(
-            f"process {pid} belongs to another user, and what it has open cannot be seen; nothing was changed",
+            f"process {pid} belongs to another user, and what it has open cannot be seen",
             hint="run qmpsnap as that user or as root",
         ) from error
     except FileNotFoundError as error:
@@ -70,7 +70,7 @@ def look(pid: int) -> Seen:
 
 
 def _ended(pid: int) -> QemuGone:
-    return QemuGone(f"process {pid}, which listened on the socket, has ended; nothing was changed")
+    return QemuGone(f"process {pid}, which listened on the socket, has ended")
 
 
 def _open_files(folder: Path) -> dict[tuple[int, int], str]:
@@ -98,7 +98,7 @@ async def monitor(machine: Machine, adopted: Adoption, process: Process) -> Asyn
         if qemu.peer != process.pid or uuid != adopted.uuid:
             raise StateError(
                 f"the monitor {adopted.socket} of machine {machine.name} is answered by process {qemu.peer} with UUID"
-                f" {uuid}, adopted was process {process.pid} with {adopted.uuid}; nothing was changed",
+                f" {uuid}, adopted was process {process.pid} with {adopted.uuid}",
                 hint="another program has put its socket there: end it",
                 machine=machine.name,
             )

@@ -314,7 +314,7 @@ async def connect(path: Path, *, machine: str, deadline: float = 10) -> AsyncIte
             endpoint = await dial(path)
     except TimeoutError as error:
         raise DeadlinePassed(
-            f"the agent's channel of machine {machine} was not free within {deadline:g} s; nothing was changed",
+            f"the agent's channel of machine {machine} was not free within {deadline:g} s",
             hint="other clients wait for the guest's agent, too: end them",
             machine=machine,
         ) from error

@@ -24,4 +24,4 @@ def find_firmware(pairs: Sequence[tuple[str, str]] = PAIRS) -> Firmware:
     for code, variables in pairs:
         if Path(code).is_file() and Path(variables).is_file():
             return Firmware(code=code, vars=variables)
-    raise HostCannot("there is no UEFI firmware on this host; nothing was created", hint="apt-get install ovmf")
+    raise HostCannot("there is no UEFI firmware on this host", hint="apt-get install ovmf")

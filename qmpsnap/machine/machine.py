@@ -40,7 +40,7 @@ def prepare_run_dir(path: Path) -> None:
         status = path.lstat()
     except OSError as error:
         what, remedy = unwritable.reason(path, error)
-        raise HostCannot(f"the run folder {path} cannot be made: {what}; nothing was changed", hint=remedy) from error
+        raise HostCannot(f"the run folder {path} cannot be made: {what}", hint=remedy) from error
     if not path.is_dir() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise HostCannot(f"the run folder {path} is not private to this user", hint=f"chmod 0700 {path}, or remove it")
 
@@ -117,7 +117,7 @@ async def start(
                     said = processes.log_tail(run_dir)
                     if not said and (why := unwritable.found(run_dir)):
                         raise HostCannot(
-                            f"QEMU cannot write to {run_dir}: {why.what}; nothing was changed",
+                            f"QEMU cannot write to {run_dir}: {why.what}",
                             hint=why.remedy,
                             machine=machine,
                         ) from error
@@ -138,6 +138,7 @@ async def start(
         left = await completed(end_launch(process, argv, run_dir))
         if left and isinstance(error, QmpsnapError):
             error.add(f"process {', '.join(str(one.pid) for one in left)} still runs and cannot be ended")
+            error.effect = "applied"
         raise
 
 
@@ -163,7 +164,7 @@ def _clear(run_dir: Path) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise HostCannot(f"{path} cannot be removed: {error.strerror}; nothing was started") from error
+            raise HostCannot(f"{path} cannot be removed: {error.strerror}") from error
 
 
 @asynccontextmanager
@@ -187,7 +188,7 @@ async def monitor(
         uuid = await commands.query_uuid(qemu)
         if uuid != machine.uuid:
             raise StateError(
-                f"the monitor of machine {machine.name} is answered by a QEMU with UUID {uuid}; nothing was changed",
+                f"the monitor of machine {machine.name} is answered by a QEMU with UUID {uuid}",
                 hint="another program has put its socket there: end it",
                 machine=machine.name,
             )

@@ -56,7 +56,7 @@ def require_opened(process: Process | None, layers: Iterable[Layer], *, machine:
 def _mismatch(layer: Layer, what: str, machine: str) -> StoreMismatch:
     path = "".join(c if c.isprintable() else "?" for c in layer.path)
     return StoreMismatch(
-        f"layer {layer.id} of machine {machine}: {path} {what}; nothing was changed",
+        f"layer {layer.id} of machine {machine}: {path} {what}",
         hint="put the recorded file back in its place; should this be a copy of it: qmpsnap relocate",
         machine=machine,
     )

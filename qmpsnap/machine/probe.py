@@ -38,7 +38,7 @@ class Abilities(Struct, frozen=True, kw_only=True):
             if machine_type in (alias, name):
                 return name
         raise SpecError(
-            f"machine: QEMU {self.version} has no machine type {machine_type!r}; nothing was created",
+            f"machine: QEMU {self.version} has no machine type {machine_type!r}",
             hint="qemu-system-x86_64 -machine help lists them",
         )
 

@@ -54,7 +54,7 @@ def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = ()) 
         descriptor = os.open(run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         what, remedy = unwritable.reason(run_dir, error)
-        raise HostCannot(f"{run_dir / LOG} cannot be made: {what}; nothing was started", hint=remedy) from error
+        raise HostCannot(f"{run_dir / LOG} cannot be made: {what}", hint=remedy) from error
     try:
         os.fchmod(descriptor, 0o600)  # whatever the umask
         with surroundings.unblocked():

@@ -95,7 +95,7 @@ def checked(spec: MachineSpec, *, folder: Path, guest_dir: Path) -> MachineSpec:
     try:
         plain = msgspec.to_builtins(spec, enc_hook=os.fspath)
     except TypeError as error:
-        raise SpecError(f"the spec holds what no spec can: {error}; nothing was created") from error
+        raise SpecError(f"the spec holds what no spec can: {error}") from error
     if type(spec.memory) is int:
         plain["memory"] = f"{spec.memory}B"  # a file's plain number is MiB
     root = tree_of(plain, "the spec")

@@ -251,13 +251,12 @@ def verified(state: Vmstate) -> Iterator[int]:
     """
     with _opened(state.path) as descriptor:
         if not identity.same_file(state, identity.of(descriptor)):
-            raise StoreMismatch(f"{state.path} is another file than the one recorded; nothing was loaded")
+            raise StoreMismatch(f"{state.path} is another file than the one recorded")
         manifest = _manifest(descriptor, state.path)
         size, digest = _digest(descriptor, state.bytes)
         if (size, digest) != (state.bytes, state.digest) or manifest.digest != state.digest:
             raise StoreMismatch(
-                f"{state.path} is damaged: it digests to {digest[:12]}..., recorded is {state.digest[:12]}...;"
-                " nothing was loaded",
+                f"{state.path} is damaged: it digests to {digest[:12]}..., recorded is {state.digest[:12]}...",
                 hint="put a copy of the file back, or revert to another snapshot",
             )
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -270,7 +269,7 @@ def verified(state: Vmstate) -> Iterator[int]:
 
 def _manifest(descriptor: int, path: str) -> Manifest:
     foreign = StoreMismatch(
-        f"{path} is no state file that qmpsnap wrote, or its end is missing or damaged; nothing was loaded",
+        f"{path} is no state file that qmpsnap wrote, or its end is missing or damaged",
         hint="qmpsnap snapshot show VM NAME tells where a snapshot's state lies",
     )
     size = os.fstat(descriptor).st_size
@@ -356,7 +355,7 @@ def _zstandard() -> Any:
         import zstandard  # an extra of the package: who does not compress does not need it
     except ImportError as error:
         raise HostCannot(
-            "compressing needs the Python package zstandard; nothing was changed",
+            "compressing needs the Python package zstandard",
             hint="pip install 'qmpsnap[zstd]', or leave --compress out",
         ) from error
     return zstandard
@@ -369,7 +368,7 @@ def _opened(path: str, access: int = os.O_RDONLY) -> Iterator[int]:
         descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise StoreMismatch(f"{path} is no plain file; nothing was loaded")
+            raise StoreMismatch(f"{path} is no plain file")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -380,9 +379,7 @@ def _translated(path: str) -> Iterator[None]:
     try:
         yield
     except FileExistsError as error:
-        raise StateError(
-            f"{path} exists already; nothing was changed", hint="move it away or choose another name"
-        ) from error
+        raise StateError(f"{path} exists already", hint="move it away or choose another name") from error
     except ValueError as error:
         raise HostCannot(f"{path!r} is no path: {error}", hint="choose another name") from error
     except OSError as error:

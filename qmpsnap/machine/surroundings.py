@@ -68,7 +68,7 @@ def require_room(chains: Iterable[Chain], *, machine: str) -> None:
         if hard not in (resource.RLIM_INFINITY, -1) and chain.active.virtual_size > hard:
             raise HostCannot(
                 f"no file may have more than {hard} bytes here, and disk {chain.disk} of machine {machine} has"
-                f" {chain.active.virtual_size}: the guest's writes beyond would fail; nothing was started",
+                f" {chain.active.virtual_size}: the guest's writes beyond would fail",
                 hint="raise the hard limit (ulimit -Hf; 'fsize' in /etc/security/limits.conf, LimitFSIZE= of a unit)"
                 " and log in anew",
                 machine=machine,

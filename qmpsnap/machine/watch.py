@@ -40,7 +40,7 @@ class Watch:
         if self._ready:
             return
         if await self.hear(1, deadline=START_DEADLINE) != b"r":
-            raise HostCannot("the guard that would let the guest go on has ended; nothing was changed")
+            raise HostCannot("the guard that would let the guest go on has ended")
         self._ready = True
 
     async def hear(self, size: int, *, deadline: float) -> bytes:
@@ -144,7 +144,7 @@ async def _start(
     except BaseException as error:
         ours.close()
         if isinstance(error, OSError):
-            raise HostCannot(f"{sys.executable} cannot be run: {error}; nothing was changed") from error
+            raise HostCannot(f"{sys.executable} cannot be run: {error}") from error
         raise
     finally:
         theirs.close()

@@ -102,9 +102,9 @@ def load(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}; nothing was changed") from error
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # a NUL in the path
-        raise SpecError(f"{str(path)!r}: cannot be read: {error}; nothing was changed") from error
+        raise SpecError(f"{str(path)!r}: cannot be read: {error}") from error
     if len(data) > MAX_BYTES:
         raise _too_large(str(path))
     try:
@@ -232,7 +232,7 @@ def _where(mark: Any) -> str:
 
 
 def _too_large(source: str) -> SpecError:
-    return SpecError(f"{source}: larger than {MAX_BYTES // 1024} KiB: this is no machine's spec; nothing was changed")
+    return SpecError(f"{source}: larger than {MAX_BYTES // 1024} KiB: this is no machine's spec")
 
 
 def shorten(text: str) -> str:

@@ -153,7 +153,7 @@ def based(found: Iterable[Layer]) -> tuple[Layer, ...]:
     layers = tuple(found)
     if len(layers) > len({layer.id for layer in layers}):
         raise LayersCircular(
-            f"the store has it that layer {layers[-1].id} reads itself, by way of those below it; nothing was changed",
+            f"the store has it that layer {layers[-1].id} reads itself, by way of those below it",
             hint="qmpsnap check --rebuild makes the store again from the images, or put a copy back in its place",
         )
     return layers

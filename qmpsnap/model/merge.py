@@ -42,7 +42,7 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     into, highest = chain.layers[low], chain.layers[high]
     if not into.owned:
         raise StateError(
-            f"layer {into.id} ({into.path}) was not made by qmpsnap and is never written to; nothing was changed",
+            f"layer {into.id} ({into.path}) was not made by qmpsnap and is never written to",
             hint=f"qmpsnap stream {at.machine} {chain.disk} merges the other way",
             machine=at.machine,
         )
@@ -105,12 +105,12 @@ def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) 
     target, between = chain.layers[high], chain.layers[low + 1 : high]
     if not between:
         raise StateError(
-            f"nothing lies between layer {into} and {base or 'the bottom'} of disk {chain.disk}; nothing was changed",
+            f"nothing lies between layer {into} and {base or 'the bottom'} of disk {chain.disk}",
             machine=at.machine,
         )
     if not target.owned:
         raise StateError(
-            f"layer {into} ({target.path}) was not made by qmpsnap and is never written to; nothing was changed",
+            f"layer {into} ({target.path}) was not made by qmpsnap and is never written to",
             hint=f"qmpsnap snapshot create {at.machine} puts a layer of ours on it, which can absorb it",
             machine=at.machine,
         )
@@ -273,7 +273,7 @@ def _span(chain: Chain, base: LayerId, top: LayerId) -> tuple[int, int]:
     low, high = chain.ids.index(base), chain.ids.index(top)
     if low >= high:
         raise StateError(
-            f"layer {base} is not below layer {top} in disk {chain.disk}; nothing was changed",
+            f"layer {base} is not below layer {top} in disk {chain.disk}",
             hint=f"from the base up: {' <- '.join(chain.ids)}",
         )
     return low, high
@@ -283,7 +283,7 @@ def _refuse_readers(at: Situation, disk: str, layer: Layer, above: Layer) -> Non
     """Refuse when anybody but the layer above and this machine's own snapshots reads ``layer``."""
     if others := at.forest.readers(layer.id, but_layer=above.id, but_snapshots_of=at.machine):
         raise StateError(
-            f"layer {layer.id} of disk {disk} would change, and it is read by {'; '.join(others)}; nothing was changed",
+            f"layer {layer.id} of disk {disk} would change, and it is read by {'; '.join(others)}",
             hint=f"qmpsnap stream {at.machine} {disk} merges without harming anybody",
             machine=at.machine,
         )
@@ -293,8 +293,7 @@ def _refuse_strangers(at: Situation, disk: str, layer: LayerId, consequence: str
     """Refuse when another machine reads ``layer``, directly, through layers above, or by a snapshot."""
     if strangers := sorted(at.forest.machines_above(layer) - {at.machine}):
         raise StateError(
-            f"layer {layer} of disk {disk} is read by machine {', '.join(strangers)}, {consequence};"
-            " nothing was changed",
+            f"layer {layer} of disk {disk} is read by machine {', '.join(strangers)}, {consequence}",
             hint=f"qmpsnap snapshot create {at.machine} freezes the disk under a layer that nobody shares",
             machine=at.machine,
         )
@@ -305,7 +304,7 @@ def _refuse_tags(at: Situation, disk: str, layer: LayerId) -> None:
     if inside := sorted({r.snapshot for r in at.forest.references_to(layer) if r.tag}):
         raise StateError(
             f"layer {layer} of disk {disk} has snapshot {', '.join(inside)} inside, which reads the layers below as"
-            " they are; nothing was changed",
+            " they are",
             hint=f"delete it, or freeze the layer first: qmpsnap snapshot create {at.machine}",
             machine=at.machine,
         )
@@ -316,7 +315,7 @@ def _refuse_headers(at: Situation, disk: str, top: LayerId, readers: Sequence[La
     if foreign := [f"layer {layer.id} ({layer.path})" for layer in readers if not layer.owned]:
         raise StateError(
             f"layer {top} of disk {disk} would go, and it is read by {'; '.join(foreign)}, which was not made by"
-            " qmpsnap; nothing was changed",
+            " qmpsnap",
             hint=f"qmpsnap stream {at.machine} {disk} merges without harming anybody",
             machine=at.machine,
         )
@@ -329,8 +328,7 @@ def _refuse_busy(at: Situation, disk: str, touched: Collection[LayerId], *, live
     for other, chain in at.live.items():
         if shared := [layer for layer in chain.ids if layer in touched and not (live and other == disk)]:
             raise StateError(
-                f"layer {shared[0]} of disk {disk} would change, and the guest has it open as another disk, {other};"
-                " nothing was changed",
+                f"layer {shared[0]} of disk {disk} would change, and the guest has it open as another disk, {other}",
                 hint=f"try again while {at.machine} is stopped",
                 machine=at.machine,
             )

@@ -49,7 +49,7 @@ def check_name(name: str, what: str) -> str:
     if NAME.match(name):
         return name
     raise NameRefused(
-        f"{what} name {name!r} is not allowed; nothing was changed",
+        f"{what} name {name!r} is not allowed",
         hint="use 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit",
     )
 
@@ -63,10 +63,10 @@ def check_description(text: str) -> str:
     try:
         length = len(text.encode())
     except UnicodeEncodeError as error:
-        raise UsageError("the description is not UTF-8 text; nothing was changed") from error
+        raise UsageError("the description is not UTF-8 text") from error
     if length > MAX_DESCRIPTION:
         raise UsageError(
-            f"the description has {length} bytes, and {MAX_DESCRIPTION} are possible; nothing was changed",
+            f"the description has {length} bytes, and {MAX_DESCRIPTION} are possible",
             hint="keep the text in a file, and name that",
         )
     return text
@@ -81,7 +81,7 @@ def check_disk_name(name: str) -> str:
     if DISK_NAME.match(name):
         return name
     raise NameRefused(
-        f"disk name {name!r} is not allowed; nothing was changed",
+        f"disk name {name!r} is not allowed",
         hint="use a lower-case letter and at most 15 more letters or digits, as in 'vda' or 'data1'",
     )
 

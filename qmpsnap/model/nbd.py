@@ -68,6 +68,6 @@ def parse(uri: str) -> NbdExport:
 
 def _refuse(uri: str) -> NoReturn:
     raise UsageError(
-        f"{uri!r} names no NBD export; nothing was changed",
+        f"{uri!r} names no NBD export",
         hint="nbd://host:port/export, or nbd+unix:///export?socket=/absolute/path",
     )

@@ -36,7 +36,7 @@ class Secret:
                 problem = "is not UTF-8 text"
         if problem:
             raise UsageError(
-                f"{what} {problem}; nothing was changed",
+                f"{what} {problem}",
                 hint="make a random one: (umask 077; head -c 32 /dev/urandom | base64 -w0 > FILE)",
             ) from None
         self._value = value

@@ -47,7 +47,7 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
     mine = uses(plan, forest)
     if gone := [name for name in _needed(plan) if name not in forest.layers]:
         raise StateError(
-            f"layer {gone[0]}, on which machine {machine} was to be built, is not there any more; nothing was changed",
+            f"layer {gone[0]}, on which machine {machine} was to be built, is not there any more",
             hint="try again",
             machine=machine,
         )
@@ -55,15 +55,13 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
         names = _names([layer])
         if names & mine.changes and (strangers := sorted(forest.machines_above(layer.id) - {machine})):
             raise StateError(
-                f"layer {layer.id} ({layer.path}) would change, and machine {', '.join(strangers)} reads it by now;"
-                " nothing was changed",
+                f"layer {layer.id} ({layer.path}) would change, and machine {', '.join(strangers)} reads it by now",
                 hint="try again: what can be done without it is planned anew",
                 machine=machine,
             )
         if names & mine.reads and (writers := [w.machine for w in forest.writers_of(layer.id) if w.machine != machine]):
             raise StateError(
-                f"machine {machine} would read {layer.path}, which machine {writers[0]} writes to by now;"
-                " nothing was changed",
+                f"machine {machine} would read {layer.path}, which machine {writers[0]} writes to by now",
                 hint=f"qmpsnap snapshot create {writers[0]} first, then use the layer that it freezes",
                 machine=machine,
             )

@@ -116,7 +116,7 @@ def require_snapshot(snapshots: Iterable[Snapshot], name: str, *, machine: str) 
         if snapshot.name == name:
             return snapshot
     raise NotFoundError(
-        f"machine {machine} has no snapshot {name!r}; nothing was changed",
+        f"machine {machine} has no snapshot {name!r}",
         hint=f"qmpsnap snapshot list {machine}",
         machine=machine,
     )

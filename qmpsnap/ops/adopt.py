@@ -137,7 +137,7 @@ def plan(survey: Survey, sources: Mapping[str, DiskSource], *, serial: Operation
             if nodes.setdefault(identity, layer.node) != layer.node:
                 raise StateError(
                     f"disk {disk.name} and another one both read {printable(found.path)}, each through a node of its"
-                    " own; nothing was changed",
+                    " own",
                     hint="give every disk a base of its own",
                 )
     machine = replace(survey.machine, adopted=replace(survey.adoption, nodes=nodes))
@@ -201,9 +201,8 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
             seen = await to_thread.run_sync(adopted.look, qemu.peer)
             survey = await _survey(qemu, name, socket, seen, host=context.host)
     except QemuGone as error:
-        error.message = f"no QEMU answers on {printable(str(socket))}, or it is no QMP socket; nothing was changed"
+        error.message = f"no QEMU answers on {printable(str(socket))}, or it is no QMP socket"
         error.hint = "name the monitor of a running QEMU: -qmp unix:PATH,server=on,wait=off"
-        error.args = (error.message,)
         raise
     except DeadlinePassed as error:
         error.hint = "QEMU is stopped by a signal or hangs, or another client holds this monitor: one at a time can"
@@ -265,19 +264,14 @@ async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: s
             hint="name the monitor of a qemu-system-* process",
         ) from error
     if status.status in _UNSETTLED:
-        raise StateError(f"that QEMU is in state {status.status}; nothing was changed", hint="wait until it runs")
+        raise StateError(f"that QEMU is in state {status.status}", hint="wait until it runs")
     if running := await commands.query_jobs(qemu):
         shown = ", ".join(f"{job.id} ({job.type}, {job.status})" for job in running)
-        raise StateError(
-            f"that QEMU has jobs: {printable(shown)}; nothing was changed", hint="end and dismiss them, then adopt it"
-        )
+        raise StateError(f"that QEMU has jobs: {printable(shown)}", hint="end and dismiss them, then adopt it")
     _require_reachable(seen)
     disks, left_out, others = await _disks(qemu, seen)
     if not disks:
-        raise StateError(
-            f"that QEMU has no disk to take snapshots of ({'; '.join(left_out) or 'no drive at all'});"
-            " nothing was changed"
-        )
+        raise StateError(f"that QEMU has no disk to take snapshots of ({'; '.join(left_out) or 'no drive at all'})")
     version = await commands.query_version(qemu)
     machine = Machine(
         name=name,
@@ -296,15 +290,13 @@ async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: s
 def _require_reachable(seen: Seen) -> None:
     if seen.user not in (os.geteuid(), 0):
         raise HostCannot(
-            f"that QEMU runs as user {seen.user}, who could not open the layers that qmpsnap makes;"
-            " nothing was changed",
+            f"that QEMU runs as user {seen.user}, who could not open the layers that qmpsnap makes",
             hint="run qmpsnap as that user",
         )
     if any(re.search(r"(^|,)copy-on-read=on(,|$)", argument) for argument in seen.arguments):
         # It is a flag of the image's node, not a filter: QEMU would go on writing to a layer that is frozen.
         raise StateError(
-            "that QEMU was launched with -drive ...,copy-on-read=on, which writes to layers below a snapshot;"
-            " nothing was changed",
+            "that QEMU was launched with -drive ...,copy-on-read=on, which writes to layers below a snapshot",
             hint="launch it with a copy-on-read filter instead: -blockdev driver=copy-on-read,file=NODE",
         )
 
@@ -341,7 +333,7 @@ async def _refuse_known(context: Context, survey: Survey) -> None:
         same = other.process and mine and _place(other.process) == _place(mine)
         if same or other.uuid == survey.machine.uuid:
             raise StateError(
-                f"that QEMU is machine {other.name} already (UUID {other.uuid}); nothing was changed",
+                f"that QEMU is machine {other.name} already (UUID {other.uuid})",
                 hint=f"qmpsnap show {other.name}",
                 machine=other.name,
             )

@@ -39,7 +39,7 @@ def files(disk: str, backend: str, found: ForeignDisk, seen: Seen) -> list[Found
         below = files[-1] if files else None
         if problem := _file_problem(layer, file, seen) or (layer.format == "qcow2" and _backing_problem(file, below)):
             raise StoreMismatch(
-                f"disk {disk} ({backend}): {problem}; nothing was changed",
+                f"disk {disk} ({backend}): {problem}",
                 hint="QEMU and the files on disk have to agree before anything is built on them",
             )
         files.append(file)
@@ -84,7 +84,7 @@ def _place(disk: str, layer: ForeignLayer, seen: Seen) -> str:
     if len(named) > 1:
         raise StateError(
             f"disk {disk}: QEMU was given the relative path {printable(layer.path)}, has changed its folder since, and"
-            f" has several files of that name open ({printable(', '.join(named), 300)}); nothing was changed",
+            f" has several files of that name open ({printable(', '.join(named), 300)})",
             hint="launch it with absolute paths",
         )
     return named[0] if named else path
@@ -105,28 +105,27 @@ def _not_there(disk: str, layer: ForeignLayer, path: str, seen: Seen) -> StateEr
         if blockline.is_temporary(seen.arguments):
             return StateError(
                 f"disk {disk}: QEMU was launched with -snapshot or snapshot=on, so the guest writes to a temporary file"
-                " without a name, which is lost when QEMU ends; nothing was changed",
+                " without a name, which is lost when QEMU ends",
                 hint="launch it without; a snapshot of qmpsnap and a revert to it do the same",
             )
         return StateError(
-            f"disk {disk}: {shown} was deleted while QEMU has it open; nothing was changed",
+            f"disk {disk}: {shown} was deleted while QEMU has it open",
             hint="copy it out while QEMU runs (QMP drive-backup with sync=full), and launch QEMU on the copy",
         )
     if seen.apart:
         return StateError(
             f"disk {disk}: there is no {shown} here: that QEMU has a root folder or mounts of its own (a chroot, a"
-            " container); nothing was changed",
+            " container)",
             hint="run qmpsnap where QEMU runs: nsenter --target PID --mount --root",
         )
     if not layer.path.startswith("/"):
         return StateError(
             f"disk {disk}: QEMU was given the relative path {shown} and has changed its folder since (it is"
-            f" {printable(seen.folder)} now, as after -daemonize); none of its open files has that name; nothing was"
-            " changed",
+            f" {printable(seen.folder)} now, as after -daemonize); none of its open files has that name",
             hint="launch it with absolute paths",
         )
     return StateError(
-        f"disk {disk}: {shown}, which QEMU has open, was moved or renamed; nothing was changed",
+        f"disk {disk}: {shown}, which QEMU has open, was moved or renamed",
         hint="put it back to that place",
     )
 

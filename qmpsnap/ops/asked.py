@@ -34,7 +34,7 @@ def well_typed(request: _Request) -> _Request:
     try:
         return msgspec.convert(msgspec.to_builtins(request, builtin_types=(bytes,)), type(request))
     except (msgspec.ValidationError, TypeError) as error:
-        raise UsageError(f"{error}; nothing was changed") from error
+        raise UsageError(str(error)) from error
 
 
 async def mode_of(qemu: Monitor | None) -> str:
@@ -73,7 +73,7 @@ async def require_told(machine: Machine, qemu: Monitor, *, doing: str, hint: str
         first = runstate.remedy(runstate.SUSPENDED, machine.name)
         raise StateError(
             f"the guest of machine {machine.name} is suspended, and QEMU {version} cannot {doing}: it forgets that the"
-            " guest sleeps; nothing was changed",
+            " guest sleeps",
             hint=f"{first} first{hint and f'; or {hint}'}",
             machine=machine.name,
         )
@@ -117,7 +117,7 @@ def require_snapshot_name(machine: Machine, chains: Iterable[Chain], name: str) 
     check_name(name, "snapshot")
     if (disk := layer_disk(name)) in layered(machine, chains):
         raise NameRefused(
-            f"a snapshot cannot be called {name}, as layers of disk {disk} are; nothing was changed",
+            f"a snapshot cannot be called {name}, as layers of disk {disk} are",
             hint="choose another name",
             machine=machine.name,
         )
@@ -132,7 +132,7 @@ def require_free_name(snapshots: Iterable[Snapshot], name: str, *, machine: str)
     for snapshot in snapshots:
         if snapshot.name == name:
             raise NameTaken(
-                f"machine {machine} has a snapshot {name} since {moment(snapshot.created)}; nothing was changed",
+                f"machine {machine} has a snapshot {name} since {moment(snapshot.created)}",
                 hint="choose another name",
                 machine=machine,
             )
@@ -156,7 +156,7 @@ def require_time(value: float | None, what: str) -> None:
         UsageError: it is no number from zero up.
     """
     if value is not None and not 0 <= value < math.inf:
-        raise UsageError(f"{what} cannot be {value:g}; nothing was changed", hint="give a number from zero up")
+        raise UsageError(f"{what} cannot be {value:g}", hint="give a number from zero up")
 
 
 def disks(machine: Machine, wanted: tuple[str, ...] | None, *, lacking: frozenset[str] = frozenset()) -> frozenset[str]:
@@ -173,7 +173,7 @@ def disks(machine: Machine, wanted: tuple[str, ...] | None, *, lacking: frozense
         chosen = [_writable(machine, disk).name for disk in wanted]
     if not chosen:
         raise StateError(
-            f"machine {machine.name} has no disk that a snapshot could include; nothing was changed",
+            f"machine {machine.name} has no disk that a snapshot could include",
             hint=f"qmpsnap show {machine.name} lists its disks",
             machine=machine.name,
         )
@@ -192,7 +192,7 @@ def _writable(machine: Machine, name: str) -> DiskSpec:
     disk = machine.require_disk(name)
     if disk.read_only:
         raise StateError(
-            f"disk {name} of machine {machine.name} is read-only: it never changes; nothing was done",
+            f"disk {name} of machine {machine.name} is read-only: it never changes",
             hint="leave it out of --disks",
             machine=machine.name,
         )
@@ -208,14 +208,14 @@ def require_all(machine: Machine, chosen: frozenset[str], *, lacking: frozenset[
     if gone := [disk.name for disk in machine.spec.disks if disk.name in lacking]:
         raise StateError(
             f"disk {', '.join(gone)} of machine {machine.name} was unplugged, and a QEMU that is started for its memory"
-            " would have it again; nothing was changed",
+            " would have it again",
             hint=f"attach it again (device_add); qmpsnap snapshot create {machine.name} takes the other disks alone",
             machine=machine.name,
         )
     if left_out := [disk.name for disk in machine.spec.disks if not disk.read_only and disk.name not in chosen]:
         raise StateError(
             f"a snapshot with the memory of machine {machine.name} must include {', '.join(left_out)}: memory that is"
-            " loaded beside a disk of another time destroys what is on it; nothing was changed",
+            " loaded beside a disk of another time destroys what is on it",
             hint="leave --disks out"
             if all(machine.require_disk(name).snapshot for name in left_out)
             else "a machine that has a disk with 'snapshot: no' in its spec has disk snapshots only:"

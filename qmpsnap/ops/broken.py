@@ -60,7 +60,7 @@ class Broken(Struct, frozen=True, kw_only=True):
         """Its job goes on, and nobody has said what to do with it."""
         of = self.operation
         return OperationPending(
-            f"the job of operation {of.id} ({of.verb}) on machine {of.machine} is {status}; nothing was changed",
+            f"the job of operation {of.id} ({of.verb}) on machine {of.machine} is {status}",
             hint=f"qmpsnap job wait {of.machine}, or: qmpsnap job cancel {of.machine}",
             machine=of.machine,
             operation=str(of.id),

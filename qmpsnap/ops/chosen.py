@@ -36,12 +36,12 @@ async def require_free(context: Context, machine: str, files: Mapping[str, str])
     for disk, path in files.items():
         _require_place(context.home, machine, path)
         if fault := header.backing_fault(path):
-            raise ImageRefused(f"no layer can be made at {header.printable(path)}: {fault}; nothing was changed")
+            raise ImageRefused(f"no layer can be made at {header.printable(path)}: {fault}")
         if sum(other == path for other in files.values()) > 1:
-            raise UsageError(f"{header.printable(path)} is named for {disk} and another disk; nothing was changed")
+            raise UsageError(f"{header.printable(path)} is named for {disk} and another disk")
         if known := await blocking(context.store.layer_at, path):
             raise StateError(
-                f"{header.printable(path)} is the place of layer {known.id} of this store; nothing was changed",
+                f"{header.printable(path)} is the place of layer {known.id} of this store",
                 hint="choose another name",
             )
         await to_thread.run_sync(_require_nothing, path)
@@ -50,11 +50,11 @@ async def require_free(context: Context, machine: str, files: Mapping[str, str])
 def _require_place(home: Home, machine: str, text: str) -> None:
     path = Path(text)
     if not path.is_absolute() or str(path) != text or ".." in path.parts:
-        raise UsageError(f"{text!r} is not a plain absolute path; nothing was changed")
+        raise UsageError(f"{text!r} is not a plain absolute path")
     own = path.parent == home.machine_dir(machine) and not re.match(r"[a-z0-9]+-\d+\.", path.name)
     if path.is_relative_to(home.machines) and (not own or path == home.variables(machine)):
         raise UsageError(
-            f"{header.printable(text)} lies where qmpsnap keeps layers, under names of its own; nothing was changed",
+            f"{header.printable(text)} lies where qmpsnap keeps layers, under names of its own",
             hint="choose another folder or name",
             machine=machine,
         )
@@ -71,13 +71,13 @@ def _require_nothing(path: str) -> None:
         return
     except OSError as error:
         raise _no_folder(path, error) from error
-    raise StateError(f"{header.printable(path)} exists already; nothing was changed", hint="choose another name")
+    raise StateError(f"{header.printable(path)} exists already", hint="choose another name")
 
 
 def _no_folder(path: str, error: OSError) -> HostCannot:
     folder = header.printable(str(Path(path).parent))
     hint = "make the folder first" if isinstance(error, FileNotFoundError) else "choose another folder"
-    return HostCannot(f"{folder} cannot be used: {error.strerror}; nothing was changed", hint=hint)
+    return HostCannot(f"{folder} cannot be used: {error.strerror}", hint=hint)
 
 
 async def let_go(overlays: Sequence[Overlay]) -> None:

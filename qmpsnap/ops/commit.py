@@ -67,7 +67,7 @@ def _plan_commit(at: Situation, chain: Chain, request: CommitRequest) -> MergePl
     if lost and not request.consume:
         raise StateError(
             f"a commit of {top} into {base} overwrites what these snapshots of machine {at.machine} hold:"
-            f" {', '.join(snapshot.name for snapshot in lost)}; nothing was changed",
+            f" {', '.join(snapshot.name for snapshot in lost)}",
             hint=f"--consume agrees to lose them; qmpsnap stream {at.machine} {chain.disk} would keep them",
             machine=at.machine,
         )

@@ -264,8 +264,7 @@ def require_own(context: Context, machine: Machine) -> None:
     if machine.host != context.host:
         since = moment(machine.created)
         raise ForeignHost(
-            f"machine {machine.name} belongs to host {machine.host} since {since}, this is {context.host};"
-            " nothing was changed",
+            f"machine {machine.name} belongs to host {machine.host} since {since}, this is {context.host}",
             hint=f"run qmpsnap on {machine.host}",
             machine=machine.name,
         )
@@ -280,7 +279,7 @@ def require_folder(home: Home, machine: str) -> None:
     folder = home.machine_dir(machine)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise StoreMismatch(
-            f"the folder {folder} of machine {machine} was replaced by a link or a file; nothing was changed",
+            f"the folder {folder} of machine {machine} was replaced by a link or a file",
             hint=f"put the folder back; images that have to lie elsewhere: link or mount {home.machines} as a whole",
             machine=machine,
         )
@@ -299,7 +298,7 @@ def require_spec(machine: Machine, what: str) -> None:
     if machine.adopted:
         raise StateError(
             f"machine {machine.name} was adopted: somebody else launches its QEMU, so qmpsnap has no spec of it and"
-            f" cannot {what}; nothing was changed",
+            f" cannot {what}",
             hint=f"have it launched with the active layers that qmpsnap chain {machine.name} shows; qmpsnap undefine"
             f" {machine.name} --keep-disks gives it back",
             machine=machine.name,

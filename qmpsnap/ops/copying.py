@@ -178,7 +178,7 @@ async def _start(job: MirrorJob, monitor: Monitor) -> None:
         if 'Failed to get "' not in error.message:
             raise
         raise StateError(
-            f"{job.step.target.path} is open in another process; nothing was changed",
+            f"{job.step.target.path} is open in another process",
             hint="end that process, or choose another target",
         ) from error
 
@@ -288,6 +288,6 @@ async def _require_size(monitor: Monitor, plan: MirrorPlan) -> None:
     size = next((node.image.virtual_size for node in await commands.query_nodes(monitor) if node.node_name == name), 0)
     if size != wanted:
         raise ImageRefused(
-            f"{plan.target.path} has {size} bytes, disk {plan.disk} has {wanted}; nothing was changed",
+            f"{plan.target.path} has {size} bytes, disk {plan.disk} has {wanted}",
             hint="a mirror's target is exactly as large as the disk",
         )

@@ -150,7 +150,7 @@ async def complete(
     """
     if spec.extra and not allow_extra:
         raise UsageError(
-            f"the spec of {spec.name} has 'extra' QEMU arguments, which can undo every protection; nothing was created",
+            f"the spec of {spec.name} has 'extra' QEMU arguments, which can undo every protection",
             hint="qmpsnap define --allow-extra takes them over as they are",
         )
     abilities = await probe.ask(context.qemu, context.home.cache if keep else None)
@@ -224,7 +224,7 @@ async def _refuse_taken(context: Context, name: str) -> None:
     except NotFoundError:
         return
     raise NameTaken(
-        f"machine {name} exists since {moment(taken.created)}; nothing was changed",
+        f"machine {name} exists since {moment(taken.created)}",
         hint=f"choose another name, or qmpsnap undefine {name} first",
         machine=name,
     )
@@ -250,8 +250,7 @@ def _refuse_lost(context: Context, name: str, *, adopts: bool) -> None:
     folder, lost = context.home.machine_dir(name), context.store.remembered(name)
     if lost and not (adopts and lost.adopted) and folder.is_dir() and any(folder.iterdir()):
         raise StoreMismatch(
-            f"machine {name} was defined before and has images in {folder}, and this store does not know it;"
-            " nothing was changed",
+            f"machine {name} was defined before and has images in {folder}, and this store does not know it",
             hint="qmpsnap check --rebuild makes the store again from the images; or choose another name",
             machine=name,
         )

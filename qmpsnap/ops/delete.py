@@ -152,7 +152,7 @@ def _kept(at: Situation, chosen: Sequence[Snapshot], removed: Collection[LayerId
         if strangers := sorted(at.forest.machines_above(point.layer) - {at.machine}):
             raise StateError(
                 f"a snapshot is inside layer {point.layer}, which machine {', '.join(strangers)} reads, too: that is"
-                " never written to; nothing was deleted",
+                " never written to",
                 hint="--metadata forgets the name and leaves the content where it is",
                 machine=at.machine,
             )
@@ -160,7 +160,7 @@ def _kept(at: Situation, chosen: Sequence[Snapshot], removed: Collection[LayerId
         if at.running and live and point.layer in live.ids and point.layer != live.active.id:
             raise StateError(
                 f"a snapshot is inside layer {point.layer}, which lies below the one that the guest of machine"
-                f" {at.machine} writes to: QEMU can only read it; nothing was deleted",
+                f" {at.machine} writes to: QEMU can only read it",
                 hint=f"qmpsnap stop {at.machine} first; or --metadata, which leaves the content where it is",
                 machine=at.machine,
             )

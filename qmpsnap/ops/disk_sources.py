@@ -65,7 +65,7 @@ def _require_whole(disk: DiskSpec, top: FoundLayer) -> None:
     if disk.image and top.format == "raw" and disk.cache in ("none", "directsync") and size % _SECTOR:
         raise ImageRefused(
             f"disk {disk.name}: {header.printable(top.path)} has {size} bytes, no multiple of {_SECTOR}, which 'cache:"
-            f" {disk.cache}' needs of a raw image; nothing was created",
+            f" {disk.cache}' needs of a raw image",
             hint=f"qemu-img resize -f raw {shlex.quote(shown)} {-(-size // _BLOCK) * _BLOCK}, or another 'cache'",
         )
 
@@ -99,7 +99,7 @@ async def _require_encrypted(context: Context, spec: MachineSpec, disk: DiskSpec
             what = "is encrypted" if layer.header.encrypted else "is not encrypted"
             remedy = "say so in the spec" if layer.header.encrypted else "take it out of the spec"
             raise ImageRefused(
-                f"disk {disk.name} of {spec.name}: {header.printable(layer.path)} {what}; nothing was created",
+                f"disk {disk.name} of {spec.name}: {header.printable(layer.path)} {what}",
                 hint=f"'encryption' of a disk is for all its images: {remedy}, or convert the image first",
             )
     async with keys.for_images(context, spec.name, disk) as key:
@@ -144,8 +144,7 @@ def require_unshared(
         for layer, file in zip(source.found, files, strict=True):
             if writer := writers.get(file):
                 raise StateError(
-                    f"disk {disk.name} of {spec.name} would read {layer.path}, which machine {writer} writes to;"
-                    " nothing was created",
+                    f"disk {disk.name} of {spec.name} would read {layer.path}, which machine {writer} writes to",
                     hint=f"qmpsnap snapshot create {writer} first, then use the layer that it freezes",
                 )
         if disk.image and not disk.read_only:
@@ -160,6 +159,6 @@ def require_unshared(
 
 def _written(spec: MachineSpec, disk: DiskSpec, who: str) -> StateError:
     return StateError(
-        f"disk {disk.name} of {spec.name} would write to {disk.image}, which {who}; nothing was created",
+        f"disk {disk.name} of {spec.name} would write to {disk.image}, which {who}",
         hint="use 'base:' instead of 'image:' for a linked clone",
     )

@@ -79,8 +79,7 @@ def plan(
     for disk, layer in layers.items():
         if layer.format != "qcow2":
             raise StateError(
-                f"disk {disk} of machine {machine.name} is {layer.format}: it cannot hold a snapshot inside;"
-                " nothing was changed",
+                f"disk {disk} of machine {machine.name} is {layer.format}: it cannot hold a snapshot inside",
                 hint=f"qmpsnap snapshot create {machine.name} puts a qcow2 layer on top; then it can",
                 machine=machine.name,
             )
@@ -158,8 +157,7 @@ async def preview(context: Context, name: str, request: InternalRequest) -> tupl
 def _require_possible(request: InternalRequest) -> None:
     if request.quiesce.wish != "skip" and request.memory is not False:
         raise UsageError(
-            "a guest whose memory is saved inside its images is not frozen for it: it would go on frozen;"
-            " nothing was changed",
+            "a guest whose memory is saved inside its images is not frozen for it: it would go on frozen",
             hint="add --no-memory, or take a full snapshot",
         )
 
@@ -207,7 +205,7 @@ async def _planner(
     mode = await asked.mode_of(work.qemu)
     if request.memory and mode == "stopped":
         raise StateError(
-            f"machine {work.machine.name} is stopped and has no memory to save; nothing was changed",
+            f"machine {work.machine.name} is stopped and has no memory to save",
             machine=work.machine.name,
         )
     hardware = None

@@ -91,8 +91,7 @@ async def for_qemu(context: Context, machine: Machine, disks: Iterable[DiskSpec]
             if not pipes or WRONG not in error.message:
                 raise
             raise StateError(
-                f"the secret of disk {', '.join(pipes)} of machine {machine.name} does not open its images;"
-                " nothing was started",
+                f"the secret of disk {', '.join(pipes)} of machine {machine.name} does not open its images",
                 hint="give the one that the machine was defined with",
                 machine=machine.name,
             ) from error
@@ -117,7 +116,7 @@ def require_plain(machine: Machine, what: str, hint: str) -> None:
     """
     if sealed := [disk.name for disk in machine.spec.disks if disk.encryption]:
         raise StateError(
-            f"disk {', '.join(sealed)} of machine {machine.name} is encrypted, and {what}; nothing was changed",
+            f"disk {', '.join(sealed)} of machine {machine.name} is encrypted, and {what}",
             hint=hint,
             machine=machine.name,
         )
@@ -153,7 +152,7 @@ def _secret(context: Context, machine: str, disk: DiskSpec) -> Secret:
     if path is None:
         raise UsageError(
             f"disk {disk.name} of machine {machine} is encrypted, its spec names no file with the secret, and none was"
-            " given; nothing was changed",
+            " given",
             hint=f"qmpsnap.open(secrets={{{place!r}: ...}}), or 'secret-file' in the spec",
             machine=machine,
         )
@@ -167,13 +166,11 @@ def _content(path: str) -> bytes:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o077:
                 raise HostCannot(
-                    f"the secret in {printable(path)} could be read or changed by others; nothing was changed",
+                    f"the secret in {printable(path)} could be read or changed by others",
                     hint=f"it must be a file of yours with mode 0600: chmod 0600 {printable(path)}",
                 )
             return os.read(descriptor, MOST + 1)
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise HostCannot(
-            f"the secret in {printable(path)} cannot be read: {error.strerror}; nothing was changed"
-        ) from error
+        raise HostCannot(f"the secret in {printable(path)} cannot be read: {error.strerror}") from error

@@ -72,7 +72,7 @@ def require_fits(snapshot: Snapshot, hardware: Hardware, *, machine: str) -> Non
     if snapshot.hardware and (found := differences(snapshot.hardware, hardware)):
         raise StateError(
             f"the memory of snapshot {snapshot.name} is of other hardware than machine {machine} has now:"
-            f" {'; '.join(found)}; nothing was changed",
+            f" {'; '.join(found)}",
             hint="QEMU would load it without complaint and the guest would break; revert to a disk snapshot instead",
             machine=machine,
         )

@@ -86,14 +86,14 @@ async def choose(
     """
     if request.max_pause_ms is not None and not 0 < request.max_pause_ms < math.inf:
         raise UsageError(
-            f"a guest cannot be held for {request.max_pause_ms:g} ms at most; nothing was changed",
+            f"a guest cannot be held for {request.max_pause_ms:g} ms at most",
             hint="--max-pause takes milliseconds, more than 0",
             machine=machine.name,
         )
     process = context.process(machine)
     if qemu is None or process is None:
         raise StateError(
-            f"machine {machine.name} is stopped and has no memory to save; nothing was changed",
+            f"machine {machine.name} is stopped and has no memory to save",
             hint=f"qmpsnap snapshot create {machine.name} takes its disks",
             machine=machine.name,
         )
@@ -105,13 +105,13 @@ async def choose(
     )
     if request.file and os.path.lexists(request.file):
         raise StateError(
-            f"{request.file} exists already; nothing was changed",
+            f"{request.file} exists already",
             hint="move it away or choose another name",
             machine=machine.name,
         )
     if (last := (await migration.query(qemu)).status) not in migration.IDLE:
         raise StateError(
-            f"somebody else migrates machine {machine.name} (it is {last}); nothing was changed",
+            f"somebody else migrates machine {machine.name} (it is {last})",
             hint="wait for the end of that",
             machine=machine.name,
         )
@@ -125,7 +125,7 @@ async def choose(
     if why and not running and not request.quit:
         raise StateError(
             f"machine {machine.name} is {status.status}, and its memory can only be saved in a way that QEMU does not"
-            f" come back from to a paused guest ({why}); nothing was changed",
+            f" come back from to a paused guest ({why})",
             hint=f"qmpsnap save {machine.name} saves it and ends QEMU; or let it run first",
             machine=machine.name,
         )
@@ -168,7 +168,7 @@ async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Cha
     await asked.require_told(machine, qemu, doing="save its memory so that it can be woken again", hint=hint)
     if reasons := (await migration.query(qemu)).blocked_reasons:
         raise StateError(
-            f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(reasons)}; nothing was changed",
+            f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(reasons)}",
             hint=hint,
             machine=machine.name,
         )
@@ -191,8 +191,7 @@ async def _why_not_behind_it(
         return error.message
     if not status.live and version < CANCELLABLE_SINCE:
         raise StateError(
-            f"machine {machine.name} is {status.status}, and QEMU {'.'.join(map(str, version))} would let it run;"
-            " nothing was changed",
+            f"machine {machine.name} is {status.status}, and QEMU {'.'.join(map(str, version))} would let it run",
             hint=f"qmpsnap save {machine.name} saves it and ends QEMU; or let it run first",
             machine=machine.name,
         )
@@ -227,7 +226,7 @@ def _require_short(machine: Machine, why: str, used: int, measured: Sequence[flo
         before = f", as its last full snapshots took {', '.join(f'{ms:.0f}' for ms in measured)} ms" if measured else ""
         raise StateError(
             f"the guest of machine {machine.name} {mode}: about {expected:.0f} ms for {gib:.2f} GiB of memory{before},"
-            f" and {request.max_pause_ms:g} ms were allowed; nothing was changed",
+            f" and {request.max_pause_ms:g} ms were allowed",
             hint="allow more with --max-pause, or take the disks alone" + ("; see qmpsnap doctor" if why else ""),
             machine=machine.name,
         )

@@ -141,7 +141,7 @@ def _require_paused(machine: str, state: str) -> None:
     """
     if state != "paused":
         raise StateError(
-            f"the guest of machine {machine} was to be held for its memory, and is {state}; nothing was changed",
+            f"the guest of machine {machine} was to be held for its memory, and is {state}",
             hint=runstate.remedy(state, machine) or f"see to that, then try again: qmpsnap show {machine} tells more",
             machine=machine,
         )

@@ -133,7 +133,7 @@ def _require_possible(request: MirrorRequest, export: NbdExport | None, below: L
     elif below and kind == "raw":
         problem = "a raw image has no backing: a shallow copy needs qcow2"
     if problem:
-        raise UsageError(f"{problem}; nothing was changed")
+        raise UsageError(problem)
 
 
 def _require_fit(request: MirrorRequest, chain: Chain, below: Layer | None, found: Found) -> None:
@@ -159,7 +159,7 @@ def _require_fit(request: MirrorRequest, chain: Chain, below: Layer | None, foun
         problem = "holds data already, which a shallow copy would leave between the disk's own"
         hint = "make it anew, empty"
     if problem:
-        raise ImageRefused(f"{path} {problem}; nothing was changed", hint=hint)
+        raise ImageRefused(f"{path} {problem}", hint=hint)
 
 
 async def preview(
@@ -210,7 +210,7 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
     """The situation, and the image that is to be reused; refuses a place that is not free or not for this."""
     if work.machine.require_disk(request.disk).read_only:
         raise StateError(
-            f"disk {request.disk} of machine {work.machine.name} is read-only: it never changes; nothing was done",
+            f"disk {request.disk} of machine {work.machine.name} is read-only: it never changes",
             hint="qemu-img convert copies its image",
             machine=work.machine.name,
         )
@@ -219,7 +219,7 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
     ):
         raise StateError(
             f"disk {request.disk} of machine {work.machine.name} is encrypted: it is copied to a new qcow2 image, which"
-            " gets the same secret, and to nothing else; nothing was done",
+            " gets the same secret, and to nothing else",
             hint="leave out --reuse, --format raw and NBD",
             machine=work.machine.name,
         )
@@ -228,7 +228,7 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
     at = await look(context, work, disks=(request.disk,))
     if is_uri(request.target):
         if request.reuse:
-            raise UsageError("--reuse is for images; an NBD export is always overwritten; nothing was changed")
+            raise UsageError("--reuse is for images; an NBD export is always overwritten")
         return at, None
     _require_place(context.home, work.machine.name, request)
     return at, await to_thread.run_sync(_look_at_target, at, request)
@@ -237,16 +237,15 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
 def _require_place(home: Home, machine: str, request: MirrorRequest) -> None:
     path = Path(request.target)
     if not path.is_absolute() or ".." in path.parts or request.target.endswith("/"):
-        raise UsageError(f"target {request.target!r} is not the absolute path of a file; nothing was changed")
+        raise UsageError(f"target {request.target!r} is not the absolute path of a file")
     # Its name becomes a backing string one day; a worker need not come up to learn that it cannot.
     if fault := header.backing_fault(request.target):
-        raise ImageRefused(f"no copy can be made at {header.printable(request.target)}: {fault}; nothing was changed")
+        raise ImageRefused(f"no copy can be made at {header.printable(request.target)}: {fault}")
     if not path.is_relative_to(home.machines):
         return
     if request.mode == "finish" or path.parent != home.machine_dir(machine) or re.match(r"[a-z0-9]+-\d+\.", path.name):
         raise UsageError(
-            f"{header.printable(request.target)} lies where qmpsnap keeps layers, under names of its own;"
-            " nothing was changed",
+            f"{header.printable(request.target)} lies where qmpsnap keeps layers, under names of its own",
             hint="choose another folder or name",
             machine=machine,
         )
@@ -262,13 +261,11 @@ def _look_at_target(at: Situation, request: MirrorRequest) -> Found | None:
     except FileNotFoundError:
         if request.reuse:
             raise ImageRefused(
-                f"there is no image {header.printable(path)} to reuse; nothing was changed", hint="leave out --reuse"
+                f"there is no image {header.printable(path)} to reuse", hint="leave out --reuse"
             ) from None
         return None
     except OSError as error:
-        raise HostCannot(
-            f"{header.printable(path)} cannot be looked at: {error.strerror}; nothing was changed"
-        ) from error
+        raise HostCannot(f"{header.printable(path)} cannot be looked at: {error.strerror}") from error
     if not request.reuse:
         raise place.taken(path)
     if stat.S_ISREG(status.st_mode):
@@ -282,9 +279,7 @@ def _look_at_target(at: Situation, request: MirrorRequest) -> Found | None:
 
 
 def _is_layer(path: str, layer: Layer) -> StateError:
-    return StateError(
-        f"{header.printable(path)} is layer {layer.id} of this store; nothing was changed", hint="choose another target"
-    )
+    return StateError(f"{header.printable(path)} is layer {layer.id} of this store", hint="choose another target")
 
 
 async def _require_space(context: Context, made: MirrorPlan, found: Found | None) -> None:

@@ -76,7 +76,7 @@ def require_unread(plan: Plan, forest: Forest, *, machine: str) -> None:
 def refuse(found: User, machine: str) -> NoReturn:
     """Say who is in the way."""
     raise ImageInUse(
-        f"{printable(found.path)}, an image of machine {machine}, {found.does} {found.who}; nothing was changed",
+        f"{printable(found.path)}, an image of machine {machine}, {found.does} {found.who}",
         hint="end it, then try again"
         if found.by
         else f"it may be the QEMU of {machine}: end it where it was started, or run qmpsnap there",

@@ -51,7 +51,7 @@ def require_room(disk: str, layers: int) -> None:
     """
     if layers >= MAX_LAYERS:
         raise StateError(
-            f"disk {disk} has {layers} layers, and a chain may have {MAX_LAYERS}; nothing was changed",
+            f"disk {disk} has {layers} layers, and a chain may have {MAX_LAYERS}",
             hint=f"make it shorter: qmpsnap stream VM {disk} takes all layers into the active one, qmpsnap snapshot"
             " delete merges those of snapshots that are not needed",
         )
@@ -130,9 +130,9 @@ def require_free(paths: Iterable[str]) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise HostCannot(f"{printable(path)} cannot be used: {error.strerror}; nothing was changed") from error
+            raise HostCannot(f"{printable(path)} cannot be used: {error.strerror}") from error
         raise StateError(
-            f"{printable(path)} exists already; nothing was changed",
+            f"{printable(path)} exists already",
             hint="the store may be older than the disks: put the newer one back; if nobody needs that file, move it"
             " away",
         )

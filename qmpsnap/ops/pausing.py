@@ -34,7 +34,7 @@ async def pause(context: Context, name: str) -> None:
         state = await _state(work.qemu)
         if work.qemu is None or state != "running":
             raise StateError(
-                f"machine {name} does not run ({state}); nothing was changed",
+                f"machine {name} does not run ({state})",
                 hint=runstate.remedy(state, name)
                 or ("" if work.qemu or work.machine.adopted else f"qmpsnap start {name}"),
                 machine=name,
@@ -65,7 +65,7 @@ async def resume(context: Context, name: str) -> str:
             state = await _state(qemu)
         if qemu is None or state not in RESUMABLE:
             raise StateError(
-                f"machine {name} is not paused ({state}); nothing was changed",
+                f"machine {name} is not paused ({state})",
                 hint=f"qmpsnap start {name}" if qemu is None and not machine.adopted else runstate.remedy(state, name),
                 machine=name,
             )
@@ -89,9 +89,7 @@ async def wakeup(context: Context, name: str) -> None:
             hint = f"qmpsnap resume {name}" if state in RESUMABLE else ""
             if work.qemu is None and not work.machine.adopted:
                 hint = f"qmpsnap start {name}"
-            raise StateError(
-                f"the guest of machine {name} does not sleep ({state}); nothing was changed", hint=hint, machine=name
-            )
+            raise StateError(f"the guest of machine {name} does not sleep ({state})", hint=hint, machine=name)
         async with work.qemu.listen("WAKEUP") as bell:
             await commands.control(work.qemu, "system_wakeup")
             with anyio.move_on_after(WAKEUP_DEADLINE):
@@ -122,7 +120,7 @@ async def require_awake(context: Context, machine: Machine) -> None:
 def asleep(name: str, state: str) -> StateError:
     """What a guest whose vCPUs are stopped is refused with."""
     return StateError(
-        f"the guest of machine {name} does not run ({state}) and can do nothing; nothing was changed",
+        f"the guest of machine {name} does not run ({state}) and can do nothing",
         hint=runstate.remedy(state, name) or f"qmpsnap resume {name}",
         machine=name,
     )

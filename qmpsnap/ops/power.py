@@ -49,9 +49,7 @@ async def start(context: Context, name: str, *, paused: bool = False) -> Process
     """
     async with working(context, name, "start") as work:
         if work.qemu:
-            raise StateError(
-                f"machine {name} runs already; nothing was changed", hint=f"qmpsnap show {name}", machine=name
-            )
+            raise StateError(f"machine {name} runs already", hint=f"qmpsnap show {name}", machine=name)
         require_spec(work.machine, "start it")
         await blocking(context.store.require_writable)
         return await bring_up(context, work.machine, paused=paused)
@@ -158,7 +156,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         process = context.process(machine)
         if process is None:
             raise StateError(
-                f"machine {name} does not run; nothing was changed",
+                f"machine {name} does not run",
                 hint="" if machine.adopted else f"qmpsnap start {name}",
                 machine=name,
             )
@@ -211,7 +209,7 @@ def _require_alone(context: Context, machine: Machine, chains: Sequence[Chain]) 
         if others and not machine.require_disk(chain.disk).read_only:
             raise StateError(
                 f"disk {chain.disk} of machine {machine.name} would write to {active.path}, which is read by"
-                f" {', '.join(others)}; nothing was started",
+                f" {', '.join(others)}",
                 hint=f"qmpsnap snapshot create {machine.name} puts a layer of its own on it",
                 machine=machine.name,
             )
@@ -229,7 +227,7 @@ def require_files(machine: Machine, chains: Sequence[Chain]) -> None:
         for layer in found.layers:
             if layer.problems:
                 raise StoreMismatch(
-                    f"disk {chain.disk} of machine {machine.name}: {layer.problems[0]}; nothing was started",
+                    f"disk {chain.disk} of machine {machine.name}: {layer.problems[0]}",
                     hint=compare.remedy(machine.name, layer, headers[layer.layer.id]),
                     machine=machine.name,
                 )

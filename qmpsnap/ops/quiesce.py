@@ -243,10 +243,7 @@ async def foreseen(machine: Machine, qemu: Monitor | None, request: QuiesceReque
 
 def _require_window(request: QuiesceRequest) -> None:
     if not 0 < request.window <= WINDOW_LIMIT:
-        raise UsageError(
-            f"a freeze window has more than 0 s and at most {WINDOW_LIMIT:g}, not {request.window:g};"
-            " nothing was changed"
-        )
+        raise UsageError(f"a freeze window has more than 0 s and at most {WINDOW_LIMIT:g}, not {request.window:g}")
 
 
 async def _require_guest(machine: Machine, qemu: Monitor | None) -> None:
@@ -255,13 +252,13 @@ async def _require_guest(machine: Machine, qemu: Monitor | None) -> None:
     if status is None or not status.running:
         state = "stopped" if status is None else runstate.SUSPENDED if status.live else "paused"
         raise StateError(
-            f"machine {machine.name} is {state}: no guest is there to freeze its file systems; nothing was changed",
+            f"machine {machine.name} is {state}: no guest is there to freeze its file systems",
             hint=hint,
             machine=machine.name,
         )
     if machine.adopted or not machine.spec.agent:
         raise StateError(
-            f"machine {machine.name} has no channel to a guest agent of qmpsnap's; nothing was changed",
+            f"machine {machine.name} has no channel to a guest agent of qmpsnap's",
             hint=hint,
             machine=machine.name,
         )

@@ -98,7 +98,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
     found = await to_thread.run_sync(lambda: condition.look(home.store, machines=home.machines))
     if found == "whole" and not set_aside:
         raise StateError(
-            f"the store {home.store} is whole; nothing was changed",
+            f"the store {home.store} is whole",
             hint="should it be an old copy, --set-aside makes another in its place and keeps it",
         )
     known: frozenset[str] = frozenset()
@@ -109,7 +109,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
     machines = tuple(_here(machine, place, home) for machine in records.machines())
     if not machines:
         raise StateError(
-            f"{home.data / FOLDER} describes no machine, so there is nothing to make a store from; nothing was changed",
+            f"{home.data / FOLDER} describes no machine, so there is nothing to make a store from",
             hint="qmpsnap define with 'image:' takes images over as they are",
         )
     with contextlib.ExitStack() as stack:
@@ -148,7 +148,7 @@ def _known(home: Home) -> frozenset[str]:
         if relocate.look(context).needed:
             raise StateError(
                 f"the store {home.store} is whole, and its home was moved or its files are copies: another would lose"
-                " names and texts; nothing was changed",
+                " names and texts",
                 hint="qmpsnap relocate, with --accept-copies where files are copies, keeps them",
             )
         return frozenset(machine.name for machine in store.machines())
@@ -208,8 +208,7 @@ def _require_all(home: Home, known: frozenset[str], left_out: Sequence[tuple[str
     for name, why in left_out:
         if name in known:
             raise StateError(
-                f"the store {home.store} can be read and knows machine {name}, which would be left out: {why};"
-                " nothing was changed",
+                f"the store {home.store} can be read and knows machine {name}, which would be left out: {why}",
                 hint=f"qmpsnap check {name} tells what helps; to go on without it: move {home.store} away yourself,"
                 " then qmpsnap check --rebuild",
                 machine=name,

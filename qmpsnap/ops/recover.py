@@ -129,7 +129,7 @@ async def after_failure(
             machine=machine,
             operation=operation,
             unfinished=unfinished,
-            error=str(error) or "cancelled",
+            error=_why(error),
         )
         direction = _ENDED.get(operation.state) or await _end(broken, qemu)
     except Exception as failure:
@@ -137,7 +137,7 @@ async def after_failure(
             raise
         # The store itself may be what failed; the operation stays open then, which is as good.
         with contextlib.suppress(QmpsnapError):
-            await blocking(lambda: context.store.mark(operation.id, "unknown", error=str(error)))
+            await blocking(lambda: context.store.mark(operation.id, "unknown", error=_why(error)))
     if isinstance(error, QmpsnapError):
         error.machine, error.operation = machine.name, str(operation.id)
         error.claim(*await _found(context, operation))
@@ -145,6 +145,10 @@ async def after_failure(
             error.tell(machine.name, waits=direction is None)
         elif direction is None and not isinstance(error, HostCannot | OperationPending):  # these say more
             error.hint = f"qmpsnap recover {machine.name} finds out and ends it"
+
+
+def _why(error: BaseException) -> str:
+    return (error.message if isinstance(error, QmpsnapError) else str(error)) or "cancelled"
 
 
 async def _found(context: Context, operation: Operation) -> tuple[Effect, str]:

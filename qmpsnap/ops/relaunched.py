@@ -81,7 +81,7 @@ async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Laye
 async def _require_closed(broken: Broken, layers: Sequence[Layer]) -> None:
     if held := await open_elsewhere(broken.machine, layers):
         name = broken.machine.name
-        error = broken.pending(f"another process has {printable(held)} open; nothing was changed")
+        error = broken.pending(f"another process has {printable(held)} open")
         error.hint = f"end it, then: qmpsnap recover {name}; or, if it is the machine's QEMU, launched again:"
         error.hint += f" qmpsnap undefine {name} --keep-disks, then: qmpsnap adopt {name} --qmp SOCKET"
         raise error
@@ -89,7 +89,7 @@ async def _require_closed(broken: Broken, layers: Sequence[Layer]) -> None:
 
 def _unclear(broken: Broken, why: str) -> OperationPending:
     """Nobody but the owner knows which files are the guest's disk."""
-    error, name = broken.pending(f"{why}; nothing was changed"), broken.machine.name
+    error, name = broken.pending(why), broken.machine.name
     error.hint = f"qmpsnap undefine {name} --keep-disks leaves all files; launch its QEMU on those that are right,"
     error.hint += f" then: qmpsnap adopt {name} --qmp SOCKET"
     return error

@@ -95,7 +95,7 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
     await blocking(context.store.require_writable)
     if not context.store.is_there:
         raise StoreMismatch(
-            f"there is no store {context.home.store}; nothing was changed",
+            f"there is no store {context.home.store}",
             hint="qmpsnap check --rebuild makes a lost one",
         )
     with contextlib.ExitStack() as stack:
@@ -113,7 +113,7 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
             raise StateError(
                 f"{len(copies)} file(s) are not the recorded ones, though their headers fit:"
                 f" {'; '.join(f'{one.path}: {one.text}' for one in copies[:_SHOWN])}"
-                f"{' ...' if len(copies) > _SHOWN else ''}; nothing was changed",
+                f"{' ...' if len(copies) > _SHOWN else ''}",
                 hint="qmpsnap relocate --dry-run lists all; if they are whole copies: qmpsnap relocate --accept-copies",
             )
         await blocking(context.store.home.begin, at.record, at.relocation)
@@ -216,7 +216,7 @@ def _layer(
     try:
         found = header.read(here.path, format=here.format, block_device=True)
     except (ImageRefused, HostCannot) as error:
-        return said("missing", error.message.removesuffix("; nothing was changed")), None
+        return said("missing", error.message), None
     if identity.same_file(here, found):
         if other and layer.owned and not here.path.startswith(f"{to.now}/"):
             # Never to be written to or removed from here: no file has this identity.
@@ -267,7 +267,7 @@ def _state(state: Vmstate, what: str, to: Relocation) -> tuple[Compared, Vmstate
     except HostCannot as error:
         return said("missing", error.message), None
     except StoreMismatch as error:
-        return said("differs", error.message.removesuffix("; nothing was loaded")), None
+        return said("differs", error.message), None
 
 
 def _carried(layer: Layer, to: Relocation) -> Layer:
@@ -333,7 +333,7 @@ def _require_stopped(context: Context, *, copied: bool) -> None:
         theirs = machine.adopted and machine.process and not copied and processes.is_alive(machine.process)
         if theirs or context.process(machine):
             raise StateError(
-                f"machine {machine.name} runs, with its images open by their old names; nothing was changed",
+                f"machine {machine.name} runs, with its images open by their old names",
                 hint=f"qmpsnap stop {machine.name}, then qmpsnap relocate",
                 machine=machine.name,
             )

@@ -329,7 +329,7 @@ def _require_variables(home: Home, planned: RevertPlan) -> None:
     """Make sure that the variable store is there, where it is to be kept."""
     if planned.keeps and not (path := home.variables(planned.machine)).is_file():
         raise StoreMismatch(
-            f"{path}, the variable store of machine {planned.machine}, is not there; nothing was changed",
+            f"{path}, the variable store of machine {planned.machine}, is not there",
             hint="put a copy of it back, or add --discard: then nothing of now is kept",
             machine=planned.machine,
         )
@@ -339,7 +339,7 @@ def _require_kept(machine: Machine, snapshot: Snapshot) -> None:
     """Make sure that the copy of the variable store is there before anything is ended for it."""
     if snapshot.variables and not Path(snapshot.variables).is_file():
         raise StoreMismatch(
-            f"{snapshot.variables}, the variable store of snapshot {snapshot.name}, is not there; nothing was changed",
+            f"{snapshot.variables}, the variable store of snapshot {snapshot.name}, is not there",
             hint="put a copy of it back",
             machine=machine.name,
         )

@@ -231,7 +231,7 @@ def require_frozen(at: Situation, snapshot: Snapshot) -> None:
     if busy := [point.layer for point in snapshot.points if point.tag and point.layer in active]:
         raise StateError(
             f"the guest of machine {at.machine} writes to {', '.join(busy)} again, where snapshot {snapshot.name} is"
-            " inside; nothing was changed",
+            " inside",
             hint="another command has come in between: try again",
             machine=at.machine,
         )

@@ -69,7 +69,7 @@ def plan(
     if snapshot.vmstate and snapshot.vmstate.frozen and request.run == "paused":
         raise StateError(
             f"the guest's file systems are frozen in the memory of snapshot {snapshot.name}, and only a guest that runs"
-            " can be thawed; nothing was changed",
+            " can be thawed",
             hint="leave --paused out",
             machine=machine.name,
         )
@@ -175,15 +175,14 @@ def target_of(at: Situation, name: str) -> Snapshot:
     snapshot = require_snapshot(at.snapshots, name, machine=at.machine)
     if snapshot.state == "consumed":
         raise StateError(
-            f"snapshot {name} of machine {at.machine} is consumed: a commit has overwritten what it held;"
-            " nothing was changed",
+            f"snapshot {name} of machine {at.machine} is consumed: a commit has overwritten what it held",
             hint=f"qmpsnap tree {at.machine} shows the others; qmpsnap snapshot delete {at.machine} {name} forgets it",
             machine=at.machine,
         )
     if snapshot.state == "overwritten":
         raise StateError(
             f"snapshot {name} of machine {at.machine} is overwritten: another program has written to an image that it"
-            " reads; nothing was changed",
+            " reads",
             hint=f"qmpsnap check {at.machine} tells which; if nothing but a file's time was changed, give it back"
             " (touch -d), and the snapshot is ok again",
             machine=at.machine,
@@ -194,8 +193,7 @@ def target_of(at: Situation, name: str) -> Snapshot:
             continue  # its own layer, which is frozen or idle before it is read
         if writers := at.forest.writers_of(chain.active.id):
             raise StateError(
-                f"layer {chain.active.id}, where snapshot {name} lies, is written to by machine {writers[0].machine};"
-                " nothing was changed",
+                f"layer {chain.active.id}, where snapshot {name} lies, is written to by machine {writers[0].machine}",
                 hint=f"qmpsnap chain {writers[0].machine} {writers[0].disk}",
                 machine=at.machine,
             )

@@ -102,14 +102,14 @@ async def _find(context: Context, name: str, file: str | None) -> Snapshot:
         if usable := [found for found in full if found.state == "ok"]:
             return usable[-1]
         raise NotFoundError(
-            f"machine {name} has no full snapshot that could be restored; nothing was changed",
+            f"machine {name} has no full snapshot that could be restored",
             hint=f"qmpsnap save {name} makes one",
             machine=name,
         )
     state, manifest = await to_end(statefile.find, str(Path(file)))
     if state.hardware.uuid != machine.uuid:
         raise StateError(
-            f"{file} is the memory of another machine (UUID {state.hardware.uuid}); nothing was changed",
+            f"{file} is the memory of another machine (UUID {state.hardware.uuid})",
             hint=f"qmpsnap show {name} tells this one's UUID",
             machine=name,
         )
@@ -118,7 +118,7 @@ async def _find(context: Context, name: str, file: str | None) -> Snapshot:
             return found
     raise StateError(
         f"{file} was saved as snapshot {manifest.snapshot}, which machine {name} does not have any more: its disks are"
-        " not what that memory knew; nothing was changed",
+        " not what that memory knew",
         hint=f"qmpsnap snapshot list {name}",
         machine=name,
     )

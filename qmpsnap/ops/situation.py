@@ -73,24 +73,21 @@ def resolve(at: Situation, chain: Chain, wanted: str) -> LayerId:
         if snapshot and (consumed or point is None or point.layer != wanted):
             lies = "which is consumed" if consumed else f"at layer {point.layer}" if point else "without this disk"
             raise StateError(
-                f"{wanted} may be the layer {wanted} of disk {chain.disk} or the snapshot {wanted}, {lies};"
-                " nothing was changed",
+                f"{wanted} may be the layer {wanted} of disk {chain.disk} or the snapshot {wanted}, {lies}",
                 hint=f"qmpsnap snapshot rename {at.machine} {wanted} NAME, then say which",
                 machine=at.machine,
             )
         return LayerId(wanted)
     if consumed:
         raise StateError(
-            f"snapshot {wanted} of machine {at.machine} is consumed: a commit has overwritten what it held;"
-            " nothing was changed",
+            f"snapshot {wanted} of machine {at.machine} is consumed: a commit has overwritten what it held",
             hint=f"qmpsnap chain {at.machine} {chain.disk} lists the layers, which can be named instead",
             machine=at.machine,
         )
     if point and point.layer in chain.ids:
         return point.layer
     raise NotFoundError(
-        f"the live chain of disk {chain.disk} of machine {at.machine} has no layer or snapshot {wanted!r};"
-        " nothing was changed",
+        f"the live chain of disk {chain.disk} of machine {at.machine} has no layer or snapshot {wanted!r}",
         hint=f"qmpsnap chain {at.machine} {chain.disk} lists its layers",
         machine=at.machine,
     )
@@ -114,8 +111,7 @@ def require_space(at: Situation, steps: tuple[Merge | Removal, ...], store: Path
             growth = min(step.moves, _may_grow(at, step))
             if free < growth:
                 raise HostCannot(
-                    f"layer {step.into.id} may grow by {growth} bytes and {free} are free at {printable(str(folder))};"
-                    " nothing was changed",
+                    f"layer {step.into.id} may grow by {growth} bytes and {free} are free at {printable(str(folder))}",
                     hint="make room there, or merge in smaller steps",
                     machine=at.machine,
                 )

@@ -67,7 +67,7 @@ def names_of(disks: Sequence[str] | None) -> tuple[str, ...] | None:
         UsageError: it is one name, which would be taken for a name per letter.
     """
     if isinstance(disks, str):
-        raise UsageError(f"disks is a list of names, not {disks!r}; nothing was changed", hint=f"disks=[{disks!r}]")
+        raise UsageError(f"disks is a list of names, not {disks!r}", hint=f"disks=[{disks!r}]")
     return None if disks is None else tuple(disks)
 
 
@@ -91,4 +91,4 @@ def _require_heeded(kind: Kind, options: SnapshotOptions) -> None:
         problem = "an internal snapshot makes no new layers: a file for one says nothing"
         hint = "leave the files out"
     if problem:
-        raise UsageError(f"{problem}; nothing was changed", hint=hint)
+        raise UsageError(problem, hint=hint)

@@ -55,7 +55,7 @@ def room(folder: str | os.PathLike[str]) -> Room:
         status, device = os.statvfs(folder), Path(folder).stat().st_dev
     except OSError as error:
         raise HostCannot(
-            f"{printable(os.fspath(folder))} cannot be written to: {error.strerror}; nothing was changed",
+            f"{printable(os.fspath(folder))} cannot be written to: {error.strerror}",
             hint="make the folder first" if isinstance(error, FileNotFoundError) else "",
         ) from error
     return Room(device, status.f_bavail * status.f_frsize)
@@ -79,7 +79,7 @@ def require(needs: Iterable[Need], *, machine: str, hint: str = "make room there
             whats = " and ".join(dict.fromkeys(need.what for need in here))
             raise HostCannot(
                 f"there is too little space: {whats} may need {wanted} bytes, and {free} are free at"
-                f" {printable(here[0].folder)}; nothing was changed",
+                f" {printable(here[0].folder)}",
                 hint=hint,
                 machine=machine,
             )

@@ -63,7 +63,7 @@ async def _top(context: Context, name: str, *, discard: bool) -> str:
     machine = await blocking(context.store.machine, name)
     if machine.current is None:
         raise StateError(
-            f"machine {name} stands on no snapshot; nothing was changed",
+            f"machine {name} stands on no snapshot",
             hint=f"qmpsnap snapshot push {name} takes one to come back to",
             machine=name,
         )
@@ -71,7 +71,7 @@ async def _top(context: Context, name: str, *, discard: bool) -> str:
     if not (found.pushed or discard):
         raise StateError(
             f"push is not known to have made snapshot {found.name}, on which machine {name} stands: pop would delete"
-            " it, with all that was written since; nothing was changed",
+            " it, with all that was written since",
             hint=f"qmpsnap snapshot revert {name} {found.name} goes back and keeps both; --discard agrees to lose them",
             machine=name,
         )

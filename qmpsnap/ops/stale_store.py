@@ -60,7 +60,7 @@ async def _require_current(context: Context, machine: Machine) -> None:
     found = await blocking(sign, context, machine, chains)
     if found:
         raise StoreMismatch(
-            f"the store is an old copy for machine {machine.name}: {found}; nothing was changed",
+            f"the store is an old copy for machine {machine.name}: {found}",
             hint=f"put the newer store back, or qmpsnap check --rebuild --set-aside makes one from the images;"
             f" qmpsnap check {machine.name} tells more",
             machine=machine.name,
@@ -78,7 +78,7 @@ async def _require_none_lost(context: Context, machine: Machine) -> None:
         files = " ".join(f"{context.home.data / FOLDER}/{name}.json" for name in lost)
         raise StoreMismatch(
             f"the store does not know {names}, defined before, which may read layers of machine {machine.name}:"
-            " none can be merged or removed; nothing was changed",
+            " none can be merged or removed",
             hint="put the newer store back, or make one that knows it: qmpsnap check --rebuild --set-aside; take an"
             f" adopted machine over again: qmpsnap adopt; if its images are gone for good: rm {files}",
             machine=machine.name,

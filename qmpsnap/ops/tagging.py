@@ -63,7 +63,7 @@ async def require_held(qemu: Monitor) -> None:
         StateError: it has, in this very moment.
     """
     if await commands.run_state(qemu) == runstate.SUSPENDED:
-        raise StateError("the guest has suspended itself in this very moment; nothing was changed", hint="try again")
+        raise StateError("the guest has suspended itself in this very moment", hint="try again")
 
 
 async def keep_variables(planned: InternalPlan) -> None:

@@ -49,7 +49,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         OperationPending: an earlier operation cannot be ended now, nor given up.
     """
     if disks not in (None, *get_args(Fate)):
-        raise UsageError(f"images can be kept or removed, not {disks!r}; nothing was changed", hint="disks='keep'")
+        raise UsageError(f"images can be kept or removed, not {disks!r}", hint="disks='keep'")
     hopeless: list[tuple[Operation, QmpsnapError]] = []
 
     def give_up(operation: Operation, error: QmpsnapError) -> None:
@@ -88,7 +88,7 @@ async def require_possible(context: Context, work: Work, disks: Fate | None) -> 
     # An adopted machine is given back as it runs; only what it has open must stay.
     if work.qemu and not (work.machine.adopted and disks != "remove"):
         raise StateError(
-            f"machine {name} runs; nothing was changed",
+            f"machine {name} runs",
             hint=f"qmpsnap stop {name} first{', or undefine it with --keep-disks' if work.machine.adopted else ''}",
             machine=name,
         )
@@ -100,7 +100,7 @@ async def require_possible(context: Context, work: Work, disks: Fate | None) -> 
 
 def _given_up(operation: Operation, error: QmpsnapError, told_of: set[str]) -> str:
     """What became of it, with the files that nobody else will tell of."""
-    why = error.message.removesuffix("; nothing was changed")
+    why = error.message
     parts = [f"operation {operation.id} ({operation.verb}) was given up: {why}"]
     parts.append(f"it got as far as '{operation.step}', and what it has done stays as it is")
     if left := sorted(path for path in _named(operation.plan) - told_of if Path(path).exists()):
@@ -149,7 +149,7 @@ async def _refuse_loss(context: Context, name: str) -> None:
     if owned or snapshots:
         raise StateError(
             f"machine {name} has {len(snapshots)} snapshot(s) ({', '.join(snapshots) or 'none'}) and"
-            f" {len(owned)} image(s) of its own ({', '.join(owned)}); nothing was changed",
+            f" {len(owned)} image(s) of its own ({', '.join(owned)})",
             hint=f"qmpsnap undefine {name} --keep-disks leaves the images as files, --remove-disks deletes them",
             machine=name,
         )

@@ -93,8 +93,7 @@ async def held(qemu: Monitor, *, when: bool, machine: str) -> AsyncIterator[None
         ours = state in {"paused", runstate.SUSPENDED}  # an earlier QEMU does not stop a guest that sleeps
         if not ours:
             raise StateError(
-                f"the guest of machine {machine} was to be held for its UEFI variables, and is {state};"
-                " nothing was changed",
+                f"the guest of machine {machine} was to be held for its UEFI variables, and is {state}",
                 hint=runstate.remedy(state, machine) or f"qmpsnap show {machine} tells more",
                 machine=machine,
             )
@@ -126,7 +125,7 @@ def _content(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise HostCannot(f"the variable store {path} cannot be read: {error.strerror}; nothing was changed") from error
+        raise HostCannot(f"the variable store {path} cannot be read: {error.strerror}") from error
 
 
 def _read_alike(source: str, target: str) -> bool:

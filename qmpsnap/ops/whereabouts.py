@@ -67,7 +67,7 @@ def require_here(home: Home, store: Store, host: str) -> None:
         StoreMismatch: they do; nothing was changed.
     """
     if old := recorded_elsewhere(home, store, host):
-        raise StoreMismatch(f"{sentence(home, old)}; nothing was changed", hint=REMEDY)
+        raise StoreMismatch(sentence(home, old), hint=REMEDY)
 
 
 REMEDY = "qmpsnap relocate lets it go on where it is"

@@ -152,9 +152,9 @@ async def require_settled(context: Context, name: str) -> None:
         return
     what = f"operation {pending[0].id} ({pending[0].verb}) of machine {name} is open"
     if owner := await blocking(lock.holder, context.home.lock(name)):
-        raise LockHeld(f"{what}, {owner} is at it; nothing was changed", hint="wait until it has ended", machine=name)
+        raise LockHeld(f"{what}, {owner} is at it", hint="wait until it has ended", machine=name)
     raise OperationPending(
-        f"{what} and would be ended first; nothing was changed",
+        f"{what} and would be ended first",
         hint=f"qmpsnap recover {name}, then the dry run again",
         machine=name,
         operation=str(pending[0].id),

@@ -52,7 +52,6 @@ class JobStuck(HostCannot):
         else:
             self.message = f"job {self._job} failed: {self._what}"
             self.hint = "put that right, then try again"
-        self.args = (self.message,)
         self.machine = machine
 
 

@@ -159,7 +159,7 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
             client, endpoint, peer = await _greeted(path, machine)
     except TimeoutError as error:
         raise DeadlinePassed(
-            f"the monitor of machine {machine} did not greet within {deadline:g} s; nothing was changed",
+            f"the monitor of machine {machine} did not greet within {deadline:g} s",
             hint=f"another command works on it (qmpsnap check {machine} tells which), another client holds its monitor,"
             " or QEMU hangs or was stopped by a signal",
             machine=machine,
@@ -168,7 +168,7 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
     # greeting, and what ends its reader comes out as it is (a line too long, bytes that are no text, JSON too deep).
     except Exception as error:
         raise QemuGone(
-            f"nobody answers on the monitor of machine {machine}; nothing was changed",
+            f"nobody answers on the monitor of machine {machine}",
             hint=f"qmpsnap start {machine}",
             machine=machine,
         ) from error

@@ -136,7 +136,7 @@ class Database:
         except OSError as error:
             raise HostCannot(
                 f"the store {self._path} has changes that may not have reached the disk, and they cannot be written"
-                f" out: {error}; nothing was recorded",
+                f" out: {error}",
                 hint=unwritable.reason(self._path.parent, error).remedy,
             ) from error
         self._inherited = False
@@ -189,12 +189,12 @@ class Database:
             if "Could not decode" in str(error):  # bytes that are no text, where only text is
                 raise self._damaged(error) from error
             raise HostCannot(
-                f"the store {self._path} refused a change: {error}; nothing was recorded",
+                f"the store {self._path} refused a change: {error}",
                 hint=unwritable.reason(self._path.parent, error).remedy,
             ) from error
         except sqlite3.IntegrityError as error:
             raise StoreMismatch(
-                f"the store {self._path} holds something that this change contradicts: {error}; nothing was recorded",
+                f"the store {self._path} holds something that this change contradicts: {error}",
                 hint="another command may have recorded the same a moment ago: try again",
             ) from error
         except sqlite3.DatabaseError as error:
@@ -202,7 +202,7 @@ class Database:
 
     def _damaged(self, error: sqlite3.Error) -> StoreMismatch:
         return StoreMismatch(
-            f"the store {self._path} is damaged: {error}; nothing was recorded",
+            f"the store {self._path} is damaged: {error}",
             hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
         )
 

@@ -32,7 +32,7 @@ def open_operation(
     """
     if pending := select(connection, machine, only_open=True):
         raise OperationPending(
-            f"operation {pending[0].id} ({pending[0].verb}) on machine {machine} has not ended; nothing was changed",
+            f"operation {pending[0].id} ({pending[0].verb}) on machine {machine} has not ended",
             hint=f"qmpsnap recover {machine}",
             machine=machine,
             operation=str(pending[0].id),
@@ -98,9 +98,9 @@ def mark(
             steps.require_known(verb, step)
     found = connection.execute("SELECT state FROM operation WHERE id = ?", (operation,)).fetchone()
     if found is None:
-        raise NotFoundError(f"there is no operation {operation}; nothing was recorded")
+        raise NotFoundError(f"there is no operation {operation}")
     if found[0] not in OPEN_STATES:
-        raise StateError(f"operation {operation} has ended already ({found[0]}); nothing was recorded")
+        raise StateError(f"operation {operation} has ended already ({found[0]})")
     connection.execute(
         "UPDATE operation SET state = ?, step = coalesce(?, step), error = coalesce(?, error), updated = ?,"
         " version = version + 1 WHERE id = ?",

@@ -50,7 +50,7 @@ def _acquire(path: Path, machine: str) -> int:
         except OSError as error:
             what, remedy = unwritable.reason(path.parent, error)
             raise HostCannot(
-                f"the lock {path} of machine {machine} cannot be opened: {what}; nothing was changed",
+                f"the lock {path} of machine {machine} cannot be opened: {what}",
                 hint=remedy,
                 machine=machine,
             ) from error
@@ -60,7 +60,7 @@ def _acquire(path: Path, machine: str) -> int:
             owner = _describe(descriptor)
             os.close(descriptor)
             raise LockHeld(
-                f"machine {machine} is being worked on by {owner}; nothing was changed",
+                f"machine {machine} is being worked on by {owner}",
                 hint="try again once it has ended; Ctrl-C there, or kill -INT of its process, cancels it",
                 machine=machine,
             ) from None
@@ -92,7 +92,7 @@ def _require_plain(descriptor: int, path: Path, machine: str) -> None:
         return
     os.close(descriptor)
     raise HostCannot(
-        f"the lock {path} of machine {machine} is no plain file of its own; nothing was changed",
+        f"the lock {path} of machine {machine} is no plain file of its own",
         hint=f"remove it: {path}",
         machine=machine,
     )

@@ -115,7 +115,7 @@ class Records:
             names = self._names()
         except OSError as error:
             raise HostCannot(
-                f"{self._folder} cannot be read: {error.strerror}; nothing was changed",
+                f"{self._folder} cannot be read: {error.strerror}",
                 hint="give this user the right to read it and what is in it",
             ) from error
         found = (self._read(self._folder / name) for name in names)
@@ -181,6 +181,4 @@ def _translated(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what, remedy = unwritable.reason(folder, error)
-        raise HostCannot(
-            f"{error.filename or folder} cannot be written: {what}; nothing was recorded", hint=remedy
-        ) from error
+        raise HostCannot(f"{error.filename or folder} cannot be written: {what}", hint=remedy) from error

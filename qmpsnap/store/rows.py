@@ -53,7 +53,7 @@ def insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
             ),
         )  # fmt: skip
     except sqlite3.IntegrityError as error:
-        raise NameTaken(f"machine {machine.name} exists already; nothing was changed", machine=machine.name) from error
+        raise NameTaken(f"machine {machine.name} exists already", machine=machine.name) from error
     if machine.process:  # an adopted one comes with its QEMU
         put_process(sql, machine_id(sql, machine.name), machine.process)
 
@@ -88,7 +88,7 @@ def rename_snapshot(sql: sqlite3.Connection, machine: int, old: str, new: str) -
     try:
         sql.execute("UPDATE snapshot SET name = ?, version = version + 1 WHERE id = ?", (new, number))
     except sqlite3.IntegrityError as error:
-        raise NameTaken(f"there is a snapshot {new} already; nothing was changed") from error
+        raise NameTaken(f"there is a snapshot {new} already") from error
 
 
 def remove_snapshot(sql: sqlite3.Connection, machine: int, name: str) -> None:

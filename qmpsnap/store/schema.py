@@ -186,7 +186,7 @@ def _cannot(path: Path, error: OSError | sqlite3.OperationalError) -> HostCannot
         hint = "another command works with it: try again" if busy else ""
         return HostCannot(f"the store {path} cannot be used: {error}", hint=hint)
     what, remedy = unwritable.reason(path.parent, error)
-    return HostCannot(f"the store {path} cannot be written: {what}; nothing was changed", hint=remedy)
+    return HostCannot(f"the store {path} cannot be written: {what}", hint=remedy)
 
 
 def _keeps_from_writing(error: BaseException | None) -> bool:
@@ -236,12 +236,12 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path, known: int) -> N
     found = _version(connection)
     if found == 0 and connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
         raise StoreMismatch(
-            f"{path} is a database of another program, not a store; nothing was changed",
+            f"{path} is a database of another program, not a store",
             hint="move it away, or set QMPSNAP_HOME to another folder",
         )
     if found > known:
         raise StoreTooNew(
-            f"the store {path} has schema {found}, this qmpsnap knows {known}; nothing was changed",
+            f"the store {path} has schema {found}, this qmpsnap knows {known}",
             hint="use the qmpsnap that wrote it, or a newer one",
         )
 

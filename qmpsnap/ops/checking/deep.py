@@ -88,6 +88,6 @@ def _digest(state: Vmstate) -> tuple[str, str] | None:
         with statefile.verified(state):
             return None
     except StoreMismatch as error:
-        return "state-file-damaged", error.message.removesuffix("; nothing was loaded")
+        return "state-file-damaged", error.message
     except HostCannot as error:
         return "state-file-unread", error.message

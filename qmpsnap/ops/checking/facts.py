@@ -381,7 +381,7 @@ def _state(recorded: Vmstate) -> tuple[str, str] | None:
     except HostCannot as error:
         return "state-file-missing", error.message
     except StoreMismatch as error:
-        return "state-file-damaged", error.message.removesuffix("; nothing was loaded")
+        return "state-file-damaged", error.message
     if not same_file(recorded, state):
         return "state-file-replaced", f"{path} is another file than the one recorded"
     if state.digest != recorded.digest:

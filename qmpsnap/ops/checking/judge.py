@@ -83,7 +83,7 @@ def _layers(at: Facts) -> Iterator[Finding]:
     for identity, found in at.headers.items():
         layer = layers[identity]
         if isinstance(found, str):
-            yield _finding(at, "layer-missing", found.removesuffix("; nothing was changed"), layer=layer)
+            yield _finding(at, "layer-missing", found, layer=layer)
             continue
         if not same_file(layer, found):
             yield _finding(at, "layer-replaced", f"{layer.path} is another file than the one recorded", layer=layer)
@@ -181,7 +181,7 @@ def _qemu(at: Facts) -> Iterator[Finding]:
     asked = at.asked
     if asked is None:
         if at.silent:
-            yield _finding(at, "monitor-silent", at.silent.removesuffix("; nothing was changed"))
+            yield _finding(at, "monitor-silent", at.silent)
         return
     for chain in at.record.chains:
         disk = asked.disks.get(chain.disk)

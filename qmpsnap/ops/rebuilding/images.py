@@ -149,7 +149,7 @@ class Finder:
             return []
         except OSError as error:
             raise HostCannot(
-                f"{folder} cannot be read: {error.strerror}; nothing was changed",
+                f"{folder} cannot be read: {error.strerror}",
                 hint="give this user the right to read it and what is in it",
                 machine=machine.name,
             ) from error
@@ -218,7 +218,7 @@ class Finder:
             tags = tagtable.names(layer) or frozenset()
             written = os.stat(path).st_mtime  # noqa: PTH116 - a string of somebody's header
         except (ImageRefused, HostCannot) as error:
-            self.problems.append(error.message.removesuffix("; nothing was changed"))
+            self.problems.append(error.message)
             return None
         except OSError as error:
             self.problems.append(f"{header.printable(path)}: {error.strerror}")
