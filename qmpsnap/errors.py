@@ -23,8 +23,9 @@
      ├── Interrupted              130  by Ctrl-C, at the command line only
      └── QmpError                   1  QEMU refused a command (carries QEMU's class)
 
-``message`` says what failed, ``effect`` whether anything changed (``none``, ``applied`` or ``unknown``), ``left`` what is
-otherwise now, and ``hint`` what to type next. No message speaks of the effect: ``str(error)`` adds it, as it is then.
+``message`` says what failed, ``effect`` whether anything changed (``none``, ``applied`` or ``unknown``), ``left`` what
+is otherwise now, and ``hint`` what to type next. No message speaks of the effect: ``str(error)`` adds it, but for the
+two families that say of themselves that nothing was begun, usage and not found.
 """
 
 from typing import ClassVar, Literal
@@ -47,6 +48,7 @@ class QmpsnapError(Exception):
 
     exit_code: ClassVar[int] = 1
     code: ClassVar[str] = "error"
+    _untouched: ClassVar[str] = "nothing was changed"
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class QmpsnapError(Exception):
 
     def __str__(self) -> str:
         """What failed and what has come of it, in one sentence."""
-        said = {"none": "nothing was changed", "applied": self.left, "unknown": ""}[self.effect]
+        said = {"none": self._untouched, "applied": self.left, "unknown": ""}[self.effect]
         return f"{self.message}; {said}" if said else self.message
 
     def claim(self, effect: Effect, left: str = "") -> None:
@@ -110,6 +112,7 @@ class UsageError(QmpsnapError):
 
     exit_code = 2
     code = "usage"
+    _untouched = ""
 
 
 class NameRefused(UsageError):
@@ -135,6 +138,7 @@ class NotFoundError(QmpsnapError):
 
     exit_code = 3
     code = "not-found"
+    _untouched = ""
 
 
 class StateError(QmpsnapError):

@@ -388,6 +388,6 @@ def _translated(path: str, outcome: str = "was not created", *, effect: Effect =
 def _no_space(path: str) -> HostCannot:
     folder = printable(str(Path(path).parent))
     return HostCannot(
-        f"no space left for {printable(path)}; it was not created and {_UNCHANGED}",
+        f"no space left for {printable(path)}; it was not created",
         hint=f"free some space in {folder} (df -h {folder})",
     )

@@ -256,7 +256,7 @@ def _claims_what_is_true(error: QmpsnapError, before: dict[str, Any], now: dict[
     changed = _differs(before, now)
     match error.effect:
         case "none":
-            assert not changed, f"it says that nothing was changed ({error.message}): {changed}"
+            assert not changed, f"it says that nothing was changed ({error}): {changed}"
         case "applied":
             assert changed, f"it says that something was changed: {error.message}"
 

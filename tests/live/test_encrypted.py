@@ -231,7 +231,7 @@ async def test_a_wrong_key_changes_nothing(q: qmpsnap.Controller, spec: MachineS
     image = (await vm.chains())[0].active.path
     await vm.undefine(disks="keep")
     plain = replace(spec, disks=(DiskSpec(name="vda", image=image),))
-    with pytest.raises(ImageRefused, match="is encrypted; nothing was created"):
+    with pytest.raises(ImageRefused, match="is encrypted"):
         await q.define(plain)
     sealed = replace(spec, disks=(replace(spec.disks[0], size=None, image=image),))
     keep(secret, OTHER)

@@ -122,7 +122,7 @@ async def test_a_guest_does_not_start_on_what_others_read(q: qmpsnap.Controller)
     active = layers_of(vm)[-1]
     reader = Layer(id=LayerId("vda-99"), path="/i/99", format="qcow2", backing=active.id, virtual_size=MIB)
     context_of(vm).store.apply(vm.name, Change(layers=(reader,)))
-    with pytest.raises(StateError, match="which is read by layer vda-99; nothing was started"):
+    with pytest.raises(StateError, match="which is read by layer vda-99; nothing was changed"):
         await vm.start(paused=True)
     context_of(vm).store.apply(vm.name, Change(removed_layers=(reader.id,)))
     await vm.start(paused=True)

@@ -145,7 +145,7 @@ async def test_a_store_without_room_refuses_before_anything_begins(
             await refused
         assert (full.value.exit_code, full.value.effect) == (9, "none")
     monkeypatch.setattr(space, "require", lambda *_, **__: None)  # it was free a moment ago
-    with pytest.raises(HostCannot, match="nothing was recorded"):
+    with pytest.raises(HostCannot, match="nothing was changed"):
         await _snapshots_without_end(vm)
     filler.unlink()
     await vm.recover()

@@ -185,7 +185,7 @@ def test_a_log_that_is_a_link_is_not_written_through(
 
 def test_a_log_that_cannot_be_made_is_the_hosts_fault(tmp_path: Path) -> None:
     (tmp_path / processes.LOG).mkdir()
-    with pytest.raises(HostCannot, match="nothing was started"):
+    with pytest.raises(HostCannot, match="nothing was changed"):
         spawn(SLEEP, tmp_path)
 
 

@@ -392,7 +392,7 @@ def test_on_a_full_disk_a_change_is_refused_and_nothing_recorded(
         pending = opened(store)
         before = everything(store)
         fill(store)
-        with pytest.raises(HostCannot, match="full; nothing was recorded") as caught:
+        with pytest.raises(HostCannot, match="full; nothing was changed") as caught:
             attempt(store, pending.id)
         assert (caught.value.exit_code, caught.value.effect) == (9, "none")
         assert everything(store) == before

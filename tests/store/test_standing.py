@@ -62,7 +62,7 @@ with opened() as store, opened():  # beside another that keeps the frames where 
         store.skip_to(OperationId(40))
         print("done", store.next_serial())
     except HostCannot as error:
-        print(error.effect, "nothing was recorded" in error.message, store.next_serial())
+        print(error.effect, "nothing was changed" in str(error), store.next_serial())
 """)
     assert said in {"done 40", "none True 1"}
     assert _serial(tmp_path) == int(said.split()[-1])
@@ -134,7 +134,7 @@ with opened() as store:
     try:
         store.require_writable()
     except HostCannot as error:
-        print(error.effect, "nothing was recorded" in error.message, store.next_serial(), flush=True)
+        print(error.effect, "nothing was changed" in str(error), store.next_serial(), flush=True)
     os._exit(0)
 """)
     assert said == "none True 40"  # reading needs no such thing
