@@ -239,9 +239,11 @@ def delete(world: World, name: str, *names: str, metadata: bool = False) -> tupl
         return ()
     at = world.situation(name)
     reductions = rules.reduce(at, candidates)
-    for reduction in reductions:
+    for reduction in reductions:  # each is judged where those before it have been done: a way may be free by then
         check_cheapest(world, name, at, reduction)
-    run_steps(world, name, [step for reduction in reductions for step in reduction.steps])
+        run_steps(world, name, reduction.steps)
+        for step in reduction.steps:
+            at = at.after(step.change)
     check_kept(world, name, candidates)
     return reductions
 
