@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from importlib import import_module
 
+import hypothesis
 import psutil
 import pytest
 
@@ -16,8 +17,16 @@ ROOM = 6 << 30
 """Bytes that must be free there and in all; three at once take up less than 2 GiB."""
 
 
+RANDOM = "QMPSNAP_RANDOM"
+"""Set, hypothesis tries new examples; else the same ones each time, so that no change fails by what it did not do."""
+
 SHARED = "QMPSNAP_TESTS_SHARED"
 """Names a folder that all workers of one session share, for what is made once."""
+
+
+hypothesis.settings.register_profile("same", derandomize=True, print_blob=True)
+if RANDOM not in os.environ:
+    hypothesis.settings.load_profile("same")
 
 
 def pytest_configure(config: pytest.Config) -> None:
