@@ -110,17 +110,23 @@ def uses(plan: Plan, forest: Forest) -> Uses:
             return Uses()  # tags inside active layers, which only their own machine reads
 
 
-def rewritten(plan: Plan) -> frozenset[LayerId]:
-    """The layers that are there and whose files a plan may write to, even if it is only their header."""
+def opened(plan: Plan) -> frozenset[LayerId]:
+    """The layers that a plan opens for writing before its first job starts, and those inside which it removes tags."""
     if not isinstance(plan, MergePlan):
         return frozenset()
     found: set[LayerId] = set()
     for step in plan.steps:
-        if isinstance(step, Merge):
-            found |= {layer.id for layer in (*step.chain, *step.rebased, step.into, *step.removed)}
-        else:
-            found |= {layer for _, layer, _ in step.tags}
+        found |= {step.root} if isinstance(step, Merge) else {layer for _, layer, _ in step.tags}
     return frozenset(found)
+
+
+def rewritten(step: Merge) -> tuple[Layer, ...]:
+    """The layers whose files a job and its end write to, even if it is only their header.
+
+    Those below what is merged are only read: should they change meanwhile, somebody else has written to them.
+    """
+    above = [layer for layer in step.chain if layer.backing == step.top.id]  # its backing is replaced
+    return (step.into, *above, *step.rebased, *step.removed)
 
 
 def _define(plan: DefinePlan, forest: Forest) -> Uses:

@@ -5,6 +5,7 @@ holds. No lock tells of it once that QEMU has ended; the file's time and size do
 """
 
 import contextlib
+from collections.abc import Iterable
 from typing import NoReturn
 
 from msgspec.structs import replace
@@ -85,6 +86,22 @@ def notice(store: Store, machine: str) -> None:
         store.apply(machine, Change(snapshots=(*marked, *right)))
     if marked:
         _tell(machine, [layers[key] for key in sorted(changed)], marked)
+
+
+def require_unwritten(store: Store, layers: Iterable[Layer], machine: str) -> None:
+    """Refuse to go on where something has written to one of these since the operation began: the last look for it.
+
+    Raises:
+        StoreMismatch: something has; the next verb marks the snapshots that read it.
+    """
+    found = {layer.id: layer for layer in layers}
+    if changed := images.changed(found.values(), store.frozen.stamps()):
+        raise StoreMismatch(
+            f"{', '.join(found[key].path for key in changed)} of machine {machine} was written to meanwhile, by"
+            " somebody else",
+            hint="start the machine on its active images from now on (qmpsnap chain shows them); do it again to go on",
+            machine=machine,
+        )
 
 
 def _tell(machine: str, layers: list[Layer], marked: list[Snapshot]) -> NoReturn:

@@ -21,13 +21,13 @@ from qmpsnap.block.image import remove
 from qmpsnap.block.place import require_folder
 from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
 from qmpsnap.machine.opened import require_recorded
-from qmpsnap.model import steps
+from qmpsnap.model import sharing, steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Merge, MergePlan, Operation, Removal
-from qmpsnap.ops import finalize, keys, tagging
+from qmpsnap.ops import finalize, frozen, keys, tagging
 from qmpsnap.ops.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
@@ -103,8 +103,11 @@ async def run(
 async def _start(job: MergeJob, monitor: Monitor) -> None:
     command = start_command(job.id, job.step, root=await root_of(monitor, job.step))
     await _require_recorded(job)
+    written = sharing.rewritten(job.step)
+    await blocking(frozen.require_unwritten, job.context.store, written, job.machine.name)
     words = steps.of_job(job.number, steps.STARTED, state=await to_end(state_of, job.step.into.path))
-    await blocking(lambda: job.context.store.mark(job.operation, "running", step=words))
+    ids = [layer.id for layer in written]
+    await blocking(lambda: job.context.store.mark(job.operation, "running", step=words, writes=ids))
     await _require_recorded(job)  # the disk may have been slow
     await monitor.execute(*command)
 

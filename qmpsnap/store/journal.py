@@ -12,7 +12,7 @@ import msgspec
 
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
 from qmpsnap.model import outcome, sharing, steps
-from qmpsnap.model.names import OperationId
+from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
 from qmpsnap.model.outcome import Recorded
 from qmpsnap.store import frozen, recorded
@@ -64,7 +64,7 @@ def open_operation(
             before,
         ),
     )
-    frozen.drop(connection, sharing.rewritten(plan))
+    frozen.drop(connection, sharing.opened(plan))
     return operation
 
 
@@ -85,8 +85,9 @@ def mark(
     *,
     step: str | None = None,
     error: str | None = None,
+    writes: Iterable[LayerId] = (),
 ) -> None:
-    """Record an open operation's state, and its step and error where given.
+    """Record an open operation's state, its step and error where given, and the frozen layers it begins to write to.
 
     Raises:
         NotFoundError: there is no such operation.
@@ -106,6 +107,7 @@ def mark(
         " version = version + 1 WHERE id = ?",
         (state, step, error, time.time(), operation),
     )
+    frozen.drop(connection, writes)
     if state not in OPEN_STATES:
         _record_outcome(connection, operation, settled=state == "settled")
 

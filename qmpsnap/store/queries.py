@@ -33,3 +33,10 @@ USED = (
 """Every layer that they read."""
 ELSEWHERE = "SELECT 1 FROM machine WHERE host <> ? LIMIT 1"
 """Whether another host has machines here."""
+
+WRITERS = "SELECT machine.name, disk.name, disk.active FROM disk JOIN machine ON machine.id = disk.machine"
+
+REFERENCES = """
+SELECT machine.name, snapshot.name, point.disk, point.layer, point.tag FROM point
+JOIN snapshot ON snapshot.id = point.snapshot JOIN machine ON machine.id = snapshot.machine
+ORDER BY snapshot.id, point.position"""

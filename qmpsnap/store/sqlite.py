@@ -2,7 +2,7 @@
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -137,18 +137,10 @@ class SqliteStore:
 
     def _forest(self, sql: sqlite3.Connection) -> Forest:
         layers = [self._layer(row) for row in sql.execute(f"SELECT {queries.LAYER} FROM layer ORDER BY rowid")]
-        writers = sql.execute(
-            "SELECT machine.name, disk.name, disk.active FROM disk JOIN machine ON machine.id = disk.machine"
-        ).fetchall()
-        references = sql.execute(
-            "SELECT machine.name, snapshot.name, point.disk, point.layer, point.tag FROM point"
-            " JOIN snapshot ON snapshot.id = point.snapshot JOIN machine ON machine.id = snapshot.machine"
-            " ORDER BY snapshot.id, point.position"
-        ).fetchall()
         return Forest(
             {layer.id: layer for layer in layers},
-            tuple(Writer(*row) for row in writers),
-            tuple(Reference(*row) for row in references),
+            tuple(Writer(*row) for row in sql.execute(queries.WRITERS)),
+            tuple(Reference(*row) for row in sql.execute(queries.REFERENCES)),
         )
 
     def set_process(self, machine: str, process: Process | None) -> None:
@@ -177,10 +169,16 @@ class SqliteStore:
             return operation
 
     def mark(
-        self, operation: OperationId, state: OperationState, *, step: str | None = None, error: str | None = None
+        self,
+        operation: OperationId,
+        state: OperationState,
+        *,
+        step: str | None = None,
+        error: str | None = None,
+        writes: Iterable[LayerId] = (),
     ) -> None:
         with self._database.writing() as sql:
-            journal.mark(sql, operation, state, step=step, error=error)
+            journal.mark(sql, operation, state, step=step, error=error, writes=writes)
 
     def settle(
         self,

@@ -4,7 +4,7 @@
 is one transaction and may block for an fsync: async callers go through a worker thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from qmpsnap.model.chain import Chain, Layer
@@ -81,9 +81,18 @@ class Store(Protocol):
         """
 
     def mark(
-        self, operation: OperationId, state: OperationState, *, step: str | None = None, error: str | None = None
+        self,
+        operation: OperationId,
+        state: OperationState,
+        *,
+        step: str | None = None,
+        error: str | None = None,
+        writes: Iterable[LayerId] = (),
     ) -> None:
-        """Make an operation's progress durable; ``step`` is one that :mod:`qmpsnap.model.steps` knows."""
+        """Make an operation's progress durable; ``step`` is one that :mod:`qmpsnap.model.steps` knows.
+
+        From then on it writes to the layers ``writes``: what is recorded of them as frozen is forgotten with it.
+        """
 
     def settle(
         self,
