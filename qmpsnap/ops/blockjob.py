@@ -52,6 +52,13 @@ class BlockJob(Struct, frozen=True, kw_only=True):
         """Whether the guest writes to another layer once it has taken effect."""
         raise NotImplementedError
 
+    async def require_files(self) -> None:
+        """Refuse where a name leads to another file: QEMU opens what it writes to anew, by its name.
+
+        Raises:
+            StoreMismatch: one does.
+        """
+
     async def take_back(self, monitor: Monitor) -> None:
         """Make QEMU's chain what it was, of a job that failed when it was finalized.
 

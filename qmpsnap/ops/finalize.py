@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 import anyio
 from msgspec import Struct
 
-from qmpsnap.errors import DeadlinePassed, OperationPending, QemuGone, QmpError, QmpsnapError
+from qmpsnap.errors import DeadlinePassed, OperationPending, QemuGone, QmpError, QmpsnapError, StoreMismatch
 from qmpsnap.model import steps
 from qmpsnap.ops.blockjob import BlockJob
 from qmpsnap.ops.context import guarded
@@ -130,11 +130,20 @@ async def make_true(
 
     Raises:
         NotFinalized: the job failed; nothing of it has taken effect.
+        StoreMismatch: a name leads to another file, so that it was not finalized.
         OperationPending: it failed, and it is not certain that nothing has.
     """
     hold.known = False
+    info = await jobs.find(monitor, job.id)
+    if info and info.status == "pending":
+        try:
+            await job.require_files()
+        except StoreMismatch:
+            await job.mark(steps.STARTED, running=running)
+            hold.known = True
+            raise
     try:
-        if info := await jobs.find(monitor, job.id):
+        if info:
             # Concluded may be failed, too: an earlier process may have heard of it, or died before.
             await (jobs.finalize(monitor, job.id) if info.status == "pending" else _concluded(job, monitor))
     except QmpError as error:

@@ -52,6 +52,10 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
         """Whether it is a commit of the active layer."""
         return self.step.kind == "commit" and self.step.top.id == self.step.chain[-1].id
 
+    async def require_files(self) -> None:
+        """As there, of the whole chain."""
+        await to_end(functools.partial(require_recorded, self.step.chain, machine=self.machine.name))
+
     async def take_back(self, monitor: Monitor) -> None:
         """Give the layer whose header could not be written its old backing again, which reads the same."""
         step = self.step
@@ -102,19 +106,14 @@ async def run(
 
 async def _start(job: MergeJob, monitor: Monitor) -> None:
     command = start_command(job.id, job.step, root=await root_of(monitor, job.step))
-    await _require_recorded(job)
+    await job.require_files()
     written = sharing.rewritten(job.step)
     await blocking(frozen.require_unwritten, job.context.store, written, job.machine.name)
     words = steps.of_job(job.number, steps.STARTED, state=await to_end(state_of, job.step.into.path))
     ids = [layer.id for layer in written]
     await blocking(lambda: job.context.store.mark(job.operation, "running", step=words, writes=ids))
-    await _require_recorded(job)  # the disk may have been slow
+    await job.require_files()  # the disk may have been slow
     await monitor.execute(*command)
-
-
-async def _require_recorded(job: MergeJob) -> None:
-    """Refuse where a name leads to another file: QEMU opens the one that it is to write to anew, by its name."""
-    await to_end(functools.partial(require_recorded, job.step.chain, machine=job.machine.name))
 
 
 def state_of(path: str) -> tuple[int, ...]:
@@ -145,7 +144,7 @@ async def _go_over(job: MergeJob, monitor: Monitor, info: JobInfo) -> JobInfo:
     await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
     # Past this point there is only forward, and it takes milliseconds.
     with finalize.in_time(job, shield=True):
-        await _require_recorded(job)
+        await job.require_files()
         await require_flushed(monitor, job.machine, job.step)
         await finalize.go_over(job, monitor, settle=lambda: settle(job, monitor))
         await jobs.dismiss(monitor, job.id)
