@@ -53,6 +53,23 @@ async def require_backing(layer: Layer, backing: Layer | None) -> None:
     await to_end(_require_backing, layer, backing)
 
 
+def require_size(layer: Layer, found: Header | None = None) -> None:
+    """Make sure that the image of a layer, whose header may have been ``found`` already, has its recorded size.
+
+    Raises:
+        StoreMismatch: it has another.
+        ImageRefused, HostCannot: as :func:`header.read`.
+    """
+    found = found or header.read(layer.path, format=layer.format, block_device=True)
+    if found.virtual_size != layer.virtual_size:
+        raise StoreMismatch(
+            f"{printable(layer.path)} has {found.virtual_size} bytes for the guest, and {layer.virtual_size} are"
+            " recorded: it was resized behind qmpsnap",
+            hint="a disk that has grown: qmpsnap check VM --repair records the new size; else set"
+            f" {layer.virtual_size} bytes again (block_resize, or qemu-img resize of a stopped machine)",
+        )
+
+
 def durable_size(layer: Layer) -> int:
     """Bytes for the guest by the file of ``layer``, which a QEMU may have open, once they are on the disk.
 

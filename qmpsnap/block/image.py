@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from qmpsnap import identity
 from qmpsnap.block import encrypted, header
+from qmpsnap.block.backing import require_size
 from qmpsnap.block.header import Header, printable
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.identity import FileId
@@ -330,14 +331,8 @@ def _check_backing(backing: Layer, encrypted: bool) -> None:  # noqa: FBT001
             f"{printable(backing.path)} {states[0]}, and its disk {states[1]} by its spec",
             hint="'encryption' in the spec of a disk is for all its layers; an adopted machine has no such spec",
         )
-    if found.virtual_size != backing.virtual_size:
-        # An overlay of the recorded size would cut, or lengthen, the disk that the guest sees.
-        raise StoreMismatch(
-            f"{printable(backing.path)} has {found.virtual_size} bytes for the guest, and {backing.virtual_size} are"
-            f" recorded: it was resized behind qmpsnap",
-            hint="a disk that has grown: qmpsnap check VM --repair records the new size; else set"
-            f" {backing.virtual_size} bytes again (block_resize, or qemu-img resize of a stopped machine)",
-        )
+    # An overlay of the recorded size would cut, or lengthen, the disk that the guest sees.
+    require_size(backing, found)
 
 
 def _remove(path: str, recorded: FileId) -> bool:

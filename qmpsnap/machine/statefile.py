@@ -6,6 +6,7 @@ read and compared first. While it is written a file has another name (``*.part``
 The end of a file: manifest as JSON, its SHA-256 (32 bytes), its length (8, little-endian), :data:`MAGIC` (16).
 """
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -18,13 +19,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
-from msgspec import Struct
 
 from qmpsnap import identity
 from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
-from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
+from qmpsnap.model.names import OperationId
+from qmpsnap.model.vmstate import Manifest, Vmstate
 
 MAGIC = b"qmpsnap vmstate\n"
 MANIFEST_LIMIT = 1 << 20
@@ -33,8 +33,10 @@ MANIFEST_LIMIT = 1 << 20
 FALLOC_FL_KEEP_SIZE = 1
 """Of fallocate(2), which Python has only without flags."""
 
+STREAM_MAGIC = b"QEVM"
+"""The first bytes of what QEMU writes."""
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-"""The first bytes of a compressed stream; QEMU's own begins with its magic, ``QEVM``."""
+"""The first bytes of a compressed stream."""
 
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 """What link(2) says where there are none: FAT, many a network's or user's file system."""
@@ -43,31 +45,6 @@ _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
 _CHUNK = 1 << 20
 _TAIL = 32 + 8 + len(MAGIC)
-
-
-class Manifest(Struct, frozen=True, kw_only=True):
-    """What a state file says of itself; enough to make its row in the store again.
-
-    Attributes:
-        operation: the one that wrote it.
-        snapshot: name of the snapshot as it was then.
-        created: seconds since the epoch, UTC.
-        points: disk to the layer that it stood at then; merges may have moved that content since.
-        bytes: of the stream, as in :class:`Vmstate`, which the other fields are, too.
-    """
-
-    operation: OperationId
-    snapshot: str
-    created: float
-    bytes: int
-    digest: str
-    mode: SaveMode
-    layout: Layout
-    compression: Compression
-    hardware: Hardware
-    steps_ms: dict[str, float] = {}
-    points: dict[str, LayerId] = {}
-    frozen: bool = False
 
 
 def part(path: str, operation: OperationId) -> str:
@@ -129,12 +106,14 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
             _compress(written)
         with _opened(written, os.O_RDWR) as descriptor:
             require_own(descriptor, written, path)
+            if not _begins_ours(descriptor):
+                raise StoreMismatch(f"{written} was replaced by another file; it was not touched")
             if not _is_sealed(descriptor, written, manifest.operation):
                 _seal(descriptor, manifest)
             os.ftruncate(descriptor, os.fstat(descriptor).st_size)  # lets go of the room it did not need
             os.fsync(descriptor)
             _name(descriptor, written, path)
-        Path(written).unlink(missing_ok=True)
+            _unlink(descriptor, written)
     return find(path)[0]
 
 
@@ -207,10 +186,25 @@ def _rename(source: str, target: str) -> None:
 
 
 def discard(written: str) -> None:
-    """Remove an unfinished file; fine when it is not there."""
-    with _translated(written):
-        for path in (written, _packed(written)):
-            Path(path).unlink(missing_ok=True)
+    """Remove an unfinished file; fine when it is not there. Somebody else's file in its place stays."""
+    for path in (written, _packed(written)):
+        if Path(path).is_symlink() or not Path(path).is_file():
+            continue
+        with contextlib.suppress(StoreMismatch), _opened(path) as descriptor:
+            if not os.fstat(descriptor).st_size or _begins_ours(descriptor):
+                _unlink(descriptor, path)
+
+
+def _begins_ours(descriptor: int) -> bool:
+    """Whether it begins as QEMU's stream does, or one that we have packed; QEMU may write pages before that."""
+    return os.pread(descriptor, 4, 0) in (STREAM_MAGIC, ZSTD_MAGIC, bytes(4))
+
+
+def _unlink(descriptor: int, path: str) -> None:
+    """Take a name away from the open file, unless it is another's by now."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+            Path(path).unlink()
 
 
 def find(path: str) -> tuple[Vmstate, Manifest]:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qmpsnap.model.names import LayerId
+from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.spec import MachineSpec
 
 SaveMode = Literal["background", "stopped"]
@@ -144,3 +144,28 @@ def differences(saved: Hardware, now: Hardware) -> tuple[str, ...]:
 def version_of(text: str) -> tuple[int, ...]:
     """QEMU's version as numbers that compare: ``10.0.13`` as (10, 0, 13)."""
     return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
+    """What a state file says of itself; enough to make its row in the store again.
+
+    Attributes:
+        operation: the one that wrote it.
+        snapshot: name of the snapshot as it was then.
+        created: seconds since the epoch, UTC.
+        points: disk to the layer that it stood at then; merges may have moved that content since.
+        bytes: of the stream, as in :class:`Vmstate`, which the other fields are, too.
+    """
+
+    operation: OperationId
+    snapshot: str
+    created: float
+    bytes: int
+    digest: str
+    mode: SaveMode
+    layout: Layout
+    compression: Compression
+    hardware: Hardware
+    steps_ms: dict[str, float] = {}
+    points: dict[str, LayerId] = {}
+    frozen: bool = False

@@ -19,7 +19,7 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
 from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, Memory, Operation
-from qmpsnap.model.vmstate import SaveMode, Vmstate
+from qmpsnap.model.vmstate import Manifest, SaveMode, Vmstate
 from qmpsnap.ops.context import Context
 from qmpsnap.qmp import commands, migration, runstate
 from qmpsnap.qmp.commands import JobInfo
@@ -259,7 +259,7 @@ async def finish(
         HostCannot: no space.
     """
     assert isinstance(operation.plan, CreatePlan)
-    manifest = statefile.Manifest(
+    manifest = Manifest(
         operation=operation.id,
         points={overlay.disk: overlay.backing.id for overlay in operation.plan.overlays},
         snapshot=snapshot,

@@ -223,7 +223,12 @@ async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, 
     """Remove what was kept for snapshots that are gone, beside and inside the images; fine when that is gone, too.
 
     A file that somebody has put in a state file's place is left alone.
+
+    Raises:
+        HostCannot: a folder is not there, as of a file system that is not mounted.
     """
+    for path in (*(state.path for state in removal.states), *removal.variables):
+        await to_end(require_folder, path)
     for state in removal.states:
         with contextlib.suppress(StoreMismatch):
             await remove(state.path, device=state.device, inode=state.inode, birth=state.birth)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from qmpsnap.block import access
+from qmpsnap.block import access, backing
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.machine.opened import require_recorded
@@ -47,6 +47,8 @@ def _look(at: Situation, steps: Sequence[Merge | Removal]) -> None:
 
 
 def _look_at_merge(step: Merge) -> None:
+    for layer in () if step.live else step.chain:
+        backing.require_size(layer)
     access.require_writable(
         step.into,
         size=max(step.into.virtual_size, step.top.virtual_size) if step.kind == "commit" else 0,

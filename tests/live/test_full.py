@@ -23,6 +23,7 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.model.operation import Change
 from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.vmstate import Manifest
 from qmpsnap.ops import create_plan, means, memory, space
 from qmpsnap.qmp import migration
 from tests.live.booted import start_booted
@@ -700,7 +701,7 @@ async def test_a_state_that_cannot_be_finished_is_given_up(
     theirs = []
     real = statefile.finish
 
-    def fails(written: str, path: str, manifest: statefile.Manifest) -> Any:
+    def fails(written: str, path: str, manifest: Manifest) -> Any:
         if failing == "taken meanwhile":
             Path(path).write_text("mine")
             theirs.append(Path(path))

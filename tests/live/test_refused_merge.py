@@ -146,8 +146,7 @@ async def test_a_delete_that_fails_once_its_name_is_gone_says_that(
         patch.setattr(worker, "launch", fails)
         with pytest.raises(HostCannot, match="no process") as failed:
             await vm.delete_snapshots("s1")
-    assert failed.value.effect != "none"
-    assert "snapshot s1 is gone" in failed.value.message
+    assert "snapshot s1 is gone" in str(failed.value)
     assert failed.value.effect == "applied"
     claims.heard(failed.value)
     claims.hold_error(vm, before)
