@@ -23,14 +23,17 @@ from qmpsnap.ops.reading import read_by
 from qmpsnap.store.store import Store
 
 
-def asked(store: Store, machine: Machine, pid: int | None) -> Asked:
-    """What there is to ask of a machine's images; ``pid`` is its QEMU's."""
+def asked(store: Store, machine: Machine, pid: int | None, *, active_too: bool = False) -> Asked:
+    """What there is to ask of a machine's images; ``pid`` is its QEMU's.
+
+    Who else has an active image open that this QEMU has, too, takes a look through all processes: for ``active_too``.
+    """
     chains, forest = store.chains(machine.name), store.forest()
     layers = {layer.id: layer for layer in read_by(chains, store.snapshots(machine.name), forest)}
     active = frozenset(chain.active.id for chain in chains)
     stamps = {key: stamp for key, stamp in store.frozen.stamps().items() if key in layers and key not in active}
     return Asked(
-        paths={layer.id: layer.path for layer in layers.values() if not (pid and layer.id in active)},
+        paths={layer.id: layer.path for layer in layers.values() if active_too or not (pid and layer.id in active)},
         active=frozenset() if pid else active,
         frozen=[layers[key] for key in stamps],
         stamps=stamps,

@@ -136,6 +136,19 @@ async def test_a_base_or_an_image_that_is_written_to_is_refused(q: qmpsnap.Contr
         assert (finding.code, finding.file) == ("image-in-use", str(base))
 
 
+async def test_a_second_writer_beside_a_running_machine_is_told_of(q: qmpsnap.Controller) -> None:
+    vm = await stopped(q)
+    await vm.start(paused=True)
+    active = (await layers(vm))[-1]
+    assert not (await vm.check()).findings
+    with outsider(active) as pid:
+        (finding,) = (await vm.check()).findings
+        assert (finding.code, finding.file) == ("image-in-use", active)
+        assert f"(process {pid})" in finding.text
+        assert "qemu" not in finding.text
+    assert not (await vm.check()).findings
+
+
 async def test_a_frozen_layer_under_a_running_machine_is_watched_too(q: qmpsnap.Controller) -> None:
     vm = await stopped(q)
     await vm.start(paused=True)

@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -177,7 +178,8 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         asked, silent = await _ask(context, before, qemu)
         found = await to_thread.run_sync(_files, context, before)
         process = context.process(before.machine)
-        look = await blocking(frozen.asked, context.store, before.machine, process.pid if process else None)
+        pid = process.pid if process else None
+        look = await blocking(partial(frozen.asked, context.store, before.machine, pid, active_too=True))
         seen = await to_thread.run_sync(images.look, replace(look, ours=_ours(context, before.machine)))
         old = await blocking(stale_store.sign, context, before.machine, before.chains)
         lost = await blocking(context.store.lost)
