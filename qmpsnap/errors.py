@@ -20,6 +20,7 @@
      │    └── LayersCircular        7  recorded layers that read one another in a circle
      ├── OperationPending           8  an earlier operation has to be recovered first
      ├── HostCannot                 9  a program, a right or space is missing
+     │    └── HomeUntrusted         9  another user can write to the home
      ├── Interrupted              130  by Ctrl-C, at the command line only
      └── QmpError                   1  QEMU refused a command (carries QEMU's class)
 
@@ -217,6 +218,12 @@ class HostCannot(QmpsnapError):
 
     exit_code = 9
     code = "host"
+
+
+class HomeUntrusted(HostCannot):
+    """The home belongs to another user, or another can write to it, who could have QEMU run anything as this one."""
+
+    code = "home-untrusted"
 
 
 class QmpError(QmpsnapError):

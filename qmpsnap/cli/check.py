@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, home, operating, untold
-from qmpsnap.errors import ForeignHost, QmpsnapError, StoreMismatch, UsageError
+from qmpsnap.errors import ForeignHost, HomeUntrusted, QmpsnapError, StoreMismatch, UsageError
 
 if TYPE_CHECKING:
     from qmpsnap.model.finding import Finding
@@ -51,7 +51,12 @@ def _check(arguments: argparse.Namespace) -> int:
                 left_out[name] = error
         return documents
 
-    documents = operating(act)
+    try:
+        documents = operating(act)
+    except HomeUntrusted:
+        if arguments.repair:
+            raise
+        documents = [_untrusted(arguments.machine)]
     output.emit(
         arguments.output,
         document={
@@ -67,6 +72,17 @@ def _check(arguments: argparse.Namespace) -> int:
             output.note(f"{found['machine']}: not repaired: {failed}")
     left = output.told(wrong) or _tell(left_out)
     return StoreMismatch.exit_code if any(found["findings"] for found in documents) else left
+
+
+def _untrusted(machine: str | None) -> dict[str, Any]:
+    """Of a home that another user can write to that alone is told: nothing in it can be gone by."""
+    from qmpsnap.ops.check import Checked
+    from qmpsnap.ops.checking.judge import owned
+    from qmpsnap.store import owner
+
+    places = home()
+    found = owner.flaws(places.data, places.machines, places.run)
+    return _document(Checked(machine=machine or "*", findings=tuple(owned(machine or "*", found))))
 
 
 def _repaired(documents: list[dict[str, Any]]) -> str:

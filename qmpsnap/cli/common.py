@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qmpsnap.cli import output
 from qmpsnap.errors import QmpsnapError, StoreMismatch
 from qmpsnap.model.home import Home
-from qmpsnap.store import runfolder
+from qmpsnap.store import owner, runfolder
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
 
@@ -61,6 +61,7 @@ def home() -> Home:
 def reading() -> Iterator[SqliteStore]:
     """The store alone: for commands that must answer at once, whatever QEMU does."""
     places = home()
+    owner.require(places.run)
     with SqliteStore(places.store, machines=places.machines, make=False) as store:
         yield store
 

@@ -90,6 +90,12 @@ KINDS: Final[dict[str, Kind]] = {
     "unreferenced-file": Kind("I3", "The file lies among the machine's images and the store does not know it.", _ASIDE),
     "part-left": Kind("I6", "An unfinished file is left; no operation is open that could need it.", _ASIDE),
     "mode-open": Kind("I3", "Other users can read it, or reach what is in it.", _PRIVATE),
+    "home-open": Kind(
+        "I3",
+        "Another user can write to the home, or to a folder that it lies in, or owns a part of it: they could have QEMU"
+        " run anything as the user who starts a machine. Root uses no such home, and nobody one of another user's.",
+        "What is this user's becomes writable for nobody else.",
+    ),
     "tag-missing": Kind("I1", "The image does not have the tag that an internal snapshot lies under."),
     "state-file-missing": Kind("I1", "The file with a snapshot's memory is not there, or cannot be read."),
     "state-file-replaced": Kind(

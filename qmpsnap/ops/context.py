@@ -26,7 +26,7 @@ from qmpsnap.model.moment import moment
 from qmpsnap.model.secret import Secret, given
 from qmpsnap.ops import whereabouts
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.store import lock, runfolder
+from qmpsnap.store import lock, owner, runfolder
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
@@ -138,6 +138,7 @@ async def opened(
         UsageError: a key cannot be used.
         StoreTooNew: a newer qmpsnap wrote the store.
         HostCannot: the store cannot be opened.
+        HomeUntrusted: another user can write to the home.
     """
     descriptors.fill()  # a program that uses us may have closed one, and images are opened from here on
     environment = dict(os.environ)
@@ -147,8 +148,10 @@ async def opened(
     places = Home.from_environment(environment, uid=os.geteuid())
     places, store = await to_end(_open_store, places, make)
     try:
+        settled = await blocking(lambda: runfolder.settled(places, in_use=lambda: _in_use(store)))
+        await blocking(owner.require, settled.run)
         yield Context(
-            home=await blocking(lambda: runfolder.settled(places, in_use=lambda: _in_use(store))),
+            home=settled,
             store=store,
             qemu=programs.qemu,
             image=programs.image,

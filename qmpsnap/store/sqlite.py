@@ -18,7 +18,7 @@ from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
-from qmpsnap.store import devices, journal, queries, records, rows
+from qmpsnap.store import devices, journal, owner, queries, records, rows
 from qmpsnap.store.database import Database
 from qmpsnap.store.decoded import decoded
 from qmpsnap.store.frozen import FrozenTable
@@ -39,7 +39,9 @@ class SqliteStore:
 
         Raises:
             HostCannot: it can neither be written nor read. One that can be read alone refuses changes.
+            HomeUntrusted: another user can write to it.
         """
+        owner.require(path.parent, machines)
         self._database = Database(path, make=make)
         self._machines = machines
         self._records = Records(path.parent / records.FOLDER)

@@ -224,6 +224,7 @@ DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
     "an unfinished file": (lambda c: image(c, "copy").with_suffix(".part").write_bytes(b"half"), {"part-left"}, set()),
     "an open file": (lambda c: image(c, "vda-3").chmod(0o644), {"mode-open"}, set()),
     "an open folder": (lambda c: c.home.machine_dir("web").chmod(0o755), {"mode-open"}, set()),
+    "a folder of the home is open": (lambda c: (c.home.data / "records").chmod(0o777), {"home-open"}, set()),
     "a tag is gone": (tag_missing, {"tag-missing"}, {"tag-missing"}),
     "a state file is gone": (state_missing, {"state-file-missing"}, {"state-file-missing"}),
     "a state file was copied": (state_replaced, {"state-file-replaced"}, {"state-file-replaced"}),

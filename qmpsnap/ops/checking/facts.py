@@ -34,7 +34,8 @@ from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.store import lock
+from qmpsnap.store import lock, owner
+from qmpsnap.store.owner import Flaw
 
 AGENT_DEADLINE = 2.0
 """Seconds the agent may take to say whether the guest is frozen; one that is not there is not asked."""
@@ -107,6 +108,7 @@ class Facts(Struct, frozen=True, kw_only=True):
         lost: machines that were defined and that the store does not know.
         described: the file that a lost store can be made again from is this machine's.
         private: folders and files that must be this user's alone.
+        flaws: what of the home another user can write to.
         folder: what lies in the machine's folder, and unfinished files beside layers elsewhere.
         named: those of them that the store's names lead to, of any machine: of layers and state files, in specs and
             open plans.
@@ -124,6 +126,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     record: Record
     described: bool
     private: tuple[Entry, ...]
+    flaws: tuple[Flaw, ...]
     folder: tuple[Entry, ...]
     named: frozenset[str]
     read: frozenset[str]
@@ -282,6 +285,7 @@ def _files(context: Context, at: Record) -> Facts:
         record=at,
         described=context.store.is_described(at.machine),
         private=tuple(entry for path in places if (entry := _entry(path))),
+        flaws=tuple(owner.of_machine(home, name)),
         folder=folder,
         named=frozenset(entry.path for entry in folder if entry.path in known or entry.identity in needed),
         read=frozenset(entry.path for entry in strangers if entry.identity in backing),

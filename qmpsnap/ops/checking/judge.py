@@ -6,7 +6,7 @@ touched is another one, or another size. I1 shows where content was recorded: in
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from qmpsnap.block.graph import FILTERS
 from qmpsnap.identity import same_file
@@ -16,6 +16,7 @@ from qmpsnap.model.finding import Finding
 from qmpsnap.model.forest import Writer
 from qmpsnap.ops import compare
 from qmpsnap.ops.checking.facts import Facts
+from qmpsnap.store.owner import Flaw
 
 UNSETTLED = frozenset({"postmigrate", "finish-migrate", "save-vm", "restore-vm", "inmigrate", "colo"})
 """Run states that only an operation under way has."""
@@ -142,7 +143,20 @@ def _writers(at: Facts) -> Iterator[Finding]:
             yield _finding(at, "writable-shared", text, disk=chain.disk, layer=layer)
 
 
+def owned(machine: str, flaws: Iterable[Flaw]) -> Iterator[Finding]:
+    """What of the home another user can write to, as findings of a machine."""
+    for flaw in flaws:
+        yield Finding(
+            code="home-open",
+            machine=machine,
+            text=f"{flaw.text}: {flaw.remedy}",
+            file=flaw.path,
+            repairable=not flaw.foreign and not flaw.above,
+        )
+
+
 def _private(at: Facts) -> Iterator[Finding]:
+    yield from owned(at.record.machine.name, at.flaws)
     for entry in at.private:
         if entry.is_open:
             text = f"{entry.path} has mode {stat.S_IMODE(entry.mode):04o}"

@@ -23,6 +23,7 @@ from qmpsnap.ops.checking.quarantine import Moved
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.store import owner
 from qmpsnap.threads import to_end
 
 
@@ -59,6 +60,8 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
         case "mode-open":
             entry = next(entry for entry in at.private if entry.path == finding.file)
             await to_end(close_to_others, entry)
+        case "home-open" if finding.file:
+            await to_end(owner.close_to_others, finding.file)
         case "image-leaks":
             layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
             await blocking(context.store.frozen.forget, [layer.id])
