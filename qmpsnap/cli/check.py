@@ -1,7 +1,7 @@
 """``check``: what does not hold, what it means, and what repair would do; ``--rebuild`` makes a lost store again."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
@@ -51,12 +51,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 left_out[name] = error
         return documents
 
-    try:
-        documents = operating(act)
-    except HomeUntrusted:
-        if arguments.repair:
-            raise
-        documents = [_untrusted(arguments.machine)]
+    documents = operating(act) if arguments.repair else _trusting(act, arguments.machine)
     output.emit(
         arguments.output,
         document={
@@ -74,8 +69,15 @@ def _check(arguments: argparse.Namespace) -> int:
     return StoreMismatch.exit_code if any(found["findings"] for found in documents) else left
 
 
+def _trusting(act: "Callable[[Context], Awaitable[list[dict[str, Any]]]]", machine: str | None) -> list[dict[str, Any]]:
+    """Look, but where another user can write to the home tell that alone: nothing in it can be gone by."""
+    try:
+        return operating(act)
+    except HomeUntrusted:
+        return [_untrusted(machine)]
+
+
 def _untrusted(machine: str | None) -> dict[str, Any]:
-    """Of a home that another user can write to that alone is told: nothing in it can be gone by."""
     from qmpsnap.ops.check import Checked
     from qmpsnap.ops.checking.judge import owned
     from qmpsnap.store import owner

@@ -18,6 +18,7 @@ from msgspec import Struct
 from qmpsnap import private
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine.argv import TSC_KHZ
+from qmpsnap.machine.privileges import Privileges, RunAs, obstacle
 from qmpsnap.model.spec import Accel
 from qmpsnap.threads import completed
 
@@ -35,29 +36,32 @@ class Choice(Struct, frozen=True):
     reason: str
 
 
-async def choose(accel: Accel, *, qemu: str, cache: Path) -> Choice:
+async def choose(accel: Accel, *, qemu: str, cache: Path, user: RunAs | None = None) -> Choice:
     """The accelerator for a spec's ``accel``.
 
     Args:
         accel: as in the spec; ``kvm`` and ``tcg`` are taken at their word.
         qemu: the QEMU binary to probe with.
         cache: folder where the probe's answer is kept.
+        user: whom QEMU runs as, None for this user.
     """
     if accel != "auto":
         return Choice(accel, "the spec asks for it")
-    if reason := kvm_obstacle():
+    if reason := kvm_obstacle(user=user):
         return Choice("tcg", reason)
-    if await _kvm_runs(qemu, cache):
+    if await _kvm_runs(qemu, cache, user):
         return Choice("kvm", "the CPU has the flag and a virtual CPU ran")
     return Choice("tcg", f"no virtual CPU ran under KVM within {PROBE_DEADLINE:g} s")
 
 
-def kvm_obstacle(*, device: Path = KVM, cpuinfo: Path = CPUINFO) -> str:
+def kvm_obstacle(*, device: Path = KVM, cpuinfo: Path = CPUINFO, user: RunAs | None = None) -> str:
     """Why KVM cannot be had on this host without even trying; empty when nothing speaks against it."""
     if not device.exists():
         return f"{device} is missing"
     if not os.access(device, os.R_OK | os.W_OK):
         return f"{device} may not be opened by this user"
+    if user and (remedy := obstacle(user, str(device), write=True)):
+        return f"{device} may not be opened by user {user.name}, as whom QEMU runs: {remedy}"
     flags = {word for line in cpuinfo.read_text().splitlines() if line.startswith("flags") for word in line.split()}
     if not flags & {"vmx", "svm"}:
         return f"{device} is there, but the CPU shows neither vmx nor svm"
@@ -73,8 +77,8 @@ def tsc_khz(*, cpuinfo: Path = CPUINFO) -> int:
     return TSC_KHZ
 
 
-async def _kvm_runs(qemu: str, cache: Path) -> bool:
-    answer = cache / "kvm-probe.json"
+async def _kvm_runs(qemu: str, cache: Path, user: RunAs | None) -> bool:
+    answer = cache / (f"kvm-probe-{user.uid}.json" if user else "kvm-probe.json")
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     try:
         kept = json.loads(answer.read_text())
@@ -82,13 +86,13 @@ async def _kvm_runs(qemu: str, cache: Path) -> bool:
             return bool(kept["runs"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    runs = await vcpu_runs("kvm", qemu=qemu)
+    runs = await vcpu_runs("kvm", qemu=qemu, user=user)
     private.make_folder(cache)
     private.write(answer, json.dumps({"boot": boot_id, "qemu": qemu, "runs": runs}).encode())
     return runs
 
 
-async def vcpu_runs(accel: str, *, qemu: str, deadline: float = PROBE_DEADLINE) -> bool:
+async def vcpu_runs(accel: str, *, qemu: str, deadline: float = PROBE_DEADLINE, user: RunAs | None = None) -> bool:
     """Whether a virtual CPU executes code under ``accel``: the firmware's debug port says so by its first byte.
 
     Raises:
@@ -99,7 +103,9 @@ async def vcpu_runs(accel: str, *, qemu: str, deadline: float = PROBE_DEADLINE) 
         "-chardev", "stdio,id=debug,signal=off", "-device", "isa-debugcon,iobase=0x402,chardev=debug",
     ]  # fmt: skip
     try:
-        process = await completed(anyio.open_process(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL))
+        rights = Privileges.bare(user)
+        opening = anyio.open_process(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, **rights.popen)
+        process = await completed(opening)
     except OSError as error:
         raise HostCannot(f"{qemu} cannot be run: {error}", hint="see qmpsnap doctor") from error
     async with process:

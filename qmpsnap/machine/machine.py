@@ -10,10 +10,12 @@ from typing import TypeVar
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap import private, unwritable
+from qmpsnap import acl, private, unwritable
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
+from qmpsnap.machine import privileges
 from qmpsnap.machine import process as processes
-from qmpsnap.machine.argv import QMP_SOCKET, RUN_FILES
+from qmpsnap.machine.argv import CONSOLE_LOG, QMP_SOCKET, RUN_FILES
+from qmpsnap.machine.privileges import PLAIN, Privileges
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.session import Monitor, Session
@@ -38,15 +40,24 @@ def prepare_run_dir(path: Path) -> None:
     try:
         private.make_folder(path)
         status = path.lstat()
+        rights = acl.rights(str(path), status.st_mode)
     except OSError as error:
         what, remedy = unwritable.reason(path, error)
         raise HostCannot(f"the run folder {path} cannot be made: {what}", hint=remedy) from error
-    if not path.is_dir() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    # A user who is named there is the one that a QEMU of ours runs as, or has run.
+    others = rights.beyond(frozenset(rights.users))
+    if not path.is_dir() or status.st_uid != os.geteuid() or others:
         raise HostCannot(f"the run folder {path} is not private to this user", hint=f"chmod 0700 {path}, or remove it")
 
 
 async def launch(
-    argv: Sequence[str], machine: Machine, run_dir: Path, *, accel: str, inherited: Sequence[int] = ()
+    argv: Sequence[str],
+    machine: Machine,
+    run_dir: Path,
+    *,
+    accel: str,
+    inherited: Sequence[int] = (),
+    rights: Privileges = PLAIN,
 ) -> Process:
     """Start QEMU and return once its monitor answered and said it is this machine.
 
@@ -58,6 +69,7 @@ async def launch(
         run_dir: its working directory.
         accel: the accelerator among the arguments, for the record.
         inherited: open descriptors that its arguments speak of.
+        rights: what it may do.
 
     Raises:
         QemuGone: QEMU ended at once; the message holds what it wrote.
@@ -79,7 +91,9 @@ async def launch(
                 )
             return process, await commands.query_version(qemu)
 
-    first, (process, found) = await start(argv, run_dir, machine=machine.name, ask=question, inherited=inherited)
+    first, (process, found) = await start(
+        argv, run_dir, machine=machine.name, ask=question, inherited=inherited, rights=rights
+    )
     return replace(process, started=first.started, accel=accel, qemu_version=found)
 
 
@@ -90,6 +104,7 @@ async def start(
     machine: str,
     ask: Callable[[], Awaitable[T]],
     inherited: Sequence[int] = (),
+    rights: Privileges = PLAIN,
 ) -> tuple[Process, T]:
     """Start QEMU in ``run_dir`` and put a first question to its monitor, as soon as it listens.
 
@@ -99,13 +114,15 @@ async def start(
         machine: a name for errors.
         ask: the question; raises ``QemuGone`` as long as nobody listens. When it fails, all that was started is killed.
         inherited: open descriptors that it keeps.
+        rights: what it may do.
 
     Returns:
         What was started, QEMU itself or a wrapper of it, and the answer.
     """
     (run_dir / QMP_SOCKET).unlink(missing_ok=True)
     _clear(run_dir)
-    process = processes.spawn(argv, run_dir, inherited=inherited)
+    privileges.prepare_folder(run_dir, rights.user, RUN_FILES, log=CONSOLE_LOG)
+    process = processes.spawn(argv, run_dir, inherited=inherited, rights=rights)
     try:
         deadline = anyio.current_time() + LAUNCH_DEADLINE
         while True:

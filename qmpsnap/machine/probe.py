@@ -13,7 +13,10 @@ from qmpsnap import private
 from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.machine.machine import LAUNCH_DEADLINE, end_launch, start
+from qmpsnap.machine.privileges import Privileges, RunAs, obstacle
 from qmpsnap.qmp import commands, migration, session
+
+USERFAULTFD = "/dev/userfaultfd"
 
 
 class Abilities(Struct, frozen=True, kw_only=True):
@@ -43,8 +46,13 @@ class Abilities(Struct, frozen=True, kw_only=True):
         )
 
 
-async def ask(qemu: str, cache: Path | None) -> Abilities:
+async def ask(qemu: str, cache: Path | None, *, user: RunAs | None = None) -> Abilities:
     """The binary's abilities, from the cache where it is the same file as then; without a cache nothing is kept.
+
+    Args:
+        qemu: the binary.
+        cache: the folder of answers.
+        user: whom it runs as, None for this user: what it can do depends on that.
 
     Raises:
         HostCannot: there is no such binary, or it does not start.
@@ -56,31 +64,32 @@ async def ask(qemu: str, cache: Path | None) -> Abilities:
             hint="apt-get install qemu-system-x86, or set QMPSNAP_QEMU to the binary",
         )
     status = os.stat(binary)  # noqa: PTH116 - of the very name that will be run
-    identity = f"{binary}-{status.st_ino}-{status.st_mtime_ns}-{os.geteuid()}{_userfaultfd()}".replace("/", "_")
+    who = user.uid if user else os.geteuid()
+    identity = f"{binary}-{status.st_ino}-{status.st_mtime_ns}-{who}{_userfaultfd(user)}".replace("/", "_")
     if cache is None:
-        return await interrogate(qemu)
+        return await interrogate(qemu, user=user)
     kept = cache / "qemu-abilities" / f"{identity[-200:]}.json"
     try:
         return msgspec.json.decode(kept.read_bytes(), type=Abilities)
     except (OSError, msgspec.MsgspecError):
-        abilities = await interrogate(qemu)
+        abilities = await interrogate(qemu, user=user)
     with contextlib.suppress(OSError):  # what cannot be kept is asked again
         private.make_folder(kept.parent)
         private.write(kept, msgspec.json.encode(abilities))
     return abilities
 
 
-def _userfaultfd() -> str:
+def _userfaultfd(user: RunAs | None) -> str:
     """What decides whether this user's QEMU can track writes: with another answer QEMU is asked again."""
     try:
         everyone = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip()
     except OSError:
         everyone = ""
-    device = os.access("/dev/userfaultfd", os.R_OK | os.W_OK)
+    device = os.access(USERFAULTFD, os.R_OK | os.W_OK) and not (user and obstacle(user, USERFAULTFD, write=True))
     return f"-u{everyone}{'-dev' if device else ''}"
 
 
-async def interrogate(qemu: str) -> Abilities:
+async def interrogate(qemu: str, *, user: RunAs | None = None) -> Abilities:
     """Start the binary without a machine, ask, and end it."""
     with tempfile.TemporaryDirectory(prefix="qmpsnap-") as folder:
         run_dir = Path(folder)
@@ -94,7 +103,8 @@ async def interrogate(qemu: str) -> Abilities:
                 return await _interview(monitor)
 
         try:
-            first, abilities = await start(argv, run_dir, machine="(probe)", ask=question)
+            rights = Privileges.bare(user)
+            first, abilities = await start(argv, run_dir, machine="(probe)", ask=question, rights=rights)
         except QemuGone as error:
             raise HostCannot(f"{qemu} does not start: {error.message}", hint="see qmpsnap doctor") from error
         await end_launch(first, argv, run_dir)

@@ -18,6 +18,7 @@ from qmpsnap import unwritable
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine import surroundings
 from qmpsnap.machine.argv import PID_FILE
+from qmpsnap.machine.privileges import PLAIN, Privileges
 from qmpsnap.model.machine import Machine, Process
 
 if TYPE_CHECKING:
@@ -35,13 +36,14 @@ _children: "dict[int, subprocess.Popen[bytes]]" = {}
 """QEMUs that this very process started, so that they are reaped when they end."""
 
 
-def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = ()) -> Process:
+def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = (), rights: Privileges = PLAIN) -> Process:
     """Start QEMU in ``run_dir``, in a session of its own; its output goes to ``qemu.log`` there.
 
     Args:
         argv: QEMU and its arguments.
         run_dir: its working directory.
         inherited: open descriptors that it keeps, under their numbers.
+        rights: what it may do.
 
     Raises:
         HostCannot: there is no such program, or it may not be run.
@@ -57,18 +59,23 @@ def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = ()) 
         raise HostCannot(f"{run_dir / LOG} cannot be made: {what}", hint=remedy) from error
     try:
         os.fchmod(descriptor, 0o600)  # whatever the umask
-        with surroundings.unblocked():
-            child = subprocess.Popen(
-                argv,
-                cwd=run_dir,
-                env=surroundings.environment(os.environ),
-                stdin=subprocess.DEVNULL,
-                stdout=descriptor,
-                stderr=descriptor,
-                start_new_session=True,
-                umask=0o077,
-                pass_fds=inherited,
-            )
+
+        def begin() -> "subprocess.Popen[bytes]":
+            with surroundings.unblocked():
+                return subprocess.Popen(
+                    argv,
+                    cwd=run_dir,
+                    env=surroundings.environment(os.environ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=descriptor,
+                    stderr=descriptor,
+                    start_new_session=True,
+                    umask=0o077,
+                    pass_fds=inherited,
+                    **rights.popen,
+                )
+
+        child = rights.start(begin, argv[0])
         surroundings.raise_limits(child.pid)
     except OSError as error:
         raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error

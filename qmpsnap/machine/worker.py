@@ -16,6 +16,7 @@ from qmpsnap.machine import argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, unless_ending, wait_end
 from qmpsnap.machine.opened import require_opened, require_recorded
+from qmpsnap.machine.privileges import Privileges, RunAs
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.spec import MachineSpec
@@ -66,6 +67,7 @@ async def working_on(
     qemu: str,
     run_dir: Path,
     secrets: Mapping[str, int] = MappingProxyType({}),
+    user: RunAs | None = None,
 ) -> AsyncIterator[Session]:
     """A worker that has the chain open, its highest layer for writing; ended with the block.
 
@@ -75,6 +77,7 @@ async def working_on(
         qemu: the QEMU binary.
         run_dir: the machine's run folder.
         secrets: the descriptor from which QEMU reads the key of the disk, if it is encrypted.
+        user: whom it runs as, None for this user.
 
     Raises:
         StateError: somebody else has one of the layers open.
@@ -96,7 +99,8 @@ async def working_on(
     )
     arguments = argv.build(qemu, spec, [chain], uuid=machine.uuid, accel="tcg", paused=True, secrets=secrets)
     try:
-        process = await launch(arguments, machine, folder, accel="tcg", inherited=[*secrets.values()])
+        rights = Privileges.bare(user)
+        process = await launch(arguments, machine, folder, accel="tcg", inherited=[*secrets.values()], rights=rights)
     except QemuGone as error:
         if 'Failed to get "' not in error.message:
             raise

@@ -19,6 +19,7 @@ from qmpsnap.machine import adopted
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET, USER_SOCKET
 from qmpsnap.machine.machine import monitor, prepare_run_dir, unless_ending
+from qmpsnap.machine.privileges import RunAs
 from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
@@ -56,6 +57,7 @@ class Context(Struct, frozen=True, kw_only=True):
         image: makes images with qemu-img.
         host: this host's name, as recorded with the machines it owns.
         secrets: keys of encrypted disks that the program gave, by ``machine/disk``.
+        run_as: whom root's QEMU is to run as, None for root.
         moved_from: where the store believed its home to lie when it was opened, if that is elsewhere.
     """
 
@@ -65,6 +67,7 @@ class Context(Struct, frozen=True, kw_only=True):
     image: ImageTool
     host: str
     secrets: Mapping[str, Secret] = MappingProxyType({})
+    run_as: RunAs | None = None
     moved_from: str | None = None
 
     def process(self, machine: Machine) -> Process | None:
@@ -135,7 +138,7 @@ async def opened(
         make: a home that is not there is made; else it is one without machines.
 
     Raises:
-        UsageError: a key cannot be used.
+        UsageError: a key cannot be used, or ``QMPSNAP_RUN_AS`` names nobody as whom QEMU could be run.
         StoreTooNew: a newer qmpsnap wrote the store.
         HostCannot: the store cannot be opened.
         HomeUntrusted: another user can write to the home.
@@ -144,6 +147,7 @@ async def opened(
     environment = dict(os.environ)
     if home is not None:
         environment["QMPSNAP_HOME"] = os.fspath(home)
+    run_as = RunAs.from_environment(environment)
     keys, programs = given(secrets or {}), Programs.from_environment(environment)
     places = Home.from_environment(environment, uid=os.geteuid())
     places, store = await to_end(_open_store, places, make)
@@ -157,6 +161,7 @@ async def opened(
             image=programs.image,
             host=this_host(),
             secrets=keys,
+            run_as=run_as,
             moved_from=await blocking(whereabouts.recorded_elsewhere, places, store, this_host()),
         )
     finally:

@@ -23,7 +23,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Change, MirrorPlan, Operation
-from qmpsnap.ops import finalize, keys, merge
+from qmpsnap.ops import admission, finalize, keys, merge
 from qmpsnap.ops.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
@@ -157,6 +157,7 @@ async def _make(job: MirrorJob) -> MirrorJob:
                 made = await image.create_overlay(part, backing=plan.chain[-2], virtual_size=size, key=key)
             else:
                 made = await image.create_base(part, format=target.format, virtual_size=size, key=key)
+        await admission.new_files(job.context, job.machine, [part])
         job = replace(job, identity=(made.device, made.inode))
     await job.mark(steps.MADE)
     if plan.made:

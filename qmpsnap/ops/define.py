@@ -153,7 +153,7 @@ async def complete(
             f"the spec of {spec.name} has 'extra' QEMU arguments, which can undo every protection",
             hint="qmpsnap define --allow-extra takes them over as they are",
         )
-    abilities = await probe.ask(context.qemu, context.home.cache if keep else None)
+    abilities = await probe.ask(context.qemu, context.home.cache if keep else None, user=context.run_as)
     spec = replace(spec, machine=abilities.versioned(spec.machine))
     return spec, find_firmware() if spec.firmware == "uefi" else None
 

@@ -17,6 +17,7 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.secret import MOST, Secret
 from qmpsnap.model.spec import DiskSpec
+from qmpsnap.ops import admission
 from qmpsnap.ops.context import Context
 from qmpsnap.qmp.session import Session
 from qmpsnap.threads import to_end
@@ -85,6 +86,8 @@ async def for_qemu(context: Context, machine: Machine, disks: Iterable[DiskSpec]
             if disk.encryption:
                 secret = await to_end(_secret, context, machine.name, disk)
                 pipes[disk.name] = stack.enter_context(_pipe(secret))
+                if context.run_as:  # it opens it anew, by /proc
+                    os.fchown(pipes[disk.name], context.run_as.uid, -1)
         try:
             yield pipes
         except QemuGone as error:
@@ -101,9 +104,12 @@ async def for_qemu(context: Context, machine: Machine, disks: Iterable[DiskSpec]
 async def worker_on(context: Context, machine: Machine, chain: Chain) -> AsyncIterator[Session]:
     """A worker that has a chain open, see :func:`qmpsnap.machine.worker.working_on`, with the key of its disk."""
     run_dir = context.home.run_dir(machine.name)
+    await admission.all_files(context, machine, [chain], None)
     async with (
         for_qemu(context, machine, [machine.require_disk(chain.disk)]) as secrets,
-        worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir, secrets=secrets) as session,
+        worker.working_on(
+            chain, machine, qemu=context.qemu, run_dir=run_dir, secrets=secrets, user=context.run_as
+        ) as session,
     ):
         yield session
 

@@ -25,8 +25,8 @@ class Loading(Struct, frozen=True):
 
 async def hardware_to_start(context: Context, machine: Machine) -> Hardware:
     """The hardware the machine would have, were it started now."""
-    choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
-    version = (await probe.ask(context.qemu, context.home.cache)).version
+    choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache, user=context.run_as)
+    version = (await probe.ask(context.qemu, context.home.cache, user=context.run_as)).version
     return await _hardware(machine, accel=choice.accel, qemu_version=version)
 
 

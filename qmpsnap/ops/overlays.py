@@ -18,7 +18,7 @@ from qmpsnap.model.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, Overlay
-from qmpsnap.ops import keys
+from qmpsnap.ops import admission, keys
 from qmpsnap.ops.context import Context
 from qmpsnap.threads import to_end
 
@@ -67,6 +67,7 @@ async def make_overlays(context: Context, machine: Machine, overlays: Sequence[O
             headers[overlay.layer.id] = await context.image.create_overlay(
                 path, backing=overlay.backing, virtual_size=size, key=key
             )
+        await admission.new_files(context, machine, [path])
         if overlay.part:
             await place.claim(overlay.part, overlay.layer.path)
 

@@ -11,12 +11,13 @@ from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, wait_end
 from qmpsnap.machine.opened import require_opened
+from qmpsnap.machine.privileges import Privileges
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Writer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import asked, compare, keys, pausing, tagging
+from qmpsnap.ops import admission, asked, compare, keys, pausing, tagging
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
@@ -76,11 +77,12 @@ async def bring_up(
     surroundings.require_room(chains, machine=machine.name)
     await to_end(require_files, machine, chains)
     await blocking(_require_alone, context, machine, chains)
-    choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache)
+    choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache, user=context.run_as)
     firmware = None
     if machine.spec.firmware == "uefi":
         variables = str(context.home.variables(machine.name))
         firmware = argv.Firmware(code=find_firmware().code, vars=variables)
+    await admission.all_files(context, machine, chains, firmware)
     async with keys.for_qemu(context, machine, machine.spec.disks) as secrets:
         arguments = argv.build(
             context.qemu,
@@ -95,7 +97,14 @@ async def bring_up(
             secrets=secrets,
         )
         run_dir = context.home.run_dir(machine.name)
-        process = await launch(arguments, machine, run_dir, accel=choice.accel, inherited=[*secrets.values()])
+        process = await launch(
+            arguments,
+            machine,
+            run_dir,
+            accel=choice.accel,
+            inherited=[*secrets.values()],
+            rights=Privileges.of(machine.spec, context.run_as),
+        )
     try:
         require_opened(process, (layer for chain in chains for layer in chain.layers), machine=machine.name)
         await blocking(context.store.set_process, machine.name, process)

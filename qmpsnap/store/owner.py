@@ -2,7 +2,7 @@
 
 So a home is refused as OpenSSH refuses keys (``StrictModes``): by root, where anybody else may write to it or to a
 folder that it lies in; by every user, where it belongs to somebody else who is not root. Folders are looked at from
-``/`` on downwards: what lies in one that only trusted users can write to, nobody else can put another thing in place of.
+``/`` on downwards: where only trusted users can write to a folder, nobody else can replace what lies in it.
 """
 
 import grp

@@ -42,6 +42,11 @@ def _name_nobody(path: Path) -> None:
         os.close(descriptor)
 
 
+def _give_daemon(path: Path) -> None:
+    os.chown(path, -1, 1)
+    path.chmod(0o770)
+
+
 WAYS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "another's": (lambda path: os.chown(path, NOBODY, -1), "belongs to user nobody, with mode 0", "chown root "),
     "everybody's": (
@@ -49,7 +54,7 @@ WAYS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "user root and with mode 0777, can be written to by every",
         "chmod ",
     ),
-    "a group's": (lambda path: (os.chown(path, -1, 1), path.chmod(0o770)), "written to by group daemon", "chmod g-w"),
+    "a group's": (_give_daemon, "written to by group daemon", "chmod g-w"),
     "named": (_name_nobody, "can be written to by user nobody", "setfacl -b "),
 }
 
@@ -134,7 +139,7 @@ def test_another_user_refuses_a_third_ones_home_and_not_an_open_one_of_its_own(
     owner.require(home, home / "machines")
     assert home / "records" in {Path(flaw.path) for flaw in owner.flaws(home, home / "machines")}
     os.chown(home / "records", 1, -1)
-    with pytest.raises(HomeUntrusted, match="this user does not use .* belongs to user daemon"):
+    with pytest.raises(HomeUntrusted, match=r"this user does not use .* belongs to user daemon"):
         owner.require(home, home / "machines")
 
 

@@ -28,7 +28,7 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import frozen, stale_store, whereabouts
+from qmpsnap.ops import admission, frozen, stale_store, whereabouts
 from qmpsnap.ops.checking import named
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
@@ -60,10 +60,11 @@ class Record(Struct, frozen=True, kw_only=True):
 
 
 class Entry(Struct, frozen=True, kw_only=True):
-    """Something in a folder, by its own name: a link is not followed."""
+    """Something in a folder, not what a link leads to; ``others``: what neither owner nor QEMU's user need to do."""
 
     path: str
     mode: int
+    others: int
     device: int
     inode: int
 
@@ -75,7 +76,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     @property
     def is_open(self) -> bool:
         """Whether others than its owner may touch it."""
-        return not stat.S_ISLNK(self.mode) and bool(stat.S_IMODE(self.mode) & 0o077)
+        return not stat.S_ISLNK(self.mode) and bool(self.others)
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -281,10 +282,11 @@ def _files(context: Context, at: Record) -> Facts:
     needed = named.ways(named.by_store(context.store, home)) if strangers else frozenset()
     backing = named.ways(_backings(at, headers)) if strangers else frozenset()
     places = (str(home.machine_dir(name)), str(home.run_dir(name)), *ours)
+    trusted = admission.users(context, at.machine)
     return Facts(
         record=at,
         described=context.store.is_described(at.machine),
-        private=tuple(entry for path in places if (entry := _entry(path))),
+        private=tuple(entry for path in places if (entry := _entry(path, trusted))),
         flaws=tuple(owner.of_machine(home, name)),
         folder=folder,
         named=frozenset(entry.path for entry in folder if entry.path in known or entry.identity in needed),
@@ -338,12 +340,13 @@ def entries(folder: Path) -> tuple[Entry, ...]:
     return tuple(entry for name in names if (entry := _entry(f"{folder}/{name}")))
 
 
-def _entry(path: str) -> Entry | None:
+def _entry(path: str, trusted: frozenset[int] = frozenset()) -> Entry | None:
     try:
         status = os.lstat(path)
     except OSError:
         return None
-    return Entry(path=path, mode=status.st_mode, device=status.st_dev, inode=status.st_ino)
+    others = admission.others(path, status, trusted)
+    return Entry(path=path, mode=status.st_mode, others=others, device=status.st_dev, inode=status.st_ino)
 
 
 def _parts_beside(paths: list[str]) -> tuple[Entry, ...]:

@@ -1,0 +1,288 @@
+"""What root's QEMU may do: as a user of its own, or as root with no more capabilities than it has a use for.
+
+Capabilities are a thread's: one of its own drops them and starts QEMU, and ends. So nothing stands between us and QEMU,
+no code of ours runs between fork and exec, and this process keeps what it has.
+"""
+
+import ctypes
+import os
+import pwd
+import struct
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Self, TypeVar
+
+from msgspec import Struct
+
+from qmpsnap import acl
+from qmpsnap.errors import HostCannot, UsageError
+from qmpsnap.model.spec import MachineSpec
+
+T = TypeVar("T")
+
+VARIABLE: Final = "QMPSNAP_RUN_AS"
+
+_ALL: Final = frozenset(range(41))
+"""Up to ``CAP_CHECKPOINT_RESTORE``; a kernel that knows fewer refuses to drop the rest."""
+_SETGID, _SETUID, _SETPCAP = 6, 7, 8
+_NET_BIND_SERVICE, _NET_ADMIN, _NET_RAW = 10, 12, 13
+_PLAIN: Final = frozenset({1, 2, 14, 19, 24})
+"""``DAC_OVERRIDE``, ``DAC_READ_SEARCH`` (images and devices of other users), ``IPC_LOCK`` (memory), ``SYS_PTRACE``
+(userfaultfd, for background snapshots), ``SYS_RESOURCE`` (blocks that the file system reserves for root)."""
+_USELESS: Final = frozenset({9, 11, 16, 20, 22, 25, 26, 29, 30, 32, 33, 34, 35, 36, 37, 40})
+"""What no device of QEMU has a use for: ``LINUX_IMMUTABLE``, ``NET_BROADCAST``, ``SYS_MODULE``, ``SYS_PACCT``,
+``SYS_BOOT``, ``SYS_TIME``, ``SYS_TTY_CONFIG``, ``AUDIT_*``, ``MAC_*``, ``SYSLOG``, ``WAKE_ALARM``, ``BLOCK_SUSPEND``,
+``CHECKPOINT_RESTORE``."""
+
+_PR_CAPBSET_DROP: Final = 24
+_PR_CAP_AMBIENT: Final = 47
+_CLEAR_ALL: Final = 4
+_VERSION_3: Final = 0x20080522
+_SETGROUPS: Final = {"x86_64": 116, "aarch64": 159}
+
+
+class RunAs(Struct, frozen=True):
+    """The user whom root's QEMU runs as, with its own groups and none of root's."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self | None:
+        """By ``QMPSNAP_RUN_AS``, a name or a number; None where QEMU runs as this user.
+
+        Raises:
+            UsageError: there is no such user, or none that this one may start a program as.
+        """
+        wanted = environment.get(VARIABLE)
+        if not wanted:
+            return None
+        try:
+            entry = pwd.getpwuid(int(wanted)) if wanted.isascii() and wanted.isdigit() else pwd.getpwnam(wanted)
+        except (KeyError, OverflowError, ValueError):
+            raise UsageError(
+                f"{VARIABLE} names user {wanted[:80]!r}, whom this host does not have",
+                hint="adduser --system --group --no-create-home NAME makes one",
+            ) from None
+        if entry.pw_uid == os.geteuid() != 0:
+            return None
+        if os.geteuid() != 0:
+            raise UsageError(f"only root can run QEMU as another user ({VARIABLE})", hint=f"unset {VARIABLE}")
+        if entry.pw_uid == 0:
+            raise UsageError(f"{VARIABLE} names root, which is no user of QEMU's own", hint=f"unset {VARIABLE}")
+        groups = {group for group in os.getgrouplist(entry.pw_name, entry.pw_gid) if group != 0}
+        return cls(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(sorted(groups)))
+
+
+def kept(spec: MachineSpec, user: RunAs | None = None) -> frozenset[int]:
+    """The capabilities that the QEMU of a machine may have, or a program with root's rights that it starts."""
+    kinds = {nic.kind for nic in spec.nics}
+    found = frozenset({_NET_ADMIN, _SETUID, _SETGID, _SETPCAP}) if "bridge" in kinds else frozenset()  # for its helper
+    if user:
+        return found
+    if spec.extra:  # which may name any device
+        return _ALL - _USELESS
+    if "tap" in kinds:
+        found |= {_NET_ADMIN}
+    if "user" in kinds:
+        found |= {_NET_BIND_SERVICE, _NET_RAW}  # ports below 1024, and ping
+    return _PLAIN | found
+
+
+class Privileges(Struct, frozen=True):
+    """What a QEMU that is started may do.
+
+    Attributes:
+        user: whom it runs as; None for this user.
+        keep: the capabilities that it may have, where this user is root.
+    """
+
+    user: RunAs | None = None
+    keep: frozenset[int] = _PLAIN
+
+    @classmethod
+    def of(cls, spec: MachineSpec, user: RunAs | None) -> Self:
+        """Those of a machine's QEMU."""
+        return cls(user, kept(spec, user))
+
+    @classmethod
+    def bare(cls, user: RunAs | None) -> Self:
+        """Those of a QEMU without a guest."""
+        return cls(user, frozenset() if user else _PLAIN)
+
+    @property
+    def popen(self) -> dict[str, Any]:
+        """What ``subprocess.Popen`` is told of them."""
+        user = self.user
+        return {"user": user.uid, "group": user.gid, "extra_groups": list(user.groups)} if user else {}
+
+    def start(self, call: Callable[[], T], binary: str) -> T:
+        """Start a program by ``call``, with these capabilities at most.
+
+        A wrapper, which is no machine code, keeps root's: nobody knows what it does before it becomes QEMU.
+        """
+        if os.geteuid() != 0 or (self.user is None and not _is_machine_code(binary)):
+            return call()
+        return _apart(lambda: _drop(_ALL - self.keep), call)
+
+
+PLAIN: Final = Privileges()
+"""Those of a QEMU of this user without a guest."""
+
+
+def obstacle(user: RunAs, path: str, *, write: bool) -> str:
+    """Why a user cannot open a file, as a command that changes it; empty when it can."""
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
+    if _can_open(user, path, flags):
+        return ""
+    for folder in reversed(Path(path).absolute().parents):
+        if not _can_open(user, f"{folder}/.", os.O_PATH | os.O_CLOEXEC):
+            return f"setfacl -m u:{user.name}:x {folder}"
+    return f"setfacl -m u:{user.name}:{'rw' if write else 'r'} {path}"
+
+
+def require_access(user: RunAs, path: str, *, machine: str, write: bool = False) -> None:
+    """Make sure that a user can open a file.
+
+    Raises:
+        HostCannot: it cannot.
+    """
+    if remedy := obstacle(user, path, write=write):
+        raise HostCannot(
+            f"user {user.name}, as whom QEMU is to run ({VARIABLE}), may not {'write to' if write else 'read'} {path},"
+            f" which machine {machine} needs",
+            hint=remedy,
+            machine=machine,
+        )
+
+
+def admit(path: str | os.PathLike[str], user: int, wanted: int) -> None:
+    """Let a user do that much to a file or folder of ours.
+
+    Raises:
+        HostCannot: its file system keeps no access control lists.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            acl.grant(descriptor, user, wanted)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise HostCannot(
+            f"user {user}, as whom QEMU runs ({VARIABLE}), cannot be let at {path}: {error.strerror}",
+            hint="keep the home and its images on a file system with POSIX access control lists (ext4, XFS, btrfs)",
+        ) from error
+
+
+def _can_open(user: RunAs, path: str, flags: int) -> bool:
+    def look() -> bool:
+        try:
+            os.close(os.open(path, flags))
+        except PermissionError:
+            return False
+        except OSError:
+            return True  # that is another matter, told by whoever opens it
+        return True
+
+    return _apart(lambda: _become(user), look)
+
+
+def _become(user: RunAs) -> None:
+    """Let this thread reach for files as that user does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if number := _SETGROUPS.get(os.uname().machine):
+        groups = (ctypes.c_uint32 * len(user.groups))(*user.groups)
+        libc.syscall(ctypes.c_long(number), ctypes.c_size_t(len(user.groups)), groups)  # glibc's sets every thread's
+    libc.setfsgid(user.gid)
+    libc.setfsuid(user.uid)  # and with it the capabilities go that would let it at any file
+
+
+def _drop(capabilities: frozenset[int]) -> None:
+    """Take capabilities from what this thread's programs can have, as far as it may."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for capability in capabilities:
+        libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0)
+    libc.prctl(_PR_CAP_AMBIENT, ctypes.c_ulong(_CLEAR_ALL), 0, 0, 0)
+    header = ctypes.create_string_buffer(struct.pack("<Ii", _VERSION_3, 0))
+    data = ctypes.create_string_buffer(24)
+    if libc.capget(header, data) == 0:
+        words = list(struct.unpack("<6I", data.raw[:24]))  # effective, permitted, inheritable of each half
+        words[2] = words[5] = 0
+        libc.capset(header, struct.pack("<6I", *words))
+
+
+def _apart(first: Callable[[], object], call: Callable[[], T]) -> T:
+    """Run a call in a thread that ends with it, after something that changes the thread's rights."""
+    answer: list[T] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            first()
+            answer.append(call())
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever asked
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="qmpsnap-rights")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return answer[0]
+
+
+def _is_machine_code(binary: str) -> bool:
+    import shutil
+
+    try:
+        with Path(shutil.which(binary) or binary).open("rb") as file:
+            return file.read(4) == b"\x7fELF"
+    except OSError:
+        return False
+
+
+def user_of(pid: int) -> int | None:
+    """The user whom a process runs as; None when it has ended."""
+    try:
+        with Path(f"/proc/{pid}/status").open() as lines:
+            return next(int(line.split()[2]) for line in lines if line.startswith("Uid:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def prepare_folder(folder: Path, user: RunAs | None, files: Sequence[str], *, log: str) -> None:
+    """Make a run folder ready for a QEMU of that user, or of ours; what another's has left there is no obstacle.
+
+    Args:
+        folder: the run folder, ours.
+        user: whom QEMU runs as, None for this user.
+        files: what QEMU makes in it.
+        log: which of them it appends to.
+
+    Raises:
+        HostCannot: the file system keeps no access control lists.
+    """
+    if os.geteuid() != 0:
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            acl.revoke(descriptor)
+            os.fchmod(descriptor, 0o1700 if user else 0o700)  # what is ours there, QEMU may not put another in place of
+        finally:
+            os.close(descriptor)
+        if user is None:
+            return
+        for name in files:
+            path = folder / name
+            if path.is_symlink() or (path.exists() and path.lstat().st_uid != user.uid and name != log):
+                path.unlink()
+    except OSError as error:
+        raise HostCannot(f"the run folder {folder} cannot be made ready: {error.strerror}") from error
+    admit(folder, user.uid, acl.READ | acl.WRITE | acl.ENTER)
+    if (folder / log).exists():
+        admit(folder / log, user.uid, acl.READ | acl.WRITE)

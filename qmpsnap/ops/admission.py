@@ -1,0 +1,109 @@
+"""The files that a QEMU of another user has to open: of ours each is opened to that user, by its access control list.
+
+Only what qmpsnap made is changed. What lies elsewhere, as a base image of somebody's, that user has to reach already.
+"""
+
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from qmpsnap import acl
+from qmpsnap.machine import privileges
+from qmpsnap.machine.argv import Firmware
+from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.machine import Machine
+from qmpsnap.model.spec import MachineSpec
+from qmpsnap.ops.context import Context
+from qmpsnap.threads import to_end
+
+READ_WRITE = acl.READ | acl.WRITE
+
+
+def user_of(context: Context, machine: Machine) -> int | None:
+    """The user as whom a QEMU works for a machine now, or will when it is started; None for this one."""
+    process = context.process(machine)
+    if process is None:
+        return context.run_as.uid if context.run_as else None
+    user = privileges.user_of(process.pid)
+    return None if user in (None, os.geteuid()) else user
+
+
+async def new_files(context: Context, machine: Machine, paths: Sequence[str]) -> None:
+    """Let the machine's QEMU open files that we have just made for it.
+
+    Raises:
+        HostCannot: their file system keeps no access control lists.
+    """
+    if os.geteuid() == 0 and (user := user_of(context, machine)) is not None:
+        for path in paths:
+            await to_end(privileges.admit, path, user, READ_WRITE)
+
+
+async def all_files(context: Context, machine: Machine, chains: Sequence[Chain], firmware: Firmware | None) -> None:
+    """Let a QEMU that is about to be started open all that it will, and make sure that it can.
+
+    Raises:
+        HostCannot: a file that is not ours is out of its reach; the hint opens it.
+    """
+    if context.run_as:
+        await to_end(_admit_all, context, machine, chains, firmware)
+
+
+def _admit_all(context: Context, machine: Machine, chains: Sequence[Chain], firmware: Firmware | None) -> None:
+    user, home = context.run_as, context.home
+    assert user
+    active = {chain.active.id for chain in chains if not machine.require_disk(chain.disk).read_only}
+    layers = {layer.id: layer for chain in chains for layer in chain.layers}
+    own = [layer for layer in layers.values() if layer.owned]
+    shared = {layer.id for layer in own if _is_anothers(home.machines, machine.name, layer)}
+    for layer in own:
+        privileges.admit(layer.path, user.uid, acl.READ if layer.id in shared else READ_WRITE)
+    files = [layer.path for layer in layers.values()]
+    if firmware:
+        privileges.admit(firmware.vars, user.uid, READ_WRITE)
+        files += [firmware.vars, firmware.code]
+    files += [path for path in (machine.spec.kernel, machine.spec.initrd) if path]
+    sockets = str(home.run_dir(machine.name))  # whose whole path QEMU asks for
+    for folder in _folders([*files, sockets], (home.data, home.cache, home.run)):
+        privileges.admit(folder, user.uid, acl.ENTER)
+    writable = {layers[layer].path for layer in active} | ({firmware.vars} if firmware else set())
+    for path in files:
+        privileges.require_access(user, path, machine=machine.name, write=path in writable)
+
+
+def _is_anothers(machines: Path, machine: str, layer: Layer) -> bool:
+    path = Path(layer.path)
+    return path.is_relative_to(machines) and not path.is_relative_to(machines / machine)
+
+
+def _folders(files: Iterable[str], ours: Sequence[Path]) -> list[Path]:
+    """Our own folders that lead to files, which nobody else may enter."""
+    found: dict[Path, None] = {}
+    for file in files:
+        for parent in reversed(Path(file).parents):
+            if any(parent.is_relative_to(place) for place in ours):
+                found[Path(os.path.realpath(parent))] = None
+    return list(found)
+
+
+def users(context: Context, machine: Machine) -> frozenset[int]:
+    """Whom the machine's files may be open to besides their owner: its QEMU, and the one that would be started."""
+    found = {user_of(context, machine), context.run_as.uid if context.run_as else None}
+    return frozenset(user for user in found if user is not None)
+
+
+def others(path: str, status: os.stat_result, trusted: frozenset[int]) -> int:
+    """What users who are not trusted may do to what has that name, which is theirs neither; as ``rwx`` bits."""
+    if stat.S_ISLNK(status.st_mode) or not status.st_mode & 0o077:
+        return 0
+    try:
+        return acl.rights(path, status.st_mode).beyond(trusted)
+    except OSError:
+        return stat.S_IMODE(status.st_mode) & 0o077
+
+
+def lost(spec: MachineSpec) -> str:
+    """What a QEMU that is not root's cannot give to such a machine; empty for nothing."""
+    kinds = {nic.kind for nic in spec.nics}
+    return "a network card on a bridge needs qemu-bridge-helper with set-uid" if "bridge" in kinds else ""
