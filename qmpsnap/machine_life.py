@@ -37,15 +37,19 @@ class MachineLife:
         """The machine as the store has it."""
         return await blocking(self._context.store.machine, self.name)
 
-    async def start(self, *, paused: bool = False) -> Process:
-        """Start QEMU and return once its monitor answers; ``paused`` leaves the vCPUs stopped.
+    async def start(self, *, paused: bool = False, allow_extra: bool = False) -> Process:
+        """Start QEMU and return once its monitor answers.
+
+        Args:
+            paused: leave the vCPUs stopped.
+            allow_extra: agree to the ``extra`` arguments that the store has of it now, as after a rebuild.
 
         Raises:
-            StateError: it runs already.
+            StateError: it runs already, or nobody has agreed to its ``extra`` arguments.
             StoreMismatch: an image is not the one the store knows.
             QemuGone: QEMU ended at once.
         """
-        return await power.start(self._context, self.name, paused=paused)
+        return await power.start(self._context, self.name, paused=paused, allow_extra=allow_extra)
 
     async def stop(self, *, force: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109
         """Switch the guest off, waiting up to ``timeout`` seconds (60).

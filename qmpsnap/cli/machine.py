@@ -50,6 +50,7 @@ def register(parsers: Parsers) -> None:
     command = add(parsers, "start", _start, help="start a machine; returns when its monitor answers")
     add_machine(command)
     command.add_argument("--paused", action="store_true", help="leave the vCPUs stopped")
+    command.add_argument("--allow-extra", action="store_true", help="agree to the 'extra' QEMU arguments it has now")
 
     command = add(parsers, "stop", _stop, help="press the power button and wait for the guest to switch itself off")
     add_machine(command)
@@ -236,7 +237,7 @@ def _show_text(document: dict[str, Any]) -> str:
 def _start(arguments: argparse.Namespace) -> None:
     async def act(controller: "Controller") -> Any:
         vm = await controller.machine(arguments.machine)
-        return await vm.start(paused=arguments.paused)
+        return await vm.start(paused=arguments.paused, allow_extra=arguments.allow_extra)
 
     process = controlling(act)
     output.note(f"machine {arguments.machine} runs (pid {process.pid}, QEMU {process.qemu_version}, {process.accel})")

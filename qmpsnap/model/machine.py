@@ -26,6 +26,22 @@ class Process(Struct, frozen=True, kw_only=True):
     qemu_version: str
 
 
+class Consent(Struct, frozen=True, kw_only=True):
+    """Which further QEMU arguments somebody has agreed to; without that they are given to no QEMU.
+
+    Attributes:
+        extra: the very arguments.
+        user: the id of the user who did; None where an earlier release has not recorded it.
+    """
+
+    extra: tuple[str, ...]
+    user: int | None = None
+
+    def covers(self, extra: tuple[str, ...], *, user: int) -> bool:
+        """Whether that user may give a QEMU these: nobody is bound by what another user has agreed to, but root."""
+        return self.extra == extra and self.user in (None, 0, user)
+
+
 class Machine(Struct, frozen=True, kw_only=True):
     """A named machine as the store knows it.
 
@@ -33,6 +49,7 @@ class Machine(Struct, frozen=True, kw_only=True):
         host: node name of the host it lives on; other hosts may look but not touch.
         current: name of the snapshot the active layers grew from, or None.
         adopted: somebody else launches its QEMU; how to speak to that. None for a machine of our own.
+        consent: to the spec's ``extra`` arguments; None where nobody has agreed to any.
     """
 
     name: str
@@ -43,6 +60,7 @@ class Machine(Struct, frozen=True, kw_only=True):
     current: str | None = None
     process: Process | None = None
     adopted: Adoption | None = None
+    consent: Consent | None = None
 
     def sent(self, arguments: Any) -> Any:
         """Arguments of a QMP command with the names that the machine's QEMU has for our layers."""

@@ -6,7 +6,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from qmpsnap.errors import Effect
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machine import Consent, Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.nbd import NbdExport
 from qmpsnap.model.snapshot import Quiesce, Snapshot
@@ -34,6 +34,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
         removed_snapshots: names of snapshots to remove; snapshots that grew from one grow from its parent then.
         removed_layers: layers to remove; nobody may need them any more.
         current: the machine's new current snapshot; unset leaves it.
+        consent: what somebody has agreed to now; None leaves what there is.
     """
 
     define: Machine | None = None
@@ -44,6 +45,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     removed_snapshots: tuple[str, ...] = ()
     removed_layers: tuple[LayerId, ...] = ()
     current: str | UnsetType | None = UNSET
+    consent: Consent | None = None
 
 
 class Overlay(Struct, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machine import Consent, Machine
 from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
@@ -161,7 +161,10 @@ async def complete(
 async def survey(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> tuple[Machine, dict[str, DiskSource]]:
     """The machine to be, and what lies under its disks already; images may lie in the folders ``allowed``."""
     sources = await disk_sources.read(context, spec, allowed)
-    machine = Machine(name=spec.name, uuid=str(uuid.uuid4()), host=context.host, spec=spec, created=time.time())
+    agreed = Consent(extra=spec.extra, user=os.geteuid()) if spec.extra else None
+    machine = Machine(
+        name=spec.name, uuid=str(uuid.uuid4()), host=context.host, spec=spec, created=time.time(), consent=agreed
+    )
     return machine, sources
 
 

@@ -17,7 +17,7 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Writer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import admission, asked, compare, keys, pausing, tagging
+from qmpsnap.ops import admission, asked, compare, consent, keys, pausing, tagging
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
@@ -35,16 +35,17 @@ class LoadingInside(Struct, frozen=True):
     vmstate: LayerId
 
 
-async def start(context: Context, name: str, *, paused: bool = False) -> Process:
+async def start(context: Context, name: str, *, paused: bool = False, allow_extra: bool = False) -> Process:
     """Start the machine and return once its monitor answers.
 
     Args:
         context: where.
         name: the machine.
         paused: leave the vCPUs stopped.
+        allow_extra: agree to the ``extra`` arguments that its record has now.
 
     Raises:
-        StateError: it runs already.
+        StateError: it runs already, or nobody has agreed to its ``extra`` arguments.
         StoreMismatch: an image is not the one the store knows.
         QemuGone: QEMU ended at once; the message holds what it wrote.
     """
@@ -53,7 +54,8 @@ async def start(context: Context, name: str, *, paused: bool = False) -> Process
             raise StateError(f"machine {name} runs already", hint=f"qmpsnap show {name}", machine=name)
         require_spec(work.machine, "start it")
         await blocking(context.store.require_writable)
-        return await bring_up(context, work.machine, paused=paused)
+        machine = await consent.give(context, work.machine) if allow_extra else work.machine
+        return await bring_up(context, machine, paused=paused)
 
 
 async def bring_up(
@@ -73,6 +75,7 @@ async def bring_up(
         QemuGone: QEMU ended at once; the message holds what it wrote.
         QmpError: it does not take the memory; it has been ended.
     """
+    consent.require(machine)
     chains = await blocking(context.store.chains, machine.name)
     surroundings.require_room(chains, machine=machine.name)
     await to_end(require_files, machine, chains)

@@ -27,7 +27,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Outside, Snapshot
-from qmpsnap.ops import after_load, asked, keys, power, quiesce, recover, revert_inside, situation, space
+from qmpsnap.ops import after_load, asked, consent, keys, power, quiesce, recover, revert_inside, situation, space
 from qmpsnap.ops.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.loading import Loading, require_same_hardware
 from qmpsnap.ops.overlays import make_overlays, overlay_on, require_free
@@ -110,6 +110,7 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
             return Preview(plan=loaded, unwritten=False, commands=commands)
         mode = await asked.mode_of(qemu)
     planned = plan(machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+    consent.require(machine)
     await require_same_hardware(context, machine, target)
     variables = str(context.home.variables(name)) if planned.keeps else None
     return Preview(
@@ -223,6 +224,7 @@ async def _require_possible(context: Context, work: Work, request: RevertRequest
 
 async def _examine(context: Context, work: Work, at: Situation, target: Snapshot) -> None:
     """The guest ends only for layers that it can be started on again."""
+    consent.require(work.machine)
     await require_same_hardware(context, work.machine, target)
     await to_thread.run_sync(power.require_files, work.machine, points(at, target))
     await to_thread.run_sync(_require_kept, work.machine, target)

@@ -111,6 +111,7 @@ class HomeTable:
 
         _rewrite(sql, "machine", "spec", text)
         _rewrite(sql, "machine", "adopted", text)
+        _rewrite(sql, "machine", "consent", text)
         _rewrite(sql, "snapshot", "vmstate", state)
         _rewrite(sql, "snapshot", "inside", text)
         marks = ",".join("?" * len(OPEN_STATES))

@@ -7,7 +7,7 @@ SNAPSHOT = (
     " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent"
 )
 MACHINE = (
-    "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted,"
+    "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted, consent,"
     " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
     " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
 )

@@ -155,8 +155,8 @@ class Records:
 
 
 def _lasting(machine: Machine) -> Machine:
-    """What does not change while the machine exists."""
-    return replace(machine, process=None, current=None)
+    """What does not change while the machine exists; to its further QEMU arguments a rebuilt store has no consent."""
+    return replace(machine, process=None, current=None, consent=None)
 
 
 def _append(path: Path, text: bytes, *, flags: int = 0) -> None:

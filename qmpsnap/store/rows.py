@@ -2,12 +2,14 @@
 
 import json
 import sqlite3
+from collections.abc import Mapping
 
 import msgspec
 
 from qmpsnap.errors import NameTaken, NotFoundError
 from qmpsnap.model.adoption import Adoption
-from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.machine import Consent, Machine, Process
+from qmpsnap.model.names import LayerId
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.store.decoded import decoded
@@ -15,7 +17,7 @@ from qmpsnap.store.decoded import decoded
 
 def read_machine(row: sqlite3.Row) -> Machine:
     """A row of the machine query as a value."""
-    name, uuid, host, spec, created, current, adopted, *process = row
+    name, uuid, host, spec, created, current, adopted, consent, *process = row
     return Machine(
         name=name,
         uuid=uuid,
@@ -25,6 +27,7 @@ def read_machine(row: sqlite3.Row) -> Machine:
         current=current,
         process=Process(**dict(zip(Process.__struct_fields__, process, strict=True))) if process[0] else None,
         adopted=decoded(adopted, Adoption) if adopted else None,
+        consent=decoded(consent, Consent) if consent else None,
     )
 
 
@@ -45,17 +48,35 @@ def insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
     """Add a machine, or ``NameTaken``."""
     try:
         sql.execute(
-            "INSERT INTO machine (name, uuid, host, spec, created, adopted) VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO machine (name, uuid, host, spec, created, adopted, consent) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 machine.name, machine.uuid, machine.host,
                 msgspec.json.encode(machine.spec).decode(), machine.created,
                 msgspec.json.encode(machine.adopted).decode() if machine.adopted else None,
+                msgspec.json.encode(machine.consent).decode() if machine.consent else None,
             ),
         )  # fmt: skip
     except sqlite3.IntegrityError as error:
         raise NameTaken(f"machine {machine.name} exists already", machine=machine.name) from error
     if machine.process:  # an adopted one comes with its QEMU
         put_process(sql, machine_id(sql, machine.name), machine.process)
+
+
+def put_consent(sql: sqlite3.Connection, machine: int, consent: Consent | None) -> None:
+    """Record what somebody has agreed to; None leaves what there is."""
+    if consent:
+        text = msgspec.json.encode(consent).decode()
+        sql.execute("UPDATE machine SET consent = ?, version = version + 1 WHERE id = ?", (text, machine))
+
+
+def put_active(sql: sqlite3.Connection, machine: int, active: Mapping[str, LayerId]) -> None:
+    """Add disks, or let them have other active layers."""
+    for position, (disk, layer) in enumerate(active.items()):
+        sql.execute(
+            "INSERT INTO disk (machine, name, position, active) VALUES (?, ?, ?, ?) ON CONFLICT (machine, name)"
+            " DO UPDATE SET active = excluded.active, version = version + 1",
+            (machine, disk, position, layer),
+        )
 
 
 def put_process(sql: sqlite3.Connection, machine: int, process: Process | None) -> None:

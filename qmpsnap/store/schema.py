@@ -98,6 +98,11 @@ MIGRATIONS: tuple[str, ...] = (
     """
     CREATE TABLE committed (id INTEGER PRIMARY KEY, number INTEGER NOT NULL) STRICT;
     """,
+    """
+    ALTER TABLE machine ADD COLUMN consent TEXT;
+    UPDATE machine SET consent = json_object('extra', json_extract(spec, '$.extra'))
+        WHERE CASE WHEN json_valid(spec) THEN json_array_length(spec, '$.extra') END > 0;
+    """,
 )
 
 

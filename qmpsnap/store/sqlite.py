@@ -297,12 +297,8 @@ class SqliteStore:
         self._records.add(machine, [*self._elsewhere(change), *self._gone(sql, number, change)])
         for layer in change.layers:
             self._put_layer(sql, layer)
-        for position, (disk, active) in enumerate(change.active.items()):
-            sql.execute(
-                "INSERT INTO disk (machine, name, position, active) VALUES (?, ?, ?, ?) ON CONFLICT (machine, name)"
-                " DO UPDATE SET active = excluded.active, version = version + 1",
-                (number, disk, position, active),
-            )
+        rows.put_active(sql, number, change.active)
+        rows.put_consent(sql, number, change.consent)
         for snapshot in change.snapshots:
             rows.put_snapshot(sql, number, self._portable(snapshot))
         for old, new in change.renamed.items():

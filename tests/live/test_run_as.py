@@ -1,17 +1,13 @@
 """Root's QEMU as a user of its own, through everything that opens a file; and as root, with few capabilities."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import qmpsnap
-from qmpsnap import acl
-from qmpsnap.errors import HostCannot
 from qmpsnap.machine import privileges
-from qmpsnap.model.spec import DiskSpec, MachineSpec
-from tests.live.machine import MIB, active_hash, context_of, fill, grown, hold_invariants, snapshot_hashes
+from tests.live.machine import MIB, context_of, fill, grown, hold_invariants, snapshot_hashes
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run QEMU as another user")
 
@@ -20,9 +16,9 @@ UID = 65534
 
 
 @pytest.fixture
-def home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(privileges.VARIABLE, USER)
-    yield home
+    return home
 
 
 def status_of(vm: qmpsnap.MachineHandle) -> dict[str, list[str]]:

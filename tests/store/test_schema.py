@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
-from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.machine import Consent, Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point, Snapshot
@@ -314,6 +315,7 @@ def test_a_file_that_is_no_database_is_a_mismatch(tmp_path: Path) -> None:
 
 
 def test_damage_that_is_found_later_is_a_mismatch_too(old: Path) -> None:
+    SqliteStore(old, machines=MACHINES).close()  # a migration would meet it at once
     (page_of_machine,) = ask(old, "SELECT rootpage FROM sqlite_schema WHERE name = 'machine'")[0]
     (size,) = ask(old, "PRAGMA page_size")[0]
     with old.open("r+b") as file:
@@ -328,6 +330,20 @@ def test_where_a_folder_cannot_be_made_the_host_cannot(tmp_path: Path) -> None:
     with pytest.raises(HostCannot, match=r"cannot be written: .*; nothing was changed") as caught:
         SqliteStore(tmp_path / "file" / "below" / "store.db", machines=MACHINES)
     assert (caught.value.exit_code, caught.value.hint) == (9, f"look at the rights of {tmp_path} and what is in it")
+
+
+@pytest.mark.parametrize(
+    "spec", ['{"name":"web","extra":["-device","a,b=\\"\u00e4;\\""]}', '{"name":"web"}', "no spec"]
+)
+def test_whoever_had_further_arguments_before_has_agreed_to_these(old: Path, spec: str) -> None:
+    with closing(sqlite3.connect(old)) as connection:
+        connection.execute("UPDATE machine SET spec = ? WHERE name = 'web'", (spec,))
+        connection.commit()
+    schema.connect(old).close()
+    ((found,),) = ask(old, "SELECT consent FROM machine WHERE name = 'web'")
+    assert (found is None) == ("extra" not in spec)
+    if found:
+        assert msgspec.json.decode(str(found), type=Consent) == Consent(extra=("-device", 'a,b="\u00e4;"'))
 
 
 # --- one that can only be read ---------------------------------------------------------------------------------------

@@ -1,0 +1,41 @@
+"""A machine's further QEMU arguments (``extra``), which can undo every protection: no QEMU gets them unasked."""
+
+import os
+import shlex
+
+from qmpsnap.errors import StateError
+from qmpsnap.model.machine import Consent, Machine
+from qmpsnap.model.operation import Change
+from qmpsnap.ops.context import Context, blocking
+
+
+def require(machine: Machine) -> None:
+    """Make sure that somebody whom this user trusts has agreed to the arguments as they are recorded now.
+
+    Raises:
+        StateError: nobody has; whoever writes to the store could have any program run.
+    """
+    extra = machine.spec.extra
+    if not extra or (machine.consent and machine.consent.covers(extra, user=os.geteuid())):
+        return
+    raise StateError(
+        f"machine {machine.name} has QEMU arguments that nobody has agreed to, or another user: {_said(extra)}",
+        hint=f"if they are yours: qmpsnap start {machine.name} --allow-extra; qmpsnap log {machine.name} tells what"
+        " has changed the machine",
+        machine=machine.name,
+    )
+
+
+async def give(context: Context, machine: Machine) -> Machine:
+    """Agree to the arguments that a machine has now; returns it as recorded then."""
+    extra = machine.spec.extra
+    if extra and not (machine.consent and machine.consent.covers(extra, user=os.geteuid())):
+        agreed = Consent(extra=extra, user=os.geteuid())
+        await blocking(context.store.apply, machine.name, Change(consent=agreed))
+        return await blocking(context.store.machine, machine.name)
+    return machine
+
+
+def _said(extra: tuple[str, ...]) -> str:
+    text = shlex.join(extra)
+    return "".join(one if one.isprintable() else "?" for one in text)
