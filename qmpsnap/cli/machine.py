@@ -165,6 +165,8 @@ def _elsewhere(machine: Machine) -> str:
 
 
 def _show(arguments: argparse.Namespace) -> None:
+    from qmpsnap.ops import admission
+
     async def act(controller: "Controller") -> tuple[Machine, str, tuple[str, ...]]:
         vm = await controller.machine(arguments.machine)
         try:
@@ -185,6 +187,7 @@ def _show(arguments: argparse.Namespace) -> None:
     if state == "stopped":
         state = seen.state(machine, process, look)
     run_dir = home().run_dir(machine.name)
+    user, lacks = admission.shown(machine, process)
     document = {
         "name": machine.name,
         "uuid": machine.uuid,
@@ -192,6 +195,8 @@ def _show(arguments: argparse.Namespace) -> None:
         "pid": process.pid if process else None,
         "accel": process.accel if process else None,
         "qemu": process.qemu_version if process else None,
+        "qemu_user": user,
+        "qemu_lacks": lacks,
         "qmp": machine.adopted.socket if machine.adopted else str(run_dir / USER_SOCKET),
         "console": None if machine.adopted else str(run_dir / CONSOLE_SOCKET),
         "run_dir": str(run_dir),
@@ -226,6 +231,7 @@ def _show_text(document: dict[str, Any]) -> str:
     plain = {key: value for key, value in document.items() if key not in ("disks", "snapshots", "memory")}
     plain["memory"] = output.size(document["memory"])
     plain["snapshots"] = ", ".join(document["snapshots"]) or "none"
+    plain["qemu_lacks"] = "; ".join(document["qemu_lacks"]) or "-"
     lines = [f"{key + ':':14}{'-' if value is None else output.printable(str(value))}" for key, value in plain.items()]
     rows = [
         (d["disk"], d["layer"], d["format"], output.size(d["virtual_size"]), d["depth"], d["path"])

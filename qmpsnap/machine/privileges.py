@@ -58,8 +58,15 @@ class RunAs(Struct, frozen=True):
             UsageError: there is no such user, or none that this one may start a program as.
         """
         wanted = environment.get(VARIABLE)
-        if not wanted:
-            return None
+        return cls.named(wanted) if wanted else None
+
+    @classmethod
+    def named(cls, wanted: str) -> Self | None:
+        """That user; None where it is this one.
+
+        Raises:
+            UsageError: as :meth:`from_environment`.
+        """
         try:
             entry = pwd.getpwuid(int(wanted)) if wanted.isascii() and wanted.isdigit() else pwd.getpwnam(wanted)
         except (KeyError, OverflowError, ValueError):
@@ -252,6 +259,14 @@ def user_of(pid: int) -> int | None:
             return next(int(line.split()[2]) for line in lines if line.startswith("Uid:"))
     except (OSError, StopIteration, ValueError):
         return None
+
+
+def name_of(user: int) -> str:
+    """A user's name, or its number where it has none."""
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
 
 
 def prepare_folder(folder: Path, user: RunAs | None, files: Sequence[str], *, log: str) -> None:

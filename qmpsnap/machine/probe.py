@@ -81,12 +81,25 @@ async def ask(qemu: str, cache: Path | None, *, user: RunAs | None = None) -> Ab
 
 def _userfaultfd(user: RunAs | None) -> str:
     """What decides whether this user's QEMU can track writes: with another answer QEMU is asked again."""
+    return f"-u{_everyones()}{'-dev' if _device_opens(user) else ''}"
+
+
+def userfaultfd_is_roots(user: RunAs) -> bool:
+    """Whether a QEMU of that user cannot track writes, where root's can."""
+    return _everyones() == "0" and not _device_opens(user)
+
+
+def _everyones() -> str:
     try:
-        everyone = Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip()
+        return Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip()
     except OSError:
-        everyone = ""
-    device = os.access(USERFAULTFD, os.R_OK | os.W_OK) and not (user and obstacle(user, USERFAULTFD, write=True))
-    return f"-u{everyone}{'-dev' if device else ''}"
+        return ""
+
+
+def _device_opens(user: RunAs | None) -> bool:
+    if not os.access(USERFAULTFD, os.R_OK | os.W_OK):
+        return False
+    return user is None or not obstacle(user, USERFAULTFD, write=True)
 
 
 async def interrogate(qemu: str, *, user: RunAs | None = None) -> Abilities:

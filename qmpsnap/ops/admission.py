@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qmpsnap import acl
-from qmpsnap.machine import privileges
+from qmpsnap.machine import accel, privileges, probe
 from qmpsnap.machine.argv import Firmware
+from qmpsnap.machine.privileges import RunAs
 from qmpsnap.model.chain import Chain, Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops.context import Context
 from qmpsnap.threads import to_end
@@ -27,6 +28,25 @@ def user_of(context: Context, machine: Machine) -> int | None:
         return context.run_as.uid if context.run_as else None
     user = privileges.user_of(process.pid)
     return None if user in (None, os.geteuid()) else user
+
+
+def shown(machine: Machine, process: Process | None) -> tuple[str | None, tuple[str, ...]]:
+    """Who a machine's QEMU runs as, or would, and what it lacks for that; None where it is stopped, or another's.
+
+    Raises:
+        UsageError: ``QMPSNAP_RUN_AS`` names nobody who could be.
+    """
+    if machine.adopted:
+        return None, ()
+    user = RunAs.from_environment(os.environ)
+    if process is not None:
+        number = privileges.user_of(process.pid)
+        if number is None:
+            return None, ()
+        if os.geteuid() != 0 or number == 0:
+            return privileges.name_of(number), ()
+        user = RunAs.named(str(number))
+    return (user.name, lost(user, machine.spec)) if user else (None, ())
 
 
 async def new_files(context: Context, machine: Machine, paths: Sequence[str]) -> None:
@@ -103,7 +123,17 @@ def others(path: str, status: os.stat_result, trusted: frozenset[int]) -> int:
         return stat.S_IMODE(status.st_mode) & 0o077
 
 
-def lost(spec: MachineSpec) -> str:
-    """What a QEMU that is not root's cannot give to such a machine; empty for nothing."""
-    kinds = {nic.kind for nic in spec.nics}
-    return "a network card on a bridge needs qemu-bridge-helper with set-uid" if "bridge" in kinds else ""
+def lost(user: RunAs, spec: MachineSpec | None = None) -> tuple[str, ...]:
+    """What a QEMU of that user lacks which root's has, of a machine or of any; a sentence each."""
+    found = []
+    if probe.userfaultfd_is_roots(user):
+        remedy = f"setfacl -m u:{user.name}:rw {probe.USERFAULTFD}, or sysctl vm.unprivileged_userfaultfd=1"
+        found.append(f"background snapshots, as userfaultfd is root's: {remedy}")
+    if accel.KVM.exists() and (remedy := privileges.obstacle(user, str(accel.KVM), write=True)):
+        found.append(f"KVM: {remedy}")
+    kinds = {nic.kind for nic in spec.nics} if spec else {"tap", "bridge"}
+    if "tap" in kinds:
+        found.append(f"tap interfaces that are not its own: ip tuntap add NAME mode tap user {user.name}")
+    if "bridge" in kinds:
+        found.append("bridges, unless qemu-bridge-helper is set-uid root and lets it at them")
+    return tuple(found)

@@ -16,11 +16,12 @@ from msgspec import Struct
 
 from qmpsnap import identity
 from qmpsnap.block.image import ImageTool
-from qmpsnap.errors import HostCannot, QmpsnapError
-from qmpsnap.machine import accel, probe
+from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
+from qmpsnap.machine import accel, privileges, probe
 from qmpsnap.machine.firmware import find_firmware
+from qmpsnap.machine.privileges import RunAs
 from qmpsnap.model.home import Home
-from qmpsnap.ops import space
+from qmpsnap.ops import admission, space
 from qmpsnap.ops.context import Programs
 from qmpsnap.store.sqlite import SqliteStore
 
@@ -50,6 +51,7 @@ async def run(home: Home) -> list[Ability]:
 
 async def _look(programs: Programs, home: Home, cache: Path) -> list[Ability]:
     return [
+        await to_thread.run_sync(_user),
         *await _qemu(programs.qemu, cache),
         await _accelerator(programs.qemu, cache),
         await _image_tool(programs.image),
@@ -62,9 +64,32 @@ async def _look(programs: Programs, home: Home, cache: Path) -> list[Ability]:
     ]
 
 
+def _user() -> Ability:
+    """Who QEMU runs as, and what that costs."""
+    try:
+        user = RunAs.from_environment(os.environ)
+    except UsageError as error:
+        return Ability("qemu-user", "no", error.message, error.hint)
+    if user is None and os.geteuid() != 0:
+        return Ability("qemu-user", "yes", f"QEMU runs as this user, {privileges.name_of(os.geteuid())}")
+    if user is None:
+        remedy = f"{privileges.VARIABLE}=USER runs it as a user of its own"
+        return Ability("qemu-user", "limited", "QEMU runs as root, with few of root's capabilities", remedy)
+    lacks = admission.lost(user)
+    detail = f"QEMU runs as {user.name}, without root's rights; it lacks {'; '.join(lacks) or 'nothing'}"
+    return Ability("qemu-user", "limited" if lacks else "yes", detail)
+
+
+def _run_as() -> RunAs | None:
+    try:
+        return RunAs.from_environment(os.environ)
+    except UsageError:  # told already
+        return None
+
+
 async def _qemu(qemu: str, cache: Path) -> list[Ability]:
     try:
-        abilities = await probe.ask(qemu, cache)
+        abilities = await probe.ask(qemu, cache, user=_run_as())
     except QmpsnapError as error:
         return [Ability("qemu", "no", error.message, error.hint)]
     where = shutil.which(qemu) or qemu
@@ -79,7 +104,7 @@ async def _qemu(qemu: str, cache: Path) -> list[Ability]:
 
 async def _accelerator(qemu: str, cache: Path) -> Ability:
     try:
-        choice = await accel.choose("auto", qemu=qemu, cache=cache)
+        choice = await accel.choose("auto", qemu=qemu, cache=cache, user=_run_as())
     except HostCannot as error:
         return Ability("accelerator", "no", error.message, error.hint)
     if choice.accel == "kvm":
