@@ -7,6 +7,7 @@ no code of ours runs between fork and exec, and this process keeps what it has.
 import ctypes
 import os
 import pwd
+import stat
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -292,12 +293,21 @@ def prepare_folder(folder: Path, user: RunAs | None, files: Sequence[str], *, lo
             os.close(descriptor)
         if user is None:
             return
-        for name in files:
-            path = folder / name
-            if path.is_symlink() or (path.exists() and path.lstat().st_uid != user.uid and name != log):
-                path.unlink()
+        for name in files:  # nobody but us gets at them now
+            _clear(folder / name, user, keep=name == log)
+        if (folder / log).exists():
+            admit(folder / log, user.uid, acl.READ | acl.WRITE)
     except OSError as error:
         raise HostCannot(f"the run folder {folder} cannot be made ready: {error.strerror}") from error
     admit(folder, user.uid, acl.READ | acl.WRITE | acl.ENTER)
-    if (folder / log).exists():
-        admit(folder / log, user.uid, acl.READ | acl.WRITE)
+
+
+def _clear(path: Path, user: RunAs, *, keep: bool) -> None:
+    """Remove what a QEMU of that user could not write over, and what may be another file's second name."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    plain = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+    if not (plain and keep) and (status.st_uid != user.uid or not plain):
+        path.unlink()

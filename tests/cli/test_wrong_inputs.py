@@ -60,7 +60,7 @@ LINES = {
     "snapshot rename": "snapshot rename web nothing other",
     "snapshot revert": "snapshot revert web nothing",
     "snapshot show": "snapshot show web fresh",
-    "start": "start web",
+    "start": "start web --paused --allow-extra",
     "stop": "stop web --timeout 1",
     "stream": "stream web vda --base fresh",
     "tree": "tree web",

@@ -65,7 +65,7 @@ async def previews(vm: MachineHandle) -> None:
 async def a_machine(vm: MachineHandle) -> None:
     assert_type(vm.name, str)
     assert_type(await vm.record(), Machine)
-    assert_type(await vm.start(paused=True), Process)
+    assert_type(await vm.start(paused=True, allow_extra=True), Process)
     assert_type(await vm.is_running(), bool)
     assert_type(await vm.state(), str)
     assert_type(await vm.shortage() + await vm.left_out(), tuple[str, ...])
