@@ -13,7 +13,7 @@ from qmpsnap.identity import same_file
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Change
-from qmpsnap.ops import recover, relocate
+from qmpsnap.ops import admission, recover, relocate
 from qmpsnap.ops.checking import deep as reading
 from qmpsnap.ops.checking import facts
 from qmpsnap.ops.checking.facts import Facts
@@ -79,7 +79,7 @@ async def _judge(context: Context, at: Facts, *, deep: bool) -> list[Finding]:
 
 async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
     name = machine.name
-    await _open_run_folder(context, name)
+    await _open_run_folder(context, machine)
     await relocate.go_on(context)
     async with locked(context, name, "check --repair", anywhere=True):
         failed: list[str] = []
@@ -121,10 +121,10 @@ def _record_births(context: Context, at: Facts) -> None:
         context.store.apply(at.record.machine.name, Change(layers=news))
 
 
-async def _open_run_folder(context: Context, name: str) -> None:
+async def _open_run_folder(context: Context, machine: Machine) -> None:
     """Nobody works on a machine whose run folder is open to others."""
-    for entry in await to_thread.run_sync(facts.entries, context.home.run):
-        if entry.path == str(context.home.run_dir(name)) and entry.is_open:
+    for entry in await to_thread.run_sync(facts.entries, context.home.run, admission.users(context, machine)):
+        if entry.path == str(context.home.run_dir(machine.name)) and entry.is_open:
             with contextlib.suppress(QmpsnapError):
                 await to_end(close_to_others, entry)
 

@@ -1,7 +1,8 @@
 """Who can write to a home: whoever can has QEMU run what they like, as the user who starts a machine of it.
 
 So a home is refused as OpenSSH refuses keys (``StrictModes``): by root, where anybody else may write to it or to a
-folder that it lies in; by every user, where it belongs to somebody else who is not root. Folders are looked at from
+folder that it lies in; by every user, where it belongs to somebody else who is not root. A user's own folder may lie
+in one that is not root's: whose that is, the user has not decided. For root folders are looked at from
 ``/`` on downwards: where only trusted users can write to a folder, nobody else can replace what lies in it.
 """
 
@@ -63,7 +64,8 @@ def flaws(data: Path, *others: Path) -> Iterator[Flaw]:
     folders = [data, *others]
     inside = [*folders, *(data / name for name in _INSIDE)]
     of_it = dict.fromkeys(os.path.realpath(place) for place in inside)
-    for part in dict.fromkeys(part for folder in folders for part in _above(folder)):
+    above = (part for folder in folders for part in _above(folder)) if os.geteuid() == 0 else ()
+    for part in dict.fromkeys(above):
         if part not in of_it:
             yield from _flaw(part, above=True)
     for path in of_it:

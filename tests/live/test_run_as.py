@@ -1,6 +1,7 @@
 """Root's QEMU as a user of its own, through everything that opens a file; and as root, with few capabilities."""
 
 import os
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,11 +20,16 @@ from tests.live.machine import MIB, ONE_DISK, context_of, fill, grown, hold_inva
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run QEMU as another user")
 
 USER = "nobody"
+QEMU = shutil.which(os.environ.get("QMPSNAP_QEMU") or "qemu-system-x86_64") or ""
 UID = 65534
 
 
 @pytest.fixture
 def as_nobody(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    user = privileges.RunAs.named(USER)
+    assert user
+    if privileges.obstacle(user, QEMU, write=False):
+        pytest.skip(f"{USER} cannot run {QEMU}")
     monkeypatch.setenv(privileges.VARIABLE, USER)
     return home
 
@@ -91,6 +97,8 @@ async def test_the_whole_life_of_a_machine_as_another_user(q: qmpsnap.Controller
     await vm.snapshot("s4")
     await vm.commit("vda", base="s4", consume=True)
     require_nobody(vm)
+    done = await vm.check(repair=True)
+    assert (done.findings, done.repaired) == ((), ())
     await vm.stop(force=True)
     await vm.delete_snapshots("s3")  # by a worker
     await hold_invariants(vm)
@@ -166,6 +174,7 @@ async def test_a_running_one_is_served_by_commands_that_do_not_know_of_it(monkey
         assert found == {"mode-open"}  # another user is named in its files, whom no QEMU needs any more
         done = await vm.check(repair=True)
         assert done.findings == ()
+        assert Path(context_of(vm).home.run_dir("still")).stat().st_mode & 0o777 == 0o700
         await vm.start(paused=True)
         assert status_of(vm)["Uid"] == ["0"] * 4
         await vm.stop(force=True)
@@ -198,6 +207,8 @@ async def test_it_cannot_replace_what_is_roots_in_its_run_folder(q: qmpsnap.Cont
 
 @pytest.mark.usefixtures("home")
 async def test_as_root_it_has_only_what_its_devices_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not privileges._is_machine_code(QEMU):
+        pytest.skip(f"{QEMU} is a wrapper")
     user_nic = NicSpec(kind="user")
     async with qmpsnap.open() as q:
         vm = await grown(q, "s1")

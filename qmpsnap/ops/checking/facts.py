@@ -331,13 +331,13 @@ def layers_of(at: Record, folder: str) -> tuple[Layer, ...]:
     return tuple(found.values())
 
 
-def entries(folder: Path) -> tuple[Entry, ...]:
-    """What lies in a folder, by name; nothing where there is none."""
+def entries(folder: Path, trusted: frozenset[int] = frozenset()) -> tuple[Entry, ...]:
+    """What lies in a folder, by name; nothing where there is none. It may be open to users who are trusted."""
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208 - as text
     except OSError:
         return ()
-    return tuple(entry for name in names if (entry := _entry(f"{folder}/{name}")))
+    return tuple(entry for name in names if (entry := _entry(f"{folder}/{name}", trusted)))
 
 
 def _entry(path: str, trusted: frozenset[int] = frozenset()) -> Entry | None:
