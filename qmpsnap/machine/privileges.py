@@ -36,6 +36,7 @@ _USELESS: Final = frozenset({9, 11, 16, 20, 22, 25, 26, 29, 30, 32, 33, 34, 35, 
 ``SYS_BOOT``, ``SYS_TIME``, ``SYS_TTY_CONFIG``, ``AUDIT_*``, ``MAC_*``, ``SYSLOG``, ``WAKE_ALARM``, ``BLOCK_SUSPEND``,
 ``CHECKPOINT_RESTORE``."""
 
+_PR_GET_DUMPABLE: Final = 3
 _PR_SET_DUMPABLE: Final = 4
 _PR_CAPBSET_DROP: Final = 24
 _PR_CAP_AMBIENT: Final = 47
@@ -195,12 +196,15 @@ def _can_open(user: RunAs, path: str, flags: int) -> bool:
             return False
         except OSError:
             return True  # that is another matter, told by whoever opens it
-        finally:
-            # The kernel has taken it for a change of user, after which nobody may look into this process.
-            ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(1), 0, 0, 0)
         return True
 
-    return _apart(lambda: _become(user), look)
+    libc = ctypes.CDLL(None)
+    before = libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0)
+    try:
+        return _apart(lambda: _become(user), look)
+    finally:
+        # The kernel has taken it for a change of user, after which nobody may look into this process.
+        libc.prctl(_PR_SET_DUMPABLE, ctypes.c_ulong(before), 0, 0, 0)
 
 
 def _become(user: RunAs) -> None:
