@@ -67,7 +67,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 def abilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a QEMU: what is refused below must be refused without running one."""
 
-    async def ask(qemu: str, cache: Path) -> Abilities:
+    async def ask(qemu: str, cache: Path, *, user: object = None) -> Abilities:
         return Abilities(version="7.2.22", background_snapshot="", machine_types={"pc-q35-7.2": "q35"})
 
     monkeypatch.setattr(probe, "ask", ask)

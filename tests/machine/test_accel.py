@@ -40,7 +40,9 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "kvm").touch()
     (tmp_path / "cpuinfo").write_text(INTEL)
     monkeypatch.setattr(
-        accel.kvm_obstacle, "__kwdefaults__", {"device": tmp_path / "kvm", "cpuinfo": tmp_path / "cpuinfo"}
+        accel.kvm_obstacle,
+        "__kwdefaults__",
+        {"device": tmp_path / "kvm", "cpuinfo": tmp_path / "cpuinfo", "user": None},
     )
     return tmp_path
 

@@ -14,12 +14,13 @@ async def test_the_answer_is_kept_until_rights_change(tmp_path: Path, monkeypatc
     qemu.chmod(0o755)
     answers = ["not supported by host kernel", ""]
 
-    async def interrogate(_: str) -> Abilities:
+    async def interrogate(_: str, *, user: object) -> Abilities:
+        assert user is None
         return Abilities(version="7.2.22", background_snapshot=answers.pop(0), machine_types={})
 
     monkeypatch.setattr(probe, "interrogate", interrogate)
-    monkeypatch.setattr(probe, "_userfaultfd", lambda: "-u0")
+    monkeypatch.setattr(probe, "_userfaultfd", lambda _: "-u0")
     for _ in range(2):
         assert (await probe.ask(str(qemu), tmp_path)).background_snapshot == "not supported by host kernel"
-    monkeypatch.setattr(probe, "_userfaultfd", lambda: "-u1")  # sysctl vm.unprivileged_userfaultfd=1
+    monkeypatch.setattr(probe, "_userfaultfd", lambda _: "-u1")  # sysctl vm.unprivileged_userfaultfd=1
     assert (await probe.ask(str(qemu), tmp_path)).background_snapshot == ""
