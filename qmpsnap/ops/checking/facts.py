@@ -35,7 +35,6 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner
-from qmpsnap.store.owner import Flaw
 
 AGENT_DEADLINE = 2.0
 """Seconds the agent may take to say whether the guest is frozen; one that is not there is not asked."""
@@ -127,7 +126,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     record: Record
     described: bool
     private: tuple[Entry, ...]
-    flaws: tuple[Flaw, ...]
+    flaws: tuple[owner.Flaw, ...]
     folder: tuple[Entry, ...]
     named: frozenset[str]
     read: frozenset[str]
