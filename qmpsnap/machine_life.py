@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from anyio import to_thread
 
 from qmpsnap.errors import QmpError, StateError
-from qmpsnap.machine import agent
+from qmpsnap.machine import agent, logs
 from qmpsnap.machine.agent import Agent, Completed, Trimmed
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.machine import Machine, Process
@@ -23,6 +23,7 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.refused import border
+from qmpsnap.threads import to_end
 
 
 @border
@@ -181,6 +182,7 @@ class MachineLife:
             )
         await pausing.require_awake(self._context, machine)
         socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
+        await to_end(logs.bound, self._context.home, self.name)
         async with agent.connect(socket, machine=self.name, deadline=deadline) as guest:
             yield guest
 

@@ -35,7 +35,7 @@ def register(parsers: Parsers) -> None:
 def _console(arguments: argparse.Namespace) -> None:
     import anyio
 
-    from qmpsnap.machine import console
+    from qmpsnap.machine import console, logs
     from qmpsnap.qmp.dial import dial
 
     with reading() as store:
@@ -45,6 +45,7 @@ def _console(arguments: argparse.Namespace) -> None:
     except OSError as error:
         hint = "its console is its launcher's" if machine.adopted else f"qmpsnap start {machine.name}"
         raise QemuGone(f"machine {machine.name} has no console now", hint=hint, machine=machine.name) from error
+    logs.bound(home(), machine.name)
     with endpoint:
         console.attach(endpoint, terminal_in=sys.stdin.fileno(), terminal_out=sys.stdout.fileno())
 

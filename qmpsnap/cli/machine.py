@@ -200,6 +200,7 @@ def _show(arguments: argparse.Namespace) -> None:
         "qmp": machine.adopted.socket if machine.adopted else str(run_dir / USER_SOCKET),
         "console": None if machine.adopted else str(run_dir / CONSOLE_SOCKET),
         "run_dir": str(run_dir),
+        "logs": None if machine.adopted else str(home().log_dir(machine.name)),
         "host": machine.host,
         "machine_type": machine.spec.machine,
         "memory": machine.spec.memory,

@@ -1,8 +1,8 @@
 """QEMU's arguments for a machine: a pure function of its spec, its chains and what the host offers.
 
-QEMU is started with the machine's run folder as its working directory, so the names of sockets and logs are relative:
-a socket's path has 107 bytes at most, a run folder's may need more. Whatever holds a path of the user's is JSON, where
-a comma is only a comma.
+QEMU is started with the machine's run folder as its working directory, so the names of sockets are relative: a
+socket's path has 107 bytes at most, a run folder's may need more. Whatever holds a path of the user's is JSON, where a
+comma is only a comma; but for the console's log, whose option has no such form.
 """
 
 import json
@@ -27,7 +27,7 @@ AGENT_SOCKET: Final = "agent.sock"
 VNC_SOCKET: Final = "vnc.sock"
 PID_FILE: Final = "qemu.pid"
 RUN_FILES: Final = (QMP_SOCKET, USER_SOCKET, CONSOLE_SOCKET, CONSOLE_LOG, AGENT_SOCKET, VNC_SOCKET, PID_FILE)
-"""Everything QEMU makes in the run folder."""
+"""Everything QEMU makes in the run folder; the console's log only where no folder of logs is given."""
 AGENT_CHARDEV: Final = "agent"
 AGENT_PORT: Final = "org.qemu.guest_agent.0"
 
@@ -58,6 +58,7 @@ def build(
     firmware: Firmware | None = None,
     tsc_khz: int = TSC_KHZ,
     secrets: Mapping[str, int] = MappingProxyType({}),
+    logs: str = "",
 ) -> list[str]:
     """The whole argument list, the binary first.
 
@@ -72,6 +73,7 @@ def build(
         firmware: the flash images; needed when the spec asks for UEFI.
         tsc_khz: the rate of the host's TSC in kHz; only a microvm under TCG needs it, to keep its clock right.
         secrets: for each encrypted disk the descriptor, inherited by QEMU, from which it reads the key.
+        logs: the folder of the console's log; by default the working directory.
 
     Raises:
         ValueError: a disk has no chain or no key, or UEFI has no images; the caller prepares them.
@@ -85,7 +87,7 @@ def build(
         *("-pidfile", PID_FILE, "-msg", "timestamp=on", "-rtc", "base=utc"),
         *_board(spec, accel, firmware),
         *_kernel(spec, accel, tsc_khz),
-        *_monitors(),
+        *_monitors(logs),
         *_display(spec),
         *_agent(spec),
         *_secrets(spec, secrets),
@@ -131,12 +133,13 @@ def _flash(node: str, path: str, *, read_only: bool) -> Device:
     return {"node-name": node, "driver": "raw", "read-only": read_only, "file": file}
 
 
-def _monitors() -> Iterator[str]:
+def _monitors(logs: str) -> Iterator[str]:
     for name, socket in (("qmp", QMP_SOCKET), ("user", USER_SOCKET)):
         # QEMU's start races with a client that comes in its midst (decision 0009), so it waits for ours first.
         wait = name == "qmp"
         yield from ("-chardev", _socket(name, socket, wait=wait), "-mon", f"chardev={name},mode=control")
-    yield from ("-chardev", f"{_socket('console', CONSOLE_SOCKET)},logfile={CONSOLE_LOG},logappend=on")
+    log = f"{logs}/{CONSOLE_LOG}".replace(",", ",,") if logs else CONSOLE_LOG
+    yield from ("-chardev", f"{_socket('console', CONSOLE_SOCKET)},logfile={log},logappend=on")
     yield from ("-serial", "chardev:console")
 
 

@@ -1,7 +1,6 @@
 """A machine's QEMU: launched so that it outlives us, reached through its monitor, waited for when it ends."""
 
 import os
-import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from msgspec.structs import replace
 from qmpsnap import acl, private, unwritable
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
 from qmpsnap.machine import privileges
+from qmpsnap.machine import logs as logfiles
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import CONSOLE_LOG, QMP_SOCKET, RUN_FILES
 from qmpsnap.machine.privileges import PLAIN, Privileges
@@ -58,6 +58,7 @@ async def launch(
     accel: str,
     inherited: Sequence[int] = (),
     rights: Privileges = PLAIN,
+    logs: Path | None = None,
 ) -> Process:
     """Start QEMU and return once its monitor answered and said it is this machine.
 
@@ -70,6 +71,7 @@ async def launch(
         accel: the accelerator among the arguments, for the record.
         inherited: open descriptors that its arguments speak of.
         rights: what it may do.
+        logs: the folder of its log; by default its working directory.
 
     Raises:
         QemuGone: QEMU ended at once; the message holds what it wrote.
@@ -92,7 +94,7 @@ async def launch(
             return process, await commands.query_version(qemu)
 
     first, (process, found) = await start(
-        argv, run_dir, machine=machine.name, ask=question, inherited=inherited, rights=rights
+        argv, run_dir, machine=machine.name, ask=question, inherited=inherited, rights=rights, logs=logs
     )
     return replace(process, started=first.started, accel=accel, qemu_version=found)
 
@@ -105,6 +107,7 @@ async def start(
     ask: Callable[[], Awaitable[T]],
     inherited: Sequence[int] = (),
     rights: Privileges = PLAIN,
+    logs: Path | None = None,
 ) -> tuple[Process, T]:
     """Start QEMU in ``run_dir`` and put a first question to its monitor, as soon as it listens.
 
@@ -115,14 +118,17 @@ async def start(
         ask: the question; raises ``QemuGone`` as long as nobody listens. When it fails, all that was started is killed.
         inherited: open descriptors that it keeps.
         rights: what it may do.
+        logs: the folder of its log; by default its working directory.
 
     Returns:
         What was started, QEMU itself or a wrapper of it, and the answer.
     """
     (run_dir / QMP_SOCKET).unlink(missing_ok=True)
-    _clear(run_dir)
+    logfiles.unlink_aliases(run_dir / name for name in RUN_FILES)
     privileges.prepare_folder(run_dir, rights.user, RUN_FILES, log=CONSOLE_LOG)
-    process = processes.spawn(argv, run_dir, inherited=inherited, rights=rights)
+    if logs:
+        privileges.prepare_folder(logs, rights.user, [CONSOLE_LOG], log=CONSOLE_LOG)
+    process, log = processes.spawn(argv, run_dir, inherited=inherited, rights=rights, logs=logs), logs or run_dir
     try:
         deadline = anyio.current_time() + LAUNCH_DEADLINE
         while True:
@@ -131,7 +137,7 @@ async def start(
             except QemuGone as error:
                 # A wrapper may end before the QEMU that it has started.
                 if not processes.is_alive(process) and not processes.launched(process, argv, run_dir):
-                    said = processes.log_tail(run_dir)
+                    said = processes.log_tail(log)
                     if not said and (why := unwritable.found(run_dir)):
                         raise HostCannot(
                             f"QEMU cannot write to {run_dir}: {why.what}",
@@ -140,13 +146,13 @@ async def start(
                         ) from error
                     raise QemuGone(
                         f"QEMU did not start machine {machine}: {said or 'it said nothing'}",
-                        hint=f"the whole of it is in {run_dir / processes.LOG}",
+                        hint=f"the whole of it is in {log / processes.LOG}",
                         machine=machine,
                     ) from error
                 if anyio.current_time() > deadline:
                     raise QemuGone(
                         f"nothing that {argv[0]} started has opened the monitor of machine {machine} within"
-                        f" {LAUNCH_DEADLINE:g} s: {processes.log_tail(run_dir) or 'it said nothing'}",
+                        f" {LAUNCH_DEADLINE:g} s: {processes.log_tail(log) or 'it said nothing'}",
                         hint="a wrapper has to pass all of its arguments on to QEMU, and keep its working directory",
                         machine=machine,
                     ) from error
@@ -169,19 +175,6 @@ async def end_launch(first: Process, argv: Sequence[str], run_dir: Path) -> tupl
         for one in found:
             await wait_end(one, deadline=5 / _KILLS)
     return processes.launched(first, argv, run_dir)
-
-
-def _clear(run_dir: Path) -> None:
-    """Remove links from the names that QEMU writes to: it would follow them. What they lead to stays."""
-    for path in (run_dir / name for name in RUN_FILES):
-        try:
-            status = path.lstat()
-            if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
-                path.unlink()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise HostCannot(f"{path} cannot be removed: {error.strerror}") from error
 
 
 @asynccontextmanager

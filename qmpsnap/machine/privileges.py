@@ -303,11 +303,15 @@ def prepare_folder(folder: Path, user: RunAs | None, files: Sequence[str], *, lo
             return
         for name in files:  # nobody but us gets at them now
             _clear(folder / name, user, keep=name == log)
-        if (folder / log).exists():
+        with (folder / log).open("ab", opener=_private):  # ours, so that it can be cut
             admit(folder / log, user.uid, acl.READ | acl.WRITE)
     except OSError as error:
         raise HostCannot(f"the run folder {folder} cannot be made ready: {error.strerror}") from error
     admit(folder, user.uid, acl.READ | acl.WRITE | acl.ENTER)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _clear(path: Path, user: RunAs, *, keep: bool) -> None:

@@ -19,15 +19,18 @@ from qmpsnap.errors import HostCannot
 from qmpsnap.machine import surroundings
 from qmpsnap.machine.argv import PID_FILE
 from qmpsnap.machine.privileges import PLAIN, Privileges
+from qmpsnap.machine.logs import QEMU as LOG
 from qmpsnap.model.machine import Machine, Process
 
 if TYPE_CHECKING:
     import subprocess
 
-LOG = "qemu.log"
-
 _WAITING = b"QEMU waiting for connection on: "
 """What every QEMU of ours says as it starts: it waits for our own monitor session before it opens anything."""
+
+_NEW_LOG = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_LOG_END = 65536
+"""Bytes of a log's end among which the last that was said is looked for."""
 
 _SESSION, _THREADS, _START_TICKS, _MEMORY = 3, 17, 19, 20
 """Where ``/proc/PID/stat`` has session, threads, start time and virtual size, counted from its third field."""
@@ -36,27 +39,35 @@ _children: "dict[int, subprocess.Popen[bytes]]" = {}
 """QEMUs that this very process started, so that they are reaped when they end."""
 
 
-def spawn(argv: Sequence[str], run_dir: Path, *, inherited: Sequence[int] = (), rights: Privileges = PLAIN) -> Process:
-    """Start QEMU in ``run_dir``, in a session of its own; its output goes to ``qemu.log`` there.
+def spawn(
+    argv: Sequence[str],
+    run_dir: Path,
+    *,
+    inherited: Sequence[int] = (),
+    rights: Privileges = PLAIN,
+    logs: Path | None = None,
+) -> Process:
+    """Start QEMU in ``run_dir``, in a session of its own; its output is appended to a new ``qemu.log``.
 
     Args:
         argv: QEMU and its arguments.
         run_dir: its working directory.
         inherited: open descriptors that it keeps, under their numbers.
         rights: what it may do.
+        logs: the folder of its log; by default its working directory.
 
     Raises:
         HostCannot: there is no such program, or it may not be run.
     """
     import subprocess
 
+    log = (logs or run_dir) / LOG
     try:
-        # Never written over: what has this name may be another file's second one.
-        (run_dir / LOG).unlink(missing_ok=True)
-        descriptor = os.open(run_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        log.unlink(missing_ok=True)  # never written over: what has this name may be another file's second one
+        descriptor = os.open(log, _NEW_LOG, 0o600)
     except OSError as error:
-        what, remedy = unwritable.reason(run_dir, error)
-        raise HostCannot(f"{run_dir / LOG} cannot be made: {what}", hint=remedy) from error
+        what, remedy = unwritable.reason(log.parent, error)
+        raise HostCannot(f"{log} cannot be made: {what}", hint=remedy) from error
     try:
         os.fchmod(descriptor, 0o600)  # whatever the umask
 
@@ -204,10 +215,12 @@ def terminate(process: Process) -> None:
         os.close(descriptor)
 
 
-def log_tail(run_dir: Path, *, limit: int = 2000) -> str:
-    """The end of what QEMU wrote, printable."""
+def log_tail(folder: Path, *, limit: int = 2000) -> str:
+    """The end of what QEMU wrote to its log in ``folder``, printable."""
     try:
-        raw = (run_dir / LOG).read_bytes()
+        with (folder / LOG).open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_END))
+            raw = file.read()
     except OSError:
         return ""
     said = b"\n".join(line for line in raw.split(b"\n") if _WAITING not in line)[-limit:]

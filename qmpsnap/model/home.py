@@ -13,8 +13,8 @@ class Home(Struct, frozen=True, kw_only=True):
     """The four places. ``QMPSNAP_HOME`` puts them under one folder.
 
     Attributes:
-        data: store, locks and machines' images; survives everything.
-        run: sockets, pid files, logs; may be empty after a boot.
+        data: store, locks, logs and machines' images; survives everything.
+        run: sockets, pid files; may be empty after a boot.
         cache: what can be made again: the small guest, probes.
         images: further folders whose images a spec may name.
     """
@@ -97,8 +97,12 @@ class Home(Struct, frozen=True, kw_only=True):
         return self.machine_dir(machine) / f"vars-at-{operation}.fd"
 
     def run_dir(self, machine: str) -> Path:
-        """The folder of one machine's sockets and logs; QEMU's working directory."""
+        """The folder of one machine's sockets; QEMU's working directory."""
         return self.run / machine
+
+    def log_dir(self, machine: str) -> Path:
+        """The folder of what one machine's QEMU and guest say: the run folder's file system is often memory."""
+        return self.data / "logs" / machine
 
 
 def _absolute(environment: Mapping[str, str], variable: str) -> Path | None:

@@ -84,8 +84,8 @@ def _admit_all(context: Context, machine: Machine, chains: Sequence[Chain], firm
         privileges.admit(firmware.vars, user.uid, READ_WRITE)
         files += [firmware.vars, firmware.code]
     files += [path for path in (machine.spec.kernel, machine.spec.initrd) if path]
-    sockets = str(home.run_dir(machine.name))  # whose whole path QEMU asks for
-    for folder in _folders([*files, sockets], (home.data, home.cache, home.run)):
+    folders = [str(home.run_dir(machine.name)), str(home.log_dir(machine.name))]  # QEMU asks for their whole path
+    for folder in _folders([*files, *folders], (home.data, home.cache, home.run)):
         privileges.admit(folder, user.uid, acl.ENTER)
     writable = {layers[layer].path for layer in active} | ({firmware.vars} if firmware else set())
     for path in files:

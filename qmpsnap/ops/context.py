@@ -15,7 +15,7 @@ from msgspec import Struct
 from qmpsnap import descriptors
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StoreMismatch
-from qmpsnap.machine import adopted
+from qmpsnap.machine import adopted, logs
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET, USER_SOCKET
 from qmpsnap.machine.machine import monitor, prepare_run_dir, unless_ending
@@ -90,6 +90,7 @@ class Context(Struct, frozen=True, kw_only=True):
         if process is None:
             yield None
             return
+        await to_end(logs.bound, self.home, machine.name)
         try:
             async with self._session(machine, process, look=look) as qemu:
                 yield qemu
@@ -192,7 +193,7 @@ def _in_use(store: Store) -> Path | None:
 
 
 def _log(context: Context, machine: Machine) -> str:
-    return str(context.home.run_dir(machine.name) / processes.LOG)
+    return str(context.home.log_dir(machine.name) / processes.LOG)
 
 
 async def blocking(call: Callable[..., T], *arguments: object) -> T:
@@ -235,17 +236,19 @@ async def locked(context: Context, name: str, verb: str, *, anywhere: bool = Fal
         await blocking(whereabouts.require_here, context.home, context.store, context.host)
     prepare_run_dir(context.home.run_dir(name))
     with machine_lock(context.home.lock(name), machine=name, verb=verb):
+        await blocking(logs.bound, context.home, name)
         yield
     await lowlevel.checkpoint()  # whoever was cancelled while the last thread worked is so here, and not in other code
 
 
 def forget_places(home: Home, name: str, *, run: bool = True) -> None:
-    """Remove the lock and, with ``run``, the run folder of a machine that is none, or no more; its lock is held.
+    """Remove the lock and, with ``run``, run folder and logs of a machine that is none, or no more; its lock is held.
 
     The lock goes last: whoever waits for it looks again at what it locked.
     """
     if run:
         shutil.rmtree(home.run_dir(name), ignore_errors=True)
+        shutil.rmtree(home.log_dir(name), ignore_errors=True)
     home.lock(name).unlink(missing_ok=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, StoreMismatch
-from qmpsnap.machine import accel, argv, surroundings
+from qmpsnap.machine import accel, argv, logs, surroundings
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, wait_end
@@ -85,6 +85,8 @@ async def bring_up(
     if machine.spec.firmware == "uefi":
         variables = str(context.home.variables(machine.name))
         firmware = argv.Firmware(code=find_firmware().code, vars=variables)
+    log_dir = context.home.log_dir(machine.name)
+    await blocking(logs.prepare, log_dir)
     await admission.all_files(context, machine, chains, firmware)
     async with keys.for_qemu(context, machine, machine.spec.disks) as secrets:
         arguments = argv.build(
@@ -98,15 +100,16 @@ async def bring_up(
             firmware=firmware,
             tsc_khz=accel.tsc_khz(),
             secrets=secrets,
+            logs=str(log_dir),
         )
-        run_dir = context.home.run_dir(machine.name)
         process = await launch(
             arguments,
             machine,
-            run_dir,
+            context.home.run_dir(machine.name),
             accel=choice.accel,
             inherited=[*secrets.values()],
             rights=Privileges.of(machine.spec, context.run_as),
+            logs=log_dir,
         )
     try:
         require_opened(process, (layer for chain in chains for layer in chain.layers), machine=machine.name)

@@ -292,10 +292,12 @@ def test_memory_is_never_sealed_into_a_second_name(tmp_path: Path) -> None:
 async def test_names_in_the_run_folder(q: qmpsnap.Controller, victim: Victim) -> None:
     vm = await q.define(ONE_DISK)
     run_dir, lock = context_of(vm).home.run_dir(vm.name), context_of(vm).home.lock(vm.name)
+    logs = context_of(vm).home.log_dir(vm.name)
+    logs.mkdir(mode=0o700, parents=True)
     for way in ("symlink", "hard link"):
-        for name in (LOG, CONSOLE_LOG, PID_FILE, "user.sock"):
-            (run_dir / name).unlink(missing_ok=True)
-            WAYS[way](victim.path, run_dir / name)
+        for path in (logs / LOG, logs / CONSOLE_LOG, run_dir / CONSOLE_LOG, run_dir / PID_FILE, run_dir / "user.sock"):
+            path.unlink(missing_ok=True)
+            WAYS[way](victim.path, path)
         await vm.start(paused=True)
         await vm.stop(force=True)
         victim.is_untouched()

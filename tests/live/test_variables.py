@@ -77,7 +77,7 @@ async def booted(q: qmpsnap.Controller, spec: MachineSpec) -> qmpsnap.MachineHan
     variables = context_of(vm).home.variables("still")
     fresh = variables.read_bytes()
     await vm.start()
-    log = context_of(vm).home.run_dir("still") / CONSOLE_LOG
+    log = context_of(vm).home.log_dir("still") / CONSOLE_LOG
     with anyio.fail_after(120):
         while b"BdsDxe" not in log.read_bytes() and variables.read_bytes() == fresh:
             await anyio.sleep(0.1)

@@ -1,0 +1,118 @@
+"""What a machine's QEMU and its guest say: two files in the data folder, each cut to its end by the next command.
+
+A guest writes to its console as much as it likes, and QEMU goes on for months: both append, so that a file can be cut
+from outside while they have it open.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from qmpsnap import private, unwritable
+from qmpsnap.errors import HostCannot
+from qmpsnap.machine.argv import CONSOLE_LOG
+from qmpsnap.model.home import Home
+
+QEMU = "qemu.log"
+NAMES = (QEMU, CONSOLE_LOG)
+
+LIMIT = 1 << 20
+"""Bytes above which a file is cut."""
+KEPT = LIMIT // 2
+"""Bytes of its end that stay."""
+_LINE = 4096
+"""How far a line's end is looked for: a guest need not send any."""
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder, and remove links from the names that QEMU writes to: it would follow them.
+
+    Raises:
+        HostCannot: it cannot be made, is no folder of this user's alone, or a link stays.
+    """
+    try:
+        private.make_folder(folder)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise HostCannot(
+                f"the folder of logs {folder} is not private to this user", hint=f"chmod 0700 {folder}, or remove it"
+            )
+        unlink_aliases(folder / name for name in NAMES)
+    except OSError as error:
+        what, remedy = unwritable.reason(folder, error)
+        raise HostCannot(f"the folder of logs {folder} cannot be made: {what}", hint=remedy) from error
+
+
+def unlink_aliases(paths: Iterator[Path]) -> None:
+    """Remove the names that are links, or second names of another file; what they lead to stays.
+
+    Raises:
+        HostCannot: one cannot be removed.
+    """
+    for path in paths:
+        try:
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
+                path.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise HostCannot(f"{path} cannot be removed: {error.strerror}") from error
+
+
+def bound(home: Home, machine: str) -> None:
+    """Cut the machine's files that have grown above the limit; one that cannot be cut stays as it is."""
+    for name in NAMES:
+        with contextlib.suppress(OSError):
+            _bound(home.log_dir(machine) / name)
+
+
+def sizes(home: Home, machine: str) -> dict[str, int]:
+    """How many bytes each of the machine's files has, by its path."""
+    found = {}
+    for name in NAMES:
+        path = home.log_dir(machine) / name
+        with contextlib.suppress(OSError):
+            found[str(path)] = path.lstat().st_size
+    return found
+
+
+def _bound(path: Path) -> None:
+    if path.lstat().st_size <= LIMIT:
+        return
+    file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(file)
+        ours = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
+        if ours and _is_free(file):
+            _cut(file)
+    finally:
+        os.close(file)
+
+
+def _is_free(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another command cuts it
+        return False
+    return True
+
+
+def _cut(file: int) -> None:
+    """Move the end to the beginning. It takes no room, and what is said meanwhile is moved as well.
+
+    Only what is said between the last look and the truncation is lost.
+    """
+    size = os.fstat(file).st_size
+    if size <= LIMIT:  # another command has cut it by now
+        return
+    start = size - KEPT
+    start += os.pread(file, _LINE, start).find(b"\n") + 1
+    at = os.pwrite(file, f"[qmpsnap has removed the {start} bytes before this line]\n".encode(), 0)
+    while piece := os.pread(file, KEPT, start):
+        at += os.pwrite(file, piece, at)
+        start += len(piece)
+    os.ftruncate(file, at)
