@@ -23,15 +23,22 @@ def _log(arguments: argparse.Namespace) -> None:
     with reading() as store:
         store.machine(arguments.machine)
         operations = [_document(found) for found in store.operations(arguments.machine, only_open=arguments.open)]
+        pruned = store.pruned.of(arguments.machine)
     output.emit(
         arguments.output,
-        document={"machine": arguments.machine, "operations": operations},
+        document={
+            "machine": arguments.machine,
+            "operations": operations,
+            "pruned": {"count": pruned.count, "until": moment(pruned.until)} if pruned else None,
+        },
         names=[str(operation["operation"]) for operation in operations],
         table=lambda: output.table(
             ("OPERATION", "VERB", "STATE", "STEP", "STARTED", "ERROR"),
             [(o["operation"], o["verb"], o["state"], o["step"], o["started"], _said(o)) for o in operations],
         ),
     )
+    if pruned and not arguments.open:
+        output.note(f"{pruned.count} other operation(s) that had ended by {moment(pruned.until)} are not kept any more")
 
 
 def _said(operation: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from qmpsnap.model import outcome, sharing, steps
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
 from qmpsnap.model.outcome import Recorded
-from qmpsnap.store import frozen, recorded
+from qmpsnap.store import frozen, pruning, recorded
 from qmpsnap.store.decoded import decoded
 
 _COLUMNS = "id, machine, verb, state, step, plan, started, updated, pid, error"
@@ -110,6 +110,7 @@ def mark(
     frozen.drop(connection, writes)
     if state not in OPEN_STATES:
         _record_outcome(connection, operation, settled=state == "settled")
+        pruning.prune(connection, now=time.time())
 
 
 def _record_outcome(connection: sqlite3.Connection, operation: OperationId, *, settled: bool) -> None:

@@ -103,6 +103,10 @@ MIGRATIONS: tuple[str, ...] = (
     UPDATE machine SET consent = json_object('extra', json_extract(spec, '$.extra'))
         WHERE CASE WHEN json_valid(spec) THEN json_array_length(spec, '$.extra') END > 0;
     """,
+    """
+    CREATE TABLE pruned (machine TEXT PRIMARY KEY, count INTEGER NOT NULL, until REAL NOT NULL) STRICT;
+    CREATE INDEX operation_ended ON operation (updated) WHERE state IN ('settled', 'failed');
+    """,
 )
 
 

@@ -23,6 +23,7 @@ from qmpsnap.store.database import Database
 from qmpsnap.store.decoded import decoded
 from qmpsnap.store.frozen import FrozenTable
 from qmpsnap.store.homes import HomeTable
+from qmpsnap.store.pruning import PrunedTable
 from qmpsnap.store.records import Place, Records
 
 
@@ -46,6 +47,7 @@ class SqliteStore:
         self._machines = machines
         self._records = Records(path.parent / records.FOLDER)
         self.frozen = FrozenTable(self._database)
+        self.pruned = PrunedTable(self._database)
         self.home = HomeTable(self._database, self._records, machines=machines)
 
     def __enter__(self) -> Self:
@@ -60,8 +62,7 @@ class SqliteStore:
 
     def machines(self) -> tuple[Machine, ...]:
         with self._database.reading() as sql:
-            found = sql.execute(f"{queries.MACHINE} ORDER BY machine.name").fetchall()
-        return tuple(rows.read_machine(row) for row in found)
+            return tuple(rows.read_machine(row) for row in sql.execute(f"{queries.MACHINE} ORDER BY machine.name"))
 
     def machine(self, name: str) -> Machine:
         with self._database.reading() as sql:

@@ -15,6 +15,7 @@ from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Pl
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.store.frozen import FrozenTable
 from qmpsnap.store.homes import HomeTable
+from qmpsnap.store.pruning import PrunedTable
 
 
 class Store(Protocol):
@@ -23,6 +24,10 @@ class Store(Protocol):
     @property
     def frozen(self) -> FrozenTable:
         """What the files of frozen images were, forgotten of each that an operation may write to as it is opened."""
+
+    @property
+    def pruned(self) -> PrunedTable:
+        """How many ended operations of each machine the journal does not have any more."""
 
     @property
     def home(self) -> HomeTable:
@@ -120,8 +125,7 @@ class Store(Protocol):
         """
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
-        """The machine's journal, oldest first."""
-
+        """The machine's journal, oldest first; without those that were pruned."""
     def is_described(self, machine: Machine) -> bool:
         """Whether what a lost store could be made again from is there: what ``settle`` keeps beside the store."""
 
