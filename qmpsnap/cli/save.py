@@ -9,7 +9,7 @@ from qmpsnap.cli.plans import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.revert import add_after, print_outcome, print_preview
 from qmpsnap.cli.snapshot import add_compress
-from qmpsnap.cli.snapshot_json import print_snapshot
+from qmpsnap.cli.snapshot_json import confined, print_snapshot
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
@@ -67,7 +67,7 @@ def _save(arguments: argparse.Namespace) -> None:
     assert snapshot.vmstate
     memory = f"{output.printable(snapshot.vmstate.path)} ({output.size(snapshot.vmstate.bytes)})"
     text = f"machine {arguments.machine} is saved as {snapshot.name} and stopped; its memory is in {memory}"
-    print_snapshot(arguments, snapshot, text)
+    print_snapshot(arguments, snapshot, text, notes=confined(snapshot))
 
 
 def _restore(arguments: argparse.Namespace) -> None:

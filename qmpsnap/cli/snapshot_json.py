@@ -18,10 +18,18 @@ def print_taken(arguments: argparse.Namespace, snapshot: Snapshot, notes: Sequen
     took += f", frozen for {snapshot.frozen_ms:.1f} ms" if snapshot.frozen_ms is not None else ""
     memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else " and memory" if snapshot.inside else ""
     disks = ", ".join(point.disk for point in snapshot.points)
+    notes = [*notes, *confined(snapshot)]
     for one in snapshot.outside:
         output.note(f"not in the snapshot: {output.printable(one.sentence)}")
     text = f"snapshot {snapshot.name} of {disks}{memory} taken ({snapshot.mode}{took})"
-    print_snapshot(arguments, snapshot, text, notes=list(notes))
+    print_snapshot(arguments, snapshot, text, notes=notes)
+
+
+def confined(snapshot: Snapshot) -> list[str]:
+    """What is to be noted of a snapshot whose memory only this QEMU version can load; said on stderr as well."""
+    if snapshot.confined:
+        output.note(snapshot.confined)
+    return [snapshot.confined] if snapshot.confined else []
 
 
 def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str, **more: Any) -> None:

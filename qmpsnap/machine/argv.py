@@ -59,6 +59,7 @@ def build(
     tsc_khz: int = TSC_KHZ,
     secrets: Mapping[str, int] = MappingProxyType({}),
     logs: str = "",
+    exact: bool = False,
 ) -> list[str]:
     """The whole argument list, the binary first.
 
@@ -74,6 +75,8 @@ def build(
         tsc_khz: the rate of the host's TSC in kHz; only a microvm under TCG needs it, to keep its clock right.
         secrets: for each encrypted disk the descriptor, inherited by QEMU, from which it reads the key.
         logs: the folder of the console's log; by default the working directory.
+        exact: QEMU refuses to start if it lacks a feature of the recorded CPU model, as memory needs it that will be
+            loaded.
 
     Raises:
         ValueError: a disk has no chain or no key, or UEFI has no images; the caller prepares them.
@@ -85,7 +88,7 @@ def build(
         *(["-S"] if paused or incoming else []),
         *(["-incoming", "defer"] if incoming else []),
         *("-pidfile", PID_FILE, "-msg", "timestamp=on", "-rtc", "base=utc"),
-        *_board(spec, accel, firmware),
+        *_board(spec, accel, firmware, exact=exact),
         *_kernel(spec, accel, tsc_khz),
         *_monitors(logs),
         *_display(spec),
@@ -103,7 +106,7 @@ def _sandbox(spec: MachineSpec) -> str:
     return f"on,obsolete=deny,elevateprivileges={helper},spawn={helper},resourcecontrol=deny"
 
 
-def _board(spec: MachineSpec, accel: str, firmware: Firmware | None) -> Iterator[str]:
+def _board(spec: MachineSpec, accel: str, firmware: Firmware | None, *, exact: bool) -> Iterator[str]:
     machine = spec.machine
     if spec.firmware == "uefi":
         if firmware is None:
@@ -113,7 +116,10 @@ def _board(spec: MachineSpec, accel: str, firmware: Firmware | None) -> Iterator
         machine += ",pflash0=uefi-code,pflash1=uefi-vars"
     yield from ("-machine", machine)
     yield from ("-accel", "kvm" if accel == "kvm" else "tcg,thread=multi")
-    yield from ("-cpu", spec.cpu or ("host" if accel == "kvm" else "max"))
+    yield from (
+        "-cpu",
+        spec.cpu_under(accel) + (",enforce=on" if exact and spec.tcg_cpu == spec.cpu_under(accel) else ""),
+    )
     yield from ("-smp", str(spec.cpus), "-m", f"size={spec.memory}B")
 
 

@@ -14,6 +14,7 @@ from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.machine.machine import LAUNCH_DEADLINE, end_launch, start
 from qmpsnap.machine.privileges import Privileges, RunAs, obstacle
+from qmpsnap.model.cpu import STATIC, static_model
 from qmpsnap.qmp import commands, migration, session
 
 USERFAULTFD = "/dev/userfaultfd"
@@ -25,11 +26,13 @@ class Abilities(Struct, frozen=True, kw_only=True):
     Attributes:
         background_snapshot: empty when RAM can be saved behind a running guest, else QEMU's own words why not.
         machine_types: every machine type, with its alias or None.
+        tcg_cpu: what CPU ``max`` is under TCG, in words that later QEMUs understand; empty where that cannot be told.
     """
 
     version: str
     background_snapshot: str
     machine_types: dict[str, str | None]
+    tcg_cpu: str
 
     def versioned(self, machine_type: str) -> str:
         """The versioned name behind an alias such as ``q35``; a full name is itself.
@@ -132,4 +135,15 @@ async def _interview(monitor: session.Monitor) -> Abilities:
         background = ""
     except QmpError as error:
         background = error.message
-    return Abilities(version=version, background_snapshot=background, machine_types=types)
+    return Abilities(
+        version=version, background_snapshot=background, machine_types=types, tcg_cpu=await _tcg_cpu(monitor)
+    )
+
+
+async def _tcg_cpu(monitor: session.Monitor) -> str:
+    try:
+        nothing, wanted = await commands.expand_cpu(monitor, STATIC), await commands.expand_cpu(monitor, "max")
+    except QmpError:  # of another architecture
+        return ""
+    # A QEMU without TCG tells what it is under KVM.
+    return static_model(nothing, wanted) if "TCG" in str(wanted.get("model-id")) else ""

@@ -101,6 +101,14 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         found = self.vmstate or self.inside
         return found.hardware if found else None
 
+    @property
+    def confined(self) -> str:
+        """A sentence where its memory can only be loaded by the QEMU version that saved it; empty where not."""
+        if not self.hardware or not self.hardware.is_confined:
+            return ""
+        version = ".".join(self.hardware.qemu_version.split(".")[:2])
+        return f"this memory can only be loaded by QEMU {version}: CPU {self.hardware.cpu} is another one in the next"
+
     def point(self, disk: str) -> Point | None:
         """The point of that disk, or None when the snapshot does not include it."""
         return next((point for point in self.points if point.disk == disk), None)

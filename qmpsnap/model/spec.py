@@ -91,7 +91,8 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
 
     Attributes:
         machine: QEMU machine type; ``define`` replaces an alias such as ``q35`` by its versioned name.
-        cpu: QEMU CPU model; empty lets the accelerator choose (``host`` under KVM, ``max`` under TCG).
+        cpu: QEMU CPU model; empty lets the accelerator choose (``host`` under KVM, ``tcg_cpu`` under TCG).
+        tcg_cpu: not for a spec: ``define`` records here what ``max`` is under TCG, in words that later QEMUs understand.
         agent: give the guest a virtio-serial port for the QEMU guest agent.
         extra: further QEMU arguments, refused unless ``define --allow-extra``.
     """
@@ -111,6 +112,11 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     agent: bool = True
     display: Display = "none"
     extra: tuple[str, ...] = ()
+    tcg_cpu: str = ""
+
+    def cpu_under(self, accel: str) -> str:
+        """The CPU model with that accelerator, as QEMU is told it."""
+        return self.cpu or ("host" if accel == "kvm" else self.tcg_cpu or "max")
 
     def disk(self, name: str) -> DiskSpec | None:
         """The disk of that name, or None."""

@@ -36,6 +36,14 @@ class Hardware(Struct, frozen=True, kw_only=True):
     memory: int
     devices: tuple[str, ...]
 
+    @property
+    def is_confined(self) -> bool:
+        """Whether only the same QEMU version has that CPU: a model that means "all there is" is another with the next.
+
+        Under KVM it is what the host's processor gives, and that one's name is compared.
+        """
+        return self.accel == "tcg" and self.cpu.split(",")[0] == "max"
+
 
 class Vmstate(Struct, frozen=True, kw_only=True):
     """A finished state file.
@@ -86,7 +94,7 @@ def hardware_of(spec: MachineSpec, *, uuid: str, accel: str, qemu_version: str, 
         qemu_version: of the QEMU that runs it, or would.
         host_cpu: the host's CPU model.
     """
-    cpu = spec.cpu or ("host" if accel == "kvm" else "max")
+    cpu = spec.cpu_under(accel)
     disks = (
         f"disk {disk.name} on {disk.bus}{', read-only' if disk.read_only else ''}{_write_cache(disk.cache)}"
         for disk in spec.disks
@@ -123,7 +131,7 @@ def differences(saved: Hardware, now: Hardware) -> tuple[str, ...]:
             ("machine", saved.uuid, now.uuid),
             ("machine type", saved.machine_type, now.machine_type),
             ("accelerator", saved.accel, now.accel),
-            ("CPU", saved.cpu, now.cpu),
+            ("CPU", _Words(saved.cpu), _Words(now.cpu)),
             ("vCPUs", saved.cpus, now.cpus),
             ("memory", saved.memory, now.memory),
         )
@@ -131,14 +139,23 @@ def differences(saved: Hardware, now: Hardware) -> tuple[str, ...]:
     ]
     if version_of(now.qemu_version) < version_of(saved.qemu_version):
         found.append(f"QEMU {saved.qemu_version}, now the older {now.qemu_version}")
-    # A CPU model that means "all there is" is another one with another QEMU.
-    elif saved.cpu == "max" and version_of(now.qemu_version)[:2] != version_of(saved.qemu_version)[:2]:
-        found.append(f"CPU max of QEMU {saved.qemu_version}, now of {now.qemu_version}")
+    elif saved.is_confined and version_of(now.qemu_version)[:2] != version_of(saved.qemu_version)[:2]:
+        found.append(f"CPU {saved.cpu} of QEMU {saved.qemu_version}, now of {now.qemu_version}")
     gone = [f"device {line!r}, now not there" for line in saved.devices if line not in now.devices]
     new = [f"no device {line!r}, now there" for line in now.devices if line not in saved.devices]
     if not gone and not new and saved.devices != now.devices:
         new = ["devices in another order"]
     return (*found, *gone, *new)
+
+
+class _Words(str):
+    """A CPU model that is printed in short: a recorded one names each of its features."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        model, _, rest = self.partition(",")
+        return model if not rest else f"{model} with {rest.count(',') + 1} properties" if len(rest) > 80 else str(self)
 
 
 def version_of(text: str) -> tuple[int, ...]:

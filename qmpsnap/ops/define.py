@@ -142,7 +142,7 @@ async def run(
 async def complete(
     context: Context, spec: MachineSpec, *, allow_extra: bool, keep: bool = True
 ) -> tuple[MachineSpec, Firmware | None]:
-    """The spec with its versioned machine type, and its firmware; with ``keep`` QEMU's answers are kept in the cache.
+    """The spec with its versioned machine type and CPU, and its firmware; with ``keep`` QEMU's answers are kept in the cache.
 
     Raises:
         UsageError: it has ``extra`` arguments, and nobody allows them.
@@ -154,8 +154,13 @@ async def complete(
             hint="qmpsnap define --allow-extra takes them over as they are",
         )
     abilities = await probe.ask(context.qemu, context.home.cache if keep else None, user=context.run_as)
-    spec = replace(spec, machine=abilities.versioned(spec.machine))
+    spec = replace(spec, machine=abilities.versioned(spec.machine), tcg_cpu=_tcg_cpu(spec, abilities))
     return spec, find_firmware() if spec.firmware == "uefi" else None
+
+
+def _tcg_cpu(spec: MachineSpec, abilities: probe.Abilities) -> str:
+    """What the default CPU is now: memory that is saved with ``max`` could not be loaded by the next QEMU."""
+    return "" if spec.cpu or spec.accel == "kvm" else abilities.tcg_cpu
 
 
 async def survey(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> tuple[Machine, dict[str, DiskSource]]:

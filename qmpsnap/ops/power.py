@@ -101,6 +101,7 @@ async def bring_up(
             tsc_khz=accel.tsc_khz(),
             secrets=secrets,
             logs=str(log_dir),
+            exact=loading is not None,
         )
         process = await launch(
             arguments,

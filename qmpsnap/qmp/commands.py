@@ -171,6 +171,14 @@ class _Version(Struct, frozen=True):
     qemu: Triple
 
 
+class _CpuModel(Struct, frozen=True):
+    props: dict[str, bool | int | str]
+
+
+class _Expansion(Struct, frozen=True):
+    model: _CpuModel
+
+
 class _Uuid(Struct, frozen=True):
     UUID: str
 
@@ -217,6 +225,12 @@ async def query_version(monitor: Monitor) -> str:
 async def query_machines(monitor: Monitor) -> tuple[MachineType, ...]:
     """The machine types this QEMU has (``query-machines``)."""
     return decode("query-machines", await monitor.execute("query-machines"), tuple[MachineType, ...])
+
+
+async def expand_cpu(monitor: Monitor, model: str) -> dict[str, bool | int | str]:
+    """What a CPU model is now, in properties of the static model (``query-cpu-model-expansion``)."""
+    answer = await monitor.execute("query-cpu-model-expansion", {"type": "static", "model": {"name": model}})
+    return decode("query-cpu-model-expansion", answer, _Expansion).model.props
 
 
 async def query_jobs(monitor: Monitor, *, deadline: float = COMMAND_DEADLINE) -> tuple[JobInfo, ...]:

@@ -126,6 +126,7 @@ class Store(Protocol):
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
         """The machine's journal, oldest first; without those that were pruned."""
+
     def is_described(self, machine: Machine) -> bool:
         """Whether what a lost store could be made again from is there: what ``settle`` keeps beside the store."""
 

@@ -422,7 +422,7 @@ async def test_a_file_of_a_snapshot_that_is_gone_is_refused(small: qmpsnap.Machi
     [
         (lambda spec: replace(spec, memory=128 * MIB), "memory 67108864, now 134217728"),
         (lambda spec: replace(spec, cpus=2), "vCPUs 1, now 2"),
-        (lambda spec: replace(spec, cpu="qemu64"), "CPU max, now qemu64"),
+        (lambda spec: replace(spec, cpu="qemu64"), " properties, now qemu64"),
         (lambda spec: replace(spec, machine="pc-i440fx-7.2"), "machine type"),
         (lambda spec: replace(spec, agent=False), 'device "agent\'s port", now not there'),
         (lambda spec: replace(spec, disks=spec.disks[::-1]), "devices in another order"),
