@@ -116,10 +116,8 @@ def _board(spec: MachineSpec, accel: str, firmware: Firmware | None, *, exact: b
         machine += ",pflash0=uefi-code,pflash1=uefi-vars"
     yield from ("-machine", machine)
     yield from ("-accel", "kvm" if accel == "kvm" else "tcg,thread=multi")
-    yield from (
-        "-cpu",
-        spec.cpu_under(accel) + (",enforce=on" if exact and spec.tcg_cpu == spec.cpu_under(accel) else ""),
-    )
+    cpu = spec.cpu_under(accel)
+    yield from ("-cpu", f"{cpu},enforce=on" if exact and cpu == spec.tcg_cpu else cpu)
     yield from ("-smp", str(spec.cpus), "-m", f"size={spec.memory}B")
 
 

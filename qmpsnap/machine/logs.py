@@ -16,8 +16,8 @@ from qmpsnap.errors import HostCannot
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.model.home import Home
 
-QEMU = "qemu.log"
-NAMES = (QEMU, CONSOLE_LOG)
+QEMU_LOG = "qemu.log"
+NAMES = (QEMU_LOG, CONSOLE_LOG)
 
 LIMIT = 1 << 20
 """Bytes above which a file is cut."""

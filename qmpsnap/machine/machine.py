@@ -146,7 +146,7 @@ async def start(
                         ) from error
                     raise QemuGone(
                         f"QEMU did not start machine {machine}: {said or 'it said nothing'}",
-                        hint=f"the whole of it is in {log / processes.LOG}",
+                        hint=f"the whole of it is in {log / logfiles.QEMU_LOG}",
                         machine=machine,
                     ) from error
                 if anyio.current_time() > deadline:

@@ -18,8 +18,8 @@ from qmpsnap import unwritable
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine import surroundings
 from qmpsnap.machine.argv import PID_FILE
+from qmpsnap.machine.logs import QEMU_LOG
 from qmpsnap.machine.privileges import PLAIN, Privileges
-from qmpsnap.machine.logs import QEMU as LOG
 from qmpsnap.model.machine import Machine, Process
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def spawn(
     """
     import subprocess
 
-    log = (logs or run_dir) / LOG
+    log = (logs or run_dir) / QEMU_LOG
     try:
         log.unlink(missing_ok=True)  # never written over: what has this name may be another file's second one
         descriptor = os.open(log, _NEW_LOG, 0o600)
@@ -218,7 +218,7 @@ def terminate(process: Process) -> None:
 def log_tail(folder: Path, *, limit: int = 2000) -> str:
     """The end of what QEMU wrote to its log in ``folder``, printable."""
     try:
-        with (folder / LOG).open("rb") as file:
+        with (folder / QEMU_LOG).open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_END))
             raw = file.read()
     except OSError:

@@ -92,7 +92,7 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     Attributes:
         machine: QEMU machine type; ``define`` replaces an alias such as ``q35`` by its versioned name.
         cpu: QEMU CPU model; empty lets the accelerator choose (``host`` under KVM, ``tcg_cpu`` under TCG).
-        tcg_cpu: not for a spec: ``define`` records here what ``max`` is under TCG, in words that later QEMUs understand.
+        tcg_cpu: what ``define`` records: CPU ``max`` under TCG, in words that later QEMUs understand.
         agent: give the guest a virtio-serial port for the QEMU guest agent.
         extra: further QEMU arguments, refused unless ``define --allow-extra``.
     """

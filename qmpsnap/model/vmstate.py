@@ -148,6 +148,10 @@ def differences(saved: Hardware, now: Hardware) -> tuple[str, ...]:
     return (*found, *gone, *new)
 
 
+_LONG = 80
+"""Characters of a CPU model's properties that are not printed any more."""
+
+
 class _Words(str):
     """A CPU model that is printed in short: a recorded one names each of its features."""
 
@@ -155,7 +159,7 @@ class _Words(str):
 
     def __format__(self, spec: str) -> str:
         model, _, rest = self.partition(",")
-        return model if not rest else f"{model} with {rest.count(',') + 1} properties" if len(rest) > 80 else str(self)
+        return f"{model} with {rest.count(',') + 1} properties" if len(rest) > _LONG else str(self)
 
 
 def version_of(text: str) -> tuple[int, ...]:

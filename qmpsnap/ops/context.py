@@ -193,7 +193,7 @@ def _in_use(store: Store) -> Path | None:
 
 
 def _log(context: Context, machine: Machine) -> str:
-    return str(context.home.log_dir(machine.name) / processes.LOG)
+    return str(context.home.log_dir(machine.name) / logs.QEMU_LOG)
 
 
 async def blocking(call: Callable[..., T], *arguments: object) -> T:

@@ -142,7 +142,7 @@ async def run(
 async def complete(
     context: Context, spec: MachineSpec, *, allow_extra: bool, keep: bool = True
 ) -> tuple[MachineSpec, Firmware | None]:
-    """The spec with its versioned machine type and CPU, and its firmware; with ``keep`` QEMU's answers are kept in the cache.
+    """The spec with its versioned machine type and CPU, and its firmware; with ``keep`` the cache keeps QEMU's answers.
 
     Raises:
         UsageError: it has ``extra`` arguments, and nobody allows them.

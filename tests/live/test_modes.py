@@ -37,14 +37,8 @@ Path(sys.argv[3]).write_text(json.dumps(found))
 ALLOWED = {"folder": (0o700,), "socket": (0o700, 0o600), "file": (0o600,)}
 
 MADE = (
-    *(
-        "qmpsnap.db",
-        "qmpsnap.db-wal",
-        "qmpsnap.db-shm",
-        "locks/private",
-        "logs/private/qemu.log",
-        "logs/private/console.log",
-    ),
+    *("qmpsnap.db", "qmpsnap.db-wal", "qmpsnap.db-shm", "locks/private"),
+    *("logs/private/qemu.log", "logs/private/console.log"),
     *("run/private/qmp.sock", "run/private/user.sock", "run/private/console.sock", "run/private/qemu.pid"),
     *("run/private/worker/qemu.log", "cache/qemu-abilities", "copies/finished", "copies/pivoted", "copies/chosen"),
 )

@@ -16,7 +16,7 @@ from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.machine import machine as machines
 from qmpsnap.machine import statefile, worker
 from qmpsnap.machine.argv import CONSOLE_LOG, PID_FILE
-from qmpsnap.machine.process import LOG
+from qmpsnap.machine.logs import QEMU_LOG
 from qmpsnap.ops import merge, power, switch
 from qmpsnap.qmp import commands
 from tests.live.machine import (
@@ -295,7 +295,13 @@ async def test_names_in_the_run_folder(q: qmpsnap.Controller, victim: Victim) ->
     logs = context_of(vm).home.log_dir(vm.name)
     logs.mkdir(mode=0o700, parents=True)
     for way in ("symlink", "hard link"):
-        for path in (logs / LOG, logs / CONSOLE_LOG, run_dir / CONSOLE_LOG, run_dir / PID_FILE, run_dir / "user.sock"):
+        for path in (
+            logs / QEMU_LOG,
+            logs / CONSOLE_LOG,
+            run_dir / CONSOLE_LOG,
+            run_dir / PID_FILE,
+            run_dir / "user.sock",
+        ):
             path.unlink(missing_ok=True)
             WAYS[way](victim.path, path)
         await vm.start(paused=True)

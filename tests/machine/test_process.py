@@ -17,6 +17,7 @@ from qmpsnap.errors import HostCannot
 from qmpsnap.machine import machine as machines
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import PID_FILE
+from qmpsnap.machine.logs import QEMU_LOG
 from qmpsnap.machine.machine import unless_ending, wait_end
 from qmpsnap.machine.process import find, is_alive, is_ending, is_stopped, log_tail, spawn, terminate
 from qmpsnap.model.machine import Machine, Process
@@ -163,7 +164,7 @@ def test_it_is_started_in_its_folder_in_a_session_of_its_own_with_a_private_log(
         assert is_alive(process)
         time.sleep(0.005)
     assert said == f"{tmp_path}\n0077\n/dev/null\noops"
-    assert (tmp_path / processes.LOG).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / QEMU_LOG).stat().st_mode & 0o777 == 0o600
 
 
 def test_a_program_that_is_not_there_is_the_hosts_trouble(tmp_path: Path) -> None:
@@ -177,14 +178,14 @@ def test_a_log_that_is_a_link_is_not_written_through(
     tmp_path: Path, start: Spawn, link: Callable[[Path, Path], None]
 ) -> None:
     (tmp_path / "precious").write_text("content")
-    link(tmp_path / processes.LOG, tmp_path / "precious")
+    link(tmp_path / QEMU_LOG, tmp_path / "precious")
     start()
     assert (tmp_path / "precious").read_text() == "content"
-    assert stat.S_ISREG((tmp_path / processes.LOG).lstat().st_mode)
+    assert stat.S_ISREG((tmp_path / QEMU_LOG).lstat().st_mode)
 
 
 def test_a_log_that_cannot_be_made_is_the_hosts_fault(tmp_path: Path) -> None:
-    (tmp_path / processes.LOG).mkdir()
+    (tmp_path / QEMU_LOG).mkdir()
     with pytest.raises(HostCannot, match="nothing was changed"):
         spawn(SLEEP, tmp_path)
 
@@ -274,7 +275,7 @@ def test_a_pid_file_that_holds_no_pid_is_ignored(tmp_path: Path, content: str) -
 
 
 def test_the_end_of_the_log_is_printable_whatever_was_written(tmp_path: Path) -> None:
-    (tmp_path / processes.LOG).write_bytes(b"x" * 3000 + b"\n\x1b[31mqemu: \xff\0failed\r\n\n")
+    (tmp_path / QEMU_LOG).write_bytes(b"x" * 3000 + b"\n\x1b[31mqemu: \xff\0failed\r\n\n")
     tail = log_tail(tmp_path, limit=23)
     assert tail == "[31mqemu: �failed"
     assert len(log_tail(tmp_path)) <= 2000
@@ -282,7 +283,7 @@ def test_the_end_of_the_log_is_printable_whatever_was_written(tmp_path: Path) ->
 
 def test_that_every_qemu_waits_for_our_monitor_is_no_reason(tmp_path: Path) -> None:
     line = "qemu: -chardev socket,id=qmp: info: QEMU waiting for connection on: disconnected:unix:qmp.sock,server=on\n"
-    (tmp_path / processes.LOG).write_text(line + "qemu: no space\n")
+    (tmp_path / QEMU_LOG).write_text(line + "qemu: no space\n")
     assert log_tail(tmp_path) == "qemu: no space"
 
 

@@ -2,12 +2,19 @@
 
 from msgspec.structs import replace
 
-from qmpsnap.model.cpu import static_model
+from qmpsnap.model.cpu import Value, static_model
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.model.vmstate import Hardware, differences, hardware_of
 
-BASE = {"avx": False, "family": 0, "fpu": False, "model-id": "", "pcommit": False, "vendor": "AMD"}
-MAX = {"avx": True, "family": 15, "fpu": True, "model-id": "QEMU TCG CPU", "pcommit": True, "vendor": "AMD"}
+BASE: dict[str, Value] = {"avx": False, "family": 0, "fpu": False, "model-id": "", "pcommit": False, "vendor": "AMD"}
+MAX: dict[str, Value] = {
+    "avx": True,
+    "family": 15,
+    "fpu": True,
+    "model-id": "QEMU TCG CPU",
+    "pcommit": True,
+    "vendor": "AMD",
+}
 RECORDED = "base,avx=on,family=15,fpu=on,model-id=QEMU TCG CPU"
 
 
