@@ -186,6 +186,8 @@ def _show(arguments: argparse.Namespace) -> None:
         look = seen.images(store, [machine], alive).get(machine.name)
     if state == "stopped":
         state = seen.state(machine, process, look)
+    from qmpsnap.machine import scope
+
     run_dir = home().run_dir(machine.name)
     user, lacks = admission.shown(machine, process)
     document = {
@@ -200,6 +202,7 @@ def _show(arguments: argparse.Namespace) -> None:
         "qmp": machine.adopted.socket if machine.adopted else str(run_dir / USER_SOCKET),
         "console": None if machine.adopted else str(run_dir / CONSOLE_SOCKET),
         "run_dir": str(run_dir),
+        "cgroup": scope.group(process) or None if process else None,
         "logs": None if machine.adopted else str(home().log_dir(machine.name)),
         "host": machine.host,
         "machine_type": machine.spec.machine,
@@ -248,6 +251,7 @@ def _start(arguments: argparse.Namespace) -> None:
 
     process = controlling(act)
     output.note(f"machine {arguments.machine} runs (pid {process.pid}, QEMU {process.qemu_version}, {process.accel})")
+    seen.tell_scope(arguments.machine)
 
 
 def _stop(arguments: argparse.Namespace) -> None:

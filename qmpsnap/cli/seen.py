@@ -54,6 +54,16 @@ def tell(name: str, found: Seen) -> None:
         output.note(f"{name}: {changed} was written to since it was frozen; qmpsnap check {name}")
 
 
+def tell_scope(name: str) -> None:
+    """Say that a QEMU of ours ends with whoever started it, where it need not."""
+    from qmpsnap.machine import scope
+
+    with answering() as store:
+        machine = store.machine(name)
+    if machine.process and not machine.adopted and (sentence := scope.warning(name, machine.process)):
+        output.note(sentence)
+
+
 def tell_owner(name: str) -> None:
     """Say to the owner of an adopted machine what has to be started from now on."""
     with answering() as store:

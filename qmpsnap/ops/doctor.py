@@ -17,7 +17,7 @@ from msgspec import Struct
 from qmpsnap import identity
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
-from qmpsnap.machine import accel, privileges, probe
+from qmpsnap.machine import accel, logs, privileges, probe, scope
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.privileges import RunAs
 from qmpsnap.model.home import Home
@@ -59,6 +59,8 @@ async def _look(programs: Programs, home: Home, cache: Path) -> list[Ability]:
         _guest(home),
         await to_thread.run_sync(_store, home),
         await to_thread.run_sync(_births, home),
+        _scope(os.geteuid()),
+        await to_thread.run_sync(_logs, home),
         *(_folder(name, path) for name, path in (("data", home.data), ("run", home.run))),
         await to_thread.run_sync(_memory),
     ]
@@ -176,6 +178,36 @@ def _births(home: Home) -> Ability:
     detail = f"the file system of {folder} keeps no time of birth: a file that was put in a layer's place and got its"
     detail += " inode's number is not told from it"
     return Ability("identity", "limited", detail, "keep images on ext4, XFS or btrfs")
+
+
+def _scope(uid: int) -> Ability:
+    """Whether a QEMU outlives the session, cron job or unit that starts it."""
+    asked = scope.manager(uid)
+    kept = "a QEMU stays in the control group of whoever starts it, and ends with that"
+    if not scope.SYSTEMD.is_dir():
+        return Ability("scope", "limited", f"no systemd runs here: {kept}, where somebody ends it")
+    if shutil.which(scope.PROGRAM) is None:
+        return Ability("scope", "limited", f"there is no {scope.PROGRAM}: {kept}", "apt-get install systemd")
+    if asked is None:
+        return Ability("scope", "limited", f"no systemd of this user's runs: {kept}", "loginctl enable-linger")
+    found = f"a QEMU gets a scope of its own from the {asked}'s systemd"
+    if asked == "user" and not scope.lingers(uid):
+        return Ability("scope", "limited", f"{found}, which ends with the last session", "loginctl enable-linger")
+    return Ability("scope", "yes", found)
+
+
+def _logs(home: Home) -> Ability:
+    """Logs are cut by commands alone: which of them have grown since the last one."""
+    limit = f"cut to {logs.KEPT >> 10} KiB by the next command on the machine where larger than {logs.LIMIT >> 20} MiB"
+    large = []
+    with contextlib.suppress(QmpsnapError), SqliteStore(home.store, machines=home.machines, make=False) as store:
+        for machine in store.machines():
+            found = logs.sizes(home, machine.name).items()
+            large += [f"{path} ({size >> 20} MiB)" for path, size in found if size > logs.LIMIT]
+    if not large:
+        return Ability("logs", "yes", f"{home.data / 'logs'}, {limit}; nothing bounds them between commands")
+    remedy = "qmpsnap show VM cuts them; let cron do so where a guest writes much to its console"
+    return Ability("logs", "limited", f"{', '.join(large)}: {limit}", remedy)
 
 
 def _folder(name: str, path: Path) -> Ability:

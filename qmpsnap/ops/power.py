@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, StoreMismatch
-from qmpsnap.machine import accel, argv, logs, surroundings
+from qmpsnap.machine import accel, argv, logs, scope, surroundings
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, wait_end
@@ -119,6 +119,7 @@ async def bring_up(
         # Nobody has heard of it yet: what fails here must not leave a QEMU that nobody counts on.
         await completed(end(process, None))
         raise
+    await scope.enter(machine.name, process)
     if loading:
         await _load(context, machine, process, loading, paused=paused)
     return process
