@@ -114,7 +114,8 @@ def _board(spec: MachineSpec, accel: str, firmware: Firmware | None, *, exact: b
         yield from _json("-blockdev", _flash("uefi-code", firmware.code, read_only=True))
         yield from _json("-blockdev", _flash("uefi-vars", firmware.vars, read_only=False))
         machine += ",pflash0=uefi-code,pflash1=uefi-vars"
-    yield from ("-machine", machine)
+    # A core dump lies in the run folder, often in memory: it has what QEMU did, and not what the guest knew.
+    yield from ("-machine", f"{machine},dump-guest-core=off")
     yield from ("-accel", "kvm" if accel == "kvm" else "tcg,thread=multi")
     cpu = spec.cpu_under(accel)
     yield from ("-cpu", f"{cpu},enforce=on" if exact and cpu == spec.tcg_cpu else cpu)

@@ -24,6 +24,8 @@ from qmpsnap.model.relocation import HomeRecord
 from qmpsnap.store.decoded import decoded
 
 FOLDER = "records"
+LARGE = 1 << 16
+"""Bytes from which on a file of places is looked through for what says nothing any more."""
 
 
 class Place(Struct, frozen=True, omit_defaults=True):
@@ -32,6 +34,12 @@ class Place(Struct, frozen=True, omit_defaults=True):
     layer: Layer | None = None
     state: str | None = None
     gone: bool = False
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether it is gone, and no file lies there that could be taken for it; a folder may be away for now."""
+        path = Path(self.layer.path if self.layer else self.state or "")
+        return self.gone and path.parent.is_dir() and not os.path.lexists(path)
 
 
 class _Housed(Struct, frozen=True):
@@ -84,8 +92,23 @@ class Records:
             path = self.places_file(machine)
             fresh = not path.exists()
             _append(path, text)
-            if fresh:
+            shortened = path.stat().st_size > LARGE and self._shorten(machine)
+            if fresh or shortened:
                 sync_folder(self._folder)
+
+    def _shorten(self, machine: str) -> bool:
+        """Write the file anew with what still says something, where that is less than half of it."""
+        lines = self.places(machine)
+        last = {place.layer.id if place.layer else place.state: place for place in lines}
+        kept = [place for place in last.values() if not place.says_nothing]
+        if 2 * len(kept) > len(lines):
+            return False
+        path = self.places_file(machine)
+        fresh = path.with_name(f"{path.name}.part")
+        fresh.unlink(missing_ok=True)
+        _append(fresh, b"".join(msgspec.json.encode(place) + b"\n" for place in kept), flags=os.O_EXCL)
+        fresh.replace(path)
+        return True
 
     def forget(self, machine: str) -> None:
         """Remove what there is of a machine, durably: what stays is taken for a machine that the store has lost."""

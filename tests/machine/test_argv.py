@@ -7,7 +7,7 @@ import json
 import os
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from msgspec.structs import replace
@@ -286,7 +286,7 @@ def test_uefi_is_two_flash_nodes_of_which_the_code_is_read_only() -> None:
     code, variables = (json.loads(value) for value in after(argv, "-blockdev"))
     assert (code["file"]["filename"], code["read-only"], code["file"]["read-only"]) == (FLASH.code, True, True)
     assert (variables["file"]["filename"], variables["read-only"]) == (FLASH.vars, False)
-    assert after(argv, "-machine") == ["q35,pflash0=uefi-code,pflash1=uefi-vars"]
+    assert after(argv, "-machine") == ["q35,pflash0=uefi-code,pflash1=uefi-vars,dump-guest-core=off"]
 
 
 def test_uefi_without_its_images_is_the_callers_mistake() -> None:
@@ -344,3 +344,20 @@ def test_vnc_listens_on_a_socket_in_the_run_folder() -> None:
 
 def test_extra_arguments_come_last_so_that_they_win() -> None:
     assert argv_of("extra: [-m, '512']")[-2:] == ["-m", "512"]
+
+
+def test_a_log_folder_with_a_comma_is_one_option() -> None:
+    argv = build("qemu", spec_of(""), [], uuid=UUID, accel="tcg", logs="/data/a,b/logs/web")
+    assert any(word.endswith(",logfile=/data/a,,b/logs/web/console.log,logappend=on") for word in argv)
+
+
+@pytest.mark.parametrize(
+    ("accel", "exact", "cpu"),
+    [("tcg", False, "base,avx=on"), ("tcg", True, "base,avx=on,enforce=on"), ("kvm", True, "host")],
+)
+def test_a_recorded_cpu_is_enforced_where_memory_is_loaded(
+    *, accel: Literal["kvm", "tcg"], exact: bool, cpu: str
+) -> None:
+    spec = replace(spec_of(""), tcg_cpu="base,avx=on")
+    argv = build("qemu", spec, [], uuid=UUID, accel=accel, exact=exact)
+    assert argv[argv.index("-cpu") + 1] == cpu

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change
+from qmpsnap.store import records as written
 from qmpsnap.store.records import Place, Records
 from qmpsnap.store.sqlite import SqliteStore
 from tests.store.samples import MACHINES, PROCESS, defined, layer, machine, opened, settled
@@ -99,3 +100,24 @@ def test_a_machine_whose_forgetting_was_broken_off_is_there_or_gone_and_never_lo
             store.forget("web")
         assert not store.is_described(store.machine("web")), "which check finds and repairs"
         assert store.lost() == ()
+
+
+def test_places_that_are_gone_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written, "LARGE", 2000)
+    found = Records(tmp_path / "records")
+    stays, away, left = (
+        Place(layer=layer("vda-1", path=str(tmp_path / "stays"))),
+        Place(layer=layer("vda-2", path=str(tmp_path / "unmounted" / "away")), gone=True),
+        Place(layer=layer("vda-3", path=str(tmp_path / "left")), gone=True),
+    )
+    (tmp_path / "left").touch()  # the store has it no more, and it must not be taken for a layer of a lost store
+    found.add("web", [stays, away, left])
+    sizes = []
+    for number in range(4, 100):
+        passing = layer(f"vda-{number}", path=str(tmp_path / f"{number}"))
+        found.add("web", [Place(layer=passing)])
+        found.add("web", [Place(layer=passing, gone=True)])
+        sizes.append(found.places_file("web").stat().st_size)
+    assert max(sizes) < 4000
+    assert found.places("web")[:3] == (stays, away, left)
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["web.places"]
