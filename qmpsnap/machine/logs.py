@@ -11,8 +11,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from qmpsnap import private, unwritable
 from qmpsnap.errors import HostCannot
+from qmpsnap.machine import privileges
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.model.home import Home
 
@@ -33,17 +33,8 @@ def prepare(folder: Path) -> None:
     Raises:
         HostCannot: it cannot be made, is no folder of this user's alone, or a link stays.
     """
-    try:
-        private.make_folder(folder)
-        status = folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise HostCannot(
-                f"the folder of logs {folder} is not private to this user", hint=f"chmod 0700 {folder}, or remove it"
-            )
-        unlink_aliases(folder / name for name in NAMES)
-    except OSError as error:
-        what, remedy = unwritable.reason(folder, error)
-        raise HostCannot(f"the folder of logs {folder} cannot be made: {what}", hint=remedy) from error
+    privileges.make_private(folder, "folder of logs")
+    unlink_aliases(folder / name for name in NAMES)
 
 
 def unlink_aliases(paths: Iterator[Path]) -> None:

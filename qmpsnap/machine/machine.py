@@ -9,10 +9,10 @@ from typing import TypeVar
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap import acl, private, unwritable
+from qmpsnap import unwritable
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
-from qmpsnap.machine import privileges
 from qmpsnap.machine import logs as logfiles
+from qmpsnap.machine import privileges
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import CONSOLE_LOG, QMP_SOCKET, RUN_FILES
 from qmpsnap.machine.privileges import PLAIN, Privileges
@@ -37,17 +37,7 @@ def prepare_run_dir(path: Path) -> None:
     Raises:
         HostCannot: it cannot be made, or belongs to or is open to somebody else.
     """
-    try:
-        private.make_folder(path)
-        status = path.lstat()
-        rights = acl.rights(str(path), status.st_mode)
-    except OSError as error:
-        what, remedy = unwritable.reason(path, error)
-        raise HostCannot(f"the run folder {path} cannot be made: {what}", hint=remedy) from error
-    # A user who is named there is the one that a QEMU of ours runs as, or has run.
-    others = rights.beyond(frozenset(rights.users))
-    if not path.is_dir() or status.st_uid != os.geteuid() or others:
-        raise HostCannot(f"the run folder {path} is not private to this user", hint=f"chmod 0700 {path}, or remove it")
+    privileges.make_private(path, "run folder")
 
 
 async def launch(

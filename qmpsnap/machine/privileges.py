@@ -16,7 +16,7 @@ from typing import Any, Final, Self, TypeVar
 
 from msgspec import Struct
 
-from qmpsnap import acl
+from qmpsnap import acl, private, unwritable
 from qmpsnap.errors import HostCannot, UsageError
 from qmpsnap.model.spec import MachineSpec
 
@@ -278,6 +278,25 @@ def name_of(user: int) -> str:
         return str(user)
 
 
+def make_private(path: Path, what: str) -> None:
+    """Make a folder that is private to this user, or make sure that it is.
+
+    Raises:
+        HostCannot: it cannot be made, or belongs to or is open to somebody else.
+    """
+    try:
+        private.make_folder(path)
+        status = path.lstat()
+        rights = acl.rights(str(path), status.st_mode)
+    except OSError as error:
+        why, remedy = unwritable.reason(path, error)
+        raise HostCannot(f"the {what} {path} cannot be made: {why}", hint=remedy) from error
+    # A user who is named there is the one that a QEMU of ours runs as, or has run.
+    others = rights.beyond(frozenset(rights.users))
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or others:
+        raise HostCannot(f"the {what} {path} is not private to this user", hint=f"chmod 0700 {path}, or remove it")
+
+
 def prepare_folder(folder: Path, user: RunAs | None, files: Sequence[str], *, log: str) -> None:
     """Make a run folder ready for a QEMU of that user, or of ours; what another's has left there is no obstacle.
 
@@ -303,15 +322,13 @@ def prepare_folder(folder: Path, user: RunAs | None, files: Sequence[str], *, lo
             return
         for name in files:  # nobody but us gets at them now
             _clear(folder / name, user, keep=name == log)
-        with (folder / log).open("ab", opener=_private):  # ours, so that it can be cut
-            admit(folder / log, user.uid, acl.READ | acl.WRITE)
+        os.close(
+            os.open(folder / log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        )  # ours: we cut it
+        admit(folder / log, user.uid, acl.READ | acl.WRITE)
     except OSError as error:
         raise HostCannot(f"the run folder {folder} cannot be made ready: {error.strerror}") from error
     admit(folder, user.uid, acl.READ | acl.WRITE | acl.ENTER)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _clear(path: Path, user: RunAs, *, keep: bool) -> None:
