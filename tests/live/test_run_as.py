@@ -197,16 +197,17 @@ async def test_a_running_one_is_served_by_commands_that_do_not_know_of_it(monkey
 
 async def test_it_cannot_replace_what_is_roots_in_its_run_folder(q: qmpsnap.Controller) -> None:
     vm = await grown(q, "s1")
-    folder = context_of(vm).home.run_dir("still")
+    home = context_of(vm).home
+    folder, logs = home.run_dir("still"), home.log_dir("still")
     user = privileges.RunAs.named(USER)
     assert user
 
     def act() -> None:
         (folder / "mine").touch()
         (folder / "mine").unlink()
-        for name in ("qemu.log", "worker"):
+        for ours in (folder / "worker", logs / "qemu.log", logs / "console.log"):
             with pytest.raises(PermissionError):
-                (folder / name).rename(folder / "gone")
+                ours.rename(ours.with_name("gone"))
         with pytest.raises(PermissionError):
             (folder.parent.parent / "qmpsnap.db").open("rb")
 
