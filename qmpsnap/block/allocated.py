@@ -79,7 +79,7 @@ def _qcow2(descriptor: int, found: Header) -> Held:
     covers = found.cluster_size // (8 * width) * found.cluster_size
     data = zeros = 0
     tables = set[int]()
-    for place, entry in enumerate(_words(os.pread(descriptor, found.l1_size * 8, found.l1_offset))):
+    for place, entry in enumerate(words(os.pread(descriptor, found.l1_size * 8, found.l1_offset))):
         if not (offset := entry & _OFFSET):
             continue
         raw = os.pread(descriptor, found.cluster_size, offset)
@@ -100,15 +100,15 @@ def _qcow2(descriptor: int, found: Header) -> Held:
 def _plain(raw: bytes, cluster: int) -> Held:
     """One table of plain entries, mostly without a look at each."""
     if raw[::8].translate(_HAS_BIT_6).count(1):  # of compressed clusters the lowest bit is no flag
-        kinds = [_kind(entry) for entry in _words(raw)]
+        kinds = [_kind(entry) for entry in words(raw)]
         return Held(data=kinds.count("data") * cluster, zeros=kinds.count("zeros") * cluster)
     zeros = raw[7::8].translate(_HAS_BIT_0).count(1)
-    return Held(data=(sum(map(bool, _words(raw))) - zeros) * cluster, zeros=zeros * cluster)
+    return Held(data=(sum(map(bool, words(raw))) - zeros) * cluster, zeros=zeros * cluster)
 
 
 def _units(raw: bytes, found: Header, width: int) -> Held:
     """One table of small clusters, or of such with subclusters: what is touched of whoever takes it over."""
-    words = _words(raw)
+    words = words(raw)
     kinds = (
         [_kind_extended(words[at], words[at + 1]) for at in range(0, len(words), 2)]
         if width > 1
@@ -136,7 +136,8 @@ def _kind_extended(entry: int, bitmap: int) -> str:
     return "zeros" if bitmap else ""
 
 
-def _words(raw: bytes) -> "array[int]":
+def words(raw: bytes) -> "array[int]":
+    """The entries of a table."""
     words = array("Q", raw[: len(raw) // 8 * 8])
     if sys.byteorder == "little":
         words.byteswap()

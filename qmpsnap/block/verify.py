@@ -2,26 +2,25 @@
 
 from typing import Literal
 
-from qmpsnap.block import encrypted, header, tool
+from qmpsnap.block import encrypted, header, leaks, tool
 from qmpsnap.block.tags import alone
-from qmpsnap.errors import Effect, HostCannot
+from qmpsnap.errors import Effect, HostCannot, StateError
 from qmpsnap.model.chain import Layer
+from qmpsnap.threads import to_end
 
-Verdict = Literal["whole", "leaks", "damaged", "in use"]
+Verdict = Literal["whole", "leaks", "lost", "damaged", "in use"]
+"""``lost``: clusters are leaked as well, and a table looks lost that may have named them."""
 
 _VERDICTS: dict[int, Verdict] = {0: "whole", 2: "damaged", 3: "leaks"}
 """By qemu-img's exit code; 1 is a check that was not done, and 63 one that the format does not have."""
 
 
-async def check(
-    layer: Layer, *, qemu_img: str, give_back: bool = False, key: int | None = None, deadline: float = 3600
-) -> tuple[Verdict, str]:
+async def check(layer: Layer, *, qemu_img: str, key: int | None = None, deadline: float = 3600) -> tuple[Verdict, str]:
     """What qemu-img finds in a qcow2 image, and in its own words.
 
     Args:
         layer: the image; our own reader must have accepted it.
         qemu_img: the qemu-img binary.
-        give_back: free leaked clusters; nobody may have the image open.
         key: descriptor of an encrypted image's key.
         deadline: seconds: all of the image's tables are read.
 
@@ -29,16 +28,42 @@ async def check(
         HostCannot: qemu-img is missing, or could not check the image, of which nothing is known then.
         DeadlinePassed: it took too long.
     """
-    some = ["-r", "leaks"] if give_back else []
+    verdict, output = await _run(layer, [], qemu_img=qemu_img, key=key, deadline=deadline, effect="none")
+    said = _line(output)
+    if verdict == "leaks" and (doubt := await to_end(leaks.doubt, layer, leaks.leaked(output))):
+        return "lost", f"{doubt}; {said}"
+    return verdict, said
+
+
+async def give_back(layer: Layer, *, qemu_img: str, key: int | None = None, deadline: float = 3600) -> None:
+    """Free the leaked clusters of an image, after another look at it: nobody may have it open.
+
+    Raises:
+        StateError: they are none that only take space.
+        HostCannot, DeadlinePassed: as :func:`check`.
+    """
+    verdict, said = await check(layer, qemu_img=qemu_img, key=key, deadline=deadline)
+    if verdict == "leaks":
+        await _run(layer, ["-r", "leaks"], qemu_img=qemu_img, key=key, deadline=deadline, effect="unknown")
+    elif verdict != "whole":
+        raise StateError(f"the leaked clusters of {layer.path} are left as they are: {said}")
+
+
+async def _run(
+    layer: Layer, some: list[str], *, qemu_img: str, key: int | None, deadline: float, effect: Effect
+) -> tuple[Verdict, bytes]:
     argv = [qemu_img, "check", "-q", *some, alone(layer.path)]
     if key is not None:
         argv = [qemu_img, "check", "-q", *some, *encrypted.secret(key), encrypted.alone(layer.path)]
     late = f"checking {layer.path} took longer than {deadline:g} s"
-    effect: Effect = "unknown" if give_back else "none"
     done = await tool.run(argv, deadline=deadline, late=late, effect=effect, inherited=[] if key is None else [key])
-    said = header.printable(" ".join((done.stdout + done.stderr).decode(errors="replace").split()))
-    if "Failed to get " in said and "lock" in said:
-        return "in use", said
+    output = done.stdout + done.stderr
+    if b"Failed to get " in output and b"lock" in output:
+        return "in use", output
     if verdict := _VERDICTS.get(done.returncode):
-        return verdict, said
-    raise HostCannot(f"{qemu_img} check failed: {said}")
+        return verdict, output
+    raise HostCannot(f"{qemu_img} check failed: {_line(output)}")
+
+
+def _line(output: bytes) -> str:
+    return header.printable(" ".join(output.decode(errors="replace").split()))

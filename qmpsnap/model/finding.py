@@ -81,6 +81,11 @@ KINDS: Final[dict[str, Kind]] = {
         "Clusters of the image are marked as used and are not: they only take space.",
         "qemu-img check -r leaks gives them back, as nobody has the image open.",
     ),
+    "table-lost": Kind(
+        "I3",
+        "Clusters of the image are marked as used, no table names them, and a table looks lost that may have: they may"
+        " be the only copy of what was written. They are not given back; copy the image before anything is tried on it.",
+    ),
     "image-in-use": Kind("I4", "Another process has the image open for writing, and it is not this machine's QEMU."),
     "frozen-written": Kind(
         "I1",

@@ -19,6 +19,7 @@ from qmpsnap.ops.context import Context
 _CODES: dict[Verdict | Literal["unread"], str] = {
     "damaged": "image-damaged",
     "leaks": "image-leaks",
+    "lost": "table-lost",
     "in use": "image-in-use",
     "unread": "image-unread",
 }

@@ -66,7 +66,7 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
             layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
             await blocking(context.store.frozen.forget, [layer.id])
             async with keys.for_layer(context, machine, layer) as key:
-                await verify.check(layer, qemu_img=context.image.binary, give_back=True, key=key)
+                await verify.give_back(layer, qemu_img=context.image.binary, key=key)
         case "size-differs":
             await _record_size(context, at, finding)
         case "worker-left":

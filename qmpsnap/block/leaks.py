@@ -1,0 +1,98 @@
+"""Whether leaked clusters may be given back: where a table was lost, they may be the only copy of what was written.
+
+A QEMU that was killed leaves such clusters behind as well: it had counted them and not yet entered them in a table. They
+are the newest of the image then, so that none lies below one that is in use, and no table looks lost.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from qmpsnap.block import header
+from qmpsnap.block.allocated import words
+from qmpsnap.block.header import Header
+from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.model.chain import Layer
+
+_LEAKED: Final = re.compile(rb"^Leaked cluster (\d+) refcount=\d+ reference=(\d+)$", re.MULTILINE)
+_OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
+_COMPRESSED: Final = 1 << 62
+_FLAGS: Final = 1 << 63 | 1
+"""Of an entry of a table: the cluster has one reader (``COPIED``), and it reads as zeros."""
+_MOST: Final = 1 << 16
+"""Leaked clusters that are looked at."""
+
+
+def leaked(said: bytes) -> list[int]:
+    """Numbers of the clusters that ``qemu-img check`` has found and that nothing refers to."""
+    return [int(found[1]) for found in _LEAKED.finditer(said) if int(found[2]) == 0]
+
+
+def doubt(layer: Layer, clusters: Sequence[int]) -> str:
+    """Why leaked clusters of an image may hold what a lost table has named; empty where nothing says so.
+
+    Args:
+        layer: the image; nobody writes to it.
+        clusters: those that nothing refers to.
+
+    Raises:
+        HostCannot: it cannot be read.
+    """
+    try:
+        descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise HostCannot(f"{layer.path} cannot be opened: {error.strerror}") from error
+    try:
+        found = header.inspect(descriptor, path=layer.path, format="qcow2")
+        return _doubt(descriptor, found, clusters)
+    except OSError as error:
+        raise HostCannot(f"{layer.path} cannot be read: {error.strerror}") from error
+    except ImageRefused as error:
+        return error.message
+    finally:
+        os.close(descriptor)
+
+
+def _doubt(descriptor: int, found: Header, clusters: Sequence[int]) -> str:
+    size = found.cluster_size
+    first = [entry & _OFFSET for entry in words(os.pread(descriptor, found.l1_size * 8, found.l1_offset))]
+    if not any(first):
+        return "its L1 table names nothing"
+    highest = max(first)
+    for offset in filter(None, first):
+        table = os.pread(descriptor, size, offset)
+        if len(table) < size:
+            return f"its L2 table at byte {offset} is cut"
+        if not table.strip(b"\0"):
+            return f"its L2 table at byte {offset} names nothing"
+        highest = max(highest, *_places(table, found))
+    if lower := [cluster for cluster in clusters if cluster * size < highest]:
+        return f"cluster {lower[0]} lies below clusters in use"
+    if len(clusters) > _MOST:
+        return f"there are more than {_MOST}"
+    for cluster in clusters:
+        if _looks_like_table(os.pread(descriptor, size, cluster * size), found):
+            return f"cluster {cluster} looks like a table"
+    return ""
+
+
+def _places(table: bytes, found: Header) -> Iterator[int]:
+    """Where the clusters lie that a table names; of a compressed one, where it begins."""
+    bits = (1 << 62 - (found.cluster_size.bit_length() - 9)) - 1
+    for entry in _entries(table, found):
+        yield entry & bits if entry & _COMPRESSED else entry & _OFFSET
+
+
+def _looks_like_table(data: bytes, found: Header) -> bool:
+    """Whether these bytes may be a table of either kind: each entry names a whole cluster of the file, or none."""
+    allowed = _OFFSET & -found.cluster_size | _FLAGS
+    end = -(-found.file_size // found.cluster_size) * found.cluster_size
+    entries = [entry for entry in _entries(data, found) if entry]
+    plain = [entry for entry in entries if not entry & _COMPRESSED]
+    return bool(plain) and all(not entry & ~allowed and entry & _OFFSET < end for entry in plain)
+
+
+def _entries(table: bytes, found: Header) -> Sequence[int]:
+    every = words(table)
+    return every[::2] if found.extended_l2 else every  # the other half says which parts of a cluster are there
