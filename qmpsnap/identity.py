@@ -1,4 +1,4 @@
-"""Which file it is: device, inode, and when the file was born, where its file system keeps that.
+"""Which file it is: device, inode, and when the file was born, where its file system keeps that; else its size.
 
 An inode's number is given to another file as soon as the first one is gone, on ext4 at once; a time of birth is not,
 and no copy, rename, chmod or write changes it. NFS, FUSE and old tmpfs have none: then it is 0, which is compared with
@@ -39,18 +39,24 @@ class Identified(Protocol):
 
 
 class FileId(Struct, frozen=True):
-    """Device, inode and time of birth of a file that is there."""
+    """Device, inode, time of birth and size in bytes of a file that is there."""
 
     device: int
     inode: int
     birth: int = 0
+    size: int | None = None
 
 
-def same_file(recorded: Identified, found: Identified) -> bool:
-    """Whether that is the recorded file, as far as it can be told: a birth that only one side knows tells nothing."""
+def same_file(recorded: Identified, found: Identified, *, size: int | None = None) -> bool:
+    """Whether that is the recorded file, as far as it can be told: a birth that only one side knows tells nothing.
+
+    ``size``: bytes that the recorded file has, where nobody may have written to it: asked where no birth decides.
+    """
     if (recorded.device, recorded.inode) != (found.device, found.inode):
         return False
-    return recorded.birth == found.birth or not recorded.birth or not found.birth
+    if recorded.birth and found.birth:
+        return recorded.birth == found.birth
+    return size is None or not isinstance(found, FileId) or found.size in (None, size)
 
 
 def of(descriptor: int) -> FileId:
@@ -60,7 +66,7 @@ def of(descriptor: int) -> FileId:
         OSError: the descriptor is none.
     """
     status = os.fstat(descriptor)
-    return FileId(status.st_dev, status.st_ino, born(descriptor))
+    return FileId(status.st_dev, status.st_ino, born(descriptor), status.st_size)
 
 
 def at(name: str | os.PathLike[str], *, folder: int | None = None) -> FileId | None:

@@ -58,7 +58,8 @@ class MachineLife:
         With ``force`` QEMU is ended then, or at once where no ``timeout`` is given.
 
         Raises:
-            StateError: it does not run, or its vCPUs are stopped and ``force`` is not given.
+            StateError: it does not run, nobody can tell whether it does, or its vCPUs are stopped and ``force`` is not
+                given.
             DeadlinePassed: the guest did not switch itself off.
         """
         await power.stop(self._context, self.name, force=force, timeout=timeout)
@@ -93,12 +94,13 @@ class MachineLife:
         await pausing.wakeup(self._context, self.name)
 
     async def is_running(self) -> bool:
-        """Whether a QEMU runs for the machine, whatever state its guest is in."""
+        """Whether a QEMU that can be seen from here runs for the machine, whatever state its guest is in."""
         return self._context.process(await self.record()) is not None
 
     async def state(self) -> str:
-        """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped``.
+        """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped``, or ``unknown``.
 
+        ``unknown``: one may run that cannot be seen from here (another PID namespace, a container, another user's).
         ``paused: no space`` and ``paused: I/O error`` are a guest's that QEMU has paused over a failed request,
         ``suspended`` is one's that sleeps (ACPI S3).
         """

@@ -108,11 +108,11 @@ def _plain(raw: bytes, cluster: int) -> Held:
 
 def _units(raw: bytes, found: Header, width: int) -> Held:
     """One table of small clusters, or of such with subclusters: what is touched of whoever takes it over."""
-    words = words(raw)
+    entries = words(raw)
     kinds = (
-        [_kind_extended(words[at], words[at + 1]) for at in range(0, len(words), 2)]
+        [_kind_extended(entries[at], entries[at + 1]) for at in range(0, len(entries), 2)]
         if width > 1
-        else [_kind(entry) for entry in words]
+        else [_kind(entry) for entry in entries]
     )
     unit = max(1, CLUSTER // found.cluster_size)
     size = max(CLUSTER, found.cluster_size)

@@ -35,6 +35,8 @@ __all__ = [
     "read",
     "read_chain",
     "require",
+    "require_few_tags",
+    "require_tellable",
 ]
 
 MAX_DEPTH: Final = MAX_LAYERS
@@ -242,13 +244,22 @@ def require(
     """
     real = _inside(os.fspath(path), allowed)
     found = read(real, format=format, foreign=True, block_device=block_device)
+    require_few_tags(path, found)
+    return found
+
+
+def require_few_tags(path: str | os.PathLike[str], found: Header) -> None:
+    """Refuse an image with more snapshots inside than QEMU reads in any time, which it does whenever it opens it.
+
+    Raises:
+        ImageRefused: it has.
+    """
     if found.internal_snapshots > MAX_TAGS:
         raise ImageRefused(
             f"image {printable(os.fspath(path))} has {found.internal_snapshots} snapshots inside, more than the"
             f" {MAX_TAGS} that QEMU opens in any time",
             hint=printable(f"copy it without them: qemu-img convert -O qcow2 {shlex.quote(os.fspath(path))} NEW", 2000),
         )
-    return found
 
 
 def read_chain(
@@ -322,6 +333,13 @@ def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
         f"image {printable(path)} lies outside the allowed folders",
         hint=f"allowed: {places}. Move the image there, or: qmpsnap define --allow DIR",
     )
+
+
+def require_tellable(error: HostCannot | OSError) -> None:
+    """Raise what tells of this process and not of a file: it has run out of descriptors or memory."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise error
 
 
 def _cannot_open(shown: str, error: OSError) -> ImageRefused | HostCannot:

@@ -165,15 +165,20 @@ class ImageTool(Struct, frozen=True):
             ) from error
 
 
-async def remove(path: str | os.PathLike[str], *, device: int, inode: int, birth: int = 0) -> bool:
+async def remove(
+    path: str | os.PathLike[str], *, device: int, inode: int, birth: int = 0, size: int | None = None
+) -> bool:
     """Unlink an image durably, if it is still the file it was recorded as; say whether it was there.
+
+    ``size``: bytes that the file had when it was frozen, None where it was not or nobody knows; it counts where its
+    birth does not tell whose number the inode has.
 
     Raises:
         StoreMismatch: another file is at ``path``; it was not touched.
         HostCannot: no right, or the disk fails.
     """
     # Not given up half-way: whoever called must learn whether the file is gone.
-    return await to_end(_remove, os.fspath(path), FileId(device, inode, birth))
+    return await to_end(_remove, os.fspath(path), FileId(device, inode, birth), size)
 
 
 class _Claim:
@@ -335,7 +340,7 @@ def _check_backing(backing: Layer, encrypted: bool) -> None:  # noqa: FBT001
     require_size(backing, found)
 
 
-def _remove(path: str, recorded: FileId) -> bool:
+def _remove(path: str, recorded: FileId, size: int | None) -> bool:
     folder_path, name = os.path.split(path)
     with _translated(path, "was not removed"):
         try:
@@ -346,7 +351,7 @@ def _remove(path: str, recorded: FileId) -> bool:
             found = identity.at(name, folder=folder)
             if found is None:
                 return False
-            if not identity.same_file(recorded, found):
+            if not identity.same_file(recorded, found, size=size):
                 raise StoreMismatch(
                     f"the file at {printable(path)} is not the recorded image; it was not touched",
                     hint="move it away if it is yours; qmpsnap relocate tells what it is, should it be a copy",

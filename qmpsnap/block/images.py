@@ -3,28 +3,24 @@
 Without asyncio, as ``list`` asks here.
 """
 
-import os
-import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from msgspec import Struct
 
-from qmpsnap import identity
-from qmpsnap.block import users
+from qmpsnap.block import stamps, users
+from qmpsnap.block.stamps import Trouble
 from qmpsnap.block.users import User
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
+from qmpsnap.model.stamp import History
 
 DEADLINE: Final = 0.2
 """Seconds for all images of all machines together."""
 
 NOT_ASKED: Final = "not asked"
-
-Stamp = tuple[int, int]
-"""Of a frozen image's file: ``st_mtime_ns`` and ``st_size``, which a write to it changes; no clock is asked."""
 
 
 class Asked(Struct, frozen=True):
@@ -36,13 +32,15 @@ class Asked(Struct, frozen=True):
         frozen: the frozen ones of which it is recorded what they were then.
         stamps: what that is.
         ours: its processes.
+        layers: those whose files have to be the recorded ones.
     """
 
     paths: Mapping[LayerId, str]
     active: frozenset[LayerId]
     frozen: Collection[Layer]
-    stamps: Mapping[LayerId, Stamp]
+    stamps: Mapping[LayerId, History]
     ours: Collection[int] = ()
+    layers: Collection[Layer] = ()
 
 
 class Seen(Struct, frozen=True):
@@ -50,22 +48,26 @@ class Seen(Struct, frozen=True):
 
     Attributes:
         users: who else writes to them.
-        changed: the frozen ones that something has written to since.
+        changed: the frozen ones that something has written to since they were recorded, and when that was.
         unsaid: nobody could be asked about one.
         asked: the answer came in time.
+        gone: those that are not there, or are other files.
     """
 
     users: Mapping[LayerId, User] = {}
-    changed: tuple[LayerId, ...] = ()
+    changed: Mapping[LayerId, frozenset[int]] = {}
     unsaid: bool = False
     asked: bool = True
     active: frozenset[LayerId] = frozenset()
+    gone: Mapping[LayerId, Trouble] = {}
 
     @property
     def word(self) -> str:
-        """``ok``, ``in use``, ``overwritten``, ``unknown`` or ``not asked``: the worst that holds."""
+        """The worst that holds: ``missing``, ``replaced``, ``in use``, ``overwritten``, ``unknown``; ``not asked``."""
         if not self.asked:
             return NOT_ASKED
+        if self.gone:
+            return min(self.gone.values())
         if self.users:
             return "in use"
         return "overwritten" if self.changed else "unknown" if self.unsaid else "ok"
@@ -79,36 +81,21 @@ class Seen(Struct, frozen=True):
 def look(at: Asked) -> Seen:
     """Ask the files; may hang where their storage does."""
     found: dict[LayerId, User] = {}
+    gone: dict[LayerId, Trouble] = {}
     unsaid = False
+    for recorded in at.layers:
+        try:
+            if trouble := stamps.trouble(recorded):
+                gone[recorded.id] = trouble
+        except OSError:
+            unsaid = True
     for layer, path in at.paths.items():
         try:
             if user := users.user(path, ours=at.ours):
                 found[layer] = user
         except OSError:
             unsaid = True
-    return Seen(found, changed(at.frozen, at.stamps), unsaid, active=at.active)
-
-
-def changed(layers: Iterable[Layer], stamps: Mapping[LayerId, Stamp]) -> tuple[LayerId, ...]:
-    """Those of the layers whose own files are there and have another time or size than these."""
-    return tuple(
-        layer.id for layer in layers if layer.id in stamps and (now := stamp(layer)) and now != stamps[layer.id]
-    )
-
-
-def stamp(layer: Layer) -> Stamp | None:
-    """A layer's; None where another file or none has its name, or a block device, whose node does not tell."""
-    try:
-        descriptor = os.open(layer.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or not identity.same_file(layer, identity.of(descriptor)):
-            return None
-        return status.st_mtime_ns, status.st_size
-    finally:
-        os.close(descriptor)
+    return Seen(found, stamps.changed(at.frozen, at.stamps), unsaid, active=at.active, gone=gone)
 
 
 def glance(wanted: Mapping[str, Asked]) -> dict[str, Seen]:

@@ -1,7 +1,7 @@
 """Whether leaked clusters may be given back: where a table was lost, they may be the only copy of what was written.
 
-A QEMU that was killed leaves such clusters behind as well: it had counted them and not yet entered them in a table. They
-are the newest of the image then, so that none lies below one that is in use, and no table looks lost.
+A QEMU that was killed leaves such clusters behind as well: it had counted them and not yet entered them in a table.
+They are the newest of the image then, so that none lies below one that is in use, and no table looks lost.
 """
 
 import os
@@ -45,7 +45,7 @@ def doubt(layer: Layer, clusters: Sequence[int]) -> str:
         raise HostCannot(f"{layer.path} cannot be opened: {error.strerror}") from error
     try:
         found = header.inspect(descriptor, path=layer.path, format="qcow2")
-        return _doubt(descriptor, found, clusters)
+        return _of_tables(descriptor, found, clusters) or _of_clusters(descriptor, found, clusters)
     except OSError as error:
         raise HostCannot(f"{layer.path} cannot be read: {error.strerror}") from error
     except ImageRefused as error:
@@ -54,7 +54,7 @@ def doubt(layer: Layer, clusters: Sequence[int]) -> str:
         os.close(descriptor)
 
 
-def _doubt(descriptor: int, found: Header, clusters: Sequence[int]) -> str:
+def _of_tables(descriptor: int, found: Header, clusters: Sequence[int]) -> str:
     size = found.cluster_size
     first = [entry & _OFFSET for entry in words(os.pread(descriptor, found.l1_size * 8, found.l1_offset))]
     if not any(first):
@@ -67,8 +67,12 @@ def _doubt(descriptor: int, found: Header, clusters: Sequence[int]) -> str:
         if not table.strip(b"\0"):
             return f"its L2 table at byte {offset} names nothing"
         highest = max(highest, *_places(table, found))
-    if lower := [cluster for cluster in clusters if cluster * size < highest]:
-        return f"cluster {lower[0]} lies below clusters in use"
+    lower = next((cluster for cluster in clusters if cluster * size < highest), None)
+    return "" if lower is None else f"cluster {lower} lies below clusters in use"
+
+
+def _of_clusters(descriptor: int, found: Header, clusters: Sequence[int]) -> str:
+    size = found.cluster_size
     if len(clusters) > _MOST:
         return f"there are more than {_MOST}"
     for cluster in clusters:

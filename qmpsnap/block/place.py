@@ -9,13 +9,12 @@ import os
 import stat
 from pathlib import Path
 
+from qmpsnap import identity
 from qmpsnap.block.header import printable
 from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.identity import FileId, same_file
 from qmpsnap.threads import to_end
-
-Identity = tuple[int, int]
-"""Device and inode."""
 
 
 def part_of(path: str, tag: str) -> str:
@@ -23,7 +22,7 @@ def part_of(path: str, tag: str) -> str:
     return f"{path}.qs-{tag}.part"
 
 
-async def put(part: str, path: str, identity: Identity) -> None:
+async def put(part: str, path: str, file: FileId) -> None:
     """Give a finished file its name, durably.
 
     Raises:
@@ -31,7 +30,7 @@ async def put(part: str, path: str, identity: Identity) -> None:
         StoreMismatch: another file is where it was made; that was not touched.
         HostCannot: the file system cannot.
     """
-    await to_end(_put, part, path, identity)
+    await to_end(_put, part, path, file)
 
 
 async def claim(part: str, path: str) -> None:
@@ -44,23 +43,23 @@ async def claim(part: str, path: str) -> None:
     await to_end(_claim, part, path)
 
 
-async def make_durable(path: str, identity: Identity) -> None:
+async def make_durable(path: str, file: FileId) -> None:
     """Write a file out, and its name.
 
     Raises:
         StoreMismatch: another file has that name.
         HostCannot: the disk fails.
     """
-    await to_end(_make_durable, path, identity)
+    await to_end(_make_durable, path, file)
 
 
-async def discard(path: str, identity: Identity) -> bool:
+async def discard(path: str, file: FileId) -> bool:
     """Remove the file at that name if it is the one meant; say whether it was.
 
     Raises:
         HostCannot: no right, or the disk fails.
     """
-    return await to_end(_discard, path, identity)
+    return await to_end(_discard, path, file)
 
 
 def require_folder(path: str) -> None:
@@ -78,7 +77,7 @@ def require_folder(path: str) -> None:
         )
 
 
-async def identity_of(path: str) -> Identity | None:
+async def identity_of(path: str) -> FileId | None:
     """Identity of the regular file at that name, None if there is none."""
     return await to_end(_identity, path)
 
@@ -93,10 +92,10 @@ def _claim(part: str, path: str) -> None:
         raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}") from error
 
 
-def _put(part: str, path: str, identity: Identity) -> None:
+def _put(part: str, path: str, file: FileId) -> None:
     try:
         os.link(part, path, follow_symlinks=False)
-        if _identity(path) != identity:
+        if not _is(path, file):
             Path(path).unlink()  # the name that we have just given it; the file keeps its own
             raise StoreMismatch(f"{printable(part)} was replaced by another file; it was not touched")
         Path(part).unlink()
@@ -118,12 +117,11 @@ def taken(path: str) -> StateError:
     )
 
 
-def _make_durable(path: str, identity: Identity) -> None:
+def _make_durable(path: str, file: FileId) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            found = os.fstat(descriptor)
-            if (found.st_dev, found.st_ino) != identity:
+            if not same_file(file, identity.of(descriptor)):
                 raise StoreMismatch(f"{printable(path)} is another file by now", effect="unknown")
             os.fsync(descriptor)
         finally:
@@ -133,8 +131,8 @@ def _make_durable(path: str, identity: Identity) -> None:
         raise HostCannot(f"{printable(path)} cannot be written out: {error.strerror}", effect="unknown") from error
 
 
-def _discard(path: str, identity: Identity) -> bool:
-    if _identity(path) != identity:
+def _discard(path: str, file: FileId) -> bool:
+    if not _is(path, file):
         return False
     try:
         Path(path).unlink()
@@ -144,9 +142,17 @@ def _discard(path: str, identity: Identity) -> bool:
     return True
 
 
-def _identity(path: str) -> Identity | None:
+def _is(path: str, file: FileId) -> bool:
+    found = _identity(path)
+    return found is not None and same_file(file, found)
+
+
+def _identity(path: str) -> FileId | None:
     try:
-        status = Path(path).lstat()
+        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
-    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+    try:
+        return identity.of(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+    finally:
+        os.close(descriptor)

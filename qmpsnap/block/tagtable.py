@@ -33,7 +33,10 @@ def names(layer: Layer) -> frozenset[str] | None:
             table = os.pread(descriptor, _LIMIT, offset)
         finally:
             os.close(descriptor)
-    except (OSError, struct.error, OverflowError):
+    except OSError as error:
+        header.require_tellable(error)
+        return None
+    except (struct.error, OverflowError):
         return None
     return parse(table, count)
 

@@ -184,8 +184,6 @@ def _show(arguments: argparse.Namespace) -> None:
         process = _process(machine, store)
         alive = {machine.name: process} if process else {}
         look = seen.images(store, [machine], alive).get(machine.name)
-    if state == "stopped":
-        state = seen.state(machine, process, look)
     from qmpsnap.machine import scope
 
     run_dir = home().run_dir(machine.name)

@@ -1,17 +1,16 @@
 """What `list`, `show` and whoever changes an adopted machine say about images, and about who has them open."""
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from qmpsnap.block import images as files
 from qmpsnap.block.images import Seen
 from qmpsnap.cli import output
 from qmpsnap.cli.common import answering, home
-from qmpsnap.machine.argv import USER_SOCKET
 from qmpsnap.model.machine import Machine, Process
-from qmpsnap.qmp import unixsocket
 
 if TYPE_CHECKING:
     from qmpsnap.store.store import Store
@@ -26,21 +25,32 @@ def images(store: "Store", machines: Sequence[Machine], alive: Mapping[str, Proc
     return files.glance({machine.name: frozen.asked(store, machine, pids.get(machine.name)) for machine in here})
 
 
+def snapshots(store: "Store", machine: str) -> dict[str, str]:
+    """The state of each snapshot: the recorded one, or where that is ``ok`` what its files tell at once instead."""
+    from qmpsnap.ops import frozen
+
+    found, record = store.snapshots(machine), store.machine(machine)
+    if record.host != os.uname().nodename or not found:
+        return {snapshot.name: snapshot.state for snapshot in found}
+    asked = frozen.asked(store, record, None)
+    look = files.glance({machine: replace(asked, paths={}, active=frozenset())})[machine]
+    forest = store.forest()
+    states = {one.name: frozen.taken_as(one, forest, asked.stamps, look) for one in found}
+    if not look.asked:
+        output.note(f"{machine}: images were not asked: their storage did not answer at once")
+    for trouble in ("missing", "replaced", "overwritten"):
+        if names := [one.name for one in found if one.state == "ok" and states[one.name] == trouble]:
+            output.note(f"{machine}: an image of {', '.join(names)} is {trouble}; qmpsnap check {machine}")
+    return states
+
+
 def state(machine: Machine, process: Process | None, found: Seen | None) -> str:
     """``running`` or ``stopped``; ``unknown`` where a QEMU that cannot be seen from here may run."""
     if process:
         return "running"
-    return "unknown" if (found and found.unseen) or _answers(machine) else "stopped"
+    from qmpsnap.ops import unseen
 
-
-def _answers(machine: Machine) -> bool:
-    """Whether somebody listens on the monitor that users have; its owner's is not ours to play with."""
-    if machine.adopted:
-        return False
-    with contextlib.suppress(OSError):
-        unixsocket.connect(home().run_dir(machine.name) / USER_SOCKET).close()
-        return True
-    return False
+    return "unknown" if (found and found.unseen) or unseen.answers(home(), machine) else "stopped"
 
 
 def tell(name: str, found: Seen) -> None:
@@ -49,6 +59,9 @@ def tell(name: str, found: Seen) -> None:
         output.note(f"{name}: images were not asked: their storage did not answer at once")
     for user in found.users.values():
         output.note(f"{name}: {output.printable(user.path)} {user.does} {output.printable(user.who)}")
+    for trouble in ("missing", "replaced"):
+        if layers := sorted(layer for layer, of in found.gone.items() if of == trouble):
+            output.note(f"{name}: {trouble}: {', '.join(layers)}; qmpsnap check {name}")
     if found.changed:
         changed = ", ".join(found.changed)
         output.note(f"{name}: {changed} was written to since it was frozen; qmpsnap check {name}")

@@ -223,7 +223,8 @@ def _preview(arguments: argparse.Namespace, options: "SnapshotOptions") -> None:
 def _list(arguments: argparse.Namespace) -> None:
     with reading() as store:
         snapshots = store.snapshots(arguments.machine)
-        documents = [document_of(store, arguments.machine, snapshot) for snapshot in snapshots]
+        states = seen.snapshots(store, arguments.machine)
+        documents = [document_of(store, arguments.machine, found, states[found.name]) for found in snapshots]
     output.emit(
         arguments.output,
         document={"machine": arguments.machine, "snapshots": documents},
@@ -251,7 +252,7 @@ def _show(arguments: argparse.Namespace) -> None:
     with reading() as store:
         snapshots = store.snapshots(arguments.machine)
         found = require_snapshot(snapshots, arguments.name, machine=arguments.machine)
-        document = document_of(store, arguments.machine, found)
+        document = document_of(store, arguments.machine, found, seen.snapshots(store, arguments.machine)[found.name])
 
     def text() -> str:
         plain = {key: value for key, value in document.items() if key not in _NESTED}
@@ -307,10 +308,12 @@ def _tree(arguments: argparse.Namespace) -> None:
     with reading() as store:
         machine = store.machine(arguments.machine)
         snapshots = store.snapshots(arguments.machine)
-        documents = [document_of(store, arguments.machine, snapshot) for snapshot in snapshots]
+        states = seen.snapshots(store, arguments.machine)
+        documents = [document_of(store, arguments.machine, found, states[found.name]) for found in snapshots]
     children: dict[str | None, list[tuple[str, str]]] = {}
     for snapshot in snapshots:
-        kind = snapshot.kind if snapshot.state == "ok" else f"{snapshot.kind} ({snapshot.state})"
+        state = states[snapshot.name]
+        kind = snapshot.kind if state == "ok" else f"{snapshot.kind} ({state})"
         text = f"{snapshot.name}  {moment(snapshot.created)}  {kind}  {snapshot.description}".rstrip()
         children.setdefault(snapshot.parent, []).append((snapshot.name, text))
     # A name cannot hold a parenthesis, so this key is nobody's parent.

@@ -50,14 +50,14 @@ def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str,
     )
 
 
-def document_of(store: Store, machine: str, snapshot: Snapshot) -> dict[str, Any]:
-    """The JSON of one snapshot, as docs/cli.md describes it."""
+def document_of(store: Store, machine: str, snapshot: Snapshot, state: str | None = None) -> dict[str, Any]:
+    """The JSON of one snapshot, as docs/cli.md describes it; ``state``: what its files tell where it is not said."""
     # What a commit has overwritten lies nowhere any more: at that place is what somebody else wrote.
     paths = {} if snapshot.state == "consumed" else _paths(store, snapshot)
     return {
         "name": snapshot.name,
         "kind": snapshot.kind,
-        "state": snapshot.state,
+        "state": state or snapshot.state,
         "parent": snapshot.parent,
         "current": store.machine(machine).current == snapshot.name,
         "created": moment(snapshot.created),

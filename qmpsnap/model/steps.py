@@ -110,9 +110,9 @@ def of_job(number: int, phase: str, *, running: bool = False, state: Iterable[in
     return ":".join([str(number), phase, *(["running"] if running else []), *map(str, state)])
 
 
-def of_file(phase: str, device: int, inode: int, *, running: bool = False) -> str:
-    """The step of a mirror whose target is that file, as ``started:64769:1234:running``."""
-    return f"{phase}:{device}:{inode}{':running' if running else ''}"
+def of_file(phase: str, device: int, inode: int, *, birth: int = 0, running: bool = False) -> str:
+    """The step of a mirror whose target is that file, as ``started:64769:1234:born:1764381600000000000:running``."""
+    return f"{phase}:{device}:{inode}{f':born:{birth}' if birth else ''}{':running' if running else ''}"
 
 
 def on_device(step: str, numbers: Mapping[int, int]) -> str:

@@ -14,6 +14,7 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.ops import unseen
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
 
@@ -82,12 +83,19 @@ async def _ask_qemu(context: Context, machine: Machine, chains: Sequence[Chain])
 
 
 def headers(chain: Chain) -> dict[LayerId, Header | str]:
-    """Each layer's header, or why it cannot be read."""
+    """Each layer's header, or why it cannot be read.
+
+    Raises:
+        HostCannot: this process has run out of descriptors or memory.
+    """
     found: dict[LayerId, Header | str] = {}
     for layer in chain.layers:
         try:
             found[layer.id] = header.read(layer.path, format=layer.format, block_device=True)
-        except (ImageRefused, HostCannot) as error:
+        except ImageRefused as error:
+            found[layer.id] = error.message
+        except HostCannot as error:
+            header.require_tellable(error)
             found[layer.id] = error.message
     return found
 
@@ -181,6 +189,9 @@ async def state(context: Context, machine: Machine) -> str:
     """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped`` when there is no QEMU.
 
     ``paused: no space`` and ``paused: I/O error``: QEMU has paused the guest because a request of it failed.
+    ``unknown``: a QEMU may run where it cannot be seen from here.
     """
     async with context.monitor(machine, look=True) as qemu:
-        return await commands.run_state(qemu) if qemu else "stopped"
+        if qemu:
+            return await commands.run_state(qemu)
+    return "unknown" if await blocking(unseen.may_run, context.home, context.store, machine) else "stopped"

@@ -11,10 +11,9 @@ from anyio import lowlevel
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap import identity
 from qmpsnap.block import graph, place
-from qmpsnap.block.place import Identity
 from qmpsnap.errors import ImageRefused, QmpError, StateError
+from qmpsnap.identity import FileId
 from qmpsnap.machine import worker
 from qmpsnap.machine.opened import require_opened
 from qmpsnap.model import steps
@@ -30,7 +29,7 @@ from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import completed, to_end
+from qmpsnap.threads import completed
 
 HOLD_AFTER = 2.0
 """Seconds a guest may keep a job from its end; then its vCPUs are stopped until it is over."""
@@ -46,7 +45,7 @@ class Phase(Struct, frozen=True):
     """
 
     name: str
-    identity: Identity = (0, 0)
+    identity: FileId = FileId(0, 0)
     running: bool = False
 
     @classmethod
@@ -55,19 +54,21 @@ class Phase(Struct, frozen=True):
         name, *rest = step.split(":")
         if len(rest) < 2:  # noqa: PLR2004 - device and inode
             return cls(name)
-        return cls(name, (int(rest[0]), int(rest[1])), "running" in rest)
+        birth = int(rest[rest.index("born") + 1]) if "born" in rest else 0
+        return cls(name, FileId(int(rest[0]), int(rest[1]), birth), "running" in rest)
 
     @property
     def words(self) -> str:
         """What :meth:`read` reads."""
-        return steps.of_file(self.name, *self.identity, running=self.running)
+        file = self.identity
+        return steps.of_file(self.name, file.device, file.inode, birth=file.birth, running=self.running)
 
 
 class MirrorJob(BlockJob, frozen=True, kw_only=True):
-    """The job of a mirror; ``identity`` is that of the target's file, (0, 0) where there is none (yet)."""
+    """The job of a mirror; ``identity`` is that of the target's file, all 0 where there is none (yet)."""
 
     step: MirrorPlan
-    identity: Identity
+    identity: FileId
 
     def words(self, phase: str, *, running: bool = False) -> str:
         """As :attr:`Phase.words`."""
@@ -137,7 +138,7 @@ async def run(
     """
     plan = operation.plan
     assert isinstance(plan, MirrorPlan)
-    found = (plan.target.device, plan.target.inode)
+    found = FileId(plan.target.device, plan.target.inode, plan.target.birth)
     job = MirrorJob(context=context, machine=machine, operation=operation.id, step=plan, identity=found, report=report)
     async with qemu_for(job, qemu) as monitor:
         job = await _make(job)
@@ -158,7 +159,7 @@ async def _make(job: MirrorJob) -> MirrorJob:
             else:
                 made = await image.create_base(part, format=target.format, virtual_size=size, key=key)
         await admission.new_files(job.context, job.machine, [part])
-        job = replace(job, identity=(made.device, made.inode))
+        job = replace(job, identity=FileId(made.device, made.inode, made.birth))
     await job.mark(steps.MADE)
     if plan.made:
         await place.put(part, target.path, job.identity)
@@ -241,11 +242,8 @@ async def settle(job: MirrorJob, monitor: Monitor | None) -> None:
         wanted = expected(plan) if plan.mode == "pivot" else plan.chain
         await job.require_chain(monitor, wanted, known=(*plan.chain, plan.target))
     if plan.mode == "pivot":
-        device, inode = job.identity
         await place.make_durable(plan.target.path, job.identity)
-        found = None if plan.nbd else await to_end(identity.at, plan.target.path)
-        birth = found.birth if found and (found.device, found.inode) == job.identity else 0
-        target = replace(plan.target, device=device, inode=inode, birth=birth)
+        target = _identified(job)
         change = replace(plan.change, layers=(target,))
     await job.record(change)
 
@@ -253,7 +251,7 @@ async def settle(job: MirrorJob, monitor: Monitor | None) -> None:
 async def tidy(job: MirrorJob) -> None:
     """See that a finished copy, closed by now, is on the disk; remove what nobody needs; end the operation."""
     await write_out(job)
-    await merge.remove_files(job.step.removed)
+    await merge.remove_files(job.context, job.step.removed)
     await blocking(lambda: job.context.store.mark(job.operation, "settled", step=steps.SETTLED))
 
 
@@ -278,9 +276,13 @@ def _require_target(job: MirrorJob) -> None:
     context, machine, plan = job.context, job.machine, job.step
     if plan.nbd:
         return
-    device, inode = job.identity
     process = context.process(machine) if plan.live else worker.find(machine, context.home.run_dir(machine.name))
-    require_opened(process, [replace(plan.target, device=device, inode=inode)], machine=machine.name)
+    require_opened(process, [_identified(job)], machine=machine.name)
+
+
+def _identified(job: MirrorJob) -> Layer:
+    file = job.identity
+    return replace(job.step.target, device=file.device, inode=file.inode, birth=file.birth)
 
 
 async def _require_size(monitor: Monitor, plan: MirrorPlan) -> None:

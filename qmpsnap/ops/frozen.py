@@ -5,13 +5,13 @@ holds. No lock tells of it once that QEMU has ended; the file's time and size do
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 from msgspec.structs import replace
 
-from qmpsnap.block import images
-from qmpsnap.block.images import Asked
+from qmpsnap.block import stamps
+from qmpsnap.block.images import Asked, Seen
 from qmpsnap.errors import QmpsnapError, StoreMismatch
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.forest import Forest
@@ -19,6 +19,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Snapshot
+from qmpsnap.model.stamp import History, baseline
 from qmpsnap.ops.reading import read_by
 from qmpsnap.store.store import Store
 
@@ -31,14 +32,20 @@ def asked(store: Store, machine: Machine, pid: int | None, *, active_too: bool =
     chains, forest = store.chains(machine.name), store.forest()
     layers = {layer.id: layer for layer in read_by(chains, store.snapshots(machine.name), forest)}
     active = frozenset(chain.active.id for chain in chains)
-    stamps = {key: stamp for key, stamp in store.frozen.stamps().items() if key in layers and key not in active}
+    known = {key: stamp for key, stamp in store.frozen.stamps().items() if key in layers and key not in active}
     return Asked(
         paths={layer.id: layer.path for layer in layers.values() if active_too or not (pid and layer.id in active)},
         active=frozenset() if pid else active,
-        frozen=[layers[key] for key in stamps],
-        stamps=stamps,
+        frozen=[layers[key] for key in known],
+        stamps=known,
         ours=() if pid is None else (pid,),
+        layers=tuple(layers.values()),
     )
+
+
+def sizes(store: Store) -> dict[LayerId, int]:
+    """Bytes of each image's file when it was frozen, by which it is told where its file system keeps no births."""
+    return {layer: history[0].size for layer, history in store.frozen.stamps().items()}
 
 
 def keep(store: Store, machine: str) -> None:
@@ -50,45 +57,72 @@ def keep(store: Store, machine: str) -> None:
         known, active = store.frozen.stamps(), {writer.layer for writer in forest.writers}
         spoilt = [found for found in snapshots if found.state == "overwritten"]
         left = {layer.id for layer in read_by((), spoilt, forest)} if spoilt else set()
+        later = store.next_serial() if left else 0
         new = {
-            layer.id: stamp
+            layer.id: replace(stamp, digest=stamps.digest(layer), since=later if layer.id in left else 0)
             for layer in read_by(chains, snapshots, forest)
-            if layer.id not in known and layer.id not in active and layer.id not in left
-            if (stamp := images.stamp(layer))
+            if layer.id not in known and layer.id not in active and (stamp := stamps.stamp(layer))
         }
         if new:
             store.frozen.record(new)
 
 
 def notice(store: Store, machine: str) -> None:
-    """Mark the snapshots that read a frozen image which something has written to since.
+    """Mark the snapshots that read a frozen image which something has written to since they were taken.
 
     Raises:
         StoreMismatch: there are some that were not marked before.
     """
     chains, forest, snapshots = store.chains(machine), store.forest(), store.snapshots(machine)
-    known = store.frozen.stamps()
-    layers = {layer.id: layer for layer in read_by(chains, snapshots, forest)}
     active = {chain.active.id for chain in chains}
-    changed = set(images.changed((layer for layer in layers.values() if layer.id not in active), known))
-    if not changed and all(snapshot.state != "overwritten" for snapshot in snapshots):
+    layers = {layer.id: layer for layer in read_by(chains, snapshots, forest) if layer.id not in active}
+    known = store.frozen.stamps()
+    wrong = stamps.changed(layers.values(), known)
+    if not wrong and all(snapshot.state != "overwritten" for snapshot in snapshots):
         return  # what each snapshot reads costs the square of the depth
-    # What was taken after that was told is of the images as they were then.
-    told = {layer for snapshot in snapshots if snapshot.state == "overwritten" for layer in _reads(snapshot, forest)}
-    marked = [
-        replace(snapshot, state="overwritten")
-        for snapshot in snapshots
-        if snapshot.state == "ok" and _reads(snapshot, forest) & (changed - told)
-    ]
-    right = [
-        replace(snapshot, state="ok")
-        for snapshot in snapshots
-        if snapshot.state == "overwritten" and (reads := _reads(snapshot, forest)) <= {*known} and not reads & changed
-    ]
+    there = {layer for layer in known if layer in layers and stamps.stamp(layers[layer])}
+    marked, right = [], []
+    for snapshot in snapshots:
+        then = {layer: baseline(known.get(layer, ()), snapshot.operation) for layer in _reads(snapshot, forest)}
+        spoilt = any(stamp and stamp.since in wrong.get(layer, ()) for layer, stamp in then.items())
+        if snapshot.state == "ok" and spoilt:
+            marked.append(replace(snapshot, state="overwritten"))
+        if snapshot.state == "overwritten" and not spoilt and all(then.values()) and then.keys() <= there:
+            right.append(replace(snapshot, state="ok"))
     if marked or right:
         store.apply(machine, Change(snapshots=(*marked, *right)))
+    if fresh := [layers[layer] for layer, since in wrong.items() if known[layer][-1].since in since]:
+        _begin_anew(store, fresh, forest, known)
     if marked:
-        _tell(machine, [layers[key] for key in sorted(changed)], marked)
+        _tell(machine, [layers[key] for key in sorted(wrong)], marked)
+
+
+def _begin_anew(store: Store, layers: Iterable[Layer], forest: Forest, known: Mapping[LayerId, History]) -> None:
+    """What is taken from now on is of these images as they are now; what no snapshot is compared with goes."""
+    later = store.next_serial()
+    now = {layer.id: (stamps.stamp(layer), stamps.digest(layer)) for layer in layers}
+    used: set[tuple[LayerId, int]] = set()
+    for snapshot in (found for machine in store.machines() for found in store.snapshots(machine.name)):
+        then = {layer: baseline(known.get(layer, ()), snapshot.operation) for layer in _reads(snapshot, forest)}
+        used |= {(layer, stamp.since) for layer, stamp in then.items() if stamp}
+    old = {(layer, stamp.since) for layer in now for stamp in known[layer][1:]}
+    store.frozen.record(
+        {key: replace(at, digest=digest, since=later) for key, (at, digest) in now.items() if at}, gone=old - used
+    )
+
+
+def taken_as(snapshot: Snapshot, forest: Forest, known: Mapping[LayerId, History], seen: Seen) -> str:
+    """A snapshot's state by the record, or where that is ``ok`` what a look at its files has found instead."""
+    if snapshot.state != "ok" or not (seen.gone or seen.changed):
+        return snapshot.state
+    reads = _reads(snapshot, forest)
+    if gone := {seen.gone[layer] for layer in reads if layer in seen.gone}:
+        return min(gone)
+    for layer in reads & seen.changed.keys():
+        then = baseline(known.get(layer, ()), snapshot.operation)
+        if then and then.since in seen.changed[layer]:
+            return "overwritten"
+    return "ok"
 
 
 def require_unwritten(store: Store, layers: Iterable[Layer], machine: str) -> None:
@@ -97,8 +131,9 @@ def require_unwritten(store: Store, layers: Iterable[Layer], machine: str) -> No
     Raises:
         StoreMismatch: something has; the next verb marks the snapshots that read it.
     """
-    found = {layer.id: layer for layer in layers}
-    if changed := images.changed(found.values(), store.frozen.stamps()):
+    found, known = {layer.id: layer for layer in layers}, store.frozen.stamps()
+    wrong = stamps.changed(found.values(), known)
+    if changed := [key for key, since in wrong.items() if known[key][-1].since in since]:
         raise StoreMismatch(
             f"{', '.join(found[key].path for key in changed)} of machine {machine} was written to meanwhile, by"
             " somebody else",
@@ -111,7 +146,7 @@ def _tell(machine: str, layers: list[Layer], marked: list[Snapshot]) -> NoReturn
     raise StoreMismatch(
         f"{', '.join(layer.path for layer in layers)} of machine {machine} was written to since it was frozen: snapshot"
         f" {', '.join(snapshot.name for snapshot in marked)} does not read as at its moment any more and is marked"
-        " overwritten; nothing else was changed",
+        " overwritten",
         hint="start the machine on its active images from now on (qmpsnap chain shows them); do it again to go on",
         effect="applied",
         machine=machine,

@@ -100,7 +100,7 @@ async def run(
             async with qemu_for(job, qemu) as monitor:
                 await _start(job, monitor)
                 await carry_on(job, monitor)
-        await remove_files(step.removed)
+        await remove_files(context, step.removed)
     await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
 
 
@@ -207,16 +207,18 @@ async def _rewrite(job: MergeJob, pairs: Sequence[tuple[Layer, Layer | None]]) -
             await set_backing(layer, backing, qemu_img=job.context.image.binary, key=key)
 
 
-async def remove_files(layers: Iterable[Layer]) -> None:
+async def remove_files(context: Context, layers: Iterable[Layer]) -> None:
     """Remove files of layers that the store has forgotten; gone already is fine, another file is left alone.
 
     Raises:
         HostCannot: their folder is not there, as of a file system that is not mounted: with it they would come back.
     """
+    sizes = await blocking(frozen.sizes, context.store)
     for layer in layers:
         if layer.owned:
             await to_end(require_folder, layer.path)
-            await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth)
+            size = sizes.get(layer.id)
+            await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth, size=size)
 
 
 async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, removal: Removal) -> None:

@@ -5,7 +5,7 @@ import anyio
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops import recover, stale_store
+from qmpsnap.ops import recover, stale_store, unseen
 from qmpsnap.ops.context import Context, blocking, locked, require_own
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands, glance, runstate
@@ -63,6 +63,8 @@ async def resume(context: Context, name: str) -> str:
             await stale_store.require_fit(context, machine, removes=False)
             await recover.end_open(context, machine, qemu)
             state = await _state(qemu)
+        if qemu is None and await blocking(unseen.may_run, context.home, context.store, machine):
+            raise unseen.not_running(name, hidden=True)
         if qemu is None or state not in RESUMABLE:
             raise StateError(
                 f"machine {name} is not paused ({state})",

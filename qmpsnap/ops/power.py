@@ -17,7 +17,7 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Writer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import admission, asked, compare, consent, keys, pausing, tagging
+from qmpsnap.ops import admission, asked, compare, consent, keys, pausing, tagging, unseen
 from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
@@ -172,11 +172,10 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
     async with locked(context, name, "stop", anywhere=True):
         process = context.process(machine)
         if process is None:
-            raise StateError(
-                f"machine {name} does not run",
-                hint="" if machine.adopted else f"qmpsnap start {name}",
-                machine=name,
-            )
+            # With ``force`` no image is asked: its storage may hang.
+            look = unseen.answers if force else lambda home, at: unseen.may_run(home, context.store, at)
+            hidden = await blocking(look, context.home, machine)
+            raise unseen.not_running(name, hidden=hidden, hint="" if machine.adopted else f"qmpsnap start {name}")
         wait = timeout if timeout is not None else (0.0 if force else 60.0)
         if wait and await _ask(context, machine, process, wait, force=force):
             pass

@@ -58,7 +58,7 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
     if isinstance(step, Merge | Removal):
         if qemu is None:
             await relaunched.require_unused(broken, step.removed)
-        await merge.remove_files(step.removed)
+        await merge.remove_files(broken.context, step.removed)
     if broken.unfinished == "carry on":
         await merge.run(context, machine, qemu, operation, first=number + 1, report=broken.report)
     else:

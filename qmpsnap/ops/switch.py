@@ -14,6 +14,7 @@ from qmpsnap.machine.machine import require_ended
 from qmpsnap.model import steps
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Operation, RevertPlan
+from qmpsnap.ops import frozen
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import headers_of, identified, require_planned
 from qmpsnap.ops.tagging import copy_variables, copy_variables_once, forget_variables
@@ -51,10 +52,12 @@ async def switch(
 async def remove_files(context: Context, plan: RevertPlan) -> None:
     """Remove the files of what the record does not have any more, or never had; fine when they are gone."""
     forest = await blocking(context.store.forest)
+    sizes = await blocking(frozen.sizes, context.store)
     for layer in (*plan.removed, *(plan.unwritten.layers if plan.unwritten else ())):
         if layer.id not in forest.layers:
             await to_end(require_folder, layer.path)
-            await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth)
+            size = sizes.get(layer.id)
+            await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth, size=size)
     if plan.keeps:
         snapshots = await blocking(context.store.snapshots, plan.machine)
         if all(found.variables != plan.keeps for found in snapshots):

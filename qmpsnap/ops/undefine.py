@@ -1,6 +1,6 @@
 """``undefine``: a machine is forgotten; its images stay or go, as was said."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -11,9 +11,10 @@ from qmpsnap.block.image import remove
 from qmpsnap.errors import QmpsnapError, StateError, StoreMismatch, UsageError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
+from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import outsiders
+from qmpsnap.ops import frozen, outsiders
 from qmpsnap.ops.context import Context, blocking, forget_places
 from qmpsnap.ops.recover import remove_folder
 from qmpsnap.ops.tagging import forget_variables
@@ -62,10 +63,11 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         snapshots = await blocking(context.store.snapshots, name)
         states = [found.vmstate for found in snapshots if found.vmstate]
         variables = [found.variables for found in snapshots if found.variables]
+        sizes = await blocking(frozen.sizes, context.store)
         layers = await blocking(context.store.forget, name)
         files: list[Layer | Vmstate] = [*(layer for layer in layers if layer.owned), *states]
         if disks == "remove":
-            files = [file for file in files if await _remove(file)]
+            files = [file for file in files if await _remove(file, sizes)]
             for kept in variables:
                 await to_end(forget_variables, kept)
             await to_end(remove_folder, context.home, name)
@@ -127,10 +129,11 @@ def _named(plan: Plan) -> set[str]:
     return found
 
 
-async def _remove(file: Layer | Vmstate) -> bool:
+async def _remove(file: Layer | Vmstate, sizes: Mapping[LayerId, int]) -> bool:
     """Remove a file that is gone for the store; False for one that somebody has put in its place: that stays."""
+    size = sizes.get(file.id) if isinstance(file, Layer) else None
     try:
-        await remove(file.path, device=file.device, inode=file.inode, birth=file.birth)
+        await remove(file.path, device=file.device, inode=file.inode, birth=file.birth, size=size)
     except StoreMismatch:
         return False
     return True

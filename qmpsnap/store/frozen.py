@@ -1,10 +1,14 @@
-"""What the files of frozen images were when they were frozen: ``st_mtime_ns`` and ``st_size``."""
+"""What the files of frozen images were when they were frozen, and when others were found to have written to them."""
 
 import sqlite3
 from collections.abc import Iterable, Mapping
 
 from qmpsnap.model.names import LayerId
+from qmpsnap.model.stamp import History, Stamp
 from qmpsnap.store.database import Database
+
+_ALL = "SELECT layer, since, mtime_ns, size, ctime_ns, digest FROM stamp ORDER BY layer, since"
+_PUT = "INSERT OR REPLACE INTO stamp (layer, since, mtime_ns, size, ctime_ns, digest) VALUES (?, ?, ?, ?, ?, ?)"
 
 
 class FrozenTable:
@@ -13,20 +17,30 @@ class FrozenTable:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def stamps(self) -> dict[LayerId, tuple[int, int]]:
+    def stamps(self) -> dict[LayerId, History]:
         """All of them."""
+        found: dict[LayerId, History] = {}
         with self._database.reading() as sql:
-            return {LayerId(layer): (when, size) for layer, when, size in sql.execute("SELECT * FROM frozen")}
+            for row in sql.execute(_ALL):
+                stamp = Stamp(since=row[1], mtime_ns=row[2], size=row[3], ctime_ns=row[4], digest=row[5])
+                found[LayerId(row[0])] = (*found.get(LayerId(row[0]), ()), stamp)
+        return found
 
-    def record(self, found: Mapping[LayerId, tuple[int, int]]) -> None:
-        """Record images that are frozen now; what is recorded of layers that are gone goes.
+    def record(self, found: Mapping[LayerId, Stamp], *, gone: Iterable[tuple[LayerId, int]] = ()) -> None:
+        """Record what images that are frozen are now; what is recorded of layers that are gone goes.
+
+        Args:
+            found: the images.
+            gone: layer and ``since`` of what nobody is compared with any more.
 
         Raises:
             HostCannot: no right, no space.
         """
+        rows = [(layer, of.since, of.mtime_ns, of.size, of.ctime_ns, of.digest) for layer, of in found.items()]
         with self._database.writing() as sql:
-            sql.executemany("INSERT OR REPLACE INTO frozen VALUES (?, ?, ?)", [(k, *v) for k, v in found.items()])
-            sql.execute("DELETE FROM frozen WHERE layer NOT IN (SELECT id FROM layer)")
+            sql.executemany("DELETE FROM stamp WHERE layer = ? AND since = ?", gone)
+            sql.executemany(_PUT, rows)
+            sql.execute("DELETE FROM stamp WHERE layer NOT IN (SELECT id FROM layer)")
 
     def forget(self, layers: Iterable[LayerId]) -> None:
         """Forget images that are about to be written to without an operation.
@@ -40,4 +54,4 @@ class FrozenTable:
 
 def drop(sql: sqlite3.Connection, layers: Iterable[LayerId]) -> None:
     """Forget them in a transaction that is open."""
-    sql.executemany("DELETE FROM frozen WHERE layer = ?", [(layer,) for layer in layers])
+    sql.executemany("DELETE FROM stamp WHERE layer = ?", [(layer,) for layer in layers])

@@ -60,7 +60,7 @@ class HomeTable:
             HostCannot: no right, no space.
         """
         with self._database.writing() as sql:
-            sql.execute("DELETE FROM frozen")  # of copies, and of headers that are rewritten
+            sql.execute("DELETE FROM stamp")  # of copies, and of headers that are rewritten
             _write(sql, HomeRecord(record.id, record.path, relocation))
 
     def finish(self, relocation: Relocation) -> None:
@@ -74,7 +74,7 @@ class HomeTable:
             ids = self._ids(sql, relocation)
             self._layers(sql, relocation)
             self._texts(sql, relocation, ids)
-            sql.execute("DELETE FROM frozen")
+            sql.execute("DELETE FROM stamp")
             if relocation.foreign_process:
                 sql.execute("DELETE FROM process")
             _write(sql, home)

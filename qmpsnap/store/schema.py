@@ -107,6 +107,14 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE TABLE pruned (machine TEXT PRIMARY KEY, count INTEGER NOT NULL, until REAL NOT NULL) STRICT;
     CREATE INDEX operation_ended ON operation (updated) WHERE state IN ('settled', 'failed');
     """,
+    """
+    CREATE TABLE stamp (
+        layer TEXT NOT NULL, since INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, size INTEGER NOT NULL,
+        ctime_ns INTEGER NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (layer, since)
+    ) STRICT;
+    INSERT INTO stamp SELECT layer, 0, mtime_ns, size, 0, '' FROM frozen;
+    DROP TABLE frozen;
+    """,
 )
 
 

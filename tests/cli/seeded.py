@@ -61,17 +61,18 @@ def fill(home: Home) -> None:
 
 
 def make_images(home: Home, machine: str) -> None:
-    """Every image of a machine as qemu-img makes it, and its identity in the store."""
+    """Every image in a machine's folder as qemu-img makes it, and its identity in the store."""
     with SqliteStore(home.store, machines=home.machines) as store:
-        for chain in store.chains(machine):
-            below: Layer | None = None
-            for layer in chain.layers:
-                Path(layer.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                backing = ["-u", "-b", below.path, "-F", below.format] if below else []
-                argv = ["qemu-img", "create", "-q", "-f", "qcow2", *backing, layer.path, str(layer.virtual_size)]
-                subprocess.run(argv, check=True)
-                _record_identity(store, machine, layer)
-                below = layer
+        layers = store.forest().layers
+        for layer in layers.values():
+            if not layer.path.startswith(f"{home.machine_dir(machine)}/"):
+                continue
+            Path(layer.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            below = layers[layer.backing] if layer.backing else None
+            backing = ["-u", "-b", below.path, "-F", below.format] if below else []
+            argv = ["qemu-img", "create", "-q", "-f", "qcow2", *backing, layer.path, str(layer.virtual_size)]
+            subprocess.run(argv, check=True)
+            _record_identity(store, machine, layer)
 
 
 def _record_identity(store: SqliteStore, machine: str, layer: Layer) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import QmpsnapError, StateError
+from qmpsnap.identity import FileId
 from qmpsnap.model.names import LayerId
 from qmpsnap.qmp.commands import JobInfo
 from tests.harness.deaths import STORE, Call, die_at
@@ -48,9 +49,9 @@ async def test_a_strangers_file_at_the_last_moment_is_not_touched(
 
     real = places.put
 
-    async def late(part: str, path: str, identity: places.Identity) -> None:
+    async def late(part: str, path: str, file: FileId) -> None:
         target.write_bytes(b"mine")
-        await real(part, path, identity)
+        await real(part, path, file)
 
     monkeypatch.setattr(places, "put", late)
     with pytest.raises(StateError, match="exists already") as refused:

@@ -25,6 +25,8 @@ def test_what_a_step_carries_is_not_part_of_its_name() -> None:
     assert steps.of_job(2, steps.FINALIZING, running=True) == "2:finalizing:running"
     assert steps.of_job(0, steps.STARTED, state=(3, 4, 5)) == "0:started:3:4:5"
     assert steps.of_file(steps.STARTED, 64769, 12) == "started:64769:12"
+    assert steps.of_file(steps.STARTED, 64769, 12, birth=7, running=True) == "started:64769:12:born:7:running"
+    assert steps.on_device("started:64769:12:born:7", {64769: 2}) == "started:2:12:born:7"
     for verb, step, name in (
         ("commit", steps.of_job(0, steps.FINALIZING, running=True), "N:finalizing"),
         ("commit", steps.of_job(0, steps.STARTED, state=(3, 4, 5)), "N:started"),

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import ImageRefused, UsageError
+from qmpsnap.identity import FileId
 from qmpsnap.model import nbd
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.forest import Forest, Reference, Writer
@@ -165,7 +166,14 @@ def test_a_plan_survives_the_journal() -> None:
 
 
 @pytest.mark.parametrize(
-    "phase", [Phase("planned"), Phase("started", (1, 2)), Phase("finalizing", (1, 2), running=True)]
+    "phase",
+    [
+        Phase("planned"),
+        Phase("started", FileId(1, 2)),
+        Phase("finalizing", FileId(1, 2), running=True),
+        Phase("made", FileId(1, 2, 3)),
+        Phase("settled", FileId(1, 2, 3), running=True),
+    ],
 )
 def test_a_phase_survives_the_journal(phase: Phase) -> None:
     assert Phase.read(phase.words) == phase

@@ -202,7 +202,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         silent=silent,
         worker=worker.find(before.machine, context.home.run_dir(name)) is not None,
         users=seen.users,
-        overwritten=seen.changed,
+        overwritten=tuple(seen.changed),
     )
 
 
@@ -367,7 +367,10 @@ def _parts_beside(paths: list[str]) -> tuple[Entry, ...]:
 def _header(layer: Layer) -> Header | str:
     try:
         return header.read(layer.path, format=layer.format, block_device=True)
-    except (ImageRefused, HostCannot) as error:
+    except ImageRefused as error:
+        return error.message
+    except HostCannot as error:
+        header.require_tellable(error)
         return error.message
 
 
@@ -378,7 +381,10 @@ def _tagged(at: Record) -> set[LayerId]:
 def _tags(layer: Layer) -> frozenset[str] | None:
     try:
         return tagtable.names(layer)
-    except (ImageRefused, HostCannot):
+    except ImageRefused:
+        return None
+    except HostCannot as error:
+        header.require_tellable(error)
         return None
 
 
@@ -387,6 +393,7 @@ def _state(recorded: Vmstate) -> tuple[str, str] | None:
     try:
         state, _ = statefile.find(path)
     except HostCannot as error:
+        header.require_tellable(error)
         return "state-file-missing", error.message
     except StoreMismatch as error:
         return "state-file-damaged", error.message

@@ -1,0 +1,102 @@
+"""Whether something has written to a frozen image, as far as its file tells. Without asyncio, as ``list`` asks here."""
+
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from typing import Final, Literal
+
+from qmpsnap import identity
+from qmpsnap.block import header
+from qmpsnap.block.allocated import words
+from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.model.chain import Layer
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.stamp import History, Stamp
+
+Trouble = Literal["missing", "replaced"]
+
+_HEAD: Final = 64 << 10
+"""Bytes that are read of the beginning, and of a raw image of the end as well."""
+_TABLES: Final = 64
+"""L2 tables that are read: 4 MiB, with which an image of the default cluster size names 32 GiB."""
+_OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
+
+
+def stamp(layer: Layer) -> Stamp | None:
+    """A layer's file as it is, without a digest; None where another file or none has its name, or a block device."""
+    try:
+        descriptor = os.open(layer.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or not identity.same_file(layer, identity.of(descriptor)):
+            return None
+        return Stamp(mtime_ns=status.st_mtime_ns, size=status.st_size, ctime_ns=status.st_ctime_ns)
+    finally:
+        os.close(descriptor)
+
+
+def agrees(layer: Layer, recorded: Stamp, now: Stamp) -> bool:
+    """Whether nothing seems to have written to a layer since.
+
+    Another change time alone (``chmod``, a hard link, but also a write whose time was put back) is no verdict: then
+    header and tables are compared with what they were.
+    """
+    if (recorded.mtime_ns, recorded.size) != (now.mtime_ns, now.size):
+        return False
+    if recorded.ctime_ns in (0, now.ctime_ns) or not recorded.digest:
+        return True
+    return digest(layer) in ("", recorded.digest)
+
+
+def changed(layers: Iterable[Layer], known: Mapping[LayerId, History]) -> dict[LayerId, frozenset[int]]:
+    """The layers whose own files are there and are not what they once were: since when they were that."""
+    found: dict[LayerId, frozenset[int]] = {}
+    for layer in layers:
+        history, now = known.get(layer.id, ()), stamp(layer)
+        wrong = frozenset(then.since for then in history if now and not agrees(layer, then, now))
+        if wrong:
+            found[layer.id] = wrong
+    return found
+
+
+def trouble(layer: Layer) -> Trouble | None:
+    """Whether no file has a layer's name, or another than the recorded one; None also where nobody can tell.
+
+    Raises:
+        OSError: nobody can tell.
+    """
+    found = identity.at(layer.path)
+    if found is None:
+        return "missing"
+    return None if identity.same_file(layer, found) else "replaced"
+
+
+def digest(layer: Layer) -> str:
+    """Of an image's header and upper tables, of a raw one of its ends; empty where they cannot be read."""
+    try:
+        descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    try:
+        return _digest(descriptor, layer)
+    except (OSError, ImageRefused, HostCannot):
+        return ""
+    finally:
+        os.close(descriptor)
+
+
+def _digest(descriptor: int, layer: Layer) -> str:
+    from hashlib import sha256  # slow to load, and seldom needed
+
+    found = header.inspect(descriptor, path=layer.path, format=layer.format)
+    sum_ = sha256(os.pread(descriptor, max(_HEAD, found.cluster_size), 0))
+    if layer.format == "raw":
+        sum_.update(os.pread(descriptor, _HEAD, max(0, found.file_size - _HEAD)))
+        return sum_.hexdigest()
+    table = os.pread(descriptor, found.l1_size * 8, found.l1_offset)
+    sum_.update(table)
+    for entry in [entry for entry in words(table) if entry & _OFFSET][:_TABLES]:
+        sum_.update(os.pread(descriptor, found.cluster_size, entry & _OFFSET))
+    return sum_.hexdigest()

@@ -1,0 +1,35 @@
+"""What the file of a frozen image was: a write to it changes one of these, whatever a clock says."""
+
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+from qmpsnap.model.names import OperationId
+
+
+class Stamp(Struct, frozen=True, kw_only=True):
+    """A frozen image's file as it was recorded, or as it is.
+
+    Attributes:
+        mtime_ns: ``st_mtime_ns``.
+        size: ``st_size``.
+        ctime_ns: ``st_ctime_ns``; another one says nothing by itself, and has the digest compared. 0 where it was not
+            recorded.
+        digest: of the header and the upper tables; empty where nobody has read them.
+        since: it counts for snapshots that were taken by this operation or a later one.
+    """
+
+    mtime_ns: int
+    size: int
+    ctime_ns: int = 0
+    digest: str = ""
+    since: int = 0
+
+
+History = tuple[Stamp, ...]
+"""Of one layer, oldest first: each but the first was another program's doing, and was told."""
+
+
+def baseline(history: Iterable[Stamp], operation: OperationId) -> Stamp | None:
+    """What a layer's file was when that operation took a snapshot that reads it; None where nobody knows."""
+    return next((stamp for stamp in reversed(tuple(history)) if stamp.since <= operation), None)

@@ -1,0 +1,44 @@
+"""A machine's QEMU that cannot be seen from here: in another PID namespace, a container, or another user's.
+
+Without asyncio, as ``list`` asks here.
+"""
+
+import contextlib
+
+from qmpsnap.block import images
+from qmpsnap.errors import StateError
+from qmpsnap.machine.argv import USER_SOCKET
+from qmpsnap.model.home import Home
+from qmpsnap.model.machine import Machine
+from qmpsnap.ops import frozen
+from qmpsnap.qmp import unixsocket
+from qmpsnap.store.store import Store
+
+
+def answers(home: Home, machine: Machine) -> bool:
+    """Whether somebody listens on the monitor that users have; that of an adopted machine is not ours to play with."""
+    if machine.adopted:
+        return False
+    with contextlib.suppress(OSError):
+        unixsocket.connect(home.run_dir(machine.name) / USER_SOCKET).close()
+        return True
+    return False
+
+
+def may_run(home: Home, store: Store, machine: Machine) -> bool:
+    """Whether a machine without a QEMU that we see may have one; its images are waited for a moment only."""
+    if answers(home, machine):
+        return True
+    return images.glance({machine.name: frozen.asked(store, machine, None)})[machine.name].unseen
+
+
+def not_running(name: str, *, hidden: bool, hint: str = "") -> StateError:
+    """The error for a machine without a QEMU that we see; ``hidden``: it may have one all the same."""
+    if hidden:
+        return StateError(
+            f"the state of machine {name} is unknown: its QEMU may run where it cannot be seen from here (another PID"
+            " namespace, a container, or another user's)",
+            hint="run qmpsnap where it was started",
+            machine=name,
+        )
+    return StateError(f"machine {name} does not run", hint=hint, machine=name)

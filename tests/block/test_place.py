@@ -1,0 +1,43 @@
+"""Files at places that users name: removed only where they are the ones that were made."""
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from qmpsnap import identity
+from qmpsnap.block import place
+from qmpsnap.errors import StoreMismatch
+from qmpsnap.identity import FileId
+
+
+def made(path: Path) -> FileId:
+    path.write_bytes(b"mine")
+    found = identity.at(path)
+    assert found
+    return found
+
+
+async def test_a_later_file_of_the_same_number_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    file = made(path)
+    if not file.birth:
+        pytest.skip("this file system keeps no time of birth")
+    earlier = replace(file, birth=file.birth - 1)
+    assert not await place.discard(str(path), earlier)
+    with pytest.raises(StoreMismatch):
+        await place.make_durable(str(path), earlier)
+    with pytest.raises(StoreMismatch):
+        await place.put(str(path), str(tmp_path / "other"), earlier)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"mine"]
+    assert await place.discard(str(path), file)
+
+
+async def test_what_it_holds_and_how_large_it_is_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    file = made(path)
+    path.write_bytes(b"written since")
+    await place.make_durable(str(path), file)
+    assert await place.discard(str(path), file)
+    path.symlink_to(tmp_path)
+    assert not await place.discard(str(path), file)
