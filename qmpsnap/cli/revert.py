@@ -53,16 +53,12 @@ def _revert(arguments: argparse.Namespace) -> None:
 
 def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
     """Where the machine stands after a revert or a restore."""
-    for note in done.notes:
-        output.note(note)
-    for one in done.detached:
-        output.note(f"not attached any more: {output.printable(f'{one.name} ({one.file})')}, no disk of the machine")
+    tell(done)
     goes_on = " with its memory" if done.memory else ""
     kept = f"what was active before is snapshot {done.kept.name}" if done.kept else ""
     gone = f"{', '.join(done.removed)} removed" if done.removed else ""
     where = f"machine {arguments.machine} is at {done.snapshot.name}, {done.state}{goes_on}"
-    clock = "" if done.clock_error_ms is None else f"the guest's clock is off by {done.clock_error_ms:+.1f} ms"
-    text = "; ".join(filter(None, (where, clock, kept, gone)))
+    text = "; ".join(filter(None, (where, clock_of(done), kept, gone)))
     output.emit(
         arguments.output,
         document={
@@ -82,6 +78,19 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
     )
     tell_remedy(done.state, arguments.machine)
     seen.tell_scope(arguments.machine)
+
+
+def tell(done: "Reverted") -> None:
+    """What else there is to say of it, on stderr."""
+    for note in done.notes:
+        output.note(note)
+    for one in done.detached:
+        output.note(f"not attached any more: {output.printable(f'{one.name} ({one.file})')}, no disk of the machine")
+
+
+def clock_of(done: "Reverted") -> str:
+    """How far the guest's clock is off, where that is known."""
+    return "" if done.clock_error_ms is None else f"the guest's clock is off by {done.clock_error_ms:+.1f} ms"
 
 
 def print_preview(form: output.Format, found: "Preview") -> None:

@@ -66,13 +66,21 @@ def _pop(arguments: argparse.Namespace) -> None:
             return await vm.pop(discard=arguments.discard, report=report)
 
         done = controlling(act)
-    for note in done.notes:
-        output.note(note)
+    revert.tell(done)
     name = done.snapshot.name
-    text = f"machine {arguments.machine} is where it was at {name}, {done.state}; {name} is deleted"
+    where = f"machine {arguments.machine} is where it was at {name}, {done.state}"
+    text = "; ".join(filter(None, (where, revert.clock_of(done), f"{name} is deleted")))
     output.emit(
         arguments.output,
-        document={"machine": arguments.machine, "snapshot": name, "state": done.state},
+        document={
+            "machine": arguments.machine,
+            "snapshot": name,
+            "state": done.state,
+            "memory": done.memory,
+            "notes": list(done.notes),
+            "clock_error_ms": done.clock_error_ms,
+            "detached": [{"name": one.name, "file": one.file} for one in done.detached],
+        },
         names=[name],
         table=lambda: text,
         done=text,

@@ -66,6 +66,16 @@ KINDS: Final[dict[str, Kind]] = {
         "I3",
         "The store has it that a layer reads itself, by way of those below it: it was damaged, or written by hand.",
     ),
+    "layer-misplaced": Kind(
+        "I3",
+        "A snapshot, a disk or a layer is recorded on a layer of another disk: the store was damaged, or written by"
+        " hand. Whoever goes back to it has the other disk's content. It is found with --deep.",
+    ),
+    "parent-younger": Kind(
+        "I3",
+        "A snapshot is recorded as grown from one that was taken after it: the store was damaged, or written by hand."
+        " It is found with --deep.",
+    ),
     "size-differs": Kind(
         "I3",
         "The image was resized behind qmpsnap; new layers on it would cut or lengthen the disk.",
@@ -84,7 +94,7 @@ KINDS: Final[dict[str, Kind]] = {
     "table-lost": Kind(
         "I3",
         "Clusters of the image are marked as used, no table names them, and a table looks lost that may have: they may"
-        " be the only copy of what was written. They are not given back; copy the image before anything is tried on it.",
+        " be the only copy of what was written. They are not given back; copy the image before you try anything on it.",
     ),
     "image-in-use": Kind("I4", "Another process has the image open for writing, and it is not this machine's QEMU."),
     "frozen-written": Kind(
@@ -113,8 +123,15 @@ KINDS: Final[dict[str, Kind]] = {
     "variables-missing": Kind("I1", "The file with the machine's UEFI variables, or a snapshot's copy, is not there."),
     "writable-shared": Kind("I4", "A layer that a guest writes to has another reader, whose content would change."),
     "writable-frozen": Kind("I4", "QEMU has a frozen layer open for writing."),
-    "graph-differs": Kind(
-        "I5", "QEMU's chain is not the one that the store has, or the disk was unplugged; what changes it is refused."
+    "graph-differs": Kind("I5", "QEMU's chain is not the one that the store has; what changes it is refused."),
+    "disk-unplugged": Kind(
+        "I5",
+        "QEMU has no device for a disk of the machine: snapshots are taken without it, and what would change it is"
+        " refused. A QEMU that is started has it again.",
+    ),
+    "disk-attached": Kind(
+        "I5",
+        "The guest writes to something that is no disk of the machine: it is in no snapshot, and gone after a revert.",
     ),
     "operation-open": Kind(
         "I6", "An operation was interrupted and has not been ended yet.", "It is ended as recover does."

@@ -60,6 +60,7 @@ class Situation(Struct, frozen=True):
         running: a QEMU runs the machine.
         bytes: what each layer's file occupies: what its removal may free.
         held: what each layer has of its own; where that was not counted, what its file occupies stands for it.
+        unplugged: disks that the running QEMU has no device for; none is merged or removed of them.
     """
 
     machine: str
@@ -69,6 +70,7 @@ class Situation(Struct, frozen=True):
     running: bool
     bytes: Mapping[LayerId, int]
     held: Mapping[LayerId, Held] = {}
+    unplugged: frozenset[str] = frozenset()
 
     def moves(self, layers: Iterable[Layer], into: Layer, *, zeros: Zeros = "none") -> int:
         """Bytes that are written when one image takes these layers over, at most: their content, tables and counts.
@@ -114,7 +116,9 @@ class Situation(Struct, frozen=True):
 
 
 def _surviving(name: str | None, removed: Mapping[str, str | None]) -> str | None:
-    """The nearest ancestor, the snapshot itself included, that is not removed."""
-    while name is not None and name in removed:
+    """The nearest ancestor, the snapshot itself included, that is not removed; None where they go round in a circle."""
+    for _ in range(len(removed) + 1):
+        if name is None or name not in removed:
+            return name
         name = removed[name]
-    return name
+    return None

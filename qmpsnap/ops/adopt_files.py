@@ -31,6 +31,7 @@ def files(disk: str, backend: str, found: ForeignDisk, seen: Seen) -> list[Found
         path = _place(disk, layer, seen)
         try:
             read = header.read(path, format=layer.format, block_device=True)
+            header.require_few_tags(path, read)
         except ImageRefused as error:
             if os.path.lexists(path):
                 raise

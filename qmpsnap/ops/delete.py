@@ -5,11 +5,11 @@ from collections.abc import Collection, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import StateError, UsageError
+from qmpsnap.errors import StateError, StoreMismatch, UsageError
 from qmpsnap.model import merge as rules
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.merge import DiskReduction
-from qmpsnap.model.names import LayerId
+from qmpsnap.model.names import LayerId, layer_disk
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot, require_snapshot
@@ -62,10 +62,13 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
     """
     chosen = _choose(at, request)
     names = tuple(snapshot.name for snapshot in chosen)
-    hidden = [layer for layer in _points(chosen) if layer in at.forest.layers]
+    points = _points(chosen)
+    hidden = [layer for layer in points if layer in at.forest.layers]
     after_names = at.after(Change(removed_snapshots=names))
     if not request.metadata:
         hidden += [layer.id for layer in at.forest.layers.values() if layer.state == "hidden" and _ours(at, layer.id)]
+        # What an earlier delete has left of a disk that is unplugged waits for a later one.
+        hidden = [layer for layer in hidden if layer in points or layer_disk(layer) not in at.unplugged]
     candidates = [layer for layer in dict.fromkeys(hidden) if not after_names.forest.references_to(layer)]
     marked = tuple(
         replace(at.forest.layer(layer), state="hidden")
@@ -79,6 +82,7 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
     steps = tuple(step for reduction in reductions for step in reduction.steps)
     removed_with = None if request.metadata else {layer.id for step in steps for layer in step.removed}
     kept = _kept(at, chosen, removed_with)
+    _require_attached(at, (*kept, *steps))
     return DeletePlan(
         names,
         reductions,
@@ -114,11 +118,24 @@ async def run(context: Context, name: str, request: DeleteRequest, *, report: Re
 
 
 async def _plan(context: Context, work: Work, request: DeleteRequest) -> DeletePlan:
-    at = await look(context, work)
+    at = await look(context, work, disks=())
     made = plan(at, request)
     require_space(at, made.plan.steps, context.home.data)
     await require_possible(work, at, made.plan.steps)
     return made
+
+
+def _require_attached(at: Situation, steps: Sequence[Merge | Removal]) -> None:
+    """Refuse what would merge, remove or write to layers of a disk that QEMU has no device for."""
+    touched = {step.disk for step in steps} | {
+        tag[0] for step in steps if isinstance(step, Removal) for tag in step.tags
+    }
+    if gone := sorted(touched & at.unplugged):
+        raise StoreMismatch(
+            f"disk {', '.join(gone)} of machine {at.machine} was unplugged, and its layers would be merged or removed",
+            hint=f"attach it again (device_add), or qmpsnap stop {at.machine}; --metadata forgets the names alone",
+            machine=at.machine,
+        )
 
 
 def _choose(at: Situation, request: DeleteRequest) -> list[Snapshot]:

@@ -39,8 +39,9 @@ async def look(
     """
     name = work.machine.name
     chains = await blocking(context.store.chains, name)
+    lacking = frozenset[str]()
     if work.qemu:
-        now, lacking = await graph.read(work.qemu), frozenset[str]()
+        now = await graph.read(work.qemu)
         if disks is not None:
             lacking = (await graph.beside(work.qemu, now, chains)).unplugged.difference(disks)
         await graph.require_chains(work.qemu, now, chains, machine=name, lacking=lacking)
@@ -56,6 +57,7 @@ async def look(
         running=running,
         bytes=sizes,
         held=await to_end(_held, [forest.layer(layer) for layer in sizes], written) if counted else {},
+        unplugged=lacking,
     )
 
 

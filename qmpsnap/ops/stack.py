@@ -53,7 +53,7 @@ async def preview(context: Context, name: str, *, discard: bool = False) -> PopP
     """What :func:`pop` would do now, without a lock and without a change; refused as that would be."""
     async with looking(context, name, removes=True) as work:
         current = await _top(context, name, discard=discard)
-        at = await situation.look(context, work)
+        at = await situation.look(context, work, disks=())
     back = await revert.preview(context, name, RevertRequest(name=current, discard=True))
     return PopPreview(back, delete.plan(at.after(back.plan.change), DeleteRequest(names=(current,))))
 

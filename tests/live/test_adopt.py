@@ -16,8 +16,9 @@ import pytest
 from qemu.qmp import ConnectError, QMPClient
 
 import qmpsnap
+from qmpsnap.block import header
 from qmpsnap.cli.main import main
-from qmpsnap.errors import DeadlinePassed, ImageInUse, NameTaken, QemuGone, StateError, StoreMismatch
+from qmpsnap.errors import DeadlinePassed, ImageInUse, ImageRefused, NameTaken, QemuGone, StateError, StoreMismatch
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import commit
 from qmpsnap.ops.commit import CommitRequest
@@ -199,6 +200,17 @@ async def test_a_dry_run_tells_what_would_be_taken_over(q: qmpsnap.Controller, l
     assert not q.context.home.run_dir("theirs").exists()
     done = await q.adopt("theirs", theirs.socket)
     assert (survey.disks, plan.created) == (done.disks, ())
+
+
+async def test_an_image_of_a_running_qemu_may_not_have_too_many_snapshots_inside(
+    q: qmpsnap.Controller, launched: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(folder, "snapshot", "-c", "inside", "base.qcow2")
+    theirs = launched(FORMS["drive"])
+    monkeypatch.setattr(header, "MAX_TAGS", 0)
+    with pytest.raises(ImageRefused, match="1 snapshots inside"):
+        await q.adopt("theirs", theirs.socket)
+    assert await q.machines() == ()
 
 
 @pytest.mark.parametrize("form", FORMS)

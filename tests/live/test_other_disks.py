@@ -15,7 +15,9 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from tests.live.machine import MIB, fill, hold_invariants, user_monitor
+from qmpsnap.ops import delete
+from qmpsnap.ops.delete import DeleteRequest
+from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 
 # "launched" and its "folder" are fixtures
 from tests.live.test_adopt import BLOCKDEV, THROTTLED, folder, launched  # noqa: F401
@@ -98,7 +100,7 @@ async def test_beside_a_disk_that_was_attached_no_memory_is_taken(scsi: qmpsnap.
 
 async def hold_invariants_but_theirs(vm: qmpsnap.MachineHandle) -> None:
     """What was refused has left nothing; that QEMU has another image open is what the test has done."""
-    assert {finding.code for finding in (await vm.check()).findings} <= {"node-left"}
+    assert {finding.code for finding in (await vm.check()).findings} <= {"node-left", "disk-attached"}
 
 
 async def test_beside_a_disk_that_was_attached_no_memory_is_loaded(scsi: qmpsnap.MachineHandle, image: Path) -> None:
@@ -191,7 +193,7 @@ async def test_a_disk_that_was_attached_is_told_of(scsi: qmpsnap.MachineHandle, 
             assert [(one.name, one.file) for one in taken.outside] == [("extra", str(image))]
         assert (await scsi.snapshot("named", disks=["vda"])).outside == ()
         found = [(finding.code, finding.file) for finding in (await scsi.check()).findings]
-        assert ("node-left", str(image)) in found
+        assert ("disk-attached", str(image)) in found
         done = await scsi.revert("disk")
         assert [(one.name, one.file) for one in done.detached] == [("extra", str(image))]
         assert (await scsi.revert("named")).detached == ()
@@ -249,9 +251,9 @@ async def test_a_disk_that_was_unplugged_stands_in_no_others_way(two: qmpsnap.Ma
     await two.stream("vda", base="both")
     inside = await two.snapshot("inside", kind="internal", memory=False)
     assert [point.disk for point in inside.points] == ["vda"]
-    assert [(f.code, f.disk) for f in (await two.check()).findings if f.code == "graph-differs"] == [
-        ("graph-differs", "vdb")
-    ]
+    found = {(finding.code, finding.disk) for finding in (await two.check()).findings}
+    assert ("disk-unplugged", "vdb") in found
+    assert "graph-differs" not in {code for code, _ in found}
     for way in (partial(two.snapshot, "s", disks=["vdb"]), partial(two.stream, "vdb"), partial(two.commit, "vdb")):
         with pytest.raises(StoreMismatch, match="disk vdb of machine still: QEMU's chain is empty") as refused:
             await way()
@@ -262,6 +264,34 @@ async def test_a_disk_that_was_unplugged_stands_in_no_others_way(two: qmpsnap.Ma
     await two.revert("without")  # which starts a QEMU that has it again
     assert {drive["qdev"] for drive in await drives(two)} == {"vda", "vdb"}
     await two.snapshot("again")
+    await hold_invariants(two)
+
+
+async def test_snapshots_that_an_unplugged_disk_has_no_part_in_are_deleted(two: qmpsnap.MachineHandle) -> None:
+    await two.snapshot("third")
+    await unplug(two)
+    await fill(two, "vda", 2, length=MIB // 2)
+    await two.snapshot("one")
+    await fill(two, "vda", 3, length=MIB // 2)
+    await two.push("two")
+    before = {view.disk: view.ids for view in await two.chains()}
+    foretold = partial(delete.preview, context_of(two), "still", DeleteRequest(names=("third",)))
+    for way in (foretold, partial(two.delete_snapshots, "third")):
+        with pytest.raises(StoreMismatch, match="disk vdb of machine still was unplugged") as refused:
+            await way()
+        assert refused.value.effect == "none"
+    assert {view.disk: view.ids for view in await two.chains()} == before
+    await two.delete_snapshots("one")
+    after = {view.disk: view.ids for view in await two.chains()}
+    assert (after["vdb"], len(after["vda"])) == (before["vdb"], len(before["vda"]) - 1)
+    assert (await two.preview_pop()).delete.names == ("two",)
+    await two.delete_snapshots("third", metadata=True)
+    await two.delete_snapshots("two")  # and what is left of vdb waits
+    assert {view.disk: len(view.ids) for view in await two.chains()}["vdb"] == len(before["vdb"])
+    await two.stop(force=True)
+    await two.start(paused=True)
+    await two.delete_snapshots("both")
+    assert {view.disk: len(view.ids) for view in await two.chains()} == {"vda": 1, "vdb": 1}
     await hold_invariants(two)
 
 

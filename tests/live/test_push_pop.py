@@ -1,15 +1,21 @@
 """``snapshot push`` and ``pop``: a stack that survives a death between its two steps."""
 
+import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
+from qmpsnap.model.snapshot import Outside
 from qmpsnap.model.spec import MachineSpec
+from qmpsnap.ops import revert
+from qmpsnap.ops.revert import Reverted
 from qmpsnap.store import schema
 from qmpsnap.store.sqlite import SqliteStore
 from tests.harness.deaths import Call, die_at
@@ -82,6 +88,34 @@ def test_on_the_command_line(home: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "is where it was at mine, stopped; mine is deleted" in capsys.readouterr().out
     assert main(["snapshot", "pop", "still", "-o", "json"]) == 0
     assert '"snapshot": "snap-1"' in capsys.readouterr().out
+
+
+def test_pop_tells_what_revert_tells(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "s.yaml").write_text("name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}]\n")
+    assert main(["define", str(home / "s.yaml")]) == 0
+    gone_back = revert.run
+
+    async def with_memory(*arguments: Any) -> Reverted:
+        other = Outside("extra", "/x")
+        done = await gone_back(*arguments)
+        return replace(done, memory=True, notes=("a note",), clock_error_ms=-12.5, detached=(other,))
+
+    monkeypatch.setattr(revert, "run", with_memory)
+    for form in ("table", "json"):
+        assert main(["snapshot", "push", "still"]) == 0
+        capsys.readouterr()
+        assert main(["snapshot", "pop", "still", "-o", form]) == 0
+        told = capsys.readouterr()
+        assert "a note" in told.err
+        assert "not attached any more: extra (/x)" in told.err
+        if form == "table":
+            assert "the guest's clock is off by -12.5 ms; snap-1 is deleted" in told.out
+        else:
+            said = json.loads(told.out)
+            assert (said["clock_error_ms"], said["memory"], said["notes"]) == (-12.5, True, ["a note"])
+            assert said["detached"] == [{"name": "extra", "file": "/x"}]
 
 
 async def test_only_what_was_pushed_is_popped_unasked(q: qmpsnap.Controller, still_spec: MachineSpec) -> None:

@@ -4,11 +4,14 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 import stat
 import subprocess
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from pathlib import Path
 
+import anyio
 import pytest
 from msgspec.structs import replace
 
@@ -24,8 +27,9 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
 from qmpsnap.model.snapshot import Point
-from qmpsnap.ops import check, power
+from qmpsnap.ops import check, delete, power
 from qmpsnap.ops.context import Context, opened
+from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.store import lock
 from qmpsnap.store.records import FOLDER, Place, Records
 from tests.cli import seeded
@@ -128,6 +132,12 @@ def damaged(context: Context) -> None:
     poke(image(context, "vda-3"), found.l1_offset, (1 << 63 | 3 << 20 | 512).to_bytes(8, "big"))
 
 
+def written(context: Context, sql: str) -> None:
+    """As somebody writes to the store by hand."""
+    with closing(sqlite3.connect(context.home.store)) as store, store:
+        store.execute(sql)
+
+
 def interrupted(context: Context) -> None:
     plan = CreatePlan(machine="web", live=False, overlays=(), change=Change())
     context.store.open_operation("web", lambda _: plan)
@@ -218,6 +228,21 @@ DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
     "an open file": (lambda c: image(c, "vda-3").chmod(0o644), {"mode-open"}, set()),
     "an open folder": (lambda c: c.home.machine_dir("web").chmod(0o755), {"mode-open"}, set()),
     "a folder of the home is open": (lambda c: (c.home.data / "records").chmod(0o777), {"home-open"}, set()),
+    "a point on another disk": (
+        lambda c: written(c, "UPDATE point SET layer = 'vdb-3' WHERE layer = 'vda-4'"),
+        {"layer-misplaced"},
+        {"layer-misplaced"},
+    ),
+    "a parent that is younger": (
+        lambda c: written(c, "UPDATE snapshot SET parent = 3 WHERE id = 1"),
+        {"parent-younger"},
+        {"parent-younger"},
+    ),
+    "its own parent": (
+        lambda c: written(c, "UPDATE snapshot SET parent = 1 WHERE id = 1"),
+        {"parent-younger"},
+        {"parent-younger"},
+    ),
     "a tag is gone": (tag_missing, {"tag-missing"}, {"tag-missing"}),
     "a state file is gone": (state_missing, {"state-file-missing"}, {"state-file-missing"}),
     "a state file was copied": (state_replaced, {"state-file-replaced"}, {"state-file-replaced"}),
@@ -239,7 +264,13 @@ DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
     ),
     "the store is old, elsewhere": (above_the_active_elsewhere, {"store-older"}, {"store-older"}),
 }
-ONLY_DEEP = {"a layer is damaged", "a state file has another byte"}
+ONLY_DEEP = {
+    "a point on another disk",
+    "a parent that is younger",
+    "its own parent",
+    "a layer is damaged",
+    "a state file has another byte",
+}
 
 
 async def test_a_whole_machine_has_no_finding(web: Context) -> None:
@@ -277,6 +308,29 @@ def lost(before: dict[str, bytes], home: Home) -> list[str]:
     """What was there before and is nowhere now."""
     now = contents(home)
     return [path for path, data in before.items() if data not in now.values()]
+
+
+@pytest.mark.parametrize(
+    ("sql", "text"),
+    [
+        ("UPDATE layer SET backing = 'vda-3' WHERE id = 'vdb-5'", "layer vdb-5 of disk vdb lies on layer vda-3"),
+        ("UPDATE disk SET active = 'vdb-5' WHERE name = 'vda'", "the guest has disk vda on layer vdb-5"),
+    ],
+)
+async def test_layers_and_disks_on_layers_of_another_disk_are_told(web: Context, sql: str, text: str) -> None:
+    written(web, sql)
+    found = (await check.run(web, "web", deep=True)).findings
+    assert text in [finding.text for finding in found if finding.code == "layer-misplaced"]
+
+
+async def test_parents_in_a_circle_keep_nobody(web: Context) -> None:
+    written(web, "UPDATE snapshot SET parent = 3 WHERE id = 1")
+    assert main(["tree", "web"]) == main(["snapshot", "list", "web"]) == 0
+    with anyio.fail_after(20):
+        await delete.preview(web, "web", DeleteRequest(names=("fresh", "before-upgrade", "after-upgrade")))
+        await delete.preview(web, "web", DeleteRequest(names=("fresh",), children=True))
+        await delete.run(web, "web", DeleteRequest(names=("before-upgrade",), metadata=True))
+    assert [one.name for one in web.store.snapshots("web")] == ["fresh", "after-upgrade"]
 
 
 async def test_what_is_moved_can_be_put_back(web: Context) -> None:

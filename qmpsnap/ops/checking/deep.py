@@ -13,6 +13,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops import keys
+from qmpsnap.ops.checking import ancestry
 from qmpsnap.ops.checking.facts import Facts
 from qmpsnap.ops.context import Context
 
@@ -27,7 +28,7 @@ _CODES: dict[Verdict | Literal["unread"], str] = {
 
 async def look(context: Context, at: Facts) -> list[Finding]:
     """Check each qcow2 layer of ours that no guest writes to, and read each state file."""
-    found = [*_formats(at)]
+    found = [*_formats(at), *ancestry.look(at, str(context.home.machine_dir(at.record.machine.name)))]
     found += [finding for layer in _layers(context, at) if (finding := await _image(context, at, layer))]
     for snapshot in at.record.snapshots:
         state = snapshot.vmstate

@@ -126,7 +126,7 @@ def _users(at: Facts) -> Iterator[Finding]:
         yield _finding(at, "image-in-use", f"{layer.path} {user.does} {user.who}", layer=layer)
     for identity in at.overwritten:
         layer = at.record.forest.layers[identity]
-        text = f"{layer.path} has another time or size than when it was frozen"
+        text = f"{layer.path} has another time, size, header or tables than when it was frozen"
         yield _finding(at, "frozen-written", text, layer=layer)
 
 
@@ -200,8 +200,8 @@ def _qemu(at: Facts) -> Iterator[Finding]:
     for chain in at.record.chains:
         disk = asked.disks.get(chain.disk)
         if chain.disk in asked.beside.unplugged:
-            text = f"disk {chain.disk} is not attached to the guest now: snapshots are taken without it"
-            yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
+            text = f"disk {chain.disk} is not attached to the guest now"
+            yield _finding(at, "disk-unplugged", text, disk=chain.disk, layer=chain.active)
         elif disk is None or disk.nodes != chain.ids:
             seen = " <- ".join(disk.nodes) if disk and disk.nodes else "unknown to the store"
             text = f"disk {chain.disk}: QEMU's chain is {seen}, the store's {' <- '.join(chain.ids)}"
@@ -249,8 +249,7 @@ def _attached(at: Facts) -> Iterator[Finding]:
     known = at.record.machine.adopted.left_out if at.record.machine.adopted else ()
     for other in at.asked.beside.others:
         if other.name not in known:
-            text = f"{other.sentence}: it is in no snapshot, and gone after a revert"
-            yield _finding(at, "node-left", text, file=other.file)
+            yield _finding(at, "disk-attached", other.sentence, file=other.file)
 
 
 def _worker(at: Facts) -> Iterator[Finding]:
