@@ -380,14 +380,15 @@ def _translated(path: str, outcome: str = "was not created", *, effect: Effect =
         yield
     except OSError as error:
         if error.errno in _NO_SPACE:
-            raise _no_space(path) from error
+            raise _no_space(path, outcome, effect=effect) from error
         hint = "make the folder first" if isinstance(error, FileNotFoundError) else ""
         raise HostCannot(f"{printable(path)} {outcome}: {error.strerror}", hint=hint, effect=effect) from error
 
 
-def _no_space(path: str) -> HostCannot:
+def _no_space(path: str, outcome: str = "was not created", *, effect: Effect = "none") -> HostCannot:
     folder = printable(str(Path(path).parent))
     return HostCannot(
-        f"no space left for {printable(path)}; it was not created",
-        hint=f"free some space in {folder} (df -h {folder})",
+        f"no space left in {folder}: {printable(path)} {outcome}",
+        hint=f"free some space there (df -h {folder})",
+        effect=effect,
     )

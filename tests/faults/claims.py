@@ -13,6 +13,7 @@ from typing import Any
 from msgspec import Struct
 
 import qmpsnap
+from qmpsnap.errors import QmpsnapError
 from qmpsnap.model.operation import OPEN_STATES, Operation
 from tests.live.machine import context_of
 
@@ -85,6 +86,38 @@ def hold_log(vm: qmpsnap.MachineHandle, before: Before) -> None:
             assert found.effect == is_so, f"claim: the log says {found.effect}, and it is {is_so}"
             assert bool(found.outcome) == (is_so == "applied"), f"claim: the log says {found.outcome}"
         _compared()
+
+
+async def standing(vm: qmpsnap.MachineHandle, place: Path, *, but: Path | None = None) -> dict[str, Any]:
+    """All that an error's ``effect`` is about: what the store says, which files there are, how the guest is."""
+    context = context_of(vm)
+    store = context.store
+    found: dict[str, Any] = {}
+    for machine in store.machines():
+        name = machine.name
+        open_ = store.operations(name, only_open=True)
+        found[name] = (machine.current, store.chains(name), store.snapshots(name), open_)
+    files = [path for folder in (context.home.machines, place) for path in folder.rglob("*") if path.is_file()]
+    found["files"] = {str(path): path.stat().st_ino for path in sorted(files) if path != but}
+    found["state"] = await vm.state() if vm.name in found else "gone"
+    return found
+
+
+def differs(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What is otherwise in the second."""
+    return [f"{key}: {one.get(key)} -> {other.get(key)}" for key in one | other if one.get(key) != other.get(key)]
+
+
+def hold_effect(error: QmpsnapError, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """What an error claims is so, of all that there is; one that does not know claims nothing."""
+    changed = differs(before, now)
+    assert error.exit_code, f"{error.message!r} ends with exit 0"
+    assert "nothing was" not in error.message, f"{error.message!r} speaks of the effect, which is {error.effect}"
+    match error.effect:
+        case "none":
+            assert not changed, f"it says that nothing was changed ({error}): {changed}"
+        case "applied":
+            assert changed, f"it says that something was changed: {error.message}"
 
 
 def _compared() -> None:

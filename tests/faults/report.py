@@ -43,6 +43,10 @@ class Fault:
         """What was said to have come of the verb was compared with what has."""
         self._record("claim", "")
 
+    def together(self, cases: int, *, violations: int, claims: int) -> None:
+        """The test was so many cases at once, so many of them violations, and in so many a claim was compared."""
+        self._record("together", (cases, violations, claims))
+
     def too_late(self) -> None:
         """The fault found the verb over already: no case."""
         self._record("too late", "")
@@ -64,9 +68,10 @@ class Tally:
         if "fault" not in told or ("too late" in told and not violated):
             return
         cell = (str(told["fault"]), str(told["verb"]))
-        self.cases[cell] += 1
-        self.violations[cell] += violated
-        self.claims[cell[1]] += "claim" in told
+        cases, violations, claims = told.get("together", (1, int(violated), int("claim" in told)))
+        self.cases[cell] += cases
+        self.violations[cell] += max(violations, int(violated))
+        self.claims[cell[1]] += claims
         for name, value in properties:
             if name == "step":
                 verb, _, step = str(value).partition("/")

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
@@ -22,7 +21,7 @@ import qmpsnap
 from qmpsnap.errors import NotFoundError, QmpsnapError
 from qmpsnap.model import sharing
 from qmpsnap.model.operation import Merge, MergePlan
-from tests.faults import outsider, site, verbs
+from tests.faults import claims, outsider, site, verbs
 from tests.faults.outsider import KINDS, MAGIC, Absent
 from tests.faults.report import COLUMNS, Fault
 from tests.faults.scenarios import SCENARIOS, At, Scenario, ready
@@ -189,25 +188,6 @@ def _written_by_ours(vm: qmpsnap.MachineHandle) -> set[str]:
     return {layer.path for step in merges for layer in sharing.rewritten(step)}
 
 
-async def _standing(vm: qmpsnap.MachineHandle, place: Path, *, but: Path | None) -> dict[str, Any]:
-    """All that an error's ``effect`` is about: what the store says, which files there are, how the guest is."""
-    context = context_of(vm)
-    store = context.store
-    found: dict[str, Any] = {}
-    for machine in store.machines():
-        name = machine.name
-        open_ = store.operations(name, only_open=True)
-        found[name] = (machine.current, store.chains(name), store.snapshots(name), open_)
-    files = [path for folder in (context.home.machines, place) for path in folder.rglob("*") if path.is_file()]
-    found["files"] = {str(path): path.stat().st_ino for path in sorted(files) if path != but}
-    found["state"] = await vm.state() if vm.name in found else "gone"
-    return found
-
-
-def _differs(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    return [f"{key}: {one.get(key)} -> {other.get(key)}" for key in one | other if one.get(key) != other.get(key)]
-
-
 def _readers(vm: qmpsnap.MachineHandle, file: Path | None) -> tuple[frozenset[str], bool]:
     """Names of snapshots that read the file, and whether a guest writes to it."""
     store = context_of(vm).store
@@ -232,7 +212,7 @@ async def test_somebody_else(q: qmpsnap.Controller, place: Path, fault: Fault, c
         visit = Visit(case, vm, place, stack)
         spoiled, active = _readers(vm, visit.file)
         known = visit.file  # of one that the verb has made, it is told that it was
-        stood = await _standing(vm, place, but=known)
+        stood = await claims.standing(vm, place, but=known)
         error = await _done(scenario, vm, place, visit)
         if not visit.came:
             fault.too_late()
@@ -241,7 +221,7 @@ async def test_somebody_else(q: qmpsnap.Controller, place: Path, fault: Fault, c
         await to_thread.run_sync(stack.close)
     if error:
         # It brings back what it has taken away, also where that is nobody's by then.
-        _claims_what_is_true(error, stood, await _standing(vm, place, but=known or visit.file))
+        claims.hold_effect(error, stood, await claims.standing(vm, place, but=known or visit.file))
         minds = visit.kind.harmless and visit.came and error.code not in ("refused", "image-used")
         assert not minds, f"nobody may mind that: {error}"
     elif scenario.happened:
@@ -265,15 +245,6 @@ async def _done(scenario: Scenario, vm: qmpsnap.MachineHandle, place: Path, visi
     except QmpsnapError as error:
         return error
     return None
-
-
-def _claims_what_is_true(error: QmpsnapError, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = _differs(before, now)
-    match error.effect:
-        case "none":
-            assert not changed, f"it says that nothing was changed ({error}): {changed}"
-        case "applied":
-            assert changed, f"it says that something was changed: {error.message}"
 
 
 async def _told_meanwhile(vm: qmpsnap.MachineHandle, visit: Visit) -> None:

@@ -11,6 +11,8 @@ from tests.faults.scenarios import Scenario
 from tests.faults.site import SIZE, TWO, Expected
 from tests.live.machine import MIB
 
+OTHER = "other"
+"""The machine that is defined or adopted."""
 IMAGE = "mine"
 """In the user's folder: an image that somebody else has made."""
 QEMU = "qmp"
@@ -32,7 +34,7 @@ async def _a_qemu(vm: qmpsnap.MachineHandle, place: Path) -> None:
 
 async def _define(place: Path, disk: DiskSpec) -> object:
     async with qmpsnap.open() as q:
-        return await q.define(MachineSpec(name="other", memory=64 * MIB, disks=(disk,), agent=False), folders=(place,))
+        return await q.define(MachineSpec(name=OTHER, memory=64 * MIB, disks=(disk,), agent=False), folders=(place,))
 
 
 async def _define_image(_: qmpsnap.MachineHandle, place: Path) -> object:
@@ -45,7 +47,7 @@ async def _define_base(_: qmpsnap.MachineHandle, place: Path) -> object:
 
 async def _adopt(_: qmpsnap.MachineHandle, place: Path) -> object:
     async with qmpsnap.open() as q:
-        return await q.adopt("other", place / QEMU)
+        return await q.adopt(OTHER, place / QEMU)
 
 
 async def _start(vm: qmpsnap.MachineHandle, _: Path) -> None:
@@ -90,7 +92,7 @@ async def _give_back(vm: qmpsnap.MachineHandle, _: Path) -> object:
 
 async def _other_is_there(_: qmpsnap.MachineHandle, __: Path) -> bool:
     async with qmpsnap.open() as q:
-        return any(found.name == "other" for found in await q.machines())
+        return any(found.name == OTHER for found in await q.machines())
 
 
 async def _runs(vm: qmpsnap.MachineHandle, _: Path) -> bool:

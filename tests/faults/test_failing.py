@@ -1,0 +1,87 @@
+"""A call of the C library fails below the verb, once or for ever. Then: it fails no longer, and recover.
+
+The calls that the verb makes are counted first. The long form takes each of them, the short one chooses of those that
+differ by name, kind of file and step.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.faults.calls import Answer, Request
+from tests.faults.report import Fault
+from tests.faults.reporting import FORM
+from tests.faults.upkeep import ALL
+from tests.harness import failing
+
+OF = 40
+"""Of how many distinct calls the short form takes one."""
+TURNS = {False: "failing call, once", True: "failing call, for ever"}
+
+
+class Server:
+    """A process that has everything loaded, and the shim, and forks what every case needs."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def ask(self, request: Request) -> Answer:
+        """Have the cases of one request done."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(f"{json.dumps(msgspec.to_builtins(request))}\n")
+        self._process.stdin.flush()
+        said = self._process.stdout.readline()
+        assert said, "the process of the cases has died"
+        return msgspec.json.decode(said, type=Answer)
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """Such a process for the block."""
+    environment = {**os.environ, "LD_PRELOAD": str(failing.built(folder))}
+    argv = [sys.executable, "-m", "tests.faults.calls"]
+    with subprocess.Popen(argv, env=environment, stdin=-1, stdout=-1, text=True) as process:
+        try:
+            yield Server(process)
+        finally:
+            assert process.stdin
+            process.stdin.close()
+            process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for all cases of this worker."""
+    with serving(tmp_path_factory.mktemp("failing")) as found:
+        yield found
+
+
+def _params() -> list[Any]:
+    """In the short form every scenario once, in turn once and for ever."""
+    return [
+        pytest.param(
+            name, ever, place, id=f"{name}-{TURNS[ever]}", marks=pytest.mark.short if place % 2 == ever else ()
+        )
+        for place, name in enumerate(ALL)
+        for ever in (False, True)
+    ]
+
+
+@pytest.mark.parametrize(("name", "ever", "turn"), _params())
+def test_a_call_fails(server: Server, home: Path, fault: Fault, name: str, ever: bool, turn: int) -> None:  # noqa: FBT001
+    fault.case(TURNS[ever], ALL[name].column)
+    of = 0 if FORM == "long" else OF
+    answer = server.ask(Request(home=str(home), name=name, for_ever=ever, turn=turn * 7, of=of))
+    if not answer.cases:
+        fault.too_late()
+    fault.together(answer.cases, violations=len(answer.violations), claims=answer.claims)
+    assert not answer.violations, "\n\n".join(answer.violations)
