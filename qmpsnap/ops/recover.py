@@ -88,7 +88,9 @@ async def end_open(
                 error.tell(machine.name, waits=True)
             if isinstance(error, (OperationPending, JobStuck)):
                 raise
-            raise broken.pending(error.message) from error
+            told = broken.pending(error.message)
+            told.claim("unknown")  # it may have got as far as to remove a file
+            raise told from error
     if pending:  # whoever died before its job began has left a worker that nobody asked about
         await worker.end_leftover(machine, run_dir)
     return list(pending)

@@ -20,7 +20,7 @@ from qmpsnap import identity
 from qmpsnap.block import header
 from qmpsnap.block.backing import set_backing
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import HostCannot, ImageRefused, StateError, StoreMismatch
+from qmpsnap.errors import HostCannot, QmpsnapError, ImageRefused, StateError, StoreMismatch
 from qmpsnap.machine import process as processes
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
@@ -145,6 +145,14 @@ async def _go_on(context: Context) -> None:
 
 
 async def _end(context: Context, relocation: Relocation) -> None:
+    try:
+        await _carry_out(context, relocation)
+    except QmpsnapError as error:
+        error.claim("unknown")  # it was begun, and the next command goes on
+        raise
+
+
+async def _carry_out(context: Context, relocation: Relocation) -> None:
     forest = await blocking(context.store.forest)
     copies = {layer.id: layer for layer in relocation.layers}
     layers = {layer.id: _carried(copies.get(layer.id, layer), relocation) for layer in forest.layers.values()}

@@ -155,9 +155,10 @@ class Database:
             found = self._harden(number)
         except (QmpsnapError, sqlite3.Error, OSError, MemoryError) as error:
             self.connection.close()
+            why = error.message if isinstance(error, QmpsnapError) else error  # its own effect is not this one's
             raise HostCannot(
                 f"the store {self._path} could not write a change out to the disk ({self._doubt}), nor what is there"
-                f" now ({error}): whether the change is recorded is not known",
+                f" now ({why}): whether the change is recorded is not known",
                 hint="look at the disk (dmesg); the next command finds out once it can be written to",
                 effect="unknown",
             ) from self._doubt

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from tests.faults.calls import Answer, Request
 from tests.faults.report import Fault
@@ -67,20 +68,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def _params() -> list[Any]:
     """In the short form every scenario once, in turn once and for ever."""
+    cases = [(place, name, ever) for place, name in enumerate(ALL) for ever in (False, True)]
     return [
         pytest.param(
-            name, ever, place, id=f"{name}-{TURNS[ever]}", marks=pytest.mark.short if place % 2 == ever else ()
+            Request(name=name, for_ever=ever, turn=place * 7, of=0 if FORM == "long" else OF),
+            id=f"{name}-{TURNS[ever]}",
+            marks=pytest.mark.short if place % 2 == ever else (),
         )
-        for place, name in enumerate(ALL)
-        for ever in (False, True)
+        for place, name, ever in cases
     ]
 
 
-@pytest.mark.parametrize(("name", "ever", "turn"), _params())
-def test_a_call_fails(server: Server, home: Path, fault: Fault, name: str, ever: bool, turn: int) -> None:  # noqa: FBT001
-    fault.case(TURNS[ever], ALL[name].column)
-    of = 0 if FORM == "long" else OF
-    answer = server.ask(Request(home=str(home), name=name, for_ever=ever, turn=turn * 7, of=of))
+@pytest.mark.parametrize("case", _params())
+def test_a_call_fails(server: Server, home: Path, fault: Fault, case: Request) -> None:
+    fault.case(TURNS[case.for_ever], ALL[case.name].column)
+    answer = server.ask(replace(case, home=str(home)))
     if not answer.cases:
         fault.too_late()
     fault.together(answer.cases, violations=len(answer.violations), claims=answer.claims)
