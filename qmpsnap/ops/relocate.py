@@ -20,7 +20,7 @@ from qmpsnap import identity
 from qmpsnap.block import header
 from qmpsnap.block.backing import set_backing
 from qmpsnap.block.qcow2 import Header
-from qmpsnap.errors import HostCannot, QmpsnapError, ImageRefused, StateError, StoreMismatch
+from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.machine import process as processes
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer

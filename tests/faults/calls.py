@@ -127,7 +127,7 @@ def apart(act: Callable[[], Awaitable[object]]) -> Part:
         os.waitpid(pid, 0)
         for file in (said, told):
             file.seek(0)
-        part = pickle.load(told)  # noqa: S301 - our own
+        part: Part = pickle.load(told)  # noqa: S301 - our own
         part.said = said.read().decode(errors="replace")
         return part
 

@@ -6,9 +6,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tests.faults.deaths import ends_by_itself
 from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, ready
 from tests.harness import watch
+from tests.harness.awaits import Counted
 from tests.harness.processes import qemus
 from tests.live.machine import context_of, hold_invariants
 
@@ -33,32 +33,6 @@ LIVE = {name: scenario for name, scenario in SCENARIOS.items() if scenario.start
 AWAITS = (1, 2, 3, 5, 7, 9, 11, 13, 15, 17, 20, 23, 26, 29, 33, 37, 41, 46, 51, 57, 64, 72, 81, 91, 102, 114, 127, 141)
 QUICK = 1.0
 """Seconds after which a command to a stopped QEMU counts as unanswered."""
-
-
-class _Counted:
-    """Awaits something, and does something at the n-th time that it lets go of the event loop."""
-
-    def __init__(self, awaited: Awaitable[object], nth: int, act: Callable[[], object]) -> None:
-        self._awaited, self._nth, self._act = awaited, nth, act
-        self.count = 0
-
-    def __await__(self) -> Generator[Any, Any, object]:
-        inner = self._awaited.__await__()
-        resume: Callable[[], Any] = partial(next, inner)
-        while True:
-            try:
-                waits_for = resume()
-            except StopIteration as end:
-                return end.value
-            self.count += 1
-            if self.count == self._nth:
-                self._act()
-            try:
-                value = yield waits_for
-            except BaseException as error:  # noqa: BLE001 - handed on to whoever waits inside
-                resume = partial(inner.throw, error)
-            else:
-                resume = partial(inner.send, value)
 
 
 def _cancelled() -> list[object]:
@@ -80,7 +54,7 @@ async def test_cancelled_at_an_await(q: qmpsnap.Controller, place: Path, fault: 
     assert task
     once = AWAITS.index(nth) % 2  # as asyncio cancels; anyio does so at every await from there on
     with anyio.CancelScope() as scope:
-        counted = _Counted(scenario.act(vm, place), nth, task.cancel if once else scope.cancel)
+        counted = Counted(scenario.act(vm, place), nth, task.cancel if once else scope.cancel)
         try:
             with claims.hearing():
                 await counted
