@@ -98,8 +98,8 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
     Raises:
         StateError: ``path`` exists by now.
         StoreMismatch: ``written`` is no plain file.
-        HostCannot: no space, or a file system that has neither hard links nor a rename that overwrites nothing; nothing
-            has the name ``path``.
+        HostCannot: no space, or a file system that has neither hard links nor a rename that overwrites nothing. It has
+            the name ``path`` only where it is whole.
     """
     with _translated(path):
         if manifest.compression == "zstd":

@@ -1,5 +1,6 @@
 """Ending a broken ``snapshot create``: the journal's step, QEMU's graph and, for a full one, its migration decide."""
 
+import os
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -198,6 +199,8 @@ async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None
         await saving.forget(monitor)
         await _resume(broken, monitor, memory)  # a migration that came to its end all the same stops the guest again
     await to_end(require_folder, memory.part)
+    if named := await to_end(_finished, broken.operation, memory):  # it was finished, but for its other name
+        await remove(named.path, device=named.device, inode=named.inode, birth=named.birth)
     await to_end(statefile.discard, memory.part)
 
 
@@ -257,9 +260,11 @@ async def quit_saved(context: Context, machine: Machine, qemu: Monitor | None, o
 
 
 def _finished(operation: Operation, memory: Memory) -> Vmstate | None:
+    if not os.path.lexists(memory.path):
+        return None
     try:
-        state, manifest = statefile.find(memory.path)
-    except (StoreMismatch, HostCannot):
+        state, manifest = statefile.find(memory.path)  # one that cannot be read now is not taken for another's
+    except StoreMismatch:
         return None
     return state if manifest.operation == operation.id and manifest.hardware == memory.hardware else None
 
