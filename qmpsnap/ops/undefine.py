@@ -1,6 +1,6 @@
 """``undefine``: a machine is forgotten; its images stay or go, as was said."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -8,7 +8,7 @@ import msgspec
 from anyio import to_thread
 
 from qmpsnap.block.image import remove
-from qmpsnap.errors import QmpsnapError, StateError, StoreMismatch, UsageError
+from qmpsnap.errors import HostCannot, QmpsnapError, StateError, StoreMismatch, UsageError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId
@@ -48,6 +48,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         StateError: it runs, another process has images open that would go, or something would be lost and ``disks``
             is None.
         OperationPending: an earlier operation cannot be ended now, nor given up.
+        HostCannot: with effect ``applied``, the machine is forgotten and files of it are left, which are named.
     """
     if disks not in (None, *get_args(Fate)):
         raise UsageError(f"images can be kept or removed, not {disks!r}", hint="disks='keep'")
@@ -66,18 +67,32 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         sizes = await blocking(frozen.sizes, context.store)
         layers = await blocking(context.store.forget, name)
         files: list[Layer | Vmstate] = [*(layer for layer in layers if layer.owned), *states]
+        stuck: list[str] = []
         if disks == "remove":
-            files = [file for file in files if await _remove(file, sizes)]
+            files = [file for file in files if await _is_done(stuck, _remove(file, sizes))]
             for kept in variables:
-                await to_end(forget_variables, kept)
-            await to_end(remove_folder, context.home, name)
+                await _is_done(stuck, to_end(forget_variables, kept))
+            await _is_done(stuck, to_end(remove_folder, context.home, name))
         if told and hopeless:
             others = (await blocking(context.store.forest)).layers.values()
             told_of = {file.path for file in (*files, *others)}
             for operation, error in hopeless:
                 told(await to_thread.run_sync(_given_up, operation, error, told_of))
-        await to_end(forget_places, context.home, name)
+        await _is_done(stuck, to_end(forget_places, context.home, name))
+    if stuck:
+        error = HostCannot(f"not all of machine {name} was removed: {'; '.join(stuck)}", hint="remove it yourself")
+        error.claim("applied", f"machine {name} is no longer defined")
+        raise error
     return [file.path for file in files]
+
+
+async def _is_done(stuck: list[str], removal: Awaitable[bool | None]) -> bool:
+    """Whether something is removed; what keeps it is noted, and does not keep what comes after it."""
+    try:
+        return await removal is not False
+    except (HostCannot, OSError) as error:
+        stuck.append(error.message if isinstance(error, HostCannot) else str(error))
+        return False
 
 
 async def require_possible(context: Context, work: Work, disks: Fate | None) -> None:

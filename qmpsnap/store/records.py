@@ -111,11 +111,28 @@ class Records:
         return True
 
     def forget(self, machine: str) -> None:
-        """Remove what there is of a machine, durably: what stays is taken for a machine that the store has lost."""
-        with contextlib.suppress(OSError):
+        """Remove what there is of a machine, durably: what stays is taken for a machine that the store has lost.
+
+        Raises:
+            HostCannot: something of it may be left.
+        """
+        with _translated(self._folder), contextlib.suppress(FileNotFoundError):
             self._machine(machine).unlink(missing_ok=True)
             self.places_file(machine).unlink(missing_ok=True)
             sync_folder(self._folder)
+
+    def take_back(self, machine: Machine) -> None:
+        """Remove what the definition of a machine has written, where it has.
+
+        Raises:
+            HostCannot: that cannot be found out, or something of it may be left.
+        """
+        try:
+            with _translated(self._folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if decoded(self._machine(machine.name).read_bytes(), Machine) == _lasting(machine):
+                    self.forget(machine.name)
+        except StoreMismatch:
+            return  # another's, or nobody's
 
     def home(self) -> HomeRecord | None:
         """Which home the machines were written down for, and where that lay; None where none says."""

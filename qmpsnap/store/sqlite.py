@@ -240,8 +240,7 @@ class SqliteStore:
         self._records.add(machine, self._elsewhere(Change(layers=layers, snapshots=self.snapshots(machine))))
 
     def undescribe(self, machine: Machine) -> None:
-        if self._records.has(machine):
-            self._records.forget(machine.name)
+        self._records.take_back(machine)
 
     def remembered(self, name: str) -> Machine | None:
         return next((machine for machine in self._records.machines() if machine.name == name), None)

@@ -134,7 +134,11 @@ class Store(Protocol):
         """Write that down again."""
 
     def undescribe(self, machine: Machine) -> None:
-        """Remove what was written down of this very machine, whose definition did not settle."""
+        """Remove what was written down of this very machine, whose definition did not settle.
+
+        Raises:
+            HostCannot: something of it may be left.
+        """
 
     def follow_devices(self) -> None:
         """Where the kernel has given a file system another device number, the recorded files have it from now on.

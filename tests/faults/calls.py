@@ -127,9 +127,9 @@ def apart(act: Callable[[], Awaitable[object]]) -> Part:
         os.waitpid(pid, 0)
         for file in (said, told):
             file.seek(0)
-        part: Part = pickle.load(told)  # noqa: S301 - our own
-        part.said = said.read().decode(errors="replace")
-        return part
+        found: Part = pickle.load(told)  # noqa: S301 - our own
+        found.said = said.read().decode(errors="replace")
+        return found
 
 
 class Machine:
