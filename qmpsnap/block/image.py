@@ -27,7 +27,8 @@ from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, ImageRefused, Qmp
 from qmpsnap.identity import FileId
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import Format
-from qmpsnap.threads import completed, to_end
+from qmpsnap.programs import running
+from qmpsnap.threads import to_end
 
 _SECTOR: Final = 512
 _TRIES: Final = 5
@@ -126,7 +127,7 @@ class ImageTool(Struct, frozen=True):
         shown = printable(claim.path)
         said = b""
         with anyio.move_on_after(self.timeout) as scope:
-            async with await self._spawn(claim, arguments, key) as process:
+            async with self._running(claim, arguments, key) as process:
                 assert process.stderr is not None  # a pipe by open_process's default
                 async for chunk in process.stderr:
                     said = (said + chunk)[:_MAX_SAID]
@@ -145,19 +146,18 @@ class ImageTool(Struct, frozen=True):
         how = f"signal {-code}" if code < 0 else f"exit {code}"
         raise HostCannot(f"{self.binary} failed ({how}): {printable(text) or 'no message'}; {shown} was not created")
 
-    async def _spawn(self, claim: "_Claim", arguments: list[str], key: int | None) -> Process:
+    @asynccontextmanager
+    async def _running(self, claim: "_Claim", arguments: list[str], key: int | None) -> AsyncIterator[Process]:
         try:
-            # To its end: asyncio, cancelled again and again while it spawns, leaves a process nobody waits for.
-            return await completed(
-                anyio.open_process(
-                    [self.binary, *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env={**os.environ, "LC_ALL": "C"},
-                    pass_fds=[claim.descriptor] if key is None else [claim.descriptor, key],
-                    start_new_session=True,  # a Ctrl-C is ours to answer, not its own
-                )
-            )
+            async with running(
+                [self.binary, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "LC_ALL": "C"},
+                pass_fds=[claim.descriptor] if key is None else [claim.descriptor, key],
+                start_new_session=True,  # a Ctrl-C is ours to answer, not its own
+            ) as process:
+                yield process
         except OSError as error:
             raise HostCannot(
                 f"{self.binary} cannot be run: {error.strerror}; {printable(claim.path)} was not created",

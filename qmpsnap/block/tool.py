@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import anyio
 
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot
+from qmpsnap.programs import finished
 
 
 async def run(
@@ -26,7 +27,8 @@ async def run(
     """
     try:
         with anyio.fail_after(deadline):
-            return await anyio.run_process(argv, stdin=subprocess.DEVNULL, check=False, pass_fds=inherited)
+            done = await finished(argv, stdin=subprocess.DEVNULL, pass_fds=inherited)
+            return subprocess.CompletedProcess(argv, *done)
     except OSError as error:
         raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error
     except TimeoutError as error:

@@ -20,7 +20,7 @@ from qmpsnap.errors import HostCannot
 from qmpsnap.machine.argv import TSC_KHZ
 from qmpsnap.machine.privileges import Privileges, RunAs, obstacle
 from qmpsnap.model.spec import Accel
-from qmpsnap.threads import completed
+from qmpsnap.programs import running
 
 PROBE_DEADLINE = 5.0
 """Seconds the firmware has to print its first line; it takes a twentieth of one."""
@@ -104,17 +104,9 @@ async def vcpu_runs(accel: str, *, qemu: str, deadline: float = PROBE_DEADLINE, 
     ]  # fmt: skip
     try:
         rights = Privileges.bare(user)
-        opening = anyio.open_process(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, **rights.popen)
-        process = await completed(opening)
+        async with running(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, **rights.popen) as process:
+            with anyio.move_on_after(deadline), contextlib.suppress(anyio.EndOfStream):
+                return process.stdout is not None and bool(await process.stdout.receive(1))
     except OSError as error:
         raise HostCannot(f"{qemu} cannot be run: {error}", hint="see qmpsnap doctor") from error
-    async with process:
-        try:
-            with anyio.move_on_after(deadline):
-                return process.stdout is not None and bool(await process.stdout.receive(1))
-        except anyio.EndOfStream:
-            pass
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
     return False

@@ -23,6 +23,7 @@ from qmpsnap.machine.privileges import RunAs
 from qmpsnap.model.home import Home
 from qmpsnap.ops import admission, space
 from qmpsnap.ops.context import Programs
+from qmpsnap.programs import finished
 from qmpsnap.store.sqlite import SqliteStore
 
 
@@ -119,11 +120,11 @@ async def _image_tool(image: ImageTool) -> Ability:
     remedy = "apt-get install qemu-utils, or set QMPSNAP_QEMU_IMG to the binary"
     try:
         with anyio.fail_after(10):
-            done = await anyio.run_process([image.binary, "--version"], stdin=subprocess.DEVNULL, check=False)
+            code, said, _ = await finished([image.binary, "--version"], stdin=subprocess.DEVNULL)
     except (OSError, TimeoutError) as error:
         return Ability("qemu-img", "no", f"{image.binary}: {str(error) or 'no answer within 10 s'}", remedy)
-    first = done.stdout.decode(errors="replace").partition("\n")[0]
-    return Ability("qemu-img", "yes", first) if done.returncode == 0 else Ability("qemu-img", "no", first, remedy)
+    first = said.decode(errors="replace").partition("\n")[0]
+    return Ability("qemu-img", "yes", first) if code == 0 else Ability("qemu-img", "no", first, remedy)
 
 
 def _firmware() -> Ability:
