@@ -20,7 +20,7 @@ COLUMNS = (
     "undefine",
     "others",
 )
-"""The verbs; others: start, stop, rename."""
+"""The verbs; others: start, stop, rename, recover, relocate, check --repair."""
 
 
 class Fault:
