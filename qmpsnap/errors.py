@@ -15,6 +15,7 @@
      │    └── ForeignHost           4  the machine belongs to another host
      ├── QemuGone                   5  QEMU or its monitor is not there (any more)
      ├── DeadlinePassed             6  our wait ended; the effect may be unknown
+     │    └── StorageHangs          6  a request to a file has not been answered
      ├── StoreMismatch              7  store, QEMU and disk disagree
      │    ├── StoreTooNew           7  written by a newer qmpsnap
      │    └── LayersCircular        7  recorded layers that read one another in a circle
@@ -185,6 +186,20 @@ class DeadlinePassed(QmpsnapError):
 
     exit_code = 6
     code = "deadline"
+
+
+class StorageHangs(DeadlinePassed):
+    """A thread of ours waits for a file, and was left to itself; its machine stays locked until it is back.
+
+    Attributes:
+        path: the file, where that could be told.
+    """
+
+    code = "storage-hangs"
+
+    def __init__(self, message: str, *, path: str = "", hint: str = "", effect: Effect = "none") -> None:
+        super().__init__(message, hint=hint, effect=effect)
+        self.path = path
 
 
 class StoreMismatch(QmpsnapError):

@@ -3,8 +3,6 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from anyio import to_thread
-
 from qmpsnap.errors import QmpError, StateError
 from qmpsnap.machine import agent, logs
 from qmpsnap.machine.agent import Agent, Completed, Trimmed
@@ -19,11 +17,12 @@ from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.foresee import Forgotten
 from qmpsnap.ops.work import working
+from qmpsnap.outstanding import briefly
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.refused import border
-from qmpsnap.threads import to_end
+from qmpsnap.threads import to_end, to_read
 
 
 @border
@@ -116,7 +115,8 @@ class MachineLife:
 
     async def shortage(self) -> tuple[str, ...]:
         """A sentence for every file system that may fill up under the guest; QEMU pauses a guest that hits its end."""
-        return await to_thread.run_sync(space.shortage, await blocking(self._context.store.chains, self.name))
+        chains = await blocking(self._context.store.chains, self.name)
+        return await to_read(lambda: briefly(lambda: space.shortage(chains), (space.UNKNOWN,), seconds=space.PATIENCE))
 
     async def left_out(self) -> tuple[str, ...]:
         """A sentence on what the guest writes to and no snapshot holds: the UEFI variables of an adopted machine."""

@@ -1,4 +1,9 @@
-"""What waits for a disk runs in a thread; nobody leaves while it still does, nor while something is being closed."""
+"""What waits for a disk runs in a thread; nobody leaves while it still does, nor while something is being closed.
+
+Storage that hangs is the exception: a thread that does not get on is left to itself after
+:func:`qmpsnap.hung.deadline`. What was locked stays locked until it is back, and nobody works on files under that lock
+meanwhile.
+"""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -7,41 +12,87 @@ from typing import Any, TypeVar
 import anyio
 from anyio import lowlevel, to_thread
 
+from qmpsnap.errors import StorageHangs
+from qmpsnap.outstanding import LOOK, Work, covered
+
 T = TypeVar("T")
 
 
 async def to_end(call: Callable[..., T], *arguments: object) -> T:
-    """Run a call in a thread and hand on its result, whoever cancels meanwhile; see :func:`completed`."""
+    """Run a call in a thread and hand on its result, whoever cancels meanwhile; see :func:`completed`.
+
+    Raises:
+        StorageHangs: the call waits for a file and does not get on; or an earlier one does, under the same lock.
+    """
     await lowlevel.checkpoint_if_cancelled()
-    return await completed(to_thread.run_sync(call, *arguments))
+    if cover := covered():
+        cover.require_back()
+    work = Work(call, *arguments, reads=False)
+    return await completed(to_thread.run_sync(work.run), hangs=work.hangs)
 
 
-async def completed(work: Coroutine[Any, Any, T]) -> T:
+async def to_read(call: Callable[..., T], *arguments: object) -> T:
+    """As :func:`to_end`, for a call that only reads: whoever is cancelled leaves it to itself at once.
+
+    Raises:
+        StorageHangs: as :func:`to_end`.
+    """
+    if cover := covered():
+        cover.require_back()
+    work = Work(call, *arguments, reads=True)
+    reading = asyncio.ensure_future(to_thread.run_sync(work.run, abandon_on_cancel=True))
+    try:
+        while not (await asyncio.wait([reading], timeout=LOOK))[0]:
+            if hang := work.hangs():
+                raise hang
+        return reading.result()
+    finally:
+        if not reading.done():
+            reading.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([reading])
+
+
+async def completed(work: Coroutine[Any, Any, T], *, hangs: Callable[[], StorageHangs | None] | None = None) -> T:
     """Await to the end and hand on the result, whoever cancels meanwhile: that is raised by the next other await.
 
     So does anyio for its own scopes. But asyncio's ``Task.cancel``, which Ctrl-C and ``asyncio.timeout`` come as, makes
     whoever waits leave at once, also where a scope is shielded: the work would go on beside whatever cleans up, and
     what it has opened would be lost.
 
-    The work is a task of its own, which no deadline of the caller's ends: it has to have one itself.
+    The work is a task of its own, which no deadline of the caller's ends: it has to have one itself, or it is left
+    once ``hangs`` has an error to raise instead.
     """
     task = asyncio.current_task()
     assert task
     working = asyncio.ensure_future(work)
     heard: list[asyncio.CancelledError] = []
+    hang: StorageHangs | None = None
     with anyio.CancelScope(shield=True):
-        while not working.done():
+        while not working.done() and hang is None:
             try:
-                await asyncio.wait([working])
+                if not (await asyncio.wait([working], timeout=LOOK if hangs else None))[0] and hangs:
+                    hang = hangs()
             except asyncio.CancelledError as error:
                 heard.append(error)
-    if heard and (failed := working.exception()):
+    if hang:
+        working.add_done_callback(_unheard)
+    failed = hang or working.exception()
+    if heard and failed:
         raise heard[0] from failed  # nothing is lost, and whoever cleans up is not cancelled in that
+    if hang:
+        raise hang
     for _ in heard:
         task.uncancel()
     for one in heard:
         task.cancel(*one.args)
     return working.result()
+
+
+def _unheard(working: asyncio.Future[Any]) -> None:
+    """Let nobody complain that what was left to itself had a result."""
+    if not working.cancelled():
+        working.exception()
 
 
 async def bounded(seconds: float, work: Coroutine[Any, Any, object]) -> None:

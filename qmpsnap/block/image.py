@@ -28,7 +28,7 @@ from qmpsnap.identity import FileId
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import Format
 from qmpsnap.programs import running
-from qmpsnap.threads import to_end
+from qmpsnap.threads import completed, to_end, to_read
 
 _SECTOR: Final = 512
 _TRIES: Final = 5
@@ -74,7 +74,7 @@ class ImageTool(Struct, frozen=True):
                 f"an overlay of {virtual_size} bytes would cut {backing.virtual_size} bytes below it",
                 hint="make the overlay as large as the layer below",
             )
-        await to_thread.run_sync(_check_backing, backing, key is not None, abandon_on_cancel=True)  # it only reads
+        await to_read(_check_backing, backing, key is not None)
         if key is not None:
             await encrypted.require_key(backing.path, key, qemu_img=self.binary)
         arguments = ["-u", "-F", backing.format, "-b", backing.path]

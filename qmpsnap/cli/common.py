@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qmpsnap.cli import output
+from qmpsnap.cli import output, supervised
 from qmpsnap.errors import QmpsnapError, StoreMismatch
 from qmpsnap.model.home import Home
 from qmpsnap.store import owner, runfolder
@@ -122,7 +122,10 @@ def operating(act: Callable[["Context"], Awaitable[T]], *, make: bool = False) -
 
     from qmpsnap.ops.context import opened
 
+    supervised.split()
+
     async def main() -> T:
+        supervised.once()
         gc.freeze()
         gc.enable()  # all is imported, and a job may take hours
         async with opened(make=make) as context:

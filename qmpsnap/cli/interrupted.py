@@ -29,6 +29,18 @@ def limited(machine: str | None, what: str) -> HostCannot:
     return _told(HostCannot(what, hint="qmpsnap doctor; ulimit -a", machine=machine), machine)
 
 
+def left_open(machine: str, process: int) -> tuple[str, str | None]:
+    """What became of the operation that this process was at, and its number if it was at one."""
+    try:
+        with reading() as store:
+            operation = next(iter(store.operations(machine)[-1:]), None)
+    except (QmpsnapError, OSError, MemoryError, RuntimeError):
+        return "whether an operation is open is not known", None
+    if operation is None or operation.pid != process:
+        return "no operation is open", None
+    return f"operation {operation.id} ({operation.verb}) {_became(operation)}", str(operation.id)
+
+
 def _told(error: E, machine: str | None) -> E:
     """The error, with what became of the operation that this process was at."""
     operation = None

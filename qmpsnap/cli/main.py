@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 import qmpsnap
 from qmpsnap import descriptors, refused
-from qmpsnap.cli import output
+from qmpsnap.cli import output, supervised
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
 from qmpsnap.model.names import is_text
 
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _require_text(words)
         arguments = parser(words[0] if words else None).parse_args(words)
+        supervised.about(getattr(arguments, "machine", None), form)
         return arguments.run(arguments) or 0
     except QmpsnapError as error:
         output.report(error, form)
@@ -114,7 +115,9 @@ def run() -> NoReturn:
     descriptors.open_streams()
     _speak_utf8()
     gc.disable()  # what is imported stays: looking through it again and again would take longer than most commands
+    supervised.want()
     code = main()
+    supervised.end(code)
     gc.freeze()  # and nobody need take it apart at the end
     sys.exit(code)
 

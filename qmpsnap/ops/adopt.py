@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 import anyio
-from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -32,7 +31,7 @@ from qmpsnap.ops.work import require_settled
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor, Session
-from qmpsnap.threads import to_end
+from qmpsnap.threads import to_end, to_read
 
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 """What a QEMU without ``-uuid`` answers."""
@@ -198,7 +197,7 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
     """What the QEMU tells, and the files of its disks, once they can be taken over."""
     try:
         async with session.connect(socket, machine=name) as qemu:
-            seen = await to_thread.run_sync(adopted.look, qemu.peer)
+            seen = await to_read(adopted.look, qemu.peer)
             survey = await _survey(qemu, name, socket, seen, host=context.host)
     except QemuGone as error:
         error.message = f"no QEMU answers on {printable(str(socket))}, or it is no QMP socket"
@@ -210,7 +209,7 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
     await _refuse_known(context, survey)
     sources: dict[str, DiskSource] = {}
     for disk in survey.disks:
-        files = await to_thread.run_sync(adopt_files.files, disk.name, disk.backend, disk.found, seen)
+        files = await to_read(adopt_files.files, disk.name, disk.backend, disk.found, seen)
         known = [await blocking(context.store.layer_at, found.path) for found in files]
         sources[disk.name] = DiskSource(tuple(files), tuple(known))
     spec = replace(

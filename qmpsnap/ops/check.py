@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -22,7 +21,7 @@ from qmpsnap.ops.checking.quarantine import Moved
 from qmpsnap.ops.checking.repair import Repairs, close_to_others, repair
 from qmpsnap.ops.context import Context, blocking, locked, require_own
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
+from qmpsnap.threads import to_end, to_read
 
 
 class Checked(Struct, frozen=True, kw_only=True):
@@ -123,7 +122,7 @@ def _record_births(context: Context, at: Facts) -> None:
 
 async def _open_run_folder(context: Context, machine: Machine) -> None:
     """Nobody works on a machine whose run folder is open to others."""
-    for entry in await to_thread.run_sync(facts.entries, context.home.run, admission.users(context, machine)):
+    for entry in await to_read(facts.entries, context.home.run, admission.users(context, machine)):
         if entry.path == str(context.home.run_dir(machine.name)) and entry.is_open:
             with contextlib.suppress(QmpsnapError):
                 await to_end(close_to_others, entry)

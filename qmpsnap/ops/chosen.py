@@ -10,13 +10,12 @@ import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from anyio import to_thread
-
 from qmpsnap.block import header, place
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.model.home import Home
 from qmpsnap.model.operation import Overlay
 from qmpsnap.ops.context import Context, blocking
+from qmpsnap.threads import to_read
 
 
 async def require_free(context: Context, machine: str, files: Mapping[str, str]) -> None:
@@ -44,7 +43,7 @@ async def require_free(context: Context, machine: str, files: Mapping[str, str])
                 f"{header.printable(path)} is the place of layer {known.id} of this store",
                 hint="choose another name",
             )
-        await to_thread.run_sync(_require_nothing, path)
+        await to_read(_require_nothing, path)
 
 
 def _require_place(home: Home, machine: str, text: str) -> None:

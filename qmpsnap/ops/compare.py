@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.block import graph, header
@@ -17,6 +16,7 @@ from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops import unseen
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
+from qmpsnap.threads import to_read
 
 
 class LayerView(Struct, frozen=True, kw_only=True):
@@ -68,7 +68,7 @@ async def chains(context: Context, name: str, disk: str | None = None) -> tuple[
     running = await _ask_qemu(context, machine, recorded)
     views = []
     for chain in recorded:
-        found = await to_thread.run_sync(headers, chain)
+        found = await to_read(headers, chain)
         in_qemu = None if running is None else running.get(chain.disk, DiskGraph((), (), ()))
         views.append(view(chain, found, snapshots, in_qemu))
     return tuple(views)

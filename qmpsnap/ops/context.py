@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from qmpsnap import descriptors
 from qmpsnap.block.image import ImageTool
-from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StorageHangs, StoreMismatch
 from qmpsnap.machine import adopted, logs
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET, USER_SOCKET
@@ -26,6 +26,7 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.moment import moment
 from qmpsnap.model.secret import Secret, given
 from qmpsnap.ops import whereabouts
+from qmpsnap.outstanding import covering, left
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner, runfolder
 from qmpsnap.store.lock import machine_lock
@@ -166,7 +167,8 @@ async def opened(
             moved_from=await blocking(whereabouts.recorded_elsewhere, places, store, this_host()),
         )
     finally:
-        store.close()
+        if not left():  # else one of the threads may have it, and closing would wait for that
+            store.close()
 
 
 def _open_store(home: Home, make: bool) -> tuple[Home, SqliteStore]:  # noqa: FBT001
@@ -227,6 +229,8 @@ async def locked(context: Context, name: str, verb: str, *, anywhere: bool = Fal
 
     Raises:
         LockHeld: another controller works on it.
+        OperationPending: storage hung while one did, and its thread has not come back.
+        StorageHangs: it does so now; the lock is held on until the thread is back.
         StoreMismatch: the home was moved or copied, and has not been relocated.
     """
     from qmpsnap.ops import relocate  # which takes the locks of all machines, and does not wait for ours
@@ -234,10 +238,16 @@ async def locked(context: Context, name: str, verb: str, *, anywhere: bool = Fal
     if not anywhere:
         await relocate.go_on(context)
         await blocking(whereabouts.require_here, context.home, context.store, context.host)
-    prepare_run_dir(context.home.run_dir(name))
-    with machine_lock(context.home.lock(name), machine=name, verb=verb):
-        await blocking(logs.bound, context.home, name)
-        yield
+    await to_end(prepare_run_dir, context.home.run_dir(name))
+    with covering() as cover, machine_lock(context.home.lock(name), machine=name, verb=verb, cover=cover):
+        try:
+            await to_end(logs.bound, context.home, name)
+            yield
+        except StorageHangs as error:
+            error.machine = name
+            if error.effect == "unknown":
+                error.hint = f"once that storage answers: qmpsnap recover {name}; {error.hint}"
+            raise
     await lowlevel.checkpoint()  # whoever was cancelled while the last thread worked is so here, and not in other code
 
 

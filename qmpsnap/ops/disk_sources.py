@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.block import encrypted, header
@@ -17,6 +16,7 @@ from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import keys, outsiders
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.overlays import require_room
+from qmpsnap.threads import to_read
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
@@ -47,7 +47,7 @@ async def read(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> 
             sources[disk.name] = DiskSource()
             continue
         read = functools.partial(header.read_chain, path, disk.format, allowed=allowed)
-        found = await to_thread.run_sync(read)
+        found = await to_read(read)
         if disk.base:
             require_room(disk.name, len(found))
         _require_whole(disk, found[-1])

@@ -11,7 +11,6 @@ from typing import Literal
 
 import anyio
 import psutil
-from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap import identity
@@ -25,6 +24,7 @@ from qmpsnap.ops import admission, space
 from qmpsnap.ops.context import Programs
 from qmpsnap.programs import finished
 from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.threads import to_read
 
 
 class Ability(Struct, frozen=True):
@@ -58,12 +58,12 @@ async def _look(programs: Programs, home: Home, cache: Path) -> list[Ability]:
         await _image_tool(programs.image),
         _firmware(),
         _guest(home),
-        await to_thread.run_sync(_store, home),
-        await to_thread.run_sync(_births, home),
+        await to_read(_store, home),
+        await to_read(_births, home),
         _scope(os.geteuid()),
-        await to_thread.run_sync(_logs, home),
+        await to_read(_logs, home),
         *(_folder(name, path) for name, path in (("data", home.data), ("run", home.run))),
-        await to_thread.run_sync(_memory),
+        await to_read(_memory),
     ]
 
 

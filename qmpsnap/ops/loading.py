@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import anyio
-from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.errors import QmpError, StateError
@@ -14,6 +13,7 @@ from qmpsnap.model.vmstate import Hardware, Vmstate, differences, hardware_of
 from qmpsnap.ops.context import Context
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_read
 
 
 class Loading(Struct, frozen=True):
@@ -49,7 +49,7 @@ async def hardware_now(context: Context, machine: Machine, qemu: Monitor | None 
 
 
 async def _hardware(machine: Machine, *, accel: str, qemu_version: str) -> Hardware:
-    cpu = await to_thread.run_sync(host_cpu)
+    cpu = await to_read(host_cpu)
     return hardware_of(machine.spec, uuid=machine.uuid, accel=accel, qemu_version=qemu_version, host_cpu=cpu)
 
 

@@ -6,7 +6,6 @@ import stat
 from pathlib import Path
 from typing import Literal
 
-from anyio import to_thread
 from msgspec import Struct
 
 from qmpsnap.block import access, header, measure, nbd, place
@@ -26,6 +25,7 @@ from qmpsnap.ops.situation import look
 from qmpsnap.ops.space import Need
 from qmpsnap.ops.work import Work, begin, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.threads import to_read
 
 Mode = Literal["pivot", "finish"]
 
@@ -231,7 +231,7 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
             raise UsageError("--reuse is for images; an NBD export is always overwritten")
         return at, None
     _require_place(context.home, work.machine.name, request)
-    return at, await to_thread.run_sync(_look_at_target, at, request)
+    return at, await to_read(_look_at_target, at, request)
 
 
 def _require_place(home: Home, machine: str, request: MirrorRequest) -> None:
@@ -291,7 +291,7 @@ async def _require_space(context: Context, made: MirrorPlan, found: Found | None
     if made.nbd:
         return
     if found:  # it is overwritten, by a process that opens it anew
-        await to_thread.run_sync(lambda: access.require_writable(made.target, ours=not made.live))
+        await to_read(lambda: access.require_writable(made.target, ours=not made.live))
     folder = str(Path(made.target.path).parent)
     there = found.header.allocated if found else 0
 
@@ -302,11 +302,11 @@ async def _require_space(context: Context, made: MirrorPlan, found: Found | None
 
     bound = made.moves if made.target.format == "raw" else space.of_image(made.target.virtual_size, made.moves)
     try:
-        await to_thread.run_sync(require, bound)
+        await to_read(require, bound)
     except HostCannot:
         if made.shallow:
             raise
         less = await measure.needed(made.chain[-1], into=made.target.format, qemu_img=context.image.binary)
         if less is None or less >= bound:
             raise
-        await to_thread.run_sync(require, less)
+        await to_read(require, less)

@@ -4,8 +4,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from anyio import to_thread
-
 from qmpsnap.block import access, backing
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, QmpsnapError
@@ -14,6 +12,7 @@ from qmpsnap.model.operation import Merge, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.merge import rewritten
 from qmpsnap.ops.work import Work
+from qmpsnap.threads import to_read
 
 
 async def require_possible(work: Work, at: Situation, steps: Sequence[Merge | Removal]) -> None:
@@ -27,7 +26,7 @@ async def require_possible(work: Work, at: Situation, steps: Sequence[Merge | Re
         QmpsnapError: as :func:`access.require_writable` and :func:`access.require_readable`.
     """
     try:
-        await to_thread.run_sync(_look, at, steps)
+        await to_read(_look, at, steps)
     except QmpsnapError as error:
         error.machine = work.machine.name
         raise

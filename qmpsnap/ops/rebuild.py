@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
-from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -31,7 +30,7 @@ from qmpsnap.store import condition
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.records import FOLDER, Records
 from qmpsnap.store.sqlite import SqliteStore
-from qmpsnap.threads import to_end
+from qmpsnap.threads import to_end, to_read
 
 _FILES = ("", "-wal", "-shm")
 
@@ -95,7 +94,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         DeadlinePassed: likewise.
         HostCannot: a folder cannot be read, or the new store not be written.
     """
-    found = await to_thread.run_sync(lambda: condition.look(home.store, machines=home.machines))
+    found = await to_read(lambda: condition.look(home.store, machines=home.machines))
     if found == "whole" and not set_aside:
         raise StateError(
             f"the store {home.store} is whole",
@@ -103,7 +102,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         )
     known: frozenset[str] = frozenset()
     if found == "whole":
-        known = await to_thread.run_sync(_known, home)
+        known = await to_read(_known, home)
     records = Records(home.data / FOLDER)
     place = records.home() or HomeRecord(uuid.uuid4().hex, str(home.data))
     machines = tuple(_here(machine, place, home) for machine in records.machines())
@@ -116,7 +115,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         for machine in machines:
             stack.enter_context(machine_lock(home.lock(machine.name), machine=machine.name, verb="check --rebuild"))
         finder = Finder(home, records, place)
-        images = await to_thread.run_sync(finder.images, machines)
+        images = await to_read(finder.images, machines)
         asked = [await _ask(home, machine) for machine in machines if machine.adopted is None]
         task = _Task(home=home, place=place, known=known, machines=machines, found=asked, images=images)
         return await to_end(_make, task, finder)

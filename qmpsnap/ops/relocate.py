@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -32,6 +31,7 @@ from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops import keys, whereabouts
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.store.lock import machine_lock
+from qmpsnap.threads import to_read
 
 Verdict = Literal["recorded", "copy", "proven", "other home's", "differs", "missing"]
 """``recorded``: the recorded file. ``copy``: another one whose header fits. ``proven``: another one with the digest.
@@ -104,7 +104,7 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
                 path = context.home.lock(machine.name)
                 stack.enter_context(machine_lock(path, machine=machine.name, verb="relocate"))
             await _go_on(context)
-        at = await to_thread.run_sync(look, context)
+        at = await to_read(look, context)
         if dry_run or not at.needed:
             return at.outcome
         _require_stopped(context, copied=at.outcome.original is not None)
@@ -157,8 +157,8 @@ async def _carry_out(context: Context, relocation: Relocation) -> None:
     copies = {layer.id: layer for layer in relocation.layers}
     layers = {layer.id: _carried(copies.get(layer.id, layer), relocation) for layer in forest.layers.values()}
     machines = {machine.name: machine for machine in await blocking(context.store.machines)}
-    layers = await to_thread.run_sync(_with_planned, context, layers, relocation)
-    for layer, backing in await to_thread.run_sync(_stale_headers, layers, relocation):
+    layers = await to_read(_with_planned, context, layers, relocation)
+    for layer, backing in await to_read(_stale_headers, layers, relocation):
         readers = sorted(forest.machines_above(layer.id) & machines.keys())
         if not readers:
             await set_backing(layer, backing, qemu_img=context.image.binary)

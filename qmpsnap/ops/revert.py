@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -38,6 +37,7 @@ from qmpsnap.ops.work import Work, begin, looking, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_read
 
 
 class Reverted(Struct, frozen=True, kw_only=True):
@@ -115,7 +115,7 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
     variables = str(context.home.variables(name)) if planned.keeps else None
     return Preview(
         plan=planned,
-        unwritten=await to_thread.run_sync(nothing_written, planned, variables),
+        unwritten=await to_read(nothing_written, planned, variables),
         moves=sum(at.bytes.get(copy.source.id, 0) for copy in planned.copies),
         commands=(("quit", {}),) if planned.live else (),
     )
@@ -226,8 +226,8 @@ async def _examine(context: Context, work: Work, at: Situation, target: Snapshot
     """The guest ends only for layers that it can be started on again."""
     consent.require(work.machine)
     await require_same_hardware(context, work.machine, target)
-    await to_thread.run_sync(power.require_files, work.machine, points(at, target))
-    await to_thread.run_sync(_require_kept, work.machine, target)
+    await to_read(power.require_files, work.machine, points(at, target))
+    await to_read(_require_kept, work.machine, target)
     await keys.require(context, work.machine, at.live.values())
 
 
@@ -250,7 +250,7 @@ async def _memory(snapshot: Snapshot, request: RevertRequest) -> AsyncIterator[L
         return
     if request.file:
         moved = Path(request.file)
-        status = await to_thread.run_sync(moved.stat)
+        status = await to_read(moved.stat)
         state = replace(state, path=request.file, device=status.st_dev, inode=status.st_ino, birth=0)
     async with in_thread(statefile.verified(state)) as descriptor:
         yield Loading(state, descriptor)

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Collection
 from pathlib import Path
 
-from anyio import to_thread
 from msgspec.structs import replace
 
 from qmpsnap.block import allocated, graph
@@ -19,7 +18,7 @@ from qmpsnap.model.situation import TABLE_COVERS, Held, Situation
 from qmpsnap.ops import space
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.ops.work import Work
-from qmpsnap.threads import to_end
+from qmpsnap.threads import to_end, to_read
 
 
 async def look(
@@ -47,7 +46,7 @@ async def look(
         await graph.require_chains(work.qemu, now, chains, machine=name, lacking=lacking)
     forest = await blocking(context.store.forest)
     running = work.qemu is not None
-    sizes = await to_thread.run_sync(_bytes, forest, context.home, name, chains)
+    sizes = await to_read(_bytes, forest, context.home, name, chains)
     written = {chain.active.id for chain in chains if running}
     return Situation(
         machine=name,

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from msgspec import Struct
 
@@ -121,6 +121,11 @@ def of_create(machine: Machine, plan: CreatePlan, store: Path) -> list[Need]:
         folder = str(Path(plan.memory.path).parent)
         needs.append(Need(folder, plan.memory.reserve * packed, "the guest's memory"))
     return needs
+
+
+PATIENCE: Final = 1.0
+"""Seconds that :func:`shortage` is given where an answer without it is better than none."""
+UNKNOWN: Final = "how much room is left is not known: the storage of an image did not answer at once"
 
 
 def shortage(chains: Iterable[Chain]) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
-from anyio import to_thread
 
 from qmpsnap.block.image import remove
 from qmpsnap.errors import HostCannot, QmpsnapError, StateError, StoreMismatch, UsageError
@@ -19,7 +18,7 @@ from qmpsnap.ops.context import Context, blocking, forget_places
 from qmpsnap.ops.recover import remove_folder
 from qmpsnap.ops.tagging import forget_variables
 from qmpsnap.ops.work import Work, working
-from qmpsnap.threads import to_end
+from qmpsnap.threads import to_end, to_read
 
 Fate = Literal["keep", "remove"]
 """What becomes of the images that only this machine used."""
@@ -77,7 +76,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
             others = (await blocking(context.store.forest)).layers.values()
             told_of = {file.path for file in (*files, *others)}
             for operation, error in hopeless:
-                told(await to_thread.run_sync(_given_up, operation, error, told_of))
+                told(await to_read(_given_up, operation, error, told_of))
         await _is_done(stuck, to_end(forget_places, context.home, name))
     if stuck:
         error = HostCannot(f"not all of machine {name} was removed: {'; '.join(stuck)}", hint="remove it yourself")

@@ -8,13 +8,16 @@ import os
 import sqlite3
 import stat
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from qmpsnap.model import steps
 from qmpsnap.model.operation import OPEN_STATES
 from qmpsnap.store.decoded import decoded
+
+PATIENCE: Final = 1.0
+"""Seconds that all files together may take to be looked at."""
 
 File = tuple[str, int, int]
 """Path, and the device and inode that were recorded."""

@@ -10,14 +10,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Final
 
 from qmpsnap import private, unwritable
-from qmpsnap.errors import HostCannot, LockHeld
+from qmpsnap.errors import HostCannot, LockHeld, OperationPending
 from qmpsnap.model.moment import moment
+from qmpsnap.outstanding import Cover, briefly
+
+_TELLING: Final = 1.0
+"""Seconds that the note in the lock may take; the lock itself may be on storage that hangs."""
 
 
 @contextmanager
-def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
+def machine_lock(path: Path, *, machine: str, verb: str, cover: Cover | None = None) -> Iterator[None]:
     """Hold the machine's lock for the block.
 
     The holder's name stands in the lock file itself, so who holds it and since when can be told without the store,
@@ -27,20 +32,31 @@ def machine_lock(path: Path, *, machine: str, verb: str) -> Iterator[None]:
         path: the lock file; its folder is made where it is missing.
         machine: the machine's name, for the error.
         verb: what the lock is held for, as others will be told.
+        cover: the file work of the block; the lock is held on while a thread of it hangs.
 
     Raises:
         LockHeld: another controller has it.
+        OperationPending: another controller was at it when storage hung, and a thread of it has not come back.
         HostCannot: the file cannot be opened or written, or is a link.
     """
     descriptor = _acquire(path, machine)
+    owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time(), "verb": verb}
     try:
-        owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time(), "verb": verb}
-        with contextlib.suppress(OSError):  # it is for others to read; on a full disk, too, there are things to do
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        _write(descriptor, owner)
         yield
     finally:
-        os.close(descriptor)
+        if cover is None:
+            os.close(descriptor)
+        else:
+            if hangs := cover.hangs:
+                briefly(lambda: _write(descriptor, {**owner, "hangs": hangs.message}), None, seconds=_TELLING)
+            cover.release(lambda: os.close(descriptor))
+
+
+def _write(descriptor: int, owner: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # it is for others to read; on a full disk, too, there are things to do
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
 
 
 def _acquire(path: Path, machine: str) -> int:
@@ -57,8 +73,14 @@ def _acquire(path: Path, machine: str) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = _describe(descriptor)
+            owner, hangs = _describe(descriptor), _hangs(descriptor)
             os.close(descriptor)
+            if hangs:
+                raise OperationPending(
+                    f"{owner} of machine {machine} has not come back: {hangs}",
+                    hint=f"once that storage answers: qmpsnap recover {machine}",
+                    machine=machine,
+                ) from None
             raise LockHeld(
                 f"machine {machine} is being worked on by {owner}",
                 hint="try again once it has ended; Ctrl-C there, or kill -INT of its process, cancels it",
@@ -112,6 +134,15 @@ def _describe(descriptor: int) -> str:
         return f"'{owner['verb']}' (pid {owner['pid']} on {owner['host']}) since {since}"
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "another controller that has only just begun"
+
+
+def _hangs(descriptor: int) -> str | None:
+    """What the holder has said of storage that hangs."""
+    try:
+        said = json.loads(os.pread(descriptor, 4096, 0)).get("hangs")
+    except (ValueError, AttributeError, RecursionError, OSError):
+        return None
+    return said if isinstance(said, str) else None
 
 
 def holder(path: Path) -> str | None:

@@ -18,6 +18,7 @@ from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
+from qmpsnap.outstanding import briefly
 from qmpsnap.store import devices, journal, owner, queries, records, rows
 from qmpsnap.store.database import Database
 from qmpsnap.store.decoded import decoded
@@ -259,8 +260,10 @@ class SqliteStore:
 
     def follow_devices(self) -> None:
         with self._database.reading() as sql:
-            if sql.execute(queries.ELSEWHERE, (os.uname().nodename,)).fetchone() or not devices.moved(self._files(sql)):
-                return
+            files = () if sql.execute(queries.ELSEWHERE, (os.uname().nodename,)).fetchone() else (*self._files(sql),)
+        # Also what needs no image comes by here.
+        if not briefly(lambda: devices.moved(files), None, seconds=devices.PATIENCE):
+            return
         with self._database.writing() as sql:  # where another process may have done so by now
             devices.follow(sql, devices.moved(self._files(sql)))
 

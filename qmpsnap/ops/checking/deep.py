@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from anyio import to_thread
-
 from qmpsnap.block import verify
 from qmpsnap.block.verify import Verdict
 from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
@@ -16,6 +14,7 @@ from qmpsnap.ops import keys
 from qmpsnap.ops.checking import ancestry
 from qmpsnap.ops.checking.facts import Facts
 from qmpsnap.ops.context import Context
+from qmpsnap.threads import to_read
 
 _CODES: dict[Verdict | Literal["unread"], str] = {
     "damaged": "image-damaged",
@@ -32,7 +31,7 @@ async def look(context: Context, at: Facts) -> list[Finding]:
     found += [finding for layer in _layers(context, at) if (finding := await _image(context, at, layer))]
     for snapshot in at.record.snapshots:
         state = snapshot.vmstate
-        if state and at.states[state.path] is None and (wrong := await to_thread.run_sync(_digest, state)):
+        if state and at.states[state.path] is None and (wrong := await to_read(_digest, state)):
             code, said = wrong
             text = f"snapshot {snapshot.name}: {said}"
             found.append(Finding(code=code, machine=at.record.machine.name, text=text, file=state.path))

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import anyio
-from anyio import to_thread
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -35,6 +34,7 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner
+from qmpsnap.threads import to_read
 
 AGENT_DEADLINE = 2.0
 """Seconds the agent may take to say whether the guest is frozen; one that is not there is not asked."""
@@ -179,11 +179,11 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
     for _ in range(LOOKS):
         busy = None if own else lock.holder(context.home.lock(name))
         asked, silent = await _ask(context, before, qemu)
-        found = await to_thread.run_sync(_files, context, before)
+        found = await to_read(_files, context, before)
         process = context.process(before.machine)
         pid = process.pid if process else None
         look = await blocking(partial(frozen.asked, context.store, before.machine, pid, active_too=True))
-        seen = await to_thread.run_sync(images.look, replace(look, ours=_ours(context, before.machine)))
+        seen = await to_read(images.look, replace(look, ours=_ours(context, before.machine)))
         old = await blocking(stale_store.sign, context, before.machine, before.chains)
         lost = await blocking(context.store.lost)
         moved = await blocking(whereabouts.recorded_elsewhere, context.home, context.store, context.host)
@@ -238,7 +238,7 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
         nodes=nodes,
         disks=graph.by_disk(await graph.read(qemu), known),
         jobs=jobs,
-        files=await to_thread.run_sync(_opened, context.process(at.machine), nodes),
+        files=await to_read(_opened, context.process(at.machine), nodes),
         agent=listening,
         beside=await graph.beside(qemu, await graph.read(qemu), at.chains),
         frozen=await freeze_state(context, at.machine) if listening and status.running else None,

@@ -1,0 +1,211 @@
+"""A command's work is done by a process of its own, so that the command can always end.
+
+A thread that waits for storage that hangs cannot always be ended, nor the process that it is in, not even by kill -9.
+So the process that was started works in a child, and only watches it: it ends when the child has ended or says that it
+has, when the child's first thread hangs, or at a second Ctrl-C. The child ends with it, as soon as the kernel lets it;
+until then it keeps its locks, so that nobody works beside a request that may still be carried out.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Final, NoReturn
+
+from qmpsnap import hung
+from qmpsnap.cli import output
+from qmpsnap.errors import Interrupted, QmpsnapError, StorageHangs
+from qmpsnap.outstanding import briefly
+
+_LOOK: Final = 1.0
+"""Seconds between two looks at the child's first thread."""
+_SAME: Final = 0.1
+"""Seconds within which two SIGINTs are one: ``timeout`` sends it to its process and to the group."""
+_BY_KERNEL: Final = 0x80
+"""SI_KERNEL, the ``si_code`` of what a terminal sends; all of its foreground group get that."""
+_READING: Final = 2.0
+"""Seconds for the store, which may be what hangs."""
+
+
+class _Session:
+    """What is known of this command; there is one in a process."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.machine: str | None = None
+        self.form: output.Format = "table"
+        self.answer = -1
+        """In the child: where the exit code is told."""
+
+
+_session = _Session()
+
+
+def want() -> None:
+    """Let :func:`split` do so: called by the console script alone, which is a process of its own."""
+    _session.wanted = True
+
+
+def about(machine: str | None, form: output.Format) -> None:
+    """Say what the command is about, for what is said when it cannot say it itself."""
+    _session.machine, _session.form = machine, form
+
+
+def split() -> None:
+    """Go on in a child, once; this process does not come back from here."""
+    if not _session.wanted:
+        return
+    _session.wanted = False
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    told, answer = os.pipe()
+    watched, life = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGCHLD))
+    try:
+        child = os.fork()
+    except OSError:  # no more processes: then without
+        child = -1
+    if child > 0:
+        os.close(answer)
+        os.close(watched)
+        _Parent(child, told, life).supervise()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    os.close(told)
+    os.close(life)
+    if child == 0:
+        _session.answer = answer
+        signal.signal(signal.SIGINT, _Once(signal.default_int_handler))
+        with contextlib.suppress(RuntimeError):  # no more threads: then it is only killed
+            threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+
+
+def end(code: int) -> None:
+    """In the child: end with that exit code, whatever its threads wait for."""
+    if _session.answer < 0:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    _let_go_of_streams()
+    os.write(_session.answer, bytes([code & 0xFF]))
+    os.kill(os.getppid(), signal.SIGCHLD)  # else it would hear of our end only when the last thread has ended
+    os._exit(code & 0xFF)
+
+
+class _Once:
+    """The child's handler of SIGINT: what a second one means is its parent's to say."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], object]) -> None:
+        self._handler = handler
+        self._heard = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self._heard:
+            self._heard = True
+            self._handler(number, frame)
+
+
+def once() -> None:
+    """In the child, inside of asyncio: let the handler that this has set hear of one SIGINT only."""
+    handler = signal.getsignal(signal.SIGINT)
+    if _session.answer >= 0 and callable(handler):
+        signal.signal(signal.SIGINT, _Once(handler))
+
+
+def _end_with(life: int) -> None:
+    """The child's thread that ends it as soon as its parent has ended, or asks for it."""
+    os.read(life, 1)
+    _let_go_of_streams()
+    os._exit(128 + signal.SIGINT)
+
+
+def _let_go_of_streams() -> None:
+    """Close what others may wait for the end of: a child that cannot end yet has it open otherwise."""
+    with contextlib.suppress(OSError):
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for stream in (0, 1, 2):
+            os.dup2(nothing, stream)
+
+
+class _Parent:
+    def __init__(self, child: int, told: int, life: int) -> None:
+        self._child, self._told, self._life = child, told, life
+        self._watch = hung.Watch(child, child)
+        self._interrupted = 0.0
+        os.set_blocking(told, False)
+
+    def supervise(self) -> NoReturn:
+        """Wait for the end of the child, and end as it did."""
+        while True:
+            self._end_as_child()
+            heard = signal.sigtimedwait((signal.SIGINT, signal.SIGCHLD), _LOOK)
+            if heard and heard.si_signo == signal.SIGINT:
+                self._interrupt(forward=heard.si_code != _BY_KERNEL)
+            elif not heard and (wait := self._watch.hangs(hung.deadline())):
+                self._give_up(wait)
+
+    def _end_as_child(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if code := os.read(self._told, 1):
+                os._exit(code[0])
+        pid, status = os.waitpid(self._child, os.WNOHANG)
+        if pid and os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            signal.signal(number, signal.SIG_DFL) if number not in (signal.SIGKILL, signal.SIGSTOP) else None
+            os.kill(os.getpid(), number)
+            os._exit(128 + number)
+        if pid and os.WIFEXITED(status):
+            os._exit(os.waitstatus_to_exitcode(status))
+
+    def _interrupt(self, *, forward: bool) -> None:
+        now = time.monotonic()
+        if not self._interrupted:
+            self._interrupted = now
+            if forward:
+                os.kill(self._child, signal.SIGINT)
+        elif now - self._interrupted > _SAME:
+            self._end_at_once(Interrupted("interrupted twice and ended at once"))
+
+    def _give_up(self, wait: hung.Wait) -> None:
+        place = briefly(lambda: hung.storage(wait.path), "", seconds=_LOOK)
+        self._end_at_once(
+            StorageHangs(
+                f"storage does not answer: {wait} has waited for {hung.deadline():g} s" + f", on {place}" * bool(place),
+                path=wait.path,
+                hint="find out what ails that storage",
+            )
+        )
+
+    def _end_at_once(self, error: QmpsnapError) -> NoReturn:
+        """End without the child, and say what it leaves open."""
+        waits = self._waits()
+        os.close(self._life)
+        time.sleep(_SAME)  # it closes the streams, which others may wait for
+        os.kill(self._child, signal.SIGKILL)
+        from qmpsnap.cli.interrupted import left_open
+
+        machine = _session.machine
+        error.machine, error.effect = machine, "unknown"
+        if machine:
+            said, operation = briefly(
+                lambda: left_open(machine, self._child), ("whether an operation is open is not known", None),
+                seconds=_READING,
+            )  # fmt: skip
+            error.add(said)
+            error.operation = operation
+            error.hint = f"qmpsnap recover {machine} finds out and ends it"
+        if waits and not isinstance(error, StorageHangs):
+            error.add(f"process {self._child} cannot end and keeps the lock: {waits[0]} does not answer")
+        output.report(error, _session.form)
+        os._exit(error.exit_code)
+
+    def _waits(self) -> list[hung.Wait]:
+        try:
+            threads = [int(name) for name in os.listdir(f"/proc/{self._child}/task")]  # noqa: PTH208
+        except OSError:
+            return []
+        return [wait for thread in threads if (wait := hung.waits(self._child, thread))]

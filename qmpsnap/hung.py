@@ -1,0 +1,185 @@
+"""Which file a thread waits for: asked of ``/proc``, which answers whatever storage hangs.
+
+A thread that hangs is told from one that is slow by what the kernel counts of it: one that reads, writes or waits for
+page after page is scheduled again and again.
+"""
+
+import os
+import stat
+import time
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+DEADLINE: Final = "QMPSNAP_STORAGE_DEADLINE"
+"""The variable with the seconds after which storage that does not answer is given up."""
+
+_DEADLINE: Final = 20.0
+_PATH_MAX: Final = 4096
+_CURRENT_FOLDER: Final = -100
+
+_BY_DESCRIPTOR: Final = {
+    0: "read", 1: "write", 3: "close", 5: "fstat", 8: "lseek", 17: "pread", 18: "pwrite", 40: "sendfile",
+    72: "fcntl", 73: "flock", 74: "fsync", 75: "fdatasync", 77: "ftruncate", 78: "getdents", 81: "fchdir",
+    91: "fchmod", 93: "fchown", 138: "fstatfs", 162: "sync", 217: "getdents", 285: "fallocate", 306: "syncfs",
+    326: "copy_file_range",
+}  # fmt: skip
+_BY_PATH: Final = {
+    2: "open", 4: "stat", 6: "lstat", 21: "access", 76: "truncate", 80: "chdir", 82: "rename", 83: "mkdir",
+    84: "rmdir", 86: "link", 87: "unlink", 88: "symlink", 89: "readlink", 90: "chmod", 92: "chown", 137: "statfs",
+}  # fmt: skip
+_BELOW_FOLDER: Final = {
+    257: "open", 258: "mkdir", 262: "stat", 263: "unlink", 264: "rename", 265: "link", 267: "readlink", 268: "chmod",
+    269: "access", 280: "utimens", 316: "rename", 332: "statx", 437: "open", 439: "access",
+}  # fmt: skip
+"""System calls of x86-64 that may wait for storage, by their number and by how their first arguments name a file."""
+
+
+class Wait(Struct, frozen=True):
+    """What a thread waits for: a system call, and the file that it is about, where that can be told."""
+
+    call: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.call} of {self.path}" if self.path else self.call
+
+
+class Watch:
+    """One thread, looked at now and then: does it get on?"""
+
+    def __init__(self, process: int, thread: int) -> None:
+        self._process, self._thread = process, thread
+        self._last: tuple[str, ...] = ()
+        self._since = time.monotonic()
+
+    def hangs(self, seconds: float) -> Wait | None:
+        """What the thread waits for, if it has not got on for so many seconds and waits for a file."""
+        now = _progress(self._process, self._thread)
+        if now != self._last or not now:
+            self._last, self._since = now, time.monotonic()
+            return None
+        return waits(self._process, self._thread) if time.monotonic() - self._since >= seconds else None
+
+
+def deadline() -> float:
+    """Seconds after which storage that does not answer is given up."""
+    try:
+        seconds = float(os.environ.get(DEADLINE, _DEADLINE))
+    except ValueError:
+        return _DEADLINE
+    return seconds if 0 < seconds < float("inf") else _DEADLINE
+
+
+def waits(process: int, thread: int) -> Wait | None:
+    """The file that a thread waits for in the kernel; None where it runs, or waits for something else."""
+    task = Path(f"/proc/{process}/task/{thread}")
+    try:
+        fields = (task / "syscall").read_text().split()
+        state = (task / "stat").read_text().rpartition(") ")[2][:1]
+    except OSError:
+        return None
+    number = -1 if fields[0] == "running" else int(fields[0])
+    arguments = [int(word, 16) for word in fields[1:7]]
+    if number == -1 or os.uname().machine != "x86_64":
+        return Wait("a file", "") if state == "D" else None  # a mapped page, or calls with other numbers
+    if (call := _BY_DESCRIPTOR.get(number)) and (path := _opened(process, _signed(arguments[0]))):
+        return Wait(call, path)
+    if call := _BY_PATH.get(number):
+        return Wait(call, _inside(process, _CURRENT_FOLDER, arguments[0]))
+    if call := _BELOW_FOLDER.get(number):
+        return Wait(call, _inside(process, _signed(arguments[0]), arguments[1]))
+    return None
+
+
+def storage(path: str) -> str:
+    """The mounted file system that a path leads to, in words; links are followed as far as that asks no other host."""
+    mounts = _mounts()
+    resolved, rest = "/", [part for part in path.split("/") if part]
+    for _ in range(_PATH_MAX):
+        where, kind = _mount(resolved, mounts)
+        if not rest or _is_remote(kind):
+            return f"{where} ({kind})" if where else ""
+        step = os.path.join(resolved, rest[0])  # noqa: PTH118 - Path would drop nothing, and cost more
+        try:
+            target = "" if _is_remote(_mount(step, mounts)[1]) else os.readlink(step)  # noqa: PTH115
+        except OSError:
+            target = ""
+        if target:
+            rest = [*(part for part in target.split("/") if part), *rest[1:]]
+            resolved = "/" if target.startswith("/") else resolved
+        else:
+            resolved, rest = os.path.normpath(step), rest[1:]
+    return ""
+
+
+def _is_remote(kind: str) -> bool:
+    return kind.startswith(("fuse", "nfs", "cifs", "smb", "9p", "ceph", "virtiofs", "afs", "glusterfs"))
+
+
+def _mounts() -> list[tuple[str, str]]:
+    """Of every mounted file system its place and kind, in the order in which they were mounted."""
+    found = []
+    with Path("/proc/self/mountinfo").open(encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            before, _, after = line.partition(" - ")
+            place = before.split()[4].encode("utf-8", "surrogateescape").decode("unicode_escape")
+            found.append((place, after.split()[0]))
+    return found
+
+
+def _mount(path: str, mounts: list[tuple[str, str]]) -> tuple[str, str]:
+    below = [mount for mount in mounts if path == mount[0] or path.startswith(f"{mount[0].rstrip('/')}/")]
+    return max(reversed(below), key=lambda mount: len(mount[0]), default=("", ""))
+
+
+def _progress(process: int, thread: int) -> tuple[str, ...]:
+    """What changes when a thread gets on: its switches, its time and the call that it is in."""
+    task = Path(f"/proc/{process}/task/{thread}")
+    try:
+        status = (task / "status").read_text().splitlines()
+        times = (task / "stat").read_text().rpartition(") ")[2].split()[11:13]
+        call = (task / "syscall").read_text()
+    except OSError:
+        return ()
+    return (*(line for line in status if "ctxt_switches" in line), *times, call)
+
+
+def _opened(process: int, descriptor: int) -> str:
+    """The file or block device that a descriptor of the process is of; empty for a terminal, a pipe or a socket."""
+    try:
+        path = os.readlink(f"/proc/{process}/fd/{descriptor}")  # noqa: PTH115
+        if path.startswith("/dev/") and not stat.S_ISBLK(os.stat(path).st_mode):  # noqa: PTH116
+            return ""
+    except OSError:
+        return ""
+    return path if path.startswith("/") else ""
+
+
+def _inside(process: int, folder: int, address: int) -> str:
+    name = _text(process, address)
+    if name.startswith("/"):
+        return name
+    try:
+        link = "cwd" if folder == _CURRENT_FOLDER else f"fd/{folder}"
+        beginning = os.readlink(f"/proc/{process}/{link}")  # noqa: PTH115
+    except OSError:
+        return name
+    return f"{beginning}/{name}" if name else beginning
+
+
+def _text(process: int, address: int) -> str:
+    try:
+        memory = os.open(f"/proc/{process}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.fsdecode(os.pread(memory, _PATH_MAX, address).partition(b"\0")[0])
+        finally:
+            os.close(memory)
+    except (OSError, OverflowError):
+        return ""
+
+
+def _signed(word: int) -> int:
+    low = word & 0xFFFFFFFF
+    return low - (1 << 32) if low >> 31 else low
