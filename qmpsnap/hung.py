@@ -6,6 +6,7 @@ page after page is scheduled again and again.
 
 import os
 import stat
+import threading
 import time
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,8 @@ DEADLINE: Final = "QMPSNAP_STORAGE_DEADLINE"
 """The variable with the seconds after which storage that does not answer is given up."""
 
 _DEADLINE: Final = 20.0
+_NAMING: Final = 0.5
+"""Seconds to find out on which storage a path lies."""
 _PATH_MAX: Final = 4096
 _CURRENT_FOLDER: Final = -100
 
@@ -61,6 +64,45 @@ class Watch:
             self._last, self._since = now, time.monotonic()
             return None
         return waits(self._process, self._thread) if time.monotonic() - self._since >= seconds else None
+
+
+class ProcessWatch:
+    """All threads of a process."""
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+        self._threads: dict[int, Watch] = {}
+
+    def hangs(self, seconds: float) -> Wait | None:
+        """What the first of its threads waits for that has not got on for so many seconds and waits for a file."""
+        known = self._threads
+        self._threads = {one: known.get(one) or Watch(self._process, one) for one in threads(self._process)}
+        waits = [watch.hangs(seconds) for watch in self._threads.values()]
+        return next(filter(None, waits), None)
+
+
+def threads(process: int) -> list[int]:
+    """The threads of a process; none where it has ended."""
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{process}/task")]  # noqa: PTH208
+    except OSError:
+        return []
+
+
+def waits_of(process: int) -> Wait | None:
+    """The file that a thread of a process waits for right now."""
+    return next((wait for thread in threads(process) if (wait := waits(process, thread))), None)
+
+
+def sentence(wait: Wait, seconds: float, *, who: str = "") -> str:
+    """What is wrong; the storage is named as well, where that can be told at once."""
+    found: list[str] = []
+    asking = threading.Thread(target=lambda: found.append(storage(wait.path)), daemon=True)
+    if wait.path:
+        asking.start()
+        asking.join(_NAMING)
+    place = f", on {found[0]}" if found and found[0] else ""
+    return f"storage does not answer: {wait}{who and f' by {who}'} has waited for {seconds:g} s{place}"
 
 
 def deadline() -> float:

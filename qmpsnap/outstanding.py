@@ -6,6 +6,7 @@ Without asyncio, as ``list`` asks here.
 import contextlib
 import os
 import queue
+import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any, Final, Generic, TypeVar
 
 from qmpsnap import hung
-from qmpsnap.errors import StorageHangs
+from qmpsnap.errors import Effect, StorageHangs
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -22,6 +23,8 @@ LOOK: Final = 0.5
 """Seconds between two looks at a thread."""
 
 _guard = threading.Lock()
+_helpers: "set[Work[Any]]" = set()
+"""Those that only wait for a program of ours to end."""
 _left: "set[Work[Any]]" = set()
 """What runs in threads that were left to themselves, of all loops of this process."""
 
@@ -104,6 +107,7 @@ class Work(Generic[T]):
                 changed = self in _left and not self._reads
                 told = self._cover.regain() if changed and self._cover else None
                 _left.discard(self)
+                _helpers.discard(self)
             if told:
                 told()
 
@@ -113,20 +117,45 @@ class Work(Generic[T]):
         wait = self._watch.hangs(seconds) if self._watch else None
         if wait is None:
             return None
-        place = briefly(lambda: hung.storage(wait.path), "", seconds=LOOK)
-        error = StorageHangs(
-            f"storage does not answer: {wait} has waited for {seconds:g} s" + f", on {place}" * bool(place),
-            path=wait.path,
-            hint="find out what ails that storage; QMPSNAP_STORAGE_DEADLINE gives it longer",
-            effect="none" if self._reads or not self._cover else "unknown",
-        )
+        error = storage_hangs(wait, seconds, effect="none" if self._reads or not self._cover else "unknown")
+        return error if self.leave(error) else None
+
+    def leave(self, error: StorageHangs) -> bool:
+        """Leave the call to itself; False where it has ended in this very moment."""
         with _guard:
             if self._ended:
-                return None
+                return False
             _left.add(self)
             if self._cover:
                 self._cover.lose(error, reads=self._reads)
-        return error
+            return True
+
+
+def storage_hangs(wait: hung.Wait, seconds: float, *, effect: Effect, who: str = "") -> StorageHangs:
+    """The error that tells it."""
+    return StorageHangs(
+        hung.sentence(wait, seconds, who=who),
+        path=wait.path,
+        hint=f"find out what ails that storage; {hung.DEADLINE} gives it longer",
+        effect=effect,
+    )
+
+
+def leave_process(pid: int, error: StorageHangs) -> None:
+    """Count a process that was killed, and does not end yet, as work of ours that is not back."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+
+    def wait() -> None:
+        select.select([descriptor], [], [])
+        os.close(descriptor)
+
+    work = Work(wait, reads=False)
+    work.leave(error)
+    _helpers.add(work)
+    threading.Thread(target=work.run, daemon=True).start()
 
 
 def briefly(call: Callable[[], T], otherwise: U, *, seconds: float) -> T | U:
@@ -151,3 +180,9 @@ def left() -> bool:
     """Whether a thread was left to itself that is not back: the process cannot end by itself then."""
     with _guard:
         return bool(_left)
+
+
+def helpers() -> bool:
+    """Whether a program that we have started and killed has not ended yet."""
+    with _guard:
+        return bool(_helpers)

@@ -7,7 +7,6 @@ at that name meanwhile, no other file is written to. What qemu-img made is then 
 import errno
 import os
 import stat
-import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -15,26 +14,32 @@ from pathlib import Path
 from typing import Final, Self
 
 import anyio
-from anyio import lowlevel, to_thread
-from anyio.abc import Process
+from anyio import lowlevel
 from msgspec import Struct
 
 from qmpsnap import identity
-from qmpsnap.block import encrypted, header
+from qmpsnap.block import encrypted, header, tool
 from qmpsnap.block.backing import require_size
 from qmpsnap.block.header import Header, printable
-from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.errors import (
+    DeadlinePassed,
+    Effect,
+    HostCannot,
+    ImageRefused,
+    QmpsnapError,
+    StateError,
+    StorageHangs,
+    StoreMismatch,
+)
 from qmpsnap.identity import FileId
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import Format
-from qmpsnap.programs import running
-from qmpsnap.threads import completed, to_end, to_read
+from qmpsnap.threads import to_end, to_read
 
 _SECTOR: Final = 512
 _TRIES: Final = 5
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 _MAX_SAID: Final = 64 << 10  # bytes kept of what qemu-img writes
-_CLEANUP_TIMEOUT: Final = 10.0  # seconds; an unlink and an fsync on a disk that still answers
 
 
 class ImageTool(Struct, frozen=True):
@@ -125,19 +130,23 @@ class ImageTool(Struct, frozen=True):
     async def _run(self, claim: "_Claim", arguments: list[str], key: int | None) -> None:
         """Run qemu-img to its end; it is killed when we are cancelled or its time is over."""
         shown = printable(claim.path)
-        said = b""
-        with anyio.move_on_after(self.timeout) as scope:
-            async with self._running(claim, arguments, key) as process:
-                assert process.stderr is not None  # a pipe by open_process's default
-                async for chunk in process.stderr:
-                    said = (said + chunk)[:_MAX_SAID]
-                await process.wait()
-        if scope.cancelled_caught:
-            raise DeadlinePassed(
-                f"{self.binary} did not end within {self.timeout:g} seconds; {shown} was not created",
-                hint="is the disk of that folder busy or gone?",
+        try:
+            done = await tool.run(
+                [self.binary, *arguments],
+                deadline=self.timeout,
+                late=f"{self.binary} did not end within {self.timeout:g} seconds; {shown} was not created",
+                inherited=[claim.descriptor] if key is None else [claim.descriptor, key],
+                environment={**os.environ, "LC_ALL": "C"},
+                limit=_MAX_SAID,
             )
-        code = process.returncode or 0
+        except DeadlinePassed as error:
+            error.hint = error.hint or "is the disk of that folder busy or gone?"
+            raise
+        except HostCannot as error:
+            error.add(f"{shown} was not created")
+            error.hint = "install qemu-utils, or name the program in QMPSNAP_QEMU_IMG"
+            raise
+        code, said = done.returncode, done.stderr
         if code == 0:
             return
         text = _one_line(said).replace(f"/proc/self/fd/{claim.descriptor}", shown)
@@ -145,24 +154,6 @@ class ImageTool(Struct, frozen=True):
             raise _no_space(claim.path)
         how = f"signal {-code}" if code < 0 else f"exit {code}"
         raise HostCannot(f"{self.binary} failed ({how}): {printable(text) or 'no message'}; {shown} was not created")
-
-    @asynccontextmanager
-    async def _running(self, claim: "_Claim", arguments: list[str], key: int | None) -> AsyncIterator[Process]:
-        try:
-            async with running(
-                [self.binary, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "LC_ALL": "C"},
-                pass_fds=[claim.descriptor] if key is None else [claim.descriptor, key],
-                start_new_session=True,  # a Ctrl-C is ours to answer, not its own
-            ) as process:
-                yield process
-        except OSError as error:
-            raise HostCannot(
-                f"{self.binary} cannot be run: {error.strerror}; {printable(claim.path)} was not created",
-                hint="install qemu-utils, or name the program in QMPSNAP_QEMU_IMG",
-            ) from error
 
 
 async def remove(
@@ -279,11 +270,14 @@ async def _claimed(path: Path) -> AsyncIterator[_Claim]:
         yield claim
         await lowlevel.checkpoint()  # who is cancelled never learns of the file: then there is none
     except BaseException as error:
-        problem = f"the disk did not answer within {_CLEANUP_TIMEOUT:g} seconds"
-        # Bounded: a hung disk must not keep us; the thread then ends by itself.
-        with anyio.move_on_after(_CLEANUP_TIMEOUT, shield=True):
-            problem = await to_thread.run_sync(_discard, claim, abandon_on_cancel=True)
-        if problem and isinstance(error, QmpsnapError):
+        with anyio.CancelScope(shield=True):
+            try:
+                problem = await to_end(_discard, claim)
+            except StorageHangs as hang:
+                problem = hang.message
+        if isinstance(error, StorageHangs):
+            error.effect = "unknown"
+        elif problem and isinstance(error, QmpsnapError):
             error.effect = "unknown"
             error.add(f"an unfinished file may be left there: {problem}")
         raise

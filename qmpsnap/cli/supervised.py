@@ -19,7 +19,7 @@ from typing import Final, NoReturn
 from qmpsnap import hung
 from qmpsnap.cli import output
 from qmpsnap.errors import Interrupted, QmpsnapError, StorageHangs
-from qmpsnap.outstanding import briefly
+from qmpsnap.outstanding import briefly, helpers, storage_hangs
 
 _LOOK: Final = 1.0
 """Seconds between two looks at the child's first thread."""
@@ -93,7 +93,7 @@ def end(code: int) -> None:
     _let_go_of_streams()
     os.write(_session.answer, bytes([code & 0xFF]))
     os.kill(os.getppid(), signal.SIGCHLD)  # else it would hear of our end only when the last thread has ended
-    os._exit(code & 0xFF)
+    _end_after_helpers(code)
 
 
 class _Once:
@@ -120,7 +120,14 @@ def _end_with(life: int) -> None:
     """The child's thread that ends it as soon as its parent has ended, or asks for it."""
     os.read(life, 1)
     _let_go_of_streams()
-    os._exit(128 + signal.SIGINT)
+    _end_after_helpers(128 + signal.SIGINT)
+
+
+def _end_after_helpers(code: int) -> NoReturn:
+    """End, once no program that was started for a change can change anything more; the lock is kept as long."""
+    while helpers():
+        time.sleep(_LOOK)
+    os._exit(code & 0xFF)
 
 
 def _let_go_of_streams() -> None:
@@ -171,21 +178,13 @@ class _Parent:
             self._end_at_once(Interrupted("interrupted twice and ended at once"))
 
     def _give_up(self, wait: hung.Wait) -> None:
-        place = briefly(lambda: hung.storage(wait.path), "", seconds=_LOOK)
-        self._end_at_once(
-            StorageHangs(
-                f"storage does not answer: {wait} has waited for {hung.deadline():g} s" + f", on {place}" * bool(place),
-                path=wait.path,
-                hint="find out what ails that storage",
-            )
-        )
+        self._end_at_once(storage_hangs(wait, hung.deadline(), effect="unknown"))
 
     def _end_at_once(self, error: QmpsnapError) -> NoReturn:
         """End without the child, and say what it leaves open."""
-        waits = self._waits()
+        wait = hung.waits_of(self._child)
         os.close(self._life)
-        time.sleep(_SAME)  # it closes the streams, which others may wait for
-        os.kill(self._child, signal.SIGKILL)
+        time.sleep(_SAME)  # it closes the streams, which others may wait for the end of
         from qmpsnap.cli.interrupted import left_open
 
         machine = _session.machine
@@ -198,14 +197,7 @@ class _Parent:
             error.add(said)
             error.operation = operation
             error.hint = f"qmpsnap recover {machine} finds out and ends it"
-        if waits and not isinstance(error, StorageHangs):
-            error.add(f"process {self._child} cannot end and keeps the lock: {waits[0]} does not answer")
+        if wait and not isinstance(error, StorageHangs):
+            error.add(f"process {self._child} keeps the lock until {wait} is answered")
         output.report(error, _session.form)
         os._exit(error.exit_code)
-
-    def _waits(self) -> list[hung.Wait]:
-        try:
-            threads = [int(name) for name in os.listdir(f"/proc/{self._child}/task")]  # noqa: PTH208
-        except OSError:
-            return []
-        return [wait for thread in threads if (wait := hung.waits(self._child, thread))]

@@ -9,7 +9,7 @@ from typing import TypeVar
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap import unwritable
+from qmpsnap import hung, unwritable
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
 from qmpsnap.machine import logs as logfiles
 from qmpsnap.machine import privileges
@@ -221,12 +221,18 @@ async def require_ended(process: Process | None, qemu: Monitor | None, *, machin
         DeadlinePassed: it still runs; with ``effect``, as the caller knows it.
     """
     if process and not await end(process, qemu):
-        raise DeadlinePassed(
-            f"QEMU of machine {machine} (process {process.pid}) does not end",
-            hint=f"its storage may hang; once it has ended: qmpsnap recover {machine}",
-            effect=effect,
-            machine=machine,
-        )
+        raise still_runs(process, machine=machine, effect=effect)
+
+
+def still_runs(process: Process, *, machine: str, effect: Effect) -> DeadlinePassed:
+    """The error for a QEMU that was killed and does not end, with the file that it waits for."""
+    wait = hung.waits_of(process.pid)
+    return DeadlinePassed(
+        f"QEMU of machine {machine} (process {process.pid}) does not end{f': {wait} is not answered' if wait else ''}",
+        hint=f"its storage may hang; once it has ended: qmpsnap recover {machine}",
+        effect=effect,
+        machine=machine,
+    )
 
 
 async def wait_end(process: Process, *, deadline: float) -> bool:

@@ -246,7 +246,7 @@ async def locked(context: Context, name: str, verb: str, *, anywhere: bool = Fal
         except StorageHangs as error:
             error.machine = name
             if error.effect == "unknown":
-                error.hint = f"once that storage answers: qmpsnap recover {name}; {error.hint}"
+                error.hint = f"once that storage answers: qmpsnap recover {name}"
             raise
     await lowlevel.checkpoint()  # whoever was cancelled while the last thread worked is so here, and not in other code
 

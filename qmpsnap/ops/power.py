@@ -9,7 +9,7 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, Sto
 from qmpsnap.machine import accel, argv, logs, scope, surroundings
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
-from qmpsnap.machine.machine import end, launch, monitor, wait_end
+from qmpsnap.machine.machine import end, launch, monitor, still_runs, wait_end
 from qmpsnap.machine.opened import require_opened
 from qmpsnap.machine.privileges import Privileges
 from qmpsnap.model.blockdev import node_name
@@ -210,9 +210,11 @@ async def _ask(context: Context, machine: Machine, process: Process, wait: float
 async def _quit(context: Context, machine: Machine, process: Process) -> None:
     try:
         async with context.monitor(machine) as qemu:
-            await end(process, qemu)
+            ended = await end(process, qemu)
     except (QemuGone, DeadlinePassed):
-        await end(process, None)
+        ended = await end(process, None)
+    if not ended:
+        raise still_runs(process, machine=machine.name, effect="unknown")
 
 
 def _require_alone(context: Context, machine: Machine, chains: Sequence[Chain]) -> None:
