@@ -4,7 +4,9 @@ A thread that hangs is told from one that is slow by what the kernel counts of i
 page after page is scheduled again and again.
 """
 
+import contextlib
 import os
+import signal
 import stat
 import threading
 import time
@@ -92,6 +94,17 @@ def threads(process: int) -> list[int]:
 def waits_of(process: int) -> Wait | None:
     """The file that a thread of a process waits for right now."""
     return next((wait for thread in threads(process) if (wait := waits(process, thread))), None)
+
+
+def keeps(process: int) -> Wait | None:
+    """The file that keeps a process from ending which was killed or has ended itself; None where it lives."""
+    for thread in threads(process):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{process}/task/{thread}/status").read_text().splitlines()
+            masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+            if any(mask >> (signal.SIGKILL - 1) & 1 for mask in masks) and (wait := waits(process, thread)):
+                return wait
+    return None
 
 
 def sentence(wait: Wait, seconds: float, *, who: str = "") -> str:

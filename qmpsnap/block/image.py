@@ -264,8 +264,7 @@ class _Claim:
 @asynccontextmanager
 async def _claimed(path: Path) -> AsyncIterator[_Claim]:
     """A claim that is discarded when the block fails, is cancelled or runs out of time."""
-    # Not in a thread: no cancellation can come between the file's birth and our knowing of it.
-    claim = _Claim.make(path)
+    claim = await to_end(_Claim.make, path)  # to its end: we know of the file, whoever cancels meanwhile
     try:
         yield claim
         await lowlevel.checkpoint()  # who is cancelled never learns of the file: then there is none

@@ -26,7 +26,7 @@ from qmpsnap.ops import disk_sources, keys, recover
 from qmpsnap.ops.context import Context, blocking, forget_places, locked, require_folder
 from qmpsnap.ops.disk_sources import DiskSource
 from qmpsnap.ops.overlays import identified, make_overlays, require_free
-from qmpsnap.threads import to_end
+from qmpsnap.threads import to_end, to_read
 
 
 def plan(
@@ -268,7 +268,7 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
     plan = operation.plan
     assert isinstance(plan, DefinePlan)
     folder = context.home.machine_dir(plan.machine)
-    require_folder(context.home, plan.machine)
+    await to_read(require_folder, context.home, plan.machine)
     await to_end(private.make_folder, folder)
     headers: dict[LayerId, Header] = {}
     assert plan.change.define

@@ -20,6 +20,7 @@ from qmpsnap.ops.recover import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock
+from qmpsnap.threads import to_read
 
 
 class Work(Struct, frozen=True):
@@ -93,7 +94,7 @@ async def working(
     """
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
-    require_folder(context.home, name)
+    await to_read(require_folder, context.home, name)
     async with locked(context, name, verb):
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
         await stale_store.require_fit(context, machine, removes=removes)
@@ -131,7 +132,7 @@ async def looking(context: Context, name: str, *, removes: bool = False, alone: 
     """
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
-    require_folder(context.home, name)
+    await to_read(require_folder, context.home, name)
     await stale_store.require_fit(context, machine, removes=removes)
     await require_settled(context, name)
     async with context.monitor(machine, look=True) as qemu:

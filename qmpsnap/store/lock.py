@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from qmpsnap import private, unwritable
+from qmpsnap import hung, private, unwritable
 from qmpsnap.errors import HostCannot, LockHeld, OperationPending
 from qmpsnap.model.moment import moment
 from qmpsnap.outstanding import Cover, briefly
@@ -137,10 +137,13 @@ def _describe(descriptor: int) -> str:
 
 
 def _hangs(descriptor: int) -> str | None:
-    """What the holder has said of storage that hangs."""
+    """What the holder has said of storage that hangs, or shows: it was ended and cannot end."""
     try:
-        said = json.loads(os.pread(descriptor, 4096, 0)).get("hangs")
-    except (ValueError, AttributeError, RecursionError, OSError):
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+        said = owner.get("hangs")
+        if said is None and owner["host"] == os.uname().nodename and (wait := hung.keeps(owner["pid"])):
+            said = f"it was ended, and storage does not answer: {wait}"
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError, OSError):
         return None
     return said if isinstance(said, str) else None
 

@@ -1,0 +1,175 @@
+"""Images on storage that hangs: every command ends and says what hangs, and nothing is lost when it answers again."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+from anyio import to_thread
+
+import qmpsnap
+from qmpsnap import hung, outstanding
+from qmpsnap.errors import LockHeld, OperationPending, StorageHangs
+from tests.harness import hanging
+from tests.harness.hanging import Storage
+from tests.live.machine import ONE_DISK, context_of
+
+COMMAND = str(Path(sys.executable).with_name("qmpsnap"))
+WAIT = 60.0
+"""Seconds in which a command has to end here; the storage does not answer for longer."""
+
+
+@pytest.fixture(scope="module")
+def mount() -> Iterator[Storage]:
+    if reason := hanging.lacking():
+        pytest.skip(reason)
+    with hanging.mounted() as storage:
+        yield storage
+
+
+@pytest.fixture
+async def vm(mount: Storage, home: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[qmpsnap.MachineHandle]:
+    """A paused machine whose images, but not whose store, lie on that storage."""
+    monkeypatch.setenv(hung.DEADLINE, "2")
+    machines = mount.path / home.name
+    machines.mkdir()
+    (home / "machines").symlink_to(machines)
+    async with qmpsnap.open(home) as q:
+        vm = await q.define(ONE_DISK)
+        await vm.start(paused=True)
+        yield vm
+        mount.answer()
+    for _ in range(500):
+        if not outstanding.left():
+            break
+        await anyio.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def clean(mount: Storage) -> Iterator[None]:
+    yield
+    for entry in mount.path.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def started(*words: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [COMMAND, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+async def ended(command: "subprocess.Popen[str]", *, seconds: float = WAIT) -> str:
+    """What a command has said until its end, that of its output as well."""
+    try:
+        said, _ = await to_thread.run_sync(lambda: command.communicate(timeout=seconds))
+    except BaseException:
+        command.kill()
+        raise
+    return said
+
+
+VERBS = [
+    (6, "open read", "check", "still"),
+    (6, "getattr", "check", "still"),
+    (6, "open read", "snapshot", "create", "still", "one"),
+    (6, "create", "snapshot", "create", "still", "one"),
+    (6, "fsync", "snapshot", "create", "still", "one"),
+    (6, "getattr", "chain", "still"),
+    (0, "all", "list"),
+    (0, "all", "show", "still"),
+    (0, "all", "pause", "still"),
+    (0, "all", "snapshot", "list", "still"),
+]
+
+
+@pytest.mark.parametrize(("code", "operations", "words"), [(code, hangs, words) for code, hangs, *words in VERBS])
+async def test_every_verb_ends_and_says_what_hangs(
+    vm: qmpsnap.MachineHandle, mount: Storage, code: int, operations: str, words: list[str]
+) -> None:
+    with mount.hang(operations):
+        command = started(*words)
+        said = await ended(command)
+        assert command.returncode == code, said
+        assert code == 0 or f"{mount.path} (fuse)" in said, said
+    await usable(vm)
+
+
+async def usable(vm: qmpsnap.MachineHandle) -> None:
+    """The machine can be worked on, and nothing is wrong with it."""
+    with anyio.fail_after(WAIT):
+        while True:
+            try:
+                await vm.recover()
+                break
+            except (OperationPending, LockHeld):  # it was held while that process was ending
+                await anyio.sleep(0.05)
+    await vm.snapshot("afterwards")
+    assert not (await vm.check()).findings
+    assert [snapshot.name for snapshot in await vm.snapshots()] == ["afterwards"]
+
+
+@pytest.mark.parametrize("operations", ["", "open read write"])
+async def test_stop_force_needs_no_image(vm: qmpsnap.MachineHandle, mount: Storage, operations: str) -> None:
+    with mount.hang(operations or "open"):
+        command = started("stop", "still", "--force")
+        said = await ended(command)
+        assert (command.returncode, said) == (0, "machine still is stopped\n")
+
+
+async def test_a_second_ctrl_c_ends_at_once_and_tells_what_is_left(vm: qmpsnap.MachineHandle, mount: Storage) -> None:
+    os.environ[hung.DEADLINE] = "3600"
+    with mount.hang("fsync"):
+        command = started("snapshot", "create", "still", "one")
+        await until_stuck(command.pid)
+        command.send_signal(signal.SIGINT)
+        await anyio.sleep(1)
+        if command.poll() is None:
+            command.send_signal(signal.SIGINT)
+        said = await ended(command, seconds=20)
+    assert command.returncode == 130
+    assert "operation 2 (create) is open" in said, said
+    await usable(vm)
+
+
+async def until_stuck(process: int) -> None:
+    """Until a process below this one waits for that storage."""
+    with anyio.fail_after(WAIT):
+        while True:
+            found = [pid for pid in below(process) if (wait := hung.waits_of(pid)) and "qs-hang" in str(wait)]
+            if found:
+                return
+            await anyio.sleep(0.05)
+
+
+def below(process: int) -> list[int]:
+    found = [process]
+    for pid in found:
+        for thread in hung.threads(pid):
+            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+    return found
+
+
+async def test_a_library_call_keeps_the_lock_until_the_thread_is_back(
+    vm: qmpsnap.MachineHandle, mount: Storage
+) -> None:
+    with mount.hang("unlink fsync"):
+        with pytest.raises(StorageHangs) as caught:
+            await vm.snapshot("one")
+        assert (caught.value.exit_code, caught.value.effect) == (6, "unknown")
+        with pytest.raises(OperationPending) as refused:
+            await vm.snapshot("two")
+        assert refused.value.exit_code == 8
+        command = started("snapshot", "create", "still", "three")
+        assert "has not come back" in await ended(command)
+        assert command.returncode == 8
+        assert [found.state for found in context_of(vm).store.operations("still")][-1] == "planned"
+    await usable(vm)
