@@ -22,6 +22,7 @@ _DEADLINE: Final = 20.0
 _NAMING: Final = 0.5
 """Seconds to find out on which storage a path lies."""
 _PATH_MAX: Final = 4096
+_IN_MEMORY: Final = ("devtmpfs", "devpts", "tmpfs")
 _CURRENT_FOLDER: Final = -100
 
 _BY_DESCRIPTOR: Final = {
@@ -205,7 +206,8 @@ def _opened(process: int, descriptor: int) -> str:
     """The file or block device that a descriptor of the process is of; empty for a terminal, a pipe or a socket."""
     try:
         path = os.readlink(f"/proc/{process}/fd/{descriptor}")  # noqa: PTH115
-        if path.startswith("/dev/") and not stat.S_ISBLK(os.stat(path).st_mode):  # noqa: PTH116
+        kind = _mount(path, _mounts())[1] if path.startswith("/dev/") else ""
+        if kind in _IN_MEMORY and stat.S_ISCHR(os.stat(path).st_mode):  # noqa: PTH116
             return ""
     except OSError:
         return ""
