@@ -22,7 +22,7 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Session
-from qmpsnap.threads import completed
+from qmpsnap.threads import completed, to_read
 
 FOLDER = "worker"
 MEMORY = 64 << 20
@@ -86,7 +86,7 @@ async def working_on(
     """
     folder = run_dir / FOLDER
     prepare_run_dir(folder)
-    require_recorded(chain.layers, machine=machine.name)
+    await to_read(lambda: require_recorded(chain.layers, machine=machine.name))
     disk = machine.require_disk(chain.disk)
     spec = MachineSpec(
         name=machine.name,
@@ -112,7 +112,7 @@ async def working_on(
         ) from error
     try:
         async with monitor(machine, folder) as session:
-            require_opened(process, chain.layers, machine=machine.name)
+            await to_read(lambda: require_opened(process, chain.layers, machine=machine.name))
             yield session
             await _quit(session)
     except BaseException:

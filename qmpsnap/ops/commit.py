@@ -17,6 +17,7 @@ from qmpsnap.ops.possible import require_possible
 from qmpsnap.ops.situation import look, require_space, resolve
 from qmpsnap.ops.work import Work, begin, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.threads import to_read
 
 
 class CommitRequest(Struct, frozen=True, kw_only=True):
@@ -78,7 +79,7 @@ async def preview(context: Context, name: str, request: Request) -> tuple[MergeP
     """The plan that :func:`run` would follow now and the command that starts its job; locks and changes nothing."""
     async with looking(context, name, removes=True) as work:
         at, made = await _plan(context, work, request)
-        require_space(at, made.steps, context.home.data)
+        await to_read(require_space, at, made.steps, context.home.data)
         await require_possible(work, at, made.steps)
         serial = await serials.next_free(context, work.machine, work.qemu)
         step = made.steps[0]
@@ -103,7 +104,7 @@ async def run(context: Context, name: str, request: Request, *, report: Report =
     verb = "commit" if isinstance(request, CommitRequest) else "stream"
     async with working(context, name, verb, removes=True) as work:
         at, made = await _plan(context, work, request)
-        require_space(at, made.steps, context.home.data)
+        await to_read(require_space, at, made.steps, context.home.data)
         await require_possible(work, at, made.steps)
         return await carry_out(context, work, lambda _: made, report=report)
 

@@ -29,7 +29,7 @@ from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import completed
+from qmpsnap.threads import completed, to_end, to_read
 
 HOLD_AFTER = 2.0
 """Seconds a guest may keep a job from its end; then its vCPUs are stopped until it is over."""
@@ -173,7 +173,7 @@ async def _start(job: MirrorJob, monitor: Monitor) -> None:
     try:
         await commands.blockdev_add(monitor, options)
         await _require_size(monitor, job.step)
-        _require_target(job)
+        await to_read(_require_target, job)
         await job.mark(steps.STARTED)
         await monitor.execute(start, arguments)
     except QmpError as error:

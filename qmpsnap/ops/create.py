@@ -28,6 +28,7 @@ from qmpsnap.ops.work import Work, looking, require_agreement, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_read
 
 _STARTS = "make it start on a new layer"
 
@@ -216,7 +217,8 @@ async def _carry_out(at: _Attempt) -> Change:
     if qemu:
         for overlay in plan.overlays:
             await commands.blockdev_add(qemu, node_options(overlay, machine))
-        require_opened(at.context.process(machine), change.layers, machine=machine.name)
+        process = at.context.process(machine)
+        await to_read(lambda: require_opened(process, change.layers, machine=machine.name))
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
         await at.guard_ready()

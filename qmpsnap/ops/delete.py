@@ -19,6 +19,7 @@ from qmpsnap.ops.possible import require_possible
 from qmpsnap.ops.situation import look, require_space
 from qmpsnap.ops.work import Work, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.threads import to_read
 
 
 class DeleteRequest(Struct, frozen=True, kw_only=True):
@@ -120,7 +121,7 @@ async def run(context: Context, name: str, request: DeleteRequest, *, report: Re
 async def _plan(context: Context, work: Work, request: DeleteRequest) -> DeletePlan:
     at = await look(context, work, disks=())
     made = plan(at, request)
-    require_space(at, made.plan.steps, context.home.data)
+    await to_read(require_space, at, made.plan.steps, context.home.data)
     await require_possible(work, at, made.plan.steps)
     return made
 

@@ -21,6 +21,7 @@ from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import RunStatus
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.threads import to_read
 
 CANCELLABLE_SINCE = (10, 0)
 """An earlier QEMU hangs for ever when a background save is cancelled or fails: its threads wait for pages that nobody
@@ -103,7 +104,7 @@ async def choose(
         "the guest's memory, with what it read from there and the key itself, would lie in a file in the clear",
         f"qmpsnap snapshot create {machine.name} takes its disks",
     )
-    if request.file and os.path.lexists(request.file):
+    if request.file and await to_read(os.path.lexists, request.file):
         raise StateError(
             f"{request.file} exists already",
             hint="move it away or choose another name",

@@ -51,7 +51,7 @@ async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]
     descriptors = [await to_end(statefile.create, memory.part)]
     try:
         await to_end(statefile.reserve, descriptors[0], memory.reserve, memory.part)
-        direct = statefile.also_direct(descriptors[0]) if memory.layout == "mapped-ram" else None
+        direct = await to_end(statefile.also_direct, descriptors[0]) if memory.layout == "mapped-ram" else None
         descriptors += [] if direct is None else [direct]
         await migration.set_up(
             qemu,

@@ -23,7 +23,7 @@ from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import completed, to_end
+from qmpsnap.threads import completed, to_end, to_read
 
 
 class LoadingInside(Struct, frozen=True):
@@ -113,7 +113,8 @@ async def bring_up(
             logs=log_dir,
         )
     try:
-        require_opened(process, (layer for chain in chains for layer in chain.layers), machine=machine.name)
+        layers = [layer for chain in chains for layer in chain.layers]
+        await to_read(lambda: require_opened(process, layers, machine=machine.name))
         await blocking(context.store.set_process, machine.name, process)
     except BaseException:
         # Nobody has heard of it yet: what fails here must not leave a QEMU that nobody counts on.

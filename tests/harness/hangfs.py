@@ -1,7 +1,7 @@
 """A file system that hangs on request: ``hangfs.py BACKING MOUNT HANG``, with Debian's python3-fusepy.
 
-What lies in BACKING is seen at MOUNT. While there is a file HANG, the operations that it names wait, as of a server that
-does not answer: open, getattr, read, write, fsync, unlink, create, readdir, rename, all.
+What lies in BACKING is seen at MOUNT. While there is a file HANG, the operations that it names wait, as of a server
+that does not answer: open, getattr, read, write, fsync, unlink, create, readdir, rename, all.
 """
 
 import os
