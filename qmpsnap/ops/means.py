@@ -104,7 +104,7 @@ async def choose(
         "the guest's memory, with what it read from there and the key itself, would lie in a file in the clear",
         f"qmpsnap snapshot create {machine.name} takes its disks",
     )
-    if request.file and await to_read(os.path.lexists, request.file):
+    if (file := request.file) and await to_read(lambda: os.path.lexists(file)):
         raise StateError(
             f"{request.file} exists already",
             hint="move it away or choose another name",

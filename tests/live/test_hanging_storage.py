@@ -86,7 +86,7 @@ VERBS = [
     (6, "getattr", "chain", "still"),
     (0, "all", "list"),
     (0, "all", "show", "still"),
-    (0, "all", "pause", "still"),
+    (6, "all", "pause", "still"),
     (0, "all", "snapshot", "list", "still"),
 ]
 
