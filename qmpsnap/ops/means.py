@@ -104,7 +104,8 @@ async def choose(
         "the guest's memory, with what it read from there and the key itself, would lie in a file in the clear",
         f"qmpsnap snapshot create {machine.name} takes its disks",
     )
-    if (file := request.file) and await to_read(lambda: os.path.lexists(file)):
+    taken = await to_read(_is_there, request.file) if request.file else False
+    if taken:
         raise StateError(
             f"{request.file} exists already",
             hint="move it away or choose another name",
@@ -247,3 +248,7 @@ def _mapped(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     tables = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmPTE:"))
     return tables // _TABLE_ENTRY * os.sysconf("SC_PAGE_SIZE")
+
+
+def _is_there(path: str) -> bool:
+    return os.path.lexists(path)
