@@ -130,6 +130,7 @@ def deadline() -> float:
 
 def waits(process: int, thread: int) -> Wait | None:
     """The file that a thread waits for in the kernel; None where it runs, or waits for something else."""
+    # All by the thread: of a process whose first one has ended nothing else is to be seen.
     task = Path(f"/proc/{process}/task/{thread}")
     try:
         fields = (task / "syscall").read_text().split()
@@ -140,12 +141,12 @@ def waits(process: int, thread: int) -> Wait | None:
     arguments = [int(word, 16) for word in fields[1:7]]
     if number == -1 or os.uname().machine != "x86_64":
         return Wait("a file", "") if state == "D" else None  # a mapped page, or calls with other numbers
-    if (call := _BY_DESCRIPTOR.get(number)) and (path := _opened(process, _signed(arguments[0]))):
+    if (call := _BY_DESCRIPTOR.get(number)) and (path := _opened(task, _signed(arguments[0]))):
         return Wait(call, path)
     if call := _BY_PATH.get(number):
-        return Wait(call, _inside(process, _CURRENT_FOLDER, arguments[0]))
+        return Wait(call, _inside(task, _CURRENT_FOLDER, arguments[0]))
     if call := _BELOW_FOLDER.get(number):
-        return Wait(call, _inside(process, _signed(arguments[0]), arguments[1]))
+        return Wait(call, _inside(task, _signed(arguments[0]), arguments[1]))
     return None
 
 
@@ -202,10 +203,10 @@ def _progress(process: int, thread: int) -> tuple[str, ...]:
     return (*(line for line in status if "ctxt_switches" in line), *times, call)
 
 
-def _opened(process: int, descriptor: int) -> str:
-    """The file or block device that a descriptor of the process is of; empty for a terminal, a pipe or a socket."""
+def _opened(task: Path, descriptor: int) -> str:
+    """The file or block device that a descriptor of the thread is of; empty for a terminal, a pipe or a socket."""
     try:
-        path = os.readlink(f"/proc/{process}/fd/{descriptor}")  # noqa: PTH115
+        path = os.readlink(task / f"fd/{descriptor}")  # noqa: PTH115
         kind = _mount(path, _mounts())[1] if path.startswith("/dev/") else ""
         if kind in _IN_MEMORY and stat.S_ISCHR(os.stat(path).st_mode):  # noqa: PTH116
             return ""
@@ -214,21 +215,21 @@ def _opened(process: int, descriptor: int) -> str:
     return path if path.startswith("/") else ""
 
 
-def _inside(process: int, folder: int, address: int) -> str:
-    name = _text(process, address)
+def _inside(task: Path, folder: int, address: int) -> str:
+    name = _text(task, address)
     if name.startswith("/"):
         return name
     try:
         link = "cwd" if folder == _CURRENT_FOLDER else f"fd/{folder}"
-        beginning = os.readlink(f"/proc/{process}/{link}")  # noqa: PTH115
+        beginning = os.readlink(task / link)  # noqa: PTH115
     except OSError:
         return name
     return f"{beginning}/{name}" if name else beginning
 
 
-def _text(process: int, address: int) -> str:
+def _text(task: Path, address: int) -> str:
     try:
-        memory = os.open(f"/proc/{process}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        memory = os.open(task / "mem", os.O_RDONLY | os.O_CLOEXEC)
         try:
             return os.fsdecode(os.pread(memory, _PATH_MAX, address).partition(b"\0")[0])
         finally:

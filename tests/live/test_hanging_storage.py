@@ -1,12 +1,14 @@
 """Images on storage that hangs: every command ends and says what hangs, and nothing is lost when it answers again."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -17,7 +19,7 @@ from qmpsnap import hung, outstanding
 from qmpsnap.errors import LockHeld, OperationPending, StorageHangs
 from tests.harness import hanging
 from tests.harness.hanging import Storage
-from tests.live.machine import ONE_DISK, context_of
+from tests.live.machine import ONE_DISK, context_of, fill
 
 COMMAND = str(Path(sys.executable).with_name("qmpsnap"))
 WAIT = 60.0
@@ -123,6 +125,29 @@ async def test_stop_force_needs_no_image(vm: qmpsnap.MachineHandle, mount: Stora
         command = started("stop", "still", "--force")
         said = await ended(command)
         assert (command.returncode, said) == (0, "machine still is stopped\n")
+
+
+async def test_a_qemu_that_its_storage_keeps_is_named(vm: qmpsnap.MachineHandle, mount: Storage) -> None:
+    with mount.hang("write"):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ignoring, fill(vm, "vda", 0x11))
+            process = (await vm.record()).process
+            assert process
+            with anyio.fail_after(WAIT):
+                while not hung.waits_of(process.pid):
+                    await anyio.sleep(0.05)
+            command = started("stop", "still", "--force")
+            said = await ended(command)
+            tasks.cancel_scope.cancel()
+        assert command.returncode == 6, said
+        assert f"(process {process.pid}) does not end: " in said, said
+        assert "vda-1.qcow2 is not answered" in said, said
+        assert await vm.is_running()
+
+
+async def ignoring(work: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(Exception):
+        await work
 
 
 async def test_a_second_ctrl_c_ends_at_once_and_tells_what_is_left(vm: qmpsnap.MachineHandle, mount: Storage) -> None:
