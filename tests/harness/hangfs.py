@@ -121,4 +121,5 @@ class Hanging(Operations):
 
 
 if __name__ == "__main__":
-    FUSE(Hanging(), MOUNT, foreground=True, use_ino=True)
+    # Else what is removed while somebody has it open stays under another name.
+    FUSE(Hanging(), MOUNT, foreground=True, use_ino=True, hard_remove=True)

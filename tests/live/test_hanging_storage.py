@@ -133,14 +133,15 @@ async def test_a_qemu_that_its_storage_keeps_is_named(vm: qmpsnap.MachineHandle,
             tasks.start_soon(ignoring, fill(vm, "vda", 0x11))
             process = (await vm.record()).process
             assert process
+            pid = process.pid
             with anyio.fail_after(WAIT):
-                while not hung.waits_of(process.pid):
+                while not hung.waits_of(pid):
                     await anyio.sleep(0.05)
             command = started("stop", "still", "--force")
             said = await ended(command)
             tasks.cancel_scope.cancel()
         assert command.returncode == 6, said
-        assert f"(process {process.pid}) does not end: " in said, said
+        assert f"(process {pid}) does not end: " in said, said
         assert "vda-1.qcow2 is not answered" in said, said
         assert await vm.is_running()
 
