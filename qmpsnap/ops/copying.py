@@ -29,7 +29,7 @@ from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import completed, to_end, to_read
+from qmpsnap.threads import completed, to_read
 
 HOLD_AFTER = 2.0
 """Seconds a guest may keep a job from its end; then its vCPUs are stopped until it is over."""

@@ -52,7 +52,7 @@ async def run(home: Home) -> list[Ability]:
 
 async def _look(programs: Programs, home: Home, cache: Path) -> list[Ability]:
     return [
-        await to_thread.run_sync(_user),
+        await to_read(_user),
         *await _qemu(programs.qemu, cache),
         await _accelerator(programs.qemu, cache),
         await _image_tool(programs.image),
