@@ -14,10 +14,10 @@ Call = Callable[[qmpsnap.MachineHandle], Awaitable[object]]
 def call(words: Sequence[str]) -> tuple[str, Call] | None:  # noqa: C901, PLR0911, PLR0912 - a line for each verb
     """The machine and the call that a command line stands for, if it is one of these."""
     match list(words):
-        case ["snapshot", "create", machine, name]:
-            return machine, lambda vm: vm.snapshot(name)
         case ["snapshot", "create", machine, "--no-snapshot"]:
             return machine, lambda vm: vm.add_layers()
+        case ["snapshot", "create", machine, name]:
+            return machine, lambda vm: vm.snapshot(name)
         case ["snapshot", "create", machine, name, "--disks", disk]:
             return machine, lambda vm: vm.snapshot(name, disks=[disk])
         case ["snapshot", "create", machine, name, "--kind", "full"]:

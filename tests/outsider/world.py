@@ -120,10 +120,15 @@ class World:
         """End what runs there, and remove it unless it is to be looked at."""
         self.kill(*(process.pid for process in looks.processes(self.root)))
         if keep:
-            shutil.copytree(self.root, f"{tempfile.gettempdir()}/kept-{self.root.name}", symlinks=True)
+            shutil.copytree(self.root, f"{tempfile.gettempdir()}/kept-{self.root.name}", symlinks=True, ignore=_sockets)
         if self.small:
             subprocess.run(["umount", "-l", str(self.root)], check=False)
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _sockets(folder: str, names: list[str]) -> list[str]:
+    """What cannot be copied."""
+    return [name for name in names if (Path(folder) / name).is_socket()]
 
 
 def _words(process: psutil.Process) -> list[str]:
