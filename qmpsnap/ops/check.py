@@ -14,7 +14,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Change
 from qmpsnap.ops import admission, recover, relocate
 from qmpsnap.ops.checking import deep as reading
-from qmpsnap.ops.checking import facts
+from qmpsnap.ops.checking import entries, facts
 from qmpsnap.ops.checking.facts import Facts
 from qmpsnap.ops.checking.judge import judge
 from qmpsnap.ops.checking.quarantine import Moved
@@ -122,7 +122,7 @@ def _record_births(context: Context, at: Facts) -> None:
 
 async def _open_run_folder(context: Context, machine: Machine) -> None:
     """Nobody works on a machine whose run folder is open to others."""
-    for entry in await to_read(facts.entries, context.home.run, admission.users(context, machine)):
+    for entry in await to_read(entries.within, context.home.run, admission.users(context, machine)):
         if entry.path == str(context.home.run_dir(machine.name)) and entry.is_open:
             with contextlib.suppress(QmpsnapError):
                 await to_end(close_to_others, entry)

@@ -1,7 +1,5 @@
 """What `check` goes by: all that store, files and QEMU say of one machine, gathered without changing anything."""
 
-import os
-import stat
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,8 @@ from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops import admission, frozen, stale_store, whereabouts
-from qmpsnap.ops.checking import named
+from qmpsnap.ops.checking import entries, named
+from qmpsnap.ops.checking.entries import Entry
 from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
@@ -56,26 +55,6 @@ class Record(Struct, frozen=True, kw_only=True):
     snapshots: tuple[Snapshot, ...]
     open: tuple[Operation, ...]
     forest: Forest
-
-
-class Entry(Struct, frozen=True, kw_only=True):
-    """Something in a folder, not what a link leads to; ``others``: what neither owner nor QEMU's user need to do."""
-
-    path: str
-    mode: int
-    others: int
-    device: int
-    inode: int
-
-    @property
-    def identity(self) -> named.Identity:
-        """What it is, whatever leads to it."""
-        return self.device, self.inode
-
-    @property
-    def is_open(self) -> bool:
-        """Whether others than its owner may touch it."""
-        return not stat.S_ISLNK(self.mode) and bool(self.others)
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -273,7 +252,7 @@ def _files(context: Context, at: Record) -> Facts:
         wanted.add(str(home.variables(name)))
     ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted]
     outside = [path for path in ours if Path(path).parent != home.machine_dir(name)]
-    folder = _once((*entries(home.machine_dir(name)), *_parts_beside(outside)))
+    folder = entries.once((*entries.within(home.machine_dir(name)), *entries.parts_beside(outside)))
     headers = {layer.id: _header(layer) for layer in layers}
     known = {*ours, *(layer.path for layer in layers)}
     strangers = [entry for entry in folder if entry.path not in known]
@@ -285,7 +264,7 @@ def _files(context: Context, at: Record) -> Facts:
     return Facts(
         record=at,
         described=context.store.is_described(at.machine),
-        private=tuple(entry for path in places if (entry := _entry(path, trusted))),
+        private=tuple(entry for path in places if (entry := entries.entry(path, trusted))),
         flaws=tuple(owner.of_machine(home, name)),
         folder=folder,
         named=frozenset(entry.path for entry in folder if entry.path in known or entry.identity in needed),
@@ -295,14 +274,6 @@ def _files(context: Context, at: Record) -> Facts:
         states={path: _state(state) for path, state in states.items()},
         missing=tuple(sorted(path for path in wanted if not Path(path).is_file())),
     )
-
-
-def _once(found: tuple[Entry, ...]) -> tuple[Entry, ...]:
-    """Each file once, where its folder has been looked at by two names."""
-    first: dict[tuple[named.Identity, str], Entry] = {}
-    for entry in found:
-        first.setdefault((entry.identity, Path(entry.path).name), entry)
-    return tuple(first.values())
 
 
 def _backings(at: Record, headers: Mapping[LayerId, Header | str]) -> list[str]:
@@ -327,40 +298,6 @@ def layers_of(at: Record, folder: str) -> tuple[Layer, ...]:
         if layer.id not in found:
             found[layer.id] = layer
             pending += [layer.backing] if layer.backing else []
-    return tuple(found.values())
-
-
-def entries(folder: Path, trusted: frozenset[int] = frozenset()) -> tuple[Entry, ...]:
-    """What lies in a folder, by name; nothing where there is none. It may be open to users who are trusted."""
-    try:
-        names = sorted(os.listdir(folder))  # noqa: PTH208 - as text
-    except OSError:
-        return ()
-    return tuple(entry for name in names if (entry := _entry(f"{folder}/{name}", trusted)))
-
-
-def _entry(path: str, trusted: frozenset[int] = frozenset()) -> Entry | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    others = admission.others(path, status, trusted)
-    return Entry(path=path, mode=status.st_mode, others=others, device=status.st_dev, inode=status.st_ino)
-
-
-def _parts_beside(paths: list[str]) -> tuple[Entry, ...]:
-    """Unfinished files that an operation may have left beside files at chosen places."""
-    found: dict[str, Entry] = {}
-    for path in paths:
-        folder, _, name = path.rpartition("/")
-        for entry in entries(Path(folder)):
-            rest = entry.path.removeprefix(f"{folder}/{name}.")
-            if (
-                rest != entry.path
-                and rest.endswith(".part")
-                and rest.removesuffix(".part").removeprefix("qs-").isalnum()
-            ):
-                found[entry.path] = entry
     return tuple(found.values())
 
 

@@ -17,7 +17,8 @@ from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Change
 from qmpsnap.ops import keys
 from qmpsnap.ops.checking import quarantine
-from qmpsnap.ops.checking.facts import AGENT_DEADLINE, Entry, Facts
+from qmpsnap.ops.checking.entries import Entry
+from qmpsnap.ops.checking.facts import AGENT_DEADLINE, Facts
 from qmpsnap.ops.checking.judge import OUR_NODE
 from qmpsnap.ops.checking.quarantine import Moved
 from qmpsnap.ops.context import Context, blocking
