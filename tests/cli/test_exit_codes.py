@@ -261,6 +261,7 @@ def test_control_characters_are_never_printed_raw(home: Home, capsys: pytest.Cap
 
 
 def test_a_reader_that_has_had_enough_is_no_error(home: Home) -> None:
+    seeded.make_images(home, "web")
     done = subprocess.run(
         ["/bin/sh", "-c", '"$0" -m qmpsnap snapshot list web -o json | true', sys.executable],
         check=True,

@@ -62,8 +62,8 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Home:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qmpsnap.store.journal.time", SimpleNamespace(time=lambda: seeded.EPOCH))
         seeded.fill(home)
-    for machine in ("web", "lab"):
-        seeded.make_images(home, machine)
+        for machine in ("web", "lab"):
+            seeded.make_images(home, machine)
     return home
 
 
