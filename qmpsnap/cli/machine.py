@@ -165,8 +165,6 @@ def _elsewhere(machine: Machine) -> str:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from qmpsnap.ops import admission
-
     async def act(controller: "Controller") -> tuple[Machine, str, tuple[str, ...]]:
         vm = await controller.machine(arguments.machine)
         try:
@@ -184,30 +182,8 @@ def _show(arguments: argparse.Namespace) -> None:
         process = _process(machine, store)
         alive = {machine.name: process} if process else {}
         look = seen.images(store, [machine], alive).get(machine.name)
-    from qmpsnap.machine import scope
-
-    run_dir = home().run_dir(machine.name)
-    user, lacks = admission.shown(machine, process)
     document = {
-        "name": machine.name,
-        "uuid": machine.uuid,
-        "state": _elsewhere(machine) or state,
-        "pid": process.pid if process else None,
-        "accel": process.accel if process else None,
-        "qemu": process.qemu_version if process else None,
-        "qemu_user": user,
-        "qemu_lacks": lacks,
-        "qmp": machine.adopted.socket if machine.adopted else str(run_dir / USER_SOCKET),
-        "console": None if machine.adopted else str(run_dir / CONSOLE_SOCKET),
-        "run_dir": str(run_dir),
-        "cgroup": scope.group(process) or None if process else None,
-        "logs": None if machine.adopted else str(home().log_dir(machine.name)),
-        "host": machine.host,
-        "machine_type": machine.spec.machine,
-        "memory": machine.spec.memory,
-        "cpus": machine.spec.cpus,
-        "created": moment(machine.created),
-        "current": machine.current,
+        **_of_machine(machine, _elsewhere(machine) or state, process),
         "disks": [
             {
                 "disk": chain.disk,
@@ -227,6 +203,36 @@ def _show(arguments: argparse.Namespace) -> None:
     if look:
         seen.tell(machine.name, look)
     tell_remedy(state, machine.name)
+
+
+def _of_machine(machine: Machine, state: str, process: Process | None) -> dict[str, Any]:
+    """What `show` says of the machine itself and its QEMU."""
+    from qmpsnap.machine import scope
+    from qmpsnap.ops import admission
+
+    run_dir = home().run_dir(machine.name)
+    user, lacks = admission.shown(machine, process)
+    return {
+        "name": machine.name,
+        "uuid": machine.uuid,
+        "state": state,
+        "pid": process.pid if process else None,
+        "accel": process.accel if process else None,
+        "qemu": process.qemu_version if process else None,
+        "qemu_user": user,
+        "qemu_lacks": lacks,
+        "qmp": machine.adopted.socket if machine.adopted else str(run_dir / USER_SOCKET),
+        "console": None if machine.adopted else str(run_dir / CONSOLE_SOCKET),
+        "run_dir": str(run_dir),
+        "cgroup": scope.group(process) or None if process else None,
+        "logs": None if machine.adopted else str(home().log_dir(machine.name)),
+        "host": machine.host,
+        "machine_type": machine.spec.machine,
+        "memory": machine.spec.memory,
+        "cpus": machine.spec.cpus,
+        "created": moment(machine.created),
+        "current": machine.current,
+    }
 
 
 def _show_text(document: dict[str, Any]) -> str:
