@@ -1,6 +1,7 @@
 """Every verb as a step: its words, and what may come of them."""
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -189,7 +190,11 @@ class Chooser:
     def start(self) -> Act | None:
         """QEMU; the guest runs only if it is one that counts."""
         paused = self.known.guest == "still" or self._often(0.2)
-        return Act(["start", self.known.name, *(["--paused"] if paused else [])], Expect(running=True))
+        return Act(["start", self.known.name, *(["--paused"] if paused else [])], Expect(self._on(), running=True))
+
+    def _on(self) -> Counting | None:
+        """Where the guest that counts may be, once it has been let run."""
+        return Counting(self.known.head, time.monotonic()) if self.known.guest == "writer" else None
 
     def stop(self) -> Act | None:
         """The plug."""
@@ -201,7 +206,7 @@ class Chooser:
 
     def resume(self) -> Act | None:
         """On, where a guest is that counts."""
-        return Act(["resume", self.known.name], Expect()) if self.known.guest == "writer" else None
+        return Act(["resume", self.known.name], Expect(self._on())) if self.known.guest == "writer" else None
 
     def check(self) -> Act | None:
         """Looks, and repairs what is not there to be repaired."""
