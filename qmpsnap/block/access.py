@@ -5,9 +5,9 @@ import errno
 import os
 from typing import Final
 
-from qmpsnap.block import header, locks
+from qmpsnap.block import header, locks, users
 from qmpsnap.block.header import printable
-from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError
+from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, QmpsnapError, StateError
 from qmpsnap.model.chain import Layer
 
 _WHY: Final = {
@@ -97,6 +97,9 @@ def _cannot(layer: Layer, error: OSError, *, what: str = "written to") -> Qmpsna
 
 
 def _held(layer: Layer) -> StateError:
+    with contextlib.suppress(OSError):
+        if found := users.user(layer.path, readers=True):
+            return ImageInUse(f"{printable(layer.path)} {found.does} {found.who}", hint="end it, then try again")
     return StateError(
         f"another process has {printable(layer.path)} open",
         hint=f"end that process: fuser -v {printable(layer.path)} names it",

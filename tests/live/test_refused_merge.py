@@ -128,7 +128,7 @@ async def test_a_reused_copy_that_cannot_be_written_is_refused(q: qmpsnap.Contro
     vm, _ = await _made(q)
     target = place / "copy"
     await context_of(vm).image.create_base(target, format="qcow2", virtual_size=site.SIZE)
-    with _open_in_another(target), pytest.raises(StateError, match=r"another process has .* nothing was changed"):
+    with _open_in_another(target), pytest.raises(ImageInUse, match=r"is open for writing in .* nothing was changed"):
         await vm.mirror("vda", target, mode="finish", reuse=True)
     await vm.mirror("vda", target, mode="finish", reuse=True)
 
