@@ -128,7 +128,7 @@ async def start(
                 # A wrapper may end before the QEMU that it has started.
                 if not processes.is_alive(process) and not processes.launched(process, argv, run_dir):
                     said = processes.log_tail(log)
-                    if not said and (why := unwritable.found(run_dir)):
+                    if why := unwritable.found(run_dir):
                         raise HostCannot(
                             f"QEMU cannot write to {run_dir}: {why.what}",
                             hint=why.remedy,

@@ -18,6 +18,8 @@ from msgspec import Struct
 from qmpsnap import acl
 from qmpsnap.errors import HomeUntrusted, HostCannot
 from qmpsnap.model.home import Home
+from qmpsnap.outstanding import briefly
+from qmpsnap.store.devices import PATIENCE
 
 _INSIDE = ("qmpsnap.db", "qmpsnap.db-wal", "qmpsnap.db-shm", "records", "locks")
 _WRITE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -50,8 +52,10 @@ def require(folder: Path, machines: Path | None = None) -> None:
     Raises:
         HomeUntrusted: somebody can.
     """
-    user = os.geteuid()
-    for flaw in flaws(folder, *([machines] if machines else [])):
+    user, found = os.geteuid(), [*flaws(folder, *([machines] if machines and not machines.is_symlink() else []))]
+    if machines and machines.is_symlink():  # to storage that may hang, which what needs no image does not wait for
+        found += briefly(lambda: [*flaws(machines)], [], seconds=PATIENCE)
+    for flaw in found:
         if user == 0 or flaw.foreign:
             raise HomeUntrusted(
                 f"{'root' if user == 0 else 'this user'} does not use {folder}: {flaw.text}",

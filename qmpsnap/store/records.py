@@ -129,7 +129,10 @@ class Records:
         """
         try:
             with _translated(self._folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                if decoded(self._machine(machine.name).read_bytes(), Machine) == _lasting(machine):
+                path = self._machine(machine.name)
+                if not path.exists():
+                    sync_folder(self._folder)  # an earlier try may have removed it, and not durably
+                elif decoded(path.read_bytes(), Machine) == _lasting(machine):
                     self.forget(machine.name)
         except StoreMismatch:
             return  # another's, or nobody's

@@ -43,7 +43,8 @@ class SqliteStore:
             HostCannot: it can neither be written nor read. One that can be read alone refuses changes.
             HomeUntrusted: another user can write to it.
         """
-        owner.require(path.parent, machines)
+        # Whoever waits for storage that hangs cannot end: what only reads does not follow a link to it.
+        owner.require(path.parent, None if machines.is_symlink() and not make else machines)
         self._database = Database(path, make=make)
         self._machines = machines
         self._records = Records(path.parent / records.FOLDER)

@@ -74,9 +74,9 @@ async def test_memory_with_its_name_is_taken_back_with_the_snapshot(
     q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vm = await q.define(ONE_DISK)
-    await vm.start(paused=True)
+    await vm.start()
     with monkeypatch.context() as broken:
-        broken.setattr(Path, "unlink", failing(Path.unlink, lambda name: name.endswith(".vmstate.part")))
+        broken.setattr(Path, "unlink", failing(Path.unlink, lambda name: name.endswith(".part")))
         with pytest.raises(HostCannot) as told:
             await vm.snapshot("full", kind="full")
     assert told.value.effect == "none" or await vm.snapshots(), told.value
@@ -90,6 +90,7 @@ async def test_what_was_begun_may_have_changed_something(
     vm = await q.define(SPEC)
     layer = Path(context_of(vm).store.chains("m")[0].active.path)
     (place / "copy").write_bytes(layer.read_bytes())
+    (place / "copy").chmod(0o600)
     (place / "copy").replace(layer)
     with monkeypatch.context() as broken:
         broken.setattr(records, "_append", failing(records._append, lambda _: True, times=99))

@@ -26,7 +26,7 @@ async def test_an_operation_that_was_undone(q: qmpsnap.Controller) -> None:
     code, told = await interrupt(Call(JOBS, "follow", "before", 1), "stream", "still", "vda", "--progress", "none")
     last = context_of(vm).store.operations("still")[-1]
     assert (code, last.state) == (130, "failed")
-    assert told == f"qmpsnap: interrupted; operation {last.id} (stream) was undone\n"
+    assert told == f"qmpsnap: interrupted; operation {last.id} (stream) was undone; nothing was changed\n"
 
 
 async def test_an_operation_that_was_completed(q: qmpsnap.Controller) -> None:
@@ -45,7 +45,7 @@ async def test_what_changes_nothing(q: qmpsnap.Controller) -> None:
     await grown_and_stopped(q)
     point = Call("qmpsnap.ops.power", "launch", "before", 1)
     code, told = await interrupt(point, "start", "still")
-    assert (code, told) == (130, "qmpsnap: interrupted\n")
+    assert (code, told) == (130, "qmpsnap: interrupted; nothing was changed\n")
 
 
 @pytest.mark.parametrize("words", [("exec", "still", "--", "prog", "-o", "json"), ("show", "-o", "json", "none")])
