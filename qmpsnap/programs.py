@@ -1,14 +1,22 @@
-"""Programs that we run to their end: killed, reaped and let go of, whoever cancels us and how often."""
+"""Programs that we run to their end: killed, reaped and let go of, whoever cancels us and how often.
+
+One that storage does not let end is left, and told of: nobody can end it.
+"""
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import anyio
-from anyio.abc import ByteReceiveStream, Process
+from anyio.abc import Process
 
+from qmpsnap import hung
+from qmpsnap.outstanding import leave_process, storage_hangs
 from qmpsnap.threads import completed
+
+_ENDING: Final = 2.0
+"""Seconds from the kill of a program to its end, unless a request of its is still with the storage."""
 
 
 @asynccontextmanager
@@ -28,30 +36,16 @@ async def running(argv: Sequence[str], **how: Any) -> AsyncIterator[Process]:
     try:
         yield process
     finally:
-        await completed(_ended(process))
+        await completed(_ended(process, argv[0]))
 
 
-async def finished(argv: Sequence[str], **how: Any) -> tuple[int, bytes, bytes]:
-    """Run a program to its end: what it returned, and what it said on stdout and on stderr.
-
-    Raises:
-        OSError: it cannot be started.
-    """
-    said: dict[int, bytes] = {1: b"", 2: b""}
-
-    async def heard(number: int, stream: ByteReceiveStream | None) -> None:
-        if stream is not None:
-            said[number] = b"".join([chunk async for chunk in stream])
-
-    async with running(argv, **how) as process, anyio.create_task_group() as group:
-        group.start_soon(heard, 1, process.stdout)
-        group.start_soon(heard, 2, process.stderr)
-        code = await process.wait()
-    return code, said[1], said[2]
-
-
-async def _ended(process: Process) -> None:
+async def _ended(process: Process, program: str) -> None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):  # it has ended just now
             process.kill()
-    await process.aclose()
+    with anyio.move_on_after(_ENDING):
+        await process.wait()
+        await process.aclose()
+        return
+    wait = hung.waits_of(process.pid) or hung.Wait("a request", "")
+    leave_process(process.pid, storage_hangs(wait, _ENDING, effect="unknown", who=f"{program} (process {process.pid})"))

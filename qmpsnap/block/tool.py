@@ -1,21 +1,15 @@
 """Running qemu-img: bounded, without a shell, its end always known; one that storage does not let end is left."""
 
-import contextlib
 import subprocess
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Final
+from collections.abc import Mapping, Sequence
 
 import anyio
 from anyio.abc import ByteReceiveStream, Process
 
 from qmpsnap import hung
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot
-from qmpsnap.outstanding import LOOK, leave_process, storage_hangs
-from qmpsnap.threads import completed
-
-_ENDING: Final = 2.0
-"""Seconds from the kill of a program to its end, unless a request of its is still with the storage."""
+from qmpsnap.outstanding import LOOK, storage_hangs
+from qmpsnap.programs import running
 
 
 async def run(
@@ -53,7 +47,16 @@ async def run(
 
     try:
         with anyio.fail_after(deadline):
-            async with _started(argv, inherited, environment) as process, anyio.create_task_group() as tasks:
+            async with (
+                running(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                    pass_fds=inherited,
+                    start_new_session=True,  # a Ctrl-C is ours to answer, not its own
+                ) as process,
+                anyio.create_task_group() as tasks,
+            ):
                 tasks.start_soon(_watch, process, argv[0], effect)
                 async with anyio.create_task_group() as reading:
                     reading.start_soon(read, process.stdout, "out")
@@ -62,6 +65,8 @@ async def run(
                 tasks.cancel_scope.cancel()
     except TimeoutError as error:
         raise DeadlinePassed(late, effect=effect) from error
+    except OSError as error:
+        raise HostCannot(f"{argv[0]} cannot be run: {error.strerror}", hint="see qmpsnap doctor") from error
     except BaseExceptionGroup as group:
         raise _first(group) from group.__cause__
     return subprocess.CompletedProcess(argv, code, said["out"], said["err"])
@@ -72,42 +77,6 @@ def _first(group: BaseExceptionGroup) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-@asynccontextmanager
-async def _started(
-    argv: list[str], inherited: Sequence[int], environment: Mapping[str, str] | None
-) -> AsyncIterator[Process]:
-    """The program for the block; what still runs at its end is killed."""
-    try:
-        # To its end: asyncio, cancelled again and again while it spawns, leaves a process nobody waits for.
-        process = await completed(
-            anyio.open_process(
-                argv,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                pass_fds=inherited,
-                start_new_session=True,  # a Ctrl-C is ours to answer, not its own
-            )
-        )
-    except OSError as error:
-        raise HostCannot(f"{argv[0]} cannot be run: {error.strerror}", hint="see qmpsnap doctor") from error
-    try:
-        yield process
-    finally:
-        await completed(_end(process, argv[0]))
-
-
-async def _end(process: Process, program: str) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        if process.returncode is None:
-            process.kill()
-    with anyio.move_on_after(_ENDING):
-        await process.wait()
-        await process.aclose()
-        return
-    wait = hung.waits_of(process.pid) or hung.Wait("a request", "")
-    leave_process(process.pid, storage_hangs(wait, _ENDING, effect="unknown", who=f"{program} (process {process.pid})"))
 
 
 async def _watch(process: Process, program: str, effect: Effect) -> None:

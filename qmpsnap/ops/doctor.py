@@ -4,16 +4,15 @@ import contextlib
 import os
 import shutil
 import stat
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Literal
 
-import anyio
 import psutil
 from msgspec import Struct
 
 from qmpsnap import identity
+from qmpsnap.block import tool
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
 from qmpsnap.machine import accel, logs, privileges, probe, scope
@@ -22,7 +21,6 @@ from qmpsnap.machine.privileges import RunAs
 from qmpsnap.model.home import Home
 from qmpsnap.ops import admission, space
 from qmpsnap.ops.context import Programs
-from qmpsnap.programs import finished
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.threads import to_read
 
@@ -119,12 +117,11 @@ async def _accelerator(qemu: str, cache: Path) -> Ability:
 async def _image_tool(image: ImageTool) -> Ability:
     remedy = "apt-get install qemu-utils, or set QMPSNAP_QEMU_IMG to the binary"
     try:
-        with anyio.fail_after(10):
-            code, said, _ = await finished([image.binary, "--version"], stdin=subprocess.DEVNULL)
-    except (OSError, TimeoutError) as error:
-        return Ability("qemu-img", "no", f"{image.binary}: {str(error) or 'no answer within 10 s'}", remedy)
-    first = said.decode(errors="replace").partition("\n")[0]
-    return Ability("qemu-img", "yes", first) if code == 0 else Ability("qemu-img", "no", first, remedy)
+        done = await tool.run([image.binary, "--version"], deadline=10, late=f"{image.binary}: no answer within 10 s")
+    except QmpsnapError as error:
+        return Ability("qemu-img", "no", error.message, remedy)
+    first = done.stdout.decode(errors="replace").partition("\n")[0]
+    return Ability("qemu-img", "no" if done.returncode else "yes", first, remedy if done.returncode else "")
 
 
 def _firmware() -> Ability:
