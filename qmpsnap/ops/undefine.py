@@ -1,5 +1,6 @@
 """``undefine``: a machine is forgotten; its images stay or go, as was said."""
 
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
@@ -64,7 +65,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         states = [found.vmstate for found in snapshots if found.vmstate]
         variables = [found.variables for found in snapshots if found.variables]
         sizes = await blocking(frozen.sizes, context.store)
-        layers = await blocking(context.store.forget, name)
+        layers = await _forgotten(context, name)
         files: list[Layer | Vmstate] = [*(layer for layer in layers if layer.owned), *states]
         stuck: list[str] = []
         if disks == "remove":
@@ -112,6 +113,16 @@ async def require_possible(context: Context, work: Work, disks: Fate | None) -> 
         await _refuse_loss(context, name)
     if disks == "remove":
         await _refuse_open(context, work.machine)
+
+
+async def _forgotten(context: Context, name: str) -> tuple[Layer, ...]:
+    """Forget the machine; returns its layers. Its description goes first, and is made again where it was not."""
+    try:
+        return await blocking(context.store.forget, name)
+    except QmpsnapError:
+        with contextlib.suppress(QmpsnapError):  # gone it is, or nothing can be written: `check` says so
+            await blocking(context.store.describe, name)
+        raise
 
 
 def _given_up(operation: Operation, error: QmpsnapError, told_of: set[str]) -> str:

@@ -15,6 +15,7 @@ from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import relocate
 from qmpsnap.ops.broken import Broken
 from qmpsnap.store import records
+from qmpsnap.store.sqlite import SqliteStore
 from tests.live.machine import MIB, ONE_DISK, context_of, hold_invariants
 
 SPEC = MachineSpec(name="m", agent=False, disks=(DiskSpec(name="vda", size=MIB), DiskSpec(name="vdb", size=MIB)))
@@ -52,6 +53,23 @@ async def test_a_forgotten_machine_says_which_of_its_files_are_left(
     with pytest.raises(NotFoundError):
         await q.machine("m")
     assert [path.name for path in folder.iterdir()] == ["vda-1.qcow2"], "the others went all the same"
+
+
+async def test_a_machine_that_is_not_forgotten_keeps_its_description(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await q.define(SPEC)
+
+    def fails(store: SqliteStore, machine: str) -> None:
+        store._records.forget(machine)
+        raise HostCannot("the store cannot be written")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(SqliteStore, "forget", fails)
+        with pytest.raises(HostCannot) as told:
+            await vm.undefine(disks="remove")
+    assert told.value.effect == "none"
+    await hold_invariants(vm)
 
 
 async def test_a_definition_is_undone_once_what_it_wrote_down_is_gone(
