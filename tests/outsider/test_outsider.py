@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.live
 
-STEPS = "30"
+STEPS = "20"
 FORBIDDEN = ("qmpsnap.", "tests.live", "tests.faults", "tests.ops")
 ALLOWED = ("qmpsnap.cli import main", "qmpsnap.cli.main import run")
 """The command line itself."""
