@@ -111,31 +111,30 @@ class Records:
         return True
 
     def forget(self, machine: str) -> None:
-        """Remove what there is of a machine, durably: what stays is taken for a machine that the store has lost.
+        """Remove what there is of a machine: what stays is taken for a machine that the store has lost.
 
         Raises:
-            HostCannot: something of it may be left.
+            HostCannot: it is all there still.
         """
-        with _translated(self._folder), contextlib.suppress(FileNotFoundError):
+        with _translated(self._folder):
             self._machine(machine).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone, if perhaps not durably; what it notes then helps nobody
             self.places_file(machine).unlink(missing_ok=True)
             sync_folder(self._folder)
 
     def take_back(self, machine: Machine) -> None:
-        """Remove what the definition of a machine has written, where it has.
+        """Remove what the definition of a machine has written, where it has, durably.
 
         Raises:
             HostCannot: that cannot be found out, or something of it may be left.
         """
-        try:
-            with _translated(self._folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                path = self._machine(machine.name)
-                if not path.exists():
-                    sync_folder(self._folder)  # an earlier try may have removed it, and not durably
-                elif decoded(path.read_bytes(), Machine) == _lasting(machine):
-                    self.forget(machine.name)
-        except StoreMismatch:
-            return  # another's, or nobody's
+        with _translated(self._folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with contextlib.suppress(FileNotFoundError):  # gone, but for all we know not durably
+                said = self._machine(machine.name).read_bytes()
+                with contextlib.suppress(StoreMismatch):  # another's, or nobody's
+                    if decoded(said, Machine) == _lasting(machine):
+                        self.forget(machine.name)
+            sync_folder(self._folder)
 
     def home(self) -> HomeRecord | None:
         """Which home the machines were written down for, and where that lay; None where none says."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops import relocate
 from qmpsnap.ops.broken import Broken
 from qmpsnap.store import records
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.database import Database
 from tests.live.machine import MIB, ONE_DISK, context_of, hold_invariants
 
 SPEC = MachineSpec(name="m", agent=False, disks=(DiskSpec(name="vda", size=MIB), DiskSpec(name="vdb", size=MIB)))
@@ -55,17 +56,16 @@ async def test_a_forgotten_machine_says_which_of_its_files_are_left(
     assert [path.name for path in folder.iterdir()] == ["vda-1.qcow2"], "the others went all the same"
 
 
-async def test_a_machine_that_is_not_forgotten_keeps_its_description(
+async def test_a_machine_that_could_not_be_forgotten_is_written_down_again(
     q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vm = await q.define(SPEC)
 
-    def fails(store: SqliteStore, machine: str) -> None:
-        store._records.forget(machine)
-        raise HostCannot("the store cannot be written")
+    def fails(*_: object) -> None:
+        raise HostCannot("the store is full")
 
     with monkeypatch.context() as broken:
-        broken.setattr(SqliteStore, "forget", fails)
+        broken.setattr(Database, "_commit", fails)
         with pytest.raises(HostCannot) as told:
             await vm.undefine(disks="remove")
     assert told.value.effect == "none"
@@ -94,7 +94,9 @@ async def test_memory_with_its_name_is_taken_back_with_the_snapshot(
     vm = await q.define(ONE_DISK)
     await vm.start()
     with monkeypatch.context() as broken:
-        broken.setattr(Path, "unlink", failing(Path.unlink, lambda name: name.endswith(".part")))
+        broken.setattr(
+            Path, "unlink", failing(Path.unlink, lambda name: "memory-" in name and not name.endswith(".vmstate"))
+        )
         with pytest.raises(HostCannot) as told:
             await vm.snapshot("full", kind="full")
     assert told.value.effect == "none" or await vm.snapshots(), told.value
@@ -107,8 +109,7 @@ async def test_what_was_begun_may_have_changed_something(
 ) -> None:
     vm = await q.define(SPEC)
     layer = Path(context_of(vm).store.chains("m")[0].active.path)
-    (place / "copy").write_bytes(layer.read_bytes())
-    (place / "copy").chmod(0o600)
+    shutil.copy2(layer, place / "copy")
     (place / "copy").replace(layer)
     with monkeypatch.context() as broken:
         broken.setattr(records, "_append", failing(records._append, lambda _: True, times=99))
