@@ -220,8 +220,9 @@ async def test_somebody_else(q: qmpsnap.Controller, place: Path, fault: Fault, c
             await _told_meanwhile(vm, visit)
         await to_thread.run_sync(stack.close)
     if error:
-        # It brings back what it has taken away, also where that is nobody's by then.
-        claims.hold_effect(error, stood, await claims.standing(vm, place, but=known or visit.file))
+        # It brings back what it has taken away, also where that is nobody's by then: then nothing of ours was changed.
+        brought = known if error.effect == "applied" else known or visit.file
+        claims.hold_effect(error, stood, await claims.standing(vm, place, but=brought))
         minds = visit.kind.harmless and visit.came and error.code not in ("refused", "image-used")
         assert not minds, f"nobody may mind that: {error}"
     elif scenario.happened:
