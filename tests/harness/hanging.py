@@ -43,6 +43,10 @@ def lacking() -> str:
         return "only root mounts it for QEMU, too"
     if not Path("/dev/fuse").exists() or not shutil.which("fusermount3"):
         return "this host has no FUSE (/dev/fuse, fusermount3)"
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:  # as in a container
+        return f"/dev/fuse cannot be opened: {error.strerror}"
     if subprocess.run([PYTHON, "-c", "import fusepy"], check=False, capture_output=True).returncode:
         return "Debian's python3-fusepy is missing: scripts/setup test installs it"
     return ""
