@@ -10,6 +10,8 @@ import hypothesis
 import psutil
 import pytest
 
+from qmpsnap.block import images
+from qmpsnap.qmp import glance
 from tests import selection
 
 MEMORY = "/dev/shm"
@@ -30,6 +32,8 @@ if RANDOM not in os.environ:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # However busy the host is, it must not decide whether images or QEMU answer at once.
+    images.DEADLINE, glance.DEADLINE = 20.0, 5.0
     if "TMPDIR" not in os.environ and _has_room():
         os.environ["TMPDIR"] = MEMORY  # for the processes that tests start, too
         tempfile.tempdir = None

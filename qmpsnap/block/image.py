@@ -37,7 +37,7 @@ from qmpsnap.model.spec import Format
 from qmpsnap.threads import to_end, to_read
 
 _SECTOR: Final = 512
-_TRIES: Final = 5
+_TRIES: Final = 50  # at encrypting: each takes milliseconds, and of some hosts' every fourth fails
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 _MAX_SAID: Final = 64 << 10  # bytes kept of what qemu-img writes
 

@@ -21,7 +21,7 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.stamp import History
 
-DEADLINE: Final = 0.2
+DEADLINE = 0.2
 """Seconds for all images of all machines together."""
 
 NOT_ASKED: Final = "not asked"

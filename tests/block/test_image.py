@@ -16,7 +16,7 @@ import anyio
 import pytest
 from anyio import lowlevel
 
-from qmpsnap.block import header, image
+from qmpsnap.block import encrypted, header, image
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.chain import Layer
@@ -280,6 +280,22 @@ async def test_nothing_is_left_when_qemu_img_fails(
     assert caught.value.effect == "none"
     assert caught.value.message.isprintable()
     assert "deleting" not in caught.value.message
+    assert not list(pool.iterdir())
+
+
+@pytest.mark.parametrize(("failures", "made"), [(40, True), (60, False)])
+async def test_qemu_img_that_cannot_time_its_key_is_asked_again(
+    fake: Fake, pool: Path, tmp_path: Path, failures: int, *, made: bool
+) -> None:
+    """QEMU 7.2 of Debian gives up where its clock has not moved in the first milliseconds: one in four times."""
+    asked = tmp_path / "asked"
+    again = fake(
+        f'echo >>"{asked}"; [ $(wc -l <"{asked}") -gt {failures} ] && '
+        'exec "$REAL" create -q -f qcow2 "$target" "$size"\n'
+        f'echo "qemu-img: {encrypted.NO_CLOCK}" >&2; exit 1'
+    )
+    with pytest.raises(HostCannot, match="clean and encrypted" if made else encrypted.NO_CLOCK):
+        await again.create_base(pool / "a", format="qcow2", virtual_size=MIB, key=0)
     assert not list(pool.iterdir())
 
 

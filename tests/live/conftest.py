@@ -13,7 +13,7 @@ import pytest
 import qmpsnap
 from qmpsnap.model.home import Home
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.qmp import glance, jobs
+from qmpsnap.qmp import jobs
 from tests.live.machine import MIB
 
 
@@ -46,7 +46,6 @@ def small_guest() -> Path:
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A QMPSNAP_HOME of the test's own; whatever QEMU is left in it is killed, and it must be none that ended well."""
-    monkeypatch.setattr(glance, "DEADLINE", 5.0)  # a busy host must not decide whether QEMU answers at once
     _require(os.environ.get("QMPSNAP_QEMU") or "qemu-system-x86_64", "scripts/setup installs it")
     _require(os.environ.get("QMPSNAP_QEMU_IMG") or "qemu-img", "scripts/setup installs it")
     folder = Path(tempfile.mkdtemp(prefix="qs-"))

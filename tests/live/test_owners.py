@@ -31,7 +31,6 @@ from tests.live.test_outsiders import layers, stopped
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outsiders, "PATIENCE", 0.0)
-    monkeypatch.setattr(images, "DEADLINE", 20.0)  # however busy the host is
 
 
 def write(path: str, kib: int = 0) -> None:
