@@ -6,15 +6,15 @@
 import contextlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import sys
 import tempfile
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
-import qmpsnap.ops
+import qmpsnap
 from qmpsnap.cli import main
 from tests.harness import failing
 
@@ -66,12 +66,10 @@ def served(line: str) -> tuple[int, str]:
 def load() -> None:
     """Import what any command line wants."""
     import_module("anyio._backends._asyncio")  # as anyio does at run time, where another user may have no right to it
-    for noun in main.NOUNS:
-        import_module(f"qmpsnap.cli.{noun}")
-    for module in Path(qmpsnap.ops.__file__).parent.glob("[a-z]*.py"):
-        import_module(f"qmpsnap.ops.{module.stem}")
-    with contextlib.suppress(ImportError):
-        import_module("qmpsnap.controller")
+    for module in pkgutil.walk_packages(qmpsnap.__path__, "qmpsnap."):
+        if not module.name.endswith(("__main__", "pytest_plugin")):
+            with contextlib.suppress(ImportError):
+                import_module(module.name)
 
 
 def serve() -> None:
