@@ -20,7 +20,7 @@ from qmpsnap.model.operation import DefinePlan, Operation
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops import adopt, define, foresee
 from qmpsnap.ops.adopt import Adopted, Survey
-from qmpsnap.ops.context import Context, blocking, opened
+from qmpsnap.ops.base.context import Context, blocking, opened
 from qmpsnap.refused import border
 
 

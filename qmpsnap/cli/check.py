@@ -10,8 +10,8 @@ from qmpsnap.errors import ForeignHost, HomeUntrusted, QmpsnapError, StoreMismat
 
 if TYPE_CHECKING:
     from qmpsnap.model.finding import Finding
+    from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.check import Checked
-    from qmpsnap.ops.context import Context
 
 
 def register(parsers: Parsers) -> None:

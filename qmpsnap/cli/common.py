@@ -17,7 +17,7 @@ from qmpsnap.store.store import Store
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
-    from qmpsnap.ops.context import Context
+    from qmpsnap.ops.base.context import Context
 
 T = TypeVar("T")
 Command = Callable[[argparse.Namespace], int | None]
@@ -120,7 +120,7 @@ def operating(act: Callable[["Context"], Awaitable[T]], *, make: bool = False) -
     """
     import anyio
 
-    from qmpsnap.ops.context import opened
+    from qmpsnap.ops.base.context import opened
 
     supervised.split()
 

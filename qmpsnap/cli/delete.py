@@ -8,7 +8,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
-    from qmpsnap.ops.context import Context
+    from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.delete import DeletePlan
 
 

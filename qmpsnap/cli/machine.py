@@ -208,7 +208,7 @@ def _show(arguments: argparse.Namespace) -> None:
 def _of_machine(machine: Machine, state: str, process: Process | None) -> dict[str, Any]:
     """What `show` says of the machine itself and its QEMU."""
     from qmpsnap.machine import scope
-    from qmpsnap.ops import admission
+    from qmpsnap.ops.base import admission
 
     run_dir = home().run_dir(machine.name)
     user, lacks = admission.shown(machine, process)

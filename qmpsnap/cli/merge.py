@@ -10,8 +10,8 @@ from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
     from qmpsnap.model.operation import Merge, MergePlan
+    from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.commit import Request
-    from qmpsnap.ops.context import Context
 
 
 def register(parsers: Parsers) -> None:

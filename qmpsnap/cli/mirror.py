@@ -11,7 +11,7 @@ from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
     from qmpsnap.model.operation import MirrorPlan
-    from qmpsnap.ops.context import Context
+    from qmpsnap.ops.base.context import Context
 
 
 def register(parsers: Parsers) -> None:

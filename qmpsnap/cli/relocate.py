@@ -8,7 +8,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, operating
 from qmpsnap.errors import StoreMismatch
 
 if TYPE_CHECKING:
-    from qmpsnap.ops.relocate import Relocated
+    from qmpsnap.ops.base.relocate import Relocated
 
 _FINE = ("recorded", "copy", "proven")
 
@@ -26,7 +26,7 @@ def register(parsers: Parsers) -> None:
 
 
 def _relocate(arguments: argparse.Namespace) -> int:
-    from qmpsnap.ops import relocate
+    from qmpsnap.ops.base import relocate
 
     done = operating(
         lambda context: relocate.run(context, accept_copies=arguments.accept_copies, dry_run=arguments.dry_run)

@@ -25,7 +25,7 @@ from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check
 from qmpsnap.model.operation import DefinePlan
 from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec, Opened
 from qmpsnap.ops import adopt_files, define, disk_sources
-from qmpsnap.ops.context import Context, blocking, forget_places, locked
+from qmpsnap.ops.base.context import Context, blocking, forget_places, locked
 from qmpsnap.ops.disk_sources import DiskSource
 from qmpsnap.ops.work import require_settled
 from qmpsnap.qmp import commands, session

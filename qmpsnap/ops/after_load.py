@@ -14,7 +14,7 @@ from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Agent
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops.context import Context
+from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands
 
 DEADLINE = 5.0

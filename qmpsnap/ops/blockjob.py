@@ -13,8 +13,8 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, OperationId, job_id
 from qmpsnap.model.operation import Change, Merge, MirrorPlan
-from qmpsnap.ops import keys
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base import keys
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 

@@ -8,7 +8,7 @@ from qmpsnap.errors import OperationPending
 from qmpsnap.model import steps
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Operation
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.qmp.jobs import Report, unreported
 
 Direction = Literal["forward", "back"]

@@ -11,8 +11,9 @@ from qmpsnap.model.chain import Chain
 from qmpsnap.model.names import OperationId, job_id
 from qmpsnap.model.operation import Change, Merge, MergePlan
 from qmpsnap.model.situation import Situation
-from qmpsnap.ops import merge, recover, serials
-from qmpsnap.ops.context import Context
+from qmpsnap.ops import merge, recover
+from qmpsnap.ops.base import serials
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.possible import require_possible
 from qmpsnap.ops.situation import look, require_space, resolve
 from qmpsnap.ops.work import Work, begin, looking, working

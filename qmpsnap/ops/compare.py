@@ -14,7 +14,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops import unseen
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.qmp import commands
 from qmpsnap.threads import to_read
 

@@ -18,9 +18,9 @@ from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import version_of
-from qmpsnap.ops import asked
+from qmpsnap.ops.base import asked
+from qmpsnap.ops.base.overlays import overlay_on
 from qmpsnap.ops.means import Means, MemoryRequest
-from qmpsnap.ops.overlays import overlay_on
 from qmpsnap.ops.quiesce import Freezer, QuiesceRequest
 from qmpsnap.qmp import commands, migration
 

@@ -13,8 +13,8 @@ from qmpsnap.model.names import LayerId, layer_disk
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot, require_snapshot
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.commit import carry_out
-from qmpsnap.ops.context import Context
 from qmpsnap.ops.possible import require_possible
 from qmpsnap.ops.situation import look, require_space
 from qmpsnap.ops.work import Work, looking, working

@@ -19,8 +19,8 @@ from qmpsnap.machine import accel, logs, privileges, probe, scope
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.privileges import RunAs
 from qmpsnap.model.home import Home
-from qmpsnap.ops import admission, space
-from qmpsnap.ops.context import Programs
+from qmpsnap.ops.base import admission, space
+from qmpsnap.ops.base.context import Programs
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.threads import to_read
 

@@ -12,8 +12,8 @@ from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, OperationPending, QemuGone, QmpError, QmpsnapError, StoreMismatch
 from qmpsnap.model import steps
+from qmpsnap.ops.base.context import guarded
 from qmpsnap.ops.blockjob import BlockJob
-from qmpsnap.ops.context import guarded
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import completed

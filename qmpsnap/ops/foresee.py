@@ -10,9 +10,10 @@ from qmpsnap.model.names import OperationId, check_name
 from qmpsnap.model.operation import DefinePlan
 from qmpsnap.model.snapshot import require_snapshot
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import asked, define, undefine
-from qmpsnap.ops.context import Context, blocking
-from qmpsnap.ops.overlays import require_free
+from qmpsnap.ops import define, undefine
+from qmpsnap.ops.base import asked
+from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.work import looking, require_settled
 
 

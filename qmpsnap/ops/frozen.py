@@ -20,7 +20,7 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.stamp import History, baseline
-from qmpsnap.ops.reading import read_by
+from qmpsnap.ops.base.reading import read_by
 from qmpsnap.store.store import Store
 
 

@@ -10,7 +10,7 @@ from qmpsnap.machine import accel, probe
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Hardware, Vmstate, differences, hardware_of
-from qmpsnap.ops.context import Context
+from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import to_read

@@ -15,8 +15,8 @@ from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
-from qmpsnap.ops import asked, keys
-from qmpsnap.ops.context import Context, blocking, require_spec
+from qmpsnap.ops.base import asked, keys
+from qmpsnap.ops.base.context import Context, blocking, require_spec
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import RunStatus

@@ -20,7 +20,7 @@ from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, Memory, Operation
 from qmpsnap.model.vmstate import Manifest, SaveMode, Vmstate
-from qmpsnap.ops.context import Context
+from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands, migration, runstate
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report

@@ -17,8 +17,9 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Writer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import admission, asked, compare, consent, keys, pausing, tagging, unseen
-from qmpsnap.ops.context import Context, blocking, locked, require_own, require_spec
+from qmpsnap.ops import compare, pausing, tagging, unseen
+from qmpsnap.ops.base import admission, asked, consent, keys
+from qmpsnap.ops.base.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands, jobs

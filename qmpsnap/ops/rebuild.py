@@ -21,8 +21,8 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, DefinePlan
 from qmpsnap.model.relocation import HomeRecord, carried_all
-from qmpsnap.ops import relocate
-from qmpsnap.ops.context import Context, Programs, this_host
+from qmpsnap.ops.base import relocate
+from qmpsnap.ops.base.context import Context, Programs, this_host
 from qmpsnap.ops.rebuilding.images import Finder
 from qmpsnap.ops.rebuilding.plan import Image, Rebuilt, Unread, plan
 from qmpsnap.qmp import commands

@@ -10,8 +10,8 @@ from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.names import JobId
 from qmpsnap.model.operation import InternalPlan, LoadPlan
 from qmpsnap.ops import quiesce, tagging
+from qmpsnap.ops.base.context import blocking
 from qmpsnap.ops.broken import Broken, Direction
-from qmpsnap.ops.context import blocking
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.session import Monitor

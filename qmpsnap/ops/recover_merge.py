@@ -6,9 +6,9 @@ from qmpsnap.block.backing import durable_size
 from qmpsnap.model import steps
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.ops import finalize, merge, relaunched
+from qmpsnap.ops.base.context import blocking
 from qmpsnap.ops.blockjob import qemu_of
 from qmpsnap.ops.broken import Broken, Direction
-from qmpsnap.ops.context import blocking
 from qmpsnap.ops.merge import MergeJob
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.session import Monitor

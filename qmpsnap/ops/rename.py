@@ -3,8 +3,8 @@
 from qmpsnap.model.names import check_name
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Snapshot, require_snapshot
-from qmpsnap.ops import asked
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base import asked
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.work import working
 
 

@@ -22,12 +22,13 @@ from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation, R
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Hardware
-from qmpsnap.ops import asked, create, internal, recover, tagging
-from qmpsnap.ops.context import Context, blocking, guarded
+from qmpsnap.ops import create, internal, recover, tagging
+from qmpsnap.ops.base import asked
+from qmpsnap.ops.base.context import Context, blocking, guarded
+from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.loading import hardware_now, require_fits
-from qmpsnap.ops.overlays import require_free
 from qmpsnap.ops.power import LoadingInside
 from qmpsnap.ops.quiesce import Freezer
 from qmpsnap.ops.tagging import job_of

@@ -14,9 +14,9 @@ from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, Copy, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot, require_snapshot
-from qmpsnap.ops import asked
-from qmpsnap.ops.context import require_spec
-from qmpsnap.ops.overlays import overlay_on
+from qmpsnap.ops.base import asked
+from qmpsnap.ops.base.context import require_spec
+from qmpsnap.ops.base.overlays import overlay_on
 
 Run = Literal["running", "paused"]
 

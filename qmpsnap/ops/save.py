@@ -13,7 +13,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Compression
 from qmpsnap.ops import create, revert
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.means import MemoryRequest
 from qmpsnap.ops.revert import Preview, Reverted

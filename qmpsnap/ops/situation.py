@@ -15,8 +15,8 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Merge, Removal
 from qmpsnap.model.situation import TABLE_COVERS, Held, Situation
-from qmpsnap.ops import space
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base import space
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.work import Work
 from qmpsnap.threads import to_end, to_read
 

@@ -8,7 +8,7 @@ from typing import Literal, TypedDict, get_args
 from qmpsnap.errors import UsageError
 from qmpsnap.model.snapshot import Quiesce
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import asked
+from qmpsnap.ops.base import asked
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.means import MemoryRequest

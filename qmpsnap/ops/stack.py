@@ -9,7 +9,7 @@ from msgspec import Struct
 from qmpsnap.errors import QmpsnapError, StateError
 from qmpsnap.model.snapshot import require_snapshot
 from qmpsnap.ops import delete, revert, situation
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
 from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.revert_plan import RevertRequest

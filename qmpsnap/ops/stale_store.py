@@ -21,7 +21,7 @@ from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import SERIAL, is_text, tag_number
 from qmpsnap.model.operation import MergePlan, MirrorPlan, Operation, RevertPlan
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.store.records import FOLDER
 
 LAYER_FILE = re.compile(rf"([a-z][a-z0-9]{{0,15}})-({SERIAL})\.(qcow2|raw)")

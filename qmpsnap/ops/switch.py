@@ -15,8 +15,8 @@ from qmpsnap.model import steps
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Operation, RevertPlan
 from qmpsnap.ops import frozen
-from qmpsnap.ops.context import Context, blocking
-from qmpsnap.ops.overlays import headers_of, identified, require_planned
+from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.overlays import headers_of, identified, require_planned
 from qmpsnap.ops.tagging import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import to_end

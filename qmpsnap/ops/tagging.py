@@ -16,8 +16,8 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan
-from qmpsnap.ops import keys
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base import keys
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.memory import RESUME_DEADLINE
 from qmpsnap.ops.quiesce import Freezer
 from qmpsnap.qmp import commands, jobs, runstate

@@ -26,7 +26,7 @@ MOVED = {
 }
 CHOSEN = {
     "the name claimed": Call("qmpsnap.block.place", "claim", "after", 1),
-    "one name left": Call("qmpsnap.ops.chosen", "let_go", "after", 1),
+    "one name left": Call("qmpsnap.ops.base.chosen", "let_go", "after", 1),
 }
 WRITTEN = {
     "the file made": Call(STATEFILE, "create", "after", 1),

@@ -13,8 +13,8 @@ import anyio
 import qmpsnap
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model import steps
-from qmpsnap.ops import relocate
-from qmpsnap.ops.context import opened
+from qmpsnap.ops.base import relocate
+from qmpsnap.ops.base.context import opened
 from tests.faults.scenarios import SCENARIOS, Scenario
 from tests.faults.site import NAME, TWO
 from tests.faults.verbs import VERBS

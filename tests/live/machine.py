@@ -11,7 +11,7 @@ from qmpsnap.machine.argv import USER_SOCKET
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops.context import Context
+from qmpsnap.ops.base.context import Context
 from tests.live.digest import content_digest, whole_digest
 
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from qmpsnap.cli.main import main, parser
 from qmpsnap.errors import LockHeld, OperationPending
 from qmpsnap.model.operation import Change, CreatePlan
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops.context import locked
+from qmpsnap.ops.base.context import locked
 from tests.cli.test_help import LEAVES
 from tests.live.machine import MIB, context_of
 

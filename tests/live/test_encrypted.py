@@ -26,7 +26,7 @@ from qmpsnap.model.blockdev import chain_options
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, Encryption, MachineSpec
-from qmpsnap.ops import keys
+from qmpsnap.ops.base import keys
 from qmpsnap.qmp import session
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 

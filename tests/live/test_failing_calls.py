@@ -13,7 +13,7 @@ import qmpsnap
 from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, NotFoundError, OperationPending
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import relocate
+from qmpsnap.ops.base import relocate
 from qmpsnap.ops.broken import Broken
 from qmpsnap.store import records
 from qmpsnap.store.database import Database

@@ -24,7 +24,8 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.operation import Change
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.model.vmstate import Manifest
-from qmpsnap.ops import create_plan, means, memory, space
+from qmpsnap.ops import create_plan, means, memory
+from qmpsnap.ops.base import space
 from qmpsnap.qmp import migration
 from tests.live.booted import start_booted
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor

@@ -22,7 +22,7 @@ from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
 from qmpsnap.ops import revert, tagging
-from qmpsnap.ops.space import Need
+from qmpsnap.ops.base.space import Need
 from tests.harness.deaths import Call, die_at
 from tests.harness.processes import kill_qemu
 from tests.live.booted import start_booted

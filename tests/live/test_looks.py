@@ -9,7 +9,8 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, LockHeld, StateError, StoreMismatch, UsageError
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import commit, delete, mirror, space
+from qmpsnap.ops import commit, delete, mirror
+from qmpsnap.ops.base import space
 from qmpsnap.ops.commit import CommitRequest
 from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.ops.mirror import MirrorRequest

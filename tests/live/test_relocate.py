@@ -18,8 +18,9 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.home import Home
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import rebuild, relocate
-from qmpsnap.ops.context import opened
+from qmpsnap.ops import rebuild
+from qmpsnap.ops.base import relocate
+from qmpsnap.ops.base.context import opened
 from tests.harness.deaths import STORE, Call, die_at
 from tests.live.machine import (
     MIB,
@@ -233,8 +234,8 @@ async def test_what_cannot_be_a_copy_is_never_taken_over(first: Path, what: str)
 
 
 DEATHS = {
-    "before a header": Call("qmpsnap.ops.relocate", "set_backing", "before", 1),
-    "between two headers": Call("qmpsnap.ops.relocate", "set_backing", "after", 1),
+    "before a header": Call("qmpsnap.ops.base.relocate", "set_backing", "before", 1),
+    "between two headers": Call("qmpsnap.ops.base.relocate", "set_backing", "after", 1),
     "before the store has it": Call("qmpsnap.store.homes", "HomeTable.finish", "before", 1),
     "after it has": Call("qmpsnap.store.homes", "HomeTable.finish", "after", 1),
 }

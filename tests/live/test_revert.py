@@ -16,7 +16,7 @@ from qmpsnap.errors import DeadlinePassed, NameRefused, NameTaken, NotFoundError
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops.overlays import make_overlays
+from qmpsnap.ops.base.overlays import make_overlays
 from qmpsnap.ops.revert_plan import Run
 from qmpsnap.qmp import commands
 from tests.harness.deaths import STORE, Call, die_at

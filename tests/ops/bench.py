@@ -15,7 +15,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops.context import Context, this_host
+from qmpsnap.ops.base.context import Context, this_host
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Monitor
 from qmpsnap.store.store import Store
 from tests.qmp.scripted import Deaf

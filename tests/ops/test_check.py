@@ -28,7 +28,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
 from qmpsnap.model.snapshot import Point
 from qmpsnap.ops import check, delete, power
-from qmpsnap.ops.context import Context, opened
+from qmpsnap.ops.base.context import Context, opened
 from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.store import lock
 from qmpsnap.store.records import FOLDER, Place, Records

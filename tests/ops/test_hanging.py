@@ -13,7 +13,7 @@ from qmpsnap import hung, outstanding
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import LockHeld, OperationPending, StorageHangs
 from qmpsnap.model.home import Home
-from qmpsnap.ops.context import Context, locked
+from qmpsnap.ops.base.context import Context, locked
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.threads import to_end, to_read
 

@@ -16,9 +16,9 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Overlay
 from qmpsnap.model.spec import DiskSpec
 from qmpsnap.ops import create_plan, merge, recover
+from qmpsnap.ops.base.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.broken import Direction
 from qmpsnap.ops.create_plan import CreateRequest
-from qmpsnap.ops.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.recover import end_open
 from qmpsnap.ops.recover_create import direction as create_direction
 from qmpsnap.store.records import FOLDER, Records

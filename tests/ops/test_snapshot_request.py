@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qmpsnap.errors import UsageError
-from qmpsnap.ops import asked
+from qmpsnap.ops.base import asked
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.ops.internal import InternalRequest

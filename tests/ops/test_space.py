@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.operation import Change, Merge, Removal
 from qmpsnap.model.situation import Situation
-from qmpsnap.ops import space
+from qmpsnap.ops.base import space
+from qmpsnap.ops.base.space import Need, Room
 from qmpsnap.ops.situation import require_space
-from qmpsnap.ops.space import Need, Room
 from tests.ops.bench import MIB, chain
 from tests.ops.test_mirror_plan import situation
 

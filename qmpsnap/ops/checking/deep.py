@@ -10,10 +10,10 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import keys
+from qmpsnap.ops.base import keys
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.checking import ancestry
 from qmpsnap.ops.checking.facts import Facts
-from qmpsnap.ops.context import Context
 from qmpsnap.threads import to_read
 
 _CODES: dict[Verdict | Literal["unread"], str] = {

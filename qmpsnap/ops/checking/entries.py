@@ -6,7 +6,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from qmpsnap.ops import admission
+from qmpsnap.ops.base import admission
 from qmpsnap.ops.checking import named
 
 

@@ -15,13 +15,13 @@ from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Change
-from qmpsnap.ops import keys
+from qmpsnap.ops.base import keys
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.checking import quarantine
 from qmpsnap.ops.checking.entries import Entry
 from qmpsnap.ops.checking.facts import AGENT_DEADLINE, Facts
 from qmpsnap.ops.checking.judge import OUR_NODE
 from qmpsnap.ops.checking.quarantine import Moved
-from qmpsnap.ops.context import Context, blocking
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import owner

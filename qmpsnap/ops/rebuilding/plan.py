@@ -14,7 +14,7 @@ from qmpsnap.model.names import LayerId, OperationId, tag_number
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point, Snapshot, SnapshotKind
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import asked
+from qmpsnap.ops.base import asked
 
 TEXT = "found on disk when the store was made again"
 

@@ -28,8 +28,8 @@ from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import keys, whereabouts
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base import keys, whereabouts
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.threads import to_read
 

@@ -3,7 +3,7 @@
 from qmpsnap.block import graph
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId, job_id, layer_id
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
 

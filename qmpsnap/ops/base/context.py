@@ -25,7 +25,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.moment import moment
 from qmpsnap.model.secret import Secret, given
-from qmpsnap.ops import whereabouts
+from qmpsnap.ops.base import whereabouts
 from qmpsnap.outstanding import covering, left
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner, runfolder
@@ -233,7 +233,7 @@ async def locked(context: Context, name: str, verb: str, *, anywhere: bool = Fal
         StorageHangs: it does so now; the lock is held on until the thread is back.
         StoreMismatch: the home was moved or copied, and has not been relocated.
     """
-    from qmpsnap.ops import relocate  # which takes the locks of all machines, and does not wait for ours
+    from qmpsnap.ops.base import relocate  # which takes the locks of all machines, and does not wait for ours
 
     if not anywhere:
         await relocate.go_on(context)

@@ -14,7 +14,7 @@ from qmpsnap.block import header, place
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.model.home import Home
 from qmpsnap.model.operation import Overlay
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.threads import to_read
 
 

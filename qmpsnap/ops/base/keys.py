@@ -17,8 +17,8 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.secret import MOST, Secret
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import admission
-from qmpsnap.ops.context import Context
+from qmpsnap.ops.base import admission
+from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp.session import Session
 from qmpsnap.threads import to_end
 

@@ -18,8 +18,8 @@ from qmpsnap.model.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, Overlay
-from qmpsnap.ops import admission, keys
-from qmpsnap.ops.context import Context
+from qmpsnap.ops.base import admission, keys
+from qmpsnap.ops.base.context import Context
 from qmpsnap.threads import to_end
 
 EMPTY_LIMIT = 8 << 20

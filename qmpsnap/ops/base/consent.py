@@ -6,7 +6,7 @@ import shlex
 from qmpsnap.errors import StateError
 from qmpsnap.model.machine import Consent, Machine
 from qmpsnap.model.operation import Change
-from qmpsnap.ops.context import Context, blocking
+from qmpsnap.ops.base.context import Context, blocking
 
 
 def require(machine: Machine) -> None:

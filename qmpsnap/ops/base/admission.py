@@ -15,7 +15,7 @@ from qmpsnap.machine.privileges import RunAs
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops.context import Context
+from qmpsnap.ops.base.context import Context
 from qmpsnap.threads import to_end
 
 READ_WRITE = acl.READ | acl.WRITE
