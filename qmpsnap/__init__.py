@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from qmpsnap.model.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
     from qmpsnap.ops.adopt import Adopted, Survey
     from qmpsnap.ops.check import Checked
-    from qmpsnap.ops.compare import ChainView
     from qmpsnap.ops.delete import DeletePlan
     from qmpsnap.ops.foresee import Forgotten
+    from qmpsnap.ops.outside.compare import ChainView
     from qmpsnap.ops.revert import Preview, Reverted
     from qmpsnap.ops.snapshot_request import SnapshotOptions
     from qmpsnap.ops.stack import PopPreview
@@ -88,7 +88,7 @@ _FROM = {
     "qmpsnap.model.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
     "qmpsnap.ops.adopt": ("Adopted", "Survey"),
     "qmpsnap.ops.check": ("Checked",),
-    "qmpsnap.ops.compare": ("ChainView",),
+    "qmpsnap.ops.outside.compare": ("ChainView",),
     "qmpsnap.ops.delete": ("DeletePlan",),
     "qmpsnap.ops.foresee": ("Forgotten",),
     "qmpsnap.ops.stack": ("PopPreview",),

@@ -11,12 +11,13 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops import check as checking
-from qmpsnap.ops import compare, foresee, pausing, power, undefine
+from qmpsnap.ops import foresee, pausing, power, undefine
 from qmpsnap.ops.base import asked, space, variables
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import Checked
-from qmpsnap.ops.compare import ChainView
 from qmpsnap.ops.foresee import Forgotten
+from qmpsnap.ops.outside import compare
+from qmpsnap.ops.outside.compare import ChainView
 from qmpsnap.ops.work import working
 from qmpsnap.outstanding import briefly
 from qmpsnap.qmp import commands

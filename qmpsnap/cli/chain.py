@@ -9,7 +9,7 @@ from qmpsnap.errors import StoreMismatch
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
-    from qmpsnap.ops.compare import ChainView
+    from qmpsnap.ops.outside.compare import ChainView
 
 
 def register(parsers: Parsers) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def images(store: "Store", machines: Sequence[Machine], alive: Mapping[str, Process]) -> dict[str, Seen]:
     """How the images are of those machines that are this host's."""
-    from qmpsnap.ops import frozen
+    from qmpsnap.ops.outside import frozen
 
     here = [machine for machine in machines if machine.host == os.uname().nodename]
     pids = {name: process.pid for name, process in alive.items()}
@@ -27,7 +27,7 @@ def images(store: "Store", machines: Sequence[Machine], alive: Mapping[str, Proc
 
 def snapshots(store: "Store", machine: str) -> dict[str, str]:
     """The state of each snapshot: the recorded one, or where that is ``ok`` what its files tell at once instead."""
-    from qmpsnap.ops import frozen
+    from qmpsnap.ops.outside import frozen
 
     found, record = store.snapshots(machine), store.machine(machine)
     if record.host != os.uname().nodename or not found:
@@ -48,7 +48,7 @@ def state(machine: Machine, process: Process | None, found: Seen | None) -> str:
     """``running`` or ``stopped``; ``unknown`` where a QEMU that cannot be seen from here may run."""
     if process:
         return "running"
-    from qmpsnap.ops import unseen
+    from qmpsnap.ops.outside import unseen
 
     return "unknown" if (found and found.unseen) or unseen.answers(home(), machine) else "stopped"
 

@@ -13,10 +13,10 @@ from qmpsnap.errors import ImageRefused, StateError
 from qmpsnap.model import sharing
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import outsiders
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import require_room
+from qmpsnap.ops.outside import outsiders
 from qmpsnap.threads import to_read
 
 Identity = tuple[int, int]

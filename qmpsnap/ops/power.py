@@ -17,10 +17,11 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Writer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import compare, pausing, tagging, unseen
+from qmpsnap.ops import pausing, tagging
 from qmpsnap.ops.base import admission, asked, consent, keys
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
+from qmpsnap.ops.outside import compare, unseen
 from qmpsnap.ops.work import working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor

@@ -14,8 +14,8 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import frozen, outsiders
 from qmpsnap.ops.base.context import Context, blocking, forget_places
+from qmpsnap.ops.outside import frozen, outsiders
 from qmpsnap.ops.recover import remove_folder
 from qmpsnap.ops.tagging import forget_variables
 from qmpsnap.ops.work import Work, working

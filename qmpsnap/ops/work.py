@@ -12,10 +12,11 @@ from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Operation, Plan
-from qmpsnap.ops import frozen, outsiders, recover, stale_store
+from qmpsnap.ops import recover, stale_store
 from qmpsnap.ops.base.context import Context, blocking, locked, require_folder, require_own, require_spec
 from qmpsnap.ops.base.reading import read_by
 from qmpsnap.ops.broken import Unfinished
+from qmpsnap.ops.outside import frozen, outsiders
 from qmpsnap.ops.recover import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor

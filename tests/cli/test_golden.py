@@ -19,8 +19,9 @@ from qmpsnap.cli.main import main
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.ops import compare, create_plan
+from qmpsnap.ops import create_plan
 from qmpsnap.ops.create_plan import CreateRequest
+from qmpsnap.ops.outside import compare
 from qmpsnap.store.sqlite import SqliteStore
 from tests.cli import seeded
 

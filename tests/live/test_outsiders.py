@@ -13,7 +13,7 @@ import qmpsnap
 from qmpsnap.block import users
 from qmpsnap.errors import ImageInUse
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import outsiders
+from qmpsnap.ops.outside import outsiders
 from tests.live.machine import MIB, context_of
 from tests.live.outsider import WAYS, outsider
 

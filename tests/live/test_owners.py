@@ -22,7 +22,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import ImageInUse, StateError, StoreMismatch
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change
-from qmpsnap.ops import frozen, outsiders
+from qmpsnap.ops.outside import frozen, outsiders
 from tests.live.machine import context_of
 from tests.live.outsider import outsider
 from tests.live.test_outsiders import layers, stopped

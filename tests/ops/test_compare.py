@@ -12,8 +12,8 @@ from qmpsnap.errors import NotFoundError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change, DefinePlan
-from qmpsnap.ops import compare
-from qmpsnap.ops.compare import layer_problems, view
+from qmpsnap.ops.outside import compare
+from qmpsnap.ops.outside.compare import layer_problems, view
 from qmpsnap.store.sqlite import SqliteStore
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, machine, snapshot
 

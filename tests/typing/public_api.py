@@ -15,9 +15,9 @@ from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergeP
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.adopt import Adopted, Survey
 from qmpsnap.ops.check import Checked
-from qmpsnap.ops.compare import ChainView, LayerView
 from qmpsnap.ops.delete import DeletePlan
 from qmpsnap.ops.foresee import Forgotten
+from qmpsnap.ops.outside.compare import ChainView, LayerView
 from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.stack import PopPreview
 from qmpsnap.qmp.commands import JobInfo

@@ -14,8 +14,8 @@ from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.forest import Writer
-from qmpsnap.ops import compare
 from qmpsnap.ops.checking.facts import Facts
+from qmpsnap.ops.outside import compare
 from qmpsnap.store.owner import Flaw
 
 UNSETTLED = frozenset({"postmigrate", "finish-migrate", "save-vm", "restore-vm", "inmigrate", "colo"})

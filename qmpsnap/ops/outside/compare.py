@@ -13,8 +13,8 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import unseen
 from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.outside import unseen
 from qmpsnap.qmp import commands
 from qmpsnap.threads import to_read
 
