@@ -18,7 +18,7 @@ from qmpsnap.ops.check import Checked
 from qmpsnap.ops.foresee import Forgotten
 from qmpsnap.ops.outside import compare
 from qmpsnap.ops.outside.compare import ChainView
-from qmpsnap.ops.work import working
+from qmpsnap.ops.session.work import working
 from qmpsnap.outstanding import briefly
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo

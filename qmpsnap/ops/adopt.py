@@ -27,7 +27,7 @@ from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec, Opened
 from qmpsnap.ops import adopt_files, define, disk_sources
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked
 from qmpsnap.ops.disk_sources import DiskSource
-from qmpsnap.ops.work import require_settled
+from qmpsnap.ops.session.work import require_settled
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor, Session

@@ -12,7 +12,6 @@ from qmpsnap.identity import same_file
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Change
-from qmpsnap.ops import recover
 from qmpsnap.ops.base import admission, relocate
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own
 from qmpsnap.ops.checking import deep as reading
@@ -21,6 +20,7 @@ from qmpsnap.ops.checking.facts import Facts
 from qmpsnap.ops.checking.judge import judge
 from qmpsnap.ops.checking.quarantine import Moved
 from qmpsnap.ops.checking.repair import Repairs, close_to_others, repair
+from qmpsnap.ops.session import recover
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import to_end, to_read
 

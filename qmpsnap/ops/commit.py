@@ -11,12 +11,13 @@ from qmpsnap.model.chain import Chain
 from qmpsnap.model.names import OperationId, job_id
 from qmpsnap.model.operation import Change, Merge, MergePlan
 from qmpsnap.model.situation import Situation
-from qmpsnap.ops import merge, recover
+from qmpsnap.ops import merge
 from qmpsnap.ops.base import serials
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.possible import require_possible
-from qmpsnap.ops.situation import look, require_space, resolve
-from qmpsnap.ops.work import Work, begin, looking, working
+from qmpsnap.ops.session import recover
+from qmpsnap.ops.session.situation import look, require_space, resolve
+from qmpsnap.ops.session.work import Work, begin, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.threads import to_read
 

@@ -16,8 +16,8 @@ from qmpsnap.model.snapshot import Snapshot, require_snapshot
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.commit import carry_out
 from qmpsnap.ops.possible import require_possible
-from qmpsnap.ops.situation import look, require_space
-from qmpsnap.ops.work import Work, looking, working
+from qmpsnap.ops.session.situation import look, require_space
+from qmpsnap.ops.session.work import Work, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.threads import to_read
 

@@ -14,7 +14,7 @@ from qmpsnap.ops import define, undefine
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import require_free
-from qmpsnap.ops.work import looking, require_settled
+from qmpsnap.ops.session.work import looking, require_settled
 
 
 class Forgotten(Struct, frozen=True):

@@ -23,15 +23,16 @@ from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, InternalPlan, Operation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Hardware, Inside
-from qmpsnap.ops import quiesce, recover, tagging
+from qmpsnap.ops import tagging
 from qmpsnap.ops.base import asked, keys, space
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.base.space import Need
 from qmpsnap.ops.loading import hardware_now
 from qmpsnap.ops.means import RESERVE_MORE, require_saveable, resident_bytes
-from qmpsnap.ops.quiesce import Freezer, QuiesceRequest
-from qmpsnap.ops.work import Work, looking, require_agreement, working
+from qmpsnap.ops.session import quiesce, recover
+from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
+from qmpsnap.ops.session.work import Work, looking, require_agreement, working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
 

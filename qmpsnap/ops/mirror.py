@@ -19,12 +19,13 @@ from qmpsnap.model.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.operation import Change, MirrorPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.spec import Format
-from qmpsnap.ops import copying, recover
+from qmpsnap.ops import copying
 from qmpsnap.ops.base import serials, space
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.space import Need
-from qmpsnap.ops.situation import look
-from qmpsnap.ops.work import Work, begin, looking, working
+from qmpsnap.ops.session import recover
+from qmpsnap.ops.session.situation import look
+from qmpsnap.ops.session.work import Work, begin, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.threads import to_read
 

@@ -5,10 +5,10 @@ import anyio
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops import recover, stale_store
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own
 from qmpsnap.ops.outside import unseen
-from qmpsnap.ops.work import working
+from qmpsnap.ops.session import recover, stale_store
+from qmpsnap.ops.session.work import working
 from qmpsnap.qmp import commands, glance, runstate
 from qmpsnap.qmp.session import Monitor
 

@@ -11,7 +11,7 @@ from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model.operation import Merge, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.merge import rewritten
-from qmpsnap.ops.work import Work
+from qmpsnap.ops.session.work import Work
 from qmpsnap.threads import to_read
 
 

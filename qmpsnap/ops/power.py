@@ -22,7 +22,7 @@ from qmpsnap.ops.base import admission, asked, consent, keys
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.loading import Loading, load
 from qmpsnap.ops.outside import compare, unseen
-from qmpsnap.ops.work import working
+from qmpsnap.ops.session.work import working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import completed, to_end, to_read

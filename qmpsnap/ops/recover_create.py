@@ -18,11 +18,12 @@ from qmpsnap.model.names import NodeName
 from qmpsnap.model.operation import Change, CreatePlan, Ended, Memory, Operation
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops import memory as saving
-from qmpsnap.ops import quiesce, relaunched, tagging
+from qmpsnap.ops import tagging
 from qmpsnap.ops.base import chosen, variables
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
-from qmpsnap.ops.broken import Broken, Direction
+from qmpsnap.ops.session import quiesce, relaunched
+from qmpsnap.ops.session.broken import Broken, Direction
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import to_end

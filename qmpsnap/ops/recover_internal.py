@@ -9,9 +9,10 @@ from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.names import JobId
 from qmpsnap.model.operation import InternalPlan, LoadPlan
-from qmpsnap.ops import quiesce, tagging
+from qmpsnap.ops import tagging
 from qmpsnap.ops.base.context import blocking
-from qmpsnap.ops.broken import Broken, Direction
+from qmpsnap.ops.session import quiesce
+from qmpsnap.ops.session.broken import Broken, Direction
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.session import Monitor

@@ -5,7 +5,7 @@ from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Snapshot, require_snapshot
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.work import working
+from qmpsnap.ops.session.work import working
 
 
 async def run(context: Context, name: str, old: str, new: str) -> Snapshot:

@@ -12,7 +12,7 @@ from qmpsnap.ops.base import asked
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.means import MemoryRequest
-from qmpsnap.ops.quiesce import FREEZE_WINDOW, QuiesceRequest
+from qmpsnap.ops.session.quiesce import FREEZE_WINDOW, QuiesceRequest
 
 Kind = Literal["disk", "full", "internal"]
 

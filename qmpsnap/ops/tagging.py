@@ -19,7 +19,7 @@ from qmpsnap.model.operation import Change, InternalPlan, LoadPlan
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.memory import RESUME_DEADLINE
-from qmpsnap.ops.quiesce import Freezer
+from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.qmp import commands, jobs, runstate
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.jobs import Report

@@ -17,7 +17,8 @@ import pytest
 import qmpsnap
 from qmpsnap.machine import machine
 from qmpsnap.model import steps
-from qmpsnap.ops import memory, recover
+from qmpsnap.ops import memory
+from qmpsnap.ops.session import recover
 from qmpsnap.qmp import session
 from qmpsnap.qmp.session import Session
 from tests.faults import claims, site

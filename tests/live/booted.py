@@ -22,7 +22,7 @@ from qmpsnap.model.spec import MachineSpec
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.loading import Loading
 from qmpsnap.ops.power import bring_up
-from qmpsnap.ops.work import working
+from qmpsnap.ops.session.work import working
 from tests.conftest import SHARED
 from tests.live.machine import context_of
 

@@ -14,7 +14,7 @@ from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, NotFoundError, OperationPending
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import relocate
-from qmpsnap.ops.broken import Broken
+from qmpsnap.ops.session.broken import Broken
 from qmpsnap.store import records
 from qmpsnap.store.database import Database
 from tests.live.machine import MIB, ONE_DISK, context_of, hold_invariants

@@ -10,7 +10,7 @@ import qmpsnap
 from qmpsnap.block import content
 from qmpsnap.errors import DeadlinePassed, QmpError, StateError, UsageError
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import quiesce
+from qmpsnap.ops.session import quiesce
 from tests.harness.deaths import Call, die_at, stopped_at
 from tests.harness.processes import no_guards
 from tests.live.booted import start_booted

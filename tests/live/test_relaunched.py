@@ -12,7 +12,7 @@ from qmpsnap.block import locks
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.operation import Merge, MergePlan
-from qmpsnap.ops import relaunched
+from qmpsnap.ops.session import relaunched
 from tests.harness.deaths import JOBS, STORE, Call, die_at
 from tests.live.machine import context_of
 from tests.live.test_adopt import Foreign, agree, folder, launched

@@ -15,8 +15,8 @@ from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError, Sta
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, CreatePlan, InternalPlan, Operation, Plan
-from qmpsnap.ops import quiesce
-from qmpsnap.ops.quiesce import Freezer, QuiesceRequest
+from qmpsnap.ops.session import quiesce
+from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.store.sqlite import SqliteStore
 from tests.ops.bench import BenchContext, FakeQemu, context_on, machine
 

@@ -19,9 +19,9 @@ from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, hardware_of
 from qmpsnap.ops import revert_plan
-from qmpsnap.ops.recover import end_open
 from qmpsnap.ops.revert import Preview
 from qmpsnap.ops.revert_plan import RevertRequest, Run
+from qmpsnap.ops.session.recover import end_open
 from qmpsnap.store.sqlite import SqliteStore
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, home_at, machine, snapshot
 

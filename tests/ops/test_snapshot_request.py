@@ -12,8 +12,8 @@ from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.ops.internal import InternalRequest
 from qmpsnap.ops.means import MemoryRequest
 from qmpsnap.ops.mirror import MirrorRequest
-from qmpsnap.ops.quiesce import QuiesceRequest
 from qmpsnap.ops.revert_plan import RevertRequest
+from qmpsnap.ops.session.quiesce import QuiesceRequest
 from qmpsnap.ops.snapshot_request import requested
 
 

@@ -10,7 +10,7 @@ from qmpsnap.model.operation import Change, Merge, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.base import space
 from qmpsnap.ops.base.space import Need, Room
-from qmpsnap.ops.situation import require_space
+from qmpsnap.ops.session.situation import require_space
 from tests.ops.bench import MIB, chain
 from tests.ops.test_mirror_plan import situation
 

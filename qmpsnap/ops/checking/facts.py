@@ -25,12 +25,12 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import stale_store
 from qmpsnap.ops.base import admission, whereabouts
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.checking import entries, named
 from qmpsnap.ops.checking.entries import Entry
 from qmpsnap.ops.outside import frozen
+from qmpsnap.ops.session import stale_store
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
 from qmpsnap.qmp.session import Monitor

@@ -19,7 +19,7 @@ from qmpsnap.model.relocation import HomeRecord, carried
 from qmpsnap.model.spec import DiskSpec, Format
 from qmpsnap.ops.base import whereabouts
 from qmpsnap.ops.rebuilding.plan import Image, State, Unread
-from qmpsnap.ops.stale_store import LAYER_FILE
+from qmpsnap.ops.session.stale_store import LAYER_FILE
 from qmpsnap.store.records import FOLDER, Place, Records
 
 _INSIDE = re.compile(r"(/.*)/machines/([^/]+/[^/]+)")

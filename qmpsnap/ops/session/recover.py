@@ -28,10 +28,11 @@ from qmpsnap.model.operation import (
     Plan,
     RevertPlan,
 )
-from qmpsnap.ops import quiesce, recover_create, recover_internal, recover_merge, recover_mirror, tagging
+from qmpsnap.ops import recover_create, recover_internal, recover_merge, recover_mirror, tagging
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import remove_new
-from qmpsnap.ops.broken import Broken, Direction, Unfinished
+from qmpsnap.ops.session import quiesce
+from qmpsnap.ops.session.broken import Broken, Direction, Unfinished
 from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import JobStuck, Report, unreported

@@ -23,7 +23,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, InternalPlan, Operation, RevertPlan
 from qmpsnap.model.snapshot import Quiesce
 from qmpsnap.ops.base.context import Context
-from qmpsnap.ops.broken import Broken
+from qmpsnap.ops.session.broken import Broken
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import completed

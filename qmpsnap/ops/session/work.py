@@ -12,12 +12,12 @@ from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Operation, Plan
-from qmpsnap.ops import recover, stale_store
 from qmpsnap.ops.base.context import Context, blocking, locked, require_folder, require_own, require_spec
 from qmpsnap.ops.base.reading import read_by
-from qmpsnap.ops.broken import Unfinished
 from qmpsnap.ops.outside import frozen, outsiders
-from qmpsnap.ops.recover import GivenUp
+from qmpsnap.ops.session import recover, stale_store
+from qmpsnap.ops.session.broken import Unfinished
+from qmpsnap.ops.session.recover import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock
@@ -81,7 +81,7 @@ async def working(
         alone: nobody else may write to the machine's images; not asked by what changes none of them.
         unfinished: what to do with a job that still works for an earlier operation.
         report: told about the progress of such a job.
-        given_up: as for :func:`qmpsnap.ops.recover.end_open`.
+        given_up: as for :func:`qmpsnap.ops.session.recover.end_open`.
 
     Raises:
         NotFoundError: no such machine.

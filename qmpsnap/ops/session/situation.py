@@ -17,7 +17,7 @@ from qmpsnap.model.operation import Merge, Removal
 from qmpsnap.model.situation import TABLE_COVERS, Held, Situation
 from qmpsnap.ops.base import space
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.work import Work
+from qmpsnap.ops.session.work import Work
 from qmpsnap.threads import to_end, to_read
 
 

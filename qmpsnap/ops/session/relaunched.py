@@ -17,7 +17,7 @@ from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, OperationPending
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
-from qmpsnap.ops.broken import Broken
+from qmpsnap.ops.session.broken import Broken
 from qmpsnap.threads import to_end
 
 PATIENCE: Final = 5.0
