@@ -20,7 +20,7 @@ from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import version_of
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.overlays import overlay_on
-from qmpsnap.ops.means import Means, MemoryRequest
+from qmpsnap.ops.memory.means import Means, MemoryRequest
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.qmp import commands, migration
 

@@ -28,8 +28,8 @@ from qmpsnap.ops.base import asked, keys, space
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.base.space import Need
-from qmpsnap.ops.loading import hardware_now
-from qmpsnap.ops.means import RESERVE_MORE, require_saveable, resident_bytes
+from qmpsnap.ops.memory.load import hardware_now
+from qmpsnap.ops.memory.means import RESERVE_MORE, require_saveable, resident_bytes
 from qmpsnap.ops.session import quiesce, recover
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.ops.session.work import Work, looking, require_agreement, working

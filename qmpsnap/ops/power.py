@@ -20,7 +20,7 @@ from qmpsnap.model.names import JobId, LayerId
 from qmpsnap.ops import pausing, tagging
 from qmpsnap.ops.base import admission, asked, consent, keys
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own, require_spec
-from qmpsnap.ops.loading import Loading, load
+from qmpsnap.ops.memory.load import Loading, load
 from qmpsnap.ops.outside import compare, unseen
 from qmpsnap.ops.session.work import working
 from qmpsnap.qmp import commands, jobs

@@ -28,7 +28,7 @@ from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.internal import InternalRequest
-from qmpsnap.ops.loading import hardware_now, require_fits
+from qmpsnap.ops.memory.load import hardware_now, require_fits
 from qmpsnap.ops.power import LoadingInside
 from qmpsnap.ops.session import recover
 from qmpsnap.ops.session.quiesce import Freezer

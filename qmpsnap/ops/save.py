@@ -15,7 +15,7 @@ from qmpsnap.model.vmstate import Compression
 from qmpsnap.ops import create, revert
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.create_plan import CreateRequest
-from qmpsnap.ops.means import MemoryRequest
+from qmpsnap.ops.memory.means import MemoryRequest
 from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.revert_plan import RevertRequest
 from qmpsnap.qmp.jobs import Report, unreported

@@ -18,7 +18,7 @@ from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.memory import RESUME_DEADLINE
+from qmpsnap.ops.memory.save import RESUME_DEADLINE
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.qmp import commands, jobs, runstate
 from qmpsnap.qmp.commands import Tag

@@ -13,7 +13,7 @@ from tests.faults.scenarios import SCENARIOS, ended, ready
 from tests.harness.deaths import Call
 
 IMAGE, COMMANDS, JOBS = "qmpsnap.block.image", "qmpsnap.qmp.commands", "qmpsnap.qmp.jobs"
-MIGRATION, MEMORY, STATEFILE = "qmpsnap.qmp.migration", "qmpsnap.ops.memory", "qmpsnap.machine.statefile"
+MIGRATION, MEMORY, STATEFILE = "qmpsnap.qmp.migration", "qmpsnap.ops.memory.save", "qmpsnap.machine.statefile"
 MERGE, SWITCH, TAGS, TAGGING = "qmpsnap.ops.merge", "qmpsnap.ops.switch", "qmpsnap.block.tags", "qmpsnap.ops.tagging"
 
 OVERLAYS = {

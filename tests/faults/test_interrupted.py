@@ -17,7 +17,7 @@ import pytest
 import qmpsnap
 from qmpsnap.machine import machine
 from qmpsnap.model import steps
-from qmpsnap.ops import memory
+from qmpsnap.ops.memory import save
 from qmpsnap.ops.session import recover
 from qmpsnap.qmp import session
 from qmpsnap.qmp.session import Session
@@ -216,7 +216,7 @@ def _short_deadlines(stopped: list[int]) -> Iterator[None]:
         patch.setattr(Session, "execute", quick)
         patch.setattr(session, "connect", quick_connect)
         patch.setattr(machine, "QUIT_DEADLINE", QUICK)
-        patch.setattr(memory, "RESUME_DEADLINE", QUICK)
+        patch.setattr(save, "RESUME_DEADLINE", QUICK)
         patch.setattr(recover, "SETTLE_DEADLINE", 5 * QUICK)
         yield
 

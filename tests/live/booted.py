@@ -20,7 +20,7 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops.loading import Loading
+from qmpsnap.ops.memory.load import Loading
 from qmpsnap.ops.power import bring_up
 from qmpsnap.ops.session.work import working
 from tests.conftest import SHARED

@@ -12,7 +12,7 @@ from qmpsnap.block import place as places
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused, NotFoundError, QmpsnapError, StateError, UsageError
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import memory
+from qmpsnap.ops.memory import save
 from qmpsnap.qmp import migration
 from tests.live.machine import MIB, context_of, fill, hold_invariants, snapshot_hashes
 from tests.live.test_full import survives_failure
@@ -211,7 +211,7 @@ async def test_memory_that_fails_leaves_nothing_there(
     chain = (await vm.chains())[0].ids
     for degrade in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "fixed", never)
+            patch.setattr(save, "fixed", never)
             attempt = vm.snapshot("slow", kind="full", max_pause_ms=500, degrade=degrade, files={"vda": place / "a"})
             if degrade:
                 assert (await attempt).kind == "disk"

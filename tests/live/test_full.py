@@ -24,8 +24,9 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.operation import Change
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.model.vmstate import Manifest
-from qmpsnap.ops import create_plan, means, memory
+from qmpsnap.ops import create_plan
 from qmpsnap.ops.base import space
+from qmpsnap.ops.memory import means, save
 from qmpsnap.qmp import migration
 from tests.live.booted import start_booted
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
@@ -537,7 +538,7 @@ async def test_a_pause_that_gets_too_long_is_given_up(
 
     chain = (await vm.chains())[0].ids
     if await survives_failure(vm):
-        monkeypatch.setattr(memory, "fixed", never)
+        monkeypatch.setattr(save, "fixed", never)
         with pytest.raises(DeadlinePassed, match="held longer than 500 ms") as given_up:
             await vm.snapshot("slow", kind="full", max_pause_ms=500)
         monkeypatch.undo()
@@ -725,7 +726,7 @@ async def test_a_state_that_cannot_be_finished_is_given_up(
 async def test_a_cancelled_save_lets_the_guest_run(
     still: qmpsnap.MachineHandle, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    real = memory.finish
+    real = save.finish
     with anyio.CancelScope() as scope:
 
         async def cancelled(*arguments: Any, **more: Any) -> Any:
@@ -734,7 +735,7 @@ async def test_a_cancelled_save_lets_the_guest_run(
             await anyio.lowlevel.checkpoint()
             return state
 
-        monkeypatch.setattr(memory, "finish", cancelled)
+        monkeypatch.setattr(save, "finish", cancelled)
         await still.save()
     assert scope.cancelled_caught
     assert await still.state() == "running"

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.version
 STORE = "qmpsnap.store.sqlite"
 COMMANDS = "qmpsnap.qmp.commands"
 MIGRATION = "qmpsnap.qmp.migration"
-MEMORY = "qmpsnap.ops.memory"
+MEMORY = "qmpsnap.ops.memory.save"
 STATEFILE = "qmpsnap.machine.statefile"
 PACKING = {
     "packing": Call(STATEFILE, "_zstandard", "after", 2),

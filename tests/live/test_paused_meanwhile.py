@@ -12,7 +12,7 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.errors import StateError
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import memory
+from qmpsnap.ops.memory import save
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor
 from tests.live.test_space import HOLE, mount
 
@@ -29,13 +29,13 @@ def small(place: Path) -> Iterator[Path]:
 
 def before_it_is_held(patch: pytest.MonkeyPatch, act: Callable[[], Awaitable[object]]) -> None:
     """Something happens once all is made ready and reserved, right before the guest is held."""
-    real = memory.shorten
+    real = save.shorten
 
     async def shorten(*arguments: Any) -> None:
         await real(*arguments)
         await act()
 
-    patch.setattr(memory, "shorten", shorten)
+    patch.setattr(save, "shorten", shorten)
 
 
 async def until(vm: qmpsnap.MachineHandle, state: str) -> None:

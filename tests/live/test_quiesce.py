@@ -106,7 +106,7 @@ async def test_inside_the_images(vm: qmpsnap.MachineHandle) -> None:
 FROZEN = {
     "disk": Call("qmpsnap.machine.agent", "Agent.freeze", "after", 1),
     "full, frozen": Call("qmpsnap.machine.agent", "Agent.freeze", "after", 1),
-    "full, held": Call("qmpsnap.ops.memory", "fixed", "after", 1),
+    "full, held": Call("qmpsnap.ops.memory.save", "fixed", "after", 1),
 }
 
 

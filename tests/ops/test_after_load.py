@@ -9,7 +9,7 @@ import pytest
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
 from qmpsnap.machine.agent import Agent
-from qmpsnap.ops import after_load
+from qmpsnap.ops.memory import after_load
 
 REFUSED = QmpError("the guest agent refused guest-set-time: hwclock failed")
 

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Hardware, Vmstate
-from qmpsnap.ops import means
+from qmpsnap.ops.memory import means
 
 HARDWARE = Hardware(
     uuid="u",

@@ -10,7 +10,7 @@ from qmpsnap.ops.base import asked
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.ops.internal import InternalRequest
-from qmpsnap.ops.means import MemoryRequest
+from qmpsnap.ops.memory.means import MemoryRequest
 from qmpsnap.ops.mirror import MirrorRequest
 from qmpsnap.ops.revert_plan import RevertRequest
 from qmpsnap.ops.session.quiesce import QuiesceRequest

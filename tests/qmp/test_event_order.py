@@ -16,7 +16,7 @@ from qmpsnap.errors import HostCannot, QemuGone, QmpError, StateError
 from qmpsnap.model.names import JobId
 from qmpsnap.model.operation import Memory
 from qmpsnap.model.vmstate import Hardware
-from qmpsnap.ops import memory
+from qmpsnap.ops.memory import save
 from qmpsnap.qmp import jobs, session
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import JobStuck
@@ -165,7 +165,7 @@ def behind(*, resume: bool) -> Memory:
 
 
 def held(turns: list[Turn], how: Memory, transact: Callable[[], Awaitable[None]]) -> Any:
-    return played(turns, lambda monitor: memory.hold(monitor, how, {"uri": "fd:x"}, transact, machine="web"))
+    return played(turns, lambda monitor: save.hold(monitor, how, {"uri": "fd:x"}, transact, machine="web"))
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -211,7 +211,7 @@ def test_the_guest_is_held_until_its_memory_is_fixed_and_never_longer(
     if fails:
         assert isinstance(found, HostCannot)
     else:
-        assert isinstance(found, memory.Held)
+        assert isinstance(found, save.Held)
         assert found.pause_ms is None or found.pause_ms >= 0
         assert ("cont" in found.steps) == resume
 

@@ -18,7 +18,7 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, Operation
 from qmpsnap.ops import tagging
 from qmpsnap.ops.base.context import Context
-from qmpsnap.ops.memory import RESUME_DEADLINE
+from qmpsnap.ops.memory.save import RESUME_DEADLINE
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import bounded, to_end

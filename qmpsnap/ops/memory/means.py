@@ -17,7 +17,7 @@ from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
 from qmpsnap.ops.base import asked, keys
 from qmpsnap.ops.base.context import Context, blocking, require_spec
-from qmpsnap.ops.loading import hardware_now
+from qmpsnap.ops.memory.load import hardware_now
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import RunStatus
 from qmpsnap.qmp.session import Monitor
