@@ -11,9 +11,10 @@ import pytest
 from qmpsnap.block import image
 from qmpsnap.model import merge as rules
 from qmpsnap.model import steps
-from qmpsnap.ops import create, finalize, merge, possible
-from qmpsnap.ops.blockjob import BlockJob
+from qmpsnap.ops import create, merge, possible
 from qmpsnap.ops.create import _Attempt
+from qmpsnap.ops.jobs import finalize
+from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.qmp import commands, jobs
 
 VARIABLE = "QMPSNAP_MUTANT"

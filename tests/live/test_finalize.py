@@ -14,8 +14,8 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, OperationPending, QmpErro
 from qmpsnap.model import blockdev
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import JobId
-from qmpsnap.ops import finalize
-from qmpsnap.ops.blockjob import BlockJob
+from qmpsnap.ops.jobs import finalize
+from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.ops.session import recover
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo

@@ -13,7 +13,7 @@ from msgspec import Struct
 from qmpsnap.errors import DeadlinePassed, OperationPending, QemuGone, QmpError, QmpsnapError, StoreMismatch
 from qmpsnap.model import steps
 from qmpsnap.ops.base.context import guarded
-from qmpsnap.ops.blockjob import BlockJob
+from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import completed

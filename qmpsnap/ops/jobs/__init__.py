@@ -1,0 +1,1 @@
+"""Block jobs of an operation, and the moment from which their result counts."""
