@@ -94,7 +94,7 @@ def _freeze(plan: "CreatePlan | InternalPlan") -> list[str]:
 
 def print_internal(form: output.Format, plan: "InternalPlan") -> None:
     """The plan of a snapshot inside the images."""
-    from qmpsnap.ops.internal import qmp_commands
+    from qmpsnap.ops.internal.create import qmp_commands
 
     name = plan.change.snapshots[0].name
     commands = [{"execute": command, "arguments": sent} for command, sent in qmp_commands(plan)]

@@ -27,9 +27,9 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Merge, MergePlan, Operation, Removal
-from qmpsnap.ops import tagging
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.outside import frozen

@@ -17,10 +17,10 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operation import Change, CreatePlan, Ended, Memory, Operation
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops import tagging
 from qmpsnap.ops.base import chosen, variables
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
+from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.memory import save as saving
 from qmpsnap.ops.session import quiesce, relaunched
 from qmpsnap.ops.session.broken import Broken, Direction

@@ -22,18 +22,20 @@ from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation, R
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Hardware
-from qmpsnap.ops import create, internal, tagging
+from qmpsnap.ops import create
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.create_plan import CreateRequest
-from qmpsnap.ops.internal import InternalRequest
+from qmpsnap.ops.internal import create as internal
+from qmpsnap.ops.internal import tagging
+from qmpsnap.ops.internal.create import InternalRequest
+from qmpsnap.ops.internal.tagging import job_of
 from qmpsnap.ops.memory.load import hardware_now, require_fits
 from qmpsnap.ops.power import LoadingInside
 from qmpsnap.ops.session import recover
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.ops.session.work import Work
-from qmpsnap.ops.tagging import job_of
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import unreported
 from qmpsnap.qmp.session import Monitor

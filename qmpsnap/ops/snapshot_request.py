@@ -10,7 +10,7 @@ from qmpsnap.model.snapshot import Quiesce
 from qmpsnap.model.vmstate import Compression
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.create_plan import CreateRequest
-from qmpsnap.ops.internal import InternalRequest
+from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.memory.means import MemoryRequest
 from qmpsnap.ops.session.quiesce import FREEZE_WINDOW, QuiesceRequest
 

@@ -16,8 +16,8 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Operation, RevertPlan
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import headers_of, identified, require_planned
+from qmpsnap.ops.internal.tagging import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.ops.outside import frozen
-from qmpsnap.ops.tagging import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import to_end
 

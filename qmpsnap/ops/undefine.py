@@ -15,10 +15,10 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.base.context import Context, blocking, forget_places
+from qmpsnap.ops.internal.tagging import forget_variables
 from qmpsnap.ops.outside import frozen, outsiders
 from qmpsnap.ops.session.recover import remove_folder
 from qmpsnap.ops.session.work import Work, working
-from qmpsnap.ops.tagging import forget_variables
 from qmpsnap.threads import to_end, to_read
 
 Fate = Literal["keep", "remove"]

@@ -14,7 +14,12 @@ from tests.harness.deaths import Call
 
 IMAGE, COMMANDS, JOBS = "qmpsnap.block.image", "qmpsnap.qmp.commands", "qmpsnap.qmp.jobs"
 MIGRATION, MEMORY, STATEFILE = "qmpsnap.qmp.migration", "qmpsnap.ops.memory.save", "qmpsnap.machine.statefile"
-MERGE, SWITCH, TAGS, TAGGING = "qmpsnap.ops.merge", "qmpsnap.ops.switch", "qmpsnap.block.tags", "qmpsnap.ops.tagging"
+MERGE, SWITCH, TAGS, TAGGING = (
+    "qmpsnap.ops.merge",
+    "qmpsnap.ops.switch",
+    "qmpsnap.block.tags",
+    "qmpsnap.ops.internal.tagging",
+)
 
 OVERLAYS = {
     "one overlay made": Call(IMAGE, "ImageTool.create_overlay", "after", 1),

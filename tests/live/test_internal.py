@@ -21,8 +21,9 @@ from qmpsnap.errors import HostCannot, NameTaken, QmpError, QmpsnapError, StateE
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
-from qmpsnap.ops import revert, tagging
+from qmpsnap.ops import revert
 from qmpsnap.ops.base.space import Need
+from qmpsnap.ops.internal import tagging
 from tests.harness.deaths import Call, die_at
 from tests.harness.processes import kill_qemu
 from tests.live.booted import start_booted
@@ -589,8 +590,8 @@ async def test_the_guard_also_watches_a_guest_that_is_to_stand_still_afterwards(
     [
         Call("qmpsnap.block.tags", "take_out", "after", 1),
         Call("qmpsnap.block.tags", "take_out", "after", 2),
-        Call("qmpsnap.ops.tagging", "load_into", "before", 1),
-        Call("qmpsnap.ops.tagging", "load_into", "after", 1),
+        Call("qmpsnap.ops.internal.tagging", "load_into", "before", 1),
+        Call("qmpsnap.ops.internal.tagging", "load_into", "after", 1),
         Call("qmpsnap.qmp.commands", "delete_tag", "after", 1),
     ],
     ids=lambda point: f"{point.function}-{point.when}-{point.nth}",

@@ -9,7 +9,7 @@ from qmpsnap.errors import UsageError
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.delete import DeleteRequest
-from qmpsnap.ops.internal import InternalRequest
+from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.memory.means import MemoryRequest
 from qmpsnap.ops.mirror import MirrorRequest
 from qmpsnap.ops.revert_plan import RevertRequest

@@ -16,8 +16,8 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
 from qmpsnap.model import steps
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, Operation
-from qmpsnap.ops import tagging
 from qmpsnap.ops.base.context import Context
+from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.memory.save import RESUME_DEADLINE
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor

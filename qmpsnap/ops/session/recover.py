@@ -28,9 +28,10 @@ from qmpsnap.model.operation import (
     Plan,
     RevertPlan,
 )
-from qmpsnap.ops import recover_create, recover_internal, recover_merge, recover_mirror, tagging
+from qmpsnap.ops import recover_create, recover_merge, recover_mirror
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import remove_new
+from qmpsnap.ops.internal import recover, tagging
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.broken import Broken, Direction, Unfinished
 from qmpsnap.ops.switch import remove_files, switch
@@ -215,8 +216,8 @@ _ENDED: dict[OperationState, Direction] = {"settled": "forward", "failed": "back
 
 _ENDS: dict[type[Plan], Callable[[Broken, Monitor | None], Awaitable[Direction]]] = {
     CreatePlan: recover_create.end,
-    InternalPlan: recover_internal.end_create,
-    LoadPlan: recover_internal.end_load,
+    InternalPlan: recover.end_create,
+    LoadPlan: recover.end_load,
     MergePlan: recover_merge.end,
     MirrorPlan: recover_mirror.end,
     RevertPlan: _end_revert,

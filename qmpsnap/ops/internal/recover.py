@@ -9,8 +9,8 @@ from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.names import JobId
 from qmpsnap.model.operation import InternalPlan, LoadPlan
-from qmpsnap.ops import tagging
 from qmpsnap.ops.base.context import blocking
+from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.broken import Broken, Direction
 from qmpsnap.qmp import commands, jobs

@@ -23,11 +23,11 @@ from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, InternalPlan, Operation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Hardware, Inside
-from qmpsnap.ops import tagging
 from qmpsnap.ops.base import asked, keys, space
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.base.space import Need
+from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.memory.load import hardware_now
 from qmpsnap.ops.memory.means import RESERVE_MORE, require_saveable, resident_bytes
 from qmpsnap.ops.session import quiesce, recover
