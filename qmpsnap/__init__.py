@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
     from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.model.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
-    from qmpsnap.ops.adopt import Adopted, Survey
     from qmpsnap.ops.check import Checked
     from qmpsnap.ops.delete import DeletePlan
-    from qmpsnap.ops.foresee import Forgotten
+    from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
+    from qmpsnap.ops.lifecycle.foresee import Forgotten
     from qmpsnap.ops.outside.compare import ChainView
     from qmpsnap.ops.revert import Preview, Reverted
     from qmpsnap.ops.snapshot_request import SnapshotOptions
@@ -86,11 +86,11 @@ _FROM = {
     "qmpsnap.model.operation": ("CreatePlan", "DefinePlan", "InternalPlan", "MergePlan", "MirrorPlan", "Operation"),
     "qmpsnap.model.snapshot": ("Snapshot",),
     "qmpsnap.model.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
-    "qmpsnap.ops.adopt": ("Adopted", "Survey"),
+    "qmpsnap.ops.lifecycle.adopt": ("Adopted", "Survey"),
     "qmpsnap.ops.check": ("Checked",),
     "qmpsnap.ops.outside.compare": ("ChainView",),
     "qmpsnap.ops.delete": ("DeletePlan",),
-    "qmpsnap.ops.foresee": ("Forgotten",),
+    "qmpsnap.ops.lifecycle.foresee": ("Forgotten",),
     "qmpsnap.ops.stack": ("PopPreview",),
     "qmpsnap.ops.revert": ("Preview", "Reverted"),
     "qmpsnap.ops.snapshot_request": ("SnapshotOptions",),

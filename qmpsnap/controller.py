@@ -18,9 +18,9 @@ from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.machine_handle import MachineHandle
 from qmpsnap.model.operation import DefinePlan, Operation
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import adopt, define, foresee
-from qmpsnap.ops.adopt import Adopted, Survey
 from qmpsnap.ops.base.context import Context, blocking, opened
+from qmpsnap.ops.lifecycle import adopt, define, foresee
+from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 from qmpsnap.refused import border
 
 

@@ -11,11 +11,11 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops import check as checking
-from qmpsnap.ops import foresee, pausing, power, undefine
 from qmpsnap.ops.base import asked, space, variables
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import Checked
-from qmpsnap.ops.foresee import Forgotten
+from qmpsnap.ops.lifecycle import foresee, pausing, power, undefine
+from qmpsnap.ops.lifecycle.foresee import Forgotten
 from qmpsnap.ops.outside import compare
 from qmpsnap.ops.outside.compare import ChainView
 from qmpsnap.ops.session.work import working
@@ -251,5 +251,5 @@ class MachineLife:
         return await foresee.forgotten(self._context, self.name, disks=disks)
 
     async def undefine(self, *, disks: undefine.Fate | None = None, told: undefine.Told | None = None) -> list[str]:
-        """Forget the machine and its snapshots; see :func:`qmpsnap.ops.undefine.run`."""
+        """Forget the machine and its snapshots; see :func:`qmpsnap.ops.lifecycle.undefine.run`."""
         return await undefine.run(self._context, self.name, disks=disks, told=told)

@@ -16,7 +16,7 @@ from qmpsnap.model.spec import DiskSpec, MachineSpec
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
     from qmpsnap.model.machine import Machine
-    from qmpsnap.ops.adopt import Adopted
+    from qmpsnap.ops.lifecycle.adopt import Adopted
 
 _IMAGE = re.compile(r"(?P<disk>[^=/]+)=(?P<path>.+?)(?:,format=(?P<format>[a-z0-9_-]+))?", flags=re.DOTALL)
 _QEMUS = {"vhd": "vpc"}
@@ -53,7 +53,7 @@ def _adopt(arguments: argparse.Namespace) -> None:
     async def act(controller: "Controller") -> "Adopted":
         if not arguments.dry_run:
             return await controller.adopt(arguments.name, arguments.qmp)
-        from qmpsnap.ops.adopt import Adopted
+        from qmpsnap.ops.lifecycle.adopt import Adopted
 
         found, _ = await controller.preview_adopt(arguments.name, arguments.qmp)
         return Adopted(found.machine, found.disks, found.left_out)

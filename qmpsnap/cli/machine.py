@@ -28,7 +28,7 @@ from qmpsnap.model.moment import moment
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
     from qmpsnap.model.operation import DefinePlan
-    from qmpsnap.ops.foresee import Forgotten
+    from qmpsnap.ops.lifecycle.foresee import Forgotten
     from qmpsnap.store.sqlite import SqliteStore
 
 

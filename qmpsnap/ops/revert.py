@@ -26,11 +26,12 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Outside, Snapshot
-from qmpsnap.ops import power, revert_inside
+from qmpsnap.ops import revert_inside
 from qmpsnap.ops.base import asked, consent, keys, space
 from qmpsnap.ops.base.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.base.overlays import make_overlays, overlay_on, require_free
 from qmpsnap.ops.base.space import Need
+from qmpsnap.ops.lifecycle import power
 from qmpsnap.ops.memory import after_load
 from qmpsnap.ops.memory.load import Loading, require_same_hardware
 from qmpsnap.ops.revert_plan import RevertRequest, plan, points, target_of

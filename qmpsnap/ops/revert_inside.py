@@ -31,8 +31,8 @@ from qmpsnap.ops.internal import create as internal
 from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.internal.tagging import job_of
+from qmpsnap.ops.lifecycle.power import LoadingInside
 from qmpsnap.ops.memory.load import hardware_now, require_fits
-from qmpsnap.ops.power import LoadingInside
 from qmpsnap.ops.session import recover
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.ops.session.work import Work

@@ -70,7 +70,7 @@ INSIDE = {
 }
 ENDED = {
     "QEMU ended": Call(SWITCH, "require_ended", "after", 1),
-    "QEMU started": Call("qmpsnap.ops.power", "launch", "after", 1),
+    "QEMU started": Call("qmpsnap.ops.lifecycle.power", "launch", "after", 1),
 }
 CALLS: dict[str, dict[str, Call]] = {
     "create, paused": OVERLAYS | MOVED,
@@ -91,7 +91,7 @@ CALLS: dict[str, dict[str, Call]] = {
     "revert to memory": ENDED
     | {
         "the memory on its way back": Call(MIGRATION, "start", "before", 1),
-        "the memory back": Call("qmpsnap.ops.power", "load", "after", 1),
+        "the memory back": Call("qmpsnap.ops.lifecycle.power", "load", "after", 1),
     },
     "revert to memory inside": ENDED
     | {

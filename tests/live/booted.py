@@ -20,8 +20,8 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.ops.lifecycle.power import bring_up
 from qmpsnap.ops.memory.load import Loading
-from qmpsnap.ops.power import bring_up
 from qmpsnap.ops.session.work import working
 from tests.conftest import SHARED
 from tests.live.machine import context_of

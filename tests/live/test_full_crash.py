@@ -59,7 +59,7 @@ async def test_killed_while_going_back(q: qmpsnap.Controller, still_spec: Machin
     point = {
         "with the file at hand": Call("qmpsnap.machine.process", "spawn", "after", 1),
         "loading": Call(MIGRATION, "start", "before", 1),
-        "loaded": Call("qmpsnap.ops.power", "load", "after", 1),
+        "loaded": Call("qmpsnap.ops.lifecycle.power", "load", "after", 1),
     }[step]
     await die_at(point, "snapshot", "revert", "still", "all")
     socket = context_of(vm).home.run_dir(vm.name) / QMP_SOCKET

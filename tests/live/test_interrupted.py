@@ -43,7 +43,7 @@ async def test_an_operation_that_was_completed(q: qmpsnap.Controller) -> None:
 
 async def test_what_changes_nothing(q: qmpsnap.Controller) -> None:
     await grown_and_stopped(q)
-    point = Call("qmpsnap.ops.power", "launch", "before", 1)
+    point = Call("qmpsnap.ops.lifecycle.power", "launch", "before", 1)
     code, told = await interrupt(point, "start", "still")
     assert (code, told) == (130, "qmpsnap: interrupted; nothing was changed\n")
 

@@ -336,7 +336,7 @@ async def test_a_machine_that_does_not_start_again_stands_at_the_snapshot_and_sa
     async def failing(*_: object, **__: object) -> None:
         raise QemuGone("QEMU did not start", hint="look at its log")
 
-    monkeypatch.setattr("qmpsnap.ops.power.launch", failing)
+    monkeypatch.setattr("qmpsnap.ops.lifecycle.power.launch", failing)
     with pytest.raises(QemuGone) as caught:
         await vm.revert("a")
     monkeypatch.undo()

@@ -17,7 +17,8 @@ from qmpsnap.machine import machine as machines
 from qmpsnap.machine import statefile, worker
 from qmpsnap.machine.argv import CONSOLE_LOG, PID_FILE
 from qmpsnap.machine.logs import QEMU_LOG
-from qmpsnap.ops import merge, power, switch
+from qmpsnap.ops import merge, switch
+from qmpsnap.ops.lifecycle import power
 from qmpsnap.qmp import commands
 from tests.live.machine import (
     MIB,

@@ -14,7 +14,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.model.vmstate import version_of
-from qmpsnap.ops import define
+from qmpsnap.ops.lifecycle import define
 from tests.live.booted import start_booted
 from tests.live.machine import ONE_DISK, hold_invariants
 

@@ -13,7 +13,7 @@ import qmpsnap
 from qmpsnap.errors import HostCannot, QemuGone, StoreMismatch
 from qmpsnap.machine import machine as machines
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import power
+from qmpsnap.ops.lifecycle import power
 from qmpsnap.qmp import session
 from qmpsnap.store.sqlite import SqliteStore
 from tests.live.machine import MIB, context_of, hold_invariants

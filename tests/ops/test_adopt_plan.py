@@ -13,9 +13,9 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, NodeName, OperationId
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import adopt
-from qmpsnap.ops.adopt import AdoptedDisk, Survey
-from qmpsnap.ops.disk_sources import DiskSource
+from qmpsnap.ops.lifecycle import adopt
+from qmpsnap.ops.lifecycle.adopt import AdoptedDisk, Survey
+from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.qmp.commands import Backend, BlockGraph, GraphEdge, GraphNode, ImageInfo, NodeInfo
 
 HOME = Home(data=Path("/d"), run=Path("/r"), cache=Path("/c"))

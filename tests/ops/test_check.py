@@ -27,9 +27,10 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
 from qmpsnap.model.snapshot import Point
-from qmpsnap.ops import check, delete, power
+from qmpsnap.ops import check, delete
 from qmpsnap.ops.base.context import Context, opened
 from qmpsnap.ops.delete import DeleteRequest
+from qmpsnap.ops.lifecycle import power
 from qmpsnap.store import lock
 from qmpsnap.store.records import FOLDER, Place, Records
 from tests.cli import seeded

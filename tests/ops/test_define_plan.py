@@ -13,9 +13,9 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import DefinePlan
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import define
-from qmpsnap.ops.define import serials_needed
-from qmpsnap.ops.disk_sources import DiskSource, require_unshared
+from qmpsnap.ops.lifecycle import define
+from qmpsnap.ops.lifecycle.define import serials_needed
+from qmpsnap.ops.lifecycle.disk_sources import DiskSource, require_unshared
 from tests.ops.bench import MIB, home_at, machine
 
 

@@ -10,10 +10,10 @@ from qmpsnap.model.names import OperationId, check_name
 from qmpsnap.model.operation import DefinePlan
 from qmpsnap.model.snapshot import require_snapshot
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import define, undefine
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import require_free
+from qmpsnap.ops.lifecycle import define, undefine
 from qmpsnap.ops.session.work import looking, require_settled
 
 
@@ -27,7 +27,7 @@ class Forgotten(Struct, frozen=True):
 async def defined(
     context: Context, spec: MachineSpec, *, folders: Sequence[Path] = (), allow_extra: bool = False
 ) -> DefinePlan:
-    """The plan that :func:`qmpsnap.ops.define.run` would follow now; refused as that would be."""
+    """The plan that :func:`qmpsnap.ops.lifecycle.define.run` would follow now; refused as that would be."""
     spec, firmware = await define.complete(context, spec, allow_extra=allow_extra, keep=False)
     await require_settled(context, spec.name)
     await define.require_new(context, spec.name)
@@ -39,7 +39,7 @@ async def defined(
 
 
 async def forgotten(context: Context, name: str, *, disks: undefine.Fate | None) -> Forgotten:
-    """The files that :func:`qmpsnap.ops.undefine.run` would keep or remove now; refused as that would be."""
+    """The files that :func:`qmpsnap.ops.lifecycle.undefine.run` would keep or remove now; refused as that would be."""
     async with looking(context, name, removes=disks == "remove") as work:
         await undefine.require_possible(context, work, disks)
     forest = await blocking(context.store.forest)

@@ -17,10 +17,10 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Writer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.ops import pausing
 from qmpsnap.ops.base import admission, asked, consent, keys
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.internal import tagging
+from qmpsnap.ops.lifecycle import pausing
 from qmpsnap.ops.memory.load import Loading, load
 from qmpsnap.ops.outside import compare, unseen
 from qmpsnap.ops.session.work import working

@@ -22,11 +22,11 @@ from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import disk_sources
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked, require_folder
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
-from qmpsnap.ops.disk_sources import DiskSource
+from qmpsnap.ops.lifecycle import disk_sources
+from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session import recover
 from qmpsnap.threads import to_end, to_read
 

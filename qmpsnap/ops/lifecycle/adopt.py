@@ -24,9 +24,9 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
 from qmpsnap.model.operation import DefinePlan
 from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec, Opened
-from qmpsnap.ops import adopt_files, define, disk_sources
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked
-from qmpsnap.ops.disk_sources import DiskSource
+from qmpsnap.ops.lifecycle import adopt_files, define, disk_sources
+from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session.work import require_settled
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.commands import Backend

@@ -1,0 +1,1 @@
+"""A machine's life: defined or adopted, started, paused, stopped, forgotten."""
