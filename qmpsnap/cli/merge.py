@@ -11,7 +11,7 @@ from qmpsnap.cli.progress import add_progress, reporting
 if TYPE_CHECKING:
     from qmpsnap.model.operation import Merge, MergePlan
     from qmpsnap.ops.base.context import Context
-    from qmpsnap.ops.commit import Request
+    from qmpsnap.ops.merge.commit import Request
 
 
 def register(parsers: Parsers) -> None:
@@ -42,7 +42,7 @@ def _finish(command: argparse.ArgumentParser) -> None:
 
 
 def _commit(arguments: argparse.Namespace) -> None:
-    from qmpsnap.ops.commit import CommitRequest
+    from qmpsnap.ops.merge.commit import CommitRequest
 
     request = CommitRequest(
         disk=arguments.disk, base=arguments.base, top=arguments.top, consume=arguments.consume or arguments.dry_run
@@ -51,13 +51,13 @@ def _commit(arguments: argparse.Namespace) -> None:
 
 
 def _stream(arguments: argparse.Namespace) -> None:
-    from qmpsnap.ops.commit import StreamRequest
+    from qmpsnap.ops.merge.commit import StreamRequest
 
     _merge(arguments, StreamRequest(disk=arguments.disk, base=arguments.base))
 
 
 def _merge(arguments: argparse.Namespace, request: "Request") -> None:
-    from qmpsnap.ops import commit
+    from qmpsnap.ops.merge import commit
 
     async def preview(context: "Context") -> "tuple[MergePlan, Any]":
         return await commit.preview(context, arguments.machine, request)

@@ -22,11 +22,11 @@ from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Change, MirrorPlan, Operation
-from qmpsnap.ops import merge
 from qmpsnap.ops.base import admission, keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
+from qmpsnap.ops.merge import job as merge
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported

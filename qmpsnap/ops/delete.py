@@ -14,8 +14,8 @@ from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot, require_snapshot
 from qmpsnap.ops.base.context import Context
-from qmpsnap.ops.commit import carry_out
-from qmpsnap.ops.possible import require_possible
+from qmpsnap.ops.merge.commit import carry_out
+from qmpsnap.ops.merge.possible import require_possible
 from qmpsnap.ops.session.situation import look, require_space
 from qmpsnap.ops.session.work import Work, looking, working
 from qmpsnap.qmp.jobs import Report, unreported

@@ -61,7 +61,7 @@ def test_nothing_slow_is_loaded(words: list[str], environment: dict[str, str]) -
 
 def test_a_commit_loads_no_other_noun_and_no_other_verb(environment: dict[str, str]) -> None:
     loaded = loaded_by(["commit", "nobody", "vda"], environment)
-    assert {"qmpsnap.cli.merge", "qmpsnap.ops.commit", "qemu.qmp"} <= set(loaded)
+    assert {"qmpsnap.cli.merge", "qmpsnap.ops.merge.commit", "qemu.qmp"} <= set(loaded)
     assert [noun for noun in NOUNS if f"qmpsnap.cli.{noun}" in loaded] == ["merge"]
     assert [name for name in (*OTHERS, "psutil", "yaml", "rich", "importlib.metadata") if name in loaded] == []
 

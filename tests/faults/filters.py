@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from qmpsnap.model import blockdev
 from qmpsnap.model.chain import Layer
-from qmpsnap.ops import merge
+from qmpsnap.ops.merge import job
 
 Options = dict[str, Any]
 
@@ -91,5 +91,5 @@ def logging(folder: Path) -> Iterator[None]:
 
     with _under_each_layer(change), pytest.MonkeyPatch.context() as patch:
         for reopening in ("freeze_again", "require_flushed"):
-            patch.setattr(merge, reopening, stays)
+            patch.setattr(job, reopening, stays)
         yield

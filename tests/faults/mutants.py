@@ -11,10 +11,11 @@ import pytest
 from qmpsnap.block import image
 from qmpsnap.model import merge as rules
 from qmpsnap.model import steps
-from qmpsnap.ops import create, merge, possible
+from qmpsnap.ops import create
 from qmpsnap.ops.create import _Attempt
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import BlockJob
+from qmpsnap.ops.merge import job, possible
 from qmpsnap.qmp import commands, jobs
 
 VARIABLE = "QMPSNAP_MUTANT"
@@ -81,7 +82,7 @@ def _a_file_is_removed_whatever_it_is(patch: Patch) -> None:
 
 
 def _nobody_looks_where_a_name_leads(patch: Patch) -> None:
-    for module in (merge, possible):
+    for module in (job, possible):
         patch.setattr(module, "require_recorded", lambda *_, **__: None)
 
 

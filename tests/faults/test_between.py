@@ -15,7 +15,7 @@ from tests.harness.deaths import Call
 IMAGE, COMMANDS, JOBS = "qmpsnap.block.image", "qmpsnap.qmp.commands", "qmpsnap.qmp.jobs"
 MIGRATION, MEMORY, STATEFILE = "qmpsnap.qmp.migration", "qmpsnap.ops.memory.save", "qmpsnap.machine.statefile"
 MERGE, SWITCH, TAGS, TAGGING = (
-    "qmpsnap.ops.merge",
+    "qmpsnap.ops.merge.job",
     "qmpsnap.ops.switch",
     "qmpsnap.block.tags",
     "qmpsnap.ops.internal.tagging",

@@ -20,8 +20,8 @@ from qmpsnap.block import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, ImageInUse, ImageRefused, NameTaken, QemuGone, StateError, StoreMismatch
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import commit
-from qmpsnap.ops.commit import CommitRequest
+from qmpsnap.ops.merge import commit
+from qmpsnap.ops.merge.commit import CommitRequest
 from tests.live.machine import MIB, content_hash, fill, hold_invariants
 
 pytestmark = pytest.mark.version

@@ -261,7 +261,7 @@ async def test_a_full_disk_pauses_the_job_and_it_goes_on_later(
         with pytest.raises(HostCannot, match="are free") as refused:
             await merge()
         assert refused.value.exit_code == 9
-        monkeypatch.setattr("qmpsnap.ops.commit.require_space", lambda *_: None)
+        monkeypatch.setattr("qmpsnap.ops.merge.commit.require_space", lambda *_: None)
         with pytest.raises(HostCannot, match="no space left") as paused:
             await merge()
         assert paused.value.effect == "unknown"

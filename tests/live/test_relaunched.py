@@ -30,8 +30,8 @@ VERBS: dict[str, tuple[Call, tuple[str, ...]]] = {
     "create": (Call(STORE, "SqliteStore.settle", "before", 1), CREATE),
 }
 SETTLED: dict[str, tuple[Call, tuple[str, ...]]] = {
-    "commit": (Call("qmpsnap.ops.merge", "remove_files", "before", 1), COMMIT),
-    "pivot": (Call("qmpsnap.ops.merge", "remove_files", "before", 1), PIVOT),
+    "commit": (Call("qmpsnap.ops.merge.job", "remove_files", "before", 1), COMMIT),
+    "pivot": (Call("qmpsnap.ops.merge.job", "remove_files", "before", 1), PIVOT),
 }
 STREAM = ("snapshot", "delete", "theirs", "s2")
 STAYS: dict[str, tuple[Call, tuple[str, ...]]] = {

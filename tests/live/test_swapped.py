@@ -17,8 +17,9 @@ from qmpsnap.machine import machine as machines
 from qmpsnap.machine import statefile, worker
 from qmpsnap.machine.argv import CONSOLE_LOG, PID_FILE
 from qmpsnap.machine.logs import QEMU_LOG
-from qmpsnap.ops import merge, switch
+from qmpsnap.ops import switch
 from qmpsnap.ops.lifecycle import power
+from qmpsnap.ops.merge import job
 from qmpsnap.qmp import commands
 from tests.live.machine import (
     MIB,
@@ -245,7 +246,7 @@ async def test_layers_that_are_to_go(q: qmpsnap.Controller, swap: Swap) -> None:
     """A delete and a revert with ``discard``: neither removes what has come to lie there."""
     vm, _, _ = await grown_and_stopped(q)
     gone = Path((await vm.chains())[0].active.path)  # its few bytes move into the layer below
-    swap(merge, "remove_files", gone, "another inode")
+    swap(job, "remove_files", gone, "another inode")
     with pytest.raises(StoreMismatch, match="not the recorded image"):
         await vm.delete_snapshots("s2")
     swap.put_back()

@@ -13,7 +13,7 @@ from qemu.qmp import ExecuteError
 import qmpsnap
 from qmpsnap.errors import QmpError, QmpsnapError, StoreMismatch
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import merge
+from qmpsnap.ops.merge import job
 from qmpsnap.store.sqlite import SqliteStore
 from tests.harness.deaths import JOBS, STORE, Call, die_at
 from tests.live.machine import (
@@ -120,13 +120,13 @@ async def test_without_the_store_a_second_definition_takes_nothing_of_the_first(
 
 def _refuse_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let QEMU have something to refuse."""
-    real = merge.start_command
+    real = job.start_command
 
     def refused(*arguments: Any, **rest: Any) -> tuple[str, dict[str, object]]:
         command, said = real(*arguments, **rest)
         return command, said | {"base-node": "nobody"}
 
-    monkeypatch.setattr(merge, "start_command", refused)
+    monkeypatch.setattr(job, "start_command", refused)
 
 
 @pytest.mark.parametrize("top", ["s2", None], ids=["middle", "active"])

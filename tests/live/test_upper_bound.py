@@ -15,7 +15,7 @@ from qmpsnap.model.names import layer_id
 from qmpsnap.model.spec import DiskSpec, Format
 from qmpsnap.ops.base import space
 from qmpsnap.ops.base.space import Room
-from qmpsnap.ops.commit import StreamRequest, preview
+from qmpsnap.ops.merge.commit import StreamRequest, preview
 from tests.faults import site
 from tests.faults.site import KIB, ONE, qemu_io
 from tests.live.conftest import place

@@ -15,9 +15,10 @@ from qmpsnap.errors import OperationPending, StateError, StoreMismatch
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Overlay
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import create_plan, merge
+from qmpsnap.ops import create_plan
 from qmpsnap.ops.base.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.create_plan import CreateRequest
+from qmpsnap.ops.merge import job
 from qmpsnap.ops.recover_create import direction as create_direction
 from qmpsnap.ops.session import recover
 from qmpsnap.ops.session.broken import Direction
@@ -427,11 +428,11 @@ def test_a_file_tells_whether_a_job_has_written_to_it(tmp_path: Path) -> None:
     file = tmp_path / "layer"
     file.write_bytes(b"x")
     os.utime(file, (100.0, 100.0))
-    before = merge.state_of(str(file))
-    assert merge.state_of(str(file)) == before
+    before = job.state_of(str(file))
+    assert job.state_of(str(file)) == before
     assert (before[0], before[2]) == (100 * 10**9, 1)
     file.write_bytes(b"y")
     os.utime(file, (100.0, 100.0))
-    assert merge.state_of(str(file)) != before, "a time that was put back is a change, too"
-    assert merge.state_of(str(tmp_path / "none")) == ()
-    assert merge.state_of("/dev/null") == ()
+    assert job.state_of(str(file)) != before, "a time that was put back is a change, too"
+    assert job.state_of(str(tmp_path / "none")) == ()
+    assert job.state_of("/dev/null") == ()

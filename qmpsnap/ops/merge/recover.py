@@ -5,11 +5,11 @@ from msgspec.structs import replace
 from qmpsnap.block.backing import durable_size
 from qmpsnap.model import steps
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
-from qmpsnap.ops import merge
 from qmpsnap.ops.base.context import blocking
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import qemu_of
-from qmpsnap.ops.merge import MergeJob
+from qmpsnap.ops.merge import job as merge
+from qmpsnap.ops.merge.job import MergeJob
 from qmpsnap.ops.session import relaunched
 from qmpsnap.ops.session.broken import Broken, Direction
 from qmpsnap.qmp import jobs

@@ -10,7 +10,7 @@ from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model.operation import Merge, Removal
 from qmpsnap.model.situation import Situation
-from qmpsnap.ops.merge import rewritten
+from qmpsnap.ops.merge.job import rewritten
 from qmpsnap.ops.session.work import Work
 from qmpsnap.threads import to_read
 

@@ -11,10 +11,10 @@ from qmpsnap.model.chain import Chain
 from qmpsnap.model.names import OperationId, job_id
 from qmpsnap.model.operation import Change, Merge, MergePlan
 from qmpsnap.model.situation import Situation
-from qmpsnap.ops import merge
 from qmpsnap.ops.base import serials
 from qmpsnap.ops.base.context import Context
-from qmpsnap.ops.possible import require_possible
+from qmpsnap.ops.merge import job
+from qmpsnap.ops.merge.possible import require_possible
 from qmpsnap.ops.session import recover
 from qmpsnap.ops.session.situation import look, require_space, resolve
 from qmpsnap.ops.session.work import Work, begin, looking, working
@@ -86,8 +86,8 @@ async def preview(context: Context, name: str, request: Request) -> tuple[MergeP
         serial = await serials.next_free(context, work.machine, work.qemu)
         step = made.steps[0]
         assert isinstance(step, Merge)
-        root = await merge.root_of(work.qemu, step) if work.qemu and step.live else None
-        command, arguments = merge.start_command(job_id(serial, step.disk), step, root=root)
+        root = await job.root_of(work.qemu, step) if work.qemu and step.live else None
+        command, arguments = job.start_command(job_id(serial, step.disk), step, root=root)
         return made, (command, work.machine.sent(arguments))
 
 
@@ -128,6 +128,6 @@ async def carry_out(
     await serials.pass_over(context, work.machine, work.qemu)
     operation = await begin(context, work, make)
     async with recover.attempting(context, work.machine, work.qemu, operation):
-        await merge.run(context, work.machine, work.qemu, operation, report=report)
+        await job.run(context, work.machine, work.qemu, operation, report=report)
     assert isinstance(operation.plan, MergePlan)
     return operation.plan
