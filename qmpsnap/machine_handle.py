@@ -12,7 +12,7 @@ from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorP
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import create, delete, mirror, rename, revert, save, stack
+from qmpsnap.ops import create, delete, rename, revert, save, stack
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.delete import DeletePlan, DeleteRequest
@@ -21,7 +21,8 @@ from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.lifecycle import foresee
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest, StreamRequest
-from qmpsnap.ops.mirror import MirrorRequest, Mode
+from qmpsnap.ops.mirror import mirror
+from qmpsnap.ops.mirror.mirror import MirrorRequest, Mode
 from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.revert_plan import RevertRequest, Run
 from qmpsnap.ops.save import RestoreRequest, SaveRequest

@@ -299,7 +299,7 @@ async def test_a_guest_that_never_rests_is_held_for_the_end(
 ) -> None:
     vm, hashes, now = await grown_and_stopped(q)
     await vm.start()
-    monkeypatch.setattr("qmpsnap.ops.copying.HOLD_AFTER", 0)
+    monkeypatch.setattr("qmpsnap.ops.mirror.job.HOLD_AFTER", 0)
     await vm.mirror("vda", place / "copy", mode=mode)
     assert await vm.state() == "running"
     await hold_invariants(vm, hashes)

@@ -9,8 +9,8 @@ import qmpsnap
 from qmpsnap.errors import ImageInUse, StateError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
-from qmpsnap.ops import mirror
-from qmpsnap.ops.mirror import MirrorRequest
+from qmpsnap.ops.mirror import mirror
+from qmpsnap.ops.mirror.mirror import MirrorRequest
 from tests.live.machine import MIB, content_hash, context_of, hash_of
 from tests.live.test_adopt import FORMS, NAMES, _adopted, agree, digest, folder, launched, layers
 

@@ -21,7 +21,7 @@ from qmpsnap.errors import HostCannot, OperationPending
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops.mirror import Mode
+from qmpsnap.ops.mirror.mirror import Mode
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo
 from tests.live.machine import MIB, active_hash, context_of, grown_and_stopped, hold_invariants

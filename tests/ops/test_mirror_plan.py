@@ -13,9 +13,9 @@ from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.names import LayerId, NodeName, OperationId, job_id
 from qmpsnap.model.operation import MirrorPlan, Plan
 from qmpsnap.model.situation import Situation
-from qmpsnap.ops import copying
-from qmpsnap.ops.copying import Phase
-from qmpsnap.ops.mirror import Found, MirrorRequest, plan
+from qmpsnap.ops.mirror import job
+from qmpsnap.ops.mirror.job import Phase
+from qmpsnap.ops.mirror.mirror import Found, MirrorRequest, plan
 from tests.ops.bench import MIB, chain, machine, with_base
 
 CHAIN = chain("vda", 1, 2, 3)
@@ -42,12 +42,12 @@ FINISH = replace(PIVOT, mode="finish")
 
 def test_a_full_pivot_stands_alone_and_keeps_what_snapshots_need() -> None:
     done = made(PIVOT, "vda-2")
-    assert [layer.id for layer in copying.expected(done)] == ["vda-9"]
+    assert [layer.id for layer in job.expected(done)] == ["vda-9"]
     assert (done.target.backing, done.target.owned, done.moves) == (None, True, (1 + 2 + 3) * 4096)
     assert [layer.id for layer in done.removed] == ["vda-3"]
     assert done.change.active == {"vda": "vda-9"}
     assert done.change.removed_layers == ("vda-3",)
-    assert [layer.id for layer in copying.gone(done)] == ["vda-3", "vda-2", "vda-1"]
+    assert [layer.id for layer in job.gone(done)] == ["vda-3", "vda-2", "vda-1"]
 
 
 def test_without_snapshots_the_whole_old_chain_goes() -> None:
@@ -61,7 +61,7 @@ def test_an_image_of_the_users_leaves_the_record_and_not_the_disk() -> None:
 
 def test_a_shallow_pivot_keeps_the_layers_below() -> None:
     done = made(replace(PIVOT, shallow=True))
-    assert [layer.id for layer in copying.expected(done)] == ["vda-1", "vda-2", "vda-9"]
+    assert [layer.id for layer in job.expected(done)] == ["vda-1", "vda-2", "vda-9"]
     assert (done.target.backing, done.moves) == ("vda-2", 3 * 4096)
     assert [layer.id for layer in done.removed] == ["vda-3"]
 
@@ -74,11 +74,11 @@ def test_a_shallow_copy_of_a_disk_without_backing_is_a_full_one() -> None:
 def test_finish_changes_no_record() -> None:
     done = made(FINISH)
     assert (done.removed, done.change.layers, done.change.active) == ((), (), {})
-    assert [layer.id for layer in copying.gone(done)] == ["vda-9"]
+    assert [layer.id for layer in job.gone(done)] == ["vda-9"]
 
 
 def test_the_commands() -> None:
-    (add, options), (start, arguments) = copying.qmp_commands(
+    (add, options), (start, arguments) = job.qmp_commands(
         made(replace(PIVOT, shallow=True, write_blocking=True)), machine(), job_id(OperationId(9), "vda")
     )
     assert (add, options["node-name"], options["backing"], options["read-only"]) == (
@@ -106,7 +106,7 @@ def test_the_commands() -> None:
 def test_onto_an_export() -> None:
     done = made(replace(FINISH, target="nbd://h/x"))
     assert (done.made, done.target.format, done.target.owned) == (False, "raw", False)
-    (_, options), _ = copying.qmp_commands(done, machine(), job_id(OperationId(9), "vda"))
+    (_, options), _ = job.qmp_commands(done, machine(), job_id(OperationId(9), "vda"))
     assert options == {
         "node-name": "vda-9",
         "driver": "nbd",

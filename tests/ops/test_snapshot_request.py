@@ -11,7 +11,7 @@ from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.memory.means import MemoryRequest
-from qmpsnap.ops.mirror import MirrorRequest
+from qmpsnap.ops.mirror.mirror import MirrorRequest
 from qmpsnap.ops.revert_plan import RevertRequest
 from qmpsnap.ops.session.quiesce import QuiesceRequest
 from qmpsnap.ops.snapshot_request import requested

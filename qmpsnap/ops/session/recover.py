@@ -28,11 +28,12 @@ from qmpsnap.model.operation import (
     Plan,
     RevertPlan,
 )
-from qmpsnap.ops import recover_create, recover_mirror
+from qmpsnap.ops import recover_create
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import remove_new
 from qmpsnap.ops.internal import recover, tagging
 from qmpsnap.ops.merge import recover as recover_merge
+from qmpsnap.ops.mirror import recover as recover_mirror
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.broken import Broken, Direction, Unfinished
 from qmpsnap.ops.switch import remove_files, switch

@@ -19,10 +19,10 @@ from qmpsnap.model.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.operation import Change, MirrorPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.spec import Format
-from qmpsnap.ops import copying
 from qmpsnap.ops.base import serials, space
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.space import Need
+from qmpsnap.ops.mirror import job
 from qmpsnap.ops.session import recover
 from qmpsnap.ops.session.situation import look
 from qmpsnap.ops.session.work import Work, begin, looking, working
@@ -173,8 +173,8 @@ async def preview(
         serial = await serials.next_free(context, work.machine, work.qemu)
         made = plan(at, at.live[request.disk], request, serial=serial, found=found)
         await _require_space(context, made, found)
-        root = await copying.root_of(work.qemu, made) if work.qemu else None
-        commands = copying.qmp_commands(made, work.machine, job_id(serial, request.disk), root=root)
+        root = await job.root_of(work.qemu, made) if work.qemu else None
+        commands = job.qmp_commands(made, work.machine, job_id(serial, request.disk), root=root)
         return made, [(command, work.machine.sent(arguments)) for command, arguments in commands]
 
 
@@ -203,7 +203,7 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         await serials.pass_over(context, work.machine, work.qemu)
         operation = await begin(context, work, lambda serial: plan(at, chain, request, serial=serial, found=found))
         async with recover.attempting(context, work.machine, work.qemu, operation):
-            await copying.run(context, work.machine, work.qemu, operation, report=report)
+            await job.run(context, work.machine, work.qemu, operation, report=report)
         assert isinstance(operation.plan, MirrorPlan)
         return operation.plan
 

@@ -6,11 +6,11 @@ from qmpsnap.block import place
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model import steps
 from qmpsnap.model.operation import MirrorPlan
-from qmpsnap.ops import copying
-from qmpsnap.ops.copying import MirrorJob, Phase
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import qemu_of
 from qmpsnap.ops.merge import job as merge
+from qmpsnap.ops.mirror import job as copying
+from qmpsnap.ops.mirror.job import MirrorJob, Phase
 from qmpsnap.ops.session import relaunched
 from qmpsnap.ops.session.broken import Broken, Direction
 from qmpsnap.qmp import jobs
