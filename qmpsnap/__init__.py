@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.model.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
     from qmpsnap.ops.check import Checked
-    from qmpsnap.ops.delete import DeletePlan
     from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
     from qmpsnap.ops.lifecycle.foresee import Forgotten
     from qmpsnap.ops.outside.compare import ChainView
     from qmpsnap.ops.revert import Preview, Reverted
-    from qmpsnap.ops.snapshot_request import SnapshotOptions
+    from qmpsnap.ops.snapshot.delete import DeletePlan
+    from qmpsnap.ops.snapshot.snapshot_request import SnapshotOptions
     from qmpsnap.ops.stack import PopPreview
     from qmpsnap.qmp.commands import JobInfo
 
@@ -89,11 +89,11 @@ _FROM = {
     "qmpsnap.ops.lifecycle.adopt": ("Adopted", "Survey"),
     "qmpsnap.ops.check": ("Checked",),
     "qmpsnap.ops.outside.compare": ("ChainView",),
-    "qmpsnap.ops.delete": ("DeletePlan",),
+    "qmpsnap.ops.snapshot.delete": ("DeletePlan",),
     "qmpsnap.ops.lifecycle.foresee": ("Forgotten",),
     "qmpsnap.ops.stack": ("PopPreview",),
     "qmpsnap.ops.revert": ("Preview", "Reverted"),
-    "qmpsnap.ops.snapshot_request": ("SnapshotOptions",),
+    "qmpsnap.ops.snapshot.snapshot_request": ("SnapshotOptions",),
     "qmpsnap.qmp.commands": ("JobInfo",),
 }
 _WHERE = {name: (module, name) for module, names in _FROM.items() for name in names}

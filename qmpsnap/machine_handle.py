@@ -12,10 +12,8 @@ from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorP
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import create, delete, rename, revert, save, stack
+from qmpsnap.ops import revert, save, stack
 from qmpsnap.ops.base import asked
-from qmpsnap.ops.create_plan import CreateRequest
-from qmpsnap.ops.delete import DeletePlan, DeleteRequest
 from qmpsnap.ops.internal import create as internal
 from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.lifecycle import foresee
@@ -26,7 +24,10 @@ from qmpsnap.ops.mirror.mirror import MirrorRequest, Mode
 from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.revert_plan import RevertRequest, Run
 from qmpsnap.ops.save import RestoreRequest, SaveRequest
-from qmpsnap.ops.snapshot_request import Files, Kind, SnapshotOptions, names_of, paths_of, requested
+from qmpsnap.ops.snapshot import create, delete, rename
+from qmpsnap.ops.snapshot.delete import DeletePlan, DeleteRequest
+from qmpsnap.ops.snapshot.plan import CreateRequest
+from qmpsnap.ops.snapshot.snapshot_request import Files, Kind, SnapshotOptions, names_of, paths_of, requested
 from qmpsnap.ops.stack import PopPreview
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.refused import border

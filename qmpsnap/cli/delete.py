@@ -9,7 +9,7 @@ from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
     from qmpsnap.ops.base.context import Context
-    from qmpsnap.ops.delete import DeletePlan
+    from qmpsnap.ops.snapshot.delete import DeletePlan
 
 
 def register(verbs: Parsers) -> None:
@@ -25,7 +25,7 @@ def register(verbs: Parsers) -> None:
 
 
 def _delete(arguments: argparse.Namespace) -> None:
-    from qmpsnap.ops import delete
+    from qmpsnap.ops.snapshot import delete
 
     request = delete.DeleteRequest(
         names=tuple(arguments.names), children=arguments.children, metadata=arguments.metadata

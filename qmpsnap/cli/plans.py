@@ -47,7 +47,7 @@ def print_definition(form: output.Format, plan: "DefinePlan") -> None:
 
 def print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> None:
     """The plan of new layers, with a snapshot or without one."""
-    from qmpsnap.ops.create_plan import qmp_commands
+    from qmpsnap.ops.snapshot.plan import qmp_commands
 
     name = plan.change.snapshots[0].name if plan.change.snapshots else None
     what = f"take snapshot {name} of" if name else "add layers to"

@@ -22,11 +22,9 @@ from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation, R
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Hardware
-from qmpsnap.ops import create
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import require_free
-from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.internal import create as internal
 from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.internal.create import InternalRequest
@@ -36,6 +34,8 @@ from qmpsnap.ops.memory.load import hardware_now, require_fits
 from qmpsnap.ops.session import recover
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.ops.session.work import Work
+from qmpsnap.ops.snapshot import create
+from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import unreported
 from qmpsnap.qmp.session import Monitor

@@ -12,12 +12,13 @@ from qmpsnap.errors import NotFoundError, StateError
 from qmpsnap.machine import statefile
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import create, revert
+from qmpsnap.ops import revert
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.memory.means import MemoryRequest
 from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.revert_plan import RevertRequest
+from qmpsnap.ops.snapshot import create
+from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.threads import to_end
 
@@ -62,7 +63,7 @@ async def save(context: Context, name: str, request: SaveRequest, *, report: Rep
     """Save the machine and end its QEMU; returns the snapshot that holds it.
 
     Raises:
-        QmpsnapError: as :func:`qmpsnap.ops.create.run`; the guest runs on then.
+        QmpsnapError: as :func:`qmpsnap.ops.snapshot.create.run`; the guest runs on then.
     """
     return await create.run(context, name, wanted(request), report=report)
 

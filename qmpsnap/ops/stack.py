@@ -8,13 +8,14 @@ from msgspec import Struct
 
 from qmpsnap.errors import QmpsnapError, StateError
 from qmpsnap.model.snapshot import require_snapshot
-from qmpsnap.ops import delete, revert
+from qmpsnap.ops import revert
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.delete import DeletePlan, DeleteRequest
 from qmpsnap.ops.revert import Preview, Reverted
 from qmpsnap.ops.revert_plan import RevertRequest
 from qmpsnap.ops.session import situation
 from qmpsnap.ops.session.work import looking, working
+from qmpsnap.ops.snapshot import delete
+from qmpsnap.ops.snapshot.delete import DeletePlan, DeleteRequest
 from qmpsnap.qmp.jobs import Report, unreported
 
 

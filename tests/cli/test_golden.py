@@ -19,9 +19,9 @@ from qmpsnap.cli.main import main
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.ops import create_plan
-from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.outside import compare
+from qmpsnap.ops.snapshot import plan as create_plan
+from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.store.sqlite import SqliteStore
 from tests.cli import seeded
 

@@ -11,11 +11,11 @@ import pytest
 from qmpsnap.block import image
 from qmpsnap.model import merge as rules
 from qmpsnap.model import steps
-from qmpsnap.ops import create
-from qmpsnap.ops.create import _Attempt
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.ops.merge import job, possible
+from qmpsnap.ops.snapshot import create
+from qmpsnap.ops.snapshot.create import _Attempt
 from qmpsnap.qmp import commands, jobs
 
 VARIABLE = "QMPSNAP_MUTANT"

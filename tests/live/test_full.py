@@ -24,9 +24,9 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.operation import Change
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.model.vmstate import Manifest
-from qmpsnap.ops import create_plan
 from qmpsnap.ops.base import space
 from qmpsnap.ops.memory import means, save
+from qmpsnap.ops.snapshot import plan
 from qmpsnap.qmp import migration
 from tests.live.booted import start_booted
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
@@ -154,7 +154,7 @@ async def test_what_the_list_says_of_it(q: qmpsnap.Controller, guest_spec: Machi
     await vm.run("true")
     machine, planned = await vm.preview_snapshot("all", kind="full")
     assert planned.memory is not None
-    commands = create_plan.qmp_commands(planned, machine)
+    commands = plan.qmp_commands(planned, machine)
     give = "getfd" if planned.memory.hardware.qemu_version.startswith("7.") else "add-fd"
     assert [name for name, _ in commands] == [*["blockdev-add"] * 2, give, "stop", "transaction", "migrate", "cont"]
     assert commands[-2][1] == migration.address(None if give == "getfd" else 0)  # a descriptor, never a command line

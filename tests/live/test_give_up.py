@@ -70,7 +70,7 @@ async def test_while_a_qemu_has_the_images_open_nothing_is_given_up(q: qmpsnap.C
     vm, _, _ = await grown_and_stopped(q)
     layer = context_of(vm).home.machine_dir("still") / f"vda-{context_of(vm).store.next_serial()}.qcow2"
     await vm.start(paused=True)
-    await die_at(Call("qmpsnap.ops.create", "make_overlays", "after", 1), *CREATE)
+    await die_at(Call("qmpsnap.ops.snapshot.create", "make_overlays", "after", 1), *CREATE)
     layer.write_bytes(b"of somebody")
     with pytest.raises(OperationPending):
         await vm.undefine(disks="keep")

@@ -9,13 +9,13 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, LockHeld, StateError, StoreMismatch, UsageError
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import delete
 from qmpsnap.ops.base import space
-from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest
 from qmpsnap.ops.mirror import mirror
 from qmpsnap.ops.mirror.mirror import MirrorRequest
+from qmpsnap.ops.snapshot import delete
+from qmpsnap.ops.snapshot.delete import DeleteRequest
 from tests.harness.deaths import JOBS, Call, stopped_at
 from tests.live.machine import context_of, grown_and_stopped, user_monitor
 

@@ -15,8 +15,8 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import delete
-from qmpsnap.ops.delete import DeleteRequest
+from qmpsnap.ops.snapshot import delete
+from qmpsnap.ops.snapshot.delete import DeleteRequest
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 
 # "launched" and its "folder" are fixtures

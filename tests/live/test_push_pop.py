@@ -55,7 +55,7 @@ async def test_a_stack(q: qmpsnap.Controller, still_spec: MachineSpec, state: st
     [
         Call("qmpsnap.ops.revert", "run", "before", 1),
         Call("qmpsnap.ops.revert", "run", "after", 1),
-        Call("qmpsnap.ops.delete", "run", "after", 1),
+        Call("qmpsnap.ops.snapshot.delete", "run", "after", 1),
     ],
 )
 async def test_killed_between_its_steps(q: qmpsnap.Controller, still_spec: MachineSpec, point: Call) -> None:

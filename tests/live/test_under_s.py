@@ -54,7 +54,7 @@ async def test_only_the_disks_asked_for(q: qmpsnap.Controller, still_spec: Machi
 async def test_a_dry_run_tells_exactly_what_the_run_then_does(
     q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qmpsnap.ops.create_plan import qmp_commands
+    from qmpsnap.ops.snapshot.plan import qmp_commands
 
     vm = await q.define(still_spec)
     await vm.start(paused=True)

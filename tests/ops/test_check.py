@@ -27,10 +27,11 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
 from qmpsnap.model.snapshot import Point
-from qmpsnap.ops import check, delete
+from qmpsnap.ops import check
 from qmpsnap.ops.base.context import Context, opened
-from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.ops.lifecycle import power
+from qmpsnap.ops.snapshot import delete
+from qmpsnap.ops.snapshot.delete import DeleteRequest
 from qmpsnap.store import lock
 from qmpsnap.store.records import FOLDER, Place, Records
 from tests.cli import seeded

@@ -12,8 +12,8 @@ from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import CreatePlan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import create_plan
-from qmpsnap.ops.create_plan import CreateRequest
+from qmpsnap.ops.snapshot import plan as create_plan
+from qmpsnap.ops.snapshot.plan import CreateRequest
 from tests.ops.bench import MIB, chain, home_at, machine, snapshot, with_base
 
 CHAINS = (chain("vda", 1, 3), chain("vdb", 2, size=2 * MIB))

@@ -15,14 +15,14 @@ from qmpsnap.errors import OperationPending, StateError, StoreMismatch
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Overlay
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import create_plan
 from qmpsnap.ops.base.overlays import EMPTY_LIMIT, remove_new, require_free
-from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.merge import job
-from qmpsnap.ops.recover_create import direction as create_direction
 from qmpsnap.ops.session import recover
 from qmpsnap.ops.session.broken import Direction
 from qmpsnap.ops.session.recover import end_open
+from qmpsnap.ops.snapshot import plan as create_plan
+from qmpsnap.ops.snapshot.plan import CreateRequest
+from qmpsnap.ops.snapshot.recover import direction as create_direction
 from qmpsnap.store.records import FOLDER, Records
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store

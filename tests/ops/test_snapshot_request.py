@@ -7,14 +7,14 @@ import pytest
 
 from qmpsnap.errors import UsageError
 from qmpsnap.ops.base import asked
-from qmpsnap.ops.create_plan import CreateRequest
-from qmpsnap.ops.delete import DeleteRequest
 from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.memory.means import MemoryRequest
 from qmpsnap.ops.mirror.mirror import MirrorRequest
 from qmpsnap.ops.revert_plan import RevertRequest
 from qmpsnap.ops.session.quiesce import QuiesceRequest
-from qmpsnap.ops.snapshot_request import requested
+from qmpsnap.ops.snapshot.delete import DeleteRequest
+from qmpsnap.ops.snapshot.plan import CreateRequest
+from qmpsnap.ops.snapshot.snapshot_request import requested
 
 
 def test_nothing_said_is_a_snapshot_of_the_disks() -> None:

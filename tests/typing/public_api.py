@@ -14,11 +14,11 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.check import Checked
-from qmpsnap.ops.delete import DeletePlan
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 from qmpsnap.ops.lifecycle.foresee import Forgotten
 from qmpsnap.ops.outside.compare import ChainView, LayerView
 from qmpsnap.ops.revert import Preview, Reverted
+from qmpsnap.ops.snapshot.delete import DeletePlan
 from qmpsnap.ops.stack import PopPreview
 from qmpsnap.qmp.commands import JobInfo
 

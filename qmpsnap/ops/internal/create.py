@@ -70,7 +70,7 @@ def plan(
     freezer: Freezer | None = None,
     beside: Beside = NOTHING,
 ) -> InternalPlan:
-    """What will be done; pure. Arguments as for :func:`qmpsnap.ops.create.plan`.
+    """What will be done; pure. Arguments as for :func:`qmpsnap.ops.snapshot.create.plan`.
 
     Raises:
         NameTaken: the machine has a snapshot of that name.

@@ -50,7 +50,7 @@ async def forgotten(context: Context, name: str, *, disks: undefine.Fate | None)
 
 
 async def renamed(context: Context, name: str, old: str, new: str) -> Machine:
-    """Make sure that :func:`qmpsnap.ops.rename.run` would do it now; returns the machine."""
+    """Make sure that :func:`qmpsnap.ops.snapshot.rename.run` would do it now; returns the machine."""
     check_name(new, "snapshot")
     async with looking(context, name) as work:
         snapshots = await blocking(context.store.snapshots, name)

@@ -28,7 +28,6 @@ from qmpsnap.model.operation import (
     Plan,
     RevertPlan,
 )
-from qmpsnap.ops import recover_create
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import remove_new
 from qmpsnap.ops.internal import recover, tagging
@@ -36,6 +35,7 @@ from qmpsnap.ops.merge import recover as recover_merge
 from qmpsnap.ops.mirror import recover as recover_mirror
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.broken import Broken, Direction, Unfinished
+from qmpsnap.ops.snapshot import recover as recover_create
 from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import JobStuck, Report, unreported

@@ -17,11 +17,9 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import recover_create
 from qmpsnap.ops.base import asked, chosen, serials, space, variables
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
-from qmpsnap.ops.create_plan import CreateRequest, expected, node_options, plan, transaction_of
 from qmpsnap.ops.memory import save as memory
 from qmpsnap.ops.memory.means import choose
 from qmpsnap.ops.merge import commit
@@ -29,6 +27,8 @@ from qmpsnap.ops.merge.commit import CommitRequest
 from qmpsnap.ops.session import quiesce, recover
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.ops.session.work import Work, looking, require_agreement, working
+from qmpsnap.ops.snapshot import recover as recover_create
+from qmpsnap.ops.snapshot.plan import CreateRequest, expected, node_options, plan, transaction_of
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor

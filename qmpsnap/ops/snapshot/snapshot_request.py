@@ -9,10 +9,10 @@ from qmpsnap.errors import UsageError
 from qmpsnap.model.snapshot import Quiesce
 from qmpsnap.model.vmstate import Compression
 from qmpsnap.ops.base import asked
-from qmpsnap.ops.create_plan import CreateRequest
 from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.memory.means import MemoryRequest
 from qmpsnap.ops.session.quiesce import FREEZE_WINDOW, QuiesceRequest
+from qmpsnap.ops.snapshot.plan import CreateRequest
 
 Kind = Literal["disk", "full", "internal"]
 

@@ -1,0 +1,1 @@
+"""External and full snapshots: requested, planned, taken, deleted, renamed, recovered."""
