@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
     from qmpsnap.ops.lifecycle.foresee import Forgotten
     from qmpsnap.ops.outside.compare import ChainView
-    from qmpsnap.ops.revert import Preview, Reverted
+    from qmpsnap.ops.revert.revert import Preview, Reverted
     from qmpsnap.ops.snapshot.delete import DeletePlan
     from qmpsnap.ops.snapshot.snapshot_request import SnapshotOptions
     from qmpsnap.ops.stack import PopPreview
@@ -92,7 +92,7 @@ _FROM = {
     "qmpsnap.ops.snapshot.delete": ("DeletePlan",),
     "qmpsnap.ops.lifecycle.foresee": ("Forgotten",),
     "qmpsnap.ops.stack": ("PopPreview",),
-    "qmpsnap.ops.revert": ("Preview", "Reverted"),
+    "qmpsnap.ops.revert.revert": ("Preview", "Reverted"),
     "qmpsnap.ops.snapshot.snapshot_request": ("SnapshotOptions",),
     "qmpsnap.qmp.commands": ("JobInfo",),
 }

@@ -12,7 +12,7 @@ from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorP
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import revert, save, stack
+from qmpsnap.ops import save, stack
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.internal import create as internal
 from qmpsnap.ops.internal.create import InternalRequest
@@ -21,8 +21,9 @@ from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.mirror import mirror
 from qmpsnap.ops.mirror.mirror import MirrorRequest, Mode
-from qmpsnap.ops.revert import Preview, Reverted
-from qmpsnap.ops.revert_plan import RevertRequest, Run
+from qmpsnap.ops.revert import revert
+from qmpsnap.ops.revert.plan import RevertRequest, Run
+from qmpsnap.ops.revert.revert import Preview, Reverted
 from qmpsnap.ops.save import RestoreRequest, SaveRequest
 from qmpsnap.ops.snapshot import create, delete, rename
 from qmpsnap.ops.snapshot.delete import DeletePlan, DeleteRequest

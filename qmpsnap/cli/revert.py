@@ -9,8 +9,8 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controllin
 
 if TYPE_CHECKING:
     from qmpsnap.controller import Controller
-    from qmpsnap.ops.revert import Preview, Reverted
-    from qmpsnap.ops.revert_plan import Run
+    from qmpsnap.ops.revert.plan import Run
+    from qmpsnap.ops.revert.revert import Preview, Reverted
 
 
 def register(verbs: Parsers) -> None:

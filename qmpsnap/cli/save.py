@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.machine import Machine
     from qmpsnap.model.operation import CreatePlan
     from qmpsnap.model.snapshot import Snapshot
-    from qmpsnap.ops.revert import Preview, Reverted
+    from qmpsnap.ops.revert.revert import Preview, Reverted
 
 
 def register(parsers: Parsers) -> None:

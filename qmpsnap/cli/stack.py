@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.machine import Machine
     from qmpsnap.model.operation import CreatePlan
     from qmpsnap.model.snapshot import Snapshot
-    from qmpsnap.ops.revert import Reverted
+    from qmpsnap.ops.revert.revert import Reverted
     from qmpsnap.ops.stack import PopPreview
 
 

@@ -12,11 +12,11 @@ from qmpsnap.errors import NotFoundError, StateError
 from qmpsnap.machine import statefile
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Compression
-from qmpsnap.ops import revert
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.memory.means import MemoryRequest
-from qmpsnap.ops.revert import Preview, Reverted
-from qmpsnap.ops.revert_plan import RevertRequest
+from qmpsnap.ops.revert import revert
+from qmpsnap.ops.revert.plan import RevertRequest
+from qmpsnap.ops.revert.revert import Preview, Reverted
 from qmpsnap.ops.snapshot import create
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.qmp.jobs import Report, unreported

@@ -8,10 +8,10 @@ from msgspec import Struct
 
 from qmpsnap.errors import QmpsnapError, StateError
 from qmpsnap.model.snapshot import require_snapshot
-from qmpsnap.ops import revert
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.revert import Preview, Reverted
-from qmpsnap.ops.revert_plan import RevertRequest
+from qmpsnap.ops.revert import revert
+from qmpsnap.ops.revert.plan import RevertRequest
+from qmpsnap.ops.revert.revert import Preview, Reverted
 from qmpsnap.ops.session import situation
 from qmpsnap.ops.session.work import looking, working
 from qmpsnap.ops.snapshot import delete

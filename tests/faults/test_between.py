@@ -16,7 +16,7 @@ IMAGE, COMMANDS, JOBS = "qmpsnap.block.image", "qmpsnap.qmp.commands", "qmpsnap.
 MIGRATION, MEMORY, STATEFILE = "qmpsnap.qmp.migration", "qmpsnap.ops.memory.save", "qmpsnap.machine.statefile"
 MERGE, SWITCH, TAGS, TAGGING = (
     "qmpsnap.ops.merge.job",
-    "qmpsnap.ops.switch",
+    "qmpsnap.ops.revert.switch",
     "qmpsnap.block.tags",
     "qmpsnap.ops.internal.tagging",
 )

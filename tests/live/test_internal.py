@@ -21,9 +21,9 @@ from qmpsnap.errors import HostCannot, NameTaken, QmpError, QmpsnapError, StateE
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
-from qmpsnap.ops import revert
 from qmpsnap.ops.base.space import Need
 from qmpsnap.ops.internal import tagging
+from qmpsnap.ops.revert import revert
 from tests.harness.deaths import Call, die_at
 from tests.harness.processes import kill_qemu
 from tests.live.booted import start_booted
@@ -329,7 +329,7 @@ async def test_a_load_that_fails_leaves_no_guest_running(
     with pytest.raises(StateError, match="of other hardware"):
         await vm.revert("inside", discard=True)
     assert await vm.state() == "running"
-    monkeypatch.setattr("qmpsnap.ops.revert_inside.require_fits", lambda *_, **__: None)
+    monkeypatch.setattr("qmpsnap.ops.revert.in_place.require_fits", lambda *_, **__: None)
     with pytest.raises(QmpError, match="failed") as failed:
         await vm.revert("inside", discard=True)
     assert failed.value.effect == "applied"

@@ -14,8 +14,8 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
 from qmpsnap.model.snapshot import Outside
 from qmpsnap.model.spec import MachineSpec
-from qmpsnap.ops import revert
-from qmpsnap.ops.revert import Reverted
+from qmpsnap.ops.revert import revert
+from qmpsnap.ops.revert.revert import Reverted
 from qmpsnap.store import schema
 from qmpsnap.store.sqlite import SqliteStore
 from tests.harness.deaths import Call, die_at
@@ -53,8 +53,8 @@ async def test_a_stack(q: qmpsnap.Controller, still_spec: MachineSpec, state: st
 @pytest.mark.parametrize(
     "point",
     [
-        Call("qmpsnap.ops.revert", "run", "before", 1),
-        Call("qmpsnap.ops.revert", "run", "after", 1),
+        Call("qmpsnap.ops.revert.revert", "run", "before", 1),
+        Call("qmpsnap.ops.revert.revert", "run", "after", 1),
         Call("qmpsnap.ops.snapshot.delete", "run", "after", 1),
     ],
 )

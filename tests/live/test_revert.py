@@ -17,7 +17,7 @@ from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops.base.overlays import make_overlays
-from qmpsnap.ops.revert_plan import Run
+from qmpsnap.ops.revert.plan import Run
 from qmpsnap.qmp import commands
 from tests.harness.deaths import STORE, Call, die_at
 from tests.live.booted import start_booted
@@ -221,7 +221,7 @@ async def test_a_write_after_the_plan_was_made_is_kept(
         await fill(vm, "vda", 77)
         return await make_overlays(*arguments)
 
-    monkeypatch.setattr("qmpsnap.ops.revert.make_overlays", late)
+    monkeypatch.setattr("qmpsnap.ops.revert.revert.make_overlays", late)
     kept = (await vm.revert("a")).kept
     monkeypatch.undo()
     assert kept is not None

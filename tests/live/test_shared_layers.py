@@ -17,7 +17,7 @@ from tests.harness.deaths import JOBS, STORE, Call, die_at, stopped_at
 from tests.live.machine import MIB, context_of, grown, hold_invariants
 
 FOLLOWS = Call(JOBS, "follow", "before", 1)
-STOPPING = Call("qmpsnap.ops.revert", "switch", "before", 1)
+STOPPING = Call("qmpsnap.ops.revert.revert", "switch", "before", 1)
 OPENS = Call(STORE, "SqliteStore.open_operation", "before", 1)
 SETTLES = Call(STORE, "SqliteStore.settle", "before", 1)
 

@@ -17,9 +17,9 @@ from qmpsnap.machine import machine as machines
 from qmpsnap.machine import statefile, worker
 from qmpsnap.machine.argv import CONSOLE_LOG, PID_FILE
 from qmpsnap.machine.logs import QEMU_LOG
-from qmpsnap.ops import switch
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.ops.merge import job
+from qmpsnap.ops.revert import switch
 from qmpsnap.qmp import commands
 from tests.live.machine import (
     MIB,

@@ -180,7 +180,7 @@ async def test_a_lost_store_does_not_lose_it(home: Path, uefi_spec: MachineSpec)
 # --- deaths -----------------------------------------------------------------------------------------------------------
 
 COPY = ("qmpsnap.ops.internal.tagging", "copy_variables")
-REPLACE = ("qmpsnap.ops.switch", "copy_variables")
+REPLACE = ("qmpsnap.ops.revert.switch", "copy_variables")
 SETTLE = ("qmpsnap.store.sqlite", "SqliteStore.settle")
 FORWARD: dict[str, Call] = {
     "before it is copied": Call(*COPY, "before", 1),

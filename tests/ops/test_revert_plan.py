@@ -18,9 +18,9 @@ from qmpsnap.model.operation import Change, DefinePlan, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, hardware_of
-from qmpsnap.ops import revert_plan
-from qmpsnap.ops.revert import Preview
-from qmpsnap.ops.revert_plan import RevertRequest, Run
+from qmpsnap.ops.revert import plan as revert_plan
+from qmpsnap.ops.revert.plan import RevertRequest, Run
+from qmpsnap.ops.revert.revert import Preview
 from qmpsnap.ops.session.recover import end_open
 from qmpsnap.store.sqlite import SqliteStore
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, home_at, machine, snapshot

@@ -10,7 +10,7 @@ from qmpsnap.ops.base import asked
 from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.memory.means import MemoryRequest
 from qmpsnap.ops.mirror.mirror import MirrorRequest
-from qmpsnap.ops.revert_plan import RevertRequest
+from qmpsnap.ops.revert.plan import RevertRequest
 from qmpsnap.ops.session.quiesce import QuiesceRequest
 from qmpsnap.ops.snapshot.delete import DeleteRequest
 from qmpsnap.ops.snapshot.plan import CreateRequest

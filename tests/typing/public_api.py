@@ -17,7 +17,7 @@ from qmpsnap.ops.check import Checked
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 from qmpsnap.ops.lifecycle.foresee import Forgotten
 from qmpsnap.ops.outside.compare import ChainView, LayerView
-from qmpsnap.ops.revert import Preview, Reverted
+from qmpsnap.ops.revert.revert import Preview, Reverted
 from qmpsnap.ops.snapshot.delete import DeletePlan
 from qmpsnap.ops.stack import PopPreview
 from qmpsnap.qmp.commands import JobInfo

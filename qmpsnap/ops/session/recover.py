@@ -33,10 +33,10 @@ from qmpsnap.ops.base.overlays import remove_new
 from qmpsnap.ops.internal import recover, tagging
 from qmpsnap.ops.merge import recover as recover_merge
 from qmpsnap.ops.mirror import recover as recover_mirror
+from qmpsnap.ops.revert.switch import remove_files, switch
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.broken import Broken, Direction, Unfinished
 from qmpsnap.ops.snapshot import recover as recover_create
-from qmpsnap.ops.switch import remove_files, switch
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import JobStuck, Report, unreported
 from qmpsnap.qmp.session import Monitor

@@ -26,7 +26,6 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.model.snapshot import Outside, Snapshot
-from qmpsnap.ops import revert_inside
 from qmpsnap.ops.base import asked, consent, keys, space
 from qmpsnap.ops.base.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.base.overlays import make_overlays, overlay_on, require_free
@@ -34,10 +33,11 @@ from qmpsnap.ops.base.space import Need
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.ops.memory import after_load
 from qmpsnap.ops.memory.load import Loading, require_same_hardware
-from qmpsnap.ops.revert_plan import RevertRequest, plan, points, target_of
+from qmpsnap.ops.revert import in_place
+from qmpsnap.ops.revert.plan import RevertRequest, plan, points, target_of
+from qmpsnap.ops.revert.switch import nothing_written, switch
 from qmpsnap.ops.session import quiesce, recover, situation
 from qmpsnap.ops.session.work import Work, begin, looking, working
-from qmpsnap.ops.switch import nothing_written, switch
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor
@@ -105,12 +105,12 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
         machine, qemu = work.machine, work.qemu
         at = await situation.look(context, work, disks=(), counted=False)
         target = target_of(at, request.name)
-        if qemu and revert_inside.in_place(target, at.live):
-            make = await revert_inside.planner(
+        if qemu and in_place.in_place(target, at.live):
+            make = await in_place.planner(
                 context, work, at, target, discard=request.discard, paused=request.run == "paused"
             )
             loaded = make(serial)
-            commands = tuple(revert_inside.qmp_commands(loaded, serial))
+            commands = tuple(in_place.qmp_commands(loaded, serial))
             return Preview(plan=loaded, unwritten=False, commands=commands)
         mode = await asked.mode_of(qemu)
     planned = plan(machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
@@ -134,10 +134,10 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
             ``applied`` the machine stands at the snapshot but could not be started.
     """
     on_top: tuple[Layer, ...] = ()
-    if not await _may_load(context, name, request.name) and await revert_inside.busy(context, name, request.name):
+    if not await _may_load(context, name, request.name) and await in_place.busy(context, name, request.name):
         async with working(context, name, "snapshot revert", removes=True) as work:
             await _require_possible(context, work, request)
-        on_top = await revert_inside.freeze(context, name, request.name)
+        on_top = await in_place.freeze(context, name, request.name)
     try:
         return await _run(context, name, request)
     except QmpsnapError as error:
@@ -154,7 +154,7 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
     async with working(context, name, "snapshot revert", removes=True) as work:
         at = await situation.look(context, work, disks=(), counted=False)
         target = target_of(at, request.name)
-        if work.qemu and revert_inside.in_place(target, at.live):
+        if work.qemu and in_place.in_place(target, at.live):
             done = await _load(context, work, at, target, request)
         else:
             before = await commands.query_block(work.qemu) if work.qemu else ()
@@ -186,12 +186,12 @@ async def _may_load(context: Context, name: str, target: str) -> bool:
     machine = await blocking(context.store.machine, name)
     live = {chain.disk: chain for chain in await blocking(context.store.chains, name)}
     found = next((s for s in await blocking(context.store.snapshots, name) if s.name == target), None)
-    return found is not None and context.process(machine) is not None and revert_inside.in_place(found, live)
+    return found is not None and context.process(machine) is not None and in_place.in_place(found, live)
 
 
 async def _load(context: Context, work: Work, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
     paused = request.run == "paused"
-    kept = await revert_inside.load(context, work, at, target, discard=request.discard, paused=paused)
+    kept = await in_place.load(context, work, at, target, discard=request.discard, paused=paused)
     assert work.qemu
     state = await _said(contextlib.nullcontext(work.qemu))
     return Reverted(snapshot=target, kept=kept, removed=(), state=state, memory=True)
@@ -219,7 +219,7 @@ async def _require_possible(context: Context, work: Work, request: RevertRequest
     serial, folder = OperationId(0), str(context.home.machine_dir(work.machine.name))
     planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
     _require_variables(context.home, planned)
-    busy = revert_inside.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
+    busy = in_place.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
     chains = [at.live[disk] for disk in busy]
     tops = [Overlay(disk=one.disk, layer=overlay_on(one, serial, folder), backing=one.active) for one in chains]
     goes_on = Need(folder, space.LEFT, "the guest that goes on")
@@ -237,7 +237,7 @@ async def _examine(context: Context, work: Work, at: Situation, target: Snapshot
 
 async def _switch(context: Context, work: Work, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
     await _examine(context, work, at, target)
-    revert_inside.require_frozen(at, target)
+    in_place.require_frozen(at, target)
     async with _memory(target, request) as loading:
         operation = await _open(context, work, at, request)
         async with recover.attempting(context, work.machine, work.qemu, operation):
@@ -305,7 +305,7 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
     if planned.restart:
         await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STARTING))
         machine = await blocking(context.store.machine, planned.machine)
-        memory = loading or revert_inside.memory_in(planned, operation)
+        memory = loading or in_place.memory_in(planned, operation)
         frozen = planned.vmstate is not None and planned.vmstate.frozen
         async with guarded(context, machine, when=frozen) as guard_ready:
             await guard_ready()
