@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
     from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.model.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
-    from qmpsnap.ops.check import Checked
+    from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
     from qmpsnap.ops.lifecycle.foresee import Forgotten
     from qmpsnap.ops.outside.compare import ChainView
@@ -87,7 +87,7 @@ _FROM = {
     "qmpsnap.model.snapshot": ("Snapshot",),
     "qmpsnap.model.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
     "qmpsnap.ops.lifecycle.adopt": ("Adopted", "Survey"),
-    "qmpsnap.ops.check": ("Checked",),
+    "qmpsnap.ops.check.check": ("Checked",),
     "qmpsnap.ops.outside.compare": ("ChainView",),
     "qmpsnap.ops.snapshot.delete": ("DeletePlan",),
     "qmpsnap.ops.lifecycle.foresee": ("Forgotten",),

@@ -10,10 +10,10 @@ from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.ops import check as checking
 from qmpsnap.ops.base import asked, space, variables
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.check import Checked
+from qmpsnap.ops.check import check as checking
+from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.lifecycle import foresee, pausing, power, undefine
 from qmpsnap.ops.lifecycle.foresee import Forgotten
 from qmpsnap.ops.outside import compare

@@ -11,7 +11,7 @@ from qmpsnap.errors import ForeignHost, HomeUntrusted, QmpsnapError, StoreMismat
 if TYPE_CHECKING:
     from qmpsnap.model.finding import Finding
     from qmpsnap.ops.base.context import Context
-    from qmpsnap.ops.check import Checked
+    from qmpsnap.ops.check.check import Checked
 
 
 def register(parsers: Parsers) -> None:
@@ -32,7 +32,7 @@ def _check(arguments: argparse.Namespace) -> int:
         return _rebuild(arguments)
     if arguments.set_aside:
         raise UsageError("--set-aside goes with --rebuild", hint="qmpsnap check --help")
-    from qmpsnap.ops import check
+    from qmpsnap.ops.check import check
 
     left_out: dict[str, QmpsnapError] = {}
     wrong: StoreMismatch | None = None
@@ -78,8 +78,8 @@ def _trusting(act: "Callable[[Context], Awaitable[list[dict[str, Any]]]]", machi
 
 
 def _untrusted(machine: str | None) -> dict[str, Any]:
-    from qmpsnap.ops.check import Checked
-    from qmpsnap.ops.checking.judge import owned
+    from qmpsnap.ops.check.check import Checked
+    from qmpsnap.ops.check.judge import owned
     from qmpsnap.store import owner
 
     places = home()

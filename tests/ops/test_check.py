@@ -27,8 +27,8 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
 from qmpsnap.model.snapshot import Point
-from qmpsnap.ops import check
 from qmpsnap.ops.base.context import Context, opened
+from qmpsnap.ops.check import check
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.ops.snapshot import delete
 from qmpsnap.ops.snapshot.delete import DeleteRequest

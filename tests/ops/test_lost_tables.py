@@ -13,8 +13,8 @@ from qmpsnap.block import header, verify
 from qmpsnap.errors import StateError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
-from qmpsnap.ops import check
 from qmpsnap.ops.base.context import Context
+from qmpsnap.ops.check import check
 from tests.ops.test_check import image, img, poke, web  # noqa: F401 - a fixture
 
 CLUSTER = 1 << 16

@@ -13,7 +13,7 @@ from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.vmstate import Vmstate
-from qmpsnap.ops.check import Checked
+from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 from qmpsnap.ops.lifecycle.foresee import Forgotten
 from qmpsnap.ops.outside.compare import ChainView, LayerView

@@ -27,8 +27,8 @@ from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.base import admission, whereabouts
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.checking import entries, named
-from qmpsnap.ops.checking.entries import Entry
+from qmpsnap.ops.check import entries, named
+from qmpsnap.ops.check.entries import Entry
 from qmpsnap.ops.outside import frozen
 from qmpsnap.ops.session import stale_store
 from qmpsnap.qmp import commands

@@ -12,8 +12,8 @@ from qmpsnap.model.finding import Finding
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context
-from qmpsnap.ops.checking import ancestry
-from qmpsnap.ops.checking.facts import Facts
+from qmpsnap.ops.check import ancestry
+from qmpsnap.ops.check.facts import Facts
 from qmpsnap.threads import to_read
 
 _CODES: dict[Verdict | Literal["unread"], str] = {

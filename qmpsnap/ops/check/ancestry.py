@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.names import LayerId, layer_disk
-from qmpsnap.ops.checking.facts import Facts
+from qmpsnap.ops.check.facts import Facts
 
 
 def look(at: Facts, folder: str) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.home import Home
 from qmpsnap.model.moment import moment
-from qmpsnap.ops.checking.entries import Entry
+from qmpsnap.ops.check.entries import Entry
 
 NOTE = "note.json"
 

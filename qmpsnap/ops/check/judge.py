@@ -14,7 +14,7 @@ from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.forest import Writer
-from qmpsnap.ops.checking.facts import Facts
+from qmpsnap.ops.check.facts import Facts
 from qmpsnap.ops.outside import compare
 from qmpsnap.store.owner import Flaw
 

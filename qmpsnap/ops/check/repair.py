@@ -17,11 +17,11 @@ from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Change
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.checking import quarantine
-from qmpsnap.ops.checking.entries import Entry
-from qmpsnap.ops.checking.facts import AGENT_DEADLINE, Facts
-from qmpsnap.ops.checking.judge import OUR_NODE
-from qmpsnap.ops.checking.quarantine import Moved
+from qmpsnap.ops.check import quarantine
+from qmpsnap.ops.check.entries import Entry
+from qmpsnap.ops.check.facts import AGENT_DEADLINE, Facts
+from qmpsnap.ops.check.judge import OUR_NODE
+from qmpsnap.ops.check.quarantine import Moved
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import owner

@@ -7,7 +7,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from qmpsnap.ops.base import admission
-from qmpsnap.ops.checking import named
+from qmpsnap.ops.check import named
 
 
 class Entry(Struct, frozen=True, kw_only=True):

@@ -14,12 +14,12 @@ from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Change
 from qmpsnap.ops.base import admission, relocate
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own
-from qmpsnap.ops.checking import deep as reading
-from qmpsnap.ops.checking import entries, facts
-from qmpsnap.ops.checking.facts import Facts
-from qmpsnap.ops.checking.judge import judge
-from qmpsnap.ops.checking.quarantine import Moved
-from qmpsnap.ops.checking.repair import Repairs, close_to_others, repair
+from qmpsnap.ops.check import deep as reading
+from qmpsnap.ops.check import entries, facts
+from qmpsnap.ops.check.facts import Facts
+from qmpsnap.ops.check.judge import judge
+from qmpsnap.ops.check.quarantine import Moved
+from qmpsnap.ops.check.repair import Repairs, close_to_others, repair
 from qmpsnap.ops.session import recover
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.threads import to_end, to_read

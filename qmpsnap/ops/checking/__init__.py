@@ -1,1 +1,0 @@
-"""What ``check`` is made of: facts gathered, judged, put right."""
