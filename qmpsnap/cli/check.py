@@ -145,7 +145,7 @@ def _rebuild(arguments: argparse.Namespace) -> int:
         )
     import anyio
 
-    from qmpsnap.ops import rebuild
+    from qmpsnap.ops.rebuild import rebuild
 
     done = anyio.run(lambda: rebuild.run(home(), set_aside=arguments.set_aside))
     document = {

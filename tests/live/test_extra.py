@@ -14,8 +14,8 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.errors import StateError, UsageError
 from qmpsnap.model.machine import Consent
-from qmpsnap.ops import rebuild
 from qmpsnap.ops.base import relocate
+from qmpsnap.ops.rebuild import rebuild
 from tests.live.machine import ONE_DISK, context_of
 
 AGREED = ("-device", "virtio-rng-pci,id=agreed")

@@ -17,7 +17,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.home import Home
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.spec import DiskSpec
-from qmpsnap.ops import rebuild
+from qmpsnap.ops.rebuild import rebuild
 from tests.live.machine import (
     MIB,
     ONE_DISK,

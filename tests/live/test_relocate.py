@@ -18,9 +18,9 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.home import Home
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import rebuild
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.base.context import opened
+from qmpsnap.ops.rebuild import rebuild
 from tests.harness.deaths import STORE, Call, die_at
 from tests.live.machine import (
     MIB,

@@ -11,7 +11,7 @@ from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.ops import rebuild
+from qmpsnap.ops.rebuild import rebuild
 from tests.harness.deaths import Call, die_at
 from tests.live.machine import MIB, context_of, hold_invariants
 from tests.live.test_rebuild import at, lose

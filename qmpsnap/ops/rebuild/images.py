@@ -18,7 +18,7 @@ from qmpsnap.model.names import SERIAL, LayerId, is_text, layer_id, tag_number
 from qmpsnap.model.relocation import HomeRecord, carried
 from qmpsnap.model.spec import DiskSpec, Format
 from qmpsnap.ops.base import whereabouts
-from qmpsnap.ops.rebuilding.plan import Image, State, Unread
+from qmpsnap.ops.rebuild.plan import Image, State, Unread
 from qmpsnap.ops.session.stale_store import LAYER_FILE
 from qmpsnap.store.records import FOLDER, Place, Records
 

@@ -23,8 +23,8 @@ from qmpsnap.model.operation import Change, DefinePlan
 from qmpsnap.model.relocation import HomeRecord, carried_all
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.base.context import Context, Programs, this_host
-from qmpsnap.ops.rebuilding.images import Finder
-from qmpsnap.ops.rebuilding.plan import Image, Rebuilt, Unread, plan
+from qmpsnap.ops.rebuild.images import Finder
+from qmpsnap.ops.rebuild.plan import Image, Rebuilt, Unread, plan
 from qmpsnap.qmp import commands
 from qmpsnap.store import condition
 from qmpsnap.store.lock import machine_lock

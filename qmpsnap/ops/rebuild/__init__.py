@@ -1,0 +1,1 @@
+"""A lost store is made again from what lies on the disks."""
