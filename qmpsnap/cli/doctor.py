@@ -8,7 +8,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, home
 from qmpsnap.errors import HostCannot, StoreMismatch
 
 if TYPE_CHECKING:
-    from qmpsnap.ops.doctor import Ability
+    from qmpsnap.doctor import Ability
 
 _MARKS = {"yes": "green", "limited": "yellow", "no": "red"}
 
@@ -21,7 +21,7 @@ def register(parsers: Parsers) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     import anyio
 
-    from qmpsnap.ops import doctor
+    from qmpsnap import doctor
 
     abilities = anyio.run(doctor.run, home())
     output.emit(
