@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qmpsnap import errors
-    from qmpsnap.controller import Controller
-    from qmpsnap.controller import open_controller as open  # noqa: A004 - reads as qmpsnap.open()
+    from qmpsnap.api.controller import Controller
+    from qmpsnap.api.controller import open_controller as open  # noqa: A004 - reads as qmpsnap.open()
+    from qmpsnap.api.following import progress
+    from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.errors import QmpsnapError
-    from qmpsnap.following import progress
     from qmpsnap.machine.agent import Completed, Trimmed
-    from qmpsnap.machine_handle import MachineHandle
     from qmpsnap.model.chain import Chain, Layer
     from qmpsnap.model.machine import Machine, Process
     from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
@@ -76,11 +76,11 @@ __all__ = [
 ]
 
 _FROM = {
-    "qmpsnap.controller": ("Controller",),
+    "qmpsnap.api.controller": ("Controller",),
     "qmpsnap.errors": ("QmpsnapError",),
-    "qmpsnap.following": ("progress",),
+    "qmpsnap.api.following": ("progress",),
     "qmpsnap.machine.agent": ("Completed", "Trimmed"),
-    "qmpsnap.machine_handle": ("MachineHandle",),
+    "qmpsnap.api.machine_handle": ("MachineHandle",),
     "qmpsnap.model.chain": ("Chain", "Layer"),
     "qmpsnap.model.machine": ("Machine", "Process"),
     "qmpsnap.model.operation": ("CreatePlan", "DefinePlan", "InternalPlan", "MergePlan", "MirrorPlan", "Operation"),
@@ -97,7 +97,7 @@ _FROM = {
     "qmpsnap.qmp.commands": ("JobInfo",),
 }
 _WHERE = {name: (module, name) for module, names in _FROM.items() for name in names}
-_WHERE |= {"errors": ("qmpsnap.errors", ""), "open": ("qmpsnap.controller", "open_controller")}
+_WHERE |= {"errors": ("qmpsnap.errors", ""), "open": ("qmpsnap.api.controller", "open_controller")}
 
 
 if not TYPE_CHECKING:  # a type checker would take it for a promise that every name is there

@@ -14,7 +14,7 @@ from qmpsnap.model.names import check_disk_name, check_name
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.api.controller import Controller
     from qmpsnap.model.machine import Machine
     from qmpsnap.ops.lifecycle.adopt import Adopted
 

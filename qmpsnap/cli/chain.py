@@ -8,7 +8,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controllin
 from qmpsnap.errors import StoreMismatch
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.api.controller import Controller
     from qmpsnap.ops.outside.compare import ChainView
 
 

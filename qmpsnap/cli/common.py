@@ -16,7 +16,7 @@ from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.api.controller import Controller
     from qmpsnap.ops.base.context import Context
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def untold(store: Store) -> StoreMismatch | None:
 
 def controlling(act: Callable[["Controller"], Awaitable[T]], *, make: bool = False) -> T:
     """Run ``act`` with a controller, whose machines know every verb."""
-    from qmpsnap.controller import Controller
+    from qmpsnap.api.controller import Controller
 
     return operating(lambda context: act(Controller(context)), make=make)
 

@@ -10,7 +10,7 @@ from qmpsnap.errors import HostCannot, QemuGone
 from qmpsnap.machine.argv import CONSOLE_SOCKET
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.api.controller import Controller
 
 
 def register(parsers: Parsers) -> None:

@@ -8,7 +8,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controllin
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.api.controller import Controller
 
 
 def register(parsers: Parsers) -> None:

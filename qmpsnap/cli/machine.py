@@ -26,7 +26,7 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.moment import moment
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.api.controller import Controller
     from qmpsnap.model.operation import DefinePlan
     from qmpsnap.ops.lifecycle.foresee import Forgotten
     from qmpsnap.store.sqlite import SqliteStore

@@ -8,7 +8,7 @@ from qmpsnap.cli import output, seen
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, tell_remedy
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.api.controller import Controller
     from qmpsnap.ops.revert.plan import Run
     from qmpsnap.ops.revert.revert import Preview, Reverted
 

@@ -12,7 +12,7 @@ from qmpsnap.cli.snapshot import add_compress
 from qmpsnap.cli.snapshot_json import confined, print_snapshot
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.api.controller import Controller
     from qmpsnap.model.machine import Machine
     from qmpsnap.model.operation import CreatePlan
     from qmpsnap.model.snapshot import Snapshot

@@ -10,7 +10,7 @@ from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_json import print_taken
 
 if TYPE_CHECKING:
-    from qmpsnap.controller import Controller
+    from qmpsnap.api.controller import Controller
     from qmpsnap.model.machine import Machine
     from qmpsnap.model.operation import CreatePlan
     from qmpsnap.model.snapshot import Snapshot

@@ -24,7 +24,10 @@ QUICK = (
     ["--version"],
     ["snapshot", "create", "--help"],
 )
-OTHERS = ("qmpsnap.controller", *(f"qmpsnap.ops.{verb}" for verb in ("create", "define", "mirror", "delete", "revert")))
+OTHERS = (
+    "qmpsnap.api.controller",
+    *(f"qmpsnap.ops.{verb}" for verb in ("create", "define", "mirror", "delete", "revert")),
+)
 PROGRAM = """
 import sys
 from qmpsnap.cli.main import main

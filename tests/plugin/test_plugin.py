@@ -18,7 +18,7 @@ pytest_plugins = ["pytester"]
 CACHE = Home.from_environment(os.environ, uid=os.geteuid()).cache
 """Where the small guest is; `pytester` gives the inner run another HOME."""
 
-SLOW = ("qemu", "psutil", "yaml", "rich", "sqlite3", "qmpsnap.controller")
+SLOW = ("qemu", "psutil", "yaml", "rich", "sqlite3", "qmpsnap.api.controller")
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from qmpsnap.api.machine_handle import MachineHandle
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.machine.recipes import launch_dir
-from qmpsnap.machine_handle import MachineHandle
 from qmpsnap.model.operation import DefinePlan, Operation
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops.base.context import Context, blocking, opened

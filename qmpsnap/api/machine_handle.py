@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Unpack, overload
 
-from qmpsnap.machine_life import MachineLife
+from qmpsnap.api.machine_life import MachineLife
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan

@@ -1,0 +1,1 @@
+"""The library's API: a controller, a machine's handle, progress; composes, decides nothing."""
