@@ -11,10 +11,11 @@ from typing import Literal
 import psutil
 from msgspec import Struct
 
-from qmpsnap import identity
 from qmpsnap.block import tool
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
+from qmpsnap.host import identity
+from qmpsnap.host.threads import to_read
 from qmpsnap.machine import accel, logs, privileges, probe, scope
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.privileges import RunAs
@@ -22,7 +23,6 @@ from qmpsnap.model.home import Home
 from qmpsnap.ops.base import admission, space
 from qmpsnap.ops.base.context import Programs
 from qmpsnap.store.sqlite import SqliteStore
-from qmpsnap.threads import to_read
 
 
 class Ability(Struct, frozen=True):

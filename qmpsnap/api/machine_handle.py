@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, Unpack, overload
 
 from qmpsnap.api.machine_life import MachineLife
+from qmpsnap.host.refused import border
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
@@ -31,7 +32,6 @@ from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.ops.snapshot.snapshot_request import Files, Kind, SnapshotOptions, names_of, paths_of, requested
 from qmpsnap.ops.stack import PopPreview
 from qmpsnap.qmp.jobs import Report, unreported
-from qmpsnap.refused import border
 
 
 @border

@@ -4,6 +4,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from qmpsnap.errors import QmpError, StateError
+from qmpsnap.host.outstanding import briefly
+from qmpsnap.host.refused import border
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import agent, logs
 from qmpsnap.machine.agent import Agent, Completed, Trimmed
 from qmpsnap.machine.argv import AGENT_SOCKET
@@ -19,12 +22,9 @@ from qmpsnap.ops.lifecycle.foresee import Forgotten
 from qmpsnap.ops.outside import compare
 from qmpsnap.ops.outside.compare import ChainView
 from qmpsnap.ops.session.work import working
-from qmpsnap.outstanding import briefly
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
-from qmpsnap.refused import border
-from qmpsnap.threads import to_end, to_read
 
 
 @border

@@ -2,12 +2,12 @@
 
 import os
 
-from qmpsnap import identity
 from qmpsnap.block import encrypted, header, tool
 from qmpsnap.block.header import Header, printable
 from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.host import identity
+from qmpsnap.host.threads import to_end
 from qmpsnap.model.chain import Layer
-from qmpsnap.threads import to_end
 
 
 async def set_backing(

@@ -15,9 +15,9 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap import identity
 from qmpsnap.block.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
 from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.host import identity
 from qmpsnap.model.chain import MAX_LAYERS, Layer
 from qmpsnap.model.spec import Format
 

@@ -17,7 +17,6 @@ import anyio
 from anyio import lowlevel
 from msgspec import Struct
 
-from qmpsnap import identity
 from qmpsnap.block import encrypted, header, tool
 from qmpsnap.block.backing import require_size
 from qmpsnap.block.header import Header, printable
@@ -31,10 +30,11 @@ from qmpsnap.errors import (
     StorageHangs,
     StoreMismatch,
 )
-from qmpsnap.identity import FileId
+from qmpsnap.host import identity
+from qmpsnap.host.identity import FileId
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import Format
-from qmpsnap.threads import to_end, to_read
 
 _SECTOR: Final = 512
 _TRIES: Final = 50  # at encrypting: each takes milliseconds, and of some hosts' every fourth fails

@@ -9,12 +9,12 @@ import os
 import stat
 from pathlib import Path
 
-from qmpsnap import identity
 from qmpsnap.block.header import printable
-from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
-from qmpsnap.identity import FileId, same_file
-from qmpsnap.threads import to_end
+from qmpsnap.host import identity
+from qmpsnap.host.durable import sync_folder
+from qmpsnap.host.identity import FileId, same_file
+from qmpsnap.host.threads import to_end
 
 
 def part_of(path: str, tag: str) -> str:

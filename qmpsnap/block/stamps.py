@@ -5,10 +5,10 @@ import stat
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
-from qmpsnap import identity
 from qmpsnap.block import header
 from qmpsnap.block.allocated import words
 from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.host import identity
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.stamp import History, Stamp

@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import anyio
 
-from qmpsnap import identity
 from qmpsnap.block import header, tool
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
-from qmpsnap.identity import FileId
+from qmpsnap.host import identity
+from qmpsnap.host.identity import FileId
+from qmpsnap.host.threads import to_end
 from qmpsnap.model.chain import Layer
-from qmpsnap.threads import to_end
 
 FICLONE: Final = 0x40049409
 """ioctl(2) that lets two files share their blocks, on file systems that can."""

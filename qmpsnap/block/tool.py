@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 import anyio
 from anyio.abc import ByteReceiveStream, Process
 
-from qmpsnap import hung
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot
-from qmpsnap.outstanding import LOOK, storage_hangs
-from qmpsnap.programs import running
+from qmpsnap.host import hung
+from qmpsnap.host.outstanding import LOOK, storage_hangs
+from qmpsnap.host.programs import running
 
 
 async def run(

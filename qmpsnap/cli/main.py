@@ -15,9 +15,9 @@ from importlib import import_module
 from typing import Any, Final, NoReturn
 
 import qmpsnap
-from qmpsnap import descriptors, refused
 from qmpsnap.cli import output, supervised
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
+from qmpsnap.host import descriptors, refused
 from qmpsnap.model.names import is_text
 
 NOUNS: Final = {

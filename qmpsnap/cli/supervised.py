@@ -16,10 +16,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Final, NoReturn
 
-from qmpsnap import hung
 from qmpsnap.cli import output
 from qmpsnap.errors import Interrupted, QmpsnapError, StorageHangs
-from qmpsnap.outstanding import briefly, helpers, storage_hangs
+from qmpsnap.host import hung
+from qmpsnap.host.outstanding import briefly, helpers, storage_hangs
 
 _LOOK: Final = 1.0
 """Seconds between two looks at the child's first thread."""

@@ -15,12 +15,12 @@ from typing import Literal
 import anyio
 from msgspec import Struct
 
-from qmpsnap import private
 from qmpsnap.errors import HostCannot
+from qmpsnap.host import private
+from qmpsnap.host.programs import running
 from qmpsnap.machine.argv import TSC_KHZ
 from qmpsnap.machine.privileges import Privileges, RunAs, obstacle
 from qmpsnap.model.spec import Accel
-from qmpsnap.programs import running
 
 PROBE_DEADLINE = 5.0
 """Seconds the firmware has to print its first line; it takes a twentieth of one."""

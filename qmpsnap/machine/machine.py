@@ -9,8 +9,9 @@ from typing import TypeVar
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap import hung, unwritable
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
+from qmpsnap.host import hung, unwritable
+from qmpsnap.host.threads import completed
 from qmpsnap.machine import logs as logfiles
 from qmpsnap.machine import privileges
 from qmpsnap.machine import process as processes
@@ -19,7 +20,6 @@ from qmpsnap.machine.privileges import PLAIN, Privileges
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.session import Monitor, Session
-from qmpsnap.threads import completed
 
 T = TypeVar("T")
 

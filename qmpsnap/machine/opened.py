@@ -6,8 +6,8 @@ What a process has open is told by the kernel, whatever the name leads to by now
 
 from collections.abc import Iterable
 
-from qmpsnap import identity
 from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.host import identity
 from qmpsnap.machine.adopted import look
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Process

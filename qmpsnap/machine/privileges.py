@@ -16,8 +16,8 @@ from typing import Any, Final, Self, TypeVar
 
 from msgspec import Struct
 
-from qmpsnap import acl, private, unwritable
 from qmpsnap.errors import HostCannot, UsageError
+from qmpsnap.host import acl, private, unwritable
 from qmpsnap.model.spec import MachineSpec
 
 T = TypeVar("T")

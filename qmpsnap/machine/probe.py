@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from qmpsnap import private
 from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
+from qmpsnap.host import private
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.machine.machine import LAUNCH_DEADLINE, end_launch, start
 from qmpsnap.machine.privileges import Privileges, RunAs, obstacle

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from qmpsnap import unwritable
 from qmpsnap.errors import HostCannot
+from qmpsnap.host import unwritable
 from qmpsnap.machine import surroundings
 from qmpsnap.machine.argv import PID_FILE
 from qmpsnap.machine.logs import QEMU_LOG

@@ -20,9 +20,9 @@ from typing import IO, Any
 
 import msgspec
 
-from qmpsnap import identity
-from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.host import identity
+from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.vmstate import Manifest, Vmstate
 

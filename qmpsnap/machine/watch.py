@@ -12,8 +12,8 @@ import anyio
 from anyio import to_thread
 
 from qmpsnap.errors import DeadlinePassed, HostCannot
+from qmpsnap.host.threads import completed, to_end
 from qmpsnap.machine import guard
-from qmpsnap.threads import completed, to_end
 
 _PACKAGE = str(Path(guard.__file__).parents[2])
 """Where this very qmpsnap lies, however it was found."""

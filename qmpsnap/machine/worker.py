@@ -12,6 +12,7 @@ from types import MappingProxyType
 from msgspec.structs import replace
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
+from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine import argv
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, unless_ending, wait_end
@@ -22,7 +23,6 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Session
-from qmpsnap.threads import completed, to_read
 
 FOLDER = "worker"
 MEMORY = 64 << 20

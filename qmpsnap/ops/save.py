@@ -9,6 +9,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from qmpsnap.errors import NotFoundError, StateError
+from qmpsnap.host.threads import to_end
 from qmpsnap.machine import statefile
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Compression
@@ -20,7 +21,6 @@ from qmpsnap.ops.revert.revert import Preview, Reverted
 from qmpsnap.ops.snapshot import create
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.qmp.jobs import Report, unreported
-from qmpsnap.threads import to_end
 
 
 class SaveRequest(Struct, frozen=True, kw_only=True):

@@ -22,8 +22,8 @@ from qemu.qmp.message import Message
 from qemu.qmp.qmp_client import GreetingError
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
+from qmpsnap.host.threads import completed
 from qmpsnap.qmp.dial import dial
-from qmpsnap.threads import completed
 
 CONNECT_DEADLINE = 5.0
 """Seconds for connecting, greeting and capabilities together."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qmpsnap import unwritable
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
+from qmpsnap.host import unwritable
 from qmpsnap.store import schema, standing
 
 _READ = "BEGIN"

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from qmpsnap import hung, private, unwritable
 from qmpsnap.errors import HostCannot, LockHeld, OperationPending
+from qmpsnap.host import hung, private, unwritable
+from qmpsnap.host.outstanding import Cover, briefly
 from qmpsnap.model.moment import moment
-from qmpsnap.outstanding import Cover, briefly
 
 _TELLING: Final = 1.0
 """Seconds that the note in the lock may take; the lock itself may be on storage that hangs."""

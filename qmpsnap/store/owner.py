@@ -15,10 +15,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from qmpsnap import acl
 from qmpsnap.errors import HomeUntrusted, HostCannot
+from qmpsnap.host import acl
+from qmpsnap.host.outstanding import briefly
 from qmpsnap.model.home import Home
-from qmpsnap.outstanding import briefly
 from qmpsnap.store.devices import PATIENCE
 
 _INSIDE = ("qmpsnap.db", "qmpsnap.db-wal", "qmpsnap.db-shm", "records", "locks")

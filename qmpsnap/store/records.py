@@ -15,9 +15,9 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap import private, unwritable
-from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.host import private, unwritable
+from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.relocation import HomeRecord

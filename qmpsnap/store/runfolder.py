@@ -12,7 +12,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qmpsnap import private
+from qmpsnap.host import private
 from qmpsnap.model.home import Home
 
 LINK = "run-folder"

@@ -10,8 +10,8 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from qmpsnap import private, unwritable
 from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
+from qmpsnap.host import private, unwritable
 
 MIGRATIONS: tuple[str, ...] = (
     """

@@ -10,6 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError
+from qmpsnap.host.outstanding import briefly
 from qmpsnap.model import sharing, steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer, based
@@ -18,7 +19,6 @@ from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.model.vmstate import Inside, Vmstate
-from qmpsnap.outstanding import briefly
 from qmpsnap.store import devices, journal, owner, queries, records, rows
 from qmpsnap.store.database import Database
 from qmpsnap.store.decoded import decoded

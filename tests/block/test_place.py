@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap import identity
 from qmpsnap.block import place
 from qmpsnap.errors import StoreMismatch
-from qmpsnap.identity import FileId
+from qmpsnap.host import identity
+from qmpsnap.host.identity import FileId
 
 
 def made(path: Path) -> FileId:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import qmpsnap
-from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, NotFoundError, OperationPending
+from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.session.broken import Broken

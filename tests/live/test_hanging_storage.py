@@ -15,8 +15,8 @@ import pytest
 from anyio import to_thread
 
 import qmpsnap
-from qmpsnap import hung, outstanding
 from qmpsnap.errors import LockHeld, OperationPending, StorageHangs
+from qmpsnap.host import hung, outstanding
 from tests.harness import hanging
 from tests.harness.hanging import Storage
 from tests.live.machine import ONE_DISK, context_of, fill

@@ -15,11 +15,11 @@ from anyio import to_thread
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap import identity
 from qmpsnap.block import images, users
 from qmpsnap.block.images import Asked
 from qmpsnap.cli.main import main
 from qmpsnap.errors import ImageInUse, StateError, StoreMismatch
+from qmpsnap.host import identity
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change
 from qmpsnap.ops.outside import frozen, outsiders

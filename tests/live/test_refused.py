@@ -12,8 +12,8 @@ import pytest
 import qmpsnap
 from qmpsnap.block import backing
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
+from qmpsnap.host.refused import border, translated
 from qmpsnap.model.spec import DiskSpec, MachineSpec
-from qmpsnap.refused import border, translated
 from tests.live.machine import MIB, hold_invariants
 
 

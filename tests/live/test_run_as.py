@@ -9,10 +9,10 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap import acl
 from qmpsnap.block.image import ImageTool
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, UsageError
+from qmpsnap.host import acl
 from qmpsnap.machine import privileges
 from qmpsnap.model.spec import DiskSpec, Encryption, NicSpec
 from tests.live.machine import MIB, ONE_DISK, context_of, fill, grown, hold_invariants, snapshot_hashes

@@ -9,13 +9,13 @@ from pathlib import Path
 import anyio
 import pytest
 
-from qmpsnap import hung, outstanding
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import LockHeld, OperationPending, StorageHangs
+from qmpsnap.host import hung, outstanding
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.home import Home
 from qmpsnap.ops.base.context import Context, locked
 from qmpsnap.store.sqlite import SqliteStore
-from qmpsnap.threads import to_end, to_read
 
 SOON = 0.6
 """Seconds until storage counts as hanging here."""

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import ImageRefused, UsageError
-from qmpsnap.identity import FileId
+from qmpsnap.host.identity import FileId
 from qmpsnap.model import nbd
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.forest import Forest, Reference, Writer

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qmpsnap import acl
 from qmpsnap.errors import HomeUntrusted
+from qmpsnap.host import acl
 from qmpsnap.store import owner
 from qmpsnap.store.sqlite import SqliteStore
 

@@ -8,7 +8,8 @@ import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qmpsnap import acl
+from qmpsnap.host import acl
+from qmpsnap.host.threads import to_end
 from qmpsnap.machine import accel, privileges, probe
 from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.privileges import RunAs
@@ -16,7 +17,6 @@ from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops.base.context import Context
-from qmpsnap.threads import to_end
 
 READ_WRITE = acl.READ | acl.WRITE
 

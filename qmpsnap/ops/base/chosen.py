@@ -12,10 +12,10 @@ from pathlib import Path
 
 from qmpsnap.block import header, place
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
+from qmpsnap.host.threads import to_read
 from qmpsnap.model.home import Home
 from qmpsnap.model.operation import Overlay
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.threads import to_read
 
 
 async def require_free(context: Context, machine: str, files: Mapping[str, str]) -> None:

@@ -12,9 +12,11 @@ from typing import Self, TypeVar
 from anyio import lowlevel
 from msgspec import Struct
 
-from qmpsnap import descriptors
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StorageHangs, StoreMismatch
+from qmpsnap.host import descriptors
+from qmpsnap.host.outstanding import covering, left
+from qmpsnap.host.threads import to_end
 from qmpsnap.machine import adopted, logs
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import QMP_SOCKET, USER_SOCKET
@@ -26,13 +28,11 @@ from qmpsnap.model.machine import Machine, Process
 from qmpsnap.model.moment import moment
 from qmpsnap.model.secret import Secret, given
 from qmpsnap.ops.base import whereabouts
-from qmpsnap.outstanding import covering, left
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner, runfolder
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
-from qmpsnap.threads import to_end
 
 T = TypeVar("T")
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from qmpsnap.block import encrypted
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, QemuGone, StateError, UsageError
+from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
@@ -20,7 +21,6 @@ from qmpsnap.model.spec import DiskSpec
 from qmpsnap.ops.base import admission
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp.session import Session
-from qmpsnap.threads import to_end
 
 WRONG = "Invalid password"
 """What QEMU says of a key that opens none of an image's key slots."""

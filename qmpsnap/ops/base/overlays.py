@@ -14,13 +14,13 @@ from qmpsnap.block.header import printable
 from qmpsnap.block.image import remove
 from qmpsnap.block.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.host.threads import to_end
 from qmpsnap.model.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, Overlay
 from qmpsnap.ops.base import admission, keys
 from qmpsnap.ops.base.context import Context
-from qmpsnap.threads import to_end
 
 EMPTY_LIMIT = 8 << 20
 """Bytes an image may occupy and still pass for one that no guest has written to: tables of an empty 64 TiB image."""

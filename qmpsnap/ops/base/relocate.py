@@ -15,11 +15,12 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap import identity
 from qmpsnap.block import header
 from qmpsnap.block.backing import set_backing
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.host import identity
+from qmpsnap.host.threads import to_read
 from qmpsnap.machine import process as processes
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
@@ -31,7 +32,6 @@ from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.base import keys, whereabouts
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.store.lock import machine_lock
-from qmpsnap.threads import to_read
 
 Verdict = Literal["recorded", "copy", "proven", "other home's", "differs", "missing"]
 """``recorded``: the recorded file. ``copy``: another one whose header fits. ``proven``: another one with the digest.

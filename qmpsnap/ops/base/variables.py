@@ -13,6 +13,7 @@ import anyio
 
 from qmpsnap.block.header import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
+from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.model import steps
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, Operation
@@ -21,7 +22,6 @@ from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.memory.save import RESUME_DEADLINE
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import bounded, to_end
 
 LOOKS = 5
 """How often a store is looked at until it stands still for :data:`STILL` seconds; then the guest is held."""

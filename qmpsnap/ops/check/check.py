@@ -8,7 +8,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import DeadlinePassed, LayersCircular, QemuGone, QmpsnapError, StateError
-from qmpsnap.identity import same_file
+from qmpsnap.host.identity import same_file
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import Change
@@ -22,7 +23,6 @@ from qmpsnap.ops.check.quarantine import Moved
 from qmpsnap.ops.check.repair import Repairs, close_to_others, repair
 from qmpsnap.ops.session import recover
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end, to_read
 
 
 class Checked(Struct, frozen=True, kw_only=True):

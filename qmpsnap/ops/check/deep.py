@@ -6,6 +6,7 @@ from typing import Literal
 from qmpsnap.block import verify
 from qmpsnap.block.verify import Verdict
 from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
+from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
@@ -14,7 +15,6 @@ from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import ancestry
 from qmpsnap.ops.check.facts import Facts
-from qmpsnap.threads import to_read
 
 _CODES: dict[Verdict | Literal["unread"], str] = {
     "damaged": "image-damaged",

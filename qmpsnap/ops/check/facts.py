@@ -14,7 +14,8 @@ from qmpsnap.block.graph import NOTHING, Beside, DiskGraph
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.block.users import User
 from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StateError, StoreMismatch
-from qmpsnap.identity import same_file
+from qmpsnap.host.identity import same_file
+from qmpsnap.host.threads import to_read
 from qmpsnap.machine import adopted, agent, statefile, worker
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import AGENT_SOCKET
@@ -35,7 +36,6 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner
-from qmpsnap.threads import to_read
 
 AGENT_DEADLINE = 2.0
 """Seconds the agent may take to say whether the guest is frozen; one that is not there is not asked."""

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from qmpsnap.block.graph import FILTERS
-from qmpsnap.identity import same_file
+from qmpsnap.host.identity import same_file
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding

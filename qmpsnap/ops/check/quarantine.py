@@ -9,8 +9,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.home import Home
 from qmpsnap.model.moment import moment

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import verify
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
+from qmpsnap.host.threads import to_end
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
@@ -25,7 +26,6 @@ from qmpsnap.ops.check.quarantine import Moved
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import owner
-from qmpsnap.threads import to_end
 
 
 class Repairs(Struct, frozen=True):

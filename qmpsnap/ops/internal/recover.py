@@ -4,6 +4,7 @@ import contextlib
 
 from qmpsnap.block import tags
 from qmpsnap.errors import QmpError
+from qmpsnap.host.threads import to_end
 from qmpsnap.machine.machine import end
 from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
@@ -16,7 +17,6 @@ from qmpsnap.ops.session.broken import Broken, Direction
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
 
 
 async def end_create(broken: Broken, monitor: Monitor | None) -> Direction:

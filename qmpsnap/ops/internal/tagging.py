@@ -8,8 +8,9 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.host.durable import sync_folder
+from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import worker
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
@@ -24,7 +25,6 @@ from qmpsnap.qmp import commands, jobs, runstate
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import bounded, to_end
 
 
 async def tag_live(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: Freezer, report: Report) -> float | None:

@@ -11,12 +11,12 @@ import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, OperationPending, QemuGone, QmpError, QmpsnapError, StoreMismatch
+from qmpsnap.host.threads import completed
 from qmpsnap.model import steps
 from qmpsnap.ops.base.context import guarded
 from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import completed
 
 FINALIZE_DEADLINE = 60.0
 """Seconds from finalize to the settled store; the guest's vCPUs are stopped for a few milliseconds of it."""

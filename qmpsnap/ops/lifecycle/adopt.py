@@ -16,6 +16,7 @@ from qmpsnap.block import foreign, graph
 from qmpsnap.block.foreign import ForeignDisk
 from qmpsnap.block.qcow2 import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpError, StateError
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import adopted
 from qmpsnap.machine.adopted import Seen
 from qmpsnap.model.adoption import Adoption
@@ -31,7 +32,6 @@ from qmpsnap.ops.session.work import require_settled
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor, Session
-from qmpsnap.threads import to_end, to_read
 
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 """What a QEMU without ``-uuid`` answers."""

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qmpsnap import private
 from qmpsnap.block.header import FoundLayer
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch, UsageError
+from qmpsnap.host import private
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import probe
 from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.firmware import find_firmware
@@ -28,7 +29,6 @@ from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.lifecycle import disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session import recover
-from qmpsnap.threads import to_end, to_read
 
 
 def plan(

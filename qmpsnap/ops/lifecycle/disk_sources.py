@@ -10,6 +10,7 @@ from msgspec import Struct
 from qmpsnap.block import encrypted, header
 from qmpsnap.block.header import FoundLayer
 from qmpsnap.errors import ImageRefused, StateError
+from qmpsnap.host.threads import to_read
 from qmpsnap.model import sharing
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.spec import DiskSpec, MachineSpec
@@ -17,7 +18,6 @@ from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import require_room
 from qmpsnap.ops.outside import outsiders
-from qmpsnap.threads import to_read
 
 Identity = tuple[int, int]
 """Device and inode of a file."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, StoreMismatch
+from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine import accel, argv, logs, scope, surroundings
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.firmware import find_firmware
@@ -26,7 +27,6 @@ from qmpsnap.ops.outside import compare, unseen
 from qmpsnap.ops.session.work import working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import completed, to_end, to_read
 
 
 class LoadingInside(Struct, frozen=True):

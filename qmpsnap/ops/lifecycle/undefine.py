@@ -9,6 +9,7 @@ import msgspec
 
 from qmpsnap.block.image import remove
 from qmpsnap.errors import HostCannot, QmpsnapError, StateError, StoreMismatch, UsageError
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId
@@ -19,7 +20,6 @@ from qmpsnap.ops.internal.tagging import forget_variables
 from qmpsnap.ops.outside import frozen, outsiders
 from qmpsnap.ops.session.recover import remove_folder
 from qmpsnap.ops.session.work import Work, working
-from qmpsnap.threads import to_end, to_read
 
 Fate = Literal["keep", "remove"]
 """What becomes of the images that only this machine used."""

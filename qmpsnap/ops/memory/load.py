@@ -6,6 +6,7 @@ import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import QmpError, StateError
+from qmpsnap.host.threads import to_read
 from qmpsnap.machine import accel, probe
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.snapshot import Snapshot
@@ -13,7 +14,6 @@ from qmpsnap.model.vmstate import Hardware, Vmstate, differences, hardware_of
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_read
 
 
 class Loading(Struct, frozen=True):

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from qmpsnap.block import graph
 from qmpsnap.errors import QmpError, StateError, UsageError
+from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
@@ -21,7 +22,6 @@ from qmpsnap.ops.memory.load import hardware_now
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import RunStatus
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_read
 
 CANCELLABLE_SINCE = (10, 0)
 """An earlier QEMU hangs for ever when a background save is cancelled or fails: its threads wait for pages that nobody

@@ -16,6 +16,7 @@ import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
+from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.operation import CreatePlan, Memory, Operation
@@ -25,7 +26,6 @@ from qmpsnap.qmp import commands, migration, runstate
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import bounded, to_end
 
 RESUME_DEADLINE = 10.0
 """Seconds for letting the guest run again."""

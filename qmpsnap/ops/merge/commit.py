@@ -6,6 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
+from qmpsnap.host.threads import to_read
 from qmpsnap.model import merge as rules
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.names import OperationId, job_id
@@ -19,7 +20,6 @@ from qmpsnap.ops.session import recover
 from qmpsnap.ops.session.situation import look, require_space, resolve
 from qmpsnap.ops.session.work import Work, begin, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
-from qmpsnap.threads import to_read
 
 
 class CommitRequest(Struct, frozen=True, kw_only=True):

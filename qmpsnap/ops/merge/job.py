@@ -20,6 +20,7 @@ from qmpsnap.block.backing import require_backing, set_backing
 from qmpsnap.block.image import remove
 from qmpsnap.block.place import require_folder
 from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
+from qmpsnap.host.threads import to_end
 from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model import sharing, steps
 from qmpsnap.model.blockdev import layer_options, node_name
@@ -37,7 +38,6 @@ from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
 
 
 class MergeJob(BlockJob, frozen=True, kw_only=True):

@@ -7,12 +7,12 @@ from pathlib import Path
 from qmpsnap.block import access, backing
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, QmpsnapError
+from qmpsnap.host.threads import to_read
 from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model.operation import Merge, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.merge.job import rewritten
 from qmpsnap.ops.session.work import Work
-from qmpsnap.threads import to_read
 
 
 async def require_possible(work: Work, at: Situation, steps: Sequence[Merge | Removal]) -> None:

@@ -3,6 +3,7 @@
 from msgspec.structs import replace
 
 from qmpsnap.block.backing import durable_size
+from qmpsnap.host.threads import to_end
 from qmpsnap.model import steps
 from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.ops.base.context import blocking
@@ -14,7 +15,6 @@ from qmpsnap.ops.session import relaunched
 from qmpsnap.ops.session.broken import Broken, Direction
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
 
 
 async def end(broken: Broken, qemu: Monitor | None) -> Direction:

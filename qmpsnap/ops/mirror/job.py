@@ -13,7 +13,8 @@ from msgspec.structs import replace
 
 from qmpsnap.block import graph, place
 from qmpsnap.errors import ImageRefused, QmpError, StateError
-from qmpsnap.identity import FileId
+from qmpsnap.host.identity import FileId
+from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine import worker
 from qmpsnap.machine.opened import require_opened
 from qmpsnap.model import steps
@@ -31,7 +32,6 @@ from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import completed, to_read
 
 HOLD_AFTER = 2.0
 """Seconds a guest may keep a job from its end; then its vCPUs are stopped until it is over."""

@@ -11,6 +11,7 @@ from msgspec import Struct
 from qmpsnap.block import access, header, measure, nbd, place
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
+from qmpsnap.host.threads import to_read
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
 from qmpsnap.model.merge import unneeded
@@ -27,7 +28,6 @@ from qmpsnap.ops.session import recover
 from qmpsnap.ops.session.situation import look
 from qmpsnap.ops.session.work import Work, begin, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
-from qmpsnap.threads import to_read
 
 Mode = Literal["pivot", "finish"]
 

@@ -8,7 +8,8 @@ from qmpsnap.block import graph, header
 from qmpsnap.block.graph import DiskGraph
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused
-from qmpsnap.identity import same_file
+from qmpsnap.host.identity import same_file
+from qmpsnap.host.threads import to_read
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import LayerId
@@ -16,7 +17,6 @@ from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.outside import unseen
 from qmpsnap.qmp import commands
-from qmpsnap.threads import to_read
 
 
 class LayerView(Struct, frozen=True, kw_only=True):

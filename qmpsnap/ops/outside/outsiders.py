@@ -11,11 +11,11 @@ from qmpsnap.block import users
 from qmpsnap.block.header import printable
 from qmpsnap.block.users import User
 from qmpsnap.errors import ImageInUse
+from qmpsnap.host.threads import to_end
 from qmpsnap.model import sharing
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.forest import Forest
 from qmpsnap.model.operation import Plan
-from qmpsnap.threads import to_end
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import header, tagtable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
-from qmpsnap.identity import same_file
+from qmpsnap.host.identity import same_file
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home

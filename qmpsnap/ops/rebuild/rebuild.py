@@ -12,8 +12,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
-from qmpsnap.durable import sync_folder
 from qmpsnap.errors import HostCannot, StateError
+from qmpsnap.host.durable import sync_folder
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import monitor
 from qmpsnap.model.home import Home
@@ -30,7 +31,6 @@ from qmpsnap.store import condition
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.records import FOLDER, Records
 from qmpsnap.store.sqlite import SqliteStore
-from qmpsnap.threads import to_end, to_read
 
 _FILES = ("", "-wal", "-shm")
 

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import tags
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StoreMismatch
+from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Layer
@@ -41,7 +42,6 @@ from qmpsnap.ops.session.work import Work, begin, looking, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_read
 
 
 class Reverted(Struct, frozen=True, kw_only=True):

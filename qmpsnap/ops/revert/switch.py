@@ -10,6 +10,7 @@ from qmpsnap.block import header
 from qmpsnap.block.image import remove
 from qmpsnap.block.place import require_folder
 from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.host.threads import to_end
 from qmpsnap.machine.machine import require_ended
 from qmpsnap.model import steps
 from qmpsnap.model.machine import Machine
@@ -19,7 +20,6 @@ from qmpsnap.ops.base.overlays import headers_of, identified, require_planned
 from qmpsnap.ops.internal.tagging import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.ops.outside import frozen
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
 
 
 async def switch(

@@ -14,6 +14,7 @@ import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError, StateError, UsageError
+from qmpsnap.host.threads import completed
 from qmpsnap.machine import agent, watch
 from qmpsnap.machine.agent import Agent
 from qmpsnap.machine.argv import AGENT_SOCKET
@@ -26,7 +27,6 @@ from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.session.broken import Broken
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import completed
 
 FREEZE_WINDOW = 5.0
 """Seconds a guest's file systems are frozen at most."""

@@ -11,6 +11,8 @@ import anyio
 
 from qmpsnap.block import tags
 from qmpsnap.errors import Effect, HostCannot, OperationPending, QemuGone, QmpsnapError
+from qmpsnap.host.refused import translated
+from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
 from qmpsnap.machine.machine import end
 from qmpsnap.model import steps
@@ -40,8 +42,6 @@ from qmpsnap.ops.snapshot import recover as recover_create
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import JobStuck, Report, unreported
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.refused import translated
-from qmpsnap.threads import to_end
 
 GivenUp = Callable[[Operation, QmpsnapError], object]
 

@@ -15,10 +15,10 @@ import anyio
 from qmpsnap.block import header, locks
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, OperationPending
+from qmpsnap.host.threads import to_end
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.machine import Machine
 from qmpsnap.ops.session.broken import Broken
-from qmpsnap.threads import to_end
 
 PATIENCE: Final = 5.0
 """Seconds that a QEMU which was killed is given to let go of its images: that comes after freeing its memory."""

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from qmpsnap.block import allocated, graph
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, NotFoundError, StateError
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
 from qmpsnap.model.home import Home
@@ -18,7 +19,6 @@ from qmpsnap.model.situation import TABLE_COVERS, Held, Situation
 from qmpsnap.ops.base import space
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.session.work import Work
-from qmpsnap.threads import to_end, to_read
 
 
 async def look(

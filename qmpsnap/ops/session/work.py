@@ -8,6 +8,7 @@ from msgspec import Struct
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
 from qmpsnap.errors import LockHeld, OperationPending
+from qmpsnap.host.threads import to_read
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.machine import Machine
 from qmpsnap.model.names import OperationId
@@ -21,7 +22,6 @@ from qmpsnap.ops.session.recover import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock
-from qmpsnap.threads import to_read
 
 
 class Work(Struct, frozen=True):

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
 from qmpsnap.errors import DeadlinePassed, QmpsnapError
+from qmpsnap.host.threads import to_read
 from qmpsnap.machine.opened import require_opened, require_recorded
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
@@ -32,7 +33,6 @@ from qmpsnap.ops.snapshot.plan import CreateRequest, expected, node_options, pla
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_read
 
 _STARTS = "make it start on a new layer"
 

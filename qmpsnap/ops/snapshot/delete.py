@@ -6,6 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import StateError, StoreMismatch, UsageError
+from qmpsnap.host.threads import to_read
 from qmpsnap.model import merge as rules
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.merge import DiskReduction
@@ -19,7 +20,6 @@ from qmpsnap.ops.merge.possible import require_possible
 from qmpsnap.ops.session.situation import look, require_space
 from qmpsnap.ops.session.work import Work, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
-from qmpsnap.threads import to_read
 
 
 class DeleteRequest(Struct, frozen=True, kw_only=True):

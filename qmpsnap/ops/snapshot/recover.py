@@ -9,6 +9,7 @@ from qmpsnap.block import graph
 from qmpsnap.block.image import remove
 from qmpsnap.block.place import require_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.host.threads import to_end
 from qmpsnap.machine import statefile
 from qmpsnap.machine.machine import require_ended
 from qmpsnap.model import steps
@@ -26,7 +27,6 @@ from qmpsnap.ops.session import quiesce, relaunched
 from qmpsnap.ops.session.broken import Broken, Direction
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.threads import to_end
 
 
 def direction(step: str, *, active: int | None, total: int) -> Direction | None:

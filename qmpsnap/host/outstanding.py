@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final, Generic, TypeVar
 
-from qmpsnap import hung
 from qmpsnap.errors import Effect, StorageHangs
+from qmpsnap.host import hung
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -75,7 +75,7 @@ def covered() -> Cover | None:
 
 @contextmanager
 def covering() -> Iterator[Cover]:
-    """For the block, all that :func:`qmpsnap.threads.to_end` runs is the work of one lock."""
+    """For the block, all that :func:`qmpsnap.host.threads.to_end` runs is the work of one lock."""
     outer = _cover.get()
     cover = Cover()
     _cover.set(cover)

@@ -11,9 +11,9 @@ from typing import Any, Final
 import anyio
 from anyio.abc import Process
 
-from qmpsnap import hung
-from qmpsnap.outstanding import leave_process, storage_hangs
-from qmpsnap.threads import completed
+from qmpsnap.host import hung
+from qmpsnap.host.outstanding import leave_process, storage_hangs
+from qmpsnap.host.threads import completed
 
 _ENDING: Final = 2.0
 """Seconds from the kill of a program to its end, unless a request of its is still with the storage."""
