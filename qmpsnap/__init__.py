@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from qmpsnap.errors import QmpsnapError
     from qmpsnap.machine.agent import Completed, Trimmed
     from qmpsnap.model.chain import Chain, Layer
-    from qmpsnap.model.machine import Machine, Process
+    from qmpsnap.model.machines.machine import Machine, Process
+    from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
     from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
     from qmpsnap.model.snapshot import Snapshot
-    from qmpsnap.model.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
     from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
     from qmpsnap.ops.lifecycle.foresee import Forgotten
@@ -82,10 +82,10 @@ _FROM = {
     "qmpsnap.machine.agent": ("Completed", "Trimmed"),
     "qmpsnap.api.machine_handle": ("MachineHandle",),
     "qmpsnap.model.chain": ("Chain", "Layer"),
-    "qmpsnap.model.machine": ("Machine", "Process"),
+    "qmpsnap.model.machines.machine": ("Machine", "Process"),
     "qmpsnap.model.operation": ("CreatePlan", "DefinePlan", "InternalPlan", "MergePlan", "MirrorPlan", "Operation"),
     "qmpsnap.model.snapshot": ("Snapshot",),
-    "qmpsnap.model.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
+    "qmpsnap.model.machines.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
     "qmpsnap.ops.lifecycle.adopt": ("Adopted", "Survey"),
     "qmpsnap.ops.check.check": ("Checked",),
     "qmpsnap.ops.outside.compare": ("ChainView",),

@@ -17,8 +17,8 @@ from qmpsnap.api.machine_handle import MachineHandle
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.host.refused import border
 from qmpsnap.machine.recipes import launch_dir
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operation import DefinePlan, Operation
-from qmpsnap.model.spec import MachineSpec
 from qmpsnap.ops.base.context import Context, blocking, opened
 from qmpsnap.ops.lifecycle import adopt, define, foresee
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey

@@ -8,10 +8,10 @@ from typing import Literal, Unpack, overload
 from qmpsnap.api.machine_life import MachineLife
 from qmpsnap.host.refused import border
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
 from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.model.spec import Format
 from qmpsnap.model.vmstate import Compression
 from qmpsnap.ops import save, stack
 from qmpsnap.ops.base import asked

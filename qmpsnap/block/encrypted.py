@@ -6,7 +6,7 @@ from typing import Final
 from qmpsnap.block import tool
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, StateError
-from qmpsnap.model.secret import ENCRYPT
+from qmpsnap.model.machines.secret import ENCRYPT
 
 _ID: Final = "key"
 

@@ -11,8 +11,8 @@ from msgspec import Struct
 from qmpsnap.block.graph import FILTERS
 from qmpsnap.block.header import conversion
 from qmpsnap.errors import StateError
+from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import NodeName
-from qmpsnap.model.spec import Format
 from qmpsnap.qmp.commands import Backend, BlockGraph, NodeInfo
 
 _PROTOCOLS: Final = ("file", "host_device")

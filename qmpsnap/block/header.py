@@ -19,7 +19,7 @@ from qmpsnap.block.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host import identity
 from qmpsnap.model.chain import MAX_LAYERS, Layer
-from qmpsnap.model.spec import Format
+from qmpsnap.model.machines.spec import Format
 
 __all__ = [
     "MAX_DEPTH",

@@ -34,7 +34,7 @@ from qmpsnap.host import identity
 from qmpsnap.host.identity import FileId
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.spec import Format
+from qmpsnap.model.machines.spec import Format
 
 _SECTOR: Final = 512
 _TRIES: Final = 50  # at encrypting: each takes milliseconds, and of some hosts' every fourth fails

@@ -4,7 +4,7 @@ import json
 
 from qmpsnap.block import tool
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.spec import Format
+from qmpsnap.model.machines.spec import Format
 
 DEADLINE = 60.0
 """Seconds that looking at all tables of a chain may take."""

@@ -4,7 +4,7 @@ import anyio
 from anyio.abc import ByteStream
 
 from qmpsnap.errors import HostCannot
-from qmpsnap.model.nbd import NbdExport
+from qmpsnap.model.machines.nbd import NbdExport
 
 _MAGIC = b"NBDMAGIC"
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from msgspec import Struct
 
 from qmpsnap.errors import ImageRefused
-from qmpsnap.model.spec import Format
+from qmpsnap.model.machines.spec import Format
 
 MAGIC: Final = b"QFI\xfb"
 MAX_CLUSTER: Final = 2 << 20

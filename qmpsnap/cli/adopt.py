@@ -10,12 +10,12 @@ from qmpsnap.cli import output, seen
 from qmpsnap.cli.common import Parsers, add, add_format, controlling
 from qmpsnap.errors import UsageError
 from qmpsnap.model.chain import Chain
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import check_disk_name, check_name
-from qmpsnap.model.spec import DiskSpec, MachineSpec
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
-    from qmpsnap.model.machine import Machine
+    from qmpsnap.model.machines.machine import Machine
     from qmpsnap.ops.lifecycle.adopt import Adopted
 
 _IMAGE = re.compile(r"(?P<disk>[^=/]+)=(?P<path>.+?)(?:,format=(?P<format>[a-z0-9_-]+))?", flags=re.DOTALL)

@@ -22,7 +22,7 @@ from qmpsnap.cli.plans import print_definition
 from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
-from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.moment import moment
 
 if TYPE_CHECKING:

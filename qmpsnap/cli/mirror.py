@@ -35,7 +35,7 @@ def register(parsers: Parsers) -> None:
 
 
 def _mirror(arguments: argparse.Namespace) -> None:
-    from qmpsnap.model.nbd import is_uri
+    from qmpsnap.model.machines.nbd import is_uri
     from qmpsnap.ops.mirror import mirror
 
     target = arguments.target if is_uri(arguments.target) else os.path.join(os.getcwd(), arguments.target)  # noqa: PTH109, PTH118 - nothing may be normalised

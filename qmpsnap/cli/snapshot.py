@@ -16,7 +16,7 @@ from qmpsnap.model.snapshot import Snapshot, require_snapshot
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
-    from qmpsnap.model.machine import Machine
+    from qmpsnap.model.machines.machine import Machine
     from qmpsnap.model.operation import CreatePlan, InternalPlan
     from qmpsnap.ops.snapshot.snapshot_request import SnapshotOptions
 

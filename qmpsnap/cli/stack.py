@@ -11,7 +11,7 @@ from qmpsnap.cli.snapshot_json import print_taken
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
-    from qmpsnap.model.machine import Machine
+    from qmpsnap.model.machines.machine import Machine
     from qmpsnap.model.operation import CreatePlan
     from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.ops.revert.revert import Reverted

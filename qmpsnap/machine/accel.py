@@ -20,7 +20,7 @@ from qmpsnap.host import private
 from qmpsnap.host.programs import running
 from qmpsnap.machine.argv import TSC_KHZ
 from qmpsnap.machine.privileges import Privileges, RunAs, obstacle
-from qmpsnap.model.spec import Accel
+from qmpsnap.model.machines.spec import Accel
 
 PROBE_DEADLINE = 5.0
 """Seconds the firmware has to print its first line; it takes a twentieth of one."""

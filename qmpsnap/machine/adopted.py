@@ -9,8 +9,8 @@ from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, QemuGone, StateError
 from qmpsnap.machine import process as processes
-from qmpsnap.model.adoption import Adoption
-from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.machines.adoption import Adoption
+from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Bell, Monitor
 

@@ -14,8 +14,8 @@ from msgspec import Struct
 
 from qmpsnap.model.blockdev import chain_options, node_name
 from qmpsnap.model.chain import Chain
-from qmpsnap.model.secret import secret_id
-from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
+from qmpsnap.model.machines.secret import secret_id
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
 
 QMP_SOCKET: Final = "qmp.sock"
 """Our monitor. A QMP socket serves one client, so users have their own."""

@@ -17,7 +17,7 @@ from qmpsnap.machine import privileges
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import CONSOLE_LOG, QMP_SOCKET, RUN_FILES
 from qmpsnap.machine.privileges import PLAIN, Privileges
-from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.session import Monitor, Session
 

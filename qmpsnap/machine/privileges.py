@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, UsageError
 from qmpsnap.host import acl, private, unwritable
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from qmpsnap.host import private
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.machine.machine import LAUNCH_DEADLINE, end_launch, start
 from qmpsnap.machine.privileges import Privileges, RunAs, obstacle
-from qmpsnap.model.cpu import STATIC, static_model
+from qmpsnap.model.machines.cpu import STATIC, static_model
 from qmpsnap.qmp import commands, migration, session
 
 USERFAULTFD = "/dev/userfaultfd"

@@ -20,7 +20,7 @@ from qmpsnap.machine import surroundings
 from qmpsnap.machine.argv import PID_FILE
 from qmpsnap.machine.logs import QEMU_LOG
 from qmpsnap.machine.privileges import PLAIN, Privileges
-from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.machines.machine import Machine, Process
 
 if TYPE_CHECKING:
     import subprocess

@@ -14,7 +14,7 @@ from typing import Literal
 import anyio
 
 from qmpsnap.machine import surroundings
-from qmpsnap.model.machine import Process
+from qmpsnap.model.machines.machine import Process
 
 Manager = Literal["system", "user"]
 """Whose systemd it is: root asks the system's, everybody else their own."""

@@ -27,7 +27,7 @@ from qmpsnap.machine.specvalues import (
     whole,
 )
 from qmpsnap.machine.yamltree import Entry, Tree, compose, load, shorten, tree_of
-from qmpsnap.model.spec import (
+from qmpsnap.model.machines.spec import (
     Accel,
     Bus,
     Cache,

@@ -19,8 +19,8 @@ from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, unless_end
 from qmpsnap.machine.opened import require_opened, require_recorded
 from qmpsnap.machine.privileges import Privileges, RunAs
 from qmpsnap.model.chain import Chain
-from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Session
 

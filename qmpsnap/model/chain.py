@@ -6,8 +6,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import NotFoundError
+from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import Format
 
 LayerState = Literal["ok", "hidden", "consumed"]
 """``ok``: in use or kept for a snapshot. ``hidden``: kept only because another layer reads it.

@@ -6,9 +6,9 @@ from msgspec import UNSET, Struct, UnsetType
 
 from qmpsnap.errors import Effect
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.machine import Consent, Machine
+from qmpsnap.model.machines.machine import Consent, Machine
+from qmpsnap.model.machines.nbd import NbdExport
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.nbd import NbdExport
 from qmpsnap.model.snapshot import Quiesce, Snapshot
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 

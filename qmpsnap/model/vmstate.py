@@ -4,8 +4,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.spec import MachineSpec
 
 SaveMode = Literal["background", "stopped"]
 """``background``: RAM is written behind the running guest. ``stopped``: the guest stands still until all is written."""

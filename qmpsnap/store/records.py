@@ -19,7 +19,7 @@ from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import private, unwritable
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.relocation import HomeRecord
 from qmpsnap.store.decoded import decoded
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
-from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.snapshot import Snapshot

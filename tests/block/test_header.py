@@ -19,8 +19,8 @@ from qmpsnap.block import header
 from qmpsnap.block.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import Format
 from tests.block.images import CLUSTER, GIB, extension, image
 
 Make = Callable[..., Path]

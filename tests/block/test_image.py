@@ -20,8 +20,8 @@ from qmpsnap.block import encrypted, header, image
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import Format
 
 MIB = 1 << 20
 Fake = Callable[[str], ImageTool]

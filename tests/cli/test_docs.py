@@ -12,7 +12,7 @@ from qmpsnap.api.controller import Controller
 from qmpsnap.api.machine_handle import MachineHandle
 from qmpsnap.machine import specfile
 from qmpsnap.machine.recipes import launch_dir
-from qmpsnap.model.spec import DiskSpec, Forward, MachineSpec, NicSpec
+from qmpsnap.model.machines.spec import DiskSpec, Forward, MachineSpec, NicSpec
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "launch" / "README.md", *(ROOT / "docs").rglob("*.md")])

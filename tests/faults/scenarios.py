@@ -8,7 +8,7 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.model import steps
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.qmp.commands import JobInfo
 from tests.faults import site
 from tests.faults.site import KIB, ONE, TWO, Expected

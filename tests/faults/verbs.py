@@ -6,7 +6,7 @@ from pathlib import Path
 import anyio
 
 import qmpsnap
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.faults.scenarios import Scenario
 from tests.faults.site import SIZE, TWO, Expected
 from tests.live.machine import MIB

@@ -22,7 +22,7 @@ import psutil
 
 import qmpsnap
 from qmpsnap.errors import QmpsnapError
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.qmp import glance
 from qmpsnap.store import lock
 from tests.harness.awaits import Counted

@@ -12,7 +12,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.model.home import Home
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.qmp import jobs
 from tests.live.machine import MIB
 

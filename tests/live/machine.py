@@ -9,8 +9,8 @@ from qemu.qmp import QMPClient
 import qmpsnap
 from qmpsnap.machine.argv import USER_SOCKET
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base.context import Context
 from tests.live.digest import content_digest, whole_digest
 

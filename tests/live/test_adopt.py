@@ -19,7 +19,7 @@ import qmpsnap
 from qmpsnap.block import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, ImageInUse, ImageRefused, NameTaken, QemuGone, StateError, StoreMismatch
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest
 from tests.live.machine import MIB, content_hash, fill, hold_invariants

@@ -16,7 +16,7 @@ import pytest
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB, hold_invariants, user_monitor
 from tests.live.test_adopt import Foreign, folder, launched, run  # noqa: F401
 

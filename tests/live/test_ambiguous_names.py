@@ -9,8 +9,8 @@ from anyio import to_thread
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import NameRefused, StateError, UsageError
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.operation import Change
-from qmpsnap.model.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB, context_of
 
 SPEC = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=MIB),))

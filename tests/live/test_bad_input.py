@@ -11,7 +11,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import HostCannot, LockHeld, QmpsnapError, StateError, StoreMismatch
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 

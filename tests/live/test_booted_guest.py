@@ -13,8 +13,8 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import QmpError
 from qmpsnap.machine import console
 from qmpsnap.machine.argv import CONSOLE_SOCKET
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import MachineSpec
 from qmpsnap.qmp.dial import dial
 from tests.live.booted import start_booted
 from tests.live.machine import MIB, context_of, hold_invariants

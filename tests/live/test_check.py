@@ -17,7 +17,7 @@ from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.argv import AGENT_SOCKET
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.harness.deaths import STORE, Call, die_at
 from tests.live.booted import start_booted
 from tests.live.machine import ONE_DISK, context_of, fill, grown, hold_invariants, user_monitor

@@ -11,7 +11,7 @@ import qmpsnap
 from qmpsnap.block import place as places
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused, NotFoundError, QmpsnapError, StateError, UsageError
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.memory import save
 from qmpsnap.qmp import migration
 from tests.live.machine import MIB, context_of, fill, hold_invariants, snapshot_hashes

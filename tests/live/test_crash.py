@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import qmpsnap
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from tests.harness.deaths import Call, die_at
 from tests.harness.processes import guards
 from tests.live.machine import hold_invariants

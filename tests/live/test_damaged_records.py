@@ -10,7 +10,7 @@ import pytest
 import qmpsnap
 from qmpsnap.block.header import MAX_TAGS
 from qmpsnap.errors import ImageRefused, LayersCircular
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB
 
 _TAGS = struct.Struct(">IQ")

@@ -10,7 +10,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import StoreMismatch
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from tests.harness.deaths import STORE, Call, die_at
 from tests.live.machine import active_hash, context_of, fill, flush, grown_and_stopped, hold_invariants
 

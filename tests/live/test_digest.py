@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import Format
 from tests.faults.site import qemu_io
 from tests.live.digest import content_digest, whole_digest
 

@@ -24,8 +24,8 @@ from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.machine import process
 from qmpsnap.model.blockdev import chain_options
 from qmpsnap.model.chain import Chain
+from qmpsnap.model.machines.spec import DiskSpec, Encryption, MachineSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import DiskSpec, Encryption, MachineSpec
 from qmpsnap.ops.base import keys
 from qmpsnap.qmp import session
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor

@@ -12,7 +12,7 @@ import pytest
 import qmpsnap
 from qmpsnap.errors import HostCannot, NotFoundError, OperationPending
 from qmpsnap.host.durable import sync_folder
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.session.broken import Broken
 from qmpsnap.store import records

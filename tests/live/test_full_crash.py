@@ -5,7 +5,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.machine.argv import QMP_SOCKET
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from tests.harness.deaths import Call, die_at
 from tests.harness.processes import kill_qemu
 from tests.live.machine import context_of, fill, hold_invariants

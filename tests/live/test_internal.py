@@ -19,8 +19,8 @@ from qmpsnap.block import tags
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, NameTaken, QmpError, QmpsnapError, StateError
 from qmpsnap.machine.argv import CONSOLE_LOG
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import DiskSpec, MachineSpec, NicSpec
 from qmpsnap.ops.base.space import Need
 from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.revert import revert

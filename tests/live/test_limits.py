@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.errors import ImageRefused, StateError
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import overlays
 from tests.live.machine import MIB, hold_invariants
 

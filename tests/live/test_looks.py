@@ -8,7 +8,7 @@ import pytest
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, LockHeld, StateError, StoreMismatch, UsageError
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base import space
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest

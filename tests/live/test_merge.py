@@ -10,8 +10,8 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import HostCannot, QmpsnapError, StateError
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import JobId
-from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.session import Monitor

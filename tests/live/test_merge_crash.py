@@ -14,8 +14,8 @@ from qmpsnap.errors import QmpsnapError
 from qmpsnap.machine import machine as machines
 from qmpsnap.machine import worker
 from qmpsnap.machine.machine import wait_end
-from qmpsnap.model.machine import Process
-from qmpsnap.model.spec import DiskSpec, Format
+from qmpsnap.model.machines.machine import Process
+from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.qmp.commands import JobInfo
 from tests.harness.deaths import JOBS, STORE, Call, die_at
 from tests.harness.processes import kill_qemu

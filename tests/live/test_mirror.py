@@ -13,8 +13,8 @@ from qmpsnap.block import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, QmpsnapError, StateError, UsageError
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.machines.spec import DiskSpec, Format, MachineSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import DiskSpec, Format, MachineSpec
 from tests.live.machine import (
     MIB,
     active_hash,

@@ -19,8 +19,8 @@ import qmpsnap
 from qmpsnap.block import content
 from qmpsnap.errors import HostCannot, OperationPending
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.mirror.mirror import Mode
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo

@@ -14,7 +14,7 @@ from qemu.qmp import QMPClient
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError, StoreMismatch
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.snapshot import delete
 from qmpsnap.ops.snapshot.delete import DeleteRequest
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor

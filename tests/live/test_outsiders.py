@@ -12,7 +12,7 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.block import users
 from qmpsnap.errors import ImageInUse
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.outside import outsiders
 from tests.live.machine import MIB, context_of
 from tests.live.outsider import WAYS, outsider

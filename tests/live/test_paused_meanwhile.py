@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.errors import StateError
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.memory import save
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor
 from tests.live.test_space import HOLE, mount

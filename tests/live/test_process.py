@@ -14,7 +14,7 @@ import qmpsnap
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.machine.recipes import launch_dir
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from tests.harness.processes import kill_qemu
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor
 

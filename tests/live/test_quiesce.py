@@ -9,7 +9,7 @@ import pytest
 import qmpsnap
 from qmpsnap.block import content
 from qmpsnap.errors import DeadlinePassed, QmpError, StateError, UsageError
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.session import quiesce
 from tests.harness.deaths import Call, die_at, stopped_at
 from tests.harness.processes import no_guards

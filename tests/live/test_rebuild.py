@@ -15,8 +15,8 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, NotFoundError, StateError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.model.home import Home
+from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.spec import DiskSpec
 from qmpsnap.ops.rebuild import rebuild
 from tests.live.machine import (
     MIB,

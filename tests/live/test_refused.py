@@ -13,7 +13,7 @@ import qmpsnap
 from qmpsnap.block import backing
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.host.refused import border, translated
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB, hold_invariants
 
 

@@ -17,7 +17,7 @@ from qmpsnap.block import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.home import Home
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.base.context import opened
 from qmpsnap.ops.rebuild import rebuild

@@ -14,7 +14,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, UsageError
 from qmpsnap.host import acl
 from qmpsnap.machine import privileges
-from qmpsnap.model.spec import DiskSpec, Encryption, NicSpec
+from qmpsnap.model.machines.spec import DiskSpec, Encryption, NicSpec
 from tests.live.machine import MIB, ONE_DISK, context_of, fill, grown, hold_invariants, snapshot_hashes
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run QEMU as another user")

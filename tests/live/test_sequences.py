@@ -7,7 +7,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import StateError
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB, content_hash, context_of, fill, hold_invariants
 
 SPEC = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=8 * MIB),))

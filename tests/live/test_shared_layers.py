@@ -10,9 +10,9 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change
-from qmpsnap.model.spec import DiskSpec, MachineSpec
 from tests.harness.deaths import JOBS, STORE, Call, die_at, stopped_at
 from tests.live.machine import MIB, context_of, grown, hold_invariants
 

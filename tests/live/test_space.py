@@ -13,7 +13,7 @@ import pytest
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, OperationPending, StateError
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base import space
 from qmpsnap.store.sqlite import SqliteStore
 from tests.live.machine import MIB, ONE_DISK, active_hash, context_of, fill, grown, hold_invariants, snapshot_hashes

@@ -8,7 +8,7 @@ import pytest
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base import asked
 from tests.live.booted import start_booted
 from tests.live.machine import hold_invariants

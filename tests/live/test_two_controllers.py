@@ -15,7 +15,7 @@ from anyio import to_thread
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.machine.argv import QMP_SOCKET
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB, context_of, grown, hold_invariants
 
 # One command line that comes to a halt as it makes its first step durable, until its input ends.

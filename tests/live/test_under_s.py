@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 import qmpsnap
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.qmp.session import Session
 from tests.live.machine import MIB, content_hash, fill, hold_invariants
 

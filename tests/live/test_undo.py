@@ -12,7 +12,7 @@ from qemu.qmp import ExecuteError
 
 import qmpsnap
 from qmpsnap.errors import QmpError, QmpsnapError, StoreMismatch
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.merge import job
 from qmpsnap.store.sqlite import SqliteStore
 from tests.harness.deaths import JOBS, STORE, Call, die_at

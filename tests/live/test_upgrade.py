@@ -11,8 +11,8 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import QemuGone, StateError
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.vmstate import version_of
 from qmpsnap.ops.lifecycle import define
 from tests.live.booted import start_booted

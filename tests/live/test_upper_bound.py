@@ -11,8 +11,8 @@ import qmpsnap
 from qmpsnap.block import allocated
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.chain import Layer
+from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.model.names import layer_id
-from qmpsnap.model.spec import DiskSpec, Format
 from qmpsnap.ops.base import space
 from qmpsnap.ops.base.space import Room
 from qmpsnap.ops.merge.commit import StreamRequest, preview

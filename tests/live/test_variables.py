@@ -10,7 +10,7 @@ import qmpsnap
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.machine.firmware import find_firmware
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.rebuild import rebuild
 from tests.harness.deaths import Call, die_at
 from tests.live.machine import MIB, context_of, hold_invariants

@@ -14,7 +14,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine.firmware import find_firmware
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base import variables
 from qmpsnap.ops.rebuild import rebuild
 from qmpsnap.qmp import commands

@@ -12,7 +12,7 @@ import pytest
 import qmpsnap
 from qmpsnap.errors import HostCannot, QemuGone, StoreMismatch
 from qmpsnap.machine import machine as machines
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.qmp import session
 from qmpsnap.store.sqlite import SqliteStore

@@ -13,7 +13,7 @@ from qmpsnap.errors import HostCannot
 from qmpsnap.machine import accel
 from qmpsnap.machine.accel import choose, kvm_obstacle, tsc_khz, vcpu_runs
 from qmpsnap.machine.argv import TSC_KHZ
-from qmpsnap.model.spec import Accel
+from qmpsnap.model.machines.spec import Accel
 
 INTEL = "processor\t: 0\nflags\t\t: fpu vmx sse2\ncpu MHz\t\t: 2399.998\n"
 PLAIN = "processor\t: 0\nflags\t\t: fpu sse2 xsvmx\nbugs\t\t: vmx\n"

@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from qmpsnap.machine.argv import RUN_FILES, Firmware, build
 from qmpsnap.machine.specfile import parse, read
 from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.spec import MachineSpec
 
 PROFILES = Path(__file__).parents[2] / "launch" / "profiles"
 GOLDEN = Path(__file__).parent / "golden"

@@ -20,8 +20,8 @@ from qmpsnap.machine.argv import PID_FILE
 from qmpsnap.machine.logs import QEMU_LOG
 from qmpsnap.machine.machine import unless_ending, wait_end
 from qmpsnap.machine.process import find, is_alive, is_ending, is_stopped, log_tail, spawn, terminate
-from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.spec import MachineSpec
 
 UUID = "6a8c0f2e-5d1b-4c3a-9e7f-0123456789ab"
 SLEEP = ["sleep", "60"]

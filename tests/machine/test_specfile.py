@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qmpsnap.errors import SpecError
 from qmpsnap.machine import yamltree
 from qmpsnap.machine.specfile import checked, parse, read
-from qmpsnap.model.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
+from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
 
 PROFILES = Path(__file__).parents[2] / "launch" / "profiles"
 GUEST = Path("/guest")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from qmpsnap.errors import NotFoundError
 from qmpsnap.model.blockdev import chain_options, layer_options, node_name
 from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.machines.spec import Cache, DiskSpec, Format
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, layer_id
-from qmpsnap.model.spec import Cache, DiskSpec, Format
 
 NODE_NAME_LIMIT = 31
 """Characters QEMU allows in a node name (its buffer has 32 bytes)."""

@@ -3,7 +3,7 @@
 import pytest
 
 from qmpsnap.errors import UsageError
-from qmpsnap.model.secret import LEAST, MOST, Secret
+from qmpsnap.model.machines.secret import LEAST, MOST, Secret
 
 KEY = b"k" * LEAST
 

@@ -6,11 +6,11 @@ from msgspec.structs import replace
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, DefinePlan, MergePlan, MirrorPlan, Operation, Plan, Removal, verb_of
 from qmpsnap.model.sharing import require_unshared
-from qmpsnap.model.spec import DiskSpec, MachineSpec
 
 BASE = Layer(id=LayerId("vda-1"), path="/q/1", format="qcow2", backing=None, virtual_size=1, device=3, inode=1)
 TOP = Layer(id=LayerId("vda-2"), path="/q/2", format="qcow2", backing=BASE.id, virtual_size=1, device=3, inode=2)

@@ -8,11 +8,11 @@ import pytest
 from qmpsnap.block import foreign
 from qmpsnap.block.header import FoundLayer, Header
 from qmpsnap.errors import StateError
-from qmpsnap.model.adoption import FOREIGN, Adoption
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.adoption import FOREIGN, Adoption
+from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, NodeName, OperationId
-from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.lifecycle import adopt
 from qmpsnap.ops.lifecycle.adopt import AdoptedDisk, Survey
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource

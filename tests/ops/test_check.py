@@ -23,7 +23,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import KINDS
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
 from qmpsnap.model.snapshot import Point

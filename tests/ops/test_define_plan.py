@@ -9,10 +9,10 @@ from qmpsnap.block.header import FoundLayer
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import StateError
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import DefinePlan
-from qmpsnap.model.spec import DiskSpec
 from qmpsnap.ops.lifecycle import define
 from qmpsnap.ops.lifecycle.define import serials_needed
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource, require_unshared

@@ -12,9 +12,9 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import OperationPending, StateError, StoreMismatch
+from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Overlay
-from qmpsnap.model.spec import DiskSpec
 from qmpsnap.ops.base.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.merge import job
 from qmpsnap.ops.session import recover

@@ -12,7 +12,7 @@ from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, DefinePlan, RevertPlan
 from qmpsnap.model.situation import Situation

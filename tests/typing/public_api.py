@@ -10,7 +10,7 @@ from typing import assert_type
 import qmpsnap
 from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
 from qmpsnap.machine.agent import Completed, Trimmed
-from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.check.check import Checked

@@ -14,8 +14,8 @@ from qmpsnap.machine import accel, privileges, probe
 from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.privileges import RunAs
 from qmpsnap.model.chain import Chain, Layer
-from qmpsnap.model.machine import Machine, Process
-from qmpsnap.model.spec import MachineSpec
+from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base.context import Context
 
 READ_WRITE = acl.READ | acl.WRITE

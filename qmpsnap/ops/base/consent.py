@@ -4,7 +4,7 @@ import os
 import shlex
 
 from qmpsnap.errors import StateError
-from qmpsnap.model.machine import Consent, Machine
+from qmpsnap.model.machines.machine import Consent, Machine
 from qmpsnap.model.operation import Change
 from qmpsnap.ops.base.context import Context, blocking
 

@@ -24,9 +24,9 @@ from qmpsnap.machine.machine import monitor, prepare_run_dir, unless_ending
 from qmpsnap.machine.privileges import RunAs
 from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.secret import Secret, given
 from qmpsnap.model.moment import moment
-from qmpsnap.model.secret import Secret, given
 from qmpsnap.ops.base import whereabouts
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner, runfolder

@@ -15,9 +15,9 @@ from qmpsnap.errors import HostCannot, QemuGone, StateError, UsageError
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
 from qmpsnap.model.chain import Chain, Layer
-from qmpsnap.model.machine import Machine
-from qmpsnap.model.secret import MOST, Secret
-from qmpsnap.model.spec import DiskSpec
+from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.secret import MOST, Secret
+from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.ops.base import admission
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp.session import Session

@@ -15,7 +15,7 @@ from qmpsnap.block.header import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.model import steps
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.operation import CreatePlan, Operation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.internal import tagging

@@ -21,7 +21,7 @@ from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
-from qmpsnap.model.machine import Machine, Process
+from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Operation
 from qmpsnap.model.snapshot import Snapshot

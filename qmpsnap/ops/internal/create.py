@@ -18,7 +18,7 @@ from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, InternalPlan, Operation
 from qmpsnap.model.snapshot import Point, Snapshot

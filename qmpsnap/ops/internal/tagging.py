@@ -14,7 +14,7 @@ from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import worker
 from qmpsnap.model.blockdev import node_name
 from qmpsnap.model.chain import Chain, Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan
 from qmpsnap.ops.base import keys

@@ -10,7 +10,7 @@ from qmpsnap.errors import QemuGone, StoreMismatch
 from qmpsnap.machine import worker
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, OperationId, job_id
 from qmpsnap.model.operation import Change, Merge, MirrorPlan
 from qmpsnap.ops.base import keys

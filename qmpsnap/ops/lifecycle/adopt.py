@@ -19,12 +19,12 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpError, State
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import adopted
 from qmpsnap.machine.adopted import Seen
-from qmpsnap.model.adoption import Adoption
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.adoption import Adoption
+from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.spec import Cache, DiskSpec, MachineSpec, Opened
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
 from qmpsnap.model.operation import DefinePlan
-from qmpsnap.model.spec import Cache, DiskSpec, MachineSpec, Opened
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked
 from qmpsnap.ops.lifecycle import adopt_files, define, disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource

@@ -12,7 +12,7 @@ from qmpsnap.block.qcow2 import printable
 from qmpsnap.errors import ImageRefused, StateError, StoreMismatch
 from qmpsnap.machine import blockline
 from qmpsnap.machine.adopted import Seen
-from qmpsnap.model.spec import Opened
+from qmpsnap.model.machines.spec import Opened
 from qmpsnap.qmp.commands import NodeInfo
 
 _DELETED = " (deleted)"

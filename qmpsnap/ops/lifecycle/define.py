@@ -18,11 +18,11 @@ from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Consent, Machine
+from qmpsnap.model.machines.machine import Consent, Machine
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
-from qmpsnap.model.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked, require_folder
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free

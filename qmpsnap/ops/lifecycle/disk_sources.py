@@ -13,7 +13,7 @@ from qmpsnap.errors import ImageRefused, StateError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model import sharing
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import require_room

@@ -11,7 +11,7 @@ from qmpsnap.block.image import remove
 from qmpsnap.errors import HostCannot, QmpsnapError, StateError, StoreMismatch, UsageError
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.model.vmstate import Vmstate

@@ -8,7 +8,7 @@ from msgspec import Struct
 from qmpsnap.errors import QmpError, StateError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import accel, probe
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Hardware, Vmstate, differences, hardware_of
 from qmpsnap.ops.base.context import Context

@@ -13,7 +13,7 @@ from qmpsnap.errors import QmpError, StateError, UsageError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Chain
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
 from qmpsnap.ops.base import asked, keys

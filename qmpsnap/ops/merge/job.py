@@ -25,7 +25,7 @@ from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model import sharing, steps
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Merge, MergePlan, Operation, Removal
 from qmpsnap.ops.base import keys

@@ -14,12 +14,12 @@ from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
+from qmpsnap.model.machines.nbd import NbdExport, is_uri, parse
+from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.merge import unneeded
 from qmpsnap.model.names import OperationId, job_id, layer_id
-from qmpsnap.model.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.operation import Change, MirrorPlan
 from qmpsnap.model.situation import Situation
-from qmpsnap.model.spec import Format
 from qmpsnap.ops.base import serials, space
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.space import Need

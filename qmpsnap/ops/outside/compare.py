@@ -11,7 +11,7 @@ from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.identity import same_file
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.chain import Chain, Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops.base.context import Context, blocking

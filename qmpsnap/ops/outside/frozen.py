@@ -15,7 +15,7 @@ from qmpsnap.block.images import Asked, Seen
 from qmpsnap.errors import QmpsnapError, StoreMismatch
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.forest import Forest
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Snapshot

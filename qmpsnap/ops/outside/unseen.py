@@ -9,7 +9,7 @@ from qmpsnap.block import images
 from qmpsnap.errors import StateError
 from qmpsnap.machine.argv import USER_SOCKET
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.ops.outside import frozen
 from qmpsnap.qmp import unixsocket
 from qmpsnap.store.store import Store

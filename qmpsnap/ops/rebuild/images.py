@@ -13,10 +13,10 @@ from qmpsnap.host.identity import same_file
 from qmpsnap.machine import statefile
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.model.names import SERIAL, LayerId, is_text, layer_id, tag_number
 from qmpsnap.model.relocation import HomeRecord, carried
-from qmpsnap.model.spec import DiskSpec, Format
 from qmpsnap.ops.base import whereabouts
 from qmpsnap.ops.rebuild.plan import Image, State, Unread
 from qmpsnap.ops.session.stale_store import LAYER_FILE

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from msgspec import Struct
 
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, tag_number
 from qmpsnap.model.operation import Change
 from qmpsnap.model.snapshot import Point, Snapshot, SnapshotKind

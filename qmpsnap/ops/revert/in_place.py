@@ -16,7 +16,7 @@ from qmpsnap.errors import StateError
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation, RevertPlan
 from qmpsnap.model.situation import Situation

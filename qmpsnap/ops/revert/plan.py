@@ -9,7 +9,7 @@ from qmpsnap.errors import StateError
 from qmpsnap.model import surplus
 from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, Copy, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.situation import Situation

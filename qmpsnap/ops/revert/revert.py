@@ -22,7 +22,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.situation import Situation

@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import OperationPending
 from qmpsnap.model import steps
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.operation import Operation
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.qmp.jobs import Report, unreported

@@ -20,7 +20,7 @@ from qmpsnap.machine.agent import Agent
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.machine.watch import Watch
 from qmpsnap.model import steps
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.operation import CreatePlan, InternalPlan, Operation, RevertPlan
 from qmpsnap.model.snapshot import Quiesce
 from qmpsnap.ops.base.context import Context

@@ -17,7 +17,7 @@ from qmpsnap.machine import worker
 from qmpsnap.machine.machine import end
 from qmpsnap.model import steps
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.operation import (
     CreatePlan,
     DefinePlan,

@@ -17,7 +17,7 @@ from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, OperationPending
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.chain import Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.ops.session.broken import Broken
 
 PATIENCE: Final = 5.0

@@ -10,7 +10,7 @@ from qmpsnap.block.graph import Beside
 from qmpsnap.errors import LockHeld, OperationPending
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.chain import Chain
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Operation, Plan
 from qmpsnap.ops.base.context import Context, blocking, locked, require_folder, require_own, require_spec

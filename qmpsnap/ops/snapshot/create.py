@@ -14,7 +14,7 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.machine.opened import require_opened, require_recorded
 from qmpsnap.model import steps
 from qmpsnap.model.chain import Chain, Layer
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.model.snapshot import Snapshot

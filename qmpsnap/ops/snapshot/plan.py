@@ -13,7 +13,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.blockdev import layer_options, node_name
 from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Overlay
 from qmpsnap.model.snapshot import Point, Snapshot

@@ -14,7 +14,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.machine.machine import require_ended
 from qmpsnap.model import steps
 from qmpsnap.model.blockdev import node_name
-from qmpsnap.model.machine import Machine
+from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operation import Change, CreatePlan, Ended, Memory, Operation
 from qmpsnap.model.vmstate import Vmstate

@@ -5,8 +5,8 @@ from typing import Any
 from msgspec import Struct
 
 from qmpsnap.errors import NotFoundError
-from qmpsnap.model.adoption import Adoption
-from qmpsnap.model.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.adoption import Adoption
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 
 
 class Process(Struct, frozen=True, kw_only=True):
