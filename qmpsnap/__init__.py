@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.errors import QmpsnapError
     from qmpsnap.machine.agent import Completed, Trimmed
-    from qmpsnap.model.chain import Chain, Layer
+    from qmpsnap.model.layers.chain import Chain, Layer
+    from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.machine import Machine, Process
     from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
     from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
-    from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
     from qmpsnap.ops.lifecycle.foresee import Forgotten
@@ -81,10 +81,10 @@ _FROM = {
     "qmpsnap.api.following": ("progress",),
     "qmpsnap.machine.agent": ("Completed", "Trimmed"),
     "qmpsnap.api.machine_handle": ("MachineHandle",),
-    "qmpsnap.model.chain": ("Chain", "Layer"),
+    "qmpsnap.model.layers.chain": ("Chain", "Layer"),
     "qmpsnap.model.machines.machine": ("Machine", "Process"),
     "qmpsnap.model.operation": ("CreatePlan", "DefinePlan", "InternalPlan", "MergePlan", "MirrorPlan", "Operation"),
-    "qmpsnap.model.snapshot": ("Snapshot",),
+    "qmpsnap.model.layers.snapshot": ("Snapshot",),
     "qmpsnap.model.machines.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
     "qmpsnap.ops.lifecycle.adopt": ("Adopted", "Survey"),
     "qmpsnap.ops.check.check": ("Checked",),

@@ -10,9 +10,9 @@ from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import agent, logs
 from qmpsnap.machine.agent import Agent, Completed, Trimmed
 from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.operation import Operation
-from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops.base import asked, space, variables
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import check as checking

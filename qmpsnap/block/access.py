@@ -8,7 +8,7 @@ from typing import Final
 from qmpsnap.block import header, locks, users
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, QmpsnapError, StateError
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 
 _WHY: Final = {
     errno.EROFS: ("its file system is mounted read-only", "mount it writable"),

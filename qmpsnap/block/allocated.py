@@ -13,7 +13,7 @@ from typing import Final
 from qmpsnap.block import header
 from qmpsnap.block.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.situation import CLUSTER, TABLE_COVERS, Held
 
 _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00

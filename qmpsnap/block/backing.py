@@ -7,7 +7,7 @@ from qmpsnap.block.header import Header, printable
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.threads import to_end
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 
 
 async def set_backing(

@@ -4,7 +4,7 @@ import os
 
 from qmpsnap.block import tool
 from qmpsnap.errors import HostCannot
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 
 CHUNK = 1 << 20
 

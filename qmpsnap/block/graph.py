@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from qmpsnap.errors import StateError, StoreMismatch
-from qmpsnap.model.chain import Chain
-from qmpsnap.model.snapshot import Outside
+from qmpsnap.model.layers.chain import Chain
+from qmpsnap.model.layers.snapshot import Outside
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import DEVICE, Backend, BlockGraph, GraphNode
 from qmpsnap.qmp.session import Monitor

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from qmpsnap.block.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host import identity
-from qmpsnap.model.chain import MAX_LAYERS, Layer
+from qmpsnap.model.layers.chain import MAX_LAYERS, Layer
 from qmpsnap.model.machines.spec import Format
 
 __all__ = [

@@ -33,7 +33,7 @@ from qmpsnap.errors import (
 from qmpsnap.host import identity
 from qmpsnap.host.identity import FileId
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import Format
 
 _SECTOR: Final = 512

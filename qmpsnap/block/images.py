@@ -17,9 +17,9 @@ from msgspec import Struct
 from qmpsnap.block import stamps, users
 from qmpsnap.block.stamps import Trouble
 from qmpsnap.block.users import User
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.stamp import History
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.stamp import History
 
 DEADLINE = 0.2
 """Seconds for all images of all machines together."""

@@ -13,7 +13,7 @@ from qmpsnap.block import header
 from qmpsnap.block.allocated import words
 from qmpsnap.block.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 
 _LEAKED: Final = re.compile(rb"^Leaked cluster (\d+) refcount=\d+ reference=(\d+)$", re.MULTILINE)
 _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00

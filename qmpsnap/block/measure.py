@@ -3,7 +3,7 @@
 import json
 
 from qmpsnap.block import tool
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import Format
 
 DEADLINE = 60.0

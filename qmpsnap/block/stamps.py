@@ -9,9 +9,9 @@ from qmpsnap.block import header
 from qmpsnap.block.allocated import words
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host import identity
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.stamp import History, Stamp
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.stamp import History, Stamp
 
 Trouble = Literal["missing", "replaced"]
 

@@ -20,7 +20,7 @@ from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.identity import FileId
 from qmpsnap.host.threads import to_end
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 
 FICLONE: Final = 0x40049409
 """ioctl(2) that lets two files share their blocks, on file systems that can."""

@@ -5,7 +5,7 @@ import struct
 from typing import Final
 
 from qmpsnap.block import header
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
 """L1 table and its size, lengths of id and name, seconds, nanoseconds, guest's clock, memory's size, extra length."""

@@ -6,7 +6,7 @@ from qmpsnap.block import encrypted, header, leaks, tool
 from qmpsnap.block.tags import alone
 from qmpsnap.errors import Effect, HostCannot, StateError
 from qmpsnap.host.threads import to_end
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 
 Verdict = Literal["whole", "leaks", "lost", "damaged", "in use"]
 """``lost``: clusters are leaked as well, and a table looks lost that may have named them."""

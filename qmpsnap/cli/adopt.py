@@ -9,7 +9,7 @@ from qmpsnap.block.header import conversion
 from qmpsnap.cli import output, seen
 from qmpsnap.cli.common import Parsers, add, add_format, controlling
 from qmpsnap.errors import UsageError
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import check_disk_name, check_name
 

@@ -13,9 +13,9 @@ from qmpsnap.cli.snapshot_json import confined, print_snapshot
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
+    from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.machine import Machine
     from qmpsnap.model.operation import CreatePlan
-    from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.ops.revert.revert import Preview, Reverted
 
 

@@ -10,9 +10,9 @@ from qmpsnap.cli.plans import print_internal, print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_json import document_of, print_taken
 from qmpsnap.errors import UsageError
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.moment import moment
-from qmpsnap.model.snapshot import Snapshot, require_snapshot
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller

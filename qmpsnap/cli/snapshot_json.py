@@ -6,9 +6,9 @@ from typing import Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import answering
+from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.moment import moment
-from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.store.store import Store
 
 

@@ -11,9 +11,9 @@ from qmpsnap.cli.snapshot_json import print_taken
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
+    from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.machine import Machine
     from qmpsnap.model.operation import CreatePlan
-    from qmpsnap.model.snapshot import Snapshot
     from qmpsnap.ops.revert.revert import Reverted
     from qmpsnap.ops.stack import PopPreview
 

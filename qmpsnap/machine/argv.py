@@ -12,8 +12,8 @@ from typing import Any, Final, Literal
 
 from msgspec import Struct
 
-from qmpsnap.model.blockdev import chain_options, node_name
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.blockdev import chain_options, node_name
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.secret import secret_id
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.machine.adopted import look
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Process
 
 

@@ -23,8 +23,8 @@ import msgspec
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.durable import sync_folder
+from qmpsnap.model.layers.vmstate import Manifest, Vmstate
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.vmstate import Manifest, Vmstate
 
 MAGIC = b"qmpsnap vmstate\n"
 MANIFEST_LIMIT = 1 << 20

@@ -18,7 +18,7 @@ from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, unless_ending, wait_end
 from qmpsnap.machine.opened import require_opened, require_recorded
 from qmpsnap.machine.privileges import Privileges, RunAs
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.qmp import commands

@@ -5,12 +5,12 @@ from typing import Literal
 from msgspec import UNSET, Struct, UnsetType
 
 from qmpsnap.errors import Effect
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.snapshot import Quiesce, Snapshot
+from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 from qmpsnap.model.machines.machine import Consent, Machine
 from qmpsnap.model.machines.nbd import NbdExport
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.snapshot import Quiesce, Snapshot
-from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 
 OperationState = Literal["planned", "running", "settled", "failed", "unknown"]
 """``planned``: durable, nothing done. ``running``: past its first irrevocable step. ``settled``: done and recorded.

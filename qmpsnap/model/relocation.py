@@ -5,8 +5,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from qmpsnap.model.chain import Layer
-from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.vmstate import Vmstate
 
 
 class Relocation(Struct, frozen=True, kw_only=True):

@@ -10,8 +10,8 @@ from typing import NoReturn
 from msgspec import Struct
 
 from qmpsnap.errors import OperationPending, StateError
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.forest import Forest
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import CreatePlan, DefinePlan, Merge, MergePlan, MirrorPlan, Operation, Plan, RevertPlan
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.merge import unneeded
 from qmpsnap.model.operation import Change
 from qmpsnap.model.situation import Situation

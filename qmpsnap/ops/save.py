@@ -11,8 +11,8 @@ from msgspec import Struct
 from qmpsnap.errors import NotFoundError, StateError
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import statefile
-from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.model.vmstate import Compression
+from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.layers.vmstate import Compression
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.memory.means import MemoryRequest
 from qmpsnap.ops.revert import revert

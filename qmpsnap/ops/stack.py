@@ -7,7 +7,7 @@ does what is left.
 from msgspec import Struct
 
 from qmpsnap.errors import QmpsnapError, StateError
-from qmpsnap.model.snapshot import require_snapshot
+from qmpsnap.model.layers.snapshot import require_snapshot
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.revert import revert
 from qmpsnap.ops.revert.plan import RevertRequest

@@ -289,7 +289,7 @@ async def query_nodes(monitor: Monitor) -> tuple[NodeInfo, ...]:
 
 
 async def blockdev_add(monitor: Monitor, options: dict[str, Any]) -> None:
-    """Open an image as a node (``blockdev-add``); ``options`` from :mod:`qmpsnap.model.blockdev`."""
+    """Open an image as a node (``blockdev-add``); ``options`` from :mod:`qmpsnap.model.layers.blockdev`."""
     await monitor.execute("blockdev-add", options)
 
 

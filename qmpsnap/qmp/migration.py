@@ -10,7 +10,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from qmpsnap.errors import QmpError
-from qmpsnap.model.vmstate import version_of
+from qmpsnap.model.layers.vmstate import version_of
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
 

@@ -3,8 +3,8 @@
 import sqlite3
 from collections.abc import Iterable, Mapping
 
+from qmpsnap.model.layers.stamp import History, Stamp
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.stamp import History, Stamp
 from qmpsnap.store.database import Database
 
 _ALL = "SELECT layer, since, mtime_ns, size, ctime_ns, digest FROM stamp ORDER BY layer, since"

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import private, unwritable
 from qmpsnap.host.durable import sync_folder
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.relocation import HomeRecord
 from qmpsnap.store.decoded import decoded

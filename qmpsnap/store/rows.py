@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import msgspec
 
 from qmpsnap.errors import NameTaken, NotFoundError
+from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.machine import Consent, Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.store.decoded import decoded
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from qmpsnap.block import backing, header, tool
 from qmpsnap.errors import StoreMismatch
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId
 
 QEMU_IMG = os.environ.get("QMPSNAP_QEMU_IMG") or "qemu-img"

@@ -10,7 +10,7 @@ import pytest
 from qmpsnap.block import graph
 from qmpsnap.block.graph import DiskGraph, by_disk, require_agreement
 from qmpsnap.errors import StateError, StoreMismatch
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.qmp.commands import BlockGraph, GraphEdge, GraphNode
 from qmpsnap.qmp.session import COMMAND_DEADLINE

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from qmpsnap.block import header
 from qmpsnap.block.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import LayerId
 from tests.block.images import CLUSTER, GIB, extension, image

@@ -19,7 +19,7 @@ from anyio import lowlevel
 from qmpsnap.block import encrypted, header, image
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import LayerId
 

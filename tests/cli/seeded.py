@@ -7,13 +7,13 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, DefinePlan
-from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.store.sqlite import SqliteStore
 
 MIB = 1 << 20

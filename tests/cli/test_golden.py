@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.cli import plans
 from qmpsnap.cli.main import main
-from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.ops.outside import compare
 from qmpsnap.ops.snapshot import plan as create_plan

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from msgspec import Struct
 
-from qmpsnap.model import blockdev
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers import blockdev
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.ops.merge import job
 
 Options = dict[str, Any]

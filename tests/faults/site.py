@@ -14,7 +14,7 @@ from msgspec import Struct
 import qmpsnap
 from qmpsnap.block import header
 from qmpsnap.errors import OperationPending
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.faults import claims
 from tests.live.machine import MIB, Hashes, context_of, fill, flush, hold_invariants

@@ -18,8 +18,8 @@ from anyio import to_thread
 from msgspec.structs import replace
 
 import qmpsnap
+from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.lifecycle.power import bring_up
 from qmpsnap.ops.memory.load import Loading
 from qmpsnap.ops.session.work import working

@@ -12,7 +12,7 @@ import msgspec
 from anyio import to_thread
 
 from qmpsnap.block import content, header
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 
 BLOCK = 64 << 10
 """Bytes that are compared with zeros at once: a hole, a discarded cluster and a cluster of zeros are all alike."""

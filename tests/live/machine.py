@@ -8,7 +8,7 @@ from qemu.qmp import QMPClient
 
 import qmpsnap
 from qmpsnap.machine.argv import USER_SOCKET
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId
 from qmpsnap.ops.base.context import Context

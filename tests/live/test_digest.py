@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import LayerId
 from tests.faults.site import qemu_io

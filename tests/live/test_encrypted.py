@@ -22,8 +22,8 @@ from qmpsnap.block.backing import set_backing
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.machine import process
-from qmpsnap.model.blockdev import chain_options
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.blockdev import chain_options
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.spec import DiskSpec, Encryption, MachineSpec
 from qmpsnap.model.names import LayerId
 from qmpsnap.ops.base import keys

@@ -11,8 +11,8 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import DeadlinePassed, HostCannot, OperationPending, QmpError, QmpsnapError
-from qmpsnap.model import blockdev
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers import blockdev
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import JobId
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import BlockJob

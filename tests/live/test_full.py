@@ -21,9 +21,9 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch, UsageError
 from qmpsnap.machine import statefile
+from qmpsnap.model.layers.vmstate import Manifest
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operation import Change
-from qmpsnap.model.vmstate import Manifest
 from qmpsnap.ops.base import space
 from qmpsnap.ops.memory import means, save
 from qmpsnap.ops.snapshot import plan

@@ -12,7 +12,7 @@ import qmpsnap
 from qmpsnap.block import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, QmpsnapError, StateError, UsageError
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, Format, MachineSpec
 from qmpsnap.model.names import LayerId
 from tests.live.machine import (

@@ -7,7 +7,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import ImageInUse, StateError
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.ops.mirror import mirror
 from qmpsnap.ops.mirror.mirror import MirrorRequest

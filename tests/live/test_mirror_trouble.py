@@ -18,7 +18,7 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.block import content
 from qmpsnap.errors import HostCannot, OperationPending
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId
 from qmpsnap.ops.mirror.mirror import Mode

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
+from qmpsnap.model.layers.snapshot import Outside
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.model.snapshot import Outside
 from qmpsnap.ops.revert import revert
 from qmpsnap.ops.revert.revert import Reverted
 from qmpsnap.store import schema

@@ -13,7 +13,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, ImageInUse, StateError
 from qmpsnap.machine import worker
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from tests.faults import claims, site
 from tests.faults.site import KIB, ONE, qemu_io
 from tests.live.machine import context_of, hold_invariants

@@ -10,7 +10,7 @@ from msgspec import Struct
 import qmpsnap
 from qmpsnap.block import locks
 from qmpsnap.errors import OperationPending, StateError
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operation import Merge, MergePlan
 from qmpsnap.ops.session import relaunched
 from tests.harness.deaths import JOBS, STORE, Call, die_at

@@ -13,9 +13,9 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, NameRefused, NameTaken, NotFoundError, QemuGone, StateError, StoreMismatch
+from qmpsnap.model.layers.snapshot import Point
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operation import Change
-from qmpsnap.model.snapshot import Point
 from qmpsnap.ops.base.overlays import make_overlays
 from qmpsnap.ops.revert.plan import Run
 from qmpsnap.qmp import commands

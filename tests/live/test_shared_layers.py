@@ -9,7 +9,7 @@ from anyio import to_thread
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import OperationPending, StateError
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change

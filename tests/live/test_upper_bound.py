@@ -10,7 +10,7 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.block import allocated
 from qmpsnap.errors import HostCannot
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.model.names import layer_id
 from qmpsnap.ops.base import space

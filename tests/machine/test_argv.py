@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from qmpsnap.machine.argv import RUN_FILES, Firmware, build
 from qmpsnap.machine.specfile import parse, read
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
 

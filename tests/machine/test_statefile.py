@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import statefile
+from qmpsnap.model.layers.vmstate import Hardware, Manifest
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.vmstate import Hardware, Manifest
 
 STREAM = b"QEVM" + os.urandom(3 << 20) + bytes(1 << 20)
 MANIFEST = Manifest(

@@ -2,9 +2,9 @@
 
 from msgspec.structs import replace
 
+from qmpsnap.model.layers.vmstate import Hardware, differences, hardware_of
 from qmpsnap.model.machines.cpu import Value, static_model
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.model.vmstate import Hardware, differences, hardware_of
 
 BASE: dict[str, Value] = {"avx": False, "family": 0, "fpu": False, "model-id": "", "pcommit": False, "vendor": "AMD"}
 MAX: dict[str, Value] = {

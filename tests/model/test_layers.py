@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpsnap.errors import NotFoundError
-from qmpsnap.model.blockdev import chain_options, layer_options, node_name
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.layers.blockdev import chain_options, layer_options, node_name
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.spec import Cache, DiskSpec, Format
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, layer_id
 

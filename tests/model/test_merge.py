@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import NotFoundError, StateError
 from qmpsnap.model import merge as rules
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.merge import DiskReduction
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change, Merge, Removal

@@ -4,8 +4,8 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.errors import OperationPending, StateError
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest, Reference, Writer
+from qmpsnap.model.layers.chain import Chain, Layer
+from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotState
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, Merge, Removal
 from qmpsnap.model.situation import Situation
-from qmpsnap.model.snapshot import Point, Snapshot, SnapshotState
 
 CLUSTER = 1 << 16
 

@@ -9,12 +9,12 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import QmpError
-from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
+from qmpsnap.model.layers.chain import Chain, Layer
+from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.ops.base.context import Context, this_host
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Monitor
 from qmpsnap.store.store import Store

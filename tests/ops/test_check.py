@@ -20,13 +20,13 @@ from qmpsnap.block.image import ImageTool
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, ForeignHost, HostCannot, LockHeld, StoreMismatch
 from qmpsnap.machine import statefile
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import KINDS
 from qmpsnap.model.home import Home
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.snapshot import Point
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
-from qmpsnap.model.snapshot import Point
 from qmpsnap.ops.base.context import Context, opened
 from qmpsnap.ops.check import check
 from qmpsnap.ops.lifecycle import power

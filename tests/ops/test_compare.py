@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from qmpsnap.block.graph import DiskGraph
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import NotFoundError
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Change, DefinePlan
 from qmpsnap.ops.outside import compare

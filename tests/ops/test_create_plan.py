@@ -6,12 +6,12 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.errors import NameRefused, NameTaken, NotFoundError, StateError
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.chain import Chain
+from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import CreatePlan
-from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.ops.snapshot import plan as create_plan
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from tests.ops.bench import MIB, chain, home_at, machine, snapshot, with_base

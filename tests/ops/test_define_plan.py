@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from qmpsnap.block.header import FoundLayer
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import StateError
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import LayerId, OperationId

@@ -11,7 +11,7 @@ import pytest
 
 from qmpsnap.block import header, verify
 from qmpsnap.errors import StateError
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import check

@@ -3,9 +3,9 @@
 import pytest
 from msgspec.structs import replace
 
+from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.layers.vmstate import Hardware, Vmstate
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.model.vmstate import Hardware, Vmstate
 from qmpsnap.ops.memory import means
 
 HARDWARE = Hardware(

@@ -7,8 +7,8 @@ from msgspec.structs import replace
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import ImageRefused, UsageError
 from qmpsnap.host.identity import FileId
-from qmpsnap.model.chain import Chain
 from qmpsnap.model.forest import Forest, Reference, Writer
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines import nbd
 from qmpsnap.model.names import LayerId, NodeName, OperationId, job_id
 from qmpsnap.model.operation import MirrorPlan, Plan

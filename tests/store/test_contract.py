@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from qmpsnap.errors import NameTaken, NotFoundError, OperationPending, QmpsnapError, StateError, StoreMismatch
-from qmpsnap.model.chain import Layer, LayerState
+from qmpsnap.model.layers.chain import Layer, LayerState
+from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotKind, SnapshotState
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.machines.spec import Cache, DiskSpec, Format, Forward, MachineSpec, NicSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import OPEN_STATES, Change, CreatePlan, OperationState, Overlay, Plan
-from qmpsnap.model.snapshot import Point, Snapshot, SnapshotKind, SnapshotState
 from qmpsnap.store.sqlite import SqliteStore
 from qmpsnap.store.store import Store
 from tests.store.samples import (

@@ -14,11 +14,11 @@ import msgspec
 import pytest
 
 from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
+from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.machine import Consent, Machine, Process
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operation import Change
-from qmpsnap.model.snapshot import Point, Snapshot
 from qmpsnap.store import schema
 from qmpsnap.store.schema import MIGRATIONS
 from qmpsnap.store.sqlite import SqliteStore

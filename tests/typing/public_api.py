@@ -10,9 +10,9 @@ from typing import assert_type
 import qmpsnap
 from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
 from qmpsnap.machine.agent import Completed, Trimmed
+from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
-from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 from qmpsnap.ops.lifecycle.foresee import Forgotten

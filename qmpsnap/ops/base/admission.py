@@ -13,7 +13,7 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.machine import accel, privileges, probe
 from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.privileges import RunAs
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base.context import Context

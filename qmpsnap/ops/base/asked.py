@@ -9,13 +9,13 @@ from msgspec import Struct
 
 from qmpsnap.block.graph import Beside
 from qmpsnap.errors import NameRefused, NameTaken, StateError, UsageError
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.chain import Chain
+from qmpsnap.model.layers.snapshot import Outside, Snapshot
+from qmpsnap.model.layers.vmstate import version_of
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.moment import moment
 from qmpsnap.model.names import OperationId, check_name, layer_disk
-from qmpsnap.model.snapshot import Outside, Snapshot
-from qmpsnap.model.vmstate import version_of
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
 

@@ -14,7 +14,7 @@ from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, QemuGone, StateError, UsageError
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.secret import MOST, Secret
 from qmpsnap.model.machines.spec import DiskSpec

@@ -15,7 +15,7 @@ from qmpsnap.block.image import remove
 from qmpsnap.block.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.host.threads import to_end
-from qmpsnap.model.chain import MAX_LAYERS, Chain, Layer
+from qmpsnap.model.layers.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operation import Change, Overlay

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.operation import CreatePlan, Overlay
 

@@ -5,8 +5,8 @@ Pure. By numbers of operations, which only grow: a clock may have been set back 
 
 from collections.abc import Iterator
 
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId, layer_disk
 from qmpsnap.ops.check.facts import Facts
 

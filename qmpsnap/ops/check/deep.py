@@ -8,9 +8,9 @@ from qmpsnap.block.verify import Verdict
 from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.finding import Finding
-from qmpsnap.model.vmstate import Vmstate
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import ancestry

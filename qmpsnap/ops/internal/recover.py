@@ -7,7 +7,7 @@ from qmpsnap.errors import QmpError
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.machine import end
 from qmpsnap.model import steps
-from qmpsnap.model.blockdev import node_name
+from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.names import JobId
 from qmpsnap.model.operation import InternalPlan, LoadPlan
 from qmpsnap.ops.base.context import blocking

@@ -12,8 +12,8 @@ from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import worker
-from qmpsnap.model.blockdev import node_name
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.layers.blockdev import node_name
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
 from qmpsnap.model.operation import Change, InternalPlan, LoadPlan

@@ -16,8 +16,8 @@ from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import probe
 from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.firmware import find_firmware
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Consent, Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.moment import moment

@@ -12,7 +12,7 @@ from qmpsnap.block.header import FoundLayer
 from qmpsnap.errors import ImageRefused, StateError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model import sharing
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking

@@ -13,9 +13,9 @@ from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, still_runs, wait_end
 from qmpsnap.machine.opened import require_opened
 from qmpsnap.machine.privileges import Privileges
-from qmpsnap.model.blockdev import node_name
-from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Writer
+from qmpsnap.model.layers.blockdev import node_name
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
 from qmpsnap.ops.base import admission, asked, consent, keys

@@ -10,11 +10,11 @@ import msgspec
 from qmpsnap.block.image import remove
 from qmpsnap.errors import HostCannot, QmpsnapError, StateError, StoreMismatch, UsageError
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import InternalPlan, LoadPlan, Operation, Plan
-from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.base.context import Context, blocking, forget_places
 from qmpsnap.ops.internal.tagging import forget_variables
 from qmpsnap.ops.outside import frozen, outsiders

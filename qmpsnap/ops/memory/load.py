@@ -8,9 +8,9 @@ from msgspec import Struct
 from qmpsnap.errors import QmpError, StateError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import accel, probe
+from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.layers.vmstate import Hardware, Vmstate, differences, hardware_of
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.model.vmstate import Hardware, Vmstate, differences, hardware_of
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor

@@ -12,10 +12,10 @@ from qmpsnap.block import graph
 from qmpsnap.errors import QmpError, StateError, UsageError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.chain import Chain
+from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode, version_of
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.model.snapshot import Snapshot
-from qmpsnap.model.vmstate import Compression, Hardware, Layout, SaveMode, version_of
 from qmpsnap.ops.base import asked, keys
 from qmpsnap.ops.base.context import Context, blocking, require_spec
 from qmpsnap.ops.memory.load import hardware_now

@@ -18,9 +18,9 @@ from msgspec import Struct
 from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import hugepages, statefile
+from qmpsnap.model.layers.vmstate import Manifest, SaveMode, Vmstate
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.operation import CreatePlan, Memory, Operation
-from qmpsnap.model.vmstate import Manifest, SaveMode, Vmstate
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands, migration, runstate
 from qmpsnap.qmp.commands import JobInfo

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import StateError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model import merge as rules
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.names import OperationId, job_id
 from qmpsnap.model.operation import Change, Merge, MergePlan
 from qmpsnap.model.situation import Situation

@@ -23,8 +23,8 @@ from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model import sharing, steps
-from qmpsnap.model.blockdev import layer_options, node_name
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.blockdev import layer_options, node_name
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Merge, MergePlan, Operation, Removal

@@ -18,8 +18,8 @@ from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine import worker
 from qmpsnap.machine.opened import require_opened
 from qmpsnap.model import steps
-from qmpsnap.model.blockdev import layer_options, node_name
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.blockdev import layer_options, node_name
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operation import Change, MirrorPlan, Operation

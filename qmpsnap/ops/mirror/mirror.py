@@ -12,8 +12,8 @@ from qmpsnap.block import access, header, measure, nbd, place
 from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.host.threads import to_read
-from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.home import Home
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.merge import unneeded

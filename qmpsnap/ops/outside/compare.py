@@ -10,10 +10,10 @@ from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.identity import same_file
 from qmpsnap.host.threads import to_read
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.layers.chain import Chain, Layer
+from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.snapshot import Snapshot
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.outside import unseen
 from qmpsnap.qmp import commands

@@ -13,8 +13,8 @@ from qmpsnap.block.users import User
 from qmpsnap.errors import ImageInUse
 from qmpsnap.host.threads import to_end
 from qmpsnap.model import sharing
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.forest import Forest
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operation import Plan
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from qmpsnap.block import header, tagtable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.host.identity import same_file
 from qmpsnap.machine import statefile
-from qmpsnap.model.chain import Layer
 from qmpsnap.model.home import Home
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.model.names import SERIAL, LayerId, is_text, layer_id, tag_number

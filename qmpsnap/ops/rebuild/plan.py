@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotKind
+from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, tag_number
 from qmpsnap.model.operation import Change
-from qmpsnap.model.snapshot import Point, Snapshot, SnapshotKind
-from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.base import asked
 
 TEXT = "found on disk when the store was made again"

@@ -20,9 +20,9 @@ from qmpsnap.machine.agent import Agent
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.machine.watch import Watch
 from qmpsnap.model import steps
+from qmpsnap.model.layers.snapshot import Quiesce
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.operation import CreatePlan, InternalPlan, Operation, RevertPlan
-from qmpsnap.model.snapshot import Quiesce
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.session.broken import Broken
 from qmpsnap.qmp import commands, runstate
@@ -42,7 +42,7 @@ class QuiesceRequest(Struct, frozen=True, kw_only=True):
     """What a user asks for.
 
     Attributes:
-        wish: see :data:`qmpsnap.model.snapshot.Quiesce`.
+        wish: see :data:`qmpsnap.model.layers.snapshot.Quiesce`.
         window: seconds the file systems may be frozen.
     """
 

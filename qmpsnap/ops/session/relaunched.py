@@ -16,7 +16,7 @@ from qmpsnap.block import header, locks
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, OperationPending
 from qmpsnap.host.threads import to_end
-from qmpsnap.model.chain import Layer
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.ops.session.broken import Broken
 

@@ -10,9 +10,9 @@ from qmpsnap.block import allocated, graph
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, NotFoundError, StateError
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.model.chain import Chain, Layer
 from qmpsnap.model.forest import Forest
 from qmpsnap.model.home import Home
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operation import Merge, Removal
 from qmpsnap.model.situation import TABLE_COVERS, Held, Situation

@@ -17,7 +17,7 @@ import msgspec
 from qmpsnap.block import header, tagtable
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import SERIAL, is_text, tag_number
 from qmpsnap.model.operation import MergePlan, MirrorPlan, Operation, RevertPlan

@@ -9,7 +9,7 @@ from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
 from qmpsnap.errors import LockHeld, OperationPending
 from qmpsnap.host.threads import to_read
-from qmpsnap.model.chain import Chain
+from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operation import Operation, Plan

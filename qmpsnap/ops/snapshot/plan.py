@@ -10,14 +10,14 @@ from qmpsnap.block import place
 from qmpsnap.block.graph import NOTHING, Beside
 from qmpsnap.errors import UsageError
 from qmpsnap.machine import statefile
-from qmpsnap.model.blockdev import layer_options, node_name
-from qmpsnap.model.chain import Chain
 from qmpsnap.model.home import Home
+from qmpsnap.model.layers.blockdev import layer_options, node_name
+from qmpsnap.model.layers.chain import Chain
+from qmpsnap.model.layers.snapshot import Point, Snapshot
+from qmpsnap.model.layers.vmstate import version_of
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operation import Change, CreatePlan, Memory, Overlay
-from qmpsnap.model.snapshot import Point, Snapshot
-from qmpsnap.model.vmstate import version_of
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.overlays import overlay_on
 from qmpsnap.ops.memory.means import Means, MemoryRequest

@@ -13,11 +13,11 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.machine import statefile
 from qmpsnap.machine.machine import require_ended
 from qmpsnap.model import steps
-from qmpsnap.model.blockdev import node_name
+from qmpsnap.model.layers.blockdev import node_name
+from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operation import Change, CreatePlan, Ended, Memory, Operation
-from qmpsnap.model.vmstate import Vmstate
 from qmpsnap.ops.base import chosen, variables
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new

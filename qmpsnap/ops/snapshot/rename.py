@@ -1,8 +1,8 @@
 """``snapshot rename``: another name, in one SQL transaction; the snapshots that grew from it follow."""
 
+from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.names import check_name
 from qmpsnap.model.operation import Change
-from qmpsnap.model.snapshot import Snapshot, require_snapshot
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.session.work import working

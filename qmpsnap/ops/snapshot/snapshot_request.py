@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 from qmpsnap.errors import UsageError
-from qmpsnap.model.snapshot import Quiesce
-from qmpsnap.model.vmstate import Compression
+from qmpsnap.model.layers.snapshot import Quiesce
+from qmpsnap.model.layers.vmstate import Compression
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.memory.means import MemoryRequest

@@ -6,8 +6,8 @@ from typing import Literal
 from msgspec import Struct
 
 from qmpsnap.errors import NotFoundError
+from qmpsnap.model.layers.vmstate import Hardware, Inside, Vmstate
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.vmstate import Hardware, Inside, Vmstate
 
 SnapshotKind = Literal["disk", "full", "internal"]
 SnapshotState = Literal["ok", "consumed", "overwritten"]

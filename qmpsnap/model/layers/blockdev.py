@@ -7,7 +7,7 @@ layer above: if it differs, QEMU treats the backing as overridden and its answer
 
 from typing import Any
 
-from qmpsnap.model.chain import Chain, Layer
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.secret import ENCRYPT, secret_id
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import NodeName

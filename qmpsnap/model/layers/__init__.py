@@ -1,0 +1,1 @@
+"""What a disk is made of: layers, chains, snapshots, saved memory."""
