@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.machine import Machine, Process
     from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
-    from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
+    from qmpsnap.model.operations.operation import (
+        CreatePlan,
+        DefinePlan,
+        InternalPlan,
+        MergePlan,
+        MirrorPlan,
+        Operation,
+    )
     from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
     from qmpsnap.ops.lifecycle.foresee import Forgotten
@@ -83,7 +90,14 @@ _FROM = {
     "qmpsnap.api.machine_handle": ("MachineHandle",),
     "qmpsnap.model.layers.chain": ("Chain", "Layer"),
     "qmpsnap.model.machines.machine": ("Machine", "Process"),
-    "qmpsnap.model.operation": ("CreatePlan", "DefinePlan", "InternalPlan", "MergePlan", "MirrorPlan", "Operation"),
+    "qmpsnap.model.operations.operation": (
+        "CreatePlan",
+        "DefinePlan",
+        "InternalPlan",
+        "MergePlan",
+        "MirrorPlan",
+        "Operation",
+    ),
     "qmpsnap.model.layers.snapshot": ("Snapshot",),
     "qmpsnap.model.machines.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
     "qmpsnap.ops.lifecycle.adopt": ("Adopted", "Survey"),

@@ -18,7 +18,7 @@ from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.host.refused import border
 from qmpsnap.machine.recipes import launch_dir
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.model.operation import DefinePlan, Operation
+from qmpsnap.model.operations.operation import DefinePlan, Operation
 from qmpsnap.ops.base.context import Context, blocking, opened
 from qmpsnap.ops.lifecycle import adopt, define, foresee
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey

@@ -12,7 +12,7 @@ from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Compression
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import Format
-from qmpsnap.model.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
+from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
 from qmpsnap.ops import save, stack
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.internal import create as internal

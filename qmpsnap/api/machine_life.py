@@ -12,7 +12,7 @@ from qmpsnap.machine.agent import Agent, Completed, Trimmed
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.machine import Machine, Process
-from qmpsnap.model.operation import Operation
+from qmpsnap.model.operations.operation import Operation
 from qmpsnap.ops.base import asked, space, variables
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import check as checking

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from qmpsnap.cli.common import reading
 from qmpsnap.errors import HostCannot, Interrupted, QmpsnapError
-from qmpsnap.model.operation import OPEN_STATES, Operation
+from qmpsnap.model.operations.operation import OPEN_STATES, Operation
 
 E = TypeVar("E", bound=QmpsnapError)
 

@@ -8,7 +8,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, reading
 from qmpsnap.model.moment import moment
 
 if TYPE_CHECKING:
-    from qmpsnap.model.operation import Operation
+    from qmpsnap.model.operations.operation import Operation
 
 
 def register(parsers: Parsers) -> None:

@@ -27,7 +27,7 @@ from qmpsnap.model.moment import moment
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
-    from qmpsnap.model.operation import DefinePlan
+    from qmpsnap.model.operations.operation import DefinePlan
     from qmpsnap.ops.lifecycle.foresee import Forgotten
     from qmpsnap.store.sqlite import SqliteStore
 

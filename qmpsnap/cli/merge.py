@@ -9,7 +9,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
-    from qmpsnap.model.operation import Merge, MergePlan
+    from qmpsnap.model.operations.operation import Merge, MergePlan
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.merge.commit import Request
 

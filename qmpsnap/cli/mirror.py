@@ -10,7 +10,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
-    from qmpsnap.model.operation import MirrorPlan
+    from qmpsnap.model.operations.operation import MirrorPlan
     from qmpsnap.ops.base.context import Context
 
 

@@ -7,7 +7,7 @@ from qmpsnap.cli import output
 
 if TYPE_CHECKING:
     from qmpsnap.model.machines.machine import Machine
-    from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan
+    from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan
 
 
 def print_definition(form: output.Format, plan: "DefinePlan") -> None:

@@ -17,7 +17,7 @@ from qmpsnap.model.moment import moment
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.model.machines.machine import Machine
-    from qmpsnap.model.operation import CreatePlan, InternalPlan
+    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan
     from qmpsnap.ops.snapshot.snapshot_request import SnapshotOptions
 
 _NESTED = frozenset({"disks", "vmstate", "inside", "pause_ms", "pause_exceeded", "frozen_ms"})
@@ -205,7 +205,7 @@ def _preview_layers(arguments: argparse.Namespace, disks: list[str] | None, file
 
 
 def _preview(arguments: argparse.Namespace, options: "SnapshotOptions") -> None:
-    from qmpsnap.model.operation import InternalPlan
+    from qmpsnap.model.operations.operation import InternalPlan
 
     async def look(controller: "Controller") -> tuple["Machine", "CreatePlan | InternalPlan"]:
         vm = await controller.machine(arguments.machine)

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import LayersCircular, NotFoundError
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 
 
 class Writer(Struct, frozen=True):

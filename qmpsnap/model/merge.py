@@ -10,7 +10,7 @@ from qmpsnap.model.forest import Forest
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change, Merge, Removal
+from qmpsnap.model.operations.operation import Change, Merge, Removal
 from qmpsnap.model.situation import Situation
 
 

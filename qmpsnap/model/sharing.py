@@ -13,7 +13,16 @@ from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.forest import Forest
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import CreatePlan, DefinePlan, Merge, MergePlan, MirrorPlan, Operation, Plan, RevertPlan
+from qmpsnap.model.operations.operation import (
+    CreatePlan,
+    DefinePlan,
+    Merge,
+    MergePlan,
+    MirrorPlan,
+    Operation,
+    Plan,
+    RevertPlan,
+)
 
 Name = str | tuple[int, int]
 """What a file is known by: its layer's id, its path, its device and inode; any of them is enough."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.merge import unneeded
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.model.situation import Situation
 
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from qmpsnap.model import steps
-from qmpsnap.model.operation import OPEN_STATES
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import OPEN_STATES
 from qmpsnap.store.decoded import decoded
 
 PATIENCE: Final = 1.0

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap.model.operation import OPEN_STATES
+from qmpsnap.model.operations.operation import OPEN_STATES
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried, carried_all
 from qmpsnap.store.database import Database
 from qmpsnap.store.decoded import decoded

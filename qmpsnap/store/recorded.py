@@ -3,7 +3,7 @@
 import sqlite3
 from typing import Final
 
-from qmpsnap.model.outcome import Recorded
+from qmpsnap.model.operations.outcome import Recorded
 
 _SNAPSHOTS: Final = (
     "SELECT snapshot.name, snapshot.state FROM snapshot JOIN machine ON machine.id = snapshot.machine"

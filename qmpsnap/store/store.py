@@ -12,7 +12,7 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, Ended, Operation, OperationState, Plan
+from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.store.frozen import FrozenTable
 from qmpsnap.store.homes import HomeTable
 from qmpsnap.store.pruning import PrunedTable
@@ -94,7 +94,7 @@ class Store(Protocol):
         error: str | None = None,
         writes: Iterable[LayerId] = (),
     ) -> None:
-        """Make an operation's progress durable; ``step`` is one that :mod:`qmpsnap.model.steps` knows.
+        """Make an operation's progress durable; ``step`` is one that :mod:`qmpsnap.model.operations.steps` knows.
 
         From then on it writes to the layers ``writes``: what is recorded of them as frozen is forgotten with it.
         """

@@ -13,7 +13,7 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, DefinePlan
+from qmpsnap.model.operations.operation import Change, DefinePlan
 from qmpsnap.store.sqlite import SqliteStore
 
 MIB = 1 << 20

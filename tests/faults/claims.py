@@ -14,7 +14,7 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.errors import QmpsnapError
-from qmpsnap.model.operation import OPEN_STATES, Operation
+from qmpsnap.model.operations.operation import OPEN_STATES, Operation
 from tests.live.machine import context_of
 
 _heard: list[qmpsnap.QmpsnapError] = []

@@ -10,7 +10,7 @@ import pytest
 
 from qmpsnap.block import image
 from qmpsnap.model import merge as rules
-from qmpsnap.model import steps
+from qmpsnap.model.operations import steps
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.ops.merge import job, possible

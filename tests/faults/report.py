@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from qmpsnap.model import steps
+from qmpsnap.model.operations import steps
 
 COLUMNS = (
     "define",

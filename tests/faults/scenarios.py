@@ -7,8 +7,8 @@ from typing import Literal
 from msgspec import Struct
 
 import qmpsnap
-from qmpsnap.model import steps
 from qmpsnap.model.machines.spec import MachineSpec
+from qmpsnap.model.operations import steps
 from qmpsnap.qmp.commands import JobInfo
 from tests.faults import site
 from tests.faults.site import KIB, ONE, TWO, Expected

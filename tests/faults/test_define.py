@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import qmpsnap
-from qmpsnap.model import steps
+from qmpsnap.model.operations import steps
 from tests.faults import site
 from tests.faults.deaths import controller_dies
 from tests.faults.report import Fault

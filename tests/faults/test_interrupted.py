@@ -16,7 +16,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.machine import machine
-from qmpsnap.model import steps
+from qmpsnap.model.operations import steps
 from qmpsnap.ops.memory import save
 from qmpsnap.ops.session import recover
 from qmpsnap.qmp import session

@@ -12,7 +12,7 @@ from anyio import to_thread
 from msgspec import Struct
 
 import qmpsnap
-from qmpsnap.model import steps
+from qmpsnap.model.operations import steps
 from tests.faults import filters, powerloss, site
 from tests.faults.deaths import controller_dies
 from tests.faults.report import Fault

@@ -6,7 +6,7 @@ import pytest
 from msgspec import Struct
 
 import qmpsnap
-from qmpsnap.model import steps
+from qmpsnap.model.operations import steps
 from tests.faults import site
 from tests.faults.deaths import controller_dies
 from tests.faults.report import Fault

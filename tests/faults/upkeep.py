@@ -12,7 +12,7 @@ import anyio
 
 import qmpsnap
 from qmpsnap.errors import HostCannot, StoreMismatch
-from qmpsnap.model import steps
+from qmpsnap.model.operations import steps
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.base.context import opened
 from tests.faults.scenarios import SCENARIOS, Scenario

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import pytest
 
-from qmpsnap.model import steps
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.operation import Change, Operation, OperationState, Plan, verb_of
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import Change, Operation, OperationState, Plan, verb_of
 from qmpsnap.store.sqlite import SqliteStore
 
 When = Literal["before", "after"]

@@ -10,7 +10,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import NameRefused, StateError, UsageError
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from tests.live.machine import MIB, context_of
 
 SPEC = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=MIB),))

@@ -12,7 +12,7 @@ import qmpsnap
 from qmpsnap.cli.main import main, parser
 from qmpsnap.errors import LockHeld, OperationPending
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
-from qmpsnap.model.operation import Change, CreatePlan
+from qmpsnap.model.operations.operation import Change, CreatePlan
 from qmpsnap.ops.base.context import locked
 from tests.cli.test_help import LEAVES
 from tests.live.machine import MIB, context_of

@@ -23,7 +23,7 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, StateError, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.model.layers.vmstate import Manifest
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import space
 from qmpsnap.ops.memory import means, save
 from qmpsnap.ops.snapshot import plan

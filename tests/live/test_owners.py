@@ -21,7 +21,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import ImageInUse, StateError, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.outside import frozen, outsiders
 from tests.live.machine import context_of
 from tests.live.outsider import outsider

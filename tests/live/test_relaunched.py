@@ -11,7 +11,7 @@ import qmpsnap
 from qmpsnap.block import locks
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.operation import Merge, MergePlan
+from qmpsnap.model.operations.operation import Merge, MergePlan
 from qmpsnap.ops.session import relaunched
 from tests.harness.deaths import JOBS, STORE, Call, die_at
 from tests.live.machine import context_of

@@ -15,7 +15,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, NameRefused, NameTaken, NotFoundError, QemuGone, StateError, StoreMismatch
 from qmpsnap.model.layers.snapshot import Point
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base.overlays import make_overlays
 from qmpsnap.ops.revert.plan import Run
 from qmpsnap.qmp import commands

@@ -12,7 +12,7 @@ from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from tests.harness.deaths import JOBS, STORE, Call, die_at, stopped_at
 from tests.live.machine import MIB, context_of, grown, hold_invariants
 

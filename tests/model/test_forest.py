@@ -5,7 +5,7 @@ import pytest
 from qmpsnap.errors import NotFoundError
 from qmpsnap.model.forest import Reference, Writer
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from tests.model.world import World
 
 

@@ -14,7 +14,7 @@ from qmpsnap.model import merge as rules
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.merge import DiskReduction
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change, Merge, Removal
+from qmpsnap.model.operations.operation import Change, Merge, Removal
 from qmpsnap.model.situation import Situation
 from tests.model.world import World, check_world, mark_hidden, run_steps
 

@@ -9,7 +9,16 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, DefinePlan, MergePlan, MirrorPlan, Operation, Plan, Removal, verb_of
+from qmpsnap.model.operations.operation import (
+    Change,
+    DefinePlan,
+    MergePlan,
+    MirrorPlan,
+    Operation,
+    Plan,
+    Removal,
+    verb_of,
+)
 from qmpsnap.model.sharing import require_unshared
 
 BASE = Layer(id=LayerId("vda-1"), path="/q/1", format="qcow2", backing=None, virtual_size=1, device=3, inode=1)

@@ -4,8 +4,8 @@ from typing import get_args
 
 import pytest
 
-from qmpsnap.model import steps
-from qmpsnap.model.operation import MergePlan, Plan
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import MergePlan, Plan
 
 
 def test_every_kind_of_plan_has_its_steps_and_no_other() -> None:

@@ -14,7 +14,7 @@ from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotState
 from qmpsnap.model.names import LayerId, OperationId, layer_id
-from qmpsnap.model.operation import Change, Merge, Removal
+from qmpsnap.model.operations.operation import Change, Merge, Removal
 from qmpsnap.model.situation import Situation
 
 CLUSTER = 1 << 16

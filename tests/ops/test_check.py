@@ -26,7 +26,7 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Point
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, CreatePlan, DefinePlan
+from qmpsnap.model.operations.operation import Change, CreatePlan, DefinePlan
 from qmpsnap.ops.base.context import Context, opened
 from qmpsnap.ops.check import check
 from qmpsnap.ops.lifecycle import power

@@ -11,7 +11,7 @@ from qmpsnap.block.qcow2 import Header
 from qmpsnap.errors import NotFoundError
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change, DefinePlan
+from qmpsnap.model.operations.operation import Change, DefinePlan
 from qmpsnap.ops.outside import compare
 from qmpsnap.ops.outside.compare import layer_problems, view
 from qmpsnap.store.sqlite import SqliteStore

@@ -11,7 +11,7 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.operation import CreatePlan
+from qmpsnap.model.operations.operation import CreatePlan
 from qmpsnap.ops.snapshot import plan as create_plan
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from tests.ops.bench import MIB, chain, home_at, machine, snapshot, with_base

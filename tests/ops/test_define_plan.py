@@ -12,7 +12,7 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import DefinePlan
+from qmpsnap.model.operations.operation import DefinePlan
 from qmpsnap.ops.lifecycle import define
 from qmpsnap.ops.lifecycle.define import serials_needed
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource, require_unshared

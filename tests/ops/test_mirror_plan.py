@@ -11,7 +11,7 @@ from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines import nbd
 from qmpsnap.model.names import LayerId, NodeName, OperationId, job_id
-from qmpsnap.model.operation import MirrorPlan, Plan
+from qmpsnap.model.operations.operation import MirrorPlan, Plan
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.mirror import job
 from qmpsnap.ops.mirror.job import Phase

@@ -14,7 +14,7 @@ import pytest
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError, StateError, UsageError
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.operation import Change, CreatePlan, InternalPlan, Operation, Plan
+from qmpsnap.model.operations.operation import Change, CreatePlan, InternalPlan, Operation, Plan
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.store.sqlite import SqliteStore

@@ -14,7 +14,7 @@ from qmpsnap.block.image import ImageTool
 from qmpsnap.errors import OperationPending, StateError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, CreatePlan, DefinePlan, Overlay
+from qmpsnap.model.operations.operation import Change, CreatePlan, DefinePlan, Overlay
 from qmpsnap.ops.base.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.merge import job
 from qmpsnap.ops.session import recover

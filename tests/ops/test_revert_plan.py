@@ -16,7 +16,7 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import Inside, hardware_of
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, DefinePlan, RevertPlan
+from qmpsnap.model.operations.operation import Change, DefinePlan, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.revert import plan as revert_plan
 from qmpsnap.ops.revert.plan import RevertRequest, Run

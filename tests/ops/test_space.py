@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
-from qmpsnap.model.operation import Change, Merge, Removal
+from qmpsnap.model.operations.operation import Change, Merge, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.base import space
 from qmpsnap.ops.base.space import Need, Room

@@ -7,7 +7,7 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, DefinePlan, Operation
+from qmpsnap.model.operations.operation import Change, DefinePlan, Operation
 from qmpsnap.store.store import Store
 
 MACHINES = Path("/pool/machines")

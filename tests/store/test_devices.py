@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpsnap.model import steps
+from qmpsnap.model.operations import steps
 from qmpsnap.store.devices import File, moved
 
 OLD = 1 << 40  # no device has it

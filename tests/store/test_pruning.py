@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.store import pruning
 from qmpsnap.store.sqlite import SqliteStore
 from tests.store.samples import MACHINES, created, defined, layer, opened, settled

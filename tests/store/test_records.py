@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.store import records as written
 from qmpsnap.store.records import Place, Records
 from qmpsnap.store.sqlite import SqliteStore

@@ -18,7 +18,7 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.machine import Consent, Machine, Process
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.store import schema
 from qmpsnap.store.schema import MIGRATIONS
 from qmpsnap.store.sqlite import SqliteStore

@@ -12,7 +12,7 @@ from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSp
 from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine, Process
-from qmpsnap.model.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 from qmpsnap.ops.lifecycle.foresee import Forgotten

@@ -14,7 +14,7 @@ from qmpsnap.block import header, place
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.home import Home
-from qmpsnap.model.operation import Overlay
+from qmpsnap.model.operations.operation import Overlay
 from qmpsnap.ops.base.context import Context, blocking
 
 

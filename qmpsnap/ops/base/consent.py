@@ -5,7 +5,7 @@ import shlex
 
 from qmpsnap.errors import StateError
 from qmpsnap.model.machines.machine import Consent, Machine
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base.context import Context, blocking
 
 

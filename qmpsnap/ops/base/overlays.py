@@ -18,7 +18,7 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
-from qmpsnap.model.operation import Change, Overlay
+from qmpsnap.model.operations.operation import Change, Overlay
 from qmpsnap.ops.base import admission, keys
 from qmpsnap.ops.base.context import Context
 

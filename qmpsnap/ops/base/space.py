@@ -12,7 +12,7 @@ from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.model.operation import CreatePlan, Overlay
+from qmpsnap.model.operations.operation import CreatePlan, Overlay
 
 CLUSTER = 64 << 10
 """Bytes of qemu-img's clusters: what an image grows by."""

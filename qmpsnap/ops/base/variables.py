@@ -14,9 +14,9 @@ import anyio
 from qmpsnap.block.header import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
 from qmpsnap.host.threads import bounded, to_end
-from qmpsnap.model import steps
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.model.operation import CreatePlan, Operation
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import CreatePlan, Operation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.memory.save import RESUME_DEADLINE

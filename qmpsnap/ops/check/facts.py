@@ -25,7 +25,7 @@ from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Operation
+from qmpsnap.model.operations.operation import Operation
 from qmpsnap.ops.base import admission, whereabouts
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import entries, named

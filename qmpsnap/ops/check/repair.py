@@ -15,7 +15,7 @@ from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import quarantine

@@ -14,7 +14,6 @@ from msgspec import Struct
 from qmpsnap.block.graph import NOTHING, Beside
 from qmpsnap.errors import StateError, UsageError
 from qmpsnap.machine.opened import require_recorded
-from qmpsnap.model import steps
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain
@@ -22,7 +21,8 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import Hardware, Inside
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId, check_description
-from qmpsnap.model.operation import Change, InternalPlan, Operation
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import Change, InternalPlan, Operation
 from qmpsnap.ops.base import asked, keys, space
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import require_free

@@ -6,10 +6,10 @@ from qmpsnap.block import tags
 from qmpsnap.errors import QmpError
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.machine import end
-from qmpsnap.model import steps
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.names import JobId
-from qmpsnap.model.operation import InternalPlan, LoadPlan
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import InternalPlan, LoadPlan
 from qmpsnap.ops.base.context import blocking
 from qmpsnap.ops.internal import tagging
 from qmpsnap.ops.session import quiesce

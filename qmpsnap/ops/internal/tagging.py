@@ -16,7 +16,7 @@ from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
-from qmpsnap.model.operation import Change, InternalPlan, LoadPlan
+from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.memory.save import RESUME_DEADLINE

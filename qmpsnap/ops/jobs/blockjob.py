@@ -8,11 +8,11 @@ from msgspec import Struct
 from qmpsnap.block import graph
 from qmpsnap.errors import QemuGone, StoreMismatch
 from qmpsnap.machine import worker
-from qmpsnap.model import steps
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, OperationId, job_id
-from qmpsnap.model.operation import Change, Merge, MirrorPlan
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import Change, Merge, MirrorPlan
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.qmp.jobs import Report, unreported

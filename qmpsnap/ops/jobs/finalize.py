@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, OperationPending, QemuGone, QmpError, QmpsnapError, StoreMismatch
 from qmpsnap.host.threads import completed
-from qmpsnap.model import steps
+from qmpsnap.model.operations import steps
 from qmpsnap.ops.base.context import guarded
 from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.qmp import commands, jobs

@@ -24,7 +24,7 @@ from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import Cache, DiskSpec, MachineSpec, Opened
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
-from qmpsnap.model.operation import DefinePlan
+from qmpsnap.model.operations.operation import DefinePlan
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked
 from qmpsnap.ops.lifecycle import adopt_files, define, disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource

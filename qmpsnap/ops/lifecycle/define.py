@@ -22,7 +22,7 @@ from qmpsnap.model.machines.machine import Consent, Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId, OperationId, layer_id
-from qmpsnap.model.operation import Change, DefinePlan, Operation, Overlay
+from qmpsnap.model.operations.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked, require_folder
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free

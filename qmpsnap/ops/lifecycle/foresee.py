@@ -9,7 +9,7 @@ from qmpsnap.model.layers.snapshot import require_snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import OperationId, check_name
-from qmpsnap.model.operation import DefinePlan
+from qmpsnap.model.operations.operation import DefinePlan
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import require_free

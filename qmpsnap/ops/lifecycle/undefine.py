@@ -14,7 +14,7 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import InternalPlan, LoadPlan, Operation, Plan
+from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.ops.base.context import Context, blocking, forget_places
 from qmpsnap.ops.internal.tagging import forget_variables
 from qmpsnap.ops.outside import frozen, outsiders

@@ -9,7 +9,7 @@ from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.opened import require_recorded
-from qmpsnap.model.operation import Merge, Removal
+from qmpsnap.model.operations.operation import Merge, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.merge.job import rewritten
 from qmpsnap.ops.session.work import Work

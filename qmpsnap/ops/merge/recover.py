@@ -4,8 +4,8 @@ from msgspec.structs import replace
 
 from qmpsnap.block.backing import durable_size
 from qmpsnap.host.threads import to_end
-from qmpsnap.model import steps
-from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.ops.base.context import blocking
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import qemu_of

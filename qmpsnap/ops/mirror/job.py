@@ -17,12 +17,12 @@ from qmpsnap.host.identity import FileId
 from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine import worker
 from qmpsnap.machine.opened import require_opened
-from qmpsnap.model import steps
 from qmpsnap.model.layers.blockdev import layer_options, node_name
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
-from qmpsnap.model.operation import Change, MirrorPlan, Operation
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import Change, MirrorPlan, Operation
 from qmpsnap.ops.base import admission, keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.jobs import finalize

@@ -4,8 +4,8 @@ from msgspec.structs import replace
 
 from qmpsnap.block import place
 from qmpsnap.errors import HostCannot, StoreMismatch
-from qmpsnap.model import steps
-from qmpsnap.model.operation import MirrorPlan
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import MirrorPlan
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import qemu_of
 from qmpsnap.ops.merge import job as merge

@@ -19,7 +19,7 @@ from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.stamp import History, baseline
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base.reading import read_by
 from qmpsnap.store.store import Store
 

@@ -15,7 +15,7 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.model import sharing
 from qmpsnap.model.forest import Forest
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.operation import Plan
+from qmpsnap.model.operations.operation import Plan
 
 T = TypeVar("T")
 

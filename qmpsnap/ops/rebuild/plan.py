@@ -13,7 +13,7 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotKind
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, tag_number
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import asked
 
 TEXT = "found on disk when the store was made again"

@@ -20,7 +20,7 @@ from qmpsnap.machine.machine import monitor
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import Change, DefinePlan
+from qmpsnap.model.operations.operation import Change, DefinePlan
 from qmpsnap.model.relocation import HomeRecord, carried_all
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.base.context import Context, Programs, this_host

@@ -13,14 +13,14 @@ from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.errors import StateError
-from qmpsnap.model import steps
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Hardware
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId
-from qmpsnap.model.operation import Change, InternalPlan, LoadPlan, Operation, RevertPlan
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan, Operation, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import Context, blocking, guarded

@@ -12,7 +12,7 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, require_snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.operation import Change, Copy, Overlay, RevertPlan, Unwritten
+from qmpsnap.model.operations.operation import Change, Copy, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import require_spec

@@ -19,13 +19,13 @@ from qmpsnap.block import tags
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StoreMismatch
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
-from qmpsnap.model import steps
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Outside, Snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operation import LoadPlan, Operation, Overlay, RevertPlan
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.base import asked, consent, keys, space
 from qmpsnap.ops.base.context import Context, blocking, guarded, in_thread

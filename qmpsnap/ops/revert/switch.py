@@ -12,9 +12,9 @@ from qmpsnap.block.place import require_folder
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.machine import require_ended
-from qmpsnap.model import steps
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.model.operation import Operation, RevertPlan
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import Operation, RevertPlan
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import headers_of, identified, require_planned
 from qmpsnap.ops.internal.tagging import copy_variables, copy_variables_once, forget_variables

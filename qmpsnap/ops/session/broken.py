@@ -5,9 +5,9 @@ from typing import Literal
 from msgspec import Struct
 
 from qmpsnap.errors import OperationPending
-from qmpsnap.model import steps
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.model.operation import Operation
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import Operation
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.qmp.jobs import Report, unreported
 

@@ -19,10 +19,10 @@ from qmpsnap.machine import agent, watch
 from qmpsnap.machine.agent import Agent
 from qmpsnap.machine.argv import AGENT_SOCKET
 from qmpsnap.machine.watch import Watch
-from qmpsnap.model import steps
 from qmpsnap.model.layers.snapshot import Quiesce
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.model.operation import CreatePlan, InternalPlan, Operation, RevertPlan
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, Operation, RevertPlan
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.session.broken import Broken
 from qmpsnap.qmp import commands, runstate

@@ -15,10 +15,10 @@ from qmpsnap.host.refused import translated
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
 from qmpsnap.machine.machine import end
-from qmpsnap.model import steps
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.model.operation import (
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import (
     CreatePlan,
     DefinePlan,
     InternalPlan,

@@ -14,7 +14,7 @@ from qmpsnap.model.forest import Forest
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.operation import Merge, Removal
+from qmpsnap.model.operations.operation import Merge, Removal
 from qmpsnap.model.situation import TABLE_COVERS, Held, Situation
 from qmpsnap.ops.base import space
 from qmpsnap.ops.base.context import Context, blocking

@@ -20,7 +20,7 @@ from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import SERIAL, is_text, tag_number
-from qmpsnap.model.operation import MergePlan, MirrorPlan, Operation, RevertPlan
+from qmpsnap.model.operations.operation import MergePlan, MirrorPlan, Operation, RevertPlan
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.store.records import FOLDER
 

@@ -12,7 +12,7 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.operation import Operation, Plan
+from qmpsnap.model.operations.operation import Operation, Plan
 from qmpsnap.ops.base.context import Context, blocking, locked, require_folder, require_own, require_spec
 from qmpsnap.ops.base.reading import read_by
 from qmpsnap.ops.outside import frozen, outsiders

@@ -12,12 +12,12 @@ from qmpsnap.block.graph import Beside
 from qmpsnap.errors import DeadlinePassed, QmpsnapError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.opened import require_opened, require_recorded
-from qmpsnap.model import steps
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId
-from qmpsnap.model.operation import Change, CreatePlan, Memory, Operation
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.ops.base import asked, chosen, serials, space, variables
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free

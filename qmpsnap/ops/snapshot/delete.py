@@ -12,7 +12,7 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.merge import DiskReduction
 from qmpsnap.model.names import LayerId, layer_disk
-from qmpsnap.model.operation import Change, Merge, MergePlan, Removal
+from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.model.situation import Situation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.merge.commit import carry_out

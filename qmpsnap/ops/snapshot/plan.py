@@ -17,7 +17,7 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import version_of
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId, check_description
-from qmpsnap.model.operation import Change, CreatePlan, Memory, Overlay
+from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Overlay
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.overlays import overlay_on
 from qmpsnap.ops.memory.means import Means, MemoryRequest

@@ -12,12 +12,12 @@ from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import statefile
 from qmpsnap.machine.machine import require_ended
-from qmpsnap.model import steps
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import NodeName
-from qmpsnap.model.operation import Change, CreatePlan, Ended, Memory, Operation
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import Change, CreatePlan, Ended, Memory, Operation
 from qmpsnap.ops.base import chosen, variables
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new

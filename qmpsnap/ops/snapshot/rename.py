@@ -2,7 +2,7 @@
 
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.names import check_name
-from qmpsnap.model.operation import Change
+from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.session.work import working

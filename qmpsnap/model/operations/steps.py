@@ -143,4 +143,4 @@ def name_of(step: str) -> str:
 def require_known(verb: str, step: str) -> None:
     """Raise ``ValueError`` for a step that an operation of this verb does not have: whoever wrote it forgot us."""
     if name_of(step) not in {known.name for known in STEPS[verb]}:
-        raise ValueError(f"an operation {verb!r} has no step {step!r}: add it to qmpsnap/model/steps.py")
+        raise ValueError(f"an operation {verb!r} has no step {step!r}: add it to qmpsnap/model/operations/steps.py")

@@ -1,0 +1,1 @@
+"""Journalled operations: their plans, their steps, and what they came to."""
