@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
-from qmpsnap.model import sharing
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations import outcome, steps
 from qmpsnap.model.operations.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
 from qmpsnap.model.operations.outcome import Recorded
+from qmpsnap.model.planning import sharing
 from qmpsnap.store import frozen, pruning, recorded
 from qmpsnap.store.decoded import decoded
 

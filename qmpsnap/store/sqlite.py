@@ -11,8 +11,6 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.host.outstanding import briefly
-from qmpsnap.model import sharing
-from qmpsnap.model.forest import Forest, Reference, Writer, based
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import Inside, Vmstate
@@ -20,6 +18,8 @@ from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
+from qmpsnap.model.planning import sharing
+from qmpsnap.model.planning.forest import Forest, Reference, Writer, based
 from qmpsnap.store import devices, journal, owner, queries, records, rows
 from qmpsnap.store.database import Database
 from qmpsnap.store.decoded import decoded

@@ -7,12 +7,12 @@ is one transaction and may block for an fsync: async callers go through a worker
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from qmpsnap.model.forest import Forest
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
+from qmpsnap.model.planning.forest import Forest
 from qmpsnap.store.frozen import FrozenTable
 from qmpsnap.store.homes import HomeTable
 from qmpsnap.store.pruning import PrunedTable

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qmpsnap.block import image
-from qmpsnap.model import merge as rules
 from qmpsnap.model.operations import steps
+from qmpsnap.model.planning import merge as rules
 from qmpsnap.ops.jobs import finalize
 from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.ops.merge import job, possible

@@ -19,8 +19,8 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.errors import NotFoundError, QmpsnapError
-from qmpsnap.model import sharing
 from qmpsnap.model.operations.operation import Merge, MergePlan
+from qmpsnap.model.planning import sharing
 from tests.faults import claims, outsider, site, verbs
 from tests.faults.outsider import KINDS, MAGIC, Absent
 from tests.faults.report import COLUMNS, Fault

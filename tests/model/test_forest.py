@@ -3,9 +3,9 @@
 import pytest
 
 from qmpsnap.errors import NotFoundError
-from qmpsnap.model.forest import Reference, Writer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
+from qmpsnap.model.planning.forest import Reference, Writer
 from tests.model.world import World
 
 

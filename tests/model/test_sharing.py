@@ -4,7 +4,6 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.errors import OperationPending, StateError
-from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
@@ -19,7 +18,8 @@ from qmpsnap.model.operations.operation import (
     Removal,
     verb_of,
 )
-from qmpsnap.model.sharing import require_unshared
+from qmpsnap.model.planning.forest import Forest, Reference, Writer
+from qmpsnap.model.planning.sharing import require_unshared
 
 BASE = Layer(id=LayerId("vda-1"), path="/q/1", format="qcow2", backing=None, virtual_size=1, device=3, inode=1)
 TOP = Layer(id=LayerId("vda-2"), path="/q/2", format="qcow2", backing=BASE.id, virtual_size=1, device=3, inode=2)

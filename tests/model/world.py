@@ -1,6 +1,6 @@
 """A store without disks: a file is a dict, a guest writes numbers, and what every moment held is remembered.
 
-Plans of :mod:`qmpsnap.model.merge` are executed literally on these files, as QEMU would, and judged by what the files
+Plans of :mod:`qmpsnap.model.planning.merge` are executed literally on these files, as QEMU would, and judged by what the files
 then read, never by the rules that made the plan.
 """
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from qmpsnap.model.forest import Forest, Reference, Writer
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotState
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, Merge, Removal
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.planning.forest import Forest, Reference, Writer
+from qmpsnap.model.planning.situation import Situation
 
 CLUSTER = 1 << 16
 

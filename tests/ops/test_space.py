@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.operations.operation import Change, Merge, Removal
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.planning.situation import Situation
 from qmpsnap.ops.base import space
 from qmpsnap.ops.base.space import Need, Room
 from qmpsnap.ops.session.situation import require_space

@@ -23,11 +23,11 @@ from qmpsnap.host import identity
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import process as processes
 from qmpsnap.machine import statefile
-from qmpsnap.model.forest import Forest
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId
+from qmpsnap.model.planning.forest import Forest
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried
 from qmpsnap.ops.base import keys, whereabouts
 from qmpsnap.ops.base.context import Context, blocking

@@ -19,13 +19,13 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.machine import adopted, agent, statefile, worker
 from qmpsnap.machine import process as processes
 from qmpsnap.machine.argv import AGENT_SOCKET
-from qmpsnap.model.forest import Forest
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Operation
+from qmpsnap.model.planning.forest import Forest
 from qmpsnap.ops.base import admission, whereabouts
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import entries, named

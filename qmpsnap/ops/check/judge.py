@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from qmpsnap.block.graph import FILTERS
 from qmpsnap.host.identity import same_file
 from qmpsnap.model.finding import Finding
-from qmpsnap.model.forest import Writer
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.planning.forest import Writer
 from qmpsnap.ops.check.facts import Facts
 from qmpsnap.ops.outside import compare
 from qmpsnap.store.owner import Flaw

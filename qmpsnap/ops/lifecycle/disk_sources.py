@@ -11,9 +11,9 @@ from qmpsnap.block import encrypted, header
 from qmpsnap.block.header import FoundLayer
 from qmpsnap.errors import ImageRefused, StateError
 from qmpsnap.host.threads import to_read
-from qmpsnap.model import sharing
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.model.planning import sharing
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import require_room

@@ -13,11 +13,11 @@ from qmpsnap.machine.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, still_runs, wait_end
 from qmpsnap.machine.opened import require_opened
 from qmpsnap.machine.privileges import Privileges
-from qmpsnap.model.forest import Writer
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
+from qmpsnap.model.planning.forest import Writer
 from qmpsnap.ops.base import admission, asked, consent, keys
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.internal import tagging

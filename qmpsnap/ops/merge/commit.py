@@ -7,11 +7,11 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
 from qmpsnap.host.threads import to_read
-from qmpsnap.model import merge as rules
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.names import OperationId, job_id
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.planning import merge as rules
+from qmpsnap.model.planning.situation import Situation
 from qmpsnap.ops.base import serials
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.merge import job

@@ -22,13 +22,13 @@ from qmpsnap.block.place import require_folder
 from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.opened import require_recorded
-from qmpsnap.model import sharing
 from qmpsnap.model.layers.blockdev import layer_options, node_name
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Merge, MergePlan, Operation, Removal
+from qmpsnap.model.planning import sharing
 from qmpsnap.ops.base import keys
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.internal import tagging

@@ -16,10 +16,10 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.machines.spec import Format
-from qmpsnap.model.merge import unneeded
 from qmpsnap.model.names import OperationId, job_id, layer_id
 from qmpsnap.model.operations.operation import Change, MirrorPlan
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.planning.merge import unneeded
+from qmpsnap.model.planning.situation import Situation
 from qmpsnap.ops.base import serials, space
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.space import Need

@@ -12,10 +12,10 @@ from qmpsnap.block.header import printable
 from qmpsnap.block.users import User
 from qmpsnap.errors import ImageInUse
 from qmpsnap.host.threads import to_end
-from qmpsnap.model import sharing
-from qmpsnap.model.forest import Forest
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operations.operation import Plan
+from qmpsnap.model.planning import sharing
+from qmpsnap.model.planning.forest import Forest
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan, Operation, RevertPlan
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.planning.situation import Situation
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import require_free

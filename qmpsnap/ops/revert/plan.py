@@ -6,14 +6,14 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
-from qmpsnap.model import surplus
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, require_snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import Change, Copy, Overlay, RevertPlan, Unwritten
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.planning import surplus
+from qmpsnap.model.planning.situation import Situation
 from qmpsnap.ops.base import asked
 from qmpsnap.ops.base.context import require_spec
 from qmpsnap.ops.base.overlays import overlay_on

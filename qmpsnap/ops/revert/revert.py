@@ -26,7 +26,7 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, RevertPlan
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.planning.situation import Situation
 from qmpsnap.ops.base import asked, consent, keys, space
 from qmpsnap.ops.base.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.base.overlays import make_overlays, overlay_on, require_free

@@ -10,12 +10,12 @@ from qmpsnap.block import allocated, graph
 from qmpsnap.block.header import printable
 from qmpsnap.errors import HostCannot, NotFoundError, StateError
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.model.forest import Forest
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Merge, Removal
-from qmpsnap.model.situation import TABLE_COVERS, Held, Situation
+from qmpsnap.model.planning.forest import Forest
+from qmpsnap.model.planning.situation import TABLE_COVERS, Held, Situation
 from qmpsnap.ops.base import space
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.session.work import Work

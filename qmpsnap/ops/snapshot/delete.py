@@ -7,13 +7,13 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import StateError, StoreMismatch, UsageError
 from qmpsnap.host.threads import to_read
-from qmpsnap.model import merge as rules
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
-from qmpsnap.model.merge import DiskReduction
 from qmpsnap.model.names import LayerId, layer_disk
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.planning import merge as rules
+from qmpsnap.model.planning.merge import DiskReduction
+from qmpsnap.model.planning.situation import Situation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.merge.commit import carry_out
 from qmpsnap.ops.merge.possible import require_possible

@@ -10,7 +10,6 @@ from typing import NoReturn
 from msgspec import Struct
 
 from qmpsnap.errors import OperationPending, StateError
-from qmpsnap.model.forest import Forest
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import (
@@ -23,6 +22,7 @@ from qmpsnap.model.operations.operation import (
     Plan,
     RevertPlan,
 )
+from qmpsnap.model.planning.forest import Forest
 
 Name = str | tuple[int, int]
 """What a file is known by: its layer's id, its path, its device and inode; any of them is enough."""

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from qmpsnap.model.layers.chain import Chain, Layer
-from qmpsnap.model.merge import unneeded
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.planning.merge import unneeded
+from qmpsnap.model.planning.situation import Situation
 
 
 def nobodys(after: Situation, chains: Iterable[Chain]) -> tuple[Layer, ...]:

@@ -6,12 +6,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
-from qmpsnap.model.forest import Forest
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change, Merge, Removal
-from qmpsnap.model.situation import Situation
+from qmpsnap.model.planning.forest import Forest
+from qmpsnap.model.planning.situation import Situation
 
 
 def consumed_by_commit(at: Situation, disk: str, chain: Chain, *, base: LayerId, top: LayerId) -> tuple[Snapshot, ...]:
