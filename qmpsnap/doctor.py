@@ -11,8 +11,8 @@ from typing import Literal
 import psutil
 from msgspec import Struct
 
-from qmpsnap.block import tool
-from qmpsnap.block.image import ImageTool
+from qmpsnap.block.image import tool
+from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
 from qmpsnap.host import identity
 from qmpsnap.host.threads import to_read

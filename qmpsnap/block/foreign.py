@@ -9,7 +9,7 @@ from typing import Final
 from msgspec import Struct
 
 from qmpsnap.block.graph import FILTERS
-from qmpsnap.block.header import conversion
+from qmpsnap.block.image.header import conversion
 from qmpsnap.errors import StateError
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import NodeName

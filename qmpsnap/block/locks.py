@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
-from qmpsnap.block.header import printable
+from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot
 
 ANY: Final = (100, 200)

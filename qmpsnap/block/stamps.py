@@ -5,8 +5,8 @@ import stat
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
-from qmpsnap.block import header
-from qmpsnap.block.allocated import words
+from qmpsnap.block.image import header
+from qmpsnap.block.image.allocated import words
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host import identity
 from qmpsnap.model.layers.chain import Layer

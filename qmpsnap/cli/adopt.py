@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpsnap.block.header import conversion
+from qmpsnap.block.image.header import conversion
 from qmpsnap.cli import output, seen
 from qmpsnap.cli.common import Parsers, add, add_format, controlling
 from qmpsnap.errors import UsageError

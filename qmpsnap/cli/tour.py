@@ -12,7 +12,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block import content
+from qmpsnap.block.image import content
 from qmpsnap.cli import output
 from qmpsnap.cli.common import controlling, home, reading
 from qmpsnap.errors import HostCannot, QmpsnapError

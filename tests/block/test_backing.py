@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qmpsnap.block import backing, header, tool
+from qmpsnap.block.image import backing, header, tool
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId

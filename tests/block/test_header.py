@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmpsnap.block import header
-from qmpsnap.block.header import Header
+from qmpsnap.block.image import header
+from qmpsnap.block.image.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import Format

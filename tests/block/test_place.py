@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.block import place
+from qmpsnap.block.image import place
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.identity import FileId

@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpsnap.block import tagtable
+from qmpsnap.block.image import tagtable
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId
 

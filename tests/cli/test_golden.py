@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.block.qcow2 import Header
+from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.cli import plans
 from qmpsnap.cli.main import main
 from qmpsnap.model.home import Home

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qmpsnap.block import image
+from qmpsnap.block.image import create as image
 from qmpsnap.model.operations import steps
 from qmpsnap.model.planning import merge as rules
 from qmpsnap.ops.jobs import finalize

@@ -12,7 +12,7 @@ from anyio import to_thread
 from msgspec import Struct
 
 import qmpsnap
-from qmpsnap.block import header
+from qmpsnap.block.image import header
 from qmpsnap.errors import OperationPending
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec

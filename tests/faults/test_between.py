@@ -12,12 +12,12 @@ from tests.faults.report import Fault
 from tests.faults.scenarios import SCENARIOS, ended, ready
 from tests.harness.deaths import Call
 
-IMAGE, COMMANDS, JOBS = "qmpsnap.block.image", "qmpsnap.qmp.commands", "qmpsnap.qmp.jobs"
+IMAGE, COMMANDS, JOBS = "qmpsnap.block.image.create", "qmpsnap.qmp.commands", "qmpsnap.qmp.jobs"
 MIGRATION, MEMORY, STATEFILE = "qmpsnap.qmp.migration", "qmpsnap.ops.memory.save", "qmpsnap.machine.statefile"
 MERGE, SWITCH, TAGS, TAGGING = (
     "qmpsnap.ops.merge.job",
     "qmpsnap.ops.revert.switch",
-    "qmpsnap.block.tags",
+    "qmpsnap.block.image.tags",
     "qmpsnap.ops.internal.tagging",
 )
 
@@ -30,7 +30,7 @@ MOVED = {
     "the disks moved": Call(COMMANDS, "transaction", "after", 1),
 }
 CHOSEN = {
-    "the name claimed": Call("qmpsnap.block.place", "claim", "after", 1),
+    "the name claimed": Call("qmpsnap.block.image.place", "claim", "after", 1),
     "one name left": Call("qmpsnap.ops.base.chosen", "let_go", "after", 1),
 }
 WRITTEN = {
@@ -55,7 +55,7 @@ JOB = {
 }
 COPY = {
     "the file made": Call(IMAGE, "ImageTool.create_base", "after", 1),
-    "the file at its place": Call("qmpsnap.block.place", "put", "after", 1),
+    "the file at its place": Call("qmpsnap.block.image.place", "put", "after", 1),
     "the target open": Call(COMMANDS, "blockdev_add", "after", 1),
     "the job at work": Call(JOBS, "follow_mirror", "before", 1),
     "ready": Call(JOBS, "follow_mirror", "after", 1),

@@ -11,7 +11,7 @@ import anyio
 import msgspec
 from anyio import to_thread
 
-from qmpsnap.block import content, header
+from qmpsnap.block.image import content, header
 from qmpsnap.model.layers.chain import Layer
 
 BLOCK = 64 << 10

@@ -16,7 +16,7 @@ import pytest
 from qemu.qmp import ConnectError, QMPClient
 
 import qmpsnap
-from qmpsnap.block import header
+from qmpsnap.block.image import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, ImageInUse, ImageRefused, NameTaken, QemuGone, StateError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 import qmpsnap
-from qmpsnap.block import content
+from qmpsnap.block.image import content
 from qmpsnap.cli.main import main
 from qmpsnap.errors import QmpError
 from qmpsnap.machine import console

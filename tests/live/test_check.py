@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block.image import ImageTool
+from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.argv import AGENT_SOCKET

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 import qmpsnap
-from qmpsnap.block.header import MAX_TAGS
+from qmpsnap.block.image.header import MAX_TAGS
 from qmpsnap.errors import ImageRefused, LayersCircular
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB

@@ -17,8 +17,8 @@ from anyio import to_thread
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block import header
-from qmpsnap.block.backing import set_backing
+from qmpsnap.block.image import header
+from qmpsnap.block.image.backing import set_backing
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.machine import process

@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block import tags
+from qmpsnap.block.image import tags
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, NameTaken, QmpError, QmpsnapError, StateError
 from qmpsnap.machine.argv import CONSOLE_LOG
@@ -588,8 +588,8 @@ async def test_the_guard_also_watches_a_guest_that_is_to_stand_still_afterwards(
 @pytest.mark.parametrize(
     "point",
     [
-        Call("qmpsnap.block.tags", "take_out", "after", 1),
-        Call("qmpsnap.block.tags", "take_out", "after", 2),
+        Call("qmpsnap.block.image.tags", "take_out", "after", 1),
+        Call("qmpsnap.block.image.tags", "take_out", "after", 2),
         Call("qmpsnap.ops.internal.tagging", "load_into", "before", 1),
         Call("qmpsnap.ops.internal.tagging", "load_into", "after", 1),
         Call("qmpsnap.qmp.commands", "delete_tag", "after", 1),

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block import header
+from qmpsnap.block.image import header
 from qmpsnap.errors import QmpsnapError
 from qmpsnap.machine import machine as machines
 from qmpsnap.machine import worker

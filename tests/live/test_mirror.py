@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 import qmpsnap
-from qmpsnap.block import header
+from qmpsnap.block.image import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, QmpsnapError, StateError, UsageError
 from qmpsnap.model.layers.chain import Layer

@@ -16,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block import content
+from qmpsnap.block.image import content
 from qmpsnap.errors import HostCannot, OperationPending
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec

@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 import qmpsnap
-from qmpsnap.block import content
+from qmpsnap.block.image import content
 from qmpsnap.errors import DeadlinePassed, QmpError, StateError, UsageError
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.session import quiesce

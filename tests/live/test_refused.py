@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import qmpsnap
-from qmpsnap.block import backing
+from qmpsnap.block.image import backing
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.host.refused import border, translated
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec

@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block import header
+from qmpsnap.block.image import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.model.home import Home

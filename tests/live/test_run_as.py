@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block.image import ImageTool
+from qmpsnap.block.image.create import ImageTool
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, UsageError
 from qmpsnap.host import acl

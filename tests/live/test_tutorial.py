@@ -15,7 +15,7 @@ import anyio
 import pytest
 
 import qmpsnap
-from qmpsnap.block import content
+from qmpsnap.block.image import content
 from qmpsnap.cli.main import main
 from qmpsnap.model.names import LayerId
 from tests.live.machine import context_of, hold_invariants

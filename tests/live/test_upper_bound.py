@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block import allocated
+from qmpsnap.block.image import allocated
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, Format

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from qmpsnap.block.image import ImageTool
+from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import QmpError
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qmpsnap.block import foreign
-from qmpsnap.block.header import FoundLayer, Header
+from qmpsnap.block.image.header import FoundLayer, Header
 from qmpsnap.errors import StateError
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.adoption import FOREIGN, Adoption

@@ -15,8 +15,8 @@ import anyio
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.block import header, verify
-from qmpsnap.block.image import ImageTool
+from qmpsnap.block.image import header, verify
+from qmpsnap.block.image.create import ImageTool
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, ForeignHost, HostCannot, LockHeld, StoreMismatch
 from qmpsnap.machine import statefile

@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.block.graph import DiskGraph
-from qmpsnap.block.qcow2 import Header
+from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import NotFoundError
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId

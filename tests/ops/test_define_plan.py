@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.block.header import FoundLayer
-from qmpsnap.block.qcow2 import Header
+from qmpsnap.block.image.header import FoundLayer
+from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import StateError
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine

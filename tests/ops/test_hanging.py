@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from qmpsnap.block.image import ImageTool
+from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import LockHeld, OperationPending, StorageHangs
 from qmpsnap.host import hung, outstanding
 from qmpsnap.host.threads import to_end, to_read

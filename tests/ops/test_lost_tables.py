@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpsnap.block import header, verify
+from qmpsnap.block.image import header, verify
 from qmpsnap.errors import StateError
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId

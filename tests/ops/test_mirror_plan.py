@@ -4,7 +4,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.block.qcow2 import Header
+from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import ImageRefused, UsageError
 from qmpsnap.host.identity import FileId
 from qmpsnap.model.layers.chain import Chain

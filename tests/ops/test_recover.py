@@ -10,7 +10,7 @@ import anyio
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.block.image import ImageTool
+from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import OperationPending, StateError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import LayerId, OperationId

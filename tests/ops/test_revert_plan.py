@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.block.image import ImageTool
+from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qmpsnap.block import header, place
+from qmpsnap.block.image import header, place
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.home import Home

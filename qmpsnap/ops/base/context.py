@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 from anyio import lowlevel
 from msgspec import Struct
 
-from qmpsnap.block.image import ImageTool
+from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StorageHangs, StoreMismatch
 from qmpsnap.host import descriptors
 from qmpsnap.host.outstanding import covering, left

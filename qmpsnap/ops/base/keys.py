@@ -9,8 +9,8 @@ import stat
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
-from qmpsnap.block import encrypted
-from qmpsnap.block.header import printable
+from qmpsnap.block.image import encrypted
+from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, QemuGone, StateError, UsageError
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker

@@ -9,10 +9,10 @@ from pathlib import Path
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap.block import header, place
-from qmpsnap.block.header import printable
-from qmpsnap.block.image import remove
-from qmpsnap.block.qcow2 import MAGIC, Header
+from qmpsnap.block.image import header, place
+from qmpsnap.block.image.create import remove
+from qmpsnap.block.image.header import printable
+from qmpsnap.block.image.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import MAX_LAYERS, Chain, Layer

@@ -15,9 +15,9 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import header
-from qmpsnap.block.backing import set_backing
-from qmpsnap.block.qcow2 import Header
+from qmpsnap.block.image import header
+from qmpsnap.block.image.backing import set_backing
+from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.threads import to_read

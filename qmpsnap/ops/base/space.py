@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from msgspec import Struct
 
-from qmpsnap.block.header import printable
+from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.machine import Machine

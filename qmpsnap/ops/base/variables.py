@@ -11,7 +11,7 @@ from pathlib import Path
 
 import anyio
 
-from qmpsnap.block.header import printable
+from qmpsnap.block.image.header import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.model.machines.machine import Machine

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qmpsnap.block import header
+from qmpsnap.block.image import header
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.model.home import Home
 from qmpsnap.model.relocation import HomeRecord

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from qmpsnap.block import verify
-from qmpsnap.block.verify import Verdict
+from qmpsnap.block.image import verify
+from qmpsnap.block.image.verify import Verdict
 from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile

@@ -9,9 +9,10 @@ import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import graph, header, images, tagtable
+from qmpsnap.block import graph, images
 from qmpsnap.block.graph import NOTHING, Beside, DiskGraph
-from qmpsnap.block.qcow2 import Header
+from qmpsnap.block.image import header, tagtable
+from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.block.users import User
 from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.host.identity import same_file

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import verify
+from qmpsnap.block.image import verify
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import agent, worker

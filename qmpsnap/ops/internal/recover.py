@@ -2,7 +2,7 @@
 
 import contextlib
 
-from qmpsnap.block import tags
+from qmpsnap.block.image import tags
 from qmpsnap.errors import QmpError
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.machine import end

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import foreign, graph
 from qmpsnap.block.foreign import ForeignDisk
-from qmpsnap.block.qcow2 import printable
+from qmpsnap.block.image.qcow2 import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpError, StateError
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import adopted

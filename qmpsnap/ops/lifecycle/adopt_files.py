@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qmpsnap.block import header
 from qmpsnap.block.foreign import ForeignDisk, ForeignLayer
-from qmpsnap.block.header import FoundLayer
-from qmpsnap.block.qcow2 import printable
+from qmpsnap.block.image import header
+from qmpsnap.block.image.header import FoundLayer
+from qmpsnap.block.image.qcow2 import printable
 from qmpsnap.errors import ImageRefused, StateError, StoreMismatch
 from qmpsnap.machine import blockline
 from qmpsnap.machine.adopted import Seen

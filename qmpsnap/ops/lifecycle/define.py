@@ -8,8 +8,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qmpsnap.block.header import FoundLayer
-from qmpsnap.block.qcow2 import Header
+from qmpsnap.block.image.header import FoundLayer
+from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch, UsageError
 from qmpsnap.host import private
 from qmpsnap.host.threads import to_end, to_read

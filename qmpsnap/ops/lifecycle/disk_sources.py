@@ -7,8 +7,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from qmpsnap.block import encrypted, header
-from qmpsnap.block.header import FoundLayer
+from qmpsnap.block.image import encrypted, header
+from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.errors import ImageRefused, StateError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Layer

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from qmpsnap.block.image import remove
+from qmpsnap.block.image.create import remove
 from qmpsnap.errors import HostCannot, QmpsnapError, StateError, StoreMismatch, UsageError
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Layer

@@ -16,9 +16,9 @@ from anyio import lowlevel
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
-from qmpsnap.block.backing import require_backing, set_backing
-from qmpsnap.block.image import remove
-from qmpsnap.block.place import require_folder
+from qmpsnap.block.image.backing import require_backing, set_backing
+from qmpsnap.block.image.create import remove
+from qmpsnap.block.image.place import require_folder
 from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.opened import require_recorded

@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from qmpsnap.block.backing import durable_size
+from qmpsnap.block.image.backing import durable_size
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal

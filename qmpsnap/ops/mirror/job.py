@@ -11,7 +11,8 @@ from anyio import lowlevel
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import graph, place
+from qmpsnap.block import graph
+from qmpsnap.block.image import place
 from qmpsnap.errors import ImageRefused, QmpError, StateError
 from qmpsnap.host.identity import FileId
 from qmpsnap.host.threads import completed, to_read

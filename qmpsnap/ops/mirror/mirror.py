@@ -8,8 +8,9 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qmpsnap.block import access, header, measure, nbd, place
-from qmpsnap.block.qcow2 import Header
+from qmpsnap.block import access, nbd
+from qmpsnap.block.image import header, measure, place
+from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.home import Home

@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from qmpsnap.block import place
+from qmpsnap.block.image import place
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import MirrorPlan

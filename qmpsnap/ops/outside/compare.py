@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-from qmpsnap.block import graph, header
+from qmpsnap.block import graph
 from qmpsnap.block.graph import DiskGraph
-from qmpsnap.block.qcow2 import Header
+from qmpsnap.block.image import header
+from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.identity import same_file
 from qmpsnap.host.threads import to_read

@@ -8,7 +8,7 @@ from typing import Final, NoReturn, TypeVar
 import anyio
 
 from qmpsnap.block import users
-from qmpsnap.block.header import printable
+from qmpsnap.block.image.header import printable
 from qmpsnap.block.users import User
 from qmpsnap.errors import ImageInUse
 from qmpsnap.host.threads import to_end

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qmpsnap.block import header, tagtable
+from qmpsnap.block.image import header, tagtable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.host.identity import same_file
 from qmpsnap.machine import statefile

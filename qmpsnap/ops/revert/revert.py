@@ -15,7 +15,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import tags
+from qmpsnap.block.image import tags
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StoreMismatch
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile

@@ -6,9 +6,9 @@
 
 from pathlib import Path
 
-from qmpsnap.block import header
-from qmpsnap.block.image import remove
-from qmpsnap.block.place import require_folder
+from qmpsnap.block.image import header
+from qmpsnap.block.image.create import remove
+from qmpsnap.block.image.place import require_folder
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.machine import require_ended

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from qmpsnap.block import tags
+from qmpsnap.block.image import tags
 from qmpsnap.errors import Effect, HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.host.refused import translated
 from qmpsnap.host.threads import to_end

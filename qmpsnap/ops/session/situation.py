@@ -6,8 +6,9 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qmpsnap.block import allocated, graph
-from qmpsnap.block.header import printable
+from qmpsnap.block import graph
+from qmpsnap.block.image import allocated
+from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, NotFoundError, StateError
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.home import Home

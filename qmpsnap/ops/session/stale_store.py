@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.block import header, tagtable
-from qmpsnap.block.header import printable
+from qmpsnap.block.image import header, tagtable
+from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.machine import Machine

@@ -6,8 +6,8 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import place
 from qmpsnap.block.graph import NOTHING, Beside
+from qmpsnap.block.image import place
 from qmpsnap.errors import UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.home import Home

@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from qmpsnap.block.header import printable
+from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.durable import sync_folder

@@ -10,8 +10,8 @@ from array import array
 from collections.abc import Iterator
 from typing import Final
 
-from qmpsnap.block import header
-from qmpsnap.block.header import Header
+from qmpsnap.block.image import header
+from qmpsnap.block.image.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.planning.situation import CLUSTER, TABLE_COVERS, Held

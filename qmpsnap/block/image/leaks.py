@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from qmpsnap.block import header
-from qmpsnap.block.allocated import words
-from qmpsnap.block.header import Header
+from qmpsnap.block.image import header
+from qmpsnap.block.image.allocated import words
+from qmpsnap.block.image.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.model.layers.chain import Layer
 

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from qmpsnap.block import encrypted, header, leaks, tool
-from qmpsnap.block.tags import alone
+from qmpsnap.block.image import encrypted, header, leaks, tool
+from qmpsnap.block.image.tags import alone
 from qmpsnap.errors import Effect, HostCannot, StateError
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer

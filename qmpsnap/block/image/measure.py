@@ -2,7 +2,7 @@
 
 import json
 
-from qmpsnap.block import tool
+from qmpsnap.block.image import tool
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import Format
 

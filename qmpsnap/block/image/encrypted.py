@@ -3,8 +3,8 @@
 import json
 from typing import Final
 
-from qmpsnap.block import tool
-from qmpsnap.block.header import printable
+from qmpsnap.block.image import tool
+from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, StateError
 from qmpsnap.model.machines.secret import ENCRYPT
 

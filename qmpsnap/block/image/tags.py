@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import anyio
 
-from qmpsnap.block import header, tool
-from qmpsnap.block.qcow2 import Header
+from qmpsnap.block.image import header, tool
+from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.identity import FileId

@@ -17,9 +17,9 @@ import anyio
 from anyio import lowlevel
 from msgspec import Struct
 
-from qmpsnap.block import encrypted, header, tool
-from qmpsnap.block.backing import require_size
-from qmpsnap.block.header import Header, printable
+from qmpsnap.block.image import encrypted, header, tool
+from qmpsnap.block.image.backing import require_size
+from qmpsnap.block.image.header import Header, printable
 from qmpsnap.errors import (
     DeadlinePassed,
     Effect,

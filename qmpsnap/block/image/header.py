@@ -1,6 +1,6 @@
 """What an image says of itself, learned without QEMU: reads headers, accepts or refuses files, follows backing strings.
 
-Every image that somebody else made passes here before any tool opens it; :mod:`qmpsnap.block.qcow2` judges the bytes.
+Every image that somebody else made passes here before any tool opens it; :mod:`qmpsnap.block.image.qcow2` judges the bytes.
 """
 
 import errno
@@ -15,7 +15,7 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
+from qmpsnap.block.image.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host import identity
 from qmpsnap.model.layers.chain import MAX_LAYERS, Layer

@@ -4,7 +4,7 @@ import os
 import struct
 from typing import Final
 
-from qmpsnap.block import header
+from qmpsnap.block.image import header
 from qmpsnap.model.layers.chain import Layer
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")

@@ -2,7 +2,7 @@
 
 The layout is that of QEMU's ``docs/interop/qcow2``, the limits are those of QEMU's own ``block/qcow2.c``; where QEMU
 is lenient about something that no tool writes (overlaps, extensions without end, control bytes in a file name), this
-reader refuses. :mod:`qmpsnap.block.header` reads the bytes.
+reader refuses. :mod:`qmpsnap.block.image.header` reads the bytes.
 """
 
 import struct

@@ -2,8 +2,8 @@
 
 import os
 
-from qmpsnap.block import encrypted, header, tool
-from qmpsnap.block.header import Header, printable
+from qmpsnap.block.image import encrypted, header, tool
+from qmpsnap.block.image.header import Header, printable
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.threads import to_end

@@ -1,0 +1,1 @@
+"""Single images: read, made, verified and removed."""
