@@ -10,7 +10,7 @@ import hypothesis
 import psutil
 import pytest
 
-from qmpsnap.block import images
+from qmpsnap.block.usage import images
 from qmpsnap.qmp import glance
 from tests import selection
 

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block import users
+from qmpsnap.block.usage import users
 from qmpsnap.errors import ImageInUse
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.outside import outsiders

@@ -15,8 +15,8 @@ from anyio import to_thread
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block import images, users
-from qmpsnap.block.images import Asked
+from qmpsnap.block.usage import images, users
+from qmpsnap.block.usage.images import Asked
 from qmpsnap.cli.main import main
 from qmpsnap.errors import ImageInUse, StateError, StoreMismatch
 from qmpsnap.host import identity

@@ -8,7 +8,7 @@ import pytest
 from msgspec import Struct
 
 import qmpsnap
-from qmpsnap.block import locks
+from qmpsnap.block.usage import locks
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operations.operation import Merge, MergePlan

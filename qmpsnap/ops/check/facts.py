@@ -9,11 +9,12 @@ import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block import graph, images
+from qmpsnap.block import graph
 from qmpsnap.block.graph import NOTHING, Beside, DiskGraph
 from qmpsnap.block.image import header, tagtable
 from qmpsnap.block.image.qcow2 import Header
-from qmpsnap.block.users import User
+from qmpsnap.block.usage import images
+from qmpsnap.block.usage.users import User
 from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.host.identity import same_file
 from qmpsnap.host.threads import to_read

@@ -4,9 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qmpsnap.block import access
 from qmpsnap.block.image import backing
 from qmpsnap.block.image.header import printable
+from qmpsnap.block.usage import access
 from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.opened import require_recorded

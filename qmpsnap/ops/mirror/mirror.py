@@ -8,9 +8,10 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qmpsnap.block import access, nbd
+from qmpsnap.block import nbd
 from qmpsnap.block.image import header, measure, place
 from qmpsnap.block.image.qcow2 import Header
+from qmpsnap.block.usage import access
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.home import Home

@@ -7,9 +7,9 @@ from typing import Final, NoReturn, TypeVar
 
 import anyio
 
-from qmpsnap.block import users
 from qmpsnap.block.image.header import printable
-from qmpsnap.block.users import User
+from qmpsnap.block.usage import users
+from qmpsnap.block.usage.users import User
 from qmpsnap.errors import ImageInUse
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer

@@ -5,7 +5,7 @@ Without asyncio, as ``list`` asks here.
 
 import contextlib
 
-from qmpsnap.block import images
+from qmpsnap.block.usage import images
 from qmpsnap.errors import StateError
 from qmpsnap.machine.argv import USER_SOCKET
 from qmpsnap.model.home import Home

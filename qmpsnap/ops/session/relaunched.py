@@ -12,9 +12,9 @@ from typing import Final
 
 import anyio
 
-from qmpsnap.block import locks
 from qmpsnap.block.image import header
 from qmpsnap.block.image.header import printable
+from qmpsnap.block.usage import locks
 from qmpsnap.errors import HostCannot, ImageRefused, OperationPending
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer

@@ -18,7 +18,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qmpsnap.block import locks
+from qmpsnap.block.usage import locks
 
 How = Literal["writes", "reads"]
 UNSEEN = "a process that cannot be seen from here (another PID namespace, a container, or another user's)"

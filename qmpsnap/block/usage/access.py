@@ -5,9 +5,9 @@ import errno
 import os
 from typing import Final
 
-from qmpsnap.block import locks, users
 from qmpsnap.block.image import header
 from qmpsnap.block.image.header import printable
+from qmpsnap.block.usage import locks, users
 from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, QmpsnapError, StateError
 from qmpsnap.model.layers.chain import Layer
 

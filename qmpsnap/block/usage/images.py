@@ -14,9 +14,9 @@ from typing import Final, NoReturn
 import msgspec
 from msgspec import Struct
 
-from qmpsnap.block import stamps, users
-from qmpsnap.block.stamps import Trouble
-from qmpsnap.block.users import User
+from qmpsnap.block.usage import stamps, users
+from qmpsnap.block.usage.stamps import Trouble
+from qmpsnap.block.usage.users import User
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.stamp import History
 from qmpsnap.model.names import LayerId

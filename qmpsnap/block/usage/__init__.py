@@ -1,0 +1,1 @@
+"""Who else uses an image, and whether anything has written to one that must not change."""
