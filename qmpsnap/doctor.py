@@ -17,7 +17,7 @@ from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
 from qmpsnap.host import identity
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import accel, logs, privileges, probe, scope
-from qmpsnap.machine.firmware import find_firmware
+from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.machine.privileges import RunAs
 from qmpsnap.model.home import Home
 from qmpsnap.ops.base import admission, space

@@ -16,7 +16,7 @@ from pathlib import Path
 from qmpsnap.api.machine_handle import MachineHandle
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.host.refused import border
-from qmpsnap.machine.recipes import launch_dir
+from qmpsnap.machine.config.recipes import launch_dir
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operations.operation import DefinePlan, Operation
 from qmpsnap.ops.base.context import Context, blocking, opened
@@ -81,7 +81,7 @@ class Controller:
         Raises:
             SpecError: it describes no machine; the message has file, line and column.
         """
-        from qmpsnap.machine import specfile  # YAML is slow to load and only needed here
+        from qmpsnap.machine.config import specfile  # YAML is slow to load and only needed here
 
         return specfile.read(Path(path), guest_dir=self.context.home.guest, profile_dir=launch_dir() / "profiles")
 
@@ -124,7 +124,7 @@ class Controller:
     ) -> tuple[MachineSpec, Sequence[Path]]:
         """A spec as a value, and the folders that its images may lie in."""
         if isinstance(spec, MachineSpec):
-            from qmpsnap.machine import specfile  # as above
+            from qmpsnap.machine.config import specfile  # as above
 
             return specfile.checked(spec, folder=Path.cwd(), guest_dir=self.context.home.guest), folders
         return self.read_spec(spec), (*folders, Path(spec).absolute().parent)

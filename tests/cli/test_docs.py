@@ -10,8 +10,8 @@ import qmpsnap
 from qmpsnap import errors
 from qmpsnap.api.controller import Controller
 from qmpsnap.api.machine_handle import MachineHandle
-from qmpsnap.machine import specfile
-from qmpsnap.machine.recipes import launch_dir
+from qmpsnap.machine.config import specfile
+from qmpsnap.machine.config.recipes import launch_dir
 from qmpsnap.model.machines.spec import DiskSpec, Forward, MachineSpec, NicSpec
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import pytest
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot
-from qmpsnap.machine.firmware import find_firmware
+from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base import variables
 from qmpsnap.ops.rebuild import rebuild

@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.machine.argv import RUN_FILES, Firmware, build
-from qmpsnap.machine.specfile import parse, read
+from qmpsnap.machine.config.specfile import parse, read
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpsnap.errors import SpecError
-from qmpsnap.machine import yamltree
-from qmpsnap.machine.specfile import checked, parse, read
+from qmpsnap.machine.config import yamltree
+from qmpsnap.machine.config.specfile import checked, parse, read
 from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
 
 PROFILES = Path(__file__).parents[2] / "launch" / "profiles"

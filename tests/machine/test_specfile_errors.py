@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.errors import SpecError
-from qmpsnap.machine.specfile import parse
+from qmpsnap.machine.config.specfile import parse
 
 PROFILES = Path(__file__).parents[2] / "launch" / "profiles"
 

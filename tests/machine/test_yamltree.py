@@ -2,7 +2,7 @@
 
 import pytest
 
-from qmpsnap.machine import yamltree
+from qmpsnap.machine.config import yamltree
 
 
 @pytest.mark.parametrize(

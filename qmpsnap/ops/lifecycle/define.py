@@ -15,7 +15,7 @@ from qmpsnap.host import private
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import probe
 from qmpsnap.machine.argv import Firmware
-from qmpsnap.machine.firmware import find_firmware
+from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Consent, Machine

@@ -9,7 +9,7 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, Sto
 from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine import accel, argv, logs, scope, surroundings
 from qmpsnap.machine import process as processes
-from qmpsnap.machine.firmware import find_firmware
+from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, still_runs, wait_end
 from qmpsnap.machine.opened import require_opened
 from qmpsnap.machine.privileges import Privileges

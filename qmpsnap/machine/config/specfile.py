@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from qmpsnap.errors import SpecError
-from qmpsnap.machine.specvalues import (
+from qmpsnap.machine.config.specvalues import (
     Reader,
     disk_name,
     disk_size,
@@ -26,7 +26,7 @@ from qmpsnap.machine.specvalues import (
     strings,
     whole,
 )
-from qmpsnap.machine.yamltree import Entry, Tree, compose, load, shorten, tree_of
+from qmpsnap.machine.config.yamltree import Entry, Tree, compose, load, shorten, tree_of
 from qmpsnap.model.machines.spec import (
     Accel,
     Bus,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qmpsnap.errors import NameRefused
-from qmpsnap.machine.yamltree import Tree
+from qmpsnap.machine.config.yamltree import Tree
 from qmpsnap.model.names import check_disk_name, check_name
 
 Reader = Callable[[Tree, str], Any]
