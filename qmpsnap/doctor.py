@@ -16,9 +16,9 @@ from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
 from qmpsnap.host import identity
 from qmpsnap.host.threads import to_read
-from qmpsnap.machine import accel, logs, privileges, probe, scope
 from qmpsnap.machine.config.firmware import find_firmware
-from qmpsnap.machine.privileges import RunAs
+from qmpsnap.machine.starting import accel, logs, privileges, probe, scope
+from qmpsnap.machine.starting.privileges import RunAs
 from qmpsnap.model.home import Home
 from qmpsnap.ops.base import admission, space
 from qmpsnap.ops.base.context import Programs

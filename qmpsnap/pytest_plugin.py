@@ -70,7 +70,7 @@ async def qmpsnap_small_guest(qmpsnap_controller: "Controller") -> "MachineHandl
 
 async def _stop_all(controller: "Controller") -> None:
     from qmpsnap.errors import QmpsnapError
-    from qmpsnap.machine.process import terminate
+    from qmpsnap.machine.starting.process import terminate
 
     for vm in await controller.machines():
         if process := controller.context.process(await vm.record()):

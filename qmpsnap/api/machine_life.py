@@ -7,9 +7,10 @@ from qmpsnap.errors import QmpError, StateError
 from qmpsnap.host.outstanding import briefly
 from qmpsnap.host.refused import border
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.machine import agent, logs
+from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Agent, Completed, Trimmed
-from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.machine.starting import logs
+from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.operations.operation import Operation

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, home, reading
 from qmpsnap.errors import HostCannot, QemuGone
-from qmpsnap.machine.argv import CONSOLE_SOCKET
+from qmpsnap.machine.starting.argv import CONSOLE_SOCKET
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
@@ -35,7 +35,8 @@ def register(parsers: Parsers) -> None:
 def _console(arguments: argparse.Namespace) -> None:
     import anyio
 
-    from qmpsnap.machine import console, logs
+    from qmpsnap.machine import console
+    from qmpsnap.machine.starting import logs
     from qmpsnap.qmp.dial import dial
 
     with reading() as store:

@@ -20,8 +20,8 @@ from qmpsnap.cli.common import (
 )
 from qmpsnap.cli.plans import print_definition
 from qmpsnap.errors import DeadlinePassed, QemuGone
-from qmpsnap.machine import process as processes
-from qmpsnap.machine.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
+from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.moment import moment
 
@@ -207,7 +207,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _of_machine(machine: Machine, state: str, process: Process | None) -> dict[str, Any]:
     """What `show` says of the machine itself and its QEMU."""
-    from qmpsnap.machine import scope
+    from qmpsnap.machine.starting import scope
     from qmpsnap.ops.base import admission
 
     run_dir = home().run_dir(machine.name)

@@ -69,7 +69,7 @@ def tell(name: str, found: Seen) -> None:
 
 def tell_scope(name: str) -> None:
     """Say that a QEMU of ours ends with whoever started it, where it need not."""
-    from qmpsnap.machine import scope
+    from qmpsnap.machine.starting import scope
 
     with answering() as store:
         machine = store.machine(name)

@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, QemuGone, StateError
-from qmpsnap.machine import process as processes
+from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.qmp import commands, session

@@ -12,11 +12,11 @@ from msgspec.structs import replace
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
 from qmpsnap.host import hung, unwritable
 from qmpsnap.host.threads import completed
-from qmpsnap.machine import logs as logfiles
-from qmpsnap.machine import privileges
-from qmpsnap.machine import process as processes
-from qmpsnap.machine.argv import CONSOLE_LOG, QMP_SOCKET, RUN_FILES
-from qmpsnap.machine.privileges import PLAIN, Privileges
+from qmpsnap.machine.starting import logs as logfiles
+from qmpsnap.machine.starting import privileges
+from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting.argv import CONSOLE_LOG, QMP_SOCKET, RUN_FILES
+from qmpsnap.machine.starting.privileges import PLAIN, Privileges
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.session import Monitor, Session

@@ -13,11 +13,11 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.host.threads import completed, to_read
-from qmpsnap.machine import argv
-from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, unless_ending, wait_end
 from qmpsnap.machine.opened import require_opened, require_recorded
-from qmpsnap.machine.privileges import Privileges, RunAs
+from qmpsnap.machine.starting import argv
+from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting.privileges import Privileges, RunAs
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec

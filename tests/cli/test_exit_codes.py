@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.cli.main import main
-from qmpsnap.machine import probe
-from qmpsnap.machine.probe import Abilities
+from qmpsnap.machine.starting import probe
+from qmpsnap.machine.starting.probe import Abilities
 from qmpsnap.model.home import Home
 from tests.cli import seeded
 

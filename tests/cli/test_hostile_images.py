@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qmpsnap.cli.main import main
-from qmpsnap.machine import probe
-from qmpsnap.machine.probe import Abilities
+from qmpsnap.machine.starting import probe
+from qmpsnap.machine.starting.probe import Abilities
 from qmpsnap.model.home import Home
 from tests.block.images import CLUSTER, extension, image
 from tests.cli import seeded

@@ -12,7 +12,7 @@ from qmpsnap.block.image import content
 from qmpsnap.cli.main import main
 from qmpsnap.errors import QmpError
 from qmpsnap.machine import console
-from qmpsnap.machine.argv import CONSOLE_SOCKET
+from qmpsnap.machine.starting.argv import CONSOLE_SOCKET
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
 from qmpsnap.qmp.dial import dial

@@ -16,7 +16,7 @@ import qmpsnap
 from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.machine import agent, worker
-from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.harness.deaths import STORE, Call, die_at
 from tests.live.booted import start_booted

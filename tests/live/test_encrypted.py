@@ -21,7 +21,7 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image.backing import set_backing
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
-from qmpsnap.machine import process
+from qmpsnap.machine.starting import process
 from qmpsnap.model.layers.blockdev import chain_options
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.spec import DiskSpec, Encryption, MachineSpec

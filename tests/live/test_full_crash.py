@@ -4,7 +4,7 @@ import anyio
 import pytest
 
 import qmpsnap
-from qmpsnap.machine.argv import QMP_SOCKET
+from qmpsnap.machine.starting.argv import QMP_SOCKET
 from qmpsnap.model.machines.spec import MachineSpec
 from tests.harness.deaths import Call, die_at
 from tests.harness.processes import kill_qemu
@@ -57,7 +57,7 @@ async def test_killed_while_going_back(q: qmpsnap.Controller, still_spec: Machin
     await vm.snapshot("all", kind="full")
     await fill(vm, "vda", 3)
     point = {
-        "with the file at hand": Call("qmpsnap.machine.process", "spawn", "after", 1),
+        "with the file at hand": Call("qmpsnap.machine.starting.process", "spawn", "after", 1),
         "loading": Call(MIGRATION, "start", "before", 1),
         "loaded": Call("qmpsnap.ops.lifecycle.power", "load", "after", 1),
     }[step]

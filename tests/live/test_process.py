@@ -12,8 +12,8 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
-from qmpsnap.machine.argv import QMP_SOCKET
 from qmpsnap.machine.config.recipes import launch_dir
+from qmpsnap.machine.starting.argv import QMP_SOCKET
 from qmpsnap.model.machines.spec import MachineSpec
 from tests.harness.processes import kill_qemu
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor

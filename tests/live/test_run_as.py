@@ -13,7 +13,7 @@ from qmpsnap.block.image.create import ImageTool
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, UsageError
 from qmpsnap.host import acl
-from qmpsnap.machine import privileges
+from qmpsnap.machine.starting import privileges
 from qmpsnap.model.machines.spec import DiskSpec, Encryption, NicSpec
 from tests.live.machine import MIB, ONE_DISK, context_of, fill, grown, hold_invariants, snapshot_hashes
 

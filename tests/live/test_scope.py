@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.cli.main import main
-from qmpsnap.machine import process as processes
-from qmpsnap.machine import scope
+from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting import scope
 
 SPEC = {"name": "still", "memory": "64 MiB", "agent": False, "disks": [{"name": "vda", "size": "1 MiB"}]}
 

@@ -8,8 +8,8 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import HostCannot, StoreMismatch
-from qmpsnap.machine.argv import CONSOLE_LOG
 from qmpsnap.machine.config.firmware import find_firmware
+from qmpsnap.machine.starting.argv import CONSOLE_LOG
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.rebuild import rebuild
 from tests.harness.deaths import Call, die_at

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.errors import HostCannot
-from qmpsnap.machine import accel
-from qmpsnap.machine.accel import choose, kvm_obstacle, tsc_khz, vcpu_runs
-from qmpsnap.machine.argv import TSC_KHZ
+from qmpsnap.machine.starting import accel
+from qmpsnap.machine.starting.accel import choose, kvm_obstacle, tsc_khz, vcpu_runs
+from qmpsnap.machine.starting.argv import TSC_KHZ
 from qmpsnap.model.machines.spec import Accel
 
 INTEL = "processor\t: 0\nflags\t\t: fpu vmx sse2\ncpu MHz\t\t: 2399.998\n"

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.machine.argv import RUN_FILES, Firmware, build
 from qmpsnap.machine.config.specfile import parse, read
+from qmpsnap.machine.starting.argv import RUN_FILES, Firmware, build
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.errors import HostCannot
-from qmpsnap.machine import logs
+from qmpsnap.machine.starting import logs
 from qmpsnap.model.home import Home
 
 

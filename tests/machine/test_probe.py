@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qmpsnap.machine import probe
-from qmpsnap.machine.probe import Abilities
+from qmpsnap.machine.starting import probe
+from qmpsnap.machine.starting.probe import Abilities
 
 
 async def test_the_answer_is_kept_until_rights_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,11 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine import machine as machines
-from qmpsnap.machine import process as processes
-from qmpsnap.machine.argv import PID_FILE
-from qmpsnap.machine.logs import QEMU_LOG
 from qmpsnap.machine.machine import unless_ending, wait_end
-from qmpsnap.machine.process import find, is_alive, is_ending, is_stopped, log_tail, spawn, terminate
+from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting.argv import PID_FILE
+from qmpsnap.machine.starting.logs import QEMU_LOG
+from qmpsnap.machine.starting.process import find, is_alive, is_ending, is_stopped, log_tail, spawn, terminate
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 

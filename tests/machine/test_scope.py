@@ -13,8 +13,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from qmpsnap.machine import process as processes
-from qmpsnap.machine import scope
+from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting import scope
 from qmpsnap.model.machines.machine import Process
 
 CALL = """\

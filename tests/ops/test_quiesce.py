@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError, StateError, UsageError
-from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import Change, CreatePlan, InternalPlan, Operation, Plan
 from qmpsnap.ops.session import quiesce

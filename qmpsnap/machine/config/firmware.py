@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qmpsnap.errors import HostCannot
-from qmpsnap.machine.argv import Firmware
+from qmpsnap.machine.starting.argv import Firmware
 
 PAIRS = (
     ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from qmpsnap.host import acl
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import accel, privileges, probe
-from qmpsnap.machine.argv import Firmware
-from qmpsnap.machine.privileges import RunAs
+from qmpsnap.machine.starting import accel, privileges, probe
+from qmpsnap.machine.starting.argv import Firmware
+from qmpsnap.machine.starting.privileges import RunAs
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec

@@ -17,11 +17,12 @@ from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, Stor
 from qmpsnap.host import descriptors
 from qmpsnap.host.outstanding import covering, left
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import adopted, logs
-from qmpsnap.machine import process as processes
-from qmpsnap.machine.argv import QMP_SOCKET, USER_SOCKET
+from qmpsnap.machine import adopted
 from qmpsnap.machine.machine import monitor, prepare_run_dir, unless_ending
-from qmpsnap.machine.privileges import RunAs
+from qmpsnap.machine.starting import logs
+from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting.argv import QMP_SOCKET, USER_SOCKET
+from qmpsnap.machine.starting.privileges import RunAs
 from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.machine import Machine, Process

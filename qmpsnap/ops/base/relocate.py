@@ -21,8 +21,8 @@ from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.threads import to_read
-from qmpsnap.machine import process as processes
 from qmpsnap.machine import statefile
+from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.moment import moment

@@ -19,8 +19,8 @@ from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, Sta
 from qmpsnap.host.identity import same_file
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import adopted, agent, statefile, worker
-from qmpsnap.machine import process as processes
-from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Vmstate

@@ -11,7 +11,7 @@ from qmpsnap.block.image import verify
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import agent, worker
-from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, NodeName

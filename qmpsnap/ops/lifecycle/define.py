@@ -13,9 +13,9 @@ from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch, UsageError
 from qmpsnap.host import private
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.machine import probe
-from qmpsnap.machine.argv import Firmware
 from qmpsnap.machine.config.firmware import find_firmware
+from qmpsnap.machine.starting import probe
+from qmpsnap.machine.starting.argv import Firmware
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Consent, Machine

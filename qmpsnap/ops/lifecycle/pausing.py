@@ -3,7 +3,7 @@
 import anyio
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError
-from qmpsnap.machine.argv import QMP_SOCKET
+from qmpsnap.machine.starting.argv import QMP_SOCKET
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own
 from qmpsnap.ops.outside import unseen

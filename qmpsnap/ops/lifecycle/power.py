@@ -7,12 +7,12 @@ from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, StoreMismatch
 from qmpsnap.host.threads import completed, to_end, to_read
-from qmpsnap.machine import accel, argv, logs, scope, surroundings
-from qmpsnap.machine import process as processes
 from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.machine.machine import end, launch, monitor, still_runs, wait_end
 from qmpsnap.machine.opened import require_opened
-from qmpsnap.machine.privileges import Privileges
+from qmpsnap.machine.starting import accel, argv, logs, scope, surroundings
+from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting.privileges import Privileges
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine, Process

@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import QmpError, StateError
 from qmpsnap.host.threads import to_read
-from qmpsnap.machine import accel, probe
+from qmpsnap.machine.starting import accel, probe
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Hardware, Vmstate, differences, hardware_of
 from qmpsnap.model.machines.machine import Machine

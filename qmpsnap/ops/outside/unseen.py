@@ -7,7 +7,7 @@ import contextlib
 
 from qmpsnap.block.usage import images
 from qmpsnap.errors import StateError
-from qmpsnap.machine.argv import USER_SOCKET
+from qmpsnap.machine.starting.argv import USER_SOCKET
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.ops.outside import frozen

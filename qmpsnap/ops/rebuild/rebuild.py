@@ -15,8 +15,8 @@ from qmpsnap.block import graph
 from qmpsnap.errors import HostCannot, StateError
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.machine import process as processes
 from qmpsnap.machine.machine import monitor
+from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId

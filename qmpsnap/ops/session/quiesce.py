@@ -17,7 +17,7 @@ from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError, Sta
 from qmpsnap.host.threads import completed
 from qmpsnap.machine import agent, watch
 from qmpsnap.machine.agent import Agent
-from qmpsnap.machine.argv import AGENT_SOCKET
+from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.machine.watch import Watch
 from qmpsnap.model.layers.snapshot import Quiesce
 from qmpsnap.model.machines.machine import Machine

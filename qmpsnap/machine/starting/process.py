@@ -16,10 +16,10 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
 from qmpsnap.host import unwritable
-from qmpsnap.machine import surroundings
-from qmpsnap.machine.argv import PID_FILE
-from qmpsnap.machine.logs import QEMU_LOG
-from qmpsnap.machine.privileges import PLAIN, Privileges
+from qmpsnap.machine.starting import surroundings
+from qmpsnap.machine.starting.argv import PID_FILE
+from qmpsnap.machine.starting.logs import QEMU_LOG
+from qmpsnap.machine.starting.privileges import PLAIN, Privileges
 from qmpsnap.model.machines.machine import Machine, Process
 
 if TYPE_CHECKING:

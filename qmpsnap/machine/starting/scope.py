@@ -13,7 +13,7 @@ from typing import Literal
 
 import anyio
 
-from qmpsnap.machine import surroundings
+from qmpsnap.machine.starting import surroundings
 from qmpsnap.model.machines.machine import Process
 
 Manager = Literal["system", "user"]

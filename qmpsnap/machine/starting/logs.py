@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qmpsnap.errors import HostCannot
-from qmpsnap.machine import privileges
-from qmpsnap.machine.argv import CONSOLE_LOG
+from qmpsnap.machine.starting import privileges
+from qmpsnap.machine.starting.argv import CONSOLE_LOG
 from qmpsnap.model.home import Home
 
 QEMU_LOG = "qemu.log"

@@ -18,8 +18,8 @@ from msgspec import Struct
 from qmpsnap.errors import HostCannot
 from qmpsnap.host import private
 from qmpsnap.host.programs import running
-from qmpsnap.machine.argv import TSC_KHZ
-from qmpsnap.machine.privileges import Privileges, RunAs, obstacle
+from qmpsnap.machine.starting.argv import TSC_KHZ
+from qmpsnap.machine.starting.privileges import Privileges, RunAs, obstacle
 from qmpsnap.model.machines.spec import Accel
 
 PROBE_DEADLINE = 5.0

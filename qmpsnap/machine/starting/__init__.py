@@ -1,0 +1,1 @@
+"""How a QEMU is started: its arguments, its rights, its surroundings, what it can do."""
