@@ -22,7 +22,7 @@ from qmpsnap.machine.starting.privileges import RunAs
 from qmpsnap.model.home import Home
 from qmpsnap.ops.base import admission, space
 from qmpsnap.ops.base.context import Programs
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 
 
 class Ability(Struct, frozen=True):

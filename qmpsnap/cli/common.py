@@ -12,7 +12,7 @@ from qmpsnap.cli import output, supervised
 from qmpsnap.errors import QmpsnapError, StoreMismatch
 from qmpsnap.model.home import Home
 from qmpsnap.store import owner, runfolder
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from qmpsnap.store.store import Store
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.model.operations.operation import DefinePlan
     from qmpsnap.ops.lifecycle.foresee import Forgotten
-    from qmpsnap.store.sqlite import SqliteStore
+    from qmpsnap.store.sqlite.backend import SqliteStore
 
 
 def register(parsers: Parsers) -> None:

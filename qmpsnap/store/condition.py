@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from qmpsnap.errors import StoreMismatch, StoreTooNew
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 
 Condition = Literal["missing", "damaged", "empty", "whole"]
 """``empty``: it has no machine, as one that was made a moment ago."""

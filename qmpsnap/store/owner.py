@@ -19,7 +19,7 @@ from qmpsnap.errors import HomeUntrusted, HostCannot
 from qmpsnap.host import acl
 from qmpsnap.host.outstanding import briefly
 from qmpsnap.model.home import Home
-from qmpsnap.store.devices import PATIENCE
+from qmpsnap.store.sqlite.devices import PATIENCE
 
 _INSIDE = ("qmpsnap.db", "qmpsnap.db-wal", "qmpsnap.db-shm", "records", "locks")
 _WRITE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH

@@ -21,7 +21,7 @@ from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.relocation import HomeRecord
-from qmpsnap.store.decoded import decoded
+from qmpsnap.store.sqlite.decoded import decoded
 
 FOLDER = "records"
 LARGE = 1 << 16

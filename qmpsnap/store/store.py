@@ -1,6 +1,6 @@
 """The contract of a store: machines, disks, layers, snapshots and the journal.
 
-``tests/store/test_contract.py`` holds every backend to it; :mod:`qmpsnap.store.sqlite` is the one there is. Each call
+``tests/store/test_contract.py`` holds every backend to it; :mod:`qmpsnap.store.sqlite.backend` is the one there is. Each call
 is one transaction and may block for an fsync: async callers go through a worker thread.
 """
 
@@ -13,9 +13,9 @@ from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.planning.forest import Forest
-from qmpsnap.store.frozen import FrozenTable
-from qmpsnap.store.homes import HomeTable
-from qmpsnap.store.pruning import PrunedTable
+from qmpsnap.store.sqlite.frozen import FrozenTable
+from qmpsnap.store.sqlite.homes import HomeTable
+from qmpsnap.store.sqlite.pruning import PrunedTable
 
 
 class Store(Protocol):

@@ -14,7 +14,7 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, DefinePlan
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 
 MIB = 1 << 20
 EPOCH = 1_767_225_600.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qmpsnap.model.home import Home
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.cli import forked
 from tests.harness import failing
 

@@ -22,7 +22,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.ops.outside import compare
 from qmpsnap.ops.snapshot import plan as create_plan
 from qmpsnap.ops.snapshot.plan import CreateRequest
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.cli import seeded
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -61,7 +61,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Home:
     folder = str(tmp_path_factory.mktemp("home"))
     home = Home.from_environment({"QMPSNAP_HOME": folder}, uid=os.geteuid())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qmpsnap.store.journal.time", SimpleNamespace(time=lambda: seeded.EPOCH))
+        patch.setattr("qmpsnap.store.sqlite.journal.time", SimpleNamespace(time=lambda: seeded.EPOCH))
         seeded.fill(home)
         for machine in ("web", "lab"):
             seeded.make_images(home, machine)

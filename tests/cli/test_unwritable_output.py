@@ -11,7 +11,7 @@ from qmpsnap.cli import output, progress
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.home import Home
 from qmpsnap.qmp.commands import JobInfo
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.cli import seeded
 
 PROGRAM = f"{sys.executable} -m qmpsnap"

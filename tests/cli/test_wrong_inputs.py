@@ -18,7 +18,7 @@ import pytest
 
 from qmpsnap.cli.main import main
 from qmpsnap.model.home import Home
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.cli import seeded
 from tests.cli.test_help import LEAVES, families
 

@@ -33,7 +33,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _PRELOADED = [__name__]
 _FORKS.set_forkserver_preload(_PRELOADED)
 
-STORE = "qmpsnap.store.sqlite"
+STORE = "qmpsnap.store.sqlite.backend"
 JOBS = "qmpsnap.qmp.jobs"
 
 WAIT = 100.0

@@ -9,7 +9,7 @@ import pytest
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Operation, OperationState, Plan, verb_of
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 
 When = Literal["before", "after"]
 WHEN: tuple[When, ...] = ("before", "after")

@@ -16,7 +16,7 @@ from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.session.broken import Broken
 from qmpsnap.store import records
-from qmpsnap.store.database import Database
+from qmpsnap.store.sqlite.database import Database
 from tests.live.machine import MIB, ONE_DISK, context_of, hold_invariants
 
 SPEC = MachineSpec(name="m", agent=False, disks=(DiskSpec(name="vda", size=MIB), DiskSpec(name="vdb", size=MIB)))

@@ -20,7 +20,7 @@ from qmpsnap.ops.session import recover
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.session import Monitor
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.harness.deaths import STORE, Call, die_at
 from tests.harness.processes import kill_qemu
 from tests.live.machine import (

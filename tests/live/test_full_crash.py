@@ -12,7 +12,7 @@ from tests.live.machine import context_of, fill, hold_invariants
 
 pytestmark = pytest.mark.version
 
-STORE = "qmpsnap.store.sqlite"
+STORE = "qmpsnap.store.sqlite.backend"
 COMMANDS = "qmpsnap.qmp.commands"
 MIGRATION = "qmpsnap.qmp.migration"
 MEMORY = "qmpsnap.ops.memory.save"

@@ -517,9 +517,9 @@ KEEPING = {
     "with the guest held": Call("qmpsnap.qmp.commands", "control", "after", 1),
     "with the memory on its way": Call("qmpsnap.qmp.jobs", "follow", "before", 1),
     "with the memory inside": Call("qmpsnap.qmp.jobs", "follow", "after", 1),
-    "marked loading": Call("qmpsnap.store.sqlite", "SqliteStore.mark", "after", 2),
+    "marked loading": Call("qmpsnap.store.sqlite.backend", "SqliteStore.mark", "after", 2),
     "loading": Call("qmpsnap.qmp.jobs", "follow", "before", 2),
-    "settled": Call("qmpsnap.store.sqlite", "SqliteStore.settle", "after", 1),
+    "settled": Call("qmpsnap.store.sqlite.backend", "SqliteStore.settle", "after", 1),
 }
 LOADED = ("loading", "settled")
 """From here on the machine is where it goes, and what it did before is kept."""

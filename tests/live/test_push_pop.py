@@ -16,8 +16,8 @@ from qmpsnap.model.layers.snapshot import Outside
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.revert import revert
 from qmpsnap.ops.revert.revert import Reverted
-from qmpsnap.store import schema
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite import schema
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.harness.deaths import Call, die_at
 from tests.live.machine import active_hash, context_of, fill, hold_invariants
 

@@ -236,8 +236,8 @@ async def test_what_cannot_be_a_copy_is_never_taken_over(first: Path, what: str)
 DEATHS = {
     "before a header": Call("qmpsnap.ops.base.relocate", "set_backing", "before", 1),
     "between two headers": Call("qmpsnap.ops.base.relocate", "set_backing", "after", 1),
-    "before the store has it": Call("qmpsnap.store.homes", "HomeTable.finish", "before", 1),
-    "after it has": Call("qmpsnap.store.homes", "HomeTable.finish", "after", 1),
+    "before the store has it": Call("qmpsnap.store.sqlite.homes", "HomeTable.finish", "before", 1),
+    "after it has": Call("qmpsnap.store.sqlite.homes", "HomeTable.finish", "after", 1),
 }
 
 

@@ -15,7 +15,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, OperationPending, StateError
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base import space
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.live.machine import MIB, ONE_DISK, active_hash, context_of, fill, grown, hold_invariants, snapshot_hashes
 
 HOLE = "dd if=/dev/urandom of=/dev/vdb bs=1M count=30 oflag=direct conv=fsync"

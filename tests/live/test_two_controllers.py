@@ -21,7 +21,7 @@ from tests.live.machine import MIB, context_of, grown, hold_invariants
 # One command line that comes to a halt as it makes its first step durable, until its input ends.
 HELD = """
 import sys
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 real = SqliteStore.mark
 def held(*a, **k):
     print("held", flush=True)

@@ -14,7 +14,7 @@ import qmpsnap
 from qmpsnap.errors import QmpError, QmpsnapError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.merge import job
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.harness.deaths import JOBS, STORE, Call, die_at
 from tests.live.machine import (
     MIB,

@@ -181,7 +181,7 @@ async def test_a_lost_store_does_not_lose_it(home: Path, uefi_spec: MachineSpec)
 
 COPY = ("qmpsnap.ops.internal.tagging", "copy_variables")
 REPLACE = ("qmpsnap.ops.revert.switch", "copy_variables")
-SETTLE = ("qmpsnap.store.sqlite", "SqliteStore.settle")
+SETTLE = ("qmpsnap.store.sqlite.backend", "SqliteStore.settle")
 FORWARD: dict[str, Call] = {
     "before it is copied": Call(*COPY, "before", 1),
     "with a copy that may not be durable": Call("qmpsnap.ops.internal.tagging", "sync_folder", "before", 1),
@@ -194,7 +194,9 @@ FORWARD: dict[str, Call] = {
 
 async def test_killed_before_the_guest_would_notice(q: qmpsnap.Controller, uefi_spec: MachineSpec) -> None:
     vm = await stopped_with_a_snapshot(q, uefi_spec)
-    await die_at(Call("qmpsnap.store.sqlite", "SqliteStore.mark", "before", 1), "snapshot", "revert", "still", "s")
+    await die_at(
+        Call("qmpsnap.store.sqlite.backend", "SqliteStore.mark", "before", 1), "snapshot", "revert", "still", "s"
+    )
     await vm.recover()
     assert (mark(vm), copies(vm)) == (2, await listed(vm))
     await hold_invariants(vm)

@@ -15,7 +15,7 @@ from qmpsnap.machine import machine as machines
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.qmp import session
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.live.machine import MIB, context_of, hold_invariants
 
 SPEC = MachineSpec(name="still", memory=64 * MIB, accel="tcg", disks=(DiskSpec(name="vda", size=MIB),), agent=False)

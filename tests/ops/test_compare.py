@@ -14,7 +14,7 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change, DefinePlan
 from qmpsnap.ops.outside import compare
 from qmpsnap.ops.outside.compare import layer_problems, view
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, machine, snapshot
 
 CHAIN = chain("vda", 1, 3)

@@ -15,7 +15,7 @@ from qmpsnap.host import hung, outstanding
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.home import Home
 from qmpsnap.ops.base.context import Context, locked
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 
 SOON = 0.6
 """Seconds until storage counts as hanging here."""

@@ -17,7 +17,7 @@ from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import Change, CreatePlan, InternalPlan, Operation, Plan
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.ops.bench import BenchContext, FakeQemu, context_on, machine
 
 LONG = 30.0

@@ -24,7 +24,7 @@ from qmpsnap.ops.snapshot import plan as create_plan
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.ops.snapshot.recover import direction as create_direction
 from qmpsnap.store.records import FOLDER, Records
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from qmpsnap.store.store import Store
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, machine
 

@@ -22,7 +22,7 @@ from qmpsnap.ops.revert import plan as revert_plan
 from qmpsnap.ops.revert.plan import RevertRequest, Run
 from qmpsnap.ops.revert.revert import Preview
 from qmpsnap.ops.session.recover import end_open
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, home_at, machine, snapshot
 
 LIVE = (chain("vda", 1, 3, 5), chain("vdb", 2, 4, 6))

@@ -18,7 +18,7 @@ from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.machines.spec import Cache, DiskSpec, Format, Forward, MachineSpec, NicSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import OPEN_STATES, Change, CreatePlan, OperationState, Overlay, Plan
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from qmpsnap.store.store import Store
 from tests.store.samples import (
     MACHINES,

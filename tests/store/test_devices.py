@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.model.operations import steps
-from qmpsnap.store.devices import File, moved
+from qmpsnap.store.sqlite.devices import File, moved
 
 OLD = 1 << 40  # no device has it
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.store.samples import MACHINES, created, defined, layer, opened
 
 CHANGES = {

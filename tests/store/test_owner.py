@@ -12,7 +12,7 @@ import pytest
 from qmpsnap.errors import HomeUntrusted
 from qmpsnap.host import acl
 from qmpsnap.store import owner
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 
 NOBODY = 65534
 PARTS = ("", "qmpsnap.db", "machines", "records", "locks", "run")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.store import pruning
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite import pruning
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.store.samples import MACHINES, created, defined, layer, opened, settled
 
 DAY = 24 * 3600.0

@@ -11,7 +11,7 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.store import records as written
 from qmpsnap.store.records import Place, Records
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.store.samples import MACHINES, PROCESS, defined, layer, machine, opened, settled
 
 

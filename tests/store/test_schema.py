@@ -19,9 +19,9 @@ from qmpsnap.model.machines.machine import Consent, Machine, Process
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.store import schema
-from qmpsnap.store.schema import MIGRATIONS
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite import schema
+from qmpsnap.store.sqlite.backend import SqliteStore
+from qmpsnap.store.sqlite.schema import MIGRATIONS
 from tests.store.samples import MACHINES, PROCESS, created, defined, everything, layer, machine, opened, settled
 
 V1 = Path(__file__).parent / "v1.sql"

@@ -13,8 +13,8 @@ import pytest
 
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.names import OperationId
-from qmpsnap.store import standing
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite import standing
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.harness import failing
 from tests.store.samples import MACHINES
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from qmpsnap.errors import HostCannot, OperationPending
 from qmpsnap.model.names import OperationId
 from qmpsnap.store import standing
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 
 from tests.harness import failing
 

@@ -32,7 +32,7 @@ from qmpsnap.ops.base import whereabouts
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner, runfolder
 from qmpsnap.store.lock import machine_lock
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 from qmpsnap.store.store import Store
 
 T = TypeVar("T")

@@ -30,7 +30,7 @@ from qmpsnap.qmp import commands
 from qmpsnap.store import condition
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.records import FOLDER, Records
-from qmpsnap.store.sqlite import SqliteStore
+from qmpsnap.store.sqlite.backend import SqliteStore
 
 _FILES = ("", "-wal", "-shm")
 

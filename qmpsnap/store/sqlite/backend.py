@@ -20,13 +20,14 @@ from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.planning import sharing
 from qmpsnap.model.planning.forest import Forest, Reference, Writer, based
-from qmpsnap.store import devices, journal, owner, queries, records, rows
-from qmpsnap.store.database import Database
-from qmpsnap.store.decoded import decoded
-from qmpsnap.store.frozen import FrozenTable
-from qmpsnap.store.homes import HomeTable
-from qmpsnap.store.pruning import PrunedTable
+from qmpsnap.store import owner, records
 from qmpsnap.store.records import Place, Records
+from qmpsnap.store.sqlite import devices, journal, queries, rows
+from qmpsnap.store.sqlite.database import Database
+from qmpsnap.store.sqlite.decoded import decoded
+from qmpsnap.store.sqlite.frozen import FrozenTable
+from qmpsnap.store.sqlite.homes import HomeTable
+from qmpsnap.store.sqlite.pruning import PrunedTable
 
 
 class SqliteStore:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.host import unwritable
-from qmpsnap.store import schema, standing
+from qmpsnap.store.sqlite import schema, standing
 
 _READ = "BEGIN"
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from qmpsnap.model.layers.stamp import History, Stamp
 from qmpsnap.model.names import LayerId
-from qmpsnap.store.database import Database
+from qmpsnap.store.sqlite.database import Database
 
 _ALL = "SELECT layer, since, mtime_ns, size, ctime_ns, digest FROM stamp ORDER BY layer, since"
 _PUT = "INSERT OR REPLACE INTO stamp (layer, since, mtime_ns, size, ctime_ns, digest) VALUES (?, ?, ?, ?, ?, ?)"

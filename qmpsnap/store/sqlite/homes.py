@@ -14,10 +14,10 @@ import msgspec
 
 from qmpsnap.model.operations.operation import OPEN_STATES
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried, carried_all
-from qmpsnap.store.database import Database
-from qmpsnap.store.decoded import decoded
-from qmpsnap.store.devices import signed
 from qmpsnap.store.records import Records
+from qmpsnap.store.sqlite.database import Database
+from qmpsnap.store.sqlite.decoded import decoded
+from qmpsnap.store.sqlite.devices import signed
 
 Ids = Mapping[tuple[int, int], tuple[int, int, int]]
 """Device and inode of a file to those of its copy, with the copy's birth."""

@@ -1,13 +1,13 @@
 """What of the journal goes: operations that have ended long ago, a few whenever another one ends.
 
-The tidying runs inside the transaction that ends an operation; only :mod:`qmpsnap.store.journal` calls it.
+The tidying runs inside the transaction that ends an operation; only :mod:`qmpsnap.store.sqlite.journal` calls it.
 """
 
 import sqlite3
 
 from msgspec import Struct
 
-from qmpsnap.store.database import Database
+from qmpsnap.store.sqlite.database import Database
 
 AGE = 90 * 24 * 3600.0
 """Seconds that an ended operation is kept."""

@@ -1,6 +1,6 @@
 """The journal: what is about to be done is durable before it is done.
 
-These functions run inside the store's transactions; only :mod:`qmpsnap.store.sqlite` calls them.
+These functions run inside the store's transactions; only :mod:`qmpsnap.store.sqlite.backend` calls them.
 """
 
 import os
@@ -16,8 +16,8 @@ from qmpsnap.model.operations import outcome, steps
 from qmpsnap.model.operations.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
 from qmpsnap.model.operations.outcome import Recorded
 from qmpsnap.model.planning import sharing
-from qmpsnap.store import frozen, pruning, recorded
-from qmpsnap.store.decoded import decoded
+from qmpsnap.store.sqlite import frozen, pruning, recorded
+from qmpsnap.store.sqlite.decoded import decoded
 
 _COLUMNS = "id, machine, verb, state, step, plan, started, updated, pid, error"
 _OUTCOME = "effect, outcome"
