@@ -21,20 +21,20 @@ from qmpsnap.host import descriptors, refused
 from qmpsnap.model.names import is_text
 
 NOUNS: Final = {
-    "doctor": ("doctor",),
+    "machine_verbs.doctor": ("doctor",),
     "demo": ("demo",),
-    "machine": ("define", "list", "show", "start", "stop", "pause", "resume", "wakeup", "undefine", "recover"),
-    "guest": ("console", "exec", "fstrim"),
-    "adopt": ("adopt",),
+    "machine_verbs.machine": ("define", "list", "show", "start", "stop", "pause", "resume", "wakeup", "undefine", "recover"),
+    "machine_verbs.guest": ("console", "exec", "fstrim"),
+    "machine_verbs.adopt": ("adopt",),
     "snapshot": ("snapshot", "tree"),
     "save": ("save", "restore"),
-    "chain": ("chain",),
+    "machine_verbs.chain": ("chain",),
     "merge": ("commit", "blockcommit", "stream", "pull", "blockpull"),
     "mirror": ("mirror", "copy", "blockcopy"),
     "job": ("job",),
-    "check": ("check",),
-    "relocate": ("relocate",),
-    "log": ("log",),
+    "machine_verbs.check": ("check",),
+    "machine_verbs.relocate": ("relocate",),
+    "machine_verbs.log": ("log",),
 }
 """The modules beside this one and the commands that each has, in the order of ``--help``."""
 

@@ -1,0 +1,1 @@
+"""Commands about machines and this host, one file each."""
