@@ -3,11 +3,12 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from qmpsnap.cli import delete, output, revert, seen
+from qmpsnap.cli import output, seen
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, tell_remedy
 from qmpsnap.cli.plans import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
-from qmpsnap.cli.snapshot_json import print_taken
+from qmpsnap.cli.snapshot_verbs import delete, revert
+from qmpsnap.cli.snapshot_verbs.snapshot_json import print_taken
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller

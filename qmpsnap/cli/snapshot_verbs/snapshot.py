@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qmpsnap.cli import delete, output, revert, seen, stack
+from qmpsnap.cli import output, seen
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, reading
 from qmpsnap.cli.plans import print_internal, print_plan
 from qmpsnap.cli.progress import add_progress, reporting
-from qmpsnap.cli.snapshot_json import document_of, print_taken
+from qmpsnap.cli.snapshot_verbs import delete, revert, stack
+from qmpsnap.cli.snapshot_verbs.snapshot_json import document_of, print_taken
 from qmpsnap.errors import UsageError
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot

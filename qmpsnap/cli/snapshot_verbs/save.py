@@ -7,9 +7,9 @@ from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
 from qmpsnap.cli.plans import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
-from qmpsnap.cli.revert import add_after, print_outcome, print_preview
-from qmpsnap.cli.snapshot import add_compress
-from qmpsnap.cli.snapshot_json import confined, print_snapshot
+from qmpsnap.cli.snapshot_verbs.revert import add_after, print_outcome, print_preview
+from qmpsnap.cli.snapshot_verbs.snapshot import add_compress
+from qmpsnap.cli.snapshot_verbs.snapshot_json import confined, print_snapshot
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller

@@ -1,0 +1,1 @@
+"""Commands about snapshots, layers and jobs, one file each."""
