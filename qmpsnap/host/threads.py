@@ -1,8 +1,8 @@
 """What waits for a disk runs in a thread; nobody leaves while it still does, nor while something is being closed.
 
 Storage that hangs is the exception: a thread that does not get on is left to itself after
-:func:`qmpsnap.host.hung.deadline`. What was locked stays locked until it is back, and nobody works on files under that lock
-meanwhile.
+:func:`qmpsnap.host.hung.deadline`. What was locked stays locked until it is back, and nobody works on files under that
+lock meanwhile.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """The contract of a store: machines, disks, layers, snapshots and the journal.
 
-``tests/store/test_contract.py`` holds every backend to it; :mod:`qmpsnap.store.sqlite.backend` is the one there is. Each call
-is one transaction and may block for an fsync: async callers go through a worker thread.
+``tests/store/test_contract.py`` holds every backend to it; :mod:`qmpsnap.store.sqlite.backend` is the one there is.
+Each call is one transaction and may block for an fsync: async callers go through a worker thread.
 """
 
 from collections.abc import Callable, Iterable

@@ -24,9 +24,10 @@ QUICK = (
     ["--version"],
     ["snapshot", "create", "--help"],
 )
+VERBS = ("snapshot.create", "lifecycle.define", "mirror.mirror", "snapshot.delete", "revert.revert")
 OTHERS = (
     "qmpsnap.api.controller",
-    *(f"qmpsnap.ops.{verb}" for verb in ("create", "define", "mirror", "delete", "revert")),
+    *(f"qmpsnap.ops.{verb}" for verb in VERBS),
 )
 PROGRAM = """
 import sys

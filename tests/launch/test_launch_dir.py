@@ -28,7 +28,7 @@ EXECUTABLE = {"guest/build", "guest/init"}
 LOOK = """
 import json, os, pathlib, sys
 import qmpsnap
-from qmpsnap.machine import specfile
+from qmpsnap.machine.config import specfile
 from qmpsnap.machine.config.recipes import launch_dir
 
 launch = launch_dir()

@@ -1,7 +1,7 @@
 """A store without disks: a file is a dict, a guest writes numbers, and what every moment held is remembered.
 
-Plans of :mod:`qmpsnap.model.planning.merge` are executed literally on these files, as QEMU would, and judged by what the files
-then read, never by the rules that made the plan.
+Plans of :mod:`qmpsnap.model.planning.merge` are executed literally on these files, as QEMU would, and judged by what
+the files then read, never by the rules that made the plan.
 """
 
 from collections import Counter

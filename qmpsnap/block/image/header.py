@@ -1,6 +1,7 @@
 """What an image says of itself, learned without QEMU: reads headers, accepts or refuses files, follows backing strings.
 
-Every image that somebody else made passes here before any tool opens it; :mod:`qmpsnap.block.image.qcow2` judges the bytes.
+Every image that somebody else made passes here before any tool opens it; :mod:`qmpsnap.block.image.qcow2` judges
+the bytes.
 """
 
 import errno

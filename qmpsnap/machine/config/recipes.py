@@ -5,6 +5,6 @@ from pathlib import Path
 
 def launch_dir() -> Path:
     """The folder with profiles, the small guest's recipe and the systemd unit."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     shipped = package / "_launch"
     return shipped if shipped.is_dir() else package.parent / "launch"

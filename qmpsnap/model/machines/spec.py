@@ -1,6 +1,7 @@
 """A machine's spec as a frozen value: what a user wrote, checked and with defaults filled in.
 
-:mod:`qmpsnap.machine.config.specfile` makes it from YAML; :mod:`qmpsnap.machine.starting.argv` makes QEMU's arguments from it.
+:mod:`qmpsnap.machine.config.specfile` makes it from YAML; :mod:`qmpsnap.machine.starting.argv` makes QEMU's arguments
+from it.
 """
 
 from typing import Any, Literal
