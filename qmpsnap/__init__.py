@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     )
     from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
-    from qmpsnap.ops.lifecycle.foresee import Forgotten
+    from qmpsnap.ops.lifecycle.dry_run import Forgotten
     from qmpsnap.ops.outside.compare import ChainView
     from qmpsnap.ops.revert.revert import Preview, Reverted
     from qmpsnap.ops.snapshot.delete import DeletePlan
-    from qmpsnap.ops.snapshot.snapshot_request import SnapshotOptions
+    from qmpsnap.ops.snapshot.request import SnapshotOptions
     from qmpsnap.ops.stack import PopPreview
     from qmpsnap.qmp.commands import JobInfo
 
@@ -104,10 +104,10 @@ _FROM = {
     "qmpsnap.ops.check.check": ("Checked",),
     "qmpsnap.ops.outside.compare": ("ChainView",),
     "qmpsnap.ops.snapshot.delete": ("DeletePlan",),
-    "qmpsnap.ops.lifecycle.foresee": ("Forgotten",),
+    "qmpsnap.ops.lifecycle.dry_run": ("Forgotten",),
     "qmpsnap.ops.stack": ("PopPreview",),
     "qmpsnap.ops.revert.revert": ("Preview", "Reverted"),
-    "qmpsnap.ops.snapshot.snapshot_request": ("SnapshotOptions",),
+    "qmpsnap.ops.snapshot.request": ("SnapshotOptions",),
     "qmpsnap.qmp.commands": ("JobInfo",),
 }
 _WHERE = {name: (module, name) for module, names in _FROM.items() for name in names}

@@ -20,7 +20,7 @@ from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.machine.starting import accel, logs, privileges, probe, scope
 from qmpsnap.machine.starting.privileges import RunAs
 from qmpsnap.model.home import Home
-from qmpsnap.ops.base import admission, space
+from qmpsnap.ops.base import admission, free_space
 from qmpsnap.ops.base.context import Programs
 from qmpsnap.store.sqlite.backend import SqliteStore
 
@@ -218,8 +218,8 @@ def _folder(name: str, path: Path) -> Ability:
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return Ability(f"{name} folder", "no", f"{path} can be written to by others", f"chmod go-w {path}")
-    free = space.room(path).free
-    if name == "data" and free < space.LOW:  # the run folder holds little, and often lies in memory
+    free = free_space.room(path).free
+    if name == "data" and free < free_space.LOW:  # the run folder holds little, and often lies in memory
         remedy = "free some space there: QEMU pauses a guest whose disk finds none"
         return Ability(f"{name} folder", "limited", f"{path}, only {free >> 20} MiB free", remedy)
     return Ability(f"{name} folder", "yes", f"{path}, {free >> 20} MiB free")

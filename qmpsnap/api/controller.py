@@ -20,7 +20,7 @@ from qmpsnap.machine.config.recipes import launch_dir
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operations.operation import DefinePlan, Operation
 from qmpsnap.ops.base.context import Context, blocking, opened
-from qmpsnap.ops.lifecycle import adopt, define, foresee
+from qmpsnap.ops.lifecycle import adopt, define, dry_run
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 
 
@@ -117,7 +117,7 @@ class Controller:
     ) -> DefinePlan:
         """What :meth:`define` would do now, without doing it; refused as that would be."""
         wanted, allowed = self._wanted(spec, folders)
-        return await foresee.defined(self.context, wanted, folders=allowed, allow_extra=allow_extra)
+        return await dry_run.defined(self.context, wanted, folders=allowed, allow_extra=allow_extra)
 
     def _wanted(
         self, spec: MachineSpec | str | os.PathLike[str], folders: Sequence[Path]

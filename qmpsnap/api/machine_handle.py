@@ -14,10 +14,10 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
 from qmpsnap.ops import save, stack
-from qmpsnap.ops.base import asked
+from qmpsnap.ops.base import requests
 from qmpsnap.ops.internal import create as internal
 from qmpsnap.ops.internal.create import InternalRequest
-from qmpsnap.ops.lifecycle import foresee
+from qmpsnap.ops.lifecycle import dry_run
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.mirror import mirror
@@ -29,7 +29,7 @@ from qmpsnap.ops.save import RestoreRequest, SaveRequest
 from qmpsnap.ops.snapshot import create, delete, rename
 from qmpsnap.ops.snapshot.delete import DeletePlan, DeleteRequest
 from qmpsnap.ops.snapshot.plan import CreateRequest
-from qmpsnap.ops.snapshot.snapshot_request import Files, Kind, SnapshotOptions, names_of, paths_of, requested
+from qmpsnap.ops.snapshot.request import Files, Kind, SnapshotOptions, names_of, paths_of, requested
 from qmpsnap.ops.stack import PopPreview
 from qmpsnap.qmp.jobs import Report, unreported
 
@@ -169,14 +169,14 @@ class MachineHandle(MachineLife):
         request = RestoreRequest(
             file=None if file is None else str(Path(file).absolute()), discard=discard, paused=paused, after=after
         )
-        return await save.restore(self._context, self.name, asked.well_typed(request))
+        return await save.restore(self._context, self.name, requests.well_typed(request))
 
     async def preview_restore(
         self, file: str | os.PathLike[str] | None = None, *, discard: bool = False, paused: bool = False
     ) -> Preview:
         """What :meth:`restore` would do now, without doing it."""
         place = None if file is None else str(Path(file).absolute())
-        request = asked.well_typed(RestoreRequest(file=place, discard=discard, paused=paused))
+        request = requests.well_typed(RestoreRequest(file=place, discard=discard, paused=paused))
         return await save.preview_restore(self._context, self.name, request)
 
     async def add_layers(self, *, disks: Sequence[str] | None = None, files: Files | None = None) -> tuple[Layer, ...]:
@@ -265,7 +265,7 @@ class MachineHandle(MachineLife):
 
     async def preview_rename(self, old: str, new: str) -> None:
         """Refused where :meth:`rename_snapshot` would be now; changes nothing."""
-        await foresee.renamed(self._context, self.name, old, new)
+        await dry_run.renamed(self._context, self.name, old, new)
 
     async def commit(
         self,
@@ -290,7 +290,7 @@ class MachineHandle(MachineLife):
             HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
         """
         request = CommitRequest(disk=disk, base=base, top=top, consume=consume)
-        return await commit.run(self._context, self.name, asked.well_typed(request), report=report)
+        return await commit.run(self._context, self.name, requests.well_typed(request), report=report)
 
     async def stream(self, disk: str, *, base: str | None = None, report: Report = unreported) -> MergePlan:
         """Let the active layer absorb what lies between it and ``base`` (everything, without it); nothing is lost.
@@ -299,7 +299,7 @@ class MachineHandle(MachineLife):
             StateError: nothing lies between.
             HostCannot: not enough space.
         """
-        request = asked.well_typed(StreamRequest(disk=disk, base=base))
+        request = requests.well_typed(StreamRequest(disk=disk, base=base))
         return await commit.run(self._context, self.name, request, report=report)
 
     async def mirror(
@@ -340,7 +340,7 @@ class MachineHandle(MachineLife):
             format=format,
             write_blocking=write_blocking,
         )
-        return await mirror.run(self._context, self.name, asked.well_typed(request), report=report)
+        return await mirror.run(self._context, self.name, requests.well_typed(request), report=report)
 
     async def delete_snapshots(
         self, *names: str, children: bool = False, metadata: bool = False, report: Report = unreported
@@ -357,24 +357,24 @@ class MachineHandle(MachineLife):
             NotFoundError: one is not there; nothing was deleted.
         """
         request = DeleteRequest(names=names, children=children, metadata=metadata)
-        return await delete.run(self._context, self.name, asked.well_typed(request), report=report)
+        return await delete.run(self._context, self.name, requests.well_typed(request), report=report)
 
 
 def _push_request(name: str | None, description: str) -> CreateRequest:
-    return asked.well_typed(CreateRequest(name=name, description=description, pushed=True))
+    return requests.well_typed(CreateRequest(name=name, description=description, pushed=True))
 
 
 def _layers_request(disks: Sequence[str] | None, files: Files | None) -> CreateRequest:
-    return asked.well_typed(CreateRequest(disks=names_of(disks), files=paths_of(files), listed=False))
+    return requests.well_typed(CreateRequest(disks=names_of(disks), files=paths_of(files), listed=False))
 
 
 def _save_request(
     file: str | os.PathLike[str] | None, name: str | None, description: str, compression: Compression
 ) -> SaveRequest:
     place = None if file is None else str(Path(file).absolute())
-    return asked.well_typed(SaveRequest(file=place, name=name, description=description, compression=compression))
+    return requests.well_typed(SaveRequest(file=place, name=name, description=description, compression=compression))
 
 
 def _revert_request(snapshot: Snapshot | str, discard: bool, state: Run | None, *, after: bool = True) -> RevertRequest:  # noqa: FBT001
     name = snapshot if isinstance(snapshot, str) else snapshot.name
-    return asked.well_typed(RevertRequest(name=name, discard=discard, run=state, after=after))
+    return requests.well_typed(RevertRequest(name=name, discard=discard, run=state, after=after))

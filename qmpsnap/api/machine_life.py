@@ -14,15 +14,15 @@ from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.operations.operation import Operation
-from qmpsnap.ops.base import asked, space, variables
+from qmpsnap.ops.base import free_space, nvram, requests
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import check as checking
 from qmpsnap.ops.check.check import Checked
-from qmpsnap.ops.lifecycle import foresee, pausing, power, undefine
-from qmpsnap.ops.lifecycle.foresee import Forgotten
+from qmpsnap.ops.lifecycle import dry_run, pausing, power, undefine
+from qmpsnap.ops.lifecycle.dry_run import Forgotten
 from qmpsnap.ops.outside import compare
 from qmpsnap.ops.outside.compare import ChainView
-from qmpsnap.ops.session.work import working
+from qmpsnap.ops.session.session import working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
@@ -119,11 +119,13 @@ class MachineLife:
     async def shortage(self) -> tuple[str, ...]:
         """A sentence for every file system that may fill up under the guest; QEMU pauses a guest that hits its end."""
         chains = await blocking(self._context.store.chains, self.name)
-        return await to_read(lambda: briefly(lambda: space.shortage(chains), (space.UNKNOWN,), seconds=space.PATIENCE))
+        return await to_read(
+            lambda: briefly(lambda: free_space.shortage(chains), (free_space.UNKNOWN,), seconds=free_space.PATIENCE)
+        )
 
     async def left_out(self) -> tuple[str, ...]:
         """A sentence on what the guest writes to and no snapshot holds: the UEFI variables of an adopted machine."""
-        return await variables.left_out(self._context, await self.record())
+        return await nvram.left_out(self._context, await self.record())
 
     async def run(
         self,
@@ -177,7 +179,7 @@ class MachineLife:
 
     @asynccontextmanager
     async def _agent(self, deadline: float) -> AsyncIterator[Agent]:
-        asked.require_time(deadline, "the deadline")
+        requests.require_time(deadline, "the deadline")
         machine = await self.record()
         if machine.adopted:
             raise StateError(
@@ -249,7 +251,7 @@ class MachineLife:
 
     async def preview_undefine(self, *, disks: undefine.Fate | None = None) -> Forgotten:
         """The files that :meth:`undefine` would keep or remove now; refused as that would be."""
-        return await foresee.forgotten(self._context, self.name, disks=disks)
+        return await dry_run.forgotten(self._context, self.name, disks=disks)
 
     async def undefine(self, *, disks: undefine.Fate | None = None, told: undefine.Told | None = None) -> list[str]:
         """Forget the machine and its snapshots; see :func:`qmpsnap.ops.lifecycle.undefine.run`."""

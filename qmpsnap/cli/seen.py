@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 def images(store: "Store", machines: Sequence[Machine], alive: Mapping[str, Process]) -> dict[str, Seen]:
     """How the images are of those machines that are this host's."""
-    from qmpsnap.ops.outside import frozen
+    from qmpsnap.ops.outside import layer_changes
 
     here = [machine for machine in machines if machine.host == os.uname().nodename]
     pids = {name: process.pid for name, process in alive.items()}
-    return files.glance({machine.name: frozen.asked(store, machine, pids.get(machine.name)) for machine in here})
+    return files.glance({machine.name: layer_changes.asked(store, machine, pids.get(machine.name)) for machine in here})
 
 
 def snapshots(store: "Store", machine: str) -> dict[str, str]:
     """The state of each snapshot: the recorded one, or where that is ``ok`` what its files tell at once instead."""
-    from qmpsnap.ops.outside import frozen
+    from qmpsnap.ops.outside import layer_changes
 
     found, record = store.snapshots(machine), store.machine(machine)
     if record.host != os.uname().nodename or not found:
         return {snapshot.name: snapshot.state for snapshot in found}
-    asked = frozen.asked(store, record, None)
+    asked = layer_changes.asked(store, record, None)
     look = files.glance({machine: replace(asked, paths={}, active=frozenset())})[machine]
     forest = store.forest()
-    states = {one.name: frozen.taken_as(one, forest, asked.stamps, look) for one in found}
+    states = {one.name: layer_changes.taken_as(one, forest, asked.stamps, look) for one in found}
     if not look.asked:
         output.note(f"{machine}: images were not asked: their storage did not answer at once")
     for trouble in ("missing", "replaced", "overwritten"):
@@ -48,9 +48,9 @@ def state(machine: Machine, process: Process | None, found: Seen | None) -> str:
     """``running`` or ``stopped``; ``unknown`` where a QEMU that cannot be seen from here may run."""
     if process:
         return "running"
-    from qmpsnap.ops.outside import unseen
+    from qmpsnap.ops.outside import unseen_qemu
 
-    return "unknown" if (found and found.unseen) or unseen.answers(home(), machine) else "stopped"
+    return "unknown" if (found and found.unseen) or unseen_qemu.answers(home(), machine) else "stopped"
 
 
 def tell(name: str, found: Seen) -> None:

@@ -2,7 +2,7 @@
 
 Storage that hangs is the exception: a thread that does not get on is left to itself after
 :func:`qmpsnap.host.hung.deadline`. What was locked stays locked until it is back, and nobody works on files under that
-lock meanwhile.
+under that lock meanwhile.
 """
 
 import asyncio

@@ -14,7 +14,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Compression
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.memory.means import MemoryRequest
+from qmpsnap.ops.memory.strategy import MemoryRequest
 from qmpsnap.ops.revert import revert
 from qmpsnap.ops.revert.plan import RevertRequest
 from qmpsnap.ops.revert.revert import Preview, Reverted

@@ -12,8 +12,8 @@ from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.revert import revert
 from qmpsnap.ops.revert.plan import RevertRequest
 from qmpsnap.ops.revert.revert import Preview, Reverted
-from qmpsnap.ops.session import situation
-from qmpsnap.ops.session.work import looking, working
+from qmpsnap.ops.session import planning_state
+from qmpsnap.ops.session.session import looking, working
 from qmpsnap.ops.snapshot import delete
 from qmpsnap.ops.snapshot.delete import DeletePlan, DeleteRequest
 from qmpsnap.qmp.jobs import Report, unreported
@@ -55,7 +55,7 @@ async def preview(context: Context, name: str, *, discard: bool = False) -> PopP
     """What :func:`pop` would do now, without a lock and without a change; refused as that would be."""
     async with looking(context, name, removes=True) as work:
         current = await _top(context, name, discard=discard)
-        at = await situation.look(context, work, disks=())
+        at = await planning_state.look(context, work, disks=())
     back = await revert.preview(context, name, RevertRequest(name=current, discard=True))
     return PopPreview(back, delete.plan(at.after(back.plan.change), DeleteRequest(names=(current,))))
 

@@ -11,9 +11,9 @@ import pytest
 from qmpsnap.block.image import create as image
 from qmpsnap.model.operations import steps
 from qmpsnap.model.planning import merge as rules
-from qmpsnap.ops.jobs import finalize
+from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob
-from qmpsnap.ops.merge import job, possible
+from qmpsnap.ops.merge import job, preflight
 from qmpsnap.ops.snapshot import create
 from qmpsnap.ops.snapshot.create import _Attempt
 from qmpsnap.qmp import commands, jobs
@@ -32,7 +32,7 @@ def _a_result_is_not_flushed_before_it_counts(patch: Patch) -> None:
         if command != "stop":
             await commands.control(qemu, command)
 
-    patch.setattr(finalize, "commands", SimpleNamespace(query_status=commands.query_status, control=control))
+    patch.setattr(cutover, "commands", SimpleNamespace(query_status=commands.query_status, control=control))
 
 
 def _qemu_hears_of_a_snapshot_before_the_journal(patch: Patch) -> None:
@@ -82,7 +82,7 @@ def _a_file_is_removed_whatever_it_is(patch: Patch) -> None:
 
 
 def _nobody_looks_where_a_name_leads(patch: Patch) -> None:
-    for module in (job, possible):
+    for module in (job, preflight):
         patch.setattr(module, "require_recorded", lambda *_, **__: None)
 
 

@@ -16,9 +16,9 @@ IMAGE, COMMANDS, JOBS = "qmpsnap.block.image.create", "qmpsnap.qmp.commands", "q
 MIGRATION, MEMORY, STATEFILE = "qmpsnap.qmp.migration", "qmpsnap.ops.memory.save", "qmpsnap.machine.statefile"
 MERGE, SWITCH, TAGS, TAGGING = (
     "qmpsnap.ops.merge.job",
-    "qmpsnap.ops.revert.switch",
+    "qmpsnap.ops.revert.cutover",
     "qmpsnap.block.image.tags",
-    "qmpsnap.ops.internal.tagging",
+    "qmpsnap.ops.internal.tags",
 )
 
 OVERLAYS = {
@@ -31,7 +31,7 @@ MOVED = {
 }
 CHOSEN = {
     "the name claimed": Call("qmpsnap.block.image.place", "claim", "after", 1),
-    "one name left": Call("qmpsnap.ops.base.chosen", "let_go", "after", 1),
+    "one name left": Call("qmpsnap.ops.base.overlay_paths", "let_go", "after", 1),
 }
 WRITTEN = {
     "the file made": Call(STATEFILE, "create", "after", 1),

@@ -18,7 +18,7 @@ import qmpsnap
 from qmpsnap.machine import machine
 from qmpsnap.model.operations import steps
 from qmpsnap.ops.memory import save
-from qmpsnap.ops.session import recover
+from qmpsnap.ops.session import recovery
 from qmpsnap.qmp import session
 from qmpsnap.qmp.session import Session
 from tests.faults import claims, site
@@ -217,7 +217,7 @@ def _short_deadlines(stopped: list[int]) -> Iterator[None]:
         patch.setattr(session, "connect", quick_connect)
         patch.setattr(machine, "QUIT_DEADLINE", QUICK)
         patch.setattr(save, "RESUME_DEADLINE", QUICK)
-        patch.setattr(recover, "SETTLE_DEADLINE", 5 * QUICK)
+        patch.setattr(recovery, "SETTLE_DEADLINE", 5 * QUICK)
         yield
 
 

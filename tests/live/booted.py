@@ -22,7 +22,7 @@ from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.lifecycle.power import bring_up
 from qmpsnap.ops.memory.load import Loading
-from qmpsnap.ops.session.work import working
+from qmpsnap.ops.session.session import working
 from tests.conftest import SHARED
 from tests.live.machine import context_of
 

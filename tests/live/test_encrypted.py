@@ -26,7 +26,7 @@ from qmpsnap.model.layers.blockdev import chain_options
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.spec import DiskSpec, Encryption, MachineSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.ops.base import keys
+from qmpsnap.ops.base import luks
 from qmpsnap.qmp import session
 from tests.live.machine import MIB, context_of, fill, hold_invariants, user_monitor
 
@@ -183,7 +183,7 @@ async def test_a_stopped_machine_and_a_key_that_the_program_gives(
             base, top = context_of(vm).store.chains("vault")[0].layers
             other = replace(base, path=str(home / "elsewhere.qcow2"))
             shutil.copy(base.path, other.path)
-            async with keys.for_images(context_of(vm), "vault", (await vm.record()).spec.disks[0]) as key:
+            async with luks.for_images(context_of(vm), "vault", (await vm.record()).spec.disks[0]) as key:
                 for below in (other, base):
                     await set_backing(top, below, qemu_img=context_of(vm).image.binary, key=key)
                     assert header.read(top.path).backing == below.path

@@ -14,7 +14,7 @@ from qmpsnap.errors import HostCannot, NotFoundError, OperationPending
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import relocate
-from qmpsnap.ops.session.broken import Broken
+from qmpsnap.ops.session.pending import Broken
 from qmpsnap.store import records
 from qmpsnap.store.sqlite.database import Database
 from tests.live.machine import MIB, ONE_DISK, context_of, hold_invariants

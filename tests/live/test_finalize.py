@@ -14,9 +14,9 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, OperationPending, QmpErro
 from qmpsnap.model.layers import blockdev
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import JobId
-from qmpsnap.ops.jobs import finalize
+from qmpsnap.ops.jobs import cutover as finalize
 from qmpsnap.ops.jobs.blockjob import BlockJob
-from qmpsnap.ops.session import recover
+from qmpsnap.ops.session import recovery
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.session import Monitor
@@ -236,7 +236,7 @@ async def test_an_end_that_takes_too_long_is_said_and_holds_no_guest(
     act = vm.stream if verb == "stream" else partial(vm.mirror, target=place / "copy", mode="pivot")
     with monkeypatch.context() as patched:
         patched.setattr(finalize, "FINALIZE_DEADLINE", 2.0)
-        patched.setattr(recover, "SETTLE_DEADLINE", 2.0)
+        patched.setattr(recovery, "SETTLE_DEADLINE", 2.0)
         patched.setattr(BlockJob, "require_chain", _for_ever)
         with pytest.raises(DeadlinePassed, match="did not come to its end within 2 s") as late:
             await act("vda")

@@ -24,8 +24,8 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.layers.vmstate import Manifest
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.ops.base import space
-from qmpsnap.ops.memory import means, save
+from qmpsnap.ops.base import free_space
+from qmpsnap.ops.memory import save, strategy
 from qmpsnap.ops.snapshot import plan
 from qmpsnap.qmp import migration
 from tests.live.booted import start_booted
@@ -244,8 +244,8 @@ async def test_a_pause_is_foreseen_by_those_before(still: qmpsnap.MachineHandle)
 async def test_a_longer_pause_than_agreed_is_told(
     still: qmpsnap.MachineHandle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(means, "BACKGROUND_MS", 0.0)
-    monkeypatch.setattr(means, "BACKGROUND_MS_PER_GIB", 0.0)
+    monkeypatch.setattr(strategy, "BACKGROUND_MS", 0.0)
+    monkeypatch.setattr(strategy, "BACKGROUND_MS_PER_GIB", 0.0)
     words = ["snapshot", "create", "still", "quick", "--kind", "full", "--max-pause", "0.01", "-o", "json"]
     code = await anyio.to_thread.run_sync(main, words)
     said = capsys.readouterr()
@@ -575,7 +575,7 @@ async def test_no_space_is_known_before_anything_is_done(
         await vm.snapshot("all", kind="full")
     with pytest.raises(HostCannot, match=r"there is too little space: .*the guest's memory .*; nothing was changed"):
         await vm.preview_snapshot("all", kind="full")
-    monkeypatch.setattr(space, "require", lambda *_, **__: None)  # it was free a moment ago
+    monkeypatch.setattr(free_space, "require", lambda *_, **__: None)  # it was free a moment ago
     with pytest.raises(HostCannot, match="No space left"):
         await vm.snapshot("all", kind="full")
     assert await vm.snapshots() == ()
@@ -606,7 +606,7 @@ def no_space(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 async def survives_failure(vm: qmpsnap.MachineHandle) -> bool:
     process = (await vm.record()).process
     assert process is not None
-    return tuple(map(int, process.qemu_version.split("."))) >= means.CANCELLABLE_SINCE
+    return tuple(map(int, process.qemu_version.split("."))) >= strategy.CANCELLABLE_SINCE
 
 
 async def test_no_space_for_the_memory_leaves_no_trace(
@@ -815,7 +815,7 @@ async def test_a_paused_guest_is_not_left_unable_to_write(
     async def no_right(*_: Any, **__: Any) -> str:
         return "no right"
 
-    monkeypatch.setattr(means, "_why_not_behind_it", no_right)
+    monkeypatch.setattr(strategy, "_why_not_behind_it", no_right)
     async with user_monitor(still) as qemu:
         await qemu.execute("stop")
     with pytest.raises(StateError, match="is paused"):

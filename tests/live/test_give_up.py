@@ -45,7 +45,7 @@ async def usable_again(q: qmpsnap.Controller, vm: qmpsnap.MachineHandle) -> None
 
 async def test_a_snapshot_inside_an_image_that_is_gone(q: qmpsnap.Controller) -> None:
     vm, _, _ = await grown_and_stopped(q)
-    await die_at(Call("qmpsnap.ops.internal.tagging", "tag_stopped", "before", 1), *CREATE, "--kind", "internal")
+    await die_at(Call("qmpsnap.ops.internal.tags", "tag_stopped", "before", 1), *CREATE, "--kind", "internal")
     (active := Path((await vm.chains())[0].active.path)).unlink()
     sentence, kept = await given_up(vm)
     assert sentence.startswith("operation ")

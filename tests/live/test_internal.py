@@ -21,8 +21,8 @@ from qmpsnap.errors import HostCannot, NameTaken, QmpError, QmpsnapError, StateE
 from qmpsnap.machine.starting.argv import CONSOLE_LOG
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.ops.base.space import Need
-from qmpsnap.ops.internal import tagging
+from qmpsnap.ops.base.free_space import Need
+from qmpsnap.ops.internal import tags as tagging
 from qmpsnap.ops.revert import revert
 from tests.harness.deaths import Call, die_at
 from tests.harness.processes import kill_qemu
@@ -590,8 +590,8 @@ async def test_the_guard_also_watches_a_guest_that_is_to_stand_still_afterwards(
     [
         Call("qmpsnap.block.image.tags", "take_out", "after", 1),
         Call("qmpsnap.block.image.tags", "take_out", "after", 2),
-        Call("qmpsnap.ops.internal.tagging", "load_into", "before", 1),
-        Call("qmpsnap.ops.internal.tagging", "load_into", "after", 1),
+        Call("qmpsnap.ops.internal.tags", "load_into", "before", 1),
+        Call("qmpsnap.ops.internal.tags", "load_into", "after", 1),
         Call("qmpsnap.qmp.commands", "delete_tag", "after", 1),
     ],
     ids=lambda point: f"{point.function}-{point.when}-{point.nth}",

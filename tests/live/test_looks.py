@@ -9,7 +9,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, LockHeld, StateError, StoreMismatch, UsageError
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.ops.base import space
+from qmpsnap.ops.base import free_space
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest
 from qmpsnap.ops.mirror import mirror
@@ -94,8 +94,8 @@ async def test_a_preview_sees_that_there_is_no_room(
     vm, _, _ = await grown_and_stopped(q)
     context = context_of(vm)
     await commit.preview(context, "still", CommitRequest(disk="vda", base="s1", consume=True))
-    real = space.room
-    monkeypatch.setattr(space, "room", lambda folder: space.Room(real(folder).device, 4096))
+    real = free_space.room
+    monkeypatch.setattr(free_space, "room", lambda folder: free_space.Room(real(folder).device, 4096))
     for attempt in (
         commit.preview(context, "still", CommitRequest(disk="vda", base="s1", consume=True)),
         delete.preview(context, "still", DeleteRequest(names=("s2",))),

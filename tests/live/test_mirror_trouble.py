@@ -148,7 +148,7 @@ async def test_a_full_disk_pauses_the_copy(
     """The space that was there when we looked is gone when the job writes."""
     vm, hashes, now = await grown_and_stopped(q)
     await vm.start()
-    monkeypatch.setattr("qmpsnap.ops.base.space.require", lambda *_, **__: None)
+    monkeypatch.setattr("qmpsnap.ops.base.free_space.require", lambda *_, **__: None)
     with small(place, size=8 * MIB) as folder:
         (folder / "filler").write_bytes(bytes(6 * MIB))
         target = folder / "copy"
@@ -178,7 +178,7 @@ async def test_a_full_disk_ends_the_copy_of_a_stopped_machine(
     q: qmpsnap.Controller, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vm, hashes, now = await grown_and_stopped(q)
-    monkeypatch.setattr("qmpsnap.ops.base.space.require", lambda *_, **__: None)
+    monkeypatch.setattr("qmpsnap.ops.base.free_space.require", lambda *_, **__: None)
     with small(place, size=2 * MIB) as folder:
         with pytest.raises(HostCannot, match="no space left; the chain is as before") as full:
             await vm.mirror("vda", folder / "copy", mode="pivot")

@@ -13,7 +13,7 @@ import qmpsnap
 from qmpsnap.block.usage import users
 from qmpsnap.errors import ImageInUse
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
-from qmpsnap.ops.outside import outsiders
+from qmpsnap.ops.outside import other_programs
 from tests.live.machine import MIB, context_of
 from tests.live.outsider import WAYS, outsider
 
@@ -44,7 +44,7 @@ CHANGING = ("revert --discard", "delete", "commit", "undefine")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outsiders, "PATIENCE", 0.0)
+    monkeypatch.setattr(other_programs, "PATIENCE", 0.0)
 
 
 def make_base(path: Path) -> None:

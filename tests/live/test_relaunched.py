@@ -12,7 +12,7 @@ from qmpsnap.block.usage import locks
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operations.operation import Merge, MergePlan
-from qmpsnap.ops.session import relaunched
+from qmpsnap.ops.session import external_writers
 from tests.harness.deaths import JOBS, STORE, Call, die_at
 from tests.live.machine import context_of
 from tests.live.test_adopt import Foreign, agree, folder, launched
@@ -56,7 +56,7 @@ class Left(Struct, frozen=True):
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A QEMU that lives is not waited for as one that ends."""
-    monkeypatch.setattr(relaunched, "PATIENCE", 0.1)
+    monkeypatch.setattr(external_writers, "PATIENCE", 0.1)
 
 
 async def _broken(q: qmpsnap.Controller, launched: Any, verb: str, *, moved: int | None = None) -> Left:

@@ -14,7 +14,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, OperationPending, StateError
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.ops.base import space
+from qmpsnap.ops.base import free_space
 from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.live.machine import MIB, ONE_DISK, active_hash, context_of, fill, grown, hold_invariants, snapshot_hashes
 
@@ -144,7 +144,7 @@ async def test_a_store_without_room_refuses_before_anything_begins(
         with pytest.raises(HostCannot, match=r"the store.* may need 262144 bytes, and \d+ are free") as full:
             await refused
         assert (full.value.exit_code, full.value.effect) == (9, "none")
-    monkeypatch.setattr(space, "require", lambda *_, **__: None)  # it was free a moment ago
+    monkeypatch.setattr(free_space, "require", lambda *_, **__: None)  # it was free a moment ago
     with pytest.raises(HostCannot, match="nothing was changed"):
         await _snapshots_without_end(vm)
     filler.unlink()

@@ -9,7 +9,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.ops.base import asked
+from qmpsnap.ops.base import requests
 from tests.live.booted import start_booted
 from tests.live.machine import hold_invariants
 
@@ -51,7 +51,7 @@ async def test_a_guest_that_sleeps(
         await vm.snapshot("frozen", quiesce="require")
     process = (await vm.record()).process
     assert process
-    keeps = tuple(map(int, process.qemu_version.split("."))) >= asked.SUSPENDED_SINCE
+    keeps = tuple(map(int, process.qemu_version.split("."))) >= requests.SUSPENDED_SINCE
     await (memory_sleeps_on if keeps else memory_is_refused)(vm)
     assert (await vm.snapshot("disks")).mode == "suspended"
     await vm.snapshot("tags", kind="internal", memory=False)

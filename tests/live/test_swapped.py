@@ -19,7 +19,7 @@ from qmpsnap.machine.starting.argv import CONSOLE_LOG, PID_FILE
 from qmpsnap.machine.starting.logs import QEMU_LOG
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.ops.merge import job
-from qmpsnap.ops.revert import switch
+from qmpsnap.ops.revert import cutover
 from qmpsnap.qmp import commands
 from tests.live.machine import (
     MIB,
@@ -168,7 +168,7 @@ async def test_the_layers_below_a_snapshot(q: qmpsnap.Controller, state: str, ki
 async def test_a_new_overlay_of_a_stopped_revert(q: qmpsnap.Controller, swap: Swap) -> None:
     vm, hashes, _ = await grown_and_stopped(q)
     for way in WAYS:
-        swap(switch, "blocking", next_layer(vm), way)
+        swap(cutover, "blocking", next_layer(vm), way)
         with pytest.raises(StoreMismatch, match="should be a new, empty image"):
             await vm.revert("s1")
         swap.put_back()
@@ -252,7 +252,7 @@ async def test_layers_that_are_to_go(q: qmpsnap.Controller, swap: Swap) -> None:
     swap.put_back()
     await vm.recover()
     active = Path((await vm.chains())[0].active.path)
-    swap(switch, "remove_files", active, "another inode")
+    swap(cutover, "remove_files", active, "another inode")
     with pytest.raises(StoreMismatch, match="not the recorded image"):
         await vm.revert("s1", discard=True)
     swap.put_back()

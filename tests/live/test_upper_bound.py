@@ -13,8 +13,8 @@ from qmpsnap.errors import HostCannot
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.model.names import layer_id
-from qmpsnap.ops.base import space
-from qmpsnap.ops.base.space import Room
+from qmpsnap.ops.base import free_space
+from qmpsnap.ops.base.free_space import Room
 from qmpsnap.ops.merge.commit import StreamRequest, preview
 from tests.faults import site
 from tests.faults.site import KIB, ONE, qemu_io
@@ -59,7 +59,7 @@ async def test_a_stream_moves_no_more_than_it_says(q: qmpsnap.Controller, place:
     written = _occupied(active) - before
     (said,) = {step.moves for plan in (made, done) for step in plan.steps if hasattr(step, "moves")}
     assert written <= said, f"{written} bytes were written, {said} at most were foretold"
-    assert said <= 4 * MIB + 6 * space.CLUSTER
+    assert said <= 4 * MIB + 6 * free_space.CLUSTER
 
 
 @pytest.mark.parametrize(("top", "zeros"), [("s2", True), (None, False)], ids=["middle", "active"])
@@ -90,7 +90,7 @@ async def test_too_little_room_for_what_is_compressed_is_told_before(
     base, kind = _base(place, "compressed")
     assert _occupied(str(base)) < MIB
     vm = await q.define(replace(ONE, disks=(DiskSpec(name="vda", base=str(base), format=kind),)))
-    monkeypatch.setattr(space, "room", lambda _: Room(1, MIB + 512 * KIB))
+    monkeypatch.setattr(free_space, "room", lambda _: Room(1, MIB + 512 * KIB))
     with pytest.raises(HostCannot, match=r"may grow by .* nothing was changed"):
         await vm.stream("vda")
 
@@ -114,7 +114,7 @@ async def test_a_delete_goes_the_way_that_writes_less_and_not_that_of_the_smalle
 def test_what_cannot_be_counted_is_all_there(tmp_path: Path, damage: int) -> None:
     path, kind = _base(tmp_path, "compressed")
     if damage:
-        os.truncate(path, 3 * space.CLUSTER)  # its tables lie behind that
+        os.truncate(path, 3 * free_space.CLUSTER)  # its tables lie behind that
     else:
         path.unlink()
     layer = Layer(id=layer_id("vda", 1), path=str(path), format=kind, backing=None, virtual_size=4 * MIB)

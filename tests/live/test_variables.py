@@ -179,12 +179,12 @@ async def test_a_lost_store_does_not_lose_it(home: Path, uefi_spec: MachineSpec)
 
 # --- deaths -----------------------------------------------------------------------------------------------------------
 
-COPY = ("qmpsnap.ops.internal.tagging", "copy_variables")
-REPLACE = ("qmpsnap.ops.revert.switch", "copy_variables")
+COPY = ("qmpsnap.ops.internal.tags", "copy_variables")
+REPLACE = ("qmpsnap.ops.revert.cutover", "copy_variables")
 SETTLE = ("qmpsnap.store.sqlite.backend", "SqliteStore.settle")
 FORWARD: dict[str, Call] = {
     "before it is copied": Call(*COPY, "before", 1),
-    "with a copy that may not be durable": Call("qmpsnap.ops.internal.tagging", "sync_folder", "before", 1),
+    "with a copy that may not be durable": Call("qmpsnap.ops.internal.tags", "sync_folder", "before", 1),
     "with a copy": Call(*REPLACE, "before", 1),
     "replaced": Call(*REPLACE, "after", 1),
     "not settled": Call(*SETTLE, "before", 1),

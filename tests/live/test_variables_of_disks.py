@@ -15,7 +15,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.ops.base import variables
+from qmpsnap.ops.base import nvram
 from qmpsnap.ops.rebuild import rebuild
 from qmpsnap.qmp import commands
 from tests.harness.deaths import Call, die_at
@@ -95,7 +95,7 @@ async def test_a_running_guest_is_held_only_if_it_has_to_be(
     while content != (content := store.read_bytes()):  # it is at its first boot
         await anyio.sleep(1)
     assert await held_times(vm, "quiet") == 0
-    read = variables._content
+    read = nvram._content
 
     def read_and_write(path: str) -> bytes:
         content = read(path)
@@ -103,7 +103,7 @@ async def test_a_running_guest_is_held_only_if_it_has_to_be(
         return content
 
     with monkeypatch.context() as patched:  # a guest that does nothing else writes between any two looks
-        patched.setattr(variables, "_content", read_and_write)
+        patched.setattr(nvram, "_content", read_and_write)
         planned = (await vm.preview_snapshot("busy"))[1]
         assert planned.hold
         assert await held_times(vm, "busy") == 1
@@ -149,7 +149,7 @@ async def test_a_lost_store_does_not_lose_them(home: Path, uefi_spec: MachineSpe
 
 
 AFTER: dict[str, Call] = {
-    "the copy": Call("qmpsnap.ops.internal.tagging", "copy_variables", "after", 1),
+    "the copy": Call("qmpsnap.ops.internal.tags", "copy_variables", "after", 1),
     "the transaction": Call("qmpsnap.qmp.commands", "transaction", "after", 1),
 }
 

@@ -9,7 +9,7 @@ import pytest
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
 from qmpsnap.machine.agent import Agent
-from qmpsnap.ops.memory import after_load
+from qmpsnap.ops.memory import post_resume
 
 REFUSED = QmpError("the guest agent refused guest-set-time: hwclock failed")
 
@@ -40,8 +40,8 @@ class Guest:
         return round((time.time() - self.behind) * 1e9)
 
 
-async def told(guest: Guest) -> after_load.Told:
-    return await after_load.set_clock(cast("Agent", cast("Any", guest)))
+async def told(guest: Guest) -> post_resume.Told:
+    return await post_resume.set_clock(cast("Agent", cast("Any", guest)))
 
 
 async def test_a_clock_that_is_right_is_set_once() -> None:

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Hardware, Vmstate
 from qmpsnap.model.names import OperationId
-from qmpsnap.ops.memory import means
+from qmpsnap.ops.memory import strategy
 
 HARDWARE = Hardware(
     uuid="u",
@@ -59,7 +59,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_what_was_measured_otherwise_says_nothing(other: str) -> None:
-    assert means.lasted([took(1340), OTHERS[other], took(1500)], "background", HARDWARE) == (1340, 1500)
+    assert strategy.lasted([took(1340), OTHERS[other], took(1500)], "background", HARDWARE) == (1340, 1500)
 
 
 @pytest.mark.parametrize(
@@ -75,5 +75,5 @@ def test_what_was_measured_otherwise_says_nothing(other: str) -> None:
     ],
 )
 def test_the_median_of_the_last_three(before: list[float], expected: float) -> None:
-    measured = means.lasted([took(ms) for ms in before], "background", HARDWARE)
-    assert means.expected_ms(120, measured) == expected
+    measured = strategy.lasted([took(ms) for ms in before], "background", HARDWARE)
+    assert strategy.expected_ms(120, measured) == expected

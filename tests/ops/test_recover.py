@@ -17,9 +17,9 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, CreatePlan, DefinePlan, Overlay
 from qmpsnap.ops.base.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.merge import job
-from qmpsnap.ops.session import recover
-from qmpsnap.ops.session.broken import Direction
-from qmpsnap.ops.session.recover import end_open
+from qmpsnap.ops.session import recovery
+from qmpsnap.ops.session.pending import Direction
+from qmpsnap.ops.session.recovery import end_open
 from qmpsnap.ops.snapshot import plan as create_plan
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.ops.snapshot.recover import direction as create_direction
@@ -384,7 +384,7 @@ async def after(context: BenchContext, qemu: FakeQemu | None) -> StoreMismatch:
     """What an error of the attempt says once it was found out what became of it."""
     (operation,) = context.store.operations("web", only_open=True)
     error = StoreMismatch("something was wrong", hint="the first hint")
-    await recover.after_failure(context, WEB, qemu, operation, error)
+    await recovery.after_failure(context, WEB, qemu, operation, error)
     return error
 
 

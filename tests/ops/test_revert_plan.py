@@ -21,7 +21,7 @@ from qmpsnap.model.planning.situation import Situation
 from qmpsnap.ops.revert import plan as revert_plan
 from qmpsnap.ops.revert.plan import RevertRequest, Run
 from qmpsnap.ops.revert.revert import Preview
-from qmpsnap.ops.session.recover import end_open
+from qmpsnap.ops.session.recovery import end_open
 from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, home_at, machine, snapshot
 

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 
 from qmpsnap.errors import UsageError
-from qmpsnap.ops.base import asked
+from qmpsnap.ops.base import requests
 from qmpsnap.ops.internal.create import InternalRequest
-from qmpsnap.ops.memory.means import MemoryRequest
+from qmpsnap.ops.memory.strategy import MemoryRequest
 from qmpsnap.ops.mirror.mirror import MirrorRequest
 from qmpsnap.ops.revert.plan import RevertRequest
 from qmpsnap.ops.session.quiesce import QuiesceRequest
 from qmpsnap.ops.snapshot.delete import DeleteRequest
 from qmpsnap.ops.snapshot.plan import CreateRequest
-from qmpsnap.ops.snapshot.snapshot_request import requested
+from qmpsnap.ops.snapshot.request import requested
 
 
 def test_nothing_said_is_a_snapshot_of_the_disks() -> None:
@@ -86,9 +86,9 @@ def test_a_wish_that_would_not_be_heeded_is_refused(kind: Any, options: Any, why
 )
 def test_a_mistyped_word_is_refused(request_: Any) -> None:
     with pytest.raises(UsageError):
-        asked.well_typed(request_)
+        requests.well_typed(request_)
 
 
 def test_a_request_is_what_it_was() -> None:
     request = MirrorRequest(disk="vda", target="/a", mode="pivot", format="raw")
-    assert asked.well_typed(request) == request
+    assert requests.well_typed(request) == request

@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.operations.operation import Change, Merge, Removal
 from qmpsnap.model.planning.situation import Situation
-from qmpsnap.ops.base import space
-from qmpsnap.ops.base.space import Need, Room
-from qmpsnap.ops.session.situation import require_space
+from qmpsnap.ops.base import free_space
+from qmpsnap.ops.base.free_space import Need, Room
+from qmpsnap.ops.session.planning_state import require_space
 from tests.ops.bench import MIB, chain
 from tests.ops.test_mirror_plan import situation
 
@@ -21,27 +21,27 @@ STORE = Path("/store")
 def rooms(monkeypatch: pytest.MonkeyPatch) -> dict[str, Room]:
     """The file systems there are: ``/a`` and ``/b`` on one, ``/c`` and the store on another."""
     found = {"/a": Room(1, 10), "/b": Room(1, 10), "/c": Room(2, MIB), "/store": Room(2, MIB)}
-    monkeypatch.setattr(space, "room", lambda folder: found[str(folder)])
+    monkeypatch.setattr(free_space, "room", lambda folder: found[str(folder)])
     return found
 
 
 def test_needs_on_one_file_system_are_added_up(rooms: dict[str, Room]) -> None:
-    space.require([Need("/a", 6, "one"), Need("/b", 4, "two"), Need("/c", 10, "three")], machine="web")
+    free_space.require([Need("/a", 6, "one"), Need("/b", 4, "two"), Need("/c", 10, "three")], machine="web")
     with pytest.raises(HostCannot) as refused:
-        space.require([Need("/c", 10, "three"), Need("/a", 6, "one"), Need("/b", 5, "two")], machine="web")
+        free_space.require([Need("/c", 10, "three"), Need("/a", 6, "one"), Need("/b", 5, "two")], machine="web")
     said = "there is too little space: one and two may need 11 bytes, and 10 are free at /a"
     assert (refused.value.message, refused.value.exit_code, refused.value.effect) == (said, 9, "none")
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(HostCannot, match="cannot be written to: No such file") as refused:
-        space.require([Need(str(tmp_path / "no"), 0, "it")], machine="web")
+        free_space.require([Need(str(tmp_path / "no"), 0, "it")], machine="web")
     assert refused.value.hint == "make the folder first"
 
 
 def test_an_image_has_tables_besides_its_data() -> None:
-    assert space.of_image(1 << 40) == 4 * space.CLUSTER + 8 * 2048
-    assert 100 * MIB < space.of_image(1 << 30, 100 * MIB) < 101 * MIB
+    assert free_space.of_image(1 << 40) == 4 * free_space.CLUSTER + 8 * 2048
+    assert 100 * MIB < free_space.of_image(1 << 30, 100 * MIB) < 101 * MIB
 
 
 def merge(moves: int, at: Situation, **named: object) -> Merge:

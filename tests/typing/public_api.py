@@ -15,7 +15,7 @@ from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
-from qmpsnap.ops.lifecycle.foresee import Forgotten
+from qmpsnap.ops.lifecycle.dry_run import Forgotten
 from qmpsnap.ops.outside.compare import ChainView, LayerView
 from qmpsnap.ops.revert.revert import Preview, Reverted
 from qmpsnap.ops.snapshot.delete import DeletePlan

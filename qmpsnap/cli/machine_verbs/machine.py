@@ -28,7 +28,7 @@ from qmpsnap.model.moment import moment
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.model.operations.operation import DefinePlan
-    from qmpsnap.ops.lifecycle.foresee import Forgotten
+    from qmpsnap.ops.lifecycle.dry_run import Forgotten
     from qmpsnap.store.sqlite.backend import SqliteStore
 
 

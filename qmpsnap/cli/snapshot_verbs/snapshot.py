@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.model.machines.machine import Machine
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan
-    from qmpsnap.ops.snapshot.snapshot_request import SnapshotOptions
+    from qmpsnap.ops.snapshot.request import SnapshotOptions
 
 _NESTED = frozenset({"disks", "vmstate", "inside", "pause_ms", "pause_exceeded", "frozen_ms"})
 """Keys of a snapshot's JSON that its table shows otherwise."""

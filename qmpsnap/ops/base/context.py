@@ -28,7 +28,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.machines.secret import Secret, given
 from qmpsnap.model.moment import moment
-from qmpsnap.ops.base import whereabouts
+from qmpsnap.ops.base import home_location
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner, runfolder
 from qmpsnap.store.lock import machine_lock
@@ -165,7 +165,7 @@ async def opened(
             host=this_host(),
             secrets=keys,
             run_as=run_as,
-            moved_from=await blocking(whereabouts.recorded_elsewhere, places, store, this_host()),
+            moved_from=await blocking(home_location.recorded_elsewhere, places, store, this_host()),
         )
     finally:
         if not left():  # else one of the threads may have it, and closing would wait for that
@@ -176,7 +176,7 @@ def _open_store(home: Home, make: bool) -> tuple[Home, SqliteStore]:  # noqa: FB
     store = SqliteStore(home.store, machines=home.machines, make=make)
     places = home
     with contextlib.suppress(QmpsnapError):  # a damaged one is told by whoever needs it
-        places = whereabouts.named(home, whereabouts.recorded(home, store))
+        places = home_location.named(home, home_location.recorded(home, store))
     if places != home:
         store.close()
         store = SqliteStore(places.store, machines=places.machines)
@@ -238,7 +238,7 @@ async def locked(context: Context, name: str, verb: str, *, anywhere: bool = Fal
 
     if not anywhere:
         await relocate.go_on(context)
-        await blocking(whereabouts.require_here, context.home, context.store, context.host)
+        await blocking(home_location.require_here, context.home, context.store, context.host)
     await to_end(prepare_run_dir, context.home.run_dir(name))
     with covering() as cover, machine_lock(context.home.lock(name), machine=name, verb=verb, cover=cover):
         try:

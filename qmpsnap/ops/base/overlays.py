@@ -19,7 +19,7 @@ from qmpsnap.model.layers.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, Overlay
-from qmpsnap.ops.base import admission, keys
+from qmpsnap.ops.base import admission, luks
 from qmpsnap.ops.base.context import Context
 
 EMPTY_LIMIT = 8 << 20
@@ -63,7 +63,7 @@ async def make_overlays(context: Context, machine: Machine, overlays: Sequence[O
 
     async def make(overlay: Overlay) -> None:
         path, size = overlay.part or overlay.layer.path, overlay.layer.virtual_size
-        async with keys.for_images(context, machine.name, machine.require_disk(overlay.disk)) as key:
+        async with luks.for_images(context, machine.name, machine.require_disk(overlay.disk)) as key:
             headers[overlay.layer.id] = await context.image.create_overlay(
                 path, backing=overlay.backing, virtual_size=size, key=key
             )

@@ -29,7 +29,7 @@ from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.planning.forest import Forest
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried
-from qmpsnap.ops.base import keys, whereabouts
+from qmpsnap.ops.base import home_location, luks
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.store.lock import machine_lock
 
@@ -163,7 +163,7 @@ async def _carry_out(context: Context, relocation: Relocation) -> None:
         if not readers:
             await set_backing(layer, backing, qemu_img=context.image.binary)
             continue
-        async with keys.for_layer(context, machines[readers[0]], layer) as key:
+        async with luks.for_layer(context, machines[readers[0]], layer) as key:
             await set_backing(layer, backing, qemu_img=context.image.binary, key=key)
     await blocking(context.store.home.finish, relocation)
     for name in machines:
@@ -173,12 +173,12 @@ async def _carry_out(context: Context, relocation: Relocation) -> None:
 def look(context: Context) -> Look:
     """Compare every file with its record; nothing is changed. May block for long: state files are read whole."""
     store, home = context.store, context.home
-    record = whereabouts.recorded(home, store)
+    record = home_location.recorded(home, store)
     now = str(home.data)
     past = {record.path, *(record.moving.before if record.moving else ())}
     past |= {record.moving.now} if record.moving else set()
     before = tuple(sorted(past - {now}, key=len, reverse=True))
-    other = whereabouts.original(record, home)
+    other = home_location.original(record, home)
     plain = Relocation(
         id=uuid.uuid4().hex if other else record.id, before=before, now=now, foreign_process=record.path != now
     )
@@ -287,7 +287,7 @@ def _wanted(said: str, below: Layer | None, to: Relocation) -> str:
     if (new := carried(said, to.before, to.now)) != said or below is None:
         return new
     inside = below.path.removeprefix(to.now)
-    return below.path if inside.startswith("/machines/") and whereabouts.root_of(said, inside) else said
+    return below.path if inside.startswith("/machines/") and home_location.root_of(said, inside) else said
 
 
 def _with_planned(context: Context, layers: dict[LayerId, Layer], to: Relocation) -> dict[LayerId, Layer]:

@@ -21,7 +21,7 @@ from qmpsnap.ops.check.facts import Facts
 from qmpsnap.ops.check.judge import judge
 from qmpsnap.ops.check.quarantine import Moved
 from qmpsnap.ops.check.repair import Repairs, close_to_others, repair
-from qmpsnap.ops.session import recover
+from qmpsnap.ops.session import recovery
 from qmpsnap.qmp.session import Monitor
 
 
@@ -88,7 +88,7 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
             first = judge(at)
             if at.record.open and at.trusted and (qemu or not at.silent):
                 try:
-                    await recover.end_open(context, machine, qemu)
+                    await recovery.end_open(context, machine, qemu)
                 except QmpsnapError as error:
                     failed.append(f"operation-open: {error.message}")
         # Ending an operation may have ended or started its QEMU.

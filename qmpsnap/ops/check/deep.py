@@ -11,7 +11,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.ops.base import keys
+from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import ancestry
 from qmpsnap.ops.check.facts import Facts
@@ -67,7 +67,7 @@ def _layers(context: Context, at: Facts) -> list[Layer]:
 async def _image(context: Context, at: Facts, layer: Layer) -> Finding | None:
     verdict: Verdict | Literal["unread"]
     try:
-        async with keys.for_layer(context, at.record.machine, layer) as key:
+        async with luks.for_layer(context, at.record.machine, layer) as key:
             verdict, said = await verify.check(layer, qemu_img=context.image.binary, key=key)
     except (HostCannot, DeadlinePassed) as error:  # which says nothing of the image
         verdict, said = "unread", error.message

@@ -28,11 +28,12 @@ from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Operation
 from qmpsnap.model.planning.forest import Forest
-from qmpsnap.ops.base import admission, whereabouts
+from qmpsnap.ops.base import admission, home_location
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.check import entries, named
+from qmpsnap.ops.check import entries
+from qmpsnap.ops.check import references as named
 from qmpsnap.ops.check.entries import Entry
-from qmpsnap.ops.outside import frozen
+from qmpsnap.ops.outside import layer_changes as frozen
 from qmpsnap.ops.session import stale_store
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
@@ -169,7 +170,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         seen = await to_read(images.look, replace(look, ours=_ours(context, before.machine)))
         old = await blocking(stale_store.sign, context, before.machine, before.chains)
         lost = await blocking(context.store.lost)
-        moved = await blocking(whereabouts.recorded_elsewhere, context.home, context.store, context.host)
+        moved = await blocking(home_location.recorded_elsewhere, context.home, context.store, context.host)
         busy = busy or (None if own else lock.holder(context.home.lock(name)))
         after = await record(context, name)
         if busy or after == before:

@@ -16,7 +16,7 @@ from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.ops.base import keys
+from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import quarantine
 from qmpsnap.ops.check.entries import Entry
@@ -66,7 +66,7 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
         case "image-leaks":
             layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
             await blocking(context.store.frozen.forget, [layer.id])
-            async with keys.for_layer(context, machine, layer) as key:
+            async with luks.for_layer(context, machine, layer) as key:
                 await verify.give_back(layer, qemu_img=context.image.binary, key=key)
         case "size-differs":
             await _record_size(context, at, finding)

@@ -23,16 +23,16 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, InternalPlan, Operation
-from qmpsnap.ops.base import asked, keys, space
+from qmpsnap.ops.base import free_space, luks, requests
 from qmpsnap.ops.base.context import Context, blocking, guarded
+from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.base.overlays import require_free
-from qmpsnap.ops.base.space import Need
-from qmpsnap.ops.internal import tagging
+from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory.load import hardware_now
-from qmpsnap.ops.memory.means import RESERVE_MORE, require_saveable, resident_bytes
-from qmpsnap.ops.session import quiesce, recover
+from qmpsnap.ops.memory.strategy import RESERVE_MORE, require_saveable, resident_bytes
+from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
-from qmpsnap.ops.session.work import Work, looking, require_agreement, working
+from qmpsnap.ops.session.session import Work, looking, require_agreement, working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
 
@@ -76,7 +76,7 @@ def plan(
         NameTaken: the machine has a snapshot of that name.
         StateError: a disk cannot hold a snapshot inside, or there is no memory to save.
     """
-    chosen = asked.disks(machine, request.disks, lacking=beside.unplugged)
+    chosen = requests.disks(machine, request.disks, lacking=beside.unplugged)
     layers = {chain.disk: chain.active for chain in chains if chain.disk in chosen}
     for disk, layer in layers.items():
         if layer.format != "qcow2":
@@ -86,8 +86,8 @@ def plan(
                 machine=machine.name,
             )
     if hardware:
-        asked.require_all(machine, chosen, lacking=beside.unplugged)
-    name = asked.snapshot_name(machine, chains, snapshots, request.name)
+        requests.require_all(machine, chosen, lacking=beside.unplugged)
+    name = requests.snapshot_name(machine, chains, snapshots, request.name)
     # Not of the number alone: an image may have been another store's, and have that store's tags inside.
     tag = f"qs-{serial}-{sha256(f'{machine.uuid}/{serial}/{now}'.encode()).hexdigest()[:8]}"
     variables = str(home.variables(machine.name)) if machine.spec.firmware == "uefi" and not machine.adopted else None
@@ -107,7 +107,7 @@ def plan(
         variables=kept,
         level="ram" if hardware else "crash",
         unquiesced=freezer.why if freezer else "",
-        outside=asked.outside(machine, beside, request.disks),
+        outside=requests.outside(machine, beside, request.disks),
     )
     return InternalPlan(
         machine=machine.name,
@@ -116,7 +116,7 @@ def plan(
         layers=layers,
         vmstate=vmstate,
         variables=(variables, kept) if variables and kept else None,
-        resume=asked.may_run(mode) and bool(vmstate or variables),
+        resume=requests.may_run(mode) and bool(vmstate or variables),
         change=Change(snapshots=(snapshot,), current=name),
         quiesce=freezer.wish if freezer else request.quiesce.wish,
     )
@@ -138,7 +138,7 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
             assert isinstance(operation.plan, InternalPlan)
             async with (
                 guarded(context, work.machine, when=operation.plan.resume) as guard_ready,
-                recover.attempting(context, work.machine, work.qemu, operation),
+                recovery.attempting(context, work.machine, work.qemu, operation),
             ):
                 await guard_ready()
                 return await _carry_out(context, work, operation, chains, freezer=freezer, report=report)
@@ -170,8 +170,8 @@ def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
     if not planned.live:
         return [("transaction", commands.internal_transaction([node], planned.tag)) for node in nodes]
     if planned.vmstate:
-        job = tagging.job_of(planned.change.snapshots[0].operation)
-        arguments = tagging.memory_arguments(job, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
+        job = tags.job_of(planned.change.snapshots[0].operation)
+        arguments = tags.memory_arguments(job, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
         act: list[tuple[str, dict[str, object]]] = [("snapshot-save", arguments)]
     else:
         act = [("transaction", commands.internal_transaction(nodes, planned.tag))]
@@ -181,10 +181,10 @@ def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
 def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Need]:
     """What a tag needs: tables of its own in every image, and the guest's memory where that is saved."""
     process = context.process(machine)
-    needs = [Need(str(context.home.data), space.STORE, "the store")]
+    needs = [Need(str(context.home.data), free_space.STORE, "the store")]
     for layer in planned.layers.values():
         folder = str(Path(layer.path).parent)
-        needs.append(Need(folder, space.LEFT, "a snapshot inside an image"))
+        needs.append(Need(folder, free_space.LEFT, "a snapshot inside an image"))
         if layer.id == planned.vmstate and process:
             needs.append(Need(folder, resident_bytes(process.pid) + RESERVE_MORE, "the guest's memory"))
     return needs
@@ -199,12 +199,12 @@ async def _planner(
     *,
     beside: Beside,
 ) -> Callable[[OperationId], InternalPlan]:
-    keys.require_plain(
+    luks.require_plain(
         work.machine,
         "snapshots inside encrypted images are not made",
         f"qmpsnap snapshot create {work.machine.name} takes its disks by new layers",
     )
-    mode = await asked.mode_of(work.qemu)
+    mode = await requests.mode_of(work.qemu)
     if request.memory and mode == "stopped":
         raise StateError(
             f"machine {work.machine.name} is stopped and has no memory to save",
@@ -234,7 +234,9 @@ async def _planner(
         opened = (layer for chain in chains if chain.disk in planned.layers for layer in chain.layers)
         require_recorded(opened, machine=work.machine.name)
         require_free([planned.variables[1]] if planned.variables else [])
-        space.require(_needs(context, work.machine, planned), machine=work.machine.name, hint="free some space there")
+        free_space.require(
+            _needs(context, work.machine, planned), machine=work.machine.name, hint="free some space there"
+        )
         return planned
 
     return make
@@ -248,14 +250,14 @@ async def _carry_out(
     await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STARTED))
     pause_ms = None
     if work.qemu:
-        pause_ms = await tagging.tag_live(work.qemu, tagging.job_of(operation.id), planned, freezer, report)
+        pause_ms = await tags.tag_live(work.qemu, tags.job_of(operation.id), planned, freezer, report)
         found = await commands.query_tags(work.qemu)
     else:
-        await tagging.keep_variables(planned)
-        found = await tagging.tag_stopped(context, work.machine, planned, chains)
-    change = tagging.settled(planned, found, pause_ms=pause_ms, freezer=freezer)
+        await tags.keep_variables(planned)
+        found = await tags.tag_stopped(context, work.machine, planned, chains)
+    change = tags.settled(planned, found, pause_ms=pause_ms, freezer=freezer)
     await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.RECORDED))
     if work.qemu and planned.vmstate:
-        await jobs.dismiss(work.qemu, tagging.job_of(operation.id))
+        await jobs.dismiss(work.qemu, tags.job_of(operation.id))
     await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
     return change.snapshots[0]

@@ -11,9 +11,9 @@ from qmpsnap.model.names import JobId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import InternalPlan, LoadPlan
 from qmpsnap.ops.base.context import blocking
-from qmpsnap.ops.internal import tagging
+from qmpsnap.ops.internal import tags as tagging
 from qmpsnap.ops.session import quiesce
-from qmpsnap.ops.session.broken import Broken, Direction
+from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.session import Monitor

@@ -13,7 +13,7 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, OperationId, job_id
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Merge, MirrorPlan
-from qmpsnap.ops.base import keys
+from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
@@ -114,7 +114,7 @@ async def qemu_for(job: BlockJob, qemu: Monitor | None) -> AsyncIterator[Monitor
             raise QemuGone(f"QEMU of machine {job.machine.name} has ended", machine=job.machine.name)
         yield qemu
         return
-    async with keys.worker_on(job.context, job.machine, Chain(job.step.disk, job.step.chain)) as monitor:
+    async with luks.worker_on(job.context, job.machine, Chain(job.step.disk, job.step.chain)) as monitor:
         yield monitor
 
 

@@ -28,7 +28,7 @@ from qmpsnap.model.operations.operation import DefinePlan
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked
 from qmpsnap.ops.lifecycle import adopt_files, define, disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
-from qmpsnap.ops.session.work import require_settled
+from qmpsnap.ops.session.session import require_settled
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor, Session

@@ -23,12 +23,12 @@ from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, DefinePlan, Operation, Overlay
-from qmpsnap.ops.base import keys
+from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked, require_folder
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.lifecycle import disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
-from qmpsnap.ops.session import recover
+from qmpsnap.ops.session import recovery
 
 
 def plan(
@@ -205,7 +205,7 @@ async def record(
         return planned
 
     operation = await blocking(lambda: context.store.open_operation(machine.name, make_free, serials=serials))
-    async with recover.attempting(context, machine, None, operation):
+    async with recovery.attempting(context, machine, None, operation):
         await _carry_out(context, operation, firmware_variables=firmware_variables)
     return await blocking(context.store.machine, machine.name)
 
@@ -217,7 +217,7 @@ async def end_earlier(context: Context, name: str, *, adopts: bool = False) -> l
     """
     await _refuse_taken(context, name)
     placeholder = Machine(name=name, uuid="", host=context.host, spec=MachineSpec(name=name), created=0)
-    ended = await recover.end_open(context, placeholder, None)
+    ended = await recovery.end_open(context, placeholder, None)
     await blocking(lambda: _refuse_lost(context, name, adopts=adopts))
     return ended
 
@@ -276,7 +276,7 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
     assert plan.change.define
     disks = {active: plan.change.define.require_disk(name) for name, active in plan.change.active.items()}
     for layer in plan.images:
-        async with keys.for_images(context, plan.machine, disks[layer.id]) as key:
+        async with luks.for_images(context, plan.machine, disks[layer.id]) as key:
             headers[layer.id] = await context.image.create_base(
                 layer.path, format=layer.format, virtual_size=layer.virtual_size, key=key
             )

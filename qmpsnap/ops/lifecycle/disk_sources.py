@@ -14,10 +14,10 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.planning import sharing
-from qmpsnap.ops.base import keys
+from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import require_room
-from qmpsnap.ops.outside import outsiders
+from qmpsnap.ops.outside import other_programs
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
@@ -90,7 +90,7 @@ async def require_unwritten(
 
     changes = await blocking(changing)
     paths = [layer.path for source in sources.values() for layer in source.found]
-    await outsiders.require_free([path for path in paths if path not in changes], machine=name, ours=ours)
+    await other_programs.require_free([path for path in paths if path not in changes], machine=name, ours=ours)
 
 
 async def _require_encrypted(context: Context, spec: MachineSpec, disk: DiskSpec, found: Sequence[FoundLayer]) -> None:
@@ -103,7 +103,7 @@ async def _require_encrypted(context: Context, spec: MachineSpec, disk: DiskSpec
                 f"disk {disk.name} of {spec.name}: {header.printable(layer.path)} {what}",
                 hint=f"'encryption' of a disk is for all its images: {remedy}, or convert the image first",
             )
-    async with keys.for_images(context, spec.name, disk) as key:
+    async with luks.for_images(context, spec.name, disk) as key:
         if key is not None:
             for layer in found:
                 await encrypted.require_key(layer.path, key, qemu_img=context.image.binary)

@@ -6,9 +6,9 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, StateError
 from qmpsnap.machine.starting.argv import QMP_SOCKET
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own
-from qmpsnap.ops.outside import unseen
-from qmpsnap.ops.session import recover, stale_store
-from qmpsnap.ops.session.work import working
+from qmpsnap.ops.outside import unseen_qemu
+from qmpsnap.ops.session import recovery, stale_store
+from qmpsnap.ops.session.session import working
 from qmpsnap.qmp import commands, glance, runstate
 from qmpsnap.qmp.session import Monitor
 
@@ -62,10 +62,10 @@ async def resume(context: Context, name: str) -> str:
             # Who was stopped by us, in the midst of something, runs again when that is ended, and no sooner. What QEMU
             # has paused by itself was not stopped by us, and must not wait for a job that needs the same space.
             await stale_store.require_fit(context, machine, removes=False)
-            await recover.end_open(context, machine, qemu)
+            await recovery.end_open(context, machine, qemu)
             state = await _state(qemu)
-        if qemu is None and await blocking(unseen.may_run, context.home, context.store, machine):
-            raise unseen.not_running(name, hidden=True)
+        if qemu is None and await blocking(unseen_qemu.may_run, context.home, context.store, machine):
+            raise unseen_qemu.not_running(name, hidden=True)
         if qemu is None or state not in RESUMABLE:
             raise StateError(
                 f"machine {name} is not paused ({state})",

@@ -18,13 +18,13 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
 from qmpsnap.model.planning.forest import Writer
-from qmpsnap.ops.base import admission, asked, consent, keys
+from qmpsnap.ops.base import admission, consent, luks, requests
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own, require_spec
-from qmpsnap.ops.internal import tagging
+from qmpsnap.ops.internal import tags
 from qmpsnap.ops.lifecycle import pausing
 from qmpsnap.ops.memory.load import Loading, load
-from qmpsnap.ops.outside import compare, unseen
-from qmpsnap.ops.session.work import working
+from qmpsnap.ops.outside import compare, unseen_qemu
+from qmpsnap.ops.session.session import working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 
@@ -91,7 +91,7 @@ async def bring_up(
     log_dir = context.home.log_dir(machine.name)
     await blocking(logs.prepare, log_dir)
     await admission.all_files(context, machine, chains, firmware)
-    async with keys.for_qemu(context, machine, machine.spec.disks) as secrets:
+    async with luks.for_qemu(context, machine, machine.spec.disks) as secrets:
         arguments = argv.build(
             context.qemu,
             machine.spec,
@@ -151,7 +151,7 @@ async def _end_unloaded(context: Context, machine: Machine, process: Process) ->
 
 
 async def _load_inside(qemu: Monitor, loading: LoadingInside) -> None:
-    await tagging.load_into(qemu, loading.job, tag=loading.tag, layers=loading.layers, vmstate=loading.vmstate)
+    await tags.load_into(qemu, loading.job, tag=loading.tag, layers=loading.layers, vmstate=loading.vmstate)
     await jobs.dismiss(qemu, loading.job)
     for layer in loading.layers.values():
         await commands.delete_tag(qemu, node_name(layer), loading.tag)
@@ -170,16 +170,16 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         StateError: it does not run; or its vCPUs are stopped, so that it cannot hear the button.
         DeadlinePassed: the guest did not switch itself off.
     """
-    asked.require_time(timeout, "the time for the guest")
+    requests.require_time(timeout, "the time for the guest")
     machine = await blocking(context.store.machine, name)
     require_own(context, machine)
     async with locked(context, name, "stop", anywhere=True):
         process = context.process(machine)
         if process is None:
             # With ``force`` no image is asked: its storage may hang.
-            look = unseen.answers if force else lambda home, at: unseen.may_run(home, context.store, at)
+            look = unseen_qemu.answers if force else lambda home, at: unseen_qemu.may_run(home, context.store, at)
             hidden = await blocking(look, context.home, machine)
-            raise unseen.not_running(name, hidden=hidden, hint="" if machine.adopted else f"qmpsnap start {name}")
+            raise unseen_qemu.not_running(name, hidden=hidden, hint="" if machine.adopted else f"qmpsnap start {name}")
         wait = timeout if timeout is not None else (0.0 if force else 60.0)
         if wait and await _ask(context, machine, process, wait, force=force):
             pass

@@ -16,10 +16,10 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.ops.base.context import Context, blocking, forget_places
-from qmpsnap.ops.internal.tagging import forget_variables
-from qmpsnap.ops.outside import frozen, outsiders
-from qmpsnap.ops.session.recover import remove_folder
-from qmpsnap.ops.session.work import Work, working
+from qmpsnap.ops.internal.tags import forget_variables
+from qmpsnap.ops.outside import layer_changes, other_programs
+from qmpsnap.ops.session.recovery import remove_folder
+from qmpsnap.ops.session.session import Work, working
 
 Fate = Literal["keep", "remove"]
 """What becomes of the images that only this machine used."""
@@ -64,7 +64,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         snapshots = await blocking(context.store.snapshots, name)
         states = [found.vmstate for found in snapshots if found.vmstate]
         variables = [found.variables for found in snapshots if found.variables]
-        sizes = await blocking(frozen.sizes, context.store)
+        sizes = await blocking(layer_changes.sizes, context.store)
         layers = await _forgotten(context, name)
         files: list[Layer | Vmstate] = [*(layer for layer in layers if layer.owned), *states]
         stuck: list[str] = []
@@ -167,7 +167,7 @@ async def _remove(file: Layer | Vmstate, sizes: Mapping[LayerId, int]) -> bool:
 async def _refuse_open(context: Context, machine: Machine) -> None:
     forest = await blocking(context.store.forest)
     ours = [at.path for at in forest.layers.values() if at.owned and forest.machines_above(at.id) == {machine.name}]
-    await outsiders.require_free(ours, machine=machine.name, readers=True)
+    await other_programs.require_free(ours, machine=machine.name, readers=True)
 
 
 async def _refuse_loss(context: Context, name: str) -> None:

@@ -12,13 +12,13 @@ from qmpsnap.model.names import OperationId, job_id
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan
 from qmpsnap.model.planning import merge as rules
 from qmpsnap.model.planning.situation import Situation
-from qmpsnap.ops.base import serials
+from qmpsnap.ops.base import free_numbers
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.merge import job
-from qmpsnap.ops.merge.possible import require_possible
-from qmpsnap.ops.session import recover
-from qmpsnap.ops.session.situation import look, require_space, resolve
-from qmpsnap.ops.session.work import Work, begin, looking, working
+from qmpsnap.ops.merge.preflight import require_possible
+from qmpsnap.ops.session import recovery
+from qmpsnap.ops.session.planning_state import look, require_space, resolve
+from qmpsnap.ops.session.session import Work, begin, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -83,7 +83,7 @@ async def preview(context: Context, name: str, request: Request) -> tuple[MergeP
         at, made = await _plan(context, work, request)
         await to_read(require_space, at, made.steps, context.home.data)
         await require_possible(work, at, made.steps)
-        serial = await serials.next_free(context, work.machine, work.qemu)
+        serial = await free_numbers.next_free(context, work.machine, work.qemu)
         step = made.steps[0]
         assert isinstance(step, Merge)
         root = await job.root_of(work.qemu, step) if work.qemu and step.live else None
@@ -125,9 +125,9 @@ async def carry_out(
     Raises:
         QmpsnapError: a step has failed, or could not begin.
     """
-    await serials.pass_over(context, work.machine, work.qemu)
+    await free_numbers.pass_over(context, work.machine, work.qemu)
     operation = await begin(context, work, make)
-    async with recover.attempting(context, work.machine, work.qemu, operation):
+    async with recovery.attempting(context, work.machine, work.qemu, operation):
         await job.run(context, work.machine, work.qemu, operation, report=report)
     assert isinstance(operation.plan, MergePlan)
     return operation.plan

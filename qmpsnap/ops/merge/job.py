@@ -29,12 +29,12 @@ from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Merge, MergePlan, Operation, Removal
 from qmpsnap.model.planning import sharing
-from qmpsnap.ops.base import keys
+from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.internal import tagging
-from qmpsnap.ops.jobs import finalize
+from qmpsnap.ops.internal import tags
+from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
-from qmpsnap.ops.outside import frozen
+from qmpsnap.ops.outside import layer_changes
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
@@ -112,7 +112,7 @@ async def _start(job: MergeJob, monitor: Monitor) -> None:
     command = start_command(job.id, job.step, root=await root_of(monitor, job.step))
     await job.require_files()
     written = sharing.rewritten(job.step)
-    await blocking(frozen.require_unwritten, job.context.store, written, job.machine.name)
+    await blocking(layer_changes.require_unwritten, job.context.store, written, job.machine.name)
     words = steps.of_job(job.number, steps.STARTED, state=await to_end(state_of, job.step.into.path))
     ids = [layer.id for layer in written]
     await blocking(lambda: job.context.store.mark(job.operation, "running", step=words, writes=ids))
@@ -136,7 +136,7 @@ def state_of(path: str) -> tuple[int, ...]:
 async def carry_on(job: MergeJob, monitor: Monitor) -> None:
     """Take a job that exists, in whatever state, to its end; also where another process of ours started it."""
     info = await jobs.follow(monitor, job.id, "ready", "pending", report=job.report)
-    async with finalize.watched(job, monitor):
+    async with cutover.watched(job, monitor):
         info = await _go_over(job, monitor, info)
     job.report(replace(info, status="concluded"))
 
@@ -147,10 +147,10 @@ async def _go_over(job: MergeJob, monitor: Monitor, info: JobInfo) -> JobInfo:
         info = await jobs.follow(monitor, job.id, "pending", report=job.report)
     await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
     # Past this point there is only forward, and it takes milliseconds.
-    with finalize.in_time(job, shield=True):
+    with cutover.in_time(job, shield=True):
         await job.require_files()
         await require_flushed(monitor, job.machine, job.step)
-        await finalize.go_over(job, monitor, settle=lambda: settle(job, monitor))
+        await cutover.go_over(job, monitor, settle=lambda: settle(job, monitor))
         await jobs.dismiss(monitor, job.id)
         await close_gone(monitor, job.step)
         await freeze_again(monitor, job.machine, job.step)
@@ -206,7 +206,7 @@ async def _rewrite(job: MergeJob, pairs: Sequence[tuple[Layer, Layer | None]]) -
     if not pairs:
         return
     disk = job.machine.require_disk(job.step.disk)
-    async with keys.for_images(job.context, job.machine.name, disk) as key:
+    async with luks.for_images(job.context, job.machine.name, disk) as key:
         for layer, backing in pairs:
             await set_backing(layer, backing, qemu_img=job.context.image.binary, key=key)
 
@@ -217,7 +217,7 @@ async def remove_files(context: Context, layers: Iterable[Layer]) -> None:
     Raises:
         HostCannot: their folder is not there, as of a file system that is not mounted: with it they would come back.
     """
-    sizes = await blocking(frozen.sizes, context.store)
+    sizes = await blocking(layer_changes.sizes, context.store)
     for layer in layers:
         if layer.owned:
             await to_end(require_folder, layer.path)
@@ -239,9 +239,9 @@ async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, 
         with contextlib.suppress(StoreMismatch):
             await remove(state.path, device=state.device, inode=state.inode, birth=state.birth)
     for path in removal.variables:
-        await to_end(tagging.forget_variables, path)
+        await to_end(tags.forget_variables, path)
     for disk, layer, tag in removal.tags:
-        await tagging.remove_tag(context, machine, qemu, disk=disk, layer=layer, tag=tag)
+        await tags.remove_tag(context, machine, qemu, disk=disk, layer=layer, tag=tag)
 
 
 async def close_gone(monitor: Monitor, step: Merge) -> None:

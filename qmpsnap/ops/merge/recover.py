@@ -7,12 +7,12 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.ops.base.context import blocking
-from qmpsnap.ops.jobs import finalize
+from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import qemu_of
 from qmpsnap.ops.merge import job as merge
 from qmpsnap.ops.merge.job import MergeJob
-from qmpsnap.ops.session import relaunched
-from qmpsnap.ops.session.broken import Broken, Direction
+from qmpsnap.ops.session import external_writers
+from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.session import Monitor
 
@@ -45,11 +45,11 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
         )
         async with qemu_of(job, qemu) as monitor:
             refused = phase == steps.STARTED and await _never_began(broken, job, monitor)
-            running = await finalize.runs(job, monitor, before=was_running)
-            async with finalize.going_on(job, monitor, when=running) as hold:  # also where its job is left to its work
+            running = await cutover.runs(job, monitor, before=was_running)
+            async with cutover.going_on(job, monitor, when=running) as hold:  # also where its job is left to its work
                 try:
                     took = await _end_job(broken, job, monitor, hold, phase=phase, running=running)
-                except finalize.NotFinalized as error:
+                except cutover.NotFinalized as error:
                     took, broken = False, replace(broken, error=error.message)
                     await _let_go(job, monitor)
         if not took:
@@ -59,7 +59,7 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
             return await _undo(broken, plan, opening=refused or not overwritten)
     if isinstance(step, Merge | Removal):
         if qemu is None:
-            await relaunched.require_unused(broken, step.removed)
+            await external_writers.require_unused(broken, step.removed)
         await merge.remove_files(broken.context, step.removed)
     if broken.unfinished == "carry on":
         await merge.run(context, machine, qemu, operation, first=number + 1, report=broken.report)
@@ -106,7 +106,7 @@ async def _let_go(job: MergeJob, monitor: Monitor | None) -> None:
 
 
 async def _end_job(
-    broken: Broken, job: MergeJob, monitor: Monitor | None, hold: finalize.Hold, *, phase: str, running: bool
+    broken: Broken, job: MergeJob, monitor: Monitor | None, hold: cutover.Hold, *, phase: str, running: bool
 ) -> bool:
     """Bring one step's job to one of its two ends; True when it took effect."""
     info = await jobs.find(monitor, job.id) if monitor else None
@@ -123,12 +123,12 @@ async def _end_job(
     if phase == steps.FINALIZING:
         if monitor is None:
             old, new = job.step.chain[-1], job.step.into
-            if job.moves_guest and not await relaunched.new_counts(broken, old=[old], new=[new]):
+            if job.moves_guest and not await external_writers.new_counts(broken, old=[old], new=[new]):
                 return False
-            await relaunched.require_unused(broken, job.step.removed)
+            await external_writers.require_unused(broken, job.step.removed)
             await merge.settle_without_qemu(job)
             return True
-        await finalize.make_true(job, monitor, hold, running=running, settle=lambda: merge.settle(job, monitor))
+        await cutover.make_true(job, monitor, hold, running=running, settle=lambda: merge.settle(job, monitor))
     if monitor is not None:
         await jobs.dismiss(monitor, job.id)
         await merge.close_gone(monitor, job.step)

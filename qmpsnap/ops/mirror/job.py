@@ -24,9 +24,9 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, MirrorPlan, Operation
-from qmpsnap.ops.base import admission, keys
+from qmpsnap.ops.base import admission, luks
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.jobs import finalize
+from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.merge import job as merge
 from qmpsnap.qmp import commands, jobs
@@ -156,7 +156,7 @@ async def _make(job: MirrorJob) -> MirrorJob:
     target, part = plan.target, part_of(job)
     if plan.made:
         image, size = job.context.image, target.virtual_size
-        async with keys.for_images(job.context, job.machine.name, job.machine.require_disk(plan.disk)) as key:
+        async with luks.for_images(job.context, job.machine.name, job.machine.require_disk(plan.disk)) as key:
             if target.backing:
                 made = await image.create_overlay(part, backing=plan.chain[-2], virtual_size=size, key=key)
             else:
@@ -198,7 +198,7 @@ async def root_of(monitor: Monitor, plan: MirrorPlan) -> NodeName | None:
 async def carry_on(job: MirrorJob, monitor: Monitor) -> None:
     """Take a job that exists, in whatever state, to its end; also where another process of ours started it."""
     info = await jobs.follow_mirror(monitor, job.id, "ready", "pending", report=job.report)
-    async with finalize.watched(job, monitor):
+    async with cutover.watched(job, monitor):
         await _go_over(job, monitor, info)
 
 
@@ -210,8 +210,8 @@ async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo) -> None:
     if not held:
         await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
     # Past this point there is only forward, and it takes milliseconds.
-    with finalize.in_time(job, shield=True):
-        await finalize.go_over(job, monitor, settle=lambda: settle(job, monitor), held=held)
+    with cutover.in_time(job, shield=True):
+        await cutover.go_over(job, monitor, settle=lambda: settle(job, monitor), held=held)
         await jobs.dismiss(monitor, job.id)
         await merge.close_nodes(monitor, gone(job.step))
     job.report(replace(info, status="concluded"))
@@ -226,7 +226,7 @@ async def _pending(job: MirrorJob, monitor: Monitor) -> tuple[JobInfo, bool]:
         await job.mark(steps.STARTED, running=True)
         await commands.control(monitor, "stop")
     try:
-        with finalize.in_time(job):
+        with cutover.in_time(job):
             return await jobs.follow(monitor, job.id, "pending", report=job.report), running
     except BaseException:
         if running:

@@ -22,13 +22,13 @@ from qmpsnap.model.names import OperationId, job_id, layer_id
 from qmpsnap.model.operations.operation import Change, MirrorPlan
 from qmpsnap.model.planning.merge import unneeded
 from qmpsnap.model.planning.situation import Situation
-from qmpsnap.ops.base import serials, space
+from qmpsnap.ops.base import free_numbers, free_space
 from qmpsnap.ops.base.context import Context, require_spec
-from qmpsnap.ops.base.space import Need
+from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.mirror import job
-from qmpsnap.ops.session import recover
-from qmpsnap.ops.session.situation import look
-from qmpsnap.ops.session.work import Work, begin, looking, working
+from qmpsnap.ops.session import recovery
+from qmpsnap.ops.session.planning_state import look
+from qmpsnap.ops.session.session import Work, begin, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 Mode = Literal["pivot", "finish"]
@@ -172,7 +172,7 @@ async def preview(
     """The plan that :func:`run` would follow now and the commands that start its job; locks and changes nothing."""
     async with looking(context, name, removes=request.mode == "pivot") as work:
         at, found = await _survey(context, work, request)
-        serial = await serials.next_free(context, work.machine, work.qemu)
+        serial = await free_numbers.next_free(context, work.machine, work.qemu)
         made = plan(at, at.live[request.disk], request, serial=serial, found=found)
         await _require_space(context, made, found)
         root = await job.root_of(work.qemu, made) if work.qemu else None
@@ -202,9 +202,9 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         await _require_space(context, made, found)
         if made.nbd:
             await nbd.require_server(made.nbd)
-        await serials.pass_over(context, work.machine, work.qemu)
+        await free_numbers.pass_over(context, work.machine, work.qemu)
         operation = await begin(context, work, lambda serial: plan(at, chain, request, serial=serial, found=found))
-        async with recover.attempting(context, work.machine, work.qemu, operation):
+        async with recovery.attempting(context, work.machine, work.qemu, operation):
             await job.run(context, work.machine, work.qemu, operation, report=report)
         assert isinstance(operation.plan, MirrorPlan)
         return operation.plan
@@ -300,11 +300,11 @@ async def _require_space(context: Context, made: MirrorPlan, found: Found | None
     there = found.header.allocated if found else 0
 
     def require(needed: int) -> None:
-        store = Need(str(context.home.data), space.STORE, "the store")
+        store = Need(str(context.home.data), free_space.STORE, "the store")
         copy = Need(folder, max(0, needed - there), "the copy")
-        space.require([copy, store], machine=made.machine, hint="make room there, or choose another place")
+        free_space.require([copy, store], machine=made.machine, hint="make room there, or choose another place")
 
-    bound = made.moves if made.target.format == "raw" else space.of_image(made.target.virtual_size, made.moves)
+    bound = made.moves if made.target.format == "raw" else free_space.of_image(made.target.virtual_size, made.moves)
     try:
         await to_read(require, bound)
     except HostCannot:

@@ -6,13 +6,13 @@ from qmpsnap.block.image import place
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import MirrorPlan
-from qmpsnap.ops.jobs import finalize
+from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import qemu_of
 from qmpsnap.ops.merge import job as merge
 from qmpsnap.ops.mirror import job as copying
 from qmpsnap.ops.mirror.job import MirrorJob, Phase
-from qmpsnap.ops.session import relaunched
-from qmpsnap.ops.session.broken import Broken, Direction
+from qmpsnap.ops.session import external_writers
+from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.session import Monitor
 
@@ -37,11 +37,11 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
         report=broken.report,
     )
     async with qemu_of(job, qemu) as monitor:
-        running = await finalize.runs(job, monitor, before=phase.running)
-        async with finalize.going_on(job, monitor, when=running) as hold:  # also where its job is left to its work
+        running = await cutover.runs(job, monitor, before=phase.running)
+        async with cutover.going_on(job, monitor, when=running) as hold:  # also where its job is left to its work
             try:
                 forward = await _end_job(broken, job, monitor, hold, phase=phase.name, running=running)
-            except finalize.NotFinalized as error:
+            except cutover.NotFinalized as error:
                 forward, broken = False, replace(broken, error=error.message)
                 if monitor:
                     await jobs.cancel(monitor, job.id)
@@ -54,7 +54,7 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
             await broken.mark_settled(error=f"the copy was finished, and {error.message}")
         else:
             if qemu is None:
-                await relaunched.require_unused(broken, plan.removed)
+                await external_writers.require_unused(broken, plan.removed)
             await copying.tidy(job)
         return "forward"
     await _remove_made(job, phase=phase.name)
@@ -63,7 +63,7 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
 
 
 async def _end_job(
-    broken: Broken, job: MirrorJob, monitor: Monitor | None, hold: finalize.Hold, *, phase: str, running: bool
+    broken: Broken, job: MirrorJob, monitor: Monitor | None, hold: cutover.Hold, *, phase: str, running: bool
 ) -> bool:
     """Bring the job to one of its two ends; True when the copy is made."""
     info = await jobs.find(monitor, job.id) if monitor else None
@@ -84,7 +84,7 @@ async def _end_job(
     if phase == steps.FINALIZING:
         if monitor is None:
             return await _settled_without_qemu(broken, job)
-        await finalize.make_true(job, monitor, hold, running=running, settle=lambda: copying.settle(job, monitor))
+        await cutover.make_true(job, monitor, hold, running=running, settle=lambda: copying.settle(job, monitor))
     if monitor is not None:
         await jobs.dismiss(monitor, job.id)
         await merge.close_nodes(monitor, copying.gone(job.step))
@@ -94,7 +94,7 @@ async def _end_job(
 async def _settled_without_qemu(broken: Broken, job: MirrorJob) -> bool:
     """Record a copy whose QEMU has ended, unless the old active layer still counts; True when the copy does."""
     old, new = job.step.chain[-1], job.step.target
-    if job.moves_guest and not await relaunched.new_counts(broken, old=[old], new=[new]):
+    if job.moves_guest and not await external_writers.new_counts(broken, old=[old], new=[new]):
         return False
     await copying.settle(job, None)
     return True

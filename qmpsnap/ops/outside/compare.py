@@ -16,7 +16,7 @@ from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.outside import unseen
+from qmpsnap.ops.outside import unseen_qemu
 from qmpsnap.qmp import commands
 
 
@@ -195,4 +195,4 @@ async def state(context: Context, machine: Machine) -> str:
     async with context.monitor(machine, look=True) as qemu:
         if qemu:
             return await commands.run_state(qemu)
-    return "unknown" if await blocking(unseen.may_run, context.home, context.store, machine) else "stopped"
+    return "unknown" if await blocking(unseen_qemu.may_run, context.home, context.store, machine) else "stopped"

@@ -17,7 +17,7 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.model.names import SERIAL, LayerId, is_text, layer_id, tag_number
 from qmpsnap.model.relocation import HomeRecord, carried
-from qmpsnap.ops.base import whereabouts
+from qmpsnap.ops.base import home_location
 from qmpsnap.ops.rebuild.plan import Image, State, Unread
 from qmpsnap.ops.session.stale_store import LAYER_FILE
 from qmpsnap.store.records import FOLDER, Place, Records
@@ -34,7 +34,7 @@ class Finder:
     def __init__(self, home: Home, records: Records, place: HomeRecord) -> None:
         self._home = home
         self._before = (place.path,)
-        self._original = whereabouts.original(place, home)
+        self._original = home_location.original(place, home)
         self._named: set[str] = set()
         self.elsewhere: set[str] = {place.path} - {str(home.data)}
         self._records = records

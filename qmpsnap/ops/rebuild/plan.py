@@ -14,7 +14,7 @@ from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import LayerId, OperationId, tag_number
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.ops.base import asked
+from qmpsnap.ops.base import requests
 
 TEXT = "found on disk when the store was made again"
 
@@ -125,7 +125,7 @@ def plan(
     moments = _moments(machine, images, states, leaves)
     own = [image.layer.id for image in images if image.of and image.of[0] == machine.name]
     copies = _copies(moments, own, variables, taken)
-    snapshots = tuple(_snapshots(moments, layers, copies, layered=asked.layered(machine, ())))
+    snapshots = tuple(_snapshots(moments, layers, copies, layered=requests.layered(machine, ())))
     used = {moment.state.operation for moment in moments if moment.state}
     names = {point.layer: snapshot.name for snapshot in reversed(snapshots) for point in snapshot.points}
     current = next((found for top in active.values() if (found := _below(top, layers, names))), None)
@@ -253,7 +253,7 @@ def _snapshots(
     for moment in moments:
         name = moment.state.snapshot if moment.state else ""
         if not name or name in used:
-            name = asked.free_name("found", taken | used, layered=layered)
+            name = requests.free_name("found", taken | used, layered=layered)
         used.add(name)
         parent = next((found for p in moment.points if (found := _parent(p, images, names))), None)
         yield Snapshot(

@@ -22,18 +22,18 @@ from qmpsnap.model.names import JobId, LayerId, OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan, Operation, RevertPlan
 from qmpsnap.model.planning.situation import Situation
-from qmpsnap.ops.base import asked
+from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.internal import create as internal
-from qmpsnap.ops.internal import tagging
+from qmpsnap.ops.internal import tags
 from qmpsnap.ops.internal.create import InternalRequest
-from qmpsnap.ops.internal.tagging import job_of
+from qmpsnap.ops.internal.tags import job_of
 from qmpsnap.ops.lifecycle.power import LoadingInside
 from qmpsnap.ops.memory.load import hardware_now, require_fits
-from qmpsnap.ops.session import recover
+from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.quiesce import Freezer
-from qmpsnap.ops.session.work import Work
+from qmpsnap.ops.session.session import Work
 from qmpsnap.ops.snapshot import create
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.qmp import commands, jobs
@@ -79,8 +79,8 @@ def plan(
     kept: InternalPlan | None = None
     if not discard:
         chains = tuple(at.live.values())
-        name = asked.automatic_name(
-            {found.name for found in at.snapshots}, serial, layered=asked.layered(machine, chains)
+        name = requests.automatic_name(
+            {found.name for found in at.snapshots}, serial, layered=requests.layered(machine, chains)
         )
         request = InternalRequest(name=name, description=f"before the revert to {snapshot.name}")
         made = internal.plan(
@@ -94,7 +94,7 @@ def plan(
         layers={point.disk: at.live[point.disk].active for point in snapshot.points},
         vmstate=snapshot.inside.layer,
         paused=paused,
-        resume=asked.may_run(mode),
+        resume=requests.may_run(mode),
         kept=kept,
         variables=(str(home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
         change=Change(snapshots=kept.change.snapshots if kept else (), current=snapshot.name),
@@ -105,13 +105,13 @@ def qmp_commands(planned: LoadPlan, serial: OperationId) -> list[tuple[str, dict
     """The exact QMP commands of a plan, in order."""
     found: list[tuple[str, dict[str, object]]] = [("stop", {})] if planned.resume else []
     if kept := planned.kept:
-        found.append(("snapshot-save", _arguments(tagging.keeping_job_of(serial), kept)))
+        found.append(("snapshot-save", _arguments(tags.keeping_job_of(serial), kept)))
     found.append(("snapshot-load", _arguments(job_of(serial), planned)))
     return found if planned.paused else [*found, ("cont", {})]
 
 
 def _arguments(job: JobId, planned: InternalPlan | LoadPlan) -> dict[str, object]:
-    return tagging.memory_arguments(job, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
+    return tags.memory_arguments(job, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
 
 
 async def planner(
@@ -125,10 +125,10 @@ async def planner(
     """
     assert work.qemu
     await graph.require_no_other(work.qemu, tuple(at.live.values()), machine=work.machine.name, hint="then try again")
-    await asked.require_told(
+    await requests.require_told(
         work.machine, work.qemu, doing="load other memory into it", hint=f"qmpsnap stop {work.machine.name} --force"
     )
-    mode = await asked.mode_of(work.qemu)
+    mode = await requests.mode_of(work.qemu)
     hardware = await hardware_now(context, work.machine, work.qemu)
     require_fits(snapshot, hardware, machine=work.machine.name)
 
@@ -171,7 +171,7 @@ async def load(
     assert isinstance(operation.plan, LoadPlan)
     async with (
         guarded(context, work.machine, when=operation.plan.resume or not paused) as guard_ready,
-        recover.attempting(context, work.machine, work.qemu, operation),
+        recovery.attempting(context, work.machine, work.qemu, operation),
     ):
         await guard_ready()
         return await _carry_out(context, work.qemu, operation)
@@ -180,20 +180,20 @@ async def load(
 async def _carry_out(context: Context, qemu: Monitor, operation: Operation) -> Snapshot | None:
     planned = operation.plan
     assert isinstance(planned, LoadPlan)
-    tagging.require_tags(planned.layers.values(), planned.tag, await commands.query_tags(qemu))
+    tags.require_tags(planned.layers.values(), planned.tag, await commands.query_tags(qemu))
     if planned.kept:
-        keeping = tagging.keeping_job_of(operation.id)
+        keeping = tags.keeping_job_of(operation.id)
         await blocking(lambda: context.store.mark(operation.id, "running", step=steps.KEEPING))
         await commands.control(qemu, "stop")
-        await tagging.require_held(qemu)
-        await tagging.tag_live(qemu, keeping, planned.kept, Freezer(), unreported)
+        await tags.require_held(qemu)
+        await tags.tag_live(qemu, keeping, planned.kept, Freezer(), unreported)
         await jobs.dismiss(qemu, keeping)
-    change = tagging.settled_load(planned, await commands.query_tags(qemu))
+    change = tags.settled_load(planned, await commands.query_tags(qemu))
     await blocking(lambda: context.store.mark(operation.id, "running", step=steps.LOADING))
     await commands.control(qemu, "stop")
-    await tagging.require_held(qemu)
+    await tags.require_held(qemu)
     loading = job_of(operation.id)
-    await tagging.load_into(qemu, loading, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
+    await tags.load_into(qemu, loading, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
     await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.LOADED))
     await jobs.dismiss(qemu, loading)
     if not planned.paused:

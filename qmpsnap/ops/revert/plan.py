@@ -14,7 +14,7 @@ from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import Change, Copy, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.planning import surplus
 from qmpsnap.model.planning.situation import Situation
-from qmpsnap.ops.base import asked
+from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import require_spec
 from qmpsnap.ops.base.overlays import overlay_on
 
@@ -125,8 +125,8 @@ def plan(
             change=replace(switched, removed_layers=tuple(layer.id for layer in gone)),
         )
     kept = Snapshot(
-        name=asked.automatic_name(
-            {found.name for found in at.snapshots}, serial, layered=asked.layered(machine, at.live.values())
+        name=requests.automatic_name(
+            {found.name for found in at.snapshots}, serial, layered=requests.layered(machine, at.live.values())
         ),
         kind="disk",
         state="ok",

@@ -27,18 +27,18 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.planning.situation import Situation
-from qmpsnap.ops.base import asked, consent, keys, space
+from qmpsnap.ops.base import consent, free_space, luks, requests
 from qmpsnap.ops.base.context import Context, blocking, guarded, in_thread
+from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.base.overlays import make_overlays, overlay_on, require_free
-from qmpsnap.ops.base.space import Need
 from qmpsnap.ops.lifecycle import power
-from qmpsnap.ops.memory import after_load
+from qmpsnap.ops.memory import post_resume
 from qmpsnap.ops.memory.load import Loading, require_same_hardware
 from qmpsnap.ops.revert import in_place
+from qmpsnap.ops.revert.cutover import nothing_written, switch
 from qmpsnap.ops.revert.plan import RevertRequest, plan, points, target_of
-from qmpsnap.ops.revert.switch import nothing_written, switch
-from qmpsnap.ops.session import quiesce, recover, situation
-from qmpsnap.ops.session.work import Work, begin, looking, working
+from qmpsnap.ops.session import planning_state, quiesce, recovery
+from qmpsnap.ops.session.session import Work, begin, looking, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor
@@ -103,7 +103,7 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
     serial = OperationId(await blocking(context.store.next_serial))
     async with looking(context, name, removes=True) as work:
         machine, qemu = work.machine, work.qemu
-        at = await situation.look(context, work, disks=(), counted=False)
+        at = await planning_state.look(context, work, disks=(), counted=False)
         target = target_of(at, request.name)
         if qemu and in_place.in_place(target, at.live):
             make = await in_place.planner(
@@ -112,7 +112,7 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
             loaded = make(serial)
             commands = tuple(in_place.qmp_commands(loaded, serial))
             return Preview(plan=loaded, unwritten=False, commands=commands)
-        mode = await asked.mode_of(qemu)
+        mode = await requests.mode_of(qemu)
     planned = plan(machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
     consent.require(machine)
     await require_same_hardware(context, machine, target)
@@ -152,7 +152,7 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
 
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
     async with working(context, name, "snapshot revert", removes=True) as work:
-        at = await situation.look(context, work, disks=(), counted=False)
+        at = await planning_state.look(context, work, disks=(), counted=False)
         target = target_of(at, request.name)
         if work.qemu and in_place.in_place(target, at.live):
             done = await _load(context, work, at, target, request)
@@ -161,7 +161,7 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
             done = await _switch(context, work, at, target, request)
             done = replace(done, detached=await _detached(context, work.machine, before))
     if done.memory and done.state == "running" and request.after:
-        told = await after_load.tell(context, await blocking(context.store.machine, name))
+        told = await post_resume.tell(context, await blocking(context.store.machine, name))
         return replace(done, notes=told.notes, clock_error_ms=told.clock_error_ms)
     return done
 
@@ -212,18 +212,18 @@ async def _said(asking: AbstractAsyncContextManager[Monitor | None]) -> str:
 
 async def _require_possible(context: Context, work: Work, request: RevertRequest) -> None:
     """Refuse what would be refused later, before a layer is put on top for it."""
-    at = await situation.look(context, work, disks=(), counted=False)
+    at = await planning_state.look(context, work, disks=(), counted=False)
     target = target_of(at, request.name)
     await _examine(context, work, at, target)
-    mode = await asked.mode_of(work.qemu)
+    mode = await requests.mode_of(work.qemu)
     serial, folder = OperationId(0), str(context.home.machine_dir(work.machine.name))
     planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
     _require_variables(context.home, planned)
     busy = in_place.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
     chains = [at.live[disk] for disk in busy]
     tops = [Overlay(disk=one.disk, layer=overlay_on(one, serial, folder), backing=one.active) for one in chains]
-    goes_on = Need(folder, space.LEFT, "the guest that goes on")
-    _require_space(context, work.machine, planned, [*space.of_overlays(work.machine, tops), goes_on])
+    goes_on = Need(folder, free_space.LEFT, "the guest that goes on")
+    _require_space(context, work.machine, planned, [*free_space.of_overlays(work.machine, tops), goes_on])
 
 
 async def _examine(context: Context, work: Work, at: Situation, target: Snapshot) -> None:
@@ -232,7 +232,7 @@ async def _examine(context: Context, work: Work, at: Situation, target: Snapshot
     await require_same_hardware(context, work.machine, target)
     await to_read(power.require_files, work.machine, points(at, target))
     await to_read(_require_kept, work.machine, target)
-    await keys.require(context, work.machine, at.live.values())
+    await luks.require(context, work.machine, at.live.values())
 
 
 async def _switch(context: Context, work: Work, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
@@ -240,7 +240,7 @@ async def _switch(context: Context, work: Work, at: Situation, target: Snapshot,
     in_place.require_frozen(at, target)
     async with _memory(target, request) as loading:
         operation = await _open(context, work, at, request)
-        async with recover.attempting(context, work.machine, work.qemu, operation):
+        async with recovery.attempting(context, work.machine, work.qemu, operation):
             await _carry_out(context, work, operation, loading)
     return await _outcome(context, operation)
 
@@ -261,7 +261,7 @@ async def _memory(snapshot: Snapshot, request: RevertRequest) -> AsyncIterator[L
 
 
 async def _open(context: Context, work: Work, at: Situation, request: RevertRequest) -> Operation:
-    mode = await asked.mode_of(work.qemu)
+    mode = await requests.mode_of(work.qemu)
 
     def make(serial: OperationId) -> RevertPlan:
         planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
@@ -275,12 +275,12 @@ async def _open(context: Context, work: Work, at: Situation, request: RevertRequ
 
 def _require_space(context: Context, machine: Machine, planned: RevertPlan, also: Iterable[Need] = ()) -> None:
     needs = [*_needs(machine, planned, context.home), *also]
-    space.require(needs, machine=machine.name, hint="free some space there")
+    free_space.require(needs, machine=machine.name, hint="free some space there")
 
 
 def _needs(machine: Machine, planned: RevertPlan, home: Home) -> list[Need]:
     """What the new layers need; a snapshot inside an image is copied out of it with the whole image."""
-    needs = [Need(str(home.data), space.STORE, "the store"), *space.of_overlays(machine, planned.overlays)]
+    needs = [Need(str(home.data), free_space.STORE, "the store"), *free_space.of_overlays(machine, planned.overlays)]
     for copy in planned.copies:
         with contextlib.suppress(OSError):
             size = Path(copy.source.path).stat().st_blocks * 512

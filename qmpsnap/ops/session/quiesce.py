@@ -24,7 +24,7 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, Operation, RevertPlan
 from qmpsnap.ops.base.context import Context
-from qmpsnap.ops.session.broken import Broken
+from qmpsnap.ops.session.pending import Broken
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
 

@@ -18,16 +18,16 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Operation
-from qmpsnap.ops.base import asked, chosen, serials, space, variables
+from qmpsnap.ops.base import free_numbers, free_space, nvram, overlay_paths, requests
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.memory import save as memory
-from qmpsnap.ops.memory.means import choose
+from qmpsnap.ops.memory.strategy import choose
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest
-from qmpsnap.ops.session import quiesce, recover
+from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer
-from qmpsnap.ops.session.work import Work, looking, require_agreement, working
+from qmpsnap.ops.session.session import Work, looking, require_agreement, working
 from qmpsnap.ops.snapshot import recover as recover_create
 from qmpsnap.ops.snapshot.plan import CreateRequest, expected, node_options, plan, transaction_of
 from qmpsnap.qmp import commands
@@ -44,8 +44,8 @@ async def preview(context: Context, name: str, request: CreateRequest) -> tuple[
         beside = await require_agreement(work, chains, doing=_STARTS, wanted=request.disks)
         freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
         make = await _planner(context, work, chains, request, freezer, beside=beside)
-        serial = await serials.next_free(context, work.machine, work.qemu, seen=beside.names)
-    await chosen.require_free(context, name, request.files)
+        serial = await free_numbers.next_free(context, work.machine, work.qemu, seen=beside.names)
+    await overlay_paths.require_free(context, name, request.files)
     return work.machine, await blocking(lambda: make(serial))
 
 
@@ -61,7 +61,7 @@ async def run(context: Context, name: str, request: CreateRequest, *, report: Re
     """
     try:
         change = await _run(context, name, request, report)
-    except variables.VariablesMoved as error:
+    except nvram.VariablesMoved as error:
         if error.effect != "none":
             raise
         change = await _run(context, name, replace(request, hold=True), report)
@@ -84,16 +84,16 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
         async with working(context, name, "snapshot create") as work:
             chains = await blocking(context.store.chains, name)
             beside = await require_agreement(work, chains, doing=_STARTS, wanted=request.disks)
-            await chosen.require_free(context, name, request.files)
+            await overlay_paths.require_free(context, name, request.files)
             async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
                 make = await _planner(context, work, chains, request, freezer, beside=beside)
-                await serials.pass_over(context, work.machine, work.qemu, seen=beside.names)
+                await free_numbers.pass_over(context, work.machine, work.qemu, seen=beside.names)
                 operation = await blocking(context.store.open_operation, name, make)
                 assert isinstance(operation.plan, CreatePlan)
                 plan = operation.plan
                 async with (
                     guarded(context, work.machine, when=plan.hold or _holds(plan.memory)) as guard_ready,
-                    recover.attempting(context, work.machine, work.qemu, operation),
+                    recovery.attempting(context, work.machine, work.qemu, operation),
                 ):
                     after = [one for one in expected(chains, plan) if one.disk not in beside.unplugged]
                     return await _carry_out(
@@ -141,12 +141,12 @@ async def _planner(
     beside: Beside,
 ) -> Callable[[OperationId], CreatePlan]:
     """The plan but for its number, of the machine as it is now; refused on other files, or without room for it."""
-    mode = await asked.mode_of(work.qemu)
+    mode = await requests.mode_of(work.qemu)
     if request.memory and beside.unplugged:
-        asked.require_all(work.machine, frozenset(), lacking=beside.unplugged)
+        requests.require_all(work.machine, frozenset(), lacking=beside.unplugged)
     has_variables = work.machine.spec.firmware == "uefi" and not work.machine.adopted
-    if request.listed and request.memory is None and has_variables and asked.may_run(mode) and not request.hold:
-        request = replace(request, hold=not await variables.is_still(context.home.variables(work.machine.name)))
+    if request.listed and request.memory is None and has_variables and requests.may_run(mode) and not request.hold:
+        request = replace(request, hold=not await nvram.is_still(context.home.variables(work.machine.name)))
     means = await choose(context, work.machine, work.qemu, chains, request.memory) if request.memory else None
     snapshots = await blocking(context.store.snapshots, work.machine.name)
 
@@ -169,8 +169,8 @@ async def _planner(
         require_recorded(below, machine=work.machine.name)
         require_free([planned.variables[1]] if planned.variables else [])
         require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
-        space.require(
-            space.of_create(work.machine, planned, context.home.data),
+        free_space.require(
+            free_space.of_create(work.machine, planned, context.home.data),
             machine=work.machine.name,
             hint=_elsewhere(work.machine, request),
         )
@@ -209,7 +209,7 @@ class _Attempt(Struct, frozen=True):
     async def transact(self, qemu: Monitor) -> None:
         """Put every overlay on top, or none; where the guest is held for it, with its variables as they are then."""
         if self.plan.hold or self.plan.memory:
-            await variables.copy(self.plan.variables)
+            await nvram.copy(self.plan.variables)
         with self.freezer.within():
             await commands.transaction(qemu, transaction_of(self.plan))
 
@@ -217,7 +217,7 @@ class _Attempt(Struct, frozen=True):
 async def _carry_out(at: _Attempt) -> Change:
     plan, machine, qemu = at.plan, at.work.machine, at.work.qemu
     change = identified(plan.change, await make_overlays(at.context, machine, plan.overlays))
-    await variables.copy(plan.variables)
+    await nvram.copy(plan.variables)
     if qemu:
         for overlay in plan.overlays:
             await commands.blockdev_add(qemu, node_options(overlay, machine))
@@ -230,12 +230,12 @@ async def _carry_out(at: _Attempt) -> Change:
         await at.mark(steps.TRANSACTION)
         async with at.freezer.frozen():
             before = time.monotonic()
-            async with variables.held(qemu, when=plan.hold, machine=machine.name):
+            async with nvram.held(qemu, when=plan.hold, machine=machine.name):
                 await at.transact(qemu)
             pause_ms = (time.monotonic() - before) * 1000
-        if not plan.hold and await variables.have_moved(plan.variables):
+        if not plan.hold and await nvram.have_moved(plan.variables):
             await at.mark(steps.LOST)  # recovery must not find that they read alike again
-            raise variables.VariablesMoved(
+            raise nvram.VariablesMoved(
                 f"the UEFI variables of machine {machine.name} were written to while its snapshot was taken",
                 hint="try again",
                 machine=machine.name,

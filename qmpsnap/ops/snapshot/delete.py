@@ -16,9 +16,9 @@ from qmpsnap.model.planning.merge import DiskReduction
 from qmpsnap.model.planning.situation import Situation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.merge.commit import carry_out
-from qmpsnap.ops.merge.possible import require_possible
-from qmpsnap.ops.session.situation import look, require_space
-from qmpsnap.ops.session.work import Work, looking, working
+from qmpsnap.ops.merge.preflight import require_possible
+from qmpsnap.ops.session.planning_state import look, require_space
+from qmpsnap.ops.session.session import Work, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 

@@ -18,9 +18,9 @@ from qmpsnap.model.layers.vmstate import version_of
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Overlay
-from qmpsnap.ops.base import asked
+from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.overlays import overlay_on
-from qmpsnap.ops.memory.means import Means, MemoryRequest
+from qmpsnap.ops.memory.strategy import Means, MemoryRequest
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.qmp import commands, migration
 
@@ -86,10 +86,10 @@ def plan(
         NotFoundError: no disk of that name.
         StateError: a disk cannot be snapshotted.
     """
-    included = asked.disks(machine, request.disks, lacking=beside.unplugged)
+    included = requests.disks(machine, request.disks, lacking=beside.unplugged)
     _require_included(machine, included, request.files)
     if request.memory:
-        asked.require_all(machine, included, lacking=beside.unplugged)
+        requests.require_all(machine, included, lacking=beside.unplugged)
     folder = home.machine_dir(machine.name)
     overlays = tuple(
         _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk))
@@ -104,7 +104,7 @@ def plan(
     if not request.listed:
         return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
     prefix = "saved" if request.memory and request.memory.quit else "snap"
-    name = asked.snapshot_name(machine, chains, snapshots, request.name, prefix=prefix)
+    name = requests.snapshot_name(machine, chains, snapshots, request.name, prefix=prefix)
     snapshot = Snapshot(
         name=name,
         kind="full" if means else "disk",
@@ -118,7 +118,7 @@ def plan(
         level="ram" if means else "crash",
         unquiesced=freezer.why if freezer else "",
         pushed=request.pushed,
-        outside=asked.outside(machine, beside, request.disks),
+        outside=requests.outside(machine, beside, request.disks),
         max_pause_ms=request.memory.max_pause_ms if request.memory and means and means.resume else None,
     )
     copied = _variables(machine, home, serial, request)
@@ -134,7 +134,7 @@ def plan(
         memory=memory,
         quiesce=wish,
         variables=copied,
-        hold=bool(copied) and memory is None and request.hold and asked.may_run(mode),
+        hold=bool(copied) and memory is None and request.hold and requests.may_run(mode),
     )
 
 

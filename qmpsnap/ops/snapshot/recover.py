@@ -18,13 +18,13 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Ended, Memory, Operation
-from qmpsnap.ops.base import chosen, variables
+from qmpsnap.ops.base import nvram, overlay_paths
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
-from qmpsnap.ops.internal import tagging
+from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory import save as saving
-from qmpsnap.ops.session import quiesce, relaunched
-from qmpsnap.ops.session.broken import Broken, Direction
+from qmpsnap.ops.session import external_writers, quiesce
+from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
 
@@ -62,7 +62,7 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
     if broken.operation.step == steps.ENDING:
         await quit_saved(broken.context, broken.machine, monitor, broken.operation)
         return "forward"
-    proven = await to_end(variables.proven, broken.operation)  # before a held guest runs on, and writes there
+    proven = await to_end(nvram.proven, broken.operation)  # before a held guest runs on, and writes there
     if plan.hold and monitor and broken.operation.step == steps.TRANSACTION:
         await saving.run_on(monitor)
     names = frozenset(node_name(overlay.layer) for overlay in plan.overlays)
@@ -75,7 +75,7 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
         raise broken.pending("only some of its overlays are active in QEMU")
     if way == "forward" and monitor is None:
         old, new = [overlay.backing for overlay in plan.overlays], [overlay.layer for overlay in plan.overlays]
-        way = way if await relaunched.new_counts(broken, old=old, new=new, fresh=True) else "back"
+        way = way if await external_writers.new_counts(broken, old=old, new=new, fresh=True) else "back"
     if way == "forward":
         return await _forward(broken, monitor, plan, proven=proven)
     if plan.memory:
@@ -84,7 +84,7 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
         for name in sorted(names & graph.node_names(found)):
             await commands.blockdev_del(monitor, NodeName(name))
     await _forget_copy(plan)
-    await chosen.undo(plan.overlays)
+    await overlay_paths.undo(plan.overlays)
     await remove_new([overlay for overlay in plan.overlays if not overlay.part])
     await broken.mark_failed()
     return way
@@ -92,7 +92,7 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
 
 async def _forget_copy(plan: CreatePlan) -> None:
     if plan.variables:
-        await to_end(tagging.forget_variables, plan.variables[1])
+        await to_end(tags.forget_variables, plan.variables[1])
 
 
 async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan, *, proven: bool) -> Direction:
@@ -244,7 +244,7 @@ async def settle(
     With ``step`` the operation goes on from there, else it ends in ``state``; ``error`` is what went wrong.
     """
     assert isinstance(operation.plan, CreatePlan)
-    await chosen.let_go(operation.plan.overlays)
+    await overlay_paths.let_go(operation.plan.overlays)
     await blocking(
         lambda: context.store.settle(operation.id, machine.name, change, step=step, state=state, error=error)
     )

@@ -3,9 +3,9 @@
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.names import check_name
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.ops.base import asked
+from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.session.work import working
+from qmpsnap.ops.session.session import working
 
 
 async def run(context: Context, name: str, old: str, new: str) -> Snapshot:
@@ -27,7 +27,7 @@ async def run(context: Context, name: str, old: str, new: str) -> Snapshot:
     async with working(context, name, "snapshot rename") as work:
         snapshots = await blocking(context.store.snapshots, name)
         require_snapshot(snapshots, old, machine=name)
-        asked.require_snapshot_name(work.machine, await blocking(context.store.chains, name), new)
-        asked.require_free_name(snapshots, new, machine=name)
+        requests.require_snapshot_name(work.machine, await blocking(context.store.chains, name), new)
+        requests.require_free_name(snapshots, new, machine=name)
         await blocking(context.store.apply, name, Change(renamed={old: new}))
         return next(found for found in await blocking(context.store.snapshots, name) if found.name == new)

@@ -32,12 +32,13 @@ from qmpsnap.model.operations.operation import (
 )
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import remove_new
-from qmpsnap.ops.internal import recover, tagging
+from qmpsnap.ops.internal import recover
+from qmpsnap.ops.internal import tags as tagging
 from qmpsnap.ops.merge import recover as recover_merge
 from qmpsnap.ops.mirror import recover as recover_mirror
-from qmpsnap.ops.revert.switch import remove_files, switch
+from qmpsnap.ops.revert.cutover import remove_files, switch
 from qmpsnap.ops.session import quiesce
-from qmpsnap.ops.session.broken import Broken, Direction, Unfinished
+from qmpsnap.ops.session.pending import Broken, Direction, Unfinished
 from qmpsnap.ops.snapshot import recover as recover_create
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import JobStuck, Report, unreported

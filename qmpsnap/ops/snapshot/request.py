@@ -8,9 +8,9 @@ from typing import Literal, TypedDict, get_args
 from qmpsnap.errors import UsageError
 from qmpsnap.model.layers.snapshot import Quiesce
 from qmpsnap.model.layers.vmstate import Compression
-from qmpsnap.ops.base import asked
+from qmpsnap.ops.base import requests
 from qmpsnap.ops.internal.create import InternalRequest
-from qmpsnap.ops.memory.means import MemoryRequest
+from qmpsnap.ops.memory.strategy import MemoryRequest
 from qmpsnap.ops.session.quiesce import FREEZE_WINDOW, QuiesceRequest
 from qmpsnap.ops.snapshot.plan import CreateRequest
 
@@ -47,7 +47,7 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
         inside = InternalRequest(
             name=name, description=description, disks=disks, memory=options.get("memory"), quiesce=freeze
         )
-        return asked.well_typed(inside)
+        return requests.well_typed(inside)
     wanted = None
     if kind == "full":
         wanted = MemoryRequest(
@@ -57,7 +57,7 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
         )
     files = paths_of(options.get("files"))
     request = CreateRequest(name=name, description=description, disks=disks, files=files, memory=wanted, quiesce=freeze)
-    return asked.well_typed(request)
+    return requests.well_typed(request)
 
 
 def names_of(disks: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from qmpsnap.errors import HostCannot, ImageRefused, OperationPending
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.ops.session.broken import Broken
+from qmpsnap.ops.session.pending import Broken
 
 PATIENCE: Final = 5.0
 """Seconds that a QEMU which was killed is given to let go of its images: that comes after freeing its memory."""

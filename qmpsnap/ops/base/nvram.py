@@ -18,7 +18,7 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import CreatePlan, Operation
 from qmpsnap.ops.base.context import Context
-from qmpsnap.ops.internal import tagging
+from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory.save import RESUME_DEADLINE
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
@@ -68,7 +68,7 @@ async def copy(copied: Copied | None) -> None:
         HostCannot: the store is not there, or there is no space.
     """
     if copied and not await to_end(_read_alike, *copied):
-        await to_end(tagging.copy_variables, *copied)
+        await to_end(tags.copy_variables, *copied)
 
 
 async def have_moved(copied: Copied | None) -> bool:

@@ -15,10 +15,10 @@ from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import Operation, Plan
 from qmpsnap.ops.base.context import Context, blocking, locked, require_folder, require_own, require_spec
 from qmpsnap.ops.base.reading import read_by
-from qmpsnap.ops.outside import frozen, outsiders
-from qmpsnap.ops.session import recover, stale_store
-from qmpsnap.ops.session.broken import Unfinished
-from qmpsnap.ops.session.recover import GivenUp
+from qmpsnap.ops.outside import layer_changes, other_programs
+from qmpsnap.ops.session import recovery, stale_store
+from qmpsnap.ops.session.pending import Unfinished
+from qmpsnap.ops.session.recovery import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock
@@ -81,7 +81,7 @@ async def working(
         alone: nobody else may write to the machine's images; not asked by what changes none of them.
         unfinished: what to do with a job that still works for an earlier operation.
         report: told about the progress of such a job.
-        given_up: as for :func:`qmpsnap.ops.session.recover.end_open`.
+        given_up: as for :func:`qmpsnap.ops.session.recovery.end_open`.
 
     Raises:
         NotFoundError: no such machine.
@@ -100,26 +100,26 @@ async def working(
         machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
         await stale_store.require_fit(context, machine, removes=removes)
         async with context.monitor(machine) as qemu:
-            await recover.end_open(context, machine, qemu, unfinished=unfinished, report=report, given_up=given_up)
+            await recovery.end_open(context, machine, qemu, unfinished=unfinished, report=report, given_up=given_up)
             machine = await blocking(context.store.machine, name)
             if qemu is None or context.process(machine):
                 work = Work(machine, qemu)
                 if alone:
                     await _require_unspoilt(context, work)
                 yield work
-                await blocking(frozen.keep, context.store, name)
+                await blocking(layer_changes.keep, context.store, name)
                 return
         if alone:
             await _require_unspoilt(context, Work(machine, None))
         yield Work(machine, None)  # an interrupted revert was ended, and its QEMU with it
-        await blocking(frozen.keep, context.store, name)
+        await blocking(layer_changes.keep, context.store, name)
 
 
 async def _require_unspoilt(context: Context, work: Work) -> None:
     """Nobody writes to the machine's images, and nobody has written to frozen ones without being told."""
     await require_alone(context, work)
-    await blocking(frozen.notice, context.store, work.machine.name)
-    await blocking(frozen.keep, context.store, work.machine.name)
+    await blocking(layer_changes.notice, context.store, work.machine.name)
+    await blocking(layer_changes.keep, context.store, work.machine.name)
 
 
 @asynccontextmanager
@@ -176,7 +176,7 @@ async def require_alone(context: Context, work: Work) -> None:
     layers = read_by(chains, await blocking(store.snapshots, name), await blocking(store.forest))
     process = context.process(work.machine)
     active = {chain.active.id for chain in chains} if work.qemu else set()
-    await outsiders.require_unwritten(
+    await other_programs.require_unwritten(
         (layer for layer in layers if layer.id not in active),
         machine=name,
         ours=[process.pid] if process else [],
@@ -194,7 +194,7 @@ async def begin(context: Context, work: Work, make: Callable[[OperationId], Plan
     def unread(serial: OperationId) -> Plan:
         plan = make(serial)
         if work.qemu is None:
-            outsiders.require_unread(plan, forest, machine=work.machine.name)
+            other_programs.require_unread(plan, forest, machine=work.machine.name)
         return plan
 
-    return await outsiders.retrying(lambda: blocking(context.store.open_operation, work.machine.name, unread))
+    return await other_programs.retrying(lambda: blocking(context.store.open_operation, work.machine.name, unread))

@@ -17,8 +17,8 @@ from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation, RevertPlan
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import headers_of, identified, require_planned
-from qmpsnap.ops.internal.tagging import copy_variables, copy_variables_once, forget_variables
-from qmpsnap.ops.outside import frozen
+from qmpsnap.ops.internal.tags import copy_variables, copy_variables_once, forget_variables
+from qmpsnap.ops.outside import layer_changes
 from qmpsnap.qmp.session import Monitor
 
 
@@ -52,7 +52,7 @@ async def switch(
 async def remove_files(context: Context, plan: RevertPlan) -> None:
     """Remove the files of what the record does not have any more, or never had; fine when they are gone."""
     forest = await blocking(context.store.forest)
-    sizes = await blocking(frozen.sizes, context.store)
+    sizes = await blocking(layer_changes.sizes, context.store)
     for layer in (*plan.removed, *(plan.unwritten.layers if plan.unwritten else ())):
         if layer.id not in forest.layers:
             await to_end(require_folder, layer.path)

@@ -17,9 +17,9 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Merge, Removal
 from qmpsnap.model.planning.forest import Forest
 from qmpsnap.model.planning.situation import TABLE_COVERS, Held, Situation
-from qmpsnap.ops.base import space
+from qmpsnap.ops.base import free_space
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.session.work import Work
+from qmpsnap.ops.session.session import Work
 
 
 async def look(
@@ -104,11 +104,11 @@ def require_space(at: Situation, steps: tuple[Merge | Removal, ...], store: Path
     left: dict[int, int] = {}
     grows = [step for step in steps if isinstance(step, Merge)]
     if grows:
-        space.require([space.Need(str(store), space.STORE, "the store")], machine=at.machine)
+        free_space.require([free_space.Need(str(store), free_space.STORE, "the store")], machine=at.machine)
     for step in steps:
         if isinstance(step, Merge):
             folder = Path(step.into.path).parent
-            found = space.room(folder)
+            found = free_space.room(folder)
             free = left.setdefault(found.device, found.free)
             growth = min(step.moves, _may_grow(at, step))
             if free < growth:
@@ -120,7 +120,7 @@ def require_space(at: Situation, steps: tuple[Merge | Removal, ...], store: Path
             left[found.device] = free - growth
         for layer in step.removed:
             with contextlib.suppress(HostCannot):
-                device = space.room(Path(layer.path).parent).device
+                device = free_space.room(Path(layer.path).parent).device
                 if device in left:
                     left[device] += at.bytes.get(layer.id, 0)
 
@@ -136,7 +136,7 @@ def _may_grow(at: Situation, step: Merge) -> int:
         return max(0, into.virtual_size - occupied)
     if any(reference.tag for reference in at.forest.references_to(into.id)):
         return step.moves
-    most = size if into.format == "raw" else space.of_image(size, size)
+    most = size if into.format == "raw" else free_space.of_image(size, size)
     return max(0, most - min(occupied, at.held[into.id].data))
 
 

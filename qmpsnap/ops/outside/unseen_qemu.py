@@ -10,7 +10,7 @@ from qmpsnap.errors import StateError
 from qmpsnap.machine.starting.argv import USER_SOCKET
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.ops.outside import frozen
+from qmpsnap.ops.outside import layer_changes
 from qmpsnap.qmp import unixsocket
 from qmpsnap.store.store import Store
 
@@ -29,7 +29,7 @@ def may_run(home: Home, store: Store, machine: Machine) -> bool:
     """Whether a machine without a QEMU that we see may have one; its images are waited for a moment only."""
     if answers(home, machine):
         return True
-    return images.glance({machine.name: frozen.asked(store, machine, None)})[machine.name].unseen
+    return images.glance({machine.name: layer_changes.asked(store, machine, None)})[machine.name].unseen
 
 
 def not_running(name: str, *, hidden: bool, hint: str = "") -> StateError:

@@ -10,11 +10,11 @@ from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import OperationId, check_name
 from qmpsnap.model.operations.operation import DefinePlan
-from qmpsnap.ops.base import asked
+from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.lifecycle import define, undefine
-from qmpsnap.ops.session.work import looking, require_settled
+from qmpsnap.ops.session.session import looking, require_settled
 
 
 class Forgotten(Struct, frozen=True):
@@ -55,6 +55,6 @@ async def renamed(context: Context, name: str, old: str, new: str) -> Machine:
     async with looking(context, name) as work:
         snapshots = await blocking(context.store.snapshots, name)
         require_snapshot(snapshots, old, machine=name)
-        asked.require_snapshot_name(work.machine, await blocking(context.store.chains, name), new)
-        asked.require_free_name(snapshots, new, machine=name)
+        requests.require_snapshot_name(work.machine, await blocking(context.store.chains, name), new)
+        requests.require_free_name(snapshots, new, machine=name)
         return work.machine

@@ -16,7 +16,7 @@ from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode, version_of
 from qmpsnap.model.machines.machine import Machine
-from qmpsnap.ops.base import asked, keys
+from qmpsnap.ops.base import luks, requests
 from qmpsnap.ops.base.context import Context, blocking, require_spec
 from qmpsnap.ops.memory.load import hardware_now
 from qmpsnap.qmp import commands, migration
@@ -99,7 +99,7 @@ async def choose(
             machine=machine.name,
         )
     require_spec(machine, "load its memory again")
-    keys.require_plain(
+    luks.require_plain(
         machine,
         "the guest's memory, with what it read from there and the key itself, would lie in a file in the clear",
         f"qmpsnap snapshot create {machine.name} takes its disks",
@@ -167,7 +167,7 @@ async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Cha
         StateError: one does; the message names what QEMU names, or what else the guest writes to. Or the guest sleeps,
             and QEMU would forget that.
     """
-    await asked.require_told(machine, qemu, doing="save its memory so that it can be woken again", hint=hint)
+    await requests.require_told(machine, qemu, doing="save its memory so that it can be woken again", hint=hint)
     if reasons := (await migration.query(qemu)).blocked_reasons:
         raise StateError(
             f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(reasons)}",

@@ -17,7 +17,7 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.machine import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
 from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan
-from qmpsnap.ops.base import keys
+from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.memory.save import RESUME_DEADLINE
 from qmpsnap.ops.session.quiesce import Freezer
@@ -136,7 +136,7 @@ async def open_in(context: Context, machine: Machine, monitor: Monitor | None, c
         return
     run_dir = context.home.run_dir(machine.name)
     await worker.end_leftover(machine, run_dir)
-    async with keys.worker_on(context, machine, chain) as qemu:
+    async with luks.worker_on(context, machine, chain) as qemu:
         yield qemu
 
 

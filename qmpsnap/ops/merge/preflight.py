@@ -13,7 +13,7 @@ from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model.operations.operation import Merge, Removal
 from qmpsnap.model.planning.situation import Situation
 from qmpsnap.ops.merge.job import rewritten
-from qmpsnap.ops.session.work import Work
+from qmpsnap.ops.session.session import Work
 
 
 async def require_possible(work: Work, at: Situation, steps: Sequence[Merge | Removal]) -> None:
