@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, Unpack, overload
 
 from qmpsnap.api.machine_life import MachineLife
-from qmpsnap.host.refused import border
+from qmpsnap.host.system_errors import border
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Compression

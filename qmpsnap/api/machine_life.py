@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from qmpsnap.errors import QmpError, StateError
 from qmpsnap.host.outstanding import briefly
-from qmpsnap.host.refused import border
+from qmpsnap.host.system_errors import border
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Agent, Completed, Trimmed

@@ -24,7 +24,7 @@ def limited(machine: str | None, what: str) -> HostCannot:
 
     Args:
         machine: the machine that the command was about, if it was about one.
-        what: from :func:`qmpsnap.host.refused.refused`.
+        what: from :func:`qmpsnap.host.system_errors.refused`.
     """
     return _told(HostCannot(what, hint="qmpsnap doctor; ulimit -a", machine=machine), machine)
 

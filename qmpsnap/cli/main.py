@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 import qmpsnap
 from qmpsnap.cli import output, supervised
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
-from qmpsnap.host import descriptors, refused
+from qmpsnap.host import descriptors, system_errors
 from qmpsnap.model.names import is_text
 
 NOUNS: Final = {
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 128 + signal.SIGPIPE  # whoever read us has had enough
     except Exception as error:
-        if (what := refused.refused(error)) is None:
+        if (what := system_errors.refused(error)) is None:
             raise
         told = _left(getattr(arguments, "machine", None), what)
         output.report(told, form)

@@ -18,7 +18,7 @@ from typing import Final, NoReturn
 
 from qmpsnap.cli import output
 from qmpsnap.errors import Interrupted, QmpsnapError, StorageHangs
-from qmpsnap.host import hung
+from qmpsnap.host import storage_wait
 from qmpsnap.host.outstanding import briefly, helpers, storage_hangs
 
 _LOOK: Final = 1.0
@@ -141,7 +141,7 @@ def _let_go_of_streams() -> None:
 class _Parent:
     def __init__(self, child: int, told: int, life: int) -> None:
         self._child, self._told, self._life = child, told, life
-        self._watch = hung.Watch(child, child)
+        self._watch = storage_wait.Watch(child, child)
         self._interrupted = 0.0
         os.set_blocking(told, False)
 
@@ -152,7 +152,7 @@ class _Parent:
             heard = signal.sigtimedwait((signal.SIGINT, signal.SIGCHLD), _LOOK)
             if heard and heard.si_signo == signal.SIGINT:
                 self._interrupt(forward=heard.si_code != _BY_KERNEL)
-            elif not heard and (wait := self._watch.hangs(hung.deadline())):
+            elif not heard and (wait := self._watch.hangs(storage_wait.deadline())):
                 self._give_up(wait)
 
     def _end_as_child(self) -> None:
@@ -177,12 +177,12 @@ class _Parent:
         elif now - self._interrupted > _SAME:
             self._end_at_once(Interrupted("interrupted twice and ended at once"))
 
-    def _give_up(self, wait: hung.Wait) -> None:
-        self._end_at_once(storage_hangs(wait, hung.deadline(), effect="unknown"))
+    def _give_up(self, wait: storage_wait.Wait) -> None:
+        self._end_at_once(storage_hangs(wait, storage_wait.deadline(), effect="unknown"))
 
     def _end_at_once(self, error: QmpsnapError) -> NoReturn:
         """End without the child, and say what it leaves open."""
-        wait = hung.waits_of(self._child)
+        wait = storage_wait.waits_of(self._child)
         os.close(self._life)
         time.sleep(_SAME)  # it closes the streams, which others may wait for the end of
         from qmpsnap.cli.interrupted import left_open

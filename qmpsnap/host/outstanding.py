@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any, Final, Generic, TypeVar
 
 from qmpsnap.errors import Effect, StorageHangs
-from qmpsnap.host import hung
+from qmpsnap.host import storage_wait
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -93,12 +93,12 @@ class Work(Generic[T]):
     def __init__(self, call: Callable[..., T], *arguments: object, reads: bool) -> None:
         self._call, self._arguments, self._reads = call, arguments, reads
         self._cover = _cover.get()
-        self._watch: hung.Watch | None = None
+        self._watch: storage_wait.Watch | None = None
         self._ended = False
 
     def run(self) -> T:
         """The thread's part."""
-        self._watch = hung.Watch(os.getpid(), threading.get_native_id())
+        self._watch = storage_wait.Watch(os.getpid(), threading.get_native_id())
         try:
             return self._call(*self._arguments)
         finally:
@@ -113,7 +113,7 @@ class Work(Generic[T]):
 
     def hangs(self) -> StorageHangs | None:
         """Whether the thread hangs; it has been left to itself then."""
-        seconds = hung.deadline()
+        seconds = storage_wait.deadline()
         wait = self._watch.hangs(seconds) if self._watch else None
         if wait is None:
             return None
@@ -131,12 +131,12 @@ class Work(Generic[T]):
             return True
 
 
-def storage_hangs(wait: hung.Wait, seconds: float, *, effect: Effect, who: str = "") -> StorageHangs:
+def storage_hangs(wait: storage_wait.Wait, seconds: float, *, effect: Effect, who: str = "") -> StorageHangs:
     """The error that tells it."""
     return StorageHangs(
-        hung.sentence(wait, seconds, who=who),
+        storage_wait.sentence(wait, seconds, who=who),
         path=wait.path,
-        hint=f"find out what ails that storage; {hung.DEADLINE} gives it longer",
+        hint=f"find out what ails that storage; {storage_wait.DEADLINE} gives it longer",
         effect=effect,
     )
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import anyio
 from anyio.abc import Process
 
-from qmpsnap.host import hung
+from qmpsnap.host import storage_wait
 from qmpsnap.host.outstanding import leave_process, storage_hangs
 from qmpsnap.host.threads import completed
 
@@ -47,5 +47,5 @@ async def _ended(process: Process, program: str) -> None:
         await process.wait()
         await process.aclose()
         return
-    wait = hung.waits_of(process.pid) or hung.Wait("a request", "")
+    wait = storage_wait.waits_of(process.pid) or storage_wait.Wait("a request", "")
     leave_process(process.pid, storage_hangs(wait, _ENDING, effect="unknown", who=f"{program} (process {process.pid})"))

@@ -1,7 +1,7 @@
 """What waits for a disk runs in a thread; nobody leaves while it still does, nor while something is being closed.
 
 Storage that hangs is the exception: a thread that does not get on is left to itself after
-:func:`qmpsnap.host.hung.deadline`. What was locked stays locked until it is back, and nobody works on files under that
+:func:`qmpsnap.host.storage_wait.deadline`. What was locked stays locked until it is back, and nobody works on files
 under that lock meanwhile.
 """
 

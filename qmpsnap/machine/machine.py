@@ -10,7 +10,7 @@ import anyio
 from msgspec.structs import replace
 
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
-from qmpsnap.host import hung, unwritable
+from qmpsnap.host import storage_wait, write_errors
 from qmpsnap.host.threads import completed
 from qmpsnap.machine.starting import logs as logfiles
 from qmpsnap.machine.starting import privileges
@@ -128,7 +128,7 @@ async def start(
                 # A wrapper may end before the QEMU that it has started.
                 if not processes.is_alive(process) and not processes.launched(process, argv, run_dir):
                     said = processes.log_tail(log)
-                    if why := unwritable.found(run_dir):
+                    if why := write_errors.found(run_dir):
                         raise HostCannot(
                             f"QEMU cannot write to {run_dir}: {why.what}",
                             hint=why.remedy,
@@ -226,7 +226,7 @@ async def require_ended(process: Process | None, qemu: Monitor | None, *, machin
 
 def still_runs(process: Process, *, machine: str, effect: Effect) -> DeadlinePassed:
     """The error for a QEMU that was killed and does not end, with the file that it waits for."""
-    wait = hung.waits_of(process.pid)
+    wait = storage_wait.waits_of(process.pid)
     return DeadlinePassed(
         f"QEMU of machine {machine} (process {process.pid}) does not end{f': {wait} is not answered' if wait else ''}",
         hint=f"its storage may hang; once it has ended: qmpsnap recover {machine}",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qmpsnap.errors import HostCannot, LockHeld, OperationPending
-from qmpsnap.host import hung, private, unwritable
+from qmpsnap.host import private, storage_wait, write_errors
 from qmpsnap.host.outstanding import Cover, briefly
 from qmpsnap.model.moment import moment
 
@@ -64,7 +64,7 @@ def _acquire(path: Path, machine: str) -> int:
         try:
             descriptor = _open(path)
         except OSError as error:
-            what, remedy = unwritable.reason(path.parent, error)
+            what, remedy = write_errors.reason(path.parent, error)
             raise HostCannot(
                 f"the lock {path} of machine {machine} cannot be opened: {what}",
                 hint=remedy,
@@ -141,7 +141,7 @@ def _hangs(descriptor: int) -> str | None:
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
         said = owner.get("hangs")
-        if said is None and owner["host"] == os.uname().nodename and (wait := hung.keeps(owner["pid"])):
+        if said is None and owner["host"] == os.uname().nodename and (wait := storage_wait.keeps(owner["pid"])):
             said = f"it was ended, and storage does not answer: {wait}"
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError, OSError):
         return None

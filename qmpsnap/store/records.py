@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, StoreMismatch
-from qmpsnap.host import private, unwritable
+from qmpsnap.host import private, write_errors
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.machine import Machine
@@ -222,5 +222,5 @@ def _translated(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what, remedy = unwritable.reason(folder, error)
+        what, remedy = write_errors.reason(folder, error)
         raise HostCannot(f"{error.filename or folder} cannot be written: {what}", hint=remedy) from error

@@ -16,7 +16,7 @@ from anyio import to_thread
 
 import qmpsnap
 from qmpsnap.errors import LockHeld, OperationPending, StorageHangs
-from qmpsnap.host import hung, outstanding
+from qmpsnap.host import outstanding, storage_wait
 from tests.harness import hanging
 from tests.harness.hanging import Storage
 from tests.live.machine import ONE_DISK, context_of, fill
@@ -37,7 +37,7 @@ def mount() -> Iterator[Storage]:
 @pytest.fixture
 async def vm(mount: Storage, home: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[qmpsnap.MachineHandle]:
     """A paused machine whose images, but not whose store, lie on that storage."""
-    monkeypatch.setenv(hung.DEADLINE, "2")
+    monkeypatch.setenv(storage_wait.DEADLINE, "2")
     machines = mount.path / home.name
     machines.mkdir()
     (home / "machines").symlink_to(machines)
@@ -135,7 +135,7 @@ async def test_a_qemu_that_its_storage_keeps_is_named(vm: qmpsnap.MachineHandle,
             assert process
             pid = process.pid
             with anyio.fail_after(WAIT):
-                while not hung.waits_of(pid):
+                while not storage_wait.waits_of(pid):
                     await anyio.sleep(0.05)
             command = started("stop", "still", "--force")
             said = await ended(command)
@@ -152,7 +152,7 @@ async def ignoring(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def test_a_second_ctrl_c_ends_at_once_and_tells_what_is_left(vm: qmpsnap.MachineHandle, mount: Storage) -> None:
-    os.environ[hung.DEADLINE] = "3600"
+    os.environ[storage_wait.DEADLINE] = "3600"
     with mount.hang("fsync"):
         command = started("snapshot", "create", "still", "one")
         await until_stuck(command.pid)
@@ -170,7 +170,7 @@ async def until_stuck(process: int) -> None:
     """Until a process below this one waits for that storage."""
     with anyio.fail_after(WAIT):
         while True:
-            found = [pid for pid in below(process) if (wait := hung.waits_of(pid)) and "qs-hang" in str(wait)]
+            found = [pid for pid in below(process) if (wait := storage_wait.waits_of(pid)) and "qs-hang" in str(wait)]
             if found:
                 return
             await anyio.sleep(0.05)
@@ -179,7 +179,7 @@ async def until_stuck(process: int) -> None:
 def below(process: int) -> list[int]:
     found = [process]
     for pid in found:
-        for thread in hung.threads(pid):
+        for thread in storage_wait.threads(pid):
             found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
     return found
 

@@ -11,7 +11,7 @@ import pytest
 
 from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import LockHeld, OperationPending, StorageHangs
-from qmpsnap.host import hung, outstanding
+from qmpsnap.host import outstanding, storage_wait
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.home import Home
 from qmpsnap.ops.base.context import Context, locked
@@ -24,7 +24,7 @@ SOON = 0.6
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file that nobody can open until somebody lets go of it."""
-    monkeypatch.setenv(hung.DEADLINE, str(SOON))
+    monkeypatch.setenv(storage_wait.DEADLINE, str(SOON))
     path = tmp_path / "hangs"
     os.mkfifo(path)
     yield path
@@ -81,7 +81,7 @@ async def test_whoever_is_cancelled_is_so_once_the_thread_is_given_up(file: Path
 
 
 async def test_a_thread_that_gets_on_does_not_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(hung.DEADLINE, "0.6")
+    monkeypatch.setenv(storage_wait.DEADLINE, "0.6")
 
     def slow() -> int:
         data = b"x" * 65536
@@ -158,7 +158,7 @@ def test_a_wait_for_a_terminal_or_a_pipe_is_none_for_storage() -> None:
     try:
         threading.Event().wait(0.1)
         assert thread.native_id is not None
-        assert hung.waits(os.getpid(), thread.native_id) is None
+        assert storage_wait.waits(os.getpid(), thread.native_id) is None
     finally:
         os.write(theirs, b"x")
         thread.join()
@@ -168,5 +168,5 @@ def test_a_wait_for_a_terminal_or_a_pipe_is_none_for_storage() -> None:
 
 def test_a_path_is_followed_to_its_storage(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/proc/self")
-    assert hung.storage(str(tmp_path / "link" / "status")) == "/proc (proc)"
-    assert hung.storage("/").startswith("/ (")
+    assert storage_wait.storage(str(tmp_path / "link" / "status")) == "/proc (proc)"
+    assert storage_wait.storage("/").startswith("/ (")

@@ -7,7 +7,7 @@ import anyio
 from anyio.abc import ByteReceiveStream, Process
 
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot
-from qmpsnap.host import hung
+from qmpsnap.host import storage_wait
 from qmpsnap.host.outstanding import LOOK, storage_hangs
 from qmpsnap.host.programs import running
 
@@ -80,7 +80,7 @@ def _first(group: BaseExceptionGroup) -> BaseException:
 
 
 async def _watch(process: Process, program: str, effect: Effect) -> None:
-    watch, seconds = hung.ProcessWatch(process.pid), hung.deadline()
+    watch, seconds = storage_wait.ProcessWatch(process.pid), storage_wait.deadline()
     while True:
         await anyio.sleep(LOOK)
         if wait := watch.hangs(seconds):

@@ -17,7 +17,7 @@ from typing import Any, Final, Self, TypeVar
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, UsageError
-from qmpsnap.host import acl, private, unwritable
+from qmpsnap.host import acl, private, write_errors
 from qmpsnap.model.machines.spec import MachineSpec
 
 T = TypeVar("T")
@@ -289,7 +289,7 @@ def make_private(path: Path, what: str) -> None:
         status = path.lstat()
         rights = acl.rights(str(path), status.st_mode)
     except OSError as error:
-        why, remedy = unwritable.reason(path, error)
+        why, remedy = write_errors.reason(path, error)
         raise HostCannot(f"the {what} {path} cannot be made: {why}", hint=remedy) from error
     # A user who is named there is the one that a QEMU of ours runs as, or has run.
     others = rights.beyond(frozenset(rights.users))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
-from qmpsnap.host import unwritable
+from qmpsnap.host import write_errors
 from qmpsnap.machine.starting import surroundings
 from qmpsnap.machine.starting.argv import PID_FILE
 from qmpsnap.machine.starting.logs import QEMU_LOG
@@ -66,7 +66,7 @@ def spawn(
         log.unlink(missing_ok=True)  # never written over: what has this name may be another file's second one
         descriptor = os.open(log, _NEW_LOG, 0o600)
     except OSError as error:
-        what, remedy = unwritable.reason(log.parent, error)
+        what, remedy = write_errors.reason(log.parent, error)
         raise HostCannot(f"{log} cannot be made: {what}", hint=remedy) from error
     try:
         os.fchmod(descriptor, 0o600)  # whatever the umask

@@ -11,7 +11,7 @@ import anyio
 
 from qmpsnap.block.image import tags
 from qmpsnap.errors import Effect, HostCannot, OperationPending, QemuGone, QmpsnapError
-from qmpsnap.host.refused import translated
+from qmpsnap.host.system_errors import translated
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
 from qmpsnap.machine.machine import end

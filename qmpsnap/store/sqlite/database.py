@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
-from qmpsnap.host import unwritable
+from qmpsnap.host import write_errors
 from qmpsnap.store.sqlite import schema, standing
 
 _READ = "BEGIN"
@@ -137,7 +137,7 @@ class Database:
             raise HostCannot(
                 f"the store {self._path} has changes that may not have reached the disk, and they cannot be written"
                 f" out: {error}",
-                hint=unwritable.reason(self._path.parent, error).remedy,
+                hint=write_errors.reason(self._path.parent, error).remedy,
             ) from error
         self._inherited = False
 
@@ -191,7 +191,7 @@ class Database:
                 raise self._damaged(error) from error
             raise HostCannot(
                 f"the store {self._path} refused a change: {error}",
-                hint=unwritable.reason(self._path.parent, error).remedy,
+                hint=write_errors.reason(self._path.parent, error).remedy,
             ) from error
         except sqlite3.IntegrityError as error:
             raise StoreMismatch(

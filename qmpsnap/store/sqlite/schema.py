@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
-from qmpsnap.host import private, unwritable
+from qmpsnap.host import private, write_errors
 
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -202,7 +202,7 @@ def _cannot(path: Path, error: OSError | sqlite3.OperationalError) -> HostCannot
         busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
         hint = "another command works with it: try again" if busy else ""
         return HostCannot(f"the store {path} cannot be used: {error}", hint=hint)
-    what, remedy = unwritable.reason(path.parent, error)
+    what, remedy = write_errors.reason(path.parent, error)
     return HostCannot(f"the store {path} cannot be written: {what}", hint=remedy)
 
 
