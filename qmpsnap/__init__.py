@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qmpsnap.machine.agent import Completed, Trimmed
     from qmpsnap.model.layers.chain import Chain, Layer
     from qmpsnap.model.layers.snapshot import Snapshot
-    from qmpsnap.model.machines.machine import Machine, Process
+    from qmpsnap.model.machines.record import Machine, Process
     from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
     from qmpsnap.model.operations.operation import (
         CreatePlan,
@@ -89,7 +89,7 @@ _FROM = {
     "qmpsnap.machine.agent": ("Completed", "Trimmed"),
     "qmpsnap.api.machine_handle": ("MachineHandle",),
     "qmpsnap.model.layers.chain": ("Chain", "Layer"),
-    "qmpsnap.model.machines.machine": ("Machine", "Process"),
+    "qmpsnap.model.machines.record": ("Machine", "Process"),
     "qmpsnap.model.operations.operation": (
         "CreatePlan",
         "DefinePlan",

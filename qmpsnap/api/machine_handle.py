@@ -10,7 +10,7 @@ from qmpsnap.host.system_errors import border
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Compression
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
 from qmpsnap.ops import save, stack

@@ -12,7 +12,7 @@ from qmpsnap.machine.agent import Agent, Completed, Trimmed
 from qmpsnap.machine.starting import logs
 from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.layers.snapshot import Snapshot
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.operations.operation import Operation
 from qmpsnap.ops.base import free_space, nvram, requests
 from qmpsnap.ops.base.context import Context, blocking

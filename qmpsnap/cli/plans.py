@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from qmpsnap.cli import output
 
 if TYPE_CHECKING:
-    from qmpsnap.model.machines.machine import Machine
+    from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan
 
 

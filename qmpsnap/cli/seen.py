@@ -10,7 +10,7 @@ from qmpsnap.block.usage import images as files
 from qmpsnap.block.usage.images import Seen
 from qmpsnap.cli import output
 from qmpsnap.cli.common import answering, home
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 
 if TYPE_CHECKING:
     from qmpsnap.store.store import Store

@@ -10,7 +10,7 @@ from msgspec import Struct
 from qmpsnap.errors import HostCannot, QemuGone, StateError
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.machines.adoption import Adoption
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Bell, Monitor
 

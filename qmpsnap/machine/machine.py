@@ -17,7 +17,7 @@ from qmpsnap.machine.starting import privileges
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import CONSOLE_LOG, QMP_SOCKET, RUN_FILES
 from qmpsnap.machine.starting.privileges import PLAIN, Privileges
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.session import Monitor, Session
 

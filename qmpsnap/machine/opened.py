@@ -10,7 +10,7 @@ from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.machine.adopted import look
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.machine import Process
+from qmpsnap.model.machines.record import Process
 
 
 def require_recorded(layers: Iterable[Layer], *, machine: str) -> None:

@@ -19,7 +19,7 @@ from qmpsnap.machine.starting import argv
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.privileges import Privileges, RunAs
 from qmpsnap.model.layers.chain import Chain
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Session

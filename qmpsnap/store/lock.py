@@ -15,7 +15,7 @@ from typing import Any, Final
 from qmpsnap.errors import HostCannot, LockHeld, OperationPending
 from qmpsnap.host import private, storage_wait, write_errors
 from qmpsnap.host.outstanding import Cover, briefly
-from qmpsnap.model.moment import moment
+from qmpsnap.model.timestamps import moment
 
 _TELLING: Final = 1.0
 """Seconds that the note in the lock may take; the lock itself may be on storage that hangs."""

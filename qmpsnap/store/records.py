@@ -19,7 +19,7 @@ from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import private, write_errors
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.relocation import HomeRecord
 from qmpsnap.store.sqlite.decoded import decoded
 

@@ -9,10 +9,10 @@ from typing import Protocol
 
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
-from qmpsnap.model.planning.forest import Forest
+from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.store.sqlite.frozen import FrozenTable
 from qmpsnap.store.sqlite.homes import HomeTable
 from qmpsnap.store.sqlite.pruning import PrunedTable

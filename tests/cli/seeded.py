@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, DefinePlan

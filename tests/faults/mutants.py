@@ -10,7 +10,7 @@ import pytest
 
 from qmpsnap.block.image import create as image
 from qmpsnap.model.operations import steps
-from qmpsnap.model.planning import merge as rules
+from qmpsnap.model.planning import merging as rules
 from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.ops.merge import job, preflight

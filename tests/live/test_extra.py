@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.errors import StateError, UsageError
-from qmpsnap.model.machines.machine import Consent
+from qmpsnap.model.machines.record import Consent
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.rebuild import rebuild
 from tests.live.machine import ONE_DISK, context_of

@@ -14,7 +14,7 @@ from qmpsnap.errors import QmpsnapError
 from qmpsnap.machine import machine as machines
 from qmpsnap.machine import worker
 from qmpsnap.machine.machine import wait_end
-from qmpsnap.model.machines.machine import Process
+from qmpsnap.model.machines.record import Process
 from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.qmp.commands import JobInfo
 from tests.harness.deaths import JOBS, STORE, Call, die_at

@@ -12,7 +12,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import QemuGone, StateError
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.vmstate import version_of
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.lifecycle import define
 from tests.live.booted import start_booted

@@ -20,7 +20,7 @@ from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import PID_FILE
 from qmpsnap.machine.starting.logs import QEMU_LOG
 from qmpsnap.machine.starting.process import find, is_alive, is_ending, is_stopped, log_tail, spawn, terminate
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 
 UUID = "6a8c0f2e-5d1b-4c3a-9e7f-0123456789ab"

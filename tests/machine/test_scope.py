@@ -15,7 +15,7 @@ import pytest
 
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting import scope
-from qmpsnap.model.machines.machine import Process
+from qmpsnap.model.machines.record import Process
 
 CALL = """\
 busctl --system call org.freedesktop.systemd1 /org/freedesktop/systemd1 org.freedesktop.systemd1.Manager

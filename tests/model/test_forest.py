@@ -5,7 +5,7 @@ import pytest
 from qmpsnap.errors import NotFoundError
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.model.planning.forest import Reference, Writer
+from qmpsnap.model.planning.layer_graph import Reference, Writer
 from tests.model.world import World
 
 

@@ -13,9 +13,9 @@ from qmpsnap.errors import NotFoundError, StateError
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change, Merge, Removal
-from qmpsnap.model.planning import merge as rules
-from qmpsnap.model.planning.merge import DiskReduction
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning import merging as rules
+from qmpsnap.model.planning.merging import DiskReduction
+from qmpsnap.model.planning.state import Situation
 from tests.model.world import World, check_world, mark_hidden, run_steps
 
 SIZE = 6

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import (
@@ -18,7 +18,7 @@ from qmpsnap.model.operations.operation import (
     Removal,
     verb_of,
 )
-from qmpsnap.model.planning.forest import Forest, Reference, Writer
+from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer
 from qmpsnap.model.planning.sharing import require_unshared
 
 BASE = Layer(id=LayerId("vda-1"), path="/q/1", format="qcow2", backing=None, virtual_size=1, device=3, inode=1)

@@ -1,6 +1,6 @@
 """A store without disks: a file is a dict, a guest writes numbers, and what every moment held is remembered.
 
-Plans of :mod:`qmpsnap.model.planning.merge` are executed literally on these files, as QEMU would, and judged by what
+Plans of :mod:`qmpsnap.model.planning.merging` are executed literally on these files, as QEMU would, and judged by what
 the files then read, never by the rules that made the plan.
 """
 
@@ -14,8 +14,8 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotState
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, Merge, Removal
-from qmpsnap.model.planning.forest import Forest, Reference, Writer
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer
+from qmpsnap.model.planning.state import Situation
 
 CLUSTER = 1 << 16
 

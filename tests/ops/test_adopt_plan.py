@@ -10,7 +10,7 @@ from qmpsnap.block.image.header import FoundLayer, Header
 from qmpsnap.errors import StateError
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.adoption import FOREIGN, Adoption
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, NodeName, OperationId
 from qmpsnap.ops.lifecycle import adopt

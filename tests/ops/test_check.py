@@ -24,7 +24,7 @@ from qmpsnap.model.finding import KINDS
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Point
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, CreatePlan, DefinePlan
 from qmpsnap.ops.base.context import Context, opened

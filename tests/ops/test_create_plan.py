@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import NameRefused, NameTaken, NotFoundError, StateError
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Point, Snapshot
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import CreatePlan

@@ -9,7 +9,7 @@ from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import StateError
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import DefinePlan

@@ -11,8 +11,8 @@ from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines import nbd
 from qmpsnap.model.names import LayerId, NodeName, OperationId, job_id
 from qmpsnap.model.operations.operation import MirrorPlan, Plan
-from qmpsnap.model.planning.forest import Forest, Reference, Writer
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer
+from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.mirror import job
 from qmpsnap.ops.mirror.job import Phase
 from qmpsnap.ops.mirror.mirror import Found, MirrorRequest, plan

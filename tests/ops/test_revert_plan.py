@@ -13,11 +13,11 @@ from qmpsnap.errors import NotFoundError, OperationPending, StateError
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import Inside, hardware_of
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, DefinePlan, RevertPlan
-from qmpsnap.model.planning.forest import Forest, Reference, Writer
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer
+from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.revert import plan as revert_plan
 from qmpsnap.ops.revert.plan import RevertRequest, Run
 from qmpsnap.ops.revert.revert import Preview

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.operations.operation import Change, Merge, Removal
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import free_space
 from qmpsnap.ops.base.free_space import Need, Room
 from qmpsnap.ops.session.planning_state import require_space

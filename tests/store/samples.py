@@ -4,7 +4,7 @@ from pathlib import Path
 
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, DefinePlan, Operation

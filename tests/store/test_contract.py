@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import NameTaken, NotFoundError, OperationPending, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.layers.chain import Layer, LayerState
 from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotKind, SnapshotState
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.spec import Cache, DiskSpec, Format, Forward, MachineSpec, NicSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import OPEN_STATES, Change, CreatePlan, OperationState, Overlay, Plan

@@ -15,7 +15,7 @@ import pytest
 
 from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
 from qmpsnap.model.layers.snapshot import Point, Snapshot
-from qmpsnap.model.machines.machine import Consent, Machine, Process
+from qmpsnap.model.machines.record import Consent, Machine, Process
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change

@@ -11,7 +11,7 @@ import qmpsnap
 from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
 from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey

@@ -14,7 +14,7 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.planning.situation import CLUSTER, TABLE_COVERS, Held
+from qmpsnap.model.planning.state import CLUSTER, TABLE_COVERS, Held
 
 _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 _COMPRESSED: Final = 1 << 62

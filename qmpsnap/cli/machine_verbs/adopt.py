@@ -15,7 +15,7 @@ from qmpsnap.model.names import check_disk_name, check_name
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
-    from qmpsnap.model.machines.machine import Machine
+    from qmpsnap.model.machines.record import Machine
     from qmpsnap.ops.lifecycle.adopt import Adopted
 
 _IMAGE = re.compile(r"(?P<disk>[^=/]+)=(?P<path>.+?)(?:,format=(?P<format>[a-z0-9_-]+))?", flags=re.DOTALL)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, reading
-from qmpsnap.model.moment import moment
+from qmpsnap.model.timestamps import moment
 
 if TYPE_CHECKING:
     from qmpsnap.model.operations.operation import Operation

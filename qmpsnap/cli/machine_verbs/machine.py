@@ -22,8 +22,8 @@ from qmpsnap.cli.plans import print_definition
 from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
-from qmpsnap.model.machines.machine import Machine, Process
-from qmpsnap.model.moment import moment
+from qmpsnap.model.machines.record import Machine, Process
+from qmpsnap.model.timestamps import moment
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller

@@ -14,7 +14,7 @@ from qmpsnap.cli.snapshot_verbs.snapshot_json import confined, print_snapshot
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.model.layers.snapshot import Snapshot
-    from qmpsnap.model.machines.machine import Machine
+    from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.operations.operation import CreatePlan
     from qmpsnap.ops.revert.revert import Preview, Reverted
 

@@ -13,11 +13,11 @@ from qmpsnap.cli.snapshot_verbs.snapshot_json import document_of, print_taken
 from qmpsnap.errors import UsageError
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
-from qmpsnap.model.moment import moment
+from qmpsnap.model.timestamps import moment
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
-    from qmpsnap.model.machines.machine import Machine
+    from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan
     from qmpsnap.ops.snapshot.request import SnapshotOptions
 

@@ -8,7 +8,7 @@ from qmpsnap.cli import output
 from qmpsnap.cli.common import answering
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.moment import moment
+from qmpsnap.model.timestamps import moment
 from qmpsnap.store.store import Store
 
 

@@ -13,7 +13,7 @@ from qmpsnap.cli.snapshot_verbs.snapshot_json import print_taken
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.model.layers.snapshot import Snapshot
-    from qmpsnap.model.machines.machine import Machine
+    from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.operations.operation import CreatePlan
     from qmpsnap.ops.revert.revert import Reverted
     from qmpsnap.ops.stack import PopPreview

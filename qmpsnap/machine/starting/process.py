@@ -20,7 +20,7 @@ from qmpsnap.machine.starting import surroundings
 from qmpsnap.machine.starting.argv import PID_FILE
 from qmpsnap.machine.starting.logs import QEMU_LOG
 from qmpsnap.machine.starting.privileges import PLAIN, Privileges
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 
 if TYPE_CHECKING:
     import subprocess

@@ -14,7 +14,7 @@ from typing import Literal
 import anyio
 
 from qmpsnap.machine.starting import surroundings
-from qmpsnap.model.machines.machine import Process
+from qmpsnap.model.machines.record import Process
 
 Manager = Literal["system", "user"]
 """Whose systemd it is: root asks the system's, everybody else their own."""

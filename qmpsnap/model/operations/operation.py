@@ -8,8 +8,8 @@ from qmpsnap.errors import Effect
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Quiesce, Snapshot
 from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
-from qmpsnap.model.machines.machine import Consent, Machine
 from qmpsnap.model.machines.nbd import NbdExport
+from qmpsnap.model.machines.record import Consent, Machine
 from qmpsnap.model.names import LayerId, OperationId
 
 OperationState = Literal["planned", "running", "settled", "failed", "unknown"]

@@ -22,7 +22,7 @@ from qmpsnap.model.operations.operation import (
     Plan,
     RevertPlan,
 )
-from qmpsnap.model.planning.forest import Forest
+from qmpsnap.model.planning.layer_graph import Forest
 
 Name = str | tuple[int, int]
 """What a file is known by: its layer's id, its path, its device and inode; any of them is enough."""

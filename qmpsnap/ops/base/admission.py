@@ -14,7 +14,7 @@ from qmpsnap.machine.starting import accel, privileges, probe
 from qmpsnap.machine.starting.argv import Firmware
 from qmpsnap.machine.starting.privileges import RunAs
 from qmpsnap.model.layers.chain import Chain, Layer
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base.context import Context
 

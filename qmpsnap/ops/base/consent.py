@@ -4,7 +4,7 @@ import os
 import shlex
 
 from qmpsnap.errors import StateError
-from qmpsnap.model.machines.machine import Consent, Machine
+from qmpsnap.model.machines.record import Consent, Machine
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base.context import Context, blocking
 

@@ -25,9 +25,9 @@ from qmpsnap.machine.starting.argv import QMP_SOCKET, USER_SOCKET
 from qmpsnap.machine.starting.privileges import RunAs
 from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.secret import Secret, given
-from qmpsnap.model.moment import moment
+from qmpsnap.model.timestamps import moment
 from qmpsnap.ops.base import home_location
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner, runfolder

@@ -1,7 +1,7 @@
 """Numbers whose names are free in the QEMU that runs: nodes and jobs bear them, and its owner has named some, too."""
 
 from qmpsnap.block import graph
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId, job_id, layer_id
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.qmp import commands

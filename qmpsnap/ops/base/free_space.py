@@ -11,7 +11,7 @@ from msgspec import Struct
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.layers.chain import Chain
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import CreatePlan, Overlay
 
 CLUSTER = 64 << 10

@@ -15,7 +15,7 @@ from qmpsnap.errors import HostCannot, QemuGone, StateError, UsageError
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
 from qmpsnap.model.layers.chain import Chain, Layer
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.secret import MOST, Secret
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.ops.base import admission

@@ -14,7 +14,7 @@ import anyio
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
 from qmpsnap.host.threads import bounded, to_end
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import CreatePlan, Operation
 from qmpsnap.ops.base.context import Context

@@ -16,7 +16,7 @@ from qmpsnap.block.image.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import MAX_LAYERS, Chain, Layer
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, Overlay
 from qmpsnap.ops.base import admission, luks

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.planning.forest import Forest
+from qmpsnap.model.planning.layer_graph import Forest
 
 
 def read_by(chains: Iterable[Chain], snapshots: Iterable[Snapshot], forest: Forest) -> tuple[Layer, ...]:

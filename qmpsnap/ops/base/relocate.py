@@ -25,10 +25,10 @@ from qmpsnap.machine import statefile
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId
-from qmpsnap.model.planning.forest import Forest
+from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried
+from qmpsnap.model.timestamps import moment
 from qmpsnap.ops.base import home_location, luks
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.store.lock import machine_lock

@@ -12,10 +12,10 @@ from qmpsnap.errors import NameRefused, NameTaken, StateError, UsageError
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Outside, Snapshot
 from qmpsnap.model.layers.vmstate import version_of
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import DiskSpec
-from qmpsnap.model.moment import moment
 from qmpsnap.model.names import OperationId, check_name, layer_disk
+from qmpsnap.model.timestamps import moment
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
 

@@ -11,7 +11,7 @@ from qmpsnap.errors import DeadlinePassed, LayersCircular, QemuGone, QmpsnapErro
 from qmpsnap.host.identity import same_file
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.finding import Finding
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import admission, relocate
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own

@@ -24,10 +24,10 @@ from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Operation
-from qmpsnap.model.planning.forest import Forest
+from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.ops.base import admission, home_location
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import entries

@@ -13,7 +13,7 @@ from qmpsnap.host.identity import same_file
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.planning.forest import Writer
+from qmpsnap.model.planning.layer_graph import Writer
 from qmpsnap.ops.check.facts import Facts
 from qmpsnap.ops.outside import compare
 from qmpsnap.store.owner import Flaw

@@ -13,7 +13,7 @@ from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.home import Home
-from qmpsnap.model.moment import moment
+from qmpsnap.model.timestamps import moment
 from qmpsnap.ops.check.entries import Entry
 
 NOTE = "note.json"

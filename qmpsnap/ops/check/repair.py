@@ -13,7 +13,7 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import luks

@@ -19,7 +19,7 @@ from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import Hardware, Inside
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, InternalPlan, Operation

@@ -14,7 +14,7 @@ from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import worker
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
 from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan
 from qmpsnap.ops.base import luks

@@ -9,7 +9,7 @@ from qmpsnap.block import graph
 from qmpsnap.errors import QemuGone, StoreMismatch
 from qmpsnap.machine import worker
 from qmpsnap.model.layers.chain import Chain, Layer
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import JobId, OperationId, job_id
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Merge, MirrorPlan

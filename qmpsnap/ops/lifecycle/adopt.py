@@ -21,7 +21,7 @@ from qmpsnap.machine import adopted
 from qmpsnap.machine.adopted import Seen
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.adoption import Adoption
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import Cache, DiskSpec, MachineSpec, Opened
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
 from qmpsnap.model.operations.operation import DefinePlan

@@ -18,11 +18,11 @@ from qmpsnap.machine.starting import probe
 from qmpsnap.machine.starting.argv import Firmware
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.machine import Consent, Machine
+from qmpsnap.model.machines.record import Consent, Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
-from qmpsnap.model.moment import moment
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, DefinePlan, Operation, Overlay
+from qmpsnap.model.timestamps import moment
 from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked, require_folder
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free

@@ -6,7 +6,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from qmpsnap.model.layers.snapshot import require_snapshot
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import OperationId, check_name
 from qmpsnap.model.operations.operation import DefinePlan

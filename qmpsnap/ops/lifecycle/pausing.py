@@ -4,7 +4,7 @@ import anyio
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError
 from qmpsnap.machine.starting.argv import QMP_SOCKET
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own
 from qmpsnap.ops.outside import unseen_qemu
 from qmpsnap.ops.session import recovery, stale_store

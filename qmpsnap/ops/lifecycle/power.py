@@ -15,9 +15,9 @@ from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.privileges import Privileges
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
-from qmpsnap.model.planning.forest import Writer
+from qmpsnap.model.planning.layer_graph import Writer
 from qmpsnap.ops.base import admission, consent, luks, requests
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own, require_spec
 from qmpsnap.ops.internal import tags

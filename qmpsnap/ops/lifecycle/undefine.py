@@ -12,7 +12,7 @@ from qmpsnap.errors import HostCannot, QmpsnapError, StateError, StoreMismatch, 
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.ops.base.context import Context, blocking, forget_places

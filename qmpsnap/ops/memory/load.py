@@ -10,7 +10,7 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.machine.starting import accel, probe
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Hardware, Vmstate, differences, hardware_of
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor

@@ -13,7 +13,7 @@ from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError
 from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Agent
 from qmpsnap.machine.starting.argv import AGENT_SOCKET
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands
 

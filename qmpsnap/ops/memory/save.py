@@ -19,7 +19,7 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.layers.vmstate import Manifest, SaveMode, Vmstate
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import CreatePlan, Memory, Operation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands, migration, runstate

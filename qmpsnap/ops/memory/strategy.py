@@ -15,7 +15,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode, version_of
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.base import luks, requests
 from qmpsnap.ops.base.context import Context, blocking, require_spec
 from qmpsnap.ops.memory.load import hardware_now

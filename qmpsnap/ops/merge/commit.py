@@ -10,8 +10,8 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.names import OperationId, job_id
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan
-from qmpsnap.model.planning import merge as rules
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning import merging as rules
+from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import free_numbers
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.merge import job

@@ -24,7 +24,7 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model.layers.blockdev import layer_options, node_name
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Merge, MergePlan, Operation, Removal

@@ -11,7 +11,7 @@ from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.opened import require_recorded
 from qmpsnap.model.operations.operation import Merge, Removal
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.merge.job import rewritten
 from qmpsnap.ops.session.session import Work
 

@@ -20,8 +20,8 @@ from qmpsnap.model.machines.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import OperationId, job_id, layer_id
 from qmpsnap.model.operations.operation import Change, MirrorPlan
-from qmpsnap.model.planning.merge import unneeded
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning.merging import unneeded
+from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import free_numbers, free_space
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.free_space import Need

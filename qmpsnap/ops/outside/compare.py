@@ -13,7 +13,7 @@ from qmpsnap.host.identity import same_file
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.outside import unseen_qemu

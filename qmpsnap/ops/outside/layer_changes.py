@@ -16,10 +16,10 @@ from qmpsnap.errors import QmpsnapError, StoreMismatch
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.stamp import History, baseline
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.model.planning.forest import Forest
+from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.ops.base.reading import read_by
 from qmpsnap.store.store import Store
 

@@ -15,7 +15,7 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operations.operation import Plan
 from qmpsnap.model.planning import sharing
-from qmpsnap.model.planning.forest import Forest
+from qmpsnap.model.planning.layer_graph import Forest
 
 T = TypeVar("T")
 

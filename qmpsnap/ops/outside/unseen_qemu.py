@@ -9,7 +9,7 @@ from qmpsnap.block.usage import images
 from qmpsnap.errors import StateError
 from qmpsnap.machine.starting.argv import USER_SOCKET
 from qmpsnap.model.home import Home
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.outside import layer_changes
 from qmpsnap.qmp import unixsocket
 from qmpsnap.store.store import Store

@@ -13,7 +13,7 @@ from qmpsnap.host.identity import same_file
 from qmpsnap.machine import statefile
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.model.names import SERIAL, LayerId, is_text, layer_id, tag_number
 from qmpsnap.model.relocation import HomeRecord, carried

@@ -11,7 +11,7 @@ from msgspec import Struct
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotKind
 from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId, tag_number
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import requests

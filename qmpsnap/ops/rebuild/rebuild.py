@@ -18,7 +18,7 @@ from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine.machine import monitor
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.home import Home
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, DefinePlan
 from qmpsnap.model.relocation import HomeRecord, carried_all

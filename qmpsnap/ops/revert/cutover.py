@@ -12,7 +12,7 @@ from qmpsnap.block.image.place import require_folder
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.machine import require_ended
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation, RevertPlan
 from qmpsnap.ops.base.context import Context, blocking

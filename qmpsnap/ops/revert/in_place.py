@@ -17,11 +17,11 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Hardware
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan, Operation, RevertPlan
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import require_free

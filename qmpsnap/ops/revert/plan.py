@@ -9,11 +9,11 @@ from qmpsnap.errors import StateError
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, require_snapshot
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import Change, Copy, Overlay, RevertPlan, Unwritten
-from qmpsnap.model.planning import surplus
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning import unreferenced
+from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import require_spec
 from qmpsnap.ops.base.overlays import overlay_on
@@ -118,7 +118,7 @@ def plan(
     )
     after = at.after(switched)
     if request.discard:
-        gone = surplus.nobodys(after, old.values())
+        gone = unreferenced.nobodys(after, old.values())
         return replace(
             planned,
             removed=tuple(layer for layer in gone if layer.owned),
@@ -140,7 +140,7 @@ def plan(
     )
     active = tuple(chain.active for chain in old.values())
     unwritten = None
-    if all(surplus.may_go(after, layer) for layer in active):
+    if all(unreferenced.may_go(after, layer) for layer in active):
         change = replace(switched, removed_layers=tuple(layer.id for layer in active))
         unwritten = Unwritten(layers=active, change=change, variables=_variables_below(at, active))
     return replace(planned, change=replace(switched, snapshots=(kept,)), unwritten=unwritten)

@@ -22,11 +22,11 @@ from qmpsnap.machine import statefile
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Outside, Snapshot
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, RevertPlan
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import consent, free_space, luks, requests
 from qmpsnap.ops.base.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.base.free_space import Need

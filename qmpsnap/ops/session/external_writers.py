@@ -18,7 +18,7 @@ from qmpsnap.block.usage import locks
 from qmpsnap.errors import HostCannot, ImageRefused, OperationPending
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.session.pending import Broken
 
 PATIENCE: Final = 5.0

@@ -5,7 +5,7 @@ from typing import Literal
 from msgspec import Struct
 
 from qmpsnap.errors import OperationPending
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation
 from qmpsnap.ops.base.context import Context, blocking

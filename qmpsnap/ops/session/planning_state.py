@@ -15,8 +15,8 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Merge, Removal
-from qmpsnap.model.planning.forest import Forest
-from qmpsnap.model.planning.situation import TABLE_COVERS, Held, Situation
+from qmpsnap.model.planning.layer_graph import Forest
+from qmpsnap.model.planning.state import TABLE_COVERS, Held, Situation
 from qmpsnap.ops.base import free_space
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.session.session import Work

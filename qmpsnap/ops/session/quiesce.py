@@ -20,7 +20,7 @@ from qmpsnap.machine.agent import Agent
 from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.machine.watch import Watch
 from qmpsnap.model.layers.snapshot import Quiesce
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, Operation, RevertPlan
 from qmpsnap.ops.base.context import Context

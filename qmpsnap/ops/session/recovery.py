@@ -16,7 +16,7 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
 from qmpsnap.machine.machine import end
 from qmpsnap.model.home import Home
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import (
     CreatePlan,

@@ -10,7 +10,7 @@ from qmpsnap.block.graph import Beside
 from qmpsnap.errors import LockHeld, OperationPending
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import Operation, Plan
 from qmpsnap.ops.base.context import Context, blocking, locked, require_folder, require_own, require_spec

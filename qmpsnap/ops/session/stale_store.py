@@ -18,7 +18,7 @@ from qmpsnap.block.image import header, tagtable
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.model.layers.chain import Chain
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import SERIAL, is_text, tag_number
 from qmpsnap.model.operations.operation import MergePlan, MirrorPlan, Operation, RevertPlan
 from qmpsnap.ops.base.context import Context, blocking

@@ -14,7 +14,7 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.machine.opened import require_opened, require_recorded
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Operation

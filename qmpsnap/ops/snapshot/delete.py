@@ -11,9 +11,9 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.names import LayerId, layer_disk
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
-from qmpsnap.model.planning import merge as rules
-from qmpsnap.model.planning.merge import DiskReduction
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning import merging as rules
+from qmpsnap.model.planning.merging import DiskReduction
+from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.merge.commit import carry_out
 from qmpsnap.ops.merge.preflight import require_possible

@@ -15,7 +15,7 @@ from qmpsnap.model.layers.blockdev import layer_options, node_name
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import version_of
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Overlay
 from qmpsnap.ops.base import requests

@@ -14,7 +14,7 @@ from qmpsnap.machine import statefile
 from qmpsnap.machine.machine import require_ended
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.machines.machine import Machine
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Ended, Memory, Operation

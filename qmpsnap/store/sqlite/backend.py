@@ -14,12 +14,12 @@ from qmpsnap.host.outstanding import briefly
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import Inside, Vmstate
-from qmpsnap.model.machines.machine import Machine, Process
+from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.planning import sharing
-from qmpsnap.model.planning.forest import Forest, Reference, Writer, based
+from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer, based
 from qmpsnap.store import owner, records
 from qmpsnap.store.records import Place, Records
 from qmpsnap.store.sqlite import devices, journal, queries, rows

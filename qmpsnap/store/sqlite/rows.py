@@ -9,7 +9,7 @@ import msgspec
 from qmpsnap.errors import NameTaken, NotFoundError
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.adoption import Adoption
-from qmpsnap.model.machines.machine import Consent, Machine, Process
+from qmpsnap.model.machines.record import Consent, Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
 from qmpsnap.store.sqlite.decoded import decoded

@@ -10,7 +10,7 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.model.planning.forest import Forest
+from qmpsnap.model.planning.layer_graph import Forest
 
 CLUSTER: Final = 64 << 10
 """Bytes of the clusters of an image that we have made: what it grows by."""

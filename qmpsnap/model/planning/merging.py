@@ -10,8 +10,8 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change, Merge, Removal
-from qmpsnap.model.planning.forest import Forest
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning.layer_graph import Forest
+from qmpsnap.model.planning.state import Situation
 
 
 def consumed_by_commit(at: Situation, disk: str, chain: Chain, *, base: LayerId, top: LayerId) -> tuple[Snapshot, ...]:

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.model.planning.merge import unneeded
-from qmpsnap.model.planning.situation import Situation
+from qmpsnap.model.planning.merging import unneeded
+from qmpsnap.model.planning.state import Situation
 
 
 def nobodys(after: Situation, chains: Iterable[Chain]) -> tuple[Layer, ...]:
