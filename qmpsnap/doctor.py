@@ -11,7 +11,7 @@ from typing import Literal
 import psutil
 from msgspec import Struct
 
-from qmpsnap.block.image import tool
+from qmpsnap.block.image import qemu_img
 from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
 from qmpsnap.host import identity
@@ -117,7 +117,9 @@ async def _accelerator(qemu: str, cache: Path) -> Ability:
 async def _image_tool(image: ImageTool) -> Ability:
     remedy = "apt-get install qemu-utils, or set QMPSNAP_QEMU_IMG to the binary"
     try:
-        done = await tool.run([image.binary, "--version"], deadline=10, late=f"{image.binary}: no answer within 10 s")
+        done = await qemu_img.run(
+            [image.binary, "--version"], deadline=10, late=f"{image.binary}: no answer within 10 s"
+        )
     except QmpsnapError as error:
         return Ability("qemu-img", "no", error.message, remedy)
     first = done.stdout.decode(errors="replace").partition("\n")[0]

@@ -10,7 +10,7 @@ import hypothesis
 import psutil
 import pytest
 
-from qmpsnap.block.usage import images
+from qmpsnap.block.usage import survey
 from qmpsnap.qmp import glance
 from tests import selection
 
@@ -33,7 +33,7 @@ if RANDOM not in os.environ:
 
 def pytest_configure(config: pytest.Config) -> None:
     # However busy the host is, it must not decide whether images or QEMU answer at once.
-    images.DEADLINE, glance.DEADLINE = 20.0, 5.0
+    survey.DEADLINE, glance.DEADLINE = 20.0, 5.0
     if "TMPDIR" not in os.environ and _has_room():
         os.environ["TMPDIR"] = MEMORY  # for the processes that tests start, too
         tempfile.tempdir = None

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from qmpsnap.block.usage import images as files
-from qmpsnap.block.usage.images import Seen
+from qmpsnap.block.usage import survey as files
+from qmpsnap.block.usage.survey import Seen
 from qmpsnap.cli import output
 from qmpsnap.cli.common import answering, home
 from qmpsnap.model.machines.record import Machine, Process

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qmpsnap.block.image import backing, header, tool
+from qmpsnap.block.image import backing, header, qemu_img
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId
@@ -47,18 +47,18 @@ async def test_a_file_that_comes_in_its_place_is_not_touched(tmp_path: Path, mon
     made(tmp_path / "old")
     new, layer, victim = made(tmp_path / "new"), made(tmp_path / "layer", tmp_path / "old"), made(tmp_path / "victim")
     before = (tmp_path / "victim").read_bytes()
-    real = tool.run
+    real = qemu_img.run
 
     async def swapping(*arguments: Any, **options: Any) -> Any:
         (tmp_path / "layer").rename(tmp_path / "away")
         (tmp_path / "layer").symlink_to(victim.path)
         return await real(*arguments, **options)
 
-    monkeypatch.setattr(tool, "run", swapping)
+    monkeypatch.setattr(qemu_img, "run", swapping)
     await backing.set_backing(layer, new, qemu_img=QEMU_IMG)
     assert (tmp_path / "victim").read_bytes() == before
     assert header.read(tmp_path / "away").backing == new.path
-    monkeypatch.setattr(tool, "run", real)
+    monkeypatch.setattr(qemu_img, "run", real)
     (tmp_path / "layer").unlink()
     (tmp_path / "layer").hardlink_to(victim.path)
     with pytest.raises(StoreMismatch, match="another file"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.block.image import place
+from qmpsnap.block.image import staged
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.identity import FileId
@@ -24,20 +24,20 @@ async def test_a_later_file_of_the_same_number_is_another(tmp_path: Path) -> Non
     if not file.birth:
         pytest.skip("this file system keeps no time of birth")
     earlier = replace(file, birth=file.birth - 1)
-    assert not await place.discard(str(path), earlier)
+    assert not await staged.discard(str(path), earlier)
     with pytest.raises(StoreMismatch):
-        await place.make_durable(str(path), earlier)
+        await staged.make_durable(str(path), earlier)
     with pytest.raises(StoreMismatch):
-        await place.put(str(path), str(tmp_path / "other"), earlier)
+        await staged.put(str(path), str(tmp_path / "other"), earlier)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"mine"]
-    assert await place.discard(str(path), file)
+    assert await staged.discard(str(path), file)
 
 
 async def test_what_it_holds_and_how_large_it_is_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "copy"
     file = made(path)
     path.write_bytes(b"written since")
-    await place.make_durable(str(path), file)
-    assert await place.discard(str(path), file)
+    await staged.make_durable(str(path), file)
+    assert await staged.discard(str(path), file)
     path.symlink_to(tmp_path)
-    assert not await place.discard(str(path), file)
+    assert not await staged.discard(str(path), file)

@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpsnap.block.image import tagtable
+from qmpsnap.block.image import snapshot_table
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId
 
@@ -15,15 +15,15 @@ def test_tags_are_read_as_qemu_img_wrote_them(tmp_path: Path) -> None:
     path = str(tmp_path / "a.qcow2")
     layer = Layer(id=LayerId("vda-1"), path=path, format="qcow2", backing=None, virtual_size=1 << 20)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
-    assert tagtable.names(layer) == frozenset()
+    assert snapshot_table.names(layer) == frozenset()
     for name in ("qs-1-abc", "another one", "é"):
         subprocess.run(["qemu-img", "snapshot", "-c", name, path], check=True)
-    assert tagtable.names(layer) == frozenset({"qs-1-abc", "another one", "é"})
+    assert snapshot_table.names(layer) == frozenset({"qs-1-abc", "another one", "é"})
     subprocess.run(["qemu-img", "snapshot", "-d", "another one", path], check=True)
-    assert tagtable.names(layer) == frozenset({"qs-1-abc", "é"})
+    assert snapshot_table.names(layer) == frozenset({"qs-1-abc", "é"})
 
 
 @given(st.binary(max_size=300), st.integers(0, 1 << 32))
 def test_any_bytes_are_a_table_or_none(table: bytes, count: int) -> None:
-    found = tagtable.parse(table, count)
+    found = snapshot_table.parse(table, count)
     assert found is None or len(found) <= count

@@ -17,7 +17,7 @@ MIGRATION, MEMORY, STATEFILE = "qmpsnap.qmp.migration", "qmpsnap.ops.memory.save
 MERGE, SWITCH, TAGS, TAGGING = (
     "qmpsnap.ops.merge.job",
     "qmpsnap.ops.revert.cutover",
-    "qmpsnap.block.image.tags",
+    "qmpsnap.block.image.internal_snapshots",
     "qmpsnap.ops.internal.tags",
 )
 
@@ -30,7 +30,7 @@ MOVED = {
     "the disks moved": Call(COMMANDS, "transaction", "after", 1),
 }
 CHOSEN = {
-    "the name claimed": Call("qmpsnap.block.image.place", "claim", "after", 1),
+    "the name claimed": Call("qmpsnap.block.image.staged", "claim", "after", 1),
     "one name left": Call("qmpsnap.ops.base.overlay_paths", "let_go", "after", 1),
 }
 WRITTEN = {
@@ -55,7 +55,7 @@ JOB = {
 }
 COPY = {
     "the file made": Call(IMAGE, "ImageTool.create_base", "after", 1),
-    "the file at its place": Call("qmpsnap.block.image.place", "put", "after", 1),
+    "the file at its place": Call("qmpsnap.block.image.staged", "put", "after", 1),
     "the target open": Call(COMMANDS, "blockdev_add", "after", 1),
     "the job at work": Call(JOBS, "follow_mirror", "before", 1),
     "ready": Call(JOBS, "follow_mirror", "after", 1),

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 import qmpsnap
-from qmpsnap.block.image import place as places
+from qmpsnap.block.image import staged as places
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, ImageRefused, NotFoundError, QmpsnapError, StateError, UsageError
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec

@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block.image import tags
+from qmpsnap.block.image import internal_snapshots
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, NameTaken, QmpError, QmpsnapError, StateError
 from qmpsnap.machine.starting.argv import CONSOLE_LOG
@@ -588,8 +588,8 @@ async def test_the_guard_also_watches_a_guest_that_is_to_stand_still_afterwards(
 @pytest.mark.parametrize(
     "point",
     [
-        Call("qmpsnap.block.image.tags", "take_out", "after", 1),
-        Call("qmpsnap.block.image.tags", "take_out", "after", 2),
+        Call("qmpsnap.block.image.internal_snapshots", "take_out", "after", 1),
+        Call("qmpsnap.block.image.internal_snapshots", "take_out", "after", 2),
         Call("qmpsnap.ops.internal.tags", "load_into", "before", 1),
         Call("qmpsnap.ops.internal.tags", "load_into", "after", 1),
         Call("qmpsnap.qmp.commands", "delete_tag", "after", 1),
@@ -627,8 +627,8 @@ def test_the_copy_keeps_holes(tmp_path: Path) -> None:
         file.seek(32 * MIB)
         file.write(b"b" * 5000)
     identity = (source.stat().st_dev, source.stat().st_ino)
-    tags._copy(str(source), str(tmp_path / "copy"), identity)
+    internal_snapshots._copy(str(source), str(tmp_path / "copy"), identity)
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
     assert (tmp_path / "copy").stat().st_blocks * 512 < 4 * MIB
     with pytest.raises(StateError, match="exists already"):
-        tags._copy(str(source), str(tmp_path / "copy"), identity)
+        internal_snapshots._copy(str(source), str(tmp_path / "copy"), identity)

@@ -45,7 +45,7 @@ async def test_a_strangers_file_at_the_last_moment_is_not_touched(
 ) -> None:
     vm, hashes, _ = await grown_and_stopped(q)
     target = place / "copy"
-    from qmpsnap.block.image import place as places
+    from qmpsnap.block.image import staged as places
 
     real = places.put
 

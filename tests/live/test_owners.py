@@ -15,8 +15,8 @@ from anyio import to_thread
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block.usage import images, users
-from qmpsnap.block.usage.images import Asked
+from qmpsnap.block.usage import survey, users
+from qmpsnap.block.usage.survey import Asked
 from qmpsnap.cli.main import main
 from qmpsnap.errors import ImageInUse, StateError, StoreMismatch
 from qmpsnap.host import identity
@@ -45,9 +45,9 @@ async def states(vm: qmpsnap.MachineHandle) -> dict[str, str]:
     return {snapshot.name: snapshot.state for snapshot in await vm.snapshots()}
 
 
-def seen(vm: qmpsnap.MachineHandle) -> images.Seen:
+def seen(vm: qmpsnap.MachineHandle) -> survey.Seen:
     store = context_of(vm).store
-    return images.glance({vm.name: layer_changes.asked(store, store.machine(vm.name), None)})[vm.name]
+    return survey.glance({vm.name: layer_changes.asked(store, store.machine(vm.name), None)})[vm.name]
 
 
 async def test_what_was_written_to_a_frozen_image_is_told_and_its_snapshots_are_marked(q: qmpsnap.Controller) -> None:
@@ -246,10 +246,10 @@ def hanging(path: Path) -> Iterator[None]:
 def test_storage_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fifo = tmp_path / "fifo"
     with hanging(fifo):
-        monkeypatch.setattr(images, "look", lambda _: fifo.read_bytes())
-        monkeypatch.setattr(images, "DEADLINE", 0.2)
+        monkeypatch.setattr(survey, "look", lambda _: fifo.read_bytes())
+        monkeypatch.setattr(survey, "DEADLINE", 0.2)
         wanted = {name: Asked({LayerId("vda-1"): str(fifo)}, frozenset(), (), {}) for name in ("a", "b")}
-        assert {name: found.word for name, found in images.glance(wanted).items()} == {
+        assert {name: found.word for name, found in survey.glance(wanted).items()} == {
             "a": "not asked",
             "b": "not asked",
         }

@@ -8,7 +8,7 @@ import pytest
 from msgspec import Struct
 
 import qmpsnap
-from qmpsnap.block.usage import locks
+from qmpsnap.block.usage import image_locks
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operations.operation import Merge, MergePlan
@@ -232,12 +232,12 @@ async def test_a_stream_goes_forward_once_nobody_reads_what_goes(
 async def test_images_that_somebody_has_open_are_not_removed(q: qmpsnap.Controller, launched: Any) -> None:
     left = await _broken(q, launched, "create")
     await left.vm.recover()
-    assert not any(locks.is_locked(str(file)) for file in left.files)
+    assert not any(image_locks.is_locked(str(file)) for file in left.files)
     qemu = await _on(left, left.active, 9)
-    assert locks.is_locked(left.active.path)
+    assert image_locks.is_locked(left.active.path)
     with pytest.raises(StateError, match=r"open for writing in"):
         await left.vm.undefine(disks="remove")
     await _reads(qemu, 9)
     _end(qemu)
     assert left.active.path in await left.vm.undefine(disks="remove")
-    assert not locks.is_locked(left.active.path)
+    assert not image_locks.is_locked(left.active.path)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import qmpsnap
-from qmpsnap.block.image import place as places
+from qmpsnap.block.image import staged as places
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.machine import machine as machines
 from qmpsnap.machine import statefile, worker

@@ -2,7 +2,8 @@
 
 import os
 
-from qmpsnap.block.image import encrypted, header, tool
+from qmpsnap.block.image import encrypted, header
+from qmpsnap.block.image import qemu_img as tool
 from qmpsnap.block.image.header import Header, printable
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import identity

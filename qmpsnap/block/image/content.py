@@ -2,7 +2,7 @@
 
 import os
 
-from qmpsnap.block.image import tool
+from qmpsnap.block.image import qemu_img as tool
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.layers.chain import Layer
 

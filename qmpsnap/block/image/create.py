@@ -17,7 +17,7 @@ import anyio
 from anyio import lowlevel
 from msgspec import Struct
 
-from qmpsnap.block.image import encrypted, header, tool
+from qmpsnap.block.image import encrypted, header, qemu_img
 from qmpsnap.block.image.backing import require_size
 from qmpsnap.block.image.header import Header, printable
 from qmpsnap.errors import (
@@ -131,7 +131,7 @@ class ImageTool(Struct, frozen=True):
         """Run qemu-img to its end; it is killed when we are cancelled or its time is over."""
         shown = printable(claim.path)
         try:
-            done = await tool.run(
+            done = await qemu_img.run(
                 [self.binary, *arguments],
                 deadline=self.timeout,
                 late=f"{self.binary} did not end within {self.timeout:g} seconds; {shown} was not created",

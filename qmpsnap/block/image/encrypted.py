@@ -3,7 +3,7 @@
 import json
 from typing import Final
 
-from qmpsnap.block.image import tool
+from qmpsnap.block.image import qemu_img as tool
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, StateError
 from qmpsnap.model.machines.secret import ENCRYPT

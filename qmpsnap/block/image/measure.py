@@ -2,7 +2,7 @@
 
 import json
 
-from qmpsnap.block.image import tool
+from qmpsnap.block.image import qemu_img as tool
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import Format
 

@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from qmpsnap.block.image import encrypted, header, leaks, tool
-from qmpsnap.block.image.tags import alone
+from qmpsnap.block.image import encrypted, header, leaks
+from qmpsnap.block.image import qemu_img as tool
+from qmpsnap.block.image.internal_snapshots import alone
 from qmpsnap.errors import Effect, HostCannot, StateError
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer

@@ -7,7 +7,7 @@ from typing import Final
 
 from qmpsnap.block.image import header
 from qmpsnap.block.image.header import printable
-from qmpsnap.block.usage import locks, users
+from qmpsnap.block.usage import image_locks, users
 from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, QmpsnapError, StateError
 from qmpsnap.model.layers.chain import Layer
 
@@ -86,7 +86,7 @@ def may_go(path: str) -> bool:
 
 def _is_refused(layer: Layer, *, writing: bool) -> bool:
     with contextlib.suppress(HostCannot):  # where no locks can be asked, QEMU is the one to say so
-        return locks.is_refused(layer.path, writing=writing)
+        return image_locks.is_refused(layer.path, writing=writing)
     return False
 
 

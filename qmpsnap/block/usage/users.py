@@ -18,7 +18,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qmpsnap.block.usage import locks
+from qmpsnap.block.usage import image_locks
 
 How = Literal["writes", "reads"]
 UNSEEN = "a process that cannot be seen from here (another PID namespace, a container, or another user's)"
@@ -86,12 +86,14 @@ def user(path: str, *, readers: bool = False, ours: Collection[int] = ()) -> Use
 
 
 def _asked(descriptor: int, *, readers: bool) -> How | None:
-    if locks.held(descriptor, locks.WRITES):
+    if image_locks.held(descriptor, image_locks.WRITES):
         return "writes"
     leased = stat.S_ISREG(os.fstat(descriptor).st_mode)  # there are none on block devices
     if leased and not _is_free(descriptor, fcntl.F_RDLCK):
         return "writes"
-    if readers and (locks.held(descriptor, locks.ANY) or (leased and not _is_free(descriptor, fcntl.F_WRLCK))):
+    if readers and (
+        image_locks.held(descriptor, image_locks.ANY) or (leased and not _is_free(descriptor, fcntl.F_WRLCK))
+    ):
         return "reads"
     return None
 

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qmpsnap.block.image import header, place
+from qmpsnap.block.image import header, staged
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.home import Home
@@ -82,13 +82,13 @@ def _no_folder(path: str, error: OSError) -> HostCannot:
 async def let_go(overlays: Sequence[Overlay]) -> None:
     """The files keep the names that were chosen for them alone; fine when they do already."""
     for overlay in overlays:
-        if overlay.part and (identity := await place.identity_of(overlay.part)):
-            await place.discard(overlay.part, identity)
+        if overlay.part and (identity := await staged.identity_of(overlay.part)):
+            await staged.discard(overlay.part, identity)
 
 
 async def undo(overlays: Sequence[Overlay]) -> None:
     """Remove the files, and nothing else that may be at their places."""
     for overlay in overlays:
-        if overlay.part and (identity := await place.identity_of(overlay.part)):
-            await place.discard(overlay.layer.path, identity)
-            await place.discard(overlay.part, identity)
+        if overlay.part and (identity := await staged.identity_of(overlay.part)):
+            await staged.discard(overlay.layer.path, identity)
+            await staged.discard(overlay.part, identity)

@@ -9,7 +9,8 @@ from pathlib import Path
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap.block.image import header, place
+from qmpsnap.block.image import header
+from qmpsnap.block.image import staged as place
 from qmpsnap.block.image.create import remove
 from qmpsnap.block.image.header import printable
 from qmpsnap.block.image.qcow2 import MAGIC, Header

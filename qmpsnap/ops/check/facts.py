@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.block.graph import NOTHING, Beside, DiskGraph
-from qmpsnap.block.image import header, tagtable
+from qmpsnap.block.image import header, snapshot_table
 from qmpsnap.block.image.qcow2 import Header
-from qmpsnap.block.usage import images
+from qmpsnap.block.usage import survey
 from qmpsnap.block.usage.users import User
 from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.host.identity import same_file
@@ -167,7 +167,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         process = context.process(before.machine)
         pid = process.pid if process else None
         look = await blocking(partial(frozen.asked, context.store, before.machine, pid, active_too=True))
-        seen = await to_read(images.look, replace(look, ours=_ours(context, before.machine)))
+        seen = await to_read(survey.look, replace(look, ours=_ours(context, before.machine)))
         old = await blocking(stale_store.sign, context, before.machine, before.chains)
         lost = await blocking(context.store.lost)
         moved = await blocking(home_location.recorded_elsewhere, context.home, context.store, context.host)
@@ -322,7 +322,7 @@ def _tagged(at: Record) -> set[LayerId]:
 
 def _tags(layer: Layer) -> frozenset[str] | None:
     try:
-        return tagtable.names(layer)
+        return snapshot_table.names(layer)
     except ImageRefused:
         return None
     except HostCannot as error:

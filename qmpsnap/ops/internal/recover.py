@@ -2,7 +2,7 @@
 
 import contextlib
 
-from qmpsnap.block.image import tags
+from qmpsnap.block.image import internal_snapshots
 from qmpsnap.errors import QmpError
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.machine import end
@@ -139,7 +139,7 @@ async def _roll_back(broken: Broken, monitor: Monitor | None, planned: LoadPlan)
         await end(process, monitor)
     await blocking(broken.context.store.set_process, planned.machine, None)
     for layer in planned.layers.values():
-        await tags.go_to(layer, planned.tag, qemu_img=broken.context.image.binary)
+        await internal_snapshots.go_to(layer, planned.tag, qemu_img=broken.context.image.binary)
     if planned.variables:
         mine, kept = planned.variables
         await to_end(tagging.copy_variables, kept, mine)

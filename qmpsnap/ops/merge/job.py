@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.block.image.backing import require_backing, set_backing
 from qmpsnap.block.image.create import remove
-from qmpsnap.block.image.place import require_folder
+from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.opened import require_recorded

@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
-from qmpsnap.block.image import place
+from qmpsnap.block.image import staged
 from qmpsnap.errors import ImageRefused, QmpError, StateError
 from qmpsnap.host.identity import FileId
 from qmpsnap.host.threads import completed, to_read
@@ -165,7 +165,7 @@ async def _make(job: MirrorJob) -> MirrorJob:
         job = replace(job, identity=FileId(made.device, made.inode, made.birth))
     await job.mark(steps.MADE)
     if plan.made:
-        await place.put(part, target.path, job.identity)
+        await staged.put(part, target.path, job.identity)
     return job
 
 
@@ -245,7 +245,7 @@ async def settle(job: MirrorJob, monitor: Monitor | None) -> None:
         wanted = expected(plan) if plan.mode == "pivot" else plan.chain
         await job.require_chain(monitor, wanted, known=(*plan.chain, plan.target))
     if plan.mode == "pivot":
-        await place.make_durable(plan.target.path, job.identity)
+        await staged.make_durable(plan.target.path, job.identity)
         target = _identified(job)
         change = replace(plan.change, layers=(target,))
     await job.record(change)
@@ -266,12 +266,12 @@ async def write_out(job: MirrorJob) -> None:
         HostCannot: it is not there, or the disk fails.
     """
     if job.step.mode == "finish" and not job.step.nbd:
-        await place.make_durable(job.step.target.path, job.identity)
+        await staged.make_durable(job.step.target.path, job.identity)
 
 
 def part_of(job: MirrorJob) -> str:
     """Where the target is made; the tag is this operation's alone, in whatever store."""
-    return place.part_of(job.step.target.path, f"{job.machine.uuid[:8]}-{job.operation}")
+    return staged.part_of(job.step.target.path, f"{job.machine.uuid[:8]}-{job.operation}")
 
 
 def _require_target(job: MirrorJob) -> None:

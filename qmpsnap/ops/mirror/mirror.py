@@ -9,7 +9,7 @@ from typing import Literal
 from msgspec import Struct
 
 from qmpsnap.block import nbd
-from qmpsnap.block.image import header, measure, place
+from qmpsnap.block.image import header, measure, staged
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.block.usage import access
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
@@ -271,7 +271,7 @@ def _look_at_target(at: Situation, request: MirrorRequest) -> Found | None:
     except OSError as error:
         raise HostCannot(f"{header.printable(path)} cannot be looked at: {error.strerror}") from error
     if not request.reuse:
-        raise place.taken(path)
+        raise staged.taken(path)
     if stat.S_ISREG(status.st_mode):
         for layer in at.forest.layers.values():
             if (layer.device, layer.inode) == (status.st_dev, status.st_ino):

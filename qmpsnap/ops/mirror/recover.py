@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from qmpsnap.block.image import place
+from qmpsnap.block.image import staged
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import MirrorPlan
@@ -106,8 +106,8 @@ async def _remove_made(job: MirrorJob, *, phase: str) -> None:
         return
     part = copying.part_of(job)
     if phase == steps.PLANNED:  # nobody else makes files of that name
-        if found := await place.identity_of(part):
-            await place.discard(part, found)
+        if found := await staged.identity_of(part):
+            await staged.discard(part, found)
         return
     for path in (part, job.step.target.path):
-        await place.discard(path, job.identity)
+        await staged.discard(path, job.identity)

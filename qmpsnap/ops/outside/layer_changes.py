@@ -11,7 +11,7 @@ from typing import NoReturn
 from msgspec.structs import replace
 
 from qmpsnap.block.usage import stamps
-from qmpsnap.block.usage.images import Asked, Seen
+from qmpsnap.block.usage.survey import Asked, Seen
 from qmpsnap.errors import QmpsnapError, StoreMismatch
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot

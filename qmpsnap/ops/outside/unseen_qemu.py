@@ -5,7 +5,7 @@ Without asyncio, as ``list`` asks here.
 
 import contextlib
 
-from qmpsnap.block.usage import images
+from qmpsnap.block.usage import survey
 from qmpsnap.errors import StateError
 from qmpsnap.machine.starting.argv import USER_SOCKET
 from qmpsnap.model.home import Home
@@ -29,7 +29,7 @@ def may_run(home: Home, store: Store, machine: Machine) -> bool:
     """Whether a machine without a QEMU that we see may have one; its images are waited for a moment only."""
     if answers(home, machine):
         return True
-    return images.glance({machine.name: layer_changes.asked(store, machine, None)})[machine.name].unseen
+    return survey.glance({machine.name: layer_changes.asked(store, machine, None)})[machine.name].unseen
 
 
 def not_running(name: str, *, hidden: bool, hint: str = "") -> StateError:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qmpsnap.block.image import header, tagtable
+from qmpsnap.block.image import header, snapshot_table
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.host.identity import same_file
 from qmpsnap.machine import statefile
@@ -215,7 +215,7 @@ class Finder:
                 birth=found.birth,
                 owned=owned,
             )
-            tags = tagtable.names(layer) or frozenset()
+            tags = snapshot_table.names(layer) or frozenset()
             written = os.stat(path).st_mtime  # noqa: PTH116 - a string of somebody's header
         except (ImageRefused, HostCannot) as error:
             self.problems.append(error.message)

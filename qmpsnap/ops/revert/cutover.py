@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qmpsnap.block.image import header
 from qmpsnap.block.image.create import remove
-from qmpsnap.block.image.place import require_folder
+from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.machine import require_ended

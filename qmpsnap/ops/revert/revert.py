@@ -15,7 +15,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block.image import tags
+from qmpsnap.block.image import internal_snapshots
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StoreMismatch
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
@@ -296,7 +296,7 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
     assert isinstance(planned, RevertPlan)
     await make_overlays(context, work.machine, planned.overlays)
     for copy in planned.copies:
-        await tags.take_out(
+        await internal_snapshots.take_out(
             copy.source, copy.tag, copy.layer, keep=planned.inside is not None, qemu_img=context.image.binary
         )
     # From here on the guest may have ended: recovery finishes instead of rolling back.

@@ -14,7 +14,7 @@ import anyio
 
 from qmpsnap.block.image import header
 from qmpsnap.block.image.header import printable
-from qmpsnap.block.usage import locks
+from qmpsnap.block.usage import image_locks
 from qmpsnap.errors import HostCannot, ImageRefused, OperationPending
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
@@ -97,7 +97,7 @@ def _unclear(broken: Broken, why: str) -> OperationPending:
 
 
 def _locked(layers: Iterable[Layer]) -> str | None:
-    return next((layer.path for layer in layers if locks.is_locked(layer.path)), None)
+    return next((layer.path for layer in layers if image_locks.is_locked(layer.path)), None)
 
 
 def _last_write(layers: Iterable[Layer]) -> float:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from qmpsnap.block.image import tags
+from qmpsnap.block.image import internal_snapshots
 from qmpsnap.errors import Effect, HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.host.system_errors import translated
 from qmpsnap.host.threads import to_end
@@ -193,7 +193,7 @@ async def _end_revert(broken: Broken, monitor: Monitor | None) -> Direction:
     if operation.step == steps.PLANNED:
         await remove_new(plan.overlays)
         for copy in plan.copies:
-            await to_end(tags.discard, copy.layer, copy.source)
+            await to_end(internal_snapshots.discard, copy.layer, copy.source)
         await broken.mark_failed()
         return "back"
     if operation.step == steps.STOPPING:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from qmpsnap.block.image import header, tagtable
+from qmpsnap.block.image import header, snapshot_table
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.model.layers.chain import Chain
@@ -124,7 +124,7 @@ def _tagged_later(context: Context, chains: Sequence[Chain]) -> str | None:
     """An active image of ours with a tag that the store has not given; others' images may bear another store's."""
     for layer in (chain.active for chain in chains if chain.active.owned):
         try:
-            numbers = [number for tag in tagtable.names(layer) or () if (number := tag_number(tag)) is not None]
+            numbers = [number for tag in snapshot_table.names(layer) or () if (number := tag_number(tag)) is not None]
         except (ImageRefused, HostCannot):
             continue
         if numbers and max(numbers) >= context.store.next_serial():

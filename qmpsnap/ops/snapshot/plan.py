@@ -7,7 +7,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block.graph import NOTHING, Beside
-from qmpsnap.block.image import place
+from qmpsnap.block.image import staged
 from qmpsnap.errors import UsageError
 from qmpsnap.machine import statefile
 from qmpsnap.model.home import Home
@@ -194,7 +194,7 @@ def _overlay(machine: Machine, chain: Chain, serial: OperationId, folder: str, p
     layer = overlay_on(chain, serial, folder)
     if path is None:
         return Overlay(disk=chain.disk, layer=layer, backing=chain.active)
-    part = place.part_of(path, f"{machine.uuid[:8]}-{serial}")
+    part = staged.part_of(path, f"{machine.uuid[:8]}-{serial}")
     return Overlay(disk=chain.disk, layer=replace(layer, path=path), backing=chain.active, part=part)
 
 

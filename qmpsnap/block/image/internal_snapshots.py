@@ -14,7 +14,8 @@ from typing import Any, Final
 
 import anyio
 
-from qmpsnap.block.image import header, tool
+from qmpsnap.block.image import header
+from qmpsnap.block.image import qemu_img as tool
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host import identity
