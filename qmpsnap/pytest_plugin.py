@@ -55,7 +55,7 @@ async def qmpsnap_controller() -> "AsyncIterator[Controller]":
 @fixture
 async def qmpsnap_small_guest(qmpsnap_controller: "Controller") -> "MachineHandle":
     """The small guest (``launch/profiles/guest.yaml``), running and with an agent that answers."""
-    from qmpsnap.machine.config.recipes import launch_dir
+    from qmpsnap.machine.config.launch_dir import launch_dir
 
     launch = launch_dir()
     built = subprocess.run(  # noqa: ASYNC221 - nothing else runs in this loop yet

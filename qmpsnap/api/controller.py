@@ -16,7 +16,7 @@ from pathlib import Path
 from qmpsnap.api.machine_handle import MachineHandle
 from qmpsnap.errors import NotFoundError, UsageError
 from qmpsnap.host.system_errors import border
-from qmpsnap.machine.config.recipes import launch_dir
+from qmpsnap.machine.config.launch_dir import launch_dir
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operations.operation import DefinePlan, Operation
 from qmpsnap.ops.base.context import Context, blocking, opened

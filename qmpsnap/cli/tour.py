@@ -16,7 +16,7 @@ from qmpsnap.block.image import content
 from qmpsnap.cli import output
 from qmpsnap.cli.common import controlling, home, reading
 from qmpsnap.errors import HostCannot, QmpsnapError
-from qmpsnap.machine.config.recipes import launch_dir
+from qmpsnap.machine.config.launch_dir import launch_dir
 
 MACHINE = "demo"
 SNAPSHOTS = ("first", "second", "third")

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.host.threads import completed, to_read
-from qmpsnap.machine.machine import launch, monitor, prepare_run_dir, unless_ending, wait_end
-from qmpsnap.machine.opened import require_opened, require_recorded
+from qmpsnap.machine.open_files import require_opened, require_recorded
+from qmpsnap.machine.qemu import launch, monitor, prepare_run_dir, unless_ending, wait_end
 from qmpsnap.machine.starting import argv
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.privileges import Privileges, RunAs

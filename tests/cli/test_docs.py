@@ -11,7 +11,7 @@ from qmpsnap import errors
 from qmpsnap.api.controller import Controller
 from qmpsnap.api.machine_handle import MachineHandle
 from qmpsnap.machine.config import specfile
-from qmpsnap.machine.config.recipes import launch_dir
+from qmpsnap.machine.config.launch_dir import launch_dir
 from qmpsnap.model.machines.spec import DiskSpec, Forward, MachineSpec, NicSpec
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import anyio
 import pytest
 
 import qmpsnap
-from qmpsnap.machine import machine
+from qmpsnap.machine import qemu as machine
 from qmpsnap.model.operations import steps
 from qmpsnap.ops.memory import save
 from qmpsnap.ops.session import recovery

@@ -11,7 +11,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.cli.main import parser
-from qmpsnap.machine.config.recipes import launch_dir
+from qmpsnap.machine.config.launch_dir import launch_dir
 
 ROOT = Path(__file__).parents[2]
 PROFILES = {"guest", "q35-uefi", "microvm", "multi-disk"}
@@ -29,7 +29,7 @@ LOOK = """
 import json, os, pathlib, sys
 import qmpsnap
 from qmpsnap.machine.config import specfile
-from qmpsnap.machine.config.recipes import launch_dir
+from qmpsnap.machine.config.launch_dir import launch_dir
 
 launch = launch_dir()
 profiles = launch / "profiles"

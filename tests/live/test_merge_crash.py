@@ -11,9 +11,9 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.block.image import header
 from qmpsnap.errors import QmpsnapError
-from qmpsnap.machine import machine as machines
+from qmpsnap.machine import qemu as machines
 from qmpsnap.machine import worker
-from qmpsnap.machine.machine import wait_end
+from qmpsnap.machine.qemu import wait_end
 from qmpsnap.model.machines.record import Process
 from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.qmp.commands import JobInfo

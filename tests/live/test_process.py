@@ -12,7 +12,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
-from qmpsnap.machine.config.recipes import launch_dir
+from qmpsnap.machine.config.launch_dir import launch_dir
 from qmpsnap.machine.starting.argv import QMP_SOCKET
 from qmpsnap.model.machines.spec import MachineSpec
 from tests.harness.processes import kill_qemu
@@ -74,7 +74,7 @@ async def test_a_silent_monitor_ends_in_a_deadline_and_never_blocks_list(
     q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qmpsnap.machine.machine.monitor.__wrapped__.__kwdefaults__", {"socket": QMP_SOCKET, "deadline": 0.5}
+        "qmpsnap.machine.qemu.monitor.__wrapped__.__kwdefaults__", {"socket": QMP_SOCKET, "deadline": 0.5}
     )
     vm = await q.define(still_spec)
     process = await vm.start(paused=True)

@@ -13,7 +13,7 @@ import pytest
 import qmpsnap
 from qmpsnap.block.image import staged as places
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
-from qmpsnap.machine import machine as machines
+from qmpsnap.machine import qemu as machines
 from qmpsnap.machine import statefile, worker
 from qmpsnap.machine.starting.argv import CONSOLE_LOG, PID_FILE
 from qmpsnap.machine.starting.logs import QEMU_LOG

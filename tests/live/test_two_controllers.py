@@ -89,7 +89,7 @@ async def test_a_hung_machine_keeps_nobody_waiting(
     q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     monkeypatch.setattr(
-        "qmpsnap.machine.machine.monitor.__wrapped__.__kwdefaults__", {"socket": QMP_SOCKET, "deadline": 0.5}
+        "qmpsnap.machine.qemu.monitor.__wrapped__.__kwdefaults__", {"socket": QMP_SOCKET, "deadline": 0.5}
     )
     vm = await grown(q, "s1")
     run_dir = context_of(vm).home.run_dir(vm.name)

@@ -11,7 +11,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import HostCannot, QemuGone, StoreMismatch
-from qmpsnap.machine import machine as machines
+from qmpsnap.machine import qemu as machines
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.qmp import session

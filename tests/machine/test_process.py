@@ -14,8 +14,8 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
-from qmpsnap.machine import machine as machines
-from qmpsnap.machine.machine import unless_ending, wait_end
+from qmpsnap.machine import qemu as machines
+from qmpsnap.machine.qemu import unless_ending, wait_end
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import PID_FILE
 from qmpsnap.machine.starting.logs import QEMU_LOG

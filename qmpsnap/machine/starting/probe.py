@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
 from qmpsnap.host import private
-from qmpsnap.machine.machine import LAUNCH_DEADLINE, end_launch, start
+from qmpsnap.machine.qemu import LAUNCH_DEADLINE, end_launch, start
 from qmpsnap.machine.starting.argv import QMP_SOCKET
 from qmpsnap.machine.starting.privileges import Privileges, RunAs, obstacle
 from qmpsnap.model.machines.cpu import STATIC, static_model

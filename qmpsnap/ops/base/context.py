@@ -18,7 +18,7 @@ from qmpsnap.host import descriptors
 from qmpsnap.host.outstanding import covering, left
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import adopted
-from qmpsnap.machine.machine import monitor, prepare_run_dir, unless_ending
+from qmpsnap.machine.qemu import monitor, prepare_run_dir, unless_ending
 from qmpsnap.machine.starting import logs
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import QMP_SOCKET, USER_SOCKET

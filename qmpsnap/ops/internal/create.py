@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from qmpsnap.block.graph import NOTHING, Beside
 from qmpsnap.errors import StateError, UsageError
-from qmpsnap.machine.opened import require_recorded
+from qmpsnap.machine.open_files import require_recorded
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain

@@ -5,7 +5,7 @@ import contextlib
 from qmpsnap.block.image import internal_snapshots
 from qmpsnap.errors import QmpError
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine.machine import end
+from qmpsnap.machine.qemu import end
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.names import JobId
 from qmpsnap.model.operations import steps

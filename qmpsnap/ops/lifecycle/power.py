@@ -8,8 +8,8 @@ from msgspec import Struct
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, StoreMismatch
 from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine.config.firmware import find_firmware
-from qmpsnap.machine.machine import end, launch, monitor, still_runs, wait_end
-from qmpsnap.machine.opened import require_opened
+from qmpsnap.machine.open_files import require_opened
+from qmpsnap.machine.qemu import end, launch, monitor, still_runs, wait_end
 from qmpsnap.machine.starting import accel, argv, logs, scope, surroundings
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.privileges import Privileges

@@ -21,7 +21,7 @@ from qmpsnap.block.image.create import remove
 from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine.opened import require_recorded
+from qmpsnap.machine.open_files import require_recorded
 from qmpsnap.model.layers.blockdev import layer_options, node_name
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine

@@ -9,7 +9,7 @@ from qmpsnap.block.image.header import printable
 from qmpsnap.block.usage import access
 from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.host.threads import to_read
-from qmpsnap.machine.opened import require_recorded
+from qmpsnap.machine.open_files import require_recorded
 from qmpsnap.model.operations.operation import Merge, Removal
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.merge.job import rewritten

@@ -17,7 +17,7 @@ from qmpsnap.errors import ImageRefused, QmpError, StateError
 from qmpsnap.host.identity import FileId
 from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine import worker
-from qmpsnap.machine.opened import require_opened
+from qmpsnap.machine.open_files import require_opened
 from qmpsnap.model.layers.blockdev import layer_options, node_name
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine

@@ -15,7 +15,7 @@ from qmpsnap.block import graph
 from qmpsnap.errors import HostCannot, StateError
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.machine.machine import monitor
+from qmpsnap.machine.qemu import monitor
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.record import Machine, Process

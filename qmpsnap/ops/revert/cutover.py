@@ -11,7 +11,7 @@ from qmpsnap.block.image.create import remove
 from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine.machine import require_ended
+from qmpsnap.machine.qemu import require_ended
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation, RevertPlan

@@ -14,7 +14,7 @@ from qmpsnap.errors import Effect, HostCannot, OperationPending, QemuGone, Qmpsn
 from qmpsnap.host.system_errors import translated
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
-from qmpsnap.machine.machine import end
+from qmpsnap.machine.qemu import end
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps

@@ -11,7 +11,7 @@ from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
 from qmpsnap.errors import DeadlinePassed, QmpsnapError
 from qmpsnap.host.threads import to_read
-from qmpsnap.machine.opened import require_opened, require_recorded
+from qmpsnap.machine.open_files import require_opened, require_recorded
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine

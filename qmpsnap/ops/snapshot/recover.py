@@ -11,7 +11,7 @@ from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import statefile
-from qmpsnap.machine.machine import require_ended
+from qmpsnap.machine.qemu import require_ended
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.record import Machine
