@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from qmpsnap.block.usage import survey
-from qmpsnap.qmp import glance
+from qmpsnap.qmp import status_poll
 from tests import selection
 
 MEMORY = "/dev/shm"
@@ -33,7 +33,7 @@ if RANDOM not in os.environ:
 
 def pytest_configure(config: pytest.Config) -> None:
     # However busy the host is, it must not decide whether images or QEMU answer at once.
-    survey.DEADLINE, glance.DEADLINE = 20.0, 5.0
+    survey.DEADLINE, status_poll.DEADLINE = 20.0, 5.0
     if "TMPDIR" not in os.environ and _has_room():
         os.environ["TMPDIR"] = MEMORY  # for the processes that tests start, too
         tempfile.tempdir = None

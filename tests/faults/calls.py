@@ -25,7 +25,7 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.errors import NotFoundError, QmpsnapError
-from qmpsnap.qmp import glance
+from qmpsnap.qmp import status_poll
 from tests.cli import forked
 from tests.faults import claims, site
 from tests.faults.scenarios import ready
@@ -338,7 +338,7 @@ def answered(request: Request) -> Answer:
 
 def serve() -> None:
     forked.load()
-    glance.DEADLINE = 5.0  # as tests.live.conftest has it
+    status_poll.DEADLINE = 5.0  # as tests.live.conftest has it
     with tempfile.NamedTemporaryFile() as state:
         failing.share(Path(state.name))
         for line in sys.stdin:

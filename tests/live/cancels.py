@@ -23,7 +23,7 @@ import psutil
 import qmpsnap
 from qmpsnap.errors import QmpsnapError
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
-from qmpsnap.qmp import glance
+from qmpsnap.qmp import status_poll
 from qmpsnap.store import lock
 from tests.harness.awaits import Counted
 from tests.live.machine import context_of
@@ -200,5 +200,5 @@ def _ours(process: psutil.Process) -> bool:
 
 
 if __name__ == "__main__":
-    glance.DEADLINE = 5.0
+    status_poll.DEADLINE = 5.0
     sys.stdout.write(json.dumps(asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qmpsnap.qmp import glance, runstate
+from qmpsnap.qmp import runstate, status_poll
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\r\n'
 
@@ -19,7 +19,7 @@ GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\r\n'
 @pytest.fixture(autouse=True)
 def long_glance(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy host holds those up who do answer, and that must not decide a test."""
-    monkeypatch.setattr(glance, "DEADLINE", 1.0)
+    monkeypatch.setattr(status_poll, "DEADLINE", 1.0)
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def qemu(path: Path, answers: dict[str, Any]) -> Iterator[Path]:
 def test_what_qemu_says_in_our_words(tmp_path: Path, status: str, io: list[Any], told: str) -> None:
     answers = {"qmp_capabilities": {}, "query-status": {"status": status}, "query-block": io}
     with qemu(tmp_path / "qmp", answers) as path:
-        assert glance.states({"web": path}) == {"web": told}
+        assert status_poll.states({"web": path}) == {"web": told}
 
 
 def test_who_says_nothing_or_nonsense_holds_nobody_up(tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_who_says_nothing_or_nonsense_holds_nobody_up(tmp_path: Path) -> None:
     with silent, qemu(tmp_path / "a", odd) as a, qemu(tmp_path / "b", half) as b, qemu(tmp_path / "c", well) as c:
         before = time.monotonic()
         sockets = {"silent": tmp_path / "silent", "nobody": tmp_path / "nobody", "odd": a, "half": b, "well": c}
-        assert glance.states(sockets) == {"well": "running"}
-        assert time.monotonic() - before < 20 * glance.DEADLINE
+        assert status_poll.states(sockets) == {"well": "running"}
+        assert time.monotonic() - before < 20 * status_poll.DEADLINE
 
 
 def test_only_what_a_guest_cannot_help_has_a_remedy() -> None:

@@ -147,9 +147,9 @@ def _paused(machines: Sequence[Machine], alive: Mapping[str, Process]) -> dict[s
     ]
     if not asked:
         return {}
-    from qmpsnap.qmp import glance, runstate
+    from qmpsnap.qmp import runstate, status_poll
 
-    found = glance.states({name: home().run_dir(name) / QMP_SOCKET for name in asked})
+    found = status_poll.states({name: home().run_dir(name) / QMP_SOCKET for name in asked})
     return {name: state for name, state in found.items() if runstate.remedy(state, name)}
 
 

@@ -9,7 +9,7 @@ from qmpsnap.ops.base.context import Context, blocking, locked, require_own
 from qmpsnap.ops.outside import unseen_qemu
 from qmpsnap.ops.session import recovery, stale_store
 from qmpsnap.ops.session.session import working
-from qmpsnap.qmp import commands, glance, runstate
+from qmpsnap.qmp import commands, runstate, status_poll
 from qmpsnap.qmp.session import Monitor
 
 RESUMABLE = frozenset({"paused", "prelaunch", runstate.NO_SPACE, runstate.FAILED})
@@ -115,7 +115,7 @@ async def require_awake(context: Context, machine: Machine) -> None:
     if machine.adopted or context.process(machine) is None:
         return
     sockets = {machine.name: context.home.run_dir(machine.name) / QMP_SOCKET}
-    state = (await blocking(glance.states, sockets)).get(machine.name, "running")
+    state = (await blocking(status_poll.states, sockets)).get(machine.name, "running")
     if state in ASLEEP:
         raise asleep(machine.name, state)
 
