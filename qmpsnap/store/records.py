@@ -21,7 +21,7 @@ from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.relocation import HomeRecord
-from qmpsnap.store.sqlite.decoded import decoded
+from qmpsnap.store.sqlite.json_values import decoded
 
 FOLDER = "records"
 LARGE = 1 << 16

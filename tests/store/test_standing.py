@@ -13,7 +13,7 @@ import pytest
 
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.names import OperationId
-from qmpsnap.store.sqlite import standing
+from qmpsnap.store.sqlite import durability
 from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.harness import failing
 from tests.store.samples import MACHINES
@@ -127,7 +127,7 @@ store.skip_to(OperationId(40))
 os._exit(0)  # its frames stay, as those that no fsync has taken
 """)
     store = tmp_path / "store.db"
-    assert standing.has_frames(store)
+    assert durability.has_frames(store)
     said = run("""
 with opened() as store:
     fail(1000)
@@ -139,7 +139,7 @@ with opened() as store:
 """)
     assert said == "none True 40"  # reading needs no such thing
     again: list[Path] = []
-    monkeypatch.setattr(standing, "write_again", again.append)
+    monkeypatch.setattr(durability, "write_again", again.append)
     with SqliteStore(store, machines=MACHINES) as found:
         found.require_writable()
         found.skip_to(OperationId(60))
@@ -150,14 +150,14 @@ def test_frames_are_written_again_as_they_were(tmp_path: Path) -> None:
     store = tmp_path / "store.db"
     with SqliteStore(store, machines=MACHINES) as found:
         found.skip_to(OperationId(40))
-        file = standing.frames(store)
+        file = durability.frames(store)
         before, written = file.read_bytes(), file.stat().st_mtime_ns
         os.utime(file, ns=(0, 0))
-        standing.write_again(store)
+        durability.write_again(store)
         assert file.read_bytes() == before
         assert file.stat().st_mtime_ns >= written
     with pytest.raises(FileNotFoundError):
-        standing.write_again(tmp_path / "none" / "store.db")
+        durability.write_again(tmp_path / "none" / "store.db")
 
 
 def test_a_store_that_went_meanwhile_is_not_made_again(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_store_that_went_meanwhile_is_not_made_again(tmp_path: Path) -> None:
 
 
 def test_few_transactions_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standing, "KEPT", 5)
+    monkeypatch.setattr(durability, "KEPT", 5)
     with SqliteStore(tmp_path / "store.db", machines=MACHINES) as store:
         for number in range(1, 20):
             store.skip_to(OperationId(number))

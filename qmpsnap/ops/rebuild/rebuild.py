@@ -27,7 +27,7 @@ from qmpsnap.ops.base.context import Context, Programs, this_host
 from qmpsnap.ops.rebuild.images import Finder
 from qmpsnap.ops.rebuild.plan import Image, Rebuilt, Unread, plan
 from qmpsnap.qmp import commands
-from qmpsnap.store import condition
+from qmpsnap.store import health
 from qmpsnap.store.lock import machine_lock
 from qmpsnap.store.records import FOLDER, Records
 from qmpsnap.store.sqlite.backend import SqliteStore
@@ -94,7 +94,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         DeadlinePassed: likewise.
         HostCannot: a folder cannot be read, or the new store not be written.
     """
-    found = await to_read(lambda: condition.look(home.store, machines=home.machines))
+    found = await to_read(lambda: health.look(home.store, machines=home.machines))
     if found == "whole" and not set_aside:
         raise StateError(
             f"the store {home.store} is whole",

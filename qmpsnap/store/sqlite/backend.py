@@ -24,9 +24,9 @@ from qmpsnap.store import owner, records
 from qmpsnap.store.records import Place, Records
 from qmpsnap.store.sqlite import devices, journal, queries, rows
 from qmpsnap.store.sqlite.database import Database
-from qmpsnap.store.sqlite.decoded import decoded
-from qmpsnap.store.sqlite.frozen import FrozenTable
+from qmpsnap.store.sqlite.frozen_files import FrozenTable
 from qmpsnap.store.sqlite.homes import HomeTable
+from qmpsnap.store.sqlite.json_values import decoded
 from qmpsnap.store.sqlite.pruning import PrunedTable
 
 

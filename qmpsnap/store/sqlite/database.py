@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.host import write_errors
-from qmpsnap.store.sqlite import schema, standing
+from qmpsnap.store.sqlite import durability, schema
 
 _READ = "BEGIN"
 
@@ -66,7 +66,7 @@ class Database:
     def _connect(self) -> tuple[sqlite3.Connection, HostCannot | None]:
         if not self.is_there:
             return schema.nowhere(), None
-        self._inherited = standing.has_frames(self._path)
+        self._inherited = durability.has_frames(self._path)
         try:
             return schema.connect(self._path), None
         except HostCannot as error:
@@ -99,7 +99,7 @@ class Database:
                 try:
                     yield self.connection
                     if begin != _READ:
-                        number = standing.sign(self.connection)
+                        number = durability.sign(self.connection)
                     self._commit(number)
                 except BaseException:
                     # SQLite itself rolls back when the disk is full.
@@ -172,9 +172,9 @@ class Database:
         """
         self.connection.execute("BEGIN IMMEDIATE")
         try:
-            standing.write_again(self._path)
-            found = standing.stands(self.connection, number)
-            standing.sign(self.connection)
+            durability.write_again(self._path)
+            found = durability.stands(self.connection, number)
+            durability.sign(self.connection)
             self.connection.execute("COMMIT")
         except BaseException:
             if self.connection.in_transaction:

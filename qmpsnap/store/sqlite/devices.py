@@ -14,7 +14,7 @@ import msgspec
 
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import OPEN_STATES
-from qmpsnap.store.sqlite.decoded import decoded
+from qmpsnap.store.sqlite.json_values import decoded
 
 PATIENCE: Final = 1.0
 """Seconds that all files together may take to be looked at."""

@@ -16,8 +16,8 @@ from qmpsnap.model.operations.operation import OPEN_STATES
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried, carried_all
 from qmpsnap.store.records import Records
 from qmpsnap.store.sqlite.database import Database
-from qmpsnap.store.sqlite.decoded import decoded
 from qmpsnap.store.sqlite.devices import signed
+from qmpsnap.store.sqlite.json_values import decoded
 
 Ids = Mapping[tuple[int, int], tuple[int, int, int]]
 """Device and inode of a file to those of its copy, with the copy's birth."""

@@ -16,8 +16,8 @@ from qmpsnap.model.operations import outcome, steps
 from qmpsnap.model.operations.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
 from qmpsnap.model.operations.outcome import Recorded
 from qmpsnap.model.planning import sharing
-from qmpsnap.store.sqlite import frozen, pruning, recorded
-from qmpsnap.store.sqlite.decoded import decoded
+from qmpsnap.store.sqlite import frozen_files, pruning, recorded
+from qmpsnap.store.sqlite.json_values import decoded
 
 _COLUMNS = "id, machine, verb, state, step, plan, started, updated, pid, error"
 _OUTCOME = "effect, outcome"
@@ -65,7 +65,7 @@ def open_operation(
             before,
         ),
     )
-    frozen.drop(connection, sharing.opened(plan))
+    frozen_files.drop(connection, sharing.opened(plan))
     return operation
 
 
@@ -108,7 +108,7 @@ def mark(
         " version = version + 1 WHERE id = ?",
         (state, step, error, time.time(), operation),
     )
-    frozen.drop(connection, writes)
+    frozen_files.drop(connection, writes)
     if state not in OPEN_STATES:
         _record_outcome(connection, operation, settled=state == "settled")
         pruning.prune(connection, now=time.time())

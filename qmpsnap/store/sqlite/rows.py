@@ -12,7 +12,7 @@ from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.record import Consent, Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
-from qmpsnap.store.sqlite.decoded import decoded
+from qmpsnap.store.sqlite.json_values import decoded
 
 
 def read_machine(row: sqlite3.Row) -> Machine:
