@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.block.image.qcow2 import Header
-from qmpsnap.cli import plans
+from qmpsnap.cli import plan_output
 from qmpsnap.cli.main import main
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain
@@ -126,7 +126,7 @@ def test_a_live_plan_is_its_golden_file(form: str, home: Home, capsys: pytest.Ca
     plan = create_plan.plan(
         machine, chains, snapshots, request, serial=OperationId(6), home=home, mode="live", now=seeded.EPOCH
     )
-    plans.print_plan(form, machine, plan)  # type: ignore[arg-type]
+    plan_output.print_plan(form, machine, plan)  # type: ignore[arg-type]
     hold(f"dry-run-live.{form}", capsys.readouterr().out, home)
 
 

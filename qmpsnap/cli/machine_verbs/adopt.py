@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.block.image.header import conversion
-from qmpsnap.cli import output, seen
+from qmpsnap.cli import image_notes as seen
+from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, controlling
 from qmpsnap.errors import UsageError
 from qmpsnap.model.layers.chain import Chain

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qmpsnap.cli import output, seen
+from qmpsnap.cli import image_notes, output
 from qmpsnap.cli.common import (
     Parsers,
     add,
@@ -18,7 +18,7 @@ from qmpsnap.cli.common import (
     tell_remedy,
     untold,
 )
-from qmpsnap.cli.plans import print_definition
+from qmpsnap.cli.plan_output import print_definition
 from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
@@ -104,13 +104,13 @@ def _list(arguments: argparse.Namespace) -> int:
         records = store.machines()
         alive = {machine.name: process for machine in records if (process := _process(machine, store))}
         paused = _paused(records, alive)
-        looks = seen.images(store, records, alive)
+        looks = image_notes.images(store, records, alive)
         machines = [
             {
                 "name": machine.name,
                 "state": _elsewhere(machine)
                 or paused.get(machine.name)
-                or seen.state(machine, process, looks.get(machine.name)),
+                or image_notes.state(machine, process, looks.get(machine.name)),
                 "pid": process.pid if process else None,
                 "host": machine.host,
                 "current": machine.current,
@@ -131,7 +131,7 @@ def _list(arguments: argparse.Namespace) -> int:
         ),
     )
     for name, look in looks.items():
-        seen.tell(name, look)
+        image_notes.tell(name, look)
     return output.told(wrong)
 
 
@@ -181,7 +181,7 @@ def _show(arguments: argparse.Namespace) -> None:
         snapshots = store.snapshots(machine.name)
         process = _process(machine, store)
         alive = {machine.name: process} if process else {}
-        look = seen.images(store, [machine], alive).get(machine.name)
+        look = image_notes.images(store, [machine], alive).get(machine.name)
     document = {
         **_of_machine(machine, _elsewhere(machine) or state, process),
         "disks": [
@@ -201,7 +201,7 @@ def _show(arguments: argparse.Namespace) -> None:
     output.emit(arguments.output, document=document, names=[machine.name], table=lambda: _show_text(document))
     output.warn(shortage)
     if look:
-        seen.tell(machine.name, look)
+        image_notes.tell(machine.name, look)
     tell_remedy(state, machine.name)
 
 
@@ -255,7 +255,7 @@ def _start(arguments: argparse.Namespace) -> None:
 
     process = controlling(act)
     output.note(f"machine {arguments.machine} runs (pid {process.pid}, QEMU {process.qemu_version}, {process.accel})")
-    seen.tell_scope(arguments.machine)
+    image_notes.tell_scope(arguments.machine)
 
 
 def _stop(arguments: argparse.Namespace) -> None:
@@ -265,7 +265,7 @@ def _stop(arguments: argparse.Namespace) -> None:
 
     controlling(act)
     output.note(f"machine {arguments.machine} is stopped")
-    seen.tell_owner(arguments.machine)
+    image_notes.tell_owner(arguments.machine)
 
 
 def _pause(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from qmpsnap.cli import output, seen
+from qmpsnap.cli import image_notes, output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, tell_remedy
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
         done=text,
     )
     tell_remedy(done.state, arguments.machine)
-    seen.tell_scope(arguments.machine)
+    image_notes.tell_scope(arguments.machine)
 
 
 def tell(done: "Reverted") -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
-from qmpsnap.cli.plans import print_plan
+from qmpsnap.cli.plan_output import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs.revert import add_after, print_outcome, print_preview
 from qmpsnap.cli.snapshot_verbs.snapshot import add_compress

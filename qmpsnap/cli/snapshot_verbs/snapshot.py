@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qmpsnap.cli import output, seen
+from qmpsnap.cli import image_notes, output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, reading
-from qmpsnap.cli.plans import print_internal, print_plan
+from qmpsnap.cli.plan_output import print_internal, print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs import delete, revert, stack
 from qmpsnap.cli.snapshot_verbs.snapshot_json import document_of, print_taken
@@ -152,7 +152,7 @@ def _create(arguments: argparse.Namespace) -> None:
     if snapshot.unquiesced:
         output.note(f"the guest's file systems were not frozen: {output.printable(snapshot.unquiesced)}")
     print_taken(arguments, snapshot, notes)
-    seen.tell_owner(arguments.machine)
+    image_notes.tell_owner(arguments.machine)
 
 
 def _disks(named: str | None) -> list[str] | None:
@@ -194,7 +194,7 @@ def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: d
         table=lambda: text,
         done=text,
     )
-    seen.tell_owner(arguments.machine)
+    image_notes.tell_owner(arguments.machine)
 
 
 def _preview_layers(arguments: argparse.Namespace, disks: list[str] | None, files: dict[str, str]) -> None:
@@ -224,7 +224,7 @@ def _preview(arguments: argparse.Namespace, options: "SnapshotOptions") -> None:
 def _list(arguments: argparse.Namespace) -> None:
     with reading() as store:
         snapshots = store.snapshots(arguments.machine)
-        states = seen.snapshots(store, arguments.machine)
+        states = image_notes.snapshots(store, arguments.machine)
         documents = [document_of(store, arguments.machine, found, states[found.name]) for found in snapshots]
     output.emit(
         arguments.output,
@@ -253,7 +253,9 @@ def _show(arguments: argparse.Namespace) -> None:
     with reading() as store:
         snapshots = store.snapshots(arguments.machine)
         found = require_snapshot(snapshots, arguments.name, machine=arguments.machine)
-        document = document_of(store, arguments.machine, found, seen.snapshots(store, arguments.machine)[found.name])
+        document = document_of(
+            store, arguments.machine, found, image_notes.snapshots(store, arguments.machine)[found.name]
+        )
 
     def text() -> str:
         plain = {key: value for key, value in document.items() if key not in _NESTED}
@@ -309,7 +311,7 @@ def _tree(arguments: argparse.Namespace) -> None:
     with reading() as store:
         machine = store.machine(arguments.machine)
         snapshots = store.snapshots(arguments.machine)
-        states = seen.snapshots(store, arguments.machine)
+        states = image_notes.snapshots(store, arguments.machine)
         documents = [document_of(store, arguments.machine, found, states[found.name]) for found in snapshots]
     children: dict[str | None, list[tuple[str, str]]] = {}
     for snapshot in snapshots:

@@ -3,9 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from qmpsnap.cli import output, seen
+from qmpsnap.cli import image_notes, output
 from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, tell_remedy
-from qmpsnap.cli.plans import print_plan
+from qmpsnap.cli.plan_output import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs import delete, revert
 from qmpsnap.cli.snapshot_verbs.snapshot_json import print_taken
@@ -53,7 +53,7 @@ def _push(arguments: argparse.Namespace) -> None:
     for note in notes:
         output.note(note)
     print_taken(arguments, snapshot, notes)
-    seen.tell_owner(arguments.machine)
+    image_notes.tell_owner(arguments.machine)
 
 
 def _pop(arguments: argparse.Namespace) -> None:
