@@ -4,20 +4,17 @@ The rule for each verb is a pure function of what was durable and what is found;
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from importlib import import_module
+from typing import Final
 
 import anyio
 
-from qmpsnap.block.image import internal_snapshots
 from qmpsnap.errors import Effect, HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.host.system_errors import translated
-from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
-from qmpsnap.machine.qemu import end
-from qmpsnap.model.home import Home
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import (
     CreatePlan,
     DefinePlan,
@@ -31,20 +28,25 @@ from qmpsnap.model.operations.operation import (
     RevertPlan,
 )
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.ops.base.overlays import remove_new
-from qmpsnap.ops.internal import recover
-from qmpsnap.ops.internal import tags as tagging
-from qmpsnap.ops.merge import recover as recover_merge
-from qmpsnap.ops.mirror import recover as recover_mirror
-from qmpsnap.ops.revert.cutover import remove_files, switch
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.pending import Broken, Direction, Unfinished
-from qmpsnap.ops.snapshot import recover as recover_create
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import JobStuck, Report, unreported
 from qmpsnap.qmp.session import Monitor
 
 GivenUp = Callable[[Operation, QmpsnapError], object]
+Ending = Callable[[Broken, Monitor | None], Awaitable[Direction]]
+
+ENDINGS: Final[Mapping[type[Plan], str]] = {
+    CreatePlan: "qmpsnap.ops.snapshot.recover:end",
+    DefinePlan: "qmpsnap.ops.lifecycle.recover:end",
+    InternalPlan: "qmpsnap.ops.internal.recover:end_create",
+    LoadPlan: "qmpsnap.ops.internal.recover:end_load",
+    MergePlan: "qmpsnap.ops.merge.recover:end",
+    MirrorPlan: "qmpsnap.ops.mirror.recover:end",
+    RevertPlan: "qmpsnap.ops.revert.recover:end",
+}
+"""Who ends which kind of operation, as ``module:function``: these modules import this one, and only one is needed."""
 
 SETTLE_DEADLINE = 45.0
 """Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled.
@@ -170,74 +172,16 @@ async def _found(context: Context, operation: Operation) -> tuple[Effect, str]:
 
 async def _end(broken: Broken, qemu: Monitor | None) -> Direction:
     plan = broken.operation.plan
-    if isinstance(plan, DefinePlan):
-        return await _end_define(broken, plan)
+    module, function = ENDINGS[type(plan)].split(":")
+    ending: Ending = getattr(import_module(module), function)
+    if isinstance(plan, DefinePlan):  # there is no machine yet
+        return await ending(broken, None)
     async with _answering(broken, qemu) as monitor, quiesce.thawed(broken, monitor):
-        return await _ENDS[type(plan)](broken, monitor)
-
-
-async def _end_define(broken: Broken, plan: DefinePlan) -> Direction:
-    """Undo a definition that did not settle: it has no machine yet, and nobody can have used its images."""
-    await remove_new([*plan.images, *plan.overlays])
-    made = plan.variables is not None  # a file that was there before it was planned has prevented the plan
-    await to_end(lambda: remove_folder(broken.context.home, plan.machine, variables=made))
-    if plan.change.define:
-        await blocking(broken.context.store.undescribe, plan.change.define)
-    await broken.mark_failed()
-    return "back"
-
-
-async def _end_revert(broken: Broken, monitor: Monitor | None) -> Direction:
-    operation, plan = broken.operation, broken.operation.plan
-    assert isinstance(plan, RevertPlan)
-    if operation.step == steps.PLANNED:
-        await remove_new(plan.overlays)
-        for copy in plan.copies:
-            await to_end(internal_snapshots.discard, copy.layer, copy.source)
-        await broken.mark_failed()
-        return "back"
-    if operation.step == steps.STOPPING:
-        await switch(broken.context, broken.machine, monitor, operation, plan)
-        monitor = None
-    elif operation.step == steps.SWITCHED:
-        await remove_files(broken.context, plan)
-    elif (plan.vmstate or plan.inside) and monitor:
-        monitor = await _end_loading(broken, monitor, plan)
-    for copy in plan.copies if plan.inside and monitor is None else ():
-        # The memory that was to be loaded from there is not: a later revert takes it out again.
-        await tagging.remove_tag(
-            broken.context, broken.machine, None, disk=copy.disk, layer=copy.layer.id, tag=copy.tag
-        )
-    stopped = plan.restart and monitor is None
-    note = f"{broken.error}; the machine was not started again: qmpsnap start {broken.machine.name}"
-    await broken.mark_settled(error=note if stopped else None)
-    return "forward"
+        return await ending(broken, monitor)
 
 
 _ENDED: dict[OperationState, Direction] = {"settled": "forward", "failed": "back"}
 """The failure came after the operation's end: there is nothing left to do."""
-
-_ENDS: dict[type[Plan], Callable[[Broken, Monitor | None], Awaitable[Direction]]] = {
-    CreatePlan: recover_create.end,
-    InternalPlan: recover.end_create,
-    LoadPlan: recover.end_load,
-    MergePlan: recover_merge.end,
-    MirrorPlan: recover_mirror.end,
-    RevertPlan: _end_revert,
-}
-
-
-async def _end_loading(broken: Broken, monitor: Monitor, plan: RevertPlan) -> Monitor | None:
-    """A QEMU that was to go on with memory: it runs on when that is loaded, and ends when it is not."""
-    status = await commands.query_status(monitor)
-    if status.status == "inmigrate" or (plan.inside and not status.live):
-        if process := broken.context.process(broken.machine):
-            await end(process, monitor)
-        await blocking(broken.context.store.set_process, broken.machine.name, None)
-        return None
-    if status.status == "paused" and not plan.paused:
-        await commands.control(monitor, "cont")
-    return monitor
 
 
 @asynccontextmanager
@@ -253,14 +197,3 @@ async def _answering(broken: Broken, qemu: Monitor | None) -> AsyncIterator[Moni
             return
     async with broken.context.monitor(broken.machine) as fresh:
         yield fresh
-
-
-def remove_folder(home: Home, machine: str, *, variables: bool = True) -> None:
-    """Remove a machine's folder, unless somebody has put other files there; with ``variables`` its variable store."""
-    folder = home.machine_dir(machine)
-    if folder.is_symlink():
-        return  # what it leads to is not ours
-    if variables:
-        home.variables(machine).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
