@@ -14,7 +14,7 @@ from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.operations.operation import Operation
-from qmpsnap.ops.base import free_space, nvram, requests
+from qmpsnap.ops.base import free_space, requests
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.check import check as checking
 from qmpsnap.ops.check.check import Checked
@@ -23,6 +23,7 @@ from qmpsnap.ops.lifecycle.dry_run import Forgotten
 from qmpsnap.ops.outside import compare
 from qmpsnap.ops.outside.compare import ChainView
 from qmpsnap.ops.session.session import working
+from qmpsnap.ops.snapshot import nvram
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported

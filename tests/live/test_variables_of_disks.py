@@ -15,8 +15,8 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.ops.base import nvram
 from qmpsnap.ops.rebuild import rebuild
+from qmpsnap.ops.snapshot import nvram
 from qmpsnap.qmp import commands
 from tests.harness.deaths import Call, die_at
 from tests.live.machine import context_of, fill, hold_invariants, user_monitor

@@ -18,7 +18,7 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Operation
-from qmpsnap.ops.base import free_numbers, free_space, nvram, overlay_paths, requests
+from qmpsnap.ops.base import free_numbers, free_space, overlay_paths, requests
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.memory import save as memory
@@ -28,6 +28,7 @@ from qmpsnap.ops.merge.commit import CommitRequest
 from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.ops.session.session import Work, looking, require_agreement, working
+from qmpsnap.ops.snapshot import nvram
 from qmpsnap.ops.snapshot import recover as recover_create
 from qmpsnap.ops.snapshot.plan import CreateRequest, expected, node_options, plan, transaction_of
 from qmpsnap.qmp import commands

@@ -18,13 +18,14 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Ended, Memory, Operation
-from qmpsnap.ops.base import nvram, overlay_paths
+from qmpsnap.ops.base import overlay_paths
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory import save as saving
 from qmpsnap.ops.session import external_writers, quiesce
 from qmpsnap.ops.session.pending import Broken, Direction
+from qmpsnap.ops.snapshot import nvram
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.session import Monitor
 
