@@ -1,13 +1,15 @@
-"""Snapshots of QEMU machines over QMP: taken, kept, merged and reverted without libvirtd.
+"""Snapshots of QEMU virtual machines over QMP: create, merge, revert and delete them, without libvirtd.
 
 ::
 
     async with qmpsnap.open() as q:
         vm = await q.start("machine.yaml")
-        snap = await vm.snapshot("before")
+        snapshot = await vm.snapshot("before")
+        await vm.run("apt-get -y dist-upgrade", deadline=1800)
+        await vm.revert(snapshot)
 
-Everything a program needs is here: :func:`open`, :class:`Controller`, :class:`MachineHandle`, the values they return
-and the errors they raise. Names are loaded when first used, so that quick commands stay quick.
+This module is the public API: :func:`open`, :class:`Controller`, :class:`MachineHandle`, the values they return and the
+errors they raise. A name is imported when it is first used, so that short commands start quickly.
 """
 
 from importlib import import_module
@@ -114,7 +116,7 @@ _WHERE = {name: (module, name) for module, names in _FROM.items() for name in na
 _WHERE |= {"errors": ("qmpsnap.errors", ""), "open": ("qmpsnap.api.controller", "open_controller")}
 
 
-if not TYPE_CHECKING:  # a type checker would take it for a promise that every name is there
+if not TYPE_CHECKING:  # a type checker would conclude from it that every name exists
 
     def __getattr__(name: str) -> object:
         if name in _WHERE:

@@ -1,14 +1,17 @@
-"""Fixtures for test suites that need machines: whatever a test starts is ended, and its files go, however it ends.
+"""pytest fixtures for test suites that need virtual machines.
 
-``qmpsnap_controller`` is a :class:`qmpsnap.Controller` with a home of its own, ``qmpsnap_small_guest`` a booted Linux
-whose agent answers. pytest loads this module in every run of an environment that has qmpsnap, so all that is slow
-(asyncio, qemu.qmp) is imported inside the fixtures.
+- ``qmpsnap_controller``: a :class:`qmpsnap.Controller` on an empty home in a temporary folder.
+- ``qmpsnap_small_guest``: a running Linux guest on that home, with a guest agent that answers.
+
+After each test its machines are stopped and its files removed, whether it passed or not.
+
+pytest imports this module in every environment that has qmpsnap installed. Slow imports (asyncio, qemu.qmp) are
+therefore inside the fixtures.
 """
 
 import contextlib
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,7 +21,7 @@ import pytest
 
 try:
     import pytest_asyncio
-except ImportError:  # then pytest itself says what async fixtures need, to those who use them
+except ImportError:  # pytest then reports, to tests that use the fixtures, that async fixtures need a plugin
     _decorator: Any = pytest.fixture
 else:
     _decorator = pytest_asyncio.fixture
@@ -30,21 +33,21 @@ Fixture = TypeVar("Fixture", bound=Callable[..., object])
 fixture: Callable[[Fixture], Fixture] = _decorator
 
 BOOT_DEADLINE = 60.0
-"""Seconds the small guest may take until its agent answers; without KVM it needs two or three."""
+"""Seconds to wait for the small guest's agent after a start; without KVM a boot takes two or three."""
 
 
 @fixture
 async def qmpsnap_controller() -> "AsyncIterator[Controller]":
-    """A controller on an empty home in a short temporary folder; at the end every machine is stopped and removed."""
+    """A controller on an empty home; after the test every machine is stopped and the home removed."""
     import qmpsnap
 
     _require(os.environ.get("QMPSNAP_QEMU") or "qemu-system-x86_64", "QMPSNAP_QEMU")
     _require(os.environ.get("QMPSNAP_QEMU_IMG") or "qemu-img", "QMPSNAP_QEMU_IMG")
-    # Not pytest's tmp_path: a socket's path has 107 bytes at most, and tests like to connect to sockets.
+    # Not tmp_path: the path of a Unix socket is limited to 107 bytes, and pytest's paths are long.
     with tempfile.TemporaryDirectory(prefix="qmpsnap-") as home:
         cache = _cache()
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (Path(home) / "cache").symlink_to(cache)  # the small guest and what QEMU can do need not be found out again
+        (Path(home) / "cache").symlink_to(cache)  # reuse the built guest and the probe of QEMU
         async with qmpsnap.open(home) as controller:
             try:
                 yield controller
@@ -54,16 +57,15 @@ async def qmpsnap_controller() -> "AsyncIterator[Controller]":
 
 @fixture
 async def qmpsnap_small_guest(qmpsnap_controller: "Controller") -> "MachineHandle":
-    """The small guest (``launch/profiles/guest.yaml``), running and with an agent that answers."""
-    from qmpsnap.machine.config.launch_dir import launch_dir
+    """A machine from ``launch/profiles/guest.yaml``, running, with a guest agent that answers."""
+    from qmpsnap.errors import HostCannot
+    from qmpsnap.machine.config.launch_dir import build_guest, launch_dir
 
-    launch = launch_dir()
-    built = subprocess.run(  # noqa: ASYNC221 - nothing else runs in this loop yet
-        [launch / "guest" / "build", _cache() / "guest"], check=False, capture_output=True, stdin=subprocess.DEVNULL
-    )
-    if built.returncode:
-        _give_up(f"the small guest could not be built: {built.stderr.decode(errors='replace').strip()}")
-    vm = await qmpsnap_controller.start(launch / "profiles" / "guest.yaml")
+    try:
+        build_guest(_cache() / "guest")
+    except HostCannot as error:
+        _give_up(error.message)
+    vm = await qmpsnap_controller.start(launch_dir() / "profiles" / "guest.yaml")
     await vm.run(["true"], deadline=BOOT_DEADLINE)
     return vm
 
@@ -74,7 +76,7 @@ async def _stop_all(controller: "Controller") -> None:
 
     for vm in await controller.machines():
         if process := controller.context.process(await vm.record()):
-            with contextlib.suppress(QmpsnapError):  # a test may have left the machine locked or its monitor taken
+            with contextlib.suppress(QmpsnapError):  # the machine may still be locked, or its monitor in use
                 await vm.stop(force=True)
             terminate(process)
 
@@ -91,7 +93,7 @@ def _require(program: str, variable: str) -> None:
 
 
 def _give_up(reason: str) -> NoReturn:
-    """Skip; in CI fail, for there a test that never runs looks like one that passes."""
+    """Skip the test; with ``CI=true`` fail it, because there a skipped test would go unnoticed."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -1,17 +1,20 @@
-"""``demo``: a guest writes, snapshots are taken, and every one of them is shown to hold what it should."""
+"""``demo``: runs ``examples/tour.py``, which the wheel has too."""
 
 import argparse
+import runpy
 
-from qmpsnap.cli.common import Parsers, add
+from qmpsnap.cli.common import Parsers, add, home
 
 
 def register(parsers: Parsers) -> None:
     """Add the command."""
-    command = add(parsers, "demo", _demo, help="boot the small guest, take snapshots, prove what they hold")
-    command.add_argument("--keep", action="store_true", help="leave the machine and its images to look at")
+    command = add(parsers, "demo", _demo, help="take a tour on a small guest and check what every snapshot holds")
+    command.add_argument("--keep", action="store_true", help="keep the machine and its images afterwards")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from qmpsnap.cli.tour import run
+    from qmpsnap.machine.config.recipes import build_guest, tour
 
-    return run(keep=arguments.keep)
+    guest = home().guest
+    build_guest(guest)
+    return int(runpy.run_path(str(tour()))["main"](str(guest), *(["--keep"] if arguments.keep else [])))

@@ -77,6 +77,22 @@ def test_the_wheel_has_what_the_checkout_has(installed: Path, tmp_path: Path) ->
     assert set(checkout["profiles"]) == PROFILES
 
 
+def test_the_wheel_has_the_program_of_the_demo_and_no_other_example(installed: Path) -> None:
+    (tour,) = (installed / "qmpsnap" / "_examples").glob("*.*")
+    assert tour.read_bytes() == (ROOT / "examples" / "tour.py").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", "from qmpsnap.machine.config import recipes; print(recipes.tour())"],
+        check=True, cwd=installed, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == f"{tour}\n"
+
+
+def test_the_wheel_has_the_licence(installed: Path) -> None:
+    info = installed / f"qmpsnap-{qmpsnap.__version__}.dist-info"
+    assert (info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert "\nLicense-Expression: MIT\n" in (info / "METADATA").read_text()
+
+
 def test_the_wheel_has_no_tests_and_no_docs(installed: Path) -> None:
     assert {path.name for path in installed.iterdir()} == {"bin", "qmpsnap", f"qmpsnap-{qmpsnap.__version__}.dist-info"}
     assert (installed / "qmpsnap" / "py.typed").is_file()
