@@ -15,7 +15,7 @@ from qmpsnap.machine.config.launch_dir import launch_dir
 from qmpsnap.model.machines.spec import DiskSpec, Forward, MachineSpec, NicSpec
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "launch" / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[el]*/README.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)#]*)(?:#([^)]*))?\)")
 VARIABLE = re.compile(r"QMPSNAP_[A-Z_]+")
 
