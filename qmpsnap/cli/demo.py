@@ -13,7 +13,7 @@ def register(parsers: Parsers) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from qmpsnap.machine.config.recipes import build_guest, tour
+    from qmpsnap.machine.config.launch_dir import build_guest, tour
 
     guest = home().guest
     build_guest(guest)
