@@ -55,7 +55,7 @@ def test_lines_fit(page: Path) -> None:
 
 @pytest.mark.parametrize("of", [MachineSpec, DiskSpec, NicSpec, Forward])
 def test_every_key_of_a_spec_is_described(of: type) -> None:
-    text = (ROOT / "docs" / "spec.md").read_text()
+    text = (ROOT / "docs" / "reference" / "spec.md").read_text()
     fields = {*of.__struct_fields__} | ({"profile"} if of is MachineSpec else set())  # type: ignore[attr-defined]
     fields.discard("tcg_cpu")  # what define records is no key
     missing = [field for field in fields if not re.search(rf"^\| `{field.replace('_', '-')}`", text, re.MULTILINE)]
@@ -63,14 +63,14 @@ def test_every_key_of_a_spec_is_described(of: type) -> None:
 
 
 def test_every_described_key_of_a_machine_is_one() -> None:
-    text = (ROOT / "docs" / "spec.md").read_text()
+    text = (ROOT / "docs" / "reference" / "spec.md").read_text()
     table = text.partition("## The machine")[2].partition("\n## ")[0]
     described = set(re.findall(r"^\| `([a-z-]+)`", table, flags=re.MULTILINE))
     assert described == set(specfile._machine_readers(Path(), Path()))
 
 
 def test_the_example_of_a_spec_is_one(tmp_path: Path) -> None:
-    example = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "spec.md").read_text(), flags=re.DOTALL)
+    example = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "reference" / "spec.md").read_text(), flags=re.DOTALL)
     assert example
     file = tmp_path / "web.yaml"
     file.write_text(example[1])
@@ -79,13 +79,13 @@ def test_the_example_of_a_spec_is_one(tmp_path: Path) -> None:
 
 
 def test_every_profile_is_described() -> None:
-    text = (ROOT / "docs" / "spec.md").read_text()
+    text = (ROOT / "docs" / "reference" / "spec.md").read_text()
     for profile in (launch_dir() / "profiles").glob("*.yaml"):
         assert f"| `{profile.stem}`" in text
 
 
 def test_every_variable_is_described_and_no_other() -> None:
-    described = set(VARIABLE.findall((ROOT / "docs" / "spec.md").read_text()))
+    described = set(VARIABLE.findall((ROOT / "docs" / "reference" / "spec.md").read_text()))
     read = {name for path in (ROOT / "qmpsnap").rglob("*.py") for name in VARIABLE.findall(path.read_text())}
     assert described == read
 
@@ -102,7 +102,7 @@ def test_every_error_class_is_drawn() -> None:
 
 @pytest.mark.parametrize(("letter", "of"), [("q", Controller), ("vm", MachineHandle)])
 def test_the_python_page_tells_every_method(letter: str, of: type) -> None:
-    page = (ROOT / "docs" / "python.md").read_text()
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
     methods = {name for name, found in inspect.getmembers(of, inspect.isfunction) if not name.startswith("_")}
     assert methods == set(re.findall(rf"`(?:await )?{letter}\.(\w+)\(", page))
 

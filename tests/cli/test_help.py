@@ -1,4 +1,4 @@
-"""Every command explains itself, and docs/cli.md describes exactly the commands, options and exit codes there are."""
+"""Every command explains itself; docs/reference/cli.md has exactly the commands, options and exit codes there are."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ from qmpsnap import errors
 from qmpsnap.cli.main import EXIT_CODES, NOUNS, main, parser
 from qmpsnap.errors import QmpsnapError
 
-DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 
 
 def commands(top: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -36,7 +36,7 @@ def families() -> Iterator[type[QmpsnapError]]:
 
 
 def sections() -> dict[str, str]:
-    """docs/cli.md by its headings of commands: ``### `qmpsnap snapshot create```; aliases share a section."""
+    """docs/reference/cli.md by its headings of commands: ``### `qmpsnap snapshot create```; aliases share a section."""
     parts = re.split(r"^#{2,3} (.+)$", DOCS.read_text(), flags=re.MULTILINE)
     found = {}
     for heading, text in zip(parts[1::2], parts[2::2], strict=True):
@@ -93,7 +93,7 @@ def test_the_docs_tell_every_option(name: str) -> None:
 @pytest.mark.parametrize("family", list(families()), ids=lambda family: family.__name__)
 def test_the_docs_tell_every_error(family: type[QmpsnapError]) -> None:
     row = re.search(rf"^\|[^|]*`{family.code}`[^|]*\|(.*)$", DOCS.read_text(), flags=re.MULTILINE)
-    assert row, f"docs/cli.md has no row for {family.code}"
+    assert row, f"docs/reference/cli.md has no row for {family.code}"
     assert row[1].split("|")[0].strip() == str(family.exit_code)
     assert str(family.exit_code) in EXIT_CODES
 

@@ -111,7 +111,7 @@ async def active_hash(vm: qmpsnap.MachineHandle) -> str:
 
 
 async def hold_invariants(vm: qmpsnap.MachineHandle, hashes: Mapping[tuple[str, str], str] | None = None) -> None:
-    """Assert I1 by content, and whatever `qmpsnap check` holds a machine to (docs/design.md).
+    """Assert I1 by content, and whatever `qmpsnap check` holds a machine to (docs/explanation/how-it-works.md).
 
     Args:
         vm: the machine, idle.

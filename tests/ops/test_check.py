@@ -490,7 +490,7 @@ async def test_another_hosts_machine_is_named_and_left_out(web: Context, capsys:
 
 
 def test_every_code_is_described() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text()
     for code, kind in KINDS.items():
         assert f"| `{code}` | {kind.invariant} | {'yes' if kind.repair else ''}" in text, code
 

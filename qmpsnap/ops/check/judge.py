@@ -1,4 +1,4 @@
-"""The invariants of docs/design.md as functions: what of a machine's facts does not hold. Pure.
+"""The invariants of docs/explanation/how-it-works.md as functions: what of a machine's facts does not hold. Pure.
 
 I2, I7 and I8 are about moments and cannot be seen afterwards; the tests hold them. I9 shows as I3: a file that was
 touched is another one, or another size. I1 shows where content was recorded: in state files, and as tags.

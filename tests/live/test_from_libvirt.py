@@ -1,4 +1,4 @@
-"""docs/from-virsh.md, typed from top to bottom on a booted guest: what the page shows is what is printed.
+"""docs/how-to/from-libvirt.md, typed from top to bottom on a booted guest: what the page shows is what is printed.
 
 ``QMPSNAP_GOLDEN=write`` writes the outputs into the page, and fails: a run that writes is no test.
 """
@@ -17,7 +17,7 @@ from qmpsnap.cli.main import main
 from tests.live.machine import hold_invariants
 from tests.live.printed import steady
 
-PAGE = Path(__file__).parents[2] / "docs" / "from-virsh.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "from-libvirt.md"
 SHOWN_HOME = "/srv/qs"
 """How the page calls the home, which is another folder at every run."""
 BLOCK = re.compile(r"<!-- (?P<file>\S+) -->\n```yaml\n(?P<yaml>.*?)```|```console\n(?P<console>.*?)```", re.DOTALL)
