@@ -148,7 +148,7 @@ KINDS: Final[dict[str, Kind]] = {
     "guest-held": Kind("I10", "QEMU holds the guest: after a migration, or because a request to a disk failed."),
     "monitor-silent": Kind("I10", "QEMU runs and does not answer; what it has open could not be looked at."),
 }
-"""Every code there is; docs/reference/cli.md lists them."""
+"""Every code there is; docs/reference/findings.md lists them."""
 
 
 class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,7 +1,10 @@
 """The documentation against what it speaks of: golden files, spec keys, variables, links, names of tests."""
 
+import ast
 import inspect
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import qmpsnap
 from qmpsnap import errors
 from qmpsnap.api.controller import Controller
 from qmpsnap.api.machine_handle import MachineHandle
+from qmpsnap.cli.main import parser
 from qmpsnap.machine.config import specfile
 from qmpsnap.machine.config.launch_dir import launch_dir
 from qmpsnap.model.machines.spec import DiskSpec, Forward, MachineSpec, NicSpec
@@ -109,3 +113,38 @@ def test_the_python_page_tells_every_method(letter: str, of: type) -> None:
 
 def test_all_that_is_public_can_be_imported() -> None:
     assert [name for name in qmpsnap.__all__ if not hasattr(qmpsnap, name)] == []
+
+
+def test_every_message_of_the_troubleshooting_page_is_one() -> None:
+    texts = [text for path in (ROOT / "qmpsnap").rglob("*.py") for text in _texts(ast.parse(path.read_text()))]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## By message")[2]
+    messages: list[str] = re.findall(r"^\| `(.+?)` \|", page, flags=re.MULTILINE)
+    assert len(messages) > 40
+    pattern = {message: ".*".join(map(re.escape, message.split("..."))) for message in messages}
+    assert [message for message in messages if not any(re.search(pattern[message], text) for text in texts)] == []
+
+
+def _texts(module: ast.AST) -> Iterator[str]:
+    """Every string of a module; of an f-string what stands between its values."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "VALUE" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_exit_code_has_a_row_in_troubleshooting() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    codes = {
+        found.exit_code
+        for found in vars(errors).values()
+        if isinstance(found, type) and issubclass(found, errors.QmpsnapError)
+    }
+    assert [code for code in codes if f"\n| {code} |" not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_script_is_one(page: Path) -> None:
+    for script in re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+        for line in re.findall(r"(?:^|\$\(|\|\| )(qmpsnap [^|\n]*)", script, flags=re.MULTILINE):
+            parser().parse_args(shlex.split(line)[1:])

@@ -1,4 +1,4 @@
-"""Every command explains itself; docs/reference/cli.md has exactly the commands, options and exit codes there are."""
+"""Every command explains itself; docs/reference has exactly the commands, options and exit codes there are."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ from qmpsnap import errors
 from qmpsnap.cli.main import EXIT_CODES, NOUNS, main, parser
 from qmpsnap.errors import QmpsnapError
 
-DOCS = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 
 
 def commands(top: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -37,7 +37,7 @@ def families() -> Iterator[type[QmpsnapError]]:
 
 def sections() -> dict[str, str]:
     """docs/reference/cli.md by its headings of commands: ``### `qmpsnap snapshot create```; aliases share a section."""
-    parts = re.split(r"^#{2,3} (.+)$", DOCS.read_text(), flags=re.MULTILINE)
+    parts = re.split(r"^#{2,3} (.+)$", (REFERENCE / "cli.md").read_text(), flags=re.MULTILINE)
     found = {}
     for heading, text in zip(parts[1::2], parts[2::2], strict=True):
         for words in re.findall(r"`qmpsnap ([a-z ]+)`", heading):
@@ -92,9 +92,10 @@ def test_the_docs_tell_every_option(name: str) -> None:
 
 @pytest.mark.parametrize("family", list(families()), ids=lambda family: family.__name__)
 def test_the_docs_tell_every_error(family: type[QmpsnapError]) -> None:
-    row = re.search(rf"^\|[^|]*`{family.code}`[^|]*\|(.*)$", DOCS.read_text(), flags=re.MULTILINE)
-    assert row, f"docs/reference/cli.md has no row for {family.code}"
-    assert row[1].split("|")[0].strip() == str(family.exit_code)
+    row = re.search(rf"^\|[^|]*`{family.code}`[^|]*\|(.*)$", (REFERENCE / "errors.md").read_text(), re.MULTILINE)
+    assert row, f"errors.md has no row for {family.code}"
+    exit_code, exception = (cell.strip() for cell in row[1].split("|")[:2])
+    assert (exit_code, exception) == (str(family.exit_code), f"`{family.__name__}`")
     assert str(family.exit_code) in EXIT_CODES
 
 

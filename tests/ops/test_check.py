@@ -489,12 +489,6 @@ async def test_another_hosts_machine_is_named_and_left_out(web: Context, capsys:
         await check.run(web, "far")
 
 
-def test_every_code_is_described() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text()
-    for code, kind in KINDS.items():
-        assert f"| `{code}` | {kind.invariant} | {'yes' if kind.repair else ''}" in text, code
-
-
 class TestCommandLine:
     """The same from the shell."""
 

@@ -1,6 +1,7 @@
 """The fixtures for users' own suites, tested from outside: each test here runs a pytest of its own."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,16 @@ def test_a_guest_for_a_strict_mode_suite(pytester: pytest.Pytester, temporary: P
             assert [found.name for found in await qmpsnap_controller.machines()] == ["guest"]
         """
     )
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
+
+
+@pytest.mark.live
+def test_the_example_of_the_how_to_page_passes(pytester: pytest.Pytester, temporary: Path) -> None:
+    _need_qemu()
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "pytest.md"
+    example = re.search(r"<!-- run by .* -->\n```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert example
+    pytester.makepyfile(example[1])
     pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
 
 

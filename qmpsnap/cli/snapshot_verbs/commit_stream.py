@@ -85,7 +85,7 @@ def _merge(arguments: argparse.Namespace, request: "Request") -> None:
 
 
 def describe(plan: "MergePlan") -> dict[str, Any]:
-    """The JSON of a plan with one merge, as docs/reference/cli.md describes it."""
+    """The JSON of a plan with one merge, as docs/reference/json.md describes it."""
     step: Merge = plan.steps[0]  # type: ignore[assignment]
     ids = [layer.id for layer in step.chain]
     if step.kind == "commit":

@@ -49,7 +49,7 @@ def _delete(arguments: argparse.Namespace) -> None:
 
 
 def document_of(plan: "DeletePlan") -> dict[str, Any]:
-    """The JSON of a plan, as docs/reference/cli.md describes it."""
+    """The JSON of a plan, as docs/reference/json.md describes it."""
     return {
         "deleted": list(plan.names),
         "runs": [

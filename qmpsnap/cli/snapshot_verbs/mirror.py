@@ -78,7 +78,7 @@ def _mirror(arguments: argparse.Namespace) -> None:
 
 
 def describe(plan: "MirrorPlan") -> dict[str, Any]:
-    """The JSON of a mirror, as docs/reference/cli.md describes it."""
+    """The JSON of a mirror, as docs/reference/json.md describes it."""
     return {
         "machine": plan.machine,
         "disk": plan.disk,

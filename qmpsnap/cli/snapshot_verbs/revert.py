@@ -100,7 +100,7 @@ def print_preview(form: output.Format, found: "Preview") -> None:
 
 
 def document_of(found: "Preview") -> dict[str, Any]:
-    """The JSON of a plan, as docs/reference/cli.md describes it."""
+    """The JSON of a plan, as docs/reference/json.md describes it."""
     from qmpsnap.model.operations.operation import RevertPlan
 
     plan = found.plan

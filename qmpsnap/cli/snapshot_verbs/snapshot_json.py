@@ -51,7 +51,7 @@ def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str,
 
 
 def document_of(store: Store, machine: str, snapshot: Snapshot, state: str | None = None) -> dict[str, Any]:
-    """The JSON of one snapshot (docs/reference/cli.md); ``state``: what its files tell where it is not said."""
+    """The JSON of one snapshot (docs/reference/json.md); ``state``: what its files tell where it is not said."""
     # What a commit has overwritten lies nowhere any more: at that place is what somebody else wrote.
     paths = {} if snapshot.state == "consumed" else _paths(store, snapshot)
     return {

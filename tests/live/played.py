@@ -1,4 +1,4 @@
-"""docs/how-to/from-libvirt.md, typed from top to bottom on a booted guest: what the page shows is what is printed.
+"""A page of the docs, typed from top to bottom on booted guests: what the page shows is what is printed.
 
 ``QMPSNAP_GOLDEN=write`` writes the outputs into the page, and fails: a run that writes is no test.
 """
@@ -17,13 +17,15 @@ from qmpsnap.cli.main import main
 from tests.live.machine import hold_invariants
 from tests.live.printed import steady
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "from-libvirt.md"
+DOCS = Path(__file__).parents[2] / "docs"
 SHOWN_HOME = "/srv/qs"
-"""How the page calls the home, which is another folder at every run."""
+"""How a page calls the home, which is another folder at every run."""
 BLOCK = re.compile(r"<!-- (?P<file>\S+) -->\n```yaml\n(?P<yaml>.*?)```|```console\n(?P<console>.*?)```", re.DOTALL)
 
 
-def test_the_page_shows_what_is_printed(home: Path, small_guest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def hold_page(name: str, home: Path, small_guest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Type every command of ``docs/NAME`` in ``home`` and compare what is printed with what the page shows."""
+    path = DOCS / name
     (home / "cache").mkdir()
     (home / "cache" / "guest").symlink_to(small_guest)
 
@@ -43,13 +45,13 @@ def test_the_page_shows_what_is_printed(home: Path, small_guest: Path, capsys: p
         end = f"(exit {code})\n" if code else ""
         return (printed.err + printed.out + end).replace(str(home), SHOWN_HOME)
 
-    page = PAGE.read_text()
+    page = path.read_text()
     with contextlib.chdir(home):
         played = BLOCK.sub(play, page)
     anyio.run(_hold_invariants)
     if os.environ.get("QMPSNAP_GOLDEN") == "write":
-        PAGE.write_text(played)
-        pytest.fail(f"wrote {PAGE}: read the difference, then run without QMPSNAP_GOLDEN")
+        path.write_text(played)
+        pytest.fail(f"wrote {path}: read the difference, then run without QMPSNAP_GOLDEN")
     assert _comparable(page) == _comparable(played)
 
 

@@ -1,0 +1,14 @@
+"""The pages that show whole terminals, typed on booted guests."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.live.played import hold_page
+
+
+@pytest.mark.parametrize("page", ["tutorial/first-machine.md", "how-to/from-libvirt.md"])
+def test_the_page_shows_what_is_printed(
+    page: str, home: Path, small_guest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hold_page(page, home, small_guest, capsys)
