@@ -74,3 +74,15 @@ def test_no_sentence_has_a_pattern_to_drop(page: Path) -> None:
 @pytest.mark.parametrize("sentence", BAD.splitlines())
 def test_the_patterns_find_what_they_are_for(sentence: str) -> None:
     assert any(re.search(pattern, sentence) for patterns in PATTERNS.values() for pattern in patterns)
+
+
+def test_no_page_uses_a_word_for_what_the_glossary_calls_otherwise() -> None:
+    glossary = (ROOT / "docs" / "explanation" / "glossary.md").read_text()
+    rows = [line.split("|")[1:4] for line in glossary.splitlines() if line.startswith("| ")]
+    avoided = [word.strip() for *_, last in rows if last.strip() != "not" for word in last.split(",") if word.strip()]
+    assert len(avoided) > 8
+    others = {"from-libvirt.md", "from-proxmox-incus.md"}  # they speak of others' words
+    texts = {page.name: MADE.sub("", page.read_text()) for page in PAGES if page.name not in others}
+    texts["glossary.md"] = "\n".join(f"{word} {meaning}" for word, meaning, _ in rows)
+    used = {(name, word) for name, text in texts.items() for word in avoided if re.search(rf"\b{word}s?\b", text)}
+    assert used == set()
