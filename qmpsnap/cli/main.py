@@ -40,7 +40,7 @@ NOUNS: Final = {
     "snapshot_verbs.snapshot": ("snapshot", "tree"),
     "snapshot_verbs.save": ("save", "restore"),
     "machine_verbs.chain": ("chain",),
-    "snapshot_verbs.merge": ("commit", "blockcommit", "stream", "pull", "blockpull"),
+    "snapshot_verbs.commit_stream": ("commit", "blockcommit", "stream", "pull", "blockpull"),
     "snapshot_verbs.mirror": ("mirror", "copy", "blockcopy"),
     "snapshot_verbs.job": ("job",),
     "machine_verbs.check": ("check",),

@@ -81,7 +81,7 @@ def test_the_wheel_has_the_program_of_the_demo_and_no_other_example(installed: P
     (tour,) = (installed / "qmpsnap" / "_examples").glob("*.*")
     assert tour.read_bytes() == (ROOT / "examples" / "tour.py").read_bytes()
     done = subprocess.run(
-        [sys.executable, "-c", "from qmpsnap.machine.config import recipes; print(recipes.tour())"],
+        [sys.executable, "-c", "from qmpsnap.machine.config import launch_dir; print(launch_dir.tour())"],
         check=True, cwd=installed, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout == f"{tour}\n"
