@@ -29,6 +29,18 @@ def test_the_readme_shows_the_tree_as_it_is_printed() -> None:
     assert f"```\n{golden}```\n" in (ROOT / "README.md").read_text()
 
 
+def test_the_figures_of_the_readme_are_those_measured() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tested = (ROOT / "docs" / "explanation" / "testing.md").read_text()  # what scripts/faults --short printed
+    paused = (ROOT / "docs" / "explanation" / "snapshots.md").read_text()  # what scripts/bench pause printed
+    cases = re.search(r"^\| all \|.* (\d+) \| (\d+) \|$", tested, re.MULTILINE)
+    pause = re.search(r"^\| 256 MiB \| [^|]+\| \d+ \| (\d+) \|.* (\d+) \|$", paused, re.MULTILINE)
+    assert cases
+    assert pause
+    assert f"runs {cases[1]} fault cases against that, with {cases[2]} violations" in " ".join(readme.split())
+    assert f"a pause of {pause[1]} ms instead of the {pause[2]} ms of a stopped save" in " ".join(readme.split())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target, anchor in LINK.findall(page.read_text()):
