@@ -39,6 +39,7 @@ def run() -> int:
             out(line)
 
     tester = Tester(arguments.seed, only=arguments.fault, keep=arguments.keep, say=say)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell in the background has it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has started ends with it
     until = time.monotonic() + 60 * arguments.minutes
     told = time.monotonic()

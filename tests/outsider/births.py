@@ -50,20 +50,7 @@ def undefine(chooser: Chooser) -> Act | None:
 
 def gone(world: World, known: Known, *, kept: bool, born: bool) -> None:
     """What is left of a machine that is not there any more: images that were to be kept, or that others read."""
-    read = {
-        str(layer["path"])
-        for other in world.machines.values()
-        if other.seen
-        for chain in other.seen.chains.values()
-        for layer in chain
-    }
-    read |= {
-        str(point["path"])
-        for other in world.machines.values()
-        if other.seen
-        for snapshot in other.seen.snapshots.values()
-        for point in snapshot["disks"].values()
-    }
+    read = {path for other in world.machines.values() for path in other.reads()}
     folder = world.home / "machines" / known.name
     left = [path for path in folder.rglob("*") if path.is_file() and str(path) not in read] if folder.exists() else []
     if kept and known.seen:

@@ -18,9 +18,10 @@ JUMPS = ("-4000d", "-3d", "-1h", "+1h", "+40d", "+4000d", "+0 x20")
 CALLS = ("fsync", "fdatasync", "pwrite", "ftruncate", "rename", "unlink", "fsync fdatasync")
 ERRORS = (errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EACCES)
 FAILING = """\
-import ctypes, sys
+import sys
+from tests.harness import failing
 calls, after, times, error = sys.argv[1:5]
-ctypes.CDLL(None).fail_calls(calls.encode(), ctypes.c_long(int(after)), ctypes.c_long(int(times)), int(error))
+failing.fail(calls, after=int(after), times=int(times), error=int(error))
 sys.argv = ["qmpsnap", *sys.argv[6:]]  # without the script, which is this one
 from qmpsnap.cli.main import run
 run()

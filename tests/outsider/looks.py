@@ -88,10 +88,13 @@ def look(machine: str) -> Look:
 
 def snapshot_disks(snapshot: dict[str, Any]) -> dict[str, Disk]:
     """What a snapshot holds."""
-    return {
-        disk: contents.read(point["path"], "raw" if point["path"].endswith(".raw") else "qcow2", point["tag"])
-        for disk, point in snapshot["disks"].items()
-    }
+    return {disk: contents.read(*file_of(point), point["tag"]) for disk, point in snapshot["disks"].items()}
+
+
+def file_of(point: dict[str, Any]) -> tuple[str, str]:
+    """The image that a point lies in, and its format."""
+    path = str(point["path"])
+    return path, "raw" if path.endswith(".raw") else "qcow2"
 
 
 def active_disks(chains: dict[str, list[dict[str, Any]]]) -> dict[str, Disk]:

@@ -16,7 +16,7 @@ from tests.outsider.faults import KILLS, Fault, Hit, undisturbed
 from tests.outsider.known import Expect, Judge, Known, Violation, both, outcome
 from tests.outsider.looks import Lied
 from tests.outsider.others import OTHERS
-from tests.outsider.typed import typed
+from tests.outsider.typed import Answer, typed
 from tests.outsider.verbs import VERBS, Act, Chooser, weights
 from tests.outsider.world import World
 
@@ -174,7 +174,7 @@ class Tester:
         if hit.alone and came == "none" and (after := looks.look(known.name).print()) != before:
             raise Violation(f"it says that nothing was changed: {answer.err[-300:]}\nbefore {before}\nafter {after}")
         if hit.recover:
-            self._recover(known.name)
+            self._recover(known.name, hit)
         if hit.everybody:
             self._resume()
         self._judge(known, act.expect, came if hit.trusted else "open", ran=hit.codes is None)
@@ -184,7 +184,7 @@ class Tester:
         known = hit.known
         there = known.name in births.names()
         if hit.recover and (there or act.newborn):
-            self._recover(known.name)
+            self._recover(known.name, hit)
             there = known.name in births.names()
         if came == "done" and there != bool(act.newborn):
             raise Violation(f"{known.name} is {'' if there else 'not '}there after {' '.join(act.words)}")
@@ -208,17 +208,20 @@ class Tester:
         births.gone(self.world, known, kept=False, born=False)
         self._judge(self.world.define(known.guest), Expect(), "none")
 
-    def _recover(self, name: str) -> None:
-        """End what is open; who works already, as a guard that has become a recovery, is waited for."""
+    def _recover(self, name: str, hit: Hit) -> None:
+        """End what is open; who works already, as a guard that has become a recovery, is waited for.
+
+        A job that still works is left alone by recover, which names the two commands that end it.
+        """
         deadline = time.monotonic() + 60
         while True:
-            answer = typed("recover", name)
-            if wrong := answer.wrong():
-                raise Violation(f"recover: {wrong}")
+            answer = self._well("recover", name)
             if answer.code == 0 or (answer.code == 3 and name not in births.names()):
                 self.figures.ended += "nothing was open" not in answer.out
                 break
-            if answer.code != 4 or time.monotonic() > deadline:
+            if answer.code == 8 and f"qmpsnap job wait {name}" in answer.err:
+                answer = self._well("job", "wait" if hit.which < 0.5 else "cancel", name)
+            if answer.code not in {0, 4} or time.monotonic() > deadline:
                 raise Violation(f"recover is stuck: exit {answer.code}: {answer.err[-600:]}")
             time.sleep(0.1)
         if name not in births.names():
@@ -229,6 +232,15 @@ class Tester:
         again = typed("recover", name)
         if again.code or looks.look(name).print() != first:
             raise Violation(f"a second recover changes something, or fails: {again.code} {again.err[-300:]}")
+
+    def _well(self, *words: str) -> Answer:
+        """A command line after the one that was hit."""
+        answer = typed(*words)
+        if words[0] == "job":
+            self.told.append(f"{' '.join(words)} -> {answer.code} {answer.err[-160:]!r}")
+        if wrong := answer.wrong():
+            raise Violation(f"{' '.join(words)}: {wrong}")
+        return answer
 
     def _resume(self) -> None:
         """Guests that QEMU has paused over a full disk go on."""

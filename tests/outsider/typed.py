@@ -23,8 +23,8 @@ from tests.outsider import api
 HANGS = 120.0
 """Seconds after which a command line hangs, whatever the host is busy with."""
 
-KNOWN = {*range(10), 130}
-"""Exit codes that the documents know."""
+KNOWN = {*range(10), 130, -signal.SIGKILL, -signal.SIGINT}
+"""Exit codes that the documents know, and the signals that the tester sends."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Answer:
         """What no answer may be: a traceback, an exit code of nobody's, a failure without a word."""
         if "Traceback (most recent call last)" in self.err or "Traceback" in self.out:
             return f"a traceback: {self.err[-1500:]}"
-        if self.code >= 0 and self.code not in KNOWN:
+        if self.code not in KNOWN:
             return f"exit {self.code}: {self.err[-300:]}"
         if self.code > 0 and not (self.err + self.out).strip():
             return f"exit {self.code} without a word"

@@ -31,7 +31,8 @@ class World:
 
     def __init__(self, *, small: bool) -> None:
         """``small``: on a file system that can be filled, as root."""
-        self.root = Path(tempfile.mkdtemp(prefix="qo-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.root = Path(tempfile.mkdtemp(prefix="qo-", dir=memory)).resolve()
         self.small = small and os.geteuid() == 0 and self._mounted()
         self.home, self.images = self.root / "home", self.root / "images"
         self.images.mkdir()
