@@ -7,7 +7,7 @@ for itself (``NAME.json``), one for its images and state files at other places (
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from qmpsnap.host import private, write_errors
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.names import layer_disk
 from qmpsnap.model.relocation import HomeRecord
 from qmpsnap.store.sqlite.json_values import decoded
 
@@ -95,6 +96,17 @@ class Records:
             shortened = path.stat().st_size > LARGE and self._shorten(machine)
             if fresh or shortened:
                 sync_folder(self._folder)
+
+    def withdraw(self, layers: Collection[Layer]) -> None:
+        """Note that layers are gone wherever they are noted: who removes one need not be who made it.
+
+        Raises:
+            HostCannot: no right, no space.
+        """
+        for name in self._names(".places") if layers else ():
+            machine = name.removesuffix(".places")
+            there = {place.layer.id: not place.gone for place in self.places(machine) if place.layer}
+            self.add(machine, [Place(layer=layer, gone=True) for layer in layers if there.get(layer.id)])
 
     def _shorten(self, machine: str) -> bool:
         """Write the file anew with what still says something, where that is less than half of it."""
@@ -173,15 +185,15 @@ class Records:
         for line in lines:
             with contextlib.suppress(StoreMismatch):
                 found.append(decoded(line, Place))
-        return tuple(found)
+        return tuple(place for place in found if place.layer is None or layer_disk(place.layer.id))
 
     def places_file(self, name: str) -> Path:
         """Where a machine's places are written down."""
         return self._folder / f"{name}.places"
 
-    def _names(self) -> list[str]:
+    def _names(self, ending: str = ".json") -> list[str]:
         try:
-            return [name for name in sorted(os.listdir(self._folder)) if name.endswith(".json")]  # noqa: PTH208 - as text
+            return [name for name in sorted(os.listdir(self._folder)) if name.endswith(ending)]  # noqa: PTH208 - as text
         except FileNotFoundError:
             return []
 

@@ -155,8 +155,8 @@ class Store(Protocol):
     def remembered(self, name: str) -> Machine | None:
         """The machine of that name as it was written down; this store need not know it."""
 
-    def places(self, machine: str) -> tuple[str, ...]:
-        """Every place outside its folder, or under a name of its own, that a layer of the machine was settled at.
+    def places(self, machine: str) -> tuple[Layer, ...]:
+        """Every layer of the machine that was settled outside its folder, or under a name of its own.
 
         Those that were removed since are left out. It is kept beside the store, so an old copy of the store does not
         make it older.

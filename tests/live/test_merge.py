@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 import anyio
 import pytest
@@ -306,3 +307,29 @@ async def test_what_undefine_leaves_to_a_clone_is_hidden_in_its_chain(q: qmpsnap
     assert await content_hash(clone, (await clone.chains())[0].active.id) == before
     assert not Path(first.path).exists() or (await clone.chains())[0].active.path == first.path
     await hold_invariants(clone)
+
+
+@pytest.mark.parametrize("last", ["delete", "undefine, removing", "undefine, keeping"])
+async def test_layers_without_a_snapshot_go_with_the_last_that_reads_them(q: qmpsnap.Controller, last: str) -> None:
+    vm = await q.define(ONE_DISK)
+    await vm.snapshot("s1")
+    for _ in range(2):
+        await vm.add_layers()
+    reverted = await vm.revert("s1")
+    assert reverted.kept
+    folder, store = context_of(vm).home.machine_dir(vm.name), context_of(vm).store
+    await vm.delete_snapshots(reverted.kept.name, metadata=last != "delete")
+    below = {layer for chain in await vm.chains() for layer in chain.ids}
+    if last == "delete":
+        assert store.forest().layers.keys() == below
+        assert sorted(folder.iterdir()) == sorted(Path(store.layer(layer).path) for layer in below)
+        await hold_invariants(vm)
+        return
+    files = sorted(map(str, folder.iterdir()))
+    assert len(files) == len(below) + 3
+    fate: Literal["keep", "remove"] = "keep" if last == "undefine, keeping" else "remove"
+    planned = await vm.preview_undefine(disks=fate)
+    assert sorted(planned.kept or planned.removed) == files
+    assert sorted(await vm.undefine(disks=fate)) == files
+    assert folder.exists() == (fate == "keep")
+    assert not store.forest().layers

@@ -320,6 +320,52 @@ async def test_what_was_removed_at_chosen_places_is_not_missed(home: Path, place
         await hold_invariants(vm)
 
 
+@pytest.mark.parametrize("how", ["absorbed", "undefined"])
+async def test_what_a_clone_removed_is_not_missed_where_it_was_made(home: Path, place: Path, how: str) -> None:
+    """The name is one that a layer in the machine's folder could have, of a number that the store never gave."""
+    async with qmpsnap.open() as q:
+        vm = await q.define(ONE_DISK)
+        await vm.mirror("vda", place / "copy-999.qcow2", mode="pivot")
+        await vm.snapshot("s1")
+        (disk,) = ONE_DISK.disks
+        base = replace(disk, size=None, base=str(place / "copy-999.qcow2"))
+        clone = await q.define(replace(ONE_DISK, name="clone", disks=(base,)))
+        await vm.stream("vda")
+        await vm.delete_snapshots("s1")
+        assert [file.name for file in place.iterdir()] == ["copy-999.qcow2"]
+        if how == "undefined":
+            await clone.undefine(disks="remove")
+        else:
+            await clone.stream("vda")
+        assert list(place.iterdir()) == []
+        await hold_invariants(vm)
+        await vm.snapshot("s2")
+    lose(home)
+    done = await rebuild.run(at(home), set_aside=False)
+    assert done.left_out == ()
+
+
+async def test_an_old_copy_of_the_store_is_noticed_by_a_copy_that_reads_nothing(home: Path, place: Path) -> None:
+    async with qmpsnap.open() as q:
+        (disk,) = ONE_DISK.disks
+        with (place / "theirs").open("wb") as image:
+            image.truncate(disk.size or 0)
+        vm = await q.define(
+            replace(ONE_DISK, disks=(replace(disk, size=None, image=str(place / "theirs"), format="raw"),))
+        )
+    shutil.copy2(home / "qmpsnap.db", home / "backup")
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        await vm.mirror("vda", place / "mine", mode="pivot")
+    lose(home)
+    shutil.copy2(home / "backup", home / "qmpsnap.db")
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        with pytest.raises(StoreMismatch, match=f"{place}/mine has a number that the store has not given yet"):
+            await vm.start(paused=True)
+        assert not (await vm.chains())[0].running
+
+
 async def test_numbers_go_on_after_those_of_tags(home: Path) -> None:
     async with qmpsnap.open() as q:
         vm = await grown(q)

@@ -61,6 +61,12 @@ def asked(*words: str, may: tuple[int, ...] = (0,)) -> Answer:
     return answer
 
 
+def open_operations(machine: str) -> list[Any]:
+    """What the journal has open of it."""
+    found: list[Any] = asked("log", machine, "--open").json()["operations"]
+    return found
+
+
 def look(machine: str) -> Look:
     """See it as it is."""
     shown = asked("show", machine).json()

@@ -226,7 +226,7 @@ class Tester:
             time.sleep(0.1)
         if name not in births.names():
             return
-        if left := looks.asked("log", name, "--open").json()["operations"]:
+        if left := looks.open_operations(name):
             raise Violation(f"recovered, and open: {left}")
         first = looks.look(name).print()
         again = typed("recover", name)

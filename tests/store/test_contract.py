@@ -491,13 +491,14 @@ def test_two_machines_on_one_base_the_first_forgotten_leaves_it_the_second_retur
     assert {found.id for found in store.forget("right")} == {base.id, right.id}
 
 
-def test_forgetting_a_machine_leaves_a_layer_that_nothing_refers_to_and_it_never_used(store: Store) -> None:
-    stray = layer("vda-9")
+def test_a_layer_that_nothing_refers_to_goes_with_the_machine_that_it_was_made_for(store: Store) -> None:
+    stray, elsewhere = layer("vda-9", path=f"{MACHINES}/other/vda-9.qcow2"), layer("vda-8", path="/elsewhere/mine")
     defined(store, "other", layer("vda-1"))
-    settled(store, Change(layers=(stray,)), "other")
+    settled(store, Change(layers=(stray, elsewhere)), "other")
     defined(store, "web", layer("vda-2"))
     assert [found.id for found in store.forget("web")] == ["vda-2"]
     assert store.layer(stray.id) == stray
+    assert {found.id for found in store.forget("other")} == {"vda-1", stray.id, elsewhere.id}
 
 
 def test_what_a_forgotten_machine_leaves_to_others_is_hidden_where_nobody_names_it(store: Store) -> None:

@@ -15,6 +15,10 @@ from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.store.samples import MACHINES, PROCESS, defined, layer, machine, opened, settled
 
 
+def places(store: SqliteStore, machine: str) -> list[str]:
+    return [found.path for found in store.places(machine)]
+
+
 def test_a_machine_is_read_as_it_was_defined_without_what_passes(tmp_path: Path) -> None:
     records = Records(tmp_path / "records")
     records.write(replace(machine("web"), process=PROCESS, current="s1"))
@@ -39,7 +43,7 @@ def test_only_what_nobody_would_find_is_noted(tmp_path: Path) -> None:
         defined(store, "web", base, layer("vda-2", base))
         settled(store, Change(layers=(layer("vda-3", path="/elsewhere/mine"),)))
         settled(store, Change(layers=(layer("vda-4", path=f"{MACHINES}/web/mine.qcow2"),)))
-        assert store.places("web") == ("/images/base", "/elsewhere/mine", f"{MACHINES}/web/mine.qcow2")
+        assert places(store, "web") == ["/images/base", "/elsewhere/mine", f"{MACHINES}/web/mine.qcow2"]
         assert store.remembered("web")
         store.forget("web")
         assert (store.places("web"), store.remembered("web")) == ((), None)
@@ -81,7 +85,22 @@ def test_what_was_removed_is_no_place_any_more(tmp_path: Path) -> None:
         settled(store, Change(removed_layers=(mine.id,)))
         assert store.places("web") == ()
         settled(store, Change(layers=(mine,)))
-        assert store.places("web") == ("/elsewhere/mine",)
+        assert places(store, "web") == ["/elsewhere/mine"]
+
+
+@pytest.mark.parametrize("how", ["removed", "forgotten"])
+def test_what_another_machine_removed_is_no_place_any_more(tmp_path: Path, how: str) -> None:
+    with SqliteStore(tmp_path / "store.db", machines=MACHINES) as store:
+        base = layer("vda-1")
+        defined(store, "web", base)
+        mine = layer("vda-3", base, path="/elsewhere/mine")
+        settled(store, Change(layers=(mine,)))
+        defined(store, "clone", layer("vda-4", mine))
+        if how == "forgotten":
+            assert [gone.id for gone in store.forget("clone")] == ["vda-4", "vda-3"]
+        else:
+            settled(store, Change(layers=(layer("vda-4", base),), removed_layers=(mine.id,)), "clone")
+        assert store.places("web") == ()
 
 
 def test_a_machine_whose_forgetting_was_broken_off_is_there_or_gone_and_never_lost(

@@ -42,10 +42,9 @@ async def forgotten(context: Context, name: str, *, disks: undefine.Fate | None)
     """The files that :func:`qmpsnap.ops.lifecycle.undefine.run` would keep or remove now; refused as that would be."""
     async with looking(context, name, removes=disks == "remove") as work:
         await undefine.require_possible(context, work, disks)
-    forest = await blocking(context.store.forest)
-    layers = [at.path for at in forest.layers.values() if at.owned and forest.machines_above(at.id) == {name}]
+    images = await undefine.images_alone(context, name)
     states = [found.vmstate.path for found in await blocking(context.store.snapshots, name) if found.vmstate]
-    files = (*sorted(layers), *states)
+    files = (*images, *states)
     return Forgotten(removed=files) if disks == "remove" else Forgotten(kept=files)
 
 

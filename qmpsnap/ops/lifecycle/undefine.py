@@ -12,13 +12,12 @@ from qmpsnap.errors import HostCannot, QmpsnapError, StateError, StoreMismatch, 
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.ops.base.context import Context, blocking, forget_places
 from qmpsnap.ops.internal.tags import forget_variables
 from qmpsnap.ops.lifecycle.recover import remove_folder
-from qmpsnap.ops.outside import layer_changes, other_programs
+from qmpsnap.ops.outside import layer_changes
 from qmpsnap.ops.session.session import Work, working
 
 Fate = Literal["keep", "remove"]
@@ -112,7 +111,8 @@ async def require_possible(context: Context, work: Work, disks: Fate | None) -> 
     if disks is None:
         await _refuse_loss(context, name)
     if disks == "remove":
-        await _refuse_open(context, work.machine)
+        images = await images_alone(context, name)
+        await other_programs.require_free(images, machine=name, readers=True)
 
 
 async def _forgotten(context: Context, name: str) -> tuple[Layer, ...]:
@@ -164,15 +164,21 @@ async def _remove(file: Layer | Vmstate, sizes: Mapping[LayerId, int]) -> bool:
     return True
 
 
-async def _refuse_open(context: Context, machine: Machine) -> None:
+async def images_alone(context: Context, name: str) -> list[str]:
+    """Images of ours that only this machine reads, or that an earlier operation of it has left to nobody."""
     forest = await blocking(context.store.forest)
-    ours = [at.path for at in forest.layers.values() if at.owned and forest.machines_above(at.id) == {machine.name}]
-    await other_programs.require_free(ours, machine=machine.name, readers=True)
+    noted = {layer.id for layer in await blocking(context.store.places, name)}
+    folder = f"{context.home.machine_dir(name)}/"
+
+    def is_alone(layer: Layer) -> bool:
+        above = forest.machines_above(layer.id)
+        return above == {name} or (not above and (layer.path.startswith(folder) or layer.id in noted))
+
+    return sorted(layer.path for layer in forest.layers.values() if layer.owned and is_alone(layer))
 
 
 async def _refuse_loss(context: Context, name: str) -> None:
-    forest = await blocking(context.store.forest)
-    owned = sorted(at.path for at in forest.layers.values() if at.owned and forest.machines_above(at.id) == {name})
+    owned = await images_alone(context, name)
     snapshots = [snapshot.name for snapshot in await blocking(context.store.snapshots, name)]
     if owned or snapshots:
         raise StateError(

@@ -57,6 +57,7 @@ class Finder:
         gone = {
             layer: place for places in noted.values() for layer, place in _latest(places).items() if place.gone
         }  # whoever removed a layer need not be who noted it
+        removed = {place.layer.path for place in gone.values() if place.layer}
         for machine in machines:
             given = {path for disk in machine.spec.disks for path in _given(disk)}
             for identity, place in _latest(noted[machine.name]).items():
@@ -66,7 +67,8 @@ class Finder:
                 self._in_folder(machine, file)
         for machine in machines:
             for disk in machine.spec.disks:
-                if (named := disk.image or disk.base) and named not in self._found:
+                named = disk.image or disk.base
+                if named and named not in self._found and (named not in removed or os.path.lexists(named)):
                     self._foreign(named, disk.format, disk.name)
         pending = list(self._found)
         while pending:
@@ -157,9 +159,10 @@ class Finder:
 
     def _noted(self, machine: Machine, layer: Layer, *, given: bool, gone: bool) -> None:
         """A layer at a place of its own; ``given``: the spec names it, or what it names reads it."""
+        disk, _, number = layer.id.rpartition("-")
+        self._last = max(self._last, int(number))
         if gone and (not layer.owned or not os.path.lexists(layer.path)):
             return  # what a crash has left of ours is kept
-        disk, _, number = layer.id.rpartition("-")
         of = (machine.name, disk) if machine.spec.disk(disk) else None
         if of and not gone:
             remedy = f"take its line out of {self._records.places_file(machine.name)}"

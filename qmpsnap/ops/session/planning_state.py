@@ -175,6 +175,6 @@ def _bytes(forest: Forest, home: Home, machine: str, chains: tuple[Chain, ...]) 
 
 
 def _nobodys(forest: Forest, home: Home) -> list[Layer]:
-    """Hidden layers at chosen places that no machine reads: nothing tells whose they were, so any delete takes them."""
+    """Layers at chosen places that no machine reads: nothing tells whose they were, so any delete takes them."""
     outside = (layer for layer in forest.layers.values() if not layer.path.startswith(f"{home.machines}/"))
-    return [layer for layer in outside if layer.state == "hidden" and not forest.machines_above(layer.id)]
+    return [layer for layer in outside if not forest.machines_above(layer.id)]

@@ -101,20 +101,21 @@ def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | N
         return None
     pending = context.store.operations(machine.name, only_open=True)
     plans = "\n".join(msgspec.json.encode(operation.plan).decode() for operation in pending)
-    settled = context.store.places(machine.name)
+    settled = {layer.path: layer for layer in context.store.places(machine.name)}
     for path in unknown:
         if is_text(path) and msgspec.json.encode(path).decode() in plans:  # an interrupted operation's own
             continue
-        name, number = printable(path), _serial(path)
+        noted = settled.get(path)
+        name, number = printable(path), _number(noted.id) if noted else _serial(path)  # users choose names as they like
         if number is not None and number >= (following := context.store.next_serial()):
-            if number < following + AHEAD:
+            if noted or number < following + AHEAD:
                 return f"{name} has a number that the store has not given yet"
             number = None
         if (backing := _backing(path)) is not None:
             below = context.store.layer_at(backing)
             # What reads a layer that we write to is in danger. What else reads one of ours may be a copy that was
             # made for somebody, unless its name or our notes say that it was a layer.
-            layer = number is not None or path in settled
+            layer = number is not None
             if backing in active or (layer and below and below.owned):
                 return f"{name} reads {printable(backing)}, and the store does not know it"
     return None
@@ -145,7 +146,7 @@ def _candidates(context: Context, machine: str, newest: Mapping[str, int]) -> It
                 yield f"{folder}/{name}"
         elif int(layer[2]) > newest.get(layer[1], 0):
             yield f"{folder}/{name}"
-    yield from context.store.places(machine)
+    yield from (layer.path for layer in context.store.places(machine))
 
 
 def _backing(path: str) -> str | None:

@@ -67,7 +67,7 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
     hidden = [layer for layer in points if layer in at.forest.layers]
     after_names = at.after(Change(removed_snapshots=names))
     if not request.metadata:
-        hidden += [layer.id for layer in at.forest.layers.values() if layer.state == "hidden" and _ours(at, layer.id)]
+        hidden += [layer.id for layer in after_names.forest.layers.values() if _is_left(at, after_names, layer)]
         # What an earlier delete has left of a disk that is unplugged waits for a later one.
         hidden = [layer for layer in hidden if layer in points or layer_disk(layer) not in at.unplugged]
     candidates = [layer for layer in dict.fromkeys(hidden) if not after_names.forest.references_to(layer)]
@@ -197,5 +197,6 @@ def _points(snapshots: Sequence[Snapshot]) -> list[LayerId]:
     return [point.layer for snapshot in snapshots for point in snapshot.points]
 
 
-def _ours(at: Situation, layer: LayerId) -> bool:
-    return layer in at.bytes
+def _is_left(at: Situation, after_names: Situation, layer: Layer) -> bool:
+    """Whether a layer of ours is kept for others alone, or nobody needs it any more, as one without a snapshot."""
+    return layer.id in at.bytes and (layer.state == "hidden" or not after_names.forest.machines_above(layer.id))

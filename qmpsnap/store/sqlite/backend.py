@@ -98,36 +98,14 @@ class SqliteStore:
                 (number,),
             ):
                 points.setdefault(snapshot, []).append(Point(disk=disk, layer=LayerId(layer), tag=tag))
-        return tuple(
-            Snapshot(
-                name=row[1],
-                kind=row[2],
-                state=row[3],
-                parent=row[4],
-                created=row[5],
-                description=row[6],
-                mode=row[7],
-                pause_ms=row[8],
-                operation=OperationId(row[9]),
-                points=tuple(points.get(row[0], ())),
-                vmstate=self._vmstate(row[10]),
-                inside=decoded(row[11], Inside) if row[11] else None,
-                variables=str(self._machines / row[12]) if row[12] else None,
-                level=row[13],
-                unquiesced=row[14],
-                pushed=bool(row[15]),
-                frozen_ms=row[16],
-                max_pause_ms=row[17],
-            )
-            for row in found
-        )
+        return tuple(self._snapshot(row, points.get(row[0], ())) for row in found)
 
     def layer(self, layer: LayerId) -> Layer:
         with self._database.reading() as sql:
-            row = sql.execute(f"SELECT {queries.LAYER} FROM layer WHERE id = ?", (layer,)).fetchone()
-        if row is None:
+            found = self._layers(sql, [layer])
+        if not found:
             raise NotFoundError(f"there is no layer {layer}", hint="see qmpsnap chain VM")
-        return self._layer(row)
+        return found[0]
 
     def layer_at(self, path: str) -> Layer | None:
         if not is_text(path):
@@ -209,7 +187,8 @@ class SqliteStore:
         with self._database.writing() as sql:
             number = rows.machine_id(sql, machine)
             forest, elsewhere = self._forest(sql), journal.open_elsewhere(sql, machine)
-            used = {identity for (identity,) in sql.execute(queries.USED, (number, number))}
+            used = {identity for (identity,) in sql.execute(queries.USED, (number, number, f"{machine}/*"))}
+            used |= {place.layer.id for place in self._records.places(machine) if place.layer}
             named = sql.execute(queries.NAMED, (number, number)).fetchall()
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             for operation in journal.select(sql, machine, only_open=True):
@@ -222,6 +201,7 @@ class SqliteStore:
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
             sql.executemany(queries.HIDE, named)
             sharing.require_unused(machine, gone, forest, elsewhere)
+            self._withdraw(gone)
             # Before it is recorded: a crash between leaves a description missing, not a machine that seems lost.
             self._records.forget(machine)
         return tuple(gone)
@@ -257,9 +237,9 @@ class SqliteStore:
         # And again, as undefine removes the description first.
         return tuple(name for name in described if name not in known and self.remembered(name))
 
-    def places(self, machine: str) -> tuple[str, ...]:
+    def places(self, machine: str) -> tuple[Layer, ...]:
         noted = {place.layer.id: place for place in self._records.places(machine) if place.layer}
-        return tuple(place.layer.path for place in noted.values() if place.layer and not place.gone)
+        return tuple(place.layer for place in noted.values() if place.layer and not place.gone)
 
     def follow_devices(self) -> None:
         with self._database.reading() as sql:
@@ -301,6 +281,7 @@ class SqliteStore:
             self._records.write(change.define, home)
         number = rows.machine_id(sql, machine)
         self._records.add(machine, [*self._elsewhere(change), *self._gone(sql, number, change)])
+        self._withdraw(self._layers(sql, change.removed_layers))
         for layer in change.layers:
             self._put_layer(sql, layer)
         rows.put_active(sql, number, change.active)
@@ -327,15 +308,14 @@ class SqliteStore:
 
     def _gone(self, sql: sqlite3.Connection, machine: int, change: Change) -> Iterator[Place]:
         """What of a change was noted once and is not missed from now on."""
-        for identity in change.removed_layers:
-            for row in sql.execute(f"SELECT {queries.LAYER} FROM layer WHERE id = ?", (identity,)):
-                if self._is_noted(layer := self._layer(row)):
-                    yield Place(layer=layer, gone=True)
         for name in change.removed_snapshots:
             found = sql.execute("SELECT vmstate FROM snapshot WHERE machine = ? AND name = ?", (machine, name))
             for state in (self._vmstate(text) for (text,) in found):
                 if state and self._is_outside(state):
                     yield Place(state=state.path, gone=True)
+
+    def _withdraw(self, layers: Iterable[Layer]) -> None:
+        self._records.withdraw([layer for layer in layers if self._is_noted(layer)])
 
     def _is_outside(self, state: Vmstate) -> bool:
         return not state.path.startswith(f"{self._machines}/")
@@ -392,6 +372,19 @@ class SqliteStore:
             return None
         state = decoded(text, Vmstate)
         return replace(state, path=str(self._machines / state.path))  # an absolute path stays as it is
+
+    def _layers(self, sql: sqlite3.Connection, wanted: Iterable[LayerId]) -> list[Layer]:
+        asked = (sql.execute(f"SELECT {queries.LAYER} FROM layer WHERE id = ?", (layer,)) for layer in wanted)
+        return [self._layer(row) for found in asked for row in found]
+
+    def _snapshot(self, row: sqlite3.Row, points: Iterable[Point]) -> Snapshot:
+        return Snapshot(
+            name=row[1], kind=row[2], state=row[3], parent=row[4], created=row[5], description=row[6], mode=row[7],
+            pause_ms=row[8], operation=OperationId(row[9]), points=tuple(points), vmstate=self._vmstate(row[10]),
+            inside=decoded(row[11], Inside) if row[11] else None,
+            variables=str(self._machines / row[12]) if row[12] else None, level=row[13], unquiesced=row[14],
+            pushed=bool(row[15]), frozen_ms=row[16], max_pause_ms=row[17],
+        )  # fmt: skip
 
     def _layer(self, row: sqlite3.Row) -> Layer:
         identity, pool, path, layer_format, backing, size, device, inode, owned, state, birth = row

@@ -27,10 +27,11 @@ NAMED = (
 )
 """Every layer that one machine's disks and snapshots name."""
 USED = (
-    f"WITH RECURSIVE used (id) AS ({NAMED} UNION SELECT layer.backing FROM used"
-    " JOIN layer ON layer.id = used.id WHERE layer.backing IS NOT NULL) SELECT id FROM used"
+    f"WITH RECURSIVE used (id) AS ({NAMED} UNION SELECT id FROM layer WHERE pool = 'machines' AND path GLOB ?"
+    " UNION SELECT layer.backing FROM used JOIN layer ON layer.id = used.id WHERE layer.backing IS NOT NULL)"
+    " SELECT id FROM used"
 )
-"""Every layer that they read."""
+"""Every layer that they read, and what lies in the machine's folder, which an operation may have left to nobody."""
 ELSEWHERE = "SELECT 1 FROM machine WHERE host <> ? LIMIT 1"
 """Whether another host has machines here."""
 
