@@ -6,10 +6,10 @@ differ by name, kind of file and step.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,41 +29,45 @@ TURNS = {False: "failing call, once", True: "failing call, for ever"}
 
 
 class Server:
-    """A process that has everything loaded, and the shim, and forks what every case needs."""
+    """A process that has everything loaded, and the shim, and forks what every case needs; a new one when it fails."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
+    def __init__(self, folder: Path) -> None:
+        self._environment = {**os.environ, "LD_PRELOAD": str(failing.built(folder))}
+        self._process: subprocess.Popen[str] | None = None
 
     def ask(self, request: Request) -> Answer:
         """Have the cases of one request done."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(f"{json.dumps(msgspec.to_builtins(request))}\n")
-        self._process.stdin.flush()
-        said = self._process.stdout.readline()
-        assert said, "the process of the cases has died"
+        argv = [sys.executable, "-m", "tests.faults.calls"]
+        process = self._process or subprocess.Popen(
+            argv, env=self._environment, stdin=-1, stdout=-1, text=True, start_new_session=True
+        )
+        self._process = process
+        assert process.stdin
+        assert process.stdout
+        try:
+            process.stdin.write(f"{json.dumps(msgspec.to_builtins(request))}\n")
+            process.stdin.flush()
+            said = process.stdout.readline()
+            assert said, "the process of the cases has died"
+        except BaseException:  # it took too long as well: what it says now would be taken for the next answer
+            self.end()
+            raise
         return msgspec.json.decode(said, type=Answer)
 
-
-@contextmanager
-def serving(folder: Path) -> Iterator[Server]:
-    """Such a process for the block."""
-    environment = {**os.environ, "LD_PRELOAD": str(failing.built(folder))}
-    argv = [sys.executable, "-m", "tests.faults.calls"]
-    with subprocess.Popen(argv, env=environment, stdin=-1, stdout=-1, text=True) as process:
-        try:
-            yield Server(process)
-        finally:
-            assert process.stdin
-            process.stdin.close()
-            process.wait(10)
+    def end(self) -> None:
+        """End it and whatever it is in the midst of."""
+        process, self._process = self._process, None
+        if process:
+            with process:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for all cases of this worker."""
-    with serving(tmp_path_factory.mktemp("failing")) as found:
-        yield found
+    found = Server(tmp_path_factory.mktemp("failing"))
+    yield found
+    found.end()
 
 
 def _params() -> list[Any]:
@@ -79,6 +83,7 @@ def _params() -> list[Any]:
     ]
 
 
+@pytest.mark.timeout(3600 if FORM == "long" else 400)
 @pytest.mark.parametrize("case", _params())
 def test_a_call_fails(server: Server, home: Path, fault: Fault, case: Request) -> None:
     fault.case(TURNS[case.for_ever], ALL[case.name].column)
