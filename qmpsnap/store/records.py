@@ -176,11 +176,20 @@ class Records:
         return tuple(machine for machine in found if machine)
 
     def places(self, machine: str) -> tuple[Place, ...]:
-        """What was noted of a machine, oldest first; a line that a crash has cut is left out."""
+        """What was noted of a machine, oldest first; a line that a crash has cut is left out.
+
+        Raises:
+            HostCannot: it cannot be read, which does not mean that there is nothing.
+        """
+        path = self.places_file(machine)
         try:
-            lines = self.places_file(machine).read_bytes().splitlines()
-        except OSError:
+            lines = path.read_bytes().splitlines()
+        except (FileNotFoundError, NotADirectoryError):
             return ()
+        except OSError as error:
+            raise HostCannot(
+                f"{path} cannot be read: {error.strerror}", hint="give this user the right to read it"
+            ) from error
         found = []
         for line in lines:
             with contextlib.suppress(StoreMismatch):

@@ -1,12 +1,14 @@
 """Files at places that users name: removed only where they are the ones that were made."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from qmpsnap.block.image import staged
-from qmpsnap.errors import StoreMismatch
+from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import identity
 from qmpsnap.host.identity import FileId
 
@@ -41,3 +43,20 @@ async def test_what_it_holds_and_how_large_it_is_does_not_matter(tmp_path: Path)
     assert await staged.discard(str(path), file)
     path.symlink_to(tmp_path)
     assert not await staged.discard(str(path), file)
+
+
+async def test_what_cannot_be_looked_at_is_not_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "copy"
+    file = made(path)
+
+    def fails(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", fails)
+        for asking in (staged.discard(str(path), file), staged.identity_of(str(path))):
+            with pytest.raises(HostCannot, match="cannot be looked at: Too many open files") as refused:
+                await asking
+            assert refused.value.effect == "unknown"
+    assert await staged.discard(str(path), file)
+    assert await staged.identity_of(str(path)) is None

@@ -37,6 +37,14 @@ def test_a_line_that_a_crash_has_cut_harms_no_other(tmp_path: Path) -> None:
     assert records.places("web") == (first, second)
 
 
+def test_notes_that_cannot_be_read_are_not_none(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records")
+    assert records.places("web") == ()
+    (tmp_path / "records" / "web.places").mkdir(parents=True)
+    with pytest.raises(HostCannot, match=r"web\.places cannot be read: Is a directory"):
+        records.places("web")
+
+
 def test_only_what_nobody_would_find_is_noted(tmp_path: Path) -> None:
     with SqliteStore(tmp_path / "store.db", machines=MACHINES) as store:
         base = layer("vda-1", path="/images/base", owned=False)

@@ -78,7 +78,11 @@ def require_folder(path: str) -> None:
 
 
 async def identity_of(path: str) -> FileId | None:
-    """Identity of the regular file at that name, None if there is none."""
+    """Identity of the regular file at that name, None if there is none.
+
+    Raises:
+        HostCannot: nobody can tell.
+    """
     return await to_end(_identity, path)
 
 
@@ -150,8 +154,10 @@ def _is(path: str, file: FileId) -> bool:
 def _identity(path: str) -> FileId | None:
     try:
         descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:  # it may be there, and then it is not gone
+        raise HostCannot(f"{printable(path)} cannot be looked at: {error.strerror}", effect="unknown") from error
     try:
         return identity.of(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
     finally:
