@@ -232,9 +232,13 @@ class MachineLife:
         Raises:
             LockHeld: another controller works on the machine.
             OperationPending: one cannot be ended now; the hint says what helps.
+            HostCannot: the machine's description is missing and cannot be written.
         """
-        pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
-        async with working(self._context, self.name, "recover", alone=False):
+        store = self._context.store
+        pending = await blocking(lambda: store.operations(self.name, only_open=True))
+        async with working(self._context, self.name, "recover", alone=False) as work:
+            if not await blocking(store.is_described, work.machine):  # an undefine that failed may have removed it
+                await blocking(store.describe, self.name)
             return list(pending)
 
     async def check(self, *, deep: bool = False, repair: bool = False) -> Checked:
