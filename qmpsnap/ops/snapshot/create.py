@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
-from qmpsnap.errors import DeadlinePassed, QmpsnapError
+from qmpsnap.errors import DeadlinePassed, Effect, QmpsnapError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.open_files import require_opened, require_recorded
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -121,14 +121,18 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
         return None
     active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, plan.machine)}
     moved = [overlay for overlay in plan.overlays if active[overlay.disk] == overlay.layer.id]
+    effect: Effect = "none"
     left: list[str] = []
     for overlay in moved:
         try:
             await commit.run(context, plan.machine, CommitRequest(disk=overlay.disk, base=overlay.backing.id))
         except QmpsnapError as why:  # no reason to tell less of why there is no snapshot
+            if why.effect == "applied":  # it is merged; only what follows that has failed
+                continue
+            effect = "unknown" if "unknown" in (effect, why.effect) else "applied"
             left.append(f"layer {overlay.layer.id} of disk {overlay.disk} is left, without a name: {why.message}")
     if moved:
-        error.claim("applied" if left else "none", "; ".join(left))
+        error.claim(effect, "; ".join(left))
     return None
 
 
