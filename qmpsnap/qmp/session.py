@@ -95,7 +95,8 @@ class Session:
             raise DeadlinePassed(
                 f"QEMU of machine {self._machine} did not answer {command} within {deadline:g} s;"
                 " nobody can know yet whether it took effect",
-                hint=f"qmpsnap show {self._machine} tells the state once QEMU answers again",
+                hint=f"qmpsnap show {self._machine} tells the state once QEMU answers again;"
+                f" one that never does is ended by qmpsnap stop {self._machine} --force",
                 effect="unknown",
                 machine=self._machine,
             ) from error
@@ -161,7 +162,7 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
         raise DeadlinePassed(
             f"the monitor of machine {machine} did not greet within {deadline:g} s",
             hint=f"another command works on it (qmpsnap check {machine} tells which), another client holds its monitor,"
-            " or QEMU hangs or was stopped by a signal",
+            f" or QEMU hangs (qmpsnap stop {machine} --force ends it) or was stopped by a signal",
             machine=machine,
         ) from error
     # qemu.qmp has no type for all that a peer can make it stumble over: it asserts that nobody hangs up right after the

@@ -1,5 +1,7 @@
 """Jobs whose end fails or takes too long, QEMU having changed its chain or not; what dies where is in tests/faults."""
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,9 +19,9 @@ from qmpsnap.model.names import JobId
 from qmpsnap.ops.jobs import cutover as finalize
 from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.ops.session import recovery
-from qmpsnap.qmp import jobs
+from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
-from qmpsnap.qmp.session import Monitor
+from qmpsnap.qmp.session import Monitor, Session
 from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.harness.deaths import STORE, Call, die_at
 from tests.harness.processes import kill_qemu
@@ -247,4 +249,46 @@ async def test_an_end_that_takes_too_long_is_said_and_holds_no_guest(
     assert (await vm.chains())[0].ids != ("vda-1", "vda-2", "vda-3")
     await hold_invariants(vm, hashes)
     await vm.stop(force=True)
+    assert await active_hash(vm) == now
+
+
+@pytest.mark.parametrize("verb", ["commit", "mirror"])
+async def test_a_write_through_a_monitor_hangs_qemu_and_the_verb_ends(
+    q: qmpsnap.Controller, place: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """The disk is drained from `pending` to `job-finalize`, and QEMU's main loop waits in `qemu-io` for that to end."""
+    vm, hashes, now = await grown_and_stopped(q)
+    await vm.start()
+    execute = Session.execute
+
+    async def impatient(self: Session, command: str, arguments: Any = None, *, deadline: float = 2.0) -> Any:
+        return await execute(self, command, arguments, deadline=min(deadline, 2.0))
+
+    async def beside_a_writer(job: BlockJob, monitor: Monitor, **_: object) -> None:
+        writing = asyncio.ensure_future(fill(vm, job.step.disk, 7, offset=12 * MIB))
+        try:
+            while True:  # until QEMU is in the midst of the write, and answers no more
+                await commands.query_status(monitor)
+        finally:
+            writing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await writing
+
+    commit, pivot = partial(vm.commit, base="s2", consume=True), partial(vm.mirror, target=place / "copy", mode="pivot")
+    act: Callable[[str], Awaitable[object]] = commit if verb == "commit" else pivot
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "execute", impatient)
+        patched.setattr(recovery, "SETTLE_DEADLINE", 5.0)
+        patched.setattr(finalize, "go_over", beside_a_writer)
+        with pytest.raises(DeadlinePassed, match="did not answer") as late:
+            await act("vda")
+    assert (late.value.effect, late.value.hint) == ("unknown", "qmpsnap recover still finds out and ends it")
+    with pytest.raises(DeadlinePassed) as silent:
+        await vm.recover()
+    assert "qmpsnap stop still --force" in silent.value.hint
+    await vm.stop(force=True)
+    await vm.recover()
+    assert (await vm.chains())[0].ids == ("vda-1", "vda-2", "vda-3")
+    overwritten = "s2" if verb == "commit" else ""
+    await hold_invariants(vm, {key: value for key, value in hashes.items() if key[0] != overwritten})
     assert await active_hash(vm) == now
