@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from msgspec.structs import replace
@@ -115,13 +116,27 @@ async def test_a_reader_of_what_would_change_or_go_is_named(q: qmpsnap.Controlle
 async def test_every_way_of_writing_is_seen_without_a_look_at_processes(q: qmpsnap.Controller, way: str) -> None:
     vm = await stopped(q)
     path = (await layers(vm))[-1]
-    assert users.user(path, readers=True) is None
+    assert users.look([path], readers=True) == users.Found()
     with outsider(path, way) as pid:
-        found = users.user(path)
-        assert found is not None
+        found = users.look([path]).users[path]
         assert (found.how, [process.pid for process in found.by]) == ("writes", [pid])
-        assert users.user(path, ours=[pid]) is None
-    assert users.user(path, readers=True) is None
+        assert users.look([path], ours=[pid]) == users.Found()
+    assert users.look([path], readers=True) == users.Found()
+
+
+async def test_processes_are_looked_through_once_for_all_disks(
+    q: qmpsnap.Controller, still_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each active image is open for writing in the machine's QEMU, whose name has to be found."""
+    vm = await q.define(still_spec)
+    process = await vm.start(paused=True)
+    looks = Mock(side_effect=users._pids)
+    monkeypatch.setattr(users, "_pids", looks)
+    assert not (await vm.check()).findings
+    assert looks.call_count == 1
+    active = [chain.active.path for chain in await vm.chains()]
+    found = users.look(active).users
+    assert [[one.pid for one in found[path].by] for path in active] == [[process.pid]] * 2
 
 
 async def test_a_base_or_an_image_that_is_written_to_is_refused(q: qmpsnap.Controller, place: Path) -> None:

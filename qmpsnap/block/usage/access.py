@@ -98,9 +98,8 @@ def _cannot(layer: Layer, error: OSError, *, what: str = "written to") -> Qmpsna
 
 
 def _held(layer: Layer) -> StateError:
-    with contextlib.suppress(OSError):
-        if found := users.user(layer.path, readers=True):
-            return ImageInUse(f"{printable(layer.path)} {found.does} {found.who}", hint="end it, then try again")
+    for found in users.look([layer.path], readers=True).users.values():
+        return ImageInUse(f"{printable(layer.path)} {found.does} {found.who}", hint="end it, then try again")
     return StateError(
         f"another process has {printable(layer.path)} open",
         hint=f"end that process: fuser -v {printable(layer.path)} names it",

@@ -84,7 +84,6 @@ class Seen(Struct, frozen=True):
 
 def look(at: Asked) -> Seen:
     """Ask the files; may hang where their storage does."""
-    found: dict[LayerId, User] = {}
     gone: dict[LayerId, Trouble] = {}
     unsaid = False
     for recorded in at.layers:
@@ -93,13 +92,9 @@ def look(at: Asked) -> Seen:
                 gone[recorded.id] = trouble
         except OSError:
             unsaid = True
-    for layer, path in at.paths.items():
-        try:
-            if user := users.user(path, ours=at.ours):
-                found[layer] = user
-        except OSError:
-            unsaid = True
-    return Seen(found, stamps.changed(at.frozen, at.stamps), unsaid, active=at.active, gone=gone)
+    asked = users.look(at.paths.values(), ours=at.ours)
+    found = {layer: asked.users[path] for layer, path in at.paths.items() if path in asked.users}
+    return Seen(found, stamps.changed(at.frozen, at.stamps), unsaid or asked.unsaid, active=at.active, gone=gone)
 
 
 def glance(wanted: Mapping[str, Asked]) -> dict[str, Seen]:

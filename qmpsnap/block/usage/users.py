@@ -12,7 +12,7 @@ import fcntl
 import os
 import signal
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -59,30 +59,49 @@ class User(Struct, frozen=True):
         return "is open for writing in" if self.how == "writes" else "is read by"
 
 
-def user(path: str, *, readers: bool = False, ours: Collection[int] = ()) -> User | None:
-    """Who else has an image open for writing, or with ``readers`` at all; None where nobody has, or there is no file.
+class Found(Struct, frozen=True):
+    """Who else has images open, by path in the order that was asked; ``unsaid``: of one of them it cannot be told."""
+
+    users: Mapping[str, User] = {}
+    unsaid: bool = False
+
+
+def look(paths: Iterable[str], *, readers: bool = False, ours: Collection[int] = ()) -> Found:
+    """Who else has images open for writing, or with ``readers`` at all; a name without a file is open to nobody.
+
+    It cannot be told without a right to ask, or where the file system knows no leases.
 
     Args:
-        path: of the image.
-        readers: whoever reads it counts as well: for a file that is to be changed or to go.
-        ours: the processes that may have it open, as the machine's QEMU.
-
-    Raises:
-        OSError: that cannot be told: no right to ask, or a file system that knows no leases.
+        paths: of the images.
+        readers: whoever reads one counts as well: for files that are to be changed or to go.
+        ours: the processes that may have them open, as the machine's QEMU.
     """
+    held: dict[str, How] = {}
+    unsaid = False
+    for path in paths:
+        try:
+            if how := _how(path, readers=readers):
+                held[path] = how
+        except OSError:
+            unsaid = True
+    by = _processes(held) if held else {}
+    found = {path: user for path, how in held.items() if (user := _named(path, how, by[path], ours))}
+    return Found(found, unsaid)
+
+
+def _how(path: str, *, readers: bool) -> How | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except BlockingIOError:  # a lease is held on it: by another program, or for an instant by another of us
-        return _named(path, "writes", ours)
+        return "writes"
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # told by who compares files with their record
             return None
         raise
     try:
-        how = _asked(descriptor, readers=readers)
+        return _asked(descriptor, readers=readers)
     finally:
         os.close(descriptor)
-    return _named(path, how, ours) if how else None
 
 
 def _asked(descriptor: int, *, readers: bool) -> How | None:
@@ -110,39 +129,58 @@ def _is_free(descriptor: int, kind: int) -> bool:
     return True
 
 
-def _named(path: str, how: How, ours: Collection[int]) -> User | None:
-    found = [process for process in processes(path) if how == "reads" or process.writes]
+def _named(path: str, how: How, by: Iterable[Process], ours: Collection[int]) -> User | None:
+    found = [process for process in by if how == "reads" or process.writes]
     others = tuple(process for process in found if process.pid not in ours)
     return None if found and not others else User(path, how, others)
 
 
-def processes(path: str) -> tuple[Process, ...]:
-    """All processes but this one that have a file open, as far as we may see them, and loop devices on it."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return ()
-    found = [process for pid in _pids() if (process := _holder(pid, (status.st_dev, status.st_ino)))]
-    return (*found, *_loops(path))
+_File = tuple[int, int]  # device and inode
+
+
+def _processes(paths: Iterable[str]) -> dict[str, list[Process]]:
+    """All processes but this one that have each file open, as far as we may see them, and loop devices on it.
+
+    The host's processes are looked through once for all files.
+    """
+    files: dict[str, _File | None] = dict.fromkeys(paths)
+    for path in files:
+        with contextlib.suppress(OSError):
+            status = os.lstat(path)
+            files[path] = (status.st_dev, status.st_ino)
+    wanted = {file for file in files.values() if file}
+    holders: dict[_File, list[Process]] = {file: [] for file in wanted}
+    for pid in _pids():
+        for file, process in _held_by(pid, wanted):
+            holders[file].append(process)
+    return {path: [*holders[file], *_loops(path)] if file else [] for path, file in files.items()}
 
 
 def _pids() -> Iterator[int]:
     return (int(name) for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid())  # noqa: PTH208
 
 
-def _holder(pid: int, file: tuple[int, int]) -> Process | None:
-    modes = [*_descriptors(pid, file)] or [*_mappings(pid, file)]
-    if not modes:
-        return None
+def _held_by(pid: int, wanted: Collection[_File]) -> Iterator[tuple[_File, Process]]:
+    """Which of the files a process has open."""
+    writes: dict[_File, bool] = {}
+    for file, writing in _descriptors(pid, wanted):
+        writes[file] = writes.get(file, False) or writing
+    mapped = [file for file in wanted if file not in writes]
+    for file, writing in _mappings(pid, mapped) if mapped else ():
+        writes[file] = writes.get(file, False) or writing
+    if not writes:
+        return
     try:
         name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
     except OSError:  # it has just ended
-        return None
-    return Process("".join(c if c.isprintable() else "?" for c in name), pid, any(modes))
+        return
+    shown = "".join(c if c.isprintable() else "?" for c in name)
+    yield from ((file, Process(shown, pid, writing)) for file, writing in writes.items())
 
 
-def _descriptors(pid: int, file: tuple[int, int]) -> Iterator[bool]:
-    """For each descriptor of the file: whether it is open for writing."""
+def _descriptors(pid: int, wanted: Collection[_File]) -> Iterator[tuple[_File, bool]]:
+    """For each descriptor of one of the files: whether it is open for writing."""
+    inodes = {inode for _, inode in wanted}
     try:
         numbers = os.listdir(f"/proc/{pid}/fdinfo")  # noqa: PTH208
     except OSError:
@@ -152,21 +190,25 @@ def _descriptors(pid: int, file: tuple[int, int]) -> Iterator[bool]:
             lines = Path(f"/proc/{pid}/fdinfo/{number}").read_text().splitlines()
             said = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
             # By its number first: to look at a file itself may hang where a file server does.
-            if int(said.get("ino", file[1])) == file[1] and _identity(f"/proc/{pid}/fd/{number}") == file:
-                yield int(said["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
+            if "ino" in said and int(said["ino"]) not in inodes:
+                continue
+            if (file := _identity(f"/proc/{pid}/fd/{number}")) in wanted:
+                yield file, int(said["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
-def _mappings(pid: int, file: tuple[int, int]) -> Iterator[bool]:
-    """For each mapping that writes through to the file, and outlives its descriptor."""
+def _mappings(pid: int, wanted: Collection[_File]) -> Iterator[tuple[_File, bool]]:
+    """For each mapping that writes through to one of the files, and outlives its descriptor."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
             _, rights, _, device, inode, *_ = line.split(maxsplit=5)
+            if inode == "0" or rights[3] != "s":
+                continue
             major, minor = (int(part, 16) for part in device.split(":"))
-            if int(inode) == file[1] and os.makedev(major, minor) == file[0] and rights[3] == "s":
-                yield "w" in rights
+            if (file := (os.makedev(major, minor), int(inode))) in wanted:
+                yield file, "w" in rights
 
 
-def _identity(path: str) -> tuple[int, int]:
+def _identity(path: str) -> _File:
     status = Path(path).stat()
     return status.st_dev, status.st_ino
 

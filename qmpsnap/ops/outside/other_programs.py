@@ -1,6 +1,5 @@
 """Other programs that have a machine's images open: looked for before anything of the machine is changed."""
 
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Final, NoReturn, TypeVar
@@ -85,8 +84,4 @@ def refuse(found: User, machine: str) -> NoReturn:
 
 
 def _first(paths: Iterable[str], *, readers: bool, ours: Collection[int]) -> User | None:
-    for path in paths:
-        with contextlib.suppress(OSError):
-            if user := users.user(path, readers=readers, ours=ours):
-                return user
-    return None
+    return next(iter(users.look(paths, readers=readers, ours=ours).users.values()), None)
