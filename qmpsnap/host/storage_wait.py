@@ -25,21 +25,47 @@ _PATH_MAX: Final = 4096
 _IN_MEMORY: Final = ("devtmpfs", "devpts", "tmpfs")
 _CURRENT_FOLDER: Final = -100
 
-_BY_DESCRIPTOR: Final = {
-    0: "read", 1: "write", 3: "close", 5: "fstat", 8: "lseek", 17: "pread", 18: "pwrite", 40: "sendfile",
-    72: "fcntl", 73: "flock", 74: "fsync", 75: "fdatasync", 77: "ftruncate", 78: "getdents", 81: "fchdir",
-    91: "fchmod", 93: "fchown", 138: "fstatfs", 162: "sync", 217: "getdents", 285: "fallocate", 306: "syncfs",
-    326: "copy_file_range",
+
+class _Calls(Struct, frozen=True):
+    """System calls that may wait for storage, by their number and by how their first arguments name a file."""
+
+    by_descriptor: dict[int, str]
+    by_path: dict[int, str]
+    below_folder: dict[int, str]
+
+
+_CALLS: Final = {
+    "x86_64": _Calls(
+        by_descriptor={
+            0: "read", 1: "write", 3: "close", 5: "fstat", 8: "lseek", 17: "pread", 18: "pwrite", 40: "sendfile",
+            72: "fcntl", 73: "flock", 74: "fsync", 75: "fdatasync", 77: "ftruncate", 78: "getdents", 81: "fchdir",
+            91: "fchmod", 93: "fchown", 138: "fstatfs", 162: "sync", 217: "getdents", 285: "fallocate", 306: "syncfs",
+            326: "copy_file_range",
+        },
+        by_path={
+            2: "open", 4: "stat", 6: "lstat", 21: "access", 76: "truncate", 80: "chdir", 82: "rename", 83: "mkdir",
+            84: "rmdir", 86: "link", 87: "unlink", 88: "symlink", 89: "readlink", 90: "chmod", 92: "chown",
+            137: "statfs",
+        },
+        below_folder={
+            257: "open", 258: "mkdir", 262: "stat", 263: "unlink", 264: "rename", 265: "link", 267: "readlink",
+            268: "chmod", 269: "access", 280: "utimens", 316: "rename", 332: "statx", 437: "open", 439: "access",
+        },
+    ),
+    "aarch64": _Calls(
+        by_descriptor={
+            25: "fcntl", 32: "flock", 44: "fstatfs", 46: "ftruncate", 47: "fallocate", 50: "fchdir", 52: "fchmod",
+            55: "fchown", 57: "close", 61: "getdents", 62: "lseek", 63: "read", 64: "write", 67: "pread", 68: "pwrite",
+            71: "sendfile", 80: "fstat", 81: "sync", 82: "fsync", 83: "fdatasync", 267: "syncfs",
+            285: "copy_file_range",
+        },
+        by_path={43: "statfs", 45: "truncate", 49: "chdir"},
+        below_folder={
+            34: "mkdir", 35: "unlink", 37: "link", 38: "rename", 48: "access", 53: "chmod", 56: "open", 78: "readlink",
+            79: "stat", 88: "utimens", 276: "rename", 291: "statx", 437: "open", 439: "access",
+        },
+    ),
 }  # fmt: skip
-_BY_PATH: Final = {
-    2: "open", 4: "stat", 6: "lstat", 21: "access", 76: "truncate", 80: "chdir", 82: "rename", 83: "mkdir",
-    84: "rmdir", 86: "link", 87: "unlink", 88: "symlink", 89: "readlink", 90: "chmod", 92: "chown", 137: "statfs",
-}  # fmt: skip
-_BELOW_FOLDER: Final = {
-    257: "open", 258: "mkdir", 262: "stat", 263: "unlink", 264: "rename", 265: "link", 267: "readlink", 268: "chmod",
-    269: "access", 280: "utimens", 316: "rename", 332: "statx", 437: "open", 439: "access",
-}  # fmt: skip
-"""System calls of x86-64 that may wait for storage, by their number and by how their first arguments name a file."""
 
 
 class Wait(Struct, frozen=True):
@@ -139,13 +165,14 @@ def waits(process: int, thread: int) -> Wait | None:
         return None
     number = -1 if fields[0] == "running" else int(fields[0])
     arguments = [int(word, 16) for word in fields[1:7]]
-    if number == -1 or os.uname().machine != "x86_64":
+    calls = _CALLS.get(os.uname().machine)
+    if number == -1 or calls is None:
         return Wait("a file", "") if state == "D" else None  # a mapped page, or calls with other numbers
-    if (call := _BY_DESCRIPTOR.get(number)) and (path := _opened(task, _signed(arguments[0]))):
+    if (call := calls.by_descriptor.get(number)) and (path := _opened(task, _signed(arguments[0]))):
         return Wait(call, path)
-    if call := _BY_PATH.get(number):
+    if call := calls.by_path.get(number):
         return Wait(call, _inside(task, _CURRENT_FOLDER, arguments[0]))
-    if call := _BELOW_FOLDER.get(number):
+    if call := calls.below_folder.get(number):
         return Wait(call, _inside(task, _signed(arguments[0]), arguments[1]))
     return None
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,3 +171,18 @@ def test_a_path_is_followed_to_its_storage(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/proc/self")
     assert storage_wait.storage(str(tmp_path / "link" / "status")) == "/proc (proc)"
     assert storage_wait.storage("/").startswith("/ (")
+
+
+_HEADERS = {"x86_64": "x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
+_NUMBER = re.compile(r"^#define __NR(?:3264)?_(\w+) (\d+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("machine", _HEADERS)
+def test_system_calls_have_the_numbers_that_the_kernel_gives_them(machine: str) -> None:
+    header = Path("/usr/include", _HEADERS[machine])
+    if not header.exists():
+        pytest.skip(f"there is no {header}: another architecture's headers are installed")
+    names = {int(number): name for name, number in _NUMBER.findall(header.read_text())}
+    calls = storage_wait._CALLS[machine]
+    for number, word in (calls.by_descriptor | calls.by_path | calls.below_folder).items():
+        assert word in names[number], number  # the kernel's say more: `newfstatat`, `openat2`, `pread64`
