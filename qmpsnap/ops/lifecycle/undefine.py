@@ -17,7 +17,7 @@ from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation
 from qmpsnap.ops.base.context import Context, blocking, forget_places
 from qmpsnap.ops.internal.tags import forget_variables
 from qmpsnap.ops.lifecycle.recover import remove_folder
-from qmpsnap.ops.outside import layer_changes
+from qmpsnap.ops.outside import layer_changes, other_programs
 from qmpsnap.ops.session.session import Work, working
 
 Fate = Literal["keep", "remove"]
