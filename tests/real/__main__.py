@@ -157,6 +157,7 @@ def run(folder: Path, home: Path) -> None:
     taken = {kind: take(kind) for kind in KINDS}
     for kind in (*KINDS[::-1], KINDS[0]):
         go_back(kind, *taken[kind])
+    typed("snapshot", "create", NAME, "last")
     typed("commit", NAME, "vdb", "--base", asked("chain", NAME, "vdb")["disks"][0]["layers"][-2]["layer"], "--consume")
     typed("stop", NAME, "--force")
     for kind in KINDS:
