@@ -23,7 +23,7 @@ import os, sys
 from pathlib import Path
 from qmpsnap.errors import HostCannot, OperationPending
 from qmpsnap.model.names import OperationId
-from qmpsnap.store.sqlite import standing
+from qmpsnap.store.sqlite import durability
 from qmpsnap.store.sqlite.backend import SqliteStore
 
 from tests.harness import failing
