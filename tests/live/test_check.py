@@ -1,5 +1,6 @@
 """What `check` sees in a QEMU that runs, what it does about it, and a QEMU that does not answer."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,11 @@ from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import StoreMismatch
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.starting.argv import AGENT_SOCKET
+from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.ops.base.context import Context, locked
+from qmpsnap.ops.check import deep
+from qmpsnap.ops.check.facts import Facts
 from tests.harness.deaths import STORE, Call, die_at
 from tests.live.booted import start_booted
 from tests.live.machine import ONE_DISK, context_of, fill, grown, hold_invariants, user_monitor
@@ -138,6 +143,27 @@ async def test_a_worker_that_nobody_waits_for_is_ended(q: qmpsnap.Controller, mo
     assert [finding.code for finding in (await vm.check(repair=True)).repaired] == ["worker-left"]
     assert worker.find(machine, run_dir) is None
     await hold_invariants(vm)
+
+
+@pytest.mark.parametrize("over", [True, False])
+async def test_what_another_controller_does_while_all_is_read_is_no_damage(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch, *, over: bool
+) -> None:
+    vm = await q.define(ONE_DISK)
+    await vm.snapshot("s1")
+    look = deep.look
+    async with contextlib.AsyncExitStack() as beside:
+
+        async def slowly(context: Context, at: Facts) -> list[Finding]:
+            monkeypatch.setattr(deep, "look", look)
+            await vm.delete_snapshots("s1")
+            if not over:
+                await beside.enter_async_context(locked(context, vm.name, "another verb"))
+            return await look(context, at)
+
+        monkeypatch.setattr(deep, "look", slowly)
+        assert await codes(vm, deep=True) == (set() if over else {"machine-busy"})
+    assert await codes(vm, deep=True) == set()
 
 
 async def _nothing(_: object) -> None:

@@ -166,7 +166,7 @@ class Tester:
         if wrong := answer.wrong():
             raise Violation(wrong)
         if hit.codes is not None and answer.code not in hit.codes:
-            raise Violation(f"exit {answer.code} of {' '.join(answer.words)}: {answer.err[-600:]}")
+            raise Violation(f"exit {answer.code} of {' '.join(answer.words)}: {answer.err[-600:]}{answer.out[-600:]}")
         came = outcome(answer)
         if act.newborn or act.gone:
             self._came_or_went(act, hit, came if hit.trusted else "open")

@@ -23,6 +23,7 @@ from qmpsnap.ops.check.quarantine import Moved
 from qmpsnap.ops.check.repair import Repairs, close_to_others, repair
 from qmpsnap.ops.session import recovery
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.store import lock
 
 
 class Checked(Struct, frozen=True, kw_only=True):
@@ -63,10 +64,24 @@ async def run(context: Context, name: str, *, deep: bool = False, mend: bool = F
     if mend:
         return await _mend(context, machine, deep=deep)
     try:
-        at = await facts.gather(context, name)
+        return Checked(machine=name, findings=tuple(await _look(context, name, deep=deep)))
     except LayersCircular as error:  # nothing that reads a chain can be asked then
         return Checked(machine=name, findings=(Finding(code="layers-circular", machine=name, text=error.message),))
-    return Checked(machine=name, findings=tuple(await _judge(context, at, deep=deep)))
+
+
+async def _look(context: Context, name: str, *, deep: bool) -> list[Finding]:
+    """What does not hold, found without the lock: again where another controller has worked while all was read."""
+    for _ in range(facts.LOOKS):
+        serial = await blocking(context.store.next_serial)
+        at = await facts.gather(context, name)
+        found = await _judge(context, at, deep=deep)
+        if not (deep and found):
+            break
+        if busy := await blocking(lock.holder, context.home.lock(name)):
+            return judge(replace(at, busy=busy))
+        if serial == await blocking(context.store.next_serial):
+            break
+    return found
 
 
 async def _judge(context: Context, at: Facts, *, deep: bool) -> list[Finding]:
