@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
 from qmpsnap.host import storage_wait, write_errors
-from qmpsnap.host.threads import completed
+from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine.starting import logs as logfiles
 from qmpsnap.machine.starting import privileges
 from qmpsnap.machine.starting import process as processes
@@ -83,6 +83,7 @@ async def launch(
                 )
             return process, await commands.query_version(qemu)
 
+    await end_strays(machine, run_dir)
     first, (process, found) = await start(
         argv, run_dir, machine=machine.name, ask=question, inherited=inherited, rights=rights, logs=logs
     )
@@ -165,6 +166,13 @@ async def end_launch(first: Process, argv: Sequence[str], run_dir: Path) -> tupl
         for one in found:
             await wait_end(one, deadline=5 / _KILLS)
     return processes.launched(first, argv, run_dir)
+
+
+async def end_strays(machine: Machine, run_dir: Path) -> None:
+    """Kill a QEMU that waits for a starter which has died: it has opened no image yet, and nobody else would end it."""
+    for one in await to_read(processes.strays, machine, run_dir):
+        processes.terminate(one)
+        await wait_end(one, deadline=QUIT_DEADLINE)
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine.open_files import require_opened, require_recorded
-from qmpsnap.machine.qemu import launch, monitor, prepare_run_dir, unless_ending, wait_end
+from qmpsnap.machine.qemu import end_strays, launch, monitor, prepare_run_dir, unless_ending, wait_end
 from qmpsnap.machine.starting import argv
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.privileges import Privileges, RunAs
@@ -48,15 +48,14 @@ async def left_behind(machine: Machine, run_dir: Path) -> AsyncIterator[Session 
 
 async def end_leftover(machine: Machine, run_dir: Path) -> None:
     """End the worker that an earlier process of ours left behind, if it left one that nobody waits for."""
-    process = await unless_ending(find(machine, run_dir))
-    if process is None:
-        return
-    try:
-        async with monitor(machine, run_dir / FOLDER) as qemu:
-            await _quit(qemu)
-    except (QemuGone, DeadlinePassed):
-        processes.terminate(process)
-    await completed(_end(process))
+    if process := await unless_ending(find(machine, run_dir)):
+        try:
+            async with monitor(machine, run_dir / FOLDER) as qemu:
+                await _quit(qemu)
+        except (QemuGone, DeadlinePassed):
+            processes.terminate(process)
+        await completed(_end(process))
+    await completed(end_strays(machine, run_dir / FOLDER))
 
 
 @asynccontextmanager

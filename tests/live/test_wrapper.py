@@ -16,6 +16,7 @@ from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.qmp import session
 from qmpsnap.store.sqlite.backend import SqliteStore
+from tests.harness.deaths import Call, die_at
 from tests.live.machine import MIB, context_of, hold_invariants
 
 SPEC = MachineSpec(name="still", memory=64 * MIB, accel="tcg", disks=(DiskSpec(name="vda", size=MIB),), agent=False)
@@ -65,6 +66,14 @@ def left(home: Path) -> list[str]:
     return found
 
 
+async def nothing_left(home: Path) -> bool:
+    """A shell hears of its QEMU's end a moment later."""
+    with anyio.move_on_after(20):
+        while left(home):
+            await anyio.sleep(0.01)
+    return not left(home)
+
+
 @pytest.mark.parametrize("how", WORKS)
 async def test_qemu_below_a_wrapper_is_the_machines_process(home: Path, wrapper: Any, how: str) -> None:
     async with qmpsnap.open() as q:
@@ -96,7 +105,7 @@ async def test_nothing_runs_after_a_start_that_failed(
             await vm.start(paused=True)
         assert said in f"{failed.value.message} {failed.value.hint}"
         assert not await vm.is_running()
-    assert left(home) == []
+    assert await nothing_left(home)
 
 
 async def test_a_qemu_whose_process_cannot_be_seen_is_refused_as_that(
@@ -108,7 +117,7 @@ async def test_a_qemu_whose_process_cannot_be_seen_is_refused_as_that(
         monkeypatch.setattr(session, "_peer", lambda _: 0)  # the kernel's word for one of another PID namespace
         with pytest.raises(HostCannot, match="another PID namespace"):
             await vm.start(paused=True)
-    assert left(home) == []
+    assert await nothing_left(home)
 
 
 @pytest.mark.parametrize("fault", ["another file", "no record"])
@@ -130,4 +139,38 @@ async def test_nothing_runs_after_a_start_that_was_refused_at_its_end(
             await vm.start(paused=True)
         monkeypatch.undo()
         assert context_of(vm).process(await vm.record()) is None
-    assert left(home) == []
+    assert await nothing_left(home)
+
+
+HAS_NO_PID_FILE_YET = """\
+for word do
+    shift
+    case $word in -pidfile | qemu.pid) ;; *) set -- "$@" "$word" ;; esac
+done
+exec {qemu} "$@"
+"""
+"""As every QEMU for the first moment."""
+
+
+@pytest.mark.parametrize("verb", ["commit", "start"])
+async def test_a_qemu_whose_starter_died_before_there_was_a_pid_file_is_ended(
+    home: Path, wrapper: Any, verb: str
+) -> None:
+    async with qmpsnap.open() as q:
+        vm = await q.define(SPEC)
+        await vm.snapshot("s")
+    wrapper(HAS_NO_PID_FILE_YET)
+    words = ["commit", "still", "vda", "--consume"] if verb == "commit" else ["start", "still", "--paused"]
+    await die_at(Call("qmpsnap.machine.starting.process", "spawn", "after", 1), *words)
+    assert len(left(home)) == 1
+    wrapper('exec {qemu} "$@"')
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        if verb == "commit":
+            await vm.recover()
+        else:
+            await vm.start(paused=True)
+            assert len(left(home)) == 1
+            await vm.stop(force=True)
+        assert await nothing_left(home)
+        await hold_invariants(vm)

@@ -136,6 +136,17 @@ async def test_one_that_does_not_end_is_not_said_to_have_ended(
     assert await unless_ending(None) is None
 
 
+def test_a_qemu_that_has_no_pid_file_yet_is_known_by_its_folder_and_its_machine(start: Spawn, tmp_path: Path) -> None:
+    process = start(posing_as("-uuid", UUID))
+    start(posing_as("-uuid", "another"))
+    (tmp_path / "elsewhere").mkdir()
+    assert [found.pid for found in processes.strays(machine(), tmp_path)] == [process.pid]
+    assert processes.strays(machine(), tmp_path / "elsewhere") == ()
+    terminate(process)
+    ended(process)
+    assert processes.strays(machine(), tmp_path) == ()
+
+
 def test_a_process_with_a_closing_parenthesis_in_its_name_is_read_right(start: Spawn, tmp_path: Path) -> None:
     odd = tmp_path / ") R 1 ("
     odd.symlink_to("/bin/sleep")

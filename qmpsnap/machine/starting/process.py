@@ -151,13 +151,24 @@ def launched(first: Process, argv: Sequence[str], run_dir: Path) -> tuple[Proces
     """
     given = b"\0".join(os.fsencode(argument) for argument in argv[1:]) + b"\0"
     found = []
-    for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+    for pid in _pids():
         fields = _stat(pid)
         # One that has left the session is known by QEMU's arguments, which nobody else has in this folder.
         if fields and (fields[_SESSION] == str(first.pid) or _was_given(pid, given, run_dir)):
             ticks = _start_ticks(pid)
             found += [] if ticks is None else [_record(pid, ticks)]
     return tuple(found)
+
+
+def strays(machine: Machine, run_dir: Path) -> tuple[Process, ...]:
+    """QEMUs of the machine in that run folder, also one whose starter died before it had written its pid file."""
+    given = b"\0" + machine.uuid.encode() + b"\0"
+    ticks = {pid: _start_ticks(pid) for pid in _pids() if _was_given(pid, given, run_dir)}
+    return tuple(_record(pid, since) for pid, since in ticks.items() if since is not None)
+
+
+def _pids() -> list[int]:
+    return sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
 
 
 def _was_given(pid: int, given: bytes, run_dir: Path) -> bool:
