@@ -26,8 +26,9 @@
      └── QmpError                   1  QEMU refused a command (carries QEMU's class)
 
 ``message`` says what failed, ``effect`` whether anything changed (``none``, ``applied`` or ``unknown``), ``left`` what
-is otherwise now, and ``hint`` what to type next. No message speaks of the effect: ``str(error)`` adds it, but for the
-two families that say of themselves that nothing was begun, usage and not found.
+is otherwise now, and ``hint`` what to do next. No message speaks of the effect: ``sentence`` adds it, but for the two
+families that say of themselves that nothing was begun, usage and not found. ``str(error)`` adds the hint, with the
+calls of the Python API; other front ends write its verbs as their users type them (:mod:`qmpsnap.hint`).
 """
 
 from typing import ClassVar, Literal
@@ -42,7 +43,7 @@ class QmpsnapError(Exception):
         message: what failed.
         effect: whether the failed call changed anything.
         left: what is otherwise now, where it is not only what was asked for; empty unless something is.
-        hint: what to do next, a command where there is one; empty if nothing helps.
+        hint: what to do next, a :class:`~qmpsnap.hint.Hint` where that is a verb; empty if nothing helps.
         machine: the machine's name, where the error is about one.
         operation: the id of the journalled operation, where there was one.
         qmp_class: QEMU's error class, where QEMU said no.
@@ -72,6 +73,11 @@ class QmpsnapError(Exception):
         self.qmp_class = qmp_class
 
     def __str__(self) -> str:
+        """The sentence, and the hint on a line of its own."""
+        return f"{self.sentence}\nhint: {self.hint}" if self.hint else self.sentence
+
+    @property
+    def sentence(self) -> str:
         """What failed and what has come of it, in one sentence."""
         said = {"none": self._untouched, "applied": self.left, "unknown": ""}[self.effect]
         return f"{self.message}; {said}" if said else self.message
@@ -88,18 +94,6 @@ class QmpsnapError(Exception):
     def add(self, also: str) -> None:
         """Say one thing more of what failed."""
         self.message = f"{self.message}; {also}"
-
-    def as_dict(self) -> dict[str, str | None]:
-        """The error as ``-o json`` prints it on stderr."""
-        return {
-            "code": self.code,
-            "message": str(self),
-            "hint": self.hint,
-            "effect": self.effect,
-            "machine": self.machine,
-            "operation": self.operation,
-            "qmp_class": self.qmp_class,
-        }
 
 
 class Interrupted(QmpsnapError):

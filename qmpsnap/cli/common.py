@@ -17,6 +17,7 @@ from qmpsnap.store.store import Store
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
+    from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.ops.base.context import Context
 
 T = TypeVar("T")
@@ -105,12 +106,20 @@ def controlling(act: Callable[["Controller"], Awaitable[T]], *, make: bool = Fal
     return operating(lambda context: act(Controller(context)), make=make)
 
 
+def on_machine(machine: str, act: Callable[["MachineHandle"], Awaitable[T]]) -> T:
+    """Run ``act`` with the machine of that name."""
+
+    async def found(controller: "Controller") -> T:
+        return await act(await controller.machine(machine))
+
+    return controlling(found)
+
+
 def tell_remedy(state: str, machine: str) -> None:
     """What lets a guest in this state run on, as a hint; nothing where that is nobody's fault."""
     from qmpsnap.qmp import runstate
 
-    if remedy := runstate.remedy(state, machine):
-        output.note(f"hint: {remedy}")
+    output.hint(runstate.remedy(state, machine))
 
 
 def operating(act: Callable[["Context"], Awaitable[T]], *, make: bool = False) -> T:

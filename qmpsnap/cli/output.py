@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TextIO
 
+from qmpsnap.cli.hints import words
 from qmpsnap.errors import HostCannot, QmpsnapError
 
 SCHEMA = "qmpsnap/1"
@@ -156,27 +157,45 @@ def warn(sentences: Iterable[str]) -> None:
         note(f"warning: {printable(sentence)}")
 
 
+def hint(text: str) -> None:
+    """Say what to type next, if there is anything."""
+    if text:
+        note(f"hint: {words(text)}")
+
+
 def told(error: QmpsnapError | None) -> int:
     """Say beside the data what is wrong with it; returns the exit code for that, 0 for nothing."""
     if error is None:
         return 0
     note(f"qmpsnap: {error.message}")
-    note(f"hint: {error.hint}")
+    hint(error.hint)
     return error.exit_code
 
 
 def report(error: QmpsnapError, form: Format) -> None:
     """Print an error on stderr, as an object when JSON was asked for."""
     if form == "json":
-        aside(_json({"schema": SCHEMA, **error.as_dict()}, sys.stderr) + "\n")
+        aside(_json({"schema": SCHEMA, **document(error)}, sys.stderr) + "\n")
         return
     # It may quote a word as long as the kernel lets one be, and nobody reads that to find the sentence's end.
-    message = str(error)
+    message = error.sentence
     note(f"qmpsnap: {message if len(message) <= _LONGEST else message[:_LONGEST] + ' ...'}")
     if error.effect == "unknown":
         note("qmpsnap: whether it took effect is not known yet")
-    if error.hint:
-        note(f"hint: {error.hint}")
+    hint(error.hint)
+
+
+def document(error: QmpsnapError) -> dict[str, str | None]:
+    """The error as ``-o json`` prints it on stderr."""
+    return {
+        "code": error.code,
+        "message": error.sentence,
+        "hint": words(error.hint),
+        "effect": error.effect,
+        "machine": error.machine,
+        "operation": error.operation,
+        "qmp_class": error.qmp_class,
+    }
 
 
 def _json(document: dict[str, Any], stream: TextIO, *, indent: int | None = None) -> str:

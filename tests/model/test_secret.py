@@ -21,7 +21,7 @@ KEY = b"k" * LEAST
 def test_what_is_no_key_is_refused_without_being_told(value: bytes, why: str) -> None:
     with pytest.raises(UsageError, match=why) as refused:
         Secret(value, what="the secret of web/vda")
-    assert "kkk" not in f"{refused.value.as_dict()} {refused.value.__cause__!r}"
+    assert "kkk" not in f"{refused.value} {refused.value.__cause__!r}"
 
 
 def test_a_key_is_not_printed() -> None:

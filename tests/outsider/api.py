@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import qmpsnap
+from qmpsnap.cli import output
 
 Call = Callable[[qmpsnap.MachineHandle], Awaitable[object]]
 
@@ -74,7 +75,7 @@ def run(words: Sequence[str]) -> int:
     try:
         asyncio.run(act())
     except qmpsnap.QmpsnapError as error:
-        sys.stderr.write(f"{json.dumps(error.as_dict())}\n")
+        sys.stderr.write(f"{json.dumps(output.document(error))}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

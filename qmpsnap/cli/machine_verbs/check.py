@@ -99,8 +99,7 @@ def _tell(left_out: Mapping[str, QmpsnapError]) -> int:
     """Say which machines were not checked; the exit code for that, 0 if they were another host's to check."""
     for name, error in left_out.items():
         output.note(f"{name}: not checked: {error.message}")
-        if error.hint:
-            output.note(f"hint: {error.hint}")
+        output.hint(error.hint)
     return next((error.exit_code for error in left_out.values() if not isinstance(error, ForeignHost)), 0)
 
 

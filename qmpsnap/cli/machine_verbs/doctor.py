@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, home
+from qmpsnap.cli.hints import words
 from qmpsnap.errors import HostCannot, StoreMismatch
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
     output.emit(
         arguments.output,
         document={
-            "abilities": [{"name": a.name, "ok": a.ok, "detail": a.detail, "remedy": a.remedy} for a in abilities]
+            "abilities": [
+                {"name": a.name, "ok": a.ok, "detail": a.detail, "remedy": words(a.remedy)} for a in abilities
+            ]
         },
         names=[ability.name for ability in abilities],
         table=lambda: _print(abilities),
@@ -51,5 +54,5 @@ def _print(abilities: "list[Ability]") -> str:
         console.print(Text(f"{ability.ok:8}", style=_MARKS[ability.ok]), end="")
         console.print(Text(f"{ability.name:{width}}  {output.printable(ability.detail)}"))
         if ability.remedy:
-            console.print(Text(f"{'':8}{'':{width}}  remedy: {output.printable(ability.remedy)}"))
+            console.print(Text(f"{'':8}{'':{width}}  remedy: {output.printable(words(ability.remedy))}"))
     return drawn.getvalue().rstrip("\n")
