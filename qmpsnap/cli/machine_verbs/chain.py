@@ -4,11 +4,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, on_machine
 from qmpsnap.errors import StoreMismatch
 
 if TYPE_CHECKING:
-    from qmpsnap.api.controller import Controller
+    from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.ops.outside.compare import ChainView
 
 
@@ -21,11 +21,10 @@ def register(parsers: Parsers) -> None:
 
 
 def _chain(arguments: argparse.Namespace) -> int:
-    async def act(controller: "Controller") -> "tuple[tuple[ChainView, ...], tuple[str, ...]]":
-        vm = await controller.machine(arguments.machine)
+    async def look(vm: "MachineHandle") -> "tuple[tuple[ChainView, ...], tuple[str, ...]]":
         return await vm.chains(arguments.disk), await vm.shortage()
 
-    views, shortage = controlling(act)
+    views, shortage = on_machine(arguments.machine, look)
     documents = [_document(view) for view in views]
     output.emit(
         arguments.output,

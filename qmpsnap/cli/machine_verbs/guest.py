@@ -2,15 +2,11 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, home, reading
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, home, on_machine, reading
 from qmpsnap.errors import HostCannot, QemuGone
 from qmpsnap.machine.starting.argv import CONSOLE_SOCKET
-
-if TYPE_CHECKING:
-    from qmpsnap.api.controller import Controller
 
 
 def register(parsers: Parsers) -> None:
@@ -64,11 +60,10 @@ def _exec(arguments: argparse.Namespace) -> int:
     if not words:
         raise UsageError("there is no command to run", hint=f"qmpsnap exec {arguments.machine} -- uname -r")
 
-    async def act(controller: "Controller") -> Any:
-        vm = await controller.machine(arguments.machine)
-        return await vm.run(words, deadline=arguments.timeout, check=False, allow_truncated=True)
-
-    done = controlling(act)
+    done = on_machine(
+        arguments.machine,
+        lambda vm: vm.run(words, deadline=arguments.timeout, check=False, allow_truncated=True),
+    )
     try:
         output.pass_on(done.stdout, done.stderr)
     except BrokenPipeError:
@@ -87,11 +82,7 @@ def _exec(arguments: argparse.Namespace) -> int:
 
 
 def _fstrim(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> Any:
-        vm = await controller.machine(arguments.machine)
-        return await vm.fstrim(minimum=arguments.minimum, deadline=arguments.timeout)
-
-    found = controlling(act)
+    found = on_machine(arguments.machine, lambda vm: vm.fstrim(minimum=arguments.minimum, deadline=arguments.timeout))
     systems = [{"path": one.path, "trimmed": one.trimmed, "error": one.error} for one in found]
     output.emit(
         arguments.output,

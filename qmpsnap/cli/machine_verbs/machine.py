@@ -14,6 +14,7 @@ from qmpsnap.cli.common import (
     amount,
     controlling,
     home,
+    on_machine,
     reading,
     tell_remedy,
     untold,
@@ -27,8 +28,7 @@ from qmpsnap.model.timestamps import moment
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
-    from qmpsnap.model.operations.operation import DefinePlan
-    from qmpsnap.ops.lifecycle.dry_run import Forgotten
+    from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.store.sqlite.backend import SqliteStore
 
 
@@ -78,16 +78,17 @@ def _define(arguments: argparse.Namespace) -> None:
 
     folders = [Path(folder) for folder in arguments.allow]
 
-    async def look(controller: "Controller") -> "DefinePlan":
-        return await controller.preview_define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra)
+    if arguments.dry_run:
+        plan = controlling(
+            lambda q: q.preview_define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra)
+        )
+        print_definition(arguments.output, plan)
+        return
 
     async def act(controller: "Controller") -> Machine:
         vm = await controller.define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra)
         return await vm.record()
 
-    if arguments.dry_run:
-        print_definition(arguments.output, controlling(look))
-        return
     machine = controlling(act, make=True)
     output.note(f"machine {machine.name} defined ({machine.spec.machine}); qmpsnap start {machine.name}")
     output.emit(
@@ -165,8 +166,7 @@ def _elsewhere(machine: Machine) -> str:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> tuple[Machine, str, tuple[str, ...]]:
-        vm = await controller.machine(arguments.machine)
+    async def found(vm: "MachineHandle") -> tuple[Machine, str, tuple[str, ...]]:
         try:
             state = await vm.state()
         except (DeadlinePassed, QemuGone) as error:
@@ -175,7 +175,7 @@ def _show(arguments: argparse.Namespace) -> None:
             state = "unknown"
         return await vm.record(), state, await vm.shortage()
 
-    machine, state, shortage = controlling(act)
+    machine, state, shortage = on_machine(arguments.machine, found)
     with reading() as store:
         chains = store.chains(machine.name)
         snapshots = store.snapshots(machine.name)
@@ -249,69 +249,47 @@ def _show_text(document: dict[str, Any]) -> str:
 
 
 def _start(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> Any:
-        vm = await controller.machine(arguments.machine)
-        return await vm.start(paused=arguments.paused, allow_extra=arguments.allow_extra)
-
-    process = controlling(act)
+    process = on_machine(
+        arguments.machine, lambda vm: vm.start(paused=arguments.paused, allow_extra=arguments.allow_extra)
+    )
     output.note(f"machine {arguments.machine} runs (pid {process.pid}, QEMU {process.qemu_version}, {process.accel})")
     image_notes.tell_scope(arguments.machine)
 
 
 def _stop(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> None:
-        vm = await controller.machine(arguments.machine)
-        await vm.stop(force=arguments.force, timeout=arguments.timeout)
-
-    controlling(act)
+    on_machine(arguments.machine, lambda vm: vm.stop(force=arguments.force, timeout=arguments.timeout))
     output.note(f"machine {arguments.machine} is stopped")
     image_notes.tell_owner(arguments.machine)
 
 
 def _pause(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> None:
-        vm = await controller.machine(arguments.machine)
-        await vm.pause()
-
-    controlling(act)
+    on_machine(arguments.machine, lambda vm: vm.pause())
     output.note(f"machine {arguments.machine} is paused; qmpsnap resume {arguments.machine}")
 
 
 def _resume(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> str:
-        vm = await controller.machine(arguments.machine)
-        return await vm.resume()
-
-    state = controlling(act)
+    state = on_machine(arguments.machine, lambda vm: vm.resume())
     output.note(f"machine {arguments.machine} {'runs on' if state == 'running' else f'is {state}'}")
     tell_remedy(state, arguments.machine)
 
 
 def _wakeup(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> None:
-        vm = await controller.machine(arguments.machine)
-        await vm.wakeup()
-
-    controlling(act)
+    on_machine(arguments.machine, lambda vm: vm.wakeup())
     output.note(f"machine {arguments.machine} is awake")
 
 
 def _undefine(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> list[str]:
-        vm = await controller.machine(arguments.machine)
-        return await vm.undefine(disks=arguments.disks, told=lambda sentence: output.warn([sentence]))
-
-    async def look(controller: "Controller") -> "Forgotten":
-        vm = await controller.machine(arguments.machine)
-        return await vm.preview_undefine(disks=arguments.disks)
-
     done = "removed" if arguments.disks == "remove" else "kept"
     if arguments.dry_run:
-        found = controlling(look)
+        found = on_machine(arguments.machine, lambda vm: vm.preview_undefine(disks=arguments.disks))
         images = [*found.kept, *found.removed]
         lines = [f"would forget machine {arguments.machine}; nothing was changed"]
     else:
-        images, lines = controlling(act), []
+        images = on_machine(
+            arguments.machine,
+            lambda vm: vm.undefine(disks=arguments.disks, told=lambda sentence: output.warn([sentence])),
+        )
+        lines = []
         output.note(f"machine {arguments.machine} is forgotten")
         for image in images:
             output.note(f"{done}: {image}")

@@ -10,7 +10,6 @@ from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
     from qmpsnap.model.operations.operation import Merge, MergePlan
-    from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.merge.commit import Request
 
 
@@ -59,20 +58,13 @@ def _stream(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace, request: "Request") -> None:
     from qmpsnap.ops.merge import commit
 
-    async def preview(context: "Context") -> "tuple[MergePlan, Any]":
-        return await commit.preview(context, arguments.machine, request)
-
     if arguments.dry_run:
-        plan, command = operating(preview)
+        plan, command = operating(lambda context: commit.preview(context, arguments.machine, request))
         document = describe(plan) | {"qmp": [{"execute": command[0], "arguments": command[1]}]}
         lines = [f"would {text(document)}; nothing was changed", f"  {json.dumps(document['qmp'][0])}"]
     else:
         with reporting(arguments.progress) as report:
-
-            async def act(context: "Context") -> "MergePlan":
-                return await commit.run(context, arguments.machine, request, report=report)
-
-            plan = operating(act)
+            plan = operating(lambda context: commit.run(context, arguments.machine, request, report=report))
         document = describe(plan)
         lines = [text(document)]
     output.emit(

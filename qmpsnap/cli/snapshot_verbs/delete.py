@@ -8,7 +8,6 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
-    from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.snapshot.delete import DeletePlan
 
 
@@ -30,14 +29,11 @@ def _delete(arguments: argparse.Namespace) -> None:
     request = delete.DeleteRequest(
         names=tuple(arguments.names), children=arguments.children, metadata=arguments.metadata
     )
-    with reporting(arguments.progress) as report:
-
-        async def act(context: "Context") -> "DeletePlan":
-            if arguments.dry_run:
-                return await delete.preview(context, arguments.machine, request)
-            return await delete.run(context, arguments.machine, request, report=report)
-
-        plan = operating(act)
+    if arguments.dry_run:
+        plan = operating(lambda context: delete.preview(context, arguments.machine, request))
+    else:
+        with reporting(arguments.progress) as report:
+            plan = operating(lambda context: delete.run(context, arguments.machine, request, report=report))
     document = document_of(plan)
     output.emit(
         arguments.output,

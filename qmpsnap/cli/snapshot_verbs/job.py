@@ -1,14 +1,11 @@
 """Jobs: what an interrupted commit, stream, delete or mirror still has at work, to wait for or to cancel."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, on_machine
 from qmpsnap.cli.progress import add_progress, reporting
-
-if TYPE_CHECKING:
-    from qmpsnap.api.controller import Controller
 
 
 def register(parsers: Parsers) -> None:
@@ -25,21 +22,17 @@ def register(parsers: Parsers) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> list[dict[str, Any]]:
-        vm = await controller.machine(arguments.machine)
-        return [
-            {
-                "job": job.id,
-                "type": job.type,
-                "state": job.status,
-                "bytes": job.current_progress,
-                "total": job.total_progress,
-                "error": job.error,
-            }
-            for job in await vm.jobs()
-        ]
-
-    jobs = controlling(act)
+    jobs: list[dict[str, Any]] = [
+        {
+            "job": job.id,
+            "type": job.type,
+            "state": job.status,
+            "bytes": job.current_progress,
+            "total": job.total_progress,
+            "error": job.error,
+        }
+        for job in on_machine(arguments.machine, lambda vm: vm.jobs())
+    ]
     output.emit(
         arguments.output,
         document={"machine": arguments.machine, "jobs": jobs},
@@ -53,21 +46,13 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _wait(arguments: argparse.Namespace) -> None:
     with reporting(arguments.progress) as report:
-
-        async def act(controller: "Controller") -> Any:
-            vm = await controller.machine(arguments.machine)
-            return await vm.wait(report=report)
-
-        operations = controlling(act)
+        operations = on_machine(arguments.machine, lambda vm: vm.wait(report=report))
     _tell(arguments.machine, operations, "is ended")
 
 
 def _cancel(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> Any:
-        vm = await controller.machine(arguments.machine)
-        return await vm.cancel()
-
-    _tell(arguments.machine, controlling(act), "is cancelled; its chain is as before")
+    operations = on_machine(arguments.machine, lambda vm: vm.cancel())
+    _tell(arguments.machine, operations, "is cancelled; its chain is as before")
 
 
 def _tell(machine: str, operations: Any, what: str) -> None:

@@ -11,7 +11,6 @@ from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
     from qmpsnap.model.operations.operation import MirrorPlan
-    from qmpsnap.ops.base.context import Context
 
 
 def register(parsers: Parsers) -> None:
@@ -49,21 +48,14 @@ def _mirror(arguments: argparse.Namespace) -> None:
         write_blocking=arguments.blocking,
     )
 
-    async def preview(context: "Context") -> "tuple[MirrorPlan, list[tuple[str, dict[str, object]]]]":
-        return await mirror.preview(context, arguments.machine, request)
-
     if arguments.dry_run:
-        plan, commands = operating(preview)
+        plan, commands = operating(lambda context: mirror.preview(context, arguments.machine, request))
         told = [{"execute": command, "arguments": given} for command, given in commands]
         document = describe(plan) | {"qmp": told}
         lines = [f"would {text(document)}; nothing was changed", *(f"  {json.dumps(each)}" for each in told)]
     else:
         with reporting(arguments.progress) as report:
-
-            async def act(context: "Context") -> "MirrorPlan":
-                return await mirror.run(context, arguments.machine, request, report=report)
-
-            plan = operating(act)
+            plan = operating(lambda context: mirror.run(context, arguments.machine, request, report=report))
         document = describe(plan)
         lines = [text(document)]
         if plan.mode == "finish":

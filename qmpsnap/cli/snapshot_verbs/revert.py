@@ -5,10 +5,9 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import image_notes, output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, tell_remedy
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, on_machine, tell_remedy
 
 if TYPE_CHECKING:
-    from qmpsnap.api.controller import Controller
     from qmpsnap.ops.revert.plan import Run
     from qmpsnap.ops.revert.revert import Preview, Reverted
 
@@ -37,18 +36,13 @@ def add_after(command: argparse.ArgumentParser) -> None:
 def _revert(arguments: argparse.Namespace) -> None:
     state: Run | None = "paused" if arguments.paused else "running" if arguments.running else None
 
-    async def look(controller: "Controller") -> "Preview":
-        vm = await controller.machine(arguments.machine)
-        return await vm.preview_revert(arguments.name, discard=arguments.discard, state=state)
-
-    async def act(controller: "Controller") -> "Reverted":
-        vm = await controller.machine(arguments.machine)
-        return await vm.revert(arguments.name, discard=arguments.discard, state=state, after=not arguments.no_after)
-
+    name, discard, after = arguments.name, arguments.discard, not arguments.no_after
     if arguments.dry_run:
-        print_preview(arguments.output, controlling(look))
+        found = on_machine(arguments.machine, lambda vm: vm.preview_revert(name, discard=discard, state=state))
+        print_preview(arguments.output, found)
         return
-    print_outcome(arguments, controlling(act))
+    done = on_machine(arguments.machine, lambda vm: vm.revert(name, discard=discard, state=state, after=after))
+    print_outcome(arguments, done)
 
 
 def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:

@@ -1,22 +1,14 @@
 """``save`` and ``restore``: a machine ends with its memory in a file, and goes on from there."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, on_machine
 from qmpsnap.cli.plan_output import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs.revert import add_after, print_outcome, print_preview
 from qmpsnap.cli.snapshot_verbs.snapshot import add_compress
 from qmpsnap.cli.snapshot_verbs.snapshot_json import confined, print_snapshot
-
-if TYPE_CHECKING:
-    from qmpsnap.api.controller import Controller
-    from qmpsnap.model.layers.snapshot import Snapshot
-    from qmpsnap.model.machines.record import Machine
-    from qmpsnap.model.operations.operation import CreatePlan
-    from qmpsnap.ops.revert.revert import Preview, Reverted
 
 
 def register(parsers: Parsers) -> None:
@@ -42,28 +34,13 @@ def register(parsers: Parsers) -> None:
 
 
 def _save(arguments: argparse.Namespace) -> None:
-    async def look(controller: "Controller") -> "tuple[Machine, CreatePlan]":
-        vm = await controller.machine(arguments.machine)
-        return await vm.preview_save(
-            arguments.file, name=arguments.name, description=arguments.message, compression=arguments.compress
-        )
-
+    asked = {"name": arguments.name, "description": arguments.message, "compression": arguments.compress}
     if arguments.dry_run:
-        print_plan(arguments.output, *controlling(look))
+        planned = on_machine(arguments.machine, lambda vm: vm.preview_save(arguments.file, **asked))
+        print_plan(arguments.output, *planned)
         return
     with reporting(arguments.progress) as report:
-
-        async def act(controller: "Controller") -> "Snapshot":
-            vm = await controller.machine(arguments.machine)
-            return await vm.save(
-                arguments.file,
-                name=arguments.name,
-                description=arguments.message,
-                compression=arguments.compress,
-                report=report,
-            )
-
-        snapshot = controlling(act)
+        snapshot = on_machine(arguments.machine, lambda vm: vm.save(arguments.file, **asked, report=report))
     assert snapshot.vmstate
     memory = f"{output.printable(snapshot.vmstate.path)} ({output.size(snapshot.vmstate.bytes)})"
     text = f"machine {arguments.machine} is saved as {snapshot.name} and stopped; its memory is in {memory}"
@@ -71,18 +48,10 @@ def _save(arguments: argparse.Namespace) -> None:
 
 
 def _restore(arguments: argparse.Namespace) -> None:
-    async def look(controller: "Controller") -> "Preview":
-        vm = await controller.machine(arguments.machine)
-        return await vm.preview_restore(arguments.file, discard=arguments.discard, paused=arguments.paused)
-
+    asked = {"discard": arguments.discard, "paused": arguments.paused}
     if arguments.dry_run:
-        print_preview(arguments.output, controlling(look))
+        found = on_machine(arguments.machine, lambda vm: vm.preview_restore(arguments.file, **asked))
+        print_preview(arguments.output, found)
         return
-
-    async def act(controller: "Controller") -> "Reverted":
-        vm = await controller.machine(arguments.machine)
-        return await vm.restore(
-            arguments.file, discard=arguments.discard, paused=arguments.paused, after=not arguments.no_after
-        )
-
-    print_outcome(arguments, controlling(act))
+    after = not arguments.no_after
+    print_outcome(arguments, on_machine(arguments.machine, lambda vm: vm.restore(arguments.file, **asked, after=after)))

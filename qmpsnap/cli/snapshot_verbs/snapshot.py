@@ -5,20 +5,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import image_notes, output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, controlling, reading
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, on_machine, reading
 from qmpsnap.cli.plan_output import print_internal, print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs import delete, revert, stack
 from qmpsnap.cli.snapshot_verbs.snapshot_json import document_of, print_taken
 from qmpsnap.errors import UsageError
-from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.timestamps import moment
 
 if TYPE_CHECKING:
-    from qmpsnap.api.controller import Controller
+    from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.model.machines.record import Machine
-    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan
+    from qmpsnap.model.operations.operation import CreatePlan
     from qmpsnap.ops.snapshot.request import SnapshotOptions
 
 _NESTED = frozenset({"disks", "vmstate", "inside", "pause_ms", "pause_exceeded", "frozen_ms"})
@@ -134,12 +133,11 @@ def _create(arguments: argparse.Namespace) -> None:
         return
     with reporting(arguments.progress) as report:
 
-        async def act(controller: "Controller") -> tuple[Snapshot, tuple[str, ...]]:
-            vm = await controller.machine(arguments.machine)
+        async def act(vm: "MachineHandle") -> tuple[Snapshot, tuple[str, ...]]:
             taken = await vm.snapshot(arguments.name, kind=arguments.kind, report=report, **options)
             return taken, await vm.left_out()
 
-        snapshot, notes = controlling(act)
+        snapshot, notes = on_machine(arguments.machine, act)
     for note in notes:
         output.note(note)
     if snapshot.kind != arguments.kind:
@@ -177,11 +175,7 @@ def _files(named: Sequence[str]) -> dict[str, str]:
 
 
 def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: dict[str, str]) -> None:
-    async def act(controller: "Controller") -> tuple[Layer, ...]:
-        vm = await controller.machine(arguments.machine)
-        return await vm.add_layers(disks=disks, files=files)
-
-    layers = controlling(act)
+    layers = on_machine(arguments.machine, lambda vm: vm.add_layers(disks=disks, files=files))
     text = f"{', '.join(layer.id for layer in layers)} active; no snapshot was listed"
     output.emit(
         arguments.output,
@@ -198,23 +192,18 @@ def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: d
 
 
 def _preview_layers(arguments: argparse.Namespace, disks: list[str] | None, files: dict[str, str]) -> None:
-    async def look(controller: "Controller") -> tuple["Machine", "CreatePlan"]:
-        vm = await controller.machine(arguments.machine)
-        return await vm.preview_add_layers(disks=disks, files=files)
-
-    print_plan(arguments.output, *controlling(look))
+    found = on_machine(arguments.machine, lambda vm: vm.preview_add_layers(disks=disks, files=files))
+    print_plan(arguments.output, *found)
 
 
 def _preview(arguments: argparse.Namespace, options: "SnapshotOptions") -> None:
     from qmpsnap.model.operations.operation import InternalPlan
 
-    async def look(controller: "Controller") -> tuple["Machine", "CreatePlan | InternalPlan"]:
-        vm = await controller.machine(arguments.machine)
-        planned: tuple[Machine, CreatePlan | InternalPlan]
-        planned = await vm.preview_snapshot(arguments.name, kind=arguments.kind, **options)
-        return planned
-
-    machine, plan = controlling(look)
+    machine: Machine
+    plan: CreatePlan | InternalPlan
+    machine, plan = on_machine(
+        arguments.machine, lambda vm: vm.preview_snapshot(arguments.name, kind=arguments.kind, **options)
+    )
     if isinstance(plan, InternalPlan):
         print_internal(arguments.output, plan)
     else:
@@ -287,12 +276,11 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _rename(arguments: argparse.Namespace) -> None:
-    async def act(controller: "Controller") -> None:
-        vm = await controller.machine(arguments.machine)
+    async def act(vm: "MachineHandle") -> None:
         rename = vm.preview_rename if arguments.dry_run else vm.rename_snapshot
         await rename(arguments.old, arguments.new)
 
-    controlling(act)
+    on_machine(arguments.machine, act)
     what = f"snapshot {arguments.old} of machine {arguments.machine}"
     text = f"{what} would be {arguments.new}; nothing was changed" if arguments.dry_run else ""
     document = {"machine": arguments.machine, "dry_run": arguments.dry_run, "old": arguments.old}

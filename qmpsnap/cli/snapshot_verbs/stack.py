@@ -4,19 +4,15 @@ import argparse
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import image_notes, output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, controlling, tell_remedy
+from qmpsnap.cli.common import Parsers, add, add_format, add_machine, on_machine, tell_remedy
 from qmpsnap.cli.plan_output import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs import delete, revert
 from qmpsnap.cli.snapshot_verbs.snapshot_json import print_taken
 
 if TYPE_CHECKING:
-    from qmpsnap.api.controller import Controller
+    from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.model.layers.snapshot import Snapshot
-    from qmpsnap.model.machines.record import Machine
-    from qmpsnap.model.operations.operation import CreatePlan
-    from qmpsnap.ops.revert.revert import Reverted
-    from qmpsnap.ops.stack import PopPreview
 
 
 def register(verbs: Parsers) -> None:
@@ -37,19 +33,15 @@ def register(verbs: Parsers) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    async def look(controller: "Controller") -> "tuple[Machine, CreatePlan]":
-        vm = await controller.machine(arguments.machine)
-        return await vm.preview_push(arguments.name, description=arguments.message)
-
+    name, text = arguments.name, arguments.message
     if arguments.dry_run:
-        print_plan(arguments.output, *controlling(look))
+        print_plan(arguments.output, *on_machine(arguments.machine, lambda vm: vm.preview_push(name, description=text)))
         return
 
-    async def act(controller: "Controller") -> tuple["Snapshot", tuple[str, ...]]:
-        vm = await controller.machine(arguments.machine)
-        return await vm.push(arguments.name, description=arguments.message), await vm.left_out()
+    async def act(vm: "MachineHandle") -> tuple["Snapshot", tuple[str, ...]]:
+        return await vm.push(name, description=text), await vm.left_out()
 
-    snapshot, notes = controlling(act)
+    snapshot, notes = on_machine(arguments.machine, act)
     for note in notes:
         output.note(note)
     print_taken(arguments, snapshot, notes)
@@ -61,12 +53,7 @@ def _pop(arguments: argparse.Namespace) -> None:
         _preview_pop(arguments)
         return
     with reporting(arguments.progress) as report:
-
-        async def act(controller: "Controller") -> "Reverted":
-            vm = await controller.machine(arguments.machine)
-            return await vm.pop(discard=arguments.discard, report=report)
-
-        done = controlling(act)
+        done = on_machine(arguments.machine, lambda vm: vm.pop(discard=arguments.discard, report=report))
     revert.tell(done)
     name = done.snapshot.name
     where = f"machine {arguments.machine} is where it was at {name}, {done.state}"
@@ -90,11 +77,7 @@ def _pop(arguments: argparse.Namespace) -> None:
 
 
 def _preview_pop(arguments: argparse.Namespace) -> None:
-    async def look(controller: "Controller") -> "PopPreview":
-        vm = await controller.machine(arguments.machine)
-        return await vm.preview_pop(discard=arguments.discard)
-
-    found = controlling(look)
+    found = on_machine(arguments.machine, lambda vm: vm.preview_pop(discard=arguments.discard))
     back, gone = revert.document_of(found.revert), delete.document_of(found.delete)
     removed = [path for run in gone["runs"] for path in run["removed"]]
     both = {**back, **gone, "removed": back["removed"] + removed, "bytes": back["bytes"] + gone["bytes"]}
