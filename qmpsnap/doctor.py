@@ -14,6 +14,7 @@ from msgspec import Struct
 from qmpsnap.block.image import qemu_img
 from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
+from qmpsnap.hint import call
 from qmpsnap.host import identity
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.config.firmware import find_firmware
@@ -74,10 +75,10 @@ def _user() -> Ability:
     if user is None and os.geteuid() != 0:
         return Ability("qemu-user", "yes", f"QEMU runs as this user, {privileges.name_of(os.geteuid())}")
     if user is None:
-        remedy = f"{privileges.VARIABLE}=USER runs it as a user of its own"
-        return Ability("qemu-user", "limited", "QEMU runs as root, with few of root's capabilities", remedy)
+        remedy = f"set {privileges.VARIABLE}=USER to run it as another user"
+        return Ability("qemu-user", "limited", "QEMU runs as root, with few capabilities", remedy)
     lacks = admission.lost(user)
-    detail = f"QEMU runs as {user.name}, without root's rights; it lacks {'; '.join(lacks) or 'nothing'}"
+    detail = f"QEMU runs as {user.name}, without root's privileges; it lacks {'; '.join(lacks) or 'nothing'}"
     return Ability("qemu-user", "limited" if lacks else "yes", detail)
 
 
@@ -136,12 +137,12 @@ def _firmware() -> Ability:
 def _guest(home: Home) -> Ability:
     """The agent's counterpart lies in the guest; the small guest has one, so its presence is what can be told here."""
     if (home.guest / "initrd").is_file():
-        return Ability("agent", "yes", "a channel for every machine; the small guest runs qemu-guest-agent")
+        return Ability("agent", "yes", "every machine has a channel; the small guest runs qemu-guest-agent")
     return Ability(
         "agent",
         "limited",
-        "a channel for every machine; the small guest is not built",
-        "qmpsnap demo builds it",
+        "every machine has a channel; the small guest is not built",
+        call("demo") + " builds it",
     )
 
 
@@ -155,14 +156,20 @@ def _store(home: Home) -> Ability:
     if barred:
         return Ability("store", "no", f"{barred.message}; it can be read, {len(machines)} machine(s)", barred.hint)
     if lost:
-        detail = f"{home.store} knows nothing of {', '.join(lost)}, defined before"
-        remedy = "put the store back, or qmpsnap check --rebuild makes one from the images"
+        detail = f"{home.store} lacks {', '.join(lost)}, defined before"
+        remedy = "put the store back, or rebuild it from the images: " + call("rebuild")
         return Ability("store", "no", detail, remedy, lost=True)
     if not is_there and home.beneath:
         detail = f"there is no home at {home.data}"
-        return Ability("store", "no", detail, "qmpsnap define makes it, if that is the place", lost=True)
+        return Ability(
+            "store",
+            "no",
+            detail,
+            "if that is the right folder, create it: " + call("define", "", "SPEC.yaml"),
+            lost=True,
+        )
     if not is_there:
-        return Ability("store", "yes", f"{home.store}, made when first needed")
+        return Ability("store", "yes", f"{home.store}, created on first use")
     return Ability("store", "yes", f"{home.store}, {len(machines)} machine(s)")
 
 
@@ -172,25 +179,25 @@ def _births(home: Home) -> Ability:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if identity.born(descriptor):
-            return Ability("identity", "yes", "files are told by device, inode and time of birth")
+            return Ability("identity", "yes", "files are identified by device, inode and birth time")
     finally:
         os.close(descriptor)
-    detail = f"the file system of {folder} keeps no time of birth: a file that was put in a layer's place and got its"
-    detail += " inode's number is not told from it"
+    detail = f"the file system of {folder} keeps no birth time: a file that replaced a layer and got its inode number"
+    detail += " is taken for that layer"
     return Ability("identity", "limited", detail, "keep images on ext4, XFS or btrfs")
 
 
 def _scope(uid: int) -> Ability:
     """Whether a QEMU outlives the session, cron job or unit that starts it."""
     asked = scope.manager(uid)
-    kept = "a QEMU stays in the control group of whoever starts it, and ends with that"
+    kept = "a QEMU stays in the control group that starts it and ends with it"
     if not scope.SYSTEMD.is_dir():
-        return Ability("scope", "limited", f"no systemd runs here: {kept}, where somebody ends it")
+        return Ability("scope", "limited", f"systemd is not running: {kept}")
     if shutil.which(scope.PROGRAM) is None:
         return Ability("scope", "limited", f"there is no {scope.PROGRAM}: {kept}", "apt-get install systemd")
     if asked is None:
-        return Ability("scope", "limited", f"no systemd of this user's runs: {kept}", "loginctl enable-linger")
-    found = f"a QEMU gets a scope of its own from the {asked}'s systemd"
+        return Ability("scope", "limited", f"this user has no systemd instance: {kept}", "loginctl enable-linger")
+    found = f"every QEMU gets its own scope from the {asked}'s systemd"
     if asked == "user" and not scope.lingers(uid):
         return Ability("scope", "limited", f"{found}, which ends with the last session", "loginctl enable-linger")
     return Ability("scope", "yes", found)
@@ -198,31 +205,34 @@ def _scope(uid: int) -> Ability:
 
 def _logs(home: Home) -> Ability:
     """Logs are cut by commands alone: which of them have grown since the last one."""
-    limit = f"cut to {logs.KEPT >> 10} KiB by the next command on the machine where larger than {logs.LIMIT >> 20} MiB"
+    limit = f"a command on a machine cuts its logs above {logs.LIMIT >> 20} MiB to {logs.KEPT >> 10} KiB"
     large = []
     with contextlib.suppress(QmpsnapError), SqliteStore(home.store, machines=home.machines, make=False) as store:
         for machine in store.machines():
             found = logs.sizes(home, machine.name).items()
             large += [f"{path} ({size >> 20} MiB)" for path, size in found if size > logs.LIMIT]
     if not large:
-        return Ability("logs", "yes", f"{home.data / 'logs'}, {limit}; nothing bounds them between commands")
-    remedy = "qmpsnap show VM cuts them; let cron do so where a guest writes much to its console"
+        return Ability("logs", "yes", f"{home.data / 'logs'}, {limit}; they are unbounded between commands")
+    remedy = call("state", "VM") + " cuts them; run it from cron if a guest writes much to its console"
     return Ability("logs", "limited", f"{', '.join(large)}: {limit}", remedy)
 
 
 def _folder(name: str, path: Path) -> Ability:
     if not path.is_dir():
-        return Ability(f"{name} folder", "yes", f"{path}, made when first needed")
+        return Ability(f"{name} folder", "yes", f"{path}, created on first use")
     status = path.stat()
     if status.st_uid != os.geteuid():
         return Ability(
-            f"{name} folder", "no", f"{path} belongs to user {status.st_uid}", "set QMPSNAP_HOME to your own"
+            f"{name} folder",
+            "no",
+            f"{path} belongs to user {status.st_uid}",
+            "set QMPSNAP_HOME to a folder of your own",
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return Ability(f"{name} folder", "no", f"{path} can be written to by others", f"chmod go-w {path}")
+        return Ability(f"{name} folder", "no", f"{path} is writable by other users", f"chmod go-w {path}")
     free = free_space.room(path).free
     if name == "data" and free < free_space.LOW:  # the run folder holds little, and often lies in memory
-        remedy = "free some space there: QEMU pauses a guest whose disk finds none"
+        remedy = "free some space there; QEMU pauses a guest when its disk is full"
         return Ability(f"{name} folder", "limited", f"{path}, only {free >> 20} MiB free", remedy)
     return Ability(f"{name} folder", "yes", f"{path}, {free >> 20} MiB free")
 

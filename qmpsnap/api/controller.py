@@ -179,7 +179,7 @@ class Controller:
     async def _require_one_meaning(self, name: str) -> None:
         if os.sep not in name and name in {found.name for found in await blocking(self.context.store.machines)}:
             raise UsageError(
-                f"{name!r} may be the machine {name} or the file {Path.cwd() / name}",
-                hint=f"./{name} is the file; machine({name!r}) has the machine's start()",
+                f"{name!r} names both a machine and the file {Path.cwd() / name}",
+                hint=f"write ./{name} for the file, or start() of machine({name!r})",
                 machine=name,
             )

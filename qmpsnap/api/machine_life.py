@@ -184,8 +184,8 @@ class MachineLife:
         machine = await self.record()
         if machine.adopted:
             raise StateError(
-                f"machine {self.name} was adopted: qmpsnap has no channel to an agent in its guest",
-                hint="whoever launched it may have one",
+                f"machine {self.name} was adopted: there is no channel to its guest agent",
+                hint="use the agent channel that it was launched with",
                 machine=self.name,
             )
         await pausing.require_awake(self._context, machine)

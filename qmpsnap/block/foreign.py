@@ -70,7 +70,7 @@ class _Reader:
         name = self._vertices[at].name
         if found := self._nodes.get(name):
             return found
-        raise self._refused(f"node {name} appeared while it was looked at")
+        raise self._refused(f"node {name} appeared while the block graph was read")
 
     def below(self, at: int) -> Mapping[str, int]:
         return self._children.get(at, {})
@@ -86,9 +86,9 @@ class _Reader:
         if node.drv in _PROTOCOLS:
             return ForeignLayer(name, "raw", node.file, node.image.virtual_size, name)
         if node.drv in FILTERS:
-            raise self._refused(f"the filter {name} ({node.drv}) stands between two of its layers")
+            raise self._refused(f"filter node {name} ({node.drv}) is between two of its layers")
         if "data-file" in self.below(at):
-            raise self._refused(f"node {name} keeps its data in a file of its own")
+            raise self._refused(f"node {name} has an external data file")
         if node.drv in ("qcow2", "raw"):
             file = self._file(at)
             return ForeignLayer(
@@ -116,5 +116,5 @@ class _Reader:
     def _refused(self, why: str) -> StateError:
         return StateError(
             f"device {self._device} cannot be adopted: {why}",
-            hint="disks made of qcow2 and raw files or block devices can be",
+            hint="only disks on qcow2 or raw files or block devices can be adopted",
         )

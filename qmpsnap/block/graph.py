@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from qmpsnap.errors import StateError, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Outside
 from qmpsnap.qmp import commands
@@ -206,9 +207,9 @@ async def require_no_other(monitor: Monitor, chains: Sequence[Chain], *, machine
     if found := (await beside(monitor, await read(monitor), chains)).others:
         others = [f"{other.name} ({other.file})" for other in found]
         raise StateError(
-            f"the guest of machine {machine} also writes to {', '.join(others)}, no disk of the machine: memory that is"
-            " loaded beside a disk of another time destroys what is on it",
-            hint=f"detach it (device_del), or take its medium out (eject); {hint}",
+            f"the guest of machine {machine} also writes to {', '.join(others)}, which is no disk of the machine:"
+            " loading memory beside a disk of another point in time destroys its content",
+            hint="detach it (device_del) or eject its medium; " + hint,
             machine=machine,
         )
 
@@ -236,8 +237,9 @@ async def _require_filters(monitor: Monitor, names: Sequence[str], *, machine: s
     for node in await commands.query_nodes(monitor):
         if node.node_name in names and node.drv not in FILTERS:
             raise StoreMismatch(
-                f"the guest of machine {machine} writes disk {disk} to {node.file}, which somebody else put there",
-                hint=f"qmpsnap chain {machine} {disk} shows both sides",
+                f"the guest of machine {machine} writes disk {disk} to {node.file}, a node that another client"
+                " inserted",
+                hint=call("chains", machine, disk) + " shows both sides",
                 machine=machine,
             )
 
@@ -246,9 +248,11 @@ def _mismatch(machine: str, chain: Chain, found: tuple[str, ...]) -> StoreMismat
     return StoreMismatch(
         f"disk {chain.disk} of machine {machine}: QEMU's chain is {' <- '.join(found) or 'empty'}, the store's is"
         f" {' <- '.join(chain.ids)}",
-        hint=f"qmpsnap chain {machine} {chain.disk} shows both sides"
+        hint=call("chains", machine, chain.disk) + " shows both sides"
         if found
-        else f"was it unplugged? A QEMU that is started has it again (qmpsnap stop {machine}, then start), as has one"
-        f" that gets it back (device_add with id {chain.disk})",
+        else f"if it was unplugged, attach it again (device_add with id {chain.disk}), or start a new QEMU: "
+        + call("stop", machine)
+        + ", then "
+        + call("start", machine),
         machine=machine,
     )

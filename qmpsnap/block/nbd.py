@@ -30,11 +30,11 @@ async def require_server(export: NbdExport, *, deadline: float = 5.0) -> None:
         why = f"no greeting within {deadline:g} s" if isinstance(error, TimeoutError) else str(error) or "it hung up"
         raise _refused(export, why) from error
     if said != _MAGIC:
-        raise _refused(export, "it is no NBD server")
+        raise _refused(export, "the peer is not an NBD server")
 
 
 def _refused(export: NbdExport, why: str) -> HostCannot:
     return HostCannot(
         f"no NBD server answers for {export.uri}: {why}",
-        hint="start it first, as in: qemu-nbd --socket PATH --format raw --export-name NAME IMAGE",
+        hint="start the server: qemu-nbd --socket PATH --format raw --export-name NAME IMAGE",
     )

@@ -75,6 +75,7 @@ def tell_scope(name: str) -> None:
         machine = store.machine(name)
     if machine.process and not machine.adopted and (sentence := scope.warning(name, machine.process)):
         output.note(sentence)
+        output.hint("qmpsnap doctor shows why")
 
 
 def tell_owner(name: str) -> None:

@@ -136,7 +136,7 @@ def storage_hangs(wait: storage_wait.Wait, seconds: float, *, effect: Effect, wh
     return StorageHangs(
         storage_wait.sentence(wait, seconds, who=who),
         path=wait.path,
-        hint=f"find out what ails that storage; {storage_wait.DEADLINE} gives it longer",
+        hint=f"check that storage; {storage_wait.DEADLINE} sets a longer wait",
         effect=effect,
     )
 

@@ -12,15 +12,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from qmpsnap.errors import HostCannot, QmpsnapError
+from qmpsnap.hint import call
 
 C = TypeVar("C", bound=type)
 
 _LIMITS = {
-    errno.EMFILE: "this process may open no more files (ulimit -n)",
-    errno.ENFILE: "this host has no more files to open",
-    errno.ENOMEM: "there is no more memory (ulimit -v)",
-    errno.EAGAIN: "no more processes or threads can be started (ulimit -u, ulimit -v)",
-    errno.EFBIG: "a file may not be as large (ulimit -f)",
+    errno.EMFILE: "this process has reached its limit of open files (ulimit -n)",
+    errno.ENFILE: "this host has reached its limit of open files",
+    errno.ENOMEM: "out of memory (ulimit -v)",
+    errno.EAGAIN: "no process or thread can be started (ulimit -u, ulimit -v)",
+    errno.EFBIG: "the file exceeds the size limit (ulimit -f)",
 }
 _NO_THREAD = "can't start new thread"
 
@@ -39,14 +40,14 @@ def translated(error: BaseException) -> QmpsnapError | None:
     if not isinstance(error, Exception) or isinstance(error, BrokenPipeError):  # that is the caller's own output
         return None
     what = _said(error)
-    return None if what is None else HostCannot(what, hint="qmpsnap doctor; ulimit -a", effect="unknown")
+    return None if what is None else HostCannot(what, hint=call("doctor") + "; ulimit -a", effect="unknown")
 
 
 def border(api: C) -> C:
     """Let the coroutines of a class raise errors of ours alone, but for mistakes."""
-    for name, call in vars(api).copy().items():
-        if inspect.iscoroutinefunction(call) and not name.startswith("_"):
-            setattr(api, name, _translating(call))
+    for name, method in vars(api).copy().items():
+        if inspect.iscoroutinefunction(method) and not name.startswith("_"):
+            setattr(api, name, _translating(method))
     return api
 
 
@@ -69,7 +70,7 @@ def _said(error: BaseException) -> str | None:
     if isinstance(error, BaseExceptionGroup):
         return next(filter(None, map(_said, error.exceptions)), None)
     if isinstance(error, OSError):
-        what = _LIMITS.get(error.errno or 0) or f"the system has refused something: {error.strerror or error}"
+        what = _LIMITS.get(error.errno or 0) or f"a system call failed: {error.strerror or error}"
         return f"{what}: {error.filename}" if error.filename else what
     if isinstance(error, MemoryError):
         return _LIMITS[errno.ENOMEM]

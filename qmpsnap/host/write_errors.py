@@ -28,8 +28,8 @@ def reason(place: Path, error: Exception) -> Reason:
         error: what was said when it failed; told where nothing better is found.
     """
     if _no_descriptor():
-        return Reason("this process may open no more files", "raise its limit (ulimit -n)")
-    return found(place) or Reason(_said(error), f"look at the rights of {_nearest(place)} and what is in it")
+        return Reason("this process has reached its limit of open files", "raise its limit (ulimit -n)")
+    return found(place) or Reason(_said(error), f"check the permissions of {_nearest(place)} and its contents")
 
 
 def found(place: Path) -> Reason | None:
@@ -38,15 +38,17 @@ def found(place: Path) -> Reason | None:
     try:
         status = os.statvfs(folder)
     except OSError as error:
-        return Reason(_said(error), f"look at {folder} and its file system")
+        return Reason(_said(error), f"check {folder} and its file system")
     if status.f_flag & os.ST_RDONLY:
-        return Reason("its file system is mounted read-only", f"find out why (see dmesg), then mount {folder} writable")
+        return Reason(
+            "its file system is mounted read-only", f"look for the reason in dmesg, then mount {folder} writable"
+        )
     if status.f_bavail * status.f_frsize < LEAST:
-        return Reason("the disk is full", f"make room in {folder}")
+        return Reason("the disk is full", f"free some space in {folder}")
     if status.f_files and not status.f_favail:
-        return Reason("the disk has no room for another file", f"remove files that nobody needs from {folder}'s disk")
+        return Reason("the file system has no free inode", f"remove unneeded files from the file system of {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
-        return Reason("this user may not write there", f"give this user the right to write to {folder}, and its files")
+        return Reason("this user has no write permission", f"let this user write to {folder} and its files")
     return None
 
 

@@ -62,8 +62,8 @@ def look(pid: int) -> Seen:
         )
     except PermissionError as error:
         raise HostCannot(
-            f"process {pid} belongs to another user, and what it has open cannot be seen",
-            hint="run qmpsnap as that user or as root",
+            f"process {pid} belongs to another user: its open files cannot be listed",
+            hint="try again as that user or as root",
         ) from error
     except FileNotFoundError as error:
         raise _ended(pid) from error
@@ -97,9 +97,9 @@ async def monitor(machine: Machine, adopted: Adoption, process: Process) -> Asyn
         uuid = await commands.query_uuid(qemu)
         if qemu.peer != process.pid or uuid != adopted.uuid:
             raise StateError(
-                f"the monitor {adopted.socket} of machine {machine.name} is answered by process {qemu.peer} with UUID"
-                f" {uuid}, adopted was process {process.pid} with {adopted.uuid}",
-                hint="another program has put its socket there: end it",
+                f"the monitor {adopted.socket} of machine {machine.name} belongs to process {qemu.peer} with UUID"
+                f" {uuid}; adopted was process {process.pid} with UUID {adopted.uuid}",
+                hint="end the program that replaced the socket",
                 machine=machine.name,
             )
         yield _Renaming(qemu, adopted)

@@ -20,6 +20,7 @@ from anyio.abc import SocketAttribute, UNIXSocketStream
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
+from qmpsnap.hint import call, option
 from qmpsnap.qmp.dial import dial
 
 REPLY_LIMIT = 64 << 20
@@ -60,9 +61,9 @@ class Completed(Struct, frozen=True, kw_only=True):
         """
         if self.truncated:
             raise QmpError(
-                f"the command has ended with status {self.status} in the guest of {machine}, and its"
-                f" {' and '.join(self.truncated)} is cut off: the guest's agent keeps {CAPTURED >> 20} MiB of each",
-                hint="let it write to a file in the guest, or say less; --allow-truncated takes what there is",
+                f"the command ended with status {self.status} in the guest of {machine}, but its"
+                f" {' and '.join(self.truncated)} is truncated: the guest agent keeps {CAPTURED >> 20} MiB of each",
+                hint="write the output to a file in the guest, or accept the rest with " + option("allow_truncated"),
                 effect="applied",
                 machine=machine,
             )
@@ -216,7 +217,8 @@ class Agent:
 
     def _nonsense(self, command: str) -> QmpError:
         return QmpError(
-            f"the guest agent of {self._machine} answered {command} with nonsense; whether it acted is unknown",
+            f"the guest agent of {self._machine} gave an invalid answer to {command}; whether it took effect is"
+            " unknown",
             effect="unknown",
             machine=self._machine,
         )
@@ -242,7 +244,11 @@ class Agent:
             if isinstance(status, dict) and status.get("exited"):
                 return self._completed(status)
             if anyio.current_time() > end:
-                raise self.late(deadline, command[0], hint="it goes on in the guest; --timeout allows it more")
+                raise self.late(
+                    deadline,
+                    command[0],
+                    hint="it keeps running in the guest; wait longer with " + option("deadline", "SECONDS"),
+                )
             await anyio.sleep(pause)
             pause = min(pause * 1.5, 0.25)
 
@@ -258,13 +264,15 @@ class Agent:
                 ),
             )
         except (TypeError, ValueError, OverflowError, binascii.Error) as error:
-            raise QmpError(f"the guest agent of {self._machine} answered nonsense", machine=self._machine) from error
+            raise QmpError(
+                f"the guest agent of {self._machine} gave an invalid answer", machine=self._machine
+            ) from error
 
     async def _read_until(self, mark: bytes) -> bytes:
         searched = 0
         while (end := self._buffer.find(mark, searched)) < 0:
             if len(self._buffer) > REPLY_LIMIT:
-                raise QmpError(f"the guest agent of {self._machine} answered without end", machine=self._machine)
+                raise QmpError(f"the guest agent of {self._machine} gave an endless answer", machine=self._machine)
             searched = len(self._buffer)
             self._buffer += await self._stream.receive()
         found = bytes(self._buffer[:end])
@@ -281,7 +289,7 @@ class Agent:
         except (anyio.EndOfStream, anyio.BrokenResourceError) as error:
             raise QemuGone(
                 f"the agent's channel of machine {self._machine} closed during {what}",
-                hint=f"qmpsnap show {self._machine} tells what is left",
+                hint=call("state", self._machine) + " shows the state",
                 effect="unknown",
                 machine=self._machine,
             ) from error
@@ -290,7 +298,7 @@ class Agent:
         """What is raised when the agent has not done something within ``deadline`` seconds."""
         return DeadlinePassed(
             f"the guest agent of machine {self._machine} did not finish {what} within {deadline:g} s",
-            hint=hint or "is qemu-guest-agent installed and running in the guest?",
+            hint=hint or "check that qemu-guest-agent runs in the guest",
             effect="unknown",
             machine=self._machine,
         )
@@ -315,13 +323,13 @@ async def connect(path: Path, *, machine: str, deadline: float = 10) -> AsyncIte
     except TimeoutError as error:
         raise DeadlinePassed(
             f"the agent's channel of machine {machine} was not free within {deadline:g} s",
-            hint="other clients wait for the guest's agent, too: end them",
+            hint="end the other clients of the guest agent",
             machine=machine,
         ) from error
     except OSError as error:
         raise QemuGone(
             f"machine {machine} has no agent channel or does not run",
-            hint=f"qmpsnap show {machine}; the spec's 'agent' must be true",
+            hint="the spec needs 'agent: true'; " + call("state", machine) + " shows the state",
             machine=machine,
         ) from error
     async with await UNIXSocketStream.from_socket(endpoint) as stream:

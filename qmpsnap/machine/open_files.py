@@ -7,6 +7,7 @@ What a process has open is told by the kernel, whatever the name leads to by now
 from collections.abc import Iterable
 
 from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.host import identity
 from qmpsnap.machine.adopted import look
 from qmpsnap.model.layers.chain import Layer
@@ -23,11 +24,11 @@ def require_recorded(layers: Iterable[Layer], *, machine: str) -> None:
         try:
             found = identity.at(layer.path)
         except OSError as error:
-            raise _mismatch(layer, f"cannot be looked at: {error.strerror}", machine) from error
+            raise _mismatch(layer, f"cannot be read: {error.strerror}", machine) from error
         if found is None:
-            raise _mismatch(layer, "cannot be looked at: there is no such file", machine)
+            raise _mismatch(layer, "does not exist", machine)
         if not identity.same_file(layer, found):
-            raise _mismatch(layer, "is another file than the one recorded", machine)
+            raise _mismatch(layer, "is not the recorded file", machine)
 
 
 def require_opened(process: Process | None, layers: Iterable[Layer], *, machine: str) -> None:
@@ -57,6 +58,6 @@ def _mismatch(layer: Layer, what: str, machine: str) -> StoreMismatch:
     path = "".join(c if c.isprintable() else "?" for c in layer.path)
     return StoreMismatch(
         f"layer {layer.id} of machine {machine}: {path} {what}",
-        hint="put the recorded file back in its place; should this be a copy of it: qmpsnap relocate",
+        hint="put the recorded file back; if this is a copy of it, accept it with " + call("relocate"),
         machine=machine,
     )

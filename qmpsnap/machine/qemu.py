@@ -10,6 +10,7 @@ import anyio
 from msgspec.structs import replace
 
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
+from qmpsnap.hint import call
 from qmpsnap.host import storage_wait, write_errors
 from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine.starting import logs as logfiles
@@ -76,9 +77,9 @@ async def launch(
             if process is None:
                 await commands.control(qemu, "quit")
                 raise HostCannot(
-                    f"{argv[0]} runs QEMU where its process cannot be seen, as in a container (another PID namespace):"
+                    f"{argv[0]} runs QEMU in another PID namespace, as in a container:"
                     f" machine {machine.name} was not started",
-                    hint="let QMPSNAP_QEMU be a QEMU of this host; a wrapper has to run it in the same PID namespace",
+                    hint="set QMPSNAP_QEMU to a QEMU of this host, or let the wrapper keep the PID namespace",
                     machine=machine.name,
                 )
             return process, await commands.query_version(qemu)
@@ -136,22 +137,22 @@ async def start(
                             machine=machine,
                         ) from error
                     raise QemuGone(
-                        f"QEMU did not start machine {machine}: {said or 'it said nothing'}",
-                        hint=f"the whole of it is in {log / logfiles.QEMU_LOG}",
+                        f"QEMU did not start machine {machine}: {said or 'no message'}",
+                        hint=f"the full output is in {log / logfiles.QEMU_LOG}",
                         machine=machine,
                     ) from error
                 if anyio.current_time() > deadline:
                     raise QemuGone(
-                        f"nothing that {argv[0]} started has opened the monitor of machine {machine} within"
-                        f" {LAUNCH_DEADLINE:g} s: {processes.log_tail(log) or 'it said nothing'}",
-                        hint="a wrapper has to pass all of its arguments on to QEMU, and keep its working directory",
+                        f"{argv[0]} did not open the monitor of machine {machine} within"
+                        f" {LAUNCH_DEADLINE:g} s: {processes.log_tail(log) or 'no message'}",
+                        hint="a wrapper must pass all its arguments to QEMU and keep its working directory",
                         machine=machine,
                     ) from error
             await anyio.sleep(0.005)
     except BaseException as error:
         left = await completed(end_launch(process, argv, run_dir))
         if left and isinstance(error, QmpsnapError):
-            error.add(f"process {', '.join(str(one.pid) for one in left)} still runs and cannot be ended")
+            error.add(f"process {', '.join(str(one.pid) for one in left)} is still running and cannot be ended")
             error.effect = "applied"
         raise
 
@@ -196,8 +197,8 @@ async def monitor(
         uuid = await commands.query_uuid(qemu)
         if uuid != machine.uuid:
             raise StateError(
-                f"the monitor of machine {machine.name} is answered by a QEMU with UUID {uuid}",
-                hint="another program has put its socket there: end it",
+                f"the monitor of machine {machine.name} belongs to a QEMU with UUID {uuid}",
+                hint="end the program that replaced the socket",
                 machine=machine.name,
             )
         yield qemu
@@ -237,7 +238,7 @@ def still_runs(process: Process, *, machine: str, effect: Effect) -> DeadlinePas
     wait = storage_wait.waits_of(process.pid)
     return DeadlinePassed(
         f"QEMU of machine {machine} (process {process.pid}) does not end{f': {wait} is not answered' if wait else ''}",
-        hint=f"its storage may hang; once it has ended: qmpsnap recover {machine}",
+        hint="its storage may hang; once it has ended, " + call("recover", machine),
         effect=effect,
         machine=machine,
     )

@@ -21,6 +21,7 @@ from typing import IO, Any
 import msgspec
 
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.hint import call, option
 from qmpsnap.host import identity
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.model.layers.vmstate import Manifest, Vmstate
@@ -127,7 +128,7 @@ def require_own(descriptor: int, written: str, path: str) -> None:
     if os.path.lexists(path):
         names += os.path.samestat(found, os.lstat(path))
     if found.st_nlink != names:
-        raise StoreMismatch(f"{written} is a second name of another file; it was not touched")
+        raise StoreMismatch(f"{written} is a hard link to another file; it was not touched")
 
 
 def _is_sealed(descriptor: int, path: str, operation: OperationId) -> bool:
@@ -245,12 +246,12 @@ def verified(state: Vmstate) -> Iterator[int]:
     """
     with _opened(state.path) as descriptor:
         if not identity.same_file(state, identity.of(descriptor)):
-            raise StoreMismatch(f"{state.path} is another file than the one recorded")
+            raise StoreMismatch(f"{state.path} is not the recorded file")
         manifest = _manifest(descriptor, state.path)
         size, digest = _digest(descriptor, state.bytes)
         if (size, digest) != (state.bytes, state.digest) or manifest.digest != state.digest:
             raise StoreMismatch(
-                f"{state.path} is damaged: it digests to {digest[:12]}..., recorded is {state.digest[:12]}...",
+                f"{state.path} is damaged: its digest is {digest[:12]}..., the recorded one {state.digest[:12]}...",
                 hint="put a copy of the file back, or revert to another snapshot",
             )
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -263,8 +264,8 @@ def verified(state: Vmstate) -> Iterator[int]:
 
 def _manifest(descriptor: int, path: str) -> Manifest:
     foreign = StoreMismatch(
-        f"{path} is no state file that qmpsnap wrote, or its end is missing or damaged",
-        hint="qmpsnap snapshot show VM NAME tells where a snapshot's state lies",
+        f"{path} is not a state file, or its end is missing or damaged",
+        hint="use a snapshot's own state file; " + call("snapshots", "VM") + " lists the snapshots",
     )
     size = os.fstat(descriptor).st_size
     tail = os.pread(descriptor, _TAIL, max(0, size - _TAIL))
@@ -349,8 +350,8 @@ def _zstandard() -> Any:
         import zstandard  # an extra of the package: who does not compress does not need it
     except ImportError as error:
         raise HostCannot(
-            "compressing needs the Python package zstandard",
-            hint="pip install 'qmpsnap[zstd]', or leave --compress out",
+            "compression needs the Python package zstandard",
+            hint="pip install 'qmpsnap[zstd]', or omit " + option("compression", "zstd"),
         ) from error
     return zstandard
 
@@ -377,5 +378,5 @@ def _translated(path: str) -> Iterator[None]:
     except ValueError as error:
         raise HostCannot(f"{path!r} is no path: {error}", hint="choose another name") from error
     except OSError as error:
-        hint = "free some space" if error.errno == errno.ENOSPC else "look at its folder and its rights"
+        hint = "free some space" if error.errno == errno.ENOSPC else "check its folder and permissions"
         raise HostCannot(f"{path}: {error.strerror}", hint=hint) from error

@@ -40,7 +40,7 @@ class Watch:
         if self._ready:
             return
         if await self.hear(1, deadline=START_DEADLINE) != b"r":
-            raise HostCannot("the guard that would let the guest go on has ended")
+            raise HostCannot("the guard process that resumes the guest has ended")
         self._ready = True
 
     async def hear(self, size: int, *, deadline: float) -> bytes:
@@ -54,7 +54,9 @@ class Watch:
                 await anyio.wait_readable(self._end)
                 return self._end.recv(size)
         except TimeoutError as error:
-            raise DeadlinePassed(f"the guard that lets the guest go on was silent for {deadline:g} s") from error
+            raise DeadlinePassed(
+                f"the guard process that resumes the guest did not answer for {deadline:g} s"
+            ) from error
         except OSError:
             return b""
 

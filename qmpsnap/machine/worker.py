@@ -104,9 +104,8 @@ async def working_on(
         if 'Failed to get "' not in error.message:
             raise
         raise StateError(
-            f"machine {machine.name} is stopped, and another process has an image of its disk {chain.disk} open",
-            hint="end that process"
-            + ("; it may be the machine's QEMU, started again: adopt it" * bool(machine.adopted)),
+            f"machine {machine.name} is stopped, but another process has an image of its disk {chain.disk} open",
+            hint="end that process" + ("; if it is the machine's own QEMU, adopt it again" * bool(machine.adopted)),
             machine=machine.name,
         ) from error
     try:

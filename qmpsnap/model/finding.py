@@ -22,131 +22,130 @@ class Kind(Struct, frozen=True):
 
 
 _ASIDE: Final = "It is moved to the machine's quarantine folder, with a note."
-_COPY: Final = "qmpsnap relocate compares it, and takes it over with --accept-copies"
-_PRIVATE: Final = "Its mode becomes 0600, a folder's 0700."
+_PRIVATE: Final = "Its mode becomes 0600, that of a folder 0700."
 
 KINDS: Final[dict[str, Kind]] = {
     "store-older": Kind(
         "I4",
-        "The store is an old copy: images on disk were made after what it knows, and writing by its record would"
-        " damage them.",
+        "The store is an old copy: images on disk are newer than its records, and acting on them would damage the"
+        " images.",
     ),
     "machine-lost": Kind(
         "I4",
-        "The store is an old copy, or was made again without that machine: which layers it reads is not known, so none"
-        " is merged or removed.",
+        "The store is an old copy or was rebuilt without that machine. It is not known which layers the machine"
+        " reads, so none is merged or removed.",
     ),
     "record-missing": Kind(
         "I3",
-        "The file that a lost store could be made again from is missing, or is another machine's.",
+        "The file from which a lost store can be rebuilt is missing or belongs to another machine.",
         "It is written again from the store.",
     ),
-    "layer-missing": Kind("I3", "A recorded layer's file is not there or is no image: all that reads it is lost."),
+    "layer-missing": Kind(
+        "I3", "A recorded layer's file does not exist or is not an image: everything that reads it is lost."
+    ),
     "home-moved": Kind(
         "I3",
-        "The home was moved or copied: headers and records name the folder it was in. Nothing is changed until qmpsnap"
-        " relocate lets it go on where it is; that keeps names, texts and tree.",
+        "The home was moved or copied: headers and records name its former folder. Nothing is changed before the"
+        " home is relocated, which keeps names, descriptions and the tree.",
     ),
     "layer-replaced": Kind(
         "I3",
-        "Another file is where the recorded layer's should be; it may hold anything. Put the recorded one back; should"
-        f" this be a copy of it: {_COPY}.",
+        "Another file has the recorded layer's path, with unknown content. Put the recorded file back; if this is"
+        " a copy of it, relocating the home accepts it.",
     ),
     "backing-differs": Kind(
         "I3",
-        "The image's header names another backing than the one recorded: other tools read another content. After a"
-        " move or copy qmpsnap relocate puts it right.",
+        "The image's header names a different backing file than the store: other programs read different content."
+        " After a move or copy, relocating the home corrects it.",
     ),
     "backing-format-differs": Kind(
         "I3",
-        "The image's header names no format of its backing, or another than the one recorded: other tools guess it, and"
-        " take a raw one that begins like an image for that image. It is found with --deep.",
+        "The image's header names no backing format or a different one than the store: other programs guess it,"
+        " and take a raw file that begins like an image for that image. Only a deep check finds this.",
     ),
     "layers-circular": Kind(
-        "I3",
-        "The store has it that a layer reads itself, by way of those below it: it was damaged, or written by hand.",
+        "I3", "A recorded layer is its own backing file, directly or through others: the store was damaged or edited."
     ),
     "layer-misplaced": Kind(
         "I3",
-        "A snapshot, a disk or a layer is recorded on a layer of another disk: the store was damaged, or written by"
-        " hand. Whoever goes back to it has the other disk's content. It is found with --deep.",
+        "A snapshot, disk or layer is recorded on a layer of another disk: the store was damaged or edited. A"
+        " revert to it would give the other disk's content. Only a deep check finds this.",
     ),
     "parent-younger": Kind(
         "I3",
-        "A snapshot is recorded as grown from one that was taken after it: the store was damaged, or written by hand."
-        " It is found with --deep.",
+        "A snapshot is older than its recorded parent: the store was damaged or edited. Only a deep check finds this.",
     ),
     "size-differs": Kind(
         "I3",
-        "The image was resized behind qmpsnap; new layers on it would cut or lengthen the disk.",
-        "The size of a layer that a guest writes to and that has grown is recorded; each layer below keeps its own.",
+        "Another program resized the image; new overlays on it would truncate or grow the disk.",
+        "The new size of an active layer that has grown is recorded; the layers below keep theirs.",
     ),
-    "image-corrupt": Kind("I3", "QEMU has found damage in this image and marked it; it refuses to write to it."),
-    "image-damaged": Kind("I3", "qemu-img check has found damage: what reads this layer may read wrong data."),
-    "image-unread": Kind(
-        "I3", "qemu-img could not check this image, for the reason it gives: whether it is whole is not known."
-    ),
+    "image-corrupt": Kind("I3", "QEMU marked this image corrupt and refuses to write to it."),
+    "image-damaged": Kind("I3", "qemu-img check found damage: reads through this layer may return wrong data."),
+    "image-unread": Kind("I3", "qemu-img could not check this image, for the given reason: its integrity is unknown."),
     "image-leaks": Kind(
         "I3",
-        "Clusters of the image are marked as used and are not: they only take space.",
-        "qemu-img check -r leaks gives them back, as nobody has the image open.",
+        "Clusters of the image are allocated but unused: they only take space.",
+        "qemu-img check -r leaks reclaims them while the image is not open.",
     ),
     "table-lost": Kind(
         "I3",
-        "Clusters of the image are marked as used, no table names them, and a table looks lost that may have: they may"
-        " be the only copy of what was written. They are not given back; copy the image before you try anything on it.",
+        "Clusters of the image are allocated but no table names them, and a lost table may have: they may hold the"
+        " only copy of written data. They are not reclaimed; copy the image before you try a repair.",
     ),
-    "image-in-use": Kind("I4", "Another process has the image open for writing, and it is not this machine's QEMU."),
+    "image-in-use": Kind("I4", "Another process than this machine's QEMU has the image open for writing."),
     "frozen-written": Kind(
         "I1",
-        "Something has written to a frozen image, as a QEMU that was started on the images of before a snapshot, or has"
-        " given its file another time: what reads it may not read as at its moment.",
+        "A frozen image was written to (for example by a QEMU started on the images from before a snapshot), or"
+        " its time was changed: its snapshots may not read as they were taken.",
     ),
-    "unreferenced-file": Kind("I3", "The file lies among the machine's images and the store does not know it.", _ASIDE),
-    "part-left": Kind("I6", "An unfinished file is left; no operation is open that could need it.", _ASIDE),
-    "mode-open": Kind("I3", "Other users can read it, or reach what is in it.", _PRIVATE),
+    "unreferenced-file": Kind("I3", "The store does not know this file among the machine's images.", _ASIDE),
+    "part-left": Kind("I6", "An unfinished file is left over; no open operation needs it.", _ASIDE),
+    "mode-open": Kind("I3", "Other users can read this file or reach files in this folder.", _PRIVATE),
     "home-open": Kind(
         "I3",
-        "Another user can write to the home, or to a folder that it lies in, or owns a part of it: they could have QEMU"
-        " run anything as the user who starts a machine. Root uses no such home, and nobody one of another user's.",
-        "What is this user's becomes writable for nobody else.",
+        "Another user owns part of the home, or can write to it or to a folder above it, and could make QEMU run"
+        " any program as the user who starts a machine. Root does not use such a home; no other user uses one that"
+        " belongs to somebody else.",
+        "What belongs to this user becomes writable for nobody else.",
     ),
-    "tag-missing": Kind("I1", "The image does not have the tag that an internal snapshot lies under."),
-    "state-file-missing": Kind("I1", "The file with a snapshot's memory is not there, or cannot be read."),
+    "tag-missing": Kind("I1", "The image lacks the tag of an internal snapshot."),
+    "state-file-missing": Kind("I1", "The file with a snapshot's memory does not exist or cannot be read."),
     "state-file-replaced": Kind(
-        "I1", "Another file is where a snapshot's memory should be; qmpsnap relocate takes over one with its digest."
+        "I1", "Another file has the path of a snapshot's memory; relocating the home accepts one with the same digest."
     ),
-    "state-file-damaged": Kind("I1", "The file with a snapshot's memory is not what it was; it will not be loaded."),
+    "state-file-damaged": Kind("I1", "The file with a snapshot's memory has changed; it will not be loaded."),
     "state-file-unread": Kind(
-        "I1", "The file with a snapshot's memory could not be read to its end: whether it is whole is not known."
+        "I1", "The file with a snapshot's memory could not be read to its end: its integrity is unknown."
     ),
-    "variables-missing": Kind("I1", "The file with the machine's UEFI variables, or a snapshot's copy, is not there."),
-    "writable-shared": Kind("I4", "A layer that a guest writes to has another reader, whose content would change."),
+    "variables-missing": Kind(
+        "I1", "The file with the machine's UEFI variables, or a snapshot's copy of it, does not exist."
+    ),
+    "writable-shared": Kind("I4", "An active layer has another reader, whose content would change with it."),
     "writable-frozen": Kind("I4", "QEMU has a frozen layer open for writing."),
-    "graph-differs": Kind("I5", "QEMU's chain is not the one that the store has; what changes it is refused."),
+    "graph-differs": Kind("I5", "QEMU's chain differs from the store's; changes to the disk are refused."),
     "disk-unplugged": Kind(
         "I5",
-        "QEMU has no device for a disk of the machine: snapshots are taken without it, and what would change it is"
-        " refused. A QEMU that is started has it again.",
+        "QEMU has no device for a disk of the machine: snapshots do not include it, and changes to its layers are"
+        " refused. The next start attaches it again.",
     ),
     "disk-attached": Kind(
         "I5",
-        "The guest writes to something that is no disk of the machine: it is in no snapshot, and gone after a revert.",
+        "The guest writes to a device that is no disk of the machine: no snapshot includes it, and a revert"
+        " detaches it.",
     ),
-    "operation-open": Kind(
-        "I6", "An operation was interrupted and has not been ended yet.", "It is ended as recover does."
-    ),
-    "machine-busy": Kind("I6", "Another controller works on the machine now; look again when it has ended."),
-    "worker-left": Kind("I6", "A helper QEMU is left that nobody waits for.", "It is ended."),
+    "operation-open": Kind("I6", "An interrupted operation has not been recovered yet.", "It is recovered."),
+    "machine-busy": Kind("I6", "Another controller is working on the machine; check again when it is done."),
+    "worker-left": Kind("I6", "A helper QEMU is still running without a user.", "It is ended."),
     "job-left": Kind(
-        "I6", "QEMU has a job that belongs to no open operation.", "One of ours that is over is dismissed."
+        "I6", "QEMU has a job that belongs to no open operation.", "A concluded job of qmpsnap's is dismissed."
     ),
     "node-left": Kind(
-        "I6", "QEMU has an image open that no disk of the machine reads.", "One of ours that nobody uses is closed."
+        "I6", "QEMU has an image open that no disk of the machine reads.", "An unused node of qmpsnap's is closed."
     ),
-    "guest-frozen": Kind("I10", "The guest's file systems are frozen: its programs wait.", "They are thawed."),
-    "guest-held": Kind("I10", "QEMU holds the guest: after a migration, or because a request to a disk failed."),
-    "monitor-silent": Kind("I10", "QEMU runs and does not answer; what it has open could not be looked at."),
+    "guest-frozen": Kind("I10", "The guest's file systems are frozen: its programs block.", "They are thawed."),
+    "guest-held": Kind("I10", "QEMU has paused the guest, after a migration or because a disk request failed."),
+    "monitor-silent": Kind("I10", "QEMU runs but does not answer; its open images could not be checked."),
 }
 """Every code there is; docs/reference/findings.md lists them."""
 

@@ -66,8 +66,8 @@ def check_description(text: str) -> str:
         raise UsageError("the description is not UTF-8 text") from error
     if length > MAX_DESCRIPTION:
         raise UsageError(
-            f"the description has {length} bytes, and {MAX_DESCRIPTION} are possible",
-            hint="keep the text in a file, and name that",
+            f"the description has {length} bytes, above the limit of {MAX_DESCRIPTION}",
+            hint="shorten it, or name a file with the text",
         )
     return text
 

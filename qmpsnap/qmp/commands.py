@@ -357,4 +357,4 @@ def decode(command: str, answer: object, kind: type[T]) -> T:
     try:
         return msgspec.convert(answer, kind)
     except msgspec.ValidationError as error:
-        raise QmpError(f"QEMU's answer to {command} is not of its schema: {error}", effect="none") from error
+        raise QmpError(f"QEMU's answer to {command} does not match its schema: {error}", effect="none") from error

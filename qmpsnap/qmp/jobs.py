@@ -12,6 +12,7 @@ from typing import Any, Literal
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, QemuGone, QmpError
+from qmpsnap.hint import call
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
@@ -40,18 +41,18 @@ class JobStuck(HostCannot):
     """A write of a job failed, and the job waits for what is to be done about it."""
 
     def __init__(self, job: JobId, why: str) -> None:
-        super().__init__(f"job {job} is paused: {why}; the chain is as before", effect="unknown")
-        self._what = f"{why}; the chain is as before"
+        super().__init__(f"job {job} is paused: {why}; the chain is unchanged", effect="unknown")
+        self._what = f"{why}; the chain is unchanged"
         self._job = job
 
     def tell(self, machine: str, *, waits: bool) -> None:
         """Say what to do next: the job waits in the guest's QEMU, or has ended with the worker that it ran in."""
         if waits:
-            self.message = f"job {self._job} is paused: {self._what} and the guest runs on"
-            self.hint = f"put that right, then: qmpsnap job wait {machine}; or give up: qmpsnap job cancel {machine}"
+            self.message = f"job {self._job} is paused: {self._what} and the guest keeps running"
+            self.hint = "fix that, then " + call("wait", machine) + "; or give up with " + call("cancel", machine)
         else:
             self.message = f"job {self._job} failed: {self._what}"
-            self.hint = "put that right, then try again"
+            self.hint = "fix that, then try again"
         self.machine = machine
 
 
@@ -160,7 +161,7 @@ async def follow(
         while True:
             info = await find(monitor, job, deadline=deadline)
             if info is None:
-                raise QemuGone(f"job {job} is not in QEMU any more; what became of it is not known", effect="unknown")
+                raise QemuGone(f"job {job} disappeared from QEMU; its outcome is unknown", effect="unknown")
             report(await look(info) if look else info)
             if info.status == "concluded":
                 if info.error:
@@ -176,7 +177,7 @@ async def follow(
 async def _raise_if_stuck(monitor: Monitor, job: JobId) -> None:
     for block_job in await commands.query_block_jobs(monitor):
         if block_job.device == job and block_job.io_status != "ok":
-            why = "there is no space left" if block_job.io_status == "nospace" else "a write failed"
+            why = "no space is left" if block_job.io_status == "nospace" else "a write failed"
             raise JobStuck(job, why)
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from qmpsnap.hint import call
+
 IO_ERROR = "io-error"
 """QAPI ``RunState``: a request of the guest failed in a way that QEMU pauses for (``werror``, ``rerror``)."""
 
@@ -27,9 +29,9 @@ def worded(status: str, io: Iterable[str]) -> str:
 def remedy(state: str, machine: str) -> str:
     """What lets a guest in this state run on, for a hint; empty for a state that is nobody's fault."""
     if state == NO_SPACE:
-        return f"free some space where the disks' active layers lie, then: qmpsnap resume {machine}"
+        return "free some space for the disks' active layers, then " + call("resume", machine)
     if state == FAILED:
-        return f"see to the storage of the disks' active layers, then: qmpsnap resume {machine}"
+        return "repair the storage of the disks' active layers, then " + call("resume", machine)
     if state == SUSPENDED:
-        return f"qmpsnap wakeup {machine}"
+        return call("wakeup", machine)
     return ""

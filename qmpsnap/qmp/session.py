@@ -22,6 +22,7 @@ from qemu.qmp.message import Message
 from qemu.qmp.qmp_client import GreetingError
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
+from qmpsnap.hint import call
 from qmpsnap.host.threads import completed
 from qmpsnap.qmp.dial import dial
 
@@ -94,9 +95,10 @@ class Session:
         except TimeoutError as error:
             raise DeadlinePassed(
                 f"QEMU of machine {self._machine} did not answer {command} within {deadline:g} s;"
-                " nobody can know yet whether it took effect",
-                hint=f"qmpsnap show {self._machine} tells the state once QEMU answers again;"
-                f" one that never does is ended by qmpsnap stop {self._machine} --force",
+                " whether it took effect is unknown",
+                hint=call("state", self._machine)
+                + " shows the state once QEMU answers again; if it never does, "
+                + call("stop", self._machine, force=True),
                 effect="unknown",
                 machine=self._machine,
             ) from error
@@ -109,7 +111,7 @@ class Session:
         except Exception as error:  # see `connect`
             raise QemuGone(
                 f"the monitor of machine {self._machine} closed during {command}",
-                hint=f"qmpsnap show {self._machine} tells what is left",
+                hint=call("state", self._machine) + " shows the state",
                 effect="unknown",
                 machine=self._machine,
             ) from error
@@ -160,17 +162,18 @@ async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLIN
             client, endpoint, peer = await _greeted(path, machine)
     except TimeoutError as error:
         raise DeadlinePassed(
-            f"the monitor of machine {machine} did not greet within {deadline:g} s",
-            hint=f"another command works on it (qmpsnap check {machine} tells which), another client holds its monitor,"
-            f" or QEMU hangs (qmpsnap stop {machine} --force ends it) or was stopped by a signal",
+            f"the monitor of machine {machine} sent no greeting within {deadline:g} s",
+            hint=call("check", machine)
+            + " names a command at work; else another client is connected to the monitor, or QEMU hangs: "
+            + call("stop", machine, force=True),
             machine=machine,
         ) from error
     # qemu.qmp has no type for all that a peer can make it stumble over: it asserts that nobody hangs up right after the
     # greeting, and what ends its reader comes out as it is (a line too long, bytes that are no text, JSON too deep).
     except Exception as error:
         raise QemuGone(
-            f"nobody answers on the monitor of machine {machine}",
-            hint=f"qmpsnap start {machine}",
+            f"the monitor of machine {machine} does not answer",
+            hint=call("start", machine),
             machine=machine,
         ) from error
     try:

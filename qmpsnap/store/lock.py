@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qmpsnap.errors import HostCannot, LockHeld, OperationPending
+from qmpsnap.hint import call
 from qmpsnap.host import private, storage_wait, write_errors
 from qmpsnap.host.outstanding import Cover, briefly
 from qmpsnap.model.timestamps import moment
@@ -77,13 +78,13 @@ def _acquire(path: Path, machine: str) -> int:
             os.close(descriptor)
             if hangs:
                 raise OperationPending(
-                    f"{owner} of machine {machine} has not come back: {hangs}",
-                    hint=f"once that storage answers: qmpsnap recover {machine}",
+                    f"{owner} of machine {machine} is stuck: {hangs}",
+                    hint="once that storage answers, " + call("recover", machine),
                     machine=machine,
                 ) from None
             raise LockHeld(
-                f"machine {machine} is being worked on by {owner}",
-                hint="try again once it has ended; Ctrl-C there, or kill -INT of its process, cancels it",
+                f"machine {machine} is in use by {owner}",
+                hint="try again when it has ended, or cancel it with Ctrl-C or kill -INT",
                 machine=machine,
             ) from None
         # `undefine` removes the file while it holds the lock: what we locked may no longer be what others will open.
@@ -114,7 +115,7 @@ def _require_plain(descriptor: int, path: Path, machine: str) -> None:
         return
     os.close(descriptor)
     raise HostCannot(
-        f"the lock {path} of machine {machine} is no plain file of its own",
+        f"the lock {path} of machine {machine} is not a regular file of its own",
         hint=f"remove it: {path}",
         machine=machine,
     )
@@ -133,7 +134,7 @@ def _describe(descriptor: int) -> str:
         since = moment(owner["since"])
         return f"'{owner['verb']}' (pid {owner['pid']} on {owner['host']}) since {since}"
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return "another controller that has only just begun"
+        return "another controller that has just started"
 
 
 def _hangs(descriptor: int) -> str | None:

@@ -115,13 +115,13 @@ def _flaw(path: str, *, above: bool) -> Iterator[Flaw]:
         return
     if not _is_trusted(status.st_uid, above=above):
         text = f"{path} belongs to user {_user(status.st_uid)}, with mode {stat.S_IMODE(status.st_mode):04o}"
-        remedy = f"chown {_user(os.geteuid())} {path}, if all in it is yours"
+        remedy = f"chown {_user(os.geteuid())} {path}, if all its content is yours"
         if above:
-            remedy = "have the home (QMPSNAP_HOME) where only this user and root can write"
+            remedy = "put the home (QMPSNAP_HOME) where only this user and root can write"
         yield Flaw(path, text, remedy, foreign=True, above=above)
     elif not stat.S_ISLNK(status.st_mode) and (who := _writers(path, status, above=above)):
         text = f"{path}, of user {_user(status.st_uid)} and with mode {stat.S_IMODE(status.st_mode):04o},"
-        text += f" can be written to by {who}"
+        text += f" is writable by {who}"
         bare = "chmod g-w,o-w" if who in (_EVERYBODY, _group(status.st_gid)) else "setfacl -b"
         yield Flaw(path, text, f"{bare} {path}", foreign=False, above=above)
 

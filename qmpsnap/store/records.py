@@ -170,7 +170,7 @@ class Records:
         except OSError as error:
             raise HostCannot(
                 f"{self._folder} cannot be read: {error.strerror}",
-                hint="give this user the right to read it and what is in it",
+                hint="let this user read it and the files in it",
             ) from error
         found = (self._read(self._folder / name) for name in names)
         return tuple(machine for machine in found if machine)

@@ -6,6 +6,7 @@ from qmpsnap.block.image import encrypted, header
 from qmpsnap.block.image import qemu_img as tool
 from qmpsnap.block.image.header import Header, printable
 from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.host import identity
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
@@ -39,7 +40,7 @@ async def set_backing(
         done = await tool.run(argv, deadline=deadline, late=late, effect="unknown", inherited=inherited)
         said = printable(done.stderr.decode(errors="backslashreplace").strip())
         if done.returncode or await to_end(_backing_of, descriptor, layer) != wanted:
-            raise HostCannot(f"the backing of {layer.path} was not changed: {said or 'no reason given'}")
+            raise HostCannot(f"the backing file of {layer.path} was not changed: {said or 'no reason given'}")
     finally:
         os.close(descriptor)
 
@@ -64,10 +65,11 @@ def require_size(layer: Layer, found: Header | None = None) -> None:
     found = found or header.read(layer.path, format=layer.format, block_device=True)
     if found.virtual_size != layer.virtual_size:
         raise StoreMismatch(
-            f"{printable(layer.path)} has {found.virtual_size} bytes for the guest, and {layer.virtual_size} are"
-            " recorded: it was resized behind qmpsnap",
-            hint="a disk that has grown: qmpsnap check VM --repair records the new size; else set"
-            f" {layer.virtual_size} bytes again (block_resize, or qemu-img resize of a stopped machine)",
+            f"{printable(layer.path)} has a virtual size of {found.virtual_size} bytes, the store has"
+            f" {layer.virtual_size}: another program resized it",
+            hint=call("check", "VM", repair=True)
+            + " records the size of a disk that has grown; to undo the resize, set"
+            + f" {layer.virtual_size} bytes again (block_resize, or qemu-img resize of a stopped machine)",
         )
 
 
@@ -84,7 +86,7 @@ def durable_size(layer: Layer) -> int:
         os.fsync(descriptor)
         return _header(descriptor, layer).virtual_size
     except OSError as error:
-        raise HostCannot(f"{printable(layer.path)} cannot be written out: {error.strerror}") from error
+        raise HostCannot(f"{printable(layer.path)} cannot be synced: {error.strerror}") from error
     finally:
         os.close(descriptor)
 
@@ -97,8 +99,9 @@ def _require_backing(layer: Layer, backing: Layer | None) -> None:
         os.close(descriptor)
     if found != (backing.path if backing else None):
         raise StoreMismatch(
-            f"the header of {printable(layer.path)} names {printable(found) if found else 'nothing'} as its backing,"
-            f" where {printable(backing.path) if backing else 'nothing'} is needed"
+            f"the header of {printable(layer.path)} names {printable(found) if found else 'nothing'} as its backing"
+            " file,"
+            f" instead of {printable(backing.path) if backing else 'nothing'}"
         )
 
 
@@ -119,5 +122,5 @@ def _backing_of(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
 def _header(descriptor: int, layer: Layer) -> Header:
     found = header.inspect(descriptor, path=layer.path, format=layer.format)
     if not identity.same_file(layer, found):
-        raise StoreMismatch(f"{printable(layer.path)} is another file than the one recorded; it was not touched")
+        raise StoreMismatch(f"{printable(layer.path)} is not the recorded file; it was not touched")
     return found

@@ -30,6 +30,7 @@ from qmpsnap.errors import (
     StorageHangs,
     StoreMismatch,
 )
+from qmpsnap.hint import call
 from qmpsnap.host import identity
 from qmpsnap.host.identity import FileId
 from qmpsnap.host.threads import to_end, to_read
@@ -76,8 +77,8 @@ class ImageTool(Struct, frozen=True):
         place = _check_request(path, virtual_size)
         if virtual_size < backing.virtual_size:
             raise ImageRefused(
-                f"an overlay of {virtual_size} bytes would cut {backing.virtual_size} bytes below it",
-                hint="make the overlay as large as the layer below",
+                f"an overlay of {virtual_size} bytes is smaller than its backing file of {backing.virtual_size} bytes",
+                hint="make the overlay as large as its backing file",
             )
         await to_read(_check_backing, backing, key is not None)
         if key is not None:
@@ -140,7 +141,7 @@ class ImageTool(Struct, frozen=True):
                 limit=_MAX_SAID,
             )
         except DeadlinePassed as error:
-            error.hint = error.hint or "is the disk of that folder busy or gone?"
+            error.hint = error.hint or "check whether the storage of that folder answers"
             raise
         except HostCannot as error:
             error.add(f"{shown} was not created")
@@ -205,9 +206,7 @@ class _Claim:
         except HostCannot as error:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
-            raise StateError(
-                f"{shown} exists already", hint="look at it, then move it away or choose another name"
-            ) from error.__cause__
+            raise StateError(f"{shown} exists already", hint="move it away or choose another name") from error.__cause__
 
     def finish_raw(self, virtual_size: int) -> Header:
         """Give an empty raw image its size and make it durable."""
@@ -224,11 +223,13 @@ class _Claim:
                 raise self._unexpected(error.message) from error
             wanted = (virtual_size, backing.path if backing else None, backing.format if backing else None)
             if (made.virtual_size, made.backing, made.backing_format) != wanted:
-                raise self._unexpected(f"size, backing and its format {wanted!r} were asked for")
+                raise self._unexpected(f"size, backing file and its format should be {wanted!r}")
             if made.internal_snapshots or made.dirty or made.corrupt or made.encrypted is not encrypted:
-                raise self._unexpected(f"a new image has no tags, is clean and {'' if encrypted else 'not '}encrypted")
+                raise self._unexpected(
+                    f"it should have no internal snapshots, be clean and {'' if encrypted else 'not '}encrypted"
+                )
             if os.pread(self.descriptor, made.l1_size * 8, made.l1_offset).strip(b"\0"):
-                raise self._unexpected("a new image is empty")
+                raise self._unexpected("it should be empty")
             return self._settle(made)
 
     def discard(self) -> None:
@@ -258,7 +259,7 @@ class _Claim:
         return made
 
     def _unexpected(self, what: str) -> HostCannot:
-        return HostCannot(f"qemu-img made {printable(self.path)} otherwise than asked: {what}; it was not kept")
+        return HostCannot(f"qemu-img made {printable(self.path)} not as requested: {what}; it was removed")
 
 
 @asynccontextmanager
@@ -320,14 +321,14 @@ def _check_backing(backing: Layer, encrypted: bool) -> None:  # noqa: FBT001
     """The layer below as an overlay needs it: a plain absolute name, of its format and size, encrypted as this one."""
     problem = header.backing_fault(backing.path) or ("" if backing.path.startswith("/") else "the path is not absolute")
     if problem:
-        raise ImageRefused(f"{printable(backing.path)!r} cannot be a backing: {problem}")
+        raise ImageRefused(f"{printable(backing.path)!r} cannot be a backing file: {problem}")
     found = header.read(backing.path, format=backing.format, block_device=True)
     if found.encrypted is not encrypted:
         # An overlay in plain text would hold what the guest believes to be encrypted.
         states = ("is encrypted", "is not") if found.encrypted else ("is not encrypted", "is")
         raise ImageRefused(
-            f"{printable(backing.path)} {states[0]}, and its disk {states[1]} by its spec",
-            hint="'encryption' in the spec of a disk is for all its layers; an adopted machine has no such spec",
+            f"{printable(backing.path)} {states[0]}, but its disk {states[1]} by the spec",
+            hint="a disk's 'encryption' holds for all its layers; adopted machines cannot have encrypted disks",
         )
     # An overlay of the recorded size would cut, or lengthen, the disk that the guest sees.
     require_size(backing, found)
@@ -347,10 +348,12 @@ def _remove(path: str, recorded: FileId, size: int | None) -> bool:
             if not identity.same_file(recorded, found, size=size):
                 raise StoreMismatch(
                     f"the file at {printable(path)} is not the recorded image; it was not touched",
-                    hint="move it away if it is yours; qmpsnap relocate tells what it is, should it be a copy",
+                    hint="move it away; if it is a copy of the recorded image, "
+                    + call("relocate", dry_run=True)
+                    + " compares it",
                 )
             os.unlink(name, dir_fd=folder)
-            with _translated(path, "is unlinked, but perhaps not durably", effect="unknown"):
+            with _translated(path, "was removed, but perhaps not durably", effect="unknown"):
                 os.fsync(folder)
         finally:
             os.close(folder)

@@ -47,6 +47,6 @@ async def require_key(path: str, key: int, *, qemu_img: str, deadline: float = 6
     if "Invalid password" in said:
         raise StateError(
             f"the secret does not open {printable(path)}",
-            hint="give the one that the disk was defined with",
+            hint="use the secret that the disk was defined with",
         )
     raise HostCannot(f"{printable(path)} cannot be opened: {printable(said)}")

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
 from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.hint import option
 from qmpsnap.host import identity
 from qmpsnap.model.layers.chain import MAX_LAYERS, Layer
 from qmpsnap.model.machines.spec import Format
@@ -132,21 +133,19 @@ def _require_declared(data: bytes, end: bytes, *, path: str, format: Format) -> 
     if magic == "qcow2":
         raise ImageRefused(
             f"image {shown} is declared raw but begins like a qcow2 image",
-            hint="declare it qcow2: 'format: qcow2' in a spec, nothing behind the path of adopt --image",
+            hint="declare its format as qcow2",
         )
     if magic:
         but = f"{sign} like a {magic} image" if format == "raw" else f"has no qcow2 header: it {sign} like {magic}"
         raise ImageRefused(
-            f"image {shown} is declared {format} but {but}; only qcow2 and raw images can have snapshots",
+            f"image {shown} is declared {format} but {but}; qmpsnap takes snapshots of qcow2 and raw images only",
             hint=conversion(path, magic),
         )
     if format == "qcow2":
         packer = next((unpack for bytes_, unpack in _PACKED if data.startswith(bytes_)), None)
         raise ImageRefused(
             f"image {shown} is declared qcow2 but has no qcow2 header",
-            hint=f"it is packed: {packer} {shlex.quote(shown)}"
-            if packer
-            else "if it is raw, declare that: 'format: raw' in a spec, adopt --image DISK=PATH,format=raw",
+            hint=f"unpack it: {packer} {shlex.quote(shown)}" if packer else "if it is raw, declare its format as raw",
         )
 
 
@@ -257,8 +256,8 @@ def require_few_tags(path: str | os.PathLike[str], found: Header) -> None:
     """
     if found.internal_snapshots > MAX_TAGS:
         raise ImageRefused(
-            f"image {printable(os.fspath(path))} has {found.internal_snapshots} snapshots inside, more than the"
-            f" {MAX_TAGS} that QEMU opens in any time",
+            f"image {printable(os.fspath(path))} has {found.internal_snapshots} internal snapshots, more than"
+            f" {MAX_TAGS}, which QEMU takes too long to open",
             hint=printable(f"copy it without them: qemu-img convert -O qcow2 {shlex.quote(os.fspath(path))} NEW", 2000),
         )
 
@@ -332,7 +331,7 @@ def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
     places = ", ".join(str(place) for place in allowed) or "none"
     raise ImageRefused(
         f"image {printable(path)} lies outside the allowed folders",
-        hint=f"allowed: {places}. Move the image there, or: qmpsnap define --allow DIR",
+        hint=f"move it to an allowed folder ({places}), or allow its own with " + option("folders", "DIR"),
     )
 
 

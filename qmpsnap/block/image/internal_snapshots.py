@@ -114,7 +114,7 @@ def _opened(layer: Layer) -> int:
     if identity.same_file(layer, identity.of(descriptor)):
         return descriptor
     os.close(descriptor)
-    raise StoreMismatch(f"{layer.path} is another file than the one recorded")
+    raise StoreMismatch(f"{layer.path} is not the recorded file")
 
 
 def alone(path: str) -> str:
@@ -135,7 +135,7 @@ def _copy(source: str, target: str, recorded: tuple[int, ...]) -> None:
         try:
             if not identity.same_file(FileId(*recorded), identity.of(out)):
                 Path(target).unlink()
-                raise StoreMismatch(f"{source} is another file than the one recorded")
+                raise StoreMismatch(f"{source} is not the recorded file")
             with contextlib.suppress(OSError):
                 fcntl.ioctl(into, FICLONE, out)
                 return
@@ -181,7 +181,7 @@ def _sync(target: Layer) -> Header:
 
 def _require(tag: str, inside: Collection[str], source: Layer) -> None:
     if tag not in inside:
-        raise StoreMismatch(f"{source.path} has no snapshot {tag} inside")
+        raise StoreMismatch(f"{source.path} has no internal snapshot {tag}")
 
 
 async def _inside(path: str, qemu_img: str, deadline: float) -> list[dict[str, Any]]:

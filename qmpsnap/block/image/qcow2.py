@@ -157,13 +157,13 @@ def parse(data: bytes, file_size: int, *, path: str = "image") -> Header:
 def _parse(data: bytes, file_size: int) -> Header:
     """The header, or a _Fault: first the fields that say how to read the others, then everything they point at."""
     if len(data) < _BASE.size:
-        raise _Fault("the header is cut")
+        raise _Fault("the header is truncated")
     fields = _Fields._make(_BASE.unpack_from(data))
     cluster = _check_beginning(fields, len(data))
     features, order, length = _version_3(data, cluster) if fields.version > 2 else (0, 4, _BASE.size)  # noqa: PLR2004
     start, named = fields.backing_offset, fields.backing_length
     if start and not length <= start <= cluster - min(named, cluster):
-        raise _Fault("the backing name lies outside the first cluster or inside the header")
+        raise _Fault("the backing file name is outside the first cluster or inside the header")
     extensions = _extensions(data, length, start or cluster)
     _check_features(features, extensions, fields.cluster_bits, data[104] if length > _MIN_HEADER_3 else 0)
     if order > _MAX_REFCOUNT_ORDER:
@@ -201,7 +201,7 @@ def _check_beginning(fields: _Fields, available: int) -> int:
         raise _Fault(f"a cluster of 2^{fields.cluster_bits} bytes is not possible")
     cluster: int = 1 << fields.cluster_bits
     if available < cluster:
-        raise _Fault("the header is cut: the file ends inside its first cluster")
+        raise _Fault("the header is truncated: the file ends inside its first cluster")
     return cluster
 
 
@@ -229,7 +229,7 @@ def _extensions(data: bytes, start: int, end: int) -> dict[int, bytes]:
         if length > end - offset:
             raise _Fault(f"header extension {kind:#010x} reaches past the end of the header")
         if kind in found:
-            raise _Fault(f"header extension {kind:#010x} is there twice")
+            raise _Fault(f"header extension {kind:#010x} occurs twice")
         found[kind] = data[offset : offset + length]
         offset += -(-length // 8) * 8
     raise _Fault("the header extensions do not end")
@@ -239,13 +239,13 @@ def _check_features(features: int, extensions: dict[int, bytes], cluster_bits: i
     if features & _DATA_FILE or _EXT_DATA_FILE in extensions:
         name = extensions.get(_EXT_DATA_FILE)
         raise _Fault(
-            f"its data lies in another file{f' ({printable(name)})' if name else ''}",
-            "make it one file: qemu-img convert -O qcow2",
+            f"it has an external data file{f' ({printable(name)})' if name else ''}",
+            "put the data into the image: qemu-img convert -O qcow2",
         )
     if unknown := features & ~_KNOWN:
         names = dict(_feature_names(extensions.get(_EXT_FEATURE_NAMES, b"")))
         listed = ", ".join(names.get(bit) or f"bit {bit}" for bit in range(64) if unknown >> bit & 1)
-        raise _Fault(f"it needs features that are not known here: {listed}", "a newer qmpsnap may know them")
+        raise _Fault(f"it needs features that this version does not know: {listed}", "try a newer version of qmpsnap")
     if bool(features & _COMPRESSION) != bool(compression) or compression > 1:
         raise _Fault(f"compression type {compression} is not known or not declared")
     if features & _EXTENDED_L2 and cluster_bits < _MIN_CLUSTER_BITS_EXTENDED_L2:
@@ -310,7 +310,7 @@ def _check_table(what: str, offset: int, length: int, *, limit: int, cluster: in
     if length > limit:
         raise _Fault(f"a {what} of {length} bytes is more than the possible {limit}")
     if offset % cluster or offset < cluster:
-        raise _Fault(f"the {what} begins at byte {offset}, which is no cluster of its own")
+        raise _Fault(f"the {what} begins at byte {offset}, inside another cluster")
     if offset + length > end:
         raise _Fault(f"the {what} lies beyond the end of the file")
 
@@ -321,11 +321,11 @@ def _backing(raw: bytes) -> str | None:
     try:
         name = raw.decode()
     except UnicodeDecodeError:
-        raise _Fault(f"its backing name {printable(raw)} is not UTF-8") from None
+        raise _Fault(f"its backing file name {printable(raw)} is not UTF-8") from None
     if problem := backing_fault(name):
         raise _Fault(
-            f"its backing name {printable(name)!r} is not allowed: {problem}",
-            "give it a plain path: qemu-img rebase -u -F FORMAT -b PATH IMAGE",
+            f"its backing file name {printable(name)!r} is not allowed: {problem}",
+            "record a plain path: qemu-img rebase -u -F FORMAT -b PATH IMAGE",
         )
     return name
 
@@ -334,5 +334,5 @@ def _backing_format(raw: bytes | None) -> str | None:
     if not raw:
         return None
     if len(raw) > _MAX_FORMAT_NAME or not raw.isascii() or not raw.decode("ascii").isprintable():
-        raise _Fault(f"its backing format {printable(raw, 40)!r} is no format name")
+        raise _Fault(f"its backing format {printable(raw, 40)!r} is not a format name")
     return raw.decode("ascii")

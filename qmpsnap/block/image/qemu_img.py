@@ -7,6 +7,7 @@ import anyio
 from anyio.abc import ByteReceiveStream, Process
 
 from qmpsnap.errors import DeadlinePassed, Effect, HostCannot
+from qmpsnap.hint import call
 from qmpsnap.host import storage_wait
 from qmpsnap.host.outstanding import LOOK, storage_hangs
 from qmpsnap.host.programs import running
@@ -66,7 +67,9 @@ async def run(
     except TimeoutError as error:
         raise DeadlinePassed(late, effect=effect) from error
     except OSError as error:
-        raise HostCannot(f"{argv[0]} cannot be run: {error.strerror}", hint="see qmpsnap doctor") from error
+        raise HostCannot(
+            f"{argv[0]} cannot be run: {error.strerror}", hint=call("doctor") + " shows what is missing"
+        ) from error
     except BaseExceptionGroup as group:
         raise _first(group) from group.__cause__
     return subprocess.CompletedProcess(argv, code, said["out"], said["err"])

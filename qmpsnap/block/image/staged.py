@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.hint import option
 from qmpsnap.host import identity
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.host.identity import FileId, same_file
@@ -71,8 +72,8 @@ def require_folder(path: str) -> None:
     folder = Path(path).parent
     if not folder.is_dir():
         raise HostCannot(
-            f"{printable(str(folder))} is not there, from where {printable(path)} is to be removed",
-            hint="mount its file system, or make the folder again",
+            f"{printable(path)} cannot be removed: there is no folder {printable(str(folder))}",
+            hint="mount its file system or create the folder",
             effect="unknown",
         )
 
@@ -109,7 +110,7 @@ def _put(part: str, path: str, file: FileId) -> None:
     except OSError as error:
         hint = ""
         if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-            hint = "that file system has no hard links: make the image yourself and use --reuse"
+            hint = "that file system has no hard links: create the image yourself, then use " + option("reuse")
         raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}", hint=hint) from error
 
 
@@ -117,7 +118,7 @@ def taken(path: str) -> StateError:
     """Something is at a name that should be free."""
     return StateError(
         f"{printable(path)} exists already",
-        hint="choose another name, or --reuse to overwrite that image",
+        hint="choose another name, or overwrite that image with " + option("reuse"),
     )
 
 
@@ -126,13 +127,13 @@ def _make_durable(path: str, file: FileId) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             if not same_file(file, identity.of(descriptor)):
-                raise StoreMismatch(f"{printable(path)} is another file by now", effect="unknown")
+                raise StoreMismatch(f"{printable(path)} was replaced by another file", effect="unknown")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
         sync_folder(Path(path).parent)
     except OSError as error:
-        raise HostCannot(f"{printable(path)} cannot be written out: {error.strerror}", effect="unknown") from error
+        raise HostCannot(f"{printable(path)} cannot be synced: {error.strerror}", effect="unknown") from error
 
 
 def _discard(path: str, file: FileId) -> bool:

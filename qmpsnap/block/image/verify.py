@@ -47,7 +47,7 @@ async def give_back(layer: Layer, *, qemu_img: str, key: int | None = None, dead
     if verdict == "leaks":
         await _run(layer, ["-r", "leaks"], qemu_img=qemu_img, key=key, deadline=deadline, effect="unknown")
     elif verdict != "whole":
-        raise StateError(f"the leaked clusters of {layer.path} are left as they are: {said}")
+        raise StateError(f"the leaked clusters of {layer.path} were not reclaimed: {said}")
 
 
 async def _run(

@@ -13,8 +13,8 @@ from qmpsnap.model.layers.chain import Layer
 
 _WHY: Final = {
     errno.EROFS: ("its file system is mounted read-only", "mount it writable"),
-    errno.EPERM: ("it is immutable or append-only", "lsattr shows it, chattr -i or -a takes it away"),
-    errno.ETXTBSY: ("the kernel uses it, as swap or as a program that runs", "end that use"),
+    errno.EPERM: ("it is immutable or append-only", "remove the flag that lsattr shows: chattr -i or chattr -a"),
+    errno.ETXTBSY: ("it is in use as swap or as a running program", "end that use"),
     errno.EAGAIN: ("another process holds a lease on it", "end that process"),
 }
 _FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -47,14 +47,13 @@ def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: 
         os.close(descriptor)
     if found.corrupt:
         raise StateError(
-            f"{printable(layer.path)} is marked corrupt, so that QEMU does not write to it",
-            hint=f"qemu-img check {printable(layer.path)} tells what is damaged; copy what can be read before a repair",
+            f"{printable(layer.path)} is marked corrupt, and QEMU refuses to write to it",
+            hint=f"qemu-img check {printable(layer.path)} shows the damage; copy the image before any repair",
         )
     if found.virtual_size < size and (is_device or (found.version < 3 and found.internal_snapshots)):  # noqa: PLR2004
         kind = "a device" if is_device else "qcow2 of version 2 with snapshots inside"
         raise HostCannot(
-            f"{printable(layer.path)} has {found.virtual_size} bytes and would need {size}, and"
-            f" QEMU cannot lengthen {kind}"
+            f"{printable(layer.path)} has {found.virtual_size} bytes and needs {size}, but QEMU cannot grow {kind}"
         )
     if not shared and _is_refused(layer, writing=True):
         raise _held(layer)
@@ -99,7 +98,9 @@ def _cannot(layer: Layer, error: OSError, *, what: str = "written to") -> Qmpsna
 
 def _held(layer: Layer) -> StateError:
     for found in users.look([layer.path], readers=True).users.values():
-        return ImageInUse(f"{printable(layer.path)} {found.does} {found.who}", hint="end it, then try again")
+        return ImageInUse(
+            f"{printable(layer.path)} {found.does} {found.who}", hint="end that process, then try again"
+        )
     return StateError(
         f"another process has {printable(layer.path)} open",
         hint=f"end that process: fuser -v {printable(layer.path)} names it",

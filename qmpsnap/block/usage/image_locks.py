@@ -54,9 +54,7 @@ def _asked(path: str, places: Iterable[tuple[int, int]]) -> bool:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return False
-        raise HostCannot(
-            f"whether {printable(path)} is open in another process cannot be told: {error.strerror}"
-        ) from error
+        raise HostCannot(f"the image locks of {printable(path)} cannot be read: {error.strerror}") from error
 
 
 def held(descriptor: int, which: tuple[int, int]) -> bool:

@@ -16,6 +16,7 @@ import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot
+from qmpsnap.hint import call
 from qmpsnap.host import private
 from qmpsnap.host.programs import running
 from qmpsnap.machine.starting.argv import TSC_KHZ
@@ -46,11 +47,11 @@ async def choose(accel: Accel, *, qemu: str, cache: Path, user: RunAs | None = N
         user: whom QEMU runs as, None for this user.
     """
     if accel != "auto":
-        return Choice(accel, "the spec asks for it")
+        return Choice(accel, "the spec requests it")
     if reason := kvm_obstacle(user=user):
         return Choice("tcg", reason)
     if await _kvm_runs(qemu, cache, user):
-        return Choice("kvm", "the CPU has the flag and a virtual CPU ran")
+        return Choice("kvm", "the CPU has the flag and a test virtual CPU ran")
     return Choice("tcg", f"no virtual CPU ran under KVM within {PROBE_DEADLINE:g} s")
 
 
@@ -59,12 +60,12 @@ def kvm_obstacle(*, device: Path = KVM, cpuinfo: Path = CPUINFO, user: RunAs | N
     if not device.exists():
         return f"{device} is missing"
     if not os.access(device, os.R_OK | os.W_OK):
-        return f"{device} may not be opened by this user"
+        return f"{device} cannot be opened by this user"
     if user and (remedy := obstacle(user, str(device), write=True)):
-        return f"{device} may not be opened by user {user.name}, as whom QEMU runs: {remedy}"
+        return f"{device} cannot be opened by QEMU's user {user.name}: {remedy}"
     flags = {word for line in cpuinfo.read_text().splitlines() if line.startswith("flags") for word in line.split()}
     if not flags & {"vmx", "svm"}:
-        return f"{device} is there, but the CPU shows neither vmx nor svm"
+        return f"{device} exists, but the CPU has neither vmx nor svm"
     return ""
 
 
@@ -108,5 +109,5 @@ async def vcpu_runs(accel: str, *, qemu: str, deadline: float = PROBE_DEADLINE, 
             with anyio.move_on_after(deadline), contextlib.suppress(anyio.EndOfStream):
                 return process.stdout is not None and bool(await process.stdout.receive(1))
     except OSError as error:
-        raise HostCannot(f"{qemu} cannot be run: {error}", hint="see qmpsnap doctor") from error
+        raise HostCannot(f"{qemu} cannot be run: {error}", hint=call("doctor") + " shows what is missing") from error
     return False

@@ -74,15 +74,15 @@ class RunAs(Struct, frozen=True):
             entry = pwd.getpwuid(int(wanted)) if wanted.isascii() and wanted.isdigit() else pwd.getpwnam(wanted)
         except (KeyError, OverflowError, ValueError):
             raise UsageError(
-                f"{VARIABLE} names user {wanted[:80]!r}, whom this host does not have",
-                hint="adduser --system --group --no-create-home NAME makes one",
+                f"{VARIABLE} names user {wanted[:80]!r}, who does not exist on this host",
+                hint="create the user: adduser --system --group --no-create-home NAME",
             ) from None
         if entry.pw_uid == os.geteuid() != 0:
             return None
         if os.geteuid() != 0:
             raise UsageError(f"only root can run QEMU as another user ({VARIABLE})", hint=f"unset {VARIABLE}")
         if entry.pw_uid == 0:
-            raise UsageError(f"{VARIABLE} names root, which is no user of QEMU's own", hint=f"unset {VARIABLE}")
+            raise UsageError(f"{VARIABLE} names root, which gives QEMU no user of its own", hint=f"unset {VARIABLE}")
         groups = {group for group in os.getgrouplist(entry.pw_name, entry.pw_gid) if group != 0}
         return cls(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(sorted(groups)))
 
@@ -162,7 +162,7 @@ def require_access(user: RunAs, path: str, *, machine: str, write: bool = False)
     """
     if remedy := obstacle(user, path, write=write):
         raise HostCannot(
-            f"user {user.name}, as whom QEMU is to run ({VARIABLE}), may not {'write to' if write else 'read'} {path},"
+            f"QEMU's user {user.name} ({VARIABLE}) has no permission to {'write' if write else 'read'} {path},"
             f" which machine {machine} needs",
             hint=remedy,
             machine=machine,
@@ -183,7 +183,7 @@ def admit(path: str | os.PathLike[str], user: int, wanted: int) -> None:
             os.close(descriptor)
     except OSError as error:
         raise HostCannot(
-            f"user {user}, as whom QEMU runs ({VARIABLE}), cannot be let at {path}: {error.strerror}",
+            f"QEMU's user {user} ({VARIABLE}) cannot be given access to {path}: {error.strerror}",
             hint="keep the home and its images on a file system with POSIX access control lists (ext4, XFS, btrfs)",
         ) from error
 
@@ -290,7 +290,7 @@ def make_private(path: Path, what: str) -> None:
         rights = acl.rights(str(path), status.st_mode)
     except OSError as error:
         why, remedy = write_errors.reason(path, error)
-        raise HostCannot(f"the {what} {path} cannot be made: {why}", hint=remedy) from error
+        raise HostCannot(f"the {what} {path} cannot be created: {why}", hint=remedy) from error
     # A user who is named there is the one that a QEMU of ours runs as, or has run.
     others = rights.beyond(frozenset(rights.users))
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or others:
@@ -327,7 +327,7 @@ def prepare_folder(folder: Path, user: RunAs | None, files: Sequence[str], *, lo
         )  # ours: we cut it
         admit(folder / log, user.uid, acl.READ | acl.WRITE)
     except OSError as error:
-        raise HostCannot(f"the run folder {folder} cannot be made ready: {error.strerror}") from error
+        raise HostCannot(f"the run folder {folder} cannot be prepared: {error.strerror}") from error
     admit(folder, user.uid, acl.READ | acl.WRITE | acl.ENTER)
 
 

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
+from qmpsnap.hint import call
 from qmpsnap.host import private
 from qmpsnap.machine.qemu import LAUNCH_DEADLINE, end_launch, start
 from qmpsnap.machine.starting.argv import QMP_SOCKET
@@ -122,7 +123,9 @@ async def interrogate(qemu: str, *, user: RunAs | None = None) -> Abilities:
             rights = Privileges.bare(user)
             first, abilities = await start(argv, run_dir, machine="(probe)", ask=question, rights=rights)
         except QemuGone as error:
-            raise HostCannot(f"{qemu} does not start: {error.message}", hint="see qmpsnap doctor") from error
+            raise HostCannot(
+                f"{qemu} does not start: {error.message}", hint=call("doctor") + " shows what is missing"
+            ) from error
         await end_launch(first, argv, run_dir)
         return abilities
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
+from qmpsnap.hint import call
 from qmpsnap.host import write_errors
 from qmpsnap.machine.starting import surroundings
 from qmpsnap.machine.starting.argv import PID_FILE
@@ -67,7 +68,7 @@ def spawn(
         descriptor = os.open(log, _NEW_LOG, 0o600)
     except OSError as error:
         what, remedy = write_errors.reason(log.parent, error)
-        raise HostCannot(f"{log} cannot be made: {what}", hint=remedy) from error
+        raise HostCannot(f"{log} cannot be created: {what}", hint=remedy) from error
     try:
         os.fchmod(descriptor, 0o600)  # whatever the umask
 
@@ -89,7 +90,7 @@ def spawn(
         child = rights.start(begin, argv[0])
         surroundings.raise_limits(child.pid)
     except OSError as error:
-        raise HostCannot(f"{argv[0]} cannot be run: {error}", hint="see qmpsnap doctor") from error
+        raise HostCannot(f"{argv[0]} cannot be run: {error}", hint=call("doctor") + " shows what is missing") from error
     finally:
         os.close(descriptor)
     for ended in [pid for pid, known in _children.items() if pid != child.pid and known.poll() is not None]:

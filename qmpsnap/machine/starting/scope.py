@@ -109,5 +109,5 @@ def warning(machine: str, process: Process) -> str:
     where = group(process) or "unknown"
     return (
         f"QEMU of machine {machine} has no scope of its own and may end with the session or unit that started it"
-        f" (control group {where}); qmpsnap doctor says why"
+        f" (control group {where})"
     )

@@ -67,9 +67,10 @@ def require_room(chains: Iterable[Chain], *, machine: str) -> None:
     for chain in chains:
         if hard not in (resource.RLIM_INFINITY, -1) and chain.active.virtual_size > hard:
             raise HostCannot(
-                f"no file may have more than {hard} bytes here, and disk {chain.disk} of machine {machine} has"
-                f" {chain.active.virtual_size}: the guest's writes beyond would fail",
+                f"disk {chain.disk} of machine {machine} has {chain.active.virtual_size} bytes, above the file size"
+                " limit of"
+                f" {hard}: the guest's writes beyond it would fail",
                 hint="raise the hard limit (ulimit -Hf; 'fsize' in /etc/security/limits.conf, LimitFSIZE= of a unit)"
-                " and log in anew",
+                " and log in again",
                 machine=machine,
             )

@@ -6,6 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import NotFoundError
+from qmpsnap.hint import call
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import LayerId
 
@@ -75,7 +76,9 @@ class Chain(Struct, frozen=True):
         for layer in self.layers:
             if layer.id == layer_id:
                 return layer
-        raise NotFoundError(f"disk {self.disk} has no layer {layer_id} in its chain", hint="see qmpsnap chain VM")
+        raise NotFoundError(
+            f"disk {self.disk} has no layer {layer_id} in its chain", hint=call("chains", "VM") + " lists the layers"
+        )
 
     def with_overlay(self, overlay: Layer) -> Self:
         """The chain after ``overlay`` became active on top of today's active layer."""

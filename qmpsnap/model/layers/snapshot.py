@@ -6,6 +6,7 @@ from typing import Literal
 from msgspec import Struct
 
 from qmpsnap.errors import NotFoundError
+from qmpsnap.hint import call
 from qmpsnap.model.layers.vmstate import Hardware, Inside, Vmstate
 from qmpsnap.model.names import LayerId, OperationId
 
@@ -43,7 +44,7 @@ class Outside(Struct, frozen=True):
     def sentence(self) -> str:
         """What to say of it."""
         if self.file is None:
-            return f"disk {self.name} is not attached to the guest now"
+            return f"disk {self.name} is not attached to the guest"
         return f"the guest also writes to {self.name} ({self.file}), which is no disk of the machine"
 
 
@@ -107,7 +108,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         if not self.hardware or not self.hardware.is_confined:
             return ""
         version = ".".join(self.hardware.qemu_version.split(".")[:2])
-        return f"this memory can only be loaded by QEMU {version}: CPU {self.hardware.cpu} is another one in the next"
+        return f"only QEMU {version} can load this memory: other versions have another CPU {self.hardware.cpu}"
 
     def point(self, disk: str) -> Point | None:
         """The point of that disk, or None when the snapshot does not include it."""
@@ -125,6 +126,6 @@ def require_snapshot(snapshots: Iterable[Snapshot], name: str, *, machine: str) 
             return snapshot
     raise NotFoundError(
         f"machine {machine} has no snapshot {name!r}",
-        hint=f"qmpsnap snapshot list {machine}",
+        hint=call("snapshots", machine) + " lists them",
         machine=machine,
     )

@@ -141,8 +141,8 @@ def differences(saved: Hardware, now: Hardware) -> tuple[str, ...]:
         found.append(f"QEMU {saved.qemu_version}, now the older {now.qemu_version}")
     elif saved.is_confined and version_of(now.qemu_version)[:2] != version_of(saved.qemu_version)[:2]:
         found.append(f"CPU {saved.cpu} of QEMU {saved.qemu_version}, now of {now.qemu_version}")
-    gone = [f"device {line!r}, now not there" for line in saved.devices if line not in now.devices]
-    new = [f"no device {line!r}, now there" for line in now.devices if line not in saved.devices]
+    gone = [f"device {line!r}, now missing" for line in saved.devices if line not in now.devices]
+    new = [f"no device {line!r}, now present" for line in now.devices if line not in saved.devices]
     if not gone and not new and saved.devices != now.devices:
         new = ["devices in another order"]
     return (*found, *gone, *new)

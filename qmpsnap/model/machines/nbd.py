@@ -68,6 +68,6 @@ def parse(uri: str) -> NbdExport:
 
 def _refuse(uri: str) -> NoReturn:
     raise UsageError(
-        f"{uri!r} names no NBD export",
-        hint="nbd://host:port/export, or nbd+unix:///export?socket=/absolute/path",
+        f"{uri!r} is not the URI of an NBD export",
+        hint="write nbd://host:port/export, or nbd+unix:///export?socket=/absolute/path",
     )

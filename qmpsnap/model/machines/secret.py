@@ -28,7 +28,7 @@ class Secret:
         if not LEAST <= len(value) <= MOST:
             problem = f"has {len(value) if len(value) <= MOST else 'more'} bytes; {LEAST} to {MOST} are possible"
         elif b"\0" in value:
-            problem = "holds a zero byte"
+            problem = "contains a zero byte"
         else:
             try:
                 value.decode()
@@ -37,7 +37,7 @@ class Secret:
         if problem:
             raise UsageError(
                 f"{what} {problem}",
-                hint="make a random one: (umask 077; head -c 32 /dev/urandom | base64 -w0 > FILE)",
+                hint="create a random one: (umask 077; head -c 32 /dev/urandom | base64 -w0 > FILE)",
             ) from None
         self._value = value
 

@@ -55,6 +55,6 @@ def _of_disks(before: Recorded, after: Recorded) -> Iterator[str]:
         if not layers or not old or layers[-1][0] != old[-1][0]:
             yield f"disk {disk} writes to layer {layers[-1][0] if layers else 'none'}"
         elif [layer for layer, _ in layers] != [layer for layer, _ in old]:
-            yield f"disk {disk} has other layers"
+            yield f"the layers of disk {disk} changed"
         elif layers != old:
-            yield f"a layer of disk {disk} was lengthened"
+            yield f"a layer of disk {disk} has grown"

@@ -6,6 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import LayersCircular, NotFoundError
+from qmpsnap.hint import call
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
@@ -44,7 +45,7 @@ class Forest(Struct, frozen=True):
         """
         if found := self.layers.get(layer):
             return found
-        raise NotFoundError(f"there is no layer {layer}", hint="see qmpsnap chain VM")
+        raise NotFoundError(f"there is no layer {layer}", hint=call("chains", "VM") + " lists the layers")
 
     def chain(self, disk: str, top: LayerId) -> Chain:
         """The layers from ``top`` down to its base, as a chain."""
@@ -153,7 +154,7 @@ def based(found: Iterable[Layer]) -> tuple[Layer, ...]:
     layers = tuple(found)
     if len(layers) > len({layer.id for layer in layers}):
         raise LayersCircular(
-            f"the store has it that layer {layers[-1].id} reads itself, by way of those below it",
-            hint="qmpsnap check --rebuild makes the store again from the images, or put a copy back in its place",
+            f"the store records layer {layers[-1].id} as its own backing file, directly or through others",
+            hint="put a copy of the store back, or rebuild it from the images: " + call("rebuild"),
         )
     return layers

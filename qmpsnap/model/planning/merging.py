@@ -6,6 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
+from qmpsnap.hint import call
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.names import LayerId
@@ -42,8 +43,8 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     into, highest = chain.layers[low], chain.layers[high]
     if not into.owned:
         raise StateError(
-            f"layer {into.id} ({into.path}) was not made by qmpsnap and is never written to",
-            hint=f"qmpsnap stream {at.machine} {chain.disk} merges the other way",
+            f"layer {into.id} ({into.path}) was not created by qmpsnap and is never written to",
+            hint=call("stream", at.machine, chain.disk) + " merges upwards instead",
             machine=at.machine,
         )
     for layer, above in zip(chain.layers[low:high], chain.layers[low + 1 : high + 1], strict=True):
@@ -52,7 +53,7 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     live = at.running and _in_live(at, chain.disk, highest.id)
     job_chain = at.live[chain.disk] if live else at.forest.chain(chain.disk, highest.id)
     readers = at.forest.children(top)
-    _refuse_strangers(at, chain.disk, top, "whose images would have to be rewritten")
+    _refuse_strangers(at, chain.disk, top, "whose images would have to change")
     rebased = tuple(child for child in readers if child.id not in job_chain.ids)
     _refuse_headers(at, chain.disk, top, readers)
     _refuse_busy(at, chain.disk, {*chain.ids[low : high + 1], *(child.id for child in readers)}, live=live)
@@ -105,16 +106,16 @@ def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) 
     target, between = chain.layers[high], chain.layers[low + 1 : high]
     if not between:
         raise StateError(
-            f"nothing lies between layer {into} and {base or 'the bottom'} of disk {chain.disk}",
+            f"there is no layer between {into} and {base or 'the bottom'} of disk {chain.disk}",
             machine=at.machine,
         )
     if not target.owned:
         raise StateError(
-            f"layer {into} ({target.path}) was not made by qmpsnap and is never written to",
-            hint=f"qmpsnap snapshot create {at.machine} puts a layer of ours on it, which can absorb it",
+            f"layer {into} ({target.path}) was not created by qmpsnap and is never written to",
+            hint=call("snapshot", at.machine) + " puts an overlay on it, which can absorb it",
             machine=at.machine,
         )
-    _refuse_strangers(at, chain.disk, into, "which would see its file written to")
+    _refuse_strangers(at, chain.disk, into, "and writing to it would change that machine")
     _refuse_tags(at, chain.disk, into)
     live = at.running and _in_live(at, chain.disk, into)
     _refuse_busy(at, chain.disk, {into}, live=live)
@@ -283,8 +284,8 @@ def _refuse_readers(at: Situation, disk: str, layer: Layer, above: Layer) -> Non
     """Refuse when anybody but the layer above and this machine's own snapshots reads ``layer``."""
     if others := at.forest.readers(layer.id, but_layer=above.id, but_snapshots_of=at.machine):
         raise StateError(
-            f"layer {layer.id} of disk {disk} would change, and it is read by {'; '.join(others)}",
-            hint=f"qmpsnap stream {at.machine} {disk} merges without harming anybody",
+            f"layer {layer.id} of disk {disk} would change, but it is read by {'; '.join(others)}",
+            hint=call("stream", at.machine, disk) + " merges without changing it",
             machine=at.machine,
         )
 
@@ -294,7 +295,7 @@ def _refuse_strangers(at: Situation, disk: str, layer: LayerId, consequence: str
     if strangers := sorted(at.forest.machines_above(layer) - {at.machine}):
         raise StateError(
             f"layer {layer} of disk {disk} is read by machine {', '.join(strangers)}, {consequence}",
-            hint=f"qmpsnap snapshot create {at.machine} freezes the disk under a layer that nobody shares",
+            hint=call("snapshot", at.machine) + " puts an overlay of its own on the disk",
             machine=at.machine,
         )
 
@@ -303,9 +304,9 @@ def _refuse_tags(at: Situation, disk: str, layer: LayerId) -> None:
     """Refuse to give another backing to an image with snapshots inside: they read it, too."""
     if inside := sorted({r.snapshot for r in at.forest.references_to(layer) if r.tag}):
         raise StateError(
-            f"layer {layer} of disk {disk} has snapshot {', '.join(inside)} inside, which reads the layers below as"
-            " they are",
-            hint=f"delete it, or freeze the layer first: qmpsnap snapshot create {at.machine}",
+            f"layer {layer} of disk {disk} holds internal snapshot {', '.join(inside)}, which needs the layers below"
+            " unchanged",
+            hint="delete that snapshot, or put an overlay on the layer: " + call("snapshot", at.machine),
             machine=at.machine,
         )
 
@@ -314,9 +315,9 @@ def _refuse_headers(at: Situation, disk: str, top: LayerId, readers: Sequence[La
     """Refuse when a layer that must name another backing is not ours."""
     if foreign := [f"layer {layer.id} ({layer.path})" for layer in readers if not layer.owned]:
         raise StateError(
-            f"layer {top} of disk {disk} would go, and it is read by {'; '.join(foreign)}, which was not made by"
-            " qmpsnap",
-            hint=f"qmpsnap stream {at.machine} {disk} merges without harming anybody",
+            f"layer {top} of disk {disk} would be removed, but it is read by {'; '.join(foreign)}, which qmpsnap did"
+            " not create",
+            hint=call("stream", at.machine, disk) + " merges without removing it",
             machine=at.machine,
         )
 
@@ -328,7 +329,7 @@ def _refuse_busy(at: Situation, disk: str, touched: Collection[LayerId], *, live
     for other, chain in at.live.items():
         if shared := [layer for layer in chain.ids if layer in touched and not (live and other == disk)]:
             raise StateError(
-                f"layer {shared[0]} of disk {disk} would change, and the guest has it open as another disk, {other}",
+                f"layer {shared[0]} of disk {disk} would change, but the guest has it open as disk {other}, too",
                 hint=f"try again while {at.machine} is stopped",
                 machine=at.machine,
             )

@@ -10,6 +10,7 @@ from typing import NoReturn
 from msgspec import Struct
 
 from qmpsnap.errors import OperationPending, StateError
+from qmpsnap.hint import call
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import (
@@ -56,7 +57,7 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
     mine = uses(plan, forest)
     if gone := [name for name in _needed(plan) if name not in forest.layers]:
         raise StateError(
-            f"layer {gone[0]}, on which machine {machine} was to be built, is not there any more",
+            f"layer {gone[0]}, a base of machine {machine}, was removed meanwhile",
             hint="try again",
             machine=machine,
         )
@@ -64,14 +65,14 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
         names = _names([layer])
         if names & mine.changes and (strangers := sorted(forest.machines_above(layer.id) - {machine})):
             raise StateError(
-                f"layer {layer.id} ({layer.path}) would change, and machine {', '.join(strangers)} reads it by now",
-                hint="try again: what can be done without it is planned anew",
+                f"layer {layer.id} ({layer.path}) would change, but machine {', '.join(strangers)} reads it meanwhile",
+                hint="try again: a new plan leaves that layer alone",
                 machine=machine,
             )
         if names & mine.reads and (writers := [w.machine for w in forest.writers_of(layer.id) if w.machine != machine]):
             raise StateError(
-                f"machine {machine} would read {layer.path}, which machine {writers[0]} writes to by now",
-                hint=f"qmpsnap snapshot create {writers[0]} first, then use the layer that it freezes",
+                f"machine {machine} would read {layer.path}, but machine {writers[0]} writes to it meanwhile",
+                hint="use the layer that this freezes: " + call("snapshot", writers[0]),
                 machine=machine,
             )
     for other in others:
@@ -172,10 +173,12 @@ def _names(layers: Iterable[Layer]) -> frozenset[Name]:
 def _refuse(machine: str, other: Operation, both: frozenset[Name], *, reads: bool) -> NoReturn:
     what = max((name for name in both if isinstance(name, str)), key=len, default="a file of it")  # the path, if one
     does = "is about to read" if reads else "changes"
-    wait = "" if isinstance(other.plan, DefinePlan) else f"qmpsnap job wait {other.machine}; or, if nobody does it: "
+    end: str = call("recover", other.machine)
+    if not isinstance(other.plan, DefinePlan):
+        end = call("wait", other.machine) + " if it is still at work, else " + end
     raise OperationPending(
-        f"operation {other.id} ({other.verb}) on machine {other.machine} has not ended and {does} {what};"
+        f"operation {other.id} ({other.verb}) on machine {other.machine} is still open and {does} {what};"
         f" nothing of machine {machine} was changed",
-        hint=f"{wait}qmpsnap recover {other.machine}",
+        hint=end,
         machine=machine,
     )

@@ -10,6 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError
+from qmpsnap.hint import call
 from qmpsnap.host.outstanding import briefly
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
@@ -76,7 +77,7 @@ class SqliteStore:
                     rows.machine_id(sql, name)
                 except NotFoundError as error:
                     if self.remembered(name):
-                        error.hint = "it was defined, and this store does not know it: qmpsnap check --rebuild"
+                        error.hint = "it was defined, but this store lacks it: " + call("rebuild")
                     raise
         return rows.read_machine(row)
 
@@ -104,7 +105,7 @@ class SqliteStore:
         with self._database.reading() as sql:
             found = self._layers(sql, [layer])
         if not found:
-            raise NotFoundError(f"there is no layer {layer}", hint="see qmpsnap chain VM")
+            raise NotFoundError(f"there is no layer {layer}", hint=call("chains", "VM") + " lists the layers")
         return found[0]
 
     def layer_at(self, path: str) -> Layer | None:
@@ -192,7 +193,7 @@ class SqliteStore:
             named = sql.execute(queries.NAMED, (number, number)).fetchall()
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             for operation in journal.select(sql, machine, only_open=True):
-                journal.mark(sql, operation.id, "failed", error="given up: its machine was forgotten")
+                journal.mark(sql, operation.id, "failed", error="given up: its machine was undefined")
             sql.execute("DELETE FROM machine WHERE id = ?", (number,))
             gone: list[Layer] = []
             # From the top down: a layer is the machine's alone once nothing above it, no disk and no point needs it.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.host import write_errors
 from qmpsnap.store.sqlite import durability, schema
 
@@ -135,8 +136,7 @@ class Database:
                 self._harden(None)
         except OSError as error:
             raise HostCannot(
-                f"the store {self._path} has changes that may not have reached the disk, and they cannot be written"
-                f" out: {error}",
+                f"the store {self._path} has changes that may not have reached the disk and cannot be synced: {error}",
                 hint=write_errors.reason(self._path.parent, error).remedy,
             ) from error
         self._inherited = False
@@ -157,9 +157,9 @@ class Database:
             self.connection.close()
             why = error.message if isinstance(error, QmpsnapError) else error  # its own effect is not this one's
             raise HostCannot(
-                f"the store {self._path} could not write a change out to the disk ({self._doubt}), nor what is there"
-                f" now ({why}): whether the change is recorded is not known",
-                hint="look at the disk (dmesg); the next command finds out once it can be written to",
+                f"the store {self._path} could not sync a change to the disk ({self._doubt}), nor its present state"
+                f" ({why}): whether the change is recorded is unknown",
+                hint="check the disk (dmesg); the next command finds out once the disk is writable",
                 effect="unknown",
             ) from self._doubt
         self._doubt, self._barred, self._inherited = None, None, False
@@ -195,8 +195,8 @@ class Database:
             ) from error
         except sqlite3.IntegrityError as error:
             raise StoreMismatch(
-                f"the store {self._path} holds something that this change contradicts: {error}",
-                hint="another command may have recorded the same a moment ago: try again",
+                f"the store {self._path} contradicts this change: {error}",
+                hint="try again: another command may have recorded the same",
             ) from error
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from error
@@ -204,7 +204,7 @@ class Database:
     def _damaged(self, error: sqlite3.Error) -> StoreMismatch:
         return StoreMismatch(
             f"the store {self._path} is damaged: {error}",
-            hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
+            hint="put a copy of it back, or rebuild it from the images: " + call("rebuild"),
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
+from qmpsnap.hint import call
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations import outcome, steps
 from qmpsnap.model.operations.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
@@ -33,8 +34,8 @@ def open_operation(
     """
     if pending := select(connection, machine, only_open=True):
         raise OperationPending(
-            f"operation {pending[0].id} ({pending[0].verb}) on machine {machine} has not ended",
-            hint=f"qmpsnap recover {machine}",
+            f"operation {pending[0].id} ({pending[0].verb}) on machine {machine} is still open",
+            hint=call("recover", machine),
             machine=machine,
             operation=str(pending[0].id),
         )

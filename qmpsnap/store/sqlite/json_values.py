@@ -5,6 +5,7 @@ from typing import Any, TypeVar, overload
 import msgspec
 
 from qmpsnap.errors import StoreMismatch
+from qmpsnap.hint import call
 
 T = TypeVar("T")
 
@@ -27,6 +28,6 @@ def decoded(text: str | bytes, kind: Any = Any) -> Any:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
         raise StoreMismatch(
-            f"the store holds a value that no qmpsnap has written: {error}",
-            hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
+            f"the store holds an invalid value: {error}",
+            hint="put a copy of it back, or rebuild it from the images: " + call("rebuild"),
         ) from error

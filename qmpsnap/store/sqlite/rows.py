@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from qmpsnap.errors import NameTaken, NotFoundError
+from qmpsnap.hint import call
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.record import Consent, Machine, Process
@@ -39,7 +40,7 @@ def machine_id(sql: sqlite3.Connection, name: str) -> int:
     known = ", ".join(json.dumps(known)[1:-1] for (known,) in sql.execute("SELECT name FROM machine ORDER BY name"))
     raise NotFoundError(
         f"there is no machine {name!r}",
-        hint=f"known machines: {known}" if known else "qmpsnap define SPEC.yaml makes one",
+        hint=f"known machines: {known}" if known else call("define", "", "SPEC.yaml") + " creates one",
         machine=name,
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
+from qmpsnap.hint import call
 from qmpsnap.host import private, write_errors
 
 MIGRATIONS: tuple[str, ...] = (
@@ -152,7 +153,7 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
         connection.close()
         raise StoreMismatch(
             f"the store {path} is damaged: {error}",
-            hint="qmpsnap check --rebuild makes it again from the images, or put a copy back in its place",
+            hint="put a copy of it back, or rebuild it from the images: " + call("rebuild"),
         ) from error
     except BaseException:
         connection.close()
@@ -200,7 +201,7 @@ def readable(path: Path, why: HostCannot) -> sqlite3.Connection | None:
 def _cannot(path: Path, error: OSError | sqlite3.OperationalError) -> HostCannot:
     if not _keeps_from_writing(error):
         busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-        hint = "another command works with it: try again" if busy else ""
+        hint = "another command uses it: try again" if busy else ""
         return HostCannot(f"the store {path} cannot be used: {error}", hint=hint)
     what, remedy = write_errors.reason(path.parent, error)
     return HostCannot(f"the store {path} cannot be written: {what}", hint=remedy)
@@ -258,8 +259,8 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path, known: int) -> N
         )
     if found > known:
         raise StoreTooNew(
-            f"the store {path} has schema {found}, this qmpsnap knows {known}",
-            hint="use the qmpsnap that wrote it, or a newer one",
+            f"the store {path} has schema {found}; this version knows up to {known}",
+            hint="use the version of qmpsnap that wrote it, or a newer one",
         )
 
 
