@@ -12,6 +12,10 @@ _ELSEWHERE: Final = frozenset({"demo", "doctor", "log", "rebuild", "relocate"})
 """Verbs that the Python API does not have."""
 
 
+def _written(value: object) -> str:
+    return value if isinstance(value, str) and value.isupper() else repr(value)  # PATH is to be replaced, 'web' is not
+
+
 class Option(NamedTuple):
     """An argument of the verb at hand, as a keyword of the Python API."""
 
@@ -19,7 +23,7 @@ class Option(NamedTuple):
     value: object = True
 
     def __str__(self) -> str:
-        return f"{self.name}={self.value!r}"
+        return f"{self.name}={_written(self.value)}"
 
 
 class Call(NamedTuple):
@@ -42,7 +46,7 @@ class Call(NamedTuple):
             return f"{self.verb} (at the command line)"
         holder = "q" if self.verb in _OF_CONTROLLER else "vm"
         first = (self.machine,) if holder == "q" and self.machine else ()
-        given = [*map(repr, (*first, *self.arguments)), *map(str, self.options)]
+        given = [*map(_written, (*first, *self.arguments)), *map(str, self.options)]
         return f"await {holder}.{self.verb}({', '.join(given)})"
 
 

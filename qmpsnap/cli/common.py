@@ -34,7 +34,7 @@ def add(parsers: Parsers, name: str, run: Command, *, help: str) -> argparse.Arg
 
 def add_format(parser: argparse.ArgumentParser) -> None:
     """``-o``, for every command that answers with data."""
-    parser.add_argument("-o", "--output", choices=("table", "json", "name"), default="table", help="form of the answer")
+    parser.add_argument("-o", "--output", choices=("table", "json", "name"), default="table", help="output format")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def amount(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number from zero up")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not zero or a positive number")
     return value
 
 
@@ -86,15 +86,15 @@ def untold(store: Store) -> StoreMismatch | None:
     places = home()
     if lost := store.lost():
         aside = " --set-aside" if store.machines() else ""
-        what = "knows nothing of" if store.is_there else "is not there, which knew"
+        what = "lacks" if store.is_there else "does not exist; it had"
         return StoreMismatch(
             f"the store {places.store} {what} {', '.join(lost)}, defined before",
-            hint=f"put the store back, or qmpsnap check --rebuild{aside} makes one from the images",
+            hint=f"put the store back, or rebuild it from the images: qmpsnap check --rebuild{aside}",
         )
     if not store.is_there:
         return StoreMismatch(
-            f"there is no home at {places.data}: nothing was ever defined there",
-            hint="qmpsnap define SPEC.yaml makes it; QMPSNAP_HOME names another",
+            f"there is no home at {places.data}",
+            hint="create it with qmpsnap define SPEC.yaml, or set QMPSNAP_HOME to another",
         )
     return None
 

@@ -42,7 +42,7 @@ _VALUES: Final = {
 """Values that have an option of their own."""
 
 
-def words(text: str) -> str:
+def as_typed(text: str) -> str:
     """The text, with the commands and options of this command line in it."""
     return "".join(part if isinstance(part, str) else _typed(part) for part in parts_of(text))
 

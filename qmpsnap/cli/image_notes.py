@@ -37,7 +37,7 @@ def snapshots(store: "Store", machine: str) -> dict[str, str]:
     forest = store.forest()
     states = {one.name: layer_changes.taken_as(one, forest, asked.stamps, look) for one in found}
     if not look.asked:
-        output.note(f"{machine}: images were not asked: their storage did not answer at once")
+        output.note(f"{machine}: images were not checked: their storage did not answer at once")
     for trouble in ("missing", "replaced", "overwritten"):
         if names := [one.name for one in found if one.state == "ok" and states[one.name] == trouble]:
             output.note(f"{machine}: an image of {', '.join(names)} is {trouble}; qmpsnap check {machine}")
@@ -56,7 +56,7 @@ def state(machine: Machine, process: Process | None, found: Seen | None) -> str:
 def tell(name: str, found: Seen) -> None:
     """Say what is wrong with the images of a machine, for people."""
     if not found.asked:
-        output.note(f"{name}: images were not asked: their storage did not answer at once")
+        output.note(f"{name}: images were not checked: their storage did not answer at once")
     for user in found.users.values():
         output.note(f"{name}: {output.printable(user.path)} {user.does} {output.printable(user.who)}")
     for trouble in ("missing", "replaced"):
@@ -64,7 +64,7 @@ def tell(name: str, found: Seen) -> None:
             output.note(f"{name}: {trouble}: {', '.join(layers)}; qmpsnap check {name}")
     if found.changed:
         changed = ", ".join(found.changed)
-        output.note(f"{name}: {changed} was written to since it was frozen; qmpsnap check {name}")
+        output.note(f"{name}: {changed} was written to after it was frozen; qmpsnap check {name}")
 
 
 def tell_scope(name: str) -> None:
@@ -85,5 +85,5 @@ def tell_owner(name: str) -> None:
             return
         chains = store.chains(name)
     active = ", ".join(f"{output.printable(chain.active.path)} ({chain.disk})" for chain in chains)
-    output.note(f"{name} was adopted: whoever starts its QEMU has to do so on {active} from now on;")
-    output.note("  started on an image below, it would write into what a snapshot holds")
+    output.note(f"{name} was adopted: start its QEMU on {active} from now on;")
+    output.note("  on an image below, it would overwrite snapshots")

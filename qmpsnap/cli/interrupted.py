@@ -35,7 +35,7 @@ def left_open(machine: str, process: int) -> tuple[str, str | None]:
         with reading() as store:
             operation = next(iter(store.operations(machine)[-1:]), None)
     except (QmpsnapError, OSError, MemoryError, RuntimeError):
-        return "whether an operation is open is not known", None
+        return "whether an operation is open is unknown", None
     if operation is None or operation.pid != process:
         return "no operation is open", None
     return f"operation {operation.id} ({operation.verb}) {_became(operation)}", str(operation.id)
@@ -55,7 +55,7 @@ def _told(error: E, machine: str | None) -> E:
     error.add(f"operation {operation.id} ({operation.verb}) {_became(operation)}")
     error.machine, error.operation = machine, str(operation.id)
     if operation.state in OPEN_STATES:
-        error.effect, error.hint = "unknown", f"qmpsnap recover {machine} finds out and ends it"
+        error.effect, error.hint = "unknown", f"qmpsnap recover {machine} completes or undoes it"
     else:
         error.effect = operation.effect or ("applied" if operation.state == "settled" else "none")
     return error

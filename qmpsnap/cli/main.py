@@ -60,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}", hint=f"{self.prog} --help")
+        raise UsageError(f"{message}", hint=f"see {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ARG002 - argparse's own
         # argparse leaves what it prints in a buffer; all that it prints here is an answer: --help, --version.
@@ -151,7 +151,7 @@ def _require_text(words: Sequence[str]) -> None:
     # ends what the system takes for a path.
     for word in words:
         if "\0" in word or not is_text(word):
-            raise UsageError(f"{word!r} is not UTF-8 text", hint="write names and texts in UTF-8")
+            raise UsageError(f"{word!r} is not UTF-8 text", hint="use UTF-8")
 
 
 def _asks_for_json(words: Sequence[str]) -> bool:

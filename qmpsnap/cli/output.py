@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TextIO
 
-from qmpsnap.cli.hints import words
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import HostCannot, QmpsnapError
 
 SCHEMA = "qmpsnap/1"
@@ -72,7 +72,7 @@ def say(text: str, *, done: str = "") -> None:
             raise
         raise HostCannot(
             f"the answer cannot be written to standard output: {error.strerror}",
-            hint="make room where it goes, or send it elsewhere",
+            hint="free some space for the output, or redirect it",
         ) from error
 
 
@@ -160,7 +160,7 @@ def warn(sentences: Iterable[str]) -> None:
 def hint(text: str) -> None:
     """Say what to type next, if there is anything."""
     if text:
-        note(f"hint: {words(text)}")
+        note(f"hint: {as_typed(text)}")
 
 
 def told(error: QmpsnapError | None) -> int:
@@ -190,7 +190,7 @@ def document(error: QmpsnapError) -> dict[str, str | None]:
     return {
         "code": error.code,
         "message": error.sentence,
-        "hint": words(error.hint),
+        "hint": as_typed(error.hint),
         "effect": error.effect,
         "machine": error.machine,
         "operation": error.operation,

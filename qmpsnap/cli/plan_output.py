@@ -64,7 +64,7 @@ def print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> N
         lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
         if memory:
             lines += [f"  create {output.printable(memory['path'])} with the memory ({memory['mode']})"]
-            lines += [f"  the guest would stand still meanwhile: {memory['why']}"] if memory["why"] else []
+            lines += [f"  the guest would be paused for the whole save: {memory['why']}"] if memory["why"] else []
         lines += _freeze(plan)
         lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
         lines += [f"  {json.dumps(command)}" for command in commands]
@@ -89,7 +89,7 @@ def print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> N
 def _freeze(plan: "CreatePlan | InternalPlan") -> list[str]:
     if plan.quiesce == "skip":
         return []
-    return [f"  the guest's agent would be told to freeze its file systems ({plan.quiesce})"]
+    return [f"  the guest agent would freeze its file systems ({plan.quiesce})"]
 
 
 def print_internal(form: output.Format, plan: "InternalPlan") -> None:
@@ -101,10 +101,12 @@ def print_internal(form: output.Format, plan: "InternalPlan") -> None:
     tags = [{"layer": layer.id, "tag": plan.tag} for layer in plan.layers.values()]
 
     def text() -> str:
-        lines = [f"would take snapshot {name} inside the images of machine {plan.machine}; nothing was changed"]
+        lines = [f"would take internal snapshot {name} of machine {plan.machine}; nothing was changed"]
         lines += [f"  tag {tag['tag']} inside {tag['layer']}" for tag in tags]
         lines += _freeze(plan)
-        lines += [f"  memory inside {plan.vmstate}; the guest would stand still meanwhile"] if plan.vmstate else []
+        lines += (
+            [f"  memory inside {plan.vmstate}; the guest would be paused for the whole save"] if plan.vmstate else []
+        )
         return "\n".join([*lines, "QMP commands:", *(f"  {json.dumps(command)}" for command in commands)])
 
     output.emit(

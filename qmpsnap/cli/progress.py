@@ -27,7 +27,7 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
         "--progress",
         choices=("auto", "tty", "plain", "json", "none"),
         default="auto",
-        help="form of progress on stderr",
+        help="progress format on stderr",
     )
 
 

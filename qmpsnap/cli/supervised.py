@@ -191,12 +191,12 @@ class _Parent:
         error.machine, error.effect = machine, "unknown"
         if machine:
             said, operation = briefly(
-                lambda: left_open(machine, self._child), ("whether an operation is open is not known", None),
+                lambda: left_open(machine, self._child), ("whether an operation is open is unknown", None),
                 seconds=_READING,
             )  # fmt: skip
             error.add(said)
             error.operation = operation
-            error.hint = f"qmpsnap recover {machine} finds out and ends it"
+            error.hint = f"qmpsnap recover {machine} completes or undoes it"
         if wait and not isinstance(error, StorageHangs):
             error.add(f"process {self._child} keeps the lock until {wait} is answered")
         output.report(error, _session.form)

@@ -51,11 +51,11 @@ def border(api: C) -> C:
     return api
 
 
-def _translating(call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
+def _translating(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
     async def inside(*arguments: Any, **named: Any) -> Any:
         try:
-            return await call(*arguments, **named)
+            return await method(*arguments, **named)
         except QmpsnapError:
             raise
         except Exception as error:

@@ -328,7 +328,7 @@ async def connect(path: Path, *, machine: str, deadline: float = 10) -> AsyncIte
         ) from error
     except OSError as error:
         raise QemuGone(
-            f"machine {machine} has no agent channel or does not run",
+            f"machine {machine} has no agent channel or is not running",
             hint="the spec needs 'agent: true'; " + call("state", machine) + " shows the state",
             machine=machine,
         ) from error

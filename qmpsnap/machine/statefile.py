@@ -98,7 +98,7 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
 
     Raises:
         StateError: ``path`` exists by now.
-        StoreMismatch: ``written`` is no plain file.
+        StoreMismatch: ``written`` is not a regular file.
         HostCannot: no space, or a file system that has neither hard links nor a rename that overwrites nothing. It has
             the name ``path`` only where it is whole.
     """
@@ -363,7 +363,7 @@ def _opened(path: str, access: int = os.O_RDONLY) -> Iterator[int]:
         descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise StoreMismatch(f"{path} is no plain file")
+            raise StoreMismatch(f"{path} is not a regular file")
         yield descriptor
     finally:
         os.close(descriptor)

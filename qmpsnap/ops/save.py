@@ -9,6 +9,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from qmpsnap.errors import NotFoundError, StateError
+from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import statefile
 from qmpsnap.model.layers.snapshot import Snapshot
@@ -103,23 +104,23 @@ async def _find(context: Context, name: str, file: str | None) -> Snapshot:
         if usable := [found for found in full if found.state == "ok"]:
             return usable[-1]
         raise NotFoundError(
-            f"machine {name} has no full snapshot that could be restored",
-            hint=f"qmpsnap save {name} makes one",
+            f"machine {name} has no full snapshot to restore",
+            hint=call("save", name) + " takes one",
             machine=name,
         )
     state, manifest = await to_end(statefile.find, str(Path(file)))
     if state.hardware.uuid != machine.uuid:
         raise StateError(
             f"{file} is the memory of another machine (UUID {state.hardware.uuid})",
-            hint=f"qmpsnap show {name} tells this one's UUID",
+            hint="use a state file of this machine",
             machine=name,
         )
     for found in full:
         if found.vmstate and found.vmstate.digest == state.digest:
             return found
     raise StateError(
-        f"{file} was saved as snapshot {manifest.snapshot}, which machine {name} does not have any more: its disks are"
-        " not what that memory knew",
-        hint=f"qmpsnap snapshot list {name}",
+        f"{file} belongs to snapshot {manifest.snapshot}, which machine {name} no longer has: its disks have"
+        " changed since",
+        hint="restore one that " + call("snapshots", name) + " lists",
         machine=name,
     )

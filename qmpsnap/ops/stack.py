@@ -7,6 +7,7 @@ does what is left.
 from msgspec import Struct
 
 from qmpsnap.errors import QmpsnapError, StateError
+from qmpsnap.hint import call, option
 from qmpsnap.model.layers.snapshot import require_snapshot
 from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.ops.revert import revert
@@ -46,7 +47,7 @@ async def pop(context: Context, name: str, *, discard: bool = False, report: Rep
         await delete.run(context, name, DeleteRequest(names=(current,)), report=report)
     except QmpsnapError as error:
         if error.effect == "none":
-            error.claim("applied", f"the machine stands at {current}, and what was written since is gone")
+            error.claim("applied", f"the machine is at {current}, and all changes since are lost")
         raise
     return reverted
 
@@ -65,16 +66,15 @@ async def _top(context: Context, name: str, *, discard: bool) -> str:
     machine = await blocking(context.store.machine, name)
     if machine.current is None:
         raise StateError(
-            f"machine {name} stands on no snapshot",
-            hint=f"qmpsnap snapshot push {name} takes one to come back to",
+            f"machine {name} has no current snapshot",
+            hint="take one first: " + call("push", name),
             machine=name,
         )
     found = require_snapshot(await blocking(context.store.snapshots, name), machine.current, machine=name)
     if not (found.pushed or discard):
         raise StateError(
-            f"push is not known to have made snapshot {found.name}, on which machine {name} stands: pop would delete"
-            " it, with all that was written since",
-            hint=f"qmpsnap snapshot revert {name} {found.name} goes back and keeps both; --discard agrees to lose them",
+            f"pop would delete snapshot {found.name} of machine {name}, which push did not take, and all changes since",
+            hint="keep both: " + call("revert", name, found.name) + "; or accept that with " + option("discard"),
             machine=name,
         )
     return found.name

@@ -61,6 +61,6 @@ async def test_a_file_that_comes_in_its_place_is_not_touched(tmp_path: Path, mon
     monkeypatch.setattr(qemu_img, "run", real)
     (tmp_path / "layer").unlink()
     (tmp_path / "layer").hardlink_to(victim.path)
-    with pytest.raises(StoreMismatch, match="another file"):
+    with pytest.raises(StoreMismatch, match="not the recorded file"):
         await backing.set_backing(layer, new, qemu_img=QEMU_IMG)
     assert (tmp_path / "victim").read_bytes() == before

@@ -147,7 +147,7 @@ def test_a_plain_backing_string_is_read_byte_for_byte(make: Make, compat: str, b
 )
 def test_any_other_backing_string_is_refused(make: Make, backing: str) -> None:
     path = make("a.qcow2", "1M", "-u", "-F", "raw", "-b", backing)
-    with pytest.raises(ImageRefused, match="backing name") as caught:
+    with pytest.raises(ImageRefused, match="backing file name") as caught:
         header.read(path)
     assert caught.value.exit_code == 2
     assert caught.value.message.isprintable()
@@ -195,8 +195,8 @@ REFUSED = {
         "encryption header",
     ),
     "LUKS pointer of 8 bytes": (image(crypt=2, extensions=extension(0x0537BE77, bytes(8))), "damaged"),
-    "external data file bit": (image(features=4), "another file"),
-    "external data file name": (image(extensions=extension(0x44415441, b"/x\n")), r"another file \(/x\\n\)"),
+    "external data file bit": (image(features=4), "external data file"),
+    "external data file name": (image(extensions=extension(0x44415441, b"/x\n")), r"external data file \(/x\\n\)"),
     "external data file in version 2": (image(version=2, extensions=extension(0x44415441, b"/x")), "another file"),
     "unknown bit": (image(features=1 << 63), "bit 63"),
     "unknown bit with a name": (
@@ -217,13 +217,13 @@ REFUSED = {
     "giant L1": (image(l1_size=0xFFFFFFFF), "L1 table of 34359738360 bytes"),
     "L1 beyond the file": (image(l1_offset=1 << 40), "beyond the end"),
     "L1 half beyond the file": (image(total=3 * CLUSTER + 15), "beyond the end"),
-    "L1 in the header": (image(l1_offset=0), "no cluster of its own"),
-    "L1 not aligned": (image(l1_offset=CLUSTER + 8), "no cluster of its own"),
+    "L1 in the header": (image(l1_offset=0), "inside another cluster"),
+    "L1 not aligned": (image(l1_offset=CLUSTER + 8), "inside another cluster"),
     "L1 at the end of numbers": (image(l1_offset=(1 << 64) - CLUSTER), "beyond the end"),
     "no refcount table": (image(refcount_clusters=0), "no refcount table"),
     "giant refcount table": (image(refcount_clusters=0xFFFFFFFF), "refcount table of"),
     "refcount table beyond the file": (image(refcount_offset=1 << 40), "refcount table lies beyond"),
-    "refcount table in the header": (image(refcount_offset=0), "no cluster of its own"),
+    "refcount table in the header": (image(refcount_offset=0), "inside another cluster"),
     "giant snapshot table": (image(snapshots=0xFFFFFFFF, snapshots_offset=CLUSTER), "snapshot table of"),
     "snapshot table beyond the file": (image(snapshots=3, snapshots_offset=3 * CLUSTER), "beyond the end"),
     "backing name too long": (image(backing=b"/" + b"a" * 1023), "1024 bytes"),
@@ -238,9 +238,9 @@ REFUSED = {
     "backing with NUL": (image(backing=b"/pool/a\0/b"), "control characters"),
     "backing not UTF-8": (image(backing=b"/pool/\xff"), "not UTF-8"),
     "backing json": (image(backing=b"json:{}"), "json"),
-    "backing format too long": (image(backing=b"/b", extensions=extension(0xE2792ACA, b"q" * 16)), "no format name"),
-    "backing format with NUL": (image(backing=b"/b", extensions=extension(0xE2792ACA, b"raw\0")), "no format name"),
-    "backing format not ASCII": (image(backing=b"/b", extensions=extension(0xE2792ACA, b"\xff")), "no format name"),
+    "backing format too long": (image(backing=b"/b", extensions=extension(0xE2792ACA, b"q" * 16)), "not a format name"),
+    "backing format with NUL": (image(backing=b"/b", extensions=extension(0xE2792ACA, b"raw\0")), "not a format name"),
+    "backing format not ASCII": (image(backing=b"/b", extensions=extension(0xE2792ACA, b"\xff")), "not a format name"),
     "extension past the cluster": (image(extensions=struct.pack(">II", 0x1234, CLUSTER)), "past the end"),
     "extension of 4 GiB": (image(extensions=struct.pack(">II", 0x1234, 0xFFFFFFFF)), "past the end"),
     "extension twice": (image(extensions=extension(0x1234, b"") * 2), "twice"),

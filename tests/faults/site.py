@@ -13,6 +13,7 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.block.image import header
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import OperationPending
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
@@ -143,7 +144,7 @@ async def recover(vm: qmpsnap.MachineHandle) -> None:
     try:
         await vm.recover()
     except OperationPending as error:
-        if f"qmpsnap job wait {vm.name}" not in error.hint:
+        if f"qmpsnap job wait {vm.name}" not in as_typed(error.hint):
             raise
         await vm.wait()
 

@@ -79,5 +79,5 @@ async def _goes_on_or_gives_up(vm: qmpsnap.MachineHandle, failure: Failure) -> N
     try:
         await vm.cancel()
     except OperationPending as error:
-        if "put that right" not in error.hint:
+        if "fix that" not in error.hint:
             raise

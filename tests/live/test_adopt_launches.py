@@ -276,7 +276,7 @@ def test_an_image_that_is_still_packed(home: Path, place: Path, capsys: pytest.C
     subprocess.run(["gzip", str(image)], check=True)
     image.with_name("d.qcow2.gz").rename(image)
     assert main(["adopt", "m", "--image", f"vda={image}"]) == 2
-    assert "it is packed: gunzip" in capsys.readouterr().err
+    assert "unpack it: gunzip" in capsys.readouterr().err
 
 
 async def test_a_running_qemu_on_an_image_of_another_format(

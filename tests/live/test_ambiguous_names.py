@@ -32,8 +32,8 @@ async def test_a_consumed_snapshot_stands_for_nothing(
     assert snapshots["s1"].points == snapshots["s2"].points  # where s2 lies now, s1 did before
     for options in (["--base", "s1"], ["--top", "s1"], ["--base", "s1", "--dry-run"], ["--base", "s1", "--top", "s3"]):
         assert await commit(*options) == 4
-        assert "snapshot s1 of machine still is consumed" in capsys.readouterr().err
-    with pytest.raises(StateError, match="s1 of machine still is consumed"):
+        assert "snapshot s1 of machine still was invalidated" in capsys.readouterr().err
+    with pytest.raises(StateError, match="s1 of machine still was invalidated"):
         await vm.stream("vda", base="s1")
     place = context_of(vm).store.layer(snapshots["s2"].points[0].layer).path
     for words in (["snapshot", "show", "still", "s1"], ["snapshot", "show", "still", "s1", "-o", "json"]):
@@ -54,7 +54,7 @@ async def test_no_snapshot_is_called_like_a_layer(q: qmpsnap.Controller) -> None
     await vm.snapshot("mine")
     for name in ("vda-3", "vda-999999", "snap-1", "auto-7", "sda-1", "sda-40"):  # sda's are the layers of base
         for attempt in (vm.snapshot(name), vm.push(name), vm.rename_snapshot("mine", name), vm.preview_snapshot(name)):
-            with pytest.raises(NameRefused, match=f"cannot be called {name}"):
+            with pytest.raises(NameRefused, match=f"{name} is a name of layers"):
                 await attempt
         with pytest.raises(NameRefused):
             await vm.snapshot(name, kind="internal")
@@ -76,7 +76,7 @@ async def test_what_an_older_store_has_is_asked_about(
     context_of(vm).store.apply("still", Change(renamed={"s1": second, "s2": "vda-77"}))
     assert await commit("--base", second, "--dry-run") == 4
     told = capsys.readouterr().err
-    assert f"{second} may be the layer {second} of disk vda or the snapshot {second}, at layer {first}" in told
+    assert f"{second} is both a layer of disk vda and a snapshot, at layer {first}" in told
     assert f"qmpsnap snapshot rename still {second} NAME" in told
     assert await commit("--base", "vda-77", "--dry-run") == 0  # a layer of that name there is not
     context_of(vm).store.apply("still", Change(renamed={second: first}))

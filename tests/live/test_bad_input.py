@@ -164,7 +164,7 @@ async def test_a_swapped_image_is_not_started(q: qmpsnap.Controller, still_spec:
     if Path(layer.path).stat().st_ino == layer.inode:
         Path(layer.path).rename(f"{layer.path}.x")
         Path(layer.path).write_bytes(copy)
-    with pytest.raises(StoreMismatch, match="another file"):
+    with pytest.raises(StoreMismatch, match="not the recorded file"):
         await vm.start()
     assert not await vm.is_running()
 

@@ -192,7 +192,7 @@ async def test_beside_the_memory(q: qmpsnap.Controller, still_spec: MachineSpec,
     assert (done.state, done.memory) == ("running", True)
     assert _names(place) == []
     await hold_invariants(vm, hashes)
-    with pytest.raises(UsageError, match="makes no new layers"):
+    with pytest.raises(UsageError, match="creates no layers"):
         await vm.snapshot("in", kind="internal", files={"vda": place / "a"})
 
 

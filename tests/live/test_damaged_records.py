@@ -58,7 +58,7 @@ async def test_more_snapshots_inside_than_qemu_opens_in_any_time(q: qmpsnap.Cont
         file.seek(60)
         file.write(_TAGS.pack(MAX_TAGS + 1, 1 << 20))
     disk = DiskSpec(name="vda", image=str(image), format="qcow2")
-    with pytest.raises(ImageRefused, match=f"{MAX_TAGS + 1} snapshots inside"):
+    with pytest.raises(ImageRefused, match=f"{MAX_TAGS + 1} internal snapshots"):
         await q.define(MachineSpec(name="m", disks=(disk,)), folders=[place])
 
 

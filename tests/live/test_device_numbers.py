@@ -107,7 +107,7 @@ async def test_a_file_that_was_replaced_is_still_refused(home: Path, still_spec:
     recorded_elsewhere(home)
     async with qmpsnap.open() as q:
         vm = await q.machine("still")
-        with pytest.raises(StoreMismatch, match="another file"):
+        with pytest.raises(StoreMismatch, match="not the recorded file"):
             await vm.start()
 
 

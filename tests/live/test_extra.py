@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import StateError, UsageError
 from qmpsnap.model.machines.record import Consent
 from qmpsnap.ops.base import relocate
@@ -35,16 +36,16 @@ def write(home: Path, extra: Sequence[str], consent: Consent | None) -> None:
 
 async def require_refused(vm: qmpsnap.MachineHandle, said: str) -> None:
     for attempt in (vm.start, lambda: vm.start(paused=True), lambda: vm.revert("s1", state="running")):
-        with pytest.raises(StateError, match=f"nobody has agreed to.*{said}") as refused:
+        with pytest.raises(StateError, match=f"has not accepted the extra .*{said}") as refused:
             await attempt()
         assert refused.value.effect == "none"
-        assert "start still --allow-extra" in refused.value.hint
+        assert "start still --allow-extra" in as_typed(refused.value.hint)
         assert not await vm.is_running()
     assert len(await vm.snapshots()) == 1
 
 
 async def test_arguments_that_were_put_into_the_store_reach_no_qemu(q: qmpsnap.Controller, home: Path) -> None:
-    with pytest.raises(UsageError, match="can undo every protection"):
+    with pytest.raises(UsageError, match="can override every protection"):
         await q.define(SPEC)
     vm = await q.define(SPEC, allow_extra=True)
     await vm.snapshot("s1")

@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import DeadlinePassed, HostCannot, OperationPending, QmpError, QmpsnapError
 from qmpsnap.model.layers import blockdev
 from qmpsnap.model.layers.chain import Layer
@@ -160,7 +161,7 @@ async def test_a_failed_job_that_somebody_dismissed_waits_for_qemu_to_end(q: qmp
     for _ in range(2):
         with pytest.raises(OperationPending, match=r"names .*vda-2.qcow2 as its backing") as waits:
             await vm.recover()
-        assert "qmpsnap stop still" in waits.value.hint
+        assert "qmpsnap stop still" in as_typed(waits.value.hint)
     await vm.stop(force=True)
     await vm.recover()
     assert (await vm.chains())[0].ids == ("vda-1", "vda-3")
@@ -208,7 +209,7 @@ async def test_no_guest_writes_to_a_side_that_does_not_count(
     assert await vm.state() == "paused"
     with pytest.raises(OperationPending, match="the store has no room") as still:
         await vm.recover()
-    assert "qmpsnap recover still" in still.value.hint
+    assert "qmpsnap recover still" in as_typed(still.value.hint)
     assert await vm.state() == "paused"
     monkeypatch.setattr(SqliteStore, "mark", MARKED)
     if qemu == "lives":
@@ -243,7 +244,7 @@ async def test_an_end_that_takes_too_long_is_said_and_holds_no_guest(
         with pytest.raises(DeadlinePassed, match="did not come to its end within 2 s") as late:
             await act("vda")
     assert late.value.effect == "unknown"
-    assert "qmpsnap recover still" in late.value.hint
+    assert "qmpsnap recover still" in as_typed(late.value.hint)
     assert await vm.state() == "running"
     await vm.wait()
     assert (await vm.chains())[0].ids != ("vda-1", "vda-2", "vda-3")

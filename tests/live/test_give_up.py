@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import OperationPending
 from tests.harness.deaths import STORE, Call, die_at
 from tests.live.machine import ONE_DISK, context_of, grown_and_stopped, hold_invariants
@@ -21,7 +22,7 @@ async def given_up(vm: qmpsnap.MachineHandle) -> tuple[str, list[str]]:
     for act in (vm.recover, lambda: vm.snapshot("s4"), vm.undefine, lambda: vm.undefine(disks="remove")):
         with pytest.raises(OperationPending) as refused:
             await act()
-        assert "qmpsnap undefine still --keep-disks" in refused.value.hint
+        assert "qmpsnap undefine still --keep-disks" in as_typed(refused.value.hint)
     told: list[str] = []
     kept = await vm.undefine(disks="keep", told=told.append)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
@@ -33,7 +34,7 @@ async def usable_again(q: qmpsnap.Controller, vm: qmpsnap.MachineHandle) -> None
     """The name is free, and the journal has come to an end."""
     store = context_of(vm).store
     assert store.operations(vm.name, only_open=True) == ()
-    assert store.operations(vm.name)[-1].error == "given up: its machine was forgotten"
+    assert store.operations(vm.name)[-1].error == "given up: its machine was undefined"
     again = await q.define(ONE_DISK)
     for path in context_of(vm).home.machine_dir(vm.name).iterdir():
         if str(path) != (await again.chains())[0].active.path:
@@ -49,7 +50,7 @@ async def test_a_snapshot_inside_an_image_that_is_gone(q: qmpsnap.Controller) ->
     (active := Path((await vm.chains())[0].active.path)).unlink()
     sentence, kept = await given_up(vm)
     assert sentence.startswith("operation ")
-    assert f"(internal) was given up: layer {active.stem} of machine still: {active} cannot be looked at" in sentence
+    assert f"(internal) was given up: layer {active.stem} of machine still: {active} does not exist" in sentence
     assert f"inside {active}" in sentence
     assert str(active) in kept
     await usable_again(q, vm)

@@ -195,7 +195,7 @@ async def test_a_library_call_keeps_the_lock_until_the_thread_is_back(
             await vm.snapshot("two")
         assert refused.value.exit_code == 8
         command = started("snapshot", "create", "still", "three")
-        assert "has not come back" in await ended(command)
+        assert "is stuck" in await ended(command)
         assert command.returncode == 8
         assert [found.state for found in context_of(vm).store.operations("still")][-1] == "planned"
     await usable(vm)

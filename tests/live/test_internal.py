@@ -204,13 +204,13 @@ async def test_a_refused_revert_puts_nothing_on_top_or_says_so(
         active.write_bytes(active.with_suffix(".mine").read_bytes())
     else:
         monkeypatch.setattr(revert, "_require_kept", partial(_refuse, iter([False, True])))
-    with pytest.raises(QmpsnapError, match=r"nothing was changed|put on top for it") as refused:
+    with pytest.raises(QmpsnapError, match=r"nothing was changed|created for it") as refused:
         await vm.revert("inside")
     monkeypatch.setattr(revert, "_needs", needs)
     if why == "something comes in between":
         assert (refused.value.effect, refused.value.hint) == ("applied", "")
         tops = ", ".join(chain.active.id for chain in await vm.chains())
-        assert f"only {tops} stays, put on top for it" in refused.value.message
+        assert f"the overlay {tops}, created for it, stays" in refused.value.message
     else:
         assert refused.value.effect == "none"
         assert [chain.ids for chain in await vm.chains()] == before
@@ -326,7 +326,7 @@ async def test_a_load_that_fails_leaves_no_guest_running(
     store.describe("still")
     await vm.start()
     await fill(vm, "vda", 2)
-    with pytest.raises(StateError, match="of other hardware"):
+    with pytest.raises(StateError, match="different virtual hardware"):
         await vm.revert("inside", discard=True)
     assert await vm.state() == "running"
     monkeypatch.setattr("qmpsnap.ops.revert.in_place.require_fits", lambda *_, **__: None)
@@ -434,7 +434,7 @@ async def test_the_command_line(
     assert [command["execute"] for command in would["qmp"]] == ["stop", "snapshot-save", "snapshot-load", "cont"]
     assert (would["files"], would["kept"], would["start"]) == ([], "auto-4", None)
     assert [snapshot.name for snapshot in await vm.snapshots()] == ["a"]
-    assert "QEMU would stay" in await said("snapshot revert still a --dry-run --discard")
+    assert "the running QEMU would load" in await said("snapshot revert still a --dry-run --discard")
     assert "with its memory" in await said("snapshot revert still a --discard")
     await said("snapshot create still above")
     assert "vda-1.qcow2 was at its snapshot qs-3-" in await said("snapshot revert still a --dry-run")

@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import ImageRefused, StateError
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import overlays
@@ -37,7 +38,7 @@ async def test_no_chain_is_made_that_could_not_be_defined_again(
         with pytest.raises(StateError, match="disk vda has 3 layers") as error:
             await refused
         assert error.value.effect == "none"
-        assert "qmpsnap stream" in error.value.hint
+        assert "qmpsnap stream" in as_typed(error.value.hint)
     await vm.revert("b")
     top = (await vm.chains())[0].active.path
     with pytest.raises(StateError, match="disk vda has 3 layers"):

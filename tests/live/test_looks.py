@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, LockHeld, StateError, StoreMismatch, UsageError
 from qmpsnap.model.machines.spec import MachineSpec
@@ -34,7 +35,7 @@ async def test_jobs_and_state_while_another_process_works(
         assert "kill -INT" in held.value.hint
         with pytest.raises(DeadlinePassed) as silent:
             await vm.chains()
-        assert "qmpsnap check still tells which" in silent.value.hint
+        assert "qmpsnap check still names a command" in as_typed(silent.value.hint)
     assert capfd.readouterr().err == ""
     assert await vm.jobs() == ()
 
@@ -43,13 +44,13 @@ async def test_a_paused_guest_cannot_hear_the_power_button(q: qmpsnap.Controller
     vm = await q.define(still_spec)
     await vm.start()
     await vm.pause()
-    with pytest.raises(StateError, match=r"does not run \(paused\)") as refused:
+    with pytest.raises(StateError, match=r"is not running \(paused\)") as refused:
         await vm.stop()
-    assert refused.value.hint == "qmpsnap resume still"
+    assert as_typed(refused.value.hint) == "qmpsnap resume still"
     await vm.stop(force=True)
-    with pytest.raises(StateError, match="does not run") as refused:
+    with pytest.raises(StateError, match="is not running") as refused:
         await vm.stop()
-    assert refused.value.hint == "qmpsnap start still"
+    assert as_typed(refused.value.hint) == "qmpsnap start still"
 
 
 WISHES: dict[str, tuple[dict[str, Any], type[Exception]]] = {
@@ -119,10 +120,10 @@ async def test_the_options_of_a_dry_run_are_the_runs(
     for words, why in (
         (("--quiesce", "require"), "is stopped"),
         (("--quiesce", "prefer", "--freeze-window", "100"), "at most 60"),
-        (("--kind", "internal", "--max-pause", "5"), "memory of a full snapshot"),
-        (("--kind", "internal", "--file", "vda=/x"), "makes no new layers"),
-        (("--no-memory",), "question for internal snapshots"),
-        (("--no-snapshot", "--degrade"), "--no-snapshot makes none"),
+        (("--kind", "internal", "--max-pause", "5"), "need a full snapshot"),
+        (("--kind", "internal", "--file", "vda=/x"), "creates no layers"),
+        (("--no-memory",), "only internal snapshots"),
+        (("--no-snapshot", "--degrade"), "--no-snapshot takes neither"),
     ):
         codes = [await to_thread.run_sync(code, [*words, *more]) for more in ((), ("--dry-run",))]
         run, look = capsys.readouterr().err.split("qmpsnap: ")[1:]

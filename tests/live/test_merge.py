@@ -10,6 +10,7 @@ import anyio
 import pytest
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import HostCannot, QmpsnapError, StateError
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import JobId
@@ -266,7 +267,7 @@ async def test_a_full_disk_pauses_the_job_and_it_goes_on_later(
         with pytest.raises(HostCannot, match="no space left") as paused:
             await merge()
         assert paused.value.effect == "unknown"
-        assert "job wait" in paused.value.hint
+        assert "job wait" in as_typed(paused.value.hint)
         (machines / "filler").unlink()
         await vm.wait()
         assert await _chain(vm) == ["vda-3" if verb == "stream" else "vda-1"]

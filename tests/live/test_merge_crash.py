@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.block.image import header
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import QmpsnapError
 from qmpsnap.machine import qemu as machines
 from qmpsnap.machine import worker
@@ -81,7 +82,7 @@ async def test_a_job_at_work_is_told_waited_for_and_cancelled(q: qmpsnap.Control
     with pytest.raises(QmpsnapError) as refused:
         await vm.snapshot("no")
     assert refused.value.exit_code == 8
-    assert "job wait" in refused.value.hint
+    assert "job wait" in as_typed(refused.value.hint)
     await vm.cancel()
     assert await vm.jobs() == ()
     assert len((await vm.chains())[0].layers) == 3

@@ -79,7 +79,7 @@ async def test_what_a_stopped_one_refuses(q: qmpsnap.Controller, folder: Path, l
     chain = await layers(vm)
     await vm.stop(force=True)
     theirs.process.wait(10)
-    with pytest.raises(StateError, match="somebody else launches") as refused:
+    with pytest.raises(StateError, match="qmpsnap does not launch") as refused:
         await vm.mirror(NAMES["drive"], folder / "copy.qcow2", mode="pivot")
     assert refused.value.effect == "none"
     await vm.mirror(NAMES["drive"], folder / "copy.qcow2", mode="finish")

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.block.image import content
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import HostCannot, OperationPending
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
@@ -103,19 +104,19 @@ async def test_the_server_of_the_target_dies_in_the_middle(q: qmpsnap.Controller
     assert told[-1].current_progress < told[-1].total_progress
     if state == "running":
         assert lost.value.effect == "unknown"
-        assert "qmpsnap job wait still" in lost.value.hint
-        assert "qmpsnap job cancel still" in lost.value.hint
+        assert "qmpsnap job wait still" in as_typed(lost.value.hint)
+        assert "qmpsnap job cancel still" in as_typed(lost.value.hint)
         assert await vm.state() == "running"
         with pytest.raises(OperationPending, match="paused"):
             await vm.snapshot("no")
         with pytest.raises(HostCannot, match="a write failed") as still:
             await vm.wait()
-        assert "qmpsnap job cancel still" in still.value.hint
+        assert "qmpsnap job cancel still" in as_typed(still.value.hint)
         await vm.cancel()
         assert await vm.state() == "running"
     else:
         assert lost.value.effect == "none"
-        assert "job" not in lost.value.hint
+        assert "job" not in as_typed(lost.value.hint)
     assert context_of(vm).store.operations("still", only_open=True) == ()
     assert (await vm.chains())[0].ids == ("vda-1", "vda-2", "vda-3")
     await hold_invariants(vm, hashes)
@@ -155,7 +156,7 @@ async def test_a_full_disk_pauses_the_copy(
         with pytest.raises(HostCannot, match="no space left; the chain is as before and the guest runs on") as full:
             await vm.mirror("vda", target, mode=mode)
         assert full.value.effect == "unknown"
-        assert "qmpsnap job wait still" in full.value.hint
+        assert "qmpsnap job wait still" in as_typed(full.value.hint)
         assert [job.status for job in await vm.jobs()] == ["paused"]
         assert await vm.state() == "running"
         with pytest.raises(HostCannot, match="no space left"):
@@ -184,7 +185,7 @@ async def test_a_full_disk_ends_the_copy_of_a_stopped_machine(
             await vm.mirror("vda", folder / "copy", mode="pivot")
         assert full.value.effect == "none"
         assert "guest" not in full.value.message
-        assert "job" not in full.value.hint
+        assert "job" not in as_typed(full.value.hint)
         assert list(folder.iterdir()) == []
     await hold_invariants(vm, hashes)
     assert await active_hash(vm) == now

@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import StateError
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.memory import save
@@ -74,7 +75,7 @@ async def test_over_a_full_disk(
     with monkeypatch.context() as patch:
         before_it_is_held(patch, write)
         refused = await is_refused(vm, "paused: no space")
-    assert "qmpsnap resume guest" in refused.hint
+    assert "qmpsnap resume guest" in as_typed(refused.hint)
     subprocess.run(["mount", "-o", f"remount,size={64 * MIB}", small], check=True)  # noqa: ASYNC221
     await vm.resume()
     done = await vm.run("while pidof dd >/dev/null; do sleep 0.1; done; tail -1 /tmp/said")
@@ -96,4 +97,4 @@ async def test_over_a_panic(q: qmpsnap.Controller, still_spec: MachineSpec, monk
 
     before_it_is_held(monkeypatch, panic)
     refused = await is_refused(vm, "guest-panicked")
-    assert "qmpsnap show still" in refused.hint
+    assert "qmpsnap show still" in as_typed(refused.hint)

@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
 from qmpsnap.model.layers.snapshot import Outside
@@ -25,7 +26,7 @@ from tests.live.machine import active_hash, context_of, fill, hold_invariants
 @pytest.mark.parametrize("state", ["prelaunch", "stopped"])
 async def test_a_stack(q: qmpsnap.Controller, still_spec: MachineSpec, state: str) -> None:
     vm = await q.define(still_spec)
-    with pytest.raises(StateError, match="stands on no snapshot") as refused:
+    with pytest.raises(StateError, match="has no current snapshot") as refused:
         await vm.pop()
     assert "snapshot push still" in refused.value.hint
     held = []
@@ -109,7 +110,7 @@ def test_pop_tells_what_revert_tells(
         assert main(["snapshot", "pop", "still", "-o", form]) == 0
         told = capsys.readouterr()
         assert "a note" in told.err
-        assert "not attached any more: extra (/x)" in told.err
+        assert "detached: extra (/x)" in told.err
         if form == "table":
             assert "the guest's clock is off by -12.5 ms; snap-1 is deleted" in told.out
         else:
@@ -124,9 +125,9 @@ async def test_only_what_was_pushed_is_popped_unasked(q: qmpsnap.Controller, sti
     await vm.snapshot("taken")
     with pytest.raises(StateError, match="push is not known to have made snapshot taken") as refused:
         await vm.pop()
-    with pytest.raises(StateError, match="push is not known"):
+    with pytest.raises(StateError, match="which push did not take"):
         await vm.preview_pop()
-    assert "snapshot revert still taken goes back and keeps both; --discard" in refused.value.hint
+    assert "snapshot revert still taken; or accept that with --discard" in as_typed(refused.value.hint)
     assert [snapshot.name for snapshot in await vm.snapshots()] == ["pushed", "taken"]
     assert (await vm.preview_pop(discard=True)).delete.names == ("taken",)
     assert (await vm.pop(discard=True)).snapshot.name == "taken"

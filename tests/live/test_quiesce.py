@@ -86,7 +86,7 @@ async def test_memory_that_was_frozen_is_thawed_where_it_is_loaded(vm: qmpsnap.M
     assert (await vm.snapshots())[-1].frozen_ms == full.frozen_ms is not None
     await writes(vm)
     assert await in_snapshot(vm, "full", tmp_path) == (True, first)
-    with pytest.raises(StateError, match="only a guest that runs can be thawed"):
+    with pytest.raises(StateError, match="can only be thawed in a running guest"):
         await vm.revert("full", state="paused")
     await vm.revert("full", after=False)
     await writes(vm)
@@ -98,7 +98,7 @@ async def test_inside_the_images(vm: qmpsnap.MachineHandle) -> None:
     assert taken.level == "fs"
     assert taken.frozen_ms is not None
     await writes(vm)
-    with pytest.raises(UsageError, match="would go on frozen"):
+    with pytest.raises(UsageError, match="would stay frozen"):
         await vm.snapshot("more", kind="internal", quiesce="prefer")
     await hold_invariants(vm)
 
@@ -160,7 +160,7 @@ async def test_without_a_guest_that_runs(q: qmpsnap.Controller, still_spec: Mach
     for state in ("stopped", "paused"):
         if state == "paused":
             await vm.start(paused=True)
-        with pytest.raises(StateError, match=f"still is {state}: no guest is there") as caught:
+        with pytest.raises(StateError, match=f"still is {state}: only a running guest") as caught:
             await vm.snapshot("s", quiesce="require")
         assert caught.value.effect == "none"
         taken = await vm.snapshot(quiesce="prefer")

@@ -89,7 +89,7 @@ async def test_what_no_qmpsnap_has_written(q: qmpsnap.Controller, change: str) -
     [
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
         (OSError(errno.EIO, "Input/output error", "/x"), "Input/output error: /x"),
-        (MemoryError(), "no more memory"),
+        (MemoryError(), "out of memory"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
         (ExceptionGroup("", [ValueError(), OSError(errno.ENOSPC, "No space left on device")]), "No space"),
     ],

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.block.usage import image_locks
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operations.operation import Merge, MergePlan
@@ -120,7 +121,7 @@ async def test_what_a_qemu_has_open_is_neither_removed_nor_recorded(
     for act in (vm.recover, lambda: vm.snapshot("s4"), lambda: vm.undefine(disks="remove")):
         with pytest.raises(OperationPending, match=r"another process has .* open") as refused:
             await act()
-        assert "qmpsnap undefine theirs --keep-disks, then: qmpsnap adopt theirs" in refused.value.hint
+        assert "qmpsnap undefine theirs --keep-disks and qmpsnap adopt theirs" in as_typed(refused.value.hint)
     assert [(snapshot.name, snapshot.state) for snapshot in await vm.snapshots()] == known
     assert all(file.exists() for file in left.files)
 

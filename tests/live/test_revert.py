@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, NameRefused, NameTaken, NotFoundError, QemuGone, StateError, StoreMismatch
 from qmpsnap.model.layers.snapshot import Point
@@ -265,7 +266,7 @@ async def test_what_cannot_be_reverted_to_is_refused_and_the_guest_runs_on(
     before = await _picture(vm)
     with pytest.raises(NotFoundError, match="no snapshot 'zzz'"):
         await vm.revert("zzz")
-    with pytest.raises(StateError, match=r"snapshot lost .* is consumed") as caught:
+    with pytest.raises(StateError, match=r"snapshot lost .* was invalidated") as caught:
         await vm.revert("lost")
     assert (caught.value.exit_code, "snapshot delete" in caught.value.hint) == (4, True)
     with pytest.raises(StoreMismatch, match="has no snapshot t inside"):
@@ -341,7 +342,7 @@ async def test_a_machine_that_does_not_start_again_stands_at_the_snapshot_and_sa
         await vm.revert("a")
     monkeypatch.undo()
     assert caught.value.effect == "applied"
-    assert caught.value.hint == "the machine stands at a and is stopped: qmpsnap start still"
+    assert as_typed(caught.value.hint) == "the machine is at a and stopped: qmpsnap start still"
     operation = context_of(vm).store.operations(vm.name)[-1]
     assert operation.state == "settled"
     assert operation.error == "QEMU did not start; the machine was not started again: qmpsnap start still"

@@ -81,7 +81,7 @@ async def running(vm: qmpsnap.MachineHandle) -> None:
 async def test_the_whole_life_of_a_machine_as_another_user(q: qmpsnap.Controller, place: Path) -> None:
     vm = await grown(q, "s1", "s2")
     require_nobody(vm)
-    await vm.resume()  # whose memory is saved while it stands still, as userfaultfd is root's
+    await vm.resume()  # whose memory is saved while it stands still, as userfaultfd needs root
     full = await vm.snapshot("full", kind="full")
     assert full.vmstate
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "0":
@@ -155,7 +155,7 @@ async def test_what_is_not_ours_it_has_to_reach_by_itself(q: qmpsnap.Controller,
     outside = DiskSpec(name="vda", base=str(image))
     vm = await q.define(replace(ONE_DISK, disks=(outside,)))
     mode = image.stat().st_mode
-    with pytest.raises(HostCannot, match=f"user {USER}, as whom QEMU is to run .* may not read {image}") as refused:
+    with pytest.raises(HostCannot, match=f"user {USER} .* has no permission to read {image}") as refused:
         await vm.start(paused=True)
     assert refused.value.hint == f"setfacl -m u:{USER}:r {image}"
     assert (image.stat().st_mode, await vm.is_running()) == (mode, False)
@@ -251,7 +251,7 @@ async def test_as_root_it_has_only_what_its_devices_use(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("home")
-@pytest.mark.parametrize(("wanted", "said"), [("no such user", "does not have"), ("0", "names root"), ("", "")])
+@pytest.mark.parametrize(("wanted", "said"), [("no such user", "does not exist"), ("0", "names root"), ("", "")])
 async def test_who_is_named_must_be_there_and_not_root(monkeypatch: pytest.MonkeyPatch, wanted: str, said: str) -> None:
     monkeypatch.setenv(privileges.VARIABLE, wanted)
     if not said:
@@ -275,4 +275,4 @@ async def test_show_and_doctor_name_the_user_and_what_is_lost(
         said = capsys.readouterr().out
         assert USER in said
         if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "0":
-            assert "background snapshots, as userfaultfd is root's" in said
+            assert "background snapshots, as userfaultfd needs root" in said

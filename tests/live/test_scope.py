@@ -47,5 +47,5 @@ def test_a_systemd_that_refuses_costs_a_note(
     monkeypatch.setattr(scope, "SYSTEMD", tmp_path / "none")
     main(["doctor", "-o", "json"])
     abilities = {one["name"]: one for one in json.loads(capsys.readouterr().out)["abilities"]}
-    assert "no systemd runs here" in abilities["scope"]["detail"]
+    assert "systemd is not running" in abilities["scope"]["detail"]
     assert main(["stop", "still", "--force"]) == 0

@@ -7,6 +7,7 @@ import pytest
 from anyio import to_thread
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.cli.main import main
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.model.layers.chain import Layer
@@ -60,8 +61,8 @@ async def test_no_clone_on_what_an_interrupted_operation_changes(
     await die_at(point, *(word.format(copy=home / "copy") for word in words))
     with pytest.raises(OperationPending, match="on machine still has not ended and changes") as refused:
         await q.define(clone_on(on))
-    assert refused.value.hint.startswith("qmpsnap job wait still")
-    assert refused.value.hint.endswith("qmpsnap recover still")
+    assert as_typed(refused.value.hint).startswith("qmpsnap job wait still")
+    assert as_typed(refused.value.hint).endswith("qmpsnap recover still")
     assert [found.name for found in await q.machines()] == ["still"]
     assert not (home / "machines" / "clone").exists()
     await vm.wait()
@@ -74,7 +75,7 @@ async def test_a_clone_that_is_being_defined_counts_as_a_reader(q: qmpsnap.Contr
     async with stopped_at(SETTLES, "define", spec_file(home, base)) as other:
         with pytest.raises(OperationPending, match="machine clone has not ended and is about to read") as refused:
             await vm.commit("vda", consume=True)
-        assert refused.value.hint == "qmpsnap recover clone"
+        assert as_typed(refused.value.hint) == "qmpsnap recover clone"
         assert [snapshot.state for snapshot in await vm.snapshots()] == ["ok", "ok"]
     assert other.returncode == 0
     with pytest.raises(StateError, match="of clone"):
@@ -93,7 +94,7 @@ async def test_a_definition_that_died_is_ended_by_its_name(
         await vm.commit("vda", consume=True)
     capsys.readouterr()
     assert await to_thread.run_sync(main, ["recover", "clone"]) == 0
-    assert "(define) was planned, is ended" in capsys.readouterr().err
+    assert "(define) was planned and is recovered" in capsys.readouterr().err
     assert await to_thread.run_sync(main, ["recover", "clone"]) == 3
     assert not (home / "machines" / "clone").exists()
     await vm.commit("vda", consume=True)

@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, OperationPending, StateError
 from qmpsnap.model.machines.spec import MachineSpec
@@ -57,12 +58,12 @@ async def test_a_guest_whose_disk_is_full_is_paused_and_says_so(
     while await vm.state() == "running":
         await anyio.sleep(0.1)
     assert await vm.state() == "paused: no space"
-    with pytest.raises(StateError, match=r"does not run \(paused: no space\)") as deaf:
+    with pytest.raises(StateError, match=r"is not running \(paused: no space\)") as deaf:
         await vm.run("true")
-    assert "qmpsnap resume guest" in deaf.value.hint
+    assert "qmpsnap resume guest" in as_typed(deaf.value.hint)
     with pytest.raises(StateError, match=r"paused: no space"):
         await vm.stop(timeout=60)
-    with pytest.raises(StateError, match=r"does not run \(paused: no space\)"):
+    with pytest.raises(StateError, match=r"is not running \(paused: no space\)"):
         await vm.pause()
     with pytest.raises(HostCannot, match="paused again at once") as still:
         await vm.resume()
@@ -72,7 +73,7 @@ async def test_a_guest_whose_disk_is_full_is_paused_and_says_so(
     shown, said = await _cli("show", "guest", "-o", "json", capsys=capsys)
     assert shown == '"state": "paused: no space"'
     assert "warning: 0 MiB are free" in said
-    assert "hint: free some space where the disks' active layers lie, then: qmpsnap resume guest" in said
+    assert "hint: free some space for the disks' active layers, then qmpsnap resume guest" in said
 
     subprocess.run(["mount", "-o", f"remount,size={128 * MIB}", small], check=True)  # noqa: ASYNC221
     await vm.resume()
@@ -81,7 +82,7 @@ async def test_a_guest_whose_disk_is_full_is_paused_and_says_so(
     assert b"30+0 records out" in done.stdout  # nothing that the guest wrote was lost or refused
     await vm.pause()
     assert await vm.state() == "paused"
-    with pytest.raises(StateError, match="does not run"):
+    with pytest.raises(StateError, match="is not running"):
         await vm.run("true")
     await vm.resume()
     await vm.snapshot("s")
@@ -104,7 +105,7 @@ async def test_a_machines_folder_on_another_disk_has_its_quarantine_there(
         (part := place / "mine.qs-9.part").touch()
         done = await vm.check(repair=True)
         assert ([found.code for found in done.findings], part.exists()) == (["part-left"], True)
-        assert "lies on another file system" in done.failed[0]
+        assert "is on another file system" in done.failed[0]
         await vm.stop(force=True)
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)  # noqa: ASYNC221
@@ -222,12 +223,12 @@ async def test_what_only_reads_works_while_the_disk_is_full_and_the_rest_says_wh
     code, out, _ = await _said("doctor", capsys)
     assert code == 9
     assert "the disk is full; it can be read, 1 machine(s)\n" in out
-    assert f"remedy: make room in {one_disk}\n" in out
-    assert await _said("resume still", capsys) == (0, "", "machine still runs on\n")
+    assert f"remedy: free some space in {one_disk}\n" in out
+    assert await _said("resume still", capsys) == (0, "", "machine still is running\n")
     assert await _said("stop still --force", capsys) == (0, "", "machine still is stopped\n")
     full = f"the store {one_disk}/qmpsnap.db cannot be written: the disk is full; nothing was changed"
     for words in WRITING:
-        assert await _said(words, capsys) == (9, "", f"qmpsnap: {full}\nhint: make room in {one_disk}\n"), words
+        assert await _said(words, capsys) == (9, "", f"qmpsnap: {full}\nhint: free some space in {one_disk}\n"), words
     assert '"state": "stopped"' in (await _said("list -o json", capsys))[1]
     filler.unlink()
     async with qmpsnap.open() as q:
@@ -304,7 +305,7 @@ async def test_a_full_run_folder_is_told_of(home: Path, capsys: pytest.CaptureFi
         occupy(home / "run")
         code, _, err = await _said("start still", capsys)
         assert (code, "the disk is full; nothing was changed" in err) == (9, True), err
-        assert f"hint: make room in {home}/run/still\n" in err
+        assert f"hint: free some space in {home}/run/still\n" in err
         for words in ("snapshot create still s1", "check still --repair"):
             assert (await _said(words, capsys))[0] == 0  # neither needs it
     finally:

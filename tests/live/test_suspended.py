@@ -6,6 +6,7 @@ import anyio
 import pytest
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
 from qmpsnap.model.machines.spec import MachineSpec
@@ -38,7 +39,7 @@ async def test_a_guest_that_sleeps(
     vm = await q.define(guest_spec)
     await start_booted(vm)
     await vm.snapshot("awake", kind="internal")
-    with pytest.raises(StateError, match=r"does not sleep \(running\)"):
+    with pytest.raises(StateError, match=r"is not suspended \(running\)"):
         await vm.wakeup()
     await asleep(vm)
     assert json.loads(await told(capsys, "show", "guest"))["state"] == "suspended"
@@ -47,7 +48,7 @@ async def test_a_guest_that_sleeps(
         with pytest.raises(StateError, match="suspended") as caught:
             await refused
         assert caught.value.hint == WAKE
-    with pytest.raises(StateError, match="is suspended: no guest is there to freeze"):
+    with pytest.raises(StateError, match="is suspended: only a running guest can freeze"):
         await vm.snapshot("frozen", quiesce="require")
     process = (await vm.record()).process
     assert process
@@ -75,9 +76,9 @@ async def memory_is_refused(vm: qmpsnap.MachineHandle) -> None:
         vm.preview_snapshot("all", kind="internal"),
         vm.save(),
     ):
-        with pytest.raises(StateError, match="it forgets that the guest sleeps; nothing was changed") as refused:
+        with pytest.raises(StateError, match="it does not keep the suspended state; nothing was changed") as refused:
             await attempt
-        assert refused.value.hint.startswith(f"{WAKE} first; or ")
+        assert as_typed(refused.value.hint).startswith(f"wake it first: {WAKE}; or ")
     assert [chain.ids for chain in await vm.chains()] == chains
     for discard in (False, True):  # nor is other memory loaded into a QEMU that believes its guest to sleep
         with pytest.raises(StateError, match="cannot load other memory into it"):

@@ -140,7 +140,7 @@ def test_saved_started_afresh_and_restored(home: Path, small_guest: Path, typed:
     in_guest("echo 3 >/proc/sys/vm/drop_caches")
     assert in_guest("head -c 7 /dev/vda") == "evening"  # the disk is the one it knew
 
-    assert "ms were allowed" in typed("snapshot create guest quick --kind full --max-pause 1", code=4)
+    assert "ms are allowed" in typed("snapshot create guest quick --kind full --max-pause 1", code=4)
     typed("snapshot create guest noon --kind full --max-pause 60000 --degrade --compress zstd -m packed")
     shown = json.loads(typed("snapshot show guest noon -o json").partition("\n")[2])["snapshot"]
     assert (shown["kind"], shown["description"], shown["vmstate"]["compression"]) == ("full", "packed", "zstd")

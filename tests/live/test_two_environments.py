@@ -104,11 +104,11 @@ def test_sockets_that_cannot_be_found_are_no_stopped_machine(desk: Desk, monkeyp
     desk.run("start", "still", "--paused")
     monkeypatch.setenv("QMPSNAP_HOME", str(desk.data))
     refused = desk.run("snapshot", "create", "still", code=5).stderr
-    assert f"with its sockets in {desk.runtime}/qmpsnap/still: run qmpsnap with" in refused
+    assert f"with its sockets in {desk.runtime}/qmpsnap/still: set QMPSNAP_HOME" in refused
     monkeypatch.delenv("QMPSNAP_HOME")
     shutil.rmtree(desk.runtime)  # as at the end of the last login
     desk.cron()
-    assert "qmpsnap stop still --force ends it" in desk.run("snapshot", "create", "still", code=5).stderr
+    assert "end it: qmpsnap stop still --force" in desk.run("snapshot", "create", "still", code=5).stderr
     desk.run("stop", "still", "--force")
     desk.run("start", "still", "--paused")
     desk.runtime.mkdir(mode=0o700)

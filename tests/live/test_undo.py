@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from qemu.qmp import ExecuteError
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import QmpError, QmpsnapError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.merge import job
@@ -45,10 +46,10 @@ async def test_no_layer_goes_over_a_disk_that_was_resized_behind_us(
     node = next(view.active.id for view in await vm.chains() if view.disk == disk)
     await _resize(vm, node, 32 * MIB)
     await fill(vm, disk, 7, offset=30 * MIB)
-    with pytest.raises(StoreMismatch, match="resized behind qmpsnap; nothing was changed") as refused:
+    with pytest.raises(StoreMismatch, match="another program resized it; nothing was changed") as refused:
         await vm.snapshot("s")
     assert refused.value.effect == "none"
-    assert "qmpsnap check VM --repair records the new size" in refused.value.hint
+    assert "qmpsnap check VM --repair records the new size" in as_typed(refused.value.hint)
     assert await vm.snapshots() == ()
     async with user_monitor(vm) as qemu:
         backends: Any = await qemu.execute("query-block")
@@ -89,7 +90,7 @@ async def test_a_store_put_back_from_an_older_copy_costs_no_data(home: Path, tmp
         vm = await q.machine("still")
         with pytest.raises(StoreMismatch, match=r"an old copy .* vda-2\.qcow2|vda-2\.qcow2 has a number") as refused:
             await vm.snapshot("again")
-        assert "--rebuild" in refused.value.hint
+        assert "--rebuild" in as_typed(refused.value.hint)
         assert await vm.snapshots() == ()
     assert _files(home / "machines") == before
 
@@ -105,10 +106,10 @@ async def test_without_the_store_a_second_definition_takes_nothing_of_the_first(
     _forget_store(home)
     before = _files(home / "machines")
     async with qmpsnap.open() as q:
-        with pytest.raises(StoreMismatch, match="this store does not know it; nothing was changed") as refused:
+        with pytest.raises(StoreMismatch, match="this store lacks it; nothing was changed") as refused:
             await q.define(replace(spec, disks=(DiskSpec(name=name, size=MIB),)))
         assert refused.value.effect == "none"
-        assert "--rebuild" in refused.value.hint
+        assert "--rebuild" in as_typed(refused.value.hint)
         assert await q.machines() == ()
         assert q.context.store.operations("still") == ()
     assert _files(home / "machines") == before

@@ -7,6 +7,7 @@ import anyio
 import pytest
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.machine.starting.argv import CONSOLE_LOG
@@ -158,7 +159,7 @@ async def test_a_store_that_is_gone_cannot_be_kept(q: qmpsnap.Controller, uefi_s
     context_of(vm).home.variables("still").unlink()
     with pytest.raises(StoreMismatch, match=r"vars\.fd, the variable store of machine still, is not there") as refused:
         await vm.revert("s")
-    assert "--discard" in refused.value.hint
+    assert "--discard" in as_typed(refused.value.hint)
     assert [snapshot.name for snapshot in await vm.snapshots()] == ["s"]
     await vm.revert("s", discard=True)
     assert mark(vm) == 1

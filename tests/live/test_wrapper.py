@@ -30,8 +30,8 @@ WORKS = {
 }
 FAILS = {
     "a device that is none": ('{qemu} "$@" -device nothing-such', "nothing-such"),
-    "another process waits on": ('sleep 600 & {qemu} "$@" -device nothing-such', "has opened the monitor"),
-    "no arguments": ("{qemu} -S -display none", "pass all of its arguments on"),
+    "another process waits on": ('sleep 600 & {qemu} "$@" -device nothing-such', "did not open the monitor"),
+    "no arguments": ("{qemu} -S -display none", "pass all its arguments"),
     "another folder": ('cd / && {qemu} "$@"', "keep its working directory"),
     "lets it fork, which our sandbox forbids": ('{qemu} "$@" -daemonize', "did not start machine"),
     "ends at once": ("echo not today; exit 1", "not today"),

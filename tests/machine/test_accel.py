@@ -73,7 +73,7 @@ def test_with_a_device_but_without_the_cpus_flag_the_device_is_not_trusted(host:
 
 def test_a_device_that_may_not_be_opened_is_an_obstacle(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may open everything
-    assert "may not be opened by this user" in kvm_obstacle()
+    assert "cannot be opened by this user" in kvm_obstacle()
 
 
 @pytest.mark.parametrize(("text", "khz"), [(INTEL, 2_399_998), (PLAIN, TSC_KHZ), ("", TSC_KHZ)])

@@ -224,7 +224,7 @@ async def test_a_channel_that_closes_leaves_the_effect_unknown(path: Path) -> No
 async def test_an_answer_without_end_is_cut_off(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent, "REPLY_LIMIT", 1 << 20)
     async with talking(path, b"x" * (3 << 20)) as (guest, _):
-        with anyio.fail_after(LONG), pytest.raises(QmpError, match="answered without end"):
+        with anyio.fail_after(LONG), pytest.raises(QmpError, match="gave an endless answer"):
             await guest.execute("guest-x", deadline=LONG)
 
 
@@ -284,7 +284,7 @@ async def test_output_that_the_agent_has_cut_off_is_told(
         done = await guest.run(["x"], deadline=LONG)
     assert done.truncated == truncated
     if truncated:
-        with pytest.raises(QmpError, match=f"its {' and '.join(truncated)} is cut off") as told:
+        with pytest.raises(QmpError, match=f"its {' and '.join(truncated)} is truncated") as told:
             done.require_whole("m")
         assert told.value.effect == "applied"
     else:
@@ -305,7 +305,7 @@ async def test_output_that_the_agent_has_cut_off_is_told(
 )
 async def test_a_status_that_makes_no_sense_is_an_error_not_a_result(path: Path, status: dict[str, Any]) -> None:
     async with talking(path, returns({"pid": 1}), exited(**status)) as (guest, _):
-        with pytest.raises(QmpError, match="answered nonsense"):
+        with pytest.raises(QmpError, match="gave an invalid answer"):
             await guest.run(["x"], deadline=LONG)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine import qemu as machines
 from qmpsnap.machine.qemu import unless_ending, wait_end
@@ -181,7 +182,7 @@ def test_it_is_started_in_its_folder_in_a_session_of_its_own_with_a_private_log(
 def test_a_program_that_is_not_there_is_the_hosts_trouble(tmp_path: Path) -> None:
     with pytest.raises(HostCannot, match="/no/such/qemu cannot be run") as caught:
         spawn(["/no/such/qemu"], tmp_path)
-    assert (caught.value.exit_code, caught.value.hint) == (9, "see qmpsnap doctor")
+    assert (caught.value.exit_code, as_typed(caught.value.hint)) == (9, "qmpsnap doctor shows what is missing")
 
 
 @pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])

@@ -169,7 +169,7 @@ def test_what_took_the_place_of_the_written_one_is_not_finished(part: Path) -> N
         statefile.finish(str(part), str(part.parent / "all"), replace(MANIFEST, compression="zstd"))
     part.unlink()
     os.mkfifo(part)
-    with pytest.raises(StoreMismatch, match="no plain file"):
+    with pytest.raises(StoreMismatch, match="not a regular file"):
         statefile.finish(str(part), str(part.parent / "all"), MANIFEST)
     assert other.read_text() == "mine"
     assert not (part.parent / "all").exists()

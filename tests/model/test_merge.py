@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec.structs import replace
 
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import NotFoundError, StateError
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.names import LayerId
@@ -540,7 +541,7 @@ def test_a_branch_is_merged_beside_the_running_guest(kind: str) -> None:
 def test_a_layer_that_two_disks_of_a_running_guest_read_does_not_go() -> None:
     world, ids = orphaned(running=True, disks=("vda", "vdb"))
     at = world.situation("shop")
-    with pytest.raises(StateError, match="open as another disk"):
+    with pytest.raises(StateError, match="has it open as disk"):
         rules.commit(at, at.live["vda"], base=ids[0], top=ids[1])
     world.guests["shop"].running = False
     at = world.situation("shop")
@@ -553,7 +554,7 @@ def test_an_image_of_others_on_top_is_never_rewritten() -> None:
     world.undefine("web")
     at = world.situation("shop")
     active = at.live["vda"].active.id
-    with pytest.raises(StateError, match=f"{active} .* was not made by qmpsnap"):
+    with pytest.raises(StateError, match=f"{active} .* was not created by qmpsnap"):
         rules.commit(at, at.live["vda"], base=ids[0], top=ids[1])
     with pytest.raises(StateError, match="is never written to"):
         rules.stream(at, at.live["vda"], into=active, base=None)
@@ -622,9 +623,9 @@ def test_two_disks_of_a_running_guest_share_no_layer_that_changes() -> None:
     world.guests["shop"].running = True
     world.undefine("web")
     at = world.situation("shop")
-    with pytest.raises(StateError, match="open as another disk, data"):
+    with pytest.raises(StateError, match="has it open as disk, data"):
         rules.commit(at, at.live["root"], base=ids[0], top=ids[1])
-    with pytest.raises(StateError, match="open as another disk, data"):
+    with pytest.raises(StateError, match="has it open as disk, data"):
         rules.stream(at, at.live["root"], into=ids[1], base=None)
     assert rules.reduce(at, ids) == ()
 
@@ -671,7 +672,7 @@ def test_a_layer_of_another_disk_is_not_found() -> None:
 def test_a_stream_of_nothing_is_refused() -> None:
     world, ids = tutorial()
     at = world.situation("web")
-    with pytest.raises(StateError, match="nothing lies between"):
+    with pytest.raises(StateError, match="there is no layer between"):
         rules.stream(at, at.live["vda"], into=ids[3], base=ids[2])
     with pytest.raises(StateError, match="the bottom"):
         rules.stream(at, at.live["vda"], into=ids[0], base=None)
@@ -680,9 +681,9 @@ def test_a_stream_of_nothing_is_refused() -> None:
 def test_a_commit_into_an_image_of_others_is_refused() -> None:
     world, ids = tutorial(owned=False)
     at = world.situation("web")
-    with pytest.raises(StateError, match="was not made by qmpsnap") as refused:
+    with pytest.raises(StateError, match="was not created by qmpsnap") as refused:
         rules.commit(at, at.live["vda"], base=ids[0], top=ids[1])
-    assert "qmpsnap stream web vda" in refused.value.hint
+    assert "qmpsnap stream web vda" in as_typed(refused.value.hint)
 
 
 # --- the situation after a change -----------------------------------------------------------------------------------

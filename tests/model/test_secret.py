@@ -14,7 +14,7 @@ KEY = b"k" * LEAST
         (b"", "has 0 bytes"),
         (KEY[1:], f"has {LEAST - 1} bytes; {LEAST} to {MOST} are possible"),
         (b"k" * (MOST + 1), f"has more bytes; {LEAST} to {MOST} are possible"),
-        (KEY + b"\0", "holds a zero byte"),
+        (KEY + b"\0", "contains a zero byte"),
         (KEY + b"\xff", "is not UTF-8 text"),
     ],
 )

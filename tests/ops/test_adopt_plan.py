@@ -80,7 +80,7 @@ def test_a_protocol_node_alone_is_a_raw_image() -> None:
     [
         ([("d", "root", "fmt"), ("fmt", "file", "net")], "over 'nbd' .nbd://h/e."),
         ([("d", "root", "odd")], "of format 'vmdk'"),
-        ([("d", "root", "fmt"), ("fmt", "file", "p1"), ("fmt", "data-file", "p2")], "a file of its own"),
+        ([("d", "root", "fmt"), ("fmt", "file", "p1"), ("fmt", "data-file", "p2")], "external data file"),
         ([("d", "root", "fmt"), ("fmt", "file", "p1"), ("fmt", "backing", "slow")], "between two of its layers"),
         ([("d", "root", "fmt")], "has no file"),
         ([], "no image"),

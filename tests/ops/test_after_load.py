@@ -83,12 +83,12 @@ async def test_what_hwclock_says_is_not_what_became_of_the_clock() -> None:
 @pytest.mark.parametrize("error", [DeadlinePassed("late"), QemuGone("closed")])
 async def test_no_answer_says_nothing(error: Exception) -> None:
     found = await told(Guest(0, answers=[error]))
-    assert found.notes[0].startswith("whether the guest's clock was set is not known")
+    assert found.notes[0].startswith("it is unknown whether the guest's clock was set")
     assert found.clock_error_ms is None
 
 
 async def test_an_agent_that_does_not_tell_the_time() -> None:
-    assert (await told(Guest(0, asked=-1))).notes[0].startswith("the guest's clock was set; how far it is off is not")
+    assert (await told(Guest(0, asked=-1))).notes[0].startswith("the guest's clock was set; its offset is unknown")
     assert (await told(Guest(None, answers=[REFUSED], asked=-1))).notes == (
         "the guest's clock was not set: the guest agent refused guest-set-time: hwclock failed",
     )

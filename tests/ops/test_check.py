@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image import header, verify
 from qmpsnap.block.image.create import ImageTool
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, ForeignHost, HostCannot, LockHeld, StoreMismatch
 from qmpsnap.machine import statefile
@@ -406,7 +407,7 @@ async def test_what_was_not_moved_leaves_no_note(web: Context, monkeypatch: pyte
         patch.setattr(Path, "rename", elsewhere)
         done = await check.run(web, "web", mend=True)
     assert ([finding.code for finding in done.findings], done.moved) == (["unreferenced-file"], ())
-    assert "lies on another file system" in done.failed[0]
+    assert "is on another file system" in done.failed[0]
     assert [place for place in web.home.quarantines if place.exists()] == []
     assert image(web, "copy").read_bytes() == b"mine"
 
@@ -470,7 +471,7 @@ async def test_an_old_store_starts_nothing_and_changes_nothing(web: Context) -> 
     with pytest.raises(StoreMismatch, match="old copy") as caught:
         await power.start(web, "web")
     assert (caught.value.exit_code, caught.value.effect) == (7, "none")
-    assert "check --rebuild --set-aside" in caught.value.hint
+    assert "check --rebuild --set-aside" in as_typed(caught.value.hint)
     assert len(web.store.operations("web", only_open=True)) == 1, "not even recovery is done by an old record"
 
 
@@ -531,7 +532,7 @@ class TestCommandLine:
         found = json.loads(out)
         assert {machine["machine"]: len(machine["moved"]) for machine in found["machines"]} == {"bare": 1, "web": 1}
         ((name, why),) = [(machine["machine"], machine["why"]) for machine in found["left_out"]]
-        assert (name, "lab is being worked on by 'commit'" in why) == ("lab", True)
-        assert "lab: not checked: machine lab is being worked on" in err
-        assert "hint: try again once it has ended" in err
+        assert (name, "lab is in use by 'commit'" in why) == ("lab", True)
+        assert "lab: not checked: machine lab is in use" in err
+        assert "hint: try again when it has ended" in err
         assert not any(stray.exists() for stray in strays)

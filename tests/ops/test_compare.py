@@ -72,8 +72,8 @@ BASE, TOP = CHAIN.layers
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"inode": 99}, "/m/vda-3.qcow2 is another file than the one recorded"),
-        ({"device": 99}, "/m/vda-3.qcow2 is another file than the one recorded"),
+        ({"inode": 99}, "/m/vda-3.qcow2 is not the recorded file"),
+        ({"device": 99}, "/m/vda-3.qcow2 is not the recorded file"),
         ({"backing": "/m/other"}, "the header of /m/vda-3.qcow2 names /m/other as its backing"),
         ({"backing": "/m/./vda-1.qcow2"}, "the header of /m/vda-3.qcow2 names /m/./vda-1.qcow2 as its backing"),
         ({"backing": None}, "the header of /m/vda-3.qcow2 names nothing as its backing"),
@@ -163,5 +163,5 @@ async def test_a_file_that_is_gone_or_replaced_is_told(context: BenchContext, tm
     (gone,), (replaced,) = (found.layers for found in await compare.chains(context, "web"))
     assert gone.bytes is None
     assert len(gone.problems) == 1
-    assert "another file" in replaced.problems[0]
+    assert "not the recorded file" in replaced.problems[0]
     assert f"has {2 * MIB} bytes" in replaced.problems[1]

@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from qmpsnap.block.image.create import ImageTool
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import LockHeld, OperationPending, StorageHangs
 from qmpsnap.host import outstanding, storage_wait
 from qmpsnap.host.threads import to_end, to_read
@@ -102,9 +103,9 @@ async def test_a_lock_is_kept_until_the_thread_is_back(file: Path, context: Cont
         async with locked(context, "web", "snapshot create"):
             await to_end(read, file)
     assert (caught.value.effect, caught.value.machine) == ("unknown", "web")
-    assert "qmpsnap recover web" in caught.value.hint
+    assert "qmpsnap recover web" in as_typed(caught.value.hint)
     for _ in range(2):
-        with pytest.raises(OperationPending, match=r"'snapshot create' .* has not come back: .*hangs") as refused:
+        with pytest.raises(OperationPending, match=r"'snapshot create' .* is stuck: .*hangs") as refused:
             async with locked(context, "web", "start"):
                 pytest.fail("nobody works beside it")
         assert (refused.value.exit_code, refused.value.effect) == (8, "none")

@@ -147,7 +147,7 @@ def test_an_image_that_fits() -> None:
     [
         (replace(EMPTY, header=replace(EMPTY.header, virtual_size=MIB // 2)), False, "524288 bytes"),
         (replace(EMPTY, header=replace(EMPTY.header, virtual_size=2 * MIB)), False, "2097152 bytes"),
-        (replace(EMPTY, header=replace(EMPTY.header, dirty=True)), False, "not closed well"),
+        (replace(EMPTY, header=replace(EMPTY.header, dirty=True)), False, "not closed cleanly"),
         (ONTO, False, "where nothing is needed"),
         (EMPTY, True, "names nothing"),
         (replace(ONTO, header=replace(ONTO.header, backing="/m/./vda-2.qcow2")), True, "as its backing"),
@@ -206,5 +206,5 @@ def test_exports(uri: str, server: dict[str, str], name: str) -> None:
     ],
 )
 def test_no_exports(uri: str) -> None:
-    with pytest.raises(UsageError, match="names no NBD export"):
+    with pytest.raises(UsageError, match="is not the URI of an NBD export"):
         nbd.parse(uri)

@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.block.image.create import ImageTool
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import OperationPending, StateError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import LayerId, OperationId
@@ -212,10 +213,10 @@ async def test_an_overlay_that_somebody_has_written_to_is_never_removed(
         file.seek(0, os.SEEK_END)
         file.write(b"g" * (EMPTY_LIMIT + 4096))
     qemu = FakeQemu(OLD)
-    with pytest.raises(OperationPending, match="should be a new, empty image and is not") as caught:
+    with pytest.raises(OperationPending, match="is not a new, empty image") as caught:
         await end_open(context, WEB, qemu)
     assert caught.value.exit_code == 8
-    assert caught.value.hint.startswith("put that right, then: qmpsnap recover web; ")
+    assert as_typed(caught.value.hint).startswith("fix that, then qmpsnap recover web; ")
     assert left.files[0].stat().st_size > EMPTY_LIMIT
     assert left.state != "failed"
 
@@ -227,7 +228,7 @@ async def _write(tool: ImageTool, path: Path, *command: str) -> None:
 
 async def _recover_refuses(context: BenchContext, file: Path) -> None:
     before = file.read_bytes()
-    with pytest.raises(OperationPending, match="should be a new, empty image and is not; it was left as it is"):
+    with pytest.raises(OperationPending, match="is not a new, empty image; it was not touched"):
         await end_open(context, WEB, None)
     assert file.read_bytes() == before
 
@@ -273,7 +274,7 @@ async def test_an_overlay_of_another_image_is_not_the_planned_one(context: Bench
     planned, other = context.store.chains("web")
     new = replace(planned.active, id=LayerId("vda-9"), path=str(context.home.data / "x"), backing=planned.active.id)
     await tool.create_overlay(new.path, backing=other.active, virtual_size=MIB)
-    with pytest.raises(StoreMismatch, match="it was left as it is"):
+    with pytest.raises(StoreMismatch, match="it was not touched"):
         await remove_new([Overlay(disk="vda", layer=new, backing=planned.active)])
     await remove_new([Overlay(disk="vda", layer=new, backing=other.active)])
     assert not Path(new.path).exists()
@@ -287,7 +288,7 @@ async def test_a_raw_image_goes_only_while_it_holds_nothing(
     await tool.create_base(new.path, format="raw", virtual_size=MIB)
     Path(new.path).write_bytes(bytes(MIB - 1) + (b"g" if written == "data" else b"\0"))
     if written == "data":
-        with pytest.raises(StoreMismatch, match="it was left as it is"):
+        with pytest.raises(StoreMismatch, match="it was not touched"):
             await remove_new([new])
     else:
         await remove_new([new])
@@ -407,7 +408,7 @@ async def test_the_error_of_an_attempt_that_cannot_be_ended_says_unknown_and_how
 ) -> None:
     left = await broken(context, tool, step="transaction", made=("vda",))
     error = await after(context, None)
-    assert (error.effect, error.hint) == ("unknown", "qmpsnap recover web finds out and ends it")
+    assert (error.effect, as_typed(error.hint)) == ("unknown", "qmpsnap recover web completes or undoes it")
     assert left.state == "unknown"
 
 
@@ -417,7 +418,7 @@ async def test_when_the_store_fails_as_well_the_effect_is_unknown_and_the_operat
     left = await broken(context, tool, step="transaction")
     store._database.connection.execute("PRAGMA query_only=ON")
     error = await after(context, FakeQemu(NEW))
-    assert (error.effect, error.hint) == ("unknown", "qmpsnap recover web finds out and ends it")
+    assert (error.effect, as_typed(error.hint)) == ("unknown", "qmpsnap recover web completes or undoes it")
     assert left.state == "running"
     store._database.connection.execute("PRAGMA query_only=OFF")
     await end_open(context, WEB, FakeQemu(NEW))

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.block.image.create import ImageTool
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
@@ -238,13 +239,13 @@ def test_it_is_as_before_or_as_asked(mode: str, run: Run | None, expected: tuple
 def test_an_unknown_snapshot_is_not_found() -> None:
     with pytest.raises(NotFoundError, match="has no snapshot 'zzz'") as caught:
         plan(name="zzz")
-    assert (caught.value.hint, caught.value.machine) == ("qmpsnap snapshot list web", "web")
+    assert (as_typed(caught.value.hint), caught.value.machine) == ("qmpsnap snapshot list web lists them", "web")
 
 
 def test_a_consumed_snapshot_is_refused_and_the_ways_out_are_told() -> None:
     with pytest.raises(StateError, match="snapshot a of machine web is consumed") as caught:
         plan(situation(snapshots=(replace(LISTED[0], state="consumed"), LISTED[1])))
-    assert caught.value.hint == "qmpsnap tree web shows the others; qmpsnap snapshot delete web a forgets it"
+    assert as_typed(caught.value.hint) == "choose another one that qmpsnap snapshot list web lists"
 
 
 def test_a_tag_is_taken_out_into_a_copy_with_the_same_backing() -> None:

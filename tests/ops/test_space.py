@@ -29,14 +29,14 @@ def test_needs_on_one_file_system_are_added_up(rooms: dict[str, Room]) -> None:
     free_space.require([Need("/a", 6, "one"), Need("/b", 4, "two"), Need("/c", 10, "three")], machine="web")
     with pytest.raises(HostCannot) as refused:
         free_space.require([Need("/c", 10, "three"), Need("/a", 6, "one"), Need("/b", 5, "two")], machine="web")
-    said = "there is too little space: one and two may need 11 bytes, and 10 are free at /a"
+    said = "one and two may need 11 bytes, but only 10 are free at /a"
     assert (refused.value.message, refused.value.exit_code, refused.value.effect) == (said, 9, "none")
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(HostCannot, match="cannot be written to: No such file") as refused:
+    with pytest.raises(HostCannot, match="is not writable: No such file") as refused:
         free_space.require([Need(str(tmp_path / "no"), 0, "it")], machine="web")
-    assert refused.value.hint == "make the folder first"
+    assert refused.value.hint == "create the folder"
 
 
 def test_an_image_has_tables_besides_its_data() -> None:

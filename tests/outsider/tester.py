@@ -217,7 +217,7 @@ class Tester:
         while True:
             answer = self._well("recover", name)
             if answer.code == 0 or (answer.code == 3 and name not in births.names()):
-                self.figures.ended += "nothing was open" not in answer.out
+                self.figures.ended += "no operation was open" not in answer.out
                 break
             if answer.code == 8 and f"qmpsnap job wait {name}" in answer.err:
                 answer = self._well("job", "wait" if hit.which < 0.5 else "cancel", name)

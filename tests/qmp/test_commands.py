@@ -138,7 +138,7 @@ async def test_nodes_are_always_asked_for_flat(tmp_path: Path) -> None:
 async def test_an_answer_against_qemus_schema_is_a_qmp_error_that_names_the_command(
     tmp_path: Path, call: Call, command: str, answer: Any
 ) -> None:
-    with pytest.raises(QmpError, match=f"QEMU's answer to {command} is not of its schema") as caught:
+    with pytest.raises(QmpError, match=f"QEMU's answer to {command} does not match its schema") as caught:
         await ask(tmp_path, call, Expect(command), answer)
     assert caught.value.effect == "none"
 

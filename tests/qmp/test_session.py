@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
 from qmpsnap.qmp import session
 from tests.qmp.scripted import GREETING, HELLO, Close, Event, Expect, Raw, Refuse, Reply, Turn, scripted
@@ -120,7 +121,11 @@ async def test_without_a_socket_qemu_is_gone_and_nothing_was_changed(path: Path)
     with pytest.raises(QemuGone, match="nothing was changed") as caught:
         async with session.connect(path, machine="web"):
             pytest.fail("nobody is there")
-    assert (caught.value.exit_code, caught.value.effect, caught.value.hint) == (5, "none", "qmpsnap start web")
+    assert (caught.value.exit_code, caught.value.effect, as_typed(caught.value.hint)) == (
+        5,
+        "none",
+        "qmpsnap start web",
+    )
 
 
 async def test_on_a_socket_that_nobody_listens_on_any_more_qemu_is_gone(path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import NameTaken, NotFoundError, OperationPending, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.layers.chain import Layer, LayerState
 from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotKind, SnapshotState
@@ -386,7 +387,7 @@ def test_while_an_operation_is_open_another_is_refused_and_says_which(store: Sto
     with pytest.raises(OperationPending, match=f"operation {first.id}") as caught:
         opened(store)
     assert (caught.value.exit_code, caught.value.operation, caught.value.machine) == (8, str(first.id), "web")
-    assert caught.value.hint == "qmpsnap recover web"
+    assert as_typed(caught.value.hint) == "qmpsnap recover web"
     assert store.operations("web") == (first,)
     assert opened(store, "other").machine == "other"
 

@@ -143,7 +143,7 @@ def test_a_second_name_of_a_file_is_refused_and_that_file_left_alone(path: Path)
     target = path.with_name("precious")
     target.write_text("content")
     path.hardlink_to(target)
-    with pytest.raises(HostCannot, match="no plain file of its own"), _locked(path):
+    with pytest.raises(HostCannot, match="not a regular file of its own"), _locked(path):
         pytest.fail("it was taken for a lock")
     assert target.read_text() == "content"
 
@@ -154,7 +154,7 @@ def test_a_second_name_of_a_file_is_refused_and_that_file_left_alone(path: Path)
 def test_an_owner_that_cannot_be_read_is_still_an_owner(path: Path, content: str) -> None:
     with machine_lock(path, machine="web", verb="stop"):
         path.write_text(content)
-        with pytest.raises(LockHeld, match="another controller that has only just begun"), _locked(path):
+        with pytest.raises(LockHeld, match="another controller that has just started"), _locked(path):
             pytest.fail("two hold the lock")
 
 

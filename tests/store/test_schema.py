@@ -329,7 +329,7 @@ def test_where_a_folder_cannot_be_made_the_host_cannot(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(HostCannot, match=r"cannot be written: .*; nothing was changed") as caught:
         SqliteStore(tmp_path / "file" / "below" / "store.db", machines=MACHINES)
-    assert (caught.value.exit_code, caught.value.hint) == (9, f"look at the rights of {tmp_path} and what is in it")
+    assert (caught.value.exit_code, caught.value.hint) == (9, f"check the permissions of {tmp_path} and its contents")
 
 
 @pytest.mark.parametrize(

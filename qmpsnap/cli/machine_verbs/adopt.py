@@ -26,20 +26,18 @@ _QEMUS = {"vhd": "vpc"}
 
 def register(parsers: Parsers) -> None:
     """Add the command."""
-    command = add(parsers, "adopt", _adopt, help="take over a running QEMU by its monitor, or images that nobody runs")
-    command.add_argument("name", metavar="NAME", help="what the machine will be called")
+    command = add(parsers, "adopt", _adopt, help="make a machine of a running QEMU, or of existing images")
+    command.add_argument("name", metavar="NAME", help="name of the new machine")
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--qmp", metavar="SOCKET", help="the running QEMU's monitor; nobody else may hold it")
+    source.add_argument("--qmp", metavar="SOCKET", help="QMP socket of the running QEMU, without another client")
     source.add_argument(
         "--image",
         metavar="DISK=PATH[,format=raw]",
         action="append",
-        help="the top image of an existing chain as a disk of a stopped machine; may be repeated",
+        help="top image of an existing chain, as a disk of a stopped machine; repeatable",
     )
-    command.add_argument(
-        "--allow", metavar="DIR", action="append", default=[], help="backing images may lie in DIR, too"
-    )
-    command.add_argument("--dry-run", action="store_true", help="print what would be taken over, change nothing")
+    command.add_argument("--allow", metavar="DIR", action="append", default=[], help="also allow backing files in DIR")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be adopted")
     add_format(command)
 
 
@@ -49,7 +47,7 @@ def _adopt(arguments: argparse.Namespace) -> None:
         _import(arguments)
         return
     if arguments.allow:
-        raise UsageError("--allow goes with --image; a running QEMU has its images open already")
+        raise UsageError("--allow needs --image")
 
     async def act(controller: "Controller") -> "Adopted":
         if not arguments.dry_run:
@@ -113,13 +111,11 @@ def _import(arguments: argparse.Namespace) -> None:
 def _disk(text: str) -> DiskSpec:
     found = _IMAGE.fullmatch(text)
     if not found:
-        raise UsageError(
-            f"--image {text!r} is not of the form DISK=PATH[,format=raw]", hint="--image vda=/path/to.qcow2"
-        )
+        raise UsageError(f"--image {text!r} is not DISK=PATH[,format=raw]", hint="as in --image vda=/path/to.qcow2")
     path, format_ = Path(found["path"]), found["format"] or "qcow2"
     if format_ not in ("qcow2", "raw"):
         raise UsageError(
-            f"an image of format {format_} cannot be adopted: only qcow2 and raw images can have snapshots here",
+            f"an image of format {format_} cannot be adopted: qmpsnap takes snapshots of qcow2 and raw images only",
             hint=conversion(str(path), _QEMUS.get(format_, format_)),
         )
     # Not resolved: a symlink is refused later, and the string is what the headers have to say.

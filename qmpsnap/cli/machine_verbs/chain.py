@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def register(parsers: Parsers) -> None:
     """Add the command."""
-    command = add(parsers, "chain", _chain, help="layers, bytes and snapshots of each disk, base first")
+    command = add(parsers, "chain", _chain, help="list the layers, sizes and snapshots of each disk, base first")
     add_machine(command)
     command.add_argument("disk", metavar="DISK", nargs="?", help="only this disk")
     add_format(command)

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 def register(parsers: Parsers) -> None:
     """Add the command."""
-    command = add(parsers, "check", _check, help="hold machines to every promise: store, files and QEMU")
+    command = add(parsers, "check", _check, help="compare store, files and QEMU, and report what does not hold")
     command.add_argument("machine", metavar="VM", nargs="?", help="only this machine")
-    command.add_argument("--deep", action="store_true", help="also read every image's tables and every state file")
+    command.add_argument("--deep", action="store_true", help="also check every image's tables and every state file")
     command.add_argument(
-        "--repair", action="store_true", help="put right what can be; files are moved, none is deleted"
+        "--repair", action="store_true", help="repair what can be repaired; files are moved, not deleted"
     )
-    command.add_argument("--rebuild", action="store_true", help="make a lost store again from images and state files")
-    command.add_argument("--set-aside", action="store_true", help="with --rebuild: even if the store there is whole")
+    command.add_argument("--rebuild", action="store_true", help="rebuild a lost store from images and state files")
+    command.add_argument(
+        "--set-aside", action="store_true", help="with --rebuild: replace an intact store, too, and keep it"
+    )
     add_format(command)
 
 
@@ -31,7 +33,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.rebuild:
         return _rebuild(arguments)
     if arguments.set_aside:
-        raise UsageError("--set-aside goes with --rebuild", hint="qmpsnap check --help")
+        raise UsageError("--set-aside needs --rebuild", hint="qmpsnap check --help")
     from qmpsnap.ops.check import check
 
     left_out: dict[str, QmpsnapError] = {}
@@ -139,8 +141,8 @@ def _text(found: dict[str, Any]) -> str:
 def _rebuild(arguments: argparse.Namespace) -> int:
     if arguments.machine or arguments.deep or arguments.repair:
         raise UsageError(
-            "--rebuild makes the whole store again and goes with --set-aside alone",
-            hint="qmpsnap check --rebuild, then qmpsnap check --repair",
+            "--rebuild rebuilds the whole store and takes no option but --set-aside",
+            hint="first qmpsnap check --rebuild, then qmpsnap check --repair",
         )
     import anyio
 
@@ -163,7 +165,7 @@ def _rebuild(arguments: argparse.Namespace) -> int:
         table=lambda: output.table(
             ("MACHINE", "SNAPSHOTS"), [(made.name, ", ".join(made.snapshots) or "none") for made in done.machines]
         ),
-        done=f"the store was made again, with machines {', '.join(made.name for made in done.machines) or 'none'}",
+        done=f"the store was rebuilt with machines {', '.join(made.name for made in done.machines) or 'none'}",
     )
     for made in done.machines:
         for note in made.notes:
@@ -171,8 +173,8 @@ def _rebuild(arguments: argparse.Namespace) -> int:
     for name, why in done.left_out:
         output.note(f"{name}: left out: {why}")
     if done.moved_from:
-        output.note(f"the images' headers name {done.moved_from}, where the home was, or its original is:")
-        output.note("hint: qmpsnap relocate lets it go on where it is")
+        output.note(f"the headers of the images name {done.moved_from} as the home")
+        output.hint("qmpsnap relocate accepts the new place")
     if done.aside:
-        output.note(f"the store that was there is kept as {done.aside}")
+        output.note(f"the former store is kept as {done.aside}")
     return StoreMismatch.exit_code if done.left_out else 0

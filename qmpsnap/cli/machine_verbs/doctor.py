@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, home
-from qmpsnap.cli.hints import words
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import HostCannot, StoreMismatch
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ _MARKS = {"yes": "green", "limited": "yellow", "no": "red"}
 
 def register(parsers: Parsers) -> None:
     """Add the command."""
-    add_format(add(parsers, "doctor", _doctor, help="what this host can do, and what to do about the rest"))
+    add_format(add(parsers, "doctor", _doctor, help="show what this host supports, with a remedy for the rest"))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         arguments.output,
         document={
             "abilities": [
-                {"name": a.name, "ok": a.ok, "detail": a.detail, "remedy": words(a.remedy)} for a in abilities
+                {"name": a.name, "ok": a.ok, "detail": a.detail, "remedy": as_typed(a.remedy)} for a in abilities
             ]
         },
         names=[ability.name for ability in abilities],
@@ -54,5 +54,5 @@ def _print(abilities: "list[Ability]") -> str:
         console.print(Text(f"{ability.ok:8}", style=_MARKS[ability.ok]), end="")
         console.print(Text(f"{ability.name:{width}}  {output.printable(ability.detail)}"))
         if ability.remedy:
-            console.print(Text(f"{'':8}{'':{width}}  remedy: {output.printable(words(ability.remedy))}"))
+            console.print(Text(f"{'':8}{'':{width}}  remedy: {output.printable(as_typed(ability.remedy))}"))
     return drawn.getvalue().rstrip("\n")

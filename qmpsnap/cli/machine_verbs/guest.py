@@ -11,20 +11,22 @@ from qmpsnap.machine.starting.argv import CONSOLE_SOCKET
 
 def register(parsers: Parsers) -> None:
     """Add the commands."""
-    add_machine(add(parsers, "console", _console, help="attach the terminal to the serial console (Ctrl-] leaves)"))
+    add_machine(add(parsers, "console", _console, help="attach the terminal to the serial console (Ctrl-] detaches)"))
 
-    command = add(parsers, "exec", _exec, help="run a command in the guest through its agent")
+    command = add(parsers, "exec", _exec, help="run a command in the guest through the guest agent")
     add_machine(command)
-    command.add_argument("--timeout", type=amount, default=60, metavar="S", help="seconds to wait for its end (60)")
+    command.add_argument("--timeout", type=amount, default=60, metavar="S", help="seconds to wait for it (60)")
     command.add_argument(
-        "--allow-truncated", action="store_true", help="take what the agent keeps, 16 MiB of stdout and of stderr"
+        "--allow-truncated",
+        action="store_true",
+        help="accept output truncated to the agent's 16 MiB of stdout and of stderr",
     )
     command.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="program and arguments")
 
-    command = add(parsers, "fstrim", _fstrim, help="let the guest give its disks back what its file systems do not use")
+    command = add(parsers, "fstrim", _fstrim, help="let the guest discard the unused blocks of its file systems")
     add_machine(command)
-    command.add_argument("--minimum", type=int, default=0, metavar="BYTES", help="leave free ranges smaller than this")
-    command.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds to wait for its end (60)")
+    command.add_argument("--minimum", type=int, default=0, metavar="BYTES", help="skip free ranges smaller than this")
+    command.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds to wait for it (60)")
     add_format(command)
 
 
@@ -40,8 +42,8 @@ def _console(arguments: argparse.Namespace) -> None:
     try:
         endpoint = anyio.run(dial, home().run_dir(machine.name) / CONSOLE_SOCKET)
     except OSError as error:
-        hint = "its console is its launcher's" if machine.adopted else f"qmpsnap start {machine.name}"
-        raise QemuGone(f"machine {machine.name} has no console now", hint=hint, machine=machine.name) from error
+        hint = "use the console that it was launched with" if machine.adopted else f"qmpsnap start {machine.name}"
+        raise QemuGone(f"machine {machine.name} has no console", hint=hint, machine=machine.name) from error
     logs.bound(home(), machine.name)
     with endpoint:
         console.attach(endpoint, terminal_in=sys.stdin.fileno(), terminal_out=sys.stdout.fileno())
@@ -53,12 +55,12 @@ def _exec(arguments: argparse.Namespace) -> int:
     if arguments.command and arguments.command[0].startswith("-") and arguments.command[0] != "--":
         # All that stands behind VM is the command's: an option there would be run in the guest.
         raise UsageError(
-            f"option {arguments.command[0]} stands behind VM, where the command begins",
-            hint="options first, as in: qmpsnap exec --timeout 5 VM -- CMD",
+            f"option {arguments.command[0]} follows VM, where the command begins",
+            hint="write options first: qmpsnap exec --timeout 5 VM -- CMD",
         )
     words = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not words:
-        raise UsageError("there is no command to run", hint=f"qmpsnap exec {arguments.machine} -- uname -r")
+        raise UsageError("there is no command to run", hint=f"as in qmpsnap exec {arguments.machine} -- uname -r")
 
     done = on_machine(
         arguments.machine,
@@ -70,9 +72,9 @@ def _exec(arguments: argparse.Namespace) -> int:
         raise
     except OSError as error:
         raise HostCannot(
-            f"the command has ended with status {done.status} in the guest of {arguments.machine}, and what it said"
-            f" cannot be written: {error.strerror}",
-            hint="make room where the output goes, or send it elsewhere",
+            f"the command ended with status {done.status} in the guest of {arguments.machine}, but its output cannot be"
+            f" written: {error.strerror}",
+            hint="free some space for the output, or redirect it",
             effect="applied",
             machine=arguments.machine,
         ) from error

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def register(parsers: Parsers) -> None:
     """Add the command."""
-    command = add(parsers, "log", _log, help="the operations of a machine, oldest first, and how each ended")
+    command = add(parsers, "log", _log, help="list the operations of a machine and their outcome, oldest first")
     add_machine(command)
-    command.add_argument("--open", action="store_true", help="only those that have not ended")
+    command.add_argument("--open", action="store_true", help="only open operations")
     add_format(command)
 
 
@@ -38,7 +38,7 @@ def _log(arguments: argparse.Namespace) -> None:
         ),
     )
     if pruned and not arguments.open:
-        output.note(f"{pruned.count} other operation(s) that had ended by {moment(pruned.until)} are not kept any more")
+        output.note(f"{pruned.count} older operation(s), up to {moment(pruned.until)}, were removed from the log")
 
 
 def _said(operation: dict[str, Any]) -> str:

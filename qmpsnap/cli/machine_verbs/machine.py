@@ -35,42 +35,44 @@ if TYPE_CHECKING:
 def register(parsers: Parsers) -> None:
     """Add the commands."""
     command = add(parsers, "define", _define, help="record a machine from a spec and create its disks")
-    command.add_argument("spec", metavar="SPEC.yaml", help="the machine's spec; launch/profiles has examples")
-    command.add_argument("--allow", metavar="DIR", action="append", default=[], help="images may lie in DIR, too")
+    command.add_argument("spec", metavar="SPEC.yaml", help="spec of the machine; see launch/profiles for examples")
+    command.add_argument("--allow", metavar="DIR", action="append", default=[], help="also allow images in DIR")
     command.add_argument("--allow-extra", action="store_true", help="accept the spec's 'extra' QEMU arguments")
-    command.add_argument("--dry-run", action="store_true", help="print the files that would be made, change nothing")
+    command.add_argument("--dry-run", action="store_true", help="only print the files that would be created")
     add_format(command)
 
-    add_format(add(parsers, "list", _list, help="the machines and whether they run"))
+    add_format(add(parsers, "list", _list, help="list the machines and their state"))
 
-    command = add(parsers, "show", _show, help="one machine: state, process, monitor, disks, snapshots")
+    command = add(parsers, "show", _show, help="show a machine: state, process, monitor, disks, snapshots")
     add_machine(command)
     add_format(command)
 
-    command = add(parsers, "start", _start, help="start a machine; returns when its monitor answers")
+    command = add(parsers, "start", _start, help="start a machine and wait for its monitor")
     add_machine(command)
     command.add_argument("--paused", action="store_true", help="leave the vCPUs stopped")
-    command.add_argument("--allow-extra", action="store_true", help="agree to the 'extra' QEMU arguments it has now")
+    command.add_argument("--allow-extra", action="store_true", help="accept its present 'extra' QEMU arguments")
 
-    command = add(parsers, "stop", _stop, help="press the power button and wait for the guest to switch itself off")
+    command = add(parsers, "stop", _stop, help="press the power button and wait for the guest to power off")
     add_machine(command)
-    command.add_argument("--force", action="store_true", help="end QEMU if it does not, at once without --timeout")
+    command.add_argument("--force", action="store_true", help="quit QEMU after --timeout, or at once without it")
     command.add_argument("--timeout", type=amount, metavar="S", help="seconds to wait for the guest (60)")
 
-    add_machine(add(parsers, "pause", _pause, help="stop a guest's vCPUs; its QEMU stays"))
-    add_machine(add(parsers, "resume", _resume, help="let a paused guest run on, also one whose disk was full"))
-    add_machine(add(parsers, "wakeup", _wakeup, help="wake a guest that has suspended itself (ACPI S3)"))
+    add_machine(add(parsers, "pause", _pause, help="stop the vCPUs of a guest"))
+    add_machine(
+        add(parsers, "resume", _resume, help="resume a paused guest, also one that QEMU paused because a disk was full")
+    )
+    add_machine(add(parsers, "wakeup", _wakeup, help="wake a suspended guest (ACPI S3)"))
 
-    command = add(parsers, "undefine", _undefine, help="forget a machine and its snapshots")
+    command = add(parsers, "undefine", _undefine, help="remove a machine and its snapshots from the store")
     add_machine(command)
     fate = command.add_mutually_exclusive_group()
-    fate.add_argument("--keep-disks", dest="disks", action="store_const", const="keep", help="leave images as files")
+    fate.add_argument("--keep-disks", dest="disks", action="store_const", const="keep", help="keep its images as files")
     fate.add_argument("--remove-disks", dest="disks", action="store_const", const="remove", help="delete its images")
-    command.add_argument("--dry-run", action="store_true", help="print the files that would stay or go, change nothing")
+    command.add_argument("--dry-run", action="store_true", help="only print the files that would be kept or removed")
     add_format(command)
 
-    command = add(parsers, "recover", _recover, help="end operations that were interrupted, forward or back")
-    command.add_argument("machine", metavar="VM", nargs="?", help="name of the machine; all of them without it")
+    command = add(parsers, "recover", _recover, help="complete or undo interrupted operations")
+    command.add_argument("machine", metavar="VM", nargs="?", help="name of the machine (all machines)")
 
 
 def _define(arguments: argparse.Namespace) -> None:
@@ -90,7 +92,7 @@ def _define(arguments: argparse.Namespace) -> None:
         return await vm.record()
 
     machine = controlling(act, make=True)
-    output.note(f"machine {machine.name} defined ({machine.spec.machine}); qmpsnap start {machine.name}")
+    output.note(f"machine {machine.name} defined ({machine.spec.machine}); start it with qmpsnap start {machine.name}")
     output.emit(
         arguments.output,
         document={"machine": machine.name, "uuid": machine.uuid, "machine_type": machine.spec.machine},
@@ -264,12 +266,12 @@ def _stop(arguments: argparse.Namespace) -> None:
 
 def _pause(arguments: argparse.Namespace) -> None:
     on_machine(arguments.machine, lambda vm: vm.pause())
-    output.note(f"machine {arguments.machine} is paused; qmpsnap resume {arguments.machine}")
+    output.note(f"machine {arguments.machine} is paused; resume it with qmpsnap resume {arguments.machine}")
 
 
 def _resume(arguments: argparse.Namespace) -> None:
     state = on_machine(arguments.machine, lambda vm: vm.resume())
-    output.note(f"machine {arguments.machine} {'runs on' if state == 'running' else f'is {state}'}")
+    output.note(f"machine {arguments.machine} is {state}")
     tell_remedy(state, arguments.machine)
 
 
@@ -283,14 +285,14 @@ def _undefine(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         found = on_machine(arguments.machine, lambda vm: vm.preview_undefine(disks=arguments.disks))
         images = [*found.kept, *found.removed]
-        lines = [f"would forget machine {arguments.machine}; nothing was changed"]
+        lines = [f"would undefine machine {arguments.machine}; nothing was changed"]
     else:
         images = on_machine(
             arguments.machine,
             lambda vm: vm.undefine(disks=arguments.disks, told=lambda sentence: output.warn([sentence])),
         )
         lines = []
-        output.note(f"machine {arguments.machine} is forgotten")
+        output.note(f"machine {arguments.machine} is undefined")
         for image in images:
             output.note(f"{done}: {image}")
     lines += [f"  {done}: {output.printable(image)}" for image in images] if arguments.dry_run else []
@@ -299,7 +301,7 @@ def _undefine(arguments: argparse.Namespace) -> None:
         document={"machine": arguments.machine, "dry_run": arguments.dry_run, "kept": [], "removed": [], done: images},
         names=[arguments.machine],
         table=lambda: "\n".join(lines),
-        done="" if arguments.dry_run else f"machine {arguments.machine} was forgotten",
+        done="" if arguments.dry_run else f"machine {arguments.machine} was undefined",
     )
 
 
@@ -315,6 +317,8 @@ def _recover(arguments: argparse.Namespace) -> None:
     for name, operations in ended.items():
         for operation in operations:
             note = f": {output.printable(text)}" if (text := notes.get(operation.id)) else ""
-            output.note(f"{name}: operation {operation.id} ({operation.verb}) was {operation.state}, is ended{note}")
+            output.note(
+                f"{name}: operation {operation.id} ({operation.verb}) was {operation.state} and is recovered{note}"
+            )
         if not operations:
-            output.note(f"{name}: nothing was open")
+            output.note(f"{name}: no operation was open")

@@ -15,13 +15,13 @@ _FINE = ("recorded", "copy", "proven")
 
 def register(parsers: Parsers) -> None:
     """Add the command."""
-    command = add(parsers, "relocate", _relocate, help="let a moved, copied or restored home go on where it is")
+    command = add(parsers, "relocate", _relocate, help="accept the new place of a moved, copied or restored home")
     command.add_argument(
         "--accept-copies",
         action="store_true",
-        help="take over files that are not the recorded ones and whose headers fit: whole copies of them",
+        help="accept complete copies of recorded files, judged by their headers",
     )
-    command.add_argument("--dry-run", action="store_true", help="only compare every file with its record")
+    command.add_argument("--dry-run", action="store_true", help="only compare the files with their records")
     add_format(command)
 
 
@@ -55,10 +55,10 @@ def _relocate(arguments: argparse.Namespace) -> int:
 
 def _tell(done: "Relocated") -> None:
     if done.original:
-        output.note(f"this home is a copy of {done.original}, which stays as it is")
+        output.note(f"this home is a copy of {done.original}, which is not changed")
     if done.done:
         output.note(f"{len(done.rewritten)} header(s) rewritten; the home is {done.new} from now on")
     elif done.old != done.new or done.rewritten or any(one.verdict in ("copy", "proven") for one in done.compared):
-        output.note("nothing was changed; qmpsnap relocate does it, with --accept-copies where files are copies")
+        output.note("nothing was changed; run qmpsnap relocate, with --accept-copies if files are copies")
     else:
-        output.note(f"the home is {done.new}, as it is recorded: nothing to do")
+        output.note(f"the home {done.new} is where it was recorded: nothing to do")

@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 def register(parsers: Parsers) -> None:
     """Add the commands and the names virsh has for them."""
     for name in ("commit", "blockcommit"):
-        command = add(parsers, name, _commit, help=_alias(name, "commit", "merge layers into the one below them"))
-        command.add_argument("--base", metavar="L", help="layer or snapshot to merge into (the lowest layer)")
-        command.add_argument("--top", metavar="L", help="highest layer or snapshot to merge (the active layer)")
-        command.add_argument("--consume", action="store_true", help="agree to lose snapshots that base would overwrite")
+        command = add(parsers, name, _commit, help=_alias(name, "commit", "merge layers into a layer below them"))
+        command.add_argument("--base", metavar="L", help="layer or snapshot to merge into (lowest layer)")
+        command.add_argument("--top", metavar="L", help="highest layer or snapshot to merge (active layer)")
+        command.add_argument("--consume", action="store_true", help="accept that the commit invalidates snapshots")
         _finish(command)
     for name in ("stream", "pull", "blockpull"):
-        help_ = _alias(name, "stream", "let the active layer absorb the layers below; no snapshot is harmed")
+        help_ = _alias(name, "stream", "merge the layers below into the active layer, keeping all snapshots")
         command = add(parsers, name, _stream, help=help_)
-        command.add_argument("--base", metavar="L", help="layer or snapshot to stop above (absorb everything)")
+        command.add_argument("--base", metavar="L", help="layer or snapshot to stop above (merge all layers)")
         _finish(command)
 
 
 def _alias(name: str, real: str, help_: str) -> str:
-    return help_ if name == real else f"the same as {real}: {help_}"
+    return help_ if name == real else f"same as {real}: {help_}"
 
 
 def _finish(command: argparse.ArgumentParser) -> None:
     add_machine(command)
     command.add_argument("disk", metavar="DISK", help="the disk")
-    command.add_argument("--dry-run", action="store_true", help="print layers, QMP command and bytes, change nothing")
+    command.add_argument("--dry-run", action="store_true", help="only print the layers, QMP command and bytes")
     add_progress(command)
     add_format(command)
 
@@ -99,7 +99,7 @@ def describe(plan: "MergePlan") -> dict[str, Any]:
 
 def text(document: dict[str, Any]) -> str:
     """One sentence about a merge."""
-    lost = f"; snapshots consumed: {', '.join(document['consumed'])}" if document["consumed"] else ""
+    lost = f"; snapshots invalidated: {', '.join(document['consumed'])}" if document["consumed"] else ""
     return (
         f"{document['verb']} {', '.join(document['merged'])} into {document['into']} of disk {document['disk']}"
         f" ({output.size(document['bytes'])} at most){lost}"

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 def register(verbs: Parsers) -> None:
     """Add the verb."""
-    command = add(verbs, "delete", _delete, help="delete snapshots, moving as few bytes as possible")
+    command = add(verbs, "delete", _delete, help="delete snapshots, copying as few bytes as possible")
     add_machine(command)
-    command.add_argument("names", metavar="NAME", nargs="+", help="the snapshots; planned together")
-    command.add_argument("--children", action="store_true", help="also those that grew from them")
-    command.add_argument("--metadata", action="store_true", help="only the names; the layers stay as they are")
-    command.add_argument("--dry-run", action="store_true", help="print each choice and its bytes, change nothing")
+    command.add_argument("names", metavar="NAME", nargs="+", help="the snapshots")
+    command.add_argument("--children", action="store_true", help="also delete their descendants")
+    command.add_argument("--metadata", action="store_true", help="delete only the names and keep the layers")
+    command.add_argument("--dry-run", action="store_true", help="only print the plan and its bytes")
     add_progress(command)
     add_format(command)
 
@@ -65,7 +65,7 @@ def document_of(plan: "DeletePlan") -> dict[str, Any]:
 def text_of(document: dict[str, Any], *, dry_run: bool) -> str:
     """The same for people."""
     verb = "would delete" if dry_run else "deleted"
-    lines = [f"{verb} {', '.join(document['deleted'])} ({output.size(document['bytes'])} at most to move)"]
+    lines = [f"{verb} {', '.join(document['deleted'])} ({output.size(document['bytes'])} at most to copy)"]
     for run in document["runs"]:
         for place, choice in enumerate(run["choices"]):
             chosen = "->" if place == 0 else "  "
@@ -73,5 +73,5 @@ def text_of(document: dict[str, Any], *, dry_run: bool) -> str:
                 f"  {run['disk']} {chosen} {choice['how']}: all into {choice['keeper']}, {output.size(choice['bytes'])}"
             )
         lines += [f"  {run['disk']}    removes {path}" for path in run["removed"]]
-    lines += [f"  keeps layer {layer}: others read it" for layer in document["hidden"]]
+    lines += [f"  keeps layer {layer}, which others read" for layer in document["hidden"]]
     return "\n".join(lines)

@@ -12,13 +12,15 @@ def register(parsers: Parsers) -> None:
     """Add the commands."""
     noun = parsers.add_parser("job", help="jobs in QEMU: list, wait, cancel", description="Jobs in QEMU.")
     verbs = noun.add_subparsers(title="verbs", metavar="VERB", required=True)
-    command = add(verbs, "list", _list, help="the jobs of a machine, with state and progress")
+    command = add(verbs, "list", _list, help="list the jobs of a machine with state and progress")
     add_machine(command)
     add_format(command)
-    command = add(verbs, "wait", _wait, help="see an interrupted operation's jobs to their end")
+    command = add(verbs, "wait", _wait, help="wait for the jobs of an interrupted operation")
     add_machine(command)
     add_progress(command)
-    add_machine(add(verbs, "cancel", _cancel, help="cancel an interrupted operation's jobs; the chain stays as it is"))
+    add_machine(
+        add(verbs, "cancel", _cancel, help="cancel the jobs of an interrupted operation; the chain is unchanged")
+    )
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -47,16 +49,16 @@ def _list(arguments: argparse.Namespace) -> None:
 def _wait(arguments: argparse.Namespace) -> None:
     with reporting(arguments.progress) as report:
         operations = on_machine(arguments.machine, lambda vm: vm.wait(report=report))
-    _tell(arguments.machine, operations, "is ended")
+    _tell(arguments.machine, operations, "is complete")
 
 
 def _cancel(arguments: argparse.Namespace) -> None:
     operations = on_machine(arguments.machine, lambda vm: vm.cancel())
-    _tell(arguments.machine, operations, "is cancelled; its chain is as before")
+    _tell(arguments.machine, operations, "is cancelled; its chain is unchanged")
 
 
 def _tell(machine: str, operations: Any, what: str) -> None:
     for operation in operations:
         output.note(f"{machine}: operation {operation.id} ({operation.verb}) {what}")
     if not operations:
-        output.note(f"{machine}: nothing was open")
+        output.note(f"{machine}: no operation was open")

@@ -16,19 +16,25 @@ if TYPE_CHECKING:
 def register(parsers: Parsers) -> None:
     """Add the command and the names virsh has for it."""
     for name in ("mirror", "copy", "blockcopy"):
-        help_ = "copy a disk while the guest runs, then go on with the copy or have it"
-        command = add(parsers, name, _mirror, help=help_ if name == "mirror" else f"the same as mirror: {help_}")
+        help_ = "copy a disk while the guest runs, then switch to the copy or keep it apart"
+        command = add(parsers, name, _mirror, help=help_ if name == "mirror" else f"same as mirror: {help_}")
         add_machine(command)
         command.add_argument("disk", metavar="DISK", help="the disk")
         command.add_argument("target", metavar="TARGET", help="path of the copy, or nbd://HOST[:PORT]/EXPORT")
         end = command.add_mutually_exclusive_group(required=True)
-        end.add_argument("--pivot", dest="mode", action="store_const", const="pivot", help="go on with the copy")
-        end.add_argument("--finish", dest="mode", action="store_const", const="finish", help="go on with what there is")
-        command.add_argument("--shallow", action="store_true", help="copy the active layer only, onto the same backing")
-        command.add_argument("--reuse", action="store_true", help="overwrite the image that is at TARGET")
+        end.add_argument(
+            "--pivot", dest="mode", action="store_const", const="pivot", help="switch the disk to the copy"
+        )
+        end.add_argument("--finish", dest="mode", action="store_const", const="finish", help="keep the disk as it is")
+        command.add_argument(
+            "--shallow", action="store_true", help="copy only the active layer, with the same backing file"
+        )
+        command.add_argument("--reuse", action="store_true", help="overwrite the image at TARGET")
         command.add_argument("--format", choices=("qcow2", "raw"), help="format of the copy (qcow2)")
-        command.add_argument("--blocking", action="store_true", help="the guest's writes wait for the copy")
-        command.add_argument("--dry-run", action="store_true", help="print files, QMP commands, bytes; change nothing")
+        command.add_argument(
+            "--blocking", action="store_true", help="let guest writes wait for the copy (write-blocking)"
+        )
+        command.add_argument("--dry-run", action="store_true", help="only print the files, QMP commands and bytes")
         add_progress(command)
         add_format(command)
 
@@ -59,7 +65,7 @@ def _mirror(arguments: argparse.Namespace) -> None:
         document = describe(plan)
         lines = [text(document)]
         if plan.mode == "finish":
-            lines.append(f"{output.printable(plan.target.path)} is yours: qmpsnap does not keep track of it")
+            lines.append(f"{output.printable(plan.target.path)} is not managed by qmpsnap")
     output.emit(
         arguments.output,
         document=document,
@@ -89,7 +95,7 @@ def describe(plan: "MirrorPlan") -> dict[str, Any]:
 def text(document: dict[str, Any]) -> str:
     """One sentence about a mirror."""
     how = "copy the active layer" if document["shallow"] else "copy all"
-    end = f"go on with it as {document['layer']}" if document["layer"] else "leave the chain as it is"
+    end = f"switch to it as {document['layer']}" if document["layer"] else "leave the chain unchanged"
     return (
         f"{how} of disk {document['disk']} to {output.printable(document['target'])} ({output.size(document['bytes'])}"
         f" at most), {end}"

@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 def register(verbs: Parsers) -> None:
     """Add the verb."""
-    command = add(verbs, "revert", _revert, help="go back to a snapshot; what was written since is kept")
+    command = add(verbs, "revert", _revert, help="revert to a snapshot; the present state is kept as another one")
     add_machine(command)
     command.add_argument("name", metavar="NAME", help="the snapshot")
-    command.add_argument("--discard", action="store_true", help="do not keep what was written since")
+    command.add_argument("--discard", action="store_true", help="do not keep the present state")
     after = command.add_mutually_exclusive_group()
-    after.add_argument("--paused", action="store_true", help="leave the machine started, its vCPUs stopped")
-    after.add_argument("--running", action="store_true", help="leave the machine running")
+    after.add_argument("--paused", action="store_true", help="start the machine with its vCPUs stopped")
+    after.add_argument("--running", action="store_true", help="start the machine")
     add_after(command)
-    command.add_argument("--dry-run", action="store_true", help="print what would be done, change nothing")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_format(command)
 
 
 def add_after(command: argparse.ArgumentParser) -> None:
     """``--no-after``, where a guest goes on with memory."""
     command.add_argument(
-        "--no-after", action="store_true", help="with memory: do not set the guest's clock and announce its network"
+        "--no-after", action="store_true", help="with memory: do not set the guest's clock or announce its network"
     )
 
 
@@ -49,7 +49,7 @@ def print_outcome(arguments: argparse.Namespace, done: "Reverted") -> None:
     """Where the machine stands after a revert or a restore."""
     tell(done)
     goes_on = " with its memory" if done.memory else ""
-    kept = f"what was active before is snapshot {done.kept.name}" if done.kept else ""
+    kept = f"the former state is snapshot {done.kept.name}" if done.kept else ""
     gone = f"{', '.join(done.removed)} removed" if done.removed else ""
     where = f"machine {arguments.machine} is at {done.snapshot.name}, {done.state}{goes_on}"
     text = "; ".join(filter(None, (where, clock_of(done), kept, gone)))
@@ -79,7 +79,7 @@ def tell(done: "Reverted") -> None:
     for note in done.notes:
         output.note(note)
     for one in done.detached:
-        output.note(f"not attached any more: {output.printable(f'{one.name} ({one.file})')}, no disk of the machine")
+        output.note(f"detached: {output.printable(f'{one.name} ({one.file})')}, which is no disk of the machine")
 
 
 def clock_of(done: "Reverted") -> str:
@@ -122,14 +122,14 @@ def text_of(plan: dict[str, Any]) -> str:
     files, removed, commands, memory = plan["files"], plan["removed"], plan["qmp"], plan["memory"]
     after = "the machine would stay stopped"
     if plan["in_place"]:
-        after = "QEMU would stay, its guest goes on with the memory inside the images"
+        after = "the running QEMU would load the memory inside the images"
     elif plan["start"]:
         after = f"then QEMU would be started, {plan['start']}"
     lines = [f"would revert machine {plan['machine']} to {plan['snapshot']}; nothing was changed"]
     lines += ["files:"] if files or removed else ["no files"]
     lines += [f"  create {output.printable(f['create'])} {_from(f)}" for f in files]
     lines += [f"  remove {output.printable(path)}" for path in removed]
-    lines += [f"snapshot {plan['kept']} would keep what is active now"] if plan["kept"] else []
+    lines += [f"snapshot {plan['kept']} would keep the present state"] if plan["kept"] else []
     lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
     lines += [f"  {json.dumps(command)}" for command in commands]
     lines += [after]

@@ -13,23 +13,23 @@ from qmpsnap.cli.snapshot_verbs.snapshot_json import confined, print_snapshot
 
 def register(parsers: Parsers) -> None:
     """Add the commands."""
-    command = add(parsers, "save", _save, help="end a machine with its memory in a file; restore lets it go on")
+    command = add(parsers, "save", _save, help="save a machine's memory to a file and end QEMU")
     add_machine(command)
-    command.add_argument("file", metavar="FILE", nargs="?", help="a new file; beside the machine's images without it")
-    command.add_argument("--name", metavar="NAME", help="the snapshot's name; the next free saved-N without it")
+    command.add_argument("file", metavar="FILE", nargs="?", help="new state file (beside the machine's images)")
+    command.add_argument("--name", metavar="NAME", help="name of the snapshot (next free saved-N)")
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
     add_compress(command)
-    command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
+    command.add_argument("--dry-run", action="store_true", help="only print the files and QMP commands")
     add_progress(command)
     add_format(command)
 
-    command = add(parsers, "restore", _restore, help="let a machine go on where it was saved")
+    command = add(parsers, "restore", _restore, help="restore a saved machine")
     add_machine(command)
-    command.add_argument("file", metavar="FILE", nargs="?", help="what save wrote; the latest full snapshot without it")
-    command.add_argument("--discard", action="store_true", help="do not keep what was written since")
-    command.add_argument("--paused", action="store_true", help="leave its vCPUs stopped")
+    command.add_argument("file", metavar="FILE", nargs="?", help="state file (latest full snapshot)")
+    command.add_argument("--discard", action="store_true", help="do not keep the present state")
+    command.add_argument("--paused", action="store_true", help="leave the vCPUs stopped")
     add_after(command)
-    command.add_argument("--dry-run", action="store_true", help="print what would be done, change nothing")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_format(command)
 
 

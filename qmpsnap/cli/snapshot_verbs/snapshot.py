@@ -9,7 +9,7 @@ from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, on
 from qmpsnap.cli.plan_output import print_internal, print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs import delete, revert, stack
-from qmpsnap.cli.snapshot_verbs.snapshot_json import document_of, print_taken
+from qmpsnap.cli.snapshot_verbs.snapshot_json import document_of, print_taken, state_word
 from qmpsnap.errors import UsageError
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.timestamps import moment
@@ -31,43 +31,43 @@ def register(parsers: Parsers) -> None:
     noun = parsers.add_parser("snapshot", help="take and list snapshots", description="Take and list snapshots.")
     verbs = noun.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    command = add(verbs, "create", _create, help="take a snapshot of every disk at one instant; the guest runs on")
+    command = add(verbs, "create", _create, help="take a snapshot of all disks at one point in time")
     add_machine(command)
-    command.add_argument("name", metavar="NAME", nargs="?", help="its name; the next free snap-N without it")
+    command.add_argument("name", metavar="NAME", nargs="?", help="name of the snapshot (next free snap-N)")
     command.add_argument(
         "--kind",
         choices=("disk", "full", "internal"),
         default="disk",
-        help="disks; disks and memory; the same inside the images",
+        help="overlays of the disks (default), with memory, or inside the images",
     )
     command.add_argument("--disks", metavar="vda,vdb", help="only these disks")
     command.add_argument(
-        "--file", metavar="DISK=PATH", action="append", default=[], help="the disk's new layer is made at PATH"
+        "--file", metavar="DISK=PATH", action="append", default=[], help="create the overlay of DISK at PATH"
     )
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
-    command.add_argument("--no-snapshot", action="store_true", help="new layers only: nothing appears in the list")
-    command.add_argument("--max-pause", type=amount, metavar="MS", help="full: refuse to hold the guest any longer")
-    command.add_argument("--degrade", action="store_true", help="full: should the memory fail, keep the disks alone")
+    command.add_argument("--no-snapshot", action="store_true", help="only create overlays, without a snapshot")
+    command.add_argument("--max-pause", type=amount, metavar="MS", help="full: refuse a pause above MS milliseconds")
+    command.add_argument("--degrade", action="store_true", help="full: keep a disk snapshot if the memory fails")
     add_compress(command)
-    command.add_argument("--no-memory", action="store_true", help="internal: the disks alone")
+    command.add_argument("--no-memory", action="store_true", help="internal: without memory")
     command.add_argument(
         "--quiesce",
         choices=("require", "prefer", "skip"),
         default="skip",
-        help="freeze the guest's file systems for it: or fail; if the guest can; never (the default)",
+        help="freeze the guest's file systems: require it, prefer it, or skip it (default)",
     )
-    command.add_argument("--freeze-window", type=float, metavar="S", help="seconds they may be frozen at most (5)")
-    command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
+    command.add_argument("--freeze-window", type=float, metavar="S", help="maximum seconds to keep them frozen (5)")
+    command.add_argument("--dry-run", action="store_true", help="only print the files and QMP commands")
     add_progress(command)
     add_format(command)
 
     stack.register(verbs)
 
-    command = add(verbs, "list", _list, help="the snapshots of a machine, oldest first")
+    command = add(verbs, "list", _list, help="list the snapshots of a machine, oldest first")
     add_machine(command)
     add_format(command)
 
-    command = add(verbs, "show", _show, help="one snapshot and where its content lies")
+    command = add(verbs, "show", _show, help="show a snapshot and its files")
     add_machine(command)
     command.add_argument("name", metavar="NAME", help="the snapshot")
     add_format(command)
@@ -76,14 +76,14 @@ def register(parsers: Parsers) -> None:
 
     revert.register(verbs)
 
-    command = add(verbs, "rename", _rename, help="give a snapshot another name")
+    command = add(verbs, "rename", _rename, help="rename a snapshot")
     add_machine(command)
     command.add_argument("old", metavar="OLD", help="the snapshot")
     command.add_argument("new", metavar="NEW", help="its new name")
-    command.add_argument("--dry-run", action="store_true", help="print what would be done, change nothing")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_format(command)
 
-    command = add(parsers, "tree", _tree, help="which snapshot grew from which, and where the machine stands")
+    command = add(parsers, "tree", _tree, help="draw the tree of a machine's snapshots")
     add_machine(command)
     add_format(command)
 
@@ -91,22 +91,22 @@ def register(parsers: Parsers) -> None:
 def add_compress(command: argparse.ArgumentParser) -> None:
     """``--compress``, for every command that saves memory."""
     command.add_argument(
-        "--compress", choices=("none", "zstd"), default="none", help="pack the memory's file once it is written"
+        "--compress", choices=("none", "zstd"), default="none", help="compress the state file after it is written"
     )
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse options that say nothing of what is asked for."""
     if arguments.no_snapshot and (arguments.name or arguments.message):
-        raise UsageError("--no-snapshot takes neither NAME nor --message: nothing would bear them")
+        raise UsageError("--no-snapshot takes neither NAME nor --message")
     if arguments.no_snapshot and arguments.kind != "disk":
-        raise UsageError(f"--no-snapshot makes layers, and --kind {arguments.kind} a snapshot")
+        raise UsageError(f"--no-snapshot and --kind {arguments.kind} exclude each other")
     if arguments.no_snapshot and (arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"):
-        raise UsageError("--max-pause, --degrade and --compress are about a snapshot, and --no-snapshot makes none")
+        raise UsageError("--no-snapshot takes neither --max-pause, --degrade nor --compress")
     if arguments.quiesce == "skip" and arguments.freeze_window is not None:
-        raise UsageError("--freeze-window is about freezing: add --quiesce require or prefer")
+        raise UsageError("--freeze-window needs --quiesce require or prefer")
     if arguments.quiesce != "skip" and arguments.no_snapshot:
-        raise UsageError("--quiesce is about a snapshot, and --no-snapshot makes none")
+        raise UsageError("--no-snapshot and --quiesce exclude each other")
 
 
 def _create(arguments: argparse.Namespace) -> None:
@@ -141,11 +141,12 @@ def _create(arguments: argparse.Namespace) -> None:
     for note in notes:
         output.note(note)
     if snapshot.kind != arguments.kind:
-        output.note(f"the memory could not be saved, so this is a {snapshot.kind} snapshot")
+        output.note(f"the memory was not saved: this is a {snapshot.kind} snapshot")
     if snapshot.pause_exceeded:
         output.note(
-            f"the guest was held for {snapshot.pause_ms:.0f} ms, longer than the {snapshot.max_pause_ms:g} ms of"
-            " --max-pause; the snapshot stands"
+            f"the guest was paused for {snapshot.pause_ms:.0f} ms, above the {snapshot.max_pause_ms:g} ms of"
+            " --max-pause;"
+            " the snapshot is kept"
         )
     if snapshot.unquiesced:
         output.note(f"the guest's file systems were not frozen: {output.printable(snapshot.unquiesced)}")
@@ -176,7 +177,7 @@ def _files(named: Sequence[str]) -> dict[str, str]:
 
 def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: dict[str, str]) -> None:
     layers = on_machine(arguments.machine, lambda vm: vm.add_layers(disks=disks, files=files))
-    text = f"{', '.join(layer.id for layer in layers)} active; no snapshot was listed"
+    text = f"{', '.join(layer.id for layer in layers)} active; no snapshot was taken"
     output.emit(
         arguments.output,
         document={
@@ -226,7 +227,7 @@ def _list(arguments: argparse.Namespace) -> None:
                     "*" if d["current"] else "",
                     d["name"],
                     d["kind"],
-                    d["state"],
+                    state_word(d["state"]),
                     d["parent"] or "-",
                     d["created"],
                     ",".join(d["disks"]),
@@ -248,10 +249,11 @@ def _show(arguments: argparse.Namespace) -> None:
 
     def text() -> str:
         plain = {key: value for key, value in document.items() if key not in _NESTED}
+        plain["state"] = state_word(plain["state"])
         for seldom in ("unquiesced", "variables"):
             if plain[seldom] is None:
                 del plain[seldom]
-        longer = f", longer than the {found.max_pause_ms:g} ms agreed to" if found.pause_exceeded else ""
+        longer = f", above the limit of {found.max_pause_ms:g} ms" if found.pause_exceeded else ""
         plain["pause"] = None if found.pause_ms is None else f"{found.pause_ms:.1f} ms{longer}"
         if found.frozen_ms is not None:
             plain["frozen"] = f"{found.frozen_ms:.1f} ms"
@@ -304,7 +306,7 @@ def _tree(arguments: argparse.Namespace) -> None:
     children: dict[str | None, list[tuple[str, str]]] = {}
     for snapshot in snapshots:
         state = states[snapshot.name]
-        kind = snapshot.kind if state == "ok" else f"{snapshot.kind} ({state})"
+        kind = snapshot.kind if state == "ok" else f"{snapshot.kind} ({state_word(state)})"
         text = f"{snapshot.name}  {moment(snapshot.created)}  {kind}  {snapshot.description}".rstrip()
         children.setdefault(snapshot.parent, []).append((snapshot.name, text))
     # A name cannot hold a parenthesis, so this key is nobody's parent.

@@ -11,6 +11,14 @@ from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.timestamps import moment
 from qmpsnap.store.store import Store
 
+_WORDS = {"consumed": "invalidated"}
+"""States as a person reads them, where JSON has another word for them."""
+
+
+def state_word(state: str) -> str:
+    """A snapshot's state in a table."""
+    return _WORDS.get(state, state)
+
 
 def print_taken(arguments: argparse.Namespace, snapshot: Snapshot, notes: Sequence[str]) -> None:
     """The snapshot that was taken, how long the guest was held for it, and what it does not hold (``notes``)."""

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 def register(verbs: Parsers) -> None:
     """Add the verbs."""
-    command = add(verbs, "push", _push, help="take a snapshot to come back to with pop")
+    command = add(verbs, "push", _push, help="take a snapshot for pop")
     add_machine(command)
-    command.add_argument("name", metavar="NAME", nargs="?", help="its name; the next free snap-N without it")
+    command.add_argument("name", metavar="NAME", nargs="?", help="name of the snapshot (next free snap-N)")
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
-    command.add_argument("--dry-run", action="store_true", help="print files and QMP commands, change nothing")
+    command.add_argument("--dry-run", action="store_true", help="only print the files and QMP commands")
     add_format(command)
 
-    command = add(verbs, "pop", _pop, help="go back to the snapshot that push took, and delete it")
+    command = add(verbs, "pop", _pop, help="revert to the snapshot that push took, and delete it")
     add_machine(command)
-    command.add_argument("--discard", action="store_true", help="also if push did not take it: agree to lose it")
-    command.add_argument("--dry-run", action="store_true", help="print what would be done, change nothing")
+    command.add_argument("--discard", action="store_true", help="accept to lose a snapshot that push did not take")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_progress(command)
     add_format(command)
 
@@ -56,7 +56,7 @@ def _pop(arguments: argparse.Namespace) -> None:
         done = on_machine(arguments.machine, lambda vm: vm.pop(discard=arguments.discard, report=report))
     revert.tell(done)
     name = done.snapshot.name
-    where = f"machine {arguments.machine} is where it was at {name}, {done.state}"
+    where = f"machine {arguments.machine} is back at {name}, {done.state}"
     text = "; ".join(filter(None, (where, revert.clock_of(done), f"{name} is deleted")))
     output.emit(
         arguments.output,

@@ -128,12 +128,12 @@ def lost(user: RunAs, spec: MachineSpec | None = None) -> tuple[str, ...]:
     found = []
     if probe.userfaultfd_is_roots(user):
         remedy = f"setfacl -m u:{user.name}:rw {probe.USERFAULTFD}, or sysctl vm.unprivileged_userfaultfd=1"
-        found.append(f"background snapshots, as userfaultfd is root's: {remedy}")
+        found.append(f"background snapshots, as userfaultfd needs root: {remedy}")
     if accel.KVM.exists() and (remedy := privileges.obstacle(user, str(accel.KVM), write=True)):
         found.append(f"KVM: {remedy}")
     kinds = {nic.kind for nic in spec.nics} if spec else {"tap", "bridge"}
     if "tap" in kinds:
         found.append(f"tap interfaces that are not its own: ip tuntap add NAME mode tap user {user.name}")
     if "bridge" in kinds:
-        found.append("bridges, unless qemu-bridge-helper is set-uid root and lets it at them")
+        found.append("bridges, unless qemu-bridge-helper is set-uid root and allows them")
     return tuple(found)

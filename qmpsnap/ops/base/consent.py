@@ -4,6 +4,7 @@ import os
 import shlex
 
 from qmpsnap.errors import StateError
+from qmpsnap.hint import call
 from qmpsnap.model.machines.record import Consent, Machine
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base.context import Context, blocking
@@ -19,9 +20,8 @@ def require(machine: Machine) -> None:
     if not extra or (machine.consent and machine.consent.covers(extra, user=os.geteuid())):
         return
     raise StateError(
-        f"machine {machine.name} has QEMU arguments that nobody has agreed to, or another user: {_said(extra)}",
-        hint=f"if they are yours: qmpsnap start {machine.name} --allow-extra; qmpsnap log {machine.name} tells what"
-        " has changed the machine",
+        f"this user has not accepted the extra QEMU arguments of machine {machine.name}: {_said(extra)}",
+        hint="accept them: " + call("start", machine.name, allow_extra=True),
         machine=machine.name,
     )
 

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StorageHangs, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.host import descriptors
 from qmpsnap.host.outstanding import covering, left
 from qmpsnap.host.threads import to_end
@@ -102,9 +103,9 @@ class Context(Struct, frozen=True, kw_only=True):
                 raise
             if not error.hint:
                 raise
-            error.hint = f"QEMU has ended: qmpsnap start {machine.name}; what it said: {_log(self, machine)}"
+            error.hint = "QEMU has ended: " + call("start", machine.name) + f"; its output is in {_log(self, machine)}"
             if machine.adopted:
-                error.hint = "QEMU has ended; whoever launched it can do so again"
+                error.hint = "QEMU has ended; launch it again as before"
             raise
 
     def _explain(self, error: QemuGone, machine: Machine, process: Process) -> None:
@@ -112,11 +113,11 @@ class Context(Struct, frozen=True, kw_only=True):
         folder = None if machine.adopted else processes.folder(process)
         if folder is None or folder == self.home.run_dir(machine.name):
             return
-        error.hint = f"its QEMU runs (process {process.pid}), with its sockets in {folder}: run qmpsnap with"
-        error.hint += " QMPSNAP_HOME or XDG_RUNTIME_DIR as they were when it was started"
+        error.hint = f"its QEMU runs (process {process.pid}) with its sockets in {folder}: set QMPSNAP_HOME or"
+        error.hint += " XDG_RUNTIME_DIR as when it was started"
         if not folder.is_dir():
-            error.hint = f"its QEMU runs (process {process.pid}), and the folder of its sockets was removed:"
-            error.hint += f" qmpsnap stop {machine.name} --force ends it"
+            error.hint = f"its QEMU runs (process {process.pid}), but the folder of its sockets was removed; end it: "
+            error.hint += call("stop", machine.name, force=True)
 
     def _session(self, machine: Machine, process: Process, *, look: bool) -> AbstractAsyncContextManager[Monitor]:
         if machine.adopted:
@@ -247,7 +248,7 @@ async def locked(context: Context, name: str, verb: str, *, anywhere: bool = Fal
         except StorageHangs as error:
             error.machine = name
             if error.effect == "unknown":
-                error.hint = f"once that storage answers: qmpsnap recover {name}"
+                error.hint = "once that storage answers, " + call("recover", name)
             raise
     await lowlevel.checkpoint()  # whoever was cancelled while the last thread worked is so here, and not in other code
 
@@ -286,8 +287,8 @@ def require_own(context: Context, machine: Machine) -> None:
     if machine.host != context.host:
         since = moment(machine.created)
         raise ForeignHost(
-            f"machine {machine.name} belongs to host {machine.host} since {since}, this is {context.host}",
-            hint=f"run qmpsnap on {machine.host}",
+            f"machine {machine.name} belongs to host {machine.host} since {since}; this host is {context.host}",
+            hint=f"try again on {machine.host}",
             machine=machine.name,
         )
 
@@ -302,7 +303,7 @@ def require_folder(home: Home, machine: str) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise StoreMismatch(
             f"the folder {folder} of machine {machine} was replaced by a link or a file",
-            hint=f"put the folder back; images that have to lie elsewhere: link or mount {home.machines} as a whole",
+            hint=f"put the folder back; to keep images elsewhere, link or mount {home.machines} as a whole",
             machine=machine,
         )
 
@@ -319,10 +320,9 @@ def require_spec(machine: Machine, what: str) -> None:
     """
     if machine.adopted:
         raise StateError(
-            f"machine {machine.name} was adopted: somebody else launches its QEMU, so qmpsnap has no spec of it and"
+            f"machine {machine.name} was adopted: qmpsnap does not launch its QEMU, has no spec of it and"
             f" cannot {what}",
-            hint=f"have it launched with the active layers that qmpsnap chain {machine.name} shows; qmpsnap undefine"
-            f" {machine.name} --keep-disks gives it back",
+            hint="launch its QEMU on the active layers that " + call("chains", machine.name) + " shows",
             machine=machine.name,
         )
 

@@ -55,13 +55,13 @@ def room(folder: str | os.PathLike[str]) -> Room:
         status, device = os.statvfs(folder), Path(folder).stat().st_dev
     except OSError as error:
         raise HostCannot(
-            f"{printable(os.fspath(folder))} cannot be written to: {error.strerror}",
-            hint="make the folder first" if isinstance(error, FileNotFoundError) else "",
+            f"{printable(os.fspath(folder))} is not writable: {error.strerror}",
+            hint="create the folder" if isinstance(error, FileNotFoundError) else "",
         ) from error
     return Room(device, status.f_bavail * status.f_frsize)
 
 
-def require(needs: Iterable[Need], *, machine: str, hint: str = "make room there") -> None:
+def require(needs: Iterable[Need], *, machine: str, hint: str = "free some space there") -> None:
     """Refuse before anything begins what may run out of space; needs on one file system are added up.
 
     Raises:
@@ -78,8 +78,7 @@ def require(needs: Iterable[Need], *, machine: str, hint: str = "make room there
         if free < wanted:
             whats = " and ".join(dict.fromkeys(need.what for need in here))
             raise HostCannot(
-                f"there is too little space: {whats} may need {wanted} bytes, and {free} are free at"
-                f" {printable(here[0].folder)}",
+                f"{whats} may need {wanted} bytes, but only {free} are free at {printable(here[0].folder)}",
                 hint=hint,
                 machine=machine,
             )
@@ -110,7 +109,7 @@ def of_create(machine: Machine, plan: CreatePlan, store: Path) -> list[Need]:
     if plan.live:
         folders = {need.folder: room(need.folder).device for need in needs[: len(plan.overlays)]}
         once = {device: folder for folder, device in folders.items()}  # several disks share what is left
-        needs += [Need(folder, LEFT, "the guest that goes on in it") for folder in once.values()]
+        needs += [Need(folder, LEFT, "the running guest") for folder in once.values()]
     if plan.variables:
         source, target = plan.variables
         with contextlib.suppress(OSError):
@@ -125,7 +124,7 @@ def of_create(machine: Machine, plan: CreatePlan, store: Path) -> list[Need]:
 
 PATIENCE: Final = 1.0
 """Seconds that :func:`shortage` is given where an answer without it is better than none."""
-UNKNOWN: Final = "how much room is left is not known: the storage of an image did not answer at once"
+UNKNOWN: Final = "the free space is unknown: the storage of an image did not answer at once"
 
 
 def shortage(chains: Iterable[Chain]) -> tuple[str, ...]:
@@ -142,7 +141,7 @@ def shortage(chains: Iterable[Chain]) -> tuple[str, ...]:
         growth[found.device] = growth.get(found.device, 0) + max(0, layer.virtual_size - used)
         where[found.device] = folder, found
     return tuple(
-        f"{found.free >> 20} MiB are free at {folder}, and the guest may still write {growth[device] >> 20} MiB there:"
+        f"only {found.free >> 20} MiB are free at {folder}, where the guest may write {growth[device] >> 20} MiB more:"
         " QEMU pauses it when no space is left"
         for device, (folder, found) in where.items()
         if found.free < min(LOW, growth[device])

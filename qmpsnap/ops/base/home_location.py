@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image import header
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.model.home import Home
 from qmpsnap.model.relocation import HomeRecord
 from qmpsnap.store.records import FOLDER, Records
@@ -70,12 +71,12 @@ def require_here(home: Home, store: Store, host: str) -> None:
         raise StoreMismatch(sentence(home, old), hint=REMEDY)
 
 
-REMEDY = "qmpsnap relocate lets it go on where it is"
+REMEDY = call("relocate") + " accepts the new place"
 
 
 def sentence(home: Home, old: str) -> str:
     """What is wrong."""
-    return f"the home {home.data} is recorded as {old}, which its images' headers name: it was moved or copied"
+    return f"the home {home.data} was moved or copied: the store and the headers of its images name {old}"
 
 
 def _by_headers(home: Home, store: Store) -> str | None:

@@ -95,7 +95,7 @@ async def for_qemu(context: Context, machine: Machine, disks: Iterable[DiskSpec]
                 raise
             raise StateError(
                 f"the secret of disk {', '.join(pipes)} of machine {machine.name} does not open its images",
-                hint="give the one that the machine was defined with",
+                hint="use the secret that the machine was defined with",
                 machine=machine.name,
             ) from error
 
@@ -122,7 +122,7 @@ def require_plain(machine: Machine, what: str, hint: str) -> None:
     """
     if sealed := [disk.name for disk in machine.spec.disks if disk.encryption]:
         raise StateError(
-            f"disk {', '.join(sealed)} of machine {machine.name} is encrypted, and {what}",
+            f"disk {', '.join(sealed)} of machine {machine.name} is encrypted: {what}",
             hint=hint,
             machine=machine.name,
         )
@@ -157,9 +157,9 @@ def _secret(context: Context, machine: str, disk: DiskSpec) -> Secret:
     path = disk.encryption.secret_file
     if path is None:
         raise UsageError(
-            f"disk {disk.name} of machine {machine} is encrypted, its spec names no file with the secret, and none was"
-            " given",
-            hint=f"qmpsnap.open(secrets={{{place!r}: ...}}), or 'secret-file' in the spec",
+            f"disk {disk.name} of machine {machine} is encrypted, but no secret was given and its spec names no"
+            " secret file",
+            hint=f"set 'secret-file' in the spec, or use qmpsnap.open(secrets={{{place!r}: ...}})",
             machine=machine,
         )
     return Secret(_content(path), what=f"the secret in {printable(path)}")
@@ -172,8 +172,8 @@ def _content(path: str) -> bytes:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o077:
                 raise HostCannot(
-                    f"the secret in {printable(path)} could be read or changed by others",
-                    hint=f"it must be a file of yours with mode 0600: chmod 0600 {printable(path)}",
+                    f"the secret in {printable(path)} is accessible to other users",
+                    hint=f"make it private: chmod 0600 {printable(path)}",
                 )
             return os.read(descriptor, MOST + 1)
         finally:

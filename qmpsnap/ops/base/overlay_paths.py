@@ -35,12 +35,12 @@ async def require_free(context: Context, machine: str, files: Mapping[str, str])
     for disk, path in files.items():
         _require_place(context.home, machine, path)
         if fault := header.backing_fault(path):
-            raise ImageRefused(f"no layer can be made at {header.printable(path)}: {fault}")
+            raise ImageRefused(f"no layer can be created at {header.printable(path)}: {fault}")
         if sum(other == path for other in files.values()) > 1:
-            raise UsageError(f"{header.printable(path)} is named for {disk} and another disk")
+            raise UsageError(f"{header.printable(path)} is given for {disk} and another disk")
         if known := await blocking(context.store.layer_at, path):
             raise StateError(
-                f"{header.printable(path)} is the place of layer {known.id} of this store",
+                f"{header.printable(path)} is layer {known.id} of this store",
                 hint="choose another name",
             )
         await to_read(_require_nothing, path)
@@ -53,7 +53,7 @@ def _require_place(home: Home, machine: str, text: str) -> None:
     own = path.parent == home.machine_dir(machine) and not re.match(r"[a-z0-9]+-\d+\.", path.name)
     if path.is_relative_to(home.machines) and (not own or path == home.variables(machine)):
         raise UsageError(
-            f"{header.printable(text)} lies where qmpsnap keeps layers, under names of its own",
+            f"{header.printable(text)} is in a folder where qmpsnap names the layers",
             hint="choose another folder or name",
             machine=machine,
         )
@@ -75,7 +75,7 @@ def _require_nothing(path: str) -> None:
 
 def _no_folder(path: str, error: OSError) -> HostCannot:
     folder = header.printable(str(Path(path).parent))
-    hint = "make the folder first" if isinstance(error, FileNotFoundError) else "choose another folder"
+    hint = "create the folder" if isinstance(error, FileNotFoundError) else "choose another folder"
     return HostCannot(f"{folder} cannot be used: {error.strerror}", hint=hint)
 
 

@@ -15,6 +15,7 @@ from qmpsnap.block.image.create import remove
 from qmpsnap.block.image.header import printable
 from qmpsnap.block.image.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machines.record import Machine
@@ -52,9 +53,11 @@ def require_room(disk: str, layers: int) -> None:
     """
     if layers >= MAX_LAYERS:
         raise StateError(
-            f"disk {disk} has {layers} layers, and a chain may have {MAX_LAYERS}",
-            hint=f"make it shorter: qmpsnap stream VM {disk} takes all layers into the active one, qmpsnap snapshot"
-            " delete merges those of snapshots that are not needed",
+            f"disk {disk} has {layers} layers, the maximum of a chain ({MAX_LAYERS})",
+            hint="shorten the chain: delete snapshots with "
+            + call("delete_snapshots", "VM", "NAME")
+            + ", or merge all layers with "
+            + call("stream", "VM", disk),
         )
 
 
@@ -113,7 +116,7 @@ def require_planned(overlays: Iterable[Overlay]) -> None:
     for overlay in overlays:
         whole = _identity_of_new(overlay.layer, overlay.backing.path) is not None
         if not whole or header.read(overlay.layer.path, format="qcow2").backing != overlay.backing.path:
-            raise StoreMismatch(f"{overlay.layer.path} is not the new layer that was made there")
+            raise StoreMismatch(f"{overlay.layer.path} is not the layer that was created there")
 
 
 def require_free(paths: Iterable[str]) -> None:
@@ -135,8 +138,7 @@ def require_free(paths: Iterable[str]) -> None:
             raise HostCannot(f"{printable(path)} cannot be used: {error.strerror}") from error
         raise StateError(
             f"{printable(path)} exists already",
-            hint="the store may be older than the disks: put the newer one back; if nobody needs that file, move it"
-            " away",
+            hint="the store may be older than the disks: put the newer store back, or move an unneeded file away",
         )
 
 
@@ -163,9 +165,9 @@ def _identity_of_new(layer: Layer, below: str | None) -> tuple[int, int] | None:
     try:
         new = new and _is_new(layer, below, file_size=status.st_size)
     except OSError as error:
-        raise HostCannot(f"{layer.path} cannot be read: {error.strerror}; it was left as it is") from error
+        raise HostCannot(f"{layer.path} cannot be read: {error.strerror}; it was not touched") from error
     if not new:
-        raise StoreMismatch(f"{layer.path} should be a new, empty image and is not; it was left as it is")
+        raise StoreMismatch(f"{layer.path} is not a new, empty image; it was not touched")
     return status.st_dev, status.st_ino
 
 

@@ -19,6 +19,7 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image.backing import set_backing
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.host import identity
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
@@ -96,7 +97,7 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
     if not context.store.is_there:
         raise StoreMismatch(
             f"there is no store {context.home.store}",
-            hint="qmpsnap check --rebuild makes a lost one",
+            hint="rebuild a lost store: " + call("rebuild"),
         )
     with contextlib.ExitStack() as stack:
         if not dry_run:
@@ -111,10 +112,10 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
         copies = [one for one in at.outcome.compared if one.verdict == "copy"]
         if copies and not accept_copies:
             raise StateError(
-                f"{len(copies)} file(s) are not the recorded ones, though their headers fit:"
+                f"{len(copies)} file(s) are not the recorded ones, although their headers match:"
                 f" {'; '.join(f'{one.path}: {one.text}' for one in copies[:_SHOWN])}"
                 f"{' ...' if len(copies) > _SHOWN else ''}",
-                hint="qmpsnap relocate --dry-run lists all; if they are whole copies: qmpsnap relocate --accept-copies",
+                hint="if they are complete copies, " + call("relocate", accept_copies=True),
             )
         await blocking(context.store.home.begin, at.record, at.relocation)
         await _end(context, at.relocation)
@@ -229,7 +230,7 @@ def _layer(
         if other and layer.owned and not here.path.startswith(f"{to.now}/"):
             # Never to be written to or removed from here: no file has this identity.
             nobody = replace(layer, device=0, inode=0, birth=0)
-            return said("other home's", f"it lies outside the home, and belongs to {other}"), nobody
+            return said("other home's", f"it is outside the home and belongs to {other}"), nobody
         news = replace(layer, birth=found.birth) if found.birth != layer.birth and found.birth else None
         return said("recorded", "device, inode and birth"), news
     active = any(writer.layer == layer.id for writer in forest.writers)
@@ -241,7 +242,7 @@ def _layer(
 
 def _likeness(layer: Layer, found: Header) -> str:
     written = moment(Path(layer.path).stat().st_mtime)
-    what = f"format {found.format}, {found.virtual_size} bytes for the guest"
+    what = f"format {found.format}, virtual size {found.virtual_size}"
     what += f", backing {header.printable(found.backing)}" if found.backing else ""
     return f"compared were {what}; no digest is recorded; last written {written}"
 
@@ -249,13 +250,13 @@ def _likeness(layer: Layer, found: Header) -> str:
 def _unlike(layer: Layer, forest: Forest, found: Header, to: Relocation, *, active: bool, busy: bool) -> str | None:
     """In what a file cannot be a copy of the recorded one."""
     if found.virtual_size != layer.virtual_size and not active:
-        return f"it has {found.virtual_size} bytes for the guest, recorded are {layer.virtual_size}"
+        return f"its virtual size is {found.virtual_size}, recorded is {layer.virtual_size}"
     if not layer.owned or layer.format != "qcow2" or busy:
         return None  # a foreign image may name its backing as it likes; an operation may have renamed it
     below = _carried(forest.layers[layer.backing], to) if layer.backing else None
     named = _wanted(found.backing, below, to) if found.backing else None
     if named != (below.path if below else None):
-        return f"its header names {header.printable(found.backing or 'nothing')} as its backing"
+        return f"its header names {header.printable(found.backing or 'nothing')} as its backing file"
     return None
 
 
@@ -271,7 +272,7 @@ def _state(state: Vmstate, what: str, to: Relocation) -> tuple[Compared, Vmstate
             return said("recorded", "device, inode and birth"), None
         copy = replace(here, device=found.device, inode=found.inode, birth=found.birth)
         with statefile.verified(copy):
-            return said("proven", f"all of it digests to {state.digest[:12]}..., as recorded"), copy
+            return said("proven", f"its digest is the recorded {state.digest[:12]}..."), copy
     except HostCannot as error:
         return said("missing", error.message), None
     except StoreMismatch as error:
@@ -341,7 +342,7 @@ def _require_stopped(context: Context, *, copied: bool) -> None:
         theirs = machine.adopted and machine.process and not copied and processes.is_alive(machine.process)
         if theirs or context.process(machine):
             raise StateError(
-                f"machine {machine.name} runs, with its images open by their old names",
-                hint=f"qmpsnap stop {machine.name}, then qmpsnap relocate",
+                f"machine {machine.name} runs with its images open under their old names",
+                hint=call("stop", machine.name) + ", then " + call("relocate"),
                 machine=machine.name,
             )

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from qmpsnap.block.graph import Beside
 from qmpsnap.errors import NameRefused, NameTaken, StateError, UsageError
+from qmpsnap.hint import call, option
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Outside, Snapshot
 from qmpsnap.model.layers.vmstate import version_of
@@ -70,11 +71,10 @@ async def require_told(machine: Machine, qemu: Monitor, *, doing: str, hint: str
         return
     version = await commands.query_version(qemu)
     if version_of(version) < SUSPENDED_SINCE:
-        first = runstate.remedy(runstate.SUSPENDED, machine.name)
         raise StateError(
-            f"the guest of machine {machine.name} is suspended, and QEMU {version} cannot {doing}: it forgets that the"
-            " guest sleeps",
-            hint=f"{first} first{hint and f'; or {hint}'}",
+            f"the guest of machine {machine.name} is suspended, and QEMU {version} cannot {doing}: it does not keep"
+            " the suspended state",
+            hint="wake it first: " + runstate.remedy(runstate.SUSPENDED, machine.name) + (hint and "; or " + hint),
             machine=machine.name,
         )
 
@@ -117,7 +117,7 @@ def require_snapshot_name(machine: Machine, chains: Iterable[Chain], name: str) 
     check_name(name, "snapshot")
     if (disk := layer_disk(name)) in layered(machine, chains):
         raise NameRefused(
-            f"a snapshot cannot be called {name}, as layers of disk {disk} are",
+            f"{name} is a name of layers of disk {disk}, not of snapshots",
             hint="choose another name",
             machine=machine.name,
         )
@@ -132,7 +132,7 @@ def require_free_name(snapshots: Iterable[Snapshot], name: str, *, machine: str)
     for snapshot in snapshots:
         if snapshot.name == name:
             raise NameTaken(
-                f"machine {machine} has a snapshot {name} since {moment(snapshot.created)}",
+                f"machine {machine} has had a snapshot {name} since {moment(snapshot.created)}",
                 hint="choose another name",
                 machine=machine,
             )
@@ -156,7 +156,7 @@ def require_time(value: float | None, what: str) -> None:
         UsageError: it is no number from zero up.
     """
     if value is not None and not 0 <= value < math.inf:
-        raise UsageError(f"{what} cannot be {value:g}", hint="give a number from zero up")
+        raise UsageError(f"{what} cannot be {value:g}", hint="use zero or a positive number")
 
 
 def disks(machine: Machine, wanted: tuple[str, ...] | None, *, lacking: frozenset[str] = frozenset()) -> frozenset[str]:
@@ -174,7 +174,7 @@ def disks(machine: Machine, wanted: tuple[str, ...] | None, *, lacking: frozense
     if not chosen:
         raise StateError(
             f"machine {machine.name} has no disk that a snapshot could include",
-            hint=f"qmpsnap show {machine.name} lists its disks",
+            hint=call("state", machine.name) + " lists its disks",
             machine=machine.name,
         )
     return frozenset(chosen)
@@ -192,8 +192,8 @@ def _writable(machine: Machine, name: str) -> DiskSpec:
     disk = machine.require_disk(name)
     if disk.read_only:
         raise StateError(
-            f"disk {name} of machine {machine.name} is read-only: it never changes",
-            hint="leave it out of --disks",
+            f"disk {name} of machine {machine.name} is read-only and never changes",
+            hint="leave it out of " + option("disks", "..."),
             machine=machine.name,
         )
     return disk
@@ -207,18 +207,17 @@ def require_all(machine: Machine, chosen: frozenset[str], *, lacking: frozenset[
     """
     if gone := [disk.name for disk in machine.spec.disks if disk.name in lacking]:
         raise StateError(
-            f"disk {', '.join(gone)} of machine {machine.name} was unplugged, and a QEMU that is started for its memory"
-            " would have it again",
-            hint=f"attach it again (device_add); qmpsnap snapshot create {machine.name} takes the other disks alone",
+            f"disk {', '.join(gone)} of machine {machine.name} was unplugged, but the QEMU that loads this memory would"
+            " have it again",
+            hint="attach it again (device_add), or take the other disks alone: " + call("snapshot", machine.name),
             machine=machine.name,
         )
     if left_out := [disk.name for disk in machine.spec.disks if not disk.read_only and disk.name not in chosen]:
         raise StateError(
-            f"a snapshot with the memory of machine {machine.name} must include {', '.join(left_out)}: memory that is"
-            " loaded beside a disk of another time destroys what is on it",
-            hint="leave --disks out"
+            f"a snapshot with the memory of machine {machine.name} must include {', '.join(left_out)}: loading memory"
+            " beside a disk of another point in time destroys its content",
+            hint="include all disks"
             if all(machine.require_disk(name).snapshot for name in left_out)
-            else "a machine that has a disk with 'snapshot: no' in its spec has disk snapshots only:"
-            f" qmpsnap snapshot create {machine.name}",
+            else "'snapshot: no' in a spec allows disk snapshots only: " + call("snapshot", machine.name),
             machine=machine.name,
         )

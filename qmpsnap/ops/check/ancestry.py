@@ -46,7 +46,7 @@ def _layers(at: Facts, folder: str) -> Iterator[Finding]:
         disk = layer_disk(layer.id)
         below = layers.get(layer.backing) if layer.backing else None
         if disk and layer.path.startswith(f"{folder}/") and _strays(at, folder, below, disk):
-            text = f"layer {layer.id} of disk {disk} lies on layer {layer.backing}"
+            text = f"layer {layer.id} of disk {disk} has layer {layer.backing} as its backing file"
             yield _finding(at, "layer-misplaced", text, disk=disk, layer=layer)
 
 
@@ -55,7 +55,7 @@ def _ancestors(at: Facts) -> Iterator[Finding]:
     for snapshot in at.record.snapshots:
         parent = known.get(snapshot.parent) if snapshot.parent else None
         if parent and parent.operation > snapshot.operation:
-            text = f"snapshot {snapshot.name} has {parent.name} as its parent, which was taken after it"
+            text = f"snapshot {snapshot.name} has the younger snapshot {parent.name} as its parent"
             yield _finding(at, "parent-younger", text)
         elif parent is snapshot:
             yield _finding(at, "parent-younger", f"snapshot {snapshot.name} has itself as its parent")

@@ -96,7 +96,7 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
     name = machine.name
     await _open_run_folder(context, machine)
     await relocate.go_on(context)
-    async with locked(context, name, "check --repair", anywhere=True):
+    async with locked(context, name, "repair", anywhere=True):
         failed: list[str] = []
         async with _monitor(context, machine) as qemu:
             at = await facts.gather(context, name, qemu=qemu, own=True)

@@ -47,7 +47,7 @@ def _formats(at: Facts) -> Iterator[Finding]:
             continue
         if header.backing_format != below.format:
             said = header.backing_format or "none"
-            text = f"the header of {layer.path} names {said} as its backing's format, recorded is {below.format}"
+            text = f"the header of {layer.path} names {said} as its backing format, recorded is {below.format}"
             yield Finding(
                 code="backing-format-differs",
                 machine=at.record.machine.name,

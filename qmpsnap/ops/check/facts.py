@@ -215,7 +215,7 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
     listening = not at.machine.adopted and await commands.agent_listens(qemu)
     jobs = await commands.query_jobs(qemu)
     if any(job.type == "stream" and job.status == "concluded" for job in jobs):
-        raise StateError("a stream that is over is not dismissed: QEMU 7.2 would end if it was asked for its nodes")
+        raise StateError("a concluded stream job is not dismissed: QEMU 7.2 would crash when asked for its nodes")
     nodes = await commands.query_nodes(qemu)
     return Asked(
         status=status.status,
@@ -340,10 +340,10 @@ def _state(recorded: Vmstate) -> tuple[str, str] | None:
     except StoreMismatch as error:
         return "state-file-damaged", error.message
     if not same_file(recorded, state):
-        return "state-file-replaced", f"{path} is another file than the one recorded"
+        return "state-file-replaced", f"{path} is not the recorded file"
     if state.digest != recorded.digest:
         return (
             "state-file-damaged",
-            f"{path} says it digests to {state.digest[:12]}..., recorded is {recorded.digest[:12]}...",
+            f"{path} names digest {state.digest[:12]}..., recorded is {recorded.digest[:12]}...",
         )
     return None

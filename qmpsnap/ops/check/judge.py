@@ -35,7 +35,7 @@ def judge(at: Facts) -> list[Finding]:
     While an operation is open, what it may have left is its affair; while another controller works, all is.
     """
     if at.busy:
-        return [_finding(at, "machine-busy", f"it is being worked on by {at.busy}")]
+        return [_finding(at, "machine-busy", f"it is in use by {at.busy}")]
     found = [*_older(at), *_layers(at), *_snapshots(at), *_users(at), *_writers(at), *_private(at), *_described(at)]
     if at.record.open:
         return [*_operations(at), *found]
@@ -65,16 +65,16 @@ def _finding(
 
 def _older(at: Facts) -> Iterator[Finding]:
     if at.moved:
-        yield _finding(at, "home-moved", f"the home is recorded as {at.moved}, which its headers name")
+        yield _finding(at, "home-moved", f"the store and the headers name {at.moved} as the home")
     if at.older:
         yield _finding(at, "store-older", at.older)
     for name in at.lost:
-        yield _finding(at, "machine-lost", f"machine {name} was defined, and the store does not know it")
+        yield _finding(at, "machine-lost", f"machine {name} was defined before, but the store lacks it")
 
 
 def _operations(at: Facts) -> Iterator[Finding]:
     for operation in at.record.open:
-        text = f"operation {operation.id} ({operation.verb}) got as far as '{operation.step}'"
+        text = f"operation {operation.id} ({operation.verb}) stopped at step '{operation.step}'"
         yield _finding(at, "operation-open", text, repairable=True)
 
 
@@ -87,7 +87,7 @@ def _layers(at: Facts) -> Iterator[Finding]:
             yield _finding(at, "layer-missing", found, layer=layer)
             continue
         if not same_file(layer, found):
-            yield _finding(at, "layer-replaced", f"{layer.path} is another file than the one recorded", layer=layer)
+            yield _finding(at, "layer-replaced", f"{layer.path} is not the recorded file", layer=layer)
         for text in compare.backing_problems(layer, layers[layer.backing] if layer.backing else None, found):
             if not (at.moved and found.backing and found.backing.startswith(f"{at.moved}/")):  # told already
                 yield _finding(at, "backing-differs", text, layer=layer)
@@ -110,7 +110,7 @@ def _snapshots(at: Facts) -> Iterator[Finding]:
         for point in snapshot.points if snapshot.state == "ok" else ():
             if point.tag and point.tag not in (at.tags.get(point.layer) or ()):
                 layer = at.record.forest.layers[point.layer]
-                text = f"{layer.path} has no tag {point.tag}, where snapshot {snapshot.name} has disk {point.disk}"
+                text = f"{layer.path} lacks tag {point.tag} of disk {point.disk} in snapshot {snapshot.name}"
                 yield _finding(at, "tag-missing", text, disk=point.disk, layer=layer)
         if snapshot.vmstate and (problem := at.states[snapshot.vmstate.path]):
             code, text = problem
@@ -126,7 +126,7 @@ def _users(at: Facts) -> Iterator[Finding]:
         yield _finding(at, "image-in-use", f"{layer.path} {user.does} {user.who}", layer=layer)
     for identity in at.overwritten:
         layer = at.record.forest.layers[identity]
-        text = f"{layer.path} has another time, size, header or tables than when it was frozen"
+        text = f"{layer.path} has changed in time, size, header or tables since it was frozen"
         yield _finding(at, "frozen-written", text, layer=layer)
 
 
@@ -165,7 +165,7 @@ def _private(at: Facts) -> Iterator[Finding]:
 
 def _described(at: Facts) -> Iterator[Finding]:
     if not at.described:
-        yield _finding(at, "record-missing", "a lost store could not be made again with it", repairable=True)
+        yield _finding(at, "record-missing", "a lost store could not be rebuilt", repairable=True)
 
 
 def _files(at: Facts) -> Iterator[Finding]:
@@ -181,7 +181,7 @@ def _files(at: Facts) -> Iterator[Finding]:
         # What somebody still reads, what is ours by another name, or what a newer store knew, is left where it is.
         movable = not (at.older or at.silent or used)
         if layer:
-            text = f"{entry.path} is layer {layer.id}, whose place is {layer.path}"
+            text = f"{entry.path} is layer {layer.id}, recorded at {layer.path}"
             yield _finding(at, "unreferenced-file", text, file=entry.path)
         elif entry.path.endswith(".part"):
             yield _finding(at, "part-left", f"{entry.path} is unfinished", file=entry.path, repairable=movable)
@@ -200,14 +200,14 @@ def _qemu(at: Facts) -> Iterator[Finding]:
     for chain in at.record.chains:
         disk = asked.disks.get(chain.disk)
         if chain.disk in asked.beside.unplugged:
-            text = f"disk {chain.disk} is not attached to the guest now"
+            text = f"disk {chain.disk} is not attached to the guest"
             yield _finding(at, "disk-unplugged", text, disk=chain.disk, layer=chain.active)
         elif disk is None or disk.nodes != chain.ids:
             seen = " <- ".join(disk.nodes) if disk and disk.nodes else "unknown to the store"
             text = f"disk {chain.disk}: QEMU's chain is {seen}, the store's {' <- '.join(chain.ids)}"
             yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
         elif strangers := [node for node in asked.nodes if node.node_name in disk.above and node.drv not in FILTERS]:
-            text = f"disk {chain.disk}: the guest writes to {strangers[0].file}, which somebody else put there"
+            text = f"disk {chain.disk}: the guest writes to {strangers[0].file}, a node that another client inserted"
             yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
     yield from _nodes(at)
     yield from _attached(at)
@@ -215,7 +215,7 @@ def _qemu(at: Facts) -> Iterator[Finding]:
         ours = job.id.startswith("qs.") and job.status == "concluded"
         yield _finding(at, "job-left", f"job {job.id} ({job.type}) is {job.status}", repairable=ours)
     if asked.frozen:
-        yield _finding(at, "guest-frozen", "the guest's agent says that its file systems are frozen", repairable=True)
+        yield _finding(at, "guest-frozen", "the guest agent reports frozen file systems", repairable=True)
     if asked.status in UNSETTLED | FAILED:
         yield _finding(at, "guest-held", f"QEMU's run state is {asked.status}")
 

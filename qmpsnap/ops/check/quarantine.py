@@ -45,8 +45,7 @@ def move(home: Home, finding: Finding, entry: Entry) -> Moved:
             if error.errno != errno.EXDEV:
                 raise HostCannot(f"{entry.path} cannot be moved to {place}: {error.strerror}") from error
     raise HostCannot(
-        f"{entry.path} lies on another file system than {' and '.join(map(str, home.quarantines))}, so it would have to"
-        " be copied: move it away yourself"
+        f"{entry.path} is on another file system than {' and '.join(map(str, home.quarantines))}: move it away yourself"
     )
 
 
@@ -85,7 +84,7 @@ def _move(place: Path, finding: Finding, entry: Entry) -> Moved:
 def _require_same(path: Path, entry: Entry) -> None:
     found = path.lstat()
     if (found.st_dev, found.st_ino) != (entry.device, entry.inode):
-        raise StoreMismatch(f"{path} is another file by now; it was not touched")
+        raise StoreMismatch(f"{path} was replaced by another file; it was not touched")
 
 
 def _folder(parent: Path, moment: float, name: str) -> Path:

@@ -118,7 +118,7 @@ def close_to_others(entry: Entry) -> None:
         try:
             status = os.fstat(descriptor)
             if (status.st_dev, status.st_ino) != (entry.device, entry.inode):
-                raise StoreMismatch(f"{entry.path} is another file by now; it was not touched")
+                raise StoreMismatch(f"{entry.path} was replaced by another file; it was not touched")
             os.fchmod(descriptor, 0o700 if stat.S_ISDIR(status.st_mode) else 0o600)
         finally:
             os.close(descriptor)

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from qmpsnap.block.graph import NOTHING, Beside
 from qmpsnap.errors import StateError, UsageError
+from qmpsnap.hint import call, option
 from qmpsnap.machine.open_files import require_recorded
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.blockdev import node_name
@@ -81,8 +82,8 @@ def plan(
     for disk, layer in layers.items():
         if layer.format != "qcow2":
             raise StateError(
-                f"disk {disk} of machine {machine.name} is {layer.format}: it cannot hold a snapshot inside",
-                hint=f"qmpsnap snapshot create {machine.name} puts a qcow2 layer on top; then it can",
+                f"disk {disk} of machine {machine.name} is {layer.format}: it cannot hold an internal snapshot",
+                hint="put a qcow2 overlay on it first: " + call("snapshot", machine.name),
                 machine=machine.name,
             )
     if hardware:
@@ -159,8 +160,9 @@ async def preview(context: Context, name: str, request: InternalRequest) -> tupl
 def _require_possible(request: InternalRequest) -> None:
     if request.quiesce.wish != "skip" and request.memory is not False:
         raise UsageError(
-            "a guest whose memory is saved inside its images is not frozen for it: it would go on frozen",
-            hint="add --no-memory, or take a full snapshot",
+            "an internal snapshot with memory cannot freeze the guest's file systems: the saved guest would stay"
+            " frozen",
+            hint="add " + option("memory", False) + ", or take a full snapshot",
         )
 
 
@@ -184,7 +186,7 @@ def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Ne
     needs = [Need(str(context.home.data), free_space.STORE, "the store")]
     for layer in planned.layers.values():
         folder = str(Path(layer.path).parent)
-        needs.append(Need(folder, free_space.LEFT, "a snapshot inside an image"))
+        needs.append(Need(folder, free_space.LEFT, "an internal snapshot"))
         if layer.id == planned.vmstate and process:
             needs.append(Need(folder, resident_bytes(process.pid) + RESERVE_MORE, "the guest's memory"))
     return needs
@@ -201,8 +203,8 @@ async def _planner(
 ) -> Callable[[OperationId], InternalPlan]:
     luks.require_plain(
         work.machine,
-        "snapshots inside encrypted images are not made",
-        f"qmpsnap snapshot create {work.machine.name} takes its disks by new layers",
+        "qmpsnap takes no internal snapshots of encrypted images",
+        "take a snapshot with overlays: " + call("snapshot", work.machine.name),
     )
     mode = await requests.mode_of(work.qemu)
     if request.memory and mode == "stopped":
@@ -212,7 +214,7 @@ async def _planner(
         )
     hardware = None
     if work.qemu and request.memory is not False:
-        again = f"qmpsnap snapshot create {work.machine.name} --kind internal --no-memory takes its disks"
+        again = "take its disks alone: " + call("snapshot", work.machine.name, kind="internal", memory=False)
         await require_saveable(work.machine, work.qemu, chains, hint=again)
         hardware = await hardware_now(context, work.machine, work.qemu)
     snapshots = await blocking(context.store.snapshots, work.machine.name)

@@ -104,7 +104,7 @@ async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
         await _dismiss(monitor, job)
         if not planned.paused:
             await _run_on(monitor)
-    note = f"{broken.error}; the machine was not started again: qmpsnap start {planned.machine}"
+    note = f"{broken.error}; the machine was not started again"
     await broken.mark_settled(error=None if monitor else note)
     return "forward"
 

@@ -63,7 +63,7 @@ async def require_held(qemu: Monitor) -> None:
         StateError: it has, in this very moment.
     """
     if await commands.run_state(qemu) == runstate.SUSPENDED:
-        raise StateError("the guest has suspended itself in this very moment", hint="try again")
+        raise StateError("the guest suspended itself just now", hint="try again")
 
 
 async def keep_variables(planned: InternalPlan) -> None:
@@ -104,7 +104,7 @@ def copy_variables_once(source: str, target: str) -> None:
     try:
         sync_folder(Path(target).parent)  # whoever made it may have died right before
     except OSError as error:
-        raise HostCannot(f"the folder of {target} cannot be written out: {error.strerror}") from error
+        raise HostCannot(f"the folder of {target} cannot be synced: {error.strerror}") from error
 
 
 def forget_variables(path: str) -> None:
@@ -170,7 +170,7 @@ def require_tags(layers: Iterable[Layer], tag: str, found: Mapping[str, Sequence
     """
     for layer in layers:
         if not has_tag(found, node_name(layer), tag):
-            raise StoreMismatch(f"layer {layer.id} ({layer.path}) has no snapshot {tag} inside")
+            raise StoreMismatch(f"layer {layer.id} ({layer.path}) has no internal snapshot {tag}")
 
 
 def settled(

@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from qmpsnap.block import graph
 from qmpsnap.errors import QemuGone, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.machine import worker
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.record import Machine
@@ -94,9 +95,9 @@ class BlockJob(Struct, frozen=True, kw_only=True):
         disk, found = self.step.disk, disks.get(self.step.disk)
         if found is None or found.nodes != wanted:
             raise StoreMismatch(
-                f"after the job, QEMU's chain of disk {disk} is {' <- '.join(found.nodes) if found else 'empty'},"
-                f" expected {' <- '.join(wanted)}",
-                hint=f"qmpsnap chain {self.machine.name} {disk} shows both sides",
+                f"QEMU's chain of disk {disk} is {' <- '.join(found.nodes) if found else 'empty'} after the job, not"
+                f" {' <- '.join(wanted)}",
+                hint=call("chains", self.machine.name, disk) + " shows both sides",
                 effect="unknown",
                 machine=self.machine.name,
             )

@@ -11,6 +11,7 @@ import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, OperationPending, QemuGone, QmpError, QmpsnapError, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.host.threads import completed
 from qmpsnap.model.operations import steps
 from qmpsnap.ops.base.context import guarded
@@ -43,8 +44,8 @@ def in_time(job: BlockJob, *, shield: bool = False) -> Iterator[None]:
         yield
     if scope.cancelled_caught:
         raise DeadlinePassed(
-            f"job {job.id} did not come to its end within {FINALIZE_DEADLINE:g} s",
-            hint=f"qmpsnap recover {job.machine.name} finds out and ends it",
+            f"job {job.id} did not complete within {FINALIZE_DEADLINE:g} s",
+            hint=call("recover", job.machine.name) + " completes or undoes it",
             effect="unknown",
             machine=job.machine.name,
         )
@@ -169,9 +170,11 @@ async def _give_up(job: BlockJob, monitor: Monitor, why: QmpError, *, running: b
     except QmpsnapError as error:
         name = job.machine.name
         raise OperationPending(
-            f"{why.message}; the chain cannot be made what it was: {error.message}",
-            hint=f"put that right, then: qmpsnap recover {name}; or end its QEMU first (qmpsnap stop {name} --force):"
-            " both sides are equal, and without QEMU the headers are put right",
+            f"{why.message}; the chain cannot be restored: {error.message}",
+            hint="fix that, then "
+            + call("recover", name)
+            + "; or end QEMU first, which loses no data: "
+            + call("stop", name, force=True),
             effect="unknown",
             machine=name,
         ) from error

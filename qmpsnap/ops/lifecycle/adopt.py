@@ -16,6 +16,7 @@ from qmpsnap.block import foreign, graph
 from qmpsnap.block.foreign import ForeignDisk
 from qmpsnap.block.image.qcow2 import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpError, StateError
+from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine import adopted
 from qmpsnap.machine.adopted import Seen
@@ -86,7 +87,7 @@ def choose(backends: Sequence[Backend]) -> tuple[list[Backend], list[str]]:
     disks, left_out = [], []
     for backend in backends:
         if backend.removable:
-            left_out.append(f"{backend.name}: its medium can be taken out")
+            left_out.append(f"{backend.name}: its medium is removable")
         elif backend.inserted is None:
             left_out.append(f"{backend.name}: it is empty")
         elif backend.is_flash:
@@ -135,9 +136,8 @@ def plan(survey: Survey, sources: Mapping[str, DiskSource], *, serial: Operation
             identity = known.id if known else by_path[found.path]
             if nodes.setdefault(identity, layer.node) != layer.node:
                 raise StateError(
-                    f"disk {disk.name} and another one both read {printable(found.path)}, each through a node of its"
-                    " own",
-                    hint="give every disk a base of its own",
+                    f"disk {disk.name} and another one both read {printable(found.path)}, through separate nodes",
+                    hint="launch it with a separate base for every disk",
                 )
     machine = replace(survey.machine, adopted=replace(survey.adoption, nodes=nodes))
     return replace(planned, change=replace(planned.change, define=machine))
@@ -200,11 +200,11 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
             seen = await to_read(adopted.look, qemu.peer)
             survey = await _survey(qemu, name, socket, seen, host=context.host)
     except QemuGone as error:
-        error.message = f"no QEMU answers on {printable(str(socket))}, or it is no QMP socket"
-        error.hint = "name the monitor of a running QEMU: -qmp unix:PATH,server=on,wait=off"
+        error.message = f"{printable(str(socket))} is not the QMP socket of a running QEMU"
+        error.hint = "launch QEMU with -qmp unix:PATH,server=on,wait=off"
         raise
     except DeadlinePassed as error:
-        error.hint = "QEMU is stopped by a signal or hangs, or another client holds this monitor: one at a time can"
+        error.hint = "QEMU hangs or is stopped by a signal, or another client is connected to this monitor"
         raise
     await _refuse_known(context, survey)
     sources: dict[str, DiskSource] = {}
@@ -259,8 +259,8 @@ async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: s
         )
     except QmpError as error:
         raise StateError(
-            f"what listens on {printable(str(socket))} speaks QMP but runs no guest: {error.message}",
-            hint="name the monitor of a qemu-system-* process",
+            f"the QMP server on {printable(str(socket))} runs no guest: {error.message}",
+            hint="use the monitor of a qemu-system-* process",
         ) from error
     if status.status in _UNSETTLED:
         raise StateError(f"that QEMU is in state {status.status}", hint="wait until it runs")
@@ -270,7 +270,9 @@ async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: s
     _require_reachable(seen)
     disks, left_out, others = await _disks(qemu, seen)
     if not disks:
-        raise StateError(f"that QEMU has no disk to take snapshots of ({'; '.join(left_out) or 'no drive at all'})")
+        raise StateError(
+            f"that QEMU has no disk that snapshots could include ({'; '.join(left_out) or 'no drive at all'})"
+        )
     version = await commands.query_version(qemu)
     machine = Machine(
         name=name,
@@ -289,8 +291,8 @@ async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: s
 def _require_reachable(seen: Seen) -> None:
     if seen.user not in (os.geteuid(), 0):
         raise HostCannot(
-            f"that QEMU runs as user {seen.user}, who could not open the layers that qmpsnap makes",
-            hint="run qmpsnap as that user",
+            f"that QEMU runs as user {seen.user}, who cannot open layers that this user creates",
+            hint="try again as that user",
         )
     if any(re.search(r"(^|,)copy-on-read=on(,|$)", argument) for argument in seen.arguments):
         # It is a flag of the image's node, not a filter: QEMU would go on writing to a layer that is frozen.
@@ -333,7 +335,7 @@ async def _refuse_known(context: Context, survey: Survey) -> None:
         if same or other.uuid == survey.machine.uuid:
             raise StateError(
                 f"that QEMU is machine {other.name} already (UUID {other.uuid})",
-                hint=f"qmpsnap show {other.name}",
+                hint=call("state", other.name) + " shows it",
                 machine=other.name,
             )
 

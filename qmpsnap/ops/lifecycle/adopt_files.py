@@ -41,7 +41,7 @@ def files(disk: str, backend: str, found: ForeignDisk, seen: Seen) -> list[Found
         if problem := _file_problem(layer, file, seen) or (layer.format == "qcow2" and _backing_problem(file, below)):
             raise StoreMismatch(
                 f"disk {disk} ({backend}): {problem}",
-                hint="QEMU and the files on disk have to agree before anything is built on them",
+                hint="correct the headers, or launch QEMU on matching files",
             )
         files.append(file)
     return files
@@ -68,7 +68,9 @@ def opened(backend: str, found: ForeignDisk, nodes: Sequence[NodeInfo], argument
         above["discard"] = "unmap"  # QEMU has the one only with the other
     for options, node in ((above, image), (below, file)):
         options["cache"] = {"direct": node.cache.direct, "no-flush": node.cache.no_flush}
-    untold = "" if told else "QEMU's arguments do not name its image: new layers ignore discards and have default aio"
+    untold = (
+        "" if told else "QEMU's arguments do not name its image: new overlays ignore discards and use the default aio"
+    )
     return Opened(format=above, file=below), untold
 
 
@@ -84,7 +86,7 @@ def _place(disk: str, layer: ForeignLayer, seen: Seen) -> str:
     named = sorted(name for name in seen.names.values() if name.endswith("/" + "/".join(parts)))
     if len(named) > 1:
         raise StateError(
-            f"disk {disk}: QEMU was given the relative path {printable(layer.path)}, has changed its folder since, and"
+            f"disk {disk}: QEMU has the relative path {printable(layer.path)}, changed its working directory and"
             f" has several files of that name open ({printable(', '.join(named), 300)})",
             hint="launch it with absolute paths",
         )
@@ -106,50 +108,49 @@ def _not_there(disk: str, layer: ForeignLayer, path: str, seen: Seen) -> StateEr
         if blockline.is_temporary(seen.arguments):
             return StateError(
                 f"disk {disk}: QEMU was launched with -snapshot or snapshot=on, so the guest writes to a temporary file"
-                " without a name, which is lost when QEMU ends",
-                hint="launch it without; a snapshot of qmpsnap and a revert to it do the same",
+                " that is lost when QEMU ends",
+                hint="launch it without that option, and revert to a snapshot instead",
             )
         return StateError(
             f"disk {disk}: {shown} was deleted while QEMU has it open",
-            hint="copy it out while QEMU runs (QMP drive-backup with sync=full), and launch QEMU on the copy",
+            hint="copy it while QEMU runs (QMP drive-backup with sync=full), and launch QEMU on the copy",
         )
     if seen.apart:
         return StateError(
-            f"disk {disk}: there is no {shown} here: that QEMU has a root folder or mounts of its own (a chroot, a"
-            " container)",
-            hint="run qmpsnap where QEMU runs: nsenter --target PID --mount --root",
+            f"disk {disk}: there is no {shown} here: that QEMU runs in another mount namespace (a chroot, a container)",
+            hint="try again in that namespace: nsenter --target PID --mount --root",
         )
     if not layer.path.startswith("/"):
         return StateError(
-            f"disk {disk}: QEMU was given the relative path {shown} and has changed its folder since (it is"
-            f" {printable(seen.folder)} now, as after -daemonize); none of its open files has that name",
+            f"disk {disk}: QEMU has the relative path {shown} and changed its working directory (to"
+            f" {printable(seen.folder)}, as with -daemonize); none of its open files has that name",
             hint="launch it with absolute paths",
         )
     return StateError(
         f"disk {disk}: {shown}, which QEMU has open, was moved or renamed",
-        hint="put it back to that place",
+        hint="move it back",
     )
 
 
 def _file_problem(layer: ForeignLayer, found: FoundLayer, seen: Seen) -> str:
     shown, size = printable(found.path), found.header.virtual_size
     if (found.header.device, found.header.inode) not in seen.files:
-        return f"QEMU has another file open than the one that {shown} is now"
+        return f"QEMU has another file open than {shown}"
     if size != layer.virtual_size:
-        return f"{shown} has {size} bytes for the guest, QEMU says {layer.virtual_size}"
+        return f"{shown} has virtual size {size}, QEMU reports {layer.virtual_size}"
     return ""
 
 
 def _backing_problem(found: FoundLayer, below: FoundLayer | None) -> str:
     """Where a header and QEMU's graph name different backings; they may do so by different strings."""
     named = found.header.backing
-    said = f"the header of {printable(found.path)} names {printable(named or 'nothing')} as its backing"
+    said = f"the header of {printable(found.path)} names {printable(named or 'nothing')} as its backing file"
     if named is None or below is None:
         agree = named is None and below is None
         return "" if agree else f"{said}, QEMU reads {printable(below.path) if below else 'nothing'}"
     try:
         status = (Path(found.path).parent / named).stat()
     except OSError:
-        return f"{said}, which is not there"
+        return f"{said}, which does not exist"
     agree = (status.st_dev, status.st_ino) == (below.header.device, below.header.inode)
     return "" if agree else f"{said}, QEMU reads {printable(below.path)}"

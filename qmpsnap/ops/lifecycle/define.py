@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch, UsageError
+from qmpsnap.hint import call, option
 from qmpsnap.host import private
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine.config.firmware import find_firmware
@@ -152,8 +153,8 @@ async def complete(
     """
     if spec.extra and not allow_extra:
         raise UsageError(
-            f"the spec of {spec.name} has 'extra' QEMU arguments, which can undo every protection",
-            hint="qmpsnap define --allow-extra takes them over as they are",
+            f"the spec of {spec.name} has 'extra' QEMU arguments, which can override every protection",
+            hint="accept them with " + option("allow_extra"),
         )
     abilities = await probe.ask(context.qemu, context.home.cache if keep else None, user=context.run_as)
     spec = replace(spec, machine=abilities.versioned(spec.machine), tcg_cpu=_tcg_cpu(spec, abilities))
@@ -234,8 +235,8 @@ async def _refuse_taken(context: Context, name: str) -> None:
     except NotFoundError:
         return
     raise NameTaken(
-        f"machine {name} exists since {moment(taken.created)}",
-        hint=f"choose another name, or qmpsnap undefine {name} first",
+        f"machine {name} has existed since {moment(taken.created)}",
+        hint="choose another name, or undefine that machine: " + call("undefine", name),
         machine=name,
     )
 
@@ -260,8 +261,8 @@ def _refuse_lost(context: Context, name: str, *, adopts: bool) -> None:
     folder, lost = context.home.machine_dir(name), context.store.remembered(name)
     if lost and not (adopts and lost.adopted) and folder.is_dir() and any(folder.iterdir()):
         raise StoreMismatch(
-            f"machine {name} was defined before and has images in {folder}, and this store does not know it",
-            hint="qmpsnap check --rebuild makes the store again from the images; or choose another name",
+            f"machine {name} was defined before and has images in {folder}, but this store lacks it",
+            hint="rebuild the store from the images: " + call("rebuild") + "; or choose another name",
             machine=name,
         )
 
@@ -296,4 +297,4 @@ def _copy_variables(source: str, target: str) -> None:
             file.flush()
             os.fsync(descriptor)
     except OSError as error:
-        raise HostCannot(f"the variable store {target} cannot be made: {error.strerror}") from error
+        raise HostCannot(f"the variable store {target} cannot be created: {error.strerror}") from error

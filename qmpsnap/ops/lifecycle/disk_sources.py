@@ -10,6 +10,7 @@ from msgspec import Struct
 from qmpsnap.block.image import encrypted, header
 from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.errors import ImageRefused, StateError
+from qmpsnap.hint import call
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
@@ -65,8 +66,8 @@ def _require_whole(disk: DiskSpec, top: FoundLayer) -> None:
     size, shown = top.header.file_size, header.printable(top.path, 2000)
     if disk.image and top.format == "raw" and disk.cache in ("none", "directsync") and size % _SECTOR:
         raise ImageRefused(
-            f"disk {disk.name}: {header.printable(top.path)} has {size} bytes, no multiple of {_SECTOR}, which 'cache:"
-            f" {disk.cache}' needs of a raw image",
+            f"disk {disk.name}: {header.printable(top.path)} has {size} bytes; 'cache: {disk.cache}' needs a raw"
+            f" image with a multiple of {_SECTOR}",
             hint=f"qemu-img resize -f raw {shlex.quote(shown)} {-(-size // _BLOCK) * _BLOCK}, or another 'cache'",
         )
 
@@ -98,10 +99,10 @@ async def _require_encrypted(context: Context, spec: MachineSpec, disk: DiskSpec
     for layer in found:
         if layer.header.encrypted is not (disk.encryption is not None):
             what = "is encrypted" if layer.header.encrypted else "is not encrypted"
-            remedy = "say so in the spec" if layer.header.encrypted else "take it out of the spec"
+            remedy = "add 'encryption' to the disk" if layer.header.encrypted else "remove 'encryption' from the disk"
             raise ImageRefused(
                 f"disk {disk.name} of {spec.name}: {header.printable(layer.path)} {what}",
-                hint=f"'encryption' of a disk is for all its images: {remedy}, or convert the image first",
+                hint=f"{remedy} in the spec, or convert the image first",
             )
     async with luks.for_images(context, spec.name, disk) as key:
         if key is not None:
@@ -146,7 +147,7 @@ def require_unshared(
             if writer := writers.get(file):
                 raise StateError(
                     f"disk {disk.name} of {spec.name} would read {layer.path}, which machine {writer} writes to",
-                    hint=f"qmpsnap snapshot create {writer} first, then use the layer that it freezes",
+                    hint="use the layer that this freezes: " + call("snapshot", writer),
                 )
         if disk.image and not disk.read_only:
             if source.known[-1] is not None or files[-1] in readers:
@@ -161,5 +162,5 @@ def require_unshared(
 def _written(spec: MachineSpec, disk: DiskSpec, who: str) -> StateError:
     return StateError(
         f"disk {disk.name} of {spec.name} would write to {disk.image}, which {who}",
-        hint="use 'base:' instead of 'image:' for a linked clone",
+        hint="make a linked clone with 'base:' instead of 'image:'",
     )

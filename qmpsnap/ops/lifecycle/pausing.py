@@ -3,6 +3,7 @@
 import anyio
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError
+from qmpsnap.hint import call
 from qmpsnap.machine.starting.argv import QMP_SOCKET
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.base.context import Context, blocking, locked, require_own
@@ -35,9 +36,8 @@ async def pause(context: Context, name: str) -> None:
         state = await _state(work.qemu)
         if work.qemu is None or state != "running":
             raise StateError(
-                f"machine {name} does not run ({state})",
-                hint=runstate.remedy(state, name)
-                or ("" if work.qemu or work.machine.adopted else f"qmpsnap start {name}"),
+                f"machine {name} is not running ({state})",
+                hint=runstate.remedy(state, name) or ("" if work.qemu or work.machine.adopted else call("start", name)),
                 machine=name,
             )
         await commands.control(work.qemu, "stop")
@@ -69,7 +69,7 @@ async def resume(context: Context, name: str) -> str:
         if qemu is None or state not in RESUMABLE:
             raise StateError(
                 f"machine {name} is not paused ({state})",
-                hint=f"qmpsnap start {name}" if qemu is None and not machine.adopted else runstate.remedy(state, name),
+                hint=call("start", name) if qemu is None and not machine.adopted else runstate.remedy(state, name),
                 machine=name,
             )
         await commands.control(qemu, "cont")
@@ -89,10 +89,10 @@ async def wakeup(context: Context, name: str) -> None:
     async with working(context, name, "wakeup") as work:
         state = await _state(work.qemu)
         if work.qemu is None or state != runstate.SUSPENDED:
-            hint = f"qmpsnap resume {name}" if state in RESUMABLE else ""
+            hint: str = call("resume", name) if state in RESUMABLE else ""
             if work.qemu is None and not work.machine.adopted:
-                hint = f"qmpsnap start {name}"
-            raise StateError(f"the guest of machine {name} does not sleep ({state})", hint=hint, machine=name)
+                hint = call("start", name)
+            raise StateError(f"the guest of machine {name} is not suspended ({state})", hint=hint, machine=name)
         async with work.qemu.listen("WAKEUP") as bell:
             await commands.control(work.qemu, "system_wakeup")
             with anyio.move_on_after(WAKEUP_DEADLINE):
@@ -100,8 +100,8 @@ async def wakeup(context: Context, name: str) -> None:
                     await bell.wait(AGAIN)
                 return
         raise DeadlinePassed(
-            f"the guest of machine {name} has not woken within {WAKEUP_DEADLINE:g} s",
-            hint=f"qmpsnap show {name}",
+            f"the guest of machine {name} did not wake up within {WAKEUP_DEADLINE:g} s",
+            hint=call("state", name) + " shows its state",
             machine=name,
         )
 
@@ -123,8 +123,8 @@ async def require_awake(context: Context, machine: Machine) -> None:
 def asleep(name: str, state: str) -> StateError:
     """What a guest whose vCPUs are stopped is refused with."""
     return StateError(
-        f"the guest of machine {name} does not run ({state}) and can do nothing",
-        hint=runstate.remedy(state, name) or f"qmpsnap resume {name}",
+        f"the guest of machine {name} is not running ({state})",
+        hint=runstate.remedy(state, name) or call("resume", name),
         machine=name,
     )
 
@@ -139,7 +139,7 @@ async def _require_running(machine: Machine, qemu: Monitor) -> None:
             while (state := await commands.run_state(qemu)) not in {runstate.NO_SPACE, runstate.FAILED}:
                 await bell.wait(AGAIN)
             raise HostCannot(
-                f"the guest of machine {machine.name} ran on and was paused again at once ({state})",
+                f"the guest of machine {machine.name} was resumed and paused again at once ({state})",
                 hint=runstate.remedy(state, machine.name),
                 machine=machine.name,
             )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.machine.open_files import require_opened
@@ -54,7 +55,7 @@ async def start(context: Context, name: str, *, paused: bool = False, allow_extr
     """
     async with working(context, name, "start") as work:
         if work.qemu:
-            raise StateError(f"machine {name} runs already", hint=f"qmpsnap show {name}", machine=name)
+            raise StateError(f"machine {name} runs already", hint=call("state", name) + " shows it", machine=name)
         require_spec(work.machine, "start it")
         await blocking(context.store.require_writable)
         machine = await consent.give(context, work.machine) if allow_extra else work.machine
@@ -179,7 +180,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
             # With ``force`` no image is asked: its storage may hang.
             look = unseen_qemu.answers if force else lambda home, at: unseen_qemu.may_run(home, context.store, at)
             hidden = await blocking(look, context.home, machine)
-            raise unseen_qemu.not_running(name, hidden=hidden, hint="" if machine.adopted else f"qmpsnap start {name}")
+            raise unseen_qemu.not_running(name, hidden=hidden, hint="" if machine.adopted else call("start", name))
         wait = timeout if timeout is not None else (0.0 if force else 60.0)
         if wait and await _ask(context, machine, process, wait, force=force):
             pass
@@ -187,8 +188,8 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
             await _quit(context, machine, process)
         else:
             raise DeadlinePassed(
-                f"the guest of machine {name} did not switch itself off within {wait:g} s; it still runs",
-                hint=f"qmpsnap stop {name} --force ends QEMU; what the guest has not written is lost",
+                f"the guest of machine {name} did not power off within {wait:g} s and is still running",
+                hint=call("stop", name, force=True) + " ends QEMU and loses what the guest has not flushed",
                 effect="none",
                 machine=name,
             )
@@ -232,7 +233,7 @@ def _require_alone(context: Context, machine: Machine, chains: Sequence[Chain]) 
             raise StateError(
                 f"disk {chain.disk} of machine {machine.name} would write to {active.path}, which is read by"
                 f" {', '.join(others)}",
-                hint=f"qmpsnap snapshot create {machine.name} puts a layer of its own on it",
+                hint="put an overlay of its own on it: " + call("snapshot", machine.name),
                 machine=machine.name,
             )
 

@@ -9,6 +9,7 @@ import msgspec
 
 from qmpsnap.block.image.create import remove
 from qmpsnap.errors import HostCannot, QmpsnapError, StateError, StoreMismatch, UsageError
+from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
@@ -50,7 +51,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         HostCannot: with effect ``applied``, the machine is forgotten and files of it are left, which are named.
     """
     if disks not in (None, *get_args(Fate)):
-        raise UsageError(f"images can be kept or removed, not {disks!r}", hint="disks='keep'")
+        raise UsageError(f"images can be kept or removed, not {disks!r}", hint="use disks='keep' or disks='remove'")
     hopeless: list[tuple[Operation, QmpsnapError]] = []
 
     def give_up(operation: Operation, error: QmpsnapError) -> None:
@@ -79,7 +80,9 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
                 told(await to_read(_given_up, operation, error, told_of))
         await _is_done(stuck, to_end(forget_places, context.home, name))
     if stuck:
-        error = HostCannot(f"not all of machine {name} was removed: {'; '.join(stuck)}", hint="remove it yourself")
+        error = HostCannot(
+            f"some files of machine {name} were not removed: {'; '.join(stuck)}", hint="remove them yourself"
+        )
         error.claim("applied", f"machine {name} is no longer defined")
         raise error
     return [file.path for file in files]
@@ -104,8 +107,8 @@ async def require_possible(context: Context, work: Work, disks: Fate | None) -> 
     # An adopted machine is given back as it runs; only what it has open must stay.
     if work.qemu and not (work.machine.adopted and disks != "remove"):
         raise StateError(
-            f"machine {name} runs",
-            hint=f"qmpsnap stop {name} first{', or undefine it with --keep-disks' if work.machine.adopted else ''}",
+            f"machine {name} is running",
+            hint=call("stop", name) + ((", or add " + option("disks", "keep")) if work.machine.adopted else ""),
             machine=name,
         )
     if disks is None:
@@ -129,13 +132,13 @@ def _given_up(operation: Operation, error: QmpsnapError, told_of: set[str]) -> s
     """What became of it, with the files that nobody else will tell of."""
     why = error.message
     parts = [f"operation {operation.id} ({operation.verb}) was given up: {why}"]
-    parts.append(f"it got as far as '{operation.step}', and what it has done stays as it is")
+    parts.append(f"it stopped at step '{operation.step}', and its changes remain")
     if left := sorted(path for path in _named(operation.plan) - told_of if Path(path).exists()):
         parts.append(f"it may have left {', '.join(left)}")
     plan = operation.plan.kept if isinstance(operation.plan, LoadPlan) else operation.plan
     if isinstance(plan, InternalPlan):
         images = ", ".join(layer.path for layer in plan.layers.values())
-        parts.append(f"it may have left a snapshot {plan.tag} inside {images}")
+        parts.append(f"it may have left an internal snapshot {plan.tag} in {images}")
     return "; ".join(parts)
 
 
@@ -184,6 +187,9 @@ async def _refuse_loss(context: Context, name: str) -> None:
         raise StateError(
             f"machine {name} has {len(snapshots)} snapshot(s) ({', '.join(snapshots) or 'none'}) and"
             f" {len(owned)} image(s) of its own ({', '.join(owned)})",
-            hint=f"qmpsnap undefine {name} --keep-disks leaves the images as files, --remove-disks deletes them",
+            hint="keep the images with "
+            + option("disks", "keep")
+            + " or delete them with "
+            + option("disks", "remove"),
             machine=name,
         )

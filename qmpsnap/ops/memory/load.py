@@ -71,9 +71,9 @@ def require_fits(snapshot: Snapshot, hardware: Hardware, *, machine: str) -> Non
     """
     if snapshot.hardware and (found := differences(snapshot.hardware, hardware)):
         raise StateError(
-            f"the memory of snapshot {snapshot.name} is of other hardware than machine {machine} has now:"
+            f"snapshot {snapshot.name} was taken with different virtual hardware of machine {machine}:"
             f" {'; '.join(found)}",
-            hint="QEMU would load it without complaint and the guest would break; revert to a disk snapshot instead",
+            hint="revert to a disk snapshot instead: the guest would crash with this memory",
             machine=machine,
         )
 

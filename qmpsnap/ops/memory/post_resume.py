@@ -54,11 +54,11 @@ async def tell(context: Context, machine: Machine) -> Told:
                 await commands.announce_self(qemu)
             listens = await commands.agent_listens(qemu)
     except QmpsnapError as error:
-        return Told(notes=(f"neither network nor clock were told: {error.message}",))
+        return Told(notes=(f"the network was not announced and the clock was not set: {error.message}",))
     if not machine.spec.agent:
         return Told()
     if not listens:
-        return Told(notes=("the guest's clock was not set: no agent listens in the guest",))
+        return Told(notes=("the guest's clock was not set: no guest agent runs",))
     try:
         socket = context.home.run_dir(machine.name) / AGENT_SOCKET
         async with agent.connect(socket, machine=machine.name, deadline=DEADLINE) as guest:
@@ -90,13 +90,13 @@ async def set_clock(guest: Agent) -> Told:
         except QmpError as error:
             said = error  # of hwclock, it may be, after the clock was set
         except (DeadlinePassed, QemuGone) as error:
-            return Told(notes=(f"whether the guest's clock was set is not known: {error.message}",))
+            return Told(notes=(f"it is unknown whether the guest's clock was set: {error.message}",))
         try:
             found = await _ask(guest, end)
         except (QmpError, DeadlinePassed, QemuGone) as error:
             if said:  # refused, and nothing says that it was set all the same
                 return Told(notes=(f"the guest's clock was not set: {said.message}",))
-            return Told(notes=(f"the guest's clock was set; how far it is off is not known: {error.message}",))
+            return Told(notes=(f"the guest's clock was set; its offset is unknown: {error.message}",))
         if found.near:
             break
     assert found
@@ -107,11 +107,11 @@ def _notes(found: _Asked, said: QmpsnapError | None) -> tuple[str, ...]:
     if found.near:
         if said is None:
             return ()
-        return (f"the guest's clock was set, but its agent could not end that as it should: {said.message}",)
+        return (f"the guest's clock was set, but its agent did not complete cleanly: {said.message}",)
     off = f"by up to {(abs(found.error_ms) + found.doubt_ms) / 1000:.2f} s"
     if said:
-        return (f"the guest's clock was not set, and is off {off}: {said.message}",)
-    return (f"the guest's clock was set {SETS} times, and may be off {off} all the same",)
+        return (f"the guest's clock was not set and is off {off}: {said.message}",)
+    return (f"the guest's clock was set {SETS} times but may still be off {off}",)
 
 
 async def _ask(guest: Agent, end: float) -> _Asked:

@@ -16,6 +16,7 @@ import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
+from qmpsnap.hint import call
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import hugepages, statefile
 from qmpsnap.model.layers.vmstate import Manifest, SaveMode, Vmstate
@@ -111,7 +112,7 @@ async def hold(
             await give_up(qemu, memory)
             if isinstance(error, TimeoutError):
                 raise DeadlinePassed(
-                    f"the guest would have been held longer than {memory.max_pause_ms:g} ms; its memory was not saved"
+                    f"pausing the guest took longer than {memory.max_pause_ms:g} ms; its memory was not saved"
                 ) from error
             raise
         finally:
@@ -141,8 +142,8 @@ def _require_paused(machine: str, state: str) -> None:
     """
     if state != "paused":
         raise StateError(
-            f"the guest of machine {machine} was to be held for its memory, and is {state}",
-            hint=runstate.remedy(state, machine) or f"see to that, then try again: qmpsnap show {machine} tells more",
+            f"the guest of machine {machine} cannot be paused for its memory: it is {state}",
+            hint=runstate.remedy(state, machine) or call("state", machine) + " shows why",
             machine=machine,
         )
 
@@ -169,10 +170,8 @@ async def fixed(qemu: Monitor, mode: SaveMode) -> migration.Migration:
 
 def _require_success(found: migration.Migration) -> None:
     if found.status in ("failed", "cancelled"):
-        reason = found.error_desc or ("it was cancelled" if found.status == "cancelled" else "QEMU gives no reason")
-        raise HostCannot(
-            f"QEMU could not write the memory: {reason}", hint="look at the space where the state file goes"
-        )
+        reason = found.error_desc or ("it was cancelled" if found.status == "cancelled" else "QEMU gave no reason")
+        raise HostCannot(f"QEMU could not write the memory: {reason}", hint="check the free space at the state file")
 
 
 async def run_on(qemu: Monitor) -> None:

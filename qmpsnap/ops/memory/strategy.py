@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from qmpsnap.block import graph
 from qmpsnap.errors import QmpError, StateError, UsageError
+from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
 from qmpsnap.model.layers.chain import Chain
@@ -87,22 +88,22 @@ async def choose(
     """
     if request.max_pause_ms is not None and not 0 < request.max_pause_ms < math.inf:
         raise UsageError(
-            f"a guest cannot be held for {request.max_pause_ms:g} ms at most",
-            hint="--max-pause takes milliseconds, more than 0",
+            f"{request.max_pause_ms:g} ms is not a pause limit",
+            hint=option("max_pause_ms", "MS") + " takes milliseconds above 0",
             machine=machine.name,
         )
     process = context.process(machine)
     if qemu is None or process is None:
         raise StateError(
             f"machine {machine.name} is stopped and has no memory to save",
-            hint=f"qmpsnap snapshot create {machine.name} takes its disks",
+            hint="take its disks alone: " + call("snapshot", machine.name),
             machine=machine.name,
         )
     require_spec(machine, "load its memory again")
     luks.require_plain(
         machine,
-        "the guest's memory, with what it read from there and the key itself, would lie in a file in the clear",
-        f"qmpsnap snapshot create {machine.name} takes its disks",
+        "its data and its key would be in the state file in the clear",
+        "take its disks alone: " + call("snapshot", machine.name),
     )
     taken = await to_read(_is_there, request.file) if request.file else False
     if taken:
@@ -113,11 +114,11 @@ async def choose(
         )
     if (last := (await migration.query(qemu)).status) not in migration.IDLE:
         raise StateError(
-            f"somebody else migrates machine {machine.name} (it is {last})",
-            hint="wait for the end of that",
+            f"machine {machine.name} has another migration in progress ({last})",
+            hint="wait until it has ended",
             machine=machine.name,
         )
-    await require_saveable(machine, qemu, chains, hint=f"qmpsnap snapshot create {machine.name} takes its disks")
+    await require_saveable(machine, qemu, chains, hint="take its disks alone: " + call("snapshot", machine.name))
     if request.compression != "none":
         statefile.require_zstd()
     version = version_of(await commands.query_version(qemu))
@@ -126,9 +127,9 @@ async def choose(
     why = await _why_not_behind_it(machine, qemu, request, status=status, version=version)
     if why and not running and not request.quit:
         raise StateError(
-            f"machine {machine.name} is {status.status}, and its memory can only be saved in a way that QEMU does not"
-            f" come back from to a paused guest ({why})",
-            hint=f"qmpsnap save {machine.name} saves it and ends QEMU; or let it run first",
+            f"machine {machine.name} is {status.status}, and QEMU cannot return to a paused guest after"
+            f" saving its memory ({why})",
+            hint="save it and end QEMU: " + call("save", machine.name) + "; or resume it first",
             machine=machine.name,
         )
     resident = resident_bytes(process.pid)
@@ -167,7 +168,7 @@ async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Cha
         StateError: one does; the message names what QEMU names, or what else the guest writes to. Or the guest sleeps,
             and QEMU would forget that.
     """
-    await requests.require_told(machine, qemu, doing="save its memory so that it can be woken again", hint=hint)
+    await requests.require_told(machine, qemu, doing="save its memory", hint=hint)
     if reasons := (await migration.query(qemu)).blocked_reasons:
         raise StateError(
             f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(reasons)}",
@@ -183,9 +184,9 @@ async def _why_not_behind_it(
     """Why the guest has to stand still for it; empty when it has not."""
     # After a save while it stands still QEMU has given the disks away: a paused guest gets them back only by running.
     if request.quit and (status.live or version < CANCELLABLE_SINCE):
-        return "the machine ends afterwards"
+        return "QEMU ends afterwards"
     if not status.live and status.status != "paused" and version >= CANCELLABLE_SINCE:
-        return f"behind it QEMU only saves a guest that runs or is paused, not one that is {status.status}"  # it aborts
+        return f"QEMU cannot save a guest in the background that is {status.status}"  # it aborts
     try:
         await migration.set_capabilities(qemu, {"background-snapshot": True})
         await migration.set_capabilities(qemu, {"background-snapshot": False})
@@ -193,8 +194,8 @@ async def _why_not_behind_it(
         return error.message
     if not status.live and version < CANCELLABLE_SINCE:
         raise StateError(
-            f"machine {machine.name} is {status.status}, and QEMU {'.'.join(map(str, version))} would let it run",
-            hint=f"qmpsnap save {machine.name} saves it and ends QEMU; or let it run first",
+            f"machine {machine.name} is {status.status}, and QEMU {'.'.join(map(str, version))} would resume it",
+            hint="save it and end QEMU: " + call("save", machine.name) + "; or resume it first",
             machine=machine.name,
         )
     return ""
@@ -224,12 +225,15 @@ def _require_short(machine: Machine, why: str, used: int, measured: Sequence[flo
     gib = used / (1 << 30)
     expected = expected_ms(STOPPED_MS_PER_GIB * gib if why else BACKGROUND_MS + BACKGROUND_MS_PER_GIB * gib, measured)
     if request.max_pause_ms is not None and expected > request.max_pause_ms:
-        mode = f"has to stand still ({why})" if why else "is held while writes become tracked"
-        before = f", as its last full snapshots took {', '.join(f'{ms:.0f}' for ms in measured)} ms" if measured else ""
+        mode = f"has to be paused for the whole save ({why})" if why else "is paused until its writes are tracked"
+        before = f" (its last full snapshots: {', '.join(f'{ms:.0f}' for ms in measured)} ms)" if measured else ""
         raise StateError(
             f"the guest of machine {machine.name} {mode}: about {expected:.0f} ms for {gib:.2f} GiB of memory{before},"
-            f" and {request.max_pause_ms:g} ms were allowed",
-            hint="allow more with --max-pause, or take the disks alone" + ("; see qmpsnap doctor" if why else ""),
+            f" but {request.max_pause_ms:g} ms are allowed",
+            hint="allow more with "
+            + option("max_pause_ms", "MS")
+            + ", or take the disks alone"
+            + ("; " + call("doctor") + " shows why" if why else ""),
             machine=machine.name,
         )
 

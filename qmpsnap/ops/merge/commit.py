@@ -6,6 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
+from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.names import OperationId, job_id
@@ -69,9 +70,9 @@ def _plan_commit(at: Situation, chain: Chain, request: CommitRequest) -> MergePl
     step = rules.commit(at.after(opening), chain, base=base, top=top)
     if lost and not request.consume:
         raise StateError(
-            f"a commit of {top} into {base} overwrites what these snapshots of machine {at.machine} hold:"
+            f"a commit of {top} into {base} invalidates these snapshots of machine {at.machine}:"
             f" {', '.join(snapshot.name for snapshot in lost)}",
-            hint=f"--consume agrees to lose them; qmpsnap stream {at.machine} {chain.disk} would keep them",
+            hint="keep them: " + call("stream", at.machine, chain.disk) + "; or accept that with " + option("consume"),
             machine=at.machine,
         )
     return MergePlan(verb="commit", machine=at.machine, opening=opening, undo=Change(snapshots=lost), steps=(step,))

@@ -20,6 +20,7 @@ from qmpsnap.block.image.backing import require_backing, set_backing
 from qmpsnap.block.image.create import remove
 from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.open_files import require_recorded
 from qmpsnap.model.layers.blockdev import layer_options, node_name
@@ -184,7 +185,7 @@ async def _require_header(job: MergeJob) -> None:
         name = job.machine.name
         raise OperationPending(
             error.message,
-            hint=f"qmpsnap stop {name}, then: qmpsnap recover {name}; without QEMU the header is put right",
+            hint=call("stop", name) + ", then " + call("recover", name) + ", which corrects the header",
             effect="unknown",
             machine=name,
         ) from error

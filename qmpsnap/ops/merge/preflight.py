@@ -70,6 +70,6 @@ def _require_removable(path: str) -> None:
     folder = Path(path).parent
     if os.path.lexists(path) and not (os.access(folder, os.W_OK) and access.may_go(path)):
         raise HostCannot(
-            f"{printable(path)} would go and cannot be removed: its folder or the file itself does not let it",
-            hint=f"look at the rights of {printable(str(folder))}, and at what lsattr says of both",
+            f"{printable(path)} is to be removed, but its folder or the file does not permit that",
+            hint=f"check the permissions of {printable(str(folder))}, and lsattr of both",
         )

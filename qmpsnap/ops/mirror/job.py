@@ -294,6 +294,6 @@ async def _require_size(monitor: Monitor, plan: MirrorPlan) -> None:
     size = next((node.image.virtual_size for node in await commands.query_nodes(monitor) if node.node_name == name), 0)
     if size != wanted:
         raise ImageRefused(
-            f"{plan.target.path} has {size} bytes, disk {plan.disk} has {wanted}",
-            hint="a mirror's target is exactly as large as the disk",
+            f"{plan.target.path} has {size} bytes, but disk {plan.disk} has {wanted}",
+            hint="make the target exactly as large as the disk",
         )

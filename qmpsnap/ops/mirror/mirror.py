@@ -13,6 +13,7 @@ from qmpsnap.block.image import header, measure, staged
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.block.usage import access
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
+from qmpsnap.hint import option
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -127,15 +128,13 @@ def plan(
 def _require_possible(request: MirrorRequest, export: NbdExport | None, below: Layer | None, kind: Format) -> None:
     problem = ""
     if export and request.mode == "pivot":
-        problem = (
-            "a disk does not pivot to an NBD export: nothing would open it at the next start; --finish copies to it"
-        )
+        problem = "a disk cannot pivot to an NBD export: the next start could not open it"
     elif export and below:
-        problem = "an NBD export has no backing: a shallow copy onto it would be no copy"
+        problem = "an NBD export has no backing file, which a shallow copy needs"
     elif export and kind != "raw":
-        problem = "an NBD export is written raw"
+        problem = "an NBD export holds raw data only"
     elif below and kind == "raw":
-        problem = "a raw image has no backing: a shallow copy needs qcow2"
+        problem = "a raw image has no backing file, which a shallow copy needs"
     if problem:
         raise UsageError(problem)
 
@@ -147,21 +146,21 @@ def _require_fit(request: MirrorRequest, chain: Chain, below: Layer | None, foun
     problem = ""
     if at.virtual_size != wanted:
         # QEMU: "Source and target image have different sizes".
-        problem = f"has {at.virtual_size} bytes, disk {chain.disk} has {wanted}; a copy is exactly as large"
+        problem = f"has {at.virtual_size} bytes, but disk {chain.disk} has {wanted}"
         hint = f"qemu-img resize {path} {wanted}"
     elif at.internal_snapshots or at.dirty or at.corrupt or at.encrypted:
-        problem = "has internal snapshots, is encrypted, or was not closed well"
+        problem = "has internal snapshots, is encrypted, or was not closed cleanly"
     elif at.backing != (below.path if below else None) or (below and at.backing_format != below.format):
         names = header.printable(at.backing) if at.backing else "nothing"
-        problem = f"names {names} as its backing, where {below.path if below else 'nothing'} is needed"
+        problem = f"names {names} as its backing file instead of {below.path if below else 'nothing'}"
         hint = (
-            f"its header must say exactly that: qemu-img create -f qcow2 -F {below.format} -b {below.path}"
+            f"create it with that backing file: qemu-img create -f qcow2 -F {below.format} -b {below.path}"
             if below
-            else ("without a backing, or with --shallow")
+            else "create it without a backing file, or use " + option("shallow")
         )
     elif below and not found.empty:
-        problem = "holds data already, which a shallow copy would leave between the disk's own"
-        hint = "make it anew, empty"
+        problem = "already holds data, which would hide the disk's own"
+        hint = "create it again, empty"
     if problem:
         raise ImageRefused(f"{path} {problem}", hint=hint)
 
@@ -214,7 +213,7 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
     """The situation, and the image that is to be reused; refuses a place that is not free or not for this."""
     if work.machine.require_disk(request.disk).read_only:
         raise StateError(
-            f"disk {request.disk} of machine {work.machine.name} is read-only: it never changes",
+            f"disk {request.disk} of machine {work.machine.name} is read-only and never changes",
             hint="qemu-img convert copies its image",
             machine=work.machine.name,
         )
@@ -222,9 +221,9 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
         request.reuse or is_uri(request.target) or request.format == "raw"
     ):
         raise StateError(
-            f"disk {request.disk} of machine {work.machine.name} is encrypted: it is copied to a new qcow2 image, which"
-            " gets the same secret, and to nothing else",
-            hint="leave out --reuse, --format raw and NBD",
+            f"disk {request.disk} of machine {work.machine.name} is encrypted and can only be copied to a new qcow2"
+            " image with the same secret",
+            hint="name a new file, without " + option("reuse") + " or a format",
             machine=work.machine.name,
         )
     if request.mode == "pivot" and not work.qemu:
@@ -232,7 +231,7 @@ async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple
     at = await look(context, work, disks=(request.disk,))
     if is_uri(request.target):
         if request.reuse:
-            raise UsageError("--reuse is for images; an NBD export is always overwritten")
+            raise UsageError("an NBD export is always overwritten: only images can be reused")
         return at, None
     _require_place(context.home, work.machine.name, request)
     return at, await to_read(_look_at_target, at, request)
@@ -244,12 +243,12 @@ def _require_place(home: Home, machine: str, request: MirrorRequest) -> None:
         raise UsageError(f"target {request.target!r} is not the absolute path of a file")
     # Its name becomes a backing string one day; a worker need not come up to learn that it cannot.
     if fault := header.backing_fault(request.target):
-        raise ImageRefused(f"no copy can be made at {header.printable(request.target)}: {fault}")
+        raise ImageRefused(f"no copy can be created at {header.printable(request.target)}: {fault}")
     if not path.is_relative_to(home.machines):
         return
     if request.mode == "finish" or path.parent != home.machine_dir(machine) or re.match(r"[a-z0-9]+-\d+\.", path.name):
         raise UsageError(
-            f"{header.printable(request.target)} lies where qmpsnap keeps layers, under names of its own",
+            f"{header.printable(request.target)} is in a folder where qmpsnap names the layers",
             hint="choose another folder or name",
             machine=machine,
         )
@@ -265,11 +264,11 @@ def _look_at_target(at: Situation, request: MirrorRequest) -> Found | None:
     except FileNotFoundError:
         if request.reuse:
             raise ImageRefused(
-                f"there is no image {header.printable(path)} to reuse", hint="leave out --reuse"
+                f"there is no image {header.printable(path)} to reuse", hint="omit " + option("reuse")
             ) from None
         return None
     except OSError as error:
-        raise HostCannot(f"{header.printable(path)} cannot be looked at: {error.strerror}") from error
+        raise HostCannot(f"{header.printable(path)} cannot be read: {error.strerror}") from error
     if not request.reuse:
         raise staged.taken(path)
     if stat.S_ISREG(status.st_mode):
@@ -302,7 +301,7 @@ async def _require_space(context: Context, made: MirrorPlan, found: Found | None
     def require(needed: int) -> None:
         store = Need(str(context.home.data), free_space.STORE, "the store")
         copy = Need(folder, max(0, needed - there), "the copy")
-        free_space.require([copy, store], machine=made.machine, hint="make room there, or choose another place")
+        free_space.require([copy, store], machine=made.machine, hint="free some space there, or choose another folder")
 
     bound = made.moves if made.target.format == "raw" else free_space.of_image(made.target.virtual_size, made.moves)
     try:

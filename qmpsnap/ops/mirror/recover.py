@@ -51,7 +51,7 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
         try:
             await copying.write_out(job)
         except (StoreMismatch, HostCannot) as error:  # a finished copy is the user's, who may have taken it away
-            await broken.mark_settled(error=f"the copy was finished, and {error.message}")
+            await broken.mark_settled(error=f"the copy was finished, but {error.message}")
         else:
             if qemu is None:
                 await external_writers.require_unused(broken, plan.removed)

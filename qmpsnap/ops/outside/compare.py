@@ -9,6 +9,7 @@ from qmpsnap.block.graph import DiskGraph
 from qmpsnap.block.image import header
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.hint import call
 from qmpsnap.host.identity import same_file
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -149,7 +150,7 @@ def layer_problems(layer: Layer, below: Layer | None, found: Header | str) -> li
         return [found]
     problems = []
     if not same_file(layer, found):
-        problems.append(f"{layer.path} is another file than the one recorded")
+        problems.append(f"{layer.path} is not the recorded file")
     return [*problems, *backing_problems(layer, below, found), *size_problems(layer, found)]
 
 
@@ -157,32 +158,32 @@ def remedy(machine: str, at: LayerView, found: Header | str) -> str:
     """The one next action where a layer's file contradicts its record; pure."""
     if not isinstance(found, str):
         if not same_file(at.layer, found):
-            return "put the recorded file back; should this be a copy of it: qmpsnap relocate"
+            return "put the recorded file back; if this is a copy of it, accept it with " + call("relocate")
         if found.virtual_size != at.layer.virtual_size:
             return resized(machine, at.layer, found.virtual_size, active=at.active)
-    return f"qmpsnap chain {machine} shows store and disk side by side; qmpsnap check {machine} tells what to do"
+    return call("check", machine) + " shows what to do"
 
 
 def resized(machine: str, layer: Layer, size: int, *, active: bool) -> str:
     """The next action for a layer of another size than the recorded one; pure."""
     if active and size > layer.virtual_size:
-        return f"qmpsnap check {machine} --repair records the new size; each snapshot keeps its own"
-    shrink = "--shrink " if size > layer.virtual_size else ""
-    return f"set the recorded size again: qemu-img resize {shrink}-f {layer.format} {layer.path} {layer.virtual_size}"
+        return call("check", machine, repair=True) + " records the new size; each snapshot keeps its own"
+    resize = "qemu-img resize --shrink" if size > layer.virtual_size else "qemu-img resize"
+    return f"set the recorded size again: {resize} -f {layer.format} {layer.path} {layer.virtual_size}"
 
 
 def backing_problems(layer: Layer, below: Layer | None, found: Header) -> list[str]:
     """Where a layer's header names another backing than the one recorded; pure."""
     # A foreign image may name its backing by a relative path; ours never does.
     if layer.owned and layer.format == "qcow2" and found.backing != (below.path if below else None):
-        return [f"the header of {layer.path} names {found.backing or 'nothing'} as its backing"]
+        return [f"the header of {layer.path} names {found.backing or 'nothing'} as its backing file"]
     return []
 
 
 def size_problems(layer: Layer, found: Header) -> list[str]:
     """Where a layer has another size than the one recorded; pure."""
     if found.virtual_size != layer.virtual_size:
-        return [f"{layer.path} has {found.virtual_size} bytes for the guest, recorded are {layer.virtual_size}"]
+        return [f"{layer.path} has virtual size {found.virtual_size}, recorded is {layer.virtual_size}"]
     return []
 
 

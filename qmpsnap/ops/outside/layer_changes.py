@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from qmpsnap.block.usage import stamps
 from qmpsnap.block.usage.survey import Asked, Seen
 from qmpsnap.errors import QmpsnapError, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.stamp import History, baseline
@@ -135,19 +136,18 @@ def require_unwritten(store: Store, layers: Iterable[Layer], machine: str) -> No
     wrong = stamps.changed(found.values(), known)
     if changed := [key for key, since in wrong.items() if known[key][-1].since in since]:
         raise StoreMismatch(
-            f"{', '.join(found[key].path for key in changed)} of machine {machine} was written to meanwhile, by"
-            " somebody else",
-            hint="start the machine on its active images from now on (qmpsnap chain shows them); do it again to go on",
+            f"{', '.join(found[key].path for key in changed)} of machine {machine} was written to by another program"
+            " meanwhile",
+            hint=_remedy(machine),
             machine=machine,
         )
 
 
 def _tell(machine: str, layers: list[Layer], marked: list[Snapshot]) -> NoReturn:
     raise StoreMismatch(
-        f"{', '.join(layer.path for layer in layers)} of machine {machine} was written to since it was frozen: snapshot"
-        f" {', '.join(snapshot.name for snapshot in marked)} does not read as at its moment any more and is marked"
-        " overwritten",
-        hint="start the machine on its active images from now on (qmpsnap chain shows them); do it again to go on",
+        f"{', '.join(layer.path for layer in layers)} of machine {machine} was written to after it was frozen, which"
+        f" overwrites snapshot {', '.join(snapshot.name for snapshot in marked)}",
+        hint=_remedy(machine),
         effect="applied",
         machine=machine,
     )
@@ -155,3 +155,7 @@ def _tell(machine: str, layers: list[Layer], marked: list[Snapshot]) -> NoReturn
 
 def _reads(snapshot: Snapshot, forest: Forest) -> set[LayerId]:
     return {layer.id for layer in read_by((), (snapshot,), forest)}
+
+
+def _remedy(machine: str) -> str:
+    return "try again, and start the machine only on the active images that " + call("chains", machine) + " shows"

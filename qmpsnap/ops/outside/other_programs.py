@@ -76,9 +76,9 @@ def refuse(found: User, machine: str) -> NoReturn:
     """Say who is in the way."""
     raise ImageInUse(
         f"{printable(found.path)}, an image of machine {machine}, {found.does} {found.who}",
-        hint="end it, then try again"
+        hint="end that process, then try again"
         if found.by
-        else f"it may be the QEMU of {machine}: end it where it was started, or run qmpsnap there",
+        else f"it may be the QEMU of {machine}: end it where it was started, or try again there",
         machine=machine,
     )
 

@@ -36,9 +36,9 @@ def not_running(name: str, *, hidden: bool, hint: str = "") -> StateError:
     """The error for a machine without a QEMU that we see; ``hidden``: it may have one all the same."""
     if hidden:
         return StateError(
-            f"the state of machine {name} is unknown: its QEMU may run where it cannot be seen from here (another PID"
-            " namespace, a container, or another user's)",
-            hint="run qmpsnap where it was started",
+            f"the state of machine {name} is unknown: its QEMU may run in another PID namespace, in a container or as"
+            " another user",
+            hint="try again where it was started",
             machine=name,
         )
-    return StateError(f"machine {name} does not run", hint=hint, machine=name)
+    return StateError(f"machine {name} is not running", hint=hint, machine=name)

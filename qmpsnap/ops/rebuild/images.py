@@ -92,7 +92,7 @@ class Finder:
                 self.problems.append(error.message)
                 continue
             if not re.fullmatch(SERIAL, str(manifest.operation)):
-                self.problems.append(f"{header.printable(path)} names an operation that none can be")
+                self.problems.append(f"{header.printable(path)} names an impossible operation number")
             elif manifest.hardware.uuid == machine.uuid:
                 self._last = max(self._last, manifest.operation)
                 written = Path(path).stat().st_mtime
@@ -152,7 +152,7 @@ class Finder:
         except OSError as error:
             raise HostCannot(
                 f"{folder} cannot be read: {error.strerror}",
-                hint="give this user the right to read it and what is in it",
+                hint="let this user read it and the files in it",
                 machine=machine.name,
             ) from error
         return sorted(f"{folder}/{name}" for name in names if is_text(name))  # no store could keep another
@@ -165,7 +165,7 @@ class Finder:
             return  # what a crash has left of ours is kept
         of = (machine.name, disk) if machine.spec.disk(disk) else None
         if of and not gone:
-            remedy = f"take its line out of {self._records.places_file(machine.name)}"
+            remedy = f"remove its line from {self._records.places_file(machine.name)}"
             shown = header.printable(layer.path)
             self._layers[machine.name, layer.path] = Unread(machine.name, disk, int(number), shown, remedy)
         if self._original and layer.owned and not layer.path.startswith(f"{self._home.data}/"):
@@ -200,7 +200,7 @@ class Finder:
             return
         kind = self._kinds[path]
         if kind is None:
-            self.problems.append(f"{header.printable(path)} does not say of which format its backing is")
+            self.problems.append(f"{header.printable(path)} names no format of its backing file")
         elif self._foreign(below, kind, self._found[path].layer.id.rpartition("-")[0]):
             yield below
 
@@ -251,7 +251,7 @@ class Finder:
                 image, below = left.pop(path), self._below[path]
                 backing = whole[below].layer.id if below else None
                 whole[path] = replace(image, layer=replace(image.layer, backing=backing))
-        self.problems += [f"{header.printable(path)} reads an image that is not there" for path in left]
+        self.problems += [f"{header.printable(path)} reads an image that does not exist" for path in left]
         return list(whole.values())
 
 

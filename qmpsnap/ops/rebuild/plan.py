@@ -16,7 +16,7 @@ from qmpsnap.model.names import LayerId, OperationId, tag_number
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import requests
 
-TEXT = "found on disk when the store was made again"
+TEXT = "found on disk when the store was rebuilt"
 
 
 class Image(Struct, frozen=True):

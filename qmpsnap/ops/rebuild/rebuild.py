@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.errors import HostCannot, StateError
+from qmpsnap.hint import call, option
 from qmpsnap.host.durable import sync_folder
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine.qemu import monitor
@@ -97,8 +98,8 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
     found = await to_read(lambda: health.look(home.store, machines=home.machines))
     if found == "whole" and not set_aside:
         raise StateError(
-            f"the store {home.store} is whole",
-            hint="should it be an old copy, --set-aside makes another in its place and keeps it",
+            f"the store {home.store} is intact",
+            hint="if it is an old copy, replace it with " + option("set_aside"),
         )
     known: frozenset[str] = frozenset()
     if found == "whole":
@@ -108,12 +109,12 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
     machines = tuple(_here(machine, place, home) for machine in records.machines())
     if not machines:
         raise StateError(
-            f"{home.data / FOLDER} describes no machine, so there is nothing to make a store from",
-            hint="qmpsnap define with 'image:' takes images over as they are",
+            f"{home.data / FOLDER} describes no machine: there is nothing to rebuild",
+            hint="define machines on the images: 'image:' in a spec",
         )
     with contextlib.ExitStack() as stack:
         for machine in machines:
-            stack.enter_context(machine_lock(home.lock(machine.name), machine=machine.name, verb="check --rebuild"))
+            stack.enter_context(machine_lock(home.lock(machine.name), machine=machine.name, verb="rebuild"))
         finder = Finder(home, records, place)
         images = await to_read(finder.images, machines)
         asked = [await _ask(home, machine) for machine in machines if machine.adopted is None]
@@ -146,9 +147,9 @@ def _known(home: Home) -> frozenset[str]:
         context = Context(home=home, store=store, qemu="", image=image, host=this_host())
         if relocate.look(context).needed:
             raise StateError(
-                f"the store {home.store} is whole, and its home was moved or its files are copies: another would lose"
-                " names and texts",
-                hint="qmpsnap relocate, with --accept-copies where files are copies, keeps them",
+                f"the store {home.store} is intact, but its home was moved or its files are copies: rebuilding it"
+                " would lose names and descriptions",
+                hint="keep them: " + call("relocate"),
             )
         return frozenset(machine.name for machine in store.machines())
 
@@ -161,7 +162,7 @@ def _here(machine: Machine, place: HomeRecord, home: Home) -> Machine:
 
 def _make(task: _Task, finder: Finder) -> Rebuild:
     home, place, images = task.home, task.place, task.images
-    left_out = [(m.name, "it was adopted: qmpsnap adopt takes it over again") for m in task.machines if m.adopted]
+    left_out = [(m.name, "it was adopted: adopt it again") for m in task.machines if m.adopted]
     planned: list[tuple[_Found, Rebuilt]] = []
     for at in task.found:
         copies, taken = finder.variables(at.machine), finder.variables(at.machine, taken=True)
@@ -207,31 +208,30 @@ def _require_all(home: Home, known: frozenset[str], left_out: Sequence[tuple[str
     for name, why in left_out:
         if name in known:
             raise StateError(
-                f"the store {home.store} can be read and knows machine {name}, which would be left out: {why}",
-                hint=f"qmpsnap check {name} tells what helps; to go on without it: move {home.store} away yourself,"
-                " then qmpsnap check --rebuild",
+                f"the store {home.store} is readable and has machine {name}, which a rebuild would lose: {why}",
+                hint=call("check", name) + " shows what to do; to continue without it, move the store away first",
                 machine=name,
             )
 
 
 def _doubt(unread: Sequence[Unread]) -> str:
     """Why a machine is better left out: an older layer in the newest one's place is one that others read."""
-    files = "; ".join(f"{layer.path} (or move on without it: {layer.remedy})" for layer in unread)
+    files = "; ".join(f"{layer.path} (or continue without it: {layer.remedy})" for layer in unread)
     disks = ", ".join(sorted({layer.disk for layer in unread}))
     return (
-        f"what disk {disks} stands at cannot be told, as newer layers than those found cannot be read: make them"
-        f" readable, then qmpsnap check --rebuild --set-aside: {files}"
+        f"the active layer of disk {disks} is unknown, as newer layers cannot be read: make them readable and rebuild"
+        f" again: {files}"
     )
 
 
 def _notes(rebuilt: Rebuilt) -> tuple[str, ...]:
     paths = {layer.id: layer.path for layer in rebuilt.change.layers}
     guesses = (
-        f"disk {disk}: several images could be the active one; taken is {paths[layer]}, the newest by its number:"
-        " look before you start it"
+        f"disk {disk}: several images could be active; {paths[layer]}, with the highest number, was chosen:"
+        " check it before you start the machine"
         for disk, layer in rebuilt.guessed.items()
     )
-    states = (f"{state.vmstate.path}: which layers it belongs to cannot be told" for state in rebuilt.unused)
+    states = (f"{state.vmstate.path}: its layers are unknown" for state in rebuilt.unused)
     return (*guesses, *states)
 
 

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.errors import StateError
+from qmpsnap.hint import call
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
@@ -126,7 +127,7 @@ async def planner(
     assert work.qemu
     await graph.require_no_other(work.qemu, tuple(at.live.values()), machine=work.machine.name, hint="then try again")
     await requests.require_told(
-        work.machine, work.qemu, doing="load other memory into it", hint=f"qmpsnap stop {work.machine.name} --force"
+        work.machine, work.qemu, doing="load other memory into it", hint=call("stop", work.machine.name, force=True)
     )
     mode = await requests.mode_of(work.qemu)
     hardware = await hardware_now(context, work.machine, work.qemu)
@@ -234,9 +235,9 @@ def require_frozen(at: Situation, snapshot: Snapshot) -> None:
     active = {chain.active.id for chain in at.live.values()} if at.running else set()
     if busy := [point.layer for point in snapshot.points if point.tag and point.layer in active]:
         raise StateError(
-            f"the guest of machine {at.machine} writes to {', '.join(busy)} again, where snapshot {snapshot.name} is"
-            " inside",
-            hint="another command has come in between: try again",
+            f"the guest of machine {at.machine} writes to {', '.join(busy)} again, which holds snapshot"
+            f" {snapshot.name}",
+            hint="try again: another command changed the machine meanwhile",
             machine=at.machine,
         )
 

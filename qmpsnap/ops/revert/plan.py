@@ -6,6 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
+from qmpsnap.hint import call, option
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, require_snapshot
@@ -68,9 +69,9 @@ def plan(
     snapshot = target_of(at, request.name)
     if snapshot.vmstate and snapshot.vmstate.frozen and request.run == "paused":
         raise StateError(
-            f"the guest's file systems are frozen in the memory of snapshot {snapshot.name}, and only a guest that runs"
-            " can be thawed",
-            hint="leave --paused out",
+            f"the guest's file systems are frozen in the memory of snapshot {snapshot.name} and can only be thawed in"
+            " a running guest",
+            hint="omit " + option("state", "paused"),
             machine=machine.name,
         )
     folder = str(home.machine_dir(machine.name))
@@ -175,16 +176,14 @@ def target_of(at: Situation, name: str) -> Snapshot:
     snapshot = require_snapshot(at.snapshots, name, machine=at.machine)
     if snapshot.state == "consumed":
         raise StateError(
-            f"snapshot {name} of machine {at.machine} is consumed: a commit has overwritten what it held",
-            hint=f"qmpsnap tree {at.machine} shows the others; qmpsnap snapshot delete {at.machine} {name} forgets it",
+            f"snapshot {name} of machine {at.machine} was invalidated by a commit",
+            hint="choose another one that " + call("snapshots", at.machine) + " lists",
             machine=at.machine,
         )
     if snapshot.state == "overwritten":
         raise StateError(
-            f"snapshot {name} of machine {at.machine} is overwritten: another program has written to an image that it"
-            " reads",
-            hint=f"qmpsnap check {at.machine} tells which; if nothing but a file's time was changed, give it back"
-            " (touch -d), and the snapshot is ok again",
+            f"snapshot {name} of machine {at.machine} is overwritten: another program wrote to an image that it reads",
+            hint=call("check", at.machine) + " names the image; if only its time changed, restore that (touch -d)",
             machine=at.machine,
         )
     for chain in points(at, snapshot):
@@ -193,8 +192,8 @@ def target_of(at: Situation, name: str) -> Snapshot:
             continue  # its own layer, which is frozen or idle before it is read
         if writers := at.forest.writers_of(chain.active.id):
             raise StateError(
-                f"layer {chain.active.id}, where snapshot {name} lies, is written to by machine {writers[0].machine}",
-                hint=f"qmpsnap chain {writers[0].machine} {writers[0].disk}",
+                f"machine {writers[0].machine} writes to layer {chain.active.id}, which holds snapshot {name}",
+                hint=call("chains", writers[0].machine, writers[0].disk) + " shows its layers",
                 machine=at.machine,
             )
     return snapshot

@@ -35,7 +35,7 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
         # The memory that was to be loaded from there is not: a later revert takes it out again.
         await tags.remove_tag(broken.context, broken.machine, None, disk=copy.disk, layer=copy.layer.id, tag=copy.tag)
     stopped = plan.restart and monitor is None
-    note = f"{broken.error}; the machine was not started again: qmpsnap start {broken.machine.name}"
+    note = f"{broken.error}; the machine was not started again"
     await broken.mark_settled(error=note if stopped else None)
     return "forward"
 

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image import internal_snapshots
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StoreMismatch
+from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
 from qmpsnap.model.home import Home
@@ -142,10 +143,10 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
         return await _run(context, name, request)
     except QmpsnapError as error:
         if error.effect == "applied":
-            error.hint = f"the machine stands at {request.name} and is stopped: qmpsnap start {name}"
+            error.hint = f"the machine is at {request.name} and stopped: " + call("start", name)
         elif on_top and error.effect == "none":
             new = ", ".join(layer.id for layer in on_top)
-            error.add(f"only {new} stays, put on top for it, without a name: the guest writes there")
+            error.add(f"the overlay {new}, created for it, stays and is active")
             error.effect = "applied"
         raise
 
@@ -222,7 +223,7 @@ async def _require_possible(context: Context, work: Work, request: RevertRequest
     busy = in_place.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
     chains = [at.live[disk] for disk in busy]
     tops = [Overlay(disk=one.disk, layer=overlay_on(one, serial, folder), backing=one.active) for one in chains]
-    goes_on = Need(folder, free_space.LEFT, "the guest that goes on")
+    goes_on = Need(folder, free_space.LEFT, "the running guest")
     _require_space(context, work.machine, planned, [*free_space.of_overlays(work.machine, tops), goes_on])
 
 
@@ -335,8 +336,8 @@ def _require_variables(home: Home, planned: RevertPlan) -> None:
     """Make sure that the variable store is there, where it is to be kept."""
     if planned.keeps and not (path := home.variables(planned.machine)).is_file():
         raise StoreMismatch(
-            f"{path}, the variable store of machine {planned.machine}, is not there",
-            hint="put a copy of it back, or add --discard: then nothing of now is kept",
+            f"{path}, the variable store of machine {planned.machine}, does not exist",
+            hint="put a copy of it back, or do not keep the present state: " + option("discard"),
             machine=planned.machine,
         )
 
@@ -345,7 +346,7 @@ def _require_kept(machine: Machine, snapshot: Snapshot) -> None:
     """Make sure that the copy of the variable store is there before anything is ended for it."""
     if snapshot.variables and not Path(snapshot.variables).is_file():
         raise StoreMismatch(
-            f"{snapshot.variables}, the variable store of snapshot {snapshot.name}, is not there",
+            f"{snapshot.variables}, the variable store of snapshot {snapshot.name}, does not exist",
             hint="put a copy of it back",
             machine=machine.name,
         )

@@ -16,6 +16,7 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image.header import printable
 from qmpsnap.block.usage import image_locks
 from qmpsnap.errors import HostCannot, ImageRefused, OperationPending
+from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
@@ -47,7 +48,7 @@ async def require_unused(broken: Broken, layers: Sequence[Layer]) -> None:
     """
     await _require_closed(broken, layers)
     if broken.machine.adopted and await to_end(_last_write, layers) > broken.operation.updated:
-        raise _unclear(broken, f"{_names(layers)} would be removed, and may have been written to since it was left")
+        raise _unclear(broken, f"{_names(layers)} is to be removed but may have been written to since")
 
 
 async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Layer], fresh: bool = False) -> bool:
@@ -76,23 +77,22 @@ async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Laye
         return False
     if before <= since or (fresh and before <= after):
         return True
-    raise _unclear(broken, f"both {_names(old)} and {_names(new)} may have been written to by QEMUs of its owner")
+    raise _unclear(broken, f"both {_names(old)} and {_names(new)} may have been written to by its owner's QEMUs")
 
 
 async def _require_closed(broken: Broken, layers: Sequence[Layer]) -> None:
     if held := await open_elsewhere(broken.machine, layers):
         name = broken.machine.name
         error = broken.pending(f"another process has {printable(held)} open")
-        error.hint = f"end it, then: qmpsnap recover {name}; or, if it is the machine's QEMU, launched again:"
-        error.hint += f" qmpsnap undefine {name} --keep-disks, then: qmpsnap adopt {name} --qmp SOCKET"
+        error.hint = "end that process, then " + call("recover", name) + "; if it is the machine's own QEMU, "
+        error.hint += _adopted_again(name)
         raise error
 
 
 def _unclear(broken: Broken, why: str) -> OperationPending:
     """Nobody but the owner knows which files are the guest's disk."""
     error, name = broken.pending(why), broken.machine.name
-    error.hint = f"qmpsnap undefine {name} --keep-disks leaves all files; launch its QEMU on those that are right,"
-    error.hint += f" then: qmpsnap adopt {name} --qmp SOCKET"
+    error.hint = "launch its QEMU on the right files, then " + _adopted_again(name)
     return error
 
 
@@ -125,3 +125,7 @@ def _all_empty(layers: Iterable[Layer]) -> bool:
 
 def _names(layers: Iterable[Layer]) -> str:
     return ", ".join(printable(layer.path) for layer in layers)
+
+
+def _adopted_again(name: str) -> str:
+    return call("undefine", name, disks="keep") + " and " + call("adopt", name, socket="SOCKET")

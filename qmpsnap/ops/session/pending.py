@@ -5,6 +5,7 @@ from typing import Literal
 from msgspec import Struct
 
 from qmpsnap.errors import OperationPending
+from qmpsnap.hint import call
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation
@@ -49,9 +50,11 @@ class Broken(Struct, frozen=True, kw_only=True):
         """It cannot be ended now."""
         of = self.operation
         return OperationPending(
-            f"operation {of.id} ({of.verb}) on machine {of.machine} cannot be ended now: {why}",
-            hint=f"put that right, then: qmpsnap recover {of.machine}; what cannot be put right,"
-            f" qmpsnap undefine {of.machine} --keep-disks gives up",
+            f"operation {of.id} ({of.verb}) on machine {of.machine} cannot be recovered now: {why}",
+            hint="fix that, then "
+            + call("recover", of.machine)
+            + "; or give it up with "
+            + call("undefine", of.machine, disks="keep"),
             machine=of.machine,
             operation=str(of.id),
         )
@@ -61,7 +64,7 @@ class Broken(Struct, frozen=True, kw_only=True):
         of = self.operation
         return OperationPending(
             f"the job of operation {of.id} ({of.verb}) on machine {of.machine} is {status}",
-            hint=f"qmpsnap job wait {of.machine}, or: qmpsnap job cancel {of.machine}",
+            hint=call("wait", of.machine) + ", or " + call("cancel", of.machine),
             machine=of.machine,
             operation=str(of.id),
         )

@@ -10,6 +10,7 @@ from qmpsnap.block import graph
 from qmpsnap.block.image import allocated
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, NotFoundError, StateError
+from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -73,24 +74,24 @@ def resolve(at: Situation, chain: Chain, wanted: str) -> LayerId:
     consumed = snapshot is not None and snapshot.state == "consumed"
     if wanted in chain.ids:
         if snapshot and (consumed or point is None or point.layer != wanted):
-            lies = "which is consumed" if consumed else f"at layer {point.layer}" if point else "without this disk"
+            lies = "which is invalidated" if consumed else f"at layer {point.layer}" if point else "without this disk"
             raise StateError(
-                f"{wanted} may be the layer {wanted} of disk {chain.disk} or the snapshot {wanted}, {lies}",
-                hint=f"qmpsnap snapshot rename {at.machine} {wanted} NAME, then say which",
+                f"{wanted} is both a layer of disk {chain.disk} and a snapshot, {lies}",
+                hint="rename the snapshot: " + call("rename_snapshot", at.machine, wanted, "NAME"),
                 machine=at.machine,
             )
         return LayerId(wanted)
     if consumed:
         raise StateError(
-            f"snapshot {wanted} of machine {at.machine} is consumed: a commit has overwritten what it held",
-            hint=f"qmpsnap chain {at.machine} {chain.disk} lists the layers, which can be named instead",
+            f"snapshot {wanted} of machine {at.machine} was invalidated by a commit",
+            hint="name a layer instead, from " + call("chains", at.machine, chain.disk),
             machine=at.machine,
         )
     if point and point.layer in chain.ids:
         return point.layer
     raise NotFoundError(
         f"the live chain of disk {chain.disk} of machine {at.machine} has no layer or snapshot {wanted!r}",
-        hint=f"qmpsnap chain {at.machine} {chain.disk} lists its layers",
+        hint=call("chains", at.machine, chain.disk) + " lists its layers",
         machine=at.machine,
     )
 
@@ -113,8 +114,9 @@ def require_space(at: Situation, steps: tuple[Merge | Removal, ...], store: Path
             growth = min(step.moves, _may_grow(at, step))
             if free < growth:
                 raise HostCannot(
-                    f"layer {step.into.id} may grow by {growth} bytes and {free} are free at {printable(str(folder))}",
-                    hint="make room there, or merge in smaller steps",
+                    f"layer {step.into.id} may grow by {growth} bytes, but only {free} are free at"
+                    f" {printable(str(folder))}",
+                    hint="free some space there, or merge in smaller steps",
                     machine=at.machine,
                 )
             left[found.device] = free - growth

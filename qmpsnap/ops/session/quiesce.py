@@ -14,6 +14,7 @@ import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError, StateError, UsageError
+from qmpsnap.hint import option
 from qmpsnap.host.threads import completed
 from qmpsnap.machine import agent, watch
 from qmpsnap.machine.agent import Agent
@@ -36,6 +37,8 @@ AGENT_DEADLINE = 5.0
 """Seconds until the guest's agent must have answered at all."""
 THAW_DEADLINE = 5.0
 """Seconds we wait for a thaw; the guard goes on for longer."""
+
+_WITHOUT = option("quiesce", "prefer") + " takes the snapshot without freezing them"
 
 
 class QuiesceRequest(Struct, frozen=True, kw_only=True):
@@ -130,12 +133,12 @@ class Freezer:
             self._give_up(guest.late(self._window, "guest-fsfreeze-freeze") if late else error)
             return
         if count == 0:
-            self._give_up(QmpError(f"the guest of machine {self._machine} has no file system that can be frozen"))
+            self._give_up(QmpError(f"the guest of machine {self._machine} has no file system to freeze"))
 
     def _give_up(self, error: QmpsnapError) -> None:
         self.why = self.why or error.message
         if self.wish == "require":
-            error.hint = error.hint or "--quiesce prefer takes the snapshot without it"
+            error.hint = error.hint or _WITHOUT
             raise error
 
     async def _finish(self) -> None:
@@ -145,7 +148,7 @@ class Freezer:
         try:
             count = await self._thaw(self._agent, self._watch)
             if count == 0 and not self.why:
-                self._give_up(QmpError(f"somebody has thawed the guest of machine {self._machine} meanwhile"))
+                self._give_up(QmpError(f"another client thawed the guest of machine {self._machine} meanwhile"))
         except QmpsnapError as error:
             self._give_up(error)
 
@@ -167,9 +170,8 @@ class Freezer:
             self.frozen_ms = (time.monotonic() - self._since) * 1000
         except QmpsnapError as error:
             raise DeadlinePassed(
-                f"the guest of machine {self._machine} has not said within {THAW_DEADLINE:g} s that it has thawed its"
-                " file systems",
-                hint=f"qmpsnap exec {self._machine} -- true answers once it has; a guard goes on asking for a minute",
+                f"the guest of machine {self._machine} did not thaw its file systems within {THAW_DEADLINE:g} s",
+                hint="a guard process keeps trying for a minute",
                 machine=self._machine,
             ) from error
         finally:
@@ -179,9 +181,8 @@ class Freezer:
 
     def _late(self) -> DeadlinePassed:
         return DeadlinePassed(
-            f"the disks of machine {self._machine} were not at their snapshot within the {self._window:g} s for which"
-            " its file systems may be frozen",
-            hint="allow more with --freeze-window, or try again when the host has less to do",
+            f"the snapshot of machine {self._machine} took longer than the freeze window of {self._window:g} s",
+            hint="allow more with " + option("freeze_window", "SECONDS") + ", or try again when the host is less busy",
             machine=self._machine,
         )
 
@@ -243,23 +244,22 @@ async def foreseen(machine: Machine, qemu: Monitor | None, request: QuiesceReque
 
 def _require_window(request: QuiesceRequest) -> None:
     if not 0 < request.window <= WINDOW_LIMIT:
-        raise UsageError(f"a freeze window has more than 0 s and at most {WINDOW_LIMIT:g}, not {request.window:g}")
+        raise UsageError(f"a freeze window of {request.window:g} s is not above 0 and at most {WINDOW_LIMIT:g} s")
 
 
 async def _require_guest(machine: Machine, qemu: Monitor | None) -> None:
-    hint = "--quiesce prefer takes the snapshot without it"
     status = await commands.query_status(qemu) if qemu else None
     if status is None or not status.running:
         state = "stopped" if status is None else runstate.SUSPENDED if status.live else "paused"
         raise StateError(
-            f"machine {machine.name} is {state}: no guest is there to freeze its file systems",
-            hint=hint,
+            f"machine {machine.name} is {state}: only a running guest can freeze its file systems",
+            hint=_WITHOUT,
             machine=machine.name,
         )
     if machine.adopted or not machine.spec.agent:
         raise StateError(
-            f"machine {machine.name} has no channel to a guest agent of qmpsnap's",
-            hint=hint,
+            f"machine {machine.name} has no guest agent channel",
+            hint=_WITHOUT,
             machine=machine.name,
         )
 

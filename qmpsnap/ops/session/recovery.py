@@ -12,6 +12,7 @@ from typing import Final
 import anyio
 
 from qmpsnap.errors import Effect, HostCannot, OperationPending, QemuGone, QmpsnapError
+from qmpsnap.hint import call
 from qmpsnap.host.system_errors import translated
 from qmpsnap.machine import worker
 from qmpsnap.model.machines.record import Machine
@@ -153,7 +154,7 @@ async def after_failure(
         if isinstance(error, JobStuck):
             error.tell(machine.name, waits=direction is None)
         elif direction is None and not isinstance(error, HostCannot | OperationPending):  # these say more
-            error.hint = f"qmpsnap recover {machine.name} finds out and ends it"
+            error.hint = call("recover", machine.name) + " completes or undoes it"
 
 
 def _why(error: BaseException) -> str:

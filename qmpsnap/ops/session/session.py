@@ -8,6 +8,7 @@ from msgspec import Struct
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
 from qmpsnap.errors import LockHeld, OperationPending
+from qmpsnap.hint import call
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine
@@ -154,10 +155,10 @@ async def require_settled(context: Context, name: str) -> None:
         return
     what = f"operation {pending[0].id} ({pending[0].verb}) of machine {name} is open"
     if owner := await blocking(lock.holder, context.home.lock(name)):
-        raise LockHeld(f"{what}, {owner} is at it", hint="wait until it has ended", machine=name)
+        raise LockHeld(f"{what}: {owner} is at work", hint="wait until it has ended", machine=name)
     raise OperationPending(
-        f"{what} and would be ended first",
-        hint=f"qmpsnap recover {name}, then the dry run again",
+        f"{what} and would be recovered first",
+        hint=call("recover", name) + ", then try again",
         machine=name,
         operation=str(pending[0].id),
     )

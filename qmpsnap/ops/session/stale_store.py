@@ -17,6 +17,7 @@ import msgspec
 from qmpsnap.block.image import header, snapshot_table
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
+from qmpsnap.hint import call
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import SERIAL, is_text, tag_number
@@ -61,8 +62,7 @@ async def _require_current(context: Context, machine: Machine) -> None:
     if found:
         raise StoreMismatch(
             f"the store is an old copy for machine {machine.name}: {found}",
-            hint=f"put the newer store back, or qmpsnap check --rebuild --set-aside makes one from the images;"
-            f" qmpsnap check {machine.name} tells more",
+            hint="put the newer store back, or rebuild it from the images: " + call("rebuild", set_aside=True),
             machine=machine.name,
         )
 
@@ -77,10 +77,12 @@ async def _require_none_lost(context: Context, machine: Machine) -> None:
         names = ", ".join(lost)
         files = " ".join(f"{context.home.data / FOLDER}/{name}.json" for name in lost)
         raise StoreMismatch(
-            f"the store does not know {names}, defined before, which may read layers of machine {machine.name}:"
-            " none can be merged or removed",
-            hint="put the newer store back, or make one that knows it: qmpsnap check --rebuild --set-aside; take an"
-            f" adopted machine over again: qmpsnap adopt; if its images are gone for good: rm {files}",
+            f"the store lacks {names}, defined before, which may read layers of machine {machine.name}: none can be"
+            " merged"
+            " or removed",
+            hint="put the newer store back, or rebuild it: "
+            + call("rebuild", set_aside=True)
+            + f"; adopt an adopted machine again; if its images are lost for good, rm {files}",
             machine=machine.name,
         )
 
@@ -109,7 +111,7 @@ def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | N
         name, number = printable(path), _number(noted.id) if noted else _serial(path)  # users choose names as they like
         if number is not None and number >= (following := context.store.next_serial()):
             if noted or number < following + AHEAD:
-                return f"{name} has a number that the store has not given yet"
+                return f"{name} has a number that the store has not assigned yet"
             number = None
         if (backing := _backing(path)) is not None:
             below = context.store.layer_at(backing)
@@ -117,7 +119,7 @@ def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | N
             # made for somebody, unless its name or our notes say that it was a layer.
             layer = number is not None
             if backing in active or (layer and below and below.owned):
-                return f"{name} reads {printable(backing)}, and the store does not know it"
+                return f"{name} reads {printable(backing)}, but the store lacks it"
     return None
 
 
@@ -129,7 +131,7 @@ def _tagged_later(context: Context, chains: Sequence[Chain]) -> str | None:
         except (ImageRefused, HostCannot):
             continue
         if numbers and max(numbers) >= context.store.next_serial():
-            return f"{printable(layer.path)} has a tag with a number that the store has not given yet"
+            return f"{printable(layer.path)} has a tag with a number that the store has not assigned yet"
     return None
 
 

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
 from qmpsnap.errors import DeadlinePassed, Effect, QmpsnapError
+from qmpsnap.hint import call
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.open_files import require_opened, require_recorded
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -130,7 +131,7 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
             if why.effect == "applied":  # it is merged; only what follows that has failed
                 continue
             effect = "unknown" if "unknown" in (effect, why.effect) else "applied"
-            left.append(f"layer {overlay.layer.id} of disk {overlay.disk} is left, without a name: {why.message}")
+            left.append(f"layer {overlay.layer.id} of disk {overlay.disk} stays as a hidden layer: {why.message}")
     if moved:
         error.claim(effect, "; ".join(left))
     return None
@@ -186,13 +187,13 @@ async def _planner(
 
 def _elsewhere(machine: Machine, request: CreateRequest) -> str:
     """What helps where there is no room: each verb has a way of its own, or none."""
-    create = f"qmpsnap snapshot create {machine.name}"
     if request.memory and request.memory.quit:
-        return f"free some space there, or let the memory lie elsewhere: qmpsnap save {machine.name} FILE"
+        return "free some space there, or save the memory elsewhere: " + call("save", machine.name, "FILE")
     if request.memory:
-        return f"free some space there; {create} takes the disks alone"
+        return "free some space there, or take the disks alone: " + call("snapshot", machine.name)
     disk = next(iter(request.disks or ()), machine.spec.disks[0].name)
-    return f"free some space there, or let new layers lie elsewhere: {create} --file {disk}=PATH"
+    files = {disk: "PATH"}
+    return "free some space there, or create the overlay elsewhere: " + call("snapshot", machine.name, files=files)
 
 
 class _Attempt(Struct, frozen=True):
@@ -285,7 +286,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         )
     except QmpsnapError as error:
         if how.mode == "stopped" and not how.resume:
-            error.add("to get its disks back from QEMU the paused guest had to run for an instant; it is paused again")
+            error.add("the paused guest ran for an instant so that QEMU released its disks; it is paused again")
         with anyio.CancelScope(shield=True):
             await at.mark(steps.LOST)
         raise

@@ -6,6 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import StateError, StoreMismatch, UsageError
+from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
@@ -133,15 +134,15 @@ def _require_attached(at: Situation, steps: Sequence[Merge | Removal]) -> None:
     }
     if gone := sorted(touched & at.unplugged):
         raise StoreMismatch(
-            f"disk {', '.join(gone)} of machine {at.machine} was unplugged, and its layers would be merged or removed",
-            hint=f"attach it again (device_add), or qmpsnap stop {at.machine}; --metadata forgets the names alone",
+            f"disk {', '.join(gone)} of machine {at.machine} was unplugged, but its layers would be merged or removed",
+            hint="attach it again (device_add), or stop the machine: " + call("stop", at.machine),
             machine=at.machine,
         )
 
 
 def _choose(at: Situation, request: DeleteRequest) -> list[Snapshot]:
     if not request.names:
-        raise UsageError("there is no snapshot to delete", hint=f"qmpsnap snapshot list {at.machine}")
+        raise UsageError("no snapshot to delete is named", hint=call("snapshots", at.machine) + " lists them")
     for name in request.names:
         require_snapshot(at.snapshots, name, machine=at.machine)
     wanted = set(request.names)
@@ -169,17 +170,21 @@ def _kept(at: Situation, chosen: Sequence[Snapshot], removed: Collection[LayerId
     for point in points:
         if strangers := sorted(at.forest.machines_above(point.layer) - {at.machine}):
             raise StateError(
-                f"a snapshot is inside layer {point.layer}, which machine {', '.join(strangers)} reads, too: that is"
-                " never written to",
-                hint="--metadata forgets the name and leaves the content where it is",
+                f"layer {point.layer} holds an internal snapshot and is read by machine {', '.join(strangers)}: it"
+                " cannot"
+                " be changed",
+                hint="delete only the name with " + option("metadata"),
                 machine=at.machine,
             )
         live = at.live.get(point.disk)
         if at.running and live and point.layer in live.ids and point.layer != live.active.id:
             raise StateError(
-                f"a snapshot is inside layer {point.layer}, which lies below the one that the guest of machine"
-                f" {at.machine} writes to: QEMU can only read it",
-                hint=f"qmpsnap stop {at.machine} first; or --metadata, which leaves the content where it is",
+                f"layer {point.layer} holds an internal snapshot and is below the active layer of machine {at.machine}:"
+                " QEMU can only read it",
+                hint="stop the machine: "
+                + call("stop", at.machine)
+                + "; or delete only the name with "
+                + option("metadata"),
                 machine=at.machine,
             )
     removal = Removal(

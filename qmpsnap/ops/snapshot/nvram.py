@@ -13,6 +13,7 @@ import anyio
 
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
+from qmpsnap.hint import call
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
@@ -93,8 +94,8 @@ async def held(qemu: Monitor, *, when: bool, machine: str) -> AsyncIterator[None
         ours = state in {"paused", runstate.SUSPENDED}  # an earlier QEMU does not stop a guest that sleeps
         if not ours:
             raise StateError(
-                f"the guest of machine {machine} was to be held for its UEFI variables, and is {state}",
-                hint=runstate.remedy(state, machine) or f"qmpsnap show {machine} tells more",
+                f"the guest of machine {machine} cannot be paused for its UEFI variables: it is {state}",
+                hint=runstate.remedy(state, machine) or call("state", machine) + " shows why",
                 machine=machine,
             )
         yield
@@ -117,7 +118,7 @@ async def left_out(context: Context, machine: Machine) -> tuple[str, ...]:
         return ()
     files = [drive.inserted.file for drive in drives if drive.is_flash and drive.inserted and not drive.inserted.ro]
     named = ", ".join(map(printable, files))
-    text = f"the UEFI variables of machine {machine.name} are its owner's and in no snapshot of qmpsnap's: {named}"
+    text = f"the UEFI variables of machine {machine.name} belong to its owner and are in no snapshot: {named}"
     return (text,) if files else ()
 
 

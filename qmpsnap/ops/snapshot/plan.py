@@ -203,8 +203,8 @@ def _require_included(machine: Machine, included: frozenset[str], files: Mapping
         machine.require_disk(disk)
         if disk not in included:
             raise UsageError(
-                f"a file is named for disk {disk} of machine {machine.name}, which the snapshot does not include",
-                hint="name the disk in --disks, or leave out its --file",
+                f"a file is given for disk {disk} of machine {machine.name}, which the snapshot does not include",
+                hint="include the disk, or omit its file",
                 machine=machine.name,
             )
 

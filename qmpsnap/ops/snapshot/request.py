@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 from qmpsnap.errors import UsageError
+from qmpsnap.hint import option
 from qmpsnap.model.layers.snapshot import Quiesce
 from qmpsnap.model.layers.vmstate import Compression
 from qmpsnap.ops.base import requests
@@ -67,7 +68,7 @@ def names_of(disks: Sequence[str] | None) -> tuple[str, ...] | None:
         UsageError: it is one name, which would be taken for a name per letter.
     """
     if isinstance(disks, str):
-        raise UsageError(f"disks is a list of names, not {disks!r}", hint=f"disks=[{disks!r}]")
+        raise UsageError(f"disks is a list of names, not {disks!r}", hint=f"write disks=[{disks!r}]")
     return None if disks is None else tuple(disks)
 
 
@@ -82,13 +83,13 @@ def _require_heeded(kind: Kind, options: SnapshotOptions) -> None:
     if kind not in get_args(Kind):
         problem = f"there is no kind of snapshot {kind!r}"
     elif kind != "full" and (about_memory or options.get("compression", "none") != "none"):
-        problem = "a longest pause, compression and degrading are about the memory of a full snapshot"
-        hint = "ask for kind full, or leave them out"
+        problem = "a pause limit, compression and degrading need a full snapshot"
+        hint = "use " + option("kind", "full")
     elif kind != "internal" and options.get("memory") is not None:
-        problem = "with or without memory is a question for internal snapshots"
-        hint = "ask for kind internal; kind full has the memory, kind disk has not"
+        problem = "only internal snapshots can omit or include memory"
+        hint = "use " + option("kind", "internal")
     elif kind == "internal" and options.get("files"):
-        problem = "an internal snapshot makes no new layers: a file for one says nothing"
-        hint = "leave the files out"
+        problem = "an internal snapshot creates no layers and takes no files for them"
+        hint = "omit the files"
     if problem:
         raise UsageError(problem, hint=hint)
