@@ -95,6 +95,18 @@ class QmpsnapError(Exception):
         """Say one thing more of what failed."""
         self.message = f"{self.message}; {also}"
 
+    def as_dict(self) -> dict[str, str | None]:
+        """The error as a service may answer it, with the sentence as its message."""
+        return {
+            "code": self.code,
+            "message": self.sentence,
+            "hint": str(self.hint),
+            "effect": self.effect,
+            "machine": self.machine,
+            "operation": self.operation,
+            "qmp_class": self.qmp_class,
+        }
+
 
 class Interrupted(QmpsnapError):
     """Ctrl-C; the message says what became of the operation. A program gets its own cancellation instead."""

@@ -187,15 +187,7 @@ def report(error: QmpsnapError, form: Format) -> None:
 
 def document(error: QmpsnapError) -> dict[str, str | None]:
     """The error as ``-o json`` prints it on stderr."""
-    return {
-        "code": error.code,
-        "message": error.sentence,
-        "hint": as_typed(error.hint),
-        "effect": error.effect,
-        "machine": error.machine,
-        "operation": error.operation,
-        "qmp_class": error.qmp_class,
-    }
+    return {**error.as_dict(), "hint": as_typed(error.hint)}
 
 
 def _json(document: dict[str, Any], stream: TextIO, *, indent: int | None = None) -> str:
