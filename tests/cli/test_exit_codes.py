@@ -163,7 +163,7 @@ def test_a_taken_name_is_refused(
     spec.write_text("name: web\n")
     refusal = Refusal(capsys, home.machines, "define", str(spec))
     assert refusal.exit_code == 4
-    assert "machine web exists since 2026-01-01T00:01:00Z" in refusal.text
+    assert "machine web has existed since 2026-01-01T00:01:00Z" in refusal.text
     refusal = Refusal(capsys, home.machines, "snapshot", "create", "web", "fresh")
     assert refusal.exit_code == 4
     assert "a snapshot fresh since 2026-01-01T01:01:00Z" in refusal.text
@@ -177,7 +177,7 @@ def test_another_hosts_machine_is_left_alone(home: Home, capsys: pytest.CaptureF
         refusal = Refusal(capsys, home.data, *words.split())
         assert refusal.exit_code == 4, words
         assert "belongs to host elsewhere since 2026-01-01T00:01:00Z" in refusal.text
-        assert "hint: run qmpsnap on elsewhere" in refusal.text
+        assert "hint: try again on elsewhere" in refusal.text
     # Looking is allowed, and nobody here can know whether it runs.
     for words in ("list", "show web"):
         assert main(words.split()) == 0

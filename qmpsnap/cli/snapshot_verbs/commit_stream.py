@@ -29,7 +29,7 @@ def register(parsers: Parsers) -> None:
 
 
 def _alias(name: str, real: str, help_: str) -> str:
-    return help_ if name == real else f"same as {real}: {help_}"
+    return help_ if name == real else f"the same as {real}: {help_}"
 
 
 def _finish(command: argparse.ArgumentParser) -> None:

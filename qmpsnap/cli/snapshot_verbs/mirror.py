@@ -17,7 +17,7 @@ def register(parsers: Parsers) -> None:
     """Add the command and the names virsh has for it."""
     for name in ("mirror", "copy", "blockcopy"):
         help_ = "copy a disk while the guest runs, then switch to the copy or keep it apart"
-        command = add(parsers, name, _mirror, help=help_ if name == "mirror" else f"same as mirror: {help_}")
+        command = add(parsers, name, _mirror, help=help_ if name == "mirror" else f"the same as mirror: {help_}")
         add_machine(command)
         command.add_argument("disk", metavar="DISK", help="the disk")
         command.add_argument("target", metavar="TARGET", help="path of the copy, or nbd://HOST[:PORT]/EXPORT")

@@ -88,7 +88,7 @@ async def choose(
     """
     if request.max_pause_ms is not None and not 0 < request.max_pause_ms < math.inf:
         raise UsageError(
-            f"{request.max_pause_ms:g} ms is not a pause limit",
+            f"the pause limit cannot be {request.max_pause_ms:g} ms",
             hint=option("max_pause_ms", "MS") + " takes milliseconds above 0",
             machine=machine.name,
         )
