@@ -1,9 +1,10 @@
 """What a program does with one machine but for its snapshots and layers: start, stop, look, run a command, jobs."""
 
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from qmpsnap.errors import QmpError, StateError
+from qmpsnap.errors import QmpError, QmpsnapError, StateError
 from qmpsnap.host.outstanding import briefly
 from qmpsnap.host.system_errors import border
 from qmpsnap.host.threads import to_end, to_read
@@ -232,13 +233,13 @@ class MachineLife:
         Raises:
             LockHeld: another controller works on the machine.
             OperationPending: one cannot be ended now; the hint says what helps.
-            HostCannot: the machine's description is missing and cannot be written.
         """
         store = self._context.store
         pending = await blocking(lambda: store.operations(self.name, only_open=True))
         async with working(self._context, self.name, "recover", alone=False) as work:
             if not await blocking(store.is_described, work.machine):  # an undefine that failed may have removed it
-                await blocking(store.describe, self.name)
+                with contextlib.suppress(QmpsnapError):  # what was open has ended all the same, and `check` says so
+                    await blocking(store.describe, self.name)
             return list(pending)
 
     async def check(self, *, deep: bool = False, repair: bool = False) -> Checked:
