@@ -15,13 +15,13 @@ from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.block.image.create import ImageTool
-from qmpsnap.errors import StoreMismatch
+from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base.context import Context, locked
-from qmpsnap.ops.check import deep
+from qmpsnap.ops.check import check, deep
 from qmpsnap.ops.check.facts import Facts
 from tests.harness.deaths import STORE, Call, die_at
 from tests.live.booted import start_booted
@@ -245,3 +245,23 @@ async def test_a_look_costs_no_guest_whose_stream_is_over(q: qmpsnap.Controller)
     assert (await vm.check(repair=True)).findings == ()
     assert await vm.is_running()
     assert (await vm.chains())[0].ids == ("vda-2",)
+
+
+async def test_a_repair_that_fails_on_its_way_says_what_it_has_done(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await q.define(ONE_DISK)
+    extra = context_of(vm).home.machine_dir(vm.name) / "extra.qcow2"
+    extra.write_bytes(b"somebody's")
+
+    def fails(*_: object) -> None:
+        raise HostCannot("an image cannot be opened")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(check, "_record_births", fails)
+        with pytest.raises(HostCannot) as failed:
+            await vm.check(repair=True)
+    assert failed.value.effect == "applied"
+    assert f"{extra} was moved to " in failed.value.left
+    assert not extra.exists()
+    assert (await vm.check()).findings == ()

@@ -98,24 +98,34 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
     await relocate.go_on(context)
     async with locked(context, name, "repair", anywhere=True):
         failed: list[str] = []
-        async with _monitor(context, machine) as qemu:
-            at = await facts.gather(context, name, qemu=qemu, own=True)
-            first = judge(at)
-            if at.record.open and at.trusted and (qemu or not at.silent):
-                try:
-                    await recovery.end_open(context, machine, qemu)
-                except QmpsnapError as error:
-                    failed.append(f"operation-open: {error.message}")
-        # Ending an operation may have ended or started its QEMU.
-        machine = await blocking(context.store.machine, name)
-        async with _monitor(context, machine) as qemu:
-            at = await facts.gather(context, name, qemu=qemu, own=True)
-            second = await _judge(context, at, deep=deep)
-            done = await repair(context, at, qemu, second) if at.trusted else Repairs((), ())
-            at = await facts.gather(context, name, qemu=qemu, own=True)
-            if at.trusted and not at.record.open:
-                await blocking(_record_births, context, at)  # by what is recorded now: a size may be another
-            left = await _judge(context, at, deep=deep)
+        begun, done = False, Repairs((), ())
+        try:
+            async with _monitor(context, machine) as qemu:
+                at = await facts.gather(context, name, qemu=qemu, own=True)
+                first = judge(at)
+                if at.record.open and at.trusted and (qemu or not at.silent):
+                    begun = True
+                    try:
+                        await recovery.end_open(context, machine, qemu)
+                    except QmpsnapError as error:
+                        failed.append(f"operation-open: {error.message}")
+            # Ending an operation may have ended or started its QEMU.
+            machine = await blocking(context.store.machine, name)
+            async with _monitor(context, machine) as qemu:
+                at = await facts.gather(context, name, qemu=qemu, own=True)
+                second = await _judge(context, at, deep=deep)
+                if at.trusted:
+                    begun = begun or any(finding.repairable for finding in second)
+                    done = await repair(context, at, qemu, second)
+                at = await facts.gather(context, name, qemu=qemu, own=True)
+                if at.trusted and not at.record.open:
+                    await blocking(_record_births, context, at)  # by what is recorded now: a size may be another
+                left = await _judge(context, at, deep=deep)
+        except QmpsnapError as error:
+            if begun:
+                moved = "; ".join(f"{file.old} was moved to {file.new}" for file in done.moved)
+                error.claim("applied" if moved else "unknown", moved)
+            raise
     before = [*first, *(finding for finding in second if finding not in first)]
     repaired = tuple(finding for finding in before if finding not in left)
     return Checked(
