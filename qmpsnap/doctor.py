@@ -15,7 +15,7 @@ from qmpsnap.block.image import qemu_img
 from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
 from qmpsnap.hint import call
-from qmpsnap.host import identity
+from qmpsnap.host import files
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.machine.starting import accel, logs, privileges, probe, scope
@@ -176,12 +176,9 @@ def _store(home: Home) -> Ability:
 def _births(home: Home) -> Ability:
     """Whether a file that replaces a layer can be told by more than its inode's number."""
     folder = next(place for place in (home.machines, *home.machines.parents) if place.is_dir())
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if identity.born(descriptor):
+    with files.opened_folder(folder) as descriptor:
+        if files.born(descriptor):
             return Ability("identity", "yes", "files are identified by device, inode and birth time")
-    finally:
-        os.close(descriptor)
     detail = f"the file system of {folder} keeps no birth time: a file that replaced a layer and got its inode number"
     detail += " is taken for that layer"
     return Ability("identity", "limited", detail, "keep images on ext4, XFS or btrfs")

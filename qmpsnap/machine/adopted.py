@@ -8,6 +8,7 @@ from typing import Any
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, QemuGone, StateError
+from qmpsnap.host.files import Inode, inode_of
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.record import Machine, Process
@@ -73,14 +74,14 @@ def _ended(pid: int) -> QemuGone:
     return QemuGone(f"process {pid}, which listened on the socket, has ended")
 
 
-def _open_files(folder: Path) -> dict[tuple[int, int], str]:
+def _open_files(folder: Path) -> dict[Inode, str]:
     found = {}
     for descriptor in folder.iterdir():
         try:
             status, name = descriptor.stat(), descriptor.readlink()
         except FileNotFoundError:  # closed meanwhile
             continue
-        found[status.st_dev, status.st_ino] = str(name)
+        found[inode_of(status)] = str(name)
     return found
 
 

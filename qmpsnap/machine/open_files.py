@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.hint import call
-from qmpsnap.host import identity
+from qmpsnap.host.files import FileId, same_file
 from qmpsnap.machine.adopted import look
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Process
@@ -22,12 +22,12 @@ def require_recorded(layers: Iterable[Layer], *, machine: str) -> None:
     """
     for layer in layers:
         try:
-            found = identity.at(layer.path)
+            found = FileId.at(layer.path)
         except OSError as error:
             raise _mismatch(layer, f"cannot be read: {error.strerror}", machine) from error
         if found is None:
             raise _mismatch(layer, "does not exist", machine)
-        if not identity.same_file(layer, found):
+        if not same_file(layer, found):
             raise _mismatch(layer, "is not the recorded file", machine)
 
 

@@ -22,8 +22,8 @@ import msgspec
 
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.hint import call, option
-from qmpsnap.host import identity
-from qmpsnap.host.durable import sync_folder
+from qmpsnap.host import files
+from qmpsnap.host.files import FileId, same_file, sync_folder
 from qmpsnap.model.layers.vmstate import Manifest, Vmstate
 from qmpsnap.model.names import OperationId
 
@@ -61,9 +61,7 @@ def create(path: str) -> int:
         HostCannot: no right, no space.
     """
     with _translated(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        os.fchmod(descriptor, 0o600)
-        return descriptor
+        return files.create_exclusive(path)
 
 
 def reserve(descriptor: int, size: int, path: str) -> None:
@@ -114,7 +112,7 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
             os.ftruncate(descriptor, os.fstat(descriptor).st_size)  # lets go of the room it did not need
             os.fsync(descriptor)
             _name(descriptor, written, path)
-            _unlink(descriptor, written)
+            files.unlink_own(written, descriptor)
     return find(path)[0]
 
 
@@ -157,7 +155,7 @@ def _name(descriptor: int, written: str, path: str) -> None:
     """Give an open file its name, durably or not at all; never another file's place."""
     take_back = _give_name(written, path)
     try:
-        same = os.path.samestat(os.fstat(descriptor), os.lstat(path))
+        same = files.leads_to(path, descriptor)
         sync_folder(Path(path).parent)
     except OSError:
         take_back()
@@ -193,19 +191,12 @@ def discard(written: str) -> None:
             continue
         with contextlib.suppress(StoreMismatch), _opened(path) as descriptor:
             if not os.fstat(descriptor).st_size or _begins_ours(descriptor):
-                _unlink(descriptor, path)
+                files.unlink_own(path, descriptor)
 
 
 def _begins_ours(descriptor: int) -> bool:
     """Whether it begins as QEMU's stream does, or one that we have packed; QEMU may write pages before that."""
     return os.pread(descriptor, 4, 0) in (STREAM_MAGIC, ZSTD_MAGIC, bytes(4))
-
-
-def _unlink(descriptor: int, path: str) -> None:
-    """Take a name away from the open file, unless it is another's by now."""
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-            Path(path).unlink()
 
 
 def find(path: str) -> tuple[Vmstate, Manifest]:
@@ -217,14 +208,14 @@ def find(path: str) -> tuple[Vmstate, Manifest]:
     """
     with _opened(path) as descriptor:
         manifest = _manifest(descriptor, path)
-        status, birth = os.fstat(descriptor), identity.born(descriptor)
+        file = FileId.of(descriptor)
     return Vmstate(
         path=path,
         bytes=manifest.bytes,
         digest=manifest.digest,
-        device=status.st_dev,
-        inode=status.st_ino,
-        birth=birth,
+        device=file.device,
+        inode=file.inode,
+        birth=file.birth,
         mode=manifest.mode,
         layout=manifest.layout,
         compression=manifest.compression,
@@ -245,7 +236,7 @@ def verified(state: Vmstate) -> Iterator[int]:
         HostCannot: it cannot be read, or there is no space to unpack it.
     """
     with _opened(state.path) as descriptor:
-        if not identity.same_file(state, identity.of(descriptor)):
+        if not same_file(state, FileId.of(descriptor)):
             raise StoreMismatch(f"{state.path} is not the recorded file")
         manifest = _manifest(descriptor, state.path)
         size, digest = _digest(descriptor, state.bytes)

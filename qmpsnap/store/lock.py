@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from qmpsnap.errors import HostCannot, LockHeld, OperationPending
 from qmpsnap.hint import call
-from qmpsnap.host import private, storage_wait, write_errors
+from qmpsnap.host import files, storage_wait, write_errors
 from qmpsnap.host.outstanding import Cover, briefly
 from qmpsnap.model.timestamps import moment
 
@@ -88,7 +88,7 @@ def _acquire(path: Path, machine: str) -> int:
                 machine=machine,
             ) from None
         # `undefine` removes the file while it holds the lock: what we locked may no longer be what others will open.
-        if _same_file(descriptor, path):
+        if files.leads_to(path, descriptor):
             _require_plain(descriptor, path, machine)
             return descriptor
         os.close(descriptor)
@@ -97,7 +97,7 @@ def _acquire(path: Path, machine: str) -> int:
 def _open(path: Path) -> int:
     flags = os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        private.make_folder(path.parent)
+        files.make_folder(path.parent)
         return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
     except OSError as error:
         if error.errno != errno.EROFS or not path.exists():
@@ -119,13 +119,6 @@ def _require_plain(descriptor: int, path: Path, machine: str) -> None:
         hint=f"remove it: {path}",
         machine=machine,
     )
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
 
 
 def _describe(descriptor: int) -> str:

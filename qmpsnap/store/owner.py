@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import HomeUntrusted, HostCannot
 from qmpsnap.host import acl
+from qmpsnap.host.files import opened
 from qmpsnap.host.outstanding import briefly
 from qmpsnap.model.home import Home
 from qmpsnap.store.sqlite.devices import PATIENCE
@@ -90,11 +91,8 @@ def close_to_others(path: str) -> None:
         HostCannot: it is not this user's.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        with opened(path) as descriptor:
             os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~_WRITE_BY_OTHERS)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise HostCannot(f"the mode of {path} cannot be changed: {error.strerror}") from error
 

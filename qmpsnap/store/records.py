@@ -16,8 +16,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, StoreMismatch
-from qmpsnap.host import private, write_errors
-from qmpsnap.host.durable import sync_folder
+from qmpsnap.host import files, write_errors
+from qmpsnap.host.files import sync_folder
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import layer_disk
@@ -66,7 +66,7 @@ class Records:
             said["home"] = {"id": home.id, "path": home.path}
         text = msgspec.json.format(msgspec.json.encode(said))
         with _translated(self._folder):
-            private.make_folder(self._folder)
+            files.make_folder(self._folder)
             path = self._machine(machine.name)
             fresh = path.with_name(f"{path.name}.part")
             fresh.unlink(missing_ok=True)
@@ -89,7 +89,7 @@ class Records:
         if not text:
             return
         with _translated(self._folder):
-            private.make_folder(self._folder)
+            files.make_folder(self._folder)
             path = self.places_file(machine)
             fresh = not path.exists()
             _append(path, text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from qmpsnap.host import private
+from qmpsnap.host import files
 from qmpsnap.model.home import Home
 
 LINK = "run-folder"
@@ -38,17 +38,14 @@ def settled(home: Home, *, in_use: Callable[[], Path | None]) -> Home:
     """
     if home.beneath or _is_settled(home):
         return followed(home)
-    with contextlib.suppress(OSError):  # whoever then needs a run folder is told what is wrong with it
-        folder = os.open(home.data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            if not _is_settled(home):
-                chosen = in_use() or home.run
-                private.make_folder(chosen)
-                (home.data / LINK).unlink(missing_ok=True)
-                (home.data / LINK).symlink_to(chosen)
-        finally:
-            os.close(folder)
+    # Whoever then needs a run folder is told what is wrong with it.
+    with contextlib.suppress(OSError), files.opened_folder(home.data) as folder:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not _is_settled(home):
+            chosen = in_use() or home.run
+            files.make_folder(chosen)
+            (home.data / LINK).unlink(missing_ok=True)
+            (home.data / LINK).symlink_to(chosen)
     return followed(home)
 
 

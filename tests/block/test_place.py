@@ -9,13 +9,12 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image import staged
 from qmpsnap.errors import HostCannot, StoreMismatch
-from qmpsnap.host import identity
-from qmpsnap.host.identity import FileId
+from qmpsnap.host.files import FileId
 
 
 def made(path: Path) -> FileId:
     path.write_bytes(b"mine")
-    found = identity.at(path)
+    found = FileId.at(path)
     assert found
     return found
 

@@ -11,7 +11,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import HostCannot, NotFoundError, OperationPending
-from qmpsnap.host.durable import sync_folder
+from qmpsnap.host.files import sync_folder
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.session.pending import Broken
@@ -95,7 +95,7 @@ async def test_memory_with_its_name_is_taken_back_with_the_snapshot(
     await vm.start()
     with monkeypatch.context() as broken:
         broken.setattr(
-            Path, "unlink", failing(Path.unlink, lambda name: "memory-" in name and not name.endswith(".vmstate"))
+            os, "unlink", failing(os.unlink, lambda name: "memory-" in name and not name.endswith(".vmstate"))
         )
         with pytest.raises(HostCannot) as told:
             await vm.snapshot("full", kind="full")

@@ -9,7 +9,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import QmpsnapError, StateError
-from qmpsnap.host.identity import FileId
+from qmpsnap.host.files import FileId
 from qmpsnap.model.names import LayerId
 from qmpsnap.qmp.commands import JobInfo
 from tests.harness.deaths import STORE, Call, die_at

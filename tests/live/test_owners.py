@@ -19,7 +19,7 @@ from qmpsnap.block.usage import survey, users
 from qmpsnap.block.usage.survey import Asked
 from qmpsnap.cli.main import main
 from qmpsnap.errors import ImageInUse, StateError, StoreMismatch
-from qmpsnap.host import identity
+from qmpsnap.host import files
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.outside import layer_changes, other_programs
@@ -122,7 +122,7 @@ async def test_another_change_time_alone_is_no_verdict(q: qmpsnap.Controller) ->
 async def test_where_births_are_not_kept_a_file_of_another_size_is_not_removed(
     q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity, "born", lambda _: 0)
+    monkeypatch.setattr(files, "born", lambda _: 0)
     vm = await stopped(q)
     await vm.revert("s1")
     store = context_of(vm).store

@@ -76,7 +76,7 @@ def test_finishing_that_died_is_done_again(
     def dies(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    owners = {"link": os, "ftruncate": os, "unlink": Path, "_packed_over": Path}
+    owners = {"link": os, "ftruncate": os, "unlink": os, "_packed_over": Path}
     name = "replace" if dies_in == "_packed_over" else dies_in
     monkeypatch.setattr(owners.get(dies_in, statefile), name, dies)
     try:

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import ImageRefused, UsageError
-from qmpsnap.host.identity import FileId
+from qmpsnap.host.files import FileId
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines import nbd
 from qmpsnap.model.names import LayerId, NodeName, OperationId, job_id

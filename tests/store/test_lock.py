@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.errors import HostCannot, LockHeld
-from qmpsnap.store import lock
+from qmpsnap.host import files
 from qmpsnap.store.lock import machine_lock
 
 HOLDER = """
@@ -96,15 +96,15 @@ def test_who_locked_a_file_that_undefine_has_removed_meanwhile_tries_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[bool] = []
-    real = lock._same_file
+    real = files.leads_to
 
-    def undefine_between_lock_and_look(descriptor: int, found: Path) -> bool:
+    def undefine_between_lock_and_look(found: files.Name, descriptor: int, *, folder: int | None = None) -> bool:
         if not looked:
             path.unlink()
-        looked.append(real(descriptor, found))
+        looked.append(real(found, descriptor, folder=folder))
         return looked[-1]
 
-    monkeypatch.setattr(lock, "_same_file", undefine_between_lock_and_look)
+    monkeypatch.setattr(files, "leads_to", undefine_between_lock_and_look)
     with _locked(path):
         assert looked == [False, True]
         with pytest.raises(LockHeld), _locked(path):
@@ -115,16 +115,16 @@ def test_who_locked_a_file_in_whose_place_another_stands_does_not_have_the_lock(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As above, but a third controller was quicker: its file is the lock now."""
-    real = lock._same_file
+    real = files.leads_to
 
     with holder(path.with_name("third")):
 
-        def replace_it(descriptor: int, found: Path) -> bool:
-            monkeypatch.setattr(lock, "_same_file", real)
+        def replace_it(found: files.Name, descriptor: int, *, folder: int | None = None) -> bool:
+            monkeypatch.setattr(files, "leads_to", real)
             path.with_name("third").replace(path)
-            return real(descriptor, found)
+            return real(found, descriptor, folder=folder)
 
-        monkeypatch.setattr(lock, "_same_file", replace_it)
+        monkeypatch.setattr(files, "leads_to", replace_it)
         with pytest.raises(LockHeld, match="snapshot create"), _locked(path):
             pytest.fail("two hold the lock")
 

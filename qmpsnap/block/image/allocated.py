@@ -13,6 +13,7 @@ from typing import Final
 from qmpsnap.block.image import header
 from qmpsnap.block.image.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.host.files import opened
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.planning.state import CLUSTER, TABLE_COVERS, Held
 
@@ -22,7 +23,6 @@ _ZERO: Final = 1
 _HALF: Final = (1 << 32) - 1
 _HAS_BIT_0: Final = bytes(value & 1 for value in range(256))
 _HAS_BIT_6: Final = bytes(value >> 6 & 1 for value in range(256))
-_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def held(layer: Layer) -> Held:
@@ -32,16 +32,11 @@ def held(layer: Layer) -> Held:
     """
     whole = Held(data=_up(layer.virtual_size), tables=-(-layer.virtual_size // TABLE_COVERS))
     try:
-        descriptor = os.open(layer.path, _FLAGS)
-    except OSError:
-        return whole
-    try:
-        found = header.inspect(descriptor, path=layer.path, format=layer.format)
-        counted = _raw(descriptor, found) if layer.format == "raw" else _qcow2(descriptor, found)
+        with opened(layer.path) as descriptor:
+            found = header.inspect(descriptor, path=layer.path, format=layer.format)
+            counted = _raw(descriptor, found) if layer.format == "raw" else _qcow2(descriptor, found)
     except (OSError, ImageRefused, HostCannot):
         return whole
-    finally:
-        os.close(descriptor)
     return Held(data=min(counted.data, whole.data), zeros=min(counted.zeros, whole.data), tables=counted.tables)
 
 

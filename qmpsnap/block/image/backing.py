@@ -1,13 +1,16 @@
 """What the header of a layer says once that is on the disk; writing another backing string into it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from qmpsnap.block.image import encrypted, header
 from qmpsnap.block.image import qemu_img as tool
 from qmpsnap.block.image.header import Header, printable
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.hint import call
-from qmpsnap.host import identity
+from qmpsnap.host.files import opened, same_file
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
 
@@ -25,8 +28,8 @@ async def set_backing(
         DeadlinePassed: qemu-img did not end in time.
     """
     wanted = (backing.path if backing else None, backing.format if backing else None)
-    descriptor = await to_end(_opened, layer)
-    try:
+    with contextlib.ExitStack() as stack:
+        descriptor = await to_end(stack.enter_context, _opened(layer))
         if await to_end(_backing_of, descriptor, layer) == wanted:
             return
         target = ["-b", backing.path, "-F", backing.format] if backing else ["-b", ""]
@@ -41,8 +44,6 @@ async def set_backing(
         said = printable(done.stderr.decode(errors="backslashreplace").strip())
         if done.returncode or await to_end(_backing_of, descriptor, layer) != wanted:
             raise HostCannot(f"the backing file of {layer.path} was not changed: {said or 'no reason given'}")
-    finally:
-        os.close(descriptor)
 
 
 async def require_backing(layer: Layer, backing: Layer | None) -> None:
@@ -81,22 +82,17 @@ def durable_size(layer: Layer) -> int:
         ImageRefused: it is not of its format.
         HostCannot: it cannot be read, or not be written out.
     """
-    descriptor = _opened(layer)
-    try:
-        os.fsync(descriptor)
+    with _opened(layer) as descriptor:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise HostCannot(f"{printable(layer.path)} cannot be synced: {error.strerror}") from error
         return _header(descriptor, layer).virtual_size
-    except OSError as error:
-        raise HostCannot(f"{printable(layer.path)} cannot be synced: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
 
 
 def _require_backing(layer: Layer, backing: Layer | None) -> None:
-    descriptor = _opened(layer)
-    try:
+    with _opened(layer) as descriptor:
         found = _header(descriptor, layer).backing
-    finally:
-        os.close(descriptor)
     if found != (backing.path if backing else None):
         raise StoreMismatch(
             f"the header of {printable(layer.path)} names {printable(found) if found else 'nothing'} as its backing"
@@ -105,11 +101,15 @@ def _require_backing(layer: Layer, backing: Layer | None) -> None:
         )
 
 
-def _opened(layer: Layer) -> int:
-    try:
-        return os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise HostCannot(f"{printable(layer.path)} cannot be opened: {error.strerror}; it was not changed") from error
+@contextmanager
+def _opened(layer: Layer) -> Iterator[int]:
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = stack.enter_context(opened(layer.path, os.O_RDONLY))
+        except OSError as error:
+            what = f"{printable(layer.path)} cannot be opened: {error.strerror}; it was not changed"
+            raise HostCannot(what) from error
+        yield descriptor
 
 
 def _backing_of(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
@@ -121,6 +121,6 @@ def _backing_of(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
 
 def _header(descriptor: int, layer: Layer) -> Header:
     found = header.inspect(descriptor, path=layer.path, format=layer.format)
-    if not identity.same_file(layer, found):
+    if not same_file(layer, found):
         raise StoreMismatch(f"{printable(layer.path)} is not the recorded file; it was not touched")
     return found

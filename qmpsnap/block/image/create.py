@@ -4,9 +4,9 @@ The file is ours before qemu-img hears of it, and qemu-img is handed its descrip
 at that name meanwhile, no other file is written to. What qemu-img made is then judged by our own header reader.
 """
 
+import contextlib
 import errno
 import os
-import stat
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -31,8 +31,8 @@ from qmpsnap.errors import (
     StoreMismatch,
 )
 from qmpsnap.hint import call
-from qmpsnap.host import identity
-from qmpsnap.host.identity import FileId
+from qmpsnap.host import files
+from qmpsnap.host.files import FileId, same_file
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import Format
@@ -183,17 +183,9 @@ class _Claim:
         self._lock = threading.Lock()
         self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self.descriptor = os.open(path.name, flags, 0o600, dir_fd=self._folder)
+            self.descriptor = files.create_exclusive(path.name, os.O_RDWR, folder=self._folder)
         except BaseException:
             os.close(self._folder)
-            raise
-        status = os.fstat(self.descriptor)
-        self._identity = (status.st_dev, status.st_ino)
-        try:
-            os.fchmod(self.descriptor, 0o600)  # a strange umask may have taken our own rights away
-        except BaseException:
-            self.discard()
             raise
 
     @classmethod
@@ -236,8 +228,7 @@ class _Claim:
         """Remove the file durably, unless its name leads to another file by now, and let go of it."""
         with self._lock:
             try:
-                if _identity_at(self._folder, self._name) == self._identity:
-                    os.unlink(self._name, dir_fd=self._folder)
+                if files.unlink_own(self._name, self.descriptor, folder=self._folder):
                     os.fsync(self._folder)
             finally:
                 self.close()
@@ -252,7 +243,7 @@ class _Claim:
         """Durable from here on: the file, then its name; and the name must still lead to it."""
         os.fsync(self.descriptor)
         os.fsync(self._folder)
-        if _identity_at(self._folder, self._name) != self._identity:
+        if not files.leads_to(self._name, self.descriptor, folder=self._folder):
             raise StoreMismatch(
                 f"another file appeared at {printable(self.path)} while the image was made; it was not touched"
             )
@@ -336,37 +327,25 @@ def _check_backing(backing: Layer, encrypted: bool) -> None:  # noqa: FBT001
 
 def _remove(path: str, recorded: FileId, size: int | None) -> bool:
     folder_path, name = os.path.split(path)
-    with _translated(path, "was not removed"):
+    with _translated(path, "was not removed"), contextlib.ExitStack() as stack:
         try:
-            folder = os.open(folder_path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            folder = stack.enter_context(files.opened_folder(folder_path or "."))
         except (FileNotFoundError, NotADirectoryError):
             return False
-        try:
-            found = identity.at(name, folder=folder)
-            if found is None:
-                return False
-            if not identity.same_file(recorded, found, size=size):
-                raise StoreMismatch(
-                    f"the file at {printable(path)} is not the recorded image; it was not touched",
-                    hint="move it away; if it is a copy of the recorded image, "
-                    + call("relocate", dry_run=True)
-                    + " compares it",
-                )
-            os.unlink(name, dir_fd=folder)
-            with _translated(path, "was removed, but perhaps not durably", effect="unknown"):
-                os.fsync(folder)
-        finally:
-            os.close(folder)
+        found = FileId.at(name, folder=folder)
+        if found is None:
+            return False
+        if not same_file(recorded, found, size=size):
+            raise StoreMismatch(
+                f"the file at {printable(path)} is not the recorded image; it was not touched",
+                hint="move it away; if it is a copy of the recorded image, "
+                + call("relocate", dry_run=True)
+                + " compares it",
+            )
+        os.unlink(name, dir_fd=folder)
+        with _translated(path, "was removed, but perhaps not durably", effect="unknown"):
+            os.fsync(folder)
     return True
-
-
-def _identity_at(folder: int, name: str) -> tuple[int, int] | None:
-    """Identity of the regular file at that name, None if there is nothing; a file of another kind matches no image."""
-    try:
-        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else (-1, -1)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Every image that somebody else made passes here before any tool opens it; :mod:`
 the bytes.
 """
 
+import contextlib
 import errno
 import os
 import shlex
@@ -19,7 +20,8 @@ from msgspec.structs import replace
 from qmpsnap.block.image.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.hint import option
-from qmpsnap.host import identity
+from qmpsnap.host import files
+from qmpsnap.host.files import opened
 from qmpsnap.model.layers.chain import MAX_LAYERS, Layer
 from qmpsnap.model.machines.spec import Format
 
@@ -108,7 +110,7 @@ def inspect(descriptor: int, *, path: str, format: Format | None = None, foreign
         header = parse(data, size, path=path)
     else:
         header = Header(format="raw", virtual_size=-(-size // _SECTOR) * _SECTOR, file_size=size)
-    birth = identity.born(descriptor)
+    birth = files.born(descriptor)
     return replace(header, device=status.st_dev, inode=status.st_ino, birth=birth, allocated=status.st_blocks * 512)
 
 
@@ -183,20 +185,18 @@ def read(
 @contextmanager
 def _opened(path: str | os.PathLike[str], *, block_device: bool) -> Iterator[int]:
     shown = printable(os.fspath(path))
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except ValueError as error:
-        raise ImageRefused(f"{shown} is no path: {error}") from error
-    except OSError as error:
-        raise _cannot_open(shown, error) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = stack.enter_context(opened(path))
+        except ValueError as error:
+            raise ImageRefused(f"{shown} is no path: {error}") from error
+        except OSError as error:
+            raise _cannot_open(shown, error) from error
         mode = os.fstat(descriptor).st_mode
         if not (stat.S_ISREG(mode) or (block_device and stat.S_ISBLK(mode))):
             kind = "a block device, which is not allowed here" if stat.S_ISBLK(mode) else "not a regular file"
             raise ImageRefused(f"{shown} is {kind}", hint="name an image file")
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def is_empty(layer: Layer) -> bool:

@@ -8,7 +8,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,8 +19,7 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image import qemu_img as tool
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
-from qmpsnap.host import identity
-from qmpsnap.host.identity import FileId
+from qmpsnap.host.files import FileId, create_exclusive, opened, same_file, sync_folder, unlink_own
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
 
@@ -79,11 +79,8 @@ def _begins_like(target: str, source: str) -> bool:
     """Whether a file is a copy, or what there is of one: of a header what no tag changes, and the backing's name."""
     heads = []
     for path in (target, source):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
+        with opened(path) as descriptor:
             heads.append((os.fstat(descriptor).st_size, os.pread(descriptor, _HEAD, 0)))
-        finally:
-            os.close(descriptor)
     (size, copied), (whole, head) = heads
     place, length = (int.from_bytes(head[at : at + width], "big") for at, width in ((8, 8), (16, 4)))
     same = copied[:_CONSTANT] == head[:_CONSTANT] and copied[place : place + length] == head[place : place + length]
@@ -97,24 +94,23 @@ async def go_to(layer: Layer, tag: str, *, qemu_img: str, deadline: float = 600)
         StoreMismatch: it is not the recorded file.
         HostCannot: qemu-img failed.
     """
-    descriptor = await to_end(_opened, layer)
-    try:
+    with contextlib.ExitStack() as stack:
+        descriptor = await to_end(stack.enter_context, _opened(layer))
         # The very file that was looked at, whatever its name leads to by now.
         image = alone(f"/proc/self/fd/{descriptor}")
         await _run([qemu_img, "snapshot", "-a", tag, image], deadline, inherited=[descriptor])
-    finally:
-        os.close(descriptor)
 
 
-def _opened(layer: Layer) -> int:
-    try:
-        descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise HostCannot(f"{layer.path} cannot be opened: {error.strerror}") from error
-    if identity.same_file(layer, identity.of(descriptor)):
-        return descriptor
-    os.close(descriptor)
-    raise StoreMismatch(f"{layer.path} is not the recorded file")
+@contextmanager
+def _opened(layer: Layer) -> Iterator[int]:
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = stack.enter_context(opened(layer.path, os.O_RDONLY))
+        except OSError as error:
+            raise HostCannot(f"{layer.path} cannot be opened: {error.strerror}") from error
+        if not same_file(layer, FileId.of(descriptor)):
+            raise StoreMismatch(f"{layer.path} is not the recorded file")
+        yield descriptor
 
 
 def alone(path: str) -> str:
@@ -126,24 +122,20 @@ def alone(path: str) -> str:
 def _copy(source: str, target: str, recorded: tuple[int, ...]) -> None:
     """Copy a file that has this device, inode and birth, holes as holes, or share its blocks."""
     try:
-        into = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        into = create_exclusive(target)
     except FileExistsError as error:
         raise StateError(f"{target} exists already") from error
     try:
-        os.fchmod(into, 0o600)
-        out = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            if not identity.same_file(FileId(*recorded), identity.of(out)):
-                Path(target).unlink()
+        with opened(source, os.O_RDONLY) as out:
+            if not same_file(FileId(*recorded), FileId.of(out)):
+                unlink_own(target, into)
                 raise StoreMismatch(f"{source} is not the recorded file")
             with contextlib.suppress(OSError):
                 fcntl.ioctl(into, FICLONE, out)
                 return
             _copy_data(out, into)
-        finally:
-            os.close(out)
     except OSError as error:
-        Path(target).unlink()
+        unlink_own(target, into)
         hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise HostCannot(f"{source} cannot be copied to {target}: {error.strerror}", hint=hint) from error
     finally:
@@ -170,12 +162,9 @@ def _copy_data(out: int, into: int) -> None:
 
 
 def _sync(target: Layer) -> Header:
-    for path, flags in ((target.path, os.O_RDONLY), (str(Path(target.path).parent), os.O_RDONLY | os.O_DIRECTORY)):
-        descriptor = os.open(path, flags | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with opened(target.path) as descriptor:
+        os.fsync(descriptor)
+    sync_folder(Path(target.path).parent)
     return header.read(target.path, format=target.format)
 
 

@@ -13,6 +13,7 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image.allocated import words
 from qmpsnap.block.image.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.host.files import opened
 from qmpsnap.model.layers.chain import Layer
 
 _LEAKED: Final = re.compile(rb"^Leaked cluster (\d+) refcount=\d+ reference=(\d+)$", re.MULTILINE)
@@ -40,18 +41,13 @@ def doubt(layer: Layer, clusters: Sequence[int]) -> str:
         HostCannot: it cannot be read.
     """
     try:
-        descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise HostCannot(f"{layer.path} cannot be opened: {error.strerror}") from error
-    try:
-        found = header.inspect(descriptor, path=layer.path, format="qcow2")
-        return _of_tables(descriptor, found, clusters) or _of_clusters(descriptor, found, clusters)
+        with opened(layer.path) as descriptor:
+            found = header.inspect(descriptor, path=layer.path, format="qcow2")
+            return _of_tables(descriptor, found, clusters) or _of_clusters(descriptor, found, clusters)
     except OSError as error:
         raise HostCannot(f"{layer.path} cannot be read: {error.strerror}") from error
     except ImageRefused as error:
         return error.message
-    finally:
-        os.close(descriptor)
 
 
 def _of_tables(descriptor: int, found: Header, clusters: Sequence[int]) -> str:

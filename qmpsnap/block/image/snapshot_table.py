@@ -5,6 +5,7 @@ import struct
 from typing import Final
 
 from qmpsnap.block.image import header
+from qmpsnap.host.files import opened
 from qmpsnap.model.layers.chain import Layer
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
@@ -27,12 +28,9 @@ def names(layer: Layer) -> frozenset[str] | None:
     if not found.internal_snapshots:
         return frozenset()
     try:
-        descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
+        with opened(layer.path) as descriptor:
             count, offset = struct.unpack(">IQ", os.pread(descriptor, 12, 60))
             table = os.pread(descriptor, _LIMIT, offset)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         header.require_tellable(error)
         return None

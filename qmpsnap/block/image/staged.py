@@ -12,9 +12,7 @@ from pathlib import Path
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.hint import option
-from qmpsnap.host import identity
-from qmpsnap.host.durable import sync_folder
-from qmpsnap.host.identity import FileId, same_file
+from qmpsnap.host.files import FileId, opened, same_file, sync_folder
 from qmpsnap.host.threads import to_end
 
 
@@ -124,13 +122,10 @@ def taken(path: str) -> StateError:
 
 def _make_durable(path: str, file: FileId) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            if not same_file(file, identity.of(descriptor)):
+        with opened(path) as descriptor:
+            if not same_file(file, FileId.of(descriptor)):
                 raise StoreMismatch(f"{printable(path)} was replaced by another file", effect="unknown")
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
         sync_folder(Path(path).parent)
     except OSError as error:
         raise HostCannot(f"{printable(path)} cannot be synced: {error.strerror}", effect="unknown") from error
@@ -154,12 +149,9 @@ def _is(path: str, file: FileId) -> bool:
 
 def _identity(path: str) -> FileId | None:
     try:
-        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with opened(path, os.O_PATH) as descriptor:
+            return FileId.of(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:  # it may be there, and then it is not gone
         raise HostCannot(f"{printable(path)} cannot be looked at: {error.strerror}", effect="unknown") from error
-    try:
-        return identity.of(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
-    finally:
-        os.close(descriptor)

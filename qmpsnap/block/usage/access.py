@@ -9,6 +9,7 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image.header import printable
 from qmpsnap.block.usage import image_locks, users
 from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, QmpsnapError, StateError
+from qmpsnap.host.files import opened
 from qmpsnap.model.layers.chain import Layer
 
 _WHY: Final = {
@@ -17,7 +18,6 @@ _WHY: Final = {
     errno.ETXTBSY: ("it is in use as swap or as a running program", "end that use"),
     errno.EAGAIN: ("another process holds a lease on it", "end that process"),
 }
-_FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
 def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: bool = False) -> None:
@@ -35,16 +35,13 @@ def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: 
         ImageRefused: it is no image of its format.
     """
     try:
-        descriptor = os.open(layer.path, os.O_RDWR | _FLAGS)
+        with opened(layer.path, os.O_RDWR | os.O_NONBLOCK) as descriptor:
+            found = header.inspect(descriptor, path=layer.path, format=layer.format)
+            is_device = os.fstat(descriptor).st_rdev != 0
     except OSError as error:
         if error.errno == errno.EACCES and not ours:
             return  # that QEMU says so itself
         raise _cannot(layer, error) from error
-    try:
-        found = header.inspect(descriptor, path=layer.path, format=layer.format)
-        is_device = os.fstat(descriptor).st_rdev != 0
-    finally:
-        os.close(descriptor)
     if found.corrupt:
         raise StateError(
             f"{printable(layer.path)} is marked corrupt, and QEMU refuses to write to it",
@@ -67,7 +64,8 @@ def require_readable(layer: Layer) -> None:
         StateError: another process has it open for writing.
     """
     try:
-        os.close(os.open(layer.path, os.O_RDONLY | _FLAGS))
+        with opened(layer.path):
+            pass
     except OSError as error:
         raise _cannot(layer, error, what="read") from error
     if _is_refused(layer, writing=False):
@@ -77,7 +75,8 @@ def require_readable(layer: Layer) -> None:
 def may_go(path: str) -> bool:
     """Whether the file's own attributes let its name be removed; its mode has no say in that."""
     try:
-        os.close(os.open(path, os.O_WRONLY | _FLAGS))
+        with opened(path, os.O_WRONLY | os.O_NONBLOCK):
+            pass
     except OSError as error:
         return error.errno != errno.EPERM
     return True
@@ -98,9 +97,7 @@ def _cannot(layer: Layer, error: OSError, *, what: str = "written to") -> Qmpsna
 
 def _held(layer: Layer) -> StateError:
     for found in users.look([layer.path], readers=True).users.values():
-        return ImageInUse(
-            f"{printable(layer.path)} {found.does} {found.who}", hint="end that process, then try again"
-        )
+        return ImageInUse(f"{printable(layer.path)} {found.does} {found.who}", hint="end that process, then try again")
     return StateError(
         f"another process has {printable(layer.path)} open",
         hint=f"end that process: fuser -v {printable(layer.path)} names it",

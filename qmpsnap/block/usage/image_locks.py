@@ -9,6 +9,7 @@ from typing import Final
 
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot
+from qmpsnap.host.files import opened
 
 ANY: Final = (100, 200)
 """Start and number of the bytes that QEMU locks: one for each thing that it does with an image, or lets nobody do."""
@@ -46,11 +47,8 @@ def is_refused(path: str, *, writing: bool) -> bool:
 def _asked(path: str, places: Iterable[tuple[int, int]]) -> bool:
     """Whether anybody else has a lock in one of these places, given as start and length."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
+        with opened(path) as descriptor:
             return any(held(descriptor, place) for place in places)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return False

@@ -8,7 +8,7 @@ from typing import Final, Literal
 from qmpsnap.block.image import header
 from qmpsnap.block.image.allocated import words
 from qmpsnap.errors import HostCannot, ImageRefused
-from qmpsnap.host import identity
+from qmpsnap.host.files import FileId, opened, same_file
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.stamp import History, Stamp
 from qmpsnap.model.names import LayerId
@@ -27,16 +27,13 @@ _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 def stamp(layer: Layer) -> Stamp | None:
     """A layer's file as it is, without a digest; None where another file or none has its name, or a block device."""
     try:
-        descriptor = os.open(layer.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with opened(layer.path, os.O_PATH) as descriptor:
+            status, file = os.fstat(descriptor), FileId.of(descriptor)
     except OSError:
         return None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or not identity.same_file(layer, identity.of(descriptor)):
-            return None
-        return Stamp(mtime_ns=status.st_mtime_ns, size=status.st_size, ctime_ns=status.st_ctime_ns)
-    finally:
-        os.close(descriptor)
+    if not stat.S_ISREG(status.st_mode) or not same_file(layer, file):
+        return None
+    return Stamp(mtime_ns=status.st_mtime_ns, size=status.st_size, ctime_ns=status.st_ctime_ns)
 
 
 def agrees(layer: Layer, recorded: Stamp, now: Stamp) -> bool:
@@ -69,24 +66,19 @@ def trouble(layer: Layer) -> Trouble | None:
     Raises:
         OSError: nobody can tell.
     """
-    found = identity.at(layer.path)
+    found = FileId.at(layer.path)
     if found is None:
         return "missing"
-    return None if identity.same_file(layer, found) else "replaced"
+    return None if same_file(layer, found) else "replaced"
 
 
 def digest(layer: Layer) -> str:
     """Of an image's header and upper tables, of a raw one of its ends; empty where they cannot be read."""
     try:
-        descriptor = os.open(layer.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return ""
-    try:
-        return _digest(descriptor, layer)
+        with opened(layer.path) as descriptor:
+            return _digest(descriptor, layer)
     except (OSError, ImageRefused, HostCannot):
         return ""
-    finally:
-        os.close(descriptor)
 
 
 def _digest(descriptor: int, layer: Layer) -> str:

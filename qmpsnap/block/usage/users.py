@@ -19,6 +19,7 @@ from typing import Literal
 from msgspec import Struct
 
 from qmpsnap.block.usage import image_locks
+from qmpsnap.host.files import Inode, inode_of, opened
 
 How = Literal["writes", "reads"]
 UNSEEN = "a process that cannot be seen from here (another PID namespace, a container, or another user's)"
@@ -91,17 +92,14 @@ def look(paths: Iterable[str], *, readers: bool = False, ours: Collection[int] =
 
 def _how(path: str, *, readers: bool) -> How | None:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        with opened(path) as descriptor:
+            return _asked(descriptor, readers=readers)
     except BlockingIOError:  # a lease is held on it: by another program, or for an instant by another of us
         return "writes"
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # told by who compares files with their record
             return None
         raise
-    try:
-        return _asked(descriptor, readers=readers)
-    finally:
-        os.close(descriptor)
 
 
 def _asked(descriptor: int, *, readers: bool) -> How | None:
@@ -135,21 +133,18 @@ def _named(path: str, how: How, by: Iterable[Process], ours: Collection[int]) ->
     return None if found and not others else User(path, how, others)
 
 
-_File = tuple[int, int]  # device and inode
-
-
 def _processes(paths: Iterable[str]) -> dict[str, list[Process]]:
     """All processes but this one that have each file open, as far as we may see them, and loop devices on it.
 
     The host's processes are looked through once for all files.
     """
-    files: dict[str, _File | None] = dict.fromkeys(paths)
+    files: dict[str, Inode | None] = dict.fromkeys(paths)
     for path in files:
         with contextlib.suppress(OSError):
             status = os.lstat(path)
-            files[path] = (status.st_dev, status.st_ino)
+            files[path] = inode_of(status)
     wanted = {file for file in files.values() if file}
-    holders: dict[_File, list[Process]] = {file: [] for file in wanted}
+    holders: dict[Inode, list[Process]] = {file: [] for file in wanted}
     for pid in _pids():
         for file, process in _held_by(pid, wanted):
             holders[file].append(process)
@@ -160,9 +155,9 @@ def _pids() -> Iterator[int]:
     return (int(name) for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid())  # noqa: PTH208
 
 
-def _held_by(pid: int, wanted: Collection[_File]) -> Iterator[tuple[_File, Process]]:
+def _held_by(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, Process]]:
     """Which of the files a process has open."""
-    writes: dict[_File, bool] = {}
+    writes: dict[Inode, bool] = {}
     for file, writing in _descriptors(pid, wanted):
         writes[file] = writes.get(file, False) or writing
     mapped = [file for file in wanted if file not in writes]
@@ -178,7 +173,7 @@ def _held_by(pid: int, wanted: Collection[_File]) -> Iterator[tuple[_File, Proce
     yield from ((file, Process(shown, pid, writing)) for file, writing in writes.items())
 
 
-def _descriptors(pid: int, wanted: Collection[_File]) -> Iterator[tuple[_File, bool]]:
+def _descriptors(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, bool]]:
     """For each descriptor of one of the files: whether it is open for writing."""
     inodes = {inode for _, inode in wanted}
     try:
@@ -192,11 +187,11 @@ def _descriptors(pid: int, wanted: Collection[_File]) -> Iterator[tuple[_File, b
             # By its number first: to look at a file itself may hang where a file server does.
             if "ino" in said and int(said["ino"]) not in inodes:
                 continue
-            if (file := _identity(f"/proc/{pid}/fd/{number}")) in wanted:
+            if (file := inode_of(Path(f"/proc/{pid}/fd/{number}").stat())) in wanted:
                 yield file, int(said["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
-def _mappings(pid: int, wanted: Collection[_File]) -> Iterator[tuple[_File, bool]]:
+def _mappings(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, bool]]:
     """For each mapping that writes through to one of the files, and outlives its descriptor."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
@@ -206,11 +201,6 @@ def _mappings(pid: int, wanted: Collection[_File]) -> Iterator[tuple[_File, bool
             major, minor = (int(part, 16) for part in device.split(":"))
             if (file := (os.makedev(major, minor), int(inode))) in wanted:
                 yield file, "w" in rights
-
-
-def _identity(path: str) -> _File:
-    status = Path(path).stat()
-    return status.st_dev, status.st_ino
 
 
 def _loops(path: str) -> Iterator[Process]:

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import HostCannot
 from qmpsnap.hint import call
-from qmpsnap.host import private
+from qmpsnap.host import files
 from qmpsnap.host.programs import running
 from qmpsnap.machine.starting.argv import TSC_KHZ
 from qmpsnap.machine.starting.privileges import Privileges, RunAs, obstacle
@@ -88,8 +88,9 @@ async def _kvm_runs(qemu: str, cache: Path, user: RunAs | None) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     runs = await vcpu_runs("kvm", qemu=qemu, user=user)
-    private.make_folder(cache)
-    private.write(answer, json.dumps({"boot": boot_id, "qemu": qemu, "runs": runs}).encode())
+    files.make_folder(cache)
+    said = json.dumps({"boot": boot_id, "qemu": qemu, "runs": runs})
+    files.replace_durably(answer, said.encode(), ending=f"{os.getpid()}.part")
     return runs
 
 

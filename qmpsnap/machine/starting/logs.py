@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qmpsnap.errors import HostCannot
+from qmpsnap.host.files import opened
 from qmpsnap.machine.starting import privileges
 from qmpsnap.machine.starting.argv import CONSOLE_LOG
 from qmpsnap.model.home import Home
@@ -74,14 +75,11 @@ def sizes(home: Home, machine: str) -> dict[str, int]:
 def _bound(path: Path) -> None:
     if path.lstat().st_size <= LIMIT:
         return
-    file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
+    with opened(path, os.O_RDWR | os.O_NONBLOCK) as file:
         status = os.fstat(file)
         ours = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
         if ours and _is_free(file):
             _cut(file)
-    finally:
-        os.close(file)
 
 
 def _is_free(file: int) -> bool:

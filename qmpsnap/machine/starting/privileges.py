@@ -17,7 +17,7 @@ from typing import Any, Final, Self, TypeVar
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, UsageError
-from qmpsnap.host import acl, private, write_errors
+from qmpsnap.host import acl, files, write_errors
 from qmpsnap.model.machines.spec import MachineSpec
 
 T = TypeVar("T")
@@ -176,11 +176,8 @@ def admit(path: str | os.PathLike[str], user: int, wanted: int) -> None:
         HostCannot: its file system keeps no access control lists.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        with files.opened(path) as descriptor:
             acl.grant(descriptor, user, wanted)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise HostCannot(
             f"QEMU's user {user} ({VARIABLE}) cannot be given access to {path}: {error.strerror}",
@@ -285,7 +282,7 @@ def make_private(path: Path, what: str) -> None:
         HostCannot: it cannot be made, or belongs to or is open to somebody else.
     """
     try:
-        private.make_folder(path)
+        files.make_folder(path)
         status = path.lstat()
         rights = acl.rights(str(path), status.st_mode)
     except OSError as error:
@@ -297,13 +294,13 @@ def make_private(path: Path, what: str) -> None:
         raise HostCannot(f"the {what} {path} is not private to this user", hint=f"chmod 0700 {path}, or remove it")
 
 
-def prepare_folder(folder: Path, user: RunAs | None, files: Sequence[str], *, log: str) -> None:
+def prepare_folder(folder: Path, user: RunAs | None, made: Sequence[str], *, log: str) -> None:
     """Make a run folder ready for a QEMU of that user, or of ours; what another's has left there is no obstacle.
 
     Args:
         folder: the run folder, ours.
         user: whom QEMU runs as, None for this user.
-        files: what QEMU makes in it.
+        made: what QEMU makes in it.
         log: which of them it appends to.
 
     Raises:
@@ -312,15 +309,12 @@ def prepare_folder(folder: Path, user: RunAs | None, files: Sequence[str], *, lo
     if os.geteuid() != 0:
         return
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
+        with files.opened(folder, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
             acl.revoke(descriptor)
             os.fchmod(descriptor, 0o1700 if user else 0o700)  # what is ours there, QEMU may not put another in place of
-        finally:
-            os.close(descriptor)
         if user is None:
             return
-        for name in files:  # nobody but us gets at them now
+        for name in made:  # nobody but us gets at them now
             _clear(folder / name, user, keep=name == log)
         os.close(
             os.open(folder / log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

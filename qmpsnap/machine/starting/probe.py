@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
 from qmpsnap.hint import call
-from qmpsnap.host import private
+from qmpsnap.host import files
 from qmpsnap.machine.qemu import LAUNCH_DEADLINE, end_launch, start
 from qmpsnap.machine.starting.argv import QMP_SOCKET
 from qmpsnap.machine.starting.privileges import Privileges, RunAs, obstacle
@@ -78,8 +78,8 @@ async def ask(qemu: str, cache: Path | None, *, user: RunAs | None = None) -> Ab
     except (OSError, msgspec.MsgspecError):
         abilities = await interrogate(qemu, user=user)
     with contextlib.suppress(OSError):  # what cannot be kept is asked again
-        private.make_folder(kept.parent)
-        private.write(kept, msgspec.json.encode(abilities))
+        files.make_folder(kept.parent)
+        files.replace_durably(kept, msgspec.json.encode(abilities), ending=f"{os.getpid()}.part")
     return abilities
 
 

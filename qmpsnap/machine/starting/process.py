@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
 from qmpsnap.hint import call
-from qmpsnap.host import write_errors
+from qmpsnap.host import files, write_errors
 from qmpsnap.machine.starting import surroundings
 from qmpsnap.machine.starting.argv import PID_FILE
 from qmpsnap.machine.starting.logs import QEMU_LOG
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _WAITING = b"QEMU waiting for connection on: "
 """What every QEMU of ours says as it starts: it waits for our own monitor session before it opens anything."""
 
-_NEW_LOG = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _LOG_END = 65536
 """Bytes of a log's end among which the last that was said is looked for."""
 
@@ -65,12 +64,11 @@ def spawn(
     log = (logs or run_dir) / QEMU_LOG
     try:
         log.unlink(missing_ok=True)  # never written over: what has this name may be another file's second one
-        descriptor = os.open(log, _NEW_LOG, 0o600)
+        descriptor = files.create_exclusive(log, os.O_WRONLY | os.O_APPEND)
     except OSError as error:
         what, remedy = write_errors.reason(log.parent, error)
         raise HostCannot(f"{log} cannot be created: {what}", hint=remedy) from error
     try:
-        os.fchmod(descriptor, 0o600)  # whatever the umask
 
         def begin() -> "subprocess.Popen[bytes]":
             with surroundings.unblocked():

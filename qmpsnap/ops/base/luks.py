@@ -12,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from qmpsnap.block.image import encrypted
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, QemuGone, StateError, UsageError
+from qmpsnap.host.files import opened
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import worker
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -167,8 +168,7 @@ def _secret(context: Context, machine: str, disk: DiskSpec) -> Secret:
 
 def _content(path: str) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
+        with opened(path) as descriptor:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o077:
                 raise HostCannot(
@@ -176,7 +176,5 @@ def _content(path: str) -> bytes:
                     hint=f"make it private: chmod 0600 {printable(path)}",
                 )
             return os.read(descriptor, MOST + 1)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise HostCannot(f"the secret in {printable(path)} cannot be read: {error.strerror}") from error

@@ -16,6 +16,7 @@ from qmpsnap.block.image.header import printable
 from qmpsnap.block.image.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.hint import call
+from qmpsnap.host.files import Inode, inode_of
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machines.record import Machine
@@ -156,7 +157,7 @@ async def remove_new(made: Iterable[Layer | Overlay]) -> None:
             await remove(layer.path, device=identity[0], inode=identity[1])
 
 
-def _identity_of_new(layer: Layer, below: str | None) -> tuple[int, int] | None:
+def _identity_of_new(layer: Layer, below: str | None) -> Inode | None:
     try:
         status = Path(layer.path).lstat()
     except FileNotFoundError:
@@ -168,7 +169,7 @@ def _identity_of_new(layer: Layer, below: str | None) -> tuple[int, int] | None:
         raise HostCannot(f"{layer.path} cannot be read: {error.strerror}; it was not touched") from error
     if not new:
         raise StoreMismatch(f"{layer.path} is not a new, empty image; it was not touched")
-    return status.st_dev, status.st_ino
+    return inode_of(status)
 
 
 def _is_new(layer: Layer, below: str | None, *, file_size: int) -> bool:

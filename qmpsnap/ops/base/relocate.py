@@ -20,7 +20,7 @@ from qmpsnap.block.image.backing import set_backing
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.hint import call
-from qmpsnap.host import identity
+from qmpsnap.host.files import same_file
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
 from qmpsnap.machine.starting import process as processes
@@ -226,7 +226,7 @@ def _layer(
         found = header.read(here.path, format=here.format, block_device=True)
     except (ImageRefused, HostCannot) as error:
         return said("missing", error.message), None
-    if identity.same_file(here, found):
+    if same_file(here, found):
         if other and layer.owned and not here.path.startswith(f"{to.now}/"):
             # Never to be written to or removed from here: no file has this identity.
             nobody = replace(layer, device=0, inode=0, birth=0)
@@ -268,7 +268,7 @@ def _state(state: Vmstate, what: str, to: Relocation) -> tuple[Compared, Vmstate
 
     try:
         found, _ = statefile.find(here.path)
-        if identity.same_file(here, found):
+        if same_file(here, found):
             return said("recorded", "device, inode and birth"), None
         copy = replace(here, device=found.device, inode=found.inode, birth=found.birth)
         with statefile.verified(copy):
@@ -322,7 +322,7 @@ def _stale_headers(layers: dict[LayerId, Layer], to: Relocation) -> Sequence[tup
             seen = header.read(layer.path, format="qcow2")
         except (ImageRefused, HostCannot):
             continue  # missing: told as that
-        if seen.backing is None or not identity.same_file(layer, seen):
+        if seen.backing is None or not same_file(layer, seen):
             continue
         below = layers.get(layer.backing) if layer.backing else None
         wanted = _wanted(seen.backing, below, to)

@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.errors import DeadlinePassed, LayersCircular, QemuGone, QmpsnapError, StateError
-from qmpsnap.host.identity import same_file
+from qmpsnap.host.files import same_file
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.record import Machine

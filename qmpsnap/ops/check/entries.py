@@ -6,8 +6,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from qmpsnap.host.files import Inode
 from qmpsnap.ops.base import admission
-from qmpsnap.ops.check import references
 
 
 class Entry(Struct, frozen=True, kw_only=True):
@@ -20,7 +20,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     inode: int
 
     @property
-    def identity(self) -> references.Identity:
+    def identity(self) -> Inode:
         """What it is, whatever leads to it."""
         return self.device, self.inode
 
@@ -41,7 +41,7 @@ def within(folder: Path, trusted: frozenset[int] = frozenset()) -> tuple[Entry, 
 
 def once(found: tuple[Entry, ...]) -> tuple[Entry, ...]:
     """Each file once, where its folder has been looked at by two names."""
-    first: dict[tuple[references.Identity, str], Entry] = {}
+    first: dict[tuple[Inode, str], Entry] = {}
     for each in found:
         first.setdefault((each.identity, Path(each.path).name), each)
     return tuple(first.values())

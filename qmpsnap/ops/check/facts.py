@@ -16,7 +16,7 @@ from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.block.usage import survey
 from qmpsnap.block.usage.users import User
 from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StateError, StoreMismatch
-from qmpsnap.host.identity import same_file
+from qmpsnap.host.files import Inode, same_file
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import adopted, agent, statefile, worker
 from qmpsnap.machine.starting import process as processes
@@ -76,7 +76,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     nodes: tuple[NodeInfo, ...]
     disks: Mapping[str, DiskGraph]
     jobs: tuple[JobInfo, ...]
-    files: frozenset[named.Identity]
+    files: frozenset[Inode]
     agent: bool
     frozen: bool | None = None
     beside: Beside = NOTHING
@@ -229,7 +229,7 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
     )
 
 
-def _opened(process: Process | None, nodes: tuple[NodeInfo, ...]) -> frozenset[named.Identity]:
+def _opened(process: Process | None, nodes: tuple[NodeInfo, ...]) -> frozenset[Inode]:
     names = named.ways(node.file for node in nodes)
     try:
         return names | (adopted.look(process.pid).files if process else frozenset())

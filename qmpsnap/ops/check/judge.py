@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from qmpsnap.block.graph import FILTERS
-from qmpsnap.host.identity import same_file
+from qmpsnap.host.files import same_file
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Layer

@@ -3,14 +3,13 @@
 import contextlib
 import errno
 import json
-import os
 import time
 from pathlib import Path
 
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, StoreMismatch
-from qmpsnap.host.durable import sync_folder
+from qmpsnap.host.files import inode_of, sync_folder, write_new
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.home import Home
 from qmpsnap.model.timestamps import moment
@@ -62,11 +61,7 @@ def _move(place: Path, finding: Finding, entry: Entry) -> Moved:
     }
     folder = _folder(place / finding.machine, now, old.name)
     try:
-        descriptor = os.open(folder / NOTE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(json.dumps(note, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(folder / NOTE, json.dumps(note, indent=1).encode() + b"\n")
         _require_same(old, entry)
         old.rename(folder / "file")
     except BaseException:
@@ -82,8 +77,7 @@ def _move(place: Path, finding: Finding, entry: Entry) -> Moved:
 
 
 def _require_same(path: Path, entry: Entry) -> None:
-    found = path.lstat()
-    if (found.st_dev, found.st_ino) != (entry.device, entry.inode):
+    if inode_of(path.lstat()) != entry.identity:
         raise StoreMismatch(f"{path} was replaced by another file; it was not touched")
 
 

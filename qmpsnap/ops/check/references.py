@@ -11,11 +11,9 @@ from pathlib import Path
 
 import msgspec
 
+from qmpsnap.host.files import Inode, inode_of
 from qmpsnap.model.home import Home
 from qmpsnap.store.store import Store
-
-Identity = tuple[int, int]
-"""Device and inode."""
 
 _LINKS = 40
 """Links on the way of one name; Linux follows no more."""
@@ -52,13 +50,13 @@ def _paths(value: object) -> Iterator[str]:
                 yield from (found.replace(",,", ",") for found in _WITHIN.findall(text))
 
 
-def ways(paths: Iterable[str]) -> frozenset[Identity]:
+def ways(paths: Iterable[str]) -> frozenset[Inode]:
     """Every folder, link and file by which these absolute paths lead to what they name, and that itself."""
     looked: dict[str, os.stat_result | None] = {}
     return frozenset(identity for path in paths if path.startswith("/") for identity in _way(path, looked))
 
 
-def _way(path: str, looked: dict[str, os.stat_result | None]) -> Iterator[Identity]:
+def _way(path: str, looked: dict[str, os.stat_result | None]) -> Iterator[Inode]:
     at, links, pending = "", 0, path.split("/")[::-1]
     while pending:
         part = pending.pop()
@@ -72,7 +70,7 @@ def _way(path: str, looked: dict[str, os.stat_result | None]) -> Iterator[Identi
             looked[step] = _status(step)
         if (status := looked[step]) is None:
             return
-        yield status.st_dev, status.st_ino
+        yield inode_of(status)
         if not stat.S_ISLNK(status.st_mode):
             at = step
             continue

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image import verify
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
+from qmpsnap.host.files import inode_of, opened
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.starting.argv import AGENT_SOCKET
@@ -114,13 +115,10 @@ def close_to_others(entry: Entry) -> None:
         HostCannot: it is not this user's.
     """
     try:
-        descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        with opened(entry.path) as descriptor:
             status = os.fstat(descriptor)
-            if (status.st_dev, status.st_ino) != (entry.device, entry.inode):
+            if inode_of(status) != entry.identity:
                 raise StoreMismatch(f"{entry.path} was replaced by another file; it was not touched")
             os.fchmod(descriptor, 0o700 if stat.S_ISDIR(status.st_mode) else 0o600)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise HostCannot(f"the mode of {entry.path} cannot be changed: {error.strerror}") from error

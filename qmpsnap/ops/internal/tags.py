@@ -1,6 +1,5 @@
 """Tags inside images: put in, looked for, gone back to; by the machine's QEMU, or by a worker while it is stopped."""
 
-import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
-from qmpsnap.host.durable import sync_folder
+from qmpsnap.host.files import replace_durably, sync_folder
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import worker
 from qmpsnap.model.layers.blockdev import node_name
@@ -78,16 +77,8 @@ def copy_variables(source: str, target: str) -> None:
     Raises:
         HostCannot: the source is not there, or there is no space.
     """
-    fresh = Path(f"{target}.part")
     try:
-        fresh.unlink(missing_ok=True)
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(Path(source).read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(target)
-        sync_folder(fresh.parent)
+        replace_durably(target, Path(source).read_bytes())
     except OSError as error:
         raise HostCannot(f"the variable store {source} cannot be copied: {error.strerror}") from error
 

@@ -10,6 +10,7 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.block.image.qcow2 import printable
 from qmpsnap.errors import ImageRefused, StateError, StoreMismatch
+from qmpsnap.host.files import Inode, inode_of
 from qmpsnap.machine import blockline
 from qmpsnap.machine.adopted import Seen
 from qmpsnap.model.machines.spec import Opened
@@ -80,7 +81,7 @@ def _place(disk: str, layer: ForeignLayer, seen: Seen) -> str:
     path = os.path.join(seen.folder, layer.path)  # noqa: PTH118
     if Path(path).is_symlink():
         path = str(Path(path).resolve())
-    if layer.path.startswith("/") or _identity(path) in seen.names:
+    if layer.path.startswith("/") or _inode(path) in seen.names:
         return path
     parts = [part for part in os.path.normpath(layer.path).split("/") if part != ".."]
     named = sorted(name for name in seen.names.values() if name.endswith("/" + "/".join(parts)))
@@ -93,12 +94,11 @@ def _place(disk: str, layer: ForeignLayer, seen: Seen) -> str:
     return named[0] if named else path
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _inode(path: str) -> Inode | None:
     try:
-        status = Path(path).stat()
+        return inode_of(Path(path).stat())
     except OSError:
         return None
-    return status.st_dev, status.st_ino
 
 
 def _not_there(disk: str, layer: ForeignLayer, path: str, seen: Seen) -> StateError:
@@ -148,9 +148,8 @@ def _backing_problem(found: FoundLayer, below: FoundLayer | None) -> str:
     if named is None or below is None:
         agree = named is None and below is None
         return "" if agree else f"{said}, QEMU reads {printable(below.path) if below else 'nothing'}"
-    try:
-        status = (Path(found.path).parent / named).stat()
-    except OSError:
+    there = _inode(f"{Path(found.path).parent}/{named}")
+    if there is None:
         return f"{said}, which does not exist"
-    agree = (status.st_dev, status.st_ino) == (below.header.device, below.header.inode)
+    agree = there == (below.header.device, below.header.inode)
     return "" if agree else f"{said}, QEMU reads {printable(below.path)}"

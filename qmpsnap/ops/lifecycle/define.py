@@ -12,7 +12,7 @@ from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch, UsageError
 from qmpsnap.hint import call, option
-from qmpsnap.host import private
+from qmpsnap.host import files
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.machine.starting import probe
@@ -272,7 +272,7 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
     assert isinstance(plan, DefinePlan)
     folder = context.home.machine_dir(plan.machine)
     await to_read(require_folder, context.home, plan.machine)
-    await to_end(private.make_folder, folder)
+    await to_end(files.make_folder, folder)
     headers: dict[LayerId, Header] = {}
     assert plan.change.define
     disks = {active: plan.change.define.require_disk(name) for name, active in plan.change.active.items()}
@@ -290,11 +290,6 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
 def _copy_variables(source: str, target: str) -> None:
     """Copy the firmware's variable store; whatever has appeared at ``target`` since the plan is not written to."""
     try:
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o600)
-            file.write(Path(source).read_bytes())
-            file.flush()
-            os.fsync(descriptor)
+        files.write_new(target, Path(source).read_bytes())
     except OSError as error:
         raise HostCannot(f"the variable store {target} cannot be created: {error.strerror}") from error

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.block.image import staged
 from qmpsnap.errors import ImageRefused, QmpError, StateError
-from qmpsnap.host.identity import FileId
+from qmpsnap.host.files import FileId
 from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine import worker
 from qmpsnap.machine.open_files import require_opened

@@ -14,6 +14,7 @@ from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.block.usage import access
 from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.hint import option
+from qmpsnap.host.files import inode_of
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -273,7 +274,7 @@ def _look_at_target(at: Situation, request: MirrorRequest) -> Found | None:
         raise staged.taken(path)
     if stat.S_ISREG(status.st_mode):
         for layer in at.forest.layers.values():
-            if (layer.device, layer.inode) == (status.st_dev, status.st_ino):
+            if (layer.device, layer.inode) == inode_of(status):
                 raise _is_layer(path, layer)
     kind = request.format or header.read(path).format
     found = header.require(path, format=kind)

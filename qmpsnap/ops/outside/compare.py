@@ -10,7 +10,7 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.hint import call
-from qmpsnap.host.identity import same_file
+from qmpsnap.host.files import same_file
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot

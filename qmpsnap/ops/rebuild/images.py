@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image import header, snapshot_table
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
-from qmpsnap.host.identity import same_file
+from qmpsnap.host.files import same_file
 from qmpsnap.machine import statefile
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.errors import HostCannot, StateError
 from qmpsnap.hint import call, option
-from qmpsnap.host.durable import sync_folder
+from qmpsnap.host.files import sync_folder
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine.qemu import monitor
 from qmpsnap.machine.starting import process as processes

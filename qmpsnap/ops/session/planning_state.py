@@ -11,6 +11,7 @@ from qmpsnap.block.image import allocated
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, NotFoundError, StateError
 from qmpsnap.hint import call
+from qmpsnap.host.files import inode_of
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -171,7 +172,7 @@ def _bytes(forest: Forest, home: Home, machine: str, chains: tuple[Chain, ...]) 
         except OSError:
             continue
         # Another host may have another file of that name.
-        if layer.id in wanted or (status.st_dev, status.st_ino) == (layer.device, layer.inode):
+        if layer.id in wanted or inode_of(status) == (layer.device, layer.inode):
             sizes[layer.id] = status.st_blocks * 512
     return sizes
 

@@ -5,9 +5,12 @@ them; or they are not, and SQLite writes others in their place. And after a fail
 not write for clean: a second fsync of them succeeds and writes nothing, until they are written to anew.
 """
 
+import contextlib
 import os
 import sqlite3
 from pathlib import Path
+
+from qmpsnap.host.files import opened, sync_folder
 
 KEPT = 1000
 """Transactions of all processes that are remembered: one in doubt is asked for within seconds."""
@@ -49,20 +52,9 @@ def write_again(store: Path) -> None:
     Raises:
         OSError: the disk does not take them.
     """
-    try:
-        file = os.open(frames(store), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        pass
-    else:
-        try:
-            at = 0
-            while piece := os.pread(file, _PIECE, at):
-                at += os.pwrite(file, piece, at)
-            os.fsync(file)
-        finally:
-            os.close(file)
-    folder = os.open(store.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with contextlib.suppress(FileNotFoundError), opened(frames(store), os.O_RDWR) as file:
+        at = 0
+        while piece := os.pread(file, _PIECE, at):
+            at += os.pwrite(file, piece, at)
+        os.fsync(file)
+    sync_folder(store.parent)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
 from qmpsnap.hint import call
-from qmpsnap.host import private, write_errors
+from qmpsnap.host import files, write_errors
 
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -133,7 +133,7 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
         HostCannot: it cannot be opened or written (rights, full disk); :func:`readable` may still read it.
     """
     try:
-        private.make_folder(path.parent)
+        files.make_folder(path.parent)
         _make_private(path)
         connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     except (OSError, sqlite3.OperationalError) as error:

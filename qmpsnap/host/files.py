@@ -1,0 +1,279 @@
+"""Files: which one a name leads to, new ones for this user alone, and what is on the disk before anybody counts on it.
+
+A file is its device, its inode and the time of its birth, where its file system keeps one; else its size helps. An
+inode's number is given to another file as soon as the first one is gone, on ext4 at once; a time of birth is not, and
+no copy, rename, chmod or write changes it. NFS, FUSE and old tmpfs have none: then it is 0, which is compared with
+nothing. Python 3.11 has no ``statx``, so the C library is asked.
+
+New files and folders are private whatever the umask: one that opens all to others, or shuts ourselves out.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Protocol, Self
+
+from msgspec import Struct
+
+Name = str | os.PathLike[str]
+"""A path, or with a folder's descriptor a name in that folder."""
+Inode = tuple[int, int]
+"""``st_dev`` and ``st_ino``: which file it is, as long as somebody holds it open."""
+
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
+_AT_EMPTY_PATH: Final = 0x1000
+_STATX_BTIME: Final = 0x800
+_SIZE: Final = 256
+_SECOND: Final = 1_000_000_000
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(name: Name, access: int = os.O_RDONLY | os.O_NONBLOCK, *, folder: int | None = None) -> Iterator[int]:
+    """A file that is there, open by its own name: a link in its place is refused, and a pipe makes nobody wait.
+
+    Args:
+        name: of the file.
+        access: without ``O_NONBLOCK`` a lease that another process holds on the file is waited for.
+        folder: descriptor of the folder that ``name`` is in.
+
+    Raises:
+        OSError: there is none, a link (``ELOOP``), or no right.
+    """
+    descriptor = os.open(name, access | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY, dir_fd=folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def opened_folder(path: Name) -> Iterator[int]:
+    """A folder; links are followed.
+
+    Raises:
+        OSError: no such folder, or no right.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+# --- new files and folders --------------------------------------------------------------------------------------------
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing; one that is there stays as it is.
+
+    Raises:
+        OSError: one cannot be made, or is no folder.
+    """
+    missing = [part for part in (path, *path.parents) if not part.exists()]
+    for part in reversed(missing):
+        try:
+            part.mkdir(mode=0o700)
+        except FileExistsError:
+            continue  # another process was faster
+        part.chmod(0o700)
+    path.mkdir(exist_ok=True)  # complains if it is something else
+
+
+def create_exclusive(name: Name, access: int = os.O_WRONLY, *, folder: int | None = None) -> int:
+    """Make a file whose name must be free, a dangling link's included; returns its descriptor.
+
+    Raises:
+        FileExistsError: something has that name.
+        OSError: no right, no space.
+    """
+    flags = access | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(name, flags, 0o600, dir_fd=folder)
+    try:
+        os.fchmod(descriptor, 0o600)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unlink_own(name, descriptor, folder=folder)
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def write_new(path: Name, data: bytes) -> None:
+    """Make a small file, whose name must be free, and write its content out; the name is for :func:`sync_folder`.
+
+    Raises:
+        OSError: as :func:`create_exclusive`; a file that could not be written whole stays.
+    """
+    with os.fdopen(create_exclusive(path), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Name, data: bytes, *, ending: str = "part") -> None:
+    """Write a small file, whole or not at all, over whatever has its name.
+
+    Args:
+        path: of the file.
+        data: its content.
+        ending: of the name that it has until it is whole; one of this process alone where several may write at once.
+
+    Raises:
+        OSError: no right, no space.
+    """
+    fresh = Path(f"{os.fspath(path)}.{ending}")
+    fresh.unlink(missing_ok=True)  # of an earlier try
+    try:
+        write_new(fresh, data)
+        fresh.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise
+    sync_folder(fresh.parent)
+
+
+def sync_folder(path: Name) -> None:
+    """Write out which names a folder has; a file's own content is another matter.
+
+    Raises:
+        OSError: no such folder, or the disk fails.
+    """
+    with opened_folder(path) as folder:
+        os.fsync(folder)
+
+
+# --- which file it is -------------------------------------------------------------------------------------------------
+
+
+class Identified(Protocol):
+    """Whatever was recorded of a file, or found of it."""
+
+    @property
+    def device(self) -> int:
+        """``st_dev``."""
+
+    @property
+    def inode(self) -> int:
+        """``st_ino``."""
+
+    @property
+    def birth(self) -> int:
+        """Nanoseconds since the epoch; 0 where nobody knows."""
+
+
+class FileId(Struct, frozen=True):
+    """Device, inode, time of birth and size in bytes of a file that is there."""
+
+    device: int
+    inode: int
+    birth: int = 0
+    size: int | None = None
+
+    @classmethod
+    def of(cls, descriptor: int) -> Self:
+        """Identity of an open file.
+
+        Raises:
+            OSError: the descriptor is none.
+        """
+        status = os.fstat(descriptor)
+        return cls(status.st_dev, status.st_ino, born(descriptor), status.st_size)
+
+    @classmethod
+    def at(cls, name: Name, *, folder: int | None = None) -> Self | None:
+        """Identity of the file of that name, links not followed, which are files of their own; None where is none.
+
+        Raises:
+            OSError: nobody can tell.
+        """
+        try:
+            # Held open, so that birth and inode are of one file, and the inode's number is nobody else's meanwhile.
+            with opened(name, os.O_PATH, folder=folder) as descriptor:
+                return cls.of(descriptor)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def same_file(recorded: Identified, found: Identified, *, size: int | None = None) -> bool:
+    """Whether that is the recorded file, as far as it can be told: a birth that only one side knows tells nothing.
+
+    ``size``: bytes that the recorded file has, where nobody may have written to it: asked where no birth decides.
+    """
+    if (recorded.device, recorded.inode) != (found.device, found.inode):
+        return False
+    if recorded.birth and found.birth:
+        return recorded.birth == found.birth
+    return size is None or not isinstance(found, FileId) or found.size in (None, size)
+
+
+def inode_of(status: os.stat_result) -> Inode:
+    """Device and inode of a file that was looked at."""
+    return status.st_dev, status.st_ino
+
+
+def leads_to(name: Name, descriptor: int, *, folder: int | None = None) -> bool:
+    """Whether a name is the open file's own; a link to it is another file.
+
+    Raises:
+        OSError: nobody can tell.
+    """
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), found)
+
+
+def unlink_own(name: Name, descriptor: int, *, folder: int | None = None) -> bool:
+    """Take its name away from the open file, unless it is another file's by now; say whether it was there.
+
+    Raises:
+        OSError: no right, or the disk fails.
+    """
+    if not leads_to(name, descriptor, folder=folder):
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+    return True
+
+
+def born(descriptor: int) -> int:
+    """When an open file was born, in nanoseconds since the epoch; 0 where its file system does not say.
+
+    Not of a device: its node is born anew with every boot.
+    """
+    if stat.S_IFMT(os.fstat(descriptor).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+        return 0
+    statx = _statx()
+    if statx is None:
+        return 0
+    found = ctypes.create_string_buffer(_SIZE)
+    flags = _AT_EMPTY_PATH | _AT_SYMLINK_NOFOLLOW
+    if statx(descriptor, b"", flags, _STATX_BTIME, found) != 0:
+        return 0
+    # struct statx: stx_mask at 0, stx_btime (seconds as s64, nanoseconds as u32) at 80.
+    if not int.from_bytes(found.raw[0:4], sys.byteorder) & _STATX_BTIME:
+        return 0
+    seconds = int.from_bytes(found.raw[80:88], sys.byteorder, signed=True)
+    return seconds * _SECOND + int.from_bytes(found.raw[88:92], sys.byteorder) or 1  # 1970 is a time, too
+
+
+@functools.cache
+def _statx() -> Callable[..., int] | None:
+    try:
+        found = ctypes.CDLL(None, use_errno=True).statx
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
+    found.restype = ctypes.c_int
+    return found
