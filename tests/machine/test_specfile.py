@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpsnap.errors import SpecError
-from qmpsnap.machine.config import yamltree
+from qmpsnap.machine.config import document
 from qmpsnap.machine.config.specfile import checked, parse, read
 from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
 
@@ -274,9 +274,9 @@ def test_a_file_that_is_not_utf8_is_refused_where_it_is_not(tmp_path: Path) -> N
 
 def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="larger than 256 KiB"):
-        read_bytes(tmp_path, b"#" * (yamltree.MAX_BYTES + 1))
+        read_bytes(tmp_path, b"#" * (document.MAX_BYTES + 1))
     with pytest.raises(SpecError, match="larger than 256 KiB"):
-        spec_of("#" * (yamltree.MAX_BYTES + 1))
+        spec_of("#" * (document.MAX_BYTES + 1))
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", ".", "a\0b"])
@@ -287,7 +287,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
 
 def test_the_largest_file_of_the_worst_kind_is_answered_in_time(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="nested more than"):
-        read_bytes(tmp_path, b"[" * yamltree.MAX_BYTES)
+        read_bytes(tmp_path, b"[" * document.MAX_BYTES)
 
 
 # --- anything at all --------------------------------------------------------------------------------------------------
@@ -416,16 +416,16 @@ WRONG: dict[str, MachineSpec] = {
     ),
     "needs one of 'size', 'image' and 'base'": MachineSpec(name="web", disks=(DiskSpec(name="vda"),)),
     "has both 'size' and 'image'": MachineSpec(name="web", disks=(DiskSpec(name="vda", size=512, image="/a"),)),
-    "one of writeback.*found the string 'unsave'; did you mean": MachineSpec(
+    "one of directsync.*found the string 'unsave'; did you mean": MachineSpec(
         name="web",
         disks=(DiskSpec(name="vda", size=512, cache="unsave"),),  # type: ignore[arg-type]
     ),
     "true or false": MachineSpec(name="web", disks=(DiskSpec(name="vda", size=512, snapshot="never"),)),  # type: ignore[arg-type]
     "an interface's name": MachineSpec(name="web", nics=(NicSpec(kind="tap", ifname="t,script=/x"),)),
     "a machine type's name": MachineSpec(name="web", machine="q35,accel=kvm"),
-    "multiple of 1M": MachineSpec(name="web", memory=512),
+    "multiples of 1M": MachineSpec(name="web", memory=512),
     "'memory' to be a size": MachineSpec(name="web", memory=1.5),  # type: ignore[arg-type]
-    r"'name' to be a string, found the number 5": MachineSpec(name=5),  # type: ignore[arg-type]
+    "'name' to be 1 to 63 of a-z.*found the number 5": MachineSpec(name=5),  # type: ignore[arg-type]
     "holds the character U\\+0000": MachineSpec(name="web", kernel="/k", append="a\0b"),
     "holds what no spec can": MachineSpec(name="web", extra=(object(),)),  # type: ignore[arg-type]
     "'initrd' and 'append' need a 'kernel'": MachineSpec(name="web", append="quiet"),

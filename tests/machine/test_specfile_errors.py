@@ -30,6 +30,11 @@ WRONG = [
     ("name: web\n'name': web", "2:1: key 'name' stands here twice"),
     ("name: web\n? [a]\n: b", "2:3: expected a word as the key"),
     ("cpus: 2", "1:1: key 'name' is missing"),
+    ("name: web\n'cpus` - at `$.memory': 1", "2:1: unknown key 'cpus` - at `$.memory'"),
+    ("name: web\nkernel:", "2:8: expected 'kernel' to be a file's path, found nothing"),
+    ("name: web\nextra: [~]", "2:9: expected an item of 'extra' to be a string, found nothing"),
+    ("name: web\ntcg_cpu: max", "2:1: unknown key 'tcg_cpu'; did you mean 'cpu'?"),
+    ("name: web\ndisks: [{name: vda, size: 1M, opened: {}}]", "2:31: unknown key 'opened'"),
     # the document
     ("", "1:1: the document is empty"),
     ("# only a comment\n", "1:1: the document is empty"),
@@ -51,22 +56,61 @@ WRONG = [
     ("name: ! web", "1:7: tags (!name) are refused"),
     ("extra: " + "[" * 20, "1:17: nested more than 10 deep"),
     # types
-    ("name: 12", "1:7: expected 'name' to be a string, found the number 12"),
-    ("name:", "1:6: expected 'name' to be a string, found nothing"),
-    ("name: [web]", "1:7: expected 'name' to be a string, found a list"),
-    ("name: {a: b}", "1:7: expected 'name' to be a string, found a mapping"),
+    (
+        "name: 12",
+        (
+            "1:7: expected 'name' to be 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+            ", found the number 12"
+        ),
+    ),
+    (
+        "name:",
+        (
+            "1:6: expected 'name' to be 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+            ", found nothing"
+        ),
+    ),
+    (
+        "name: [web]",
+        (
+            "1:7: expected 'name' to be 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+            ", found a list"
+        ),
+    ),
+    (
+        "name: {a: b}",
+        (
+            "1:7: expected 'name' to be 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+            ", found a mapping"
+        ),
+    ),
     ("name: web\nappend: true", "2:9: expected 'append' to be a string, found the word true"),
-    ("name: web\nextra: [-smp, 4]", "2:15: expected 'extra' to be a string, found the number 4"),
+    ("name: web\nextra: [-smp, 4]", "2:15: expected an item of 'extra' to be a string, found the number 4"),
     ("name: web\nextra: -smp", "2:8: expected 'extra' to be a list, found the string '-smp'"),
     ("name: web\ndisks: {}", "2:8: expected 'disks' to be a list, found a mapping"),
-    ("name: web\ndisks: [vda]", "2:9: expected a disk to be a mapping of keys to values, found the string 'vda'"),
+    (
+        "name: web\ndisks: [vda]",
+        "2:9: expected an item of 'disks' to be a mapping of keys to values, found the string 'vda'",
+    ),
     ("name: web\nnics: tap", "2:7: expected 'nics' to be a list, found the string 'tap'"),
     ("name: web\nagent: maybe", "2:8: expected 'agent' to be true or false, found the string 'maybe'"),
     ("name: web\nagent: 1", "2:8: expected 'agent' to be true or false, found the number 1"),
     ("name: web\nagent: []", "2:8: expected 'agent' to be true or false, found a list"),
     # names and words
-    ("name: Web", "1:7: machine name 'Web' is not allowed"),
-    ("name: ../web", "1:7: machine name '../web' is not allowed"),
+    (
+        "name: Web",
+        (
+            "1:7: expected 'name' to be 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+            ", found the string 'Web'"
+        ),
+    ),
+    (
+        "name: ../web",
+        (
+            "1:7: expected 'name' to be 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit"
+            ", found the string '../web'"
+        ),
+    ),
     (
         "name: web\naccel: kvn",
         ("2:8: expected 'accel' to be one of auto, kvm, tcg, found the string 'kvn'; did you mean 'kvm'?"),
@@ -77,14 +121,17 @@ WRONG = [
         "name: web\nmachine: q35,smm=on",
         ("2:10: expected 'machine' to be a machine type's name such as q35, found the string 'q35,smm=on'"),
     ),
-    ("name: web\ncpu: 486", "2:6: expected 'cpu' to be a string, found the number 486"),
+    (
+        "name: web\ncpu: 486",
+        "2:6: expected 'cpu' to be a CPU model such as max or Skylake-Client,+aes, found the number 486",
+    ),
     (
         "name: web\ncpu: -x",
         ("2:6: expected 'cpu' to be a CPU model such as max or Skylake-Client,+aes, found the string '-x'"),
     ),
     ('name: web\nkernel: k\nappend: "a\\nb"', "3:9: 'append' holds the character U+000A"),
     ('name: web\nkernel: "a\\0b"', "2:9: 'kernel' holds the character U+0000"),
-    ('name: web\nextra: ["\\ud800"]', "2:9: 'extra' holds the character U+D800"),
+    ('name: web\nextra: ["\\ud800"]', "2:9: an item of 'extra' holds the character U+D800"),
     ('name: web\nkernel: "\\UFFFFFFFF"', None),
     # numbers and sizes
     ("name: web\ncpus: 0", "2:7: expected 'cpus' to be a whole number from 1 to 4096, found the number 0"),
@@ -93,14 +140,59 @@ WRONG = [
     ("name: web\ncpus: true", "2:7: expected 'cpus' to be a whole number from 1 to 4096, found the word true"),
     ("name: web\ncpus: '2'", "2:7: expected 'cpus' to be a whole number from 1 to 4096, found the string '2'"),
     (f"name: web\ncpus: {'9' * 5000}", "2:7: the number is too long"),
-    ("name: web\nmemory: 0", "2:9: 'memory' must be above zero, found the number 0"),
-    ("name: web\nmemory: -1G", "2:9: 'memory' must be above zero, found the string '-1G'"),
-    ("name: web\nmemory: 17T", "2:9: 'memory' can be at most 16777216M, found the string '17T'"),
-    ("name: web\nmemory: 1.3G", "2:9: 'memory' must be a multiple of 1M, found the string '1.3G'; nearest: 1331M"),
-    ("name: web\nmemory: 1GB", "2:9: expected 'memory' to be a size such as 512M or 1.5G, found the string '1GB'"),
-    ("name: web\nmemory: 1.5", "2:9: expected 'memory' to be a size such as 512M or 1.5G, found the number 1.5"),
-    ("name: web\nmemory: .inf", "2:9: expected 'memory' to be a size such as 512M or 1.5G, found the number .inf"),
-    ("name: web\nmemory: lots", "2:9: expected 'memory' to be a size such as 512M or 1.5G, found the string 'lots'"),
+    (
+        "name: web\nmemory: 0",
+        "2:9: expected 'memory' to be a size such as 512M or 1.5G, in multiples of 1M, 16T at most, found the number 0",
+    ),
+    (
+        "name: web\nmemory: -1G",
+        (
+            "2:9: expected 'memory' to be a size such as 512M or 1.5G, in multiples of 1M, 16T at most"
+            ", found the string '-1G'"
+        ),
+    ),
+    (
+        "name: web\nmemory: 17T",
+        (
+            "2:9: expected 'memory' to be a size such as 512M or 1.5G, in multiples of 1M, 16T at most"
+            ", found the string '17T'"
+        ),
+    ),
+    (
+        "name: web\nmemory: 1.3G",
+        (
+            "2:9: expected 'memory' to be a size such as 512M or 1.5G, in multiples of 1M, 16T at most"
+            ", found the string '1.3G'"
+        ),
+    ),
+    (
+        "name: web\nmemory: 1GB",
+        (
+            "2:9: expected 'memory' to be a size such as 512M or 1.5G, in multiples of 1M, 16T at most"
+            ", found the string '1GB'"
+        ),
+    ),
+    (
+        "name: web\nmemory: 1.5",
+        (
+            "2:9: expected 'memory' to be a size such as 512M or 1.5G, in multiples of 1M, 16T at most"
+            ", found the number 1.5"
+        ),
+    ),
+    (
+        "name: web\nmemory: .inf",
+        (
+            "2:9: expected 'memory' to be a size such as 512M or 1.5G, in multiples of 1M, 16T at most"
+            ", found the number .inf"
+        ),
+    ),
+    (
+        "name: web\nmemory: lots",
+        (
+            "2:9: expected 'memory' to be a size such as 512M or 1.5G, in multiples of 1M, 16T at most"
+            ", found the string 'lots'"
+        ),
+    ),
     # what does not go together
     ("name: web\ninitrd: i", "2:9: 'initrd' and 'append' need a 'kernel'"),
     ("name: web\nappend: quiet", "2:9: 'initrd' and 'append' need a 'kernel'"),
@@ -125,32 +217,74 @@ def test_a_wrong_spec_says_where_and_why(text: str, message: str | None) -> None
 
 
 WRONG_DISKS = [
-    ("{size: 1M}", "2:9: the disk has no 'name'"),
+    ("{size: 1M}", "2:9: key 'name' is missing"),
     ("{name: vda}", "2:9: disk 'vda' needs one of 'size', 'image' and 'base'"),
     ("{name: vda, size: 1M, base: b}", "2:31: disk 'vda' has both 'size' and 'base'; one is enough"),
-    ("{name: VDA, size: 1M}", "2:16: disk name 'VDA' is not allowed"),
-    ("{name: v-a, size: 1M}", "2:16: disk name 'v-a' is not allowed"),
+    (
+        "{name: VDA, size: 1M}",
+        (
+            "2:16: expected 'name' to be a lower-case letter and at most 15 more letters or digits, as in 'vda' or "
+            "'data1', found the string 'VDA'"
+        ),
+    ),
+    (
+        "{name: v-a, size: 1M}",
+        (
+            "2:16: expected 'name' to be a lower-case letter and at most 15 more letters or digits, as in 'vda' or "
+            "'data1', found the string 'v-a'"
+        ),
+    ),
     ("{name: vda, size: 1M}, {name: vda, size: 2M}", "2:39: two disks have the name 'vda'"),
     ("{name: vda, size: 1M, read_only: true}", "2:31: unknown key 'read_only'; did you mean 'read-only'?"),
-    ("{name: vda, size: 0}", "2:27: 'size' must be above zero, found the number 0"),
-    ("{name: vda, size: 0M}", "2:27: 'size' must be above zero, found the string '0M'"),
-    ("{name: vda, size: 1000}", "2:27: 'size' must be a multiple of 512B, found the number 1000; nearest: 1024B"),
-    ("{name: vda, size: 1}", "2:27: 'size' must be a multiple of 512B, found the number 1; nearest: 512B"),
-    ("{name: vda, size: 8192P}", "2:27: 'size' can be at most 9223372036854775296B, found the string '8192P'"),
+    (
+        "{name: vda, size: 0}",
+        (
+            "2:27: expected 'size' to be a size such as 512M or 1.5G, in multiples of 512B and below 8192P"
+            ", found the number 0"
+        ),
+    ),
+    (
+        "{name: vda, size: 0M}",
+        (
+            "2:27: expected 'size' to be a size such as 512M or 1.5G, in multiples of 512B and below 8192P"
+            ", found the string '0M'"
+        ),
+    ),
+    (
+        "{name: vda, size: 1000}",
+        (
+            "2:27: expected 'size' to be a size such as 512M or 1.5G, in multiples of 512B and below 8192P"
+            ", found the number 1000"
+        ),
+    ),
+    (
+        "{name: vda, size: 1}",
+        (
+            "2:27: expected 'size' to be a size such as 512M or 1.5G, in multiples of 512B and below 8192P"
+            ", found the number 1"
+        ),
+    ),
+    (
+        "{name: vda, size: 8192P}",
+        (
+            "2:27: expected 'size' to be a size such as 512M or 1.5G, in multiples of 512B and below 8192P"
+            ", found the string '8192P'"
+        ),
+    ),
     ("{name: vda, image: ''}", "2:28: expected 'image' to be a file's path, found the string ''"),
     ("{name: vda, image: dir/}", "2:28: expected 'image' to be a file's path, found the string 'dir/'"),
     ("{name: vda, image: ~/i}", "2:28: 'image': '~' is not expanded"),
     ("{name: vda, image: '@home/i'}", "2:28: 'image': only @guest/ is known among the paths that begin with '@'"),
     (
         "{name: vda, size: 1M, bus: ide}",
-        ("2:36: expected 'bus' to be one of virtio, scsi, sata, nvme, found the string 'ide'"),
+        ("2:36: expected 'bus' to be one of nvme, sata, scsi, virtio, found the string 'ide'"),
     ),
     ("{name: vda, size: 1M, format: vmdk}", "2:39: expected 'format' to be one of qcow2, raw, found the string 'vmdk'"),
     (
         "{name: vda, size: 1M, cache: off}",
         (
-            "2:38: expected 'cache' to be one of writeback, none, writethrough, "
-            "directsync, unsafe, found the string 'off'"
+            "2:38: expected 'cache' to be one of directsync, none, unsafe, writeback, writethrough"
+            ", found the string 'off'"
         ),
     ),
     (
@@ -170,35 +304,53 @@ def test_a_wrong_disk_says_where_and_why(disks: str, message: str) -> None:
 
 
 WRONG_NICS = [
-    ("wifi", "2:8: expected a network card to be a mapping of keys to values, found the string 'wifi'"),
-    ("{kind: wifi}", "2:15: expected 'kind' to be one of none, user, tap, bridge, found the string 'wifi'"),
+    ("wifi", "2:8: expected an item of 'nics' to be a mapping of keys to values, found the string 'wifi'"),
+    ("{kind: wifi}", "2:15: expected 'kind' to be one of bridge, none, tap, user, found the string 'wifi'"),
     ("{kind: tap}", "2:8: a network card of kind 'tap' needs 'ifname'"),
     ("{kind: bridge}", "2:8: a network card of kind 'bridge' needs 'bridge'"),
     ("{ifname: tap0}", "2:9: 'ifname' belongs to kind 'tap', this card's kind is 'user'"),
     ("{kind: tap, ifname: t, forwards: []}", "2:31: 'forwards' belongs to kind 'user', this card's kind is 'tap'"),
     (
         "{kind: tap, ifname: 'tap0,script=x'}",
-        ("2:28: expected 'ifname' to be an interface's name such as tap0, found the string 'tap0,script=x'"),
+        ("2:28: expected 'ifname' to be an interface's name such as tap0 or br0, found the string 'tap0,script=x'"),
     ),
     (
         "{kind: bridge, bridge: an-endless-bridge}",
-        ("2:31: expected 'bridge' to be a bridge's name such as br0, found the string 'an-endless-bridge'"),
+        ("2:31: expected 'bridge' to be an interface's name such as tap0 or br0, found the string 'an-endless-bridge'"),
     ),
     (
         "{mac: 52:54:00:12:34}",
-        ("2:14: expected 'mac' to be a MAC address such as 52:54:00:12:34:56, found the string '52:54:00:12:34'"),
+        (
+            "2:14: expected 'mac' to be a unicast MAC address such as 52:54:00:12:34:56"
+            ", found the string '52:54:00:12:34'"
+        ),
     ),
-    ("{mac: 53:54:00:12:34:56}", "2:14: 'mac': 53:54:00:12:34:56 is a multicast address"),
+    (
+        "{mac: 53:54:00:12:34:56}",
+        (
+            "2:14: expected 'mac' to be a unicast MAC address such as 52:54:00:12:34:56"
+            ", found the string '53:54:00:12:34:56'"
+        ),
+    ),
     (
         "{mac: 52:54:00:12:34:5a}, {mac: 52:54:00:12:34:5A}",
         ("2:34: two network cards have the MAC address 52:54:00:12:34:5a"),
     ),
     ("{forwards: 2222:22}", "2:19: expected 'forwards' to be a list, found the string '2222:22'"),
-    ("{forwards: [ssh]}", "2:20: expected 'forwards' like '2222:22' (host:guest), found the string 'ssh'"),
-    ("{forwards: [70000:22]}", "2:20: expected 'host' to be a whole number from 1 to 65535, found the number 70000"),
-    ("{forwards: [22:0]}", "2:20: expected 'guest' to be a whole number from 1 to 65535, found the number 0"),
-    ("{forwards: [1.2.3:22:22]}", "2:20: expected 'address' to be an IPv4 address, found the string '1.2.3'"),
-    ("{forwards: [{host: 22}]}", "2:20: the forward has no 'guest' port"),
+    (
+        "{forwards: [ssh]}",
+        "2:20: expected an item of 'forwards' to be like '2222:22' (host:guest), found the string 'ssh'",
+    ),
+    (
+        "{forwards: [70000:22]}",
+        "2:20: expected 'host' to be a whole number from 1 to 65535, found the string '70000:22'",
+    ),
+    ("{forwards: [22:0]}", "2:20: expected 'guest' to be a whole number from 1 to 65535, found the string '22:0'"),
+    (
+        "{forwards: [1.2.3:22:22]}",
+        "2:20: expected 'address' to be an IPv4 address, as in 127.0.0.1 or 0.0.0.0, found the string '1.2.3:22:22'",
+    ),
+    ("{forwards: [{host: 22}]}", "2:20: key 'guest' is missing"),
     (
         "{forwards: [{host: 22, guest: 22, protocol: icmp}]}",
         ("2:52: expected 'protocol' to be one of tcp, udp, found the string 'icmp'"),

@@ -1,54 +1,43 @@
-"""A machine's spec from YAML: a checked value, or one error that says where it is wrong and what would be right."""
+"""A machine's spec from YAML: a checked value, or one error that says where it is wrong and what would be right.
 
-import ipaddress
+What may stand under each key is in :mod:`qmpsnap.machine.config.shapes`; here is what msgspec cannot be told: sizes
+with units, words for true and false, paths, the short forms of network cards, and what keys have to do with each other.
+"""
+
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+from msgspec import inspect
+from msgspec.structs import replace
 
 from qmpsnap.errors import SpecError
-from qmpsnap.machine.config.specvalues import (
-    Reader,
-    disk_name,
-    disk_size,
-    file_path,
-    flag,
-    items,
-    machine_name,
-    matching,
-    memory,
-    nearest,
-    one_of,
-    string,
-    strings,
-    whole,
-)
-from qmpsnap.machine.config.yamltree import Entry, Tree, compose, load, shorten, tree_of
-from qmpsnap.model.machines.spec import (
-    Accel,
-    Bus,
-    Cache,
-    DiskSpec,
-    Display,
-    Encryption,
-    Firmware,
-    Format,
-    Forward,
-    MachineSpec,
-    NicSpec,
-)
+from qmpsnap.machine.config.document import Document, compose, load, of_program, shorten
+from qmpsnap.machine.config.shapes import MIB, DiskShape, ForwardShape, MachineShape, NicShape
+from qmpsnap.model.machines.spec import MachineSpec
 
-MAX_CPUS = 4096
-MAX_PORT = 65535
+GUEST: Final = "@guest/"
+"""A path that begins so lies in the small guest's folder."""
 
-_MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
-_FORWARD = re.compile(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?")
-_MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+,=:-]*")
-_INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}")
+_SIZE: Final = re.compile(r"(-?[0-9]{1,20}(?:\.[0-9]{1,20})?) ?(?:([kKmMgGtTpP])(?:iB)?|(B))?")
+_UNITS: Final = {unit: 1 << (10 * (1 + power)) for power, unit in enumerate("kmgtp")}
+_FLAGS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_FORWARD: Final = re.compile(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?")
+_PATHS: Final = ("kernel", "initrd", "image", "base", "secret-file")
+_HINTS: Final = {
+    "name": "give it one, as in 'name: web' or 'name: vda'",
+    "host": "as in '{host: 2222, guest: 22}'",
+    "guest": "as in '{host: 2222, guest: 22}'",
+    "size": "units are K, M, G, T and P, powers of 1024",
+    "memory": "units are K, M, G, T and P, powers of 1024",
+    "format": "an image of another format: qemu-img convert -O qcow2 IMAGE NEW, then name NEW here",
+}
+"""What to do where a key is missing, or its value wrong."""
 
 
 def read(path: Path, *, guest_dir: Path, profile_dir: Path) -> MachineSpec:
@@ -66,19 +55,19 @@ def read(path: Path, *, guest_dir: Path, profile_dir: Path) -> MachineSpec:
 
 
 def parse(text: str, source: str, *, folder: Path, guest_dir: Path, profile_dir: Path) -> MachineSpec:
-    """The machine that the text describes; see :func:`read`.
-
-    Args:
-        text: one YAML document.
-        source: what errors call it, usually the file's name.
-        folder: where relative paths start.
-        guest_dir: the small guest's folder.
-        profile_dir: the folder of the shipped profiles.
+    """The machine that the text describes, which errors call ``source``; see :func:`read`.
 
     Raises:
         SpecError: the text describes no machine; nothing was created.
     """
-    return _machine(compose(text, source), folder=folder, guest_dir=guest_dir, profile_dir=profile_dir)
+    document = _readable(compose(text, source), folder, guest_dir)
+    if "profile" in (document.value if isinstance(document.value, dict) else ()):
+        chosen = _profile(document, document.value.pop("profile"), profile_dir)
+        base = _readable(compose(load(chosen), str(chosen)), profile_dir, guest_dir)
+        if "profile" in base.value:
+            base.refuse("$", "a profile cannot build on another profile")
+        document = document.over(base)
+    return _machine(document)
 
 
 def checked(spec: MachineSpec, *, folder: Path, guest_dir: Path) -> MachineSpec:
@@ -99,254 +88,231 @@ def checked(spec: MachineSpec, *, folder: Path, guest_dir: Path) -> MachineSpec:
     plain.pop("tcg_cpu", None)  # that of the machine whose spec was taken: define records its own
     if type(spec.memory) is int:
         plain["memory"] = f"{spec.memory}B"  # a file's plain number is MiB
-    root = tree_of(plain, "the spec")
-    return _machine(root, folder=folder, guest_dir=guest_dir, profile_dir=Path())
+    return _machine(_readable(of_program(plain, "the spec"), folder, guest_dir))
 
 
-def _machine(root: Tree, *, folder: Path, guest_dir: Path, profile_dir: Path) -> MachineSpec:
-    entries = _machine_entries(root)
-    values = _read_all(entries, _machine_readers(folder, guest_dir))
-    if "profile" in values:
-        chosen = _profile(entries["profile"].value, values.pop("profile"), profile_dir)
-        defaults = _machine_entries(chosen)
-        if "profile" in defaults:
-            defaults["profile"].key.refuse("a profile cannot build on another profile")
-        # Whole keys: a spec with disks of its own has none of the profile's.
-        values = _read_all(defaults, _machine_readers(profile_dir, guest_dir)) | values
-        entries = defaults | entries
-    if "name" not in values:
-        root.refuse("key 'name' is missing", "give the machine a name, as in 'name: web'")
-    spec = MachineSpec(**values)
-    _agree(spec, entries, root)
-    return spec
-
-
-def _profile(at: Tree, name: str, profile_dir: Path) -> Tree:
+def _profile(document: Document, name: Any, profile_dir: Path) -> Path:
     """The shipped profile of that name; only names found in the folder are ever opened."""
     known = sorted(path.stem for path in profile_dir.glob("*.yaml"))
     if name not in known:
-        at.refuse(f"unknown profile {shorten(name)!r}{nearest(name, known)}", f"profiles: {', '.join(known)}")
-    path = profile_dir / f"{name}.yaml"
-    return compose(load(path), str(path))
+        found = f"unknown profile {shorten(str(name))!r}{_nearest(str(name), known)}"
+        document.refuse("$.profile", found, f"profiles: {', '.join(known)}")
+    return profile_dir / f"{name}.yaml"
 
 
-def _agree(spec: MachineSpec, entries: Mapping[str, Entry], root: Tree) -> None:
-    """Check what no key can be blamed for alone."""
+# --- values -----------------------------------------------------------------------------------------------------------
 
-    def at(*keys: str) -> Tree:
-        return next((entries[key].value for key in keys if key in entries), root)
+
+def _readable(document: Document, folder: Path, guest_dir: Path) -> Document:
+    """The document in the values of the shapes, where people write others."""
+
+    def of(value: Any, path: str) -> Any:
+        kind, key = _kind(_shape(path)), path.rpartition(".")[2]
+        if value is None:
+            raise _wrong(document, path)
+        if isinstance(value, str):
+            _require_text(document, path, value)
+            value = _file_path(document, path, value, folder, guest_dir) if key in _PATHS else _word(value, path, kind)
+        if key in ("size", "memory"):
+            value = _bytes(value, MIB if key == "memory" else 1)
+        if isinstance(value, list) and isinstance(kind, inspect.VarTupleType):
+            return [of(item, f"{path}[{index}]") for index, item in enumerate(value)]
+        if isinstance(value, dict) and isinstance(kind, inspect.StructType):
+            _require_known(document, path, value, [field.encode_name for field in kind.fields])
+            return {name: of(item, f"{path}.{name}") for name, item in value.items()}
+        return value
+
+    return Document(of(document.value, "$"), document.places)
+
+
+def _require_text(document: Document, path: str, text: str) -> None:
+    for char in text:
+        # QEMU would end the argument at a NUL; a lone surrogate is no text at all.
+        if (char < " " and char != "\t") or char == "\x7f" or "\ud800" <= char <= "\udfff":
+            hint = "write it on one line, without control codes"
+            document.refuse(path, f"{_called(path)} holds the character U+{ord(char):04X}", hint)
+
+
+def _require_known(document: Document, path: str, names: Iterable[str], known: list[str]) -> None:
+    for name in names:
+        if name not in known:
+            found = f"unknown key {shorten(name)!r}{_nearest(name, known)}"
+            document.refuse(f"{path}.{name}:", found, f"keys here: {', '.join(known)}")
+
+
+def _word(text: str, path: str, kind: Any) -> Any:
+    """What a string stands for, of a value of that kind."""
+    if path.endswith(".mac"):
+        return text.lower()
+    if path == "$.nics":
+        return {"none": [], "user": ["user"]}.get(text, text)
+    if isinstance(kind, inspect.BoolType):  # yes, no, on and off are strings in YAML 1.2
+        return _FLAGS.get(text.lower(), text)
+    of = kind.cls if isinstance(kind, inspect.StructType) else None
+    if of is NicShape and text in ("none", "user"):
+        return {"kind": text}
+    if of is ForwardShape and (found := _FORWARD.fullmatch(text)):
+        parts = {"address": found[1], "host": int(found[2]), "guest": int(found[3]), "protocol": found[4]}
+        return {key: part for key, part in parts.items() if part is not None}
+    return text
+
+
+def _bytes(value: Any, plain: int) -> Any:
+    """A size in bytes; ``plain`` is what a number without a unit counts. What is none stays, to be refused."""
+    found = _SIZE.fullmatch(str(value)) if type(value) in (int, str) else None
+    if not found:
+        return value
+    number, unit, one = found.groups()
+    # QEMU would round an odd size up without a word; a spec says exactly what it gets.
+    exact = Fraction(number) * (_UNITS[unit.lower()] if unit else 1 if one else plain)
+    return int(exact) if exact.denominator == 1 else value
+
+
+def _file_path(document: Document, path: str, text: str, folder: Path, guest_dir: Path) -> str:
+    """An absolute path; symbolic links stay as they are, for they may be meant to change."""
+    if text.startswith("~"):
+        document.refuse(path, f"{_called(path)}: '~' is not expanded", "write the whole path")
+    if text.startswith("@") and not text.startswith(GUEST):
+        found = f"{_called(path)}: only {GUEST} is known among the paths that begin with '@'"
+        document.refuse(path, found, f"as in {GUEST}vmlinuz")
+    if not text or text.endswith("/"):
+        return text
+    whole = guest_dir / text.removeprefix(GUEST) if text.startswith(GUEST) else folder / text
+    return os.path.abspath(whole)  # noqa: PTH100 - Path.resolve follows links
+
+
+# --- what was expected ------------------------------------------------------------------------------------------------
+
+
+def _shape(path: str) -> Any:
+    """What msgspec knows of the type of a value; None where the spec has no such place."""
+    if path == "$":
+        return inspect.type_info(MachineShape)
+    above, key, _ = re.split(r"\.([a-z-]+)$|(?=\[\d+\]$)", path, maxsplit=1)
+    kind = _kind(_shape(above))
+    fields = {field.encode_name: field.type for field in getattr(kind, "fields", ())}
+    found = fields.get(key) if key else getattr(kind, "item_type", None)
+    return found.types[0] if isinstance(found, inspect.UnionType) else found
+
+
+def _kind(shape: Any) -> Any:
+    """The type without what is said about it."""
+    return shape.type if isinstance(shape, inspect.Metadata) else shape
+
+
+def _called(path: str) -> str:
+    """What errors call a value."""
+    key = path.rpartition(".")[2].rstrip("]0123456789[")
+    return "the spec" if path == "$" else f"an item of {key!r}" if path.endswith("]") else repr(key)
+
+
+def _wrong(document: Document, path: str) -> SpecError:
+    """What was expected of a value, and what was found."""
+    shape, at, near, hint = _shape(path), document.at(path), "", _HINTS.get(path.rpartition(".")[2], "")
+    match kind := _kind(shape):
+        case inspect.LiteralType():
+            words = [str(word) for word in kind.values]
+            expected, near = f"one of {', '.join(words)}", _nearest(at.text, words)
+        case inspect.StrType():
+            expected = "a string"
+            hint = f"put it in quotes: '{at.text}'" if isinstance(at.value, bool | int | float) else hint
+        case inspect.StructType():
+            expected = "a mapping of keys to values"
+        case _:
+            expected = "true or false" if isinstance(kind, inspect.BoolType) else "a list"
+    if isinstance(shape, inspect.Metadata) and shape.extra_json_schema:
+        expected = shape.extra_json_schema["description"]
+    return SpecError(f"{at.where}: expected {_called(path)} to be {expected}, found {at}{near}", hint=hint)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    """The question whether a known word was meant, when one looks like this; else nothing."""
+    found = get_close_matches(word[:40].lower().replace("_", "-"), known, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _machine(document: Document) -> MachineSpec:
+    try:
+        found = msgspec.convert(document.value, MachineShape)
+    except msgspec.ValidationError as error:
+        said, _, path = str(error).rpartition(" - at `")
+        said, path = (said, path[:-1]) if said else (path, "$")
+        if missing := re.fullmatch("Object missing required field `(.*)`", said):
+            document.refuse(path, f"key {missing[1]!r} is missing", _HINTS[missing[1]])
+        raise _wrong(document, path) from error
+    _require_agreement(document, found)
+    _require_disks(document, found.disks)
+    _require_nics(document, found.nics)
+    found = replace(found, nics=tuple(nic for nic in found.nics if nic.kind != "none"))
+    return msgspec.convert(found, MachineSpec, from_attributes=True)
+
+
+def _require_agreement(document: Document, spec: MachineShape) -> None:
+    """Refuse what no key can be blamed for alone."""
+
+    def at(*keys: str) -> str:
+        return next((f"$.{key}" for key in keys if key in document.value), "$")
 
     if spec.kernel is None and (spec.initrd is not None or spec.append):
-        at("initrd", "append").refuse("'initrd' and 'append' need a 'kernel'")
+        document.refuse(at("initrd", "append"), "'initrd' and 'append' need a 'kernel'")
     if spec.accel == "tcg" and spec.cpu.split(",")[0] == "host":
-        at("cpu").refuse("cpu 'host' needs KVM", "leave 'cpu' out, or set 'accel: kvm'")
+        document.refuse(at("cpu"), "cpu 'host' needs KVM", "leave 'cpu' out, or set 'accel: kvm'")
     if spec.machine != "microvm":
         return
     if spec.firmware == "uefi":
-        at("firmware").refuse("a microvm has no flash for UEFI", "use 'firmware: bios', or 'machine: q35'")
+        hint = "use 'firmware: bios', or 'machine: q35'"
+        document.refuse(at("firmware"), "a microvm has no flash for UEFI", hint)
     if spec.display != "none":
-        at("display").refuse("a microvm has no display", "use 'display: none', or 'machine: q35'")
+        document.refuse(at("display"), "a microvm has no display", "use 'display: none', or 'machine: q35'")
     for disk in spec.disks:
         if disk.bus in ("sata", "nvme"):
-            at("disks").refuse(f"disk {disk.name!r}: a microvm has no {disk.bus} bus", "use 'bus: virtio' or scsi")
+            found = f"disk {disk.name!r}: a microvm has no {disk.bus} bus"
+            document.refuse(at("disks"), found, "use 'bus: virtio' or scsi")
 
 
-# --- mappings and their keys ------------------------------------------------------------------------------------------
+def _require_disks(document: Document, disks: Sequence[DiskShape]) -> None:
+    images = [disk.image or disk.base for disk in disks]
+    for number, disk in enumerate(disks):
+        path, what = f"$.disks[{number}]", f"disk {disk.name!r}"
+        content = [key for key in document.value["disks"][number] if key in ("size", "image", "base")]
+        if not content:
+            document.refuse(path, f"{what} needs one of 'size', 'image' and 'base'", "as in 'size: 10G'")
+        if len(content) > 1:
+            found = f"{what} has both {content[0]!r} and {content[1]!r}; one is enough"
+            document.refuse(f"{path}.{content[1]}:", found)
+        if disk.encryption and disk.format != "qcow2":
+            document.refuse(f"{path}.encryption:", f"{what}: only qcow2 images are encrypted", "leave 'format' out")
+        if disk.read_only and disk.bus == "sata":
+            document.refuse(f"{path}.read-only", f"{what}: QEMU has no read-only SATA disks", "use another 'bus'")
+        if disk.name in [other.name for other in disks[:number]]:
+            document.refuse(f"{path}.name", f"two disks have the name {disk.name!r}")
+    for disk in disks:  # what two disks read, none of them may write to: a base can be shared, an image cannot
+        if disk.image is not None and images.count(disk.image) > 1:
+            found = f"disk {disk.name!r}: another disk uses its image {disk.image} too"
+            document.refuse("$.disks", found, "use 'base' for both")
 
 
-def _machine_entries(root: Tree) -> dict[str, Entry]:
-    return _entries(root, "the spec", _machine_readers(Path(), Path()))
-
-
-def _machine_readers(folder: Path, guest_dir: Path) -> dict[str, Reader]:
-    def path(tree: Tree, what: str) -> str:
-        return file_path(tree, what, folder, guest_dir)
-
-    def disks(tree: Tree, what: str) -> tuple[DiskSpec, ...]:
-        return _disks(tree, what, path)
-
-    return {
-        "name": machine_name,
-        "profile": string,
-        "machine": matching(_MACHINE, "a machine type's name such as q35"),
-        "accel": one_of(Accel),
-        "cpu": matching(_CPU, "a CPU model such as max or Skylake-Client,+aes"),
-        "cpus": whole(1, MAX_CPUS),
-        "memory": memory,
-        "kernel": path,
-        "initrd": path,
-        "append": string,
-        "firmware": one_of(Firmware),
-        "disks": disks,
-        "nics": _nics,
-        "agent": flag,
-        "display": one_of(Display),
-        "extra": strings,
-    }
-
-
-def _entries(tree: Tree, what: str, known: Mapping[str, Reader]) -> dict[str, Entry]:
-    """The mapping's entries, after a look at the keys."""
-    if not isinstance(tree.value, dict):
-        tree.refuse(f"expected {what} to be a mapping of keys to values, found {tree.described()}")
-    for key, entry in tree.value.items():
-        if key not in known:
-            entry.key.refuse(
-                f"unknown key {shorten(key)!r}{nearest(key, list(known))}", f"keys here: {', '.join(known)}"
-            )
-    return tree.value
-
-
-def _read_all(entries: Mapping[str, Entry], readers: Mapping[str, Reader]) -> dict[str, Any]:
-    """The values, under the names that the structs have for them."""
-    return {key.replace("-", "_"): readers[key](entry.value, f"'{key}'") for key, entry in entries.items()}
-
-
-# --- disks ------------------------------------------------------------------------------------------------------------
-
-
-def _disks(tree: Tree, what: str, path: Reader) -> tuple[DiskSpec, ...]:
-    disks: dict[str, DiskSpec] = {}
-    for item in items(tree, what):
-        disk, name = _disk(item, path)
-        if disk.name in disks:
-            name.refuse(f"two disks have the name {disk.name!r}")
-        disks[disk.name] = disk
-    _no_shared_writer(tree, tuple(disks.values()))
-    return tuple(disks.values())
-
-
-def _no_shared_writer(tree: Tree, disks: tuple[DiskSpec, ...]) -> None:
-    """What two disks read, none of them may write to: a base can be shared, an image cannot."""
-    files = [disk.image or disk.base for disk in disks]
-    for disk in disks:
-        if disk.image is not None and files.count(disk.image) > 1:
-            tree.refuse(f"disk {disk.name!r}: another disk uses its image {disk.image} too", "use 'base' for both")
-
-
-def _disk(tree: Tree, path: Reader) -> tuple[DiskSpec, Tree]:
-    """The disk, and its name's place."""
-
-    def encryption(tree: Tree, what: str) -> Encryption:
-        readers: dict[str, Reader] = {"secret-file": path}
-        return Encryption(**_read_all(_entries(tree, what, readers), readers))
-
-    readers: dict[str, Reader] = {
-        "name": disk_name,
-        "size": disk_size,
-        "image": path,
-        "base": path,
-        "format": one_of(Format, "an image of another format: qemu-img convert -O qcow2 IMAGE NEW, then name NEW here"),
-        "bus": one_of(Bus),
-        "cache": one_of(Cache),
-        "discard": flag,
-        "read-only": flag,
-        "snapshot": flag,
-        "encryption": encryption,
-    }
-    entries = _entries(tree, "a disk", readers)
-    values = _read_all(entries, readers)
-    if "name" not in values:
-        tree.refuse("the disk has no 'name'", "give it one, as in 'name: vda'")
-    name = values["name"]
-    content = [key for key in entries if key in ("size", "image", "base")]
-    if not content:
-        tree.refuse(f"disk {name!r} needs one of 'size', 'image' and 'base'", "as in 'size: 10G'")
-    if len(content) > 1:
-        entries[content[1]].key.refuse(f"disk {name!r} has both {content[0]!r} and {content[1]!r}; one is enough")
-    disk = DiskSpec(**values)
-    if disk.encryption and disk.format != "qcow2":
-        entries["encryption"].key.refuse(f"disk {name!r}: only qcow2 images are encrypted", "leave 'format' out")
-    if disk.read_only and disk.bus == "sata":
-        entries["read-only"].value.refuse(f"disk {name!r}: QEMU has no read-only SATA disks", "use another 'bus'")
-    return disk, entries["name"].value
-
-
-# --- network cards ----------------------------------------------------------------------------------------------------
-
-
-def _nics(tree: Tree, what: str) -> tuple[NicSpec, ...]:
-    if tree.value == "none":
-        return ()
-    nics: list[NicSpec] = []
+def _require_nics(document: Document, nics: Sequence[NicShape]) -> None:
     macs: set[str] = set()
     hosts: set[tuple[str, str, int]] = set()
-    for item in (tree,) if tree.value == "user" else items(tree, what):
-        nic = _nic(item)
-        if nic is None:
-            continue
-        if nic.mac in macs:
-            item.refuse(f"two network cards have the MAC address {nic.mac}")
-        macs |= {nic.mac} if nic.mac else set()
+    for number, nic in enumerate(nics):
+        path = f"$.nics[{number}]"
+        for key, owner in (("forwards", "user"), ("ifname", "tap"), ("bridge", "bridge")):
+            given = key in document.value["nics"][number]
+            if given and nic.kind != owner:
+                found = f"{key!r} belongs to kind '{owner}', this card's kind is '{nic.kind}'"
+                document.refuse(f"{path}.{key}:", found)
+            if nic.kind == owner and owner != "user" and not given:
+                found = f"a network card of kind '{nic.kind}' needs {key!r}"
+                document.refuse(path, found, f"as in '{key}: {nic.kind[:3]}0'")
+        if nic.mac and nic.mac in macs:
+            document.refuse(path, f"two network cards have the MAC address {nic.mac}")
+        macs.add(nic.mac or "")
         for forward in nic.forwards:
             host = (forward.protocol, forward.address, forward.host)
             if host in hosts:
-                item.refuse(f"{forward.protocol} port {forward.host} of {forward.address} is forwarded twice")
+                document.refuse(path, f"{forward.protocol} port {forward.host} of {forward.address} is forwarded twice")
             hosts.add(host)
-        nics.append(nic)
-    return tuple(nics)
-
-
-def _nic(tree: Tree) -> NicSpec | None:
-    """The card, or None for kind ``none``."""
-    if tree.value in ("none", "user"):
-        return NicSpec() if tree.value == "user" else None
-    readers: dict[str, Reader] = {
-        "kind": one_of(("none", "user", "tap", "bridge")),
-        "mac": _mac,
-        "forwards": _forwards,
-        "ifname": matching(_INTERFACE, "an interface's name such as tap0"),
-        "bridge": matching(_INTERFACE, "a bridge's name such as br0"),
-    }
-    entries = _entries(tree, "a network card", readers)
-    values = {"kind": "user"} | _read_all(entries, readers)
-    kind = values["kind"]
-    for key, owner in (("forwards", "user"), ("ifname", "tap"), ("bridge", "bridge")):
-        if key in entries and kind != owner:
-            entries[key].key.refuse(f"{key!r} belongs to kind '{owner}', this card's kind is '{kind}'")
-        if kind == owner and owner != "user" and key not in entries:
-            tree.refuse(f"a network card of kind '{kind}' needs {key!r}", f"as in '{key}: {kind[:3]}0'")
-    return None if kind == "none" else NicSpec(**values)
-
-
-def _mac(tree: Tree, what: str) -> str:
-    mac: str = matching(_MAC, "a MAC address such as 52:54:00:12:34:56")(tree, what)
-    mac = mac.lower()
-    if int(mac[:2], 16) & 1:
-        tree.refuse(f"{what}: {mac} is a multicast address", "the first byte must be even, as in 52:54:00:12:34:56")
-    return mac
-
-
-def _forwards(tree: Tree, what: str) -> tuple[Forward, ...]:
-    return tuple(_forward(item, what) for item in items(tree, what))
-
-
-def _forward(tree: Tree, what: str) -> Forward:
-    port = whole(1, MAX_PORT)
-    readers: dict[str, Reader] = {
-        "host": port,
-        "guest": port,
-        "protocol": one_of(("tcp", "udp")),
-        "address": _address,
-    }
-    if isinstance(tree.value, str):
-        found = _FORWARD.fullmatch(tree.value)
-        if not found:
-            tree.refuse(f"expected {what} like '2222:22' (host:guest), found {tree.described()}")
-        address, host, guest, protocol = found.groups()
-        parts = {"address": address, "host": int(host), "guest": int(guest), "protocol": protocol}
-        given = {key: Tree(part, tree.where, str(part)) for key, part in parts.items() if part is not None}
-        return Forward(**{key: readers[key](part, f"'{key}'") for key, part in given.items()})
-    values = _read_all(_entries(tree, "a forward", readers), readers)
-    for key in ("host", "guest"):
-        if key not in values:
-            tree.refuse(f"the forward has no {key!r} port", "as in '{host: 2222, guest: 22}'")
-    return Forward(**values)
-
-
-def _address(tree: Tree, what: str) -> str:
-    text = string(tree, what)
-    try:
-        return str(ipaddress.IPv4Address(text))
-    except ValueError:
-        tree.refuse(f"expected {what} to be an IPv4 address, found {tree.described()}", "as in 127.0.0.1 or 0.0.0.0")

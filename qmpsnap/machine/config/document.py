@@ -1,4 +1,4 @@
-"""YAML as a tree of plain values that know where they stand: the one border to PyYAML.
+"""YAML as plain values, and where each of them stands: the one border to PyYAML.
 
 PyYAML scans and composes but never constructs, so that no tag can make an object. Scalars mean what YAML 1.2's core
 schema says: ``52:54:00:12:34:56`` is a string, ``010`` is ten, ``on`` is a string. Aliases, anchors, tags, duplicate
@@ -6,11 +6,11 @@ keys, more than one document and large or deep input are refused: a machine's sp
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from msgspec import Struct
 from yaml.composer import Composer
 from yaml.events import AliasEvent
 from yaml.parser import Parser
@@ -49,47 +49,39 @@ _REMEDIES = {
 """What to do about what PyYAML says."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """A value of the document.
+class Place(Struct, frozen=True):
+    """Where a value stands (``file:line:column``, both counted from one), what it is and how it is written."""
 
-    Attributes:
-        value: a scalar, a tuple of the list's items, or a dict of the mapping's entries.
-        where: ``file:line:column`` of its first character, both counted from one.
-        text: a scalar as it was written, without its quotes.
-    """
-
-    value: "Scalar | tuple[Tree, ...] | dict[str, Entry]"
     where: str
+    value: Any
     text: str = ""
 
-    def refuse(self, message: str, hint: str = "") -> NoReturn:
-        """Raise the SpecError that points here."""
-        raise SpecError(f"{self.where}: {message}", hint=hint)
-
-    def described(self) -> str:
-        """What was found, for "expected a string, found ..."."""
-        match self.value:
-            case None:
-                return "nothing"
-            case bool():
-                return f"the word {self.text}"
-            case int() | float():
-                return f"the number {shorten(self.text)}"
-            case str():
-                return f"the string {shorten(self.value)!r}"
-            case dict():
-                return "a mapping"
-            case _:
-                return "a list"
+    def __str__(self) -> str:
+        number = f"the number {shorten(self.text)}"
+        said = {bool: f"the word {self.text}", int: number, float: number, str: f"the string {shorten(self.text)!r}"}
+        return {dict: "a mapping", type(None): "nothing"}.get(type(self.value)) or said.get(type(self.value), "a list")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One entry of a mapping; the key is a tree too, so that errors can point at it."""
+class Document(Struct):
+    """Plain values, and the place of each by its path: ``$.disks[0].size``, and ``$.disks[0].size:`` of its key."""
 
-    key: Tree
-    value: Tree
+    value: Any
+    places: dict[str, Place]
+
+    def at(self, path: str) -> Place:
+        """The place of a value or key, or of what it was written in."""
+        while path not in self.places:
+            path = path[:-1]
+        return self.places[path]
+
+    def refuse(self, path: str, message: str, hint: str = "") -> NoReturn:
+        """Raise the SpecError that points to a value or key."""
+        raise SpecError(f"{self.at(path).where}: {message}", hint=hint)
+
+    def over(self, other: "Document") -> "Document":
+        """Two mappings as one: what this one leaves out is taken from the other, key by key."""
+        places = {path: at for path, at in other.places.items() if re.split(r"[.:[]", path[2:])[0] not in self.value}
+        return Document(other.value | self.value, places | self.places)
 
 
 def load(path: Path) -> str:
@@ -115,8 +107,8 @@ def load(path: Path) -> str:
         raise SpecError(f"{where}: this is not UTF-8 text", hint="save the file as UTF-8") from error
 
 
-def compose(text: str, source: str) -> Tree:
-    """The tree of the one document in ``text``.
+def compose(text: str, source: str) -> Document:
+    """The one document in ``text``.
 
     Args:
         text: YAML.
@@ -146,24 +138,32 @@ def compose(text: str, source: str) -> Tree:
         raise SpecError(f"{_where(loader.get_mark())}: not valid YAML: {error}") from error
     if root is None or (isinstance(root, yaml.ScalarNode) and not root.value):
         raise SpecError(f"{source}:1:1: the document is empty")
-    return _tree(root)
+    document = Document(None, {})
+    document.value = _plain(root, "$", document)
+    return document
 
 
-def tree_of(value: Any, where: str) -> Tree:
-    """A tree of plain values that a program has made: mappings, lists and scalars.
+def of_program(value: Any, source: str) -> Document:
+    """The document that a program has made.
 
     Args:
-        value: the values; an underscore in a key stands for a hyphen, as Python's names have none.
-        where: what errors call the whole of it.
+        value: mappings, lists and scalars; an underscore in a key stands for a hyphen, as Python's names have none.
+        source: what errors call the whole of it.
     """
-    if isinstance(value, dict):
-        named = {str(key).replace("_", "-"): found for key, found in value.items()}
-        entries = {key: Entry(Tree(key, where, key), tree_of(found, f"{where}: {key}")) for key, found in named.items()}
-        return Tree(entries, where)
-    if isinstance(value, list | tuple):
-        return Tree(tuple(tree_of(found, f"{where} {number}") for number, found in enumerate(value, start=1)), where)
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return Tree(value, where, "" if value is None else text)
+    document = Document(None, {})
+
+    def note(value: Any, path: str) -> Any:
+        where = f"{source}: {path[2:]}" if path[2:] else source
+        document.places[path] = Place(where, value, str(value))
+        if isinstance(value, dict):
+            named = {str(key).replace("_", "-"): found for key, found in value.items()}
+            return {key: note(found, f"{path}.{key}") for key, found in named.items()}
+        if isinstance(value, list | tuple):
+            return [note(item, f"{path}[{index}]") for index, item in enumerate(value)]
+        return value
+
+    document.value = note(value, "$")
+    return document
 
 
 class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
@@ -179,41 +179,48 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        here = Tree(None, _where(event.start_mark))
+        where, hint = _where(event.start_mark), "write the value out, or quote a string that begins with '{}'"
         if isinstance(event, AliasEvent):
-            here.refuse("aliases (*name) are refused", "write the value out, or quote a string that begins with '*'")
+            raise SpecError(f"{where}: aliases (*name) are refused", hint=hint.format("*"))
         if event.anchor is not None:
-            here.refuse("anchors (&name) are refused", "remove it, or quote a string that begins with '&'")
+            raise SpecError(f"{where}: anchors (&name) are refused", hint=hint.format("&"))
         if event.tag is not None:
-            here.refuse("tags (!name) are refused", "remove it, or quote a string that begins with '!'")
+            raise SpecError(f"{where}: tags (!name) are refused", hint=hint.format("!"))
         if self._depth == MAX_DEPTH:
-            here.refuse(f"nested more than {MAX_DEPTH} deep")
+            raise SpecError(f"{where}: nested more than {MAX_DEPTH} deep")
         self._depth += 1
         node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
 
-def _tree(node: yaml.Node) -> Tree:
+def _plain(node: yaml.Node, path: str, document: Document) -> Any:
+    """A node's value; notes its place, and those of all in it."""
     where = _where(node.start_mark)
     if isinstance(node, yaml.SequenceNode):
-        return Tree(tuple(_tree(item) for item in node.value), where)
+        document.places[path] = Place(where, ())
+        return [_plain(item, f"{path}[{index}]", document) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
-        entries: dict[str, Entry] = {}
-        for key_node, value_node in node.value:
-            key = Tree(None, _where(key_node.start_mark))
-            if not isinstance(key_node, yaml.ScalarNode):
-                key.refuse("expected a word as the key")
-            name: str = key_node.value
-            if name in entries:
-                key.refuse(f"key {shorten(name)!r} stands here twice", f"the first is at {entries[name].key.where}")
-            entries[name] = Entry(key, _tree(value_node))
-        return Tree(entries, where)
+        document.places[path] = Place(where, {})
+        found: dict[str, Any] = {}
+        for name, value in node.value:
+            key = Place(_where(name.start_mark), "")
+            if not isinstance(name, yaml.ScalarNode):
+                raise SpecError(f"{key.where}: expected a word as the key")
+            inner = f"{path}.{name.value}"
+            if name.value in found:
+                first = f"the first is at {document.at(inner + ':').where}"
+                raise SpecError(f"{key.where}: key {shorten(name.value)!r} stands here twice", hint=first)
+            document.places[f"{inner}:"] = key
+            found[name.value] = _plain(value, inner, document)
+        return found
     text: str = node.value
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
     if plain and _INT.fullmatch(text) and len(text) > MAX_DIGITS:
-        Tree(text, where).refuse("the number is too long")
-    return Tree(_core(text) if plain else text, where, text)
+        raise SpecError(f"{where}: the number is too long")
+    value = _core(text) if plain else text
+    document.places[path] = Place(where, value, text)
+    return value
 
 
 def _core(text: str) -> Scalar:
