@@ -6,8 +6,9 @@ under that lock meanwhile.
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import anyio
 from anyio import lowlevel, to_thread
@@ -15,6 +16,7 @@ from anyio import lowlevel, to_thread
 from qmpsnap.errors import StorageHangs
 from qmpsnap.host.outstanding import LOOK, Work, covered
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -29,6 +31,16 @@ async def to_end(call: Callable[..., T], *arguments: object) -> T:
         cover.require_back()
     work = Work(call, *arguments, reads=False)
     return await completed(to_thread.run_sync(work.run), hangs=work.hangs)
+
+
+def runs_to_end(call: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The call as async code awaits it: by :func:`to_end`."""
+
+    @functools.wraps(call)
+    async def called(*arguments: P.args, **rest: P.kwargs) -> T:
+        return await to_end(functools.partial(call, *arguments, **rest))
+
+    return called
 
 
 async def to_read(call: Callable[..., T], *arguments: object) -> T:

@@ -437,10 +437,10 @@ async def test_a_removal_that_fails_is_told(fake: Fake, pool: Path, monkeypatch:
 async def test_removal(pool: Path) -> None:
     path = pool / "a"
     made = await ImageTool().create_base(path, format="raw", virtual_size=MIB)
-    assert await create.remove(path, device=made.device, inode=made.inode)
+    assert await create.remove(str(path), device=made.device, inode=made.inode)
     assert not path.exists()
-    assert not await create.remove(path, device=made.device, inode=made.inode)
-    assert not await create.remove(pool / "no" / "a", device=made.device, inode=made.inode)
+    assert not await create.remove(str(path), device=made.device, inode=made.inode)
+    assert not await create.remove(str(pool / "no" / "a"), device=made.device, inode=made.inode)
 
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "folder"])
@@ -455,7 +455,7 @@ async def test_another_file_is_not_removed(pool: Path, kind: str) -> None:
         case _:
             path.mkdir()
     with pytest.raises(StoreMismatch, match="not the recorded image"):
-        await create.remove(path, device=made.device, inode=made.inode)
+        await create.remove(str(path), device=made.device, inode=made.inode)
     assert sorted(entry.name for entry in pool.iterdir()) == ["a", "b"]
 
 
@@ -463,5 +463,5 @@ async def test_the_folder_is_flushed_after_removal(pool: Path, monkeypatch: pyte
     made = await ImageTool().create_base(pool / "a", format="raw", virtual_size=MIB)
     seen: list[tuple[Path, bool]] = []
     monkeypatch.setattr(os, "fsync", lambda fd: seen.append((opened(fd), (pool / "a").exists())))
-    await create.remove(pool / "a", device=made.device, inode=made.inode)
+    await create.remove(str(pool / "a"), device=made.device, inode=made.inode)
     assert seen == [(pool, False)]

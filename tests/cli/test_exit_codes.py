@@ -34,16 +34,16 @@ UNKNOWN = {
 BAD_SPECS = {
     "unknown-key": ("name: m\nmemry: 1G\n", r"2:1: unknown key 'memry'; did you mean 'memory'"),
     "not-yaml": ("name: [m\n", r"2:1: not valid YAML"),
-    "bad-name": ("name: ../m\n", r"1:7: expected 'name' to be 1 to 63 of a-z.*, found the string '../m'"),
+    "bad-name": ("name: ../m\n", r"1:7: expected 'name' to be 1 to 63 of a-z, 0-9"),
     "bad-disk-name": (
         "name: m\ndisks: [{name: v/da, size: 1M}]\n",
-        r"2:16: expected 'name' to be a lower-case letter and .*, found the string 'v/da'",
+        r"2:16: expected 'name' to be a lower-case letter and at most 15 more",
     ),
     "size-0": (
         "name: m\ndisks:\n  - {name: vda, size: 0}\n",
-        r"3:23: expected 'size' to be a size .*, found the number 0",
+        r"3:23: expected 'size' to be a size such as 512M",
     ),
-    "memory-0": ("name: m\nmemory: 0\n", r"2:9: expected 'memory' to be a size .*, found the number 0"),
+    "memory-0": ("name: m\nmemory: 0\n", r"2:9: expected 'memory' to be a size such as 512M"),
     "alias": ("name: &m m\n", r"1:7: anchors"),
 }
 

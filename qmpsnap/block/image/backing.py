@@ -11,7 +11,7 @@ from qmpsnap.block.image.header import Header, printable
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.host.files import opened, same_file
-from qmpsnap.host.threads import to_end
+from qmpsnap.host.threads import runs_to_end, to_end
 from qmpsnap.model.layers.chain import Layer
 
 
@@ -46,14 +46,22 @@ async def set_backing(
             raise HostCannot(f"the backing file of {layer.path} was not changed: {said or 'no reason given'}")
 
 
-async def require_backing(layer: Layer, backing: Layer | None) -> None:
+@runs_to_end
+def require_backing(layer: Layer, backing: Layer | None) -> None:
     """Make sure that the header of ``layer``, which a QEMU may have open, names ``backing``.
 
     Raises:
         StoreMismatch: it does not, or the file is another one than recorded.
         HostCannot: it cannot be read.
     """
-    await to_end(_require_backing, layer, backing)
+    with _opened(layer) as descriptor:
+        found = _header(descriptor, layer).backing
+    if found != (backing.path if backing else None):
+        raise StoreMismatch(
+            f"the header of {printable(layer.path)} names {printable(found) if found else 'nothing'} as its backing"
+            " file,"
+            f" instead of {printable(backing.path) if backing else 'nothing'}"
+        )
 
 
 def require_size(layer: Layer, found: Header | None = None) -> None:
@@ -88,17 +96,6 @@ def durable_size(layer: Layer) -> int:
         except OSError as error:
             raise HostCannot(f"{printable(layer.path)} cannot be synced: {error.strerror}") from error
         return _header(descriptor, layer).virtual_size
-
-
-def _require_backing(layer: Layer, backing: Layer | None) -> None:
-    with _opened(layer) as descriptor:
-        found = _header(descriptor, layer).backing
-    if found != (backing.path if backing else None):
-        raise StoreMismatch(
-            f"the header of {printable(layer.path)} names {printable(found) if found else 'nothing'} as its backing"
-            " file,"
-            f" instead of {printable(backing.path) if backing else 'nothing'}"
-        )
 
 
 @contextmanager

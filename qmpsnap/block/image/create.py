@@ -33,7 +33,7 @@ from qmpsnap.errors import (
 from qmpsnap.hint import call
 from qmpsnap.host import files
 from qmpsnap.host.files import FileId, same_file
-from qmpsnap.host.threads import to_end, to_read
+from qmpsnap.host.threads import runs_to_end, to_end, to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import Format
 
@@ -157,9 +157,8 @@ class ImageTool(Struct, frozen=True):
         raise HostCannot(f"{self.binary} failed ({how}): {printable(text) or 'no message'}; {shown} was not created")
 
 
-async def remove(
-    path: str | os.PathLike[str], *, device: int, inode: int, birth: int = 0, size: int | None = None
-) -> bool:
+@runs_to_end  # not given up half-way: whoever called must learn whether the file is gone
+def remove(path: str, *, device: int, inode: int, birth: int = 0, size: int | None = None) -> bool:
     """Unlink an image durably, if it is still the file it was recorded as; say whether it was there.
 
     ``size``: bytes that the file had when it was frozen, None where it was not or nobody knows; it counts where its
@@ -169,8 +168,26 @@ async def remove(
         StoreMismatch: another file is at ``path``; it was not touched.
         HostCannot: no right, or the disk fails.
     """
-    # Not given up half-way: whoever called must learn whether the file is gone.
-    return await to_end(_remove, os.fspath(path), FileId(device, inode, birth), size)
+    folder_path, name = os.path.split(path)
+    with _translated(path, "was not removed"), contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(files.opened_folder(folder_path or "."))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        found = FileId.at(name, folder=folder)
+        if found is None:
+            return False
+        if not same_file(FileId(device, inode, birth), found, size=size):
+            raise StoreMismatch(
+                f"the file at {printable(path)} is not the recorded image; it was not touched",
+                hint="move it away; if it is a copy of the recorded image, "
+                + call("relocate", dry_run=True)
+                + " compares it",
+            )
+        os.unlink(name, dir_fd=folder)
+        with _translated(path, "was removed, but perhaps not durably", effect="unknown"):
+            os.fsync(folder)
+    return True
 
 
 class _Claim:
@@ -323,29 +340,6 @@ def _check_backing(backing: Layer, encrypted: bool) -> None:  # noqa: FBT001
         )
     # An overlay of the recorded size would cut, or lengthen, the disk that the guest sees.
     require_size(backing, found)
-
-
-def _remove(path: str, recorded: FileId, size: int | None) -> bool:
-    folder_path, name = os.path.split(path)
-    with _translated(path, "was not removed"), contextlib.ExitStack() as stack:
-        try:
-            folder = stack.enter_context(files.opened_folder(folder_path or "."))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        found = FileId.at(name, folder=folder)
-        if found is None:
-            return False
-        if not same_file(recorded, found, size=size):
-            raise StoreMismatch(
-                f"the file at {printable(path)} is not the recorded image; it was not touched",
-                hint="move it away; if it is a copy of the recorded image, "
-                + call("relocate", dry_run=True)
-                + " compares it",
-            )
-        os.unlink(name, dir_fd=folder)
-        with _translated(path, "was removed, but perhaps not durably", effect="unknown"):
-            os.fsync(folder)
-    return True
 
 
 @contextmanager

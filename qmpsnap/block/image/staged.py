@@ -13,7 +13,7 @@ from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.hint import option
 from qmpsnap.host.files import FileId, opened, same_file, sync_folder
-from qmpsnap.host.threads import to_end
+from qmpsnap.host.threads import runs_to_end
 
 
 def part_of(path: str, tag: str) -> str:
@@ -21,7 +21,8 @@ def part_of(path: str, tag: str) -> str:
     return f"{path}.qs-{tag}.part"
 
 
-async def put(part: str, path: str, file: FileId) -> None:
+@runs_to_end
+def put(part: str, path: str, file: FileId) -> None:
     """Give a finished file its name, durably.
 
     Raises:
@@ -29,36 +30,72 @@ async def put(part: str, path: str, file: FileId) -> None:
         StoreMismatch: another file is where it was made; that was not touched.
         HostCannot: the file system cannot.
     """
-    await to_end(_put, part, path, file)
+    try:
+        os.link(part, path, follow_symlinks=False)
+        if not _is(path, file):
+            Path(path).unlink()  # the name that we have just given it; the file keeps its own
+            raise StoreMismatch(f"{printable(part)} was replaced by another file; it was not touched")
+        Path(part).unlink()
+        sync_folder(Path(path).parent)
+    except FileExistsError as error:
+        raise taken(path) from error
+    except OSError as error:
+        hint = ""
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            hint = "that file system has no hard links: create the image yourself, then use " + option("reuse")
+        raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}", hint=hint) from error
 
 
-async def claim(part: str, path: str) -> None:
+@runs_to_end
+def claim(part: str, path: str) -> None:
     """Give a finished file its name durably, and leave it the one it has: by that it is told from others.
 
     Raises:
         StateError: something is there; it was not touched.
         HostCannot: the file system cannot.
     """
-    await to_end(_claim, part, path)
+    try:
+        os.link(part, path, follow_symlinks=False)
+        sync_folder(Path(path).parent)
+    except FileExistsError as error:
+        raise StateError(f"{printable(path)} exists already", hint="choose another name") from error
+    except OSError as error:
+        raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}") from error
 
 
-async def make_durable(path: str, file: FileId) -> None:
+@runs_to_end
+def make_durable(path: str, file: FileId) -> None:
     """Write a file out, and its name.
 
     Raises:
         StoreMismatch: another file has that name.
         HostCannot: the disk fails.
     """
-    await to_end(_make_durable, path, file)
+    try:
+        with opened(path) as descriptor:
+            if not same_file(file, FileId.of(descriptor)):
+                raise StoreMismatch(f"{printable(path)} was replaced by another file", effect="unknown")
+            os.fsync(descriptor)
+        sync_folder(Path(path).parent)
+    except OSError as error:
+        raise HostCannot(f"{printable(path)} cannot be synced: {error.strerror}", effect="unknown") from error
 
 
-async def discard(path: str, file: FileId) -> bool:
+@runs_to_end
+def discard(path: str, file: FileId) -> bool:
     """Remove the file at that name if it is the one meant; say whether it was.
 
     Raises:
         HostCannot: no right, or the disk fails.
     """
-    return await to_end(_discard, path, file)
+    if not _is(path, file):
+        return False
+    try:
+        Path(path).unlink()
+        sync_folder(Path(path).parent)
+    except OSError as error:
+        raise HostCannot(f"{printable(path)} cannot be removed: {error.strerror}") from error
+    return True
 
 
 def require_folder(path: str) -> None:
@@ -76,40 +113,22 @@ def require_folder(path: str) -> None:
         )
 
 
-async def identity_of(path: str) -> FileId | None:
+def _identity(path: str) -> FileId | None:
     """Identity of the regular file at that name, None if there is none.
 
     Raises:
         HostCannot: nobody can tell.
     """
-    return await to_end(_identity, path)
-
-
-def _claim(part: str, path: str) -> None:
     try:
-        os.link(part, path, follow_symlinks=False)
-        sync_folder(Path(path).parent)
-    except FileExistsError as error:
-        raise StateError(f"{printable(path)} exists already", hint="choose another name") from error
-    except OSError as error:
-        raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}") from error
+        with opened(path, os.O_PATH) as descriptor:
+            return FileId.of(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # it may be there, and then it is not gone
+        raise HostCannot(f"{printable(path)} cannot be looked at: {error.strerror}", effect="unknown") from error
 
 
-def _put(part: str, path: str, file: FileId) -> None:
-    try:
-        os.link(part, path, follow_symlinks=False)
-        if not _is(path, file):
-            Path(path).unlink()  # the name that we have just given it; the file keeps its own
-            raise StoreMismatch(f"{printable(part)} was replaced by another file; it was not touched")
-        Path(part).unlink()
-        sync_folder(Path(path).parent)
-    except FileExistsError as error:
-        raise taken(path) from error
-    except OSError as error:
-        hint = ""
-        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-            hint = "that file system has no hard links: create the image yourself, then use " + option("reuse")
-        raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}", hint=hint) from error
+identity_of = runs_to_end(_identity)
 
 
 def taken(path: str) -> StateError:
@@ -120,38 +139,6 @@ def taken(path: str) -> StateError:
     )
 
 
-def _make_durable(path: str, file: FileId) -> None:
-    try:
-        with opened(path) as descriptor:
-            if not same_file(file, FileId.of(descriptor)):
-                raise StoreMismatch(f"{printable(path)} was replaced by another file", effect="unknown")
-            os.fsync(descriptor)
-        sync_folder(Path(path).parent)
-    except OSError as error:
-        raise HostCannot(f"{printable(path)} cannot be synced: {error.strerror}", effect="unknown") from error
-
-
-def _discard(path: str, file: FileId) -> bool:
-    if not _is(path, file):
-        return False
-    try:
-        Path(path).unlink()
-        sync_folder(Path(path).parent)
-    except OSError as error:
-        raise HostCannot(f"{printable(path)} cannot be removed: {error.strerror}") from error
-    return True
-
-
 def _is(path: str, file: FileId) -> bool:
     found = _identity(path)
     return found is not None and same_file(file, found)
-
-
-def _identity(path: str) -> FileId | None:
-    try:
-        with opened(path, os.O_PATH) as descriptor:
-            return FileId.of(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:  # it may be there, and then it is not gone
-        raise HostCannot(f"{printable(path)} cannot be looked at: {error.strerror}", effect="unknown") from error

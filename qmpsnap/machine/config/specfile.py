@@ -30,7 +30,7 @@ _FLAGS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": Fa
 _FORWARD: Final = re.compile(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?")
 _PATHS: Final = ("kernel", "initrd", "image", "base", "secret-file")
 _HINTS: Final = {
-    "name": "give it one, as in 'name: web' or 'name: vda'",
+    "name": "as in 'name: web' for a machine, 'name: vda' for a disk",
     "host": "as in '{host: 2222, guest: 22}'",
     "guest": "as in '{host: 2222, guest: 22}'",
     "size": "units are K, M, G, T and P, powers of 1024",
