@@ -149,7 +149,7 @@ def _guest(home: Home) -> Ability:
 def _store(home: Home) -> Ability:
     try:
         with SqliteStore(home.store, machines=home.machines, make=False) as store:
-            machines, barred, lost = store.machines(), store.barred, store.lost()
+            machines, barred, lost = store.machines(), store.barred, store.records.lost(wait=False)
             is_there = store.is_there
     except QmpsnapError as error:
         return Ability("store", "no", error.message, error.hint)

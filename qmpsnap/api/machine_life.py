@@ -236,10 +236,9 @@ class MachineLife:
         """
         store = self._context.store
         pending = await blocking(lambda: store.operations(self.name, only_open=True))
-        async with working(self._context, self.name, "recover", alone=False) as work:
-            if not await blocking(store.is_described, work.machine):  # an undefine that failed may have removed it
-                with contextlib.suppress(QmpsnapError):  # what was open has ended all the same, and `check` says so
-                    await blocking(store.describe, self.name)
+        async with working(self._context, self.name, "recover", alone=False):
+            with contextlib.suppress(QmpsnapError):  # what was open has ended all the same, and `check` says so
+                await blocking(store.records.keep, self.name)  # an undefine that failed may have removed it
             return list(pending)
 
     async def check(self, *, deep: bool = False, repair: bool = False) -> Checked:

@@ -84,7 +84,7 @@ def answering(done: str = "") -> Iterator[SqliteStore]:
 def untold(store: Store) -> StoreMismatch | None:
     """What an empty or short list of machines must not hide: there is no home, or its store has lost machines."""
     places = home()
-    if lost := store.lost():
+    if lost := store.records.lost(wait=False):
         aside = " --set-aside" if store.machines() else ""
         what = "lacks" if store.is_there else "does not exist; it had"
         return StoreMismatch(

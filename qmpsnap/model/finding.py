@@ -37,7 +37,7 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "record-missing": Kind(
         "I3",
-        "The file from which a lost store can be rebuilt is missing or belongs to another machine.",
+        "The machine's record, from which a lost store can be rebuilt, is missing or is not what the store has.",
         "It is written again from the store.",
     ),
     "layer-missing": Kind(

@@ -8,6 +8,9 @@ from msgspec import Struct
 
 from qmpsnap.model.names import OperationId
 
+RECORD = "record.json"
+"""The name of a machine's record in its folder."""
+
 
 class Home(Struct, frozen=True, kw_only=True):
     """The four places. ``QMPSNAP_HOME`` puts them under one folder.
@@ -79,6 +82,10 @@ class Home(Struct, frozen=True, kw_only=True):
     def machine_dir(self, machine: str) -> Path:
         """The folder of one machine's images."""
         return self.machines / machine
+
+    def record(self, machine: str) -> Path:
+        """The machine's record beside its images."""
+        return self.machine_dir(machine) / RECORD
 
     def lock(self, machine: str) -> Path:
         """The machine's lock: beside the store, so that all who share that share the lock, wherever sockets are."""

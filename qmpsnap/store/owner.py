@@ -84,6 +84,11 @@ def of_machine(home: Home, machine: str) -> Iterator[Flaw]:
         yield from (flaw for flaw in _flaw(str(folder), above=False) if flaw.foreign)  # its mode is a finding already
 
 
+def of_folder(path: Path) -> Iterator[Flaw]:
+    """How somebody else can change what is in one folder."""
+    yield from _flaw(str(path), above=False)
+
+
 def close_to_others(path: str) -> None:
     """Take the right to write to it from everybody but the owner of a file or folder.
 

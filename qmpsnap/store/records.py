@@ -1,241 +1,221 @@
-"""What a lost store can be made again from, in small files beside it.
+"""A machine's whole record beside its images: a lost store is made again from it, and an old copy is told by it.
 
-Images and state files say most of it themselves. They do not say whose they are, how the machine is launched and, for
-those outside its folder, where they lie: that is written down here before the store settles it. One file per machine
-for itself (``NAME.json``), one for its images and state files at other places (``NAME.places``), a line for each.
+``record.json`` in the machine's folder has what the store has of the machine. It is written before the store settles an
+operation, and bears that operation's number: so it is never older than the images, and one that is ahead of the store
+by an operation that the store has open is no sign of an old store. Decision 0013 says what each death leaves.
+
+An earlier release kept only how machines were launched, in ``records`` beside the machines' folder.
 """
 
 import contextlib
+import errno
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import files, write_errors
 from qmpsnap.host.files import sync_folder
+from qmpsnap.model.home import RECORD
 from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import layer_disk
+from qmpsnap.model.names import LayerId
 from qmpsnap.model.relocation import HomeRecord
 from qmpsnap.store.sqlite.json_values import decoded
 
-FOLDER = "records"
-LARGE = 1 << 16
-"""Bytes from which on a file of places is looked through for what says nothing any more."""
 
+class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All that the store has of a machine, but for its journal, its QEMU and what was agreed to.
 
-class Place(Struct, frozen=True, omit_defaults=True):
-    """An image, or the path of a state file, at a place of its own; ``gone``: the store has it no more."""
+    Attributes:
+        machine: its spec and current snapshot.
+        generation: how often the store has changed it; -1 where an earlier release wrote this.
+        operation: the operation that settled with it; 0 where none did.
+        serial: the last number that the store had given to an operation.
+        home: of which home it is, and where that lay.
+        active: the active layer of each disk.
+        layers: every layer that its disks and snapshots read.
+        snapshots: oldest first.
+    """
 
-    layer: Layer | None = None
-    state: str | None = None
-    gone: bool = False
+    machine: Machine
+    generation: int = -1
+    operation: int = 0
+    serial: int = 0
+    home: HomeRecord | None = None
+    active: dict[str, LayerId] = {}
+    layers: tuple[Layer, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
 
-    @property
-    def says_nothing(self) -> bool:
-        """Whether it is gone, and no file lies there that could be taken for it; a folder may be away for now."""
-        path = Path(self.layer.path if self.layer else self.state or "")
-        return self.gone and path.parent.is_dir() and not os.path.lexists(path)
+    def describes(self, uuid: str, generation: int) -> bool:
+        """Whether it is that machine's, as the store has it at that generation."""
+        return (self.machine.uuid, self.generation) == (uuid, generation)
 
 
 class _Housed(Struct, frozen=True):
-    """What a machine's file says beside the machine."""
-
     home: HomeRecord | None = None
 
 
 class Records:
-    """The files of one store."""
+    """The records of one home.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        machines: the folder with the machines' folders.
+    """
 
-    def write(self, machine: Machine, home: HomeRecord | None = None) -> None:
-        """Write a machine down, and of which home it is, durably.
+    def __init__(self, machines: Path) -> None:
+        self._machines = machines
+        self.earlier = machines.parent / "records"
+        """Where an earlier release kept them."""
+
+    def write(self, record: Record, *, make: bool = False) -> None:
+        """Put a record in the place of the one before, durably.
+
+        Args:
+            record: of a machine.
+            make: also the machine's folder; else one that is not there is on a file system that is not there now.
 
         Raises:
-            HostCannot: no right, no space.
+            HostCannot: no right, no space, no folder.
         """
-        said = msgspec.to_builtins(_lasting(machine))
-        if home:
-            said["home"] = {"id": home.id, "path": home.path}
-        text = msgspec.json.format(msgspec.json.encode(said))
-        with _translated(self._folder):
-            files.make_folder(self._folder)
-            path = self._machine(machine.name)
+        path = self._path(record.machine.name)
+        with _translated(path.parent):
+            if make:
+                files.make_folder(path.parent)
+                sync_folder(self._machines)
             fresh = path.with_name(f"{path.name}.part")
             fresh.unlink(missing_ok=True)
-            _append(fresh, text + b"\n", flags=os.O_EXCL)
+            _write_new(fresh, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
             fresh.replace(path)
-            sync_folder(self._folder)
+            sync_folder(path.parent)
 
-    def has(self, machine: Machine) -> bool:
-        """Whether the file is there, and this machine's."""
-        found = self._read(self._machine(machine.name))
-        return found is not None and found == _lasting(machine)
-
-    def add(self, machine: str, places: Iterable[Place]) -> None:
-        """Note images or state files at places of their own, durably.
+    def read(self, machine: str) -> Record | None:
+        """A machine's record; None where there is none, or nothing that is one.
 
         Raises:
-            HostCannot: no right, no space.
+            HostCannot: it cannot be read, which does not mean that it says nothing.
         """
-        text = b"".join(msgspec.json.encode(place) + b"\n" for place in places)
-        if not text:
-            return
-        with _translated(self._folder):
-            files.make_folder(self._folder)
-            path = self.places_file(machine)
-            fresh = not path.exists()
-            _append(path, text)
-            shortened = path.stat().st_size > LARGE and self._shorten(machine)
-            if fresh or shortened:
-                sync_folder(self._folder)
+        path = self.file(machine)
+        try:
+            # Something else in its place is refused, and makes nobody wait.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "rb") as file:
+                said = file.read()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return None
+            raise _unreadable(path.parent, error) from error
+        try:
+            if path.name == RECORD:
+                found = decoded(said, Record)
+            else:
+                found = Record(machine=decoded(said, Machine), home=decoded(said, _Housed).home)
+        except StoreMismatch:
+            return None
+        return found if found.machine.name == machine else None
 
-    def withdraw(self, layers: Collection[Layer]) -> None:
-        """Note that layers are gone wherever they are noted: who removes one need not be who made it.
-
-        Raises:
-            HostCannot: no right, no space.
-        """
-        for name in self._names(".places") if layers else ():
-            machine = name.removesuffix(".places")
-            there = {place.layer.id: not place.gone for place in self.places(machine) if place.layer}
-            self.add(machine, [Place(layer=layer, gone=True) for layer in layers if there.get(layer.id)])
-
-    def _shorten(self, machine: str) -> bool:
-        """Write the file anew with what still says something, where that is less than half of it."""
-        lines = self.places(machine)
-        last = {place.layer.id if place.layer else place.state: place for place in lines}
-        kept = [place for place in last.values() if not place.says_nothing]
-        if 2 * len(kept) > len(lines):
-            return False
-        path = self.places_file(machine)
-        fresh = path.with_name(f"{path.name}.part")
-        fresh.unlink(missing_ok=True)
-        _append(fresh, b"".join(msgspec.json.encode(place) + b"\n" for place in kept), flags=os.O_EXCL)
-        fresh.replace(path)
-        return True
-
-    def forget(self, machine: str) -> None:
-        """Remove what there is of a machine: what stays is taken for a machine that the store has lost.
-
-        Raises:
-            HostCannot: it is all there still.
-        """
-        with _translated(self._folder):
-            self._machine(machine).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it is gone, if perhaps not durably; what it notes then helps nobody
-            self.places_file(machine).unlink(missing_ok=True)
-            sync_folder(self._folder)
-
-    def take_back(self, machine: Machine) -> None:
-        """Remove what the definition of a machine has written, where it has, durably.
-
-        Raises:
-            HostCannot: that cannot be found out, or something of it may be left.
-        """
-        with _translated(self._folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            with contextlib.suppress(FileNotFoundError):  # gone, but for all we know not durably
-                said = self._machine(machine.name).read_bytes()
-                with contextlib.suppress(StoreMismatch):  # another's, or nobody's
-                    if decoded(said, Machine) == _lasting(machine):
-                        self.forget(machine.name)
-            sync_folder(self._folder)
-
-    def home(self) -> HomeRecord | None:
-        """Which home the machines were written down for, and where that lay; None where none says."""
-        names: list[str] = []
-        with contextlib.suppress(OSError):
-            names = self._names()
-        for name in names:
-            with contextlib.suppress(OSError, StoreMismatch):
-                if found := decoded((self._folder / name).read_bytes(), _Housed).home:
-                    return found
-        return None
-
-    def machines(self) -> tuple[Machine, ...]:
-        """Every machine that was written down, by name.
+    def all(self) -> tuple[Record, ...]:
+        """Every machine's record, by name.
 
         Raises:
             HostCannot: no right to look.
         """
-        try:
-            names = self._names()
-        except OSError as error:
-            raise HostCannot(
-                f"{self._folder} cannot be read: {error.strerror}",
-                hint="let this user read it and the files in it",
-            ) from error
-        found = (self._read(self._folder / name) for name in names)
-        return tuple(machine for machine in found if machine)
+        found = (self.read(name) for name in self.names())
+        return tuple(record for record in found if record)
 
-    def places(self, machine: str) -> tuple[Place, ...]:
-        """What was noted of a machine, oldest first; a line that a crash has cut is left out.
+    def names(self) -> tuple[str, ...]:
+        """The machines that have a record.
 
         Raises:
-            HostCannot: it cannot be read, which does not mean that there is nothing.
+            HostCannot: no right to look.
         """
-        path = self.places_file(machine)
-        try:
-            lines = path.read_bytes().splitlines()
-        except (FileNotFoundError, NotADirectoryError):
-            return ()
-        except OSError as error:
-            raise HostCannot(
-                f"{path} cannot be read: {error.strerror}", hint="give this user the right to read it"
-            ) from error
-        found = []
-        for line in lines:
-            with contextlib.suppress(StoreMismatch):
-                found.append(decoded(line, Place))
-        return tuple(place for place in found if place.layer is None or layer_disk(place.layer.id))
+        found = {name for name in _listed(self._machines) if _may_be_there(self._path(name))}
+        earlier = {name.removesuffix(".json") for name in _listed(self.earlier) if name.endswith(".json")}
+        return tuple(sorted(found | earlier))
 
-    def places_file(self, name: str) -> Path:
-        """Where a machine's places are written down."""
-        return self._folder / f"{name}.places"
+    def home(self) -> HomeRecord | None:
+        """Which home the records were written for, and where that lay; None where none says."""
+        names: tuple[str, ...] = ()
+        with contextlib.suppress(HostCannot):
+            names = self.names()
+        for name in names:
+            with contextlib.suppress(HostCannot):
+                if (found := self.read(name)) and found.home:
+                    return found.home
+        return None
 
-    def _names(self, ending: str = ".json") -> list[str]:
-        try:
-            return [name for name in sorted(os.listdir(self._folder)) if name.endswith(ending)]  # noqa: PTH208 - as text
-        except FileNotFoundError:
-            return []
+    def forget(self, machine: str) -> None:
+        """Remove a machine's record, durably: what stays is taken for a machine that the store has lost.
 
-    def _machine(self, name: str) -> Path:
-        return self._folder / f"{name}.json"
+        Raises:
+            HostCannot: it is there still.
+        """
+        path = self._path(machine)
+        with _translated(path.parent), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self.forget_earlier(machine)
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
+            with contextlib.suppress(OSError):  # an adopted machine need not have a file of its own
+                path.parent.rmdir()
 
-    def _read(self, path: Path) -> Machine | None:
-        try:
-            found = decoded(path.read_bytes(), Machine)
-        except (OSError, StoreMismatch):
-            return None
-        return found if path.name == f"{found.name}.json" else None
+    def forget_earlier(self, machine: str) -> None:
+        """Remove what an earlier release has kept of a machine.
+
+        Raises:
+            OSError: it is there still.
+        """
+        if self.earlier.is_dir():
+            for ending in ("json", "places"):
+                (self.earlier / f"{machine}.{ending}").unlink(missing_ok=True)
+            sync_folder(self.earlier)
+            with contextlib.suppress(OSError):
+                self.earlier.rmdir()
+
+    def file(self, machine: str) -> Path:
+        """The file that a machine's record is in."""
+        path, earlier = self._path(machine), self.earlier / f"{machine}.json"
+        return earlier if earlier.exists() and not path.exists() else path
+
+    def _path(self, machine: str) -> Path:
+        return self._machines / machine / RECORD
 
 
-def _lasting(machine: Machine) -> Machine:
-    """What does not change while the machine exists; to its further QEMU arguments a rebuilt store has no consent."""
-    return replace(machine, process=None, current=None, consent=None)
-
-
-def _append(path: Path, text: bytes, *, flags: int = 0) -> None:
-    """Write a line, or a file, durably and whole: a line that a crash had cut before it must not swallow it."""
-    access = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, access | flags, 0o600)
+def _listed(folder: Path) -> list[str]:
     try:
+        return os.listdir(folder)  # noqa: PTH208 - as text
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _may_be_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.ENOTDIR)
+    return True
+
+
+def _unreadable(folder: Path, error: OSError) -> HostCannot:
+    return HostCannot(
+        f"{folder} cannot be read: {error.strerror}",
+        hint="give this user the right to read it and what is in it",
+    )
+
+
+def _write_new(path: Path, text: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
         os.fchmod(descriptor, 0o600)
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            text = b"\n" + text
-        while text:
-            text = text[os.write(descriptor, text) :]
+        file.write(text)
+        file.flush()
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

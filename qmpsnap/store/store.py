@@ -16,6 +16,7 @@ from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.store.sqlite.frozen_files import FrozenTable
 from qmpsnap.store.sqlite.homes import HomeTable
 from qmpsnap.store.sqlite.pruning import PrunedTable
+from qmpsnap.store.sqlite.record_table import RecordTable
 
 
 class Store(Protocol):
@@ -32,6 +33,10 @@ class Store(Protocol):
     @property
     def home(self) -> HomeTable:
         """Which home this is the store of, and where that lies."""
+
+    @property
+    def records(self) -> RecordTable:
+        """The machines' records beside their images; a change is there before the operation settles that makes it."""
 
     @property
     def is_there(self) -> bool:
@@ -127,37 +132,8 @@ class Store(Protocol):
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
         """The machine's journal, oldest first; without those that were pruned."""
 
-    def is_described(self, machine: Machine) -> bool:
-        """Whether what a lost store could be made again from is there: what ``settle`` keeps beside the store."""
-
-    def describe(self, machine: str) -> None:
-        """Write that down again."""
-
-    def undescribe(self, machine: Machine) -> None:
-        """Remove what was written down of this very machine, whose definition did not settle.
-
-        Raises:
-            HostCannot: something of it may be left.
-        """
-
     def follow_devices(self) -> None:
         """Where the kernel has given a file system another device number, the recorded files have it from now on.
 
         Left alone where the store has machines of other hosts, on which the same files have other numbers.
-        """
-
-    def lost(self) -> tuple[str, ...]:
-        """The machines that were written down and that this store does not know, by name; none that is being defined.
-
-        They may read any layer: which, nobody knows.
-        """
-
-    def remembered(self, name: str) -> Machine | None:
-        """The machine of that name as it was written down; this store need not know it."""
-
-    def places(self, machine: str) -> tuple[Layer, ...]:
-        """Every layer of the machine that was settled outside its folder, or under a name of its own.
-
-        Those that were removed since are left out. It is kept beside the store, so an old copy of the store does not
-        make it older.
         """

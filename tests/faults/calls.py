@@ -241,7 +241,7 @@ class Machine:
 _KINDS = (
     (r"\.db$", "store"),
     (r"\.db-(wal|shm|journal)$", r"\1"),
-    (r"/records/.*", "record"),
+    (r"/record\.json(\.part)?$", "record"),
     (r"/locks/.*|\.lock$", "lock"),
     (r"\.qcow2$|\.raw$|/elsewhere/\w+$", "image"),
     (r"\.part$|\.tmp$|/\.[^/]*$", "file in the making"),

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.errors import QmpsnapError
+from qmpsnap.model.home import RECORD
 from qmpsnap.model.operations.operation import OPEN_STATES, Operation
 from tests.live.machine import context_of
 
@@ -97,7 +98,7 @@ async def standing(vm: qmpsnap.MachineHandle, place: Path, *, but: Path | None =
         name = machine.name
         open_ = store.operations(name, only_open=True)
         found[name] = (machine.current, store.chains(name), store.snapshots(name), open_)
-    files = [path for folder in (context.home.machines, place) for path in folder.rglob("*") if path.is_file()]
+    files = [path for folder in (context.home.machines, place) for path in folder.rglob("*") if _is_told_of(path)]
     found["files"] = {str(path): path.stat().st_ino for path in sorted(files) if path != but}
     found[_WRITTEN] = {str(path): path.stat().st_mtime_ns for path in sorted(files) if path != but}
     found["state"] = await vm.state() if vm.name in found else "gone"
@@ -106,6 +107,11 @@ async def standing(vm: qmpsnap.MachineHandle, place: Path, *, but: Path | None =
 
 _WRITTEN = "written"
 """When each file was written to: a guest does so, too, and a verb that is undone; so it only tells that one was."""
+
+
+def _is_told_of(path: Path) -> bool:
+    """The machine's record says what the store says."""
+    return path.is_file() and not path.name.startswith(RECORD)
 
 
 def differs(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -148,7 +154,7 @@ def _seen(vm: qmpsnap.MachineHandle) -> dict[str, Any]:
 def _files(vm: qmpsnap.MachineHandle) -> dict[str, int]:
     folder: Path = context_of(vm).home.machine_dir(vm.name)
     found = {}
-    for file in folder.iterdir():
+    for file in filter(_is_told_of, folder.iterdir()):
         with contextlib.suppress(FileNotFoundError):
             found[file.name] = file.stat().st_ino
     return found

@@ -50,8 +50,7 @@ async def _disorder(vm: qmpsnap.MachineHandle, _: Path) -> None:
     layer = Path(context.store.chains(NAME)[0].layers[0].path)
     shutil.copy2(layer, layer.with_name("extra.qcow2"))
     layer.chmod(0o644)
-    for record in (context.home.data / "records").glob("*"):
-        record.unlink()
+    context.home.record(NAME).unlink()
 
 
 async def _repair(vm: qmpsnap.MachineHandle, _: Path) -> object:

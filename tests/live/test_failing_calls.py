@@ -77,14 +77,14 @@ async def test_a_definition_is_undone_once_what_it_wrote_down_is_gone(
 ) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(records, "sync_folder", failing(sync_folder, lambda _: True, times=99))
-        with pytest.raises(HostCannot, match="records") as told:
+        with pytest.raises(HostCannot, match="cannot be written") as told:
             await q.define(SPEC)
         assert told.value.effect == "unknown"
         with pytest.raises(OperationPending) as pending:
             await q.recover("m")
         assert pending.value.effect == "unknown"
     await q.recover("m")
-    assert q.context.store.lost() == ()
+    assert q.context.store.records.lost() == ()
     await hold_invariants(await q.define(SPEC))
 
 
@@ -112,7 +112,7 @@ async def test_what_was_begun_may_have_changed_something(
     shutil.copy2(layer, place / "copy")
     (place / "copy").replace(layer)
     with monkeypatch.context() as broken:
-        broken.setattr(records, "_append", failing(records._append, lambda _: True, times=99))
+        broken.setattr(records, "_write_new", failing(records._write_new, lambda _: True, times=99))
         with pytest.raises(HostCannot) as told:
             await relocate.run(q.context, accept_copies=True)
     assert told.value.effect == "unknown"

@@ -323,7 +323,7 @@ async def test_a_load_that_fails_leaves_no_guest_running(
     store: Any = context_of(vm).store
     text = msgspec.json.encode(replace((await vm.record()).spec, memory=96 * MIB)).decode()
     store._database.connection.execute("UPDATE machine SET spec = ? WHERE name = 'still'", (text,))
-    store.describe("still")
+    store.records.write("still")
     await vm.start()
     await fill(vm, "vda", 2)
     with pytest.raises(StateError, match="different virtual hardware"):

@@ -14,6 +14,7 @@ import qmpsnap
 from qmpsnap.cli.hints import as_typed
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, NameRefused, NameTaken, NotFoundError, QemuGone, StateError, StoreMismatch
+from qmpsnap.model.home import RECORD
 from qmpsnap.model.layers.snapshot import Point
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operations.operation import Change
@@ -57,7 +58,7 @@ async def bring(vm: qmpsnap.MachineHandle, state: str) -> None:
 
 
 def files(vm: qmpsnap.MachineHandle) -> set[str]:
-    return {path.name for path in context_of(vm).home.machine_dir(vm.name).iterdir()}
+    return {path.name for path in context_of(vm).home.machine_dir(vm.name).iterdir()} - {RECORD}
 
 
 async def parents(vm: qmpsnap.MachineHandle) -> dict[str, str | None]:

@@ -22,7 +22,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, ForeignHost, HostCannot, LockHeld, StoreMismatch
 from qmpsnap.machine import statefile
 from qmpsnap.model.finding import KINDS
-from qmpsnap.model.home import Home
+from qmpsnap.model.home import RECORD, Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Point
 from qmpsnap.model.machines.record import Machine
@@ -34,7 +34,7 @@ from qmpsnap.ops.lifecycle import power
 from qmpsnap.ops.snapshot import delete
 from qmpsnap.ops.snapshot.delete import DeleteRequest
 from qmpsnap.store import lock
-from qmpsnap.store.records import FOLDER, Place, Records
+from qmpsnap.store.records import Records
 from tests.cli import seeded
 from tests.machine.test_statefile import MANIFEST
 
@@ -170,12 +170,17 @@ def above_the_active(context: Context) -> None:
     )
 
 
-def above_the_active_elsewhere(context: Context) -> None:
-    """The same, at a place that a user has chosen: the store's own note of it has survived."""
-    (place := context.home.data / "elsewhere").mkdir()
-    img("create", "-q", "-f", "qcow2", "-u", "-b", image(context, "vda-5"), "-F", "qcow2", place / "mine", "64M")
-    layer = replace(context.store.layer(LayerId("vda-5")), path=str(place / "mine"), id=LayerId("vda-9"))
-    Records(context.home.data / FOLDER).add("web", [Place(layer=layer)])
+def open_locks(context: Context) -> None:
+    (folder := context.home.data / "locks").mkdir(exist_ok=True)
+    folder.chmod(0o777)
+
+
+def newer_record(context: Context) -> None:
+    """As a snapshot at a place that a user has chosen leaves it behind, or a new name."""
+    records = Records(context.home.machines)
+    found = records.read("web")
+    assert found
+    records.write(replace(found, generation=found.generation + 1))
 
 
 DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
@@ -230,7 +235,7 @@ DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
     "an unfinished file": (lambda c: image(c, "copy").with_suffix(".part").write_bytes(b"half"), {"part-left"}, set()),
     "an open file": (lambda c: image(c, "vda-3").chmod(0o644), {"mode-open"}, set()),
     "an open folder": (lambda c: c.home.machine_dir("web").chmod(0o755), {"mode-open"}, set()),
-    "a folder of the home is open": (lambda c: (c.home.data / "records").chmod(0o777), {"home-open"}, set()),
+    "a folder of the home is open": (open_locks, {"home-open"}, set()),
     "a point on another disk": (
         lambda c: written(c, "UPDATE point SET layer = 'vdb-3' WHERE layer = 'vda-4'"),
         {"layer-misplaced"},
@@ -253,7 +258,7 @@ DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
     "a state file has another byte": (state_flipped, {"state-file-damaged"}, {"state-file-damaged"}),
     "a variable store is gone": (variables_missing, {"variables-missing"}, {"variables-missing"}),
     "a snapshot is written to": (shared, {"writable-shared"}, {"writable-shared"}),
-    "the description is gone": (lambda c: (c.home.data / "records/web.json").unlink(), {"record-missing"}, set()),
+    "the record is gone": (lambda c: c.home.record("web").unlink(), {"record-missing"}, set()),
     "an interrupted operation": (interrupted, {"operation-open"}, set()),
     "the store is old, by a number": (
         from_the_future,
@@ -265,7 +270,7 @@ DAMAGE: dict[str, tuple[Callable[[Context], object], set[str], set[str]]] = {
         {"store-older", "unreferenced-file"},
         {"store-older", "unreferenced-file"},
     ),
-    "the store is old, elsewhere": (above_the_active_elsewhere, {"store-older"}, {"store-older"}),
+    "the store is old, by the record": (newer_record, {"store-older"}, {"store-older"}),
 }
 ONLY_DEEP = {
     "a point on another disk",
@@ -302,8 +307,9 @@ async def test_damage_is_found_and_what_can_be_is_put_right(web: Context, what: 
 
 
 def contents(home: Home) -> dict[str, bytes]:
-    """Every file of the user's but the store's own."""
-    files = [path for folder in (home.machines, home.quarantines[0]) for path in folder.rglob("*") if path.is_file()]
+    """Every file of the user's but the store's own, and its records."""
+    folders = (home.machines, home.quarantines[0])
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != RECORD]
     return {str(path.relative_to(home.data)): path.read_bytes() for path in files}
 
 

@@ -24,7 +24,7 @@ from qmpsnap.ops.session.recovery import end_open
 from qmpsnap.ops.snapshot import plan as create_plan
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.ops.snapshot.recover import direction as create_direction
-from qmpsnap.store.records import FOLDER, Records
+from qmpsnap.store.records import Record, Records
 from qmpsnap.store.sqlite.backend import SqliteStore
 from qmpsnap.store.store import Store
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, machine
@@ -351,11 +351,11 @@ async def test_a_definition_that_died_leaves_none_of_its_files(context: BenchCon
     plan = DefinePlan(machine="new", images=layers, overlays=(), change=Change(define=new, layers=layers))
     context.store.open_operation("new", lambda _: plan, serials=2)
     await tool.create_base(layers[0].path, format="qcow2", virtual_size=MIB)
-    Records(context.home.data / FOLDER).write(new)
-    assert context.store.remembered("new")
+    Records(context.home.machines).write(Record(machine=new))
+    assert context.store.records.remembered("new")
     await end_open(context, new, None)
     assert context.store.operations("new")[-1].state == "failed"
-    assert not context.store.remembered("new")
+    assert not context.store.records.remembered("new")
     assert not folder.exists()
 
 

@@ -1,5 +1,7 @@
 """A machine, its layers and snapshots as the store's tests use them, and the changes that record them."""
 
+import os
+import tempfile
 from pathlib import Path
 
 from qmpsnap.model.layers.chain import Layer
@@ -10,7 +12,8 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, DefinePlan, Operation
 from qmpsnap.store.store import Store
 
-MACHINES = Path("/pool/machines")
+MACHINES = Path(tempfile.gettempdir()) / f"qs-pool-{os.getpid()}" / "machines"
+"""Of this process; each test begins without it (``conftest.py``)."""
 PROCESS = Process(pid=7, start_ticks=8, boot_id="b", started=9.5, accel="tcg", qemu_version="7.2.22")
 
 

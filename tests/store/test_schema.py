@@ -73,9 +73,9 @@ def test_file_and_folder_are_the_users_alone_whatever_the_umask(path: Path) -> N
             "store.db": 0o600,
             "store.db-wal": 0o600,
             "store.db-shm": 0o600,
-            "records": 0o700,
         }
-        assert {found.name: mode(found) for found in (path.parent / "records").iterdir()} == {"web.json": 0o600}
+        assert {found.name: mode(found) for found in (MACHINES / "web").iterdir()} == {"record.json": 0o600}
+    assert {mode(folder) for folder in (MACHINES.parent, MACHINES, MACHINES / "web")} == {0o700}
     assert mode(path.parent) == 0o700
 
 

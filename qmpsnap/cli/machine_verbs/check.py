@@ -22,7 +22,7 @@ def register(parsers: Parsers) -> None:
     command.add_argument(
         "--repair", action="store_true", help="repair what can be repaired; files are moved, not deleted"
     )
-    command.add_argument("--rebuild", action="store_true", help="rebuild a lost store from images and state files")
+    command.add_argument("--rebuild", action="store_true", help="rebuild a lost store from the machines' records")
     command.add_argument(
         "--set-aside", action="store_true", help="with --rebuild: replace an intact store, too, and keep it"
     )

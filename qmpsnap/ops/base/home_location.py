@@ -15,7 +15,7 @@ from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.model.home import Home
 from qmpsnap.model.relocation import HomeRecord
-from qmpsnap.store.records import FOLDER, Records
+from qmpsnap.store.records import Records
 from qmpsnap.store.store import Store
 
 
@@ -24,7 +24,7 @@ def recorded(home: Home, store: Store) -> HomeRecord:
     if found := store.home.record():
         return found
     # What was written down tells of a store that was made again.
-    noted = Records(home.data / FOLDER).home()
+    noted = Records(home.machines).home()
     return noted or HomeRecord(uuid.uuid4().hex, _by_headers(home, store) or str(home.data))
 
 
@@ -57,7 +57,7 @@ def original(record: HomeRecord, home: Home) -> str | None:
     """The path of the home that this one is a copy of, as far as that can be seen from here."""
     if record.path == str(home.data):
         return None
-    there = Records(Path(record.path) / FOLDER).home()
+    there = Records(replace(home, data=Path(record.path)).machines).home()
     return record.path if there and there.id == record.id else None
 
 

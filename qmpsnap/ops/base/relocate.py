@@ -106,7 +106,10 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
                 stack.enter_context(machine_lock(path, machine=machine.name, verb="relocate"))
             await _go_on(context)
         at = await to_read(look, context)
-        if dry_run or not at.needed:
+        if dry_run:
+            return at.outcome
+        if not at.needed:
+            await _keep_records(context)
             return at.outcome
         _require_stopped(context, copied=at.outcome.original is not None)
         copies = [one for one in at.outcome.compared if one.verdict == "copy"]
@@ -167,8 +170,12 @@ async def _carry_out(context: Context, relocation: Relocation) -> None:
         async with luks.for_layer(context, machines[readers[0]], layer) as key:
             await set_backing(layer, backing, qemu_img=context.image.binary, key=key)
     await blocking(context.store.home.finish, relocation)
-    for name in machines:
-        await blocking(context.store.describe, name)
+    await _keep_records(context)
+
+
+async def _keep_records(context: Context) -> None:
+    for machine in await blocking(context.store.machines):
+        await blocking(context.store.records.keep, machine.name)
 
 
 def look(context: Context) -> Look:

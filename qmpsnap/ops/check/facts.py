@@ -90,7 +90,7 @@ class Facts(Struct, frozen=True, kw_only=True):
         older: why the store must be an old copy.
         moved: where the store believes its home to lie, if that is elsewhere.
         lost: machines that were defined and that the store does not know.
-        described: the file that a lost store can be made again from is this machine's.
+        described: the machine's record beside its images is what the store has.
         private: folders and files that must be this user's alone.
         flaws: what of the home another user can write to.
         folder: what lies in the machine's folder, and unfinished files beside layers elsewhere.
@@ -169,7 +169,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         look = await blocking(partial(frozen.asked, context.store, before.machine, pid, active_too=True))
         seen = await to_read(survey.look, replace(look, ours=_ours(context, before.machine)))
         old = await blocking(stale_store.sign, context, before.machine, before.chains)
-        lost = await blocking(context.store.lost)
+        lost = await blocking(context.store.records.lost)
         moved = await blocking(home_location.recorded_elsewhere, context.home, context.store, context.host)
         busy = busy or (None if own else lock.holder(context.home.lock(name)))
         after = await record(context, name)
@@ -255,7 +255,7 @@ def _files(context: Context, at: Record) -> Facts:
     wanted = {found.variables for found in at.snapshots if found.variables}
     if at.machine.spec.firmware == "uefi" and not at.machine.adopted:
         wanted.add(str(home.variables(name)))
-    ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted]
+    ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted, str(home.record(name))]
     outside = [path for path in ours if Path(path).parent != home.machine_dir(name)]
     folder = entries.once((*entries.within(home.machine_dir(name)), *entries.parts_beside(outside)))
     headers = {layer.id: _header(layer) for layer in layers}
@@ -268,7 +268,7 @@ def _files(context: Context, at: Record) -> Facts:
     trusted = admission.users(context, at.machine)
     return Facts(
         record=at,
-        described=context.store.is_described(at.machine),
+        described=context.store.records.is_current(at.machine),
         private=tuple(entry for path in places if (entry := entries.entry(path, trusted))),
         flaws=tuple(owner.of_machine(home, name)),
         folder=folder,

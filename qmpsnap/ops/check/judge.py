@@ -164,8 +164,8 @@ def _private(at: Facts) -> Iterator[Finding]:
 
 
 def _described(at: Facts) -> Iterator[Finding]:
-    if not at.described:
-        yield _finding(at, "record-missing", "a lost store could not be rebuilt", repairable=True)
+    if not at.described and not at.older:
+        yield _finding(at, "record-missing", "a lost store could not be rebuilt as it is now", repairable=True)
 
 
 def _files(at: Facts) -> Iterator[Finding]:

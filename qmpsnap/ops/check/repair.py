@@ -55,7 +55,7 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
     machine = at.record.machine
     match finding.code:
         case "record-missing":
-            await blocking(context.store.describe, machine.name)
+            await blocking(context.store.records.write, machine.name)
         case "unreferenced-file" | "part-left":
             entry = next(entry for entry in at.folder if entry.path == finding.file)
             return await to_end(quarantine.move, context.home, finding, entry)

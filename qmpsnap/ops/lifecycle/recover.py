@@ -14,10 +14,10 @@ async def end(broken: Broken, _: Monitor | None) -> Direction:
     plan = broken.operation.plan
     assert isinstance(plan, DefinePlan)
     await remove_new([*plan.images, *plan.overlays])
+    if plan.change.define:
+        await blocking(broken.context.store.records.take_back, plan.change.define)
     made = plan.variables is not None  # a file that was there before it was planned has prevented the plan
     await to_end(lambda: remove_folder(broken.context.home, plan.machine, variables=made))
-    if plan.change.define:
-        await blocking(broken.context.store.undescribe, plan.change.define)
     await broken.mark_failed()
     return "back"
 

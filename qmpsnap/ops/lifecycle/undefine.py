@@ -119,12 +119,12 @@ async def require_possible(context: Context, work: Work, disks: Fate | None) -> 
 
 
 async def _forgotten(context: Context, name: str) -> tuple[Layer, ...]:
-    """Forget the machine; returns its layers. Its description goes first, and is made again where it was not."""
+    """Forget the machine; returns its layers. Its record goes first, and is made again where it was not."""
     try:
         return await blocking(context.store.forget, name)
     except QmpsnapError:
         with contextlib.suppress(QmpsnapError):  # gone it is, or nothing can be written: `check` says so
-            await blocking(context.store.describe, name)
+            await blocking(context.store.records.write, name)
         raise
 
 
@@ -170,7 +170,7 @@ async def _remove(file: Layer | Vmstate, sizes: Mapping[LayerId, int]) -> bool:
 async def images_alone(context: Context, name: str) -> list[str]:
     """Images of ours that only this machine reads, or that an earlier operation of it has left to nobody."""
     forest = await blocking(context.store.forest)
-    noted = {layer.id for layer in await blocking(context.store.places, name)}
+    noted = await blocking(context.store.records.noted, name)
     folder = f"{context.home.machine_dir(name)}/"
 
     def is_alone(layer: Layer) -> bool:

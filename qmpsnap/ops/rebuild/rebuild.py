@@ -1,43 +1,44 @@
-"""``check --rebuild``: a lost or damaged store is made again from what lies on the disks; it is kept aside itself."""
+"""``check --rebuild``: a lost or damaged store is made again from the machines' records; it is kept aside itself.
+
+Names, texts, marks and the tree come back as they were. Which file is a layer's is what was recorded: copies are taken
+over by ``relocate``, as in a store that was not lost. A machine whose images or QEMU know more than its record is left
+out, as nobody can say then what it would overwrite.
+"""
 
 import contextlib
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import replace
 
 from qmpsnap.block import graph
-from qmpsnap.errors import HostCannot, StateError
+from qmpsnap.errors import HostCannot, QmpsnapError, StateError
 from qmpsnap.hint import call, option
 from qmpsnap.host.files import sync_folder
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine.qemu import monitor
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.home import Home
-from qmpsnap.model.machines.record import Machine, Process
-from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operations.operation import Change, DefinePlan
+from qmpsnap.model.machines.record import Process
 from qmpsnap.model.relocation import HomeRecord, carried_all
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.base.context import Context, Programs, this_host
-from qmpsnap.ops.rebuild.images import Finder
-from qmpsnap.ops.rebuild.plan import Image, Rebuilt, Unread, plan
+from qmpsnap.ops.session import stale_store
 from qmpsnap.qmp import commands
-from qmpsnap.store import health
+from qmpsnap.store import health, owner
 from qmpsnap.store.lock import machine_lock
-from qmpsnap.store.records import FOLDER, Records
+from qmpsnap.store.records import Record, Records
 from qmpsnap.store.sqlite.backend import SqliteStore
 
 _FILES = ("", "-wal", "-shm")
 
 
 class Made(Struct, frozen=True):
-    """A machine that the new store has; ``notes`` is what could not be made again."""
+    """A machine that the new store has; ``notes`` says which of its files are not there."""
 
     name: str
     snapshots: tuple[str, ...]
@@ -47,7 +48,7 @@ class Made(Struct, frozen=True):
 class Rebuild(Struct, frozen=True):
     """The new store's machines, those left out and why, and where the old store is kept.
 
-    ``moved_from``: the home that the images' headers still name.
+    ``moved_from``: the home that the records, and so the images' headers, name.
     """
 
     machines: tuple[Made, ...]
@@ -57,27 +58,15 @@ class Rebuild(Struct, frozen=True):
 
 
 class _Found(Struct, frozen=True):
-    """A machine with the QEMU that runs it, and what that writes to."""
+    """A machine's record, the QEMU that runs it, and why it is left out; empty where it is not."""
 
-    machine: Machine
+    record: Record
     process: Process | None = None
-    active: Mapping[str, LayerId] | None = None
+    why_not: str = ""
 
-
-class _Task(Struct, frozen=True, kw_only=True):
-    """What a store is made from.
-
-    Attributes:
-        place: which home it is, and which folder headers and records name.
-        known: the machines of the store that is there, if that can be read.
-    """
-
-    home: Home
-    place: HomeRecord
-    known: frozenset[str]
-    machines: Sequence[Machine]
-    found: Sequence[_Found]
-    images: Sequence[Image]
+    @property
+    def name(self) -> str:
+        return self.record.machine.name
 
 
 async def run(home: Home, *, set_aside: bool) -> Rebuild:
@@ -95,117 +84,150 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         DeadlinePassed: likewise.
         HostCannot: a folder cannot be read, or the new store not be written.
     """
-    found = await to_read(lambda: health.look(home.store, machines=home.machines))
-    if found == "whole" and not set_aside:
+    health_found = await to_read(lambda: health.look(home.store, machines=home.machines))
+    if health_found == "whole" and not set_aside:
         raise StateError(
             f"the store {home.store} is intact",
             hint="if it is an old copy, replace it with " + option("set_aside"),
         )
     known: frozenset[str] = frozenset()
-    if found == "whole":
+    if health_found == "whole":
         known = await to_read(_known, home)
-    records = Records(home.data / FOLDER)
-    place = records.home() or HomeRecord(uuid.uuid4().hex, str(home.data))
-    machines = tuple(_here(machine, place, home) for machine in records.machines())
-    if not machines:
+    records = await to_read(Records(home.machines).all)
+    if not records:
         raise StateError(
-            f"{home.data / FOLDER} describes no machine: there is nothing to rebuild",
+            f"no machine in {home.machines} has a record: there is nothing to rebuild",
             hint="define machines on the images: 'image:' in a spec",
         )
     with contextlib.ExitStack() as stack:
-        for machine in machines:
-            stack.enter_context(machine_lock(home.lock(machine.name), machine=machine.name, verb="rebuild"))
-        finder = Finder(home, records, place)
-        images = await to_read(finder.images, machines)
-        asked = [await _ask(home, machine) for machine in machines if machine.adopted is None]
-        task = _Task(home=home, place=place, known=known, machines=machines, found=asked, images=images)
-        return await to_end(_make, task, finder)
+        for record in records:
+            name = record.machine.name
+            stack.enter_context(machine_lock(home.lock(name), machine=name, verb="rebuild"))
+        # Again, now that nobody else can change them.
+        records = await to_read(Records(home.machines).all)
+        found = [await _look(home, _here(record, home)) for record in records]
+        return await to_end(_make, home, _place(home, records), found, known)
 
 
-async def _ask(home: Home, machine: Machine) -> _Found:
-    """What the machine's QEMU writes to, if one runs."""
+def _here(record: Record, home: Home) -> Record:
+    """The record with what it names of the home where that is now."""
+    if record.home is None:
+        return record
+    text = msgspec.json.decode(msgspec.json.encode(record))
+    return msgspec.convert(carried_all(text, (record.home.path,), str(home.data)), Record)
+
+
+def _place(home: Home, records: Sequence[Record]) -> HomeRecord:
+    """Which home it is, and which folder the headers may name: another than its own as long as one record does."""
+    here = str(home.data)
+    named = sorted((of for record in records if (of := record.home)), key=lambda of: of.path == here)
+    return named[0] if named else HomeRecord(uuid.uuid4().hex, here)
+
+
+async def _look(home: Home, record: Record) -> _Found:
+    """Whether a machine can be made again, as far as its record and its QEMU tell."""
+    machine = record.machine
+    if machine.adopted:
+        return _Found(record, why_not="it was adopted: adopt it again")
+    if record.generation < 0:
+        return _Found(record, why_not="its record is of an earlier release: rebuild the store with that")
+    if flaw := next(owner.of_folder(home.machine_dir(machine.name)), None):
+        return _Found(record, why_not=f"another user can replace its record: {flaw.text}; {flaw.remedy}")
     process = processes.find(machine, home.run_dir(machine.name)) if machine.host == this_host() else None
     if process is None:
-        return _Found(machine)
+        return _Found(record)
     async with monitor(machine, home.run_dir(machine.name)) as qemu:
         nodes = {node.node_name for node in await commands.query_nodes(qemu)}
         disks = graph.by_disk(await graph.read(qemu), frozenset(nodes))
-        version = await commands.query_version(qemu)
-    names = {disk.name for disk in machine.spec.disks}
-    active = {disk: LayerId(at.nodes[-1]) for disk, at in disks.items() if disk in names and at.nodes}
-    return _Found(machine, replace(process, qemu_version=version), active)
+        process = msgspec.structs.replace(process, qemu_version=await commands.query_version(qemu))
+    for disk, active in record.active.items():
+        if disk in disks and disks[disk].nodes[-1:] != (active,):
+            writes = disks[disk].nodes[-1] if disks[disk].nodes else "another node"
+            return _Found(record, why_not=f"its QEMU writes to {writes}, its record says {active}")
+    return _Found(record, process)
 
 
 def _known(home: Home) -> frozenset[str]:
-    """The machines of a store that is whole, where nothing keeps their names and texts better than a new one.
+    """The machines of a store that is intact, where nothing else keeps it.
 
     Raises:
         StateError: the home was moved, or its files are copies, which ``relocate`` puts right.
     """
     with SqliteStore(home.store, machines=home.machines) as store:
-        image = Programs.from_environment(os.environ).image
-        context = Context(home=home, store=store, qemu="", image=image, host=this_host())
-        if relocate.look(context).needed:
+        if relocate.look(_context(home, store)).needed:
             raise StateError(
                 f"the store {home.store} is intact, but its home was moved or its files are copies: rebuilding it"
-                " would lose names and descriptions",
-                hint="keep them: " + call("relocate"),
+                " would lose its journal",
+                hint="keep it: " + call("relocate"),
             )
         return frozenset(machine.name for machine in store.machines())
 
 
-def _here(machine: Machine, place: HomeRecord, home: Home) -> Machine:
-    """The machine with what it names of the home where that is now."""
-    text = msgspec.json.decode(msgspec.json.encode(machine))
-    return msgspec.convert(carried_all(text, (place.path,), str(home.data)), Machine)
+def _context(home: Home, store: SqliteStore) -> Context:
+    return Context(home=home, store=store, qemu="", image=Programs.from_environment(os.environ).image, host=this_host())
 
 
-def _make(task: _Task, finder: Finder) -> Rebuild:
-    home, place, images = task.home, task.place, task.images
-    left_out = [(m.name, "it was adopted: adopt it again") for m in task.machines if m.adopted]
-    planned: list[tuple[_Found, Rebuilt]] = []
-    for at in task.found:
-        copies, taken = finder.variables(at.machine), finder.variables(at.machine, taken=True)
-        unread = finder.unread(images)
-        rebuilt = plan(
-            at.machine, images, finder.states(at.machine), at.active, unread=unread, variables=copies, taken=taken
-        )
-        if rebuilt.unread:
-            left_out.append((at.machine.name, _doubt(rebuilt.unread)))
-        elif rebuilt.missing:
-            left_out.append((at.machine.name, f"no image of disk {', '.join(rebuilt.missing)} was found"))
-        else:
-            planned.append((at, rebuilt))
-    _require_all(home, task.known, left_out)
-    if place.path == str(home.data) and finder.elsewhere:
-        place = HomeRecord(place.id, min(finder.elsewhere))
+def _make(home: Home, place: HomeRecord, found: Sequence[_Found], known: frozenset[str]) -> Rebuild:
     fresh = home.store.with_name(f"{home.store.name}.{os.getpid()}.part")
+    left_out = {at.name: at.why_not for at in found if at.why_not}
+    # Unless it was undefined since, as an old copy of the store does not know.
+    left_out |= {name: "it has no record" for name in known - {at.name for at in found} if _has_files(home, name)}
     try:
-        _unlink(fresh)
-        with SqliteStore(fresh, machines=home.machines) as store:
-            serials = max(1, finder.last_number)
-            for at, rebuilt in planned:
-                _record(store, at, rebuilt, serials=serials)
-                serials = 1
-            store.home.note(place)
+        while True:
+            made = [at for at in found if at.name not in left_out]
+            _unlink(fresh)
+            with SqliteStore(fresh, machines=home.machines) as store:
+                store.home.note(place)
+                doubts = _restore(home, store, made)
+            if not doubts:
+                break
+            left_out |= doubts  # and once more without: its layers are known to nobody
+        _require_all(home, known, left_out)
         aside = _swap(home, fresh)
     finally:
         _unlink(fresh)
-    made = [
-        Made(at.machine.name, tuple(snapshot.name for snapshot in rebuilt.change.snapshots), _notes(rebuilt))
-        for at, rebuilt in planned
-    ]
-    left_out += [("(images)", problem) for problem in finder.problems]
-    return Rebuild(tuple(made), tuple(left_out), aside, place.path if place.path != str(home.data) else None)
+    return Rebuild(
+        tuple(
+            Made(at.name, tuple(snapshot.name for snapshot in at.record.snapshots), _notes(at.record)) for at in made
+        ),
+        tuple(sorted(left_out.items())),
+        aside,
+        place.path if place.path != str(home.data) else None,
+    )
 
 
-def _require_all(home: Home, known: frozenset[str], left_out: Sequence[tuple[str, str]]) -> None:
+def _restore(home: Home, store: SqliteStore, found: Sequence[_Found]) -> dict[str, str]:
+    """Put machines into a store; the names of those whose images know more than their records, and why."""
+    doubts: dict[str, str] = {}
+    # Of a layer that two machines read, the later record counts.
+    for at in sorted(found, key=lambda at: at.record.serial):
+        try:
+            store.restore(at.record, at.process)
+        except QmpsnapError as error:
+            doubts[at.name] = error.message
+    for at in found:
+        if at.name not in doubts:
+            newer = stale_store.sign(_context(home, store), at.record.machine, store.chains(at.name))
+            if newer:
+                doubts[at.name] = _doubt(home, at.name, newer)
+    return doubts
+
+
+def _doubt(home: Home, name: str, newer: str) -> str:
+    """Why a machine is better left out: an older layer in the newest one's place is one that others read."""
+    return (
+        f"its images are newer than its record: {newer}; put a newer record back, or move that file out of its folder"
+        f" to continue without it, or rm {home.record(name)} and define a machine on the images: 'image:' in a spec"
+    )
+
+
+def _require_all(home: Home, known: frozenset[str], left_out: dict[str, str]) -> None:
     """Never put a store aside that can be read, to leave out a machine that it knows.
 
     Raises:
         StateError: that would happen; nothing was changed.
     """
-    for name, why in left_out:
+    for name, why in left_out.items():
         if name in known:
             raise StateError(
                 f"the store {home.store} is readable and has machine {name}, which a rebuild would lose: {why}",
@@ -214,39 +236,15 @@ def _require_all(home: Home, known: frozenset[str], left_out: Sequence[tuple[str
             )
 
 
-def _doubt(unread: Sequence[Unread]) -> str:
-    """Why a machine is better left out: an older layer in the newest one's place is one that others read."""
-    files = "; ".join(f"{layer.path} (or continue without it: {layer.remedy})" for layer in unread)
-    disks = ", ".join(sorted({layer.disk for layer in unread}))
-    return (
-        f"the active layer of disk {disks} is unknown, as newer layers cannot be read: make them readable and rebuild"
-        f" again: {files}"
-    )
+def _has_files(home: Home, name: str) -> bool:
+    folder = home.machine_dir(name)
+    return folder.is_dir() and any(folder.iterdir())
 
 
-def _notes(rebuilt: Rebuilt) -> tuple[str, ...]:
-    paths = {layer.id: layer.path for layer in rebuilt.change.layers}
-    guesses = (
-        f"disk {disk}: several images could be active; {paths[layer]}, with the highest number, was chosen:"
-        " check it before you start the machine"
-        for disk, layer in rebuilt.guessed.items()
-    )
-    states = (f"{state.vmstate.path}: its layers are unknown" for state in rebuilt.unused)
-    return (*guesses, *states)
-
-
-def _record(store: SqliteStore, at: _Found, rebuilt: Rebuilt, *, serials: int) -> None:
-    name = at.machine.name
-    change = replace(rebuilt.change, define=replace(at.machine, process=None, current=None))
-
-    def make(_: OperationId) -> DefinePlan:
-        # Without its layers: whatever was found is recorded, also what two machines should not have shared.
-        return DefinePlan(machine=name, images=(), overlays=(), change=Change(define=change.define))
-
-    # Layers that two machines read are put twice, the same both times.
-    operation = store.open_operation(name, make, serials=serials)
-    store.settle(operation.id, name, change)
-    store.set_process(name, at.process)
+def _notes(record: Record) -> tuple[str, ...]:
+    states = (snapshot.vmstate.path for snapshot in record.snapshots if snapshot.vmstate)
+    files = [*(layer.path for layer in record.layers), *states]
+    return tuple(f"{path} does not exist" for path in files if not os.path.lexists(path))
 
 
 def _swap(home: Home, fresh: Path) -> str | None:

@@ -84,6 +84,9 @@ async def end_open(
     pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
     if pending:
         await blocking(context.store.require_writable)
+    else:
+        with contextlib.suppress(HostCannot):  # what is behind by a change without an operation
+            await blocking(context.store.records.keep, machine.name)
     for operation in pending:
         broken = Broken(context=context, machine=machine, operation=operation, unfinished=unfinished, report=report)
         try:

@@ -1,10 +1,12 @@
-"""Noticing that the store is an old copy, or lacks a machine, before anything is started or written by its record.
+"""Noticing that the store is an old copy, or lacks a machine, before anything is started or written by what it has.
 
-Every layer's number is above those of the layers it was made on. So what an old store does not know about bears a
-higher number than the layer it believes to be active, and reads a layer that the store knows. Only such files are
-looked at: mostly none, and then this costs one look at the folder. A tag inside an image bears its operation's number.
+A machine's record beside its images tells, where that is newer. It may be an old copy as well, put back together with
+the store: so the images are asked, too. Every layer's number is above those of the layers it was made on. So what an
+old store does not know about bears a higher number than the layer it believes to be active, and reads a layer that the
+store knows. Only such files are looked at: mostly none, and then this costs one look at the folder. A tag inside an
+image bears its operation's number.
 
-A machine that was written down and that the store does not have may read any layer, so none is merged or removed.
+A machine that has a record and that the store does not have may read any layer, so none is merged or removed.
 """
 
 import os
@@ -18,12 +20,13 @@ from qmpsnap.block.image import header, snapshot_table
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.hint import call
+from qmpsnap.model.home import RECORD
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import SERIAL, is_text, tag_number
 from qmpsnap.model.operations.operation import MergePlan, MirrorPlan, Operation, RevertPlan
 from qmpsnap.ops.base.context import Context, blocking
-from qmpsnap.store.records import FOLDER
+from qmpsnap.store.records import Records
 
 LAYER_FILE = re.compile(rf"([a-z][a-z0-9]{{0,15}})-({SERIAL})\.(qcow2|raw)")
 """The name of a layer's file in its machine's folder."""
@@ -31,7 +34,7 @@ LAYER_FILE = re.compile(rf"([a-z][a-z0-9]{{0,15}})-({SERIAL})\.(qcow2|raw)")
 AHEAD = 100_000
 """Operations that a store may have missed; a number further on is none of ours: a copy may bear a date."""
 
-_OTHERS = re.compile(rf"vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part")
+_OTHERS = re.compile(rf"vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part|{re.escape(RECORD)}")
 
 
 async def require_fit(context: Context, machine: Machine, *, removes: bool) -> None:
@@ -73,9 +76,9 @@ async def _require_none_lost(context: Context, machine: Machine) -> None:
     Raises:
         StoreMismatch: there is one; nothing was changed.
     """
-    if lost := await blocking(context.store.lost):
+    if lost := await blocking(context.store.records.lost):
         names = ", ".join(lost)
-        files = " ".join(f"{context.home.data / FOLDER}/{name}.json" for name in lost)
+        files = " ".join(str(Records(context.home.machines).file(name)) for name in lost)
         raise StoreMismatch(
             f"the store lacks {names}, defined before, which may read layers of machine {machine.name}: none can be"
             " merged"
@@ -94,6 +97,8 @@ def _may_remove(pending: Sequence[Operation]) -> bool:
 
 def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | None:
     """Why the store must be an old copy; None when nothing says so."""
+    if context.store.records.behind(machine.name):
+        return f"{context.home.record(machine.name)} was written by a later operation than the last it knows"
     active = {chain.active.path for chain in chains}
     newest = {chain.disk: _number(chain.active.id) for chain in chains}
     if (tagged := _tagged_later(context, chains)) is not None:
@@ -103,22 +108,19 @@ def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | N
         return None
     pending = context.store.operations(machine.name, only_open=True)
     plans = "\n".join(msgspec.json.encode(operation.plan).decode() for operation in pending)
-    settled = {layer.path: layer for layer in context.store.places(machine.name)}
     for path in unknown:
         if is_text(path) and msgspec.json.encode(path).decode() in plans:  # an interrupted operation's own
             continue
-        noted = settled.get(path)
-        name, number = printable(path), _number(noted.id) if noted else _serial(path)  # users choose names as they like
+        name, number = printable(path), _serial(path)
         if number is not None and number >= (following := context.store.next_serial()):
-            if noted or number < following + AHEAD:
+            if number < following + AHEAD:
                 return f"{name} has a number that the store has not assigned yet"
             number = None
         if (backing := _backing(path)) is not None:
             below = context.store.layer_at(backing)
             # What reads a layer that we write to is in danger. What else reads one of ours may be a copy that was
-            # made for somebody, unless its name or our notes say that it was a layer.
-            layer = number is not None
-            if backing in active or (layer and below and below.owned):
+            # made for somebody, unless its name says that it was a layer.
+            if backing in active or (number is not None and below and below.owned):
                 return f"{name} reads {printable(backing)}, but the store lacks it"
     return None
 
@@ -148,7 +150,6 @@ def _candidates(context: Context, machine: str, newest: Mapping[str, int]) -> It
                 yield f"{folder}/{name}"
         elif int(layer[2]) > newest.get(layer[1], 0):
             yield f"{folder}/{name}"
-    yield from (layer.path for layer in context.store.places(machine))
 
 
 def _backing(path: str) -> str | None:

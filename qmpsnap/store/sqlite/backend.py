@@ -1,5 +1,6 @@
 """The store in one SQLite file. The meaning of each method stands in :class:`qmpsnap.store.store.Store`."""
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
@@ -21,14 +22,15 @@ from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.planning import sharing
 from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer, based
-from qmpsnap.store import owner, records
-from qmpsnap.store.records import Place, Records
+from qmpsnap.store import owner
+from qmpsnap.store.records import Record, Records
 from qmpsnap.store.sqlite import devices, journal, queries, rows
 from qmpsnap.store.sqlite.database import Database
 from qmpsnap.store.sqlite.frozen_files import FrozenTable
 from qmpsnap.store.sqlite.homes import HomeTable
 from qmpsnap.store.sqlite.json_values import decoded
 from qmpsnap.store.sqlite.pruning import PrunedTable
+from qmpsnap.store.sqlite.record_table import RecordTable
 
 
 class SqliteStore:
@@ -50,10 +52,12 @@ class SqliteStore:
         owner.require(path.parent, None if machines.is_symlink() and not make else machines)
         self._database = Database(path, make=make)
         self._machines = machines
-        self._records = Records(path.parent / records.FOLDER)
+        self._records = Records(machines)
         self.frozen = FrozenTable(self._database)
         self.pruned = PrunedTable(self._database)
         self.home = HomeTable(self._database, self._records, machines=machines)
+        self.records = RecordTable(self._database, self._records, self)
+        self.records.take_over()
 
     def __enter__(self) -> Self:
         return self
@@ -70,15 +74,15 @@ class SqliteStore:
             return tuple(rows.read_machine(row) for row in sql.execute(f"{queries.MACHINE} ORDER BY machine.name"))
 
     def machine(self, name: str) -> Machine:
-        with self._database.reading() as sql:
-            row = sql.execute(f"{queries.MACHINE} WHERE machine.name = ?", (name,)).fetchone()
-            if row is None:
-                try:
-                    rows.machine_id(sql, name)
-                except NotFoundError as error:
-                    if self.remembered(name):
-                        error.hint = "it was defined, but this store lacks it: " + call("rebuild")
-                    raise
+        try:
+            with self._database.reading() as sql:
+                number = rows.machine_id(sql, name)
+                row = sql.execute(f"{queries.MACHINE} WHERE machine.id = ?", (number,)).fetchone()
+        except NotFoundError as error:
+            with contextlib.suppress(HostCannot):
+                if name in self.records.lost(wait=False):
+                    error.hint = "it was defined, but this store lacks it: " + call("rebuild")
+            raise
         return rows.read_machine(row)
 
     def chains(self, machine: str) -> tuple[Chain, ...]:
@@ -163,6 +167,10 @@ class SqliteStore:
         error: str | None = None,
         writes: Iterable[LayerId] = (),
     ) -> None:
+        with self._database.reading() as sql:
+            found = sql.execute("SELECT machine FROM operation WHERE id = ?", (operation,)).fetchone()
+        if found:  # before what comes after this step: the job that overwrites a snapshot's layers, for one
+            self.records.keep(found[0])
         with self._database.writing() as sql:
             journal.mark(sql, operation, state, step=step, error=error, writes=writes)
 
@@ -176,6 +184,10 @@ class SqliteStore:
         state: Ended = "settled",
         error: str | None = None,
     ) -> None:
+        with self._database.foreseeing() as sql:
+            self._apply(sql, machine, change)
+            record = self.records.of(machine, operation, made=change.layers)
+        self._records.write(record, make=change.define is not None)
         with self._database.writing() as sql:
             self._apply(sql, machine, change)
             journal.mark(sql, operation, "running" if step else state, step=step or steps.SETTLED, error=error)
@@ -183,13 +195,19 @@ class SqliteStore:
     def apply(self, machine: str, change: Change) -> None:
         with self._database.writing() as sql:
             self._apply(sql, machine, change)
+        with contextlib.suppress(HostCannot):  # it is made; `check` and the next operation find the record behind
+            self.records.keep(machine)
 
     def forget(self, machine: str) -> tuple[Layer, ...]:
+        self.machine(machine)
+        record = self._records.read(machine)
+        # Before the rows: a crash between leaves a machine without a record, and none that seems lost.
+        self._records.forget(machine)
         with self._database.writing() as sql:
             number = rows.machine_id(sql, machine)
             forest, elsewhere = self._forest(sql), journal.open_elsewhere(sql, machine)
             used = {identity for (identity,) in sql.execute(queries.USED, (number, number, f"{machine}/*"))}
-            used |= {place.layer.id for place in self._records.places(machine) if place.layer}
+            used |= {layer.id for layer in record.layers} if record else set()
             named = sql.execute(queries.NAMED, (number, number)).fetchall()
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             for operation in journal.select(sql, machine, only_open=True):
@@ -202,45 +220,26 @@ class SqliteStore:
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
             sql.executemany(queries.HIDE, named)
             sharing.require_unused(machine, gone, forest, elsewhere)
-            self._withdraw(gone)
-            # Before it is recorded: a crash between leaves a description missing, not a machine that seems lost.
-            self._records.forget(machine)
         return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
         with self._database.reading() as sql:
             return journal.select(sql, machine, only_open=only_open)
 
-    def is_described(self, machine: Machine) -> bool:
-        return self._records.has(machine)
-
-    def describe(self, machine: str) -> None:
-        found, forest = self.machine(machine), self.forest()
-        wanted = {below.id for chain in self.chains(machine) for below in chain.layers}
-        for reference in forest.references:
-            if reference.machine == machine:
-                wanted |= set(forest.chain(reference.disk, reference.layer).ids)
-        layers = tuple(forest.layers[layer] for layer in sorted(wanted))
-        self._records.write(found, self.home.record())
-        self._records.add(machine, self._elsewhere(Change(layers=layers, snapshots=self.snapshots(machine))))
-
-    def undescribe(self, machine: Machine) -> None:
-        self._records.take_back(machine)
-
-    def remembered(self, name: str) -> Machine | None:
-        return next((machine for machine in self._records.machines() if machine.name == name), None)
-
-    def lost(self) -> tuple[str, ...]:
-        described = [machine.name for machine in self._records.machines()]
-        with self._database.reading() as sql:  # afterwards: a definition writes its description down while it is open
-            known = {name for (name,) in sql.execute("SELECT name FROM machine")}
-            known |= {name for name in described if journal.select(sql, name, only_open=True)}
-        # And again, as undefine removes the description first.
-        return tuple(name for name in described if name not in known and self.remembered(name))
-
-    def places(self, machine: str) -> tuple[Layer, ...]:
-        noted = {place.layer.id: place for place in self._records.places(machine) if place.layer}
-        return tuple(place.layer for place in noted.values() if place.layer and not place.gone)
+    def restore(self, record: Record, process: Process | None) -> None:
+        """Add a machine as its record has it, with the QEMU that runs it; its journal is empty then."""
+        name = record.machine.name
+        change = Change(
+            define=replace(record.machine, process=process),
+            layers=record.layers,
+            active=record.active,
+            snapshots=record.snapshots,
+            current=record.machine.current,
+        )
+        with self._database.writing() as sql:
+            self._apply(sql, name, change)
+            sql.execute("UPDATE machine SET generation = ? WHERE name = ?", (record.generation, name))
+            journal.skip_to(sql, OperationId(record.serial + 1))
 
     def follow_devices(self) -> None:
         with self._database.reading() as sql:
@@ -276,13 +275,11 @@ class SqliteStore:
         self._database.require_writable()
 
     def _apply(self, sql: sqlite3.Connection, machine: str, change: Change) -> None:
-        home = self.home.born(sql)
+        self.home.born(sql)
         if change.define:
             rows.insert_machine(sql, change.define)
-            self._records.write(change.define, home)
         number = rows.machine_id(sql, machine)
-        self._records.add(machine, [*self._elsewhere(change), *self._gone(sql, number, change)])
-        self._withdraw(self._layers(sql, change.removed_layers))
+        sql.execute("UPDATE machine SET generation = generation + 1 WHERE id = ?", (number,))
         for layer in change.layers:
             self._put_layer(sql, layer)
         rows.put_active(sql, number, change.active)
@@ -297,33 +294,6 @@ class SqliteStore:
         for name in change.removed_snapshots:
             rows.remove_snapshot(sql, number, name)
         sql.executemany("DELETE FROM layer WHERE id = ?", [(layer,) for layer in change.removed_layers])
-
-    def _elsewhere(self, change: Change) -> Iterator[Place]:
-        """What of a change nobody would find again by looking into the machines' folder."""
-        for layer in change.layers:
-            if self._is_noted(layer):
-                yield Place(layer=layer)
-        for snapshot in change.snapshots:
-            if snapshot.vmstate and self._is_outside(snapshot.vmstate):
-                yield Place(state=snapshot.vmstate.path)
-
-    def _gone(self, sql: sqlite3.Connection, machine: int, change: Change) -> Iterator[Place]:
-        """What of a change was noted once and is not missed from now on."""
-        for name in change.removed_snapshots:
-            found = sql.execute("SELECT vmstate FROM snapshot WHERE machine = ? AND name = ?", (machine, name))
-            for state in (self._vmstate(text) for (text,) in found):
-                if state and self._is_outside(state):
-                    yield Place(state=state.path, gone=True)
-
-    def _withdraw(self, layers: Iterable[Layer]) -> None:
-        self._records.withdraw([layer for layer in layers if self._is_noted(layer)])
-
-    def _is_outside(self, state: Vmstate) -> bool:
-        return not state.path.startswith(f"{self._machines}/")
-
-    def _is_noted(self, layer: Layer) -> bool:
-        pool, path = self._place(layer.path)
-        return not layer.owned or pool != "machines" or Path(path).name != f"{layer.id}.{layer.format}"
 
     def _chain(self, sql: sqlite3.Connection, active: str) -> tuple[Layer, ...]:
         found = sql.execute(

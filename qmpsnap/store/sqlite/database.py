@@ -1,5 +1,6 @@
 """The store's one connection: who may read or write when, and SQLite's own errors in our words."""
 
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from qmpsnap.host import write_errors
 from qmpsnap.store.sqlite import durability, schema
 
 _READ = "BEGIN"
+
+
+class _Undone(Exception):
+    """Ends a transaction whose changes are not wanted."""
 
 
 class Database:
@@ -29,6 +34,8 @@ class Database:
         self._inherited = False
         self.connection, self._barred = self._connect()
         self._lock = threading.Lock()
+        self._foreseeing: int | None = None
+        """The thread that does, which holds the lock."""
 
     def close(self) -> None:
         """Close the file."""
@@ -54,7 +61,10 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """For the block: what it reads is of one moment."""
+        """For the block: what it reads is of one moment; inside of :meth:`foreseeing`, of what is foreseen."""
+        if self._foreseeing == threading.get_ident():
+            yield self.connection
+            return
         with self._transaction(_READ) as connection:
             yield connection
 
@@ -63,6 +73,17 @@ class Database:
         """For the block: what it changes is durable at its end, all of it or nothing."""
         with self._transaction("BEGIN IMMEDIATE") as connection:
             yield connection
+
+    @contextmanager
+    def foreseeing(self) -> Iterator[sqlite3.Connection]:
+        """For the block: what it changes is undone at its end. It shows what a change will make of the store."""
+        with contextlib.suppress(_Undone), self._transaction("BEGIN IMMEDIATE") as connection:
+            self._foreseeing = threading.get_ident()
+            try:
+                yield connection
+            finally:
+                self._foreseeing = None
+            raise _Undone
 
     def _connect(self) -> tuple[sqlite3.Connection, HostCannot | None]:
         if not self.is_there:

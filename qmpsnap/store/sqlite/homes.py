@@ -75,6 +75,7 @@ class HomeTable:
             self._layers(sql, relocation)
             self._texts(sql, relocation, ids)
             sql.execute("DELETE FROM stamp")
+            sql.execute("UPDATE machine SET generation = generation + 1")  # no record of before names this place
             if relocation.foreign_process:
                 sql.execute("DELETE FROM process")
             _write(sql, home)

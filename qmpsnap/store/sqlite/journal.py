@@ -80,6 +80,12 @@ def skip_to(connection: sqlite3.Connection, serial: OperationId) -> None:
     connection.execute("UPDATE serial SET last = max(last, ?)", (serial - 1,))
 
 
+def is_unsettled(connection: sqlite3.Connection, operation: int) -> bool:
+    """Whether an operation is known and has not settled: it is open, or was undone."""
+    found = connection.execute("SELECT state FROM operation WHERE id = ?", (operation,)).fetchone()
+    return found is not None and found[0] != "settled"
+
+
 def mark(
     connection: sqlite3.Connection,
     operation: OperationId,

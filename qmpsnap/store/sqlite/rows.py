@@ -45,6 +45,11 @@ def machine_id(sql: sqlite3.Connection, name: str) -> int:
     )
 
 
+def generation(sql: sqlite3.Connection, name: str) -> int:
+    """How often a machine was changed since it was defined, or ``NotFoundError``."""
+    return int(sql.execute("SELECT generation FROM machine WHERE id = ?", (machine_id(sql, name),)).fetchone()[0])
+
+
 def insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
     """Add a machine, or ``NameTaken``."""
     try:

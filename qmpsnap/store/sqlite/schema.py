@@ -116,6 +116,9 @@ MIGRATIONS: tuple[str, ...] = (
     INSERT INTO stamp SELECT layer, 0, mtime_ns, size, 0, '' FROM frozen;
     DROP TABLE frozen;
     """,
+    """
+    ALTER TABLE machine ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 

@@ -1,0 +1,175 @@
+"""The machines' records beside their images: written as the store changes, and compared with it."""
+
+import contextlib
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from qmpsnap.errors import HostCannot, NotFoundError
+from qmpsnap.host.outstanding import briefly
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.names import LayerId, OperationId, layer_disk
+from qmpsnap.model.planning.layer_graph import Forest
+from qmpsnap.store.records import Record, Records
+from qmpsnap.store.sqlite import devices, journal, rows
+from qmpsnap.store.sqlite.database import Database
+
+if TYPE_CHECKING:  # which has one of these
+    from qmpsnap.store.store import Store
+
+
+class RecordTable:
+    """The records of one store's machines. What blocks is the storage of a machine's images, and no transaction."""
+
+    def __init__(self, database: Database, files: Records, store: "Store") -> None:
+        self._database = database
+        self._files = files
+        self._store = store
+
+    def of(self, machine: str, operation: OperationId | None = None, *, made: Iterable[Layer] = ()) -> Record:
+        """What the store has of a machine, and the operation that settles with it; ``made`` are its layers then."""
+        store = self._store
+        found, forest, snapshots = store.machine(machine), store.forest(), store.snapshots(machine)
+        active = {chain.disk: chain.active.id for chain in store.chains(machine)}
+        tops = [*active.values(), *(point.layer for snapshot in snapshots for point in snapshot.points)]
+        # Layers that nobody reads: what lies in the machine's folder, and what was this machine's before.
+        earlier, folder = self._readable(machine), f"{self._files.file(machine).parent}/"
+        tops += [layer.id for layer in forest.layers.values() if layer.path.startswith(folder)]
+        tops += [layer.id for layer in (*made, *(earlier.layers if earlier else ())) if _is_left(forest, layer)]
+        needed = {below: None for layer in tops for below in forest.chain(layer_disk(layer) or "", layer).ids}
+        home = store.home.record()
+        with self._database.reading() as sql:
+            generation, serial = rows.generation(sql, machine), journal.next_serial(sql) - 1
+        return Record(
+            # A store that is made again has no consent to further QEMU arguments.
+            machine=replace(found, process=None, consent=None),
+            generation=generation,
+            operation=operation or 0,
+            serial=serial,
+            home=replace(home, moving=None) if home else None,
+            active=active,
+            layers=tuple(forest.layers[layer] for layer in needed),
+            snapshots=snapshots,
+        )
+
+    def noted(self, machine: str) -> frozenset[LayerId]:
+        """The layers in the record, among them those that an operation has left to nobody.
+
+        Raises:
+            HostCannot: the record cannot be read.
+        """
+        found = self._files.read(machine)
+        return frozenset(layer.id for layer in found.layers) if found else frozenset()
+
+    def is_current(self, machine: Machine) -> bool:
+        """Whether the record is there, and what the store has of the machine."""
+        with self._database.reading() as sql:
+            generation = rows.generation(sql, machine.name)
+        found = self._readable(machine.name)
+        return found is not None and found.describes(machine.uuid, generation)
+
+    def write(self, machine: str) -> None:
+        """Write the record as the store has the machine.
+
+        Raises:
+            HostCannot: no right, no space.
+        """
+        self._files.write(self.of(machine))
+
+    def keep(self, machine: str) -> None:
+        """The same, unless it is current; nothing for a machine that is not defined yet.
+
+        Raises:
+            HostCannot: no right, no space.
+        """
+        with contextlib.suppress(NotFoundError):
+            if not self.is_current(self._store.machine(machine)):
+                self.write(machine)
+
+    def take_back(self, machine: Machine) -> None:
+        """Remove the record of this very machine, whose definition did not settle.
+
+        Raises:
+            HostCannot: something of it may be left.
+        """
+        found = self._files.read(machine.name)
+        if found is None or found.machine.uuid == machine.uuid:  # else it is another's
+            self._files.forget(machine.name)
+
+    def remembered(self, name: str) -> Machine | None:
+        """The machine of that name by its record; the store need not know it.
+
+        Raises:
+            HostCannot: the record cannot be read.
+        """
+        found = self._files.read(name)
+        return found.machine if found else None
+
+    def lost(self, *, wait: bool = True) -> tuple[str, ...]:
+        """The machines that have a record and that this store does not know, by name; none that is being defined.
+
+        They may read any layer of another machine.
+
+        Args:
+            wait: else none is told while the storage of images hangs, which who asks for a list does not need.
+
+        Raises:
+            HostCannot: no right to look.
+        """
+        found = self._lost() if wait else briefly(self._lost, (), seconds=devices.PATIENCE)
+        if isinstance(found, HostCannot):
+            raise found
+        return found
+
+    def _lost(self) -> tuple[str, ...] | HostCannot:
+        try:
+            described = self._files.names()
+            with self._database.reading() as sql:  # afterwards: a definition writes its record while it is open
+                known = {name for (name,) in sql.execute("SELECT name FROM machine")}
+                known |= {name for name in described if journal.select(sql, name, only_open=True)}
+            # What is read now is there still: undefine removes the record first.
+            return tuple(name for name in described if name not in known and self._files.read(name))
+        except HostCannot as error:
+            return error
+
+    def behind(self, machine: str) -> bool:
+        """Whether the record tells that this store is an old copy.
+
+        Raises:
+            HostCannot: the record cannot be read.
+
+        A record is ahead of its store by the operation that was about to settle when we died, and by no other: that is
+        open here, or was undone since.
+        """
+        found = self._files.read(machine)
+        if found is None:
+            return False
+        with self._database.reading() as sql:
+            ahead = found.generation > rows.generation(sql, machine) and not journal.is_unsettled(sql, found.operation)
+            return ahead or found.serial >= journal.next_serial(sql)
+
+    def _readable(self, machine: str) -> Record | None:
+        """The record, where one that cannot be read is replaced."""
+        with contextlib.suppress(HostCannot):
+            return self._files.read(machine)
+        return None
+
+    def take_over(self) -> None:
+        """Write the records of this host's machines that only an earlier release has written down, if that can be."""
+        if self._files.earlier.is_dir():
+            briefly(self._take_over, None, seconds=devices.PATIENCE)
+
+    def _take_over(self) -> None:
+        with contextlib.suppress(HostCannot, OSError):
+            names = self._files.names()
+            for found in self._store.machines():
+                if found.name in names and found.host == os.uname().nodename:
+                    self.keep(found.name)
+                    self._files.forget_earlier(found.name)
+
+
+def _is_left(forest: Forest, layer: Layer) -> bool:
+    return layer.id in forest.layers and not forest.machines_above(layer.id)
