@@ -107,7 +107,7 @@ KINDS: Final[dict[str, Kind]] = {
         "Another user owns part of the home, or can write to it or to a folder above it, and could make QEMU run"
         " any program as the user who starts a machine. Root does not use such a home; no other user uses one that"
         " belongs to somebody else.",
-        "What belongs to this user becomes writable for nobody else.",
+        "What belongs to this user becomes writable for this user only.",
     ),
     "tag-missing": Kind("I1", "The image lacks the tag of an internal snapshot."),
     "state-file-missing": Kind("I1", "The file with a snapshot's memory does not exist or cannot be read."),

@@ -234,7 +234,7 @@ def test_an_image_outside_the_allowed_folders_is_refused(
         spec.write_text(f"name: m\ndisks: [{{name: vda, base: '{path}', format: raw}}]\n")
         refusal = Refusal(capsys, tmp_path, "define", str(spec))
         assert refusal.exit_code == 2
-        assert "lies outside the allowed folders" in refusal.text
+        assert "is outside the allowed folders" in refusal.text
 
 
 @pytest.mark.usefixtures("home", "abilities")

@@ -267,7 +267,7 @@ class _Claim:
         return made
 
     def _unexpected(self, what: str) -> HostCannot:
-        return HostCannot(f"qemu-img made {printable(self.path)} not as requested: {what}; it was removed")
+        return HostCannot(f"qemu-img did not create {printable(self.path)} as requested: {what}; it was removed")
 
 
 @asynccontextmanager
@@ -316,7 +316,7 @@ def _check_request(path: str | os.PathLike[str], virtual_size: int) -> Path:
     if not problem and Path(text).name in ("", ".."):
         problem = "the path names no file"
     if problem:
-        raise ImageRefused(f"no image can be made at {printable(text)!r}: {problem}")
+        raise ImageRefused(f"no image can be created at {printable(text)!r}: {problem}")
     if virtual_size <= 0 or virtual_size % _SECTOR or virtual_size >= 1 << 63:
         raise ImageRefused(
             f"an image cannot have {virtual_size} bytes",

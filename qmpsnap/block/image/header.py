@@ -156,7 +156,7 @@ def conversion(path: str, magic: str) -> str:
     target = os.path.splitext(path)[0] + ".qcow2"  # noqa: PTH122  a name, whatever it holds
     target = f"{path}.qcow2" if target == path else target
     command = f"qemu-img convert -f {magic} -O qcow2 {shlex.quote(path)} {shlex.quote(target)}"
-    return printable(f"convert it while nobody writes to it, then use the new image: {command}", 2000)
+    return printable(f"convert it while it is not in use, then use the new image: {command}", 2000)
 
 
 def read(
@@ -284,7 +284,7 @@ def read_chain(
         if len(layers) == max_depth:
             raise ImageRefused(
                 f"{printable(os.fspath(path))} has more than {max_depth} layers",
-                hint="copy it into one image while nobody writes to it: "
+                hint="copy it into one image while it is not in use: "
                 + printable(f"qemu-img convert -O qcow2 {shlex.quote(os.fspath(path))} NEW", 2000),
             )
         header = require(place, format=pinned, allowed=allowed, block_device=block_device)
@@ -311,7 +311,7 @@ def _pinned_format(path: str, header: Header) -> Format:
     else:
         problem = f"names a backing image of format {printable(header.backing_format)}, not raw or qcow2"
         # With its backing in it the image is one of qcow2 alone.
-        hint = "flatten it while nobody writes to it: " + conversion(path, "qcow2").partition(": ")[2]
+        hint = "flatten it while it is not in use: " + conversion(path, "qcow2").partition(": ")[2]
     raise ImageRefused(f"image {printable(path)} {problem}", hint=printable(hint, 2000))
 
 
@@ -330,7 +330,7 @@ def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
     assert allowed is not None
     places = ", ".join(str(place) for place in allowed) or "none"
     raise ImageRefused(
-        f"image {printable(path)} lies outside the allowed folders",
+        f"image {printable(path)} is outside the allowed folders",
         hint=f"move it to an allowed folder ({places}), or allow its own with " + option("folders", "DIR"),
     )
 

@@ -64,7 +64,7 @@ def _of_tables(descriptor: int, found: Header, clusters: Sequence[int]) -> str:
             return f"its L2 table at byte {offset} names nothing"
         highest = max(highest, *_places(table, found))
     lower = next((cluster for cluster in clusters if cluster * size < highest), None)
-    return "" if lower is None else f"cluster {lower} lies below clusters in use"
+    return "" if lower is None else f"cluster {lower} is below clusters in use"
 
 
 def _of_clusters(descriptor: int, found: Header, clusters: Sequence[int]) -> str:

@@ -312,7 +312,7 @@ def _check_table(what: str, offset: int, length: int, *, limit: int, cluster: in
     if offset % cluster or offset < cluster:
         raise _Fault(f"the {what} begins at byte {offset}, inside another cluster")
     if offset + length > end:
-        raise _Fault(f"the {what} lies beyond the end of the file")
+        raise _Fault(f"the {what} is beyond the end of the file")
 
 
 def _backing(raw: bytes) -> str | None:

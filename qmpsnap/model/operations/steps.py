@@ -44,11 +44,11 @@ class Step(Struct, frozen=True):
 
 
 _MERGE: Final = (
-    Step(PLANNED, "what the verb says at once is true; no job has started: back"),
-    Step("N:started", "the job may have written; what it reads is still the truth: back"),
-    Step("N:finalizing", "both sides are equal, the vCPUs may stand still: forward, without QEMU by the headers"),
-    Step("N:settled", "the change is recorded: the job is dismissed, nodes close, files go; later jobs only if asked"),
-    Step(UNDONE, "what was true from the opening on is taken back: back"),
+    Step(PLANNED, "what the verb records first is recorded; no job has started: back"),
+    Step("N:started", "the job may have written; its source is still valid: back"),
+    Step("N:finalizing", "both sides are equal, the vCPUs may be paused: forward, without QEMU by rewriting headers"),
+    Step("N:settled", "the change is recorded: dismiss the job, close nodes, remove files; later jobs only on request"),
+    Step(UNDONE, "what the opening recorded is taken back: back"),
     Step(SETTLED, "nothing is left to do"),
 )
 _MERGE_ALONE: Final = tuple(step for step in _MERGE if step.name != UNDONE)
@@ -56,46 +56,50 @@ _MERGE_ALONE: Final = tuple(step for step in _MERGE if step.name != UNDONE)
 
 STEPS: Final[dict[str, tuple[Step, ...]]] = {
     "define": (
-        Step(PLANNED, "files may have been made; nobody can have used them: back"),
-        Step(SETTLED, "the machine is there"),
+        Step(PLANNED, "files may exist, unused: back"),
+        Step(SETTLED, "the machine exists"),
     ),
     "create": (
-        Step(PLANNED, "overlays may have been made and opened; the guest does not write to them: back"),
-        Step(TRANSACTION, "QEMU may write to the overlays, or a chosen name may be the file's only one: it is asked"),
-        Step(SAVING, "the memory is fixed and the guest runs on; it is being written: forward if that ends well"),
-        Step(LOST, "the disks have moved; memory or UEFI variables cannot be kept: layers stay, the snapshot goes"),
-        Step(ENDING, "the snapshot is there; QEMU is still to be ended: forward"),
-        Step(SETTLED, "the snapshot is there"),
+        Step(PLANNED, "overlays may exist and be open; the guest does not write to them: back"),
+        Step(
+            TRANSACTION, "QEMU may write to the overlays, or a chosen path may be the file's only name: QEMU is asked"
+        ),
+        Step(SAVING, "the memory is captured and being written while the guest runs: forward if it is complete"),
+        Step(
+            LOST, "the disks are on their overlays; memory or UEFI variables are lost: keep layers, drop the snapshot"
+        ),
+        Step(ENDING, "the snapshot exists; QEMU still has to end: forward"),
+        Step(SETTLED, "the snapshot exists"),
     ),
     "internal": (
-        Step(PLANNED, "QEMU has not heard of it: back"),
-        Step(STARTED, "there may be tags: forward when every image has one, else none keeps it"),
-        Step(RECORDED, "the snapshot is there; QEMU's job may still be: forward"),
+        Step(PLANNED, "QEMU is not involved yet: back"),
+        Step(STARTED, "images may have tags: forward if all have, else the tags are deleted"),
+        Step(RECORDED, "the snapshot exists; QEMU's job may, too: forward"),
         Step(SETTLED, "nothing is left to do"),
     ),
     "load": (
-        Step(PLANNED, "QEMU has not heard of it: back"),
-        Step(KEEPING, "the guest may be held, and tags of what it does now may be there: they go, it runs on: back"),
-        Step(LOADING, "disks and memory may be the snapshot's: forward once the job was started"),
-        Step(LOADED, "the machine stands at the snapshot; its guest may still be held: forward"),
+        Step(PLANNED, "QEMU is not involved yet: back"),
+        Step(KEEPING, "the guest may be paused and its state tagged: delete the tags, resume the guest: back"),
+        Step(LOADING, "disks and memory may be the snapshot's: forward if the job was started"),
+        Step(LOADED, "the machine is at the snapshot; its guest may still be paused: forward"),
         Step(SETTLED, "nothing is left to do"),
     ),
     "commit": _MERGE,
     "stream": _MERGE_ALONE,
     "delete": _MERGE_ALONE,
     "mirror": (
-        Step(PLANNED, "the file may have been made, under a name of ours: back"),
-        Step("made:FILE", "that file is ours also under the name asked for; QEMU may have it open: back"),
-        Step("started:FILE", "the job may have written to the copy; the old active layer is the truth: back"),
-        Step("finalizing:FILE", "both sides are equal, the vCPUs may stand still: forward"),
-        Step("settled:FILE", "the change is recorded: the job is dismissed, nodes close, files go"),
+        Step(PLANNED, "the file may exist under a temporary name: back"),
+        Step("made:FILE", "the file is qmpsnap's under its final name, too; QEMU may have it open: back"),
+        Step("started:FILE", "the job may have written to the copy; the old active layer is valid: back"),
+        Step("finalizing:FILE", "both sides are equal, the vCPUs may be paused: forward"),
+        Step("settled:FILE", "the change is recorded: dismiss the job, close nodes, remove files"),
         Step(SETTLED, "nothing is left to do"),
     ),
     "revert": (
-        Step(PLANNED, "new layers may have been made; the guest has noticed nothing: back"),
+        Step(PLANNED, "new layers may exist; the guest is untouched: back"),
         Step(STOPPING, "QEMU may have ended: forward, the machine stopped"),
-        Step(SWITCHED, "the machine stands at the snapshot; files may be left that nobody needs: forward"),
-        Step(STARTING, "QEMU may be starting: forward, and one that has its memory runs on"),
+        Step(SWITCHED, "the machine is at the snapshot; unneeded files may be left: forward"),
+        Step(STARTING, "QEMU may be starting: forward; one that has its memory keeps running"),
         Step(SETTLED, "nothing is left to do"),
     ),
 }
