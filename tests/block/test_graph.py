@@ -168,7 +168,7 @@ async def test_any_other_chain_in_qemu_is_a_mismatch_that_names_both(stored: Cha
 async def test_an_image_that_somebody_put_on_top_is_a_mismatch_that_names_its_file() -> None:
     edges = (f"{VIRTIO} root theirs", "theirs backing vda-2", *PLAIN[1:])
     qemu = Fixed(graph_of(*edges), {"theirs": "qcow2", "vda-2": "qcow2"})
-    with pytest.raises(StoreMismatch, match="writes disk vda to /files/theirs, which somebody else put there"):
+    with pytest.raises(StoreMismatch, match="writes disk vda to /files/theirs, a node that another client inserted"):
         await require_agreement(qemu, [chain("vda-1", "vda-2")], machine="web")
 
 

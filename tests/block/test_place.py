@@ -54,7 +54,7 @@ async def test_what_cannot_be_looked_at_is_not_gone(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", fails)
         for asking in (staged.discard(str(path), file), staged.identity_of(str(path))):
-            with pytest.raises(HostCannot, match="cannot be looked at: Too many open files") as refused:
+            with pytest.raises(HostCannot, match="cannot be read: Too many open files") as refused:
                 await asking
             assert refused.value.effect == "unknown"
     assert await staged.discard(str(path), file)

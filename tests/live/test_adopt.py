@@ -373,7 +373,7 @@ async def test_headers_and_files_have_to_agree_with_qemu(q: qmpsnap.Controller, 
     for name in ("given.sock", "own.sock"):
         (folder / name).unlink()
     theirs = launched(["-blockdev", BLOCKDEV + ",backing=", "-device", "virtio-blk,drive=fmt"])
-    with pytest.raises(StoreMismatch, match=r"names base\.qcow2 as its backing, QEMU reads nothing"):
+    with pytest.raises(StoreMismatch, match=r"names base\.qcow2 as its backing file, QEMU reads nothing"):
         await q.adopt("theirs", theirs.socket)
 
 

@@ -241,7 +241,7 @@ async def test_an_end_that_takes_too_long_is_said_and_holds_no_guest(
         patched.setattr(finalize, "FINALIZE_DEADLINE", 2.0)
         patched.setattr(recovery, "SETTLE_DEADLINE", 2.0)
         patched.setattr(BlockJob, "require_chain", _for_ever)
-        with pytest.raises(DeadlinePassed, match="did not come to its end within 2 s") as late:
+        with pytest.raises(DeadlinePassed, match="did not complete within 2 s") as late:
             await act("vda")
     assert late.value.effect == "unknown"
     assert "qmpsnap recover still" in as_typed(late.value.hint)

@@ -19,7 +19,7 @@ async def test_a_raw_image_of_odd_size_past_the_page_cache(q: qmpsnap.Controller
     image = place / "an odd.raw"
     image.write_bytes(bytes(1_000_000))
     disk = DiskSpec(name="vda", image=str(image), format="raw", cache="none")
-    with pytest.raises(ImageRefused, match="no multiple of 512") as refused:
+    with pytest.raises(ImageRefused, match="with a multiple of 512") as refused:
         await q.define(MachineSpec(name="m", disks=(disk,)), folders=[place])
     await q.define(MachineSpec(name="other", disks=(replace(disk, cache="writeback"),)), folders=[place])
     await (await q.machine("other")).undefine(disks="keep")

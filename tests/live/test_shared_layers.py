@@ -59,7 +59,7 @@ async def test_no_clone_on_what_an_interrupted_operation_changes(
         await vm.delete_snapshots("s2", metadata=True)  # its layer stays, and goes with what removes it
     on = layers_of(vm)[layer]
     await die_at(point, *(word.format(copy=home / "copy") for word in words))
-    with pytest.raises(OperationPending, match="on machine still has not ended and changes") as refused:
+    with pytest.raises(OperationPending, match="on machine still is still open and changes") as refused:
         await q.define(clone_on(on))
     assert as_typed(refused.value.hint).startswith("qmpsnap job wait still")
     assert as_typed(refused.value.hint).endswith("qmpsnap recover still")
@@ -73,7 +73,7 @@ async def test_a_clone_that_is_being_defined_counts_as_a_reader(q: qmpsnap.Contr
     vm = await grown(q, "s1", "s2")
     base = layers_of(vm)[0]
     async with stopped_at(SETTLES, "define", spec_file(home, base)) as other:
-        with pytest.raises(OperationPending, match="machine clone has not ended and is about to read") as refused:
+        with pytest.raises(OperationPending, match="machine clone is still open and is about to read") as refused:
             await vm.commit("vda", consume=True)
         assert as_typed(refused.value.hint) == "qmpsnap recover clone"
         assert [snapshot.state for snapshot in await vm.snapshots()] == ["ok", "ok"]

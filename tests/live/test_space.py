@@ -142,7 +142,7 @@ async def test_a_store_without_room_refuses_before_anything_begins(
     hashes = await snapshot_hashes(vm)
     filler = occupy(tight)
     for refused in (vm.snapshot("s2"), vm.snapshot("s2", kind="internal"), vm.revert("s1"), vm.stream("vda")):
-        with pytest.raises(HostCannot, match=r"the store.* may need 262144 bytes, and \d+ are free") as full:
+        with pytest.raises(HostCannot, match=r"the store.* may need 262144 bytes, but only \d+ are free") as full:
             await refused
         assert (full.value.exit_code, full.value.effect) == (9, "none")
     monkeypatch.setattr(free_space, "require", lambda *_, **__: None)  # it was free a moment ago

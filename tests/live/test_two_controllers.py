@@ -111,7 +111,7 @@ async def test_a_hung_machine_keeps_nobody_waiting(
         shown = capsys.readouterr()
         document = json.loads(shown.out)
         assert (document["state"], document["pid"], document["snapshots"]) == ("unknown", process.pid, ["s1"])
-        assert shown.err == "qmpsnap: the monitor of machine still did not greet within 0.5 s\n"
+        assert shown.err == "qmpsnap: the monitor of machine still sent no greeting within 0.5 s\n"
         assert await to_thread.run_sync(main, ["snapshot", "create", "still", "-o", "json"]) == 6
         assert json.loads(capsys.readouterr().err)["effect"] == "none"
         if how != "stopped by a signal":

@@ -81,10 +81,10 @@ def test_only_what_changes_keeps_others_away() -> None:
 
 
 def test_what_has_settled_since_the_plan_counts() -> None:
-    with pytest.raises(StateError, match="machine web reads it by now"):
+    with pytest.raises(StateError, match="machine web reads it meanwhile"):
         require_unshared("new", taking_over(replace(BASE, id=LayerId("vda-9"), path="/i/second")), FOREST, [])
-    with pytest.raises(StateError, match="which machine web writes to by now"):
+    with pytest.raises(StateError, match="but machine web writes to it meanwhile"):
         require_unshared("new", taking_over(TOP, read_only=True), FOREST, [])
-    with pytest.raises(StateError, match="layer vda-5, on which machine new was to be built, is not there any more"):
+    with pytest.raises(StateError, match="layer vda-5, a base of machine new, was removed meanwhile"):
         require_unshared("new", taking_over(replace(FOREIGN, backing=LayerId("vda-5"))), FOREST, [])
     require_unshared("web", removal(BASE), FOREST, [])  # its own snapshots are its own affair

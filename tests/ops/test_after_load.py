@@ -63,20 +63,20 @@ async def test_one_that_was_set_late_is_set_again() -> None:
 async def test_one_that_stays_wrong_is_told_with_how_far() -> None:
     found = await told(Guest(5, 5, 5))
     (note,) = found.notes
-    assert "was set 3 times, and may be off by up to 5.0" in note
+    assert "was set 3 times but may still be off by up to 5.0" in note
     assert found.clock_error_ms == pytest.approx(-5000, abs=200)
 
 
 async def test_an_agent_that_is_slow_to_tell_leaves_a_doubt() -> None:
     (note,) = (await told(Guest(0, 0, 0, asked=0.3))).notes
-    assert "may be off by up to" in note
+    assert "may still be off by up to" in note
 
 
 async def test_what_hwclock_says_is_not_what_became_of_the_clock() -> None:
     (note,) = (await told(Guest(0, answers=[REFUSED]))).notes
     assert note.startswith("the guest's clock was set, but")
     found = await told(Guest(None, None, None, answers=[REFUSED] * 3))
-    assert found.notes[0].startswith("the guest's clock was not set, and is off by up to 8000")
+    assert found.notes[0].startswith("the guest's clock was not set and is off by up to 8000")
     assert found.clock_error_ms is not None
 
 

@@ -322,7 +322,10 @@ def lost(before: dict[str, bytes], home: Home) -> list[str]:
 @pytest.mark.parametrize(
     ("sql", "text"),
     [
-        ("UPDATE layer SET backing = 'vda-3' WHERE id = 'vdb-5'", "layer vdb-5 of disk vdb lies on layer vda-3"),
+        (
+            "UPDATE layer SET backing = 'vda-3' WHERE id = 'vdb-5'",
+            "layer vdb-5 of disk vdb has layer vda-3 as its backing file",
+        ),
         ("UPDATE disk SET active = 'vdb-5' WHERE name = 'vda'", "the guest has disk vda on layer vdb-5"),
     ],
 )
@@ -399,7 +402,7 @@ async def test_a_layer_under_another_name_is_told_and_stays(web: Context) -> Non
     done = await check.run(web, "web", mend=True)
     assert {finding.code for finding in done.findings} == {"layer-missing", "unreferenced-file"}
     (found,) = (finding.text for finding in done.findings if finding.code == "unreferenced-file")
-    assert found == f"{image(web, 'away')} is layer vda-3, whose place is {image(web, 'vda-3')}"
+    assert found == f"{image(web, 'away')} is layer vda-3, recorded at {image(web, 'vda-3')}"
     assert (done.moved, image(web, "away").exists()) == ((), True)
 
 

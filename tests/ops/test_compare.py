@@ -74,10 +74,10 @@ BASE, TOP = CHAIN.layers
     [
         ({"inode": 99}, "/m/vda-3.qcow2 is not the recorded file"),
         ({"device": 99}, "/m/vda-3.qcow2 is not the recorded file"),
-        ({"backing": "/m/other"}, "the header of /m/vda-3.qcow2 names /m/other as its backing"),
-        ({"backing": "/m/./vda-1.qcow2"}, "the header of /m/vda-3.qcow2 names /m/./vda-1.qcow2 as its backing"),
-        ({"backing": None}, "the header of /m/vda-3.qcow2 names nothing as its backing"),
-        ({"virtual_size": 7}, f"/m/vda-3.qcow2 has 7 bytes for the guest, recorded are {MIB}"),
+        ({"backing": "/m/other"}, "the header of /m/vda-3.qcow2 names /m/other as its backing file"),
+        ({"backing": "/m/./vda-1.qcow2"}, "the header of /m/vda-3.qcow2 names /m/./vda-1.qcow2 as its backing file"),
+        ({"backing": None}, "the header of /m/vda-3.qcow2 names nothing as its backing file"),
+        ({"virtual_size": 7}, f"/m/vda-3.qcow2 has virtual size 7, recorded is {MIB}"),
     ],
 )
 def test_each_contradiction_is_one_sentence(changed: dict[str, object], told: str) -> None:
@@ -91,7 +91,7 @@ def test_several_contradictions_are_all_told() -> None:
 
 def test_a_base_of_ours_must_name_no_backing() -> None:
     found = replace(header_of(BASE, None), backing="/m/below")
-    assert layer_problems(BASE, None, found) == ["the header of /m/vda-1.qcow2 names /m/below as its backing"]
+    assert layer_problems(BASE, None, found) == ["the header of /m/vda-1.qcow2 names /m/below as its backing file"]
 
 
 @pytest.mark.parametrize(
@@ -164,4 +164,4 @@ async def test_a_file_that_is_gone_or_replaced_is_told(context: BenchContext, tm
     assert gone.bytes is None
     assert len(gone.problems) == 1
     assert "not the recorded file" in replaced.problems[0]
-    assert f"has {2 * MIB} bytes" in replaced.problems[1]
+    assert f"has virtual size {2 * MIB}" in replaced.problems[1]

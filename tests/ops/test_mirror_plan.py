@@ -148,7 +148,7 @@ def test_an_image_that_fits() -> None:
         (replace(EMPTY, header=replace(EMPTY.header, virtual_size=MIB // 2)), False, "524288 bytes"),
         (replace(EMPTY, header=replace(EMPTY.header, virtual_size=2 * MIB)), False, "2097152 bytes"),
         (replace(EMPTY, header=replace(EMPTY.header, dirty=True)), False, "not closed cleanly"),
-        (ONTO, False, "where nothing is needed"),
+        (ONTO, False, "instead of nothing"),
         (EMPTY, True, "names nothing"),
         (replace(ONTO, header=replace(ONTO.header, backing="/m/./vda-2.qcow2")), True, "as its backing"),
         (replace(ONTO, header=replace(ONTO.header, backing_format="raw")), True, "as its backing"),

@@ -243,7 +243,7 @@ def test_an_unknown_snapshot_is_not_found() -> None:
 
 
 def test_a_consumed_snapshot_is_refused_and_the_ways_out_are_told() -> None:
-    with pytest.raises(StateError, match="snapshot a of machine web is consumed") as caught:
+    with pytest.raises(StateError, match="snapshot a of machine web was invalidated") as caught:
         plan(situation(snapshots=(replace(LISTED[0], state="consumed"), LISTED[1])))
     assert as_typed(caught.value.hint) == "choose another one that qmpsnap snapshot list web lists"
 
@@ -260,7 +260,7 @@ def test_a_tag_is_taken_out_into_a_copy_with_the_same_backing() -> None:
 
 
 def test_a_point_that_somebody_writes_to_is_refused() -> None:
-    with pytest.raises(StateError, match="vda-1, where snapshot a lies, is written to by machine other"):
+    with pytest.raises(StateError, match="machine other writes to layer vda-1, which holds snapshot a"):
         plan(situation(writers=(Writer("other", "vda", LayerId("vda-1")),)))
 
 
@@ -383,7 +383,7 @@ async def test_a_machine_that_ran_and_stands_still_now_is_told_of(
     context, _ = await broken(store, tmp_path, tool, step=step, mode="live")
     await end_open(context, store.machine("web"), None)
     error = store.operations("web")[-1].error
-    assert error == "interrupted; the machine was not started again: qmpsnap start web"
+    assert error == "interrupted; the machine was not started again"
 
 
 async def test_a_machine_that_came_up_again_needs_no_word(store: SqliteStore, tmp_path: Path, tool: ImageTool) -> None:

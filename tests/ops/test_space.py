@@ -58,7 +58,7 @@ def test_steps_of_one_file_system_are_added_up_and_what_one_frees_counts(rooms: 
     at = replace(situation(chain("vda", 1, 2, 3)), bytes={layer.id: 4 for layer in chain("vda", 1, 2, 3).layers})
     gone = tuple(replace(layer, path="/b/gone") for layer in at.live["vda"].layers[1:2])
     require_space(at, (merge(6, at), merge(4, at)), STORE)
-    with pytest.raises(HostCannot, match="layer vda-1 may grow by 5 bytes and 4 are free at /a"):
+    with pytest.raises(HostCannot, match="layer vda-1 may grow by 5 bytes, but only 4 are free at /a"):
         require_space(at, (merge(6, at), merge(5, at)), STORE)
     require_space(at, (merge(6, at, removed=gone), merge(8, at)), STORE)
     rooms["/store"] = Room(2, 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.qmp import runstate, status_poll
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\r\n'
@@ -76,5 +77,5 @@ def test_who_says_nothing_or_nonsense_holds_nobody_up(tmp_path: Path) -> None:
 
 def test_only_what_a_guest_cannot_help_has_a_remedy() -> None:
     assert runstate.remedy("paused", "web") == ""
-    assert "qmpsnap resume web" in runstate.remedy(runstate.NO_SPACE, "web")
-    assert "qmpsnap resume web" in runstate.remedy(runstate.FAILED, "web")
+    assert "qmpsnap resume web" in as_typed(runstate.remedy(runstate.NO_SPACE, "web"))
+    assert "qmpsnap resume web" in as_typed(runstate.remedy(runstate.FAILED, "web"))

@@ -140,7 +140,7 @@ async def test_on_a_socket_that_nobody_listens_on_any_more_qemu_is_gone(path: Pa
 async def test_a_monitor_that_does_not_greet_is_given_up_at_the_deadline(path: Path) -> None:
     async with scripted(path) as qemu:
         with anyio.fail_after(LONG):
-            with pytest.raises(DeadlinePassed, match=r"did not greet within 0\.1 s; nothing was changed") as caught:
+            with pytest.raises(DeadlinePassed, match=r"sent no greeting within 0\.1 s; nothing was changed") as caught:
                 async with session.connect(path, machine="web", deadline=0.1):
                     pytest.fail("it did not greet")
             await qemu.hung_up.wait()

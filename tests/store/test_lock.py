@@ -53,7 +53,7 @@ def test_a_second_holder_in_this_process_is_refused_and_told_of_the_first(path: 
     assert before <= since <= time.time()
     assert (caught.value.exit_code, caught.value.effect, caught.value.machine) == (4, "none", "web")
     assert caught.value.message == (
-        f"machine web is being worked on by 'snapshot create' (pid {os.getpid()} on {os.uname().nodename})"
+        f"machine web is in use by 'snapshot create' (pid {os.getpid()} on {os.uname().nodename})"
         f" since {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(since))}"
     )
 

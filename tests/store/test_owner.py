@@ -51,11 +51,11 @@ WAYS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "another's": (lambda path: os.chown(path, NOBODY, -1), "belongs to user nobody, with mode 0", "chown root "),
     "everybody's": (
         lambda path: path.chmod(0o777),
-        "user root and with mode 0777, can be written to by every",
+        "user root and with mode 0777, is writable by every",
         "chmod ",
     ),
-    "a group's": (_give_daemon, "written to by group daemon", "chmod g-w"),
-    "named": (_name_nobody, "can be written to by user nobody", "setfacl -b "),
+    "a group's": (_give_daemon, "writable by group daemon", "chmod g-w"),
+    "named": (_name_nobody, "is writable by user nobody", "setfacl -b "),
 }
 
 
