@@ -315,8 +315,8 @@ def _refuse_headers(at: Situation, disk: str, top: LayerId, readers: Sequence[La
     """Refuse when a layer that must name another backing is not ours."""
     if foreign := [f"layer {layer.id} ({layer.path})" for layer in readers if not layer.owned]:
         raise StateError(
-            f"layer {top} of disk {disk} would be removed, but it is read by {'; '.join(foreign)}, which qmpsnap did not"
-            " create",
+            f"layer {top} of disk {disk} would be removed, but it is read by {'; '.join(foreign)}, which qmpsnap"
+            " did not create",
             hint=call("stream", at.machine, disk) + " merges without removing it",
             machine=at.machine,
         )
