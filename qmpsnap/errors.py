@@ -10,6 +10,7 @@
      ├── NotFoundError              3  no such machine, snapshot, disk or layer
      ├── StateError                 4  understood, but not in this state
      │    ├── NameTaken             4
+     │    ├── NumberTaken           4  another operation got the number that a plan was made with
      │    ├── ImageInUse            4  another program has an image open
      │    ├── LockHeld              4  another controller works on the machine
      │    └── ForeignHost           4  the machine belongs to another host
@@ -160,6 +161,12 @@ class NameTaken(StateError):
     """The name is in use."""
 
     code = "name-taken"
+
+
+class NumberTaken(StateError):
+    """Another operation got the number that a plan was made with; told only where that went on and on."""
+
+    code = "number-taken"
 
 
 class ImageInUse(StateError):

@@ -4,7 +4,7 @@
 Each call is one transaction and may block for an fsync: async callers go through a worker thread.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Protocol
 
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -12,6 +12,7 @@ from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.store.sqlite.frozen_files import FrozenTable
 from qmpsnap.store.sqlite.homes import HomeTable
@@ -63,6 +64,9 @@ class Store(Protocol):
     def forest(self) -> Forest:
         """Every layer, disk and point of all machines."""
 
+    def basis(self, machine: str) -> Basis:
+        """All of that at one moment, of a machine that need not be recorded yet: what its plans are made from."""
+
     def require_writable(self) -> None:
         """Make sure that it can be written, before something begins that has to be recorded afterwards.
 
@@ -76,18 +80,19 @@ class Store(Protocol):
     def next_serial(self) -> int:
         """The number the next operation would get; for plans that are only printed."""
 
-    def skip_to(self, serial: OperationId) -> None:
-        """Let the next operation have this number, if it would have a lower one."""
+    def open_operation(self, plan: Plan, basis: Basis, *, serial: OperationId, serials: int = 1) -> Operation:
+        """Make a plan durable as ``planned``, under the number that it was made with; it takes so many numbers.
 
-    def open_operation(self, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1) -> Operation:
-        """Make the plan with the next serial number(s) and make it durable as ``planned``.
-
-        A plan's ``opening`` change, if it has one, is applied in the same transaction: before anything is done.
+        No file is looked at: whoever waits for one keeps nobody from the store. So what the plan was made from has to
+        be still what the store says. A plan's ``opening`` change, if it has one, is applied in the same transaction:
+        before anything is done.
 
         Raises:
+            NumberTaken: another operation has that number, or a later one: make the plan again.
             OperationPending: an earlier operation of the machine has not ended, or one of another machine that changes
                 what this one reads or changes, or is about to read what this one changes.
-            StateError: another machine reads what would change, or writes to what would be read, by now.
+            StateError: another machine reads what would change, or writes to what would be read, by now; or the store
+                says something else of the machine, or of a layer that the plan is about.
         """
 
     def mark(

@@ -15,6 +15,7 @@ from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, DefinePlan
 from qmpsnap.store.sqlite.backend import SqliteStore
+from tests.store.samples import journalled
 
 MIB = 1 << 20
 EPOCH = 1_767_225_600.0
@@ -149,7 +150,5 @@ def _settle(
 
 
 def _apply(store: SqliteStore, machine: str, change: Change) -> None:
-    operation = store.open_operation(
-        machine, lambda _: DefinePlan(machine=machine, images=(), overlays=(), change=change), serials=20
-    )
+    operation = journalled(store, DefinePlan(machine=machine, images=(), overlays=(), change=change), serials=20)
     store.settle(operation.id, machine, change)

@@ -19,6 +19,7 @@ from qmpsnap.cli.main import main
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.ops.outside import compare
 from qmpsnap.ops.snapshot import plan as create_plan
 from qmpsnap.ops.snapshot.plan import CreateRequest
@@ -121,11 +122,9 @@ def test_an_error_is_its_golden_file(name: str, form: str, home: Home, capsys: p
 @pytest.mark.parametrize("form", FORMS)
 def test_a_live_plan_is_its_golden_file(form: str, home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     with SqliteStore(home.store, machines=home.machines) as store:
-        machine, chains, snapshots = store.machine("web"), store.chains("web"), store.snapshots("web")
-    request = CreateRequest(name="next", description="")
-    plan = create_plan.plan(
-        machine, chains, snapshots, request, serial=OperationId(6), home=home, mode="live", now=seeded.EPOCH
-    )
+        basis = store.basis("web")
+    at = PlanInputs(basis=basis, serial=OperationId(6), home=home, mode="live", now=seeded.EPOCH)
+    machine, plan = at.machine, create_plan.plan(at, CreateRequest(name="next", description=""))
     plan_output.print_plan(form, machine, plan)  # type: ignore[arg-type]
     hold(f"dry-run-live.{form}", capsys.readouterr().out, home)
 

@@ -1,7 +1,7 @@
 """A file system that hangs on request: ``hangfs.py BACKING MOUNT HANG``, with Debian's python3-fusepy.
 
 What lies in BACKING is seen at MOUNT. While there is a file HANG, the operations that it names wait, as of a server
-that does not answer: open, getattr, read, write, fsync, unlink, create, readdir, rename, all.
+that does not answer: open, getattr, read, write, fsync, unlink, create, readdir, rename, statfs, all.
 """
 
 import os
@@ -116,6 +116,7 @@ class Hanging(Operations):
         os.symlink(target, BACKING + new)
 
     def statfs(self, path):
+        wait("statfs")
         found = os.statvfs(BACKING)
         return {name: getattr(found, name) for name in dir(found) if name.startswith("f_") and name != "f_fsid"}
 

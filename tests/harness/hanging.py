@@ -17,8 +17,8 @@ WAIT = 20.0
 class Storage:
     """Where it is mounted; see :meth:`hang`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "mnt"
+    def __init__(self, folder: Path, at: Path | None) -> None:
+        self.path = at or folder / "mnt"
         self._asked = folder / "hang"
 
     @contextmanager
@@ -53,12 +53,12 @@ def lacking() -> str:
 
 
 @contextmanager
-def mounted() -> Iterator[Storage]:
-    """A folder on such a file system."""
+def mounted(at: Path | None = None) -> Iterator[Storage]:
+    """A folder on such a file system: the one named, which does not exist yet, or one of its own."""
     folder = Path(tempfile.mkdtemp(prefix="qs-hang-"))
-    storage = Storage(folder)
-    (folder / "back").mkdir()
-    storage.path.mkdir()
+    storage = Storage(folder, at)
+    (folder / "back").mkdir(mode=0o700)
+    storage.path.mkdir(parents=True)
     argv = [PYTHON, str(Path(__file__).with_name("hangfs.py")), str(folder / "back"), str(storage.path)]
     server = subprocess.Popen([*argv, str(folder / "hang")], stdin=subprocess.DEVNULL)
     try:

@@ -9,6 +9,7 @@ import pytest
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Operation, OperationState, Plan, verb_of
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.store.sqlite.backend import SqliteStore
 
 When = Literal["before", "after"]
@@ -23,15 +24,9 @@ def watching(hook: Hook) -> Iterator[None]:
     """Call ``hook``, in the thread that writes, around every step; an end without a step is named for its state."""
     real_open, real_mark, real_settle = SqliteStore.open_operation, SqliteStore.mark, SqliteStore.settle
 
-    def open_operation(
-        store: SqliteStore, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1
-    ) -> Operation:
-        def make(serial: OperationId) -> Plan:
-            plan = make_plan(serial)
-            hook(verb_of(plan), steps.PLANNED, "before")
-            return plan
-
-        operation = real_open(store, machine, make, serials=serials)
+    def open_operation(store: SqliteStore, plan: Plan, basis: Basis, **numbers: Any) -> Operation:
+        hook(verb_of(plan), steps.PLANNED, "before")
+        operation = real_open(store, plan, basis, **numbers)
         hook(operation.verb, steps.PLANNED, "after")
         return operation
 

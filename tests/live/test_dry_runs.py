@@ -17,6 +17,7 @@ from qmpsnap.model.operations.operation import Change, CreatePlan
 from qmpsnap.ops.base.context import locked
 from tests.cli.test_help import LEAVES
 from tests.live.machine import MIB, context_of
+from tests.store.samples import journalled
 
 SPEC = "name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}, {name: vdb, size: 1M}]\n"
 NO_CHANGE = frozenset(
@@ -148,9 +149,7 @@ async def test_nothing_is_ended_or_waited_for(q: qmpsnap.Controller, home: Path)
     vm = await q.define(MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=MIB),)))
     await vm.push("mine")
     context = context_of(vm)
-    operation = context.store.open_operation(
-        "still", lambda _: CreatePlan(machine="still", live=False, overlays=(), change=Change())
-    )
+    operation = journalled(context.store, CreatePlan(machine="still", live=False, overlays=(), change=Change()))
     before = everything(home)
     looks = (
         lambda: vm.preview_push("next"), vm.preview_pop, lambda: vm.preview_revert("mine"),

@@ -13,6 +13,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio import to_thread
+from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.errors import LockHeld, OperationPending, StorageHangs
@@ -166,11 +167,11 @@ async def test_a_second_ctrl_c_ends_at_once_and_tells_what_is_left(vm: qmpsnap.M
     await usable(vm)
 
 
-async def until_stuck(process: int) -> None:
+async def until_stuck(process: int, place: str = "qs-hang") -> None:
     """Until a process below this one waits for that storage."""
     with anyio.fail_after(WAIT):
         while True:
-            found = [pid for pid in below(process) if (wait := storage_wait.waits_of(pid)) and "qs-hang" in str(wait)]
+            found = [pid for pid in below(process) if (wait := storage_wait.waits_of(pid)) and place in str(wait)]
             if found:
                 return
             await anyio.sleep(0.05)
@@ -199,3 +200,35 @@ async def test_a_library_call_keeps_the_lock_until_the_thread_is_back(
         assert command.returncode == 8
         assert [found.state for found in context_of(vm).store.operations("still")][-1] == "planned"
     await usable(vm)
+
+
+PLANNED = [
+    ("snapshot", "create", "still", "one"),
+    ("snapshot", "create", "still", "one", "--kind", "internal", "--no-memory"),
+    ("snapshot", "revert", "still", "before"),
+]
+
+
+@pytest.mark.parametrize("words", PLANNED, ids=["create", "internal", "revert"])
+async def test_another_machine_of_the_store_goes_on_while_a_plan_waits_for_storage(
+    home: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    if reason := hanging.lacking():
+        pytest.skip(reason)
+    monkeypatch.setenv(storage_wait.DEADLINE, "3600")
+    with hanging.mounted(home / "machines" / "still") as storage:
+        async with qmpsnap.open(home) as q:
+            waits, goes_on = await q.define(ONE_DISK), await q.define(replace(ONE_DISK, name="other"))
+            await waits.snapshot("before")
+            with storage.hang("statfs"):
+                command = started(*words)
+                try:
+                    await until_stuck(command.pid, str(storage.path))
+                    await goes_on.snapshot("meanwhile")
+                    assert command.poll() is None
+                except BaseException:
+                    command.kill()
+                    raise
+            said = await ended(command)
+            assert command.returncode == 0, said
+            assert not [finding for vm in (waits, goes_on) for finding in (await vm.check()).findings]

@@ -635,7 +635,7 @@ def test_what_only_a_nameless_leaf_reads_is_not_merged_for_a_disk_the_machine_la
     world.clone("shop", ("root", ids[1]))
     at = world.situation("shop")
     lonely = at.forest.apply("web", Change(active={"vda": ids[0]}, removed_snapshots=("s1", "s2", "s3")))
-    assert rules.reduce(replace(at, forest=lonely), [ids[2]]) == ()
+    assert rules.reduce(replace(at, basis=replace(at.basis, forest=lonely)), [ids[2]]) == ()
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

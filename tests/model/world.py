@@ -14,6 +14,7 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotState
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, Merge, Removal
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer
 from qmpsnap.model.planning.state import Situation
 
@@ -159,10 +160,12 @@ class World:
     def situation(self, name: str) -> Situation:
         guest = self.guests[name]
         return Situation(
-            machine=name,
-            forest=self.forest,
-            snapshots=guest.snapshots,
-            live={w.disk: self.forest.chain(w.disk, w.layer) for w in self.forest.writers if w.machine == name},
+            basis=Basis(
+                name=name,
+                chains=tuple(self.forest.chain(w.disk, w.layer) for w in self.forest.writers if w.machine == name),
+                snapshots=guest.snapshots,
+                forest=self.forest,
+            ),
             running=guest.running,
             bytes={layer: CLUSTER * len(self.files[layer].cells) for layer in self.forest.layers},
         )

@@ -37,6 +37,7 @@ from qmpsnap.store import lock
 from qmpsnap.store.records import Records
 from tests.cli import seeded
 from tests.machine.test_statefile import MANIFEST
+from tests.store.samples import journalled
 
 MIB = 1 << 20
 
@@ -143,7 +144,7 @@ def written(context: Context, sql: str) -> None:
 
 def interrupted(context: Context) -> None:
     plan = CreatePlan(machine="web", live=False, overlays=(), change=Change())
-    context.store.open_operation("web", lambda _: plan)
+    journalled(context.store, plan)
 
 
 def from_the_future(context: Context) -> None:
@@ -390,7 +391,7 @@ async def test_what_any_machine_needs_is_not_moved(web: Context) -> None:
     )
     web.store.apply("other", Change(define=other, layers=(layer,), active={"vda": layer.id}))
     plan = DefinePlan(machine="other", images=(), overlays=(), variables=str(link / "copy.part"), change=Change())
-    web.store.open_operation("other", lambda _: plan)
+    journalled(web.store, plan)
     (folder / "mine").write_bytes(b"of nobody")
     done = await check.run(web, "web", mend=True)
     assert (done.findings, [moved.old for moved in done.moved]) == ((), [str(folder / "mine")])
@@ -488,7 +489,7 @@ async def test_what_an_interrupted_operation_made_is_no_sign_of_an_old_store(web
     above_the_active(web)
     layer = replace(web.store.layer(LayerId("vda-5")), id=LayerId("vda-9"), path=str(image(web, "vda-9")))
     plan = CreatePlan(machine="web", live=False, overlays=(), change=Change(layers=(layer,)))
-    web.store.open_operation("web", lambda _: plan)
+    journalled(web.store, plan)
     assert [finding.code for finding in (await check.run(web, "web")).findings] == ["operation-open"]
 
 

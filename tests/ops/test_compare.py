@@ -16,6 +16,7 @@ from qmpsnap.ops.outside import compare
 from qmpsnap.ops.outside.compare import layer_problems, view
 from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, machine, snapshot
+from tests.store.samples import journalled
 
 CHAIN = chain("vda", 1, 3)
 
@@ -128,7 +129,7 @@ def context(store: SqliteStore, tmp_path: Path) -> BenchContext:
     active = {"vda": layers[0].id, "vdb": layers[1].id}
     change = Change(define=machine(), layers=tuple(layers), active=active)
     plan = DefinePlan(machine="web", images=(), overlays=(), change=change)
-    store.settle(store.open_operation("web", lambda _: plan).id, "web", change)
+    store.settle(journalled(store, plan).id, "web", change)
     return context_on(store, tmp_path)
 
 

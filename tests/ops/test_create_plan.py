@@ -12,6 +12,7 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import CreatePlan
+from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.snapshot import plan as create_plan
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from tests.ops.bench import MIB, chain, home_at, machine, snapshot, with_base
@@ -27,16 +28,9 @@ def plan(
     snapshots: tuple[Snapshot, ...] = (),
     mode: str = "live",
 ) -> CreatePlan:
-    return create_plan.plan(
-        of or machine(),
-        chains,
-        snapshots,
-        request or CreateRequest(),
-        serial=OperationId(17),
-        home=home_at(Path("/q")),
-        mode=mode,
-        now=1700000000.0,
-    )
+    basis = Basis(name="web", record=of or machine(), chains=chains, snapshots=snapshots)
+    at = PlanInputs(basis=basis, serial=OperationId(17), home=home_at(Path("/q")), mode=mode, now=1700000000.0)
+    return create_plan.plan(at, request or CreateRequest())
 
 
 # --- layers and points ----------------------------------------------------------------------------------------------

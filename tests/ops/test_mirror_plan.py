@@ -11,6 +11,7 @@ from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines import nbd
 from qmpsnap.model.names import LayerId, NodeName, OperationId, job_id
 from qmpsnap.model.operations.operation import MirrorPlan, Plan
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.mirror import job
@@ -29,7 +30,7 @@ def situation(found: Chain = CHAIN, *points: str) -> Situation:
         tuple(Reference("web", f"s{at}", "vda", LayerId(point)) for at, point in enumerate(points)),
     )
     sizes = {layer.id: at * 4096 for at, layer in enumerate(found.layers, start=1)}
-    return Situation("web", forest, (), {"vda": found}, running=False, bytes=sizes)
+    return Situation(Basis(name="web", chains=(found,), forest=forest), running=False, bytes=sizes)
 
 
 def made(request: MirrorRequest, *points: str, found: Found | None = None, of: Chain = CHAIN) -> MirrorPlan:

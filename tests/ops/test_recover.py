@@ -16,6 +16,7 @@ from qmpsnap.errors import OperationPending, StateError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, CreatePlan, DefinePlan, Overlay
+from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.ops.base.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.merge import job
 from qmpsnap.ops.session import recovery
@@ -28,6 +29,7 @@ from qmpsnap.store.records import Record, Records
 from qmpsnap.store.sqlite.backend import SqliteStore
 from qmpsnap.store.store import Store
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, machine
+from tests.store.samples import journalled
 
 WEB = machine()
 FOUND = (None, 0, 1, 2)
@@ -86,7 +88,7 @@ async def context(store: SqliteStore, tmp_path: Path, tool: ImageTool) -> BenchC
         await tool.create_base(layer.path, format="qcow2", virtual_size=MIB)
     change = Change(define=WEB, layers=layers, active={"vda": layers[0].id, "vdb": layers[1].id})
     plan = DefinePlan(machine="web", images=layers, overlays=(), change=change)
-    operation = store.open_operation("web", lambda _: plan, serials=2)
+    operation = journalled(store, plan, serials=2)
     store.settle(operation.id, "web", change)
     return context
 
@@ -126,13 +128,10 @@ class Left:
 async def broken(context: BenchContext, tool: ImageTool, *, step: str, made: tuple[str, ...] = ("vda", "vdb")) -> Left:
     """A ``snapshot create`` (number 3) that died after that step, the overlays of some disks made."""
     store = context.store
-    chains, snapshots = store.chains("web"), store.snapshots("web")
-
-    def make(serial: OperationId) -> CreatePlan:
-        request = CreateRequest(name="before")
-        return create_plan.plan(WEB, chains, snapshots, request, serial=serial, home=context.home, mode="live", now=1.0)
-
-    operation = store.open_operation("web", make)
+    inputs = PlanInputs(
+        basis=store.basis("web"), serial=OperationId(store.next_serial()), home=context.home, mode="live", now=1.0
+    )
+    operation = journalled(store, create_plan.plan(inputs, CreateRequest(name="before")))
     assert isinstance(operation.plan, CreatePlan)
     for overlay in operation.plan.overlays:
         if overlay.disk in made:
@@ -349,7 +348,7 @@ async def test_a_definition_that_died_leaves_none_of_its_files(context: BenchCon
     layers = (chain("vda", 3, folder=str(folder)).active, chain("vdb", 4, folder=str(folder)).active)
     new = machine(DiskSpec(name="vda", size=MIB), DiskSpec(name="vdb", size=MIB), name="new")
     plan = DefinePlan(machine="new", images=layers, overlays=(), change=Change(define=new, layers=layers))
-    context.store.open_operation("new", lambda _: plan, serials=2)
+    journalled(context.store, plan, serials=2)
     await tool.create_base(layers[0].path, format="qcow2", virtual_size=MIB)
     Records(context.home.machines).write(Record(machine=new))
     assert context.store.records.remembered("new")
@@ -372,7 +371,7 @@ async def test_a_definition_that_died_takes_no_variable_store_but_its_own(contex
         change=Change(define=new),
         variables=str(variables) if whose == "planned" else None,
     )
-    context.store.open_operation("new", lambda _: plan)
+    journalled(context.store, plan)
     await end_open(context, new, None)
     assert context.store.operations("new")[-1].state == "failed"
     assert variables.exists() == (whose == "another's")

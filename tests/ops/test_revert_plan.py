@@ -17,6 +17,7 @@ from qmpsnap.model.layers.vmstate import Inside, hardware_of
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, DefinePlan, RevertPlan
+from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.revert import plan as revert_plan
@@ -25,6 +26,7 @@ from qmpsnap.ops.revert.revert import Preview
 from qmpsnap.ops.session.recovery import end_open
 from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.ops.bench import MIB, BenchContext, FakeQemu, chain, context_on, home_at, machine, snapshot
+from tests.store.samples import journalled
 
 LIVE = (chain("vda", 1, 3, 5), chain("vdb", 2, 4, 6))
 LISTED = (snapshot("a", "vda-1", "vdb-2"), snapshot("b", "vda-3", "vdb-4", parent="a"))
@@ -40,14 +42,9 @@ def situation(
     layers = {layer.id: layer for found in chains for layer in found.layers} | {layer.id: layer for layer in more}
     references = [Reference("web", s.name, p.disk, p.layer) for s in snapshots for p in s.points]
     own = [Writer("web", found.disk, found.active.id) for found in chains]
-    return Situation(
-        machine="web",
-        forest=Forest(layers, (*own, *writers), tuple(references)),
-        snapshots=snapshots,
-        live={found.disk: found for found in chains},
-        running=True,
-        bytes={},
-    )
+    forest = Forest(layers, (*own, *writers), tuple(references))
+    basis = Basis(name="web", record=machine(current="b"), chains=chains, snapshots=snapshots, forest=forest)
+    return Situation(basis=basis, running=True, bytes={})
 
 
 def plan(
@@ -59,15 +56,10 @@ def plan(
     mode: str = "live",
     of: Machine | None = None,
 ) -> RevertPlan:
-    return revert_plan.plan(
-        of or machine(current="b"),
-        at or situation(),
-        RevertRequest(name=name, discard=discard, run=run),
-        serial=OperationId(17),
-        home=home_at(Path("/q")),
-        mode=mode,
-        now=1700000000.0,
-    )
+    at = at or situation()
+    basis = replace(at.basis, record=of) if of else at.basis
+    inputs = PlanInputs(basis=basis, serial=OperationId(17), home=home_at(Path("/q")), mode=mode, now=1700000000.0)
+    return revert_plan.plan(inputs, at, RevertRequest(name=name, discard=discard, run=run))
 
 
 # --- what becomes active --------------------------------------------------------------------------------------------
@@ -298,17 +290,14 @@ async def broken(
     change = Change(
         define=web, layers=live.layers, active={"vda": live.active.id}, snapshots=(snapshot("a", "vda-1"),), current="a"
     )
-    first = store.open_operation(
-        "web", lambda _: DefinePlan(machine="web", images=(), overlays=(), change=change), serials=2
-    )
+    first = journalled(store, DefinePlan(machine="web", images=(), overlays=(), change=change), serials=2)
     store.settle(first.id, "web", change)
     request = RevertRequest(name="a", discard=discard)
-    at = situation((live,), store.snapshots("web"))
-
-    def make(serial: OperationId) -> RevertPlan:
-        return revert_plan.plan(web, at, request, serial=serial, home=context.home, mode=mode, now=1.0)
-
-    operation = store.open_operation("web", make)
+    inputs = PlanInputs(
+        basis=store.basis("web"), serial=OperationId(store.next_serial()), home=context.home, mode=mode, now=1.0
+    )
+    planned = revert_plan.plan(inputs, Situation(basis=inputs.basis, running=True, bytes={}), request)
+    operation = journalled(store, planned)
     assert isinstance(operation.plan, RevertPlan)
     for overlay in operation.plan.overlays:
         await tool.create_overlay(overlay.layer.path, backing=overlay.backing, virtual_size=MIB)

@@ -1,15 +1,18 @@
 """A machine, its layers and snapshots as the store's tests use them, and the changes that record them."""
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
 
+from qmpsnap.errors import NumberTaken
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operations.operation import Change, DefinePlan, Operation
+from qmpsnap.model.operations.operation import Change, DefinePlan, Operation, Plan
+from qmpsnap.store.sqlite.backend import SqliteStore
 from qmpsnap.store.store import Store
 
 MACHINES = Path(tempfile.gettempdir()) / f"qs-pool-{os.getpid()}" / "machines"
@@ -51,8 +54,21 @@ def snapshot(name: str, at: Layer, *, parent: str | None = None, disk: str = "vd
 
 def opened(store: Store, name: str = "web", *, serials: int = 1) -> Operation:
     """An operation of the machine; what its plan says does not matter to the store."""
-    plan = DefinePlan(machine=name, images=(), overlays=(), change=Change())
-    return store.open_operation(name, lambda _: plan, serials=serials)
+    return journalled(store, DefinePlan(machine=name, images=(), overlays=(), change=Change()), serials=serials)
+
+
+def journalled(store: Store, plan: Plan, *, serials: int = 1) -> Operation:
+    """The operation of a plan that was made from what the store says now, whoever else takes numbers meanwhile."""
+    while True:
+        basis, serial = store.basis(plan.machine), OperationId(store.next_serial())
+        with contextlib.suppress(NumberTaken):
+            return store.open_operation(plan, basis, serial=serial, serials=serials)
+
+
+def skip_to(store: SqliteStore, serial: int) -> None:
+    """Let the next operation have this number: the smallest of changes."""
+    with store._database.writing() as sql:
+        sql.execute("UPDATE serial SET last = ?", (serial - 1,))
 
 
 def settled(store: Store, change: Change, name: str = "web") -> None:

@@ -12,13 +12,31 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from qmpsnap.cli.hints import as_typed
-from qmpsnap.errors import NameTaken, NotFoundError, OperationPending, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.errors import (
+    NameTaken,
+    NotFoundError,
+    NumberTaken,
+    OperationPending,
+    QmpsnapError,
+    StateError,
+    StoreMismatch,
+)
 from qmpsnap.model.layers.chain import Layer, LayerState
 from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotKind, SnapshotState
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.spec import Cache, DiskSpec, Format, Forward, MachineSpec, NicSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operations.operation import OPEN_STATES, Change, CreatePlan, OperationState, Overlay, Plan
+from qmpsnap.model.operations.operation import (
+    OPEN_STATES,
+    Change,
+    CreatePlan,
+    DefinePlan,
+    MergePlan,
+    OperationState,
+    Overlay,
+    Plan,
+    Removal,
+)
 from qmpsnap.store.sqlite.backend import SqliteStore
 from qmpsnap.store.store import Store
 from tests.store.samples import (
@@ -27,6 +45,7 @@ from tests.store.samples import (
     created,
     defined,
     everything,
+    journalled,
     layer,
     machine,
     opened,
@@ -366,18 +385,12 @@ def test_a_change_that_cannot_be_leaves_nothing_and_its_operation_open(store: St
 
 def test_an_operation_is_recorded_as_planned_with_the_plan_it_will_follow(store: Store) -> None:
     base, top = layer("vda-1"), layer("vda-2", layer("vda-1"))
-    plans: list[Plan] = []
-
-    def make(serial: OperationId) -> Plan:
-        change = Change(layers=(layer(f"vda-{serial}"),), current="s", snapshots=(snapshot("s", base),))
-        plan = CreatePlan(
-            machine="web", live=True, overlays=(Overlay(disk="vda", layer=top, backing=base),), change=change
-        )
-        plans.append(plan)
-        return plan
-
-    operation = store.open_operation("web", make)
-    assert [operation.plan] == plans
+    serial = OperationId(store.next_serial())
+    change = Change(layers=(layer(f"vda-{serial}"),), current="s", snapshots=(snapshot("s", base),))
+    overlay = Overlay(disk="vda", layer=top, backing=base)
+    plan = CreatePlan(machine="web", live=True, overlays=(overlay,), change=change)
+    operation = store.open_operation(plan, store.basis("web"), serial=serial)
+    assert (operation.id, operation.plan) == (serial, plan)
     assert (operation.verb, operation.state, operation.step, operation.error) == ("create", "planned", "planned", None)
     assert store.operations("web") == (operation,)
 
@@ -437,14 +450,48 @@ def test_what_has_ended_is_not_decided_again(store: Store, state: OperationState
     assert (store.operations("web"), store.machines()) == (ended, ())
 
 
-def test_a_plan_that_cannot_be_made_takes_no_number_and_opens_nothing(store: Store) -> None:
-    def fail(_: OperationId) -> Plan:
-        raise NameTaken("taken")
+def test_of_two_plans_with_one_number_the_second_is_refused_and_opens_nothing(store: Store) -> None:
+    serial = OperationId(store.next_serial())
+    plan = DefinePlan(machine="web", images=(), overlays=(), change=Change())
+    basis = store.basis("web")
+    other = opened(store, "other", serials=5)
+    assert other.id == serial
+    for taken in (serial, OperationId(serial + 4)):
+        with pytest.raises(NumberTaken, match=f"the number {taken} "):
+            store.open_operation(plan, basis, serial=taken, serials=5)
+    assert (store.next_serial(), store.operations("web")) == (serial + 5, ())
+    assert store.open_operation(plan, basis, serial=OperationId(serial + 7), serials=2).id == serial + 7
+    assert store.next_serial() == serial + 9
 
-    before = store.next_serial()
-    with pytest.raises(NameTaken):
-        store.open_operation("web", fail, serials=5)
-    assert (store.next_serial(), store.operations("web")) == (before, ())
+
+NOBODYS = replace(layer("vdz-9"), inode=9)
+OLD: list[tuple[str, Callable[[Store], None], str]] = [
+    ("a snapshot", lambda store: store.apply("web", Change(renamed={"s": "t"})), "of machine web"),
+    ("a chain", lambda store: store.apply("web", Change(active={"vda": LayerId("vda-1")})), "of machine web"),
+    ("the machine", lambda store: store.set_process("web", PROCESS), "of machine web"),
+    ("a layer", lambda store: store.apply("other", Change(layers=(replace(NOBODYS, birth=1),))), "layer vdz-9"),
+    ("a layer that went", lambda store: store.apply("other", Change(removed_layers=(NOBODYS.id,))), "layer vdz-9"),
+]
+
+
+@pytest.mark.parametrize(("changes", "what"), [case[1:] for case in OLD], ids=[case[0] for case in OLD])
+def test_a_plan_made_from_what_the_store_does_not_say_any_more_is_refused(
+    store: Store, changes: Callable[[Store], None], what: str
+) -> None:
+    base = layer("vda-1")
+    defined(store, "web", base)
+    defined(store, "other", layer("vdb-1"))
+    created(store, "s", base)
+    store.apply("web", Change(layers=(NOBODYS,)))
+    basis, serial = store.basis("web"), OperationId(store.next_serial())
+    removal = Removal(disk="vda", removed=(NOBODYS,), change=Change())
+    opening = Change(removed_snapshots=("s",))
+    plan = MergePlan(verb="delete", machine="web", opening=opening, undo=Change(), steps=(removal,))
+    changes(store)
+    with pytest.raises(StateError, match=f"{what} was changed while this was planned") as caught:
+        store.open_operation(plan, basis, serial=serial)
+    assert (caught.value.effect, caught.value.machine) == ("none", "web")
+    assert (store.next_serial(), store.operations("web", only_open=True)) == (serial, ())
 
 
 def test_no_serial_number_is_used_twice_not_even_after_a_failure_or_a_forgotten_machine(open_store: Open) -> None:
@@ -713,7 +760,7 @@ def test_whatever_is_recorded_is_read_back_equal(open_store: Open, history: tupl
         current=snapshots[-1].name if snapshots else None,
     )
     plan = CreatePlan(machine=recorded.name, live=True, overlays=(), change=change)
-    operation = store.open_operation(recorded.name, lambda _: plan)
+    operation = journalled(store, plan)
     assert store.operations(recorded.name, only_open=True) == (operation,)
     assert msgspec.json.decode(msgspec.json.encode(operation.plan), type=Plan) == plan
     store.settle(operation.id, recorded.name, change)

@@ -12,21 +12,20 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.errors import HostCannot
-from qmpsnap.model.names import OperationId
 from qmpsnap.store.sqlite import durability
 from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.harness import failing
-from tests.store.samples import MACHINES
+from tests.store.samples import MACHINES, skip_to
 
 BEFORE = """
 import os, sys
 from pathlib import Path
 from qmpsnap.errors import HostCannot, OperationPending
-from qmpsnap.model.names import OperationId
 from qmpsnap.store.sqlite import durability
 from qmpsnap.store.sqlite.backend import SqliteStore
 
 from tests.harness import failing
+from tests.store.samples import skip_to
 
 def fail(times):
     failing.fail("fsync fdatasync", times=times)
@@ -59,7 +58,7 @@ def test_a_change_whose_commit_failed_is_one_or_none(run: Callable[[str], str], 
 with opened() as store, opened():  # beside another that keeps the frames where they are
     fail(1)
     try:
-        store.skip_to(OperationId(40))
+        skip_to(store, 40)
         print("done", store.next_serial())
     except HostCannot as error:
         print(error.effect, "nothing was changed" in str(error), store.next_serial())
@@ -83,7 +82,7 @@ class Standing:
 
 with opened() as store:
     store._database.connection = Standing(store._database.connection)
-    store.skip_to(OperationId(40))
+    skip_to(store, 40)
     print(store.next_serial())
 """)
     assert said == "40"
@@ -104,12 +103,12 @@ def attempt(call):
 with opened() as store:
     fail(1000)
     print(*(attempt(call) for call in (
-        lambda: store.skip_to(OperationId(40)), store.next_serial, store.machines, store.require_writable,
-        lambda: store.skip_to(OperationId(50)),
+        lambda: skip_to(store, 40), store.next_serial, store.machines, store.require_writable,
+        lambda: skip_to(store, 50),
     )))
     fail(0)
     first = store.next_serial()
-    store.skip_to(OperationId(60))
+    skip_to(store, 60)
     print(first, store.next_serial())
 """)
     first, second = said.splitlines()
@@ -123,7 +122,7 @@ def test_the_next_process_changes_nothing_before_what_it_found_is_on_the_disk(
 ) -> None:
     run("""
 store = opened()
-store.skip_to(OperationId(40))
+skip_to(store, 40)
 os._exit(0)  # its frames stay, as those that no fsync has taken
 """)
     store = tmp_path / "store.db"
@@ -142,14 +141,14 @@ with opened() as store:
     monkeypatch.setattr(durability, "write_again", again.append)
     with SqliteStore(store, machines=MACHINES) as found:
         found.require_writable()
-        found.skip_to(OperationId(60))
+        skip_to(found, 60)
     assert again == [store]
 
 
 def test_frames_are_written_again_as_they_were(tmp_path: Path) -> None:
     store = tmp_path / "store.db"
     with SqliteStore(store, machines=MACHINES) as found:
-        found.skip_to(OperationId(40))
+        skip_to(found, 40)
         file = durability.frames(store)
         before, written = file.read_bytes(), file.stat().st_mtime_ns
         os.utime(file, ns=(0, 0))
@@ -175,7 +174,7 @@ def test_few_transactions_are_remembered(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(durability, "KEPT", 5)
     with SqliteStore(tmp_path / "store.db", machines=MACHINES) as store:
         for number in range(1, 20):
-            store.skip_to(OperationId(number))
+            skip_to(store, number)
         with store._database.reading() as sql:
             assert sql.execute("SELECT count(*) FROM committed").fetchone() == (5,)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.hint import call
@@ -23,6 +24,7 @@ from qmpsnap.model.operations.operation import (
     Plan,
     RevertPlan,
 )
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 
 Name = str | tuple[int, int]
@@ -79,6 +81,28 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
         theirs = uses(other.plan, forest)
         if both := mine.changes & (theirs.reads | theirs.changes) or mine.reads & theirs.changes:
             _refuse(machine, other, both, reads=not both & theirs.changes)
+
+
+def require_unchanged(plan: Plan, basis: Basis, now: Basis) -> None:
+    """Make sure that what a plan was made from is still so; what others read or write to, the rules above compare.
+
+    Args:
+        plan: what is about to be opened.
+        basis: what it was made from.
+        now: the same as the store says it now.
+
+    Raises:
+        StateError: it is not.
+    """
+    changed = ""
+    if replace(basis, forest=now.forest) != now:
+        changed = f"what the store says of machine {basis.name}"
+    before, after, theirs = basis.forest.layers, now.forest.layers, uses(plan, basis.forest)
+    for layer in before.keys() & (theirs.reads | theirs.changes):
+        if before[layer] != after.get(layer):
+            changed = f"layer {layer}"
+    if changed:
+        raise StateError(f"{changed} was changed while this was planned", hint="try again", machine=basis.name)
 
 
 def require_unused(machine: str, gone: Sequence[Layer], forest: Forest, others: Sequence[Operation]) -> None:

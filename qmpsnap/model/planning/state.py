@@ -10,6 +10,7 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 
 CLUSTER: Final = 64 << 10
@@ -53,24 +54,38 @@ class Situation(Struct, frozen=True):
     """What a plan is made from.
 
     Attributes:
-        machine: the machine's name.
-        forest: all layers of the store.
-        snapshots: the machine's, oldest first.
-        live: the live chain of each disk.
+        basis: what the store says of the machine.
         running: a QEMU runs the machine.
         bytes: what each layer's file occupies: what its removal may free.
         held: what each layer has of its own; where that was not counted, what its file occupies stands for it.
         unplugged: disks that the running QEMU has no device for; none is merged or removed of them.
     """
 
-    machine: str
-    forest: Forest
-    snapshots: tuple[Snapshot, ...]
-    live: Mapping[str, Chain]
+    basis: Basis
     running: bool
     bytes: Mapping[LayerId, int]
     held: Mapping[LayerId, Held] = {}
     unplugged: frozenset[str] = frozenset()
+
+    @property
+    def machine(self) -> str:
+        """The machine's name."""
+        return self.basis.name
+
+    @property
+    def forest(self) -> Forest:
+        """All layers of the store."""
+        return self.basis.forest
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The machine's, oldest first."""
+        return self.basis.snapshots
+
+    @property
+    def live(self) -> Mapping[str, Chain]:
+        """The live chain of each disk."""
+        return {chain.disk: chain for chain in self.basis.chains}
 
     def moves(self, layers: Iterable[Layer], into: Layer, *, zeros: Zeros = "none") -> int:
         """Bytes that are written when one image takes these layers over, at most: their content, tables and counts.
@@ -94,31 +109,4 @@ class Situation(Struct, frozen=True):
 
     def after(self, change: Change) -> "Situation":
         """The situation once a change has settled."""
-        changed = {snapshot.name: snapshot for snapshot in change.snapshots}
-        known = {snapshot.name for snapshot in self.snapshots}
-        snapshots = [changed.get(s.name, s) for s in self.snapshots]
-        snapshots += [s for s in change.snapshots if s.name not in known]
-        names = change.renamed
-        snapshots = [
-            replace(s, name=names.get(s.name, s.name), parent=names.get(s.parent, s.parent) if s.parent else None)
-            for s in snapshots
-        ]
-        parents = {s.name: s.parent for s in snapshots if s.name in change.removed_snapshots}
-        kept = (s for s in snapshots if s.name not in parents)
-        forest = self.forest.apply(self.machine, change)
-        tops = {w.disk: w.layer for w in forest.writers if w.machine == self.machine}
-        return replace(
-            self,
-            forest=forest,
-            snapshots=tuple(replace(s, parent=_surviving(s.parent, parents)) for s in kept),
-            live={disk: forest.chain(disk, tops[disk]) for disk in self.live},
-        )
-
-
-def _surviving(name: str | None, removed: Mapping[str, str | None]) -> str | None:
-    """The nearest ancestor, the snapshot itself included, that is not removed; None where they go round in a circle."""
-    for _ in range(len(removed) + 1):
-        if name is None or name not in removed:
-            return name
-        name = removed[name]
-    return None
+        return replace(self, basis=self.basis.after(change))

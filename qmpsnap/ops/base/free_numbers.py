@@ -3,33 +3,16 @@
 from qmpsnap.block import graph
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId, job_id, layer_id
-from qmpsnap.ops.base.context import Context, blocking
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
 
 
-async def next_free(
-    context: Context, machine: Machine, qemu: Monitor | None, *, seen: frozenset[str] = frozenset()
-) -> OperationId:
-    """The number that the next operation would get after :func:`pass_over`; for plans that are only printed.
-
-    ``seen`` are the names that its graph has, where that was just read.
-    """
-    serial = OperationId(await blocking(context.store.next_serial))
-    taken = await _taken(machine, qemu, seen) if qemu else frozenset()
-    while not taken.isdisjoint(_names(machine, serial)):
-        serial = OperationId(serial + 1)
-    return serial
-
-
-async def pass_over(
-    context: Context, machine: Machine, qemu: Monitor | None, *, seen: frozenset[str] = frozenset()
-) -> None:
-    """Let the next operation have a number none of whose names QEMU has; the numbers before it are nobody's."""
-    if qemu and (serial := await next_free(context, machine, qemu, seen=seen)) != await blocking(
-        context.store.next_serial
-    ):
-        await blocking(context.store.skip_to, serial)
+def first_free(machine: Machine, serial: int, taken: frozenset[str]) -> OperationId:
+    """The first number from ``serial`` on none of whose names is taken; the numbers before it are nobody's."""
+    number = OperationId(serial)
+    while not taken.isdisjoint(_names(machine, number)):
+        number = OperationId(number + 1)
+    return number
 
 
 def _names(machine: Machine, serial: OperationId) -> set[str]:
@@ -38,8 +21,8 @@ def _names(machine: Machine, serial: OperationId) -> set[str]:
     return {*layers, *(f"{layer}.file" for layer in layers), *jobs}
 
 
-async def _taken(machine: Machine, qemu: Monitor, seen: frozenset[str]) -> frozenset[str]:
-    """Every name that a node or a job could not have."""
+async def taken(machine: Machine, qemu: Monitor, *, seen: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Every name that a node or a job could not have; ``seen`` are those of its graph, where that was just read."""
     # An owner's names are not those in the graph as we read it: nodes are called as the layers they are there.
     theirs: list[str] = []
     if machine.adopted:

@@ -4,7 +4,6 @@ Only the disks' nodes take part: a raw UEFI variable store does not stand in the
 memory the guest stands still until all of it is written.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -14,16 +13,17 @@ from msgspec import Struct
 from qmpsnap.block.graph import NOTHING, Beside
 from qmpsnap.errors import StateError, UsageError
 from qmpsnap.hint import call, option
+from qmpsnap.host.threads import to_read
 from qmpsnap.machine.open_files import require_recorded
-from qmpsnap.model.home import Home
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import Hardware, Inside
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import OperationId, check_description
+from qmpsnap.model.names import check_description
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, InternalPlan, Operation
+from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_space, luks, requests
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.free_space import Need
@@ -33,7 +33,7 @@ from qmpsnap.ops.memory.load import hardware_now
 from qmpsnap.ops.memory.strategy import RESERVE_MORE, require_saveable, resident_bytes
 from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
-from qmpsnap.ops.session.session import Work, looking, require_agreement, working
+from qmpsnap.ops.session.session import Work, begin, inputs, looking, require_agreement, working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
 
@@ -58,16 +58,10 @@ class InternalRequest(Struct, frozen=True, kw_only=True):
 
 
 def plan(
-    machine: Machine,
-    chains: Sequence[Chain],
-    snapshots: Sequence[Snapshot],
+    at: PlanInputs,
     request: InternalRequest,
     *,
-    serial: OperationId,
-    home: Home,
-    mode: str,
     hardware: Hardware | None,
-    now: float,
     freezer: Freezer | None = None,
     beside: Beside = NOTHING,
 ) -> InternalPlan:
@@ -77,6 +71,7 @@ def plan(
         NameTaken: the machine has a snapshot of that name.
         StateError: a disk cannot hold a snapshot inside, or there is no memory to save.
     """
+    machine, chains, serial = at.machine, at.basis.chains, at.serial
     chosen = requests.disks(machine, request.disks, lacking=beside.unplugged)
     layers = {chain.disk: chain.active for chain in chains if chain.disk in chosen}
     for disk, layer in layers.items():
@@ -88,20 +83,21 @@ def plan(
             )
     if hardware:
         requests.require_all(machine, chosen, lacking=beside.unplugged)
-    name = requests.snapshot_name(machine, chains, snapshots, request.name)
+    name = requests.snapshot_name(machine, chains, at.basis.snapshots, request.name)
     # Not of the number alone: an image may have been another store's, and have that store's tags inside.
-    tag = f"qs-{serial}-{sha256(f'{machine.uuid}/{serial}/{now}'.encode()).hexdigest()[:8]}"
-    variables = str(home.variables(machine.name)) if machine.spec.firmware == "uefi" and not machine.adopted else None
-    kept = str(home.variables_copy(machine.name, serial)) if variables else None
+    tag = f"qs-{serial}-{sha256(f'{machine.uuid}/{serial}/{at.now}'.encode()).hexdigest()[:8]}"
+    has_variables = machine.spec.firmware == "uefi" and not machine.adopted
+    variables = str(at.home.variables(machine.name)) if has_variables else None
+    kept = str(at.home.variables_copy(machine.name, serial)) if variables else None
     vmstate = next(iter(layers.values())).id if hardware else None
     snapshot = Snapshot(
         name=name,
         kind="internal",
         state="ok",
         parent=machine.current,
-        created=now,
+        created=at.now,
         description=check_description(request.description),
-        mode=mode,
+        mode=at.mode,
         points=tuple(Point(disk=disk, layer=layer.id, tag=tag) for disk, layer in layers.items()),
         operation=serial,
         inside=Inside(layer=vmstate, bytes=0, hardware=hardware) if vmstate and hardware else None,
@@ -113,11 +109,11 @@ def plan(
     return InternalPlan(
         machine=machine.name,
         tag=tag,
-        live=mode != "stopped",
+        live=at.mode != "stopped",
         layers=layers,
         vmstate=vmstate,
         variables=(variables, kept) if variables and kept else None,
-        resume=requests.may_run(mode) and bool(vmstate or variables),
+        resume=requests.may_run(at.mode) and bool(vmstate or variables),
         change=Change(snapshots=(snapshot,), current=name),
         quiesce=freezer.wish if freezer else request.quiesce.wish,
     )
@@ -131,30 +127,30 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
     """
     _require_possible(request)
     async with working(context, name, "snapshot create") as work:
-        chains = await blocking(context.store.chains, name)
-        beside = await require_agreement(work, chains, doing=_OPENS, wanted=request.disks)
+        basis = await blocking(context.store.basis, name)
+        beside = await require_agreement(work, basis.chains, doing=_OPENS, wanted=request.disks)
         async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
-            make = await _planner(context, work, chains, request, freezer, beside=beside)
-            operation = await blocking(context.store.open_operation, name, make)
+            make = await _planner(context, work, basis, request, freezer, beside=beside)
+            operation = await begin(context, work, basis, make, seen=beside.names)
             assert isinstance(operation.plan, InternalPlan)
             async with (
                 guarded(context, work.machine, when=operation.plan.resume) as guard_ready,
                 recovery.attempting(context, work.machine, work.qemu, operation),
             ):
                 await guard_ready()
-                return await _carry_out(context, work, operation, chains, freezer=freezer, report=report)
+                return await _carry_out(context, work, operation, basis.chains, freezer=freezer, report=report)
 
 
 async def preview(context: Context, name: str, request: InternalRequest) -> tuple[Machine, InternalPlan]:
     """The plan that :func:`create` would follow now, without a lock and without a change."""
     _require_possible(request)
     async with looking(context, name) as work:
-        chains = await blocking(context.store.chains, name)
-        beside = await require_agreement(work, chains, doing=_OPENS, wanted=request.disks)
+        basis = await blocking(context.store.basis, name)
+        beside = await require_agreement(work, basis.chains, doing=_OPENS, wanted=request.disks)
         freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
-        make = await _planner(context, work, chains, request, freezer, beside=beside)
-    serial = OperationId(await blocking(context.store.next_serial))
-    return work.machine, await blocking(lambda: make(serial))
+        make = await _planner(context, work, basis, request, freezer, beside=beside)
+        at = await inputs(context, work, basis, seen=beside.names)
+    return work.machine, await to_read(make, at)
 
 
 def _require_possible(request: InternalRequest) -> None:
@@ -195,19 +191,18 @@ def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Ne
 async def _planner(
     context: Context,
     work: Work,
-    chains: Sequence[Chain],
+    basis: Basis,
     request: InternalRequest,
     freezer: Freezer,
     *,
     beside: Beside,
-) -> Callable[[OperationId], InternalPlan]:
+) -> Callable[[PlanInputs], InternalPlan]:
     luks.require_plain(
         work.machine,
         "qmpsnap takes no internal snapshots of encrypted images",
         "take a snapshot with overlays: " + call("snapshot", work.machine.name),
     )
-    mode = await requests.mode_of(work.qemu)
-    if request.memory and mode == "stopped":
+    if request.memory and not work.qemu:
         raise StateError(
             f"machine {work.machine.name} is stopped and has no memory to save",
             machine=work.machine.name,
@@ -215,25 +210,12 @@ async def _planner(
     hardware = None
     if work.qemu and request.memory is not False:
         again = "take its disks alone: " + call("snapshot", work.machine.name, kind="internal", memory=False)
-        await require_saveable(work.machine, work.qemu, chains, hint=again)
+        await require_saveable(work.machine, work.qemu, basis.chains, hint=again)
         hardware = await hardware_now(context, work.machine, work.qemu)
-    snapshots = await blocking(context.store.snapshots, work.machine.name)
 
-    def make(serial: OperationId) -> InternalPlan:
-        planned = plan(
-            work.machine,
-            chains,
-            snapshots,
-            request,
-            serial=serial,
-            home=context.home,
-            mode=mode,
-            hardware=hardware,
-            now=time.time(),
-            freezer=freezer,
-            beside=beside,
-        )
-        opened = (layer for chain in chains if chain.disk in planned.layers for layer in chain.layers)
+    def make(at: PlanInputs) -> InternalPlan:
+        planned = plan(at, request, hardware=hardware, freezer=freezer, beside=beside)
+        opened = (layer for chain in basis.chains if chain.disk in planned.layers for layer in chain.layers)
         require_recorded(opened, machine=work.machine.name)
         require_free([planned.variables[1]] if planned.variables else [])
         free_space.require(

@@ -183,11 +183,13 @@ async def preview(context: Context, name: str, socket: Path) -> tuple[Survey, De
 
 
 async def _adopt(context: Context, name: str, socket: Path) -> Adopted:
+    basis = await blocking(context.store.basis, name)
     survey, sources = await _look(context, name, socket)
     machine = await define.record(
         context,
         survey.machine,
-        lambda serial: plan(survey, sources, serial=serial, home=context.home),
+        basis,
+        lambda at: plan(survey, sources, serial=at.serial, home=at.home),
         serials=define.serials_needed(survey.machine.spec, sources),
     )
     return Adopted(machine, _placed(survey, sources), survey.left_out)

@@ -23,6 +23,7 @@ from qmpsnap.model.machines.record import Consent, Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, DefinePlan, Operation, Overlay
+from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.model.timestamps import moment
 from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context, blocking, forget_places, locked, require_folder
@@ -30,6 +31,7 @@ from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.lifecycle import disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session import recovery
+from qmpsnap.ops.session.session import Work, begin
 
 
 def plan(
@@ -177,19 +179,22 @@ async def survey(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -
 
 
 async def _record(context: Context, spec: MachineSpec, firmware: Firmware | None, allowed: Sequence[Path]) -> Machine:
+    basis = await blocking(context.store.basis, spec.name)
     machine, sources = await survey(context, spec, allowed)
 
-    def make(serial: OperationId) -> DefinePlan:
-        return plan(machine, sources, serial=serial, home=context.home, variables=firmware is not None)
+    def make(at: PlanInputs) -> DefinePlan:
+        return plan(machine, sources, serial=at.serial, home=at.home, variables=firmware is not None)
 
+    variables = firmware.vars if firmware else None
     needed = serials_needed(spec, sources)
-    return await record(context, machine, make, serials=needed, firmware_variables=firmware.vars if firmware else None)
+    return await record(context, machine, basis, make, serials=needed, firmware_variables=variables)
 
 
 async def record(
     context: Context,
     machine: Machine,
-    make: Callable[[OperationId], DefinePlan],
+    basis: Basis,
+    make: Callable[[PlanInputs], DefinePlan],
     *,
     serials: int,
     firmware_variables: str | None = None,
@@ -200,12 +205,12 @@ async def record(
         StateError: something is where a file of it would be.
     """
 
-    def make_free(serial: OperationId) -> DefinePlan:
-        planned = make(serial)
+    def make_free(at: PlanInputs) -> DefinePlan:
+        planned = make(at)
         require_free([*(layer.path for layer in planned.created), *([planned.variables] if planned.variables else [])])
         return planned
 
-    operation = await blocking(lambda: context.store.open_operation(machine.name, make_free, serials=serials))
+    operation = await begin(context, Work(machine, None), basis, make_free, serials=serials)
     async with recovery.attempting(context, machine, None, operation):
         await _carry_out(context, operation, firmware_variables=firmware_variables)
     return await blocking(context.store.machine, machine.name)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.snapshot import require_snapshot
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import MachineSpec
@@ -34,7 +35,7 @@ async def defined(
     machine, sources = await define.survey(context, spec, (context.home.data, *context.home.images, *folders))
     serial = OperationId(await blocking(context.store.next_serial))
     planned = define.plan(machine, sources, serial=serial, home=context.home, variables=firmware is not None)
-    require_free([*(layer.path for layer in planned.created), *filter(None, [planned.variables])])
+    await to_read(require_free, [*(layer.path for layer in planned.created), *filter(None, [planned.variables])])
     return planned
 
 

@@ -1,7 +1,5 @@
 """``commit`` and ``stream``: layers of the live chain become one, downwards or upwards."""
 
-from collections.abc import Callable
-
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -9,17 +7,17 @@ from qmpsnap.errors import StateError
 from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain
-from qmpsnap.model.names import OperationId, job_id
+from qmpsnap.model.names import job_id
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan
 from qmpsnap.model.planning import merging as rules
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.state import Situation
-from qmpsnap.ops.base import free_numbers
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.merge import job
 from qmpsnap.ops.merge.preflight import require_possible
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.planning_state import look, require_space, resolve
-from qmpsnap.ops.session.session import Work, begin, looking, working
+from qmpsnap.ops.session.session import Work, begin, inputs, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -84,7 +82,7 @@ async def preview(context: Context, name: str, request: Request) -> tuple[MergeP
         at, made = await _plan(context, work, request)
         await to_read(require_space, at, made.steps, context.home.data)
         await require_possible(work, at, made.steps)
-        serial = await free_numbers.next_free(context, work.machine, work.qemu)
+        serial = (await inputs(context, work, at.basis)).serial
         step = made.steps[0]
         assert isinstance(step, Merge)
         root = await job.root_of(work.qemu, step) if work.qemu and step.live else None
@@ -109,7 +107,7 @@ async def run(context: Context, name: str, request: Request, *, report: Report =
         at, made = await _plan(context, work, request)
         await to_read(require_space, at, made.steps, context.home.data)
         await require_possible(work, at, made.steps)
-        return await carry_out(context, work, lambda _: made, report=report)
+        return await carry_out(context, work, at.basis, made, report=report)
 
 
 async def _plan(context: Context, work: Work, request: Request) -> tuple[Situation, MergePlan]:
@@ -118,17 +116,13 @@ async def _plan(context: Context, work: Work, request: Request) -> tuple[Situati
     return at, plan(at, at.live[request.disk], request)
 
 
-async def carry_out(
-    context: Context, work: Work, make: Callable[[OperationId], MergePlan], *, report: Report
-) -> MergePlan:
+async def carry_out(context: Context, work: Work, basis: Basis, plan: MergePlan, *, report: Report) -> MergePlan:
     """Journal a plan, run its steps, and end it one way or the other when that fails.
 
     Raises:
         QmpsnapError: a step has failed, or could not begin.
     """
-    await free_numbers.pass_over(context, work.machine, work.qemu)
-    operation = await begin(context, work, make)
+    operation = await begin(context, work, basis, lambda _: plan)
     async with recovery.attempting(context, work.machine, work.qemu, operation):
         await job.run(context, work.machine, work.qemu, operation, report=report)
-    assert isinstance(operation.plan, MergePlan)
-    return operation.plan
+    return plan

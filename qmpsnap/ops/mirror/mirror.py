@@ -24,13 +24,13 @@ from qmpsnap.model.names import OperationId, job_id, layer_id
 from qmpsnap.model.operations.operation import Change, MirrorPlan
 from qmpsnap.model.planning.merging import unneeded
 from qmpsnap.model.planning.state import Situation
-from qmpsnap.ops.base import free_numbers, free_space
+from qmpsnap.ops.base import free_space
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.mirror import job
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.planning_state import look
-from qmpsnap.ops.session.session import Work, begin, looking, working
+from qmpsnap.ops.session.session import Work, begin, inputs, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 Mode = Literal["pivot", "finish"]
@@ -172,7 +172,7 @@ async def preview(
     """The plan that :func:`run` would follow now and the commands that start its job; locks and changes nothing."""
     async with looking(context, name, removes=request.mode == "pivot") as work:
         at, found = await _survey(context, work, request)
-        serial = await free_numbers.next_free(context, work.machine, work.qemu)
+        serial = (await inputs(context, work, at.basis)).serial
         made = plan(at, at.live[request.disk], request, serial=serial, found=found)
         await _require_space(context, made, found)
         root = await job.root_of(work.qemu, made) if work.qemu else None
@@ -202,8 +202,9 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         await _require_space(context, made, found)
         if made.nbd:
             await nbd.require_server(made.nbd)
-        await free_numbers.pass_over(context, work.machine, work.qemu)
-        operation = await begin(context, work, lambda serial: plan(at, chain, request, serial=serial, found=found))
+        operation = await begin(
+            context, work, at.basis, lambda inputs: plan(at, chain, request, serial=inputs.serial, found=found)
+        )
         async with recovery.attempting(context, work.machine, work.qemu, operation):
             await job.run(context, work.machine, work.qemu, operation, report=report)
         assert isinstance(operation.plan, MirrorPlan)

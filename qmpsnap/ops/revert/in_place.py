@@ -6,7 +6,6 @@ flushed is in neither of the two.
 Else its content is taken out into a new layer; an image that a guest writes to gets a layer on top first.
 """
 
-import time
 from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
@@ -14,14 +13,13 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.errors import StateError
 from qmpsnap.hint import call
-from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Hardware
-from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan, Operation, RevertPlan
+from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import Context, blocking, guarded
@@ -34,7 +32,7 @@ from qmpsnap.ops.lifecycle.power import LoadingInside
 from qmpsnap.ops.memory.load import hardware_now, require_fits
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.quiesce import Freezer
-from qmpsnap.ops.session.session import Work
+from qmpsnap.ops.session.session import Work, begin
 from qmpsnap.ops.snapshot import create
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.qmp import commands, jobs
@@ -49,55 +47,36 @@ def in_place(snapshot: Snapshot, live: Mapping[str, Chain]) -> bool:
     )
 
 
-def plan(
-    machine: Machine,
-    at: Situation,
-    snapshot: Snapshot,
-    *,
-    serial: OperationId,
-    home: Home,
-    mode: str,
-    hardware: Hardware,
-    now: float,
-    discard: bool,
-    paused: bool,
-) -> LoadPlan:
+def plan(at: PlanInputs, snapshot: Snapshot, *, hardware: Hardware, discard: bool, paused: bool) -> LoadPlan:
     """What will be done where :func:`in_place` holds; pure.
 
     Args:
-        machine: the machine.
-        at: its layers and snapshots.
+        at: the machine, its layers and snapshots.
         snapshot: where it goes back to.
-        serial: number of the operation.
-        home: where the copy of a UEFI variable store goes.
-        mode: ``live``, ``suspended`` or ``paused``.
         hardware: of the QEMU that runs.
-        now: seconds since the epoch.
         discard: do not keep what was written since.
         paused: the guest's vCPUs stay stopped afterwards.
     """
     assert snapshot.inside
+    machine, chains = at.machine, at.basis.chains
+    active = {chain.disk: chain.active for chain in chains}
     kept: InternalPlan | None = None
     if not discard:
-        chains = tuple(at.live.values())
-        name = requests.automatic_name(
-            {found.name for found in at.snapshots}, serial, layered=requests.layered(machine, chains)
-        )
+        taken = {found.name for found in at.basis.snapshots}
+        name = requests.automatic_name(taken, at.serial, layered=requests.layered(machine, chains))
         request = InternalRequest(name=name, description=f"before the revert to {snapshot.name}")
-        made = internal.plan(
-            machine, chains, at.snapshots, request, serial=serial, home=home, mode=mode, hardware=hardware, now=now
-        )
-        kept = replace(made, resume=False)  # whether the guest runs, and when, is said here
+        # Whether the guest runs, and when, is said here.
+        kept = replace(internal.plan(at, request, hardware=hardware), resume=False)
     return LoadPlan(
         machine=machine.name,
         snapshot=snapshot.name,
         tag=str(snapshot.points[0].tag),
-        layers={point.disk: at.live[point.disk].active for point in snapshot.points},
+        layers={point.disk: active[point.disk] for point in snapshot.points},
         vmstate=snapshot.inside.layer,
         paused=paused,
-        resume=requests.may_run(mode),
+        resume=requests.may_run(at.mode),
         kept=kept,
-        variables=(str(home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
+        variables=(str(at.home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
         change=Change(snapshots=kept.change.snapshots if kept else (), current=snapshot.name),
     )
 
@@ -117,8 +96,8 @@ def _arguments(job: JobId, planned: InternalPlan | LoadPlan) -> dict[str, object
 
 async def planner(
     context: Context, work: Work, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool
-) -> Callable[[OperationId], LoadPlan]:
-    """The plan but for its number, of the machine as it is now.
+) -> Callable[[PlanInputs], LoadPlan]:
+    """How the plan is made, of the machine as it is now.
 
     Raises:
         StateError: the memory is of other hardware than the QEMU that runs has, or the guest writes to more than would
@@ -129,23 +108,13 @@ async def planner(
     await requests.require_told(
         work.machine, work.qemu, doing="load other memory into it", hint=call("stop", work.machine.name, force=True)
     )
-    mode = await requests.mode_of(work.qemu)
     hardware = await hardware_now(context, work.machine, work.qemu)
     require_fits(snapshot, hardware, machine=work.machine.name)
 
-    def make(serial: OperationId) -> LoadPlan:
-        return plan(
-            work.machine,
-            at,
-            snapshot,
-            serial=serial,
-            home=context.home,
-            mode=mode,
-            hardware=hardware,
-            now=time.time(),
-            discard=discard,
-            paused=paused,
-        )
+    def make(inputs: PlanInputs) -> LoadPlan:
+        planned = plan(inputs, snapshot, hardware=hardware, discard=discard, paused=paused)
+        require_free([planned.kept.variables[1]] if planned.kept and planned.kept.variables else [])
+        return planned
 
     return make
 
@@ -161,14 +130,8 @@ async def load(
             the disks stand at the snapshot.
     """
     assert work.qemu
-    planner_ = await planner(context, work, at, snapshot, discard=discard, paused=paused)
-
-    def make(serial: OperationId) -> LoadPlan:
-        planned = planner_(serial)
-        require_free([planned.kept.variables[1]] if planned.kept and planned.kept.variables else [])
-        return planned
-
-    operation = await blocking(context.store.open_operation, work.machine.name, make)
+    make = await planner(context, work, at, snapshot, discard=discard, paused=paused)
+    operation = await begin(context, work, at.basis, make)
     assert isinstance(operation.plan, LoadPlan)
     async with (
         guarded(context, work.machine, when=operation.plan.resume or not paused) as guard_ready,

@@ -7,13 +7,12 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import StateError
 from qmpsnap.hint import call, option
-from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, require_snapshot
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import Change, Copy, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.planning import unreferenced
+from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import require_spec
@@ -40,31 +39,19 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
     after: bool = True
 
 
-def plan(
-    machine: Machine,
-    at: Situation,
-    request: RevertRequest,
-    *,
-    serial: OperationId,
-    home: Home,
-    mode: str,
-    now: float,
-) -> RevertPlan:
+def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPlan:
     """What will be done; pure. Disks that the snapshot does not include stay as they are.
 
     Args:
-        machine: the machine.
+        inputs: the machine.
         at: its layers and snapshots.
         request: what was asked for.
-        serial: number of the operation and of its new layers.
-        home: where new images go.
-        mode: ``live``, ``paused`` or ``stopped``.
-        now: seconds since the epoch.
 
     Raises:
         NotFoundError: no snapshot of that name.
         StateError: it cannot be reverted to.
     """
+    machine, serial, home, mode = inputs.machine, inputs.serial, inputs.home, inputs.mode
     require_spec(machine, "start it on other layers")
     snapshot = target_of(at, request.name)
     if snapshot.vmstate and snapshot.vmstate.frozen and request.run == "paused":
@@ -132,7 +119,7 @@ def plan(
         kind="disk",
         state="ok",
         parent=machine.current,
-        created=now,
+        created=inputs.now,
         description=f"{', '.join(old)} before the revert to {snapshot.name}",
         mode=mode,
         points=tuple(Point(disk=disk, layer=chain.active.id) for disk, chain in old.items()),

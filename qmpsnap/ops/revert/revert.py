@@ -7,7 +7,6 @@ and the guest has noticed nothing; after it only forward is left.
 """
 
 import contextlib
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -24,11 +23,12 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Outside, Snapshot
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, RevertPlan
+from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
-from qmpsnap.ops.base import consent, free_space, luks, requests
+from qmpsnap.ops.base import consent, free_space, luks
 from qmpsnap.ops.base.context import Context, blocking, guarded, in_thread
 from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.base.overlays import make_overlays, overlay_on, require_free
@@ -39,7 +39,7 @@ from qmpsnap.ops.revert import in_place
 from qmpsnap.ops.revert.cutover import nothing_written, switch
 from qmpsnap.ops.revert.plan import RevertRequest, plan, points, target_of
 from qmpsnap.ops.session import planning_state, quiesce, recovery
-from qmpsnap.ops.session.session import Work, begin, looking, working
+from qmpsnap.ops.session.session import Work, begin, inputs, looking, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor
@@ -101,20 +101,18 @@ class Preview(Struct, frozen=True, kw_only=True):
 
 async def preview(context: Context, name: str, request: RevertRequest) -> Preview:
     """What :func:`run` would do now, without a lock and without a change (``--dry-run``)."""
-    serial = OperationId(await blocking(context.store.next_serial))
     async with looking(context, name, removes=True) as work:
         machine, qemu = work.machine, work.qemu
         at = await planning_state.look(context, work, disks=(), counted=False)
-        target = target_of(at, request.name)
+        target, now = target_of(at, request.name), await inputs(context, work, at.basis)
         if qemu and in_place.in_place(target, at.live):
             make = await in_place.planner(
                 context, work, at, target, discard=request.discard, paused=request.run == "paused"
             )
-            loaded = make(serial)
-            commands = tuple(in_place.qmp_commands(loaded, serial))
+            loaded = await to_read(make, now)
+            commands = tuple(in_place.qmp_commands(loaded, now.serial))
             return Preview(plan=loaded, unwritten=False, commands=commands)
-        mode = await requests.mode_of(qemu)
-    planned = plan(machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+    planned = plan(now, at, request)
     consent.require(machine)
     await require_same_hardware(context, machine, target)
     variables = str(context.home.variables(name)) if planned.keeps else None
@@ -216,13 +214,12 @@ async def _require_possible(context: Context, work: Work, request: RevertRequest
     at = await planning_state.look(context, work, disks=(), counted=False)
     target = target_of(at, request.name)
     await _examine(context, work, at, target)
-    mode = await requests.mode_of(work.qemu)
-    serial, folder = OperationId(0), str(context.home.machine_dir(work.machine.name))
-    planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+    now, folder = await inputs(context, work, at.basis), str(context.home.machine_dir(work.machine.name))
+    planned = plan(now, at, request)
     _require_variables(context.home, planned)
     busy = in_place.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
     chains = [at.live[disk] for disk in busy]
-    tops = [Overlay(disk=one.disk, layer=overlay_on(one, serial, folder), backing=one.active) for one in chains]
+    tops = [Overlay(disk=one.disk, layer=overlay_on(one, now.serial, folder), backing=one.active) for one in chains]
     goes_on = Need(folder, free_space.LEFT, "the running guest")
     _require_space(context, work.machine, planned, [*free_space.of_overlays(work.machine, tops), goes_on])
 
@@ -262,16 +259,14 @@ async def _memory(snapshot: Snapshot, request: RevertRequest) -> AsyncIterator[L
 
 
 async def _open(context: Context, work: Work, at: Situation, request: RevertRequest) -> Operation:
-    mode = await requests.mode_of(work.qemu)
-
-    def make(serial: OperationId) -> RevertPlan:
-        planned = plan(work.machine, at, request, serial=serial, home=context.home, mode=mode, now=time.time())
+    def make(inputs: PlanInputs) -> RevertPlan:
+        planned = plan(inputs, at, request)
         require_free([*(one.layer.path for one in planned.new), *([planned.keeps] if planned.keeps else [])])
         _require_variables(context.home, planned)
         _require_space(context, work.machine, planned)
         return planned
 
-    return await begin(context, work, make)
+    return await begin(context, work, at.basis, make)
 
 
 def _require_space(context: Context, machine: Machine, planned: RevertPlan, also: Iterable[Need] = ()) -> None:

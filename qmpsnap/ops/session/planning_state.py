@@ -17,6 +17,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Merge, Removal
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.model.planning.state import TABLE_COVERS, Held, Situation
 from qmpsnap.ops.base import free_space
@@ -40,25 +41,21 @@ async def look(
         StateError: a job holds a disk.
     """
     name = work.machine.name
-    chains = await blocking(context.store.chains, name)
+    basis = await blocking(context.store.basis, name)
     lacking = frozenset[str]()
     if work.qemu:
         now = await graph.read(work.qemu)
         if disks is not None:
-            lacking = (await graph.beside(work.qemu, now, chains)).unplugged.difference(disks)
-        await graph.require_chains(work.qemu, now, chains, machine=name, lacking=lacking)
-    forest = await blocking(context.store.forest)
+            lacking = (await graph.beside(work.qemu, now, basis.chains)).unplugged.difference(disks)
+        await graph.require_chains(work.qemu, now, basis.chains, machine=name, lacking=lacking)
     running = work.qemu is not None
-    sizes = await to_read(_bytes, forest, context.home, name, chains)
-    written = {chain.active.id for chain in chains if running}
+    sizes = await to_read(_bytes, basis, context.home)
+    written = {chain.active.id for chain in basis.chains if running}
     return Situation(
-        machine=name,
-        forest=forest,
-        snapshots=await blocking(context.store.snapshots, name),
-        live={chain.disk: chain for chain in chains},
+        basis=basis,
         running=running,
         bytes=sizes,
-        held=await to_end(_held, [forest.layer(layer) for layer in sizes], written) if counted else {},
+        held=await to_end(_held, [basis.forest.layer(layer) for layer in sizes], written) if counted else {},
         unplugged=lacking,
     )
 
@@ -156,9 +153,10 @@ def _held(layers: list[Layer], written: set[LayerId]) -> dict[LayerId, Held]:
     return found
 
 
-def _bytes(forest: Forest, home: Home, machine: str, chains: tuple[Chain, ...]) -> dict[LayerId, int]:
+def _bytes(basis: Basis, home: Home) -> dict[LayerId, int]:
     """What the files occupy of every layer that the machine reads, wherever it lies, and of what is left of its own."""
-    wanted = {layer.id: layer for chain in chains for layer in chain.layers}
+    machine, forest = basis.name, basis.forest
+    wanted = {layer.id: layer for chain in basis.chains for layer in chain.layers}
     tops = [writer.layer for writer in forest.writers if writer.machine == machine]
     tops += [reference.layer for reference in forest.references if reference.machine == machine]
     for top in tops:

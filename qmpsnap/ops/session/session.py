@@ -1,19 +1,22 @@
 """The frame of every verb that changes a machine."""
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Final
 
 from msgspec import Struct
 
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
-from qmpsnap.errors import LockHeld, OperationPending
+from qmpsnap.errors import LockHeld, NumberTaken, OperationPending
 from qmpsnap.hint import call
-from qmpsnap.host.threads import to_read
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import OperationId
-from qmpsnap.model.operations.operation import Operation, Plan
+from qmpsnap.model.operations.operation import DefinePlan, Operation, Plan
+from qmpsnap.model.planning.inputs import Basis, PlanInputs
+from qmpsnap.ops.base import free_numbers, requests
 from qmpsnap.ops.base.context import Context, blocking, locked, require_folder, require_own, require_spec
 from qmpsnap.ops.base.reading import read_by
 from qmpsnap.ops.outside import layer_changes, other_programs
@@ -23,6 +26,9 @@ from qmpsnap.ops.session.recovery import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock
+
+_PATIENCE: Final = 30.0
+"""Seconds that other machines of the store may go on taking the numbers that a machine has planned with."""
 
 
 class Work(Struct, frozen=True):
@@ -184,18 +190,58 @@ async def require_alone(context: Context, work: Work) -> None:
     )
 
 
-async def begin(context: Context, work: Work, make: Callable[[OperationId], Plan]) -> Operation:
-    """Journal a plan; nothing has been changed before. Of a machine that is stopped nobody may read what will change.
+async def inputs(context: Context, work: Work, basis: Basis, *, seen: frozenset[str] = frozenset()) -> PlanInputs:
+    """What the machine's next plan is made from now.
+
+    Args:
+        context: where.
+        work: the machine.
+        basis: what the store says of it.
+        seen: the names in QEMU's graph, where that was just read.
+    """
+    taken = await free_numbers.taken(work.machine, work.qemu, seen=seen) if work.qemu else frozenset[str]()
+    serial = free_numbers.first_free(work.machine, await blocking(context.store.next_serial), taken)
+    mode = await requests.mode_of(work.qemu)
+    return PlanInputs(basis=basis, serial=serial, home=context.home, mode=mode, now=time.time())
+
+
+async def begin(
+    context: Context,
+    work: Work,
+    basis: Basis,
+    make: Callable[[PlanInputs], Plan],
+    *,
+    seen: frozenset[str] = frozenset(),
+    serials: int = 1,
+) -> Operation:
+    """Plan, and journal the plan; nothing has been changed before.
+
+    Files are looked at before the store is locked, so that storage which hangs holds up no other machine. If another
+    machine takes the number meanwhile, the plan is made again with the next one.
+
+    Args:
+        context: where.
+        work: the machine.
+        basis: what the store said of it; refused where it says something else by now.
+        make: makes the plan; called in a thread, as it may look at files.
+        seen: as for :func:`inputs`.
+        serials: how many numbers the plan takes.
 
     Raises:
-        ImageInUse: another program has an image open that would be written to or go.
+        ImageInUse: the machine is stopped, and another program has an image open that would be written to or go.
     """
-    forest = await blocking(context.store.forest)
 
-    def unread(serial: OperationId) -> Plan:
-        plan = make(serial)
-        if work.qemu is None:
-            other_programs.require_unread(plan, forest, machine=work.machine.name)
-        return plan
+    async def planned() -> Operation:
+        at = await inputs(context, work, basis, seen=seen)
+        plan = await to_read(make, at)
+        if work.qemu is None and not isinstance(plan, DefinePlan):  # whose images others may read
+            await to_end(lambda: other_programs.require_unread(plan, basis.forest, machine=plan.machine))
+        return await blocking(lambda: context.store.open_operation(plan, basis, serial=at.serial, serials=serials))
 
-    return await other_programs.retrying(lambda: blocking(context.store.open_operation, work.machine.name, unread))
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return await other_programs.retrying(planned)
+        except NumberTaken:
+            if time.monotonic() > end:
+                raise

@@ -1,7 +1,7 @@
 """``snapshot create``: every disk's active layer is frozen under a new empty overlay, all disks in one transaction."""
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 import anyio
 from msgspec import Struct
@@ -16,10 +16,10 @@ from qmpsnap.machine.open_files import require_opened, require_recorded
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Operation
-from qmpsnap.ops.base import free_numbers, free_space, overlay_paths, requests
+from qmpsnap.model.planning.inputs import Basis, PlanInputs
+from qmpsnap.ops.base import free_space, overlay_paths, requests
 from qmpsnap.ops.base.context import Context, blocking, guarded
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.memory import save as memory
@@ -28,7 +28,7 @@ from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest
 from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer
-from qmpsnap.ops.session.session import Work, looking, require_agreement, working
+from qmpsnap.ops.session.session import Work, begin, inputs, looking, require_agreement, working
 from qmpsnap.ops.snapshot import nvram
 from qmpsnap.ops.snapshot import recover as recover_create
 from qmpsnap.ops.snapshot.plan import CreateRequest, expected, node_options, plan, transaction_of
@@ -42,13 +42,13 @@ _STARTS = "make it start on a new layer"
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
     async with looking(context, name) as work:
-        chains = await blocking(context.store.chains, name)
-        beside = await require_agreement(work, chains, doing=_STARTS, wanted=request.disks)
+        basis = await blocking(context.store.basis, name)
+        beside = await require_agreement(work, basis.chains, doing=_STARTS, wanted=request.disks)
         freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
-        make = await _planner(context, work, chains, request, freezer, beside=beside)
-        serial = await free_numbers.next_free(context, work.machine, work.qemu, seen=beside.names)
+        make = await _planner(context, work, basis, request, freezer, beside=beside)
+        at = await inputs(context, work, basis, seen=beside.names)
     await overlay_paths.require_free(context, name, request.files)
-    return work.machine, await blocking(lambda: make(serial))
+    return work.machine, await to_read(make, at)
 
 
 async def run(context: Context, name: str, request: CreateRequest, *, report: Report = unreported) -> Snapshot:
@@ -84,20 +84,19 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
     plan: CreatePlan | None = None
     try:
         async with working(context, name, "snapshot create") as work:
-            chains = await blocking(context.store.chains, name)
-            beside = await require_agreement(work, chains, doing=_STARTS, wanted=request.disks)
+            basis = await blocking(context.store.basis, name)
+            beside = await require_agreement(work, basis.chains, doing=_STARTS, wanted=request.disks)
             await overlay_paths.require_free(context, name, request.files)
             async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
-                make = await _planner(context, work, chains, request, freezer, beside=beside)
-                await free_numbers.pass_over(context, work.machine, work.qemu, seen=beside.names)
-                operation = await blocking(context.store.open_operation, name, make)
+                make = await _planner(context, work, basis, request, freezer, beside=beside)
+                operation = await begin(context, work, basis, make, seen=beside.names)
                 assert isinstance(operation.plan, CreatePlan)
                 plan = operation.plan
                 async with (
                     guarded(context, work.machine, when=plan.hold or _holds(plan.memory)) as guard_ready,
                     recovery.attempting(context, work.machine, work.qemu, operation),
                 ):
-                    after = [one for one in expected(chains, plan) if one.disk not in beside.unplugged]
+                    after = [one for one in expected(basis.chains, plan) if one.disk not in beside.unplugged]
                     return await _carry_out(
                         _Attempt(context, work, operation, plan, tuple(after), report, freezer, guard_ready)
                     )
@@ -140,38 +139,26 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
 async def _planner(
     context: Context,
     work: Work,
-    chains: Sequence[Chain],
+    basis: Basis,
     request: CreateRequest,
     freezer: Freezer,
     *,
     beside: Beside,
-) -> Callable[[OperationId], CreatePlan]:
+) -> Callable[[PlanInputs], CreatePlan]:
     """The plan but for its number, of the machine as it is now; refused on other files, or without room for it."""
-    mode = await requests.mode_of(work.qemu)
     if request.memory and beside.unplugged:
         requests.require_all(work.machine, frozenset(), lacking=beside.unplugged)
     has_variables = work.machine.spec.firmware == "uefi" and not work.machine.adopted
-    if request.listed and request.memory is None and has_variables and requests.may_run(mode) and not request.hold:
-        request = replace(request, hold=not await nvram.is_still(context.home.variables(work.machine.name)))
-    means = await choose(context, work.machine, work.qemu, chains, request.memory) if request.memory else None
-    snapshots = await blocking(context.store.snapshots, work.machine.name)
+    if request.listed and request.memory is None and has_variables and not request.hold:
+        moves = requests.may_run(await requests.mode_of(work.qemu))
+        hold = moves and not await nvram.is_still(context.home.variables(work.machine.name))
+        request = replace(request, hold=hold)
+    means = await choose(context, work.machine, work.qemu, basis.chains, request.memory) if request.memory else None
 
-    def make(serial: OperationId) -> CreatePlan:
-        planned = plan(
-            work.machine,
-            chains,
-            snapshots,
-            request,
-            serial=serial,
-            home=context.home,
-            mode=mode,
-            now=time.time(),
-            means=means,
-            freezer=freezer,
-            beside=beside,
-        )
+    def make(at: PlanInputs) -> CreatePlan:
+        planned = plan(at, request, means=means, freezer=freezer, beside=beside)
         touched = {overlay.disk for overlay in planned.overlays}
-        below = (layer for chain in chains if chain.disk in touched for layer in chain.layers)
+        below = (layer for chain in basis.chains if chain.disk in touched for layer in chain.layers)
         require_recorded(below, machine=work.machine.name)
         require_free([planned.variables[1]] if planned.variables else [])
         require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)

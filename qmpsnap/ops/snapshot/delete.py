@@ -103,7 +103,7 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
 async def preview(context: Context, name: str, request: DeleteRequest) -> DeletePlan:
     """The plan that :func:`run` would follow now, without a lock and without a change."""
     async with looking(context, name, removes=not request.metadata) as work:
-        return await _plan(context, work, request)
+        return (await _plan(context, work, request))[1]
 
 
 async def run(context: Context, name: str, request: DeleteRequest, *, report: Report = unreported) -> DeletePlan:
@@ -114,17 +114,17 @@ async def run(context: Context, name: str, request: DeleteRequest, *, report: Re
         QmpsnapError: a job failed: the snapshots are gone, their layers stay hidden until the next delete.
     """
     async with working(context, name, "snapshot delete", removes=not request.metadata) as work:
-        made = await _plan(context, work, request)
-        await carry_out(context, work, lambda _: made.plan, report=report)
+        at, made = await _plan(context, work, request)
+        await carry_out(context, work, at.basis, made.plan, report=report)
         return made
 
 
-async def _plan(context: Context, work: Work, request: DeleteRequest) -> DeletePlan:
+async def _plan(context: Context, work: Work, request: DeleteRequest) -> tuple[Situation, DeletePlan]:
     at = await look(context, work, disks=())
     made = plan(at, request)
     await to_read(require_space, at, made.plan.steps, context.home.data)
     await require_possible(work, at, made.plan.steps)
-    return made
+    return at, made
 
 
 def _require_attached(at: Situation, steps: Sequence[Merge | Removal]) -> None:

@@ -18,6 +18,7 @@ from qmpsnap.model.layers.vmstate import version_of
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Overlay
+from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.overlays import overlay_on
 from qmpsnap.ops.memory.strategy import Means, MemoryRequest
@@ -52,15 +53,9 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
 
 
 def plan(
-    machine: Machine,
-    chains: Sequence[Chain],
-    snapshots: Sequence[Snapshot],
+    at: PlanInputs,
     request: CreateRequest,
     *,
-    serial: OperationId,
-    home: Home,
-    mode: str,
-    now: float,
     means: Means | None = None,
     freezer: Freezer | None = None,
     beside: Beside = NOTHING,
@@ -68,14 +63,8 @@ def plan(
     """What will be done; pure.
 
     Args:
-        machine: the machine.
-        chains: its live chains.
-        snapshots: those it has already.
+        at: the machine, its layers and snapshots.
         request: what was asked for.
-        serial: number of the operation and of its new layers.
-        home: where new images go.
-        mode: ``live``, ``suspended``, ``paused`` or ``stopped``.
-        now: seconds since the epoch.
         means: how the memory can be saved, if it was asked for.
         freezer: what has become of the wish to freeze; None plans for what was asked.
         beside: where QEMU's devices are not the machine's disks.
@@ -86,11 +75,12 @@ def plan(
         NotFoundError: no disk of that name.
         StateError: a disk cannot be snapshotted.
     """
+    machine, chains, serial = at.machine, at.basis.chains, at.serial
     included = requests.disks(machine, request.disks, lacking=beside.unplugged)
     _require_included(machine, included, request.files)
     if request.memory:
         requests.require_all(machine, included, lacking=beside.unplugged)
-    folder = home.machine_dir(machine.name)
+    folder = at.home.machine_dir(machine.name)
     overlays = tuple(
         _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk))
         for chain in chains
@@ -100,19 +90,19 @@ def plan(
         layers=tuple(overlay.layer for overlay in overlays),
         active={overlay.disk: overlay.layer.id for overlay in overlays},
     )
-    live = mode != "stopped"
+    live = at.mode != "stopped"
     if not request.listed:
         return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
     prefix = "saved" if request.memory and request.memory.quit else "snap"
-    name = requests.snapshot_name(machine, chains, snapshots, request.name, prefix=prefix)
+    name = requests.snapshot_name(machine, chains, at.basis.snapshots, request.name, prefix=prefix)
     snapshot = Snapshot(
         name=name,
         kind="full" if means else "disk",
         state="ok",
         parent=machine.current,
-        created=now,
+        created=at.now,
         description=check_description(request.description),
-        mode=mode,
+        mode=at.mode,
         points=tuple(Point(disk=overlay.disk, layer=overlay.backing.id) for overlay in overlays),
         operation=serial,
         level="ram" if means else "crash",
@@ -121,7 +111,7 @@ def plan(
         outside=requests.outside(machine, beside, request.disks),
         max_pause_ms=request.memory.max_pause_ms if request.memory and means and means.resume else None,
     )
-    copied = _variables(machine, home, serial, request)
+    copied = _variables(machine, at.home, serial, request)
     snapshot = replace(snapshot, variables=copied[1] if copied else None)
     change = replace(change, snapshots=(snapshot,), current=name)
     memory = _memory(request.memory, means, serial, folder) if request.memory and means else None
@@ -134,7 +124,7 @@ def plan(
         memory=memory,
         quiesce=wish,
         variables=copied,
-        hold=bool(copied) and memory is None and request.hold and requests.may_run(mode),
+        hold=bool(copied) and memory is None and request.hold and requests.may_run(at.mode),
     )
 
 

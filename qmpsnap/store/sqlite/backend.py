@@ -1,9 +1,10 @@
 """The store in one SQLite file. The meaning of each method stands in :class:`qmpsnap.store.store.Store`."""
 
 import contextlib
+import functools
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +22,7 @@ from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
 from qmpsnap.model.planning import sharing
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer, based
 from qmpsnap.store import owner
 from qmpsnap.store.records import Record, Records
@@ -76,33 +78,40 @@ class SqliteStore:
     def machine(self, name: str) -> Machine:
         try:
             with self._database.reading() as sql:
-                number = rows.machine_id(sql, name)
-                row = sql.execute(f"{queries.MACHINE} WHERE machine.id = ?", (number,)).fetchone()
+                return rows.find_machine(sql, name)
         except NotFoundError as error:
             with contextlib.suppress(HostCannot):
                 if name in self.records.lost(wait=False):
                     error.hint = "it was defined, but this store lacks it: " + call("rebuild")
             raise
-        return rows.read_machine(row)
 
     def chains(self, machine: str) -> tuple[Chain, ...]:
         with self._database.reading() as sql:
-            disks = sql.execute(
-                "SELECT name, active FROM disk WHERE machine = ? ORDER BY position", (rows.machine_id(sql, machine),)
-            ).fetchall()
-            return tuple(Chain(name, self._chain(sql, active)) for name, active in disks)
+            return self._chains(sql, rows.machine_id(sql, machine))
 
     def snapshots(self, machine: str) -> tuple[Snapshot, ...]:
         with self._database.reading() as sql:
-            number = rows.machine_id(sql, machine)
-            found = sql.execute(f"{queries.SNAPSHOT} WHERE s.machine = ? ORDER BY s.id", (number,)).fetchall()
-            points: dict[int, list[Point]] = {}
-            for snapshot, disk, layer, tag in sql.execute(
-                "SELECT snapshot, disk, layer, tag FROM point JOIN snapshot ON snapshot.id = point.snapshot"
-                " WHERE machine = ? ORDER BY point.position",
-                (number,),
-            ):
-                points.setdefault(snapshot, []).append(Point(disk=disk, layer=LayerId(layer), tag=tag))
+            return self._snapshots(sql, rows.machine_id(sql, machine))
+
+    def basis(self, machine: str) -> Basis:
+        with self._database.reading() as sql:
+            return self._basis(sql, machine)
+
+    def _basis(self, sql: sqlite3.Connection, name: str) -> Basis:
+        found = Basis(name=name, forest=self._forest(sql))
+        with contextlib.suppress(NotFoundError):  # it is not defined yet
+            number, record = rows.machine_id(sql, name), rows.find_machine(sql, name)
+            chains, snapshots = self._chains(sql, number), self._snapshots(sql, number)
+            found = replace(found, record=record, chains=chains, snapshots=snapshots)
+        return found
+
+    def _chains(self, sql: sqlite3.Connection, machine: int) -> tuple[Chain, ...]:
+        found = sql.execute("SELECT name, active FROM disk WHERE machine = ? ORDER BY position", (machine,)).fetchall()
+        return tuple(Chain(name, self._chain(sql, active)) for name, active in found)
+
+    def _snapshots(self, sql: sqlite3.Connection, machine: int) -> tuple[Snapshot, ...]:
+        found = sql.execute(f"{queries.SNAPSHOT} WHERE s.machine = ? ORDER BY s.id", (machine,)).fetchall()
+        points = rows.read_points(sql, machine)
         return tuple(self._snapshot(row, points.get(row[0], ())) for row in found)
 
     def layer(self, layer: LayerId) -> Layer:
@@ -141,21 +150,15 @@ class SqliteStore:
         with self._database.reading() as sql:
             return journal.next_serial(sql)
 
-    def skip_to(self, serial: OperationId) -> None:
+    def open_operation(self, plan: Plan, basis: Basis, *, serial: OperationId, serials: int = 1) -> Operation:
         with self._database.writing() as sql:
-            journal.skip_to(sql, serial)
-
-    def open_operation(self, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int = 1) -> Operation:
-        with self._database.writing() as sql:
-
-            def make(serial: OperationId) -> Plan:
-                plan = make_plan(serial)
-                sharing.require_unshared(machine, plan, self._forest(sql), journal.open_elsewhere(sql, machine))
-                return plan
-
-            operation = journal.open_operation(sql, machine, make, serials=serials)
-            if isinstance(opening := getattr(operation.plan, "opening", None), Change):
-                self._apply(sql, machine, opening)
+            journal.require_next(sql, plan.machine, serial)
+            now = self._basis(sql, plan.machine)
+            sharing.require_unshared(plan.machine, plan, now.forest, journal.open_elsewhere(sql, plan.machine))
+            sharing.require_unchanged(plan, basis, now)
+            operation = journal.insert(sql, plan, serial=serial, serials=serials)
+            if isinstance(opening := getattr(plan, "opening", None), Change):
+                self._apply(sql, plan.machine, opening)
             return operation
 
     def mark(
@@ -242,13 +245,19 @@ class SqliteStore:
             journal.skip_to(sql, OperationId(record.serial + 1))
 
     def follow_devices(self) -> None:
-        with self._database.reading() as sql:
-            files = () if sql.execute(queries.ELSEWHERE, (os.uname().nodename,)).fetchone() else (*self._files(sql),)
-        # Also what needs no image comes by here.
-        if not briefly(lambda: devices.moved(files), None, seconds=devices.PATIENCE):
-            return
-        with self._database.writing() as sql:  # where another process may have done so by now
-            devices.follow(sql, devices.moved(self._files(sql)))
+        done = False
+        while not done:
+            with self._database.reading() as sql:
+                if sql.execute(queries.ELSEWHERE, (os.uname().nodename,)).fetchone():
+                    return
+                files = (*self._files(sql),)
+            # Also what needs no image comes by here; and no file is waited for while the store is locked.
+            moved = briefly(functools.partial(devices.moved, files), None, seconds=devices.PATIENCE)
+            if not moved:
+                return
+            with self._database.writing() as sql:
+                if done := files == (*self._files(sql),):  # else another process may have done so by now
+                    devices.follow(sql, moved)
 
     def _files(self, sql: sqlite3.Connection) -> Iterator[devices.File]:
         for pool, path, device, inode in sql.execute("SELECT pool, path, device, inode FROM layer").fetchall():

@@ -6,11 +6,11 @@ These functions run inside the store's transactions; only :mod:`qmpsnap.store.sq
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import msgspec
 
-from qmpsnap.errors import NotFoundError, OperationPending, StateError
+from qmpsnap.errors import NotFoundError, NumberTaken, OperationPending, StateError
 from qmpsnap.hint import call
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations import outcome, steps
@@ -24,13 +24,12 @@ _COLUMNS = "id, machine, verb, state, step, plan, started, updated, pid, error"
 _OUTCOME = "effect, outcome"
 
 
-def open_operation(
-    connection: sqlite3.Connection, machine: str, make_plan: Callable[[OperationId], Plan], *, serials: int
-) -> Operation:
-    """Take the next serial numbers, make the plan from the first of them and record it as ``planned``.
+def require_next(connection: sqlite3.Connection, machine: str, serial: OperationId) -> None:
+    """Make sure that an operation of the machine can be opened under the number that it was planned with.
 
     Raises:
-        OperationPending: the machine has an operation that is not ended.
+        OperationPending: the machine has an operation that has not ended.
+        NumberTaken: the number is gone.
     """
     if pending := select(connection, machine, only_open=True):
         raise OperationPending(
@@ -39,21 +38,30 @@ def open_operation(
             machine=machine,
             operation=str(pending[0].id),
         )
-    first = OperationId(next_serial(connection))
-    plan = make_plan(first)
-    connection.execute("UPDATE serial SET last = last + ?", (serials,))
+    if serial < next_serial(connection):
+        raise NumberTaken(
+            f"the number {serial} that was planned for an operation on machine {machine} went to another operation",
+            hint="try again",
+            machine=machine,
+        )
+
+
+def insert(connection: sqlite3.Connection, plan: Plan, *, serial: OperationId, serials: int) -> Operation:
+    """Record a plan as ``planned``, under the number that it was made with."""
+    connection.execute("UPDATE serial SET last = ?", (serial + serials - 1,))
+    machine = plan.machine
     now = time.time()
     verb = verb_of(plan)
     step = steps.PLANNED
     operation = Operation(
-        id=first, machine=machine, verb=verb, state="planned", step=step, plan=plan,
+        id=serial, machine=machine, verb=verb, state="planned", step=step, plan=plan,
         started=now, updated=now, pid=os.getpid(),
     )  # fmt: skip
     before = msgspec.json.encode(recorded.read(connection, machine)).decode()
     connection.execute(
         f"INSERT INTO operation ({_COLUMNS}, before) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
-            first,
+            serial,
             machine,
             verb,
             "planned",

@@ -6,6 +6,10 @@ SNAPSHOT = (
     " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced, s.pushed, s.frozen_ms, s.max_pause_ms"
     " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent"
 )
+POINTS = (
+    "SELECT snapshot, disk, layer, tag FROM point JOIN snapshot ON snapshot.id = point.snapshot"
+    " WHERE machine = ? ORDER BY point.position"
+)
 MACHINE = (
     "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted, consent,"
     " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"

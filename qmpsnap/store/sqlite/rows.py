@@ -8,11 +8,12 @@ import msgspec
 
 from qmpsnap.errors import NameTaken, NotFoundError
 from qmpsnap.hint import call
-from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.record import Consent, Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
+from qmpsnap.store.sqlite import queries
 from qmpsnap.store.sqlite.json_values import decoded
 
 
@@ -30,6 +31,20 @@ def read_machine(row: sqlite3.Row) -> Machine:
         adopted=decoded(adopted, Adoption) if adopted else None,
         consent=decoded(consent, Consent) if consent else None,
     )
+
+
+def find_machine(sql: sqlite3.Connection, name: str) -> Machine:
+    """A machine, or ``NotFoundError``."""
+    row = sql.execute(f"{queries.MACHINE} WHERE machine.id = ?", (machine_id(sql, name),)).fetchone()
+    return read_machine(row)
+
+
+def read_points(sql: sqlite3.Connection, machine: int) -> dict[int, list[Point]]:
+    """The points of a machine's snapshots, by the snapshots' row numbers."""
+    points: dict[int, list[Point]] = {}
+    for snapshot, disk, layer, tag in sql.execute(queries.POINTS, (machine,)):
+        points.setdefault(snapshot, []).append(Point(disk=disk, layer=LayerId(layer), tag=tag))
+    return points
 
 
 def machine_id(sql: sqlite3.Connection, name: str) -> int:
