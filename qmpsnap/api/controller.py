@@ -19,7 +19,7 @@ from qmpsnap.host.system_errors import border
 from qmpsnap.machine.config.launch_dir import launch_dir
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operations.operation import DefinePlan, Operation
-from qmpsnap.ops.base.context import Context, blocking, opened
+from qmpsnap.ops.base.context import Context, opened
 from qmpsnap.ops.lifecycle import adopt, define, dry_run
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 
@@ -52,7 +52,7 @@ class Controller:
 
     async def machines(self) -> tuple[MachineHandle, ...]:
         """Every machine of the store, by name."""
-        return tuple(MachineHandle(self.context, found.name) for found in await blocking(self.context.store.machines))
+        return tuple(MachineHandle(self.context, found.name) for found in await self.context.astore.machines())
 
     async def machine(self, name: str) -> MachineHandle:
         """The machine of that name.
@@ -60,7 +60,7 @@ class Controller:
         Raises:
             NotFoundError: there is none.
         """
-        await blocking(self.context.store.machine, name)
+        await self.context.astore.machine(name)
         return MachineHandle(self.context, name)
 
     async def recover(self, name: str) -> list[Operation]:
@@ -177,7 +177,7 @@ class Controller:
         return vm
 
     async def _require_one_meaning(self, name: str) -> None:
-        if os.sep not in name and name in {found.name for found in await blocking(self.context.store.machines)}:
+        if os.sep not in name and name in {found.name for found in await self.context.astore.machines()}:
             raise UsageError(
                 f"{name!r} names both a machine and the file {Path.cwd() / name}",
                 hint=f"write ./{name} for the file, or start() of machine({name!r})",

@@ -16,7 +16,8 @@ from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.operations.operation import Operation
 from qmpsnap.ops.base import free_space, requests
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import check as checking
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.lifecycle import dry_run, pausing, power, undefine

@@ -14,7 +14,7 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.machine import statefile
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Compression
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.memory.strategy import MemoryRequest
 from qmpsnap.ops.revert import revert
 from qmpsnap.ops.revert.plan import RevertRequest
@@ -98,8 +98,8 @@ async def _wanted_back(context: Context, name: str, request: RestoreRequest) -> 
 
 
 async def _find(context: Context, name: str, file: str | None) -> Snapshot:
-    machine = await blocking(context.store.machine, name)
-    full = [found for found in await blocking(context.store.snapshots, name) if found.vmstate]
+    machine = await context.astore.machine(name)
+    full = [found for found in await context.astore.snapshots(name) if found.vmstate]
     if file is None:
         if usable := [found for found in full if found.state == "ok"]:
             return usable[-1]

@@ -9,7 +9,7 @@ from msgspec import Struct
 from qmpsnap.errors import QmpsnapError, StateError
 from qmpsnap.hint import call, option
 from qmpsnap.model.layers.snapshot import require_snapshot
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.revert import revert
 from qmpsnap.ops.revert.plan import RevertRequest
 from qmpsnap.ops.revert.revert import Preview, Reverted
@@ -63,14 +63,14 @@ async def preview(context: Context, name: str, *, discard: bool = False) -> PopP
 
 async def _top(context: Context, name: str, *, discard: bool) -> str:
     """The snapshot that goes: what push has not made, nobody has agreed to lose."""
-    machine = await blocking(context.store.machine, name)
+    machine = await context.astore.machine(name)
     if machine.current is None:
         raise StateError(
             f"machine {name} has no current snapshot",
             hint="take one first: " + call("push", name),
             machine=name,
         )
-    found = require_snapshot(await blocking(context.store.snapshots, name), machine.current, machine=name)
+    found = require_snapshot(await context.astore.snapshots(name), machine.current, machine=name)
     if not (found.pushed or discard):
         raise StateError(
             f"pop would delete snapshot {found.name} of machine {name}, which push did not take, and all changes since",

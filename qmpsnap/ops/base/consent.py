@@ -7,7 +7,7 @@ from qmpsnap.errors import StateError
 from qmpsnap.hint import call
 from qmpsnap.model.machines.record import Consent, Machine
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 
 
 def require(machine: Machine) -> None:
@@ -31,8 +31,8 @@ async def give(context: Context, machine: Machine) -> Machine:
     extra = machine.spec.extra
     if extra and not (machine.consent and machine.consent.covers(extra, user=os.geteuid())):
         agreed = Consent(extra=extra, user=os.geteuid())
-        await blocking(context.store.apply, machine.name, Change(consent=agreed))
-        return await blocking(context.store.machine, machine.name)
+        await context.astore.apply(machine.name, Change(consent=agreed))
+        return await context.astore.machine(machine.name)
     return machine
 
 

@@ -30,6 +30,7 @@ from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.secret import Secret, given
 from qmpsnap.model.timestamps import moment
 from qmpsnap.ops.base import home_location
+from qmpsnap.ops.base.async_store import AsyncStore, blocking
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner, runfolder
 from qmpsnap.store.lock import machine_lock
@@ -72,6 +73,11 @@ class Context(Struct, frozen=True, kw_only=True):
     secrets: Mapping[str, Secret] = MappingProxyType({})
     run_as: RunAs | None = None
     moved_from: str | None = None
+
+    @property
+    def astore(self) -> AsyncStore:
+        """The store, for ``await``."""
+        return AsyncStore(self.store)
 
     def process(self, machine: Machine) -> Process | None:
         """The machine's live QEMU, or None; one that works for the home which this is a copy of is not ours."""
@@ -198,13 +204,6 @@ def _in_use(store: Store) -> Path | None:
 
 def _log(context: Context, machine: Machine) -> str:
     return str(context.home.log_dir(machine.name) / logs.QEMU_LOG)
-
-
-async def blocking(call: Callable[..., T], *arguments: object) -> T:
-    """Run a store call in a worker thread, to its end; whoever was cancelled meanwhile is so now, and may ask it."""
-    found = await to_end(call, *arguments)
-    await lowlevel.checkpoint()
-    return found
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from qmpsnap.errors import HostCannot, ImageRefused, StateError, UsageError
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.home import Home
 from qmpsnap.model.operations.operation import Overlay
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 
 
 async def require_free(context: Context, machine: str, files: Mapping[str, str]) -> None:
@@ -38,7 +38,7 @@ async def require_free(context: Context, machine: str, files: Mapping[str, str])
             raise ImageRefused(f"no layer can be created at {header.printable(path)}: {fault}")
         if sum(other == path for other in files.values()) > 1:
             raise UsageError(f"{header.printable(path)} is given for {disk} and another disk")
-        if known := await blocking(context.store.layer_at, path):
+        if known := await context.astore.layer_at(path):
             raise StateError(
                 f"{header.printable(path)} is layer {known.id} of this store",
                 hint="choose another name",

@@ -31,7 +31,8 @@ from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried
 from qmpsnap.model.timestamps import moment
 from qmpsnap.ops.base import home_location, luks
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.store.lock import machine_lock
 
 Verdict = Literal["recorded", "copy", "proven", "other home's", "differs", "missing"]
@@ -93,7 +94,7 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
         LockHeld: a controller works on a machine.
         HostCannot: a header or the store cannot be written; the next command goes on.
     """
-    await blocking(context.store.require_writable)
+    await context.astore.require_writable()
     if not context.store.is_there:
         raise StoreMismatch(
             f"there is no store {context.home.store}",
@@ -101,7 +102,7 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
         )
     with contextlib.ExitStack() as stack:
         if not dry_run:
-            for machine in await blocking(context.store.machines):
+            for machine in await context.astore.machines():
                 path = context.home.lock(machine.name)
                 stack.enter_context(machine_lock(path, machine=machine.name, verb="relocate"))
             await _go_on(context)
@@ -136,7 +137,7 @@ async def go_on(context: Context) -> None:
     if record is None or record.moving is None or record.moving.now != str(context.home.data):
         return
     with contextlib.ExitStack() as stack:
-        for machine in await blocking(context.store.machines):
+        for machine in await context.astore.machines():
             path = context.home.lock(machine.name)
             stack.enter_context(machine_lock(path, machine=machine.name, verb="relocate"))
         await _go_on(context)
@@ -157,10 +158,10 @@ async def _end(context: Context, relocation: Relocation) -> None:
 
 
 async def _carry_out(context: Context, relocation: Relocation) -> None:
-    forest = await blocking(context.store.forest)
+    forest = await context.astore.forest()
     copies = {layer.id: layer for layer in relocation.layers}
     layers = {layer.id: _carried(copies.get(layer.id, layer), relocation) for layer in forest.layers.values()}
-    machines = {machine.name: machine for machine in await blocking(context.store.machines)}
+    machines = {machine.name: machine for machine in await context.astore.machines()}
     layers = await to_read(_with_planned, context, layers, relocation)
     for layer, backing in await to_read(_stale_headers, layers, relocation):
         readers = sorted(forest.machines_above(layer.id) & machines.keys())
@@ -174,7 +175,7 @@ async def _carry_out(context: Context, relocation: Relocation) -> None:
 
 
 async def _keep_records(context: Context) -> None:
-    for machine in await blocking(context.store.machines):
+    for machine in await context.astore.machines():
         await blocking(context.store.records.keep, machine.name)
 
 

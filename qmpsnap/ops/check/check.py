@@ -14,7 +14,8 @@ from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import admission, relocate
-from qmpsnap.ops.base.context import Context, blocking, locked, require_own
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context, locked, require_own
 from qmpsnap.ops.check import deep as reading
 from qmpsnap.ops.check import entries, facts
 from qmpsnap.ops.check.facts import Facts
@@ -59,7 +60,7 @@ async def run(context: Context, name: str, *, deep: bool = False, mend: bool = F
         ForeignHost: it is another host's.
         LockHeld: with ``mend``: another controller works on it.
     """
-    machine = await blocking(context.store.machine, name)
+    machine = await context.astore.machine(name)
     require_own(context, machine)
     if mend:
         return await _mend(context, machine, deep=deep)
@@ -72,14 +73,14 @@ async def run(context: Context, name: str, *, deep: bool = False, mend: bool = F
 async def _look(context: Context, name: str, *, deep: bool) -> list[Finding]:
     """What does not hold, found without the lock: again where another controller has worked while all was read."""
     for _ in range(facts.LOOKS):
-        serial = await blocking(context.store.next_serial)
+        serial = await context.astore.next_serial()
         at = await facts.gather(context, name)
         found = await _judge(context, at, deep=deep)
         if not (deep and found):
             break
         if busy := await blocking(lock.holder, context.home.lock(name)):
             return judge(replace(at, busy=busy))
-        if serial == await blocking(context.store.next_serial):
+        if serial == await context.astore.next_serial():
             break
     return found
 
@@ -110,7 +111,7 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
                     except QmpsnapError as error:
                         failed.append(f"operation-open: {error.message}")
             # Ending an operation may have ended or started its QEMU.
-            machine = await blocking(context.store.machine, name)
+            machine = await context.astore.machine(name)
             async with _monitor(context, machine) as qemu:
                 at = await facts.gather(context, name, qemu=qemu, own=True)
                 second = await _judge(context, at, deep=deep)

@@ -29,7 +29,8 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Operation
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.ops.base import admission, home_location
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import entries
 from qmpsnap.ops.check import references as named
 from qmpsnap.ops.check.entries import Entry

@@ -18,7 +18,8 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import luks
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import quarantine
 from qmpsnap.ops.check.entries import Entry
 from qmpsnap.ops.check.facts import AGENT_DEADLINE, Facts
@@ -86,7 +87,7 @@ async def _record_size(context: Context, at: Facts, finding: Finding) -> None:
     found = at.headers[layer.id]
     assert not isinstance(found, str)
     change = Change(layers=(replace(layer, virtual_size=found.virtual_size),))
-    await blocking(context.store.apply, at.record.machine.name, change)
+    await context.astore.apply(at.record.machine.name, change)
 
 
 async def _in_qemu(at: Facts, qemu: Monitor, finding: Finding) -> None:

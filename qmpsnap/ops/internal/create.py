@@ -25,7 +25,7 @@ from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, InternalPlan, Operation
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_space, luks, requests
-from qmpsnap.ops.base.context import Context, blocking, guarded
+from qmpsnap.ops.base.context import Context, guarded
 from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.internal import tags
@@ -127,7 +127,7 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
     """
     _require_possible(request)
     async with working(context, name, "snapshot create") as work:
-        basis = await blocking(context.store.basis, name)
+        basis = await context.astore.basis(name)
         beside = await require_agreement(work, basis.chains, doing=_OPENS, wanted=request.disks)
         async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
             make = await _planner(context, work, basis, request, freezer, beside=beside)
@@ -145,7 +145,7 @@ async def preview(context: Context, name: str, request: InternalRequest) -> tupl
     """The plan that :func:`create` would follow now, without a lock and without a change."""
     _require_possible(request)
     async with looking(context, name) as work:
-        basis = await blocking(context.store.basis, name)
+        basis = await context.astore.basis(name)
         beside = await require_agreement(work, basis.chains, doing=_OPENS, wanted=request.disks)
         freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
         make = await _planner(context, work, basis, request, freezer, beside=beside)
@@ -231,7 +231,7 @@ async def _carry_out(
 ) -> Snapshot:
     planned = operation.plan
     assert isinstance(planned, InternalPlan)
-    await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STARTED))
+    await context.astore.mark(operation.id, "running", step=steps.STARTED)
     pause_ms = None
     if work.qemu:
         pause_ms = await tags.tag_live(work.qemu, tags.job_of(operation.id), planned, freezer, report)
@@ -240,8 +240,8 @@ async def _carry_out(
         await tags.keep_variables(planned)
         found = await tags.tag_stopped(context, work.machine, planned, chains)
     change = tags.settled(planned, found, pause_ms=pause_ms, freezer=freezer)
-    await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.RECORDED))
+    await context.astore.settle(operation.id, planned.machine, change, step=steps.RECORDED)
     if work.qemu and planned.vmstate:
         await jobs.dismiss(work.qemu, tags.job_of(operation.id))
-    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
+    await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
     return change.snapshots[0]

@@ -10,7 +10,6 @@ from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.names import JobId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import InternalPlan, LoadPlan
-from qmpsnap.ops.base.context import blocking
 from qmpsnap.ops.internal import tags as tagging
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.pending import Broken, Direction
@@ -43,7 +42,7 @@ async def end_create(broken: Broken, monitor: Monitor | None) -> Direction:
     whole = whole and not quiesce.unproven(broken.operation)
     if whole and broken.unfinished != "cancel":
         change = tagging.settled(planned, found)
-        await blocking(broken.context.store.settle, broken.operation.id, planned.machine, change)
+        await broken.context.astore.settle(broken.operation.id, planned.machine, change)
     else:
         await _remove(broken, monitor, planned, found)
         await broken.mark_failed()
@@ -57,7 +56,7 @@ async def _tags(broken: Broken, monitor: Monitor | None, planned: InternalPlan) 
         return await commands.query_tags(monitor)
     found: dict[str, tuple[Tag, ...]] = {}
     context, machine = broken.context, broken.machine
-    for chain in await blocking(context.store.chains, machine.name):
+    for chain in await context.astore.chains(machine.name):
         if chain.disk in planned.layers:
             async with tagging.open_in(context, machine, None, chain) as qemu:
                 found |= await commands.query_tags(qemu)
@@ -68,7 +67,7 @@ async def _remove(
     broken: Broken, monitor: Monitor | None, planned: InternalPlan, found: dict[str, tuple[Tag, ...]]
 ) -> None:
     context, machine = broken.context, broken.machine
-    for chain in await blocking(context.store.chains, machine.name):
+    for chain in await context.astore.chains(machine.name):
         node = node_name(chain.active)
         if chain.disk in planned.layers and tagging.has_tag(found, node, planned.tag):
             async with tagging.open_in(context, machine, monitor, chain) as qemu:
@@ -99,7 +98,7 @@ async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
     if operation.step == steps.LOADING:
         found = await _tags(broken, monitor, planned.kept) if planned.kept else {}
         change = tagging.settled_load(planned, found)
-        await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.LOADED))
+        await context.astore.settle(operation.id, planned.machine, change, step=steps.LOADED)
     if monitor:
         await _dismiss(monitor, job)
         if not planned.paused:
@@ -137,7 +136,7 @@ async def _roll_back(broken: Broken, monitor: Monitor | None, planned: LoadPlan)
     """
     if monitor and (process := broken.context.process(broken.machine)):
         await end(process, monitor)
-    await blocking(broken.context.store.set_process, planned.machine, None)
+    await broken.context.astore.set_process(planned.machine, None)
     for layer in planned.layers.values():
         await internal_snapshots.go_to(layer, planned.tag, qemu_img=broken.context.image.binary)
     if planned.variables:

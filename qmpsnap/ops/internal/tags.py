@@ -17,7 +17,7 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
 from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan
 from qmpsnap.ops.base import luks
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.memory.save import RESUME_DEADLINE
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.qmp import commands, jobs, runstate
@@ -139,7 +139,7 @@ async def remove_tag(
     Raises:
         QemuGone: somebody else has the image open.
     """
-    forest = await blocking(context.store.forest)
+    forest = await context.astore.forest()
     if layer not in forest.layers:
         return
     node = node_name(forest.layer(layer))

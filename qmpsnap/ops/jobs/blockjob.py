@@ -15,7 +15,7 @@ from qmpsnap.model.names import JobId, OperationId, job_id
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Merge, MirrorPlan
 from qmpsnap.ops.base import luks
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
@@ -72,12 +72,12 @@ class BlockJob(Struct, frozen=True, kw_only=True):
     async def mark(self, phase: str, *, running: bool = False) -> None:
         """Make durable that it is in this phase from now on."""
         words = self.words(phase, running=running)
-        await blocking(lambda: self.context.store.mark(self.operation, "running", step=words))
+        await self.context.astore.mark(self.operation, "running", step=words)
 
     async def record(self, change: Change) -> None:
         """Record what it has made true, and that it is settled, in one SQL transaction."""
         words = self.words(steps.SETTLED)
-        await blocking(lambda: self.context.store.settle(self.operation, self.machine.name, change, step=words))
+        await self.context.astore.settle(self.operation, self.machine.name, change, step=words)
 
     async def require_chain(self, monitor: Monitor, expected: Iterable[Layer], *, known: Iterable[Layer]) -> None:
         """Make sure that the disk's chain in QEMU is this one now.

@@ -26,7 +26,7 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import Cache, DiskSpec, MachineSpec, Opened
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
 from qmpsnap.model.operations.operation import DefinePlan
-from qmpsnap.ops.base.context import Context, blocking, forget_places, locked
+from qmpsnap.ops.base.context import Context, forget_places, locked
 from qmpsnap.ops.lifecycle import adopt_files, define, disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session.session import require_settled
@@ -177,13 +177,13 @@ async def preview(context: Context, name: str, socket: Path) -> tuple[Survey, De
     await require_settled(context, name)
     await define.require_new(context, name, adopts=True)
     survey, sources = await _look(context, name, socket.absolute())
-    serial = OperationId(await blocking(context.store.next_serial))
+    serial = OperationId(await context.astore.next_serial())
     planned = plan(survey, sources, serial=serial, home=context.home)
     return replace(survey, disks=_placed(survey, sources)), planned
 
 
 async def _adopt(context: Context, name: str, socket: Path) -> Adopted:
-    basis = await blocking(context.store.basis, name)
+    basis = await context.astore.basis(name)
     survey, sources = await _look(context, name, socket)
     machine = await define.record(
         context,
@@ -212,7 +212,7 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
     sources: dict[str, DiskSource] = {}
     for disk in survey.disks:
         files = await to_read(adopt_files.files, disk.name, disk.backend, disk.found, seen)
-        known = [await blocking(context.store.layer_at, found.path) for found in files]
+        known = [await context.astore.layer_at(found.path) for found in files]
         sources[disk.name] = DiskSource(tuple(files), tuple(known))
     spec = replace(
         survey.machine.spec,
@@ -332,7 +332,7 @@ async def _disks(qemu: Monitor, seen: Seen) -> tuple[list[AdoptedDisk], list[str
 
 async def _refuse_known(context: Context, survey: Survey) -> None:
     mine = survey.machine.process
-    for other in await blocking(context.store.machines):
+    for other in await context.astore.machines():
         same = other.process and mine and _place(other.process) == _place(mine)
         if same or other.uuid == survey.machine.uuid:
             raise StateError(

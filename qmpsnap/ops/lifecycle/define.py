@@ -26,7 +26,8 @@ from qmpsnap.model.operations.operation import Change, DefinePlan, Operation, Ov
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.model.timestamps import moment
 from qmpsnap.ops.base import luks
-from qmpsnap.ops.base.context import Context, blocking, forget_places, locked, require_folder
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context, forget_places, locked, require_folder
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.lifecycle import disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
@@ -179,7 +180,7 @@ async def survey(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -
 
 
 async def _record(context: Context, spec: MachineSpec, firmware: Firmware | None, allowed: Sequence[Path]) -> Machine:
-    basis = await blocking(context.store.basis, spec.name)
+    basis = await context.astore.basis(spec.name)
     machine, sources = await survey(context, spec, allowed)
 
     def make(at: PlanInputs) -> DefinePlan:
@@ -213,7 +214,7 @@ async def record(
     operation = await begin(context, Work(machine, None), basis, make_free, serials=serials)
     async with recovery.attempting(context, machine, None, operation):
         await _carry_out(context, operation, firmware_variables=firmware_variables)
-    return await blocking(context.store.machine, machine.name)
+    return await context.astore.machine(machine.name)
 
 
 async def end_earlier(context: Context, name: str, *, adopts: bool = False) -> list[Operation]:
@@ -236,7 +237,7 @@ async def require_new(context: Context, name: str, *, adopts: bool = False) -> N
 
 async def _refuse_taken(context: Context, name: str) -> None:
     try:
-        taken = await blocking(context.store.machine, name)
+        taken = await context.astore.machine(name)
     except NotFoundError:
         return
     raise NameTaken(
@@ -253,8 +254,8 @@ async def undo(context: Context, name: str) -> list[Operation]:
         NotFoundError: there is neither such a machine nor a definition of it that has not ended.
         LockHeld: it is at work.
     """
-    if not await blocking(lambda: context.store.operations(name, only_open=True)):
-        await blocking(context.store.machine, name)
+    if not await context.astore.operations(name, only_open=True):
+        await context.astore.machine(name)
     async with locked(context, name, "recover"):
         ended = await end_earlier(context, name)
         await to_end(forget_places, context.home, name)
@@ -290,7 +291,7 @@ async def _carry_out(context: Context, operation: Operation, *, firmware_variabl
     headers |= await make_overlays(context, plan.change.define, plan.overlays)
     if plan.variables and firmware_variables:
         await to_end(_copy_variables, firmware_variables, plan.variables)
-    await blocking(context.store.settle, operation.id, plan.machine, identified(plan.change, headers))
+    await context.astore.settle(operation.id, plan.machine, identified(plan.change, headers))
 
 
 def _copy_variables(source: str, target: str) -> None:

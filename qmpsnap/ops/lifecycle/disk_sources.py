@@ -16,7 +16,8 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.planning import sharing
 from qmpsnap.ops.base import luks
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import require_room
 from qmpsnap.ops.outside import other_programs
 
@@ -54,7 +55,7 @@ async def read(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> 
             require_room(disk.name, len(found))
         _require_whole(disk, found[-1])
         await _require_encrypted(context, spec, disk, found)
-        known = [await blocking(context.store.layer_at, layer.path) for layer in found]
+        known = [await context.astore.layer_at(layer.path) for layer in found]
         sources[disk.name] = DiskSource(tuple(found), tuple(known))
     require_unshared(spec, sources, writers=writers, readers=readers)
     await require_unwritten(context, spec.name, sources)
@@ -114,8 +115,8 @@ async def users(context: Context) -> tuple[dict[Identity, str], dict[Identity, s
     """Which machine writes to which file, and which machine reads which."""
     writers: dict[Identity, str] = {}
     readers: dict[Identity, str] = {}
-    for machine in await blocking(context.store.machines):
-        for chain in await blocking(context.store.chains, machine.name):
+    for machine in await context.astore.machines():
+        for chain in await context.astore.chains(machine.name):
             writers[chain.active.device, chain.active.inode] = machine.name
             readers |= {(layer.device, layer.inode): machine.name for layer in chain.layers}
     return writers, readers

@@ -12,7 +12,7 @@ from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import OperationId, check_name
 from qmpsnap.model.operations.operation import DefinePlan
 from qmpsnap.ops.base import requests
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.lifecycle import define, undefine
 from qmpsnap.ops.session.session import looking, require_settled
@@ -33,7 +33,7 @@ async def defined(
     await require_settled(context, spec.name)
     await define.require_new(context, spec.name)
     machine, sources = await define.survey(context, spec, (context.home.data, *context.home.images, *folders))
-    serial = OperationId(await blocking(context.store.next_serial))
+    serial = OperationId(await context.astore.next_serial())
     planned = define.plan(machine, sources, serial=serial, home=context.home, variables=firmware is not None)
     await to_read(require_free, [*(layer.path for layer in planned.created), *filter(None, [planned.variables])])
     return planned
@@ -44,7 +44,7 @@ async def forgotten(context: Context, name: str, *, disks: undefine.Fate | None)
     async with looking(context, name, removes=disks == "remove") as work:
         await undefine.require_possible(context, work, disks)
     images = await undefine.images_alone(context, name)
-    states = [found.vmstate.path for found in await blocking(context.store.snapshots, name) if found.vmstate]
+    states = [found.vmstate.path for found in await context.astore.snapshots(name) if found.vmstate]
     files = (*images, *states)
     return Forgotten(removed=files) if disks == "remove" else Forgotten(kept=files)
 
@@ -53,8 +53,8 @@ async def renamed(context: Context, name: str, old: str, new: str) -> Machine:
     """Make sure that :func:`qmpsnap.ops.snapshot.rename.run` would do it now; returns the machine."""
     check_name(new, "snapshot")
     async with looking(context, name) as work:
-        snapshots = await blocking(context.store.snapshots, name)
+        snapshots = await context.astore.snapshots(name)
         require_snapshot(snapshots, old, machine=name)
-        requests.require_snapshot_name(work.machine, await blocking(context.store.chains, name), new)
+        requests.require_snapshot_name(work.machine, await context.astore.chains(name), new)
         requests.require_free_name(snapshots, new, machine=name)
         return work.machine

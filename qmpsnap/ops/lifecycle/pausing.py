@@ -6,7 +6,8 @@ from qmpsnap.errors import DeadlinePassed, HostCannot, StateError
 from qmpsnap.hint import call
 from qmpsnap.machine.starting.argv import QMP_SOCKET
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.ops.base.context import Context, blocking, locked, require_own
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context, locked, require_own
 from qmpsnap.ops.outside import unseen_qemu
 from qmpsnap.ops.session import recovery, stale_store
 from qmpsnap.ops.session.session import working
@@ -53,7 +54,7 @@ async def resume(context: Context, name: str) -> str:
         StateError: it is not paused.
         HostCannot: QEMU has paused it again at once.
     """
-    machine = await blocking(context.store.machine, name)
+    machine = await context.astore.machine(name)
     require_own(context, machine)
     async with locked(context, name, "resume", anywhere=True), context.monitor(machine) as qemu:
         state = await _state(qemu)

@@ -20,7 +20,8 @@ from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
 from qmpsnap.model.planning.layer_graph import Writer
 from qmpsnap.ops.base import admission, consent, luks, requests
-from qmpsnap.ops.base.context import Context, blocking, locked, require_own, require_spec
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context, locked, require_own, require_spec
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.lifecycle import pausing
 from qmpsnap.ops.memory.load import Loading, load
@@ -57,7 +58,7 @@ async def start(context: Context, name: str, *, paused: bool = False, allow_extr
         if work.qemu:
             raise StateError(f"machine {name} runs already", hint=call("state", name) + " shows it", machine=name)
         require_spec(work.machine, "start it")
-        await blocking(context.store.require_writable)
+        await context.astore.require_writable()
         machine = await consent.give(context, work.machine) if allow_extra else work.machine
         return await bring_up(context, machine, paused=paused)
 
@@ -80,7 +81,7 @@ async def bring_up(
         QmpError: it does not take the memory; it has been ended.
     """
     consent.require(machine)
-    chains = await blocking(context.store.chains, machine.name)
+    chains = await context.astore.chains(machine.name)
     surroundings.require_room(chains, machine=machine.name)
     await to_end(require_files, machine, chains)
     await blocking(_require_alone, context, machine, chains)
@@ -119,7 +120,7 @@ async def bring_up(
     try:
         layers = [layer for chain in chains for layer in chain.layers]
         await to_read(lambda: require_opened(process, layers, machine=machine.name))
-        await blocking(context.store.set_process, machine.name, process)
+        await context.astore.set_process(machine.name, process)
     except BaseException:
         # Nobody has heard of it yet: what fails here must not leave a QEMU that nobody counts on.
         await completed(end(process, None))
@@ -148,7 +149,7 @@ async def _load(
 
 async def _end_unloaded(context: Context, machine: Machine, process: Process) -> None:
     await end(process, None)
-    await blocking(context.store.set_process, machine.name, None)
+    await context.astore.set_process(machine.name, None)
 
 
 async def _load_inside(qemu: Monitor, loading: LoadingInside) -> None:
@@ -172,7 +173,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
         DeadlinePassed: the guest did not switch itself off.
     """
     requests.require_time(timeout, "the time for the guest")
-    machine = await blocking(context.store.machine, name)
+    machine = await context.astore.machine(name)
     require_own(context, machine)
     async with locked(context, name, "stop", anywhere=True):
         process = context.process(machine)
@@ -194,7 +195,7 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
                 machine=name,
             )
         with contextlib.suppress(HostCannot):  # that it has ended is seen without the record, as after a boot
-            await blocking(context.store.set_process, name, None)
+            await context.astore.set_process(name, None)
 
 
 async def _ask(context: Context, machine: Machine, process: Process, wait: float, *, force: bool) -> bool:

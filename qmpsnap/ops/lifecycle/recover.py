@@ -3,7 +3,7 @@
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.home import Home
 from qmpsnap.model.operations.operation import DefinePlan
-from qmpsnap.ops.base.context import blocking
+from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.overlays import remove_new
 from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.qmp.session import Monitor

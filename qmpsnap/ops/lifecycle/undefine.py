@@ -15,7 +15,8 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan
-from qmpsnap.ops.base.context import Context, blocking, forget_places
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context, forget_places
 from qmpsnap.ops.internal.tags import forget_variables
 from qmpsnap.ops.lifecycle.recover import remove_folder
 from qmpsnap.ops.outside import layer_changes, other_programs
@@ -61,7 +62,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
     goes = disks == "remove"
     async with working(context, name, "undefine", removes=goes, alone=goes, given_up=giving_up) as work:
         await require_possible(context, work, disks)
-        snapshots = await blocking(context.store.snapshots, name)
+        snapshots = await context.astore.snapshots(name)
         states = [found.vmstate for found in snapshots if found.vmstate]
         variables = [found.variables for found in snapshots if found.variables]
         sizes = await blocking(layer_changes.sizes, context.store)
@@ -74,7 +75,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
                 await _is_done(stuck, to_end(forget_variables, kept))
             await _is_done(stuck, to_end(remove_folder, context.home, name))
         if told and hopeless:
-            others = (await blocking(context.store.forest)).layers.values()
+            others = (await context.astore.forest()).layers.values()
             told_of = {file.path for file in (*files, *others)}
             for operation, error in hopeless:
                 told(await to_read(_given_up, operation, error, told_of))
@@ -121,7 +122,7 @@ async def require_possible(context: Context, work: Work, disks: Fate | None) -> 
 async def _forgotten(context: Context, name: str) -> tuple[Layer, ...]:
     """Forget the machine; returns its layers. Its record goes first, and is made again where it was not."""
     try:
-        return await blocking(context.store.forget, name)
+        return await context.astore.forget(name)
     except QmpsnapError:
         with contextlib.suppress(QmpsnapError):  # gone it is, or nothing can be written: `check` says so
             await blocking(context.store.records.write, name)
@@ -169,7 +170,7 @@ async def _remove(file: Layer | Vmstate, sizes: Mapping[LayerId, int]) -> bool:
 
 async def images_alone(context: Context, name: str) -> list[str]:
     """Images of ours that only this machine reads, or that an earlier operation of it has left to nobody."""
-    forest = await blocking(context.store.forest)
+    forest = await context.astore.forest()
     noted = await blocking(context.store.records.noted, name)
     folder = f"{context.home.machine_dir(name)}/"
 
@@ -182,7 +183,7 @@ async def images_alone(context: Context, name: str) -> list[str]:
 
 async def _refuse_loss(context: Context, name: str) -> None:
     owned = await images_alone(context, name)
-    snapshots = [snapshot.name for snapshot in await blocking(context.store.snapshots, name)]
+    snapshots = [snapshot.name for snapshot in await context.astore.snapshots(name)]
     if owned or snapshots:
         raise StateError(
             f"machine {name} has {len(snapshots)} snapshot(s) ({', '.join(snapshots) or 'none'}) and"

@@ -18,7 +18,7 @@ from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode, version_of
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.base import luks, requests
-from qmpsnap.ops.base.context import Context, blocking, require_spec
+from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.memory.load import hardware_now
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import RunStatus
@@ -136,7 +136,7 @@ async def choose(
     hardware = await hardware_now(context, machine, qemu)
     if request.max_pause_ms is not None and running and not request.quit:
         used = resident if why else _mapped(process.pid)
-        snapshots = await blocking(context.store.snapshots, machine.name)
+        snapshots = await context.astore.snapshots(machine.name)
         _require_short(machine, why, used, lasted(snapshots, "stopped" if why else "background", hardware), request)
     cancellable = bool(why) or version >= CANCELLABLE_SINCE
     expected = resident + RESERVE_MORE

@@ -31,7 +31,8 @@ from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Merge, MergePlan, Operation, Removal
 from qmpsnap.model.planning import sharing
 from qmpsnap.ops.base import luks
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
@@ -92,11 +93,8 @@ async def run(
     assert isinstance(plan, MergePlan)
     for number, step in enumerate(plan.steps[first:], start=first):
         if isinstance(step, Removal):
-            await blocking(
-                lambda s=step, n=number: context.store.settle(
-                    operation.id, machine.name, s.change, step=steps.of_job(n, steps.SETTLED)
-                )
-            )
+            settled = steps.of_job(number, steps.SETTLED)
+            await context.astore.settle(operation.id, machine.name, step.change, step=settled)
             await remove_kept(context, machine, qemu, step)
         else:
             job = MergeJob(
@@ -106,7 +104,7 @@ async def run(
                 await _start(job, monitor)
                 await carry_on(job, monitor)
         await remove_files(context, step.removed)
-    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
+    await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
 
 
 async def _start(job: MergeJob, monitor: Monitor) -> None:
@@ -116,7 +114,7 @@ async def _start(job: MergeJob, monitor: Monitor) -> None:
     await blocking(layer_changes.require_unwritten, job.context.store, written, job.machine.name)
     words = steps.of_job(job.number, steps.STARTED, state=await to_end(state_of, job.step.into.path))
     ids = [layer.id for layer in written]
-    await blocking(lambda: job.context.store.mark(job.operation, "running", step=words, writes=ids))
+    await job.context.astore.mark(job.operation, "running", step=words, writes=ids)
     await job.require_files()  # the disk may have been slow
     await monitor.execute(*command)
 

@@ -6,7 +6,6 @@ from qmpsnap.block.image.backing import durable_size
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
-from qmpsnap.ops.base.context import blocking
 from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import qemu_of
 from qmpsnap.ops.merge import job as merge
@@ -95,7 +94,7 @@ async def _keep_size(job: MergeJob) -> None:
     into, size = job.step.into, max(job.step.into.virtual_size, job.step.top.virtual_size)
     if job.step.kind == "commit" and size > into.virtual_size and await to_end(durable_size, into) == size:
         change = Change(layers=(replace(into, virtual_size=size),))
-        await blocking(lambda: job.context.store.apply(job.machine.name, change))
+        await job.context.astore.apply(job.machine.name, change)
 
 
 async def _let_go(job: MergeJob, monitor: Monitor | None) -> None:
@@ -146,9 +145,7 @@ async def _undo(broken: Broken, plan: MergePlan, *, opening: bool) -> Direction:
     """
     if opening and plan.undo != Change():
         operation = broken.operation
-        await blocking(
-            lambda: broken.context.store.settle(operation.id, broken.machine.name, plan.undo, step=steps.UNDONE)
-        )
+        await broken.context.astore.settle(operation.id, broken.machine.name, plan.undo, step=steps.UNDONE)
     await broken.mark_failed()
     return "back" if plan.opening == Change() or (opening and plan.undo != Change()) else "forward"
 

@@ -25,7 +25,7 @@ from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, MirrorPlan, Operation
 from qmpsnap.ops.base import admission, luks
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.merge import job as merge
@@ -255,7 +255,7 @@ async def tidy(job: MirrorJob) -> None:
     """See that a finished copy, closed by now, is on the disk; remove what nobody needs; end the operation."""
     await write_out(job)
     await merge.remove_files(job.context, job.step.removed)
-    await blocking(lambda: job.context.store.mark(job.operation, "settled", step=steps.SETTLED))
+    await job.context.astore.mark(job.operation, "settled", step=steps.SETTLED)
 
 
 async def write_out(job: MirrorJob) -> None:

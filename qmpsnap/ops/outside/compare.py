@@ -16,7 +16,8 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.outside import unseen_qemu
 from qmpsnap.qmp import commands
 
@@ -62,11 +63,11 @@ async def chains(context: Context, name: str, disk: str | None = None) -> tuple[
     Raises:
         NotFoundError: no such machine or disk.
     """
-    machine = await blocking(context.store.machine, name)
-    recorded = [chain for chain in await blocking(context.store.chains, name) if disk in (None, chain.disk)]
+    machine = await context.astore.machine(name)
+    recorded = [chain for chain in await context.astore.chains(name) if disk in (None, chain.disk)]
     if disk is not None and not recorded:
         machine.require_disk(disk)
-    snapshots = await blocking(context.store.snapshots, name)
+    snapshots = await context.astore.snapshots(name)
     running = await _ask_qemu(context, machine, recorded)
     views = []
     for chain in recorded:

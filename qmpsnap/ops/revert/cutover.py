@@ -15,7 +15,8 @@ from qmpsnap.machine.qemu import require_ended
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation, RevertPlan
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import headers_of, identified, require_planned
 from qmpsnap.ops.internal.tags import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.ops.outside import layer_changes
@@ -33,7 +34,7 @@ async def switch(
         HostCannot: the UEFI variable store cannot be copied.
     """
     await require_ended(context.process(machine), qemu, machine=machine.name, effect="unknown")
-    await blocking(context.store.set_process, machine.name, None)
+    await context.astore.set_process(machine.name, None)
     # Only now: a guest that runs may write between any look and the end.
     if plan.keeps:
         await to_end(copy_variables_once, str(context.home.variables(machine.name)), plan.keeps)
@@ -45,13 +46,13 @@ async def switch(
     if plan.variables:
         mine, kept = plan.variables
         await to_end(copy_variables, kept, mine)
-    await blocking(lambda: context.store.settle(operation.id, machine.name, change, step=steps.SWITCHED))
+    await context.astore.settle(operation.id, machine.name, change, step=steps.SWITCHED)
     await remove_files(context, plan)
 
 
 async def remove_files(context: Context, plan: RevertPlan) -> None:
     """Remove the files of what the record does not have any more, or never had; fine when they are gone."""
-    forest = await blocking(context.store.forest)
+    forest = await context.astore.forest()
     sizes = await blocking(layer_changes.sizes, context.store)
     for layer in (*plan.removed, *(plan.unwritten.layers if plan.unwritten else ())):
         if layer.id not in forest.layers:
@@ -59,7 +60,7 @@ async def remove_files(context: Context, plan: RevertPlan) -> None:
             size = sizes.get(layer.id)
             await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth, size=size)
     if plan.keeps:
-        snapshots = await blocking(context.store.snapshots, plan.machine)
+        snapshots = await context.astore.snapshots(plan.machine)
         if all(found.variables != plan.keeps for found in snapshots):
             await to_end(forget_variables, plan.keeps)
 

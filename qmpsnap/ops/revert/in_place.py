@@ -22,7 +22,7 @@ from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan, O
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import requests
-from qmpsnap.ops.base.context import Context, blocking, guarded
+from qmpsnap.ops.base.context import Context, guarded
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.internal import create as internal
 from qmpsnap.ops.internal import tags
@@ -147,22 +147,22 @@ async def _carry_out(context: Context, qemu: Monitor, operation: Operation) -> S
     tags.require_tags(planned.layers.values(), planned.tag, await commands.query_tags(qemu))
     if planned.kept:
         keeping = tags.keeping_job_of(operation.id)
-        await blocking(lambda: context.store.mark(operation.id, "running", step=steps.KEEPING))
+        await context.astore.mark(operation.id, "running", step=steps.KEEPING)
         await commands.control(qemu, "stop")
         await tags.require_held(qemu)
         await tags.tag_live(qemu, keeping, planned.kept, Freezer(), unreported)
         await jobs.dismiss(qemu, keeping)
     change = tags.settled_load(planned, await commands.query_tags(qemu))
-    await blocking(lambda: context.store.mark(operation.id, "running", step=steps.LOADING))
+    await context.astore.mark(operation.id, "running", step=steps.LOADING)
     await commands.control(qemu, "stop")
     await tags.require_held(qemu)
     loading = job_of(operation.id)
     await tags.load_into(qemu, loading, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
-    await blocking(lambda: context.store.settle(operation.id, planned.machine, change, step=steps.LOADED))
+    await context.astore.settle(operation.id, planned.machine, change, step=steps.LOADED)
     await jobs.dismiss(qemu, loading)
     if not planned.paused:
         await commands.control(qemu, "cont")
-    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
+    await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
     return change.snapshots[0] if change.snapshots else None
 
 
@@ -176,11 +176,11 @@ def inner(snapshot: Snapshot, active: Mapping[str, LayerId]) -> tuple[str, ...]:
 
 async def busy(context: Context, name: str, target: str) -> tuple[str, ...]:
     """The disks where a running guest writes to the layer that the snapshot is inside of, as far as can be said now."""
-    machine = await blocking(context.store.machine, name)
-    snapshot = next((s for s in await blocking(context.store.snapshots, name) if s.name == target), None)
+    machine = await context.astore.machine(name)
+    snapshot = next((s for s in await context.astore.snapshots(name) if s.name == target), None)
     if snapshot is None or snapshot.state != "ok" or not context.process(machine):
         return ()
-    return inner(snapshot, {chain.disk: chain.active.id for chain in await blocking(context.store.chains, name)})
+    return inner(snapshot, {chain.disk: chain.active.id for chain in await context.astore.chains(name)})
 
 
 async def freeze(context: Context, name: str, target: str) -> tuple[Layer, ...]:

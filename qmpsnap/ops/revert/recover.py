@@ -5,7 +5,6 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.machine.qemu import end as end_qemu
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import RevertPlan
-from qmpsnap.ops.base.context import blocking
 from qmpsnap.ops.base.overlays import remove_new
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.revert.cutover import remove_files, switch
@@ -46,7 +45,7 @@ async def _end_loading(broken: Broken, monitor: Monitor, plan: RevertPlan) -> Mo
     if status.status == "inmigrate" or (plan.inside and not status.live):
         if process := broken.context.process(broken.machine):
             await end_qemu(process, monitor)
-        await blocking(broken.context.store.set_process, broken.machine.name, None)
+        await broken.context.astore.set_process(broken.machine.name, None)
         return None
     if status.status == "paused" and not plan.paused:
         await commands.control(monitor, "cont")

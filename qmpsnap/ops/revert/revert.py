@@ -29,7 +29,7 @@ from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, Rev
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import consent, free_space, luks
-from qmpsnap.ops.base.context import Context, blocking, guarded, in_thread
+from qmpsnap.ops.base.context import Context, guarded, in_thread
 from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.base.overlays import make_overlays, overlay_on, require_free
 from qmpsnap.ops.lifecycle import power
@@ -160,7 +160,7 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
             done = await _switch(context, work, at, target, request)
             done = replace(done, detached=await _detached(context, work.machine, before))
     if done.memory and done.state == "running" and request.after:
-        told = await post_resume.tell(context, await blocking(context.store.machine, name))
+        told = await post_resume.tell(context, await context.astore.machine(name))
         return replace(done, notes=told.notes, clock_error_ms=told.clock_error_ms)
     return done
 
@@ -168,7 +168,7 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
 async def _detached(context: Context, machine: Machine, before: Sequence[Backend]) -> tuple[Outside, ...]:
     """What the QEMU that was ended had attached, and the one that was started has not."""
     try:
-        async with context.monitor(await blocking(context.store.machine, machine.name)) as qemu:
+        async with context.monitor(await context.astore.machine(machine.name)) as qemu:
             after = {backend.name for backend in await commands.query_block(qemu)} if qemu else set()
     except QmpsnapError:  # no reason to call a revert failed that is done
         return ()
@@ -182,9 +182,9 @@ async def _detached(context: Context, machine: Machine, before: Sequence[Backend
 
 async def _may_load(context: Context, name: str, target: str) -> bool:
     """Whether the QEMU that runs can go back by itself, as far as that can be said without holding the machine."""
-    machine = await blocking(context.store.machine, name)
-    live = {chain.disk: chain for chain in await blocking(context.store.chains, name)}
-    found = next((s for s in await blocking(context.store.snapshots, name) if s.name == target), None)
+    machine = await context.astore.machine(name)
+    live = {chain.disk: chain for chain in await context.astore.chains(name)}
+    found = next((s for s in await context.astore.snapshots(name) if s.name == target), None)
     return found is not None and context.process(machine) is not None and in_place.in_place(found, live)
 
 
@@ -296,11 +296,11 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
             copy.source, copy.tag, copy.layer, keep=planned.inside is not None, qemu_img=context.image.binary
         )
     # From here on the guest may have ended: recovery finishes instead of rolling back.
-    await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STOPPING))
+    await context.astore.mark(operation.id, "running", step=steps.STOPPING)
     await switch(context, work.machine, work.qemu, operation, planned)
     if planned.restart:
-        await blocking(lambda: context.store.mark(operation.id, "running", step=steps.STARTING))
-        machine = await blocking(context.store.machine, planned.machine)
+        await context.astore.mark(operation.id, "running", step=steps.STARTING)
+        machine = await context.astore.machine(planned.machine)
         memory = loading or in_place.memory_in(planned, operation)
         frozen = planned.vmstate is not None and planned.vmstate.frozen
         async with guarded(context, machine, when=frozen) as guard_ready:
@@ -308,21 +308,21 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
             await power.bring_up(context, machine, paused=planned.paused, loading=memory)
             if frozen:
                 await quiesce.thaw(context, machine)
-    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
+    await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
 
 
 async def _outcome(context: Context, operation: Operation) -> Reverted:
     planned = operation.plan
     assert isinstance(planned, RevertPlan)
-    snapshots = {found.name: found for found in await blocking(context.store.snapshots, planned.machine)}
-    forest = await blocking(context.store.forest)
+    snapshots = {found.name: found for found in await context.astore.snapshots(planned.machine)}
+    forest = await context.astore.forest()
     kept = planned.change.snapshots
     gone = planned.unwritten.layers if planned.unwritten else planned.removed
     return Reverted(
         snapshot=snapshots[planned.snapshot],
         kept=snapshots.get(kept[0].name) if kept else None,
         removed=tuple(layer.id for layer in gone if layer.id not in forest.layers),
-        state=await _said(context.monitor(await blocking(context.store.machine, planned.machine))),
+        state=await _said(context.monitor(await context.astore.machine(planned.machine))),
         memory=planned.vmstate is not None or planned.inside is not None,
     )
 

@@ -9,7 +9,7 @@ from qmpsnap.hint import call
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp.jobs import Report, unreported
 
 Direction = Literal["forward", "back"]
@@ -40,11 +40,11 @@ class Broken(Struct, frozen=True, kw_only=True):
 
     async def mark_failed(self) -> None:
         """Record that it is undone."""
-        await blocking(lambda: self.context.store.mark(self.operation.id, "failed", error=self.error))
+        await self.context.astore.mark(self.operation.id, "failed", error=self.error)
 
     async def mark_settled(self, *, error: str | None = None) -> None:
         """Record that it is finished, or as finished as it will be: ``error`` is what is not."""
-        await blocking(lambda: self.context.store.mark(self.operation.id, "settled", step=steps.SETTLED, error=error))
+        await self.context.astore.mark(self.operation.id, "settled", step=steps.SETTLED, error=error)
 
     def pending(self, why: str) -> OperationPending:
         """It cannot be ended now."""

@@ -21,7 +21,7 @@ from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.model.planning.state import TABLE_COVERS, Held, Situation
 from qmpsnap.ops.base import free_space
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.session.session import Work
 
 
@@ -41,7 +41,7 @@ async def look(
         StateError: a job holds a disk.
     """
     name = work.machine.name
-    basis = await blocking(context.store.basis, name)
+    basis = await context.astore.basis(name)
     lacking = frozenset[str]()
     if work.qemu:
         now = await graph.read(work.qemu)

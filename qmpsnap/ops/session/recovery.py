@@ -28,7 +28,8 @@ from qmpsnap.model.operations.operation import (
     Plan,
     RevertPlan,
 )
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.pending import Broken, Direction, Unfinished
 from qmpsnap.qmp import commands
@@ -81,9 +82,9 @@ async def end_open(
         HostCannot: the store can only be read.
     """
     run_dir = context.home.run_dir(machine.name)
-    pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
+    pending = await context.astore.operations(machine.name, only_open=True)
     if pending:
-        await blocking(context.store.require_writable)
+        await context.astore.require_writable()
     else:
         with contextlib.suppress(HostCannot):  # what is behind by a change without an operation
             await blocking(context.store.records.keep, machine.name)
@@ -133,7 +134,7 @@ async def after_failure(
     """Find out what a failed attempt has left and end it; tell the error what became of it."""
     direction: Direction | None = None
     try:
-        recorded = await blocking(context.store.operations, machine.name)
+        recorded = await context.astore.operations(machine.name)
         operation = next((found for found in recorded if found.id == operation.id), operation)
         # Whoever was cancelled wants the job to end; whoever failed wants to know first.
         unfinished: Unfinished = "refuse" if isinstance(error, Exception) else "cancel"
@@ -150,7 +151,7 @@ async def after_failure(
             raise
         # The store itself may be what failed; the operation stays open then, which is as good.
         with contextlib.suppress(QmpsnapError):
-            await blocking(lambda: context.store.mark(operation.id, "unknown", error=_why(error)))
+            await context.astore.mark(operation.id, "unknown", error=_why(error))
     if isinstance(error, QmpsnapError):
         error.machine, error.operation = machine.name, str(operation.id)
         error.claim(*await _found(context, operation))
@@ -167,7 +168,7 @@ def _why(error: BaseException) -> str:
 async def _found(context: Context, operation: Operation) -> tuple[Effect, str]:
     """The effect of an operation as the journal has it now, and what is left of it in words."""
     try:
-        recorded = await blocking(context.store.operations, operation.machine)
+        recorded = await context.astore.operations(operation.machine)
     except QmpsnapError:
         return "unknown", ""
     ended = next((found for found in recorded if found.id == operation.id), operation)

@@ -17,7 +17,8 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import DefinePlan, Operation, Plan
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_numbers, requests
-from qmpsnap.ops.base.context import Context, blocking, locked, require_folder, require_own, require_spec
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context, locked, require_folder, require_own, require_spec
 from qmpsnap.ops.base.reading import read_by
 from qmpsnap.ops.outside import layer_changes, other_programs
 from qmpsnap.ops.session import recovery, stale_store
@@ -100,15 +101,15 @@ async def working(
         ImageInUse: another program writes to one of its images.
         StoreMismatch: another program has written to a frozen image; its snapshots are marked.
     """
-    machine = await blocking(context.store.machine, name)
+    machine = await context.astore.machine(name)
     require_own(context, machine)
     await to_read(require_folder, context.home, name)
     async with locked(context, name, verb):
-        machine = await blocking(context.store.machine, name)  # again, now that nobody else can change it
+        machine = await context.astore.machine(name)  # again, now that nobody else can change it
         await stale_store.require_fit(context, machine, removes=removes)
         async with context.monitor(machine) as qemu:
             await recovery.end_open(context, machine, qemu, unfinished=unfinished, report=report, given_up=given_up)
-            machine = await blocking(context.store.machine, name)
+            machine = await context.astore.machine(name)
             if qemu is None or context.process(machine):
                 work = Work(machine, qemu)
                 if alone:
@@ -138,7 +139,7 @@ async def looking(context: Context, name: str, *, removes: bool = False, alone: 
         OperationPending: an earlier operation is open, and would be ended first.
         QmpsnapError: as :func:`working`.
     """
-    machine = await blocking(context.store.machine, name)
+    machine = await context.astore.machine(name)
     require_own(context, machine)
     await to_read(require_folder, context.home, name)
     await stale_store.require_fit(context, machine, removes=removes)
@@ -156,7 +157,7 @@ async def require_settled(context: Context, name: str) -> None:
     Raises:
         LockHeld, OperationPending: as :func:`looking`.
     """
-    pending = await blocking(lambda: context.store.operations(name, only_open=True))
+    pending = await context.astore.operations(name, only_open=True)
     if not pending:
         return
     what = f"operation {pending[0].id} ({pending[0].verb}) of machine {name} is open"
@@ -178,14 +179,13 @@ async def require_alone(context: Context, work: Work) -> None:
     Raises:
         ImageInUse: one does; the message names it.
     """
-    name, store = work.machine.name, context.store
-    chains = await blocking(store.chains, name)
-    layers = read_by(chains, await blocking(store.snapshots, name), await blocking(store.forest))
+    basis = await context.astore.basis(work.machine.name)
+    layers = read_by(basis.chains, basis.snapshots, basis.forest)
     process = context.process(work.machine)
-    active = {chain.active.id for chain in chains} if work.qemu else set()
+    active = {chain.active.id for chain in basis.chains} if work.qemu else set()
     await other_programs.require_unwritten(
         (layer for layer in layers if layer.id not in active),
-        machine=name,
+        machine=basis.name,
         ours=[process.pid] if process else [],
     )
 
@@ -200,7 +200,7 @@ async def inputs(context: Context, work: Work, basis: Basis, *, seen: frozenset[
         seen: the names in QEMU's graph, where that was just read.
     """
     taken = await free_numbers.taken(work.machine, work.qemu, seen=seen) if work.qemu else frozenset[str]()
-    serial = free_numbers.first_free(work.machine, await blocking(context.store.next_serial), taken)
+    serial = free_numbers.first_free(work.machine, await context.astore.next_serial(), taken)
     mode = await requests.mode_of(work.qemu)
     return PlanInputs(basis=basis, serial=serial, home=context.home, mode=mode, now=time.time())
 
@@ -236,7 +236,7 @@ async def begin(
         plan = await to_read(make, at)
         if work.qemu is None and not isinstance(plan, DefinePlan):  # whose images others may read
             await to_end(lambda: other_programs.require_unread(plan, basis.forest, machine=plan.machine))
-        return await blocking(lambda: context.store.open_operation(plan, basis, serial=at.serial, serials=serials))
+        return await context.astore.open_operation(plan, basis, serial=at.serial, serials=serials)
 
     end = time.monotonic() + _PATIENCE
     while True:

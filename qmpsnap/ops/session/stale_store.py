@@ -25,7 +25,8 @@ from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import SERIAL, is_text, tag_number
 from qmpsnap.model.operations.operation import MergePlan, MirrorPlan, Operation, RevertPlan
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.store.records import Records
 
 LAYER_FILE = re.compile(rf"([a-z][a-z0-9]{{0,15}})-({SERIAL})\.(qcow2|raw)")
@@ -49,7 +50,7 @@ async def require_fit(context: Context, machine: Machine, *, removes: bool) -> N
         StoreMismatch: it is; nothing was changed.
     """
     await _require_current(context, machine)
-    pending = await blocking(lambda: context.store.operations(machine.name, only_open=True))
+    pending = await context.astore.operations(machine.name, only_open=True)
     if removes or _may_remove(pending):
         await _require_none_lost(context, machine)
 
@@ -60,7 +61,7 @@ async def _require_current(context: Context, machine: Machine) -> None:
     Raises:
         StoreMismatch: it is; nothing was changed.
     """
-    chains = await blocking(context.store.chains, machine.name)
+    chains = await context.astore.chains(machine.name)
     found = await blocking(sign, context, machine, chains)
     if found:
         raise StoreMismatch(

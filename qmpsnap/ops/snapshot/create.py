@@ -20,7 +20,7 @@ from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_space, overlay_paths, requests
-from qmpsnap.ops.base.context import Context, blocking, guarded
+from qmpsnap.ops.base.context import Context, guarded
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.memory import save as memory
 from qmpsnap.ops.memory.strategy import choose
@@ -42,7 +42,7 @@ _STARTS = "make it start on a new layer"
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
     async with looking(context, name) as work:
-        basis = await blocking(context.store.basis, name)
+        basis = await context.astore.basis(name)
         beside = await require_agreement(work, basis.chains, doing=_STARTS, wanted=request.disks)
         freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
         make = await _planner(context, work, basis, request, freezer, beside=beside)
@@ -84,7 +84,7 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
     plan: CreatePlan | None = None
     try:
         async with working(context, name, "snapshot create") as work:
-            basis = await blocking(context.store.basis, name)
+            basis = await context.astore.basis(name)
             beside = await require_agreement(work, basis.chains, doing=_STARTS, wanted=request.disks)
             await overlay_paths.require_free(context, name, request.files)
             async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
@@ -115,11 +115,11 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
     """After the disks have moved for nothing: their snapshot, if that was agreed to, else no trace of it."""
     if error.effect == "applied" and plan.memory and plan.memory.degrade:
         names = {snapshot.name for snapshot in plan.change.snapshots}
-        found = await blocking(context.store.snapshots, plan.machine)
+        found = await context.astore.snapshots(plan.machine)
         return replace(plan.change, snapshots=tuple(snapshot for snapshot in found if snapshot.name in names))
     if error.effect == "unknown":
         return None
-    active = {chain.disk: chain.active.id for chain in await blocking(context.store.chains, plan.machine)}
+    active = {chain.disk: chain.active.id for chain in await context.astore.chains(plan.machine)}
     moved = [overlay for overlay in plan.overlays if active[overlay.disk] == overlay.layer.id]
     effect: Effect = "none"
     left: list[str] = []
@@ -197,7 +197,7 @@ class _Attempt(Struct, frozen=True):
 
     async def mark(self, step: str) -> None:
         """Make a step durable."""
-        await blocking(lambda: self.context.store.mark(self.operation.id, "running", step=step))
+        await self.context.astore.mark(self.operation.id, "running", step=step)
 
     async def transact(self, qemu: Monitor) -> None:
         """Put every overlay on top, or none; where the guest is held for it, with its variables as they are then."""

@@ -19,7 +19,7 @@ from qmpsnap.model.names import NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Ended, Memory, Operation
 from qmpsnap.ops.base import overlay_paths
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory import save as saving
@@ -166,7 +166,7 @@ async def _kept(broken: Broken, plan: CreatePlan, memory: Memory) -> Vmstate | N
         return await saving.finish(broken.operation, memory, snapshot=name, frozen=frozen)
     except (HostCannot, StateError, StoreMismatch):
         # A guest is not held, nor a machine kept busy, until somebody makes room or moves a file away.
-        await blocking(lambda: broken.context.store.mark(broken.operation.id, "running", step=steps.LOST))
+        await broken.context.astore.mark(broken.operation.id, "running", step=steps.LOST)
         return None
 
 
@@ -246,9 +246,7 @@ async def settle(
     """
     assert isinstance(operation.plan, CreatePlan)
     await overlay_paths.let_go(operation.plan.overlays)
-    await blocking(
-        lambda: context.store.settle(operation.id, machine.name, change, step=step, state=state, error=error)
-    )
+    await context.astore.settle(operation.id, machine.name, change, step=step, state=state, error=error)
 
 
 async def quit_saved(context: Context, machine: Machine, qemu: Monitor | None, operation: Operation) -> None:
@@ -258,8 +256,8 @@ async def quit_saved(context: Context, machine: Machine, qemu: Monitor | None, o
         DeadlinePassed: it does not end.
     """
     await require_ended(context.process(machine), qemu, machine=machine.name, effect="applied")
-    await blocking(context.store.set_process, machine.name, None)
-    await blocking(lambda: context.store.mark(operation.id, "settled", step=steps.SETTLED))
+    await context.astore.set_process(machine.name, None)
+    await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
 
 
 def _finished(operation: Operation, memory: Memory) -> Vmstate | None:

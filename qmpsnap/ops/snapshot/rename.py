@@ -4,7 +4,7 @@ from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.names import check_name
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import requests
-from qmpsnap.ops.base.context import Context, blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.session.session import working
 
 
@@ -25,9 +25,9 @@ async def run(context: Context, name: str, old: str, new: str) -> Snapshot:
     check_name(new, "snapshot")  # whatever machine it is
     # Operations remember snapshots by name, so none may be open: this frame ends them first.
     async with working(context, name, "snapshot rename") as work:
-        snapshots = await blocking(context.store.snapshots, name)
+        snapshots = await context.astore.snapshots(name)
         require_snapshot(snapshots, old, machine=name)
-        requests.require_snapshot_name(work.machine, await blocking(context.store.chains, name), new)
+        requests.require_snapshot_name(work.machine, await context.astore.chains(name), new)
         requests.require_free_name(snapshots, new, machine=name)
-        await blocking(context.store.apply, name, Change(renamed={old: new}))
-        return next(found for found in await blocking(context.store.snapshots, name) if found.name == new)
+        await context.astore.apply(name, Change(renamed={old: new}))
+        return next(found for found in await context.astore.snapshots(name) if found.name == new)
