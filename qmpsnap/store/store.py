@@ -11,7 +11,7 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
+from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, P
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.store.sqlite.frozen_files import FrozenTable
@@ -80,7 +80,7 @@ class Store(Protocol):
     def next_serial(self) -> int:
         """The number the next operation would get; for plans that are only printed."""
 
-    def open_operation(self, plan: Plan, basis: Basis, *, serial: OperationId, serials: int = 1) -> Operation:
+    def open_operation(self, plan: P, basis: Basis, *, serial: OperationId, serials: int = 1) -> Operation[P]:
         """Make a plan durable as ``planned``, under the number that it was made with; it takes so many numbers.
 
         No file is looked at: whoever waits for one keeps nobody from the store. So what the plan was made from has to

@@ -1,6 +1,6 @@
 """Operations: our journalled units of work, and the change each makes to the record when it settles."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -11,6 +11,9 @@ from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode
 from qmpsnap.model.machines.nbd import NbdExport
 from qmpsnap.model.machines.record import Consent, Machine
 from qmpsnap.model.names import LayerId, OperationId
+
+if TYPE_CHECKING:
+    import typing_extensions
 
 OperationState = Literal["planned", "running", "settled", "failed", "unknown"]
 """``planned``: durable, nothing done. ``running``: past its first irrevocable step. ``settled``: done and recorded.
@@ -356,8 +359,16 @@ def verb_of(plan: Plan) -> str:
     return plan.verb if isinstance(plan, MergePlan) else str(plan.__struct_config__.tag)
 
 
-class Operation(Struct, frozen=True, kw_only=True):
-    """A row of the journal.
+P = TypeVar("P", bound=Plan)
+
+if TYPE_CHECKING:
+    P_co = typing_extensions.TypeVar("P_co", bound=Plan, covariant=True, default=Plan)
+else:  # Python 3.11 has no defaults
+    P_co = TypeVar("P_co", covariant=True)
+
+
+class Operation(Struct, Generic[P_co], frozen=True, kw_only=True):
+    """A row of the journal: ``Operation[MergePlan]``, or of any plan.
 
     Attributes:
         step: name of the last step that is durable; each verb has its own.
@@ -373,7 +384,7 @@ class Operation(Struct, frozen=True, kw_only=True):
     verb: str
     state: OperationState
     step: str
-    plan: Plan
+    plan: P_co
     started: float
     updated: float
     pid: int

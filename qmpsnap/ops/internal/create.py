@@ -132,7 +132,6 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
         async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
             make = await _planner(context, work, basis, request, freezer, beside=beside)
             operation = await begin(context, work, basis, make, seen=beside.names)
-            assert isinstance(operation.plan, InternalPlan)
             async with (
                 guarded(context, work.machine, when=operation.plan.resume) as guard_ready,
                 recovery.attempting(context, work.machine, work.qemu, operation),
@@ -227,10 +226,15 @@ async def _planner(
 
 
 async def _carry_out(
-    context: Context, work: Work, operation: Operation, chains: Sequence[Chain], *, freezer: Freezer, report: Report
+    context: Context,
+    work: Work,
+    operation: Operation[InternalPlan],
+    chains: Sequence[Chain],
+    *,
+    freezer: Freezer,
+    report: Report,
 ) -> Snapshot:
     planned = operation.plan
-    assert isinstance(planned, InternalPlan)
     await context.astore.mark(operation.id, "running", step=steps.STARTED)
     pause_ms = None
     if work.qemu:

@@ -18,13 +18,12 @@ from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.session import Monitor
 
 
-async def end_create(broken: Broken, monitor: Monitor | None) -> Direction:
+async def end_create(broken: Broken[InternalPlan], monitor: Monitor | None) -> Direction:
     """End an internal snapshot: forward when every image has its tag, else none keeps one.
 
     Its job is over in the time it takes to write the memory, and cannot be cancelled: it is waited for.
     """
     planned = broken.operation.plan
-    assert isinstance(planned, InternalPlan)
     job = tagging.job_of(broken.operation.id)
     if broken.operation.step == steps.RECORDED:
         if monitor:
@@ -76,14 +75,13 @@ async def _remove(
         await to_end(tagging.forget_variables, planned.variables[1])
 
 
-async def end_load(broken: Broken, monitor: Monitor | None) -> Direction:
+async def end_load(broken: Broken[LoadPlan], monitor: Monitor | None) -> Direction:
     """End a return to a snapshot inside the active layers: once its job was started, forward is the only way.
 
     Where QEMU has ended or could not load the memory, the disks are rolled back here, which changes nothing where they
     are already, and the machine is stopped.
     """
     planned = broken.operation.plan
-    assert isinstance(planned, LoadPlan)
     context, operation, job = broken.context, broken.operation, tagging.job_of(broken.operation.id)
     if operation.step in {steps.PLANNED, steps.KEEPING}:
         return await _back(broken, monitor, planned)

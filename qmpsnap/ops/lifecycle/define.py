@@ -274,9 +274,8 @@ def _refuse_lost(context: Context, name: str, *, adopts: bool) -> None:
         )
 
 
-async def _carry_out(context: Context, operation: Operation, *, firmware_variables: str | None) -> None:
+async def _carry_out(context: Context, operation: Operation[DefinePlan], *, firmware_variables: str | None) -> None:
     plan = operation.plan
-    assert isinstance(plan, DefinePlan)
     folder = context.home.machine_dir(plan.machine)
     await to_read(require_folder, context.home, plan.machine)
     await to_end(files.make_folder, folder)

@@ -9,10 +9,9 @@ from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.qmp.session import Monitor
 
 
-async def end(broken: Broken, _: Monitor | None) -> Direction:
+async def end(broken: Broken[DefinePlan], _: Monitor | None) -> Direction:
     """Undo a definition that did not settle: it has no machine yet, and nobody can have used its images."""
     plan = broken.operation.plan
-    assert isinstance(plan, DefinePlan)
     await remove_new([*plan.images, *plan.overlays])
     if plan.change.define:
         await blocking(broken.context.store.records.take_back, plan.change.define)

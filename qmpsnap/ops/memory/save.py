@@ -245,7 +245,7 @@ async def forget(qemu: Monitor) -> None:
 
 
 async def finish(
-    operation: Operation,
+    operation: Operation[CreatePlan],
     memory: Memory,
     *,
     snapshot: str,
@@ -257,7 +257,6 @@ async def finish(
     Raises:
         HostCannot: no space.
     """
-    assert isinstance(operation.plan, CreatePlan)
     manifest = Manifest(
         operation=operation.id,
         points={overlay.disk: overlay.backing.id for overlay in operation.plan.overlays},

@@ -79,7 +79,7 @@ async def run(
     context: Context,
     machine: Machine,
     qemu: Monitor | None,
-    operation: Operation,
+    operation: Operation[MergePlan],
     *,
     first: int = 0,
     report: Report = unreported,
@@ -90,7 +90,6 @@ async def run(
         QmpsnapError: a job failed, was refused or lost; the caller finds out what became of it.
     """
     plan = operation.plan
-    assert isinstance(plan, MergePlan)
     for number, step in enumerate(plan.steps[first:], start=first):
         if isinstance(step, Removal):
             settled = steps.of_job(number, steps.SETTLED)

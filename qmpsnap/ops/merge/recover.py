@@ -16,7 +16,7 @@ from qmpsnap.qmp import jobs
 from qmpsnap.qmp.session import Monitor
 
 
-async def end(broken: Broken, qemu: Monitor | None) -> Direction:
+async def end(broken: Broken[MergePlan], qemu: Monitor | None) -> Direction:
     """End the operation; ``forward`` when something of it took effect.
 
     Raises:
@@ -25,7 +25,6 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
     """
     context, machine, operation = broken.context, broken.machine, broken.operation
     plan = operation.plan
-    assert isinstance(plan, MergePlan)
     for removal in plan.steps:
         if isinstance(removal, Removal):
             await merge.remove_kept(context, machine, qemu, removal)  # their snapshots went with the opening

@@ -132,7 +132,12 @@ def qmp_commands(
 
 
 async def run(
-    context: Context, machine: Machine, qemu: Monitor | None, operation: Operation, *, report: Report = unreported
+    context: Context,
+    machine: Machine,
+    qemu: Monitor | None,
+    operation: Operation[MirrorPlan],
+    *,
+    report: Report = unreported,
 ) -> None:
     """Carry out a mirror and settle it.
 
@@ -140,7 +145,6 @@ async def run(
         QmpsnapError: something failed; the caller finds out what became of it.
     """
     plan = operation.plan
-    assert isinstance(plan, MirrorPlan)
     found = FileId(plan.target.device, plan.target.inode, plan.target.birth)
     job = MirrorJob(context=context, machine=machine, operation=operation.id, step=plan, identity=found, report=report)
     async with qemu_for(job, qemu) as monitor:

@@ -207,7 +207,6 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         )
         async with recovery.attempting(context, work.machine, work.qemu, operation):
             await job.run(context, work.machine, work.qemu, operation, report=report)
-        assert isinstance(operation.plan, MirrorPlan)
         return operation.plan
 
 

@@ -17,7 +17,7 @@ from qmpsnap.qmp import jobs
 from qmpsnap.qmp.session import Monitor
 
 
-async def end(broken: Broken, qemu: Monitor | None) -> Direction:
+async def end(broken: Broken[MirrorPlan], qemu: Monitor | None) -> Direction:
     """End the operation; ``forward`` when the copy is made.
 
     Raises:
@@ -26,7 +26,6 @@ async def end(broken: Broken, qemu: Monitor | None) -> Direction:
     """
     operation = broken.operation
     plan = operation.plan
-    assert isinstance(plan, MirrorPlan)
     phase = Phase.read(operation.step)
     job = MirrorJob(
         context=broken.context,

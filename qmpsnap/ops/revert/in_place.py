@@ -132,7 +132,6 @@ async def load(
     assert work.qemu
     make = await planner(context, work, at, snapshot, discard=discard, paused=paused)
     operation = await begin(context, work, at.basis, make)
-    assert isinstance(operation.plan, LoadPlan)
     async with (
         guarded(context, work.machine, when=operation.plan.resume or not paused) as guard_ready,
         recovery.attempting(context, work.machine, work.qemu, operation),
@@ -141,9 +140,8 @@ async def load(
         return await _carry_out(context, work.qemu, operation)
 
 
-async def _carry_out(context: Context, qemu: Monitor, operation: Operation) -> Snapshot | None:
+async def _carry_out(context: Context, qemu: Monitor, operation: Operation[LoadPlan]) -> Snapshot | None:
     planned = operation.plan
-    assert isinstance(planned, LoadPlan)
     tags.require_tags(planned.layers.values(), planned.tag, await commands.query_tags(qemu))
     if planned.kept:
         keeping = tags.keeping_job_of(operation.id)

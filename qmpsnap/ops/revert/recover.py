@@ -13,10 +13,9 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
 
 
-async def end(broken: Broken, monitor: Monitor | None) -> Direction:
+async def end(broken: Broken[RevertPlan], monitor: Monitor | None) -> Direction:
     """End a broken revert: undone before QEMU was told to stop, completed from there on."""
     operation, plan = broken.operation, broken.operation.plan
-    assert isinstance(plan, RevertPlan)
     if operation.step == steps.PLANNED:
         await remove_new(plan.overlays)
         for copy in plan.copies:

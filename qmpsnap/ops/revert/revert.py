@@ -258,7 +258,7 @@ async def _memory(snapshot: Snapshot, request: RevertRequest) -> AsyncIterator[L
         yield Loading(state, descriptor)
 
 
-async def _open(context: Context, work: Work, at: Situation, request: RevertRequest) -> Operation:
+async def _open(context: Context, work: Work, at: Situation, request: RevertRequest) -> Operation[RevertPlan]:
     def make(inputs: PlanInputs) -> RevertPlan:
         planned = plan(inputs, at, request)
         require_free([*(one.layer.path for one in planned.new), *([planned.keeps] if planned.keeps else [])])
@@ -287,9 +287,8 @@ def _needs(machine: Machine, planned: RevertPlan, home: Home) -> list[Need]:
     return needs
 
 
-async def _carry_out(context: Context, work: Work, operation: Operation, loading: Loading | None) -> None:
+async def _carry_out(context: Context, work: Work, operation: Operation[RevertPlan], loading: Loading | None) -> None:
     planned = operation.plan
-    assert isinstance(planned, RevertPlan)
     await make_overlays(context, work.machine, planned.overlays)
     for copy in planned.copies:
         await internal_snapshots.take_out(
@@ -311,9 +310,8 @@ async def _carry_out(context: Context, work: Work, operation: Operation, loading
     await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
 
 
-async def _outcome(context: Context, operation: Operation) -> Reverted:
+async def _outcome(context: Context, operation: Operation[RevertPlan]) -> Reverted:
     planned = operation.plan
-    assert isinstance(planned, RevertPlan)
     snapshots = {found.name: found for found in await context.astore.snapshots(planned.machine)}
     forest = await context.astore.forest()
     kept = planned.change.snapshots

@@ -1,6 +1,6 @@
 """An operation that nobody ended, as recovery works on it."""
 
-from typing import Literal
+from typing import Generic, Literal
 
 from msgspec import Struct
 
@@ -8,7 +8,7 @@ from qmpsnap.errors import OperationPending
 from qmpsnap.hint import call
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.operation import Operation
+from qmpsnap.model.operations.operation import Operation, P_co
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp.jobs import Report, unreported
 
@@ -19,7 +19,7 @@ Unfinished = Literal["refuse", "carry on", "cancel"]
 """What to do with a job that still works: leave it to its work, see it to its end, or end it."""
 
 
-class Broken(Struct, frozen=True, kw_only=True):
+class Broken(Struct, Generic[P_co], frozen=True, kw_only=True):
     """An open operation, and what is wanted of its end.
 
     Attributes:
@@ -33,7 +33,7 @@ class Broken(Struct, frozen=True, kw_only=True):
 
     context: Context
     machine: Machine
-    operation: Operation
+    operation: Operation[P_co]
     unfinished: Unfinished
     error: str = "interrupted"
     report: Report = unreported

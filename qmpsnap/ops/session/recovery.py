@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib import import_module
-from typing import Final
+from typing import Any, Final
 
 import anyio
 
@@ -37,7 +37,7 @@ from qmpsnap.qmp.jobs import JobStuck, Report, unreported
 from qmpsnap.qmp.session import Monitor
 
 GivenUp = Callable[[Operation, QmpsnapError], object]
-Ending = Callable[[Broken, Monitor | None], Awaitable[Direction]]
+Ending = Callable[[Broken[Any], Monitor | None], Awaitable[Direction]]
 
 ENDINGS: Final[Mapping[type[Plan], str]] = {
     CreatePlan: "qmpsnap.ops.snapshot.recover:end",

@@ -14,7 +14,7 @@ from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.operations.operation import DefinePlan, Operation, Plan
+from qmpsnap.model.operations.operation import DefinePlan, Operation, P
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_numbers, requests
 from qmpsnap.ops.base.async_store import blocking
@@ -209,11 +209,11 @@ async def begin(
     context: Context,
     work: Work,
     basis: Basis,
-    make: Callable[[PlanInputs], Plan],
+    make: Callable[[PlanInputs], P],
     *,
     seen: frozenset[str] = frozenset(),
     serials: int = 1,
-) -> Operation:
+) -> Operation[P]:
     """Plan, and journal the plan; nothing has been changed before.
 
     Files are looked at before the store is locked, so that storage which hangs holds up no other machine. If another
@@ -231,7 +231,7 @@ async def begin(
         ImageInUse: the machine is stopped, and another program has an image open that would be written to or go.
     """
 
-    async def planned() -> Operation:
+    async def planned() -> Operation[P]:
         at = await inputs(context, work, basis, seen=seen)
         plan = await to_read(make, at)
         if work.qemu is None and not isinstance(plan, DefinePlan):  # whose images others may read

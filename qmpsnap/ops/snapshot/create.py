@@ -90,7 +90,6 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
             async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
                 make = await _planner(context, work, basis, request, freezer, beside=beside)
                 operation = await begin(context, work, basis, make, seen=beside.names)
-                assert isinstance(operation.plan, CreatePlan)
                 plan = operation.plan
                 async with (
                     guarded(context, work.machine, when=plan.hold or _holds(plan.memory)) as guard_ready,
@@ -188,7 +187,7 @@ class _Attempt(Struct, frozen=True):
 
     context: Context
     work: Work
-    operation: Operation
+    operation: Operation[CreatePlan]
     plan: CreatePlan
     expected: tuple[Chain, ...]
     report: Report

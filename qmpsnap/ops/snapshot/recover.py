@@ -49,7 +49,7 @@ def direction(step: str, *, active: int | None, total: int) -> Direction | None:
     return "back" if active == 0 else None
 
 
-async def end(broken: Broken, monitor: Monitor | None) -> Direction:
+async def end(broken: Broken[CreatePlan], monitor: Monitor | None) -> Direction:
     """End the operation; ``forward`` when there is a snapshot (or were to be only layers), ``back`` when there is none.
 
     Disks that have moved stay where they are, whatever became of the memory: a guest may have written there.
@@ -59,7 +59,6 @@ async def end(broken: Broken, monitor: Monitor | None) -> Direction:
         QmpsnapError: QEMU or the files say something the rules do not cover.
     """
     plan = broken.operation.plan
-    assert isinstance(plan, CreatePlan)
     if broken.operation.step == steps.ENDING:
         await quit_saved(broken.context, broken.machine, monitor, broken.operation)
         return "forward"
@@ -96,7 +95,7 @@ async def _forget_copy(plan: CreatePlan) -> None:
         await to_end(tags.forget_variables, plan.variables[1])
 
 
-async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan, *, proven: bool) -> Direction:
+async def _forward(broken: Broken[CreatePlan], monitor: Monitor | None, plan: CreatePlan, *, proven: bool) -> Direction:
     """``proven``: the copy of the UEFI variables is that of the disks' instant; memory has them anyway."""
     context, machine, operation, memory = broken.context, broken.machine, broken.operation, plan.memory
     change = identified(plan.change, headers_of(overlay.layer for overlay in plan.overlays))
@@ -125,7 +124,9 @@ async def _forward(broken: Broken, monitor: Monitor | None, plan: CreatePlan, *,
     return "back"
 
 
-async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memory: Memory) -> Vmstate | None:
+async def _state(
+    broken: Broken[CreatePlan], monitor: Monitor | None, plan: CreatePlan, memory: Memory
+) -> Vmstate | None:
     """The memory, if it was or can be saved whole; the guest runs on if it should, and is still held if it was not."""
     if broken.operation.step == steps.LOST:
         return None
@@ -141,7 +142,7 @@ async def _state(broken: Broken, monitor: Monitor | None, plan: CreatePlan, memo
     return await _kept(broken, plan, memory) if await _is_written(broken, monitor, memory) else None
 
 
-async def _is_written(broken: Broken, monitor: Monitor, memory: Memory) -> bool:
+async def _is_written(broken: Broken[CreatePlan], monitor: Monitor, memory: Memory) -> bool:
     """Whether QEMU has written all of it in the end."""
     if (await migration.query(monitor)).status not in migration.ENDED:
         if broken.unfinished == "cancel":
@@ -159,7 +160,7 @@ async def _is_written(broken: Broken, monitor: Monitor, memory: Memory) -> bool:
     return True
 
 
-async def _kept(broken: Broken, plan: CreatePlan, memory: Memory) -> Vmstate | None:
+async def _kept(broken: Broken[CreatePlan], plan: CreatePlan, memory: Memory) -> Vmstate | None:
     """The written memory under its own name; None when it cannot have that."""
     try:
         name, frozen = plan.change.snapshots[0].name, plan.quiesce != "skip"
@@ -170,13 +171,13 @@ async def _kept(broken: Broken, plan: CreatePlan, memory: Memory) -> Vmstate | N
         return None
 
 
-async def _run_on(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
+async def _run_on(broken: Broken[CreatePlan], monitor: Monitor | None, memory: Memory) -> None:
     # A guest whose QEMU is to end must not do anything that is in neither memory nor disks.
     if not memory.quit:
         await _resume(broken, monitor, memory)
 
 
-async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
+async def _resume(broken: Broken[CreatePlan], monitor: Monitor | None, memory: Memory) -> None:
     if monitor is None:
         return
     if not memory.resume:
@@ -188,7 +189,7 @@ async def _resume(broken: Broken, monitor: Monitor | None, memory: Memory) -> No
         await saving.run_on(monitor)
 
 
-async def _drop(broken: Broken, monitor: Monitor | None, memory: Memory) -> None:
+async def _drop(broken: Broken[CreatePlan], monitor: Monitor | None, memory: Memory) -> None:
     """Give the memory up: QEMU stops writing it, the guest runs on if it should, the unfinished file goes."""
     if monitor and broken.operation.step == steps.PLANNED:
         # Nothing was stopped or begun yet: a migration is somebody else's.
@@ -233,7 +234,7 @@ def with_memory(
 async def settle(
     context: Context,
     machine: Machine,
-    operation: Operation,
+    operation: Operation[CreatePlan],
     change: Change,
     *,
     step: str | None = None,
@@ -244,12 +245,13 @@ async def settle(
 
     With ``step`` the operation goes on from there, else it ends in ``state``; ``error`` is what went wrong.
     """
-    assert isinstance(operation.plan, CreatePlan)
     await overlay_paths.let_go(operation.plan.overlays)
     await context.astore.settle(operation.id, machine.name, change, step=step, state=state, error=error)
 
 
-async def quit_saved(context: Context, machine: Machine, qemu: Monitor | None, operation: Operation) -> None:
+async def quit_saved(
+    context: Context, machine: Machine, qemu: Monitor | None, operation: Operation[CreatePlan]
+) -> None:
     """End the QEMU of a machine that was saved.
 
     Raises:

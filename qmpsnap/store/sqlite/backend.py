@@ -20,7 +20,7 @@ from qmpsnap.model.layers.vmstate import Inside, Vmstate
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId, is_text
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, Plan
+from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, P
 from qmpsnap.model.planning import sharing
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer, based
@@ -150,7 +150,7 @@ class SqliteStore:
         with self._database.reading() as sql:
             return journal.next_serial(sql)
 
-    def open_operation(self, plan: Plan, basis: Basis, *, serial: OperationId, serials: int = 1) -> Operation:
+    def open_operation(self, plan: P, basis: Basis, *, serial: OperationId, serials: int = 1) -> Operation[P]:
         with self._database.writing() as sql:
             journal.require_next(sql, plan.machine, serial)
             now = self._basis(sql, plan.machine)

@@ -14,7 +14,7 @@ from qmpsnap.errors import NotFoundError, NumberTaken, OperationPending, StateEr
 from qmpsnap.hint import call
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations import outcome, steps
-from qmpsnap.model.operations.operation import OPEN_STATES, Operation, OperationState, Plan, verb_of
+from qmpsnap.model.operations.operation import OPEN_STATES, Operation, OperationState, P, Plan, verb_of
 from qmpsnap.model.operations.outcome import Recorded
 from qmpsnap.model.planning import sharing
 from qmpsnap.store.sqlite import frozen_files, pruning, recorded
@@ -46,7 +46,7 @@ def require_next(connection: sqlite3.Connection, machine: str, serial: Operation
         )
 
 
-def insert(connection: sqlite3.Connection, plan: Plan, *, serial: OperationId, serials: int) -> Operation:
+def insert(connection: sqlite3.Connection, plan: P, *, serial: OperationId, serials: int) -> Operation[P]:
     """Record a plan as ``planned``, under the number that it was made with."""
     connection.execute("UPDATE serial SET last = ?", (serial + serials - 1,))
     machine = plan.machine
