@@ -54,9 +54,9 @@ async def pop(context: Context, name: str, *, discard: bool = False, report: Rep
 
 async def preview(context: Context, name: str, *, discard: bool = False) -> PopPreview:
     """What :func:`pop` would do now, without a lock and without a change; refused as that would be."""
-    async with looking(context, name, removes=True) as work:
+    async with looking(context, name, removes=True) as session:
         current = await _top(context, name, discard=discard)
-        at = await planning_state.look(context, work, disks=())
+        at = await planning_state.look(session, disks=())
     back = await revert.preview(context, name, RevertRequest(name=current, discard=True))
     return PopPreview(back, delete.plan(at.after(back.plan.change), DeleteRequest(names=(current,))))
 

@@ -17,6 +17,7 @@ from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, CreatePlan, DefinePlan, Overlay
 from qmpsnap.model.planning.inputs import PlanInputs
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import EMPTY_LIMIT, remove_new, require_free
 from qmpsnap.ops.merge import job
 from qmpsnap.ops.session import recovery
@@ -150,7 +151,7 @@ async def test_before_the_transaction_the_overlays_that_were_made_are_removed(
     context: BenchContext, tool: ImageTool, made: tuple[str, ...]
 ) -> None:
     left = await broken(context, tool, step="planned", made=made)
-    ended = await end_open(context, WEB, None)
+    ended = await end_open(MachineSession(context, WEB, None))
     assert [operation.state for operation in ended] == ["planned"]
     left.check_undone()
     assert context.store.operations("web")[-1].error == "interrupted"
@@ -161,7 +162,7 @@ async def test_before_the_transaction_nodes_that_qemu_has_opened_are_closed_firs
 ) -> None:
     left = await broken(context, tool, step="planned")
     qemu = FakeQemu(OLD, loose=["vda-3"])
-    await end_open(context, WEB, qemu)
+    await end_open(MachineSession(context, WEB, qemu))
     left.check_undone()
     assert qemu.said == [("blockdev-del", {"node-name": "vda-3"})]
 
@@ -170,14 +171,14 @@ async def test_after_the_transaction_without_qemu_the_overlays_are_adopted(
     context: BenchContext, tool: ImageTool
 ) -> None:
     left = await broken(context, tool, step="transaction")
-    await end_open(context, WEB, None)
+    await end_open(MachineSession(context, WEB, None))
     left.check_settled()
 
 
 async def test_after_the_transaction_a_qemu_that_ran_it_is_followed(context: BenchContext, tool: ImageTool) -> None:
     left = await broken(context, tool, step="transaction")
     qemu = FakeQemu(NEW)
-    await end_open(context, WEB, qemu)
+    await end_open(MachineSession(context, WEB, qemu))
     left.check_settled()
     assert qemu.said == []
 
@@ -187,7 +188,7 @@ async def test_after_the_transaction_a_qemu_that_did_not_run_it_loses_its_nodes_
 ) -> None:
     left = await broken(context, tool, step="transaction")
     qemu = FakeQemu(OLD, loose=["vda-3", "vdb-3"])
-    await end_open(context, WEB, qemu)
+    await end_open(MachineSession(context, WEB, qemu))
     left.check_undone()
     assert qemu.said == [("blockdev-del", {"node-name": "vda-3"}), ("blockdev-del", {"node-name": "vdb-3"})]
 
@@ -198,7 +199,7 @@ async def test_a_qemu_with_only_some_of_the_overlays_is_nobodys_to_decide(
     left = await broken(context, tool, step="transaction")
     qemu = FakeQemu({"vda": NEW["vda"], "vdb": OLD["vdb"]}, loose=["vdb-3"])
     with pytest.raises(OperationPending, match="only some of its overlays") as caught:
-        await end_open(context, WEB, qemu)
+        await end_open(MachineSession(context, WEB, qemu))
     assert (caught.value.exit_code, caught.value.operation, caught.value.machine) == (8, "3", "web")
     assert (left.state, qemu.said, [file.exists() for file in left.files]) == ("running", [], [True, True])
 
@@ -213,7 +214,7 @@ async def test_an_overlay_that_somebody_has_written_to_is_never_removed(
         file.write(b"g" * (EMPTY_LIMIT + 4096))
     qemu = FakeQemu(OLD)
     with pytest.raises(OperationPending, match="is not a new, empty image") as caught:
-        await end_open(context, WEB, qemu)
+        await end_open(MachineSession(context, WEB, qemu))
     assert caught.value.exit_code == 8
     assert as_typed(caught.value.hint).startswith("fix that, then qmpsnap recover web; ")
     assert left.files[0].stat().st_size > EMPTY_LIMIT
@@ -228,7 +229,7 @@ async def _write(tool: ImageTool, path: Path, *command: str) -> None:
 async def _recover_refuses(context: BenchContext, file: Path) -> None:
     before = file.read_bytes()
     with pytest.raises(OperationPending, match="is not a new, empty image; it was not touched"):
-        await end_open(context, WEB, None)
+        await end_open(MachineSession(context, WEB, None))
     assert file.read_bytes() == before
 
 
@@ -265,7 +266,7 @@ async def test_the_beginning_of_an_overlay_goes(context: BenchContext, tool: Ima
     head = bytearray(left.files[0].read_bytes()[:bytes_kept])
     head[8:48] = bytes(len(head[8:48]))  # no backing, no size, no L1 table
     left.files[0].write_bytes(head)
-    await end_open(context, WEB, None)
+    await end_open(MachineSession(context, WEB, None))
     left.check_undone()
 
 
@@ -309,7 +310,7 @@ async def test_where_an_overlay_stood_and_something_else_stands_it_is_not_remove
     (tmp_path / "precious").write_text("content")
     left.files[0].symlink_to(tmp_path / "precious")
     with pytest.raises(OperationPending):
-        await end_open(context, WEB, None)
+        await end_open(MachineSession(context, WEB, None))
     assert left.files[0].is_symlink()
 
 
@@ -318,7 +319,7 @@ async def test_an_overlay_to_adopt_that_is_gone_leaves_the_operation_open(
 ) -> None:
     left = await broken(context, tool, step="transaction", made=("vda",))
     with pytest.raises(OperationPending, match=r"vdb-3\.qcow2"):
-        await end_open(context, WEB, None)
+        await end_open(MachineSession(context, WEB, None))
     assert (left.state, left.active) == ("running", {"vda": "vda-1", "vdb": "vdb-2"})
 
 
@@ -331,9 +332,9 @@ async def test_recovered_twice_is_recovered_once(
 ) -> None:
     left = await broken(context, tool, step=step)
     qemu = FakeQemu(chains, loose) if chains else None
-    await end_open(context, WEB, qemu)
+    await end_open(MachineSession(context, WEB, qemu))
     once = (context.store.operations("web"), left.active, context.store.snapshots("web"), qemu and len(qemu.said))
-    assert await end_open(context, WEB, qemu) == []
+    assert await end_open(MachineSession(context, WEB, qemu)) == []
     assert (
         context.store.operations("web"),
         left.active,
@@ -352,7 +353,7 @@ async def test_a_definition_that_died_leaves_none_of_its_files(context: BenchCon
     await tool.create_base(layers[0].path, format="qcow2", virtual_size=MIB)
     Records(context.home.machines).write(Record(machine=new))
     assert context.store.records.remembered("new")
-    await end_open(context, new, None)
+    await end_open(MachineSession(context, new, None))
     assert context.store.operations("new")[-1].state == "failed"
     assert not context.store.records.remembered("new")
     assert not folder.exists()
@@ -372,7 +373,7 @@ async def test_a_definition_that_died_takes_no_variable_store_but_its_own(contex
         variables=str(variables) if whose == "planned" else None,
     )
     journalled(context.store, plan)
-    await end_open(context, new, None)
+    await end_open(MachineSession(context, new, None))
     assert context.store.operations("new")[-1].state == "failed"
     assert variables.exists() == (whose == "another's")
 
@@ -384,7 +385,7 @@ async def after(context: BenchContext, qemu: FakeQemu | None) -> StoreMismatch:
     """What an error of the attempt says once it was found out what became of it."""
     (operation,) = context.store.operations("web", only_open=True)
     error = StoreMismatch("something was wrong", hint="the first hint")
-    await recovery.after_failure(context, WEB, qemu, operation, error)
+    await recovery.after_failure(MachineSession(context, WEB, qemu), operation, error)
     return error
 
 
@@ -420,7 +421,7 @@ async def test_when_the_store_fails_as_well_the_effect_is_unknown_and_the_operat
     assert (error.effect, as_typed(error.hint)) == ("unknown", "qmpsnap recover web completes or undoes it")
     assert left.state == "running"
     store._database.connection.execute("PRAGMA query_only=OFF")
-    await end_open(context, WEB, FakeQemu(NEW))
+    await end_open(MachineSession(context, WEB, FakeQemu(NEW)))
     left.check_settled()
 
 

@@ -20,6 +20,7 @@ from qmpsnap.model.operations.operation import Change, DefinePlan, RevertPlan
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer
 from qmpsnap.model.planning.state import Situation
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.revert import plan as revert_plan
 from qmpsnap.ops.revert.plan import RevertRequest, Run
 from qmpsnap.ops.revert.revert import Preview
@@ -318,7 +319,7 @@ def dirty(path: str) -> None:
 async def test_before_the_guest_had_to_end_it_is_undone(store: SqliteStore, tmp_path: Path, tool: ImageTool) -> None:
     context, planned = await broken(store, tmp_path, tool, step="planned")
     qemu = FakeQemu({"vda": ["vda-1", "vda-2"]})
-    await end_open(context, store.machine("web"), qemu)
+    await end_open(MachineSession(context, store.machine("web"), qemu))
     assert qemu.said == []
     assert store.operations("web")[-1].state == "failed"
     assert not Path(planned.overlays[0].layer.path).exists()
@@ -334,7 +335,7 @@ async def test_after_it_the_record_switches_and_the_files_decide_what_is_kept(
     old = store.layer(LayerId("vda-2"))
     if written:
         dirty(old.path)
-    await end_open(context, store.machine("web"), None)
+    await end_open(MachineSession(context, store.machine("web"), None))
     assert store.operations("web")[-1].state == "settled"
     assert store.operations("web")[-1].error is None
     active = store.chains("web")[0].active
@@ -345,7 +346,7 @@ async def test_after_it_the_record_switches_and_the_files_decide_what_is_kept(
     assert Path(old.path).exists() == kept
     assert [s.name for s in store.snapshots("web")] == (["a", "auto-3"] if kept else ["a"])
     once = store.operations("web"), store.chains("web"), store.snapshots("web")
-    assert await end_open(context, store.machine("web"), None) == []
+    assert await end_open(MachineSession(context, store.machine("web"), None)) == []
     assert (store.operations("web"), store.chains("web"), store.snapshots("web")) == once
 
 
@@ -357,11 +358,11 @@ async def test_another_file_in_the_place_of_a_layer_that_goes_is_not_removed(
     old.rename(tmp_path / "away")
     old.write_text("precious")
     with pytest.raises(OperationPending, match="is not the recorded image"):
-        await end_open(context, store.machine("web"), None)
+        await end_open(MachineSession(context, store.machine("web"), None))
     assert old.read_text() == "precious"
     assert store.operations("web")[-1].step == "switched"
     old.unlink()
-    await end_open(context, store.machine("web"), None)
+    await end_open(MachineSession(context, store.machine("web"), None))
     assert store.operations("web")[-1].state == "settled"
 
 
@@ -370,12 +371,12 @@ async def test_a_machine_that_ran_and_stands_still_now_is_told_of(
     store: SqliteStore, tmp_path: Path, tool: ImageTool, step: str
 ) -> None:
     context, _ = await broken(store, tmp_path, tool, step=step, mode="live")
-    await end_open(context, store.machine("web"), None)
+    await end_open(MachineSession(context, store.machine("web"), None))
     error = store.operations("web")[-1].error
     assert error == "interrupted; the machine was not started again"
 
 
 async def test_a_machine_that_came_up_again_needs_no_word(store: SqliteStore, tmp_path: Path, tool: ImageTool) -> None:
     context, _ = await broken(store, tmp_path, tool, step="starting", mode="live")
-    await end_open(context, store.machine("web"), FakeQemu({"vda": ["vda-1", "vda-2"]}))
+    await end_open(MachineSession(context, store.machine("web"), FakeQemu({"vda": ["vda-1", "vda-2"]})))
     assert (store.operations("web")[-1].state, store.operations("web")[-1].error) == ("settled", None)

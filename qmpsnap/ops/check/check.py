@@ -16,6 +16,7 @@ from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import admission, relocate
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, locked, require_own
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.check import deep as reading
 from qmpsnap.ops.check import entries, facts
 from qmpsnap.ops.check.facts import Facts
@@ -107,7 +108,7 @@ async def _mend(context: Context, machine: Machine, *, deep: bool) -> Checked:
                 if at.record.open and at.trusted and (qemu or not at.silent):
                     begun = True
                     try:
-                        await recovery.end_open(context, machine, qemu)
+                        await recovery.end_open(MachineSession(context, machine, qemu))
                     except QmpsnapError as error:
                         failed.append(f"operation-open: {error.message}")
             # Ending an operation may have ended or started its QEMU.

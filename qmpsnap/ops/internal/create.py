@@ -27,13 +27,14 @@ from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_space, luks, requests
 from qmpsnap.ops.base.context import Context, guarded
 from qmpsnap.ops.base.free_space import Need
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory.load import hardware_now
 from qmpsnap.ops.memory.strategy import RESERVE_MORE, require_saveable, resident_bytes
 from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
-from qmpsnap.ops.session.session import Work, begin, inputs, looking, require_agreement, working
+from qmpsnap.ops.session.session import begin, inputs, looking, require_agreement, working
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.jobs import Report, unreported
 
@@ -126,30 +127,30 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
         QmpsnapError: see :func:`plan`; besides, the families of lock, host, QEMU and deadline.
     """
     _require_possible(request)
-    async with working(context, name, "snapshot create") as work:
+    async with working(context, name, "snapshot create") as session:
         basis = await context.astore.basis(name)
-        beside = await require_agreement(work, basis.chains, doing=_OPENS, wanted=request.disks)
-        async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
-            make = await _planner(context, work, basis, request, freezer, beside=beside)
-            operation = await begin(context, work, basis, make, seen=beside.names)
+        beside = await require_agreement(session, basis.chains, doing=_OPENS, wanted=request.disks)
+        async with quiesce.prepared(context, session.machine, session.qemu, request.quiesce) as freezer:
+            make = await _planner(session, basis, request, freezer, beside=beside)
+            operation = await begin(session, basis, make, seen=beside.names)
             async with (
-                guarded(context, work.machine, when=operation.plan.resume) as guard_ready,
-                recovery.attempting(context, work.machine, work.qemu, operation),
+                guarded(context, session.machine, when=operation.plan.resume) as guard_ready,
+                recovery.attempting(session, operation),
             ):
                 await guard_ready()
-                return await _carry_out(context, work, operation, basis.chains, freezer=freezer, report=report)
+                return await _carry_out(session, operation, basis.chains, freezer=freezer, report=report)
 
 
 async def preview(context: Context, name: str, request: InternalRequest) -> tuple[Machine, InternalPlan]:
     """The plan that :func:`create` would follow now, without a lock and without a change."""
     _require_possible(request)
-    async with looking(context, name) as work:
+    async with looking(context, name) as session:
         basis = await context.astore.basis(name)
-        beside = await require_agreement(work, basis.chains, doing=_OPENS, wanted=request.disks)
-        freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
-        make = await _planner(context, work, basis, request, freezer, beside=beside)
-        at = await inputs(context, work, basis, seen=beside.names)
-    return work.machine, await to_read(make, at)
+        beside = await require_agreement(session, basis.chains, doing=_OPENS, wanted=request.disks)
+        freezer = await quiesce.foreseen(session.machine, session.qemu, request.quiesce)
+        make = await _planner(session, basis, request, freezer, beside=beside)
+        at = await inputs(session, basis, seen=beside.names)
+    return session.machine, await to_read(make, at)
 
 
 def _require_possible(request: InternalRequest) -> None:
@@ -188,8 +189,7 @@ def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Ne
 
 
 async def _planner(
-    context: Context,
-    work: Work,
+    session: MachineSession,
     basis: Basis,
     request: InternalRequest,
     freezer: Freezer,
@@ -197,28 +197,30 @@ async def _planner(
     beside: Beside,
 ) -> Callable[[PlanInputs], InternalPlan]:
     luks.require_plain(
-        work.machine,
+        session.machine,
         "qmpsnap takes no internal snapshots of encrypted images",
-        "take a snapshot with overlays: " + call("snapshot", work.machine.name),
+        "take a snapshot with overlays: " + call("snapshot", session.machine.name),
     )
-    if request.memory and not work.qemu:
+    if request.memory and not session.qemu:
         raise StateError(
-            f"machine {work.machine.name} is stopped and has no memory to save",
-            machine=work.machine.name,
+            f"machine {session.machine.name} is stopped and has no memory to save",
+            machine=session.machine.name,
         )
     hardware = None
-    if work.qemu and request.memory is not False:
-        again = "take its disks alone: " + call("snapshot", work.machine.name, kind="internal", memory=False)
-        await require_saveable(work.machine, work.qemu, basis.chains, hint=again)
-        hardware = await hardware_now(context, work.machine, work.qemu)
+    if session.qemu and request.memory is not False:
+        again = "take its disks alone: " + call("snapshot", session.machine.name, kind="internal", memory=False)
+        await require_saveable(session.machine, session.qemu, basis.chains, hint=again)
+        hardware = await hardware_now(session.context, session.machine, session.qemu)
 
     def make(at: PlanInputs) -> InternalPlan:
         planned = plan(at, request, hardware=hardware, freezer=freezer, beside=beside)
         opened = (layer for chain in basis.chains if chain.disk in planned.layers for layer in chain.layers)
-        require_recorded(opened, machine=work.machine.name)
+        require_recorded(opened, machine=session.machine.name)
         require_free([planned.variables[1]] if planned.variables else [])
         free_space.require(
-            _needs(context, work.machine, planned), machine=work.machine.name, hint="free some space there"
+            _needs(session.context, session.machine, planned),
+            machine=session.machine.name,
+            hint="free some space there",
         )
         return planned
 
@@ -226,8 +228,7 @@ async def _planner(
 
 
 async def _carry_out(
-    context: Context,
-    work: Work,
+    session: MachineSession,
     operation: Operation[InternalPlan],
     chains: Sequence[Chain],
     *,
@@ -235,17 +236,17 @@ async def _carry_out(
     report: Report,
 ) -> Snapshot:
     planned = operation.plan
-    await context.astore.mark(operation.id, "running", step=steps.STARTED)
+    await session.context.astore.mark(operation.id, "running", step=steps.STARTED)
     pause_ms = None
-    if work.qemu:
-        pause_ms = await tags.tag_live(work.qemu, tags.job_of(operation.id), planned, freezer, report)
-        found = await commands.query_tags(work.qemu)
+    if session.qemu:
+        pause_ms = await tags.tag_live(session.qemu, tags.job_of(operation.id), planned, freezer, report)
+        found = await commands.query_tags(session.qemu)
     else:
         await tags.keep_variables(planned)
-        found = await tags.tag_stopped(context, work.machine, planned, chains)
+        found = await tags.tag_stopped(session.context, session.machine, planned, chains)
     change = tags.settled(planned, found, pause_ms=pause_ms, freezer=freezer)
-    await context.astore.settle(operation.id, planned.machine, change, step=steps.RECORDED)
-    if work.qemu and planned.vmstate:
-        await jobs.dismiss(work.qemu, tags.job_of(operation.id))
-    await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
+    await session.context.astore.settle(operation.id, planned.machine, change, step=steps.RECORDED)
+    if session.qemu and planned.vmstate:
+        await jobs.dismiss(session.qemu, tags.job_of(operation.id))
+    await session.context.astore.mark(operation.id, "settled", step=steps.SETTLED)
     return change.snapshots[0]

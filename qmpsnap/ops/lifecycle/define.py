@@ -28,11 +28,12 @@ from qmpsnap.model.timestamps import moment
 from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, forget_places, locked, require_folder
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.lifecycle import disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session import recovery
-from qmpsnap.ops.session.session import Work, begin
+from qmpsnap.ops.session.session import begin
 
 
 def plan(
@@ -211,8 +212,9 @@ async def record(
         require_free([*(layer.path for layer in planned.created), *([planned.variables] if planned.variables else [])])
         return planned
 
-    operation = await begin(context, Work(machine, None), basis, make_free, serials=serials)
-    async with recovery.attempting(context, machine, None, operation):
+    session = MachineSession(context, machine)
+    operation = await begin(session, basis, make_free, serials=serials)
+    async with recovery.attempting(session, operation):
         await _carry_out(context, operation, firmware_variables=firmware_variables)
     return await context.astore.machine(machine.name)
 
@@ -224,7 +226,7 @@ async def end_earlier(context: Context, name: str, *, adopts: bool = False) -> l
     """
     await _refuse_taken(context, name)
     placeholder = Machine(name=name, uuid="", host=context.host, spec=MachineSpec(name=name), created=0)
-    ended = await recovery.end_open(context, placeholder, None)
+    ended = await recovery.end_open(MachineSession(context, placeholder))
     await blocking(lambda: _refuse_lost(context, name, adopts=adopts))
     return ended
 

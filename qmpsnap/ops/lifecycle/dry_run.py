@@ -41,8 +41,8 @@ async def defined(
 
 async def forgotten(context: Context, name: str, *, disks: undefine.Fate | None) -> Forgotten:
     """The files that :func:`qmpsnap.ops.lifecycle.undefine.run` would keep or remove now; refused as that would be."""
-    async with looking(context, name, removes=disks == "remove") as work:
-        await undefine.require_possible(context, work, disks)
+    async with looking(context, name, removes=disks == "remove") as session:
+        await undefine.require_possible(session, disks)
     images = await undefine.images_alone(context, name)
     states = [found.vmstate.path for found in await context.astore.snapshots(name) if found.vmstate]
     files = (*images, *states)
@@ -52,9 +52,9 @@ async def forgotten(context: Context, name: str, *, disks: undefine.Fate | None)
 async def renamed(context: Context, name: str, old: str, new: str) -> Machine:
     """Make sure that :func:`qmpsnap.ops.snapshot.rename.run` would do it now; returns the machine."""
     check_name(new, "snapshot")
-    async with looking(context, name) as work:
+    async with looking(context, name) as session:
         snapshots = await context.astore.snapshots(name)
         require_snapshot(snapshots, old, machine=name)
-        requests.require_snapshot_name(work.machine, await context.astore.chains(name), new)
+        requests.require_snapshot_name(session.machine, await context.astore.chains(name), new)
         requests.require_free_name(snapshots, new, machine=name)
-        return work.machine
+        return session.machine

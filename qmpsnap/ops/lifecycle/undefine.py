@@ -17,10 +17,11 @@ from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, forget_places
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.internal.tags import forget_variables
 from qmpsnap.ops.lifecycle.recover import remove_folder
 from qmpsnap.ops.outside import layer_changes, other_programs
-from qmpsnap.ops.session.session import Work, working
+from qmpsnap.ops.session.session import working
 
 Fate = Literal["keep", "remove"]
 """What becomes of the images that only this machine used."""
@@ -60,8 +61,8 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
 
     giving_up = give_up if disks == "keep" else None
     goes = disks == "remove"
-    async with working(context, name, "undefine", removes=goes, alone=goes, given_up=giving_up) as work:
-        await require_possible(context, work, disks)
+    async with working(context, name, "undefine", removes=goes, alone=goes, given_up=giving_up) as session:
+        await require_possible(session, disks)
         snapshots = await context.astore.snapshots(name)
         states = [found.vmstate for found in snapshots if found.vmstate]
         variables = [found.variables for found in snapshots if found.variables]
@@ -98,24 +99,24 @@ async def _is_done(stuck: list[str], removal: Awaitable[bool | None]) -> bool:
         return False
 
 
-async def require_possible(context: Context, work: Work, disks: Fate | None) -> None:
+async def require_possible(session: MachineSession, disks: Fate | None) -> None:
     """Make sure that the machine can be forgotten now, with that fate of its images.
 
     Raises:
         StateError: as :func:`run`.
     """
-    name = work.machine.name
+    name = session.machine.name
     # An adopted machine is given back as it runs; only what it has open must stay.
-    if work.qemu and not (work.machine.adopted and disks != "remove"):
+    if session.qemu and not (session.machine.adopted and disks != "remove"):
         raise StateError(
             f"machine {name} is running",
-            hint=call("stop", name) + ((", or add " + option("disks", "keep")) if work.machine.adopted else ""),
+            hint=call("stop", name) + ((", or add " + option("disks", "keep")) if session.machine.adopted else ""),
             machine=name,
         )
     if disks is None:
-        await _refuse_loss(context, name)
+        await _refuse_loss(session.context, name)
     if disks == "remove":
-        images = await images_alone(context, name)
+        images = await images_alone(session.context, name)
         await other_programs.require_free(images, machine=name, readers=True)
 
 

@@ -13,11 +13,12 @@ from qmpsnap.model.planning import merging as rules
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base.context import Context
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.merge import job
 from qmpsnap.ops.merge.preflight import require_possible
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.planning_state import look, require_space, resolve
-from qmpsnap.ops.session.session import Work, begin, inputs, looking, working
+from qmpsnap.ops.session.session import begin, inputs, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -78,16 +79,16 @@ def _plan_commit(at: Situation, chain: Chain, request: CommitRequest) -> MergePl
 
 async def preview(context: Context, name: str, request: Request) -> tuple[MergePlan, tuple[str, dict[str, object]]]:
     """The plan that :func:`run` would follow now and the command that starts its job; locks and changes nothing."""
-    async with looking(context, name, removes=True) as work:
-        at, made = await _plan(context, work, request)
+    async with looking(context, name, removes=True) as session:
+        at, made = await _plan(session, request)
         await to_read(require_space, at, made.steps, context.home.data)
-        await require_possible(work, at, made.steps)
-        serial = (await inputs(context, work, at.basis)).serial
+        await require_possible(session, at, made.steps)
+        serial = (await inputs(session, at.basis)).serial
         step = made.steps[0]
         assert isinstance(step, Merge)
-        root = await job.root_of(work.qemu, step) if work.qemu and step.live else None
+        root = await job.root_of(session.qemu, step) if session.qemu and step.live else None
         command, arguments = job.start_command(job_id(serial, step.disk), step, root=root)
-        return made, (command, work.machine.sent(arguments))
+        return made, (command, session.machine.sent(arguments))
 
 
 async def run(context: Context, name: str, request: Request, *, report: Report = unreported) -> MergePlan:
@@ -103,26 +104,26 @@ async def run(context: Context, name: str, request: Request, *, report: Report =
         QmpsnapError: see :func:`plan`; besides, the job's own failure, after which the chain is as before.
     """
     verb = "commit" if isinstance(request, CommitRequest) else "stream"
-    async with working(context, name, verb, removes=True) as work:
-        at, made = await _plan(context, work, request)
+    async with working(context, name, verb, removes=True) as session:
+        at, made = await _plan(session, request)
         await to_read(require_space, at, made.steps, context.home.data)
-        await require_possible(work, at, made.steps)
-        return await carry_out(context, work, at.basis, made, report=report)
+        await require_possible(session, at, made.steps)
+        return await carry_out(session, at.basis, made, report=report)
 
 
-async def _plan(context: Context, work: Work, request: Request) -> tuple[Situation, MergePlan]:
-    work.machine.require_disk(request.disk)
-    at = await look(context, work, disks=(request.disk,))
+async def _plan(session: MachineSession, request: Request) -> tuple[Situation, MergePlan]:
+    session.machine.require_disk(request.disk)
+    at = await look(session, disks=(request.disk,))
     return at, plan(at, at.live[request.disk], request)
 
 
-async def carry_out(context: Context, work: Work, basis: Basis, plan: MergePlan, *, report: Report) -> MergePlan:
+async def carry_out(session: MachineSession, basis: Basis, plan: MergePlan, *, report: Report) -> MergePlan:
     """Journal a plan, run its steps, and end it one way or the other when that fails.
 
     Raises:
         QmpsnapError: a step has failed, or could not begin.
     """
-    operation = await begin(context, work, basis, lambda _: plan)
-    async with recovery.attempting(context, work.machine, work.qemu, operation):
-        await job.run(context, work.machine, work.qemu, operation, report=report)
+    operation = await begin(session, basis, lambda _: plan)
+    async with recovery.attempting(session, operation):
+        await job.run(session, operation, report=report)
     return plan

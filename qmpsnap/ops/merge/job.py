@@ -33,6 +33,7 @@ from qmpsnap.model.planning import sharing
 from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
@@ -76,9 +77,7 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
 
 
 async def run(
-    context: Context,
-    machine: Machine,
-    qemu: Monitor | None,
+    session: MachineSession,
     operation: Operation[MergePlan],
     *,
     first: int = 0,
@@ -89,17 +88,17 @@ async def run(
     Raises:
         QmpsnapError: a job failed, was refused or lost; the caller finds out what became of it.
     """
-    plan = operation.plan
+    plan, context, machine = operation.plan, session.context, session.machine
     for number, step in enumerate(plan.steps[first:], start=first):
         if isinstance(step, Removal):
             settled = steps.of_job(number, steps.SETTLED)
             await context.astore.settle(operation.id, machine.name, step.change, step=settled)
-            await remove_kept(context, machine, qemu, step)
+            await remove_kept(session, step)
         else:
             job = MergeJob(
                 context=context, machine=machine, operation=operation.id, step=step, number=number, report=report
             )
-            async with qemu_for(job, qemu) as monitor:
+            async with qemu_for(job, session.qemu) as monitor:
                 await _start(job, monitor)
                 await carry_on(job, monitor)
         await remove_files(context, step.removed)
@@ -223,7 +222,7 @@ async def remove_files(context: Context, layers: Iterable[Layer]) -> None:
             await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth, size=size)
 
 
-async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, removal: Removal) -> None:
+async def remove_kept(session: MachineSession, removal: Removal) -> None:
     """Remove what was kept for snapshots that are gone, beside and inside the images; fine when that is gone, too.
 
     A file that somebody has put in a state file's place is left alone.
@@ -239,7 +238,7 @@ async def remove_kept(context: Context, machine: Machine, qemu: Monitor | None, 
     for path in removal.variables:
         await to_end(tags.forget_variables, path)
     for disk, layer, tag in removal.tags:
-        await tags.remove_tag(context, machine, qemu, disk=disk, layer=layer, tag=tag)
+        await tags.remove_tag(session.context, session.machine, session.qemu, disk=disk, layer=layer, tag=tag)
 
 
 async def close_gone(monitor: Monitor, step: Merge) -> None:

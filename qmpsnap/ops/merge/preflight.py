@@ -12,11 +12,11 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.machine.open_files import require_recorded
 from qmpsnap.model.operations.operation import Merge, Removal
 from qmpsnap.model.planning.state import Situation
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.merge.job import rewritten
-from qmpsnap.ops.session.session import Work
 
 
-async def require_possible(work: Work, at: Situation, steps: Sequence[Merge | Removal]) -> None:
+async def require_possible(session: MachineSession, at: Situation, steps: Sequence[Merge | Removal]) -> None:
     """Refuse before anything begins what QEMU or the host would refuse.
 
     A QEMU that has the images open is not asked for their locks, which are its own: it refuses by itself, and as its
@@ -29,7 +29,7 @@ async def require_possible(work: Work, at: Situation, steps: Sequence[Merge | Re
     try:
         await to_read(_look, at, steps)
     except QmpsnapError as error:
-        error.machine = work.machine.name
+        error.machine = session.machine.name
         raise
 
 

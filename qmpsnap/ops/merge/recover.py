@@ -6,6 +6,7 @@ from qmpsnap.block.image.backing import durable_size
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import qemu_of
 from qmpsnap.ops.merge import job as merge
@@ -23,19 +24,19 @@ async def end(broken: Broken[MergePlan], qemu: Monitor | None) -> Direction:
         OperationPending: its job still works and is to be left alone.
         QmpsnapError: QEMU or the files say something the rules do not cover.
     """
-    context, machine, operation = broken.context, broken.machine, broken.operation
-    plan = operation.plan
+    session = MachineSession(broken.context, broken.machine, qemu)
+    operation, plan = broken.operation, broken.operation.plan
     for removal in plan.steps:
         if isinstance(removal, Removal):
-            await merge.remove_kept(context, machine, qemu, removal)  # their snapshots went with the opening
+            await merge.remove_kept(session, removal)  # their snapshots went with the opening
     if operation.step in {steps.PLANNED, steps.UNDONE}:
         return await _undo(broken, plan, opening=True)
     number, phase, was_running = _read_step(operation.step)
     step = plan.steps[number] if number < len(plan.steps) else None
     if isinstance(step, Merge):
         job = MergeJob(
-            context=context,
-            machine=machine,
+            context=broken.context,
+            machine=broken.machine,
             operation=operation.id,
             step=step,
             number=number,
@@ -60,7 +61,7 @@ async def end(broken: Broken[MergePlan], qemu: Monitor | None) -> Direction:
             await external_writers.require_unused(broken, step.removed)
         await merge.remove_files(broken.context, step.removed)
     if broken.unfinished == "carry on":
-        await merge.run(context, machine, qemu, operation, first=number + 1, report=broken.report)
+        await merge.run(session, operation, first=number + 1, report=broken.report)
     else:
         await broken.mark_settled()
     return "forward"

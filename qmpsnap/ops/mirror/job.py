@@ -25,7 +25,7 @@ from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, MirrorPlan, Operation
 from qmpsnap.ops.base import admission, luks
-from qmpsnap.ops.base.context import Context
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.merge import job as merge
@@ -131,14 +131,7 @@ def qmp_commands(
     ]
 
 
-async def run(
-    context: Context,
-    machine: Machine,
-    qemu: Monitor | None,
-    operation: Operation[MirrorPlan],
-    *,
-    report: Report = unreported,
-) -> None:
+async def run(session: MachineSession, operation: Operation[MirrorPlan], *, report: Report = unreported) -> None:
     """Carry out a mirror and settle it.
 
     Raises:
@@ -146,8 +139,15 @@ async def run(
     """
     plan = operation.plan
     found = FileId(plan.target.device, plan.target.inode, plan.target.birth)
-    job = MirrorJob(context=context, machine=machine, operation=operation.id, step=plan, identity=found, report=report)
-    async with qemu_for(job, qemu) as monitor:
+    job = MirrorJob(
+        context=session.context,
+        machine=session.machine,
+        operation=operation.id,
+        step=plan,
+        identity=found,
+        report=report,
+    )
+    async with qemu_for(job, session.qemu) as monitor:
         job = await _make(job)
         await _start(job, monitor)
         await carry_on(job, monitor)

@@ -27,10 +27,11 @@ from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import free_space
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.free_space import Need
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.mirror import job
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.planning_state import look
-from qmpsnap.ops.session.session import Work, begin, inputs, looking, working
+from qmpsnap.ops.session.session import begin, inputs, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 Mode = Literal["pivot", "finish"]
@@ -170,14 +171,14 @@ async def preview(
     context: Context, name: str, request: MirrorRequest
 ) -> tuple[MirrorPlan, list[tuple[str, dict[str, object]]]]:
     """The plan that :func:`run` would follow now and the commands that start its job; locks and changes nothing."""
-    async with looking(context, name, removes=request.mode == "pivot") as work:
-        at, found = await _survey(context, work, request)
-        serial = (await inputs(context, work, at.basis)).serial
+    async with looking(context, name, removes=request.mode == "pivot") as session:
+        at, found = await _survey(session, request)
+        serial = (await inputs(session, at.basis)).serial
         made = plan(at, at.live[request.disk], request, serial=serial, found=found)
         await _require_space(context, made, found)
-        root = await job.root_of(work.qemu, made) if work.qemu else None
-        commands = job.qmp_commands(made, work.machine, job_id(serial, request.disk), root=root)
-        return made, [(command, work.machine.sent(arguments)) for command, arguments in commands]
+        root = await job.root_of(session.qemu, made) if session.qemu else None
+        commands = job.qmp_commands(made, session.machine, job_id(serial, request.disk), root=root)
+        return made, [(command, session.machine.sent(arguments)) for command, arguments in commands]
 
 
 async def run(context: Context, name: str, request: MirrorRequest, *, report: Report = unreported) -> MirrorPlan:
@@ -195,46 +196,46 @@ async def run(context: Context, name: str, request: MirrorRequest, *, report: Re
         StateError: something is at the target, or it is somebody's image already.
         HostCannot: not enough space, or no NBD server there.
     """
-    async with working(context, name, "mirror", removes=request.mode == "pivot") as work:
-        at, found = await _survey(context, work, request)
+    async with working(context, name, "mirror", removes=request.mode == "pivot") as session:
+        at, found = await _survey(session, request)
         chain = at.live[request.disk]
         made = plan(at, chain, request, serial=OperationId(0), found=found)
         await _require_space(context, made, found)
         if made.nbd:
             await nbd.require_server(made.nbd)
         operation = await begin(
-            context, work, at.basis, lambda inputs: plan(at, chain, request, serial=inputs.serial, found=found)
+            session, at.basis, lambda inputs: plan(at, chain, request, serial=inputs.serial, found=found)
         )
-        async with recovery.attempting(context, work.machine, work.qemu, operation):
-            await job.run(context, work.machine, work.qemu, operation, report=report)
+        async with recovery.attempting(session, operation):
+            await job.run(session, operation, report=report)
         return operation.plan
 
 
-async def _survey(context: Context, work: Work, request: MirrorRequest) -> tuple[Situation, Found | None]:
+async def _survey(session: MachineSession, request: MirrorRequest) -> tuple[Situation, Found | None]:
     """The situation, and the image that is to be reused; refuses a place that is not free or not for this."""
-    if work.machine.require_disk(request.disk).read_only:
+    if session.machine.require_disk(request.disk).read_only:
         raise StateError(
-            f"disk {request.disk} of machine {work.machine.name} is read-only and never changes",
+            f"disk {request.disk} of machine {session.machine.name} is read-only and never changes",
             hint="qemu-img convert copies its image",
-            machine=work.machine.name,
+            machine=session.machine.name,
         )
-    if work.machine.require_disk(request.disk).encryption and (
+    if session.machine.require_disk(request.disk).encryption and (
         request.reuse or is_uri(request.target) or request.format == "raw"
     ):
         raise StateError(
-            f"disk {request.disk} of machine {work.machine.name} is encrypted and can only be copied to a new qcow2"
+            f"disk {request.disk} of machine {session.machine.name} is encrypted and can only be copied to a new qcow2"
             " image with the same secret",
             hint="name a new file, without " + option("reuse") + " or a format",
-            machine=work.machine.name,
+            machine=session.machine.name,
         )
-    if request.mode == "pivot" and not work.qemu:
-        require_spec(work.machine, "make it start on the copy")
-    at = await look(context, work, disks=(request.disk,))
+    if request.mode == "pivot" and not session.qemu:
+        require_spec(session.machine, "make it start on the copy")
+    at = await look(session, disks=(request.disk,))
     if is_uri(request.target):
         if request.reuse:
             raise UsageError("an NBD export is always overwritten: only images can be reused")
         return at, None
-    _require_place(context.home, work.machine.name, request)
+    _require_place(session.context.home, session.machine.name, request)
     return at, await to_read(_look_at_target, at, request)
 
 

@@ -12,20 +12,17 @@ from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.qemu import require_ended
-from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation, RevertPlan
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import headers_of, identified, require_planned
 from qmpsnap.ops.internal.tags import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.ops.outside import layer_changes
-from qmpsnap.qmp.session import Monitor
 
 
-async def switch(
-    context: Context, machine: Machine, qemu: Monitor | None, operation: Operation, plan: RevertPlan
-) -> None:
+async def switch(session: MachineSession, operation: Operation[RevertPlan]) -> None:
     """End QEMU, if it lives, and make the revert true; the machine is stopped afterwards.
 
     Raises:
@@ -33,7 +30,8 @@ async def switch(
         StoreMismatch: another file is where a layer lay that should go; it was not touched.
         HostCannot: the UEFI variable store cannot be copied.
     """
-    await require_ended(context.process(machine), qemu, machine=machine.name, effect="unknown")
+    context, machine, plan = session.context, session.machine, operation.plan
+    await require_ended(context.process(machine), session.qemu, machine=machine.name, effect="unknown")
     await context.astore.set_process(machine.name, None)
     # Only now: a guest that runs may write between any look and the end.
     if plan.keeps:

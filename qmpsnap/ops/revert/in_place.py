@@ -23,6 +23,7 @@ from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import Context, guarded
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.internal import create as internal
 from qmpsnap.ops.internal import tags
@@ -32,7 +33,7 @@ from qmpsnap.ops.lifecycle.power import LoadingInside
 from qmpsnap.ops.memory.load import hardware_now, require_fits
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.quiesce import Freezer
-from qmpsnap.ops.session.session import Work, begin
+from qmpsnap.ops.session.session import begin
 from qmpsnap.ops.snapshot import create
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.qmp import commands, jobs
@@ -95,7 +96,7 @@ def _arguments(job: JobId, planned: InternalPlan | LoadPlan) -> dict[str, object
 
 
 async def planner(
-    context: Context, work: Work, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool
+    session: MachineSession, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool
 ) -> Callable[[PlanInputs], LoadPlan]:
     """How the plan is made, of the machine as it is now.
 
@@ -103,13 +104,18 @@ async def planner(
         StateError: the memory is of other hardware than the QEMU that runs has, or the guest writes to more than would
             go back with it.
     """
-    assert work.qemu
-    await graph.require_no_other(work.qemu, tuple(at.live.values()), machine=work.machine.name, hint="then try again")
-    await requests.require_told(
-        work.machine, work.qemu, doing="load other memory into it", hint=call("stop", work.machine.name, force=True)
+    assert session.qemu
+    await graph.require_no_other(
+        session.qemu, tuple(at.live.values()), machine=session.machine.name, hint="then try again"
     )
-    hardware = await hardware_now(context, work.machine, work.qemu)
-    require_fits(snapshot, hardware, machine=work.machine.name)
+    await requests.require_told(
+        session.machine,
+        session.qemu,
+        doing="load other memory into it",
+        hint=call("stop", session.machine.name, force=True),
+    )
+    hardware = await hardware_now(session.context, session.machine, session.qemu)
+    require_fits(snapshot, hardware, machine=session.machine.name)
 
     def make(inputs: PlanInputs) -> LoadPlan:
         planned = plan(inputs, snapshot, hardware=hardware, discard=discard, paused=paused)
@@ -120,7 +126,7 @@ async def planner(
 
 
 async def load(
-    context: Context, work: Work, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool
+    session: MachineSession, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool
 ) -> Snapshot | None:
     """Go back in the QEMU that runs; returns the automatic snapshot of what ran before, None when that went.
 
@@ -129,15 +135,15 @@ async def load(
         QmpError: QEMU could not keep what runs, which runs on; or could not load the snapshot: it has been ended, and
             the disks stand at the snapshot.
     """
-    assert work.qemu
-    make = await planner(context, work, at, snapshot, discard=discard, paused=paused)
-    operation = await begin(context, work, at.basis, make)
+    assert session.qemu
+    make = await planner(session, at, snapshot, discard=discard, paused=paused)
+    operation = await begin(session, at.basis, make)
     async with (
-        guarded(context, work.machine, when=operation.plan.resume or not paused) as guard_ready,
-        recovery.attempting(context, work.machine, work.qemu, operation),
+        guarded(session.context, session.machine, when=operation.plan.resume or not paused) as guard_ready,
+        recovery.attempting(session, operation),
     ):
         await guard_ready()
-        return await _carry_out(context, work.qemu, operation)
+        return await _carry_out(session.context, session.qemu, operation)
 
 
 async def _carry_out(context: Context, qemu: Monitor, operation: Operation[LoadPlan]) -> Snapshot | None:

@@ -5,6 +5,7 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.machine.qemu import end as end_qemu
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import RevertPlan
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import remove_new
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.revert.cutover import remove_files, switch
@@ -23,7 +24,7 @@ async def end(broken: Broken[RevertPlan], monitor: Monitor | None) -> Direction:
         await broken.mark_failed()
         return "back"
     if operation.step == steps.STOPPING:
-        await switch(broken.context, broken.machine, monitor, operation, plan)
+        await switch(MachineSession(broken.context, broken.machine, monitor), operation)
         monitor = None
     elif operation.step == steps.SWITCHED:
         await remove_files(broken.context, plan)

@@ -31,6 +31,7 @@ from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import consent, free_space, luks
 from qmpsnap.ops.base.context import Context, guarded, in_thread
 from qmpsnap.ops.base.free_space import Need
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import make_overlays, overlay_on, require_free
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.ops.memory import post_resume
@@ -39,7 +40,7 @@ from qmpsnap.ops.revert import in_place
 from qmpsnap.ops.revert.cutover import nothing_written, switch
 from qmpsnap.ops.revert.plan import RevertRequest, plan, points, target_of
 from qmpsnap.ops.session import planning_state, quiesce, recovery
-from qmpsnap.ops.session.session import Work, begin, inputs, looking, working
+from qmpsnap.ops.session.session import begin, inputs, looking, working
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import Backend
 from qmpsnap.qmp.session import Monitor
@@ -101,14 +102,12 @@ class Preview(Struct, frozen=True, kw_only=True):
 
 async def preview(context: Context, name: str, request: RevertRequest) -> Preview:
     """What :func:`run` would do now, without a lock and without a change (``--dry-run``)."""
-    async with looking(context, name, removes=True) as work:
-        machine, qemu = work.machine, work.qemu
-        at = await planning_state.look(context, work, disks=(), counted=False)
-        target, now = target_of(at, request.name), await inputs(context, work, at.basis)
+    async with looking(context, name, removes=True) as session:
+        machine, qemu = session.machine, session.qemu
+        at = await planning_state.look(session, disks=(), counted=False)
+        target, now = target_of(at, request.name), await inputs(session, at.basis)
         if qemu and in_place.in_place(target, at.live):
-            make = await in_place.planner(
-                context, work, at, target, discard=request.discard, paused=request.run == "paused"
-            )
+            make = await in_place.planner(session, at, target, discard=request.discard, paused=request.run == "paused")
             loaded = await to_read(make, now)
             commands = tuple(in_place.qmp_commands(loaded, now.serial))
             return Preview(plan=loaded, unwritten=False, commands=commands)
@@ -134,8 +133,8 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
     """
     on_top: tuple[Layer, ...] = ()
     if not await _may_load(context, name, request.name) and await in_place.busy(context, name, request.name):
-        async with working(context, name, "snapshot revert", removes=True) as work:
-            await _require_possible(context, work, request)
+        async with working(context, name, "snapshot revert", removes=True) as session:
+            await _require_possible(session, request)
         on_top = await in_place.freeze(context, name, request.name)
     try:
         return await _run(context, name, request)
@@ -150,15 +149,15 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
 
 
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
-    async with working(context, name, "snapshot revert", removes=True) as work:
-        at = await planning_state.look(context, work, disks=(), counted=False)
+    async with working(context, name, "snapshot revert", removes=True) as session:
+        at = await planning_state.look(session, disks=(), counted=False)
         target = target_of(at, request.name)
-        if work.qemu and in_place.in_place(target, at.live):
-            done = await _load(context, work, at, target, request)
+        if session.qemu and in_place.in_place(target, at.live):
+            done = await _load(session, at, target, request)
         else:
-            before = await commands.query_block(work.qemu) if work.qemu else ()
-            done = await _switch(context, work, at, target, request)
-            done = replace(done, detached=await _detached(context, work.machine, before))
+            before = await commands.query_block(session.qemu) if session.qemu else ()
+            done = await _switch(session, at, target, request)
+            done = replace(done, detached=await _detached(context, session.machine, before))
     if done.memory and done.state == "running" and request.after:
         told = await post_resume.tell(context, await context.astore.machine(name))
         return replace(done, notes=told.notes, clock_error_ms=told.clock_error_ms)
@@ -188,11 +187,11 @@ async def _may_load(context: Context, name: str, target: str) -> bool:
     return found is not None and context.process(machine) is not None and in_place.in_place(found, live)
 
 
-async def _load(context: Context, work: Work, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
+async def _load(session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
     paused = request.run == "paused"
-    kept = await in_place.load(context, work, at, target, discard=request.discard, paused=paused)
-    assert work.qemu
-    state = await _said(contextlib.nullcontext(work.qemu))
+    kept = await in_place.load(session, at, target, discard=request.discard, paused=paused)
+    assert session.qemu
+    state = await _said(contextlib.nullcontext(session.qemu))
     return Reverted(snapshot=target, kept=kept, removed=(), state=state, memory=True)
 
 
@@ -209,38 +208,38 @@ async def _said(asking: AbstractAsyncContextManager[Monitor | None]) -> str:
         return "unknown"
 
 
-async def _require_possible(context: Context, work: Work, request: RevertRequest) -> None:
+async def _require_possible(session: MachineSession, request: RevertRequest) -> None:
     """Refuse what would be refused later, before a layer is put on top for it."""
-    at = await planning_state.look(context, work, disks=(), counted=False)
+    at = await planning_state.look(session, disks=(), counted=False)
     target = target_of(at, request.name)
-    await _examine(context, work, at, target)
-    now, folder = await inputs(context, work, at.basis), str(context.home.machine_dir(work.machine.name))
+    await _examine(session, at, target)
+    now, folder = await inputs(session, at.basis), str(session.context.home.machine_dir(session.machine.name))
     planned = plan(now, at, request)
-    _require_variables(context.home, planned)
+    _require_variables(session.context.home, planned)
     busy = in_place.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
     chains = [at.live[disk] for disk in busy]
     tops = [Overlay(disk=one.disk, layer=overlay_on(one, now.serial, folder), backing=one.active) for one in chains]
     goes_on = Need(folder, free_space.LEFT, "the running guest")
-    _require_space(context, work.machine, planned, [*free_space.of_overlays(work.machine, tops), goes_on])
+    _require_space(session.context, session.machine, planned, [*free_space.of_overlays(session.machine, tops), goes_on])
 
 
-async def _examine(context: Context, work: Work, at: Situation, target: Snapshot) -> None:
+async def _examine(session: MachineSession, at: Situation, target: Snapshot) -> None:
     """The guest ends only for layers that it can be started on again."""
-    consent.require(work.machine)
-    await require_same_hardware(context, work.machine, target)
-    await to_read(power.require_files, work.machine, points(at, target))
-    await to_read(_require_kept, work.machine, target)
-    await luks.require(context, work.machine, at.live.values())
+    consent.require(session.machine)
+    await require_same_hardware(session.context, session.machine, target)
+    await to_read(power.require_files, session.machine, points(at, target))
+    await to_read(_require_kept, session.machine, target)
+    await luks.require(session.context, session.machine, at.live.values())
 
 
-async def _switch(context: Context, work: Work, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
-    await _examine(context, work, at, target)
+async def _switch(session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
+    await _examine(session, at, target)
     in_place.require_frozen(at, target)
     async with _memory(target, request) as loading:
-        operation = await _open(context, work, at, request)
-        async with recovery.attempting(context, work.machine, work.qemu, operation):
-            await _carry_out(context, work, operation, loading)
-    return await _outcome(context, operation)
+        operation = await _open(session, at, request)
+        async with recovery.attempting(session, operation):
+            await _carry_out(session, operation, loading)
+    return await _outcome(session.context, operation)
 
 
 @asynccontextmanager
@@ -258,15 +257,15 @@ async def _memory(snapshot: Snapshot, request: RevertRequest) -> AsyncIterator[L
         yield Loading(state, descriptor)
 
 
-async def _open(context: Context, work: Work, at: Situation, request: RevertRequest) -> Operation[RevertPlan]:
+async def _open(session: MachineSession, at: Situation, request: RevertRequest) -> Operation[RevertPlan]:
     def make(inputs: PlanInputs) -> RevertPlan:
         planned = plan(inputs, at, request)
         require_free([*(one.layer.path for one in planned.new), *([planned.keeps] if planned.keeps else [])])
-        _require_variables(context.home, planned)
-        _require_space(context, work.machine, planned)
+        _require_variables(session.context.home, planned)
+        _require_space(session.context, session.machine, planned)
         return planned
 
-    return await begin(context, work, at.basis, make)
+    return await begin(session, at.basis, make)
 
 
 def _require_space(context: Context, machine: Machine, planned: RevertPlan, also: Iterable[Need] = ()) -> None:
@@ -287,27 +286,27 @@ def _needs(machine: Machine, planned: RevertPlan, home: Home) -> list[Need]:
     return needs
 
 
-async def _carry_out(context: Context, work: Work, operation: Operation[RevertPlan], loading: Loading | None) -> None:
+async def _carry_out(session: MachineSession, operation: Operation[RevertPlan], loading: Loading | None) -> None:
     planned = operation.plan
-    await make_overlays(context, work.machine, planned.overlays)
+    await make_overlays(session.context, session.machine, planned.overlays)
     for copy in planned.copies:
         await internal_snapshots.take_out(
-            copy.source, copy.tag, copy.layer, keep=planned.inside is not None, qemu_img=context.image.binary
+            copy.source, copy.tag, copy.layer, keep=planned.inside is not None, qemu_img=session.context.image.binary
         )
     # From here on the guest may have ended: recovery finishes instead of rolling back.
-    await context.astore.mark(operation.id, "running", step=steps.STOPPING)
-    await switch(context, work.machine, work.qemu, operation, planned)
+    await session.context.astore.mark(operation.id, "running", step=steps.STOPPING)
+    await switch(session, operation)
     if planned.restart:
-        await context.astore.mark(operation.id, "running", step=steps.STARTING)
-        machine = await context.astore.machine(planned.machine)
+        await session.context.astore.mark(operation.id, "running", step=steps.STARTING)
+        machine = await session.context.astore.machine(planned.machine)
         memory = loading or in_place.memory_in(planned, operation)
         frozen = planned.vmstate is not None and planned.vmstate.frozen
-        async with guarded(context, machine, when=frozen) as guard_ready:
+        async with guarded(session.context, machine, when=frozen) as guard_ready:
             await guard_ready()
-            await power.bring_up(context, machine, paused=planned.paused, loading=memory)
+            await power.bring_up(session.context, machine, paused=planned.paused, loading=memory)
             if frozen:
-                await quiesce.thaw(context, machine)
-    await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
+                await quiesce.thaw(session.context, machine)
+    await session.context.astore.mark(operation.id, "settled", step=steps.SETTLED)
 
 
 async def _outcome(context: Context, operation: Operation[RevertPlan]) -> Reverted:

@@ -21,18 +21,14 @@ from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.model.planning.state import TABLE_COVERS, Held, Situation
 from qmpsnap.ops.base import free_space
-from qmpsnap.ops.base.context import Context
-from qmpsnap.ops.session.session import Work
+from qmpsnap.ops.base.machine_session import MachineSession
 
 
-async def look(
-    context: Context, work: Work, *, disks: Collection[str] | None = None, counted: bool = True
-) -> Situation:
+async def look(session: MachineSession, *, disks: Collection[str] | None = None, counted: bool = True) -> Situation:
     """The situation of a machine whose lock we hold, after QEMU has agreed that its chains are the store's.
 
     Args:
-        context: where.
-        work: the machine.
+        session: the machine.
         counted: count what its layers hold, for what merges or copies them: every table is read for it.
         disks: those that QEMU has to have; None for all. Others may be unplugged.
 
@@ -40,16 +36,16 @@ async def look(
         StoreMismatch: it does not.
         StateError: a job holds a disk.
     """
-    name = work.machine.name
-    basis = await context.astore.basis(name)
+    name = session.machine.name
+    basis = await session.context.astore.basis(name)
     lacking = frozenset[str]()
-    if work.qemu:
-        now = await graph.read(work.qemu)
+    if session.qemu:
+        now = await graph.read(session.qemu)
         if disks is not None:
-            lacking = (await graph.beside(work.qemu, now, basis.chains)).unplugged.difference(disks)
-        await graph.require_chains(work.qemu, now, basis.chains, machine=name, lacking=lacking)
-    running = work.qemu is not None
-    sizes = await to_read(_bytes, basis, context.home)
+            lacking = (await graph.beside(session.qemu, now, basis.chains)).unplugged.difference(disks)
+        await graph.require_chains(session.qemu, now, basis.chains, machine=name, lacking=lacking)
+    running = session.qemu is not None
+    sizes = await to_read(_bytes, basis, session.context.home)
     written = {chain.active.id for chain in basis.chains if running}
     return Situation(
         basis=basis,

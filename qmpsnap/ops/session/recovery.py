@@ -15,7 +15,6 @@ from qmpsnap.errors import Effect, HostCannot, OperationPending, QemuGone, Qmpsn
 from qmpsnap.hint import call
 from qmpsnap.host.system_errors import translated
 from qmpsnap.machine import worker
-from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import (
     CreatePlan,
     DefinePlan,
@@ -30,6 +29,7 @@ from qmpsnap.model.operations.operation import (
 )
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.session import quiesce
 from qmpsnap.ops.session.pending import Broken, Direction, Unfinished
 from qmpsnap.qmp import commands
@@ -59,9 +59,7 @@ others need less, as their QEMU is only asked; how long a caller waits at most i
 
 
 async def end_open(
-    context: Context,
-    machine: Machine,
-    qemu: Monitor | None,
+    session: MachineSession,
     *,
     unfinished: Unfinished = "refuse",
     report: Report = unreported,
@@ -70,9 +68,7 @@ async def end_open(
     """End every open operation of a machine whose lock we hold; returns them as they were.
 
     Args:
-        context: where.
-        machine: the machine.
-        qemu: its monitor, None when it is stopped.
+        session: the machine.
         unfinished: what to do with a job that still works.
         report: told about the progress of a job that is carried on.
         given_up: told of what cannot be ended now, and why, unless the machine's QEMU or a worker runs; it stays open.
@@ -81,6 +77,7 @@ async def end_open(
         OperationPending: one of them cannot be ended now.
         HostCannot: the store can only be read.
     """
+    context, machine = session.context, session.machine
     run_dir = context.home.run_dir(machine.name)
     pending = await context.astore.operations(machine.name, only_open=True)
     if pending:
@@ -91,9 +88,9 @@ async def end_open(
     for operation in pending:
         broken = Broken(context=context, machine=machine, operation=operation, unfinished=unfinished, report=report)
         try:
-            await _end(broken, qemu)
+            await _end(broken, session.qemu)
         except QmpsnapError as error:
-            if given_up and qemu is None and worker.find(machine, run_dir) is None:
+            if given_up and session.qemu is None and worker.find(machine, run_dir) is None:
                 given_up(operation, error)
                 continue
             if isinstance(error, JobStuck):
@@ -109,9 +106,7 @@ async def end_open(
 
 
 @asynccontextmanager
-async def attempting(
-    context: Context, machine: Machine, qemu: Monitor | None, operation: Operation
-) -> AsyncIterator[None]:
+async def attempting(session: MachineSession, operation: Operation) -> AsyncIterator[None]:
     """The block carries out an operation; when it fails or is cancelled, what it has left is found out and ended first.
 
     That is shielded from cancellation and takes :data:`SETTLE_DEADLINE` seconds at most; what is not ended by then
@@ -122,16 +117,15 @@ async def attempting(
     except BaseException as error:
         told = translated(error) or error
         with anyio.move_on_after(SETTLE_DEADLINE, shield=True):
-            await after_failure(context, machine, qemu, operation, told)
+            await after_failure(session, operation, told)
         if told is error:
             raise
         raise told from error
 
 
-async def after_failure(
-    context: Context, machine: Machine, qemu: Monitor | None, operation: Operation, error: BaseException
-) -> None:
+async def after_failure(session: MachineSession, operation: Operation, error: BaseException) -> None:
     """Find out what a failed attempt has left and end it; tell the error what became of it."""
+    context, machine = session.context, session.machine
     direction: Direction | None = None
     try:
         recorded = await context.astore.operations(machine.name)
@@ -145,7 +139,7 @@ async def after_failure(
             unfinished=unfinished,
             error=_why(error),
         )
-        direction = _ENDED.get(operation.state) or await _end(broken, qemu)
+        direction = _ENDED.get(operation.state) or await _end(broken, session.qemu)
     except Exception as failure:
         if translated(failure) is None:
             raise

@@ -5,47 +5,37 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-from msgspec import Struct
-
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
 from qmpsnap.errors import LockHeld, NumberTaken, OperationPending
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Chain
-from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import DefinePlan, Operation, P
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_numbers, requests
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, locked, require_folder, require_own, require_spec
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.reading import read_by
 from qmpsnap.ops.outside import layer_changes, other_programs
 from qmpsnap.ops.session import recovery, stale_store
 from qmpsnap.ops.session.pending import Unfinished
 from qmpsnap.ops.session.recovery import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
-from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock
 
 _PATIENCE: Final = 30.0
 """Seconds that other machines of the store may go on taking the numbers that a machine has planned with."""
 
 
-class Work(Struct, frozen=True):
-    """A machine that is ours for the length of one verb; ``qemu`` is None when it is stopped."""
-
-    machine: Machine
-    qemu: Monitor | None
-
-
 async def require_agreement(
-    work: Work, chains: Sequence[Chain], *, doing: str, wanted: tuple[str, ...] | None = None
+    session: MachineSession, chains: Sequence[Chain], *, doing: str, wanted: tuple[str, ...] | None = None
 ) -> Beside:
     """Make sure that a plan for these chains can be carried out: by the QEMU that has them, or without one.
 
     Args:
-        work: the machine.
+        session: the machine.
         chains: its live chains as the store has them.
         doing: what would be done without a QEMU, for the message.
         wanted: disks that were asked for by name.
@@ -57,13 +47,13 @@ async def require_agreement(
         StoreMismatch: QEMU has other chains.
         StateError: it is stopped, and somebody else starts it.
     """
-    if not work.qemu:
-        require_spec(work.machine, doing)
+    if not session.qemu:
+        require_spec(session.machine, doing)
         return Beside()
-    now = await graph.read(work.qemu)
-    found = await graph.beside(work.qemu, now, chains)
+    now = await graph.read(session.qemu)
+    found = await graph.beside(session.qemu, now, chains)
     lacking = found.unplugged.difference(wanted or ())
-    await graph.require_chains(work.qemu, now, chains, machine=work.machine.name, lacking=lacking)
+    await graph.require_chains(session.qemu, now, chains, machine=session.machine.name, lacking=lacking)
     return found
 
 
@@ -78,7 +68,7 @@ async def working(
     unfinished: Unfinished = "refuse",
     report: Report = unreported,
     given_up: GivenUp | None = None,
-) -> AsyncIterator[Work]:
+) -> AsyncIterator[MachineSession]:
     """Lock the machine, end what an earlier operation left open, and reach its QEMU if it runs.
 
     Args:
@@ -108,30 +98,34 @@ async def working(
         machine = await context.astore.machine(name)  # again, now that nobody else can change it
         await stale_store.require_fit(context, machine, removes=removes)
         async with context.monitor(machine) as qemu:
-            await recovery.end_open(context, machine, qemu, unfinished=unfinished, report=report, given_up=given_up)
+            session = MachineSession(context, machine, qemu)
+            await recovery.end_open(session, unfinished=unfinished, report=report, given_up=given_up)
             machine = await context.astore.machine(name)
             if qemu is None or context.process(machine):
-                work = Work(machine, qemu)
+                session = MachineSession(context, machine, qemu)
                 if alone:
-                    await _require_unspoilt(context, work)
-                yield work
+                    await _require_unspoilt(session)
+                yield session
                 await blocking(layer_changes.keep, context.store, name)
                 return
+        session = MachineSession(context, machine)  # an interrupted revert was ended, and its QEMU with it
         if alone:
-            await _require_unspoilt(context, Work(machine, None))
-        yield Work(machine, None)  # an interrupted revert was ended, and its QEMU with it
+            await _require_unspoilt(session)
+        yield session
         await blocking(layer_changes.keep, context.store, name)
 
 
-async def _require_unspoilt(context: Context, work: Work) -> None:
+async def _require_unspoilt(session: MachineSession) -> None:
     """Nobody writes to the machine's images, and nobody has written to frozen ones without being told."""
-    await require_alone(context, work)
-    await blocking(layer_changes.notice, context.store, work.machine.name)
-    await blocking(layer_changes.keep, context.store, work.machine.name)
+    await require_alone(session)
+    await blocking(layer_changes.notice, session.context.store, session.machine.name)
+    await blocking(layer_changes.keep, session.context.store, session.machine.name)
 
 
 @asynccontextmanager
-async def looking(context: Context, name: str, *, removes: bool = False, alone: bool = True) -> AsyncIterator[Work]:
+async def looking(
+    context: Context, name: str, *, removes: bool = False, alone: bool = True
+) -> AsyncIterator[MachineSession]:
     """Reach a machine and its QEMU to see what a verb would do: nothing is locked, ended, made or changed.
 
     Raises:
@@ -145,10 +139,10 @@ async def looking(context: Context, name: str, *, removes: bool = False, alone: 
     await stale_store.require_fit(context, machine, removes=removes)
     await require_settled(context, name)
     async with context.monitor(machine, look=True) as qemu:
-        work = Work(machine, qemu)
+        session = MachineSession(context, machine, qemu)
         if alone:
-            await require_alone(context, work)
-        yield work
+            await require_alone(session)
+        yield session
 
 
 async def require_settled(context: Context, name: str) -> None:
@@ -171,7 +165,7 @@ async def require_settled(context: Context, name: str) -> None:
     )
 
 
-async def require_alone(context: Context, work: Work) -> None:
+async def require_alone(session: MachineSession) -> None:
     """Refuse while another program writes to an image that the machine, or a snapshot of it, reads.
 
     The active layers of a machine that runs are its QEMU's, which keeps others away by its locks.
@@ -179,10 +173,10 @@ async def require_alone(context: Context, work: Work) -> None:
     Raises:
         ImageInUse: one does; the message names it.
     """
-    basis = await context.astore.basis(work.machine.name)
+    basis = await session.context.astore.basis(session.machine.name)
     layers = read_by(basis.chains, basis.snapshots, basis.forest)
-    process = context.process(work.machine)
-    active = {chain.active.id for chain in basis.chains} if work.qemu else set()
+    process = session.context.process(session.machine)
+    active = {chain.active.id for chain in basis.chains} if session.qemu else set()
     await other_programs.require_unwritten(
         (layer for layer in layers if layer.id not in active),
         machine=basis.name,
@@ -190,24 +184,22 @@ async def require_alone(context: Context, work: Work) -> None:
     )
 
 
-async def inputs(context: Context, work: Work, basis: Basis, *, seen: frozenset[str] = frozenset()) -> PlanInputs:
+async def inputs(session: MachineSession, basis: Basis, *, seen: frozenset[str] = frozenset()) -> PlanInputs:
     """What the machine's next plan is made from now.
 
     Args:
-        context: where.
-        work: the machine.
+        session: the machine.
         basis: what the store says of it.
         seen: the names in QEMU's graph, where that was just read.
     """
-    taken = await free_numbers.taken(work.machine, work.qemu, seen=seen) if work.qemu else frozenset[str]()
-    serial = free_numbers.first_free(work.machine, await context.astore.next_serial(), taken)
-    mode = await requests.mode_of(work.qemu)
-    return PlanInputs(basis=basis, serial=serial, home=context.home, mode=mode, now=time.time())
+    taken = await free_numbers.taken(session.machine, session.qemu, seen=seen) if session.qemu else frozenset[str]()
+    serial = free_numbers.first_free(session.machine, await session.context.astore.next_serial(), taken)
+    mode = await requests.mode_of(session.qemu)
+    return PlanInputs(basis=basis, serial=serial, home=session.context.home, mode=mode, now=time.time())
 
 
 async def begin(
-    context: Context,
-    work: Work,
+    session: MachineSession,
     basis: Basis,
     make: Callable[[PlanInputs], P],
     *,
@@ -220,8 +212,7 @@ async def begin(
     machine takes the number meanwhile, the plan is made again with the next one.
 
     Args:
-        context: where.
-        work: the machine.
+        session: the machine.
         basis: what the store said of it; refused where it says something else by now.
         make: makes the plan; called in a thread, as it may look at files.
         seen: as for :func:`inputs`.
@@ -232,11 +223,11 @@ async def begin(
     """
 
     async def planned() -> Operation[P]:
-        at = await inputs(context, work, basis, seen=seen)
+        at = await inputs(session, basis, seen=seen)
         plan = await to_read(make, at)
-        if work.qemu is None and not isinstance(plan, DefinePlan):  # whose images others may read
+        if session.qemu is None and not isinstance(plan, DefinePlan):  # whose images others may read
             await to_end(lambda: other_programs.require_unread(plan, basis.forest, machine=plan.machine))
-        return await context.astore.open_operation(plan, basis, serial=at.serial, serials=serials)
+        return await session.context.astore.open_operation(plan, basis, serial=at.serial, serials=serials)
 
     end = time.monotonic() + _PATIENCE
     while True:

@@ -21,6 +21,7 @@ from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Opera
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_space, overlay_paths, requests
 from qmpsnap.ops.base.context import Context, guarded
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
 from qmpsnap.ops.memory import save as memory
 from qmpsnap.ops.memory.strategy import choose
@@ -28,7 +29,7 @@ from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest
 from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer
-from qmpsnap.ops.session.session import Work, begin, inputs, looking, require_agreement, working
+from qmpsnap.ops.session.session import begin, inputs, looking, require_agreement, working
 from qmpsnap.ops.snapshot import nvram
 from qmpsnap.ops.snapshot import recover as recover_create
 from qmpsnap.ops.snapshot.plan import CreateRequest, expected, node_options, plan, transaction_of
@@ -41,14 +42,14 @@ _STARTS = "make it start on a new layer"
 
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
-    async with looking(context, name) as work:
+    async with looking(context, name) as session:
         basis = await context.astore.basis(name)
-        beside = await require_agreement(work, basis.chains, doing=_STARTS, wanted=request.disks)
-        freezer = await quiesce.foreseen(work.machine, work.qemu, request.quiesce)
-        make = await _planner(context, work, basis, request, freezer, beside=beside)
-        at = await inputs(context, work, basis, seen=beside.names)
+        beside = await require_agreement(session, basis.chains, doing=_STARTS, wanted=request.disks)
+        freezer = await quiesce.foreseen(session.machine, session.qemu, request.quiesce)
+        make = await _planner(session, basis, request, freezer, beside=beside)
+        at = await inputs(session, basis, seen=beside.names)
     await overlay_paths.require_free(context, name, request.files)
-    return work.machine, await to_read(make, at)
+    return session.machine, await to_read(make, at)
 
 
 async def run(context: Context, name: str, request: CreateRequest, *, report: Report = unreported) -> Snapshot:
@@ -83,21 +84,21 @@ async def add_layers(context: Context, name: str, request: CreateRequest) -> tup
 async def _run(context: Context, name: str, request: CreateRequest, report: Report) -> Change:
     plan: CreatePlan | None = None
     try:
-        async with working(context, name, "snapshot create") as work:
+        async with working(context, name, "snapshot create") as session:
             basis = await context.astore.basis(name)
-            beside = await require_agreement(work, basis.chains, doing=_STARTS, wanted=request.disks)
+            beside = await require_agreement(session, basis.chains, doing=_STARTS, wanted=request.disks)
             await overlay_paths.require_free(context, name, request.files)
-            async with quiesce.prepared(context, work.machine, work.qemu, request.quiesce) as freezer:
-                make = await _planner(context, work, basis, request, freezer, beside=beside)
-                operation = await begin(context, work, basis, make, seen=beside.names)
+            async with quiesce.prepared(context, session.machine, session.qemu, request.quiesce) as freezer:
+                make = await _planner(session, basis, request, freezer, beside=beside)
+                operation = await begin(session, basis, make, seen=beside.names)
                 plan = operation.plan
                 async with (
-                    guarded(context, work.machine, when=plan.hold or _holds(plan.memory)) as guard_ready,
-                    recovery.attempting(context, work.machine, work.qemu, operation),
+                    guarded(context, session.machine, when=plan.hold or _holds(plan.memory)) as guard_ready,
+                    recovery.attempting(session, operation),
                 ):
                     after = [one for one in expected(basis.chains, plan) if one.disk not in beside.unplugged]
                     return await _carry_out(
-                        _Attempt(context, work, operation, plan, tuple(after), report, freezer, guard_ready)
+                        _Attempt(session, operation, plan, tuple(after), report, freezer, guard_ready)
                     )
     except QmpsnapError as error:
         moved = plan and (plan.memory or plan.quiesce == "require" or plan.variables)
@@ -136,8 +137,7 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
 
 
 async def _planner(
-    context: Context,
-    work: Work,
+    session: MachineSession,
     basis: Basis,
     request: CreateRequest,
     freezer: Freezer,
@@ -146,25 +146,29 @@ async def _planner(
 ) -> Callable[[PlanInputs], CreatePlan]:
     """The plan but for its number, of the machine as it is now; refused on other files, or without room for it."""
     if request.memory and beside.unplugged:
-        requests.require_all(work.machine, frozenset(), lacking=beside.unplugged)
-    has_variables = work.machine.spec.firmware == "uefi" and not work.machine.adopted
+        requests.require_all(session.machine, frozenset(), lacking=beside.unplugged)
+    has_variables = session.machine.spec.firmware == "uefi" and not session.machine.adopted
     if request.listed and request.memory is None and has_variables and not request.hold:
-        moves = requests.may_run(await requests.mode_of(work.qemu))
-        hold = moves and not await nvram.is_still(context.home.variables(work.machine.name))
+        moves = requests.may_run(await requests.mode_of(session.qemu))
+        hold = moves and not await nvram.is_still(session.context.home.variables(session.machine.name))
         request = replace(request, hold=hold)
-    means = await choose(context, work.machine, work.qemu, basis.chains, request.memory) if request.memory else None
+    means = (
+        await choose(session.context, session.machine, session.qemu, basis.chains, request.memory)
+        if request.memory
+        else None
+    )
 
     def make(at: PlanInputs) -> CreatePlan:
         planned = plan(at, request, means=means, freezer=freezer, beside=beside)
         touched = {overlay.disk for overlay in planned.overlays}
         below = (layer for chain in basis.chains if chain.disk in touched for layer in chain.layers)
-        require_recorded(below, machine=work.machine.name)
+        require_recorded(below, machine=session.machine.name)
         require_free([planned.variables[1]] if planned.variables else [])
         require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
         free_space.require(
-            free_space.of_create(work.machine, planned, context.home.data),
-            machine=work.machine.name,
-            hint=_elsewhere(work.machine, request),
+            free_space.of_create(session.machine, planned, session.context.home.data),
+            machine=session.machine.name,
+            hint=_elsewhere(session.machine, request),
         )
         return planned
 
@@ -185,8 +189,7 @@ def _elsewhere(machine: Machine, request: CreateRequest) -> str:
 class _Attempt(Struct, frozen=True):
     """What carrying out a plan needs; ``expected`` are the chains that QEMU must have afterwards."""
 
-    context: Context
-    work: Work
+    session: MachineSession
     operation: Operation[CreatePlan]
     plan: CreatePlan
     expected: tuple[Chain, ...]
@@ -196,7 +199,7 @@ class _Attempt(Struct, frozen=True):
 
     async def mark(self, step: str) -> None:
         """Make a step durable."""
-        await self.context.astore.mark(self.operation.id, "running", step=step)
+        await self.session.context.astore.mark(self.operation.id, "running", step=step)
 
     async def transact(self, qemu: Monitor) -> None:
         """Put every overlay on top, or none; where the guest is held for it, with its variables as they are then."""
@@ -207,13 +210,13 @@ class _Attempt(Struct, frozen=True):
 
 
 async def _carry_out(at: _Attempt) -> Change:
-    plan, machine, qemu = at.plan, at.work.machine, at.work.qemu
-    change = identified(plan.change, await make_overlays(at.context, machine, plan.overlays))
+    plan, machine, qemu = at.plan, at.session.machine, at.session.qemu
+    change = identified(plan.change, await make_overlays(at.session.context, machine, plan.overlays))
     await nvram.copy(plan.variables)
     if qemu:
         for overlay in plan.overlays:
             await commands.blockdev_add(qemu, node_options(overlay, machine))
-        process = at.context.process(machine)
+        process = at.session.context.process(machine)
         await to_read(lambda: require_opened(process, change.layers, machine=machine.name))
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
@@ -244,14 +247,14 @@ async def _carry_out(at: _Attempt) -> Change:
     elif any(overlay.part for overlay in plan.overlays):
         # Once a file has only the name that was chosen, recovery cannot know it for ours: so forward.
         await at.mark(steps.TRANSACTION)
-    await recover_create.settle(at.context, machine, at.operation, change)
+    await recover_create.settle(at.session.context, machine, at.operation, change)
     return change
 
 
 async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change) -> Change:
-    machine = at.work.machine
+    machine = at.session.machine
     async with memory.channel(qemu, how) as channel:
-        await memory.shorten(at.context, machine, how)
+        await memory.shorten(at.session.context, machine, how)
         await at.guard_ready()
         # From here on QEMU may have acted, and we may hold the guest.
         await at.mark(steps.TRANSACTION)
@@ -281,7 +284,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         change, state, pause_ms=held.pause_ms, unquiesced=freezer.why, frozen_ms=freezer.frozen_ms
     )
     step = steps.ENDING if how.quit else None
-    await recover_create.settle(at.context, machine, at.operation, change, step=step)
+    await recover_create.settle(at.session.context, machine, at.operation, change, step=step)
     if how.quit:
-        await recover_create.quit_saved(at.context, machine, qemu, at.operation)
+        await recover_create.quit_saved(at.session.context, machine, qemu, at.operation)
     return change

@@ -16,10 +16,11 @@ from qmpsnap.model.planning import merging as rules
 from qmpsnap.model.planning.merging import DiskReduction
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base.context import Context
+from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.merge.commit import carry_out
 from qmpsnap.ops.merge.preflight import require_possible
 from qmpsnap.ops.session.planning_state import look, require_space
-from qmpsnap.ops.session.session import Work, looking, working
+from qmpsnap.ops.session.session import looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -102,8 +103,8 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
 
 async def preview(context: Context, name: str, request: DeleteRequest) -> DeletePlan:
     """The plan that :func:`run` would follow now, without a lock and without a change."""
-    async with looking(context, name, removes=not request.metadata) as work:
-        return (await _plan(context, work, request))[1]
+    async with looking(context, name, removes=not request.metadata) as session:
+        return (await _plan(session, request))[1]
 
 
 async def run(context: Context, name: str, request: DeleteRequest, *, report: Report = unreported) -> DeletePlan:
@@ -113,17 +114,17 @@ async def run(context: Context, name: str, request: DeleteRequest, *, report: Re
         NotFoundError: a snapshot is not there; nothing was deleted.
         QmpsnapError: a job failed: the snapshots are gone, their layers stay hidden until the next delete.
     """
-    async with working(context, name, "snapshot delete", removes=not request.metadata) as work:
-        at, made = await _plan(context, work, request)
-        await carry_out(context, work, at.basis, made.plan, report=report)
+    async with working(context, name, "snapshot delete", removes=not request.metadata) as session:
+        at, made = await _plan(session, request)
+        await carry_out(session, at.basis, made.plan, report=report)
         return made
 
 
-async def _plan(context: Context, work: Work, request: DeleteRequest) -> tuple[Situation, DeletePlan]:
-    at = await look(context, work, disks=())
+async def _plan(session: MachineSession, request: DeleteRequest) -> tuple[Situation, DeletePlan]:
+    at = await look(session, disks=())
     made = plan(at, request)
-    await to_read(require_space, at, made.plan.steps, context.home.data)
-    await require_possible(work, at, made.plan.steps)
+    await to_read(require_space, at, made.plan.steps, session.context.home.data)
+    await require_possible(session, at, made.plan.steps)
     return at, made
 
 

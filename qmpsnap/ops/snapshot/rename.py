@@ -24,10 +24,10 @@ async def run(context: Context, name: str, old: str, new: str) -> Snapshot:
     """
     check_name(new, "snapshot")  # whatever machine it is
     # Operations remember snapshots by name, so none may be open: this frame ends them first.
-    async with working(context, name, "snapshot rename") as work:
+    async with working(context, name, "snapshot rename") as session:
         snapshots = await context.astore.snapshots(name)
         require_snapshot(snapshots, old, machine=name)
-        requests.require_snapshot_name(work.machine, await context.astore.chains(name), new)
+        requests.require_snapshot_name(session.machine, await context.astore.chains(name), new)
         requests.require_free_name(snapshots, new, machine=name)
         await context.astore.apply(name, Change(renamed={old: new}))
         return next(found for found in await context.astore.snapshots(name) if found.name == new)
