@@ -4,7 +4,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from qmpsnap.model.names import LayerId
+from qmpsnap.model.names import JobId, LayerId, NodeName
 
 
 class Kind(Struct, frozen=True):
@@ -155,7 +155,8 @@ class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         code: a key of :data:`KINDS`.
-        text: what exactly was found, one sentence.
+        text: what exactly was found, one sentence, for people; no code reads it.
+        disk, layer, file, job, node: what it is about, by which repair knows it.
         repairable: ``--repair`` would do what the kind says; of some kinds only our own are touched.
     """
 
@@ -165,6 +166,8 @@ class Finding(Struct, frozen=True, kw_only=True, omit_defaults=True):
     disk: str | None = None
     layer: LayerId | None = None
     file: str | None = None
+    job: JobId | None = None
+    node: NodeName | None = None
     repairable: bool = False
 
     @property

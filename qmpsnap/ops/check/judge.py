@@ -8,11 +8,14 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 
+from msgspec.structs import replace
+
 from qmpsnap.block.graph import FILTERS
 from qmpsnap.host.files import same_file
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.planning.layer_graph import Writer
 from qmpsnap.ops.check.facts import Facts
 from qmpsnap.ops.outside import compare
@@ -213,7 +216,8 @@ def _qemu(at: Facts) -> Iterator[Finding]:
     yield from _attached(at)
     for job in asked.jobs:
         ours = job.id.startswith("qs.") and job.status == "concluded"
-        yield _finding(at, "job-left", f"job {job.id} ({job.type}) is {job.status}", repairable=ours)
+        left = _finding(at, "job-left", f"job {job.id} ({job.type}) is {job.status}", repairable=ours)
+        yield replace(left, job=JobId(job.id))
     if asked.frozen:
         yield _finding(at, "guest-frozen", "the guest agent reports frozen file systems", repairable=True)
     if asked.status in UNSETTLED | FAILED:
@@ -240,7 +244,9 @@ def _nodes(at: Facts) -> Iterator[Finding]:
         if name in _FLASH or name in filters or (machine.adopted and not ours):
             continue
         if not name.endswith(".file") or not ours:
-            yield _finding(at, "node-left", f"QEMU has node {name} ({node.file}) open", file=node.file, repairable=ours)
+            text = f"QEMU has node {name} ({node.file}) open"
+            left = _finding(at, "node-left", text, file=node.file, repairable=ours)
+            yield replace(left, node=NodeName(name))
 
 
 def _attached(at: Facts) -> Iterator[Finding]:

@@ -15,7 +15,6 @@ from qmpsnap.machine import agent, worker
 from qmpsnap.machine.starting.argv import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.async_store import blocking
@@ -23,7 +22,6 @@ from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import quarantine
 from qmpsnap.ops.check.entries import Entry
 from qmpsnap.ops.check.facts import AGENT_DEADLINE, Facts
-from qmpsnap.ops.check.judge import OUR_NODE
 from qmpsnap.ops.check.quarantine import Moved
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
@@ -76,8 +74,8 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
             await worker.end_leftover(machine, context.home.run_dir(machine.name))
         case "guest-frozen":
             await _thaw(context, machine)
-        case _ if qemu and at.asked:
-            await _in_qemu(at, qemu, finding)
+        case _ if qemu:
+            await _in_qemu(qemu, finding)
     return None
 
 
@@ -90,16 +88,11 @@ async def _record_size(context: Context, at: Facts, finding: Finding) -> None:
     await context.astore.apply(at.record.machine.name, change)
 
 
-async def _in_qemu(at: Facts, qemu: Monitor, finding: Finding) -> None:
-    assert at.asked is not None
-    if finding.code == "job-left":
-        for job in at.asked.jobs:
-            if job.id.startswith("qs.") and job.status == "concluded" and f" {job.id} " in finding.text:
-                await jobs.dismiss(qemu, JobId(job.id))
-    elif finding.code == "node-left":
-        for node in at.asked.nodes:
-            if OUR_NODE.match(node.node_name) and f" {node.node_name} " in finding.text:
-                await commands.blockdev_del(qemu, NodeName(node.node_name))
+async def _in_qemu(qemu: Monitor, finding: Finding) -> None:
+    if finding.job:
+        await jobs.dismiss(qemu, finding.job)
+    if finding.node:
+        await commands.blockdev_del(qemu, finding.node)
 
 
 async def _thaw(context: Context, machine: Machine) -> None:
