@@ -50,7 +50,7 @@ JOB = {
     "the job over its work": Call(JOBS, "follow", "after", 1),
     "finalized": Call(JOBS, "finalize", "after", 1),
     "dismissed": Call(JOBS, "dismiss", "after", 1),
-    "nodes closed": Call(MERGE, "close_gone", "after", 1),
+    "nodes closed": Call(MERGE, "close_nodes", "after", 1),
     "files removed": Call(MERGE, "remove_files", "after", 1),
 }
 COPY = {

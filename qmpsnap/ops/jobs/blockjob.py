@@ -69,6 +69,35 @@ class BlockJob(Struct, frozen=True, kw_only=True):
         """
         raise NotImplementedError
 
+    @property
+    def result(self) -> Layer:
+        """The layer that holds what it has written."""
+        raise NotImplementedError
+
+    async def carry_on(self, monitor: Monitor) -> None:
+        """Take it to its end from whatever state it is in; also where another process of ours started it."""
+        raise NotImplementedError
+
+    async def settle(self, monitor: Monitor | None) -> None:
+        """Verify what has become of QEMU's chain, make the headers say the same, and record it.
+
+        Args:
+            monitor: the QEMU it ran in; None where that ended after both sides were equal.
+
+        Raises:
+            StoreMismatch: QEMU's chain is another; the operation stays open.
+            OperationPending: a header that QEMU has open does not say it.
+        """
+        raise NotImplementedError
+
+    async def close(self, monitor: Monitor) -> None:
+        """Have QEMU forget it, after it took effect, and close the nodes that are nobody's now."""
+        raise NotImplementedError
+
+    async def let_go(self, monitor: Monitor) -> None:
+        """End it where it still is, so that the chain is as before."""
+        raise NotImplementedError
+
     async def mark(self, phase: str, *, running: bool = False) -> None:
         """Make durable that it is in this phase from now on."""
         words = self.words(phase, running=running)

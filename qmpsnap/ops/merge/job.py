@@ -39,7 +39,6 @@ from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.outside import layer_changes
 from qmpsnap.qmp import commands, jobs
-from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
@@ -75,6 +74,54 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
             await _reopen(monitor, self.machine, step, layer, below=below, read_only=read_only)
         await self.require_chain(monitor, step.chain, known=step.chain)
 
+    @property
+    def result(self) -> Layer:
+        """The layer that is merged into."""
+        return self.step.into
+
+    async def carry_on(self, monitor: Monitor) -> None:
+        """As there."""
+        info = await jobs.follow(monitor, self.id, "ready", "pending", report=self.report)
+        async with cutover.watched(self, monitor):
+            if info.status == "ready":
+                await jobs.complete(monitor, self.id)
+                info = await jobs.follow(monitor, self.id, "pending", report=self.report)
+            await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
+            # Past this point there is only forward, and it takes milliseconds.
+            with cutover.in_time(self, shield=True):
+                await self.require_files()
+                await require_flushed(monitor, self.machine, self.step)
+                await cutover.go_over(self, monitor, settle=lambda: self.settle(monitor))
+                await self.close(monitor)
+        self.report(replace(info, status="concluded"))
+
+    async def settle(self, monitor: Monitor | None) -> None:
+        """As there: QEMU has rewritten the header of its own chain, the others are rewritten here."""
+        step = self.step
+        rebased = [(layer, step.into) for layer in step.rebased]
+        if monitor:
+            gone = _gone(step)
+            await self.require_chain(monitor, (layer for layer in step.chain if layer not in gone), known=step.chain)
+            await _require_header(self)
+            await _rewrite(self, rebased)
+        elif step.kind == "commit":
+            above = [(layer, step.into)] if (layer := _above(step)) else []
+            await _rewrite(self, [*above, *rebased])
+        else:
+            await _rewrite(self, [(step.into, step.base)])
+        await self.record(step.change)
+
+    async def close(self, monitor: Monitor) -> None:
+        """As there: QEMU keeps the nodes that left the chain, and the next snapshot would find them busy."""
+        await jobs.dismiss(monitor, self.id)
+        await close_nodes(monitor, _gone(self.step))
+        await freeze_again(monitor, self.machine, self.step)
+
+    async def let_go(self, monitor: Monitor) -> None:
+        """As there."""
+        await jobs.cancel(monitor, self.id)
+        await freeze_again(monitor, self.machine, self.step)
+
 
 async def run(
     session: MachineSession,
@@ -100,7 +147,7 @@ async def run(
             )
             async with qemu_for(job, session.qemu) as monitor:
                 await _start(job, monitor)
-                await carry_on(job, monitor)
+                await job.carry_on(monitor)
         await remove_files(context, step.removed)
     await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
 
@@ -130,45 +177,6 @@ def state_of(path: str) -> tuple[int, ...]:
     return (status.st_mtime_ns, status.st_ctime_ns, status.st_size) if stat.S_ISREG(status.st_mode) else ()
 
 
-async def carry_on(job: MergeJob, monitor: Monitor) -> None:
-    """Take a job that exists, in whatever state, to its end; also where another process of ours started it."""
-    info = await jobs.follow(monitor, job.id, "ready", "pending", report=job.report)
-    async with cutover.watched(job, monitor):
-        info = await _go_over(job, monitor, info)
-    job.report(replace(info, status="concluded"))
-
-
-async def _go_over(job: MergeJob, monitor: Monitor, info: JobInfo) -> JobInfo:
-    if info.status == "ready":
-        await jobs.complete(monitor, job.id)
-        info = await jobs.follow(monitor, job.id, "pending", report=job.report)
-    await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
-    # Past this point there is only forward, and it takes milliseconds.
-    with cutover.in_time(job, shield=True):
-        await job.require_files()
-        await require_flushed(monitor, job.machine, job.step)
-        await cutover.go_over(job, monitor, settle=lambda: settle(job, monitor))
-        await jobs.dismiss(monitor, job.id)
-        await close_gone(monitor, job.step)
-        await freeze_again(monitor, job.machine, job.step)
-    return info
-
-
-async def settle(job: MergeJob, monitor: Monitor) -> None:
-    """Verify that graph and header say what the change says, make the other headers say it, then record it.
-
-    Raises:
-        StoreMismatch: the graph does not; the operation stays open.
-        OperationPending: the header does not, which QEMU has open.
-    """
-    step = job.step
-    gone = _gone(step)
-    await job.require_chain(monitor, (layer for layer in step.chain if layer not in gone), known=step.chain)
-    await _require_header(job)
-    await _rewrite(job, [(layer, step.into) for layer in step.rebased])
-    await job.record(step.change)
-
-
 async def _require_header(job: MergeJob) -> None:
     """The next QEMU goes by the header: layers that it names must not go."""
     step = job.step
@@ -185,17 +193,6 @@ async def _require_header(job: MergeJob) -> None:
             effect="unknown",
             machine=name,
         ) from error
-
-
-async def settle_without_qemu(job: MergeJob) -> None:
-    """QEMU died between finalize and our record: both sides were equal, so the result is made true in the headers."""
-    step = job.step
-    if step.kind == "commit":
-        above = [layer] if (layer := _above(step)) else []
-        await _rewrite(job, [(layer, step.into) for layer in (*above, *step.rebased)])
-    else:
-        await _rewrite(job, [(step.into, step.base)])
-    await job.record(step.change)
 
 
 async def _rewrite(job: MergeJob, pairs: Sequence[tuple[Layer, Layer | None]]) -> None:
@@ -239,11 +236,6 @@ async def remove_kept(session: MachineSession, removal: Removal) -> None:
         await to_end(tags.forget_variables, path)
     for disk, layer, tag in removal.tags:
         await tags.remove_tag(session.context, session.machine, session.qemu, disk=disk, layer=layer, tag=tag)
-
-
-async def close_gone(monitor: Monitor, step: Merge) -> None:
-    """Close the nodes that left the chain: QEMU keeps them, and the next snapshot would find them busy."""
-    await close_nodes(monitor, _gone(step))
 
 
 async def close_nodes(monitor: Monitor, layers: Iterable[Layer]) -> None:

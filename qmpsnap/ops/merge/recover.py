@@ -7,8 +7,8 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.ops.base.machine_session import MachineSession
-from qmpsnap.ops.jobs import cutover
 from qmpsnap.ops.jobs.blockjob import qemu_of
+from qmpsnap.ops.jobs.ending import end_job
 from qmpsnap.ops.merge import job as merge
 from qmpsnap.ops.merge.job import MergeJob
 from qmpsnap.ops.session import external_writers
@@ -44,13 +44,7 @@ async def end(broken: Broken[MergePlan], qemu: Monitor | None) -> Direction:
         )
         async with qemu_of(job, qemu) as monitor:
             refused = phase == steps.STARTED and await _never_began(broken, job, monitor)
-            running = await cutover.runs(job, monitor, before=was_running)
-            async with cutover.going_on(job, monitor, when=running) as hold:  # also where its job is left to its work
-                try:
-                    took = await _end_job(broken, job, monitor, hold, phase=phase, running=running)
-                except cutover.NotFinalized as error:
-                    took, broken = False, replace(broken, error=error.message)
-                    await _let_go(job, monitor)
+            took, broken = await end_job(broken, job, monitor, phase=phase, running=was_running)
         if not took:
             await _keep_size(job)
             # A commit that may have written has overwritten what its snapshots held: they stay marked.
@@ -95,44 +89,6 @@ async def _keep_size(job: MergeJob) -> None:
     if job.step.kind == "commit" and size > into.virtual_size and await to_end(durable_size, into) == size:
         change = Change(layers=(replace(into, virtual_size=size),))
         await job.context.astore.apply(job.machine.name, change)
-
-
-async def _let_go(job: MergeJob, monitor: Monitor | None) -> None:
-    """End a job, where it still is, so that the chain is as before."""
-    if monitor is not None:
-        await jobs.cancel(monitor, job.id)
-        await merge.freeze_again(monitor, job.machine, job.step)
-
-
-async def _end_job(
-    broken: Broken, job: MergeJob, monitor: Monitor | None, hold: cutover.Hold, *, phase: str, running: bool
-) -> bool:
-    """Bring one step's job to one of its two ends; True when it took effect."""
-    info = await jobs.find(monitor, job.id) if monitor else None
-    if phase == steps.STARTED:
-        if monitor is None or info is None or info.status == "concluded" or broken.unfinished == "cancel":
-            await _let_go(job, monitor)
-            return False
-        if broken.unfinished == "refuse":
-            raise broken.still_works(info.status)
-        if info.status == "paused":
-            await jobs.resume(monitor, job.id)
-        await merge.carry_on(job, monitor)
-        return True
-    if phase == steps.FINALIZING:
-        if monitor is None:
-            old, new = job.step.chain[-1], job.step.into
-            if job.moves_guest and not await external_writers.new_counts(broken, old=[old], new=[new]):
-                return False
-            await external_writers.require_unused(broken, job.step.removed)
-            await merge.settle_without_qemu(job)
-            return True
-        await cutover.make_true(job, monitor, hold, running=running, settle=lambda: merge.settle(job, monitor))
-    if monitor is not None:
-        await jobs.dismiss(monitor, job.id)
-        await merge.close_gone(monitor, job.step)
-        await merge.freeze_again(monitor, job.machine, job.step)
-    return True
 
 
 async def _undo(broken: Broken, plan: MergePlan, *, opening: bool) -> Direction:

@@ -86,6 +86,38 @@ class MirrorJob(BlockJob, frozen=True, kw_only=True):
         """Nothing: QEMU replaces the layer as a whole or not at all."""
         await self.require_chain(monitor, self.step.chain, known=(*self.step.chain, self.step.target))
 
+    @property
+    def result(self) -> Layer:
+        """The copy."""
+        return self.step.target
+
+    async def carry_on(self, monitor: Monitor) -> None:
+        """As there."""
+        info = await jobs.follow_mirror(monitor, self.id, "ready", "pending", report=self.report)
+        async with cutover.watched(self, monitor):
+            await _go_over(self, monitor, info)
+
+    async def settle(self, monitor: Monitor | None) -> None:
+        """As there; of a finished copy the store keeps nothing."""
+        plan, change = self.step, Change()
+        if monitor:
+            wanted = expected(plan) if plan.mode == "pivot" else plan.chain
+            await self.require_chain(monitor, wanted, known=(*plan.chain, plan.target))
+        if plan.mode == "pivot":
+            await staged.make_durable(plan.target.path, self.identity)
+            change = replace(plan.change, layers=(_identified(self),))
+        await self.record(change)
+
+    async def close(self, monitor: Monitor) -> None:
+        """As there."""
+        await jobs.dismiss(monitor, self.id)
+        await merge.close_nodes(monitor, gone(self.step))
+
+    async def let_go(self, monitor: Monitor) -> None:
+        """As there."""
+        await jobs.cancel(monitor, self.id)
+        await merge.close_nodes(monitor, (self.step.target,))
+
 
 def expected(plan: MirrorPlan) -> tuple[Layer, ...]:
     """The chain after a pivot."""
@@ -150,7 +182,7 @@ async def run(session: MachineSession, operation: Operation[MirrorPlan], *, repo
     async with qemu_for(job, session.qemu) as monitor:
         job = await _make(job)
         await _start(job, monitor)
-        await carry_on(job, monitor)
+        await job.carry_on(monitor)
     await tidy(job)
 
 
@@ -199,13 +231,6 @@ async def root_of(monitor: Monitor, plan: MirrorPlan) -> NodeName | None:
     return NodeName(found.above[0]) if found and found.above else None
 
 
-async def carry_on(job: MirrorJob, monitor: Monitor) -> None:
-    """Take a job that exists, in whatever state, to its end; also where another process of ours started it."""
-    info = await jobs.follow_mirror(monitor, job.id, "ready", "pending", report=job.report)
-    async with cutover.watched(job, monitor):
-        await _go_over(job, monitor, info)
-
-
 async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo) -> None:
     held = False
     if info.status == "ready":
@@ -215,9 +240,8 @@ async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo) -> None:
         await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
     # Past this point there is only forward, and it takes milliseconds.
     with cutover.in_time(job, shield=True):
-        await cutover.go_over(job, monitor, settle=lambda: settle(job, monitor), held=held)
-        await jobs.dismiss(monitor, job.id)
-        await merge.close_nodes(monitor, gone(job.step))
+        await cutover.go_over(job, monitor, settle=lambda: job.settle(monitor), held=held)
+        await job.close(monitor)
     job.report(replace(info, status="concluded"))
 
 
@@ -236,23 +260,6 @@ async def _pending(job: MirrorJob, monitor: Monitor) -> tuple[JobInfo, bool]:
         if running:
             await completed(commands.control(monitor, "cont"))
         raise
-
-
-async def settle(job: MirrorJob, monitor: Monitor | None) -> None:
-    """Verify that the graph, if its QEMU lives, is what the plan says, then record it.
-
-    Raises:
-        StoreMismatch: it is not; the operation stays open.
-    """
-    plan, change = job.step, Change()
-    if monitor is not None:
-        wanted = expected(plan) if plan.mode == "pivot" else plan.chain
-        await job.require_chain(monitor, wanted, known=(*plan.chain, plan.target))
-    if plan.mode == "pivot":
-        await staged.make_durable(plan.target.path, job.identity)
-        target = _identified(job)
-        change = replace(plan.change, layers=(target,))
-    await job.record(change)
 
 
 async def tidy(job: MirrorJob) -> None:
