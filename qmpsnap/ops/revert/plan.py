@@ -1,5 +1,6 @@
 """What a revert will do: pure, but for what it is given."""
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from msgspec import Struct
@@ -42,6 +43,14 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
 def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPlan:
     """What will be done; pure. Disks that the snapshot does not include stay as they are.
 
+    The snapshot's points decide what becomes active, the request what becomes of what was active:
+
+    1. A point without a tag gets a new overlay on its layer.
+    2. A point with a tag, inside an image, is copied out of it into a new layer.
+    3. ``discard``: the old active layers go, and whatever below them nobody needs then.
+    4. Else they are kept as an automatic snapshot; but
+    5. where nothing has been written to them, which is found out once QEMU has ended, they go instead.
+
     Args:
         inputs: the machine.
         at: its layers and snapshots.
@@ -51,45 +60,18 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
         NotFoundError: no snapshot of that name.
         StateError: it cannot be reverted to.
     """
-    machine, serial, home, mode = inputs.machine, inputs.serial, inputs.home, inputs.mode
+    machine, mode = inputs.machine, inputs.mode
     require_spec(machine, "start it on other layers")
     snapshot = target_of(at, request.name)
-    if snapshot.vmstate and snapshot.vmstate.frozen and request.run == "paused":
-        raise StateError(
-            f"the guest's file systems are frozen in the memory of snapshot {snapshot.name} and can only be thawed in"
-            " a running guest",
-            hint="omit " + option("state", "paused"),
-            machine=machine.name,
-        )
-    folder = str(home.machine_dir(machine.name))
-    chains = points(at, snapshot)
-    inner = {point.disk: point.tag for point in snapshot.points}
-    overlays = tuple(
-        Overlay(disk=chain.disk, layer=overlay_on(chain, serial, folder), backing=chain.active)
-        for chain in chains
-        if not inner[chain.disk]
-    )
-    copies = tuple(
-        Copy(
-            disk=chain.disk,
-            layer=replace(overlay_on(chain, serial, folder), backing=chain.active.backing),
-            source=chain.active,
-            tag=tag,
-        )
-        for chain in chains
-        if (tag := inner[chain.disk])
-    )
+    _require_thawed(machine.name, snapshot, request)
+    overlays, copies = _new(inputs, at, snapshot)
     new: tuple[Overlay | Copy, ...] = (*overlays, *copies)
-    old = {one.disk: at.live[one.disk] for one in new}
     switched = Change(
         layers=tuple(one.layer for one in new),
         active={one.disk: one.layer.id for one in new},
         current=snapshot.name,
     )
-    inside = next(
-        (copy.layer.id for copy in copies if snapshot.inside and copy.source.id == snapshot.inside.layer), None
-    )
-    variables = (str(home.variables(machine.name)), snapshot.variables) if snapshot.variables else None
+    memory = snapshot.inside.layer if snapshot.inside else None
     planned = RevertPlan(
         machine=machine.name,
         snapshot=snapshot.name,
@@ -101,17 +83,57 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
         change=switched,
         vmstate=snapshot.vmstate,
         copies=copies,
-        inside=inside,
-        variables=variables,
+        inside=next((copy.layer.id for copy in copies if memory and copy.source.id == memory), None),
+        variables=(str(inputs.home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
     )
-    after = at.after(switched)
+    old = {one.disk: at.live[one.disk] for one in new}
     if request.discard:
-        gone = unreferenced.nobodys(after, old.values())
-        return replace(
-            planned,
-            removed=tuple(layer for layer in gone if layer.owned),
-            change=replace(switched, removed_layers=tuple(layer.id for layer in gone)),
+        return _discarding(planned, at.after(switched), old.values())
+    return _keeping(planned, inputs, at, snapshot, old)
+
+
+def _require_thawed(machine: str, snapshot: Snapshot, request: RevertRequest) -> None:
+    if snapshot.vmstate and snapshot.vmstate.frozen and request.run == "paused":
+        raise StateError(
+            f"the guest's file systems are frozen in the memory of snapshot {snapshot.name} and can only be thawed in"
+            " a running guest",
+            hint="omit " + option("state", "paused"),
+            machine=machine,
         )
+
+
+def _new(inputs: PlanInputs, at: Situation, snapshot: Snapshot) -> tuple[tuple[Overlay, ...], tuple[Copy, ...]]:
+    """Cases 1 and 2: the new active layers."""
+    folder = str(inputs.home.machine_dir(inputs.machine.name))
+    tags = {point.disk: point.tag for point in snapshot.points}
+    overlays: list[Overlay] = []
+    copies: list[Copy] = []
+    for chain in points(at, snapshot):
+        layer = overlay_on(chain, inputs.serial, folder)
+        if tag := tags[chain.disk]:
+            layer = replace(layer, backing=chain.active.backing)
+            copies.append(Copy(disk=chain.disk, layer=layer, source=chain.active, tag=tag))
+        else:
+            overlays.append(Overlay(disk=chain.disk, layer=layer, backing=chain.active))
+    return tuple(overlays), tuple(copies)
+
+
+def _discarding(planned: RevertPlan, after: Situation, old: Iterable[Chain]) -> RevertPlan:
+    """Case 3."""
+    gone = unreferenced.nobodys(after, old)
+    return replace(
+        planned,
+        removed=tuple(layer for layer in gone if layer.owned),
+        change=replace(planned.change, removed_layers=tuple(layer.id for layer in gone)),
+    )
+
+
+def _keeping(
+    planned: RevertPlan, inputs: PlanInputs, at: Situation, snapshot: Snapshot, old: Mapping[str, Chain]
+) -> RevertPlan:
+    """Cases 4 and 5."""
+    machine, serial, switched = inputs.machine, inputs.serial, planned.change
+    replaces = _replaces_variables(machine, snapshot)
     kept = Snapshot(
         name=requests.automatic_name(
             {found.name for found in at.snapshots}, serial, layered=requests.layered(machine, at.live.values())
@@ -121,12 +143,12 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
         parent=machine.current,
         created=inputs.now,
         description=f"{', '.join(old)} before the revert to {snapshot.name}",
-        mode=mode,
+        mode=inputs.mode,
         points=tuple(Point(disk=disk, layer=chain.active.id) for disk, chain in old.items()),
         operation=serial,
-        variables=str(home.variables_copy(machine.name, serial)) if _replaces_variables(machine, snapshot) else None,
+        variables=str(inputs.home.variables_copy(machine.name, serial)) if replaces else None,
     )
-    active = tuple(chain.active for chain in old.values())
+    active, after = tuple(chain.active for chain in old.values()), at.after(switched)
     unwritten = None
     if all(unreferenced.may_go(after, layer) for layer in active):
         change = replace(switched, removed_layers=tuple(layer.id for layer in active))
