@@ -125,9 +125,8 @@ class SqliteStore:
         if not is_text(path):
             return None
         with self._database.reading() as sql:
-            row = sql.execute(
-                f"SELECT {queries.LAYER} FROM layer WHERE pool = ? AND path = ?", self._place(path)
-            ).fetchone()
+            asked = f"SELECT {queries.LAYER} FROM layer WHERE pool = ? AND path = ?"
+            row = sql.execute(asked, self._place(path)).fetchone()
         return self._layer(row) if row else None
 
     def forest(self) -> Forest:
@@ -245,19 +244,17 @@ class SqliteStore:
             journal.skip_to(sql, OperationId(record.serial + 1))
 
     def follow_devices(self) -> None:
-        done = False
-        while not done:
+        while True:
             with self._database.reading() as sql:
-                if sql.execute(queries.ELSEWHERE, (os.uname().nodename,)).fetchone():
-                    return
-                files = (*self._files(sql),)
+                away = sql.execute(queries.ELSEWHERE, (os.uname().nodename,)).fetchone()
+                files = () if away else (*self._files(sql),)
             # Also what needs no image comes by here; and no file is waited for while the store is locked.
-            moved = briefly(functools.partial(devices.moved, files), None, seconds=devices.PATIENCE)
-            if not moved:
+            if not (moved := briefly(functools.partial(devices.moved, files), None, seconds=devices.PATIENCE)):
                 return
             with self._database.writing() as sql:
-                if done := files == (*self._files(sql),):  # else another process may have done so by now
+                if files == (*self._files(sql),):  # else another process may have done so by now
                     devices.follow(sql, moved)
+                    return
 
     def _files(self, sql: sqlite3.Connection) -> Iterator[devices.File]:
         for pool, path, device, inode in sql.execute("SELECT pool, path, device, inode FROM layer").fetchall():
