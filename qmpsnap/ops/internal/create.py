@@ -189,12 +189,7 @@ def _needs(context: Context, machine: Machine, planned: InternalPlan) -> list[Ne
 
 
 async def _planner(
-    session: MachineSession,
-    basis: Basis,
-    request: InternalRequest,
-    freezer: Freezer,
-    *,
-    beside: Beside,
+    session: MachineSession, basis: Basis, request: InternalRequest, freezer: Freezer, *, beside: Beside
 ) -> Callable[[PlanInputs], InternalPlan]:
     luks.require_plain(
         session.machine,
@@ -203,8 +198,7 @@ async def _planner(
     )
     if request.memory and not session.qemu:
         raise StateError(
-            f"machine {session.machine.name} is stopped and has no memory to save",
-            machine=session.machine.name,
+            f"machine {session.machine.name} is stopped and has no memory to save", machine=session.machine.name
         )
     hardware = None
     if session.qemu and request.memory is not False:

@@ -124,11 +124,7 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
 
 
 async def run(
-    session: MachineSession,
-    operation: Operation[MergePlan],
-    *,
-    first: int = 0,
-    report: Report = unreported,
+    session: MachineSession, operation: Operation[MergePlan], *, first: int = 0, report: Report = unreported
 ) -> None:
     """Carry out a plan's steps from number ``first`` on and settle the operation.
 

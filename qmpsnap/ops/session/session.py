@@ -178,9 +178,7 @@ async def require_alone(session: MachineSession) -> None:
     process = session.context.process(session.machine)
     active = {chain.active.id for chain in basis.chains} if session.qemu else set()
     await other_programs.require_unwritten(
-        (layer for layer in layers if layer.id not in active),
-        machine=basis.name,
-        ours=[process.pid] if process else [],
+        (layer for layer in layers if layer.id not in active), machine=basis.name, ours=[process.pid] if process else []
     )
 
 

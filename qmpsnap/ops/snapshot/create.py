@@ -137,12 +137,7 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
 
 
 async def _planner(
-    session: MachineSession,
-    basis: Basis,
-    request: CreateRequest,
-    freezer: Freezer,
-    *,
-    beside: Beside,
+    session: MachineSession, basis: Basis, request: CreateRequest, freezer: Freezer, *, beside: Beside
 ) -> Callable[[PlanInputs], CreatePlan]:
     """The plan but for its number, of the machine as it is now; refused on other files, or without room for it."""
     if request.memory and beside.unplugged:
