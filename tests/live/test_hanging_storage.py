@@ -202,16 +202,18 @@ async def test_a_library_call_keeps_the_lock_until_the_thread_is_back(
     await usable(vm)
 
 
-PLANNED = [
-    ("snapshot", "create", "still", "one"),
-    ("snapshot", "create", "still", "one", "--kind", "internal", "--no-memory"),
-    ("snapshot", "revert", "still", "before"),
-]
+CREATE = ("snapshot", "create", "still", "one")
+AT = {
+    "a plan": ("statfs", CREATE),
+    "a plan, internal": ("statfs", (*CREATE, "--kind", "internal", "--no-memory")),
+    "a plan, revert": ("statfs", ("snapshot", "revert", "still", "before")),
+    "the record": ("rename", CREATE),
+}
 
 
-@pytest.mark.parametrize("words", PLANNED, ids=["create", "internal", "revert"])
-async def test_another_machine_of_the_store_goes_on_while_a_plan_waits_for_storage(
-    home: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+@pytest.mark.parametrize(("operations", "words"), AT.values(), ids=AT)
+async def test_another_machine_of_the_store_goes_on_while_one_waits_for_storage(
+    home: Path, monkeypatch: pytest.MonkeyPatch, operations: str, words: tuple[str, ...]
 ) -> None:
     if reason := hanging.lacking():
         pytest.skip(reason)
@@ -220,7 +222,7 @@ async def test_another_machine_of_the_store_goes_on_while_a_plan_waits_for_stora
         async with qmpsnap.open(home) as q:
             waits, goes_on = await q.define(ONE_DISK), await q.define(replace(ONE_DISK, name="other"))
             await waits.snapshot("before")
-            with storage.hang("statfs"):
+            with storage.hang(operations):
                 command = started(*words)
                 try:
                     await until_stuck(command.pid, str(storage.path))
