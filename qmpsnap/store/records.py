@@ -88,11 +88,7 @@ class Records:
             if make:
                 files.make_folder(path.parent)
                 sync_folder(self._machines)
-            fresh = path.with_name(f"{path.name}.part")
-            fresh.unlink(missing_ok=True)
-            _write_new(fresh, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
-            fresh.replace(path)
-            sync_folder(path.parent)
+            files.replace_durably(path, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
 
     def read(self, machine: str) -> Record | None:
         """A machine's record; None where there is none, or nothing that is one.
@@ -102,9 +98,7 @@ class Records:
         """
         path = self.file(machine)
         try:
-            # Something else in its place is refused, and makes nobody wait.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with os.fdopen(descriptor, "rb") as file:
+            with files.opened(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
                 said = file.read()
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -205,17 +199,8 @@ def _may_be_there(path: Path) -> bool:
 def _unreadable(folder: Path, error: OSError) -> HostCannot:
     return HostCannot(
         f"{folder} cannot be read: {error.strerror}",
-        hint="give this user the right to read it and what is in it",
+        hint="let this user read it and its content",
     )
-
-
-def _write_new(path: Path, text: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, 0o600)
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
 
 
 @contextmanager

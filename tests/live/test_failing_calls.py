@@ -11,6 +11,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import HostCannot, NotFoundError, OperationPending
+from qmpsnap.host import files
 from qmpsnap.host.files import sync_folder
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base import relocate
@@ -112,7 +113,7 @@ async def test_what_was_begun_may_have_changed_something(
     shutil.copy2(layer, place / "copy")
     (place / "copy").replace(layer)
     with monkeypatch.context() as broken:
-        broken.setattr(records, "_write_new", failing(records._write_new, lambda _: True, times=99))
+        broken.setattr(files, "replace_durably", failing(files.replace_durably, lambda _: True, times=99))
         with pytest.raises(HostCannot) as told:
             await relocate.run(q.context, accept_copies=True)
     assert told.value.effect == "unknown"

@@ -6,14 +6,16 @@ out, as nobody can say then what it would overwrite.
 """
 
 import contextlib
+import itertools
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.errors import HostCannot, QmpsnapError, StateError
@@ -23,7 +25,9 @@ from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine.qemu import monitor
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.home import Home
+from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Process
+from qmpsnap.model.names import LayerId, layer_disk, layer_id
 from qmpsnap.model.relocation import HomeRecord, carried_all
 from qmpsnap.ops.base import relocate
 from qmpsnap.ops.base.context import Context, Programs, this_host
@@ -139,7 +143,7 @@ async def _look(home: Home, record: Record) -> _Found:
     async with monitor(machine, home.run_dir(machine.name)) as qemu:
         nodes = {node.node_name for node in await commands.query_nodes(qemu)}
         disks = graph.by_disk(await graph.read(qemu), frozenset(nodes))
-        process = msgspec.structs.replace(process, qemu_version=await commands.query_version(qemu))
+        process = replace(process, qemu_version=await commands.query_version(qemu))
     for disk, active in record.active.items():
         if disk in disks and disks[disk].nodes[-1:] != (active,):
             writes = disks[disk].nodes[-1] if disks[disk].nodes else "another node"
@@ -199,10 +203,15 @@ def _make(home: Home, place: HomeRecord, found: Sequence[_Found], known: frozens
 def _restore(home: Home, store: SqliteStore, found: Sequence[_Found]) -> dict[str, str]:
     """Put machines into a store; the names of those whose images know more than their records, and why."""
     doubts: dict[str, str] = {}
-    # Of a layer that two machines read, the later record counts.
-    for at in sorted(found, key=lambda at: at.record.serial):
+    paths: dict[str, LayerId] = {}
+    numbers = itertools.count(max((at.record.serial for at in found), default=0) + 1)
+    # First what runs, as its nodes have the layers' ids. Of a layer that two machines read, the later record counts.
+    for at in sorted(found, key=lambda at: (at.process is None, at.record.serial)):
+        record = _fitted(at.record, paths, numbers)
         try:
-            store.restore(at.record, at.process)
+            if at.process and record != at.record:
+                raise StateError("other machines have its layers by other ids, and its QEMU runs: stop it first")
+            store.restore(record, at.process)
         except QmpsnapError as error:
             doubts[at.name] = error.message
     for at in found:
@@ -211,6 +220,42 @@ def _restore(home: Home, store: SqliteStore, found: Sequence[_Found]) -> dict[st
             if newer:
                 doubts[at.name] = _doubt(home, at.name, newer)
     return doubts
+
+
+def _fitted(record: Record, paths: dict[str, LayerId], numbers: Iterator[int]) -> Record:
+    """The record with ids of its layers that are no other's: an old store has given numbers once more.
+
+    Args:
+        record: of one machine.
+        paths: the layers that others have, by path; this one's are added.
+        numbers: that no layer has.
+    """
+    taken = set(paths.values())
+    fitted: dict[LayerId, LayerId] = {}
+    for layer in record.layers:
+        if layer.path not in paths:
+            last = layer_id(layer_disk(layer.id) or "", next(numbers)) if layer.id in taken else layer.id
+            paths[layer.path] = last
+        fitted[layer.id] = paths[layer.path]
+    if all(old == new for old, new in fitted.items()):
+        return record
+
+    def of_snapshot(snapshot: Snapshot) -> Snapshot:
+        points = tuple(replace(point, layer=fitted[point.layer]) for point in snapshot.points)
+        inside = snapshot.inside and replace(snapshot.inside, layer=fitted[snapshot.inside.layer])
+        return replace(snapshot, points=points, inside=inside)
+
+    return replace(
+        record,
+        generation=record.generation + 1,  # so the record is written again
+        serial=max(record.serial, *(int(layer.rpartition("-")[2]) for layer in fitted.values())),
+        active={disk: fitted[layer] for disk, layer in record.active.items()},
+        layers=tuple(
+            replace(layer, id=fitted[layer.id], backing=fitted[layer.backing] if layer.backing else None)
+            for layer in record.layers
+        ),
+        snapshots=tuple(map(of_snapshot, record.snapshots)),
+    )
 
 
 def _doubt(home: Home, name: str, newer: str) -> str:

@@ -188,8 +188,10 @@ class SqliteStore:
     ) -> None:
         with self._database.foreseeing() as sql:
             self._apply(sql, machine, change)
-            record = self.records.of(machine, operation, made=change.layers)
-        self._records.write(record, make=change.define is not None)
+            if can_be := sql.execute("PRAGMA foreign_key_check").fetchone() is None:  # else COMMIT will say so
+                record = self.records.of(machine, operation, made=change.layers)
+        if can_be:
+            self._records.write(record, make=change.define is not None)
         with self._database.writing() as sql:
             self._apply(sql, machine, change)
             journal.mark(sql, operation, "running" if step else state, step=step or steps.SETTLED, error=error)
