@@ -64,7 +64,7 @@ class Controller:
         return MachineHandle(self.context, name)
 
     async def recover(self, name: str) -> list[Operation]:
-        """End what is open of a machine, or of a definition that died before there was one; returns it as it was.
+        """End what is open of a machine, or of a name that is none, as define or undefine died; returns it as it was.
 
         Raises:
             NotFoundError: there is neither.

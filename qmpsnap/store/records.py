@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import files, write_errors
-from qmpsnap.host.files import replace_durably, sync_folder
+from qmpsnap.host.files import sync_folder
 from qmpsnap.model.home import RECORD
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot

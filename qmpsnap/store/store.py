@@ -4,20 +4,23 @@
 Each call is one transaction and may block for an fsync: async callers go through a worker thread.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, P
+from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, P, UndefinePlan
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.store.sqlite.frozen_files import FrozenTable
 from qmpsnap.store.sqlite.homes import HomeTable
 from qmpsnap.store.sqlite.pruning import PrunedTable
 from qmpsnap.store.sqlite.record_table import RecordTable
+
+Removal = Callable[[Sequence[Layer]], UndefinePlan]
+"""Plans the removal of the files of layers that nobody needs any more."""
 
 
 class Store(Protocol):
@@ -128,11 +131,15 @@ class Store(Protocol):
     def apply(self, machine: str, change: Change) -> None:
         """Apply a change that needs no operation, because it is nothing but this one transaction."""
 
-    def forget(self, machine: str) -> tuple[Layer, ...]:
-        """Remove the machine and the layers that only it used; returns those.
+    def forget(self, machine: str, *, removal: Removal | None = None) -> tuple[Layer, ...]:
+        """Remove the machine and the layers that only it used; returns those, from the top down.
 
-        Layers that others read stay, hidden where nothing names them any more. Operations that are open have failed.
+        Layers that others read stay, hidden where nothing names them any more. Operations that are open have failed;
+        the one that removes the files of the layers that went, if they are to go, is opened with the same commit.
         """
+
+    def unborn(self) -> tuple[str, ...]:
+        """Names that have an open operation and are no machine's: it is still to be one, or its files are to go."""
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
         """The machine's journal, oldest first; without those that were pruned."""

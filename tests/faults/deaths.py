@@ -47,7 +47,9 @@ async def _do(scenario: str, place: Path, recovering: bool) -> None:  # noqa: FB
             await q.define(TWO)
             return
         vm = await q.machine(NAME)
-        if recovering:
+        if scenario == "undefine":
+            await vm.undefine(disks="remove")
+        elif recovering:
             await vm.recover()
         else:
             await SCENARIOS[scenario].act(vm, place)

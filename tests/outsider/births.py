@@ -48,8 +48,11 @@ def undefine(chooser: Chooser) -> Act | None:
     return Act(["undefine", known.name, "--keep-disks" if kept else "--remove-disks"], Expect(), gone=True)
 
 
-def gone(world: World, known: Known, *, kept: bool, born: bool) -> None:
-    """What is left of a machine that is not there any more: images that were to be kept, or that others read."""
+def gone(world: World, known: Known, *, kept: bool, born: bool, told: str = "") -> None:
+    """What is left of a machine that is not there any more: images that were to be kept, or that others read.
+
+    What could not be removed is named in what was ``told``.
+    """
     read = {path for other in world.machines.values() for path in other.reads()}
     folder = world.home / "machines" / known.name
     left = [path for path in folder.rglob("*") if path.is_file() and str(path) not in read] if folder.exists() else []
@@ -59,6 +62,9 @@ def gone(world: World, known: Known, *, kept: bool, born: bool) -> None:
         for path in (*left, *_elsewhere(world, known, read)):
             path.unlink()
         return
+    for path in [path for path in left if str(path) in told]:
+        path.unlink()
+        left.remove(path)
     if left:
         raise Violation(f"{known.name} is {'not born' if born else 'gone'}, and there are {sorted(map(str, left))}")
 

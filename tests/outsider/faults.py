@@ -164,8 +164,8 @@ def interrupted(hit: Hit, words: list[str]) -> Answer:
         command.send(signal.SIGINT)
         hit.alone = hit.trusted = False
     answer = command.wait()
-    if "in run\n" not in answer.err and answer.code == -signal.SIGINT:  # Python was still on its way to us
-        answer = dataclasses.replace(answer, err="")
+    if "in run\n" not in answer.err and (answer.code == -signal.SIGINT or "init_import_site" in answer.err):
+        answer = dataclasses.replace(answer, code=-signal.SIGINT, err="")  # Python was still on its way to us
     return answer
 
 

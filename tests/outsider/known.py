@@ -67,7 +67,8 @@ class Known:
         if self.seen is None:
             return found
         tops = [(layers[-1]["path"], layers[-1]["format"]) for layers in self.seen.chains.values()]
-        tops += [looks.file_of(point) for snap in self.seen.snapshots.values() for point in snap["disks"].values()]
+        points = [point for snap in self.seen.snapshots.values() for point in snap["disks"].values()]
+        tops += [looks.file_of(point) for point in points if point["path"]]  # of consumed ones there may be none
         for path, image_format in tops:
             if path not in found:
                 found.update(looks.chain_by_headers(path, image_format))

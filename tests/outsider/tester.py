@@ -169,7 +169,7 @@ class Tester:
             raise Violation(f"exit {answer.code} of {' '.join(answer.words)}: {answer.err[-600:]}{answer.out[-600:]}")
         came = outcome(answer)
         if act.newborn or act.gone:
-            self._came_or_went(act, hit, came if hit.trusted else "open")
+            self._came_or_went(act, hit, came if hit.trusted else "open", told=answer.err)
             return
         if hit.alone and came == "none" and (after := looks.look(known.name).print()) != before:
             raise Violation(f"it says that nothing was changed: {answer.err[-300:]}\nbefore {before}\nafter {after}")
@@ -179,11 +179,11 @@ class Tester:
             self._resume()
         self._judge(known, act.expect, came if hit.trusted else "open", ran=hit.codes is None)
 
-    def _came_or_went(self, act: Act, hit: Hit, came: str) -> None:
-        """A machine that was defined or undefined is there, or not at all."""
+    def _came_or_went(self, act: Act, hit: Hit, came: str, *, told: str) -> None:
+        """A machine that was defined or undefined is there, or not at all, but for files that it has ``told`` of."""
         known = hit.known
         there = known.name in births.names()
-        if hit.recover and (there or act.newborn):
+        if hit.recover:  # also where no machine is left: its files may be
             self._recover(known.name, hit)
             there = known.name in births.names()
         if came == "done" and there != bool(act.newborn):
@@ -195,7 +195,7 @@ class Tester:
             self._judge(known, act.expect, "open")
         else:
             self.world.machines.pop(known.name, None)
-            births.gone(self.world, known, kept="--keep-disks" in act.words, born=bool(act.newborn))
+            births.gone(self.world, known, kept="--keep-disks" in act.words, born=bool(act.newborn), told=told)
 
     def _retire(self, known: Known) -> None:
         """Somebody has overwritten its images: it can be given up all the same."""

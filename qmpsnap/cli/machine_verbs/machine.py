@@ -309,7 +309,10 @@ def _recover(arguments: argparse.Namespace) -> None:
     async def act(controller: "Controller") -> dict[str, list[Any]]:
         if arguments.machine is not None:
             return {arguments.machine: await controller.recover(arguments.machine)}
-        return {vm.name: await vm.recover() for vm in await controller.machines()}
+        names = [vm.name for vm in await controller.machines()]
+        with reading() as store:
+            names += store.unborn()
+        return {name: await controller.recover(name) for name in names}
 
     ended = controlling(act)
     with reading() as store:

@@ -162,7 +162,8 @@ def launched(first: Process, argv: Sequence[str], run_dir: Path) -> tuple[Proces
 def strays(machine: Machine, run_dir: Path) -> tuple[Process, ...]:
     """QEMUs of the machine in that run folder, also one whose starter died before it had written its pid file."""
     given = b"\0" + machine.uuid.encode() + b"\0"
-    ticks = {pid: _start_ticks(pid) for pid in _pids() if _was_given(pid, given, run_dir)}
+    pids = _pids() if machine.uuid else []  # a machine that is still to be one has none
+    ticks = {pid: _start_ticks(pid) for pid in pids if _was_given(pid, given, run_dir)}
     return tuple(_record(pid, since) for pid, since in ticks.items() if since is not None)
 
 

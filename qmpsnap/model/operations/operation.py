@@ -351,7 +351,24 @@ class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
     change: Change = Change()
 
 
-Plan = DefinePlan | CreatePlan | InternalPlan | LoadPlan | MergePlan | RevertPlan | MirrorPlan
+class UndefinePlan(Struct, frozen=True, kw_only=True, tag="undefine"):
+    """Remove the files of a machine that was forgotten as this was opened.
+
+    Attributes:
+        layers: images of ours that nobody reads any more, top first.
+        states: the state files of its snapshots.
+        variables: copies of its UEFI variable store.
+        sizes: of frozen layers, the bytes their files had: one of another size was written to, and stays.
+    """
+
+    machine: str
+    layers: tuple[Layer, ...]
+    states: tuple[Vmstate, ...]
+    variables: tuple[str, ...]
+    sizes: dict[LayerId, int]
+
+
+Plan = DefinePlan | CreatePlan | InternalPlan | LoadPlan | MergePlan | RevertPlan | MirrorPlan | UndefinePlan
 
 
 def verb_of(plan: Plan) -> str:

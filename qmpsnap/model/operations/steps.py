@@ -59,6 +59,10 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
         Step(PLANNED, "files may exist, unused: back"),
         Step(SETTLED, "the machine exists"),
     ),
+    "undefine": (
+        Step(PLANNED, "the machine is forgotten; files of it may be left: forward"),
+        Step(SETTLED, "they are gone, or what keeps one is noted"),
+    ),
     "create": (
         Step(PLANNED, "overlays may exist and be open; the guest does not write to them: back"),
         Step(

@@ -23,6 +23,7 @@ from qmpsnap.model.operations.operation import (
     Operation,
     Plan,
     RevertPlan,
+    UndefinePlan,
 )
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
@@ -120,28 +121,34 @@ def require_unused(machine: str, gone: Sequence[Layer], forest: Forest, others: 
 
 def uses(plan: Plan, forest: Forest) -> Uses:
     """What a plan does to files; of what it removes, also after the store has forgotten it."""
+    if isinstance(plan, DefinePlan):
+        return _define(plan, forest)
+    return Uses(changes=_changes(plan))
+
+
+def _changes(plan: Plan) -> frozenset[Name]:
     match plan:
-        case DefinePlan():
-            return _define(plan, forest)
         case CreatePlan():
-            return Uses(changes=_names(overlay.layer for overlay in plan.overlays))
+            return _names(overlay.layer for overlay in plan.overlays)
         case MergePlan():
             changes: set[Name] = set()
             for step in plan.steps:
                 changes |= _names(step.removed) | {*step.change.removed_layers}
                 changes |= _names([step.into]) if isinstance(step, Merge) else {layer for _, layer, _ in step.tags}
-            return Uses(changes=frozenset(changes))
+            return frozenset(changes)
         case RevertPlan():
             files = [
                 *(new.layer for new in plan.new),
                 *plan.removed,
                 *(plan.unwritten.layers if plan.unwritten else ()),
             ]
-            return Uses(changes=_names(files) | {*plan.change.removed_layers})
+            return _names(files) | {*plan.change.removed_layers}
         case MirrorPlan():
-            return Uses(changes=_names([plan.target, *plan.removed]) | {*plan.change.removed_layers})
+            return _names([plan.target, *plan.removed]) | {*plan.change.removed_layers}
+        case UndefinePlan():
+            return _names(plan.layers)
         case _:
-            return Uses()  # tags inside active layers, which only their own machine reads
+            return frozenset()  # tags inside active layers, which only their own machine reads
 
 
 def opened(plan: Plan) -> frozenset[LayerId]:
@@ -198,7 +205,7 @@ def _refuse(machine: str, other: Operation, both: frozenset[Name], *, reads: boo
     what = max((name for name in both if isinstance(name, str)), key=len, default="a file of it")  # the path, if one
     does = "is about to read" if reads else "changes"
     end: str = call("recover", other.machine)
-    if not isinstance(other.plan, DefinePlan):
+    if not isinstance(other.plan, DefinePlan | UndefinePlan):
         end = call("wait", other.machine) + " if it is still at work, else " + end
     raise OperationPending(
         f"operation {other.id} ({other.verb}) on machine {other.machine} is still open and {does} {what};"

@@ -220,7 +220,7 @@ async def record(
 
 
 async def end_earlier(context: Context, name: str, *, adopts: bool = False) -> list[Operation]:
-    """Refuse a taken name; roll back a definition that died before its machine was recorded, and return it.
+    """Refuse a taken name; end a definition or a removal that died and left no machine, and return it.
 
     With ``adopts`` an adopted machine that the store has lost is taken over again.
     """
@@ -250,10 +250,10 @@ async def _refuse_taken(context: Context, name: str) -> None:
 
 
 async def undo(context: Context, name: str) -> list[Operation]:
-    """Roll back a definition that died before its machine was recorded; returns its operation as it was.
+    """End a definition or a removal that died and left no machine; returns its operation as it was.
 
     Raises:
-        NotFoundError: there is neither such a machine nor a definition of it that has not ended.
+        NotFoundError: there is neither such a machine nor an operation of that name that has not ended.
         LockHeld: it is at work.
     """
     if not await context.astore.operations(name, only_open=True):

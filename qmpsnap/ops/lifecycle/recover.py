@@ -1,10 +1,18 @@
-"""Recovery of a broken ``define``, and removing the folder of a machine that goes."""
+"""Recovery of a broken ``define`` or ``undefine``, and removing the files of a machine that goes."""
 
+from collections.abc import Awaitable
+
+from qmpsnap.block.image.create import remove
+from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.home import Home
-from qmpsnap.model.operations.operation import DefinePlan
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.layers.vmstate import Vmstate
+from qmpsnap.model.operations.operation import DefinePlan, UndefinePlan
 from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import remove_new
+from qmpsnap.ops.internal.tags import forget_variables
 from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.qmp.session import Monitor
 
@@ -19,6 +27,50 @@ async def end(broken: Broken[DefinePlan], _: Monitor | None) -> Direction:
     await to_end(lambda: remove_folder(broken.context.home, plan.machine, variables=made))
     await broken.mark_failed()
     return "back"
+
+
+async def end_undefine(broken: Broken, qemu: Monitor | None) -> Direction:
+    """Remove what is left of a machine that was forgotten."""
+    plan = broken.operation.plan
+    assert isinstance(plan, UndefinePlan)
+    assert qemu is None
+    _, stuck = await remove_files(broken.context, plan)
+    await broken.mark_settled(error="; ".join(stuck) or None)
+    return "forward"
+
+
+async def remove_files(context: Context, plan: UndefinePlan) -> tuple[list[str], list[str]]:
+    """Remove the files of a machine that is forgotten.
+
+    Returns:
+        The paths of images and state files that are gone, and what keeps another where it is, a sentence for each.
+    """
+    stuck: list[str] = []
+    files: list[Layer | Vmstate] = [*plan.layers, *plan.states]
+    gone = [file.path for file in files if await is_done(stuck, _remove(file, plan))]
+    for kept in plan.variables:
+        await is_done(stuck, to_end(forget_variables, kept))
+    await is_done(stuck, to_end(remove_folder, context.home, plan.machine))
+    return gone, stuck
+
+
+async def is_done(stuck: list[str], removal: Awaitable[bool | None]) -> bool:
+    """Whether something is removed; what keeps it is noted, and does not keep what comes after it."""
+    try:
+        return await removal is not False
+    except (HostCannot, OSError) as error:
+        stuck.append(error.message if isinstance(error, HostCannot) else str(error))
+        return False
+
+
+async def _remove(file: Layer | Vmstate, plan: UndefinePlan) -> bool:
+    """Remove a file that is gone for the store; False for one that somebody has put in its place: that stays."""
+    size = plan.sizes.get(file.id) if isinstance(file, Layer) else None
+    try:
+        await remove(file.path, device=file.device, inode=file.inode, birth=file.birth, size=size)
+    except StoreMismatch:
+        return False
+    return True
 
 
 def remove_folder(home: Home, machine: str, *, variables: bool = True) -> None:

@@ -1,26 +1,24 @@
 """``undefine``: a machine is forgotten; its images stay or go, as was said."""
 
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
 
-from qmpsnap.block.image.create import remove
-from qmpsnap.errors import HostCannot, QmpsnapError, StateError, StoreMismatch, UsageError
+from qmpsnap.errors import HostCannot, QmpsnapError, StateError, UsageError
 from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.names import LayerId
-from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan, UndefinePlan
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, forget_places
 from qmpsnap.ops.base.machine_session import MachineSession
-from qmpsnap.ops.internal.tags import forget_variables
-from qmpsnap.ops.lifecycle.recover import remove_folder
+from qmpsnap.ops.lifecycle.recover import is_done, remove_files
 from qmpsnap.ops.outside import layer_changes, other_programs
+from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.session import working
 
 Fate = Literal["keep", "remove"]
@@ -64,39 +62,37 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
     async with working(context, name, "undefine", removes=goes, alone=goes, given_up=giving_up) as session:
         await require_possible(session, disks)
         snapshots = await context.astore.snapshots(name)
-        states = [found.vmstate for found in snapshots if found.vmstate]
-        variables = [found.variables for found in snapshots if found.variables]
+        states = tuple(found.vmstate for found in snapshots if found.vmstate)
+        variables = tuple(found.variables for found in snapshots if found.variables)
         sizes = await blocking(layer_changes.sizes, context.store)
-        layers = await _forgotten(context, name)
-        files: list[Layer | Vmstate] = [*(layer for layer in layers if layer.owned), *states]
+
+        def removal(gone: Sequence[Layer]) -> UndefinePlan:
+            layers = tuple(layer for layer in gone if layer.owned)
+            of_these = {layer.id: size for layer in layers if (size := sizes.get(layer.id)) is not None}
+            return UndefinePlan(machine=name, layers=layers, states=states, variables=variables, sizes=of_these)
+
+        layers = await _forgotten(context, name, removal if goes else None)
+        files = [*(layer.path for layer in layers if layer.owned), *(state.path for state in states)]
         stuck: list[str] = []
-        if disks == "remove":
-            files = [file for file in files if await _is_done(stuck, _remove(file, sizes))]
-            for kept in variables:
-                await _is_done(stuck, to_end(forget_variables, kept))
-            await _is_done(stuck, to_end(remove_folder, context.home, name))
+        if goes:
+            (open_now,) = await context.astore.operations(name, only_open=True)
+            async with recovery.attempting(session, open_now):
+                files, stuck = await remove_files(context, removal(layers))
+                why = "; ".join(stuck) or None
+                await context.astore.mark(open_now.id, "settled", step=steps.SETTLED, error=why)
         if told and hopeless:
             others = (await context.astore.forest()).layers.values()
-            told_of = {file.path for file in (*files, *others)}
+            told_of = {*files, *(layer.path for layer in others)}
             for operation, error in hopeless:
                 told(await to_read(_given_up, operation, error, told_of))
-        await _is_done(stuck, to_end(forget_places, context.home, name))
+        await is_done(stuck, to_end(forget_places, context.home, name))
     if stuck:
         error = HostCannot(
             f"some files of machine {name} were not removed: {'; '.join(stuck)}", hint="remove them yourself"
         )
         error.claim("applied", f"machine {name} is no longer defined")
         raise error
-    return [file.path for file in files]
-
-
-async def _is_done(stuck: list[str], removal: Awaitable[bool | None]) -> bool:
-    """Whether something is removed; what keeps it is noted, and does not keep what comes after it."""
-    try:
-        return await removal is not False
-    except (HostCannot, OSError) as error:
-        stuck.append(error.message if isinstance(error, HostCannot) else str(error))
-        return False
+    return files
 
 
 async def require_possible(session: MachineSession, disks: Fate | None) -> None:
@@ -120,10 +116,12 @@ async def require_possible(session: MachineSession, disks: Fate | None) -> None:
         await other_programs.require_free(images, machine=name, readers=True)
 
 
-async def _forgotten(context: Context, name: str) -> tuple[Layer, ...]:
+async def _forgotten(
+    context: Context, name: str, removal: Callable[[Sequence[Layer]], UndefinePlan] | None
+) -> tuple[Layer, ...]:
     """Forget the machine; returns its layers. Its record goes first, and is made again where it was not."""
     try:
-        return await context.astore.forget(name)
+        return await context.astore.forget(name, removal=removal)
     except QmpsnapError:
         with contextlib.suppress(QmpsnapError):  # gone it is, or nothing can be written: `check` says so
             await blocking(context.store.records.write, name)
@@ -157,16 +155,6 @@ def _named(plan: Plan) -> set[str]:
             case list() | tuple() as items:
                 pending += items
     return found
-
-
-async def _remove(file: Layer | Vmstate, sizes: Mapping[LayerId, int]) -> bool:
-    """Remove a file that is gone for the store; False for one that somebody has put in its place: that stays."""
-    size = sizes.get(file.id) if isinstance(file, Layer) else None
-    try:
-        await remove(file.path, device=file.device, inode=file.inode, birth=file.birth, size=size)
-    except StoreMismatch:
-        return False
-    return True
 
 
 async def images_alone(context: Context, name: str) -> list[str]:

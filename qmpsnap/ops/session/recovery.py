@@ -26,6 +26,7 @@ from qmpsnap.model.operations.operation import (
     OperationState,
     Plan,
     RevertPlan,
+    UndefinePlan,
 )
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
@@ -47,6 +48,7 @@ ENDINGS: Final[Mapping[type[Plan], str]] = {
     MergePlan: "qmpsnap.ops.merge.recover:end",
     MirrorPlan: "qmpsnap.ops.mirror.recover:end",
     RevertPlan: "qmpsnap.ops.revert.recover:end",
+    UndefinePlan: "qmpsnap.ops.lifecycle.recover:end_undefine",
 }
 """Who ends which kind of operation, as ``module:function``: these modules import this one, and only one is needed."""
 
@@ -173,7 +175,7 @@ async def _end(broken: Broken, qemu: Monitor | None) -> Direction:
     plan = broken.operation.plan
     module, function = ENDINGS[type(plan)].split(":")
     ending: Ending = getattr(import_module(module), function)
-    if isinstance(plan, DefinePlan):  # there is no machine yet
+    if isinstance(plan, DefinePlan | UndefinePlan):  # there is no machine yet, or none any more
         return await ending(broken, None)
     async with _answering(broken, qemu) as monitor, quiesce.thawed(broken, monitor):
         return await ending(broken, monitor)

@@ -33,6 +33,7 @@ from qmpsnap.store.sqlite.homes import HomeTable
 from qmpsnap.store.sqlite.json_values import decoded
 from qmpsnap.store.sqlite.pruning import PrunedTable
 from qmpsnap.store.sqlite.record_table import RecordTable
+from qmpsnap.store.store import Removal
 
 
 class SqliteStore:
@@ -81,7 +82,9 @@ class SqliteStore:
                 return rows.find_machine(sql, name)
         except NotFoundError as error:
             with contextlib.suppress(HostCannot):
-                if name in self.records.lost(wait=False):
+                if name in self.unborn():
+                    error.hint = "its definition or removal was interrupted: " + call("recover", name)
+                elif name in self.records.lost(wait=False):
                     error.hint = "it was defined, but this store lacks it: " + call("rebuild")
             raise
 
@@ -202,7 +205,7 @@ class SqliteStore:
         with contextlib.suppress(HostCannot):  # it is made; `check` and the next operation find the record behind
             self.records.keep(machine)
 
-    def forget(self, machine: str) -> tuple[Layer, ...]:
+    def forget(self, machine: str, *, removal: Removal | None = None) -> tuple[Layer, ...]:
         self.machine(machine)
         record = self._records.read(machine)
         # Before the rows: a crash between leaves a machine without a record, and none that seems lost.
@@ -224,11 +227,17 @@ class SqliteStore:
                 sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
             sql.executemany(queries.HIDE, named)
             sharing.require_unused(machine, gone, forest, elsewhere)
+            if removal:
+                journal.insert(sql, removal(gone), serial=OperationId(journal.next_serial(sql)), serials=1)
         return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
         with self._database.reading() as sql:
             return journal.select(sql, machine, only_open=only_open)
+
+    def unborn(self) -> tuple[str, ...]:
+        with self._database.reading() as sql:
+            return journal.unborn(sql)
 
     def restore(self, record: Record, process: Process | None) -> None:
         """Add a machine as its record has it, with the QEMU that runs it; its journal is empty then."""

@@ -165,6 +165,17 @@ def open_elsewhere(connection: sqlite3.Connection, machine: str) -> tuple[Operat
     return _read(rows)
 
 
+def unborn(connection: sqlite3.Connection) -> tuple[str, ...]:
+    """The names of open operations that no machine has, by name."""
+    marks = ",".join("?" * len(OPEN_STATES))
+    rows = connection.execute(
+        f"SELECT DISTINCT machine FROM operation WHERE state IN ({marks})"
+        " AND machine NOT IN (SELECT name FROM machine) ORDER BY machine",
+        OPEN_STATES,
+    )
+    return tuple(name for (name,) in rows)
+
+
 def _read(rows: Iterable[sqlite3.Row]) -> tuple[Operation, ...]:
     return tuple(
         Operation(
