@@ -153,6 +153,7 @@ class SqliteStore:
             return journal.next_serial(sql)
 
     def open_operation(self, plan: P, basis: Basis, *, serial: OperationId, serials: int = 1) -> Operation[P]:
+        self.home.look()
         with self._database.writing() as sql:
             journal.require_next(sql, plan.machine, serial)
             now = self._basis(sql, plan.machine)
@@ -189,10 +190,12 @@ class SqliteStore:
         state: Ended = "settled",
         error: str | None = None,
     ) -> None:
+        self.home.look()
+        earlier = self.records.readable(machine)
         with self._database.foreseeing() as sql:
             self._apply(sql, machine, change)
             if can_be := sql.execute("PRAGMA foreign_key_check").fetchone() is None:  # else COMMIT will say so
-                record = self.records.of(machine, operation, made=change.layers)
+                record = self.records.of(machine, operation, earlier=earlier, made=change.layers)
         if can_be:
             self._records.write(record, make=change.define is not None)
         with self._database.writing() as sql:
@@ -200,6 +203,7 @@ class SqliteStore:
             journal.mark(sql, operation, "running" if step else state, step=step or steps.SETTLED, error=error)
 
     def apply(self, machine: str, change: Change) -> None:
+        self.home.look()
         with self._database.writing() as sql:
             self._apply(sql, machine, change)
         with contextlib.suppress(HostCannot):  # it is made; `check` and the next operation find the record behind
@@ -249,6 +253,7 @@ class SqliteStore:
             snapshots=record.snapshots,
             current=record.machine.current,
         )
+        self.home.look()
         with self._database.writing() as sql:
             self._apply(sql, name, change)
             sql.execute("UPDATE machine SET generation = ? WHERE name = ?", (record.generation, name))

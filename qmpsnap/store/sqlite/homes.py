@@ -30,6 +30,7 @@ class HomeTable:
         self._database = database
         self._records = records
         self._machines = machines
+        self._first: HomeRecord | None = None
 
     def record(self) -> HomeRecord | None:
         """What is recorded; None in a store that nothing was changed in since there are such records."""
@@ -45,13 +46,15 @@ class HomeTable:
         with self._database.writing() as sql:
             _write(sql, home)
 
-    def born(self, sql: sqlite3.Connection) -> HomeRecord:
-        """What is recorded; with the first change, that the home lies where it does."""
-        if found := _read(sql):
-            return found
-        home = self._records.home() or HomeRecord(uuid.uuid4().hex, str(self._machines.parent))
-        _write(sql, home)
-        return home
+    def look(self) -> None:
+        """Find out what :meth:`born` is to record before the store is locked, as storage may hang."""
+        if self._first is None and self.record() is None:
+            self._first = self._records.home() or HomeRecord(uuid.uuid4().hex, str(self._machines.parent))
+
+    def born(self, sql: sqlite3.Connection) -> None:
+        """With the first change, record that the home lies where it does."""
+        if self._first and not _read(sql):
+            _write(sql, self._first)
 
     def begin(self, record: HomeRecord, relocation: Relocation) -> None:
         """Make durable what was agreed to of a home with that record, before a header is rewritten.

@@ -29,14 +29,28 @@ class RecordTable:
         self._files = files
         self._store = store
 
-    def of(self, machine: str, operation: OperationId | None = None, *, made: Iterable[Layer] = ()) -> Record:
-        """What the store has of a machine, and the operation that settles with it; ``made`` are its layers then."""
+    def of(
+        self,
+        machine: str,
+        operation: OperationId | None = None,
+        *,
+        earlier: Record | None,
+        made: Iterable[Layer] = (),
+    ) -> Record:
+        """What the store has of a machine.
+
+        Args:
+            machine: the machine.
+            operation: the operation that settles with it.
+            earlier: its record until now, read before the store is locked.
+            made: the layers that the operation has made.
+        """
         store = self._store
         found, forest, snapshots = store.machine(machine), store.forest(), store.snapshots(machine)
         active = {chain.disk: chain.active.id for chain in store.chains(machine)}
         tops = [*active.values(), *(point.layer for snapshot in snapshots for point in snapshot.points)]
         # Layers that nobody reads: what lies in the machine's folder, and what was this machine's before.
-        earlier, folder = self._readable(machine), f"{self._files.file(machine).parent}/"
+        folder = f"{self._files.file(machine).parent}/"
         tops += [layer.id for layer in forest.layers.values() if layer.path.startswith(folder)]
         tops += [layer.id for layer in (*made, *(earlier.layers if earlier else ())) if _is_left(forest, layer)]
         needed = {below: None for layer in tops for below in forest.chain(layer_disk(layer) or "", layer).ids}
@@ -68,7 +82,7 @@ class RecordTable:
         """Whether the record is there, and what the store has of the machine."""
         with self._database.reading() as sql:
             generation = rows.generation(sql, machine.name)
-        found = self._readable(machine.name)
+        found = self.readable(machine.name)
         return found is not None and found.describes(machine.uuid, generation)
 
     def write(self, machine: str) -> None:
@@ -77,7 +91,7 @@ class RecordTable:
         Raises:
             HostCannot: no right, no space.
         """
-        self._files.write(self.of(machine))
+        self._files.write(self.of(machine, earlier=self.readable(machine)))
 
     def keep(self, machine: str) -> None:
         """The same, unless it is current; nothing for a machine that is not defined yet.
@@ -151,7 +165,7 @@ class RecordTable:
             ahead = found.generation > rows.generation(sql, machine) and not journal.is_unsettled(sql, found.operation)
             return ahead or found.serial >= journal.next_serial(sql)
 
-    def _readable(self, machine: str) -> Record | None:
+    def readable(self, machine: str) -> Record | None:
         """The record, where one that cannot be read is replaced."""
         with contextlib.suppress(HostCannot):
             return self._files.read(machine)
