@@ -166,6 +166,13 @@ WRONG = [
         ),
     ),
     (
+        "name: web\nmemory: 1500K",
+        (
+            "2:9: expected 'memory' to be a size such as 512M or 1.5G, in multiples of 1M, 16T at most"
+            ", found the string '1500K'"
+        ),
+    ),
+    (
         "name: web\nmemory: 1GB",
         (
             "2:9: expected 'memory' to be a size such as 512M or 1.5G, in multiples of 1M, 16T at most"
@@ -262,6 +269,13 @@ WRONG_DISKS = [
         (
             "2:27: expected 'size' to be a size such as 512M or 1.5G, in multiples of 512B and below 8192P"
             ", found the number 1"
+        ),
+    ),
+    (
+        "{name: vda, size: 512.5B}",
+        (
+            "2:27: expected 'size' to be a size such as 512M or 1.5G, in multiples of 512B and below 8192P"
+            ", found the string '512.5B'"
         ),
     ),
     (
