@@ -134,19 +134,7 @@ async def require_chains(
     machine: str,
     lacking: frozenset[str] = frozenset(),
 ) -> None:
-    """Make sure that QEMU's chains are the store's, and that no job holds them.
-
-    Args:
-        monitor: its QEMU.
-        graph: its graph.
-        chains: the store's.
-        machine: the machine's name.
-        lacking: disks that are not touched, so that QEMU need not have them: :attr:`Beside.unplugged`.
-
-    Raises:
-        StoreMismatch: a disk's chain in QEMU is another one than the store's.
-        StateError: a job that is not ours is working on a disk.
-    """
+    """Make sure that QEMU's chains are the store's, and that no job holds them."""
     disks = by_disk(graph, frozenset(layer for chain in chains for layer in chain.ids))
     for chain in chains:
         found = disks.get(chain.disk)
@@ -194,12 +182,6 @@ def _has_others(graph: BlockGraph, ours: set[str]) -> bool:
 
 async def require_no_other(monitor: Monitor, chains: Sequence[Chain], *, machine: str, hint: str) -> None:
     """Make sure that the guest writes to its machine's disks alone: memory destroys what is of another time.
-
-    Args:
-        monitor: its QEMU.
-        chains: the live chains, which QEMU was found to have.
-        machine: the machine's name.
-        hint: what to do once that is not so any more, or instead.
 
     Raises:
         StateError: a device writes to something else, as somebody has attached it or ``adopt`` has left it out.

@@ -10,11 +10,7 @@ _MAGIC = b"NBDMAGIC"
 
 
 async def require_server(export: NbdExport, *, deadline: float = 5.0) -> None:
-    """Make sure that an NBD server answers there.
-
-    Raises:
-        HostCannot: nobody answers, not in time, or it is no NBD server.
-    """
+    """Make sure that an NBD server answers there."""
     try:
         with anyio.fail_after(deadline):
             stream: ByteStream

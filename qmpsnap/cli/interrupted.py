@@ -20,12 +20,7 @@ def interrupted(machine: str | None) -> Interrupted:
 
 
 def limited(machine: str | None, what: str) -> HostCannot:
-    """The error to report where the system has refused us something on the way.
-
-    Args:
-        machine: the machine that the command was about, if it was about one.
-        what: from :func:`qmpsnap.host.system_errors.refused`.
-    """
+    """The error to report where the system has refused us something on the way."""
     return _told(HostCannot(what, hint="qmpsnap doctor; ulimit -a", machine=machine), machine)
 
 

@@ -31,18 +31,7 @@ _LONGEST = 4000
 def emit(
     form: Format, *, document: dict[str, Any], names: Iterable[str], table: Callable[[], str], done: str = ""
 ) -> None:
-    """Print one answer in the form that was asked for.
-
-    Args:
-        form: ``-o``.
-        document: the JSON answer, without its schema.
-        names: one per line for ``-o name``.
-        table: makes the text for people.
-        done: of what has changed something, one sentence that says so; for :func:`say`.
-
-    Raises:
-        HostCannot, BrokenPipeError: as :func:`say`.
-    """
+    """Print one answer in the form that was asked for."""
     if form == "json":
         text = _json({"schema": SCHEMA, **document}, sys.stdout, indent=2)
     else:
@@ -57,10 +46,6 @@ def say(text: str, *, done: str = "") -> None:
     Args:
         text: the lines.
         done: where something has changed, what is said on stderr should stdout refuse them: it was done all the same.
-
-    Raises:
-        HostCannot: stdout cannot be written, and nothing was changed.
-        BrokenPipeError: nobody reads stdout any more, and nothing was changed.
     """
     try:
         _pour(sys.stdout, f"{text}\n")
@@ -77,11 +62,7 @@ def say(text: str, *, done: str = "") -> None:
 
 
 def pass_on(stdout: bytes, stderr: bytes) -> None:
-    """Print what another program has said, byte for byte.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Print what another program has said, byte for byte."""
     _pour(sys.stdout, stdout)
     _pour(sys.stderr, stderr)
 
@@ -211,11 +192,7 @@ def _takes(stream: TextIO | None, text: str) -> bool:
 
 
 def _pour(stream: TextIO | None, said: str | bytes) -> None:
-    """Write all of it now. A stream that was closed before we began is as good as ``/dev/null``.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write all of it now. A stream that was closed before we began is as good as ``/dev/null``."""
     if stream is None:
         return
     data = said if isinstance(said, bytes) else said.encode(_encoding(stream), "backslashreplace")

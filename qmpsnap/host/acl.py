@@ -63,11 +63,7 @@ class Rights(Struct, frozen=True, kw_only=True):
 
 
 def rights(file: File, mode: int) -> Rights:
-    """What others may do to a file of that mode; links are followed.
-
-    Raises:
-        OSError: nobody can tell.
-    """
+    """What others may do to a file of that mode; links are followed."""
     rules = _read(file)
     if not rules:
         return Rights(group=mode >> 3 & 7, other=mode & 7, users={}, groups={})
@@ -81,11 +77,7 @@ def rights(file: File, mode: int) -> Rights:
 
 
 def grant(descriptor: int, user: int, wanted: int) -> bool:
-    """Let a user do that much to an open file, besides what it may already; say whether anything had to be changed.
-
-    Raises:
-        OSError: no right, or the file system keeps no such lists.
-    """
+    """Let a user do that much to an open file, besides what it may already; say whether anything had to be changed."""
     mode = os.fstat(descriptor).st_mode
     if rights(descriptor, mode).users.get(user, 0) & wanted == wanted:
         return False
@@ -111,11 +103,7 @@ def grant(descriptor: int, user: int, wanted: int) -> bool:
 
 
 def revoke(descriptor: int) -> None:
-    """Take the list off an open file: then its mode alone counts, which is to give others nothing.
-
-    Raises:
-        OSError: no right.
-    """
+    """Take the list off an open file: then its mode alone counts, which is to give others nothing."""
     try:
         os.removexattr(descriptor, _NAME)
     except OSError as error:

@@ -44,9 +44,6 @@ def opened(name: Name, access: int = os.O_RDONLY | os.O_NONBLOCK, *, folder: int
         name: of the file.
         access: without ``O_NONBLOCK`` a lease that another process holds on the file is waited for.
         folder: descriptor of the folder that ``name`` is in.
-
-    Raises:
-        OSError: there is none, a link (``ELOOP``), or no right.
     """
     descriptor = os.open(name, access | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY, dir_fd=folder)
     try:
@@ -57,11 +54,7 @@ def opened(name: Name, access: int = os.O_RDONLY | os.O_NONBLOCK, *, folder: int
 
 @contextmanager
 def opened_folder(path: Name) -> Iterator[int]:
-    """A folder; links are followed.
-
-    Raises:
-        OSError: no such folder, or no right.
-    """
+    """A folder; links are followed."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield descriptor
@@ -73,11 +66,7 @@ def opened_folder(path: Name) -> Iterator[int]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it that are missing; one that is there stays as it is.
-
-    Raises:
-        OSError: one cannot be made, or is no folder.
-    """
+    """Make a folder and those above it that are missing; one that is there stays as it is."""
     missing = [part for part in (path, *path.parents) if not part.exists()]
     for part in reversed(missing):
         try:
@@ -89,12 +78,7 @@ def make_folder(path: Path) -> None:
 
 
 def create_exclusive(name: Name, access: int = os.O_WRONLY, *, folder: int | None = None) -> int:
-    """Make a file whose name must be free, a dangling link's included; returns its descriptor.
-
-    Raises:
-        FileExistsError: something has that name.
-        OSError: no right, no space.
-    """
+    """Make a file whose name must be free, a dangling link's included; returns its descriptor."""
     flags = access | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(name, flags, 0o600, dir_fd=folder)
     try:
@@ -108,11 +92,7 @@ def create_exclusive(name: Name, access: int = os.O_WRONLY, *, folder: int | Non
 
 
 def write_new(path: Name, data: bytes) -> None:
-    """Make a small file, whose name must be free, and write its content out; the name is for :func:`sync_folder`.
-
-    Raises:
-        OSError: as :func:`create_exclusive`; a file that could not be written whole stays.
-    """
+    """Make a small file, whose name must be free, and write its content out; the name is for :func:`sync_folder`."""
     with os.fdopen(create_exclusive(path), "wb") as file:
         file.write(data)
         file.flush()
@@ -126,9 +106,6 @@ def replace_durably(path: Name, data: bytes, *, ending: str = "part") -> None:
         path: of the file.
         data: its content.
         ending: of the name that it has until it is whole; one of this process alone where several may write at once.
-
-    Raises:
-        OSError: no right, no space.
     """
     fresh = Path(f"{os.fspath(path)}.{ending}")
     fresh.unlink(missing_ok=True)  # of an earlier try
@@ -143,11 +120,7 @@ def replace_durably(path: Name, data: bytes, *, ending: str = "part") -> None:
 
 
 def sync_folder(path: Name) -> None:
-    """Write out which names a folder has; a file's own content is another matter.
-
-    Raises:
-        OSError: no such folder, or the disk fails.
-    """
+    """Write out which names a folder has; a file's own content is another matter."""
     with opened_folder(path) as folder:
         os.fsync(folder)
 
@@ -181,21 +154,13 @@ class FileId(Struct, frozen=True):
 
     @classmethod
     def of(cls, descriptor: int) -> Self:
-        """Identity of an open file.
-
-        Raises:
-            OSError: the descriptor is none.
-        """
+        """Identity of an open file."""
         status = os.fstat(descriptor)
         return cls(status.st_dev, status.st_ino, born(descriptor), status.st_size)
 
     @classmethod
     def at(cls, name: Name, *, folder: int | None = None) -> Self | None:
-        """Identity of the file of that name, links not followed, which are files of their own; None where is none.
-
-        Raises:
-            OSError: nobody can tell.
-        """
+        """Identity of the file of that name, links not followed, which are files of their own; None where is none."""
         try:
             # Held open, so that birth and inode are of one file, and the inode's number is nobody else's meanwhile.
             with opened(name, os.O_PATH, folder=folder) as descriptor:
@@ -222,11 +187,7 @@ def inode_of(status: os.stat_result) -> Inode:
 
 
 def leads_to(name: Name, descriptor: int, *, folder: int | None = None) -> bool:
-    """Whether a name is the open file's own; a link to it is another file.
-
-    Raises:
-        OSError: nobody can tell.
-    """
+    """Whether a name is the open file's own; a link to it is another file."""
     try:
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -235,11 +196,7 @@ def leads_to(name: Name, descriptor: int, *, folder: int | None = None) -> bool:
 
 
 def unlink_own(name: Name, descriptor: int, *, folder: int | None = None) -> bool:
-    """Take its name away from the open file, unless it is another file's by now; say whether it was there.
-
-    Raises:
-        OSError: no right, or the disk fails.
-    """
+    """Take its name away from the open file, unless it is another file's by now; say whether it was there."""
     if not leads_to(name, descriptor, folder=folder):
         return False
     with contextlib.suppress(FileNotFoundError):

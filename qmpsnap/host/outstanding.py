@@ -38,11 +38,7 @@ class Cover:
         self._release: Callable[[], None] | None = None
 
     def require_back(self) -> None:
-        """Refuse further work on files beside a thread that may still change them.
-
-        Raises:
-            StorageHangs: there is one.
-        """
+        """Refuse further work on files beside a thread that may still change them."""
         if self.hangs:
             raise StorageHangs(self.hangs.message, path=self.hangs.path, hint=self.hangs.hint, effect="unknown")
 

@@ -24,13 +24,6 @@ async def running(argv: Sequence[str], **how: Any) -> AsyncIterator[Process]:
     """A program for the block; what still runs at its end is killed.
 
     asyncio leaves a process that nobody waits for where it is cancelled again while it spawns or lets go of one.
-
-    Args:
-        argv: the program and its arguments.
-        how: as :func:`anyio.open_process` takes it.
-
-    Raises:
-        OSError: it cannot be started.
     """
     process = await completed(anyio.open_process(argv, **how))
     try:

@@ -44,11 +44,7 @@ def runs_to_end(call: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
 
 async def to_read(call: Callable[..., T], *arguments: object) -> T:
-    """As :func:`to_end`, for a call that only reads: whoever is cancelled leaves it to itself at once.
-
-    Raises:
-        StorageHangs: as :func:`to_end`.
-    """
+    """As :func:`to_end`, for a call that only reads: whoever is cancelled leaves it to itself at once."""
     if cover := covered():
         cover.require_back()
     work = Work(call, *arguments, reads=True)

@@ -21,12 +21,7 @@ class Reason(NamedTuple):
 
 
 def reason(place: Path, error: Exception) -> Reason:
-    """What keeps us from writing in a folder, or in the nearest above it that there is.
-
-    Args:
-        place: the folder.
-        error: what was said when it failed; told where nothing better is found.
-    """
+    """What keeps us from writing in a folder, or in the nearest above it that there is."""
     if _no_descriptor():
         return Reason("this process has reached its limit of open files", "raise its limit (ulimit -n)")
     return found(place) or Reason(_said(error), f"check the permissions of {_nearest(place)} and its contents")

@@ -42,12 +42,7 @@ class Seen(Struct, frozen=True, kw_only=True):
 
 
 def look(pid: int) -> Seen:
-    """What the kernel tells of a process.
-
-    Raises:
-        HostCannot: it is another user's, and we may not look.
-        QemuGone: there is no such process.
-    """
+    """What the kernel tells of a process."""
     proc = Path(f"/proc/{pid}")
     process = processes.existing(pid)
     if process is None:
@@ -87,13 +82,7 @@ def _open_files(folder: Path) -> dict[Inode, str]:
 
 @asynccontextmanager
 async def monitor(machine: Machine, adopted: Adoption, process: Process) -> AsyncIterator[Monitor]:
-    """A session with the monitor that the machine was adopted by, after QEMU has been recognised.
-
-    Raises:
-        QemuGone: nobody answers.
-        DeadlinePassed: QEMU is there and silent: its owner may hold the monitor.
-        StateError: another process has taken the socket over.
-    """
+    """A session with the monitor that the machine was adopted by, after QEMU has been recognised."""
     async with session.connect(Path(adopted.socket), machine=machine.name) as qemu:
         uuid = await commands.query_uuid(qemu)
         if qemu.peer != process.pid or uuid != adopted.uuid:

@@ -54,11 +54,7 @@ class Completed(Struct, frozen=True, kw_only=True):
     truncated: tuple[str, ...] = ()
 
     def require_whole(self, machine: str) -> None:
-        """Make sure that all the command said is here.
-
-        Raises:
-            QmpError: the guest's agent has thrown the rest away.
-        """
+        """Make sure that all the command said is here."""
         if self.truncated:
             raise QmpError(
                 f"the command ended with status {self.status} in the guest of {machine}, but its"
@@ -95,11 +91,7 @@ class Agent:
         await self._stream.aclose()
 
     async def synchronise(self, *, deadline: float) -> None:
-        """Wait until the agent answers with our random number, past whatever an earlier client left in the channel.
-
-        Raises:
-            DeadlinePassed: no agent in the guest, or not yet.
-        """
+        """Wait until the agent answers with our random number, past whatever an earlier client left in the channel."""
         number = secrets.randbits(62)
         request = json.dumps({"execute": "guest-sync-delimited", "arguments": {"id": number}}).encode()
         with self._bounded(deadline, "guest-sync"):
@@ -111,13 +103,7 @@ class Agent:
                     return
 
     async def execute(self, command: str, arguments: dict[str, Any] | None = None, *, deadline: float = 10) -> Any:
-        """Run one agent command and return what it returned.
-
-        Raises:
-            QmpError: the agent refused it.
-            DeadlinePassed: no answer in time; effect unknown.
-            QemuGone: QEMU closed the channel.
-        """
+        """Run one agent command and return what it returned."""
         request: dict[str, Any] = {"execute": command}
         if arguments is not None:
             request["arguments"] = arguments
@@ -136,66 +122,33 @@ class Agent:
         return answer["return"]
 
     async def set_time(self, nanoseconds: int, *, deadline: float = 10) -> None:
-        """Set the guest's clock (``guest-set-time``) to nanoseconds since the epoch, UTC.
-
-        Raises:
-            QmpError: the guest refused it.
-            DeadlinePassed: no answer in time; effect unknown.
-        """
+        """Set the guest's clock (``guest-set-time``) to nanoseconds since the epoch, UTC."""
         await self.execute("guest-set-time", {"time": nanoseconds}, deadline=deadline)
 
     async def get_time(self, *, deadline: float = 10) -> int:
-        """The guest's clock (``guest-get-time``) in nanoseconds since the epoch, UTC.
-
-        Raises:
-            QmpError: the guest refused it, or answered nonsense.
-            DeadlinePassed: no answer in time.
-        """
+        """The guest's clock (``guest-get-time``) in nanoseconds since the epoch, UTC."""
         said = await self.execute("guest-get-time", deadline=deadline)
         if type(said) is not int or not 0 <= said < 1 << 63:
             raise self._nonsense("guest-get-time")
         return said
 
     async def freeze(self, *, deadline: float) -> int:
-        """Freeze the guest's file systems (``guest-fsfreeze-freeze``); returns how many there were.
-
-        Raises:
-            QmpError: the guest refused it; or answered nonsense: then the effect is unknown.
-            DeadlinePassed: no answer in time; effect unknown.
-        """
+        """Freeze the guest's file systems (``guest-fsfreeze-freeze``); returns how many there were."""
         return self._count("guest-fsfreeze-freeze", await self.execute("guest-fsfreeze-freeze", deadline=deadline))
 
     async def thaw(self, *, deadline: float) -> int:
-        """Thaw the guest's file systems (``guest-fsfreeze-thaw``); returns how many were frozen.
-
-        Raises:
-            QmpError: the guest refused it, or answered nonsense.
-            DeadlinePassed: no answer in time; effect unknown.
-        """
+        """Thaw the guest's file systems (``guest-fsfreeze-thaw``); returns how many were frozen."""
         return self._count("guest-fsfreeze-thaw", await self.execute("guest-fsfreeze-thaw", deadline=deadline))
 
     async def freeze_status(self, *, deadline: float = 10) -> str:
-        """``thawed`` or ``frozen``: what the agent remembers to have done last (``guest-fsfreeze-status``).
-
-        Raises:
-            QmpError: it answered something else.
-        """
+        """``thawed`` or ``frozen``: what the agent remembers to have done last (``guest-fsfreeze-status``)."""
         status = await self.execute("guest-fsfreeze-status", deadline=deadline)
         if status not in ("thawed", "frozen"):
             raise self._nonsense("guest-fsfreeze-status")
         return str(status)
 
     async def fstrim(self, *, minimum: int = 0, deadline: float = 60) -> tuple[Trimmed, ...]:
-        """Let the guest give its disks back what its file systems do not use (``guest-fstrim``).
-
-        Args:
-            minimum: bytes that a free range must have at least.
-            deadline: seconds for all of them.
-
-        Raises:
-            QmpError: the guest refused it, or answered nonsense.
-            DeadlinePassed: it takes longer; it is not ended by that.
-        """
+        """Let the guest give its disks back what its file systems do not use (``guest-fstrim``)."""
         found = await self.execute("guest-fstrim", {"minimum": minimum}, deadline=deadline)
         paths = found.get("paths") if isinstance(found, dict) else None
         if not isinstance(paths, list):
@@ -312,10 +265,6 @@ async def connect(path: Path, *, machine: str, deadline: float = 10) -> AsyncIte
         path: the socket of QEMU's agent channel; one client at a time.
         machine: the machine's name, for errors.
         deadline: seconds until the agent must have answered.
-
-    Raises:
-        QemuGone: nobody listens on the channel.
-        DeadlinePassed: QEMU is there, the agent is not (yet).
     """
     try:
         with anyio.fail_after(deadline):

@@ -47,15 +47,7 @@ class Told(Struct, frozen=True):
 
 
 def options_of(arguments: Sequence[str], *, node: str, file: str, drive: str, path: str) -> Told | None:
-    """How a disk's active image was opened; None where the command line does not tell, as of one attached later.
-
-    Args:
-        arguments: QEMU's command line.
-        node: the name of the image's node.
-        file: the name of the node that reads its file.
-        drive: the name of the backend: the id of a ``-drive``.
-        path: the image, as QEMU was given it.
-    """
+    """How a disk's active image was opened; None where the command line does not tell, as of one attached later."""
     nodes: dict[str, dict[str, Any]] = {}
     for option, value in _pairs(arguments):
         if option == "blockdev":

@@ -15,11 +15,7 @@ from qmpsnap.model.machines.record import Process
 
 
 def require_recorded(layers: Iterable[Layer], *, machine: str) -> None:
-    """Make sure, before any program is told their names, that these lead to the recorded files.
-
-    Raises:
-        StoreMismatch: one leads to another file, or nowhere; nothing was changed.
-    """
+    """Make sure, before any program is told their names, that these lead to the recorded files."""
     for layer in layers:
         try:
             found = FileId.at(layer.path)

@@ -55,15 +55,6 @@ async def launch(
 
     What was started may be a wrapper that does not become QEMU: the process is the one that listens on the monitor.
 
-    Args:
-        argv: QEMU and its arguments.
-        machine: the machine.
-        run_dir: its working directory.
-        accel: the accelerator among the arguments, for the record.
-        inherited: open descriptors that its arguments speak of.
-        rights: what it may do.
-        logs: the folder of its log; by default its working directory.
-
     Raises:
         QemuGone: QEMU ended at once; the message holds what it wrote.
         HostCannot: the binary cannot be run, or runs where its process cannot be seen.
@@ -102,15 +93,6 @@ async def start(
     logs: Path | None = None,
 ) -> tuple[Process, T]:
     """Start QEMU in ``run_dir`` and put a first question to its monitor, as soon as it listens.
-
-    Args:
-        argv: a QEMU that listens on :data:`QMP_SOCKET`.
-        run_dir: its working directory.
-        machine: a name for errors.
-        ask: the question; raises ``QemuGone`` as long as nobody listens. When it fails, all that was started is killed.
-        inherited: open descriptors that it keeps.
-        rights: what it may do.
-        logs: the folder of its log; by default its working directory.
 
     Returns:
         What was started, QEMU itself or a wrapper of it, and the answer.
@@ -180,19 +162,7 @@ async def end_strays(machine: Machine, run_dir: Path) -> None:
 async def monitor(
     machine: Machine, run_dir: Path, *, socket: str = QMP_SOCKET, deadline: float = session.CONNECT_DEADLINE
 ) -> AsyncIterator[Session]:
-    """A session with one of the machine's monitors, after it has said that it is this machine.
-
-    Args:
-        machine: the machine.
-        run_dir: its run folder.
-        socket: which monitor: ours, or the user's.
-        deadline: seconds until the monitor must have greeted us.
-
-    Raises:
-        QemuGone: nobody answers.
-        DeadlinePassed: QEMU is there and silent.
-        StateError: the socket belongs to another machine's QEMU.
-    """
+    """A session with one of the machine's monitors, after it has said that it is this machine."""
     async with session.connect(run_dir / socket, machine=machine.name, deadline=deadline) as qemu:
         uuid = await commands.query_uuid(qemu)
         if uuid != machine.uuid:
@@ -205,12 +175,7 @@ async def monitor(
 
 
 async def end(process: Process, qemu: Monitor | None) -> bool:
-    """End a QEMU: ``quit`` closes every image cleanly; only one that does not answer is killed. False: it still runs.
-
-    Args:
-        process: the QEMU.
-        qemu: its monitor, None when it does not answer.
-    """
+    """End a QEMU: ``quit`` closes its images cleanly; one that does not answer is killed. False: it still runs."""
     if qemu is not None:
         try:
             await commands.control(qemu, "quit")
@@ -224,11 +189,7 @@ async def end(process: Process, qemu: Monitor | None) -> bool:
 
 
 async def require_ended(process: Process | None, qemu: Monitor | None, *, machine: str, effect: Effect) -> None:
-    """End a QEMU as :func:`end` does, if there is one.
-
-    Raises:
-        DeadlinePassed: it still runs; with ``effect``, as the caller knows it.
-    """
+    """End a QEMU as :func:`end` does, if there is one."""
     if process and not await end(process, qemu):
         raise still_runs(process, machine=machine, effect=effect)
 

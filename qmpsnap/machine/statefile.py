@@ -54,22 +54,13 @@ def part(path: str, operation: OperationId) -> str:
 
 
 def create(path: str) -> int:
-    """Make the file, which must not exist, for this user alone; returns a descriptor open for writing only.
-
-    Raises:
-        StateError: it exists already.
-        HostCannot: no right, no space.
-    """
+    """Make the file, which must not exist, for this user alone; returns a descriptor open for writing only."""
     with _translated(path):
         return files.create_exclusive(path)
 
 
 def reserve(descriptor: int, size: int, path: str) -> None:
-    """Give the file room for ``size`` bytes, without making it longer: writing that many cannot fail for want of space.
-
-    Raises:
-        HostCannot: there is no such room, or the file system cannot promise it.
-    """
+    """Allocate ``size`` bytes for the file without making it longer, so that writing them cannot fail with ENOSPC."""
     with _translated(path):
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.fallocate(descriptor, FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)):
@@ -88,11 +79,6 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
     """Digest what QEMU wrote, compress it if the manifest says so, and give it its manifest and name, all durably.
 
     Whoever did part of it and died is taken up where that ended. A link in the file's place is not followed.
-
-    Args:
-        written: the file as QEMU left it; gone afterwards.
-        path: its name from now on; nobody's yet.
-        manifest: all but ``bytes`` and ``digest``.
 
     Raises:
         StateError: ``path`` exists by now.
@@ -117,11 +103,7 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
 
 
 def require_own(descriptor: int, written: str, path: str) -> None:
-    """Make sure that the open file has no name but the two that we give it: it is to be written to.
-
-    Raises:
-        StoreMismatch: it has.
-    """
+    """Make sure that the open file has no name but the two that we give it: it is to be written to."""
     found, names = os.fstat(descriptor), 1
     if os.path.lexists(path):
         names += os.path.samestat(found, os.lstat(path))
@@ -200,12 +182,7 @@ def _begins_ours(descriptor: int) -> bool:
 
 
 def find(path: str) -> tuple[Vmstate, Manifest]:
-    """What a state file says it is; its stream is not looked at.
-
-    Raises:
-        StoreMismatch: it is none of ours, cut, or its manifest was changed.
-        HostCannot: it cannot be read.
-    """
+    """What a state file says it is; its stream is not looked at."""
     with _opened(path) as descriptor:
         manifest = _manifest(descriptor, path)
         file = FileId.of(descriptor)

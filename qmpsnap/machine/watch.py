@@ -31,12 +31,7 @@ class Watch:
         self._ready = False
 
     async def ready(self) -> None:
-        """Return once the guard watches; before that nothing may be held.
-
-        Raises:
-            DeadlinePassed: it does not start.
-            HostCannot: it has ended.
-        """
+        """Return once the guard watches; before that nothing may be held."""
         if self._ready:
             return
         if await self.hear(1, deadline=START_DEADLINE) != b"r":
@@ -44,11 +39,7 @@ class Watch:
         self._ready = True
 
     async def hear(self, size: int, *, deadline: float) -> bytes:
-        """What the guard says next, empty when it has ended.
-
-        Raises:
-            DeadlinePassed: nothing.
-        """
+        """What the guard says next, empty when it has ended."""
         try:
             with anyio.fail_after(deadline):
                 await anyio.wait_readable(self._end)
@@ -78,14 +69,6 @@ async def watching(machine: str, *, run_dir: Path, environment: Mapping[str, str
     """For the block: should we die in it, ``recover`` lets the guest run on by its rules.
 
     The guard starts while the block does other things; :meth:`Watch.ready` comes before whatever holds the guest.
-
-    Args:
-        machine: its name.
-        run_dir: its run folder, in which the guard works.
-        environment: what ``recover`` has to be told beside our own environment.
-
-    Raises:
-        HostCannot: no process can be started.
     """
     watch = await _start(["recover"], [], [machine, _PACKAGE], run_dir=run_dir, environment=environment)
     try:
@@ -101,10 +84,6 @@ async def over_agent(channel: socket.socket, *, window: float, run_dir: Path) ->
         channel: a conversation with the agent that is synchronised; nobody else reads from it once the guard thaws.
         window: seconds from ``f`` until it thaws unasked.
         run_dir: the machine's run folder.
-
-    Raises:
-        HostCannot: no process can be started.
-        DeadlinePassed: it does not start in time.
     """
     watch = await _start(["thaw"], [channel.fileno()], [f"{window}"], run_dir=run_dir, environment={})
     try:

@@ -68,21 +68,7 @@ async def working_on(
     secrets: Mapping[str, int] = MappingProxyType({}),
     user: RunAs | None = None,
 ) -> AsyncIterator[Session]:
-    """A worker that has the chain open, its highest layer for writing; ended with the block.
-
-    Args:
-        chain: the layers; the device has the name of the chain's disk.
-        machine: whose chain it is.
-        qemu: the QEMU binary.
-        run_dir: the machine's run folder.
-        secrets: the descriptor from which QEMU reads the key of the disk, if it is encrypted.
-        user: whom it runs as, None for this user.
-
-    Raises:
-        StateError: somebody else has one of the layers open.
-        StoreMismatch: another file lies in the place of one of them.
-        QemuGone: QEMU does not start.
-    """
+    """A worker that has the chain open, its highest layer for writing; ended with the block."""
     folder = run_dir / FOLDER
     prepare_run_dir(folder)
     await to_read(lambda: require_recorded(chain.layers, machine=machine.name))

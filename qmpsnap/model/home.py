@@ -29,12 +29,7 @@ class Home(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], *, uid: int) -> Self:
-        """The places for a user: ``QMPSNAP_HOME``, or the XDG folders, or root's under ``/var`` and ``/run``.
-
-        Args:
-            environment: the process's environment.
-            uid: 0 for root.
-        """
+        """The places for a user: ``QMPSNAP_HOME``, or the XDG folders, or root's under ``/var`` and ``/run``."""
         user = Path(environment.get("HOME", "/"))
         cache = (_absolute(environment, "XDG_CACHE_HOME") or user / ".cache") / "qmpsnap"
         if home := environment.get("QMPSNAP_HOME"):

@@ -37,15 +37,7 @@ def is_text(name: str) -> bool:
 
 
 def check_name(name: str, what: str) -> str:
-    """Return ``name`` when a machine or snapshot may bear it.
-
-    Args:
-        name: the name as typed.
-        what: what it names ("machine", "snapshot"), for the message.
-
-    Raises:
-        NameRefused: it is not of the form ``[a-z0-9][a-z0-9._-]{0,62}``.
-    """
+    """Return ``name`` when a machine or snapshot may bear it."""
     if NAME.match(name):
         return name
     raise NameRefused(
@@ -55,11 +47,7 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_description(text: str) -> str:
-    """Return ``text`` when a snapshot may be described by it.
-
-    Raises:
-        UsageError: it is not text, or longer than anybody reads in a list.
-    """
+    """Return ``text`` when a snapshot may be described by it."""
     try:
         length = len(text.encode())
     except UnicodeEncodeError as error:

@@ -61,22 +61,12 @@ def wanted(request: SaveRequest) -> CreateRequest:
 
 
 async def save(context: Context, name: str, request: SaveRequest, *, report: Report = unreported) -> Snapshot:
-    """Save the machine and end its QEMU; returns the snapshot that holds it.
-
-    Raises:
-        QmpsnapError: as :func:`qmpsnap.ops.snapshot.create.run`; the guest runs on then.
-    """
+    """Save the machine and end its QEMU; returns the snapshot that holds it."""
     return await create.run(context, name, wanted(request), report=report)
 
 
 async def restore(context: Context, name: str, request: RestoreRequest) -> Reverted:
-    """Let a machine go on where it was saved.
-
-    Raises:
-        NotFoundError: it has no full snapshot.
-        StateError: the file is another machine's, or its snapshot is gone.
-        StoreMismatch: the file is none of ours, or not what was written.
-    """
+    """Let a machine go on where it was saved."""
     return await revert.run(context, name, await _wanted_back(context, name, request))
 
 

@@ -30,12 +30,6 @@ class PopPreview(Struct, frozen=True):
 async def pop(context: Context, name: str, *, discard: bool = False, report: Report = unreported) -> Reverted:
     """Go back to the current snapshot, without what was written since, and delete it; its parent is current then.
 
-    Args:
-        context: where.
-        name: the machine.
-        discard: agree to lose a snapshot that was not pushed, and what was written since.
-        report: told about the progress of jobs.
-
     Raises:
         StateError: there is no current snapshot, it was not pushed, or it cannot be gone back to.
         QmpsnapError: see :func:`revert.run` and :func:`delete.run`.

@@ -21,11 +21,6 @@ async def set_backing(
     """Let ``layer`` name ``backing`` as its backing (``qemu-img rebase -u``); fine if it does already.
 
     No data moves: only for a new backing that reads like the old one. ``key``: descriptor of an encrypted layer's key.
-
-    Raises:
-        StoreMismatch: the file is another one than recorded; it was not touched.
-        HostCannot: qemu-img is missing or fails.
-        DeadlinePassed: qemu-img did not end in time.
     """
     wanted = (backing.path if backing else None, backing.format if backing else None)
     with contextlib.ExitStack() as stack:
@@ -48,12 +43,7 @@ async def set_backing(
 
 @runs_to_end
 def require_backing(layer: Layer, backing: Layer | None) -> None:
-    """Make sure that the header of ``layer``, which a QEMU may have open, names ``backing``.
-
-    Raises:
-        StoreMismatch: it does not, or the file is another one than recorded.
-        HostCannot: it cannot be read.
-    """
+    """Make sure that the header of ``layer``, which a QEMU may have open, names ``backing``."""
     with _opened(layer) as descriptor:
         found = _header(descriptor, layer).backing
     if found != (backing.path if backing else None):
@@ -65,12 +55,7 @@ def require_backing(layer: Layer, backing: Layer | None) -> None:
 
 
 def require_size(layer: Layer, found: Header | None = None) -> None:
-    """Make sure that the image of a layer, whose header may have been ``found`` already, has its recorded size.
-
-    Raises:
-        StoreMismatch: it has another.
-        ImageRefused, HostCannot: as :func:`header.read`.
-    """
+    """Make sure that the image of a layer, whose header may have been ``found`` already, has its recorded size."""
     found = found or header.read(layer.path, format=layer.format, block_device=True)
     if found.virtual_size != layer.virtual_size:
         raise StoreMismatch(
@@ -83,13 +68,7 @@ def require_size(layer: Layer, found: Header | None = None) -> None:
 
 
 def durable_size(layer: Layer) -> int:
-    """Bytes for the guest by the file of ``layer``, which a QEMU may have open, once they are on the disk.
-
-    Raises:
-        StoreMismatch: the file is another one than recorded.
-        ImageRefused: it is not of its format.
-        HostCannot: it cannot be read, or not be written out.
-    """
+    """Bytes for the guest by the file of ``layer``, which a QEMU may have open, once they are on the disk."""
     with _opened(layer) as descriptor:
         try:
             os.fsync(descriptor)

@@ -15,17 +15,6 @@ async def copy_out(
     """Write a layer's content, its backing included, to a raw file.
 
     The layer must not be some running guest's active one.
-
-    Args:
-        layer: the layer.
-        target: the raw file, made or overwritten.
-        length: bytes from the beginning, a multiple of 1 MiB; None copies all.
-        qemu_img: the qemu-img binary.
-        deadline: seconds for the whole.
-
-    Raises:
-        HostCannot: qemu-img is missing, or failed; the message holds what it wrote.
-        DeadlinePassed: it took too long.
     """
     some = [] if length is None else [f"count={length // CHUNK}"]
     argv = [qemu_img, "dd", "-f", layer.format, "-O", "raw", f"bs={CHUNK}", *some, f"if={layer.path}", f"of={target}"]

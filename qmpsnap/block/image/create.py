@@ -95,14 +95,7 @@ class ImageTool(Struct, frozen=True):
         virtual_size: int,
         key: int | None = None,
     ) -> Header:
-        """Make an empty image without backing: verified, fsynced, mode 0600. Raw needs no qemu-img.
-
-        Raises:
-            ImageRefused: path or size cannot be used.
-            StateError: something is at ``path`` already.
-            HostCannot: qemu-img is missing or fails, no right, no space.
-            DeadlinePassed: qemu-img did not end in time.
-        """
+        """Make an empty image without backing: verified, fsynced, mode 0600. Raw needs no qemu-img."""
         place = _check_request(path, virtual_size)
         async with _claimed(place) as claim:
             if format == "raw":
@@ -163,10 +156,6 @@ def remove(path: str, *, device: int, inode: int, birth: int = 0, size: int | No
 
     ``size``: bytes that the file had when it was frozen, None where it was not or nobody knows; it counts where its
     birth does not tell whose number the inode has.
-
-    Raises:
-        StoreMismatch: another file is at ``path``; it was not touched.
-        HostCannot: no right, or the disk fails.
     """
     folder_path, name = os.path.split(path)
     with _translated(path, "was not removed"), contextlib.ExitStack() as stack:

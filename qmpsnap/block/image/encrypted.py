@@ -31,12 +31,7 @@ def alone(path: str) -> str:
 
 
 async def require_key(path: str, key: int, *, qemu_img: str, deadline: float = 60) -> None:
-    """Make sure that a key opens an image, which a guest may write to meanwhile.
-
-    Raises:
-        StateError: it does not.
-        HostCannot: qemu-img is missing, or cannot open the image for another reason.
-    """
+    """Make sure that a key opens an image, which a guest may write to meanwhile."""
     # "info" opens an image without a look at its key.
     argv = [qemu_img, "map", "-U", "--output=json", "--max-length=65536", *secret(key), alone(path)]
     late = f"opening {printable(path)} took longer than {deadline:g} s"

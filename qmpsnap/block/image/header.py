@@ -203,10 +203,6 @@ def is_empty(layer: Layer) -> bool:
     """Whether nothing was ever written to a layer: its L1 table is all zero and it holds no tag. Raw never is.
 
     A running QEMU may have a write under way that the file does not show yet.
-
-    Raises:
-        ImageRefused: not there, or not of its format.
-        HostCannot: no right to read it, or the disk fails.
     """
     if layer.format != "qcow2":
         return False
@@ -249,11 +245,7 @@ def require(
 
 
 def require_few_tags(path: str | os.PathLike[str], found: Header) -> None:
-    """Refuse an image with more snapshots inside than QEMU reads in any time, which it does whenever it opens it.
-
-    Raises:
-        ImageRefused: it has.
-    """
+    """Refuse an image with more snapshots inside than QEMU reads in any time, which it does whenever it opens it."""
     if found.internal_snapshots > MAX_TAGS:
         raise ImageRefused(
             f"image {printable(os.fspath(path))} has {found.internal_snapshots} internal snapshots, more than"

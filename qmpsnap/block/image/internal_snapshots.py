@@ -36,21 +36,7 @@ _CONSTANT: Final = 36
 async def take_out(
     source: Layer, tag: str, target: Layer, *, keep: bool, qemu_img: str, deadline: float = 3600
 ) -> Header:
-    """Make ``target`` hold what ``source`` held when the tag was made.
-
-    Args:
-        source: the image with the tag; nobody writes to it, and it is only read.
-        tag: its name there.
-        target: the new image; it has the same backing.
-        keep: leave the tag in the copy, for the memory it holds.
-        qemu_img: the qemu-img binary.
-        deadline: seconds for each step.
-
-    Raises:
-        StateError: there is a file already.
-        StoreMismatch: the source has no such tag.
-        HostCannot: no space, or qemu-img failed.
-    """
+    """Make ``target`` hold what ``source`` held when the tag was made."""
     await to_end(_copy, source.path, target.path, (source.device, source.inode, source.birth))
     try:
         inside = {found["name"] for found in await _inside(target.path, qemu_img, deadline)}
@@ -88,12 +74,7 @@ def _begins_like(target: str, source: str) -> bool:
 
 
 async def go_to(layer: Layer, tag: str, *, qemu_img: str, deadline: float = 600) -> None:
-    """Roll an image back to its tag. Nobody may have it open, and nobody else may read it.
-
-    Raises:
-        StoreMismatch: it is not the recorded file.
-        HostCannot: qemu-img failed.
-    """
+    """Roll an image back to its tag. Nobody may have it open, and nobody else may read it."""
     with contextlib.ExitStack() as stack:
         descriptor = await to_end(stack.enter_context, _opened(layer))
         # The very file that was looked at, whatever its name leads to by now.

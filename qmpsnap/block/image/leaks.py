@@ -31,15 +31,7 @@ def leaked(said: bytes) -> list[int]:
 
 
 def doubt(layer: Layer, clusters: Sequence[int]) -> str:
-    """Why leaked clusters of an image may hold what a lost table has named; empty where nothing says so.
-
-    Args:
-        layer: the image; nobody writes to it.
-        clusters: those that nothing refers to.
-
-    Raises:
-        HostCannot: it cannot be read.
-    """
+    """Why leaked clusters of an image may hold what a lost table has named; empty where nothing says so."""
     try:
         with opened(layer.path) as descriptor:
             found = header.inspect(descriptor, path=layer.path, format="qcow2")

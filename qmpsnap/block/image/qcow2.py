@@ -140,11 +140,6 @@ def backing_fault(name: str) -> str | None:
 def parse(data: bytes, file_size: int, *, path: str = "image") -> Header:
     """Check a qcow2 header and return what it says; identity and allocation stay 0. Pure.
 
-    Args:
-        data: the file's beginning, the whole first cluster at least.
-        file_size: length of the file in bytes.
-        path: only for messages.
-
     Raises:
         ImageRefused: the header is cut, damaged, hostile, or asks for something qmpsnap does not allow.
     """

@@ -33,11 +33,6 @@ async def run(
         inherited: open descriptors that its arguments speak of; it gets them under the same numbers.
         environment: its environment; None is ours.
         limit: bytes that are kept of each of its streams; None keeps all.
-
-    Raises:
-        DeadlinePassed: it was not done in time.
-        StorageHangs: it waits for a file, and does not get on.
-        HostCannot: it cannot be started.
     """
     said = {"out": b"", "err": b""}
 

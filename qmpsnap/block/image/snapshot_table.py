@@ -16,12 +16,7 @@ _LIMIT: Final = 16 << 20
 
 
 def names(layer: Layer) -> frozenset[str] | None:
-    """The tags in an image; None when the table cannot be read.
-
-    Raises:
-        ImageRefused: there is no image, or none of its format.
-        HostCannot: no right to read it, or the disk fails.
-    """
+    """The tags in an image; None when the table cannot be read."""
     if layer.format != "qcow2":
         return frozenset()
     found = header.read(layer.path, format=layer.format, block_device=True)

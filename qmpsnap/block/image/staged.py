@@ -23,13 +23,7 @@ def part_of(path: str, tag: str) -> str:
 
 @runs_to_end
 def put(part: str, path: str, file: FileId) -> None:
-    """Give a finished file its name, durably.
-
-    Raises:
-        StateError: something is there; it was not touched.
-        StoreMismatch: another file is where it was made; that was not touched.
-        HostCannot: the file system cannot.
-    """
+    """Give a finished file its name, durably."""
     try:
         os.link(part, path, follow_symlinks=False)
         if not _is(path, file):
@@ -48,12 +42,7 @@ def put(part: str, path: str, file: FileId) -> None:
 
 @runs_to_end
 def claim(part: str, path: str) -> None:
-    """Give a finished file its name durably, and leave it the one it has: by that it is told from others.
-
-    Raises:
-        StateError: something is there; it was not touched.
-        HostCannot: the file system cannot.
-    """
+    """Give a finished file its name durably, and leave it the one it has: by that it is told from others."""
     try:
         os.link(part, path, follow_symlinks=False)
         sync_folder(Path(path).parent)
@@ -65,12 +54,7 @@ def claim(part: str, path: str) -> None:
 
 @runs_to_end
 def make_durable(path: str, file: FileId) -> None:
-    """Write a file out, and its name.
-
-    Raises:
-        StoreMismatch: another file has that name.
-        HostCannot: the disk fails.
-    """
+    """Write a file out, and its name."""
     try:
         with opened(path) as descriptor:
             if not same_file(file, FileId.of(descriptor)):
@@ -83,11 +67,7 @@ def make_durable(path: str, file: FileId) -> None:
 
 @runs_to_end
 def discard(path: str, file: FileId) -> bool:
-    """Remove the file at that name if it is the one meant; say whether it was.
-
-    Raises:
-        HostCannot: no right, or the disk fails.
-    """
+    """Remove the file at that name if it is the one meant; say whether it was."""
     if not _is(path, file):
         return False
     try:
@@ -114,11 +94,7 @@ def require_folder(path: str) -> None:
 
 
 def _identity(path: str) -> FileId | None:
-    """Identity of the regular file at that name, None if there is none.
-
-    Raises:
-        HostCannot: nobody can tell.
-    """
+    """Identity of the regular file at that name, None if there is none."""
     try:
         with opened(path, os.O_PATH) as descriptor:
             return FileId.of(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None

@@ -19,12 +19,6 @@ _VERDICTS: dict[int, Verdict] = {0: "whole", 2: "damaged", 3: "leaks"}
 async def check(layer: Layer, *, qemu_img: str, key: int | None = None, deadline: float = 3600) -> tuple[Verdict, str]:
     """What qemu-img finds in a qcow2 image, and in its own words.
 
-    Args:
-        layer: the image; our own reader must have accepted it.
-        qemu_img: the qemu-img binary.
-        key: descriptor of an encrypted image's key.
-        deadline: seconds: all of the image's tables are read.
-
     Raises:
         HostCannot: qemu-img is missing, or could not check the image, of which nothing is known then.
         DeadlinePassed: it took too long.
@@ -37,12 +31,7 @@ async def check(layer: Layer, *, qemu_img: str, key: int | None = None, deadline
 
 
 async def give_back(layer: Layer, *, qemu_img: str, key: int | None = None, deadline: float = 3600) -> None:
-    """Free the leaked clusters of an image, after another look at it: nobody may have it open.
-
-    Raises:
-        StateError: they are none that only take space.
-        HostCannot, DeadlinePassed: as :func:`check`.
-    """
+    """Free the leaked clusters of an image, after another look at it: nobody may have it open."""
     verdict, said = await check(layer, qemu_img=qemu_img, key=key, deadline=deadline)
     if verdict == "leaks":
         await _run(layer, ["-r", "leaks"], qemu_img=qemu_img, key=key, deadline=deadline, effect="unknown")

@@ -57,12 +57,7 @@ def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: 
 
 
 def require_readable(layer: Layer) -> None:
-    """Make sure that nothing stands against a QEMU of ours reading an image that nobody may write to meanwhile.
-
-    Raises:
-        HostCannot: no right.
-        StateError: another process has it open for writing.
-    """
+    """Make sure that nothing stands against a QEMU of ours reading an image that nobody may write to meanwhile."""
     try:
         with opened(layer.path):
             pass

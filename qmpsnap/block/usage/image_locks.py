@@ -56,11 +56,7 @@ def _asked(path: str, places: Iterable[tuple[int, int]]) -> bool:
 
 
 def held(descriptor: int, which: tuple[int, int]) -> bool:
-    """Whether another process has locked any of these bytes of an open file.
-
-    Raises:
-        OSError: its file system knows no locks.
-    """
+    """Whether another process has locked any of these bytes of an open file."""
     question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *which, 0)
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)

@@ -61,11 +61,7 @@ def changed(layers: Iterable[Layer], known: Mapping[LayerId, History]) -> dict[L
 
 
 def trouble(layer: Layer) -> Trouble | None:
-    """Whether no file has a layer's name, or another than the recorded one; None also where nobody can tell.
-
-    Raises:
-        OSError: nobody can tell.
-    """
+    """Whether no file has a layer's name, or another than the recorded one; None also where nobody can tell."""
     found = FileId.at(layer.path)
     if found is None:
         return "missing"

@@ -85,11 +85,7 @@ class Document(Struct):
 
 
 def load(path: Path) -> str:
-    """The file's text, of which never more is read than a document may have.
-
-    Raises:
-        SpecError: it cannot be read, is too large or is not UTF-8.
-    """
+    """The file's text, of which never more is read than a document may have."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -109,10 +105,6 @@ def load(path: Path) -> str:
 
 def compose(text: str, source: str) -> Document:
     """The one document in ``text``.
-
-    Args:
-        text: YAML.
-        source: what errors call it, usually the file's name.
 
     Raises:
         SpecError: it is not YAML, or uses what the module's docstring says is refused.

@@ -16,11 +16,7 @@ PAIRS = (
 
 
 def find_firmware(pairs: Sequence[tuple[str, str]] = PAIRS) -> Firmware:
-    """The first pair that is there; ``vars`` is the template that each machine gets its own copy of.
-
-    Raises:
-        HostCannot: none of them is.
-    """
+    """The first pair that is there; ``vars`` is the template that each machine gets its own copy of."""
     for code, variables in pairs:
         if Path(code).is_file() and Path(variables).is_file():
             return Firmware(code=code, vars=variables)

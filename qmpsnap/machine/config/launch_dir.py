@@ -19,11 +19,7 @@ def tour() -> Path:
 
 
 def build_guest(folder: Path) -> None:
-    """Build the small guest in a folder, unless it is there and current.
-
-    Raises:
-        HostCannot: a package is missing or cannot be fetched.
-    """
+    """Build the small guest in a folder, unless it is there and current."""
     recipe = launch_dir() / "guest" / "build"
     done = subprocess.run([recipe, folder], check=False, capture_output=True, stdin=subprocess.DEVNULL)
     if done.returncode:

@@ -47,19 +47,12 @@ def read(path: Path, *, guest_dir: Path, profile_dir: Path) -> MachineSpec:
         path: the YAML file; relative paths in it start from its folder.
         guest_dir: the small guest's folder, what ``@guest/`` stands for.
         profile_dir: the folder of the shipped profiles.
-
-    Raises:
-        SpecError: the file cannot be read or describes no machine; nothing was created.
     """
     return parse(load(path), str(path), folder=path.parent, guest_dir=guest_dir, profile_dir=profile_dir)
 
 
 def parse(text: str, source: str, *, folder: Path, guest_dir: Path, profile_dir: Path) -> MachineSpec:
-    """The machine that the text describes, which errors call ``source``; see :func:`read`.
-
-    Raises:
-        SpecError: the text describes no machine; nothing was created.
-    """
+    """The machine that the text describes, which errors call ``source``; see :func:`read`."""
     document = _readable(compose(text, source), folder, guest_dir)
     if "profile" in (document.value if isinstance(document.value, dict) else ()):
         chosen = _profile(document, document.value.pop("profile"), profile_dir)
@@ -71,16 +64,7 @@ def parse(text: str, source: str, *, folder: Path, guest_dir: Path, profile_dir:
 
 
 def checked(spec: MachineSpec, *, folder: Path, guest_dir: Path) -> MachineSpec:
-    """The machine that a program describes, held to the same rules as a file's: its names become paths and arguments.
-
-    Args:
-        spec: the spec; its paths may be path-like objects, too.
-        folder: where relative paths start.
-        guest_dir: the small guest's folder.
-
-    Raises:
-        SpecError: it describes no machine; nothing was created.
-    """
+    """Hold a machine that a program describes to the rules of a file: its names become paths and arguments."""
     try:
         plain = msgspec.to_builtins(spec, enc_hook=os.fspath)
     except TypeError as error:

@@ -95,11 +95,7 @@ async def _kvm_runs(qemu: str, cache: Path, user: RunAs | None) -> bool:
 
 
 async def vcpu_runs(accel: str, *, qemu: str, deadline: float = PROBE_DEADLINE, user: RunAs | None = None) -> bool:
-    """Whether a virtual CPU executes code under ``accel``: the firmware's debug port says so by its first byte.
-
-    Raises:
-        HostCannot: there is no such QEMU.
-    """
+    """Whether a virtual CPU executes code under ``accel``: the firmware's debug port says so by its first byte."""
     argv = [
         qemu, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc", "-accel", accel, "-m", "32",
         "-chardev", "stdio,id=debug,signal=off", "-device", "isa-debugcon,iobase=0x402,chardev=debug",

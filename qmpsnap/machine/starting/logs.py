@@ -39,11 +39,7 @@ def prepare(folder: Path) -> None:
 
 
 def unlink_aliases(paths: Iterator[Path]) -> None:
-    """Remove the names that are links, or second names of another file; what they lead to stays.
-
-    Raises:
-        HostCannot: one cannot be removed.
-    """
+    """Remove the names that are links, or second names of another file; what they lead to stays."""
     for path in paths:
         try:
             status = path.lstat()

@@ -65,11 +65,7 @@ class RunAs(Struct, frozen=True):
 
     @classmethod
     def named(cls, wanted: str) -> Self | None:
-        """That user; None where it is this one.
-
-        Raises:
-            UsageError: as :meth:`from_environment`.
-        """
+        """That user; None where it is this one."""
         try:
             entry = pwd.getpwuid(int(wanted)) if wanted.isascii() and wanted.isdigit() else pwd.getpwnam(wanted)
         except (KeyError, OverflowError, ValueError):
@@ -155,11 +151,7 @@ def obstacle(user: RunAs, path: str, *, write: bool) -> str:
 
 
 def require_access(user: RunAs, path: str, *, machine: str, write: bool = False) -> None:
-    """Make sure that a user can open a file.
-
-    Raises:
-        HostCannot: it cannot.
-    """
+    """Make sure that a user can open a file."""
     if remedy := obstacle(user, path, write=write):
         raise HostCannot(
             f"QEMU's user {user.name} ({VARIABLE}) has no permission to {'write' if write else 'read'} {path},"
@@ -170,11 +162,7 @@ def require_access(user: RunAs, path: str, *, machine: str, write: bool = False)
 
 
 def admit(path: str | os.PathLike[str], user: int, wanted: int) -> None:
-    """Let a user do that much to a file or folder of ours.
-
-    Raises:
-        HostCannot: its file system keeps no access control lists.
-    """
+    """Let a user do that much to a file or folder of ours."""
     try:
         with files.opened(path) as descriptor:
             acl.grant(descriptor, user, wanted)
@@ -295,17 +283,7 @@ def make_private(path: Path, what: str) -> None:
 
 
 def prepare_folder(folder: Path, user: RunAs | None, made: Sequence[str], *, log: str) -> None:
-    """Make a run folder ready for a QEMU of that user, or of ours; what another's has left there is no obstacle.
-
-    Args:
-        folder: the run folder, ours.
-        user: whom QEMU runs as, None for this user.
-        made: what QEMU makes in it.
-        log: which of them it appends to.
-
-    Raises:
-        HostCannot: the file system keeps no access control lists.
-    """
+    """Make a run folder ready for a QEMU of that user, or of ours; what another's has left there is no obstacle."""
     if os.geteuid() != 0:
         return
     try:

@@ -36,11 +36,7 @@ class Abilities(Struct, frozen=True, kw_only=True):
     tcg_cpu: str
 
     def versioned(self, machine_type: str) -> str:
-        """The versioned name behind an alias such as ``q35``; a full name is itself.
-
-        Raises:
-            SpecError: this QEMU has no such machine type.
-        """
+        """The versioned name behind an alias such as ``q35``; a full name is itself."""
         for name, alias in self.machine_types.items():
             if machine_type in (alias, name):
                 return name
@@ -51,16 +47,7 @@ class Abilities(Struct, frozen=True, kw_only=True):
 
 
 async def ask(qemu: str, cache: Path | None, *, user: RunAs | None = None) -> Abilities:
-    """The binary's abilities, from the cache where it is the same file as then; without a cache nothing is kept.
-
-    Args:
-        qemu: the binary.
-        cache: the folder of answers.
-        user: whom it runs as, None for this user: what it can do depends on that.
-
-    Raises:
-        HostCannot: there is no such binary, or it does not start.
-    """
+    """The binary's abilities, from the cache where it is the same file as then; without a cache nothing is kept."""
     binary = shutil.which(qemu)
     if binary is None:
         raise HostCannot(

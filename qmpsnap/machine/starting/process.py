@@ -47,18 +47,7 @@ def spawn(
     rights: Privileges = PLAIN,
     logs: Path | None = None,
 ) -> Process:
-    """Start QEMU in ``run_dir``, in a session of its own; its output is appended to a new ``qemu.log``.
-
-    Args:
-        argv: QEMU and its arguments.
-        run_dir: its working directory.
-        inherited: open descriptors that it keeps, under their numbers.
-        rights: what it may do.
-        logs: the folder of its log; by default its working directory.
-
-    Raises:
-        HostCannot: there is no such program, or it may not be run.
-    """
+    """Start QEMU in ``run_dir``, in a session of its own; its output is appended to a new ``qemu.log``."""
     import subprocess
 
     log = (logs or run_dir) / QEMU_LOG
@@ -141,13 +130,7 @@ def existing(pid: int) -> Process | None:
 
 
 def launched(first: Process, argv: Sequence[str], run_dir: Path) -> tuple[Process, ...]:
-    """What still runs of a launch: a wrapper need not become QEMU, nor wait for it.
-
-    Args:
-        first: from :func:`spawn`.
-        argv: what was started.
-        run_dir: its working directory.
-    """
+    """What still runs of a launch: a wrapper need not become QEMU, nor wait for it."""
     given = b"\0".join(os.fsencode(argument) for argument in argv[1:]) + b"\0"
     found = []
     for pid in _pids():

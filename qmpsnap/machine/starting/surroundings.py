@@ -58,11 +58,7 @@ def raise_limits(pid: int) -> None:
 
 
 def require_room(chains: Iterable[Chain], *, machine: str) -> None:
-    """Make sure that the guest can write to all of each disk: beyond the limit of a file's size its writes would fail.
-
-    Raises:
-        HostCannot: the hard limit, which we cannot raise, is smaller than a disk.
-    """
+    """Make sure that no disk is larger than a file may be: the guest's writes beyond the limit would fail."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     for chain in chains:
         if hard not in (resource.RLIM_INFINITY, -1) and chain.active.virtual_size > hard:

@@ -68,11 +68,7 @@ class Chain(Struct, frozen=True):
         return tuple(layer.id for layer in self.layers)
 
     def layer(self, layer_id: str) -> Layer:
-        """The layer of that id.
-
-        Raises:
-            NotFoundError: the chain has no such layer.
-        """
+        """The layer of that id."""
         for layer in self.layers:
             if layer.id == layer_id:
                 return layer

@@ -116,11 +116,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
 
 
 def require_snapshot(snapshots: Iterable[Snapshot], name: str, *, machine: str) -> Snapshot:
-    """The snapshot of that name.
-
-    Raises:
-        NotFoundError: the machine has none.
-    """
+    """The snapshot of that name."""
     for snapshot in snapshots:
         if snapshot.name == name:
             return snapshot

@@ -85,15 +85,7 @@ class Inside(Struct, frozen=True, kw_only=True):
 
 
 def hardware_of(spec: MachineSpec, *, uuid: str, accel: str, qemu_version: str, host_cpu: str) -> Hardware:
-    """The hardware that a spec describes, on this host.
-
-    Args:
-        spec: the machine's spec.
-        uuid: the machine's.
-        accel: what ``auto`` has come to.
-        qemu_version: of the QEMU that runs it, or would.
-        host_cpu: the host's CPU model.
-    """
+    """The hardware that a spec describes, on this host."""
     cpu = spec.cpu_under(accel)
     disks = (
         f"disk {disk.name} on {disk.bus}{', read-only' if disk.read_only else ''}{_write_cache(disk.cache)}"

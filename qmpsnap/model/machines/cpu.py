@@ -13,10 +13,6 @@ NOT_KEPT = frozenset({"pcommit"})
 def static_model(nothing: Mapping[str, Value], wanted: Mapping[str, Value]) -> str:
     """The argument of ``-cpu`` for a model as it is now: the static one, and what this one has besides; pure.
 
-    Args:
-        nothing: the properties of :data:`STATIC` (``query-cpu-model-expansion``, type ``static``).
-        wanted: those of the model.
-
     Returns:
         Empty where it cannot be written down: ``-cpu`` takes no value with a comma.
     """

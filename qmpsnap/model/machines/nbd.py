@@ -42,11 +42,7 @@ def is_uri(text: str) -> bool:
 
 
 def parse(uri: str) -> NbdExport:
-    """The export that ``nbd://host[:port]/name`` or ``nbd+unix:///name?socket=PATH`` names.
-
-    Raises:
-        UsageError: it is no such URI.
-    """
+    """The export that ``nbd://host[:port]/name`` or ``nbd+unix:///name?socket=PATH`` names."""
     try:
         parts = urlsplit(uri)
         query = parse_qs(parts.query, strict_parsing=True) if parts.query else {}

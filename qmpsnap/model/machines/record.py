@@ -67,11 +67,7 @@ class Machine(Struct, frozen=True, kw_only=True):
         return self.adopted.sent(arguments) if self.adopted else arguments
 
     def require_disk(self, name: str) -> DiskSpec:
-        """The disk of that name.
-
-        Raises:
-            NotFoundError: the machine has none.
-        """
+        """The disk of that name."""
         if disk := self.spec.disk(name):
             return disk
         known = ", ".join(disk.name for disk in self.spec.disks)

@@ -50,11 +50,7 @@ class Secret:
 
 
 def given(secrets: Mapping[str, bytes]) -> dict[str, Secret]:
-    """Keys that a program hands over, by ``machine/disk``.
-
-    Raises:
-        UsageError: one cannot be used.
-    """
+    """Keys that a program hands over, by ``machine/disk``."""
     return {place: Secret(value, what=f"the secret of {place}") for place, value in secrets.items()}
 
 

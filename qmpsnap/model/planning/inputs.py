@@ -74,11 +74,7 @@ class PlanInputs(Struct, frozen=True, kw_only=True):
 
     @property
     def machine(self) -> Machine:
-        """The machine as recorded.
-
-        Raises:
-            NotFoundError: there is none of that name.
-        """
+        """The machine as recorded."""
         if self.basis.record is None:
             raise NotFoundError(f"there is no machine {self.basis.name!r}", machine=self.basis.name)
         return self.basis.record

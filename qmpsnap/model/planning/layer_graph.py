@@ -38,11 +38,7 @@ class Forest(Struct, frozen=True):
     references: tuple[Reference, ...]
 
     def layer(self, layer: LayerId) -> Layer:
-        """One layer.
-
-        Raises:
-            NotFoundError: there is none of that id.
-        """
+        """One layer."""
         if found := self.layers.get(layer):
             return found
         raise NotFoundError(f"there is no layer {layer}", hint=call("chains", "VM") + " lists the layers")
@@ -73,13 +69,7 @@ class Forest(Struct, frozen=True):
     def readers(
         self, layer: LayerId, *, but_layer: LayerId | None = None, but_snapshots_of: str | None = None
     ) -> tuple[str, ...]:
-        """Who would notice if the layer changed, one short phrase each: snapshots, active disks and layers above.
-
-        Args:
-            layer: the layer.
-            but_layer: a layer above that does not count.
-            but_snapshots_of: a machine whose snapshots do not count.
-        """
+        """Who would notice if the layer changed, one short phrase each: snapshots, active disks and layers above."""
         return (
             *(
                 f"snapshot {r.snapshot} of machine {r.machine}"
@@ -146,11 +136,7 @@ class Forest(Struct, frozen=True):
 
 
 def based(found: Iterable[Layer]) -> tuple[Layer, ...]:
-    """The layers of a chain, base first.
-
-    Raises:
-        LayersCircular: one is there twice: it has no base.
-    """
+    """The layers of a chain, base first."""
     layers = tuple(found)
     if len(layers) > len({layer.id for layer in layers}):
         raise LayersCircular(

@@ -29,12 +29,6 @@ def consumed_by_commit(at: Situation, disk: str, chain: Chain, *, base: LayerId,
 def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge:
     """A commit of the layers above ``base`` up to ``top`` into ``base``.
 
-    Args:
-        at: the situation.
-        chain: the chain both are in.
-        base: the layer that is written to.
-        top: the highest layer that goes.
-
     Raises:
         NotFoundError: the chain has no such layer.
         StateError: base is not below top, is not ours, or somebody else reads what would change.
@@ -88,12 +82,6 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
 
 def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) -> Merge:
     """A stream of what lies between ``base`` and ``into`` into ``into``. No snapshot is harmed by it.
-
-    Args:
-        at: the situation.
-        chain: the chain both are in.
-        into: the layer that is written to.
-        base: its backing afterwards; None makes it stand alone.
 
     Raises:
         NotFoundError: the chain has no such layer.
@@ -157,10 +145,6 @@ class DiskReduction(Struct, frozen=True):
 
 def reduce(at: Situation, candidates: Collection[LayerId]) -> tuple[DiskReduction, ...]:
     """Get rid of layers that no snapshot needs, moving as few bytes as possible and none twice.
-
-    Args:
-        at: the situation, the snapshots gone already.
-        candidates: the layers to look at.
 
     Returns:
         One entry per run of layers. Layers that several others read stay, hidden.

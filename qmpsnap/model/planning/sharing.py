@@ -47,12 +47,6 @@ class Uses(Struct, frozen=True):
 def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[Operation]) -> None:
     """Make sure that nobody else has to do with what a plan changes, and nobody changes what it reads.
 
-    Args:
-        machine: whose plan it is.
-        plan: what is about to be opened.
-        forest: the store now.
-        others: the open operations of all other machines.
-
     Raises:
         StateError: another machine has begun to read what changes or to write to what is read, or a layer has gone.
         OperationPending: the operation of another machine is in the way.
@@ -85,16 +79,7 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
 
 
 def require_unchanged(plan: Plan, basis: Basis, now: Basis) -> None:
-    """Make sure that what a plan was made from is still so; what others read or write to, the rules above compare.
-
-    Args:
-        plan: what is about to be opened.
-        basis: what it was made from.
-        now: the same as the store says it now.
-
-    Raises:
-        StateError: it is not.
-    """
+    """Make sure that what a plan was made from is still so; what others read or write to, the rules above compare."""
     changed = ""
     if replace(basis, forest=now.forest) != now:
         changed = f"what the store says of machine {basis.name}"
@@ -107,11 +92,7 @@ def require_unchanged(plan: Plan, basis: Basis, now: Basis) -> None:
 
 
 def require_unused(machine: str, gone: Sequence[Layer], forest: Forest, others: Sequence[Operation]) -> None:
-    """Make sure that no open operation of another machine has to do with layers that are about to go.
-
-    Raises:
-        OperationPending: one has.
-    """
+    """Make sure that no open operation of another machine has to do with layers that are about to go."""
     names = _names(gone)
     for other in others:
         theirs = uses(other.plan, forest)

@@ -31,11 +31,7 @@ def user_of(context: Context, machine: Machine) -> int | None:
 
 
 def shown(machine: Machine, process: Process | None) -> tuple[str | None, tuple[str, ...]]:
-    """Who a machine's QEMU runs as, or would, and what it lacks for that; None where it is stopped, or another's.
-
-    Raises:
-        UsageError: ``QMPSNAP_RUN_AS`` names nobody who could be.
-    """
+    """Who a machine's QEMU runs as, or would, and what it lacks for that; None where it is stopped, or another's."""
     if machine.adopted:
         return None, ()
     user = RunAs.from_environment(os.environ)
@@ -50,11 +46,7 @@ def shown(machine: Machine, process: Process | None) -> tuple[str | None, tuple[
 
 
 async def new_files(context: Context, machine: Machine, paths: Sequence[str]) -> None:
-    """Let the machine's QEMU open files that we have just made for it.
-
-    Raises:
-        HostCannot: their file system keeps no access control lists.
-    """
+    """Let the machine's QEMU open files that we have just made for it."""
     if os.geteuid() == 0 and (user := user_of(context, machine)) is not None:
         for path in paths:
             await to_end(privileges.admit, path, user, READ_WRITE)

@@ -11,11 +11,7 @@ from qmpsnap.ops.base.context import Context
 
 
 def require(machine: Machine) -> None:
-    """Make sure that somebody whom this user trusts has agreed to the arguments as they are recorded now.
-
-    Raises:
-        StateError: nobody has; whoever writes to the store could have any program run.
-    """
+    """Make sure that somebody whom this user trusts has agreed to the arguments as they are recorded now."""
     extra = machine.spec.extra
     if not extra or (machine.consent and machine.consent.covers(extra, user=os.geteuid())):
         return

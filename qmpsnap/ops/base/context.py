@@ -90,10 +90,6 @@ class Context(Struct, frozen=True, kw_only=True):
         Args:
             machine: the machine.
             look: only to ask: while somebody works on the machine, and has its monitor, by the one that is the user's.
-
-        Raises:
-            QemuGone: QEMU runs, but nobody answers on its monitor.
-            DeadlinePassed: QEMU runs, but its monitor stays silent.
         """
         process = await unless_ending(self.process(machine))
         if process is None:
@@ -222,12 +218,6 @@ async def in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
 async def locked(context: Context, name: str, verb: str, *, anywhere: bool = False) -> AsyncIterator[None]:
     """Hold the lock of a machine, which need not exist yet.
 
-    Args:
-        context: where.
-        name: the machine.
-        verb: what the lock is held for, as others will be told.
-        anywhere: also in a home that lies elsewhere than its headers and records say.
-
     Raises:
         LockHeld: another controller works on it.
         OperationPending: storage hung while one did, and its thread has not come back.
@@ -269,9 +259,6 @@ async def guarded(context: Context, machine: Machine, *, when: bool) -> AsyncIte
 
     Yields :meth:`qmpsnap.machine.watch.Watch.ready`, which comes before whatever holds the guest; until then the guard
     starts beside the block.
-
-    Raises:
-        HostCannot: no guard can be started.
     """
     if not when:
         yield lowlevel.checkpoint
@@ -293,11 +280,7 @@ def require_own(context: Context, machine: Machine) -> None:
 
 
 def require_folder(home: Home, machine: str) -> None:
-    """Refuse a machine whose folder is another one by now: new layers would go there, and others be looked for.
-
-    Raises:
-        StoreMismatch: it is a link, or no folder.
-    """
+    """Refuse a machine whose folder is another one by now: new layers would go there, and others be looked for."""
     folder = home.machine_dir(machine)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise StoreMismatch(
@@ -308,15 +291,7 @@ def require_folder(home: Home, machine: str) -> None:
 
 
 def require_spec(machine: Machine, what: str) -> None:
-    """Refuse what takes a QEMU that we can start, for a machine that was adopted.
-
-    Args:
-        machine: the machine.
-        what: what cannot be done, for the message.
-
-    Raises:
-        StateError: somebody else launches it.
-    """
+    """Refuse what takes a QEMU that we can start, for a machine that was adopted."""
     if machine.adopted:
         raise StateError(
             f"machine {machine.name} was adopted: qmpsnap does not launch its QEMU, has no spec of it and"

@@ -46,11 +46,7 @@ class Room(NamedTuple):
 
 
 def room(folder: str | os.PathLike[str]) -> Room:
-    """The file system that a folder lies on.
-
-    Raises:
-        HostCannot: there is no such folder, or it cannot be looked at.
-    """
+    """The file system that a folder lies on."""
     try:
         status, device = os.statvfs(folder), Path(folder).stat().st_dev
     except OSError as error:

@@ -62,11 +62,7 @@ def original(record: HomeRecord, home: Home) -> str | None:
 
 
 def require_here(home: Home, store: Store, host: str) -> None:
-    """Refuse to change anything by headers and records that name another folder.
-
-    Raises:
-        StoreMismatch: they do; nothing was changed.
-    """
+    """Refuse to change anything by headers and records that name another folder."""
     if old := recorded_elsewhere(home, store, host):
         raise StoreMismatch(sentence(home, old), hint=REMEDY)
 

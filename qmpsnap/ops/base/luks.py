@@ -29,12 +29,7 @@ WRONG = "Invalid password"
 
 @asynccontextmanager
 async def for_images(context: Context, machine: str, disk: DiskSpec) -> AsyncIterator[int | None]:
-    """A descriptor that qemu-img can read a disk's key from, as often as it likes; None for a disk that has none.
-
-    Raises:
-        UsageError: nobody has given the key, or it cannot be used.
-        HostCannot: its file cannot be read, or others can read it.
-    """
+    """A descriptor that qemu-img can read a disk's key from, as often as it likes; None for a disk that has none."""
     if disk.encryption is None:
         yield None
         return
@@ -62,12 +57,7 @@ async def for_layer(context: Context, machine: Machine, layer: Layer) -> AsyncIt
 
 
 async def require(context: Context, machine: Machine, chains: Iterable[Chain]) -> None:
-    """Make sure that the keys at hand open the machine's disks, before a QEMU ends that has them open.
-
-    Raises:
-        StateError: one does not.
-        QmpsnapError: one cannot be had; see :func:`for_images`.
-    """
+    """Make sure that the keys at hand open the machine's disks, before a QEMU ends that has them open."""
     for chain in chains:
         async with for_images(context, machine.name, machine.require_disk(chain.disk)) as key:
             if key is not None:
@@ -76,11 +66,7 @@ async def require(context: Context, machine: Machine, chains: Iterable[Chain]) -
 
 @asynccontextmanager
 async def for_qemu(context: Context, machine: Machine, disks: Iterable[DiskSpec]) -> AsyncIterator[dict[str, int]]:
-    """The descriptors from which one QEMU that is started in the block reads the disks' keys, by the disks' names.
-
-    Raises:
-        StateError: QEMU did not start, as a key does not open an image.
-    """
+    """The descriptors from which one QEMU that is started in the block reads the disks' keys, by the disks' names."""
     with ExitStack() as stack:
         pipes = {}
         for disk in disks:
@@ -116,11 +102,7 @@ async def worker_on(context: Context, machine: Machine, chain: Chain) -> AsyncIt
 
 
 def require_plain(machine: Machine, what: str, hint: str) -> None:
-    """Refuse what would leave a trace of an encrypted disk in the clear.
-
-    Raises:
-        StateError: the machine has such a disk.
-    """
+    """Refuse what would leave a trace of an encrypted disk in the clear."""
     if sealed := [disk.name for disk in machine.spec.disks if disk.encryption]:
         raise StateError(
             f"disk {', '.join(sealed)} of machine {machine.name} is encrypted: {what}",

@@ -21,11 +21,6 @@ from qmpsnap.ops.base.context import Context
 async def require_free(context: Context, machine: str, files: Mapping[str, str]) -> None:
     """Make sure that new layers can be made there.
 
-    Args:
-        context: where.
-        machine: the machine.
-        files: disk to absolute path.
-
     Raises:
         UsageError: no absolute path, one path twice, or a place where qmpsnap keeps layers under names of its own.
         ImageRefused: a path that QEMU would not understand as the name of a file.

@@ -30,11 +30,7 @@ EMPTY_LIMIT = 8 << 20
 
 
 def overlay_on(chain: Chain, serial: OperationId, folder: str) -> Layer:
-    """A new empty layer on top of a chain.
-
-    Raises:
-        StateError: the chain has as many layers as one can have.
-    """
+    """A new empty layer on top of a chain."""
     require_room(chain.disk, len(chain.layers))
     identity = layer_id(chain.disk, serial)
     return Layer(
@@ -47,11 +43,7 @@ def overlay_on(chain: Chain, serial: OperationId, folder: str) -> Layer:
 
 
 def require_room(disk: str, layers: int) -> None:
-    """Make sure that one more layer fits on a chain, so that every chain that is made can be read again.
-
-    Raises:
-        StateError: it does not; the hint is what makes the chain shorter.
-    """
+    """Make sure that one more layer fits on a chain, so that every chain that is made can be read again."""
     if layers >= MAX_LAYERS:
         raise StateError(
             f"disk {disk} has {layers} layers, the maximum of a chain ({MAX_LAYERS})",
@@ -109,11 +101,7 @@ def headers_of(layers: Iterable[Layer]) -> dict[LayerId, Header]:
 
 
 def require_planned(overlays: Iterable[Overlay]) -> None:
-    """Make sure that what lies at the places of new layers nobody has used yet is still what was made there.
-
-    Raises:
-        StoreMismatch: it is not; it was left as it is.
-    """
+    """Make sure that what lies at the places of new layers nobody has used yet is still what was made there."""
     for overlay in overlays:
         whole = _identity_of_new(overlay.layer, overlay.backing.path) is not None
         if not whole or header.read(overlay.layer.path, format="qcow2").backing != overlay.backing.path:
@@ -125,10 +113,6 @@ def require_free(paths: Iterable[str]) -> None:
 
     Undoing an operation removes what it may have made: what was there before must never become part of one. With a
     store put back from an older copy the next serial number is in use already, by a layer of the guest's.
-
-    Raises:
-        StateError: something is there.
-        HostCannot: nobody can tell.
     """
     for path in paths:
         try:
@@ -147,9 +131,6 @@ async def remove_new(made: Iterable[Layer | Overlay]) -> None:
     """Remove images that an operation made and nobody has used; whatever looks used is left and said.
 
     Of an :class:`Overlay` the name of its backing is compared, too; a layer alone does not tell it.
-
-    Raises:
-        StoreMismatch: what is there holds something, or is another image than was planned.
     """
     for one in made:
         layer, below = (one, None) if isinstance(one, Layer) else (one.layer, one.backing.path)

@@ -84,11 +84,6 @@ class Look(Struct, frozen=True):
 async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = False) -> Relocated:
     """Let a home go on at the path where it is, with the files that are there.
 
-    Args:
-        context: where.
-        accept_copies: take over candidate copies: files whose headers fit, and whose content nobody can compare.
-        dry_run: only compare.
-
     Raises:
         StateError: there are candidate copies and nobody has agreed, or a machine runs; nothing was changed.
         LockHeld: a controller works on a machine.
@@ -127,12 +122,7 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
 
 
 async def go_on(context: Context) -> None:
-    """End a relocation of this home that was agreed to and interrupted; nothing where there is none.
-
-    Raises:
-        LockHeld: a controller works on a machine.
-        HostCannot: a header or the store cannot be written.
-    """
+    """End a relocation of this home that was agreed to and interrupted; nothing where there is none."""
     record = await blocking(context.store.home.record)
     if record is None or record.moving is None or record.moving.now != str(context.home.data):
         return

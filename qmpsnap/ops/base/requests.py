@@ -27,11 +27,7 @@ _Request = TypeVar("_Request", bound=Struct)
 
 
 def well_typed(request: _Request) -> _Request:
-    """The request, if each field is what its type says: a mistyped word must not pass for a weaker wish.
-
-    Raises:
-        UsageError: one is not.
-    """
+    """The request, if each field is what its type says: a mistyped word must not pass for a weaker wish."""
     try:
         return msgspec.convert(msgspec.to_builtins(request, builtin_types=(bytes,)), type(request))
     except (msgspec.ValidationError, TypeError) as error:
@@ -57,15 +53,6 @@ async def require_told(machine: Machine, qemu: Monitor, *, doing: str, hint: str
     """Make sure that memory taken from this QEMU, or loaded into it, comes with whether its guest sleeps.
 
     An earlier QEMU loads the memory of a guest that slept as that of one that runs, which nothing wakes any more.
-
-    Args:
-        machine: the machine.
-        qemu: its monitor.
-        doing: what cannot be done with a sleeping guest's memory.
-        hint: what can be done instead of waking it.
-
-    Raises:
-        StateError: it sleeps, and QEMU would forget it.
     """
     if (await commands.query_status(qemu)).status != runstate.SUSPENDED:
         return
@@ -82,12 +69,7 @@ async def require_told(machine: Machine, qemu: Monitor, *, doing: str, hint: str
 def snapshot_name(
     machine: Machine, chains: Iterable[Chain], snapshots: Sequence[Snapshot], name: str | None, *, prefix: str = "snap"
 ) -> str:
-    """The name as asked for, or the next free one.
-
-    Raises:
-        NameRefused: it is not allowed.
-        NameTaken: the machine has a snapshot of that name.
-    """
+    """The name as asked for, or the next free one."""
     if name is None:
         taken = {snapshot.name for snapshot in snapshots}
         return free_name(prefix, taken, layered=layered(machine, chains))
@@ -124,11 +106,7 @@ def require_snapshot_name(machine: Machine, chains: Iterable[Chain], name: str) 
 
 
 def require_free_name(snapshots: Iterable[Snapshot], name: str, *, machine: str) -> None:
-    """Make sure that no snapshot of the machine has that name.
-
-    Raises:
-        NameTaken: one has.
-    """
+    """Make sure that no snapshot of the machine has that name."""
     for snapshot in snapshots:
         if snapshot.name == name:
             raise NameTaken(
@@ -146,26 +124,13 @@ def automatic_name(taken: Collection[str], serial: OperationId, *, layered: Coll
 
 
 def require_time(value: float | None, what: str) -> None:
-    """Make sure that a wait ends: compared with NaN no time is ever over.
-
-    Args:
-        value: seconds or milliseconds; None says nothing.
-        what: what it is, for the message.
-
-    Raises:
-        UsageError: it is no number from zero up.
-    """
+    """Make sure that a wait ends: compared with NaN no time is ever over."""
     if value is not None and not 0 <= value < math.inf:
         raise UsageError(f"{what} cannot be {value:g}", hint="use zero or a positive number")
 
 
 def disks(machine: Machine, wanted: tuple[str, ...] | None, *, lacking: frozenset[str] = frozenset()) -> frozenset[str]:
-    """The disks as asked for; without a wish all that the spec does not leave out and QEMU does not lack.
-
-    Raises:
-        NotFoundError: no disk of that name.
-        StateError: a disk never changes, or there is none.
-    """
+    """The disks as asked for; without a wish all that the spec does not leave out and QEMU does not lack."""
     if wanted is None:
         chosen = [disk.name for disk in machine.spec.disks if disk.snapshot and not disk.read_only]
         chosen = [disk for disk in chosen if disk not in lacking]

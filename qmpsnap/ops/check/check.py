@@ -49,17 +49,6 @@ async def run(context: Context, name: str, *, deep: bool = False, mend: bool = F
     """Hold a machine to the invariants of docs/explanation/how-it-works.md.
 
     Without ``mend`` nothing is changed and no lock is taken: whoever works on the machine is named instead.
-
-    Args:
-        context: where.
-        name: the machine.
-        deep: also read every image's tables and every state file.
-        mend: put right what can be put right without losing anything; nothing is deleted.
-
-    Raises:
-        NotFoundError: no such machine.
-        ForeignHost: it is another host's.
-        LockHeld: with ``mend``: another controller works on it.
     """
     machine = await context.astore.machine(name)
     require_own(context, machine)

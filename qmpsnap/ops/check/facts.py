@@ -152,14 +152,7 @@ async def record(context: Context, name: str) -> Record:
 
 
 async def gather(context: Context, name: str, *, qemu: Monitor | None = None, own: bool = False) -> Facts:
-    """Look at a machine; nothing is changed, and a QEMU that hangs is waited for no longer than its monitor's deadline.
-
-    Args:
-        context: where.
-        name: the machine.
-        qemu: its monitor, where the caller holds it.
-        own: the caller holds the machine's lock.
-    """
+    """Look at a machine without changing it; a QEMU that hangs is given up at its monitor's deadline."""
     before = await record(context, name)
     for _ in range(LOOKS):
         busy = None if own else lock.holder(context.home.lock(name))

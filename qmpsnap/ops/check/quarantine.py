@@ -28,11 +28,6 @@ class Moved(Struct, frozen=True):
 def move(home: Home, finding: Finding, entry: Entry) -> Moved:
     """Move what a finding is about into the machine's quarantine folder, durably.
 
-    Args:
-        home: where.
-        finding: why.
-        entry: the file as it was looked at.
-
     Raises:
         StoreMismatch: another file has that name by now; it was not touched.
         HostCannot: it lies on another file system than store and machines, or there is no right or space.

@@ -102,12 +102,7 @@ async def _thaw(context: Context, machine: Machine) -> None:
 
 
 def close_to_others(entry: Entry) -> None:
-    """Take the rights of other users away from the very file that was looked at.
-
-    Raises:
-        StoreMismatch: another file has that name by now.
-        HostCannot: it is not this user's.
-    """
+    """Take the rights of other users away from the very file that was looked at."""
     try:
         with opened(entry.path) as descriptor:
             status = os.fstat(descriptor)

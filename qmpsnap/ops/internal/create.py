@@ -121,11 +121,7 @@ def plan(
 
 
 async def create(context: Context, name: str, request: InternalRequest, *, report: Report = unreported) -> Snapshot:
-    """Take the snapshot; returns it as recorded.
-
-    Raises:
-        QmpsnapError: see :func:`plan`; besides, the families of lock, host, QEMU and deadline.
-    """
+    """Take the snapshot; returns it as recorded."""
     _require_possible(request)
     async with working(context, name, "snapshot create") as session:
         basis = await context.astore.basis(name)

@@ -56,11 +56,7 @@ async def _tag_held(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: F
 
 
 async def require_held(qemu: Monitor) -> None:
-    """Make sure that the guest stands still after ``stop``: QEMU before 9.0 does not stop one that has gone to sleep.
-
-    Raises:
-        StateError: it has, in this very moment.
-    """
+    """Make sure that the guest is paused after ``stop``: QEMU before 9.0 does not stop a suspended one."""
     if await commands.run_state(qemu) == runstate.SUSPENDED:
         raise StateError("the guest suspended itself just now", hint="try again")
 
@@ -72,11 +68,7 @@ async def keep_variables(planned: InternalPlan) -> None:
 
 
 def copy_variables(source: str, target: str) -> None:
-    """Copy a UEFI variable store durably over whatever ``target`` was.
-
-    Raises:
-        HostCannot: the source is not there, or there is no space.
-    """
+    """Copy a UEFI variable store durably over whatever ``target`` was."""
     try:
         replace_durably(target, Path(source).read_bytes())
     except OSError as error:
@@ -84,11 +76,7 @@ def copy_variables(source: str, target: str) -> None:
 
 
 def copy_variables_once(source: str, target: str) -> None:
-    """The same, unless that was done already: by now ``source`` may have been replaced.
-
-    Raises:
-        HostCannot: as :func:`copy_variables`.
-    """
+    """The same, unless that was done already: by now ``source`` may have been replaced."""
     if not Path(target).exists():
         copy_variables(source, target)
         return
@@ -134,11 +122,7 @@ async def open_in(context: Context, machine: Machine, monitor: Monitor | None, c
 async def remove_tag(
     context: Context, machine: Machine, monitor: Monitor | None, *, disk: str, layer: LayerId, tag: str
 ) -> None:
-    """Remove a tag from a layer: the machine's QEMU from one that its guest writes to, a worker from any.
-
-    Raises:
-        QemuGone: somebody else has the image open.
-    """
+    """Remove a tag from a layer: the machine's QEMU from one that its guest writes to, a worker from any."""
     forest = await context.astore.forest()
     if layer not in forest.layers:
         return
@@ -154,11 +138,7 @@ def has_tag(found: Mapping[str, Sequence[Tag]], node: str, tag: str) -> bool:
 
 
 def require_tags(layers: Iterable[Layer], tag: str, found: Mapping[str, Sequence[Tag]]) -> None:
-    """Make sure that every image has the tag.
-
-    Raises:
-        StoreMismatch: one has not.
-    """
+    """Make sure that every image has the tag."""
     for layer in layers:
         if not has_tag(found, node_name(layer), tag):
             raise StoreMismatch(f"layer {layer.id} ({layer.path}) has no internal snapshot {tag}")
@@ -171,11 +151,7 @@ def settled(
     pause_ms: float | None = None,
     freezer: Freezer | None = None,
 ) -> Change:
-    """The plan's change with what was measured.
-
-    Raises:
-        StoreMismatch: an image lacks the tag.
-    """
+    """The plan's change with what was measured."""
     snapshot = planned.change.snapshots[0]
     require_tags(planned.layers.values(), planned.tag, found)
     if snapshot.inside:
@@ -188,11 +164,7 @@ def settled(
 
 
 def settled_load(planned: LoadPlan, found: Mapping[str, Sequence[Tag]]) -> Change:
-    """The same of a return to a snapshot, which may have kept what ran before.
-
-    Raises:
-        StoreMismatch: an image lacks the tag of what was kept.
-    """
+    """The same of a return to a snapshot, which may have kept what ran before."""
     if planned.kept is None:
         return planned.change
     return replace(planned.change, snapshots=settled(planned.kept, found).snapshots)

@@ -54,19 +54,10 @@ class BlockJob(Struct, frozen=True, kw_only=True):
         raise NotImplementedError
 
     async def require_files(self) -> None:
-        """Refuse where a name leads to another file: QEMU opens what it writes to anew, by its name.
-
-        Raises:
-            StoreMismatch: one does.
-        """
+        """Refuse where a name leads to another file: QEMU opens what it writes to anew, by its name."""
 
     async def take_back(self, monitor: Monitor) -> None:
-        """Make QEMU's chain what it was, of a job that failed when it was finalized.
-
-        Raises:
-            StoreMismatch: it is not.
-            QmpError: QEMU refuses.
-        """
+        """Make QEMU's chain what it was, of a job that failed when it was finalized."""
         raise NotImplementedError
 
     @property
@@ -83,10 +74,6 @@ class BlockJob(Struct, frozen=True, kw_only=True):
 
         Args:
             monitor: the QEMU it ran in; None where that ended after both sides were equal.
-
-        Raises:
-            StoreMismatch: QEMU's chain is another; the operation stays open.
-            OperationPending: a header that QEMU has open does not say it.
         """
         raise NotImplementedError
 
@@ -109,16 +96,7 @@ class BlockJob(Struct, frozen=True, kw_only=True):
         await self.context.astore.settle(self.operation, self.machine.name, change, step=words)
 
     async def require_chain(self, monitor: Monitor, expected: Iterable[Layer], *, known: Iterable[Layer]) -> None:
-        """Make sure that the disk's chain in QEMU is this one now.
-
-        Args:
-            monitor: the QEMU it ran in.
-            expected: the chain, base first.
-            known: the layers by which the chain is told from filters above it.
-
-        Raises:
-            StoreMismatch: it is another.
-        """
+        """Make sure that the disk's chain in QEMU is this one now."""
         wanted = tuple(layer.id for layer in expected)
         disks = graph.by_disk(await graph.read(monitor), frozenset(layer.id for layer in known))
         disk, found = self.step.disk, disks.get(self.step.disk)

@@ -35,11 +35,7 @@ class Hold(Struct):
 
 @contextmanager
 def in_time(job: BlockJob, *, shield: bool = False) -> Iterator[None]:
-    """Give the block :data:`FINALIZE_DEADLINE` seconds.
-
-    Raises:
-        DeadlinePassed: it took longer.
-    """
+    """Give the block :data:`FINALIZE_DEADLINE` seconds."""
     with anyio.move_on_after(FINALIZE_DEADLINE, shield=shield) as scope:
         yield
     if scope.cancelled_caught:
@@ -56,9 +52,6 @@ async def watched(job: BlockJob, monitor: Monitor) -> AsyncIterator[None]:
     """For the block, in which the guest may be stopped: it runs on whatever becomes of us.
 
     What takes time for that is done before the block, as the guest's writes wait from a job's ``pending`` on.
-
-    Raises:
-        HostCannot: no guard can be started.
     """
     running = job.step.live and (await commands.query_status(monitor)).live
     async with guarded(job.context, job.machine, when=running) as guard_ready:
@@ -97,17 +90,7 @@ async def runs(job: BlockJob, monitor: Monitor | None, *, before: bool) -> bool:
 async def go_over(
     job: BlockJob, monitor: Monitor, *, settle: Callable[[], Awaitable[None]], held: bool = False
 ) -> None:
-    """Stop the vCPUs, mark ``finalizing``, finalize, settle, and let the vCPUs go on.
-
-    Args:
-        job: the job.
-        monitor: the QEMU that it runs in.
-        settle: verifies what has become of the graph and records it.
-        held: the guest ran, and was stopped by us already.
-
-    Raises:
-        QmpsnapError: see :func:`make_true`.
-    """
+    """Stop the vCPUs, mark ``finalizing``, finalize, settle, and let the vCPUs go on."""
     running = job.step.live and (held or (await commands.query_status(monitor)).live)
     async with going_on(job, monitor, when=running) as hold:
         # Also where nothing runs: `stop` writes every node's cached tables out. A commit into a middle layer and a
@@ -120,20 +103,7 @@ async def go_over(
 async def make_true(
     job: BlockJob, monitor: Monitor, hold: Hold, *, running: bool, settle: Callable[[], Awaitable[None]]
 ) -> None:
-    """Go on from a durable ``finalizing``: finalize what waits for it, and settle what has become of it.
-
-    Args:
-        job: the job.
-        monitor: the QEMU that it runs in.
-        hold: from :func:`going_on`.
-        running: the guest ran before it was stopped.
-        settle: verifies what has become of the graph and records it.
-
-    Raises:
-        NotFinalized: the job failed; nothing of it has taken effect.
-        StoreMismatch: a name leads to another file, so that it was not finalized.
-        OperationPending: it failed, and it is not certain that nothing has.
-    """
+    """Go on from a durable ``finalizing``: finalize what waits for it, and settle what has become of it."""
     hold.known = False
     info = await jobs.find(monitor, job.id)
     if info and info.status == "pending":

@@ -25,13 +25,6 @@ async def end_job(
     5. ``finalizing``: it is finalized and recorded, or, where that fails, taken back.
     6. ``settled``: what QEMU still has of it goes.
 
-    Args:
-        broken: the operation.
-        job: its job.
-        monitor: the QEMU that the job was left in, None where that has ended.
-        phase: of the journal's last step.
-        running: by that step a guest ran, which may have been stopped for the job.
-
     Raises:
         OperationPending: it still works, or another process uses a layer that would be removed.
         QmpsnapError: QEMU or the files say something that the rules do not cover.

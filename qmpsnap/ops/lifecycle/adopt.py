@@ -146,11 +146,6 @@ def plan(survey: Survey, sources: Mapping[str, DiskSource], *, serial: Operation
 async def run(context: Context, name: str, socket: Path) -> Adopted:
     """Take over the QEMU that listens on a monitor; it does not notice.
 
-    Args:
-        context: where.
-        name: what the machine will be called.
-        socket: its monitor; qmpsnap connects to it for each command and leaves it again.
-
     Raises:
         NameTaken: there is a machine of that name.
         QemuGone: nobody listens there, or no QEMU does.

@@ -20,13 +20,7 @@ _DELETED = " (deleted)"
 
 
 def files(disk: str, backend: str, found: ForeignDisk, seen: Seen) -> list[FoundLayer]:
-    """The files of a disk, base first, once our own reader agrees with QEMU about each: identity, size, backing.
-
-    Raises:
-        StoreMismatch: it does not.
-        StateError: a file cannot be found, or QEMU has only a temporary one.
-        ImageRefused: an image is none that we read.
-    """
+    """The files of a disk, base first, once our own reader agrees with QEMU about each: identity, size, backing."""
     files: list[FoundLayer] = []
     for layer in found.layers:
         path = _place(disk, layer, seen)
@@ -49,14 +43,7 @@ def files(disk: str, backend: str, found: ForeignDisk, seen: Seen) -> list[Found
 
 
 def opened(backend: str, found: ForeignDisk, nodes: Sequence[NodeInfo], arguments: Sequence[str]) -> tuple[Opened, str]:
-    """What new layers of a disk are opened with, and what of it could not be learned; pure.
-
-    Args:
-        backend: the disk's name in the block graph.
-        found: its nodes.
-        nodes: all of QEMU's.
-        arguments: its command line.
-    """
+    """What new layers of a disk are opened with, and what of it could not be learned; pure."""
     active = found.layers[-1]
     by_name = {node.node_name: node for node in nodes}
     image, file = by_name[active.node], by_name[active.file]

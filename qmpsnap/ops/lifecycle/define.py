@@ -39,15 +39,7 @@ from qmpsnap.ops.session.session import begin
 def plan(
     machine: Machine, sources: Mapping[str, DiskSource], *, serial: OperationId, home: Home, variables: bool
 ) -> DefinePlan:
-    """What will be done; pure. Serial numbers from ``serial`` on are used, one per new layer.
-
-    Args:
-        machine: the machine, its machine type versioned already.
-        sources: what lies under each disk that does not begin empty.
-        serial: the first serial number.
-        home: where images go.
-        variables: whether the machine gets its own copy of the UEFI variable store.
-    """
+    """What will be done; pure. Serial numbers from ``serial`` on are used, one per new layer."""
     numbers = iter(range(serial, serial + serials_needed(machine.spec, sources)))
     folder = home.machine_dir(machine.name)
     images: list[Layer] = []
@@ -123,12 +115,6 @@ async def run(
 ) -> Machine:
     """Define a machine; returns it as recorded.
 
-    Args:
-        context: where.
-        spec: what.
-        folders: folders, besides the store's own and ``QMPSNAP_IMAGES``, in which its images may lie.
-        allow_extra: accept the spec's ``extra`` arguments.
-
     Raises:
         NameTaken: there is a machine of that name.
         ImageRefused: an image is not what the spec says, or not in an allowed folder.
@@ -149,12 +135,7 @@ async def run(
 async def complete(
     context: Context, spec: MachineSpec, *, allow_extra: bool, keep: bool = True
 ) -> tuple[MachineSpec, Firmware | None]:
-    """The spec with its versioned machine type and CPU, and its firmware; with ``keep`` the cache keeps QEMU's answers.
-
-    Raises:
-        UsageError: it has ``extra`` arguments, and nobody allows them.
-        SpecError: this QEMU has no such machine type.
-    """
+    """The spec with its versioned machine type and CPU, and its firmware; ``keep`` caches QEMU's answers."""
     if spec.extra and not allow_extra:
         raise UsageError(
             f"the spec of {spec.name} has 'extra' QEMU arguments, which can override every protection",
@@ -201,11 +182,7 @@ async def record(
     serials: int,
     firmware_variables: str | None = None,
 ) -> Machine:
-    """Journal the plan of a new machine, make its files, record it; undone when that fails.
-
-    Raises:
-        StateError: something is where a file of it would be.
-    """
+    """Journal the plan of a new machine, make its files, record it; undone when that fails."""
 
     def make_free(at: PlanInputs) -> DefinePlan:
         planned = make(at)

@@ -76,11 +76,7 @@ def _require_whole(disk: DiskSpec, top: FoundLayer) -> None:
 async def require_unwritten(
     context: Context, name: str, sources: Mapping[str, DiskSource], *, ours: Collection[int] = ()
 ) -> None:
-    """Refuse images that another program writes to; what an open operation of ours changes, the store refuses.
-
-    Raises:
-        ImageInUse: one does.
-    """
+    """Refuse images that another program writes to; what an open operation of ours changes, the store refuses."""
 
     def changing() -> set[object]:
         forest = context.store.forest()
@@ -129,17 +125,7 @@ def require_unshared(
     writers: Mapping[Identity, str],
     readers: Mapping[Identity, str],
 ) -> None:
-    """Make sure that no image has a writer and another reader; files are told by identity, not by name.
-
-    Args:
-        spec: the machine to be.
-        sources: what lies under each of its disks.
-        writers: the active layers of the other machines.
-        readers: all their layers.
-
-    Raises:
-        StateError: an image would have both; nothing was created.
-    """
+    """Make sure that no image has a writer and another reader; files are told by identity, not by name."""
     own: dict[Identity, DiskSpec] = {}
     for disk in spec.disks:
         source = sources[disk.name]

@@ -29,11 +29,7 @@ AGAIN = 0.5
 
 
 async def pause(context: Context, name: str) -> None:
-    """Stop the vCPUs of a running guest; its QEMU stays.
-
-    Raises:
-        StateError: the guest does not run.
-    """
+    """Stop the vCPUs of a running guest; its QEMU stays."""
     async with working(context, name, "pause") as work:
         state = await _state(work.qemu)
         if work.qemu is None or state != "running":
@@ -50,10 +46,6 @@ async def resume(context: Context, name: str) -> str:
 
     Returns:
         The run state then: a guest that slept when it was paused sleeps on.
-
-    Raises:
-        StateError: it is not paused.
-        HostCannot: QEMU has paused it again at once.
     """
     machine = await context.astore.machine(name)
     require_own(context, machine)
@@ -81,13 +73,7 @@ async def resume(context: Context, name: str) -> str:
 
 
 async def wakeup(context: Context, name: str) -> None:
-    """Wake a guest that has put itself to sleep (ACPI S3).
-
-    Raises:
-        StateError: it does not sleep.
-        QmpError: QEMU refuses: the machine cannot be woken from outside.
-        DeadlinePassed: it still sleeps after :data:`WAKEUP_DEADLINE`.
-    """
+    """Wake a guest that has put itself to sleep (ACPI S3)."""
     async with working(context, name, "wakeup") as work:
         state = await _state(work.qemu)
         if work.qemu is None or state != runstate.SUSPENDED:
@@ -109,11 +95,7 @@ async def wakeup(context: Context, name: str) -> None:
 
 
 async def require_awake(context: Context, machine: Machine) -> None:
-    """Refuse what only a guest can do while its vCPUs are stopped; where QEMU cannot be asked at once, go on.
-
-    Raises:
-        StateError: they are, and the message says why.
-    """
+    """Refuse what only a guest can do while its vCPUs are stopped; where QEMU cannot be asked at once, go on."""
     if machine.adopted or context.process(machine) is None:
         return
     sockets = {machine.name: context.home.run_dir(machine.name) / QMP_SOCKET}

@@ -41,19 +41,7 @@ class LoadingInside(Struct, frozen=True):
 
 
 async def start(context: Context, name: str, *, paused: bool = False, allow_extra: bool = False) -> Process:
-    """Start the machine and return once its monitor answers.
-
-    Args:
-        context: where.
-        name: the machine.
-        paused: leave the vCPUs stopped.
-        allow_extra: agree to the ``extra`` arguments that its record has now.
-
-    Raises:
-        StateError: it runs already, or nobody has agreed to its ``extra`` arguments.
-        StoreMismatch: an image is not the one the store knows.
-        QemuGone: QEMU ended at once; the message holds what it wrote.
-    """
+    """Start the machine and return once its monitor answers."""
     async with working(context, name, "start") as work:
         if work.qemu:
             raise StateError(f"machine {name} runs already", hint=call("state", name) + " shows it", machine=name)
@@ -66,20 +54,7 @@ async def start(context: Context, name: str, *, paused: bool = False, allow_extr
 async def bring_up(
     context: Context, machine: Machine, *, paused: bool, loading: Loading | LoadingInside | None = None
 ) -> Process:
-    """Start the QEMU of a machine that is ours and stopped, on the store's chains, and record it.
-
-    Args:
-        context: where.
-        machine: the machine.
-        paused: leave the vCPUs stopped.
-        loading: go on with this memory instead of booting.
-
-    Raises:
-        StoreMismatch: an image is not the one the store knows.
-        StateError: somebody else reads an image that the guest would write to.
-        QemuGone: QEMU ended at once; the message holds what it wrote.
-        QmpError: it does not take the memory; it has been ended.
-    """
+    """Start the QEMU of a machine that is ours and stopped, on the store's chains, and record it."""
     consent.require(machine)
     chains = await context.astore.chains(machine.name)
     surroundings.require_room(chains, machine=machine.name)
@@ -240,11 +215,7 @@ def _require_alone(context: Context, machine: Machine, chains: Sequence[Chain]) 
 
 
 def require_files(machine: Machine, chains: Sequence[Chain]) -> None:
-    """Make sure that every layer's file is the recorded one and that its header names the recorded backing.
-
-    Raises:
-        StoreMismatch: one is not; nothing was started.
-    """
+    """Make sure that every layer's file is the recorded one and that its header names the recorded backing."""
     for chain in chains:
         headers = compare.headers(chain)
         found = compare.view(chain, headers, (), None)

@@ -96,11 +96,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
 
 
 async def require_possible(session: MachineSession, disks: Fate | None) -> None:
-    """Make sure that the machine can be forgotten now, with that fate of its images.
-
-    Raises:
-        StateError: as :func:`run`.
-    """
+    """Make sure that the machine can be forgotten now, with that fate of its images."""
     name = session.machine.name
     # An adopted machine is given back as it runs; only what it has open must stay.
     if session.qemu and not (session.machine.adopted and disks != "remove"):

@@ -54,21 +54,13 @@ async def _hardware(machine: Machine, *, accel: str, qemu_version: str) -> Hardw
 
 
 async def require_same_hardware(context: Context, machine: Machine, snapshot: Snapshot) -> None:
-    """Make sure that a snapshot's memory fits the machine as it would be started now: QEMU itself does not look.
-
-    Raises:
-        StateError: something differs.
-    """
+    """Make sure that a snapshot's memory fits the machine as it would be started now: QEMU itself does not look."""
     if snapshot.hardware:
         require_fits(snapshot, await hardware_to_start(context, machine), machine=machine.name)
 
 
 def require_fits(snapshot: Snapshot, hardware: Hardware, *, machine: str) -> None:
-    """Make sure that a snapshot's memory fits this hardware of its machine.
-
-    Raises:
-        StateError: something differs.
-    """
+    """Make sure that a snapshot's memory fits this hardware of its machine."""
     if snapshot.hardware and (found := differences(snapshot.hardware, hardware)):
         raise StateError(
             f"snapshot {snapshot.name} was taken with different virtual hardware of machine {machine}:"
@@ -79,12 +71,7 @@ def require_fits(snapshot: Snapshot, hardware: Hardware, *, machine: str) -> Non
 
 
 async def load(qemu: Monitor, loading: Loading) -> None:
-    """Load a state into a QEMU that was started to wait for one; its vCPUs stay stopped.
-
-    Raises:
-        QmpError: QEMU refuses it.
-        QemuGone: QEMU gave up on it and ended.
-    """
+    """Load a state into a QEMU that was started to wait for one; its vCPUs stay stopped."""
     await migration.set_up(qemu, background=False, mapped=loading.state.layout == "mapped-ram")
     await migration.start(qemu, "migrate-incoming", await migration.hand_over(qemu, loading.descriptor))
     pause = 0.002

@@ -135,11 +135,7 @@ async def _let_run(qemu: Monitor, clock: "_Clock") -> None:
 
 
 def _require_paused(machine: str, state: str) -> None:
-    """Make sure that a command has stopped the guest: behind one that stands still otherwise QEMU aborts.
-
-    Raises:
-        StateError: it is in another state.
-    """
+    """Make sure that a command has stopped the guest: behind one that stands still otherwise QEMU aborts."""
     if state != "paused":
         raise StateError(
             f"the guest of machine {machine} cannot be paused for its memory: it is {state}",
@@ -207,11 +203,7 @@ async def _give_up(qemu: Monitor, memory: Memory) -> None:
 
 
 async def written(qemu: Monitor, operation: Operation, *, report: Report) -> None:
-    """Wait until QEMU has written all of it.
-
-    Raises:
-        HostCannot: it could not.
-    """
+    """Wait until QEMU has written all of it."""
     _require_success(await ended(qemu, operation, report=report))
 
 
@@ -252,11 +244,7 @@ async def finish(
     steps: Mapping[str, float] | None = None,
     frozen: bool = False,
 ) -> Vmstate:
-    """Give the written state its manifest and its name, durably.
-
-    Raises:
-        HostCannot: no space.
-    """
+    """Give the written state its manifest and its name, durably."""
     manifest = Manifest(
         operation=operation.id,
         points={overlay.disk: overlay.backing.id for overlay in operation.plan.overlays},

@@ -158,12 +158,6 @@ async def choose(
 async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Chain], *, hint: str) -> None:
     """Make sure that no device stands in the way of saving memory, in a file or inside an image.
 
-    Args:
-        machine: the machine.
-        qemu: its monitor.
-        chains: its live chains.
-        hint: what can be saved instead.
-
     Raises:
         StateError: one does; the message names what QEMU names, or what else the guest writes to. Or the guest sleeps,
             and QEMU would forget that.

@@ -94,12 +94,6 @@ async def preview(context: Context, name: str, request: Request) -> tuple[MergeP
 async def run(context: Context, name: str, request: Request, *, report: Report = unreported) -> MergePlan:
     """Merge; returns what was done once store, QEMU and headers agree on it.
 
-    Args:
-        context: where.
-        name: the machine.
-        request: what to merge.
-        report: told about the job's progress.
-
     Raises:
         QmpsnapError: see :func:`plan`; besides, the job's own failure, after which the chain is as before.
     """
@@ -118,11 +112,7 @@ async def _plan(session: MachineSession, request: Request) -> tuple[Situation, M
 
 
 async def carry_out(session: MachineSession, basis: Basis, plan: MergePlan, *, report: Report) -> MergePlan:
-    """Journal a plan, run its steps, and end it one way or the other when that fails.
-
-    Raises:
-        QmpsnapError: a step has failed, or could not begin.
-    """
+    """Journal a plan, run its steps, and end it one way or the other when that fails."""
     operation = await begin(session, basis, lambda _: plan)
     async with recovery.attempting(session, operation):
         await job.run(session, operation, report=report)

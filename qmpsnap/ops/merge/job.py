@@ -304,13 +304,7 @@ async def _reopen(
 
 
 def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> tuple[str, dict[str, object]]:
-    """The QMP command that starts a step's job; pure.
-
-    Args:
-        job: the job's id.
-        step: what it does.
-        root: from :func:`root_of`: ``block-commit`` takes no other node ("Need a root block node"), a stream any.
-    """
+    """The QMP command that starts a step's job; pure."""
     if step.kind == "commit":
         command, arguments = jobs.commit_arguments(
             job,

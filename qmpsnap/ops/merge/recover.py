@@ -18,12 +18,7 @@ from qmpsnap.qmp.session import Monitor
 
 
 async def end(broken: Broken[MergePlan], qemu: Monitor | None) -> Direction:
-    """End the operation; ``forward`` when something of it took effect.
-
-    Raises:
-        OperationPending: its job still works and is to be left alone.
-        QmpsnapError: QEMU or the files say something the rules do not cover.
-    """
+    """End the operation; ``forward`` when something of it took effect."""
     session = MachineSession(broken.context, broken.machine, qemu)
     operation, plan = broken.operation, broken.operation.plan
     for removal in plan.steps:
@@ -81,9 +76,6 @@ async def _keep_size(job: MergeJob) -> None:
     """Record the size of a base that a commit has lengthened, which QEMU does first: nothing shortens it again.
 
     Whoever reads it through the layers above reads what they read before, zeros where those say nothing.
-
-    Raises:
-        QmpsnapError: see :func:`durable_size`.
     """
     into, size = job.step.into, max(job.step.into.virtual_size, job.step.top.virtual_size)
     if job.step.kind == "commit" and size > into.virtual_size and await to_end(durable_size, into) == size:
@@ -92,13 +84,7 @@ async def _keep_size(job: MergeJob) -> None:
 
 
 async def _undo(broken: Broken, plan: MergePlan, *, opening: bool) -> Direction:
-    """The chain is as before; ``forward`` when what was true from the opening on stays so.
-
-    Args:
-        broken: the operation.
-        plan: its plan.
-        opening: take the opening back, too.
-    """
+    """The chain is as before; ``forward`` when what was true from the opening on stays so."""
     if opening and plan.undo != Change():
         operation = broken.operation
         await broken.context.astore.settle(operation.id, broken.machine.name, plan.undo, step=steps.UNDONE)

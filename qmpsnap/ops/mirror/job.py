@@ -135,14 +135,7 @@ def gone(plan: MirrorPlan) -> tuple[Layer, ...]:
 def qmp_commands(
     plan: MirrorPlan, machine: Machine, job: JobId, *, root: NodeName | None = None
 ) -> list[tuple[str, dict[str, object]]]:
-    """The commands that open the target and start the job; pure.
-
-    Args:
-        plan: what will be done.
-        machine: the machine.
-        job: the job's id.
-        root: from :func:`root_of`.
-    """
+    """The commands that open the target and start the job; pure."""
     node = node_name(plan.target)
     if plan.nbd:
         options = plan.nbd.options(node)
@@ -164,11 +157,7 @@ def qmp_commands(
 
 
 async def run(session: MachineSession, operation: Operation[MirrorPlan], *, report: Report = unreported) -> None:
-    """Carry out a mirror and settle it.
-
-    Raises:
-        QmpsnapError: something failed; the caller finds out what became of it.
-    """
+    """Carry out a mirror and settle it."""
     plan = operation.plan
     found = FileId(plan.target.device, plan.target.inode, plan.target.birth)
     job = MirrorJob(
@@ -270,12 +259,7 @@ async def tidy(job: MirrorJob) -> None:
 
 
 async def write_out(job: MirrorJob) -> None:
-    """See that a finished copy is on the disk.
-
-    Raises:
-        StoreMismatch: another file has its name.
-        HostCannot: it is not there, or the disk fails.
-    """
+    """See that a finished copy is on the disk."""
     if job.step.mode == "finish" and not job.step.nbd:
         await staged.make_durable(job.step.target.path, job.identity)
 

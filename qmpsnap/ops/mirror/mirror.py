@@ -68,19 +68,7 @@ class Found(Struct, frozen=True):
 def plan(
     at: Situation, chain: Chain, request: MirrorRequest, *, serial: OperationId, found: Found | None = None
 ) -> MirrorPlan:
-    """What will be done; pure.
-
-    Args:
-        at: the situation.
-        chain: the disk's live chain.
-        request: what was asked for.
-        serial: number of the operation and of the new layer.
-        found: the image to reuse.
-
-    Raises:
-        UsageError: shallow onto raw, or a pivot to an NBD export.
-        ImageRefused: the image to reuse does not fit.
-    """
+    """What will be done; pure."""
     active, export = chain.active, parse(request.target) if is_uri(request.target) else None
     below = chain.layers[-2] if request.shallow and len(chain.layers) > 1 else None
     image_format = request.format or (found.header.format if found else "raw" if export else "qcow2")
@@ -182,20 +170,7 @@ async def preview(
 
 
 async def run(context: Context, name: str, request: MirrorRequest, *, report: Report = unreported) -> MirrorPlan:
-    """Copy; returns what was done once store, QEMU and files agree on it.
-
-    Args:
-        context: where.
-        name: the machine.
-        request: what to copy, and where to.
-        report: told about the job's progress.
-
-    Raises:
-        UsageError: the request cannot be, whatever the state.
-        ImageRefused: the image to reuse does not fit.
-        StateError: something is at the target, or it is somebody's image already.
-        HostCannot: not enough space, or no NBD server there.
-    """
+    """Copy; returns what was done once store, QEMU and files agree on it."""
     async with working(context, name, "mirror", removes=request.mode == "pivot") as session:
         at, found = await _survey(session, request)
         chain = at.live[request.disk]

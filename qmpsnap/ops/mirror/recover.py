@@ -14,12 +14,7 @@ from qmpsnap.qmp.session import Monitor
 
 
 async def end(broken: Broken[MirrorPlan], qemu: Monitor | None) -> Direction:
-    """End the operation; ``forward`` when the copy is made.
-
-    Raises:
-        OperationPending: its job still works and is to be left alone.
-        QmpsnapError: QEMU or the files say something the rules do not cover.
-    """
+    """End the operation; ``forward`` when the copy is made."""
     operation = broken.operation
     plan = operation.plan
     phase = Phase.read(operation.step)

@@ -58,11 +58,7 @@ class ChainView(Struct, frozen=True):
 
 
 async def chains(context: Context, name: str, disk: str | None = None) -> tuple[ChainView, ...]:
-    """The machine's live chains; asks QEMU if it runs and reads every header.
-
-    Raises:
-        NotFoundError: no such machine or disk.
-    """
+    """The machine's live chains; asks QEMU if it runs and reads every header."""
     machine = await context.astore.machine(name)
     recorded = [chain for chain in await context.astore.chains(name) if disk in (None, chain.disk)]
     if disk is not None and not recorded:
@@ -86,11 +82,7 @@ async def _ask_qemu(context: Context, machine: Machine, chains: Sequence[Chain])
 
 
 def headers(chain: Chain) -> dict[LayerId, Header | str]:
-    """Each layer's header, or why it cannot be read.
-
-    Raises:
-        HostCannot: this process has run out of descriptors or memory.
-    """
+    """Each layer's header, or why it cannot be read."""
     found: dict[LayerId, Header | str] = {}
     for layer in chain.layers:
         try:
@@ -109,14 +101,7 @@ def view(
     snapshots: Sequence[Snapshot],
     running: DiskGraph | None,
 ) -> ChainView:
-    """Compare the three; pure.
-
-    Args:
-        chain: the store's.
-        headers: per layer its header, or why it cannot be read.
-        snapshots: the machine's.
-        running: QEMU's side, None when the machine is stopped.
-    """
+    """Compare the three; pure."""
     at: dict[LayerId, list[str]] = {}
     for snapshot in snapshots:
         if snapshot.state == "ok" and (point := snapshot.point(chain.disk)):
@@ -140,13 +125,7 @@ def view(
 
 
 def layer_problems(layer: Layer, below: Layer | None, found: Header | str) -> list[str]:
-    """Where a layer's file contradicts its record; pure.
-
-    Args:
-        layer: the record.
-        below: the record of the layer below.
-        found: the file's header, or why it cannot be read.
-    """
+    """Where a layer's file contradicts its record; pure."""
     if isinstance(found, str):
         return [found]
     problems = []

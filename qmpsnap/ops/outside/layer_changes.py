@@ -69,11 +69,7 @@ def keep(store: Store, machine: str) -> None:
 
 
 def notice(store: Store, machine: str) -> None:
-    """Mark the snapshots that read a frozen image which something has written to since they were taken.
-
-    Raises:
-        StoreMismatch: there are some that were not marked before.
-    """
+    """Mark the snapshots that read a frozen image which something has written to since they were taken."""
     chains, forest, snapshots = store.chains(machine), store.forest(), store.snapshots(machine)
     active = {chain.active.id for chain in chains}
     layers = {layer.id: layer for layer in read_by(chains, snapshots, forest) if layer.id not in active}
@@ -127,11 +123,7 @@ def taken_as(snapshot: Snapshot, forest: Forest, known: Mapping[LayerId, History
 
 
 def require_unwritten(store: Store, layers: Iterable[Layer], machine: str) -> None:
-    """Refuse to go on where something has written to one of these since the operation began: the last look for it.
-
-    Raises:
-        StoreMismatch: something has; the next verb marks the snapshots that read it.
-    """
+    """Refuse to go on where something has written to one of these since the operation began: the last look for it."""
     found, known = {layer.id: layer for layer in layers}, store.frozen.stamps()
     wrong = stamps.changed(found.values(), known)
     if changed := [key for key, since in wrong.items() if known[key][-1].since in since]:

@@ -23,16 +23,7 @@ PATIENCE: Final = 1.0
 
 
 async def require_unwritten(layers: Iterable[Layer], *, machine: str, ours: Collection[int] = ()) -> None:
-    """Refuse where somebody else writes to one of these images.
-
-    Args:
-        layers: the images.
-        machine: whose they are.
-        ours: the processes that may, as the machine's QEMU.
-
-    Raises:
-        ImageInUse: somebody does; the message names it.
-    """
+    """Refuse where somebody else writes to one of these images."""
     await require_free([layer.path for layer in layers], machine=machine, ours=ours)
 
 
@@ -61,11 +52,7 @@ async def retrying(call: Callable[[], Awaitable[T]]) -> T:
 
 
 def require_unread(plan: Plan, forest: Forest, *, machine: str) -> None:
-    """Refuse a plan that would write to or remove an image that somebody else reads; no QEMU has it open.
-
-    Raises:
-        ImageInUse: somebody does.
-    """
+    """Refuse a plan that would write to or remove an image that somebody else reads; no QEMU has it open."""
     changes = sharing.uses(plan, forest).changes
     paths = [layer.path for layer in forest.layers.values() if layer.id in changes]
     if found := _first(paths, readers=True, ours=()):

@@ -76,10 +76,6 @@ class _Found(Struct, frozen=True):
 async def run(home: Home, *, set_aside: bool) -> Rebuild:
     """Make the store again; no image is written to, and what there is of a store is renamed.
 
-    Args:
-        home: where.
-        set_aside: also when the store is whole: an old copy, for example.
-
     Raises:
         StateError: the store is whole, or there is nothing to make one from.
         LockHeld: a controller works on a machine.
@@ -223,13 +219,7 @@ def _restore(home: Home, store: SqliteStore, found: Sequence[_Found]) -> dict[st
 
 
 def _fitted(record: Record, paths: dict[str, LayerId], numbers: Iterator[int]) -> Record:
-    """The record with ids of its layers that are no other's: an old store has given numbers once more.
-
-    Args:
-        record: of one machine.
-        paths: the layers that others have, by path; this one's are added.
-        numbers: that no layer has.
-    """
+    """The record with ids of its layers that are no other's: an old store has given numbers once more."""
     taken = set(paths.values())
     fitted: dict[LayerId, LayerId] = {}
     for layer in record.layers:
@@ -267,11 +257,7 @@ def _doubt(home: Home, name: str, newer: str) -> str:
 
 
 def _require_all(home: Home, known: frozenset[str], left_out: dict[str, str]) -> None:
-    """Never put a store aside that can be read, to leave out a machine that it knows.
-
-    Raises:
-        StateError: that would happen; nothing was changed.
-    """
+    """Never put a store aside that can be read, to leave out a machine that it knows."""
     for name, why in left_out.items():
         if name in known:
             raise StateError(
@@ -293,11 +279,7 @@ def _notes(record: Record) -> tuple[str, ...]:
 
 
 def _swap(home: Home, fresh: Path) -> str | None:
-    """The new file in the store's place, what was there beside it; a crash between leaves no store, never half of one.
-
-    Raises:
-        HostCannot: no right.
-    """
+    """Put the new file in the store's place, the old one beside it; a crash in between leaves no store, never a half one."""
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     aside = home.store.with_name(f"{home.store.name}.aside-{stamp}-{os.getpid()}")
     try:

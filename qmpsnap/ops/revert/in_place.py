@@ -49,15 +49,7 @@ def in_place(snapshot: Snapshot, live: Mapping[str, Chain]) -> bool:
 
 
 def plan(at: PlanInputs, snapshot: Snapshot, *, hardware: Hardware, discard: bool, paused: bool) -> LoadPlan:
-    """What will be done where :func:`in_place` holds; pure.
-
-    Args:
-        at: the machine, its layers and snapshots.
-        snapshot: where it goes back to.
-        hardware: of the QEMU that runs.
-        discard: do not keep what was written since.
-        paused: the guest's vCPUs stay stopped afterwards.
-    """
+    """What will be done where :func:`in_place` holds; pure."""
     assert snapshot.inside
     machine, chains = at.machine, at.basis.chains
     active = {chain.disk: chain.active for chain in chains}
@@ -194,11 +186,7 @@ async def freeze(context: Context, name: str, target: str) -> tuple[Layer, ...]:
 
 
 def require_frozen(at: Situation, snapshot: Snapshot) -> None:
-    """Make sure that no guest writes to an image that is to be copied.
-
-    Raises:
-        StateError: one does, as another command has come in between.
-    """
+    """Make sure that no guest writes to an image that is to be copied."""
     active = {chain.active.id for chain in at.live.values()} if at.running else set()
     if busy := [point.layer for point in snapshot.points if point.tag and point.layer in active]:
         raise StateError(

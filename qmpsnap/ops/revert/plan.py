@@ -50,15 +50,6 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
     3. ``discard``: the old active layers go, and whatever below them nobody needs then.
     4. Else they are kept as an automatic snapshot; but
     5. where nothing has been written to them, which is found out once QEMU has ended, they go instead.
-
-    Args:
-        inputs: the machine.
-        at: its layers and snapshots.
-        request: what was asked for.
-
-    Raises:
-        NotFoundError: no snapshot of that name.
-        StateError: it cannot be reverted to.
     """
     machine, mode = inputs.machine, inputs.mode
     require_spec(machine, "start it on other layers")

@@ -27,11 +27,7 @@ PATIENCE: Final = 5.0
 
 
 async def open_elsewhere(machine: Machine, layers: Sequence[Layer]) -> str | None:
-    """The path of a layer of an adopted machine without a QEMU that another process has open; None if there is none.
-
-    Raises:
-        HostCannot: that cannot be told.
-    """
+    """The path of a layer of an adopted machine without a QEMU that another process has open; None if there is none."""
     held = None
     with anyio.move_on_after(PATIENCE):
         while machine.adopted and (held := await to_end(_locked, layers)):
@@ -40,12 +36,7 @@ async def open_elsewhere(machine: Machine, layers: Sequence[Layer]) -> str | Non
 
 
 async def require_unused(broken: Broken, layers: Sequence[Layer]) -> None:
-    """Make sure that no QEMU but ours uses, or has used since the last step, layers that are to be removed.
-
-    Raises:
-        OperationPending: one does, or has.
-        HostCannot: that cannot be told.
-    """
+    """Make sure that no QEMU but ours uses, or has used since the last step, layers that are to be removed."""
     await _require_closed(broken, layers)
     if broken.machine.adopted and await to_end(_last_write, layers) > broken.operation.updated:
         raise _unclear(broken, f"{_names(layers)} is to be removed but may have been written to since")

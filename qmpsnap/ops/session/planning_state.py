@@ -31,10 +31,6 @@ async def look(session: MachineSession, *, disks: Collection[str] | None = None,
         session: the machine.
         counted: count what its layers hold, for what merges or copies them: every table is read for it.
         disks: those that QEMU has to have; None for all. Others may be unplugged.
-
-    Raises:
-        StoreMismatch: it does not.
-        StateError: a job holds a disk.
     """
     name = session.machine.name
     basis = await session.context.astore.basis(name)
@@ -57,12 +53,7 @@ async def look(session: MachineSession, *, disks: Collection[str] | None = None,
 
 
 def resolve(at: Situation, chain: Chain, wanted: str) -> LayerId:
-    """The layer of a chain that a user means: by its id, or by the name of a snapshot whose point it is.
-
-    Raises:
-        NotFoundError: the chain has neither.
-        StateError: it has both, or what the snapshot held is overwritten.
-    """
+    """The layer of a chain that a user means: by its id, or by the name of a snapshot whose point it is."""
     snapshot = next((found for found in at.snapshots if found.name == wanted), None)
     point = snapshot.point(chain.disk) if snapshot else None
     consumed = snapshot is not None and snapshot.state == "consumed"

@@ -103,11 +103,7 @@ class Freezer:
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """For the transaction: it counts only if it is over before anybody may have thawed.
-
-        Raises:
-            DeadlinePassed: it is not; with ``require``.
-        """
+        """For the transaction: it counts only if it is over before anybody may have thawed."""
         if not self.sent or self.why:
             yield
             return
@@ -153,11 +149,7 @@ class Freezer:
             self._give_up(error)
 
     async def _thaw(self, guest: Agent, guard: Watch) -> int:
-        """Let the guard thaw, or do so where it has ended, and leave both.
-
-        Raises:
-            QmpsnapError: nobody knows whether it is done; the guard goes on trying.
-        """
+        """Let the guard thaw, or do so where it has ended, and leave both."""
         self._agent = self._watch = None
         guard.say(b"t")
         try:
@@ -225,11 +217,7 @@ async def prepared(
 
 
 async def foreseen(machine: Machine, qemu: Monitor | None, request: QuiesceRequest) -> Freezer:
-    """The freezer for a plan that nobody carries out: the agent is not spoken to.
-
-    Raises:
-        UsageError, StateError: as :func:`prepared`.
-    """
+    """The freezer for a plan that nobody carries out: the agent is not spoken to."""
     _require_window(request)
     if request.wish == "skip":
         return Freezer()
@@ -310,13 +298,7 @@ async def _thaw_left(broken: Broken) -> None:
 
 
 async def thaw(context: Context, machine: Machine) -> None:
-    """Thaw a running guest's file systems, if they are frozen.
-
-    Raises:
-        DeadlinePassed: its agent does not answer.
-        QmpError: it refuses.
-        QemuGone: there is no channel to it.
-    """
+    """Thaw a running guest's file systems, if they are frozen."""
     socket = context.home.run_dir(machine.name) / AGENT_SOCKET
     async with agent.connect(socket, machine=machine.name, deadline=AGENT_DEADLINE) as guest:
         await guest.thaw(deadline=THAW_DEADLINE)

@@ -74,10 +74,6 @@ async def end_open(
         unfinished: what to do with a job that still works.
         report: told about the progress of a job that is carried on.
         given_up: told of what cannot be ended now, and why, unless the machine's QEMU or a worker runs; it stays open.
-
-    Raises:
-        OperationPending: one of them cannot be ended now.
-        HostCannot: the store can only be read.
     """
     context, machine = session.context, session.machine
     run_dir = context.home.run_dir(machine.name)

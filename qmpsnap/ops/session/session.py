@@ -34,18 +34,8 @@ async def require_agreement(
 ) -> Beside:
     """Make sure that a plan for these chains can be carried out: by the QEMU that has them, or without one.
 
-    Args:
-        session: the machine.
-        chains: its live chains as the store has them.
-        doing: what would be done without a QEMU, for the message.
-        wanted: disks that were asked for by name.
-
     Returns:
         Which disks QEMU lacks, so that they cannot be included, and what it has besides.
-
-    Raises:
-        StoreMismatch: QEMU has other chains.
-        StateError: it is stopped, and somebody else starts it.
     """
     if not session.qemu:
         require_spec(session.machine, doing)
@@ -146,11 +136,7 @@ async def looking(
 
 
 async def require_settled(context: Context, name: str) -> None:
-    """Refuse to foretell anything while an operation is open: whether it ends forward or back, nobody has asked yet.
-
-    Raises:
-        LockHeld, OperationPending: as :func:`looking`.
-    """
+    """Refuse to foretell anything while an operation is open: whether it ends forward or back, nobody has asked yet."""
     pending = await context.astore.operations(name, only_open=True)
     if not pending:
         return
@@ -169,9 +155,6 @@ async def require_alone(session: MachineSession) -> None:
     """Refuse while another program writes to an image that the machine, or a snapshot of it, reads.
 
     The active layers of a machine that runs are its QEMU's, which keeps others away by its locks.
-
-    Raises:
-        ImageInUse: one does; the message names it.
     """
     basis = await session.context.astore.basis(session.machine.name)
     layers = read_by(basis.chains, basis.snapshots, basis.forest)
@@ -183,13 +166,7 @@ async def require_alone(session: MachineSession) -> None:
 
 
 async def inputs(session: MachineSession, basis: Basis, *, seen: frozenset[str] = frozenset()) -> PlanInputs:
-    """What the machine's next plan is made from now.
-
-    Args:
-        session: the machine.
-        basis: what the store says of it.
-        seen: the names in QEMU's graph, where that was just read.
-    """
+    """What the machine's next plan is made from now."""
     taken = await free_numbers.taken(session.machine, session.qemu, seen=seen) if session.qemu else frozenset[str]()
     serial = free_numbers.first_free(session.machine, await session.context.astore.next_serial(), taken)
     mode = await requests.mode_of(session.qemu)

@@ -39,16 +39,7 @@ _OTHERS = re.compile(rf"vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part|{re.escape(REC
 
 
 async def require_fit(context: Context, machine: Machine, *, removes: bool) -> None:
-    """Refuse to work with a store that is older than the disks or, where layers may go, lacks a machine.
-
-    Args:
-        context: where.
-        machine: the machine.
-        removes: layers are to be merged or removed; ending an open operation may do that, too.
-
-    Raises:
-        StoreMismatch: it is; nothing was changed.
-    """
+    """Refuse to work with a store that is older than the disks or, where layers may go, lacks a machine."""
     await _require_current(context, machine)
     pending = await context.astore.operations(machine.name, only_open=True)
     if removes or _may_remove(pending):
@@ -56,11 +47,7 @@ async def require_fit(context: Context, machine: Machine, *, removes: bool) -> N
 
 
 async def _require_current(context: Context, machine: Machine) -> None:
-    """Refuse to work with a store that is older than the disks.
-
-    Raises:
-        StoreMismatch: it is; nothing was changed.
-    """
+    """Refuse to work with a store that is older than the disks."""
     chains = await context.astore.chains(machine.name)
     found = await blocking(sign, context, machine, chains)
     if found:
@@ -72,11 +59,7 @@ async def _require_current(context: Context, machine: Machine) -> None:
 
 
 async def _require_none_lost(context: Context, machine: Machine) -> None:
-    """Refuse to merge or remove layers while nobody knows what a machine that the store has lost reads.
-
-    Raises:
-        StoreMismatch: there is one; nothing was changed.
-    """
+    """Refuse to merge or remove layers while nobody knows what a machine that the store has lost reads."""
     if lost := await blocking(context.store.records.lost):
         names = ", ".join(lost)
         files = " ".join(str(Records(context.home.machines).file(name)) for name in lost)

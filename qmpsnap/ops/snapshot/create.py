@@ -72,11 +72,7 @@ async def run(context: Context, name: str, request: CreateRequest, *, report: Re
 
 
 async def add_layers(context: Context, name: str, request: CreateRequest) -> tuple[Layer, ...]:
-    """Put the new layers on top without recording a snapshot; returns them.
-
-    Raises:
-        QmpsnapError: as :func:`run`.
-    """
+    """Put the new layers on top without recording a snapshot; returns them."""
     change = await _run(context, name, replace(request, listed=False), unreported)
     return change.layers
 

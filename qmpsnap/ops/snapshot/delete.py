@@ -58,11 +58,7 @@ class DeletePlan(Struct, frozen=True):
 
 
 def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
-    """What will be done; pure.
-
-    Raises:
-        NotFoundError: a snapshot is not there; nothing is deleted then.
-    """
+    """What will be done; pure."""
     chosen = _choose(at, request)
     names = tuple(snapshot.name for snapshot in chosen)
     points = _points(chosen)
@@ -158,9 +154,6 @@ def _kept(at: Situation, chosen: Sequence[Snapshot], removed: Collection[LayerId
     """What goes first: state files, copies of variable stores, tags inside images that stay.
 
     ``removed`` are the layers that go; None leaves the layers alone, tags and all.
-
-    Raises:
-        StateError: a tag is inside a layer that the running QEMU only reads.
     """
     points = [
         point

@@ -48,11 +48,7 @@ def proven(operation: Operation) -> bool:
 
 
 async def is_still(path: Path) -> bool:
-    """Whether a running guest leaves its variable store alone now, at one of several looks.
-
-    Raises:
-        HostCannot: the store cannot be read.
-    """
+    """Whether a running guest leaves its variable store alone now, at one of several looks."""
     content = await to_end(_content, str(path))
     for _ in range(LOOKS):
         await anyio.sleep(STILL)
@@ -63,11 +59,7 @@ async def is_still(path: Path) -> bool:
 
 
 async def copy(copied: Copied | None) -> None:
-    """Make the copy, or make it again where the store has changed since; durable.
-
-    Raises:
-        HostCannot: the store is not there, or there is no space.
-    """
+    """Make the copy, or make it again where the store has changed since; durable."""
     if copied and not await to_end(_read_alike, *copied):
         await to_end(tags.copy_variables, *copied)
 

@@ -68,12 +68,6 @@ def plan(
         means: how the memory can be saved, if it was asked for.
         freezer: what has become of the wish to freeze; None plans for what was asked.
         beside: where QEMU's devices are not the machine's disks.
-
-    Raises:
-        NameRefused: the name is not allowed.
-        NameTaken: the machine has a snapshot of that name.
-        NotFoundError: no disk of that name.
-        StateError: a disk cannot be snapshotted.
     """
     machine, chains, serial = at.machine, at.basis.chains, at.serial
     included = requests.disks(machine, request.disks, lacking=beside.unplugged)

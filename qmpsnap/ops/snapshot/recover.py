@@ -33,11 +33,6 @@ from qmpsnap.qmp.session import Monitor
 def direction(step: str, *, active: int | None, total: int) -> Direction | None:
     """Whether a broken ``snapshot create`` is finished or undone; pure.
 
-    Args:
-        step: the last durable step.
-        active: how many of the overlays QEMU writes to, None when no QEMU runs.
-        total: how many there are.
-
     Returns:
         None when the rules do not cover what was found: someone else has changed the chain.
     """
@@ -53,10 +48,6 @@ async def end(broken: Broken[CreatePlan], monitor: Monitor | None) -> Direction:
     """End the operation; ``forward`` when there is a snapshot (or were to be only layers), ``back`` when there is none.
 
     Disks that have moved stay where they are, whatever became of the memory: a guest may have written there.
-
-    Raises:
-        OperationPending: its memory is still being written, and ``unfinished`` says to leave that.
-        QmpsnapError: QEMU or the files say something the rules do not cover.
     """
     plan = broken.operation.plan
     if broken.operation.step == steps.ENDING:
@@ -252,11 +243,7 @@ async def settle(
 async def quit_saved(
     context: Context, machine: Machine, qemu: Monitor | None, operation: Operation[CreatePlan]
 ) -> None:
-    """End the QEMU of a machine that was saved.
-
-    Raises:
-        DeadlinePassed: it does not end.
-    """
+    """End the QEMU of a machine that was saved."""
     await require_ended(context.process(machine), qemu, machine=machine.name, effect="applied")
     await context.astore.set_process(machine.name, None)
     await context.astore.mark(operation.id, "settled", step=steps.SETTLED)

@@ -9,19 +9,7 @@ from qmpsnap.ops.session.session import working
 
 
 async def run(context: Context, name: str, old: str, new: str) -> Snapshot:
-    """Rename a snapshot; returns it as it is now.
-
-    Args:
-        context: where.
-        name: the machine.
-        old: the snapshot's name.
-        new: its new one.
-
-    Raises:
-        NameRefused: the new name is not allowed.
-        NotFoundError: there is no snapshot ``old``.
-        NameTaken: there is a snapshot ``new``.
-    """
+    """Rename a snapshot; returns it as it is now."""
     check_name(new, "snapshot")  # whatever machine it is
     # Operations remember snapshots by name, so none may be open: this frame ends them first.
     async with working(context, name, "snapshot rename") as session:

@@ -48,9 +48,6 @@ def write_again(store: Path) -> None:
     """Write the frames once more, as they are, and out to the disk; our connection holds the write lock.
 
     Unlike the store's own file, this one may be opened and closed beside SQLite: its locks are not on it.
-
-    Raises:
-        OSError: the disk does not take them.
     """
     with contextlib.suppress(FileNotFoundError), opened(frames(store), os.O_RDWR) as file:
         at = 0

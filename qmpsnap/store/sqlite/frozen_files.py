@@ -27,15 +27,7 @@ class FrozenTable:
         return found
 
     def record(self, found: Mapping[LayerId, Stamp], *, gone: Iterable[tuple[LayerId, int]] = ()) -> None:
-        """Record what images that are frozen are now; what is recorded of layers that are gone goes.
-
-        Args:
-            found: the images.
-            gone: layer and ``since`` of what nobody is compared with any more.
-
-        Raises:
-            HostCannot: no right, no space.
-        """
+        """Record what images that are frozen are now; what is recorded of layers that are gone goes."""
         rows = [(layer, of.since, of.mtime_ns, of.size, of.ctime_ns, of.digest) for layer, of in found.items()]
         with self._database.writing() as sql:
             sql.executemany("DELETE FROM stamp WHERE layer = ? AND since = ?", gone)
@@ -43,11 +35,7 @@ class FrozenTable:
             sql.execute("DELETE FROM stamp WHERE layer NOT IN (SELECT id FROM layer)")
 
     def forget(self, layers: Iterable[LayerId]) -> None:
-        """Forget images that are about to be written to without an operation.
-
-        Raises:
-            HostCannot: no right, no space.
-        """
+        """Forget images that are about to be written to without an operation."""
         with self._database.writing() as sql:
             drop(sql, layers)
 

@@ -38,11 +38,7 @@ class HomeTable:
             return _read(sql)
 
     def note(self, home: HomeRecord) -> None:
-        """Record a home's id and path.
-
-        Raises:
-            HostCannot: no right, no space.
-        """
+        """Record a home's id and path."""
         with self._database.writing() as sql:
             _write(sql, home)
 
@@ -57,21 +53,13 @@ class HomeTable:
             _write(sql, self._first)
 
     def begin(self, record: HomeRecord, relocation: Relocation) -> None:
-        """Make durable what was agreed to of a home with that record, before a header is rewritten.
-
-        Raises:
-            HostCannot: no right, no space.
-        """
+        """Make durable what was agreed to of a home with that record, before a header is rewritten."""
         with self._database.writing() as sql:
             sql.execute("DELETE FROM stamp")  # of copies, and of headers that are rewritten
             _write(sql, HomeRecord(record.id, record.path, relocation))
 
     def finish(self, relocation: Relocation) -> None:
-        """Record the home as lying where it is, and its files as those that are there.
-
-        Raises:
-            HostCannot: no right, no space.
-        """
+        """Record the home as lying where it is, and its files as those that are there."""
         home = HomeRecord(relocation.id, relocation.now)
         with self._database.writing() as sql:
             ids = self._ids(sql, relocation)

@@ -25,12 +25,7 @@ _OUTCOME = "effect, outcome"
 
 
 def require_next(connection: sqlite3.Connection, machine: str, serial: OperationId) -> None:
-    """Make sure that an operation of the machine can be opened under the number that it was planned with.
-
-    Raises:
-        OperationPending: the machine has an operation that has not ended.
-        NumberTaken: the number is gone.
-    """
+    """Make sure that an operation of the machine can be opened under the number that it was planned with."""
     if pending := select(connection, machine, only_open=True):
         raise OperationPending(
             f"operation {pending[0].id} ({pending[0].verb}) on machine {machine} is still open",
@@ -103,13 +98,7 @@ def mark(
     error: str | None = None,
     writes: Iterable[LayerId] = (),
 ) -> None:
-    """Record an open operation's state, its step and error where given, and the frozen layers it begins to write to.
-
-    Raises:
-        NotFoundError: there is no such operation.
-        StateError: it is not open any more; what was decided then stays.
-        ValueError: operations of its kind have no such step.
-    """
+    """Record an open operation's state, its step and error where given, and the frozen layers it begins to write to."""
     if step is not None:
         for (verb,) in connection.execute("SELECT verb FROM operation WHERE id = ?", (operation,)):
             steps.require_known(verb, step)

@@ -19,11 +19,7 @@ def decoded(text: str | bytes, kind: Any = Any) -> Any: ...
 
 
 def decoded(text: str | bytes, kind: Any = Any) -> Any:
-    """A value of the store's.
-
-    Raises:
-        StoreMismatch: it is none that this release has written, or a newer one.
-    """
+    """A value of the store's."""
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:

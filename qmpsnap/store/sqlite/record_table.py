@@ -37,14 +37,7 @@ class RecordTable:
         earlier: Record | None,
         made: Iterable[Layer] = (),
     ) -> Record:
-        """What the store has of a machine.
-
-        Args:
-            machine: the machine.
-            operation: the operation that settles with it.
-            earlier: its record until now, read before the store is locked.
-            made: the layers that the operation has made.
-        """
+        """What the store has of a machine."""
         store = self._store
         found, forest, snapshots = store.machine(machine), store.forest(), store.snapshots(machine)
         active = {chain.disk: chain.active.id for chain in store.chains(machine)}
@@ -70,11 +63,7 @@ class RecordTable:
         )
 
     def noted(self, machine: str) -> frozenset[LayerId]:
-        """The layers in the record, among them those that an operation has left to nobody.
-
-        Raises:
-            HostCannot: the record cannot be read.
-        """
+        """The layers in the record, among them those that an operation has left to nobody."""
         found = self._files.read(machine)
         return frozenset(layer.id for layer in found.layers) if found else frozenset()
 
@@ -86,39 +75,23 @@ class RecordTable:
         return found is not None and found.describes(machine.uuid, generation)
 
     def write(self, machine: str) -> None:
-        """Write the record as the store has the machine.
-
-        Raises:
-            HostCannot: no right, no space.
-        """
+        """Write the record as the store has the machine."""
         self._files.write(self.of(machine, earlier=self.readable(machine)))
 
     def keep(self, machine: str) -> None:
-        """The same, unless it is current; nothing for a machine that is not defined yet.
-
-        Raises:
-            HostCannot: no right, no space.
-        """
+        """The same, unless it is current; nothing for a machine that is not defined yet."""
         with contextlib.suppress(NotFoundError):
             if not self.is_current(self._store.machine(machine)):
                 self.write(machine)
 
     def take_back(self, machine: Machine) -> None:
-        """Remove the record of this very machine, whose definition did not settle.
-
-        Raises:
-            HostCannot: something of it may be left.
-        """
+        """Remove the record of this very machine, whose definition did not settle."""
         found = self._files.read(machine.name)
         if found is None or found.machine.uuid == machine.uuid:  # else it is another's
             self._files.forget(machine.name)
 
     def remembered(self, name: str) -> Machine | None:
-        """The machine of that name by its record; the store need not know it.
-
-        Raises:
-            HostCannot: the record cannot be read.
-        """
+        """The machine of that name by its record; the store need not know it."""
         found = self._files.read(name)
         return found.machine if found else None
 
@@ -129,9 +102,6 @@ class RecordTable:
 
         Args:
             wait: else none is told while the storage of images hangs, which who asks for a list does not need.
-
-        Raises:
-            HostCannot: no right to look.
         """
         found = self._lost() if wait else briefly(self._lost, (), seconds=devices.PATIENCE)
         if isinstance(found, HostCannot):

@@ -177,10 +177,6 @@ def readable(path: Path, why: HostCannot) -> sqlite3.Connection | None:
 
     Good for one transaction: what others write meanwhile would not be noticed.
 
-    Args:
-        path: the database.
-        why: what :func:`connect` has raised.
-
     Returns:
         None where it has to be written to before it can be read, or others work with it.
     """
