@@ -279,7 +279,7 @@ def _notes(record: Record) -> tuple[str, ...]:
 
 
 def _swap(home: Home, fresh: Path) -> str | None:
-    """Put the new file in the store's place, the old one beside it; a crash in between leaves no store, never a half one."""
+    """Put the new file in the store's place, the old one beside it; a crash in between leaves no store, no half one."""
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     aside = home.store.with_name(f"{home.store.name}.aside-{stamp}-{os.getpid()}")
     try:
