@@ -344,7 +344,7 @@ def _translated(path: str) -> Iterator[None]:
     except FileExistsError as error:
         raise StateError(f"{path} exists already", hint="move it away or choose another name") from error
     except ValueError as error:
-        raise HostCannot(f"{path!r} is no path: {error}", hint="choose another name") from error
+        raise HostCannot(f"{path!r} is not a path: {error}", hint="choose another name") from error
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "check its folder and permissions"
         raise HostCannot(f"{path}: {error.strerror}", hint=hint) from error

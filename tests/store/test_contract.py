@@ -488,7 +488,7 @@ def test_a_plan_made_from_what_the_store_does_not_say_any_more_is_refused(
     opening = Change(removed_snapshots=("s",))
     plan = MergePlan(verb="delete", machine="web", opening=opening, undo=Change(), steps=(removal,))
     changes(store)
-    with pytest.raises(StateError, match=f"{what} was changed while this was planned") as caught:
+    with pytest.raises(StateError, match=f"{what} changed during planning") as caught:
         store.open_operation(plan, basis, serial=serial)
     assert (caught.value.effect, caught.value.machine) == ("none", "web")
     assert (store.next_serial(), store.operations("web", only_open=True)) == (serial, ())

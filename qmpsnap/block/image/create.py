@@ -250,9 +250,7 @@ class _Claim:
         os.fsync(self.descriptor)
         os.fsync(self._folder)
         if not files.leads_to(self._name, self.descriptor, folder=self._folder):
-            raise StoreMismatch(
-                f"another file appeared at {printable(self.path)} while the image was made; it was not touched"
-            )
+            raise StoreMismatch(f"another file appeared at {printable(self.path)} meanwhile; it was not touched")
         return made
 
     def _unexpected(self, what: str) -> HostCannot:

@@ -189,7 +189,7 @@ def _opened(path: str | os.PathLike[str], *, block_device: bool) -> Iterator[int
         try:
             descriptor = stack.enter_context(opened(path))
         except ValueError as error:
-            raise ImageRefused(f"{shown} is no path: {error}") from error
+            raise ImageRefused(f"{shown} is not a path: {error}") from error
         except OSError as error:
             raise _cannot_open(shown, error) from error
         mode = os.fstat(descriptor).st_mode
@@ -314,7 +314,7 @@ def _inside(path: str, allowed: Sequence[Path] | None) -> Path:
         real = Path(os.path.realpath(folder, strict=True)) / name
         inside = allowed is None or any(real.is_relative_to(os.path.realpath(place)) for place in allowed)
     except ValueError as error:
-        raise ImageRefused(f"{printable(path)} is no path: {error}") from error
+        raise ImageRefused(f"{printable(path)} is not a path: {error}") from error
     except OSError as error:
         raise _cannot_open(printable(path), error) from error
     if inside:

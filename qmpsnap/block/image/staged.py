@@ -37,7 +37,7 @@ def put(part: str, path: str, file: FileId) -> None:
         hint = ""
         if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
             hint = "that file system has no hard links: create the image yourself, then use " + option("reuse")
-        raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}", hint=hint) from error
+        raise HostCannot(f"{printable(path)} cannot be created: {error.strerror}", hint=hint) from error
 
 
 @runs_to_end
@@ -49,7 +49,7 @@ def claim(part: str, path: str) -> None:
     except FileExistsError as error:
         raise StateError(f"{printable(path)} exists already", hint="choose another name") from error
     except OSError as error:
-        raise HostCannot(f"{printable(path)} cannot be made: {error.strerror}") from error
+        raise HostCannot(f"{printable(path)} cannot be created: {error.strerror}") from error
 
 
 @runs_to_end
@@ -101,7 +101,7 @@ def _identity(path: str) -> FileId | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:  # it may be there, and then it is not gone
-        raise HostCannot(f"{printable(path)} cannot be looked at: {error.strerror}", effect="unknown") from error
+        raise HostCannot(f"{printable(path)} cannot be read: {error.strerror}", effect="unknown") from error
 
 
 identity_of = runs_to_end(_identity)

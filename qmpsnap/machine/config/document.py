@@ -202,7 +202,7 @@ def _plain(node: yaml.Node, path: str, document: Document) -> Any:
             inner = f"{path}.{name.value}"
             if name.value in found:
                 first = f"the first is at {document.at(inner + ':').where}"
-                raise SpecError(f"{key.where}: key {shorten(name.value)!r} stands here twice", hint=first)
+                raise SpecError(f"{key.where}: key {shorten(name.value)!r} occurs twice", hint=first)
             document.places[f"{inner}:"] = key
             found[name.value] = _plain(value, inner, document)
         return found

@@ -60,8 +60,8 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
         Step(SETTLED, "the machine exists"),
     ),
     "undefine": (
-        Step(PLANNED, "the machine is forgotten; files of it may be left: forward"),
-        Step(SETTLED, "they are gone, or what keeps one is noted"),
+        Step(PLANNED, "the machine is undefined; files of it may be left: forward"),
+        Step(SETTLED, "the files are removed, or the reason is noted"),
     ),
     "create": (
         Step(PLANNED, "overlays may exist and be open; the guest does not write to them: back"),

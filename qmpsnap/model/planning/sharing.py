@@ -82,13 +82,13 @@ def require_unchanged(plan: Plan, basis: Basis, now: Basis) -> None:
     """Make sure that what a plan was made from is still so; what others read or write to, the rules above compare."""
     changed = ""
     if replace(basis, forest=now.forest) != now:
-        changed = f"what the store says of machine {basis.name}"
+        changed = f"the record of machine {basis.name}"
     before, after, theirs = basis.forest.layers, now.forest.layers, uses(plan, basis.forest)
     for layer in before.keys() & (theirs.reads | theirs.changes):
         if before[layer] != after.get(layer):
             changed = f"layer {layer}"
     if changed:
-        raise StateError(f"{changed} was changed while this was planned", hint="try again", machine=basis.name)
+        raise StateError(f"{changed} changed during planning", hint="try again", machine=basis.name)
 
 
 def require_unused(machine: str, gone: Sequence[Layer], forest: Forest, others: Sequence[Operation]) -> None:

@@ -130,7 +130,7 @@ async def _look(home: Home, record: Record) -> _Found:
     if machine.adopted:
         return _Found(record, why_not="it was adopted: adopt it again")
     if record.generation < 0:
-        return _Found(record, why_not="its record is of an earlier release: rebuild the store with that")
+        return _Found(record, why_not="its record is of an earlier release: rebuild the store with that release")
     if flaw := next(owner.of_folder(home.machine_dir(machine.name)), None):
         return _Found(record, why_not=f"another user can replace its record: {flaw.text}; {flaw.remedy}")
     process = processes.find(machine, home.run_dir(machine.name)) if machine.host == this_host() else None
@@ -206,7 +206,9 @@ def _restore(home: Home, store: SqliteStore, found: Sequence[_Found]) -> dict[st
         record = _fitted(at.record, paths, numbers)
         try:
             if at.process and record != at.record:
-                raise StateError("other machines have its layers by other ids, and its QEMU runs: stop it first")
+                raise StateError(
+                    "its layers have other ids in the records of other machines, and its QEMU is running: stop it first"
+                )
             store.restore(record, at.process)
         except QmpsnapError as error:
             doubts[at.name] = error.message

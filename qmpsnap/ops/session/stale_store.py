@@ -82,7 +82,7 @@ def _may_remove(pending: Sequence[Operation]) -> bool:
 def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | None:
     """Why the store must be an old copy; None when nothing says so."""
     if context.store.records.behind(machine.name):
-        return f"{context.home.record(machine.name)} was written by a later operation than the last it knows"
+        return f"{context.home.record(machine.name)} was written by a later operation than the store knows"
     active = {chain.active.path for chain in chains}
     newest = {chain.disk: _number(chain.active.id) for chain in chains}
     if (tagged := _tagged_later(context, chains)) is not None:

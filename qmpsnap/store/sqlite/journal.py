@@ -35,7 +35,7 @@ def require_next(connection: sqlite3.Connection, machine: str, serial: Operation
         )
     if serial < next_serial(connection):
         raise NumberTaken(
-            f"the number {serial} that was planned for an operation on machine {machine} went to another operation",
+            f"the number {serial} planned for an operation on machine {machine} was given to another operation",
             hint="try again",
             machine=machine,
         )
