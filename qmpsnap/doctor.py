@@ -157,7 +157,7 @@ def _store(home: Home) -> Ability:
         return Ability("store", "no", f"{barred.message}; it can be read, {len(machines)} machine(s)", barred.hint)
     if lost:
         detail = f"{home.store} lacks {', '.join(lost)}, defined before"
-        remedy = "put the store back, or rebuild it from the images: " + call("rebuild")
+        remedy = "put the store back, or rebuild it: " + call("rebuild")
         return Ability("store", "no", detail, remedy, lost=True)
     if not is_there and home.beneath:
         detail = f"there is no home at {home.data}"

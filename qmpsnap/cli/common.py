@@ -89,7 +89,7 @@ def untold(store: Store) -> StoreMismatch | None:
         what = "lacks" if store.is_there else "does not exist; it had"
         return StoreMismatch(
             f"the store {places.store} {what} {', '.join(lost)}, defined before",
-            hint=f"put the store back, or rebuild it from the images: qmpsnap check --rebuild{aside}",
+            hint=f"put the store back, or rebuild it: qmpsnap check --rebuild{aside}",
         )
     if not store.is_there:
         return StoreMismatch(

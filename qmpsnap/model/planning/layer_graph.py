@@ -141,6 +141,6 @@ def based(found: Iterable[Layer]) -> tuple[Layer, ...]:
     if len(layers) > len({layer.id for layer in layers}):
         raise LayersCircular(
             f"the store records layer {layers[-1].id} as its own backing file, directly or through others",
-            hint="put a copy of the store back, or rebuild it from the images: " + call("rebuild"),
+            hint="put a copy of the store back, or rebuild it: " + call("rebuild"),
         )
     return layers

@@ -248,7 +248,7 @@ def _refuse_lost(context: Context, name: str, *, adopts: bool) -> None:
     if lost and images and not (adopts and lost.adopted):
         raise StoreMismatch(
             f"machine {name} was defined before and has images in {folder}, but this store lacks it",
-            hint="rebuild the store from the images: " + call("rebuild") + "; or choose another name",
+            hint="rebuild the store: " + call("rebuild") + "; or choose another name",
             machine=name,
         )
 

@@ -53,7 +53,7 @@ async def _require_current(context: Context, machine: Machine) -> None:
     if found:
         raise StoreMismatch(
             f"the store is an old copy for machine {machine.name}: {found}",
-            hint="put the newer store back, or rebuild it from the images: " + call("rebuild", set_aside=True),
+            hint="put the newer store back, or rebuild it: " + call("rebuild", set_aside=True),
             machine=machine.name,
         )
 

@@ -225,7 +225,7 @@ class Database:
     def _damaged(self, error: sqlite3.Error) -> StoreMismatch:
         return StoreMismatch(
             f"the store {self._path} is damaged: {error}",
-            hint="put a copy of it back, or rebuild it from the images: " + call("rebuild"),
+            hint="put a copy of it back, or rebuild it: " + call("rebuild"),
         )
 
 

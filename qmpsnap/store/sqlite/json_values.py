@@ -25,5 +25,5 @@ def decoded(text: str | bytes, kind: Any = Any) -> Any:
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
         raise StoreMismatch(
             f"the store holds an invalid value: {error}",
-            hint="put a copy of it back, or rebuild it from the images: " + call("rebuild"),
+            hint="put a copy of it back, or rebuild it: " + call("rebuild"),
         ) from error

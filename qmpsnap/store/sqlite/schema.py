@@ -156,7 +156,7 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
         connection.close()
         raise StoreMismatch(
             f"the store {path} is damaged: {error}",
-            hint="put a copy of it back, or rebuild it from the images: " + call("rebuild"),
+            hint="put a copy of it back, or rebuild it: " + call("rebuild"),
         ) from error
     except BaseException:
         connection.close()
