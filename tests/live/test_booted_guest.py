@@ -93,7 +93,7 @@ async def test_what_a_command_says_is_passed_on_whole_or_is_an_error(
     much = ["sh", "-c", "head -c 16777217 /dev/zero; exit 3"]
     assert await anyio.to_thread.run_sync(main, ["exec", "guest", "--", *much]) == 1
     out, err = capfdbinary.readouterr()
-    assert (len(out), b"status 3 in the guest of guest, and its stdout is truncated" in err) == (16 << 20, True)
+    assert (len(out), b"status 3 in the guest of guest, but its stdout is truncated" in err) == (16 << 20, True)
 
 
 async def test_the_console_speaks_both_ways(q: qmpsnap.Controller, guest_spec: MachineSpec, tmp_path: Path) -> None:

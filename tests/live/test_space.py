@@ -53,7 +53,7 @@ async def test_a_guest_whose_disk_is_full_is_paused_and_says_so(
     with pytest.raises(StateError, match="is not paused"):
         await vm.resume()
     (warning,) = await vm.shortage()
-    assert f"MiB are free at {small}/guest, and the guest may still write" in warning
+    assert f"MiB are free at {small}/guest, where the guest may write" in warning
     await vm.run(f"(sleep 0.3; {HOLE}) >/tmp/said 2>&1 </dev/null &")
     while await vm.state() == "running":
         await anyio.sleep(0.1)

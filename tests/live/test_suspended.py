@@ -17,7 +17,7 @@ from tests.live.machine import hold_invariants
 pytestmark = pytest.mark.version
 
 SLEEP = "(sleep 0.5; echo mem >/sys/power/state) >/dev/null 2>&1 </dev/null &"
-WAKE = "qmpsnap wakeup guest"
+WAKE = "await vm.wakeup()"
 
 
 async def asleep(vm: qmpsnap.MachineHandle) -> None:
