@@ -1,6 +1,7 @@
 """All layers of a store as the forest they form, and who needs which: counted over all machines."""
 
 from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -53,6 +54,22 @@ class Forest(Struct, frozen=True):
             if len(layers) > len(self.layers):
                 break
         return Chain(disk, based(reversed(layers)))
+
+    def below(self, tops: Iterable[LayerId]) -> dict[LayerId, Layer]:
+        """The layers that these read, and they themselves, each after the one below it; each is looked at once."""
+        found: dict[LayerId, Layer] = {}
+        for top in tops:
+            new: dict[LayerId, Layer] = {}
+            at: LayerId | None = top
+            while at is not None and at not in found and at not in new:  # in new: recorded to read itself
+                new[at] = self.layer(at)
+                at = new[at].backing
+            found.update(reversed(new.items()))
+        return found
+
+    def in_use(self) -> AbstractSet[LayerId]:
+        """The layers that a disk or a snapshot of any machine reads."""
+        return self.below([*(w.layer for w in self.writers), *(r.layer for r in self.references)]).keys()
 
     def children(self, layer: LayerId) -> tuple[Layer, ...]:
         """The layers that read ``layer`` directly."""

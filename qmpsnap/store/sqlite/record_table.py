@@ -11,8 +11,7 @@ from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.host.outstanding import briefly
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import LayerId, OperationId, layer_disk
-from qmpsnap.model.planning.layer_graph import Forest
+from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.store.records import Record, Records
 from qmpsnap.store.sqlite import devices, journal, rows
 from qmpsnap.store.sqlite.database import Database
@@ -45,8 +44,8 @@ class RecordTable:
         # Layers that nobody reads: what lies in the machine's folder, and what was this machine's before.
         folder = f"{self._files.file(machine).parent}/"
         tops += [layer.id for layer in forest.layers.values() if layer.path.startswith(folder)]
-        tops += [layer.id for layer in (*made, *(earlier.layers if earlier else ())) if _is_left(forest, layer)]
-        needed = {below: None for layer in tops for below in forest.chain(layer_disk(layer) or "", layer).ids}
+        left = forest.layers.keys() - forest.in_use()
+        tops += [layer.id for layer in (*made, *(earlier.layers if earlier else ())) if layer.id in left]
         home = store.home.record()
         with self._database.reading() as sql:
             generation, serial = rows.generation(sql, machine), journal.next_serial(sql) - 1
@@ -58,7 +57,7 @@ class RecordTable:
             serial=serial,
             home=replace(home, moving=None) if home else None,
             active=active,
-            layers=tuple(forest.layers[layer] for layer in needed),
+            layers=tuple(forest.below(tops).values()),
             snapshots=snapshots,
         )
 
@@ -153,7 +152,3 @@ class RecordTable:
                 if found.name in names and found.host == os.uname().nodename:
                     self.keep(found.name)
                     self._files.forget_earlier(found.name)
-
-
-def _is_left(forest: Forest, layer: Layer) -> bool:
-    return layer.id in forest.layers and not forest.machines_above(layer.id)
