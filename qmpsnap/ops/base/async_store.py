@@ -55,3 +55,4 @@ class AsyncStore(Struct, frozen=True):
     set_process = _threaded(Store.set_process)
     settle = _threaded(Store.settle)
     snapshots = _threaded(Store.snapshots)
+    unborn = _threaded(Store.unborn)
