@@ -73,6 +73,11 @@ class Records:
         self.earlier = machines.parent / "records"
         """Where an earlier release kept them."""
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a link leads to the machines' folder, and so to storage that may hang."""
+        return self._machines.is_symlink()
+
     def write(self, record: Record, *, make: bool = False) -> None:
         """Put a record in the place of the one before, durably.
 

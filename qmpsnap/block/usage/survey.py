@@ -4,12 +4,9 @@ Without asyncio, as ``list`` asks here.
 """
 
 import os
-import select
-import signal
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Final, NoReturn
+from typing import Final
 
 import msgspec
 from msgspec import Struct
@@ -17,6 +14,7 @@ from msgspec import Struct
 from qmpsnap.block.usage import stamps, users
 from qmpsnap.block.usage.stamps import Trouble
 from qmpsnap.block.usage.users import User
+from qmpsnap.host import aside
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.stamp import History
 from qmpsnap.model.names import LayerId
@@ -102,40 +100,19 @@ def glance(wanted: Mapping[str, Asked]) -> dict[str, Seen]:
 
     A process of its own looks, with a thread for each machine: one that hangs could not end, and nobody waits for it.
     """
-    if not wanted:
-        return {}
-    told, tell = os.pipe()
-    try:
-        helper = os.fork()
-    except OSError:  # no more processes: then nobody is asked
-        os.close(told)
-        os.close(tell)
-        return {name: Seen(asked=False) for name in wanted}
-    if not helper:
-        _tell(wanted, tell)
-    os.close(tell)
-    end = time.monotonic() + DEADLINE
     found: dict[str, Seen] = {}
-    with open(told, "rb", buffering=0) as stream:  # noqa: PTH123 - a descriptor
-        said = b""
-        while select.select([stream], [], [], max(0.0, end - time.monotonic()))[0] and (piece := stream.read(1 << 16)):
-            said += piece
+    said = aside.asked(lambda tell: _tell(wanted, tell), seconds=DEADLINE) if wanted else b""
     for line in said.splitlines(keepends=True):
         if line.endswith(b"\n"):
             found.update(_DECODER.decode(line))
-    os.kill(helper, signal.SIGKILL)
-    os.waitpid(helper, 0 if len(found) == len(wanted) else os.WNOHANG)
     return {name: found.get(name, Seen(asked=False)) for name in wanted}
 
 
 _DECODER: Final = msgspec.json.Decoder(dict[str, Seen])
 
 
-def _tell(wanted: Mapping[str, Asked], tell: int) -> NoReturn:
+def _tell(wanted: Mapping[str, Asked], tell: int) -> None:
     """The helper's part: a line for each machine as soon as it is known."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):  # which others may wait for the end of
-        os.dup2(nothing, stream)
 
     def work(name: str, at: Asked) -> Callable[[], None]:
         # At most one line at a time, each with one write that no other can come into.
@@ -143,13 +120,10 @@ def _tell(wanted: Mapping[str, Asked], tell: int) -> NoReturn:
 
     lock = threading.Lock()
     threads = [threading.Thread(target=work(name, at), daemon=True) for name, at in wanted.items()]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        os._exit(0)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _write(descriptor: int, lock: threading.Lock, data: bytes) -> None:

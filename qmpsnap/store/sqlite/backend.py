@@ -60,7 +60,8 @@ class SqliteStore:
         self.pruned = PrunedTable(self._database)
         self.home = HomeTable(self._database, self._records, machines=machines)
         self.records = RecordTable(self._database, self._records, self)
-        self.records.take_over()
+        if make or not self._records.elsewhere:
+            self.records.take_over()
 
     def __enter__(self) -> Self:
         return self

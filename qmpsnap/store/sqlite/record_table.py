@@ -2,12 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import msgspec
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError
+from qmpsnap.host import aside
 from qmpsnap.host.outstanding import briefly
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
@@ -15,6 +17,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.store.records import Record, Records
 from qmpsnap.store.sqlite import devices, journal, rows
 from qmpsnap.store.sqlite.database import Database
+from qmpsnap.store.sqlite.json_values import decoded
 
 if TYPE_CHECKING:  # which has one of these
     from qmpsnap.store.store import Store
@@ -102,21 +105,14 @@ class RecordTable:
         Args:
             wait: else none is told while the storage of images hangs, which who asks for a list does not need.
         """
-        found = self._lost() if wait else briefly(self._lost, (), seconds=devices.PATIENCE)
-        if isinstance(found, HostCannot):
-            raise found
-        return found
-
-    def _lost(self) -> tuple[str, ...] | HostCannot:
-        try:
-            described = self._files.names()
-            with self._database.reading() as sql:  # afterwards: a definition writes its record while it is open
-                known = {name for (name,) in sql.execute("SELECT name FROM machine")}
-                known |= {name for name in described if journal.select(sql, name, only_open=True)}
-            # What is read now is there still: undefine removes the record first.
-            return tuple(name for name in described if name not in known and self._files.read(name))
-        except HostCannot as error:
-            return error
+        ask = _called if wait or not self._files.elsewhere else _called_aside
+        described = ask(self._files.names)
+        with self._database.reading() as sql:  # afterwards: a definition writes its record while it is open
+            known = {name for (name,) in sql.execute("SELECT name FROM machine")}
+            known |= {name for name in described if journal.select(sql, name, only_open=True)}
+        # What is read now is there still: undefine removes the record first.
+        unknown = tuple(name for name in described if name not in known)
+        return ask(lambda: tuple(name for name in unknown if self._files.read(name))) if unknown else ()
 
     def behind(self, machine: str) -> bool:
         """Whether the record tells that this store is an old copy.
@@ -152,3 +148,12 @@ class RecordTable:
                 if found.name in names and found.host == os.uname().nodename:
                     self.keep(found.name)
                     self._files.forget_earlier(found.name)
+
+
+def _called(call: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
+    return call()
+
+
+def _called_aside(call: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
+    said = aside.asked(lambda tell: os.write(tell, msgspec.json.encode(call())), seconds=devices.PATIENCE)
+    return decoded(said, tuple[str, ...]) if said else ()
