@@ -51,7 +51,7 @@ async def test_a_forgotten_machine_says_which_of_its_files_are_left(
         with pytest.raises(HostCannot, match=r"vda-1\.qcow2 was not removed") as told:
             await vm.undefine(disks="remove")
     assert told.value.effect == "applied"
-    assert str(told.value).endswith("machine m is no longer defined")
+    assert "machine m is no longer defined" in str(told.value)
     with pytest.raises(NotFoundError):
         await q.machine("m")
     assert [path.name for path in folder.iterdir()] == ["vda-1.qcow2"], "the others went all the same"

@@ -90,13 +90,13 @@ async def test_each_overwriting_is_told_of_what_was_taken_before_it(q: qmpsnap.C
     assert await states(vm) == {"s1": "overwritten", "s2": "overwritten", "s3": "ok"}
     write(str(base), 64)
     assert (await codes(vm), seen(vm).word) == ({"frozen-written"}, "overwritten")
-    with pytest.raises(StoreMismatch, match="snapshot s3 does not read"):
+    with pytest.raises(StoreMismatch, match="which overwrites snapshot s3"):
         await vm.snapshot("s4")
     await vm.snapshot("s4")
     assert await states(vm) == {"s1": "overwritten", "s2": "overwritten", "s3": "overwritten", "s4": "ok"}
     base.write_bytes(first)
     os.utime(base, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(StoreMismatch, match="snapshot s4 does not read"):
+    with pytest.raises(StoreMismatch, match="which overwrites snapshot s4"):
         await vm.snapshot("s5")
     assert await states(vm) == {"s1": "ok", "s2": "ok", "s3": "overwritten", "s4": "overwritten"}
 
@@ -130,7 +130,7 @@ async def test_where_births_are_not_kept_a_file_of_another_size_is_not_removed(
     Path(gone.path).unlink()
     Path(gone.path).write_bytes(b"mine")
     store.apply(vm.name, Change(layers=(replace(gone, inode=Path(gone.path).stat().st_ino),)))  # as ext4 gives it anew
-    with pytest.raises(StoreMismatch, match="snapshot s2 does not read"):
+    with pytest.raises(StoreMismatch, match="which overwrites snapshot s2"):
         await vm.delete_snapshots("s2")
     with pytest.raises(StoreMismatch, match="is not the recorded image"):
         await vm.delete_snapshots("s2")
