@@ -88,7 +88,7 @@ async def _broken(q: qmpsnap.Controller, launched: Any, verb: str, *, moved: int
         return again
 
     ours = context_of(vm).home.machine_dir("theirs")
-    return Left(vm, active, launch, frozenset({*ours.iterdir(), *folder.glob("*.qcow2")}))
+    return Left(vm, active, launch, frozenset({*ours.glob("*.qcow2"), *folder.glob("*.qcow2")}))
 
 
 def _end(qemu: Foreign) -> None:

@@ -135,7 +135,7 @@ def _backing_problem(found: FoundLayer, below: FoundLayer | None) -> str:
     if named is None or below is None:
         agree = named is None and below is None
         return "" if agree else f"{said}, QEMU reads {printable(below.path) if below else 'nothing'}"
-    there = _inode(f"{Path(found.path).parent}/{named}")
+    there = _inode(str(Path(found.path).parent / named))  # an absolute name stays as it is
     if there is None:
         return f"{said}, which does not exist"
     agree = there == (below.header.device, below.header.inode)
