@@ -64,7 +64,7 @@ async def test_more_snapshots_inside_than_qemu_opens_in_any_time(q: qmpsnap.Cont
 
 async def test_recover_writes_a_description_that_an_undefine_has_removed(q: qmpsnap.Controller) -> None:
     vm = await _defined(q)
-    q.context.home.data.joinpath("records", "m.json").unlink()
+    q.context.home.record("m").unlink()
     assert [finding.code for finding in (await vm.check()).findings] == ["record-missing"]
     assert await vm.recover() == []
     assert (await vm.check()).findings == ()

@@ -156,7 +156,7 @@ async def test_a_second_ctrl_c_ends_at_once_and_tells_what_is_left(vm: qmpsnap.M
     os.environ[storage_wait.DEADLINE] = "3600"
     with mount.hang("fsync"):
         command = started("snapshot", "create", "still", "one")
-        await until_stuck(command.pid)
+        await until_stuck(command.pid, call="sync")  # other requests before the operation begins are answered
         command.send_signal(signal.SIGINT)
         await anyio.sleep(1)
         if command.poll() is None:
@@ -167,12 +167,12 @@ async def test_a_second_ctrl_c_ends_at_once_and_tells_what_is_left(vm: qmpsnap.M
     await usable(vm)
 
 
-async def until_stuck(process: int, place: str = "qs-hang") -> None:
+async def until_stuck(process: int, place: str = "qs-hang", *, call: str = "") -> None:
     """Until a process below this one waits for that storage."""
     with anyio.fail_after(WAIT):
         while True:
-            found = [pid for pid in below(process) if (wait := storage_wait.waits_of(pid)) and place in str(wait)]
-            if found:
+            waits = filter(None, map(storage_wait.waits_of, below(process)))
+            if any(place in wait.path and call in wait.call for wait in waits):
                 return
             await anyio.sleep(0.05)
 
