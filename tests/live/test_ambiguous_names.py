@@ -87,5 +87,5 @@ async def test_a_machine_and_a_file(q: qmpsnap.Controller, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     await q.define(SPEC)
     Path("still").write_text("name: other\nmemory: 64M\n")
-    with pytest.raises(UsageError, match="'still' may be the machine still or the file"):
+    with pytest.raises(UsageError, match="'still' names both a machine and the file"):
         await q.start("still")

@@ -186,7 +186,7 @@ async def test_undefine_says_what_would_be_lost(q: qmpsnap.Controller, still_spe
     with pytest.raises(StateError, match="precious"):
         await vm.undefine()
     await vm.start(paused=True)
-    with pytest.raises(StateError, match="runs"):
+    with pytest.raises(StateError, match="is running"):
         await vm.undefine(disks="keep")
     await vm.stop(force=True)
     kept = await vm.undefine(disks="keep")

@@ -91,7 +91,7 @@ async def test_a_rebuilt_store_has_no_consent(home: Path) -> None:
     await rebuild.run(places, set_aside=False)
     async with qmpsnap.open() as q:
         vm = await q.machine("still")
-        with pytest.raises(StateError, match="nobody has agreed to"):
+        with pytest.raises(StateError, match="has not accepted the extra QEMU arguments"):
             await vm.start(paused=True)
         await vm.start(paused=True, allow_extra=True)
         await vm.stop(force=True)

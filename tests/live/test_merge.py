@@ -264,7 +264,7 @@ async def test_a_full_disk_pauses_the_job_and_it_goes_on_later(
             await merge()
         assert refused.value.exit_code == 9
         monkeypatch.setattr("qmpsnap.ops.merge.commit.require_space", lambda *_: None)
-        with pytest.raises(HostCannot, match="no space left") as paused:
+        with pytest.raises(HostCannot, match="no space is left") as paused:
             await merge()
         assert paused.value.effect == "unknown"
         assert "job wait" in as_typed(paused.value.hint)

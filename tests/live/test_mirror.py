@@ -286,7 +286,7 @@ def test_on_the_command_line(home: Path, place: Path, capsys: pytest.CaptureFixt
     assert "blockdev-mirror" in capsys.readouterr().out
     assert list(place.iterdir()) == []
     assert main(["mirror", "still", "vda", target, "--finish", "--progress", "none"]) == 0
-    assert "is yours" in capsys.readouterr().out
+    assert "is not managed by qmpsnap" in capsys.readouterr().out
     assert main(["blockcopy", "still", "vda", target, "--pivot"]) == 4
     assert main(["mirror", "still", "vda", target]) == 2
     assert main(["mirror", "still", "vda", target, "--pivot", "--reuse", "--progress", "none"]) == 0

@@ -99,7 +99,7 @@ async def test_the_server_of_the_target_dies_in_the_middle(q: qmpsnap.Controller
     told: list[JobInfo] = []
     with served(far, place / "behind"):
         async with dying(place / "s", place / "behind"):
-            with pytest.raises(HostCannot, match="a write failed; the chain is as before") as lost:
+            with pytest.raises(HostCannot, match="a write failed; the chain is unchanged") as lost:
                 await vm.mirror("vda", uri, mode="finish", report=told.append)
     assert told[-1].current_progress < told[-1].total_progress
     if state == "running":
@@ -153,13 +153,15 @@ async def test_a_full_disk_pauses_the_copy(
     with small(place, size=8 * MIB) as folder:
         (folder / "filler").write_bytes(bytes(6 * MIB))
         target = folder / "copy"
-        with pytest.raises(HostCannot, match="no space left; the chain is as before and the guest runs on") as full:
+        with pytest.raises(
+            HostCannot, match="no space is left; the chain is unchanged and the guest keeps running"
+        ) as full:
             await vm.mirror("vda", target, mode=mode)
         assert full.value.effect == "unknown"
         assert "qmpsnap job wait still" in as_typed(full.value.hint)
         assert [job.status for job in await vm.jobs()] == ["paused"]
         assert await vm.state() == "running"
-        with pytest.raises(HostCannot, match="no space left"):
+        with pytest.raises(HostCannot, match="no space is left"):
             await vm.wait()
         if then == "goes on":
             (folder / "filler").unlink()
@@ -181,7 +183,7 @@ async def test_a_full_disk_ends_the_copy_of_a_stopped_machine(
     vm, hashes, now = await grown_and_stopped(q)
     monkeypatch.setattr("qmpsnap.ops.base.free_space.require", lambda *_, **__: None)
     with small(place, size=2 * MIB) as folder:
-        with pytest.raises(HostCannot, match="no space left; the chain is as before") as full:
+        with pytest.raises(HostCannot, match="no space is left; the chain is unchanged") as full:
             await vm.mirror("vda", folder / "copy", mode="pivot")
         assert full.value.effect == "none"
         assert "guest" not in full.value.message

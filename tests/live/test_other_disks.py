@@ -91,7 +91,7 @@ def image(place: Path) -> Path:
 
 async def test_beside_a_disk_that_was_attached_no_memory_is_taken(scsi: qmpsnap.MachineHandle, image: Path) -> None:
     async with attached(scsi, image):
-        await refuses_memory(scsi, r"extra \(.*extra\.img\), no disk of the machine")
+        await refuses_memory(scsi, r"extra \(.*extra\.img\), which is no disk of the machine")
         await scsi.snapshot("inside", kind="internal", memory=False)
         await scsi.snapshot("disks")
         await hold_invariants_but_theirs(scsi)

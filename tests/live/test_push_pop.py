@@ -28,7 +28,7 @@ async def test_a_stack(q: qmpsnap.Controller, still_spec: MachineSpec, state: st
     vm = await q.define(still_spec)
     with pytest.raises(StateError, match="has no current snapshot") as refused:
         await vm.pop()
-    assert "snapshot push still" in refused.value.hint
+    assert "snapshot push still" in as_typed(refused.value.hint)
     held = []
     await vm.start(paused=True)
     for pattern in (1, 2, 3):
@@ -86,7 +86,7 @@ def test_on_the_command_line(home: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["snapshot", "push", "still", "mine"]) == 0
     capsys.readouterr()
     assert main(["snapshot", "pop", "still", "--progress", "none"]) == 0
-    assert "is where it was at mine, stopped; mine is deleted" in capsys.readouterr().out
+    assert "is back at mine, stopped; mine is deleted" in capsys.readouterr().out
     assert main(["snapshot", "pop", "still", "-o", "json"]) == 0
     assert '"snapshot": "snap-1"' in capsys.readouterr().out
 

@@ -72,7 +72,7 @@ async def test_a_guest_whose_disk_is_full_is_paused_and_says_so(
     assert await _cli("list", "-o", "json", capsys=capsys) == ('"state": "paused: no space"', "")
     shown, said = await _cli("show", "guest", "-o", "json", capsys=capsys)
     assert shown == '"state": "paused: no space"'
-    assert "warning: 0 MiB are free" in said
+    assert "warning: only 0 MiB are free" in said
     assert "hint: free some space for the disks' active layers, then qmpsnap resume guest" in said
 
     subprocess.run(["mount", "-o", f"remount,size={128 * MIB}", small], check=True)  # noqa: ASYNC221

@@ -78,7 +78,7 @@ async def memory_is_refused(vm: qmpsnap.MachineHandle) -> None:
     ):
         with pytest.raises(StateError, match="it does not keep the suspended state; nothing was changed") as refused:
             await attempt
-        assert as_typed(refused.value.hint).startswith(f"wake it first: {WAKE}; or ")
+        assert as_typed(refused.value.hint).startswith("wake it first: qmpsnap wakeup guest; or ")
     assert [chain.ids for chain in await vm.chains()] == chains
     for discard in (False, True):  # nor is other memory loaded into a QEMU that believes its guest to sleep
         with pytest.raises(StateError, match="cannot load other memory into it"):

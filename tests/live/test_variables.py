@@ -157,7 +157,9 @@ async def test_what_an_automatic_snapshot_holds_is_not_kept_twice(
 async def test_a_store_that_is_gone_cannot_be_kept(q: qmpsnap.Controller, uefi_spec: MachineSpec) -> None:
     vm = await stopped_with_a_snapshot(q, uefi_spec)
     context_of(vm).home.variables("still").unlink()
-    with pytest.raises(StoreMismatch, match=r"vars\.fd, the variable store of machine still, is not there") as refused:
+    with pytest.raises(
+        StoreMismatch, match=r"vars\.fd, the variable store of machine still, does not exist"
+    ) as refused:
         await vm.revert("s")
     assert "--discard" in as_typed(refused.value.hint)
     assert [snapshot.name for snapshot in await vm.snapshots()] == ["s"]
@@ -185,7 +187,7 @@ REPLACE = ("qmpsnap.ops.revert.cutover", "copy_variables")
 SETTLE = ("qmpsnap.store.sqlite.backend", "SqliteStore.settle")
 FORWARD: dict[str, Call] = {
     "before it is copied": Call(*COPY, "before", 1),
-    "with a copy that may not be durable": Call("qmpsnap.ops.internal.tags", "sync_folder", "before", 1),
+    "with a copy that may not be durable": Call("qmpsnap.host.files", "sync_folder", "before", 1),
     "with a copy": Call(*REPLACE, "before", 1),
     "replaced": Call(*REPLACE, "after", 1),
     "not settled": Call(*SETTLE, "before", 1),
