@@ -270,7 +270,7 @@ async def test_what_cannot_be_reverted_to_is_refused_and_the_guest_runs_on(
     with pytest.raises(StateError, match=r"snapshot lost .* was invalidated") as caught:
         await vm.revert("lost")
     assert (caught.value.exit_code, "qmpsnap snapshot list" in as_typed(caught.value.hint)) == (4, True)
-    with pytest.raises(StoreMismatch, match="has no snapshot t inside"):
+    with pytest.raises(StoreMismatch, match="has no internal snapshot t;"):
         await vm.revert("tagged")
     assert await _picture(vm) == before
     assert {finding.code for finding in (await vm.check()).findings} == {"tag-missing"}
