@@ -1,6 +1,7 @@
 """Full disks: a guest that QEMU has paused for one says so and runs on later; a store without room loses nothing."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -226,9 +227,10 @@ async def test_what_only_reads_works_while_the_disk_is_full_and_the_rest_says_wh
     assert f"remedy: free some space in {one_disk}\n" in out
     assert await _said("resume still", capsys) == (0, "", "machine still is running\n")
     assert await _said("stop still --force", capsys) == (0, "", "machine still is stopped\n")
-    full = f"the store {one_disk}/qmpsnap.db cannot be written: the disk is full; nothing was changed"
     for words in WRITING:
-        assert await _said(words, capsys) == (9, "", f"qmpsnap: {full}\nhint: free some space in {one_disk}\n"), words
+        code, out, err = await _said(words, capsys)
+        assert (code, out) == (9, ""), words
+        assert re.fullmatch(rf"qmpsnap: .*{one_disk}.*; nothing was changed\nhint: free some space .*\n", err), words
     assert '"state": "stopped"' in (await _said("list -o json", capsys))[1]
     filler.unlink()
     async with qmpsnap.open() as q:
@@ -245,8 +247,9 @@ async def test_a_store_that_can_only_be_read_is_written_again_once_there_is_room
     filler = occupy(one_disk)
     async with qmpsnap.open() as q:
         vm = await q.machine("still")
-        with pytest.raises(HostCannot, match="the disk is full"):
+        with pytest.raises(HostCannot, match="only 0 are free") as full:
             await vm.snapshot("s2")
+        assert full.value.effect == "none"
         filler.unlink()
         async with qmpsnap.open() as other:
             await (await other.machine("still")).snapshot("s2")

@@ -170,7 +170,7 @@ async def test_the_layers_below_a_snapshot(q: qmpsnap.Controller, state: str, ki
 async def test_a_new_overlay_of_a_stopped_revert(q: qmpsnap.Controller, swap: Swap) -> None:
     vm, hashes, _ = await grown_and_stopped(q)
     for way in WAYS:
-        swap(cutover, "blocking", next_layer(vm), way)
+        swap(cutover, "require_ended", next_layer(vm), way)
         with pytest.raises(StoreMismatch, match="is not a new, empty image"):
             await vm.revert("s1")
         swap.put_back()

@@ -49,7 +49,7 @@ async def test_no_layer_goes_over_a_disk_that_was_resized_behind_us(
     with pytest.raises(StoreMismatch, match="another program resized it; nothing was changed") as refused:
         await vm.snapshot("s")
     assert refused.value.effect == "none"
-    assert "qmpsnap check VM --repair records the new size" in as_typed(refused.value.hint)
+    assert "qmpsnap check VM --repair records the size of a disk that has grown" in as_typed(refused.value.hint)
     assert await vm.snapshots() == ()
     async with user_monitor(vm) as qemu:
         backends: Any = await qemu.execute("query-block")

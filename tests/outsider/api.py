@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import qmpsnap
-from qmpsnap.cli import output
 
 Call = Callable[[qmpsnap.MachineHandle], Awaitable[object]]
 
@@ -75,7 +74,7 @@ def run(words: Sequence[str]) -> int:
     try:
         asyncio.run(act())
     except qmpsnap.QmpsnapError as error:
-        sys.stderr.write(f"{json.dumps(output.document(error))}\n")
+        sys.stderr.write(f"{json.dumps(error.as_dict())}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
