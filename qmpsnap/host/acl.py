@@ -39,14 +39,7 @@ class Rule(Struct, frozen=True, order=True):
 
 
 class Rights(Struct, frozen=True, kw_only=True):
-    """What others than its owner may do to a file, as ``rwx`` bits.
-
-    Attributes:
-        group: the file's own group.
-        other: everybody.
-        users: each user that is named, by id.
-        groups: each group that is named, by id.
-    """
+    """What others than its owner may do to a file, as ``rwx`` bits; named users and groups by their ids."""
 
     group: int
     other: int

@@ -40,10 +40,7 @@ _SECOND: Final = 1_000_000_000
 def opened(name: Name, access: int = os.O_RDONLY | os.O_NONBLOCK, *, folder: int | None = None) -> Iterator[int]:
     """A file that is there, open by its own name: a link in its place is refused, and a pipe makes nobody wait.
 
-    Args:
-        name: of the file.
-        access: without ``O_NONBLOCK`` a lease that another process holds on the file is waited for.
-        folder: descriptor of the folder that ``name`` is in.
+    Without ``O_NONBLOCK`` in ``access`` a lease that another process holds on the file is waited for.
     """
     descriptor = os.open(name, access | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY, dir_fd=folder)
     try:
@@ -102,10 +99,7 @@ def write_new(path: Name, data: bytes) -> None:
 def replace_durably(path: Name, data: bytes, *, ending: str = "part") -> None:
     """Write a small file, whole or not at all, over whatever has its name.
 
-    Args:
-        path: of the file.
-        data: its content.
-        ending: of the name that it has until it is whole; one of this process alone where several may write at once.
+    Until it is whole its name has that ``ending``: one of this process alone where several may write at once.
     """
     fresh = Path(f"{os.fspath(path)}.{ending}")
     fresh.unlink(missing_ok=True)  # of an earlier try

@@ -8,12 +8,9 @@ from qmpsnap.model.names import JobId, LayerId, NodeName
 
 
 class Kind(Struct, frozen=True):
-    """One kind of finding.
+    """One kind of finding: the invariant of docs/explanation/how-it-works.md that does not hold, and one sentence each.
 
-    Attributes:
-        invariant: of docs/explanation/how-it-works.md.
-        means: one sentence for whoever has never met it.
-        repair: what ``--repair`` does, one sentence; empty when it does nothing.
+    ``repair`` is what ``--repair`` does; empty when it does nothing.
     """
 
     invariant: str

@@ -61,11 +61,7 @@ def check_description(text: str) -> str:
 
 
 def check_disk_name(name: str) -> str:
-    """Return ``name`` when a disk may bear it: short, as node names are made from it.
-
-    Raises:
-        NameRefused: it is not a letter followed by at most 15 letters and digits.
-    """
+    """Return ``name`` when a disk may bear it: short, as node names are made from it."""
     if DISK_NAME.match(name):
         return name
     raise NameRefused(

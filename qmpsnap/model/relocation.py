@@ -15,9 +15,7 @@ class Relocation(Struct, frozen=True, kw_only=True):
     Attributes:
         id: the home's name from now on: a copy beside its original gets one of its own.
         before: every path at which headers and records may have it; the longest first.
-        now: where it lies.
-        layers: layers whose files are copies, as they are recorded from now on.
-        states: state files likewise.
+        layers: layers whose files are copies, as they are recorded from now on; ``states`` likewise.
         foreign_process: what is recorded of QEMUs that run is another home's.
     """
 

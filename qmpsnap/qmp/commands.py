@@ -45,13 +45,9 @@ class GraphNode(Struct, frozen=True):
 
 
 class GraphEdge(Struct, frozen=True):
-    """An edge of QEMU's block graph, from ``parent`` to ``child``.
+    """An edge of QEMU's block graph: ``parent`` uses ``child`` as its ``name`` (``backing``, ``file``, ``root`` ...).
 
-    Attributes:
-        parent: id of who uses it.
-        child: id of what is used.
-        name: ``backing``, ``file``, ``root`` ...
-        perm: QAPI ``BlockPermission`` names: what the parent may do (``consistent-read``, ``write`` ...).
+    ``perm``: QAPI ``BlockPermission`` names: what the parent may do (``consistent-read``, ``write`` ...).
     """
 
     parent: int
@@ -304,11 +300,7 @@ async def blockdev_del(monitor: Monitor, node: NodeName) -> None:
 
 
 def snapshot_transaction(pairs: Sequence[tuple[NodeName, NodeName]]) -> dict[str, Any]:
-    """Arguments of the ``transaction`` that puts each overlay on its node: all of them or none.
-
-    Args:
-        pairs: (node that becomes the backing, overlay that becomes active).
-    """
+    """Arguments of the ``transaction`` that puts the overlay of each (node, overlay) on that node: all of them or none."""
     return {
         "actions": [
             {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}} for node, overlay in pairs
@@ -349,11 +341,7 @@ async def announce_self(monitor: Monitor) -> None:
 
 
 def decode(command: str, answer: object, kind: type[T]) -> T:
-    """An answer as a value.
-
-    Raises:
-        QmpError: it is not what QEMU's schema says.
-    """
+    """An answer as a value, or ``QmpError`` where it is not what QEMU's schema says."""
     try:
         return msgspec.convert(answer, kind)
     except msgspec.ValidationError as error:

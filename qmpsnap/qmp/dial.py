@@ -9,11 +9,7 @@ from qmpsnap.qmp import unixsocket
 
 
 async def dial(path: Path) -> socket.socket:
-    """A connected, non-blocking unix socket; waits for ever while the listener's backlog is full.
-
-    Raises:
-        OSError: there is no such socket, or nobody listens.
-    """
+    """A connected, non-blocking unix socket, or ``OSError``; waits for ever while the listener's backlog is full."""
     while True:
         try:
             return unixsocket.connect(path)

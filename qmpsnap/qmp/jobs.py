@@ -66,14 +66,9 @@ _COMMON: dict[str, Any] = {"auto-finalize": False, "auto-dismiss": False, "on-er
 def commit_arguments(
     job: JobId, *, root: NodeName, top: NodeName, base: NodeName, base_path: str
 ) -> tuple[str, dict[str, Any]]:
-    """``block-commit``: ``base`` takes over what the layers above it up to ``top`` hold.
+    """``block-commit``: ``base`` takes over what the layers above it up to ``top`` hold; the guest writes to ``root``.
 
-    Args:
-        job: the job's id.
-        root: the node the guest writes to.
-        top: the highest layer that is merged; the root itself makes it a commit of the active layer.
-        base: the layer that is written to.
-        base_path: the string for the header of the layer above ``top``; not allowed for the active layer.
+    ``base_path`` goes into the header of the layer above ``top``; there is none where ``top`` is the root itself.
     """
     arguments = {"job-id": job, "device": root, "top-node": top, "base-node": base, **_COMMON}
     if top != root:
@@ -84,14 +79,7 @@ def commit_arguments(
 def stream_arguments(
     job: JobId, *, into: NodeName, base: NodeName | None, base_path: str | None
 ) -> tuple[str, dict[str, Any]]:
-    """``block-stream``: ``into`` takes over what the layers between it and ``base`` hold.
-
-    Args:
-        job: the job's id.
-        into: the layer that is written to.
-        base: its backing afterwards, None for none.
-        base_path: the string for its header.
-    """
+    """``block-stream``: ``into`` takes over what the layers between it and ``base``, its backing from then on, hold."""
     arguments: dict[str, Any] = {"job-id": job, "device": into, **_COMMON}
     if base is not None:
         arguments |= {"base-node": base, "backing-file": base_path}
@@ -101,15 +89,9 @@ def stream_arguments(
 def mirror_arguments(
     job: JobId, *, source: NodeName, target: NodeName, shallow: bool, write_blocking: bool, root: NodeName | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """``blockdev-mirror``: ``target`` becomes a copy of ``source``.
+    """``blockdev-mirror``: ``target``, exactly as large, becomes a copy of ``source``, which it may replace.
 
-    Args:
-        job: the job's id.
-        source: the layer the guest writes to, which the target may replace.
-        root: a filter above it, through which the guest writes and which stays ("Need a root block node").
-        target: where to; exactly as large.
-        shallow: only what ``source`` itself holds; ``target`` has the same backing.
-        write_blocking: each write of the guest is done on both sides before it counts as done.
+    ``root`` is a filter above ``source`` through which the guest writes and which stays ("Need a root block node").
     """
     arguments: dict[str, Any] = {"job-id": job, "device": root or source, "target": target}
     arguments |= {"sync": "top" if shallow else "full", "auto-finalize": False, "auto-dismiss": False}
@@ -124,13 +106,8 @@ def mirror_arguments(
 def memory_arguments(job: JobId, *, tag: str, vmstate: NodeName, nodes: Sequence[NodeName]) -> dict[str, Any]:
     """Arguments of ``snapshot-save`` and ``snapshot-load``: memory and disks under one tag inside the images.
 
-    They conclude by themselves and still wait to be dismissed; the guest stands still meanwhile.
-
-    Args:
-        job: the job's id.
-        tag: the snapshot's name inside each image.
-        vmstate: the node whose image holds the memory.
-        nodes: those of all disks, ``vmstate`` among them; no others are touched.
+    They conclude by themselves and still wait to be dismissed; the guest stands still meanwhile. The image of
+    ``vmstate`` holds the memory; it is one of ``nodes``, and no others are touched.
     """
     return {"job-id": job, "tag": tag, "vmstate": vmstate, "devices": list(nodes)}
 

@@ -37,12 +37,9 @@ class Ram(Struct, frozen=True, rename="kebab"):
 
 
 class Migration(Struct, frozen=True, rename="kebab"):
-    """The part of QAPI ``MigrationInfo`` we use.
+    """The part of QAPI ``MigrationInfo`` we use; ``status`` is a ``MigrationStatus`` name (none, setup, active ...).
 
-    Attributes:
-        status: a ``MigrationStatus`` name (none, setup, active, completed, failed, cancelled ...).
-        error_desc: why it failed.
-        blocked_reasons: what about this machine makes any migration impossible.
+    ``blocked_reasons``: what about this machine makes any migration impossible.
     """
 
     status: str = "none"
@@ -73,11 +70,7 @@ class _Capability(Struct, frozen=True):
 
 
 async def set_capabilities(monitor: Monitor, wanted: Mapping[str, bool]) -> None:
-    """Switch migration capabilities (``migrate-set-capabilities``).
-
-    Raises:
-        QmpError: QEMU or the host's kernel cannot do one of them.
-    """
+    """Switch migration capabilities (``migrate-set-capabilities``); ``QmpError`` where QEMU or the kernel lacks one."""
     states = [{"capability": name, "state": state} for name, state in wanted.items()]
     await monitor.execute("migrate-set-capabilities", {"capabilities": states})
 
@@ -90,11 +83,7 @@ async def set_parameters(monitor: Monitor, **wanted: int | bool) -> None:
 async def set_up(monitor: Monitor, *, background: bool, mapped: bool, direct: bool = False) -> None:
     """Ready QEMU to save or load, as fast as it can (``migrate-set-capabilities``, ``migrate-set-parameters``).
 
-    Args:
-        monitor: the monitor.
-        background: save behind the running guest.
-        mapped: every page at a place of its own, by several threads.
-        direct: past the page cache.
+    ``background``: behind the running guest. ``mapped``: every page at a place of its own, by several threads.
     """
     known = await capabilities(monitor)
     wanted = {"background-snapshot": background, "mapped-ram": mapped, "multifd": mapped}
@@ -113,15 +102,10 @@ async def put_back(monitor: Monitor) -> None:
 
 
 async def hand_over(monitor: Monitor, descriptor: int, *more: int) -> dict[str, Any]:
-    """Give QEMU open descriptors of one plain file (``getfd`` or ``add-fd``).
+    """Give QEMU open descriptors of one plain file, as it will use it, until :func:`let_go` (``getfd`` or ``add-fd``).
 
-    Args:
-        monitor: the monitor.
-        descriptor: the file, open the way QEMU will use it.
-        more: the same file opened otherwise (O_DIRECT); QEMU chooses among them. Only where it has ``file``.
-
-    Returns:
-        The arguments with which ``migrate`` or ``migrate-incoming`` finds the file; :func:`let_go` takes it back.
+    ``more`` are of the same file opened otherwise (O_DIRECT), among which a QEMU with the transport ``file`` chooses.
+    Returns the arguments with which ``migrate`` or ``migrate-incoming`` finds the file.
     """
     if await _has_file_transport(monitor):
         await monitor.send_descriptor(descriptor)

@@ -15,12 +15,7 @@ FAILED = "paused: I/O error"
 
 
 def worded(status: str, io: Iterable[str]) -> str:
-    """The run state as we call it.
-
-    Args:
-        status: QAPI ``RunState``.
-        io: QAPI ``BlockDeviceIoStatus`` of every drive.
-    """
+    """The run state as we call it, by QAPI ``RunState`` and the ``BlockDeviceIoStatus`` of every drive."""
     if status != IO_ERROR:
         return status
     return NO_SPACE if "nospace" in io else FAILED

@@ -146,12 +146,7 @@ class _EventBell:
 
 @asynccontextmanager
 async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLINE) -> AsyncIterator[Session]:
-    """A session on the monitor socket at ``path``, closed with the block.
-
-    Args:
-        path: the socket.
-        machine: the machine's name, for errors.
-        deadline: seconds until the monitor must have greeted us.
+    """A session on the monitor socket at ``path``, closed with the block; ``machine`` is its name, for errors.
 
     Raises:
         QemuGone: nobody listens there.

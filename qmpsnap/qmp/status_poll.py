@@ -25,11 +25,7 @@ _QUESTIONS = "".join(json.dumps({"execute": command, "id": command}) + "\n" for 
 
 
 def states(sockets: Mapping[str, Path]) -> dict[str, str]:
-    """The run state of those machines whose QEMU answers at once.
-
-    Args:
-        sockets: a machine's name to its monitor.
-    """
+    """The run state of those machines whose QEMU answers at once, by a machine's name as its monitor is given."""
     poll, talks = select.poll(), {}
     for name, path in sockets.items():
         try:

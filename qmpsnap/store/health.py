@@ -11,12 +11,7 @@ Condition = Literal["missing", "damaged", "empty", "whole"]
 
 
 def look(path: Path, *, machines: Path) -> Condition:
-    """The condition of a store.
-
-    Raises:
-        StoreTooNew: a newer qmpsnap wrote it.
-        HostCannot: it cannot be opened.
-    """
+    """The condition of a store, unless it cannot be opened or a newer qmpsnap wrote it."""
     if not path.exists():
         return "missing"
     try:

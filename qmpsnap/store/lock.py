@@ -26,14 +26,9 @@ _TELLING: Final = 1.0
 def machine_lock(path: Path, *, machine: str, verb: str, cover: Cover | None = None) -> Iterator[None]:
     """Hold the machine's lock for the block.
 
-    The holder's name stands in the lock file itself, so who holds it and since when can be told without the store,
-    and it can never outlive the lock by more than a glance: only who fails to get the lock reads it.
-
-    Args:
-        path: the lock file; its folder is made where it is missing.
-        machine: the machine's name, for the error.
-        verb: what the lock is held for, as others will be told.
-        cover: the file work of the block; the lock is held on while a thread of it hangs.
+    The holder's name stands in the lock file itself, so who holds it and since when can be told without the store, and
+    it can never outlive the lock by more than a glance: only who fails to get the lock reads it. ``cover`` is the file
+    work of the block; the lock is held on while a thread of it hangs.
 
     Raises:
         LockHeld: another controller has it.
@@ -143,11 +138,7 @@ def _hangs(descriptor: int) -> str | None:
 
 
 def holder(path: Path) -> str | None:
-    """Who holds the lock of a machine now, without trying to take it: nobody is ever refused because we looked.
-
-    Args:
-        path: the lock file.
-    """
+    """Who holds the lock of a machine now, without trying to take it: nobody is ever refused because we looked."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:

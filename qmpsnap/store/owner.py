@@ -27,13 +27,9 @@ _WRITE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Flaw(Struct, frozen=True):
-    """A file or folder of a home that somebody else can change.
+    """A file or folder of a home that somebody else can change, or (``foreign``) owns; ``remedy`` is a command.
 
-    Attributes:
-        text: whose it is, its mode, and who can write to it.
-        remedy: the command that changes that.
-        foreign: it belongs to somebody else.
-        above: the home only lies in it.
+    ``above``: the home only lies in it.
     """
 
     path: str
@@ -46,12 +42,7 @@ class Flaw(Struct, frozen=True):
 def require(folder: Path, machines: Path | None = None) -> None:
     """Make sure that nobody else can write to a home, as far as that matters to this user; see the module.
 
-    Args:
-        folder: the folder of the store, or of sockets.
-        machines: beside a store the machines' folder, which a link may lead to.
-
-    Raises:
-        HomeUntrusted: somebody can.
+    ``folder`` has the store, or sockets; beside a store lies the machines' folder, which a link may lead to.
     """
     user, found = os.geteuid(), [*flaws(folder, *([machines] if machines and not machines.is_symlink() else []))]
     if machines and machines.is_symlink():  # to storage that may hang, which what needs no image does not wait for
@@ -90,11 +81,7 @@ def of_folder(path: Path) -> Iterator[Flaw]:
 
 
 def close_to_others(path: str) -> None:
-    """Take the right to write to it from everybody but the owner of a file or folder.
-
-    Raises:
-        HostCannot: it is not this user's.
-    """
+    """Take the right to write to it from everybody but the owner of a file or folder."""
     try:
         with opened(path) as descriptor:
             os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode) & ~_WRITE_BY_OTHERS)

@@ -62,11 +62,7 @@ class _Housed(Struct, frozen=True):
 
 
 class Records:
-    """The records of one home.
-
-    Args:
-        machines: the folder with the machines' folders.
-    """
+    """The records of one home, in the folders below ``machines``."""
 
     def __init__(self, machines: Path) -> None:
         self._machines = machines
@@ -81,12 +77,7 @@ class Records:
     def write(self, record: Record, *, make: bool = False) -> None:
         """Put a record in the place of the one before, durably.
 
-        Args:
-            record: of a machine.
-            make: also the machine's folder; else one that is not there is on a file system that is not there now.
-
-        Raises:
-            HostCannot: no right, no space, no folder.
+        ``make``: also the machine's folder; else one that is not there is on a file system that is not there now.
         """
         path = self._path(record.machine.name)
         with _translated(path.parent):
@@ -98,8 +89,7 @@ class Records:
     def read(self, machine: str) -> Record | None:
         """A machine's record; None where there is none, or nothing that is one.
 
-        Raises:
-            HostCannot: it cannot be read, which does not mean that it says nothing.
+        ``HostCannot`` where it cannot be read, which does not mean that it says nothing.
         """
         path = self.file(machine)
         try:
@@ -119,20 +109,12 @@ class Records:
         return found if found.machine.name == machine else None
 
     def all(self) -> tuple[Record, ...]:
-        """Every machine's record, by name.
-
-        Raises:
-            HostCannot: no right to look.
-        """
+        """Every machine's record, by name."""
         found = (self.read(name) for name in self.names())
         return tuple(record for record in found if record)
 
     def names(self) -> tuple[str, ...]:
-        """The machines that have a record.
-
-        Raises:
-            HostCannot: no right to look.
-        """
+        """The machines that have a record."""
         found = {name for name in _listed(self._machines) if _may_be_there(self._path(name))}
         earlier = {name.removesuffix(".json") for name in _listed(self.earlier) if name.endswith(".json")}
         return tuple(sorted(found | earlier))
@@ -149,11 +131,7 @@ class Records:
         return None
 
     def forget(self, machine: str) -> None:
-        """Remove a machine's record, durably: what stays is taken for a machine that the store has lost.
-
-        Raises:
-            HostCannot: it is there still.
-        """
+        """Remove a machine's record, durably: what stays is taken for a machine that the store has lost."""
         path = self._path(machine)
         with _translated(path.parent), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self.forget_earlier(machine)
@@ -163,11 +141,7 @@ class Records:
                 path.parent.rmdir()
 
     def forget_earlier(self, machine: str) -> None:
-        """Remove what an earlier release has kept of a machine.
-
-        Raises:
-            OSError: it is there still.
-        """
+        """Remove what an earlier release has kept of a machine, or ``OSError``."""
         if self.earlier.is_dir():
             for ending in ("json", "places"):
                 (self.earlier / f"{machine}.{ending}").unlink(missing_ok=True)

@@ -32,9 +32,7 @@ def followed(home: Home) -> Home:
 def settled(home: Home, *, in_use: Callable[[], Path | None]) -> Home:
     """The same, once it is settled: whoever comes first, and first after the folder has gone, says where it is.
 
-    Args:
-        home: the places by the environment; the folder of the store is there.
-        in_use: the run folder of a QEMU that runs, where one does.
+    ``in_use`` finds the run folder of a QEMU that runs, where one does.
     """
     if home.beneath or _is_settled(home):
         return followed(home)

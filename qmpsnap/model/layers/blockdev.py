@@ -19,13 +19,9 @@ def node_name(layer: Layer) -> NodeName:
 
 
 def layer_options(layer: Layer, disk: DiskSpec, *, backing: NodeName | None, read_only: bool) -> dict[str, Any]:
-    """Options of one layer's nodes (QAPI ``BlockdevOptions``), JSON-ready.
+    """Options of one layer's nodes (QAPI ``BlockdevOptions``), JSON-ready; ``backing`` is the node of the layer below.
 
-    Args:
-        layer: the image.
-        disk: cache and discard modes come from here, of an adopted one whatever its owner has set.
-        backing: node name of the layer below, or None for no backing at all.
-        read_only: open the image read-only; only the active layer is opened for writing.
+    Cache and discard modes come from ``disk``, of an adopted one whatever its owner has set.
     """
     discard = "unmap" if disk.discard and not read_only else "ignore"
     cache = {"direct": disk.cache in ("none", "directsync"), "no-flush": disk.cache == "unsafe"}

@@ -32,9 +32,7 @@ class Point(Struct, frozen=True, kw_only=True):
 class Outside(Struct, frozen=True):
     """A disk that a snapshot does not have, as QEMU and the machine do not have the same.
 
-    Attributes:
-        name: the device, or the machine's disk.
-        file: what the device writes to; None of a disk that was unplugged.
+    ``file`` is what the device writes to; None of a disk of the machine that was unplugged.
     """
 
     name: str

@@ -72,12 +72,7 @@ class Vmstate(Struct, frozen=True, kw_only=True):
 
 
 class Inside(Struct, frozen=True, kw_only=True):
-    """Memory inside a qcow2 image, under the tag of its snapshot.
-
-    Attributes:
-        layer: the image.
-        bytes: what it takes there.
-    """
+    """Memory inside a qcow2 image, under the tag of its snapshot, where it takes so many bytes."""
 
     layer: LayerId
     bytes: int

@@ -25,11 +25,9 @@ class Adoption(Struct, frozen=True, kw_only=True):
     """What there is to know of such a QEMU.
 
     Attributes:
-        socket: absolute path of the monitor.
         uuid: what it answers to ``query-uuid``; all zeros when it was given none.
         disks: disk to the name of its backend in the block graph: the drive's id, or the device's id or path.
-        nodes: layer to the name of its node, for those layers that it had open when it was adopted. Layers that we
-            add are named by their ids there, too.
+        nodes: of the layers that it had open when it was adopted. Those that we add are named by their ids there, too.
         left_out: devices that the guest writes to and that were no disks to be taken over.
     """
 

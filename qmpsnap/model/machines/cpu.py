@@ -13,8 +13,7 @@ NOT_KEPT = frozenset({"pcommit"})
 def static_model(nothing: Mapping[str, Value], wanted: Mapping[str, Value]) -> str:
     """The argument of ``-cpu`` for a model as it is now: the static one, and what this one has besides; pure.
 
-    Returns:
-        Empty where it cannot be written down: ``-cpu`` takes no value with a comma.
+    Empty where it cannot be written down: ``-cpu`` takes no value with a comma.
     """
     added = {name: value for name, value in sorted(wanted.items()) if nothing.get(name) != value}
     words = [f"{name}={_word(value)}" for name, value in added.items() if name not in NOT_KEPT]

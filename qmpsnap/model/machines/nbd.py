@@ -13,12 +13,7 @@ SCHEMES = ("nbd://", "nbd+unix://")
 
 
 class NbdExport(Struct, frozen=True, kw_only=True):
-    """One export of an NBD server, reached over TCP (``host``) or a socket (``socket``).
-
-    Attributes:
-        uri: as it was named.
-        name: the export's name; empty for the server's default.
-    """
+    """One export of an NBD server, reached over TCP (``host``) or a socket (``socket``); the default one has no name."""
 
     uri: str
     host: str | None = None

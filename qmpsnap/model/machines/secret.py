@@ -19,11 +19,7 @@ class Secret:
     __slots__ = ("_value",)
 
     def __init__(self, value: bytes, *, what: str) -> None:
-        """Check a key; ``what`` is what an error calls it.
-
-        Raises:
-            UsageError: QEMU could not take it, or it could be guessed. The message does not hold it.
-        """
+        """Check a key, which an error calls ``what``; it does not tell the key."""
         problem = ""
         if not LEAST <= len(value) <= MOST:
             problem = f"has {len(value) if len(value) <= MOST else 'more'} bytes; {LEAST} to {MOST} are possible"

@@ -31,9 +31,8 @@ class Encryption(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 class Opened(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the owner of an adopted QEMU has a disk opened, in QAPI's words: every new layer is opened so, too.
 
-    Attributes:
-        format: of the node of the active layer (``detect-zeroes``, ``discard``, ``cache``, ``l2-cache-size`` ...).
-        file: of the node below it (``aio``, ``locking``, ``cache`` ...).
+    ``format`` is of the node of the active layer (``detect-zeroes``, ``l2-cache-size`` ...), ``file`` of the node below
+    (``aio``, ``locking`` ...).
     """
 
     format: dict[str, Any] = {}

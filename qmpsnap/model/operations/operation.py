@@ -26,16 +26,13 @@ OPEN_STATES: tuple[OperationState, ...] = ("planned", "running", "unknown")
 
 
 class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one operation does to the record, applied in one SQL transaction.
+    """What one operation does to the record, applied in one SQL transaction; what is known by id or name is replaced.
 
     Attributes:
-        define: the machine to add.
-        layers: layers to add, or to replace where the id is known.
         active: for each disk named, its new active layer.
-        snapshots: snapshots to add, or to replace where the name is known.
         renamed: old name to new name of snapshots, done after ``snapshots``.
-        removed_snapshots: names of snapshots to remove; snapshots that grew from one grow from its parent then.
-        removed_layers: layers to remove; nobody may need them any more.
+        removed_snapshots: snapshots that grew from one grow from its parent then.
+        removed_layers: nobody may need them any more.
         current: the machine's new current snapshot; unset leaves it.
         consent: what somebody has agreed to now; None leaves what there is.
     """
@@ -54,9 +51,8 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Overlay(Struct, frozen=True, kw_only=True):
     """A new empty layer for one disk.
 
-    Attributes:
-        part: a name of ours that the file has, too, until the operation settles, where a user has chosen its place:
-            what is at that place is ours only if it is the same file. None in the machine's own folder.
+    ``part``: a name of ours that the file has, too, until the operation settles, where a user has chosen its place:
+    what is there is ours only if it is the same file. None in the machine's own folder.
     """
 
     disk: str
@@ -166,7 +162,6 @@ class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
     """Go back to a snapshot inside the active layers in the QEMU that runs.
 
     Attributes:
-        snapshot: its name.
         tag: its name inside the images.
         layers: the active layer of each disk, by the disk's name.
         vmstate: the layer that holds the memory.
@@ -232,11 +227,8 @@ class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
 class Removal(Struct, frozen=True, kw_only=True, tag="removal"):
     """Layers that nobody needs: first the store forgets them, then their files go.
 
-    Attributes:
-        disk: whose they are.
-        states: state files of snapshots that are gone.
-        variables: copies of a UEFI variable store that only such a snapshot needed.
-        tags: (disk, layer, tag) to remove from inside an active layer.
+    ``states`` and ``variables`` are files that only snapshots needed which are gone; ``tags`` are (disk, layer, tag) to
+    remove from inside an active layer.
     """
 
     disk: str
@@ -282,17 +274,13 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
     """Go back to a snapshot: new overlays on its points become active while no QEMU runs.
 
     Attributes:
-        snapshot: its name.
         live: a QEMU runs; it ends before anything changes.
-        overlays: the new active layers.
         removed: layers of ours that nobody needs after ``change``; their files go.
-        restart: the machine is started on the new layers.
-        paused: it is started with its vCPUs stopped.
+        restart: the machine is started on the new layers, and with ``paused`` its vCPUs stay stopped.
         vmstate: the memory in a file that it goes on with.
         copies: new active layers that are copies, where the snapshot is inside an image.
         inside: the copy, among those, with memory that it goes on with. With neither it boots.
         variables: the UEFI variable store and what it is replaced with.
-        change: what becomes true.
         unwritten: what becomes true instead when the old active layers are empty; None where that does not matter.
     """
 
@@ -352,13 +340,9 @@ class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
 
 
 class UndefinePlan(Struct, frozen=True, kw_only=True, tag="undefine"):
-    """Remove the files of a machine that was forgotten as this was opened.
+    """Remove the files of a machine that was forgotten as this was opened; the layers are ours, top first.
 
-    Attributes:
-        layers: images of ours that nobody reads any more, top first.
-        states: the state files of its snapshots.
-        variables: copies of its UEFI variable store.
-        sizes: of frozen layers, the bytes their files had: one of another size was written to, and stays.
+    ``sizes``: of frozen layers, the bytes their files had: one of another size was written to, and stays.
     """
 
     machine: str

@@ -10,10 +10,7 @@ from qmpsnap.errors import Effect
 class Recorded(Struct, frozen=True):
     """What the store has of a machine that an operation can change.
 
-    Attributes:
-        current: its current snapshot.
-        snapshots: the state of each, by name.
-        disks: id and size in bytes of each disk's layers, base first.
+    Of each snapshot its state, by name; of each disk id and size in bytes of its layers, base first.
     """
 
     current: str | None = None

@@ -124,12 +124,7 @@ def of_file(phase: str, device: int, inode: int, *, birth: int = 0, running: boo
 
 
 def on_device(step: str, numbers: Mapping[int, int]) -> str:
-    """The step with the number that its file's device has now.
-
-    Args:
-        step: a step; one that carries no file stays as it is.
-        numbers: old numbers to new ones.
-    """
+    """The step with the number that its file's device has now, by old ones; one that carries no file stays as it is."""
     match step.split(":"):
         case [phase, device, inode, *more] if device.isdigit() and inode.isdigit():
             return ":".join([phase, str(numbers.get(int(device), device)), inode, *more])

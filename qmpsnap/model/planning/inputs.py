@@ -16,14 +16,9 @@ from qmpsnap.model.planning.layer_graph import Forest
 
 
 class Basis(Struct, frozen=True, kw_only=True):
-    """What the store says of a machine at one moment.
+    """What the store says of a machine at one moment: chains in the order of the spec's disks, snapshots oldest first.
 
-    Attributes:
-        name: the machine's name.
-        record: the machine; None where none of that name is recorded.
-        chains: its live chains, in the order of the spec's disks.
-        snapshots: its own, oldest first.
-        forest: all layers of the store.
+    ``record`` is None where none of that name is recorded.
     """
 
     name: str
@@ -63,7 +58,6 @@ class PlanInputs(Struct, frozen=True, kw_only=True):
         serial: number of the operation and of its new layers.
         home: where new images go.
         mode: ``live``, ``suspended``, ``paused`` or ``stopped``.
-        now: seconds since the epoch.
     """
 
     basis: Basis

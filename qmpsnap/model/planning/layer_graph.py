@@ -100,10 +100,8 @@ class Forest(Struct, frozen=True):
     def sharers(self, writer: Writer, *, consumed: Collection[str]) -> tuple[str, ...]:
         """Who else reads the layer that a disk's guest writes to, one short phrase each; nobody, when all is well.
 
-        Args:
-            writer: the disk, and its active layer.
-            consumed: snapshots of that machine that do not count: a commit of the active layer leaves the points it has
-                overwritten where they were, and nobody reads there any more.
+        Snapshots of that machine which are ``consumed`` do not count: a commit of the active layer leaves the points it
+        has overwritten where they were, and nobody reads there any more.
         """
         gone = {(writer.machine, name) for name in consumed}
         points = [r for r in self.references_to(writer.layer) if not r.tag and (r.machine, r.snapshot) not in gone]

@@ -27,12 +27,7 @@ def consumed_by_commit(at: Situation, disk: str, chain: Chain, *, base: LayerId,
 
 
 def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge:
-    """A commit of the layers above ``base`` up to ``top`` into ``base``.
-
-    Raises:
-        NotFoundError: the chain has no such layer.
-        StateError: base is not below top, is not ours, or somebody else reads what would change.
-    """
+    """A commit of the layers above ``base`` up to ``top`` into ``base``, if nobody else reads what would change."""
     low, high = _span(chain, base, top)
     into, highest = chain.layers[low], chain.layers[high]
     if not into.owned:
@@ -83,10 +78,8 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
 def stream(at: Situation, chain: Chain, *, into: LayerId, base: LayerId | None) -> Merge:
     """A stream of what lies between ``base`` and ``into`` into ``into``. No snapshot is harmed by it.
 
-    Raises:
-        NotFoundError: the chain has no such layer.
-        StateError: base is not below ``into``, there is nothing between, ``into`` is not ours, or another machine
-            or another disk of the running guest reads it.
+    Refused where there is nothing between, ``into`` is not ours, or another machine or another disk of the running
+    guest reads it.
     """
     chain.layer(into)
     high = chain.ids.index(into)
@@ -146,8 +139,7 @@ class DiskReduction(Struct, frozen=True):
 def reduce(at: Situation, candidates: Collection[LayerId]) -> tuple[DiskReduction, ...]:
     """Get rid of layers that no snapshot needs, moving as few bytes as possible and none twice.
 
-    Returns:
-        One entry per run of layers. Layers that several others read stay, hidden.
+    Returns one entry per run of layers. Layers that several others read stay, hidden.
     """
     found: list[DiskReduction] = []
     pending = {layer for layer in candidates if layer in at.forest.layers}

@@ -33,12 +33,7 @@ Name = str | tuple[int, int]
 
 
 class Uses(Struct, frozen=True):
-    """What a plan does to files.
-
-    Attributes:
-        reads: what a machine that is to be will read; what others read already, the forest says.
-        changes: what is made, written to or removed.
-    """
+    """What a plan does to files: ``reads`` is what a machine that is to be will read, ``changes`` also what is removed."""
 
     reads: frozenset[Name] = frozenset()
     changes: frozenset[Name] = frozenset()

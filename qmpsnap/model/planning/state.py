@@ -34,10 +34,8 @@ _OWN: Final = 4
 class Held(Struct, frozen=True, kw_only=True):
     """What a layer has of its own, as an image that takes it over stores it, at most.
 
-    Attributes:
-        data: bytes, whole clusters.
-        zeros: bytes that it says are zeros, whatever lies below; holes of a raw image.
-        tables: how many tables speak of either.
+    Bytes of data, in whole clusters; bytes that it says are zeros whatever lies below (holes of a raw image); and how
+    many tables speak of either.
     """
 
     data: int = 0
@@ -54,8 +52,6 @@ class Situation(Struct, frozen=True):
     """What a plan is made from.
 
     Attributes:
-        basis: what the store says of the machine.
-        running: a QEMU runs the machine.
         bytes: what each layer's file occupies: what its removal may free.
         held: what each layer has of its own; where that was not counted, what its file occupies stands for it.
         unplugged: disks that the running QEMU has no device for; none is merged or removed of them.
@@ -88,13 +84,7 @@ class Situation(Struct, frozen=True):
         return {chain.disk: chain for chain in self.basis.chains}
 
     def moves(self, layers: Iterable[Layer], into: Layer, *, zeros: Zeros = "none") -> int:
-        """Bytes that are written when one image takes these layers over, at most: their content, tables and counts.
-
-        Args:
-            layers: what is taken over.
-            into: the image that is written to.
-            zeros: of what is said to be zeros, how much the job writes out.
-        """
+        """Bytes that are written when ``into`` takes these layers over, at most: their content, tables and counts."""
         layers = tuple(layers)
         found = [self.held[layer.id] for layer in layers if layer.id in self.held]
         if len(found) < len(layers):

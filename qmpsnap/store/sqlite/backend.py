@@ -40,16 +40,10 @@ class SqliteStore:
     """The store in one SQLite file. Safe to share between threads; close it or use it as a context manager."""
 
     def __init__(self, path: Path, *, machines: Path, make: bool = True) -> None:
-        """Open or make the file.
+        """Open or make the file; without ``make`` one that is not there is empty, and nothing is written.
 
-        Args:
-            path: the database.
-            machines: folder that layer paths of pool ``machines`` are relative to.
-            make: where there is no file, make it; else the store is empty, and nothing is written.
-
-        Raises:
-            HostCannot: it can neither be written nor read. One that can be read alone refuses changes.
-            HomeUntrusted: another user can write to it.
+        Paths of layers in the pool ``machines`` are relative to that folder. A file that can only be read refuses
+        changes.
         """
         # Whoever waits for storage that hangs cannot end: what only reads does not follow a link to it.
         owner.require(path.parent, None if machines.is_symlink() and not make else machines)

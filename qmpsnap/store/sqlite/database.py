@@ -20,11 +20,7 @@ class _Undone(Exception):
 
 
 class Database:
-    """An SQLite file that threads share. Where it can only be read, changes are refused.
-
-    Raises:
-        HostCannot: it can neither be written nor read.
-    """
+    """An SQLite file that threads share. Where it can only be read, changes are refused."""
 
     def __init__(self, path: Path, *, make: bool = True) -> None:
         self._path = path
@@ -165,8 +161,7 @@ class Database:
     def _settle(self, number: int | None) -> bool:
         """Open the file anew, make what stands there durable, and say whether the transaction of that number does.
 
-        Raises:
-            HostCannot: that is not to be found out now. The next transaction tries again.
+        ``HostCannot``: that is not to be found out now. The next transaction tries again.
         """
         assert self._doubt
         self.connection.close()

@@ -100,10 +100,8 @@ class RecordTable:
     def lost(self, *, wait: bool = True) -> tuple[str, ...]:
         """The machines that have a record and that this store does not know, by name; none that is being defined.
 
-        They may read any layer of another machine.
-
-        Args:
-            wait: else none is told while the storage of images hangs, which who asks for a list does not need.
+        They may read any layer of another machine. Unless ``wait``, none is told while the storage of images hangs,
+        which who asks for a list does not need.
         """
         ask = _called if wait or not self._files.elsewhere else _called_aside
         described = ask(self._files.names)
@@ -116,9 +114,6 @@ class RecordTable:
 
     def behind(self, machine: str) -> bool:
         """Whether the record tells that this store is an old copy.
-
-        Raises:
-            HostCannot: the record cannot be read.
 
         A record is ahead of its store by the operation that was about to settle when we died, and by no other: that is
         open here, or was undone since.

@@ -175,10 +175,8 @@ def nowhere() -> sqlite3.Connection:
 def readable(path: Path, why: HostCannot) -> sqlite3.Connection | None:
     """The store as its file alone has it, where that is all of it: nothing is written, not even by SQLite.
 
-    Good for one transaction: what others write meanwhile would not be noticed.
-
-    Returns:
-        None where it has to be written to before it can be read, or others work with it.
+    Good for one transaction: what others write meanwhile would not be noticed. None where it has to be written to
+    before it can be read, or others work with it.
     """
     if not _keeps_from_writing(why.__cause__) or _size(path.with_name(f"{path.name}-wal")) or not _size(path):
         return None
