@@ -38,8 +38,7 @@ class ForeignDisk(Struct, frozen=True):
 def read_disk(backend: Backend, graph: BlockGraph, nodes: Sequence[NodeInfo]) -> ForeignDisk:
     """What stands behind one device; pure.
 
-    Raises:
-        StateError: an image is not a qcow2 or raw file or block device, or something stands between two layers.
+    Refused where an image is not a qcow2 or raw file or block device, or something stands between two layers.
     """
     reader = _Reader(backend.name, graph, nodes)
     root = reader.below(next((v.id for v in graph.nodes if (v.type, v.name) == ("block-backend", backend.name)), -1))

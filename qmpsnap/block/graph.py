@@ -46,12 +46,11 @@ class DiskGraph(Struct, frozen=True):
 
 
 class Beside(Struct, frozen=True):
-    """Where QEMU's devices are not the machine's disks.
+    """Where QEMU's devices are not the machine's disks; ``names`` are those that its nodes and drives have.
 
     Attributes:
         others: what the guest writes to besides, as somebody has attached it or ``adopt`` has left it out.
         unplugged: disks of the machine that QEMU has no device for, and nobody else writes to.
-        names: those that its nodes and drives have.
     """
 
     others: tuple[Outside, ...] = ()
@@ -81,9 +80,7 @@ def node_names(graph: BlockGraph) -> frozenset[str]:
 def by_disk(graph: BlockGraph, known: frozenset[str]) -> dict[str, DiskGraph]:
     """The graph as chains, one per device that has an id and an image.
 
-    Args:
-        graph: QEMU's answer.
-        known: the layer ids of the machine; the walk goes through other nodes until it meets one.
+    The walk goes through other nodes until it meets one that is ``known``: a layer of the machine.
     """
     vertices = {node.id: node for node in graph.nodes}
     children: dict[int, dict[str, int]] = {}
@@ -181,11 +178,7 @@ def _has_others(graph: BlockGraph, ours: set[str]) -> bool:
 
 
 async def require_no_other(monitor: Monitor, chains: Sequence[Chain], *, machine: str, hint: str) -> None:
-    """Make sure that the guest writes to its machine's disks alone: memory destroys what is of another time.
-
-    Raises:
-        StateError: a device writes to something else, as somebody has attached it or ``adopt`` has left it out.
-    """
+    """Make sure that the guest writes to its machine's disks alone: memory destroys what is of another time."""
     if found := (await beside(monitor, await read(monitor), chains)).others:
         others = [f"{other.name} ({other.file})" for other in found]
         raise StateError(

@@ -11,11 +11,7 @@ E = TypeVar("E", bound=QmpsnapError)
 
 
 def interrupted(machine: str | None) -> Interrupted:
-    """The error to report.
-
-    Args:
-        machine: the machine that the command was about, if it was about one.
-    """
+    """The error to report for Ctrl-C."""
     return _told(Interrupted("interrupted", machine=machine), machine)
 
 

@@ -43,9 +43,8 @@ def emit(
 def say(text: str, *, done: str = "") -> None:
     """Print lines on stdout.
 
-    Args:
-        text: the lines.
-        done: where something has changed, what is said on stderr should stdout refuse them: it was done all the same.
+    ``done``: where something has changed, what is said on stderr should stdout refuse the lines: it was done all the
+    same.
     """
     try:
         _pour(sys.stdout, f"{text}\n")
@@ -84,12 +83,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def tree(root: str, children: Callable[[str | None], Sequence[tuple[str, str]]]) -> str:
-    """A tree drawn with lines.
-
-    Args:
-        root: the first line.
-        children: for a key (None for the root) the keys and texts of what hangs below it.
-    """
+    """A tree drawn with lines below ``root``; ``children`` has of a key (None at first) the keys and texts below it."""
     lines = [root]
     fork, corner, line = ("├── ", "└── ", "│   ") if _takes(sys.stdout, "├└│─") else ("|-- ", "`-- ", "|   ")
 

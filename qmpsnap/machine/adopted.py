@@ -25,7 +25,6 @@ class Seen(Struct, frozen=True, kw_only=True):
         names: device and inode of everything it has open, and the name the kernel has for it now: a relative path
             that QEMU was given says nothing once it has changed its folder.
         apart: it has a root folder or mounts of its own, so that a path may be another one there.
-        arguments: its command line.
     """
 
     process: Process

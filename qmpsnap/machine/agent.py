@@ -177,12 +177,9 @@ class Agent:
         )
 
     async def run(self, command: Sequence[str], *, deadline: float, stdin: bytes = b"") -> Completed:
-        """Run a program in the guest and wait for its end.
+        """Run a program in the guest and wait for its end; no shell unless the command names one.
 
-        Args:
-            command: program and arguments; no shell unless you name one.
-            deadline: seconds for the whole; the program is not ended by it.
-            stdin: what the program reads.
+        The program is not ended by the ``deadline``, which is in seconds for the whole.
         """
         arguments: dict[str, Any] = {"path": command[0], "arg": list(command[1:]), "capture-output": True}
         if stdin:
@@ -261,10 +258,7 @@ class Agent:
 async def connect(path: Path, *, machine: str, deadline: float = 10) -> AsyncIterator[Agent]:
     """A conversation with the agent behind the socket at ``path``, synchronised, closed with the block.
 
-    Args:
-        path: the socket of QEMU's agent channel; one client at a time.
-        machine: the machine's name, for errors.
-        deadline: seconds until the agent must have answered.
+    QEMU's agent channel has one client at a time; the agent must have answered after ``deadline`` seconds.
     """
     try:
         with anyio.fail_after(deadline):

@@ -15,13 +15,7 @@ DETACH = b"\x1d"
 
 
 def attach(endpoint: socket.socket, *, terminal_in: int, terminal_out: int) -> None:
-    """Pass bytes both ways until Ctrl-], the end of input or the end of QEMU.
-
-    Args:
-        endpoint: connected to the console's socket.
-        terminal_in: descriptor to read from; made raw for the time if it is a terminal.
-        terminal_out: descriptor to write to.
-    """
+    """Pass bytes both ways until Ctrl-], the end of input or the end of QEMU; a terminal is made raw for it."""
     endpoint.setblocking(True)
     # A QEMU that ends with input unread resets the connection: an end like any other.
     with _raw(terminal_in), contextlib.suppress(ConnectionError):

@@ -38,10 +38,7 @@ class _Mapping(NamedTuple):
 def gather(pid: int) -> bool:
     """Put what a process wants in huge pages, and has in memory nearly as a whole, into huge pages.
 
-    Only root may, and Linux 6.1 and later can; otherwise nothing happens.
-
-    Returns:
-        Whether the kernel was asked and did it.
+    Only root may, and Linux 6.1 and later can; otherwise nothing happens. Returns whether the kernel did it.
     """
     deadline = time.monotonic() + LONGEST
     try:

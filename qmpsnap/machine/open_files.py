@@ -28,13 +28,9 @@ def require_recorded(layers: Iterable[Layer], *, machine: str) -> None:
 
 
 def require_opened(process: Process | None, layers: Iterable[Layer], *, machine: str) -> None:
-    """Make sure that a QEMU has these very files open.
+    """Make sure that a QEMU has these very files open; nothing was asked of it yet.
 
     Of another user's QEMU, whose files cannot be seen, only the names are looked at again.
-
-    Raises:
-        StoreMismatch: it has opened another file by the name of one; it was asked to do nothing with it.
-        QemuGone: it has ended.
     """
     layers = tuple(layers)
     if process is not None:

@@ -94,8 +94,7 @@ async def start(
 ) -> tuple[Process, T]:
     """Start QEMU in ``run_dir`` and put a first question to its monitor, as soon as it listens.
 
-    Returns:
-        What was started, QEMU itself or a wrapper of it, and the answer.
+    Returns what was started, QEMU itself or a wrapper of it, and the answer.
     """
     (run_dir / QMP_SOCKET).unlink(missing_ok=True)
     logfiles.unlink_aliases(run_dir / name for name in RUN_FILES)

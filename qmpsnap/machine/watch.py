@@ -78,12 +78,9 @@ async def watching(machine: str, *, run_dir: Path, environment: Mapping[str, str
 
 
 async def over_agent(channel: socket.socket, *, window: float, run_dir: Path) -> Watch:
-    """A guard that thaws on this connection to the guest's agent; the caller leaves it.
+    """A guard that thaws on this connection to the guest's agent, unasked ``window`` seconds after ``f``.
 
-    Args:
-        channel: a conversation with the agent that is synchronised; nobody else reads from it once the guard thaws.
-        window: seconds from ``f`` until it thaws unasked.
-        run_dir: the machine's run folder.
+    The caller leaves it. The conversation is synchronised, and nobody else reads from it once the guard thaws.
     """
     watch = await _start(["thaw"], [channel.fileno()], [f"{window}"], run_dir=run_dir, environment={})
     try:

@@ -25,12 +25,7 @@ from qmpsnap.qmp.jobs import Report, unreported
 
 
 class SaveRequest(Struct, frozen=True, kw_only=True):
-    """What a user asks for.
-
-    Attributes:
-        file: absolute path of the state file; None lets it lie with the machine's images.
-        name: the snapshot's name; None takes the next free ``saved-N``.
-    """
+    """What a user asks for; without a file it lies with the machine's images, without a name it is ``saved-N``."""
 
     file: str | None = None
     name: str | None = None
@@ -39,14 +34,7 @@ class SaveRequest(Struct, frozen=True, kw_only=True):
 
 
 class RestoreRequest(Struct, frozen=True, kw_only=True):
-    """What a user asks for.
-
-    Attributes:
-        file: absolute path of a state file; None takes the latest full snapshot.
-        discard: do not keep what was written since.
-        paused: leave the vCPUs stopped.
-        after: tell the guest the time and the network where the machine is.
-    """
+    """What a user asks for, as in :class:`~qmpsnap.ops.revert.plan.RevertRequest`; without a file the latest one."""
 
     file: str | None = None
     discard: bool = False

@@ -300,7 +300,7 @@ async def blockdev_del(monitor: Monitor, node: NodeName) -> None:
 
 
 def snapshot_transaction(pairs: Sequence[tuple[NodeName, NodeName]]) -> dict[str, Any]:
-    """Arguments of the ``transaction`` that puts the overlay of each (node, overlay) on that node: all of them or none."""
+    """Arguments of the ``transaction`` that puts the overlay of each (node, overlay) on that node: all or none."""
     return {
         "actions": [
             {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}} for node, overlay in pairs

@@ -44,12 +44,7 @@ _MAX_SAID: Final = 64 << 10  # bytes kept of what qemu-img writes
 
 
 class ImageTool(Struct, frozen=True):
-    """Makes images with qemu-img.
-
-    Attributes:
-        binary: path of qemu-img, or a name found on PATH.
-        timeout: seconds one run of qemu-img may take.
-    """
+    """Makes images with qemu-img, a path or a name on PATH; one run of it takes ``timeout`` seconds at most."""
 
     binary: str = "qemu-img"
     timeout: float = 60.0
@@ -59,13 +54,8 @@ class ImageTool(Struct, frozen=True):
     ) -> Header:
         """Make an empty overlay of ``backing`` that QEMU can take over as it is: verified, fsynced, mode 0600.
 
-        Its header names ``backing.path`` byte for byte, so that QEMU never sees an overridden backing.
-
-        Args:
-            path: absolute path of the new file, in a folder that exists.
-            backing: the layer below; its header is read, its content is not.
-            virtual_size: bytes, as QEMU reports them for the layer below.
-            key: descriptor of the key that opens the layer below, and will open this one; None for plain images.
+        Its header names ``backing.path`` byte for byte, so that QEMU never sees an overridden backing. ``key``:
+        descriptor of the key that opens the layer below, and will open this one; None for plain images.
 
         Raises:
             ImageRefused: path, size or backing cannot be used.

@@ -75,12 +75,9 @@ _FIRST_READ: Final = 64 << 10  # one default cluster: nearly every image is read
 
 
 class FoundLayer(Struct, frozen=True, kw_only=True):
-    """One layer of a chain as the headers tell it.
+    """One layer of a chain as the headers tell it; its format is said by the header above, at the top by the caller.
 
-    Attributes:
-        path: absolute path to open. Where the layer above has an absolute backing string it is that very string.
-        format: pinned: said by the caller for the top, by the header above for every other layer.
-        header: the layer's own header.
+    ``path``: absolute. Where the layer above has an absolute backing string it is that very string.
     """
 
     path: str
@@ -168,11 +165,8 @@ def read(
 ) -> Header:
     """Read an image's header without following a symlink, blocking on a pipe or asking QEMU.
 
-    Args:
-        path: the image.
-        format: pinned format. ``raw`` stays raw whatever a guest wrote into its first sector; None goes by the magic.
-        foreign: with ``raw``, refuse an image that carries another format's magic.
-        block_device: allow a block device beside a regular file.
+    ``format`` is pinned: ``raw`` stays raw whatever a guest wrote into its first sector, unless the image is
+    ``foreign``; None goes by the magic.
 
     Raises:
         ImageRefused: not there, a symlink, not a regular file, not of that format, or see :func:`parse`.
@@ -227,12 +221,8 @@ def require(
     """Accept a foreign image only when it is what it is declared to be and lies where images may lie.
 
     Not for a raw layer a guest has already written to: the guest chooses its first bytes. Use ``read(format="raw")``.
-
-    Args:
-        path: the image; its last component may not be a symlink, its folder may be reached through one.
-        format: the declared format.
-        allowed: folders it must lie in, directly or deeper; None when the caller has checked the place.
-        block_device: allow a block device beside a regular file.
+    The last component of the path may not be a symlink. ``allowed``: folders it must lie in, directly or deeper; None
+    when the caller has checked the place.
 
     Raises:
         ImageRefused: it is not acceptable; the hint says what to declare or where to put it.

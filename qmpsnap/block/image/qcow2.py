@@ -51,20 +51,16 @@ class Header(Struct, frozen=True, kw_only=True):
     """What an image's first cluster and its ``stat`` say. Sizes are bytes.
 
     Attributes:
-        version: 2 or 3; 0 for raw.
+        version: 2 or 3; 0 for raw, as is ``cluster_size``.
         virtual_size: what the guest sees, in whole sectors as QEMU reports it.
-        cluster_size: 0 for raw.
         backing: the backing string exactly as it stands in the header; None at a base.
         backing_format: the format recorded for ``backing``; None means QEMU would guess.
-        encrypted: content is encrypted (LUKS).
         internal_snapshots: number of tags inside the image.
         dirty: reference counts were not written back; the next writer repairs them.
         corrupt: QEMU found damage and refuses to write.
         l1_offset: where the active L1 table lies; with ``l1_size`` (entries) it tells whether the image is empty.
-        file_size: length of the file or device.
         allocated: bytes the file occupies on its file system.
-        device: ``st_dev``; with ``inode`` (``st_ino``) the file's identity, taken from the descriptor that was read.
-        birth: when the file was born; with the two before it tells this file from a later one of the same number.
+        device: with ``inode`` and ``birth`` the file's identity, taken from the descriptor that was read.
     """
 
     format: Format
@@ -140,8 +136,7 @@ def backing_fault(name: str) -> str | None:
 def parse(data: bytes, file_size: int, *, path: str = "image") -> Header:
     """Check a qcow2 header and return what it says; identity and allocation stay 0. Pure.
 
-    Raises:
-        ImageRefused: the header is cut, damaged, hostile, or asks for something qmpsnap does not allow.
+    ``ImageRefused``: the header is cut, damaged, hostile, or asks for something qmpsnap does not allow.
     """
     try:
         return _parse(data, file_size)

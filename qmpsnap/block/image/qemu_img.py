@@ -23,16 +23,10 @@ async def run(
     environment: Mapping[str, str] | None = None,
     limit: int | None = None,
 ) -> "subprocess.CompletedProcess[bytes]":
-    """Run a program to its end; what it returned is the caller's to judge.
+    """Run a program to its end, ``deadline`` seconds at most; what it returned is the caller's to judge.
 
-    Args:
-        argv: the program and its arguments.
-        deadline: seconds after which it is ended.
-        late: the message should it not be done by then.
-        effect: whether such a program may have changed something.
-        inherited: open descriptors that its arguments speak of; it gets them under the same numbers.
-        environment: its environment; None is ours.
-        limit: bytes that are kept of each of its streams; None keeps all.
+    The error says ``late`` should it not be done by then, and ``effect`` whether it may have changed something. It gets
+    the open descriptors ``inherited`` under the same numbers; of each of its streams ``limit`` bytes are kept, or all.
     """
     said = {"out": b"", "err": b""}
 

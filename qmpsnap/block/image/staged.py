@@ -81,8 +81,7 @@ def discard(path: str, file: FileId) -> bool:
 def require_folder(path: str) -> None:
     """Make sure that the folder of an image is there, before the image passes for removed.
 
-    Raises:
-        HostCannot: it is not, as of a file system that is not mounted: with that the image would come back.
+    Where it is not, as of a file system that is not mounted, the image would come back with that.
     """
     folder = Path(path).parent
     if not folder.is_dir():

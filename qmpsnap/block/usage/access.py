@@ -21,18 +21,10 @@ _WHY: Final = {
 
 
 def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: bool = False) -> None:
-    """Make sure that nothing stands against writing to an image.
+    """Make sure that nothing stands against writing to an image, or lengthening it to ``size`` bytes.
 
-    Args:
-        layer: the image.
-        size: bytes that it will be lengthened to, where it is shorter.
-        ours: a process of ours will write to it; else a QEMU that may have more rights than we have.
-        shared: a QEMU that has it open already will write to it, so that its locks tell of that one.
-
-    Raises:
-        HostCannot: no right, or a file system, attribute or device that does not let anybody.
-        StateError: another process has it open in a way that forbids it, or QEMU has marked it corrupt.
-        ImageRefused: it is no image of its format.
+    ``ours``: a process of ours will write to it; else a QEMU that may have more rights than we have. ``shared``: a QEMU
+    that has it open already, so that its locks tell of that one.
     """
     try:
         with opened(layer.path, os.O_RDWR | os.O_NONBLOCK) as descriptor:

@@ -23,10 +23,8 @@ _FLOCK: Final = "hhqqi4x"  # struct flock of 64 bits: type, whence, start, lengt
 def is_locked(path: str) -> bool:
     """Whether a QEMU or qemu-img has that image open, for reading or for writing; False where there is no file.
 
-    One that was told ``locking=off`` cannot be seen.
-
-    Raises:
-        HostCannot: no right to read the file, or its file system knows no locks.
+    One that was told ``locking=off`` cannot be seen. ``HostCannot``: no right to read it, or no locks on its file
+    system.
     """
     return _asked(path, [ANY])
 

@@ -31,8 +31,7 @@ class Asked(Struct, frozen=True):
     Attributes:
         paths: of each layer that nobody but the machine's QEMU may write to.
         active: those that a guest writes to; empty where its QEMU is known and runs.
-        frozen: the frozen ones of which it is recorded what they were then.
-        stamps: what that is.
+        frozen: the frozen ones of which it is recorded, in ``stamps``, what they were then.
         ours: its processes.
         layers: those whose files have to be the recorded ones.
     """
@@ -46,13 +45,12 @@ class Asked(Struct, frozen=True):
 
 
 class Seen(Struct, frozen=True):
-    """What was seen of a machine's images.
+    """What was seen of a machine's images; ``asked``: the answer came in time.
 
     Attributes:
         users: who else writes to them.
         changed: the frozen ones that something has written to since they were recorded, and when that was.
         unsaid: nobody could be asked about one.
-        asked: the answer came in time.
         gone: those that are not there, or are other files.
     """
 

@@ -37,13 +37,7 @@ class Process(Struct, frozen=True):
 
 
 class User(Struct, frozen=True):
-    """Somebody else who has an image open.
-
-    Attributes:
-        path: of the image.
-        how: what for; of two the one who writes counts.
-        by: the processes, as far as they can be seen.
-    """
+    """Somebody else who has an image open, a writer before a reader; ``by``: as far as they can be seen."""
 
     path: str
     how: How
@@ -70,12 +64,8 @@ class Found(Struct, frozen=True):
 def look(paths: Iterable[str], *, readers: bool = False, ours: Collection[int] = ()) -> Found:
     """Who else has images open for writing, or with ``readers`` at all; a name without a file is open to nobody.
 
-    It cannot be told without a right to ask, or where the file system knows no leases.
-
-    Args:
-        paths: of the images.
-        readers: whoever reads one counts as well: for files that are to be changed or to go.
-        ours: the processes that may have them open, as the machine's QEMU.
+    It cannot be told without a right to ask, or where the file system knows no leases. The processes ``ours``, as the
+    machine's QEMU, may have them open.
     """
     held: dict[str, How] = {}
     unsaid = False

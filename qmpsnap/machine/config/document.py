@@ -104,11 +104,7 @@ def load(path: Path) -> str:
 
 
 def compose(text: str, source: str) -> Document:
-    """The one document in ``text``.
-
-    Raises:
-        SpecError: it is not YAML, or uses what the module's docstring says is refused.
-    """
+    """The one document in ``text``, or ``SpecError``; the module says what is refused."""
     if len(text) > MAX_BYTES:
         raise _too_large(source)
     try:
@@ -136,11 +132,9 @@ def compose(text: str, source: str) -> Document:
 
 
 def of_program(value: Any, source: str) -> Document:
-    """The document that a program has made.
+    """The document that a program has made, which errors call ``source``.
 
-    Args:
-        value: mappings, lists and scalars; an underscore in a key stands for a hyphen, as Python's names have none.
-        source: what errors call the whole of it.
+    An underscore in a key stands for a hyphen, as Python's names have none.
     """
     document = Document(None, {})
 

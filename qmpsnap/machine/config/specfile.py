@@ -41,12 +41,9 @@ _HINTS: Final = {
 
 
 def read(path: Path, *, guest_dir: Path, profile_dir: Path) -> MachineSpec:
-    """The machine that the file describes, checked and complete.
+    """The machine that the file describes, checked and complete; relative paths in it start from its folder.
 
-    Args:
-        path: the YAML file; relative paths in it start from its folder.
-        guest_dir: the small guest's folder, what ``@guest/`` stands for.
-        profile_dir: the folder of the shipped profiles.
+    ``guest_dir`` is what ``@guest/`` stands for, ``profile_dir`` has the shipped profiles.
     """
     return parse(load(path), str(path), folder=path.parent, guest_dir=guest_dir, profile_dir=profile_dir)
 

@@ -38,13 +38,9 @@ class Choice(Struct, frozen=True):
 
 
 async def choose(accel: Accel, *, qemu: str, cache: Path, user: RunAs | None = None) -> Choice:
-    """The accelerator for a spec's ``accel``.
+    """The accelerator for a spec's ``accel``: ``kvm`` and ``tcg`` are taken at their word.
 
-    Args:
-        accel: as in the spec; ``kvm`` and ``tcg`` are taken at their word.
-        qemu: the QEMU binary to probe with.
-        cache: folder where the probe's answer is kept.
-        user: whom QEMU runs as, None for this user.
+    ``cache`` is where the probe's answer is kept, ``user`` whom QEMU runs as, None for this user.
     """
     if accel != "auto":
         return Choice(accel, "the spec requests it")

@@ -61,25 +61,13 @@ def build(
     logs: str = "",
     exact: bool = False,
 ) -> list[str]:
-    """The whole argument list, the binary first.
+    """The whole argument list, the binary (or the words that start it) first; pure.
 
-    Args:
-        binary: QEMU, or the words that start it.
-        spec: the machine.
-        chains: one for each of its disks, in any order.
-        uuid: the machine's UUID, by which a running QEMU is known again; network cards without a MAC get one from it.
-        accel: what :attr:`MachineSpec.accel` came to on this host.
-        paused: start with the vCPUs stopped.
-        incoming: wait for a state to be loaded instead of booting.
-        firmware: the flash images; needed when the spec asks for UEFI.
-        tsc_khz: the rate of the host's TSC in kHz; only a microvm under TCG needs it, to keep its clock right.
-        secrets: for each encrypted disk the descriptor, inherited by QEMU, from which it reads the key.
-        logs: the folder of the console's log; by default the working directory.
-        exact: QEMU refuses to start if it lacks a feature of the recorded CPU model, as memory needs it that will be
-            loaded.
-
-    Raises:
-        ValueError: a disk has no chain or no key, or UEFI has no images; the caller prepares them.
+    By the UUID a running QEMU is known again, and network cards without a MAC get one from it. Only a microvm under TCG
+    needs ``tsc_khz``, to keep its clock right. ``secrets``: for each encrypted disk the descriptor, inherited by QEMU,
+    from which it reads the key. ``incoming``: it waits for a state to be loaded; ``exact``: for that it refuses to
+    start if it lacks a feature of the recorded CPU model. ``ValueError``: a disk has no chain or no key, or UEFI has no
+    images.
     """
     return [
         *([binary] if isinstance(binary, str) else binary),

@@ -29,11 +29,7 @@ _LINE = 4096
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder, and remove links from the names that QEMU writes to: it would follow them.
-
-    Raises:
-        HostCannot: it cannot be made, is no folder of this user's alone, or a link stays.
-    """
+    """Make the folder, this user's alone, and remove links from the names that QEMU writes to: it would follow them."""
     privileges.make_private(folder, "folder of logs")
     unlink_aliases(folder / name for name in NAMES)
 

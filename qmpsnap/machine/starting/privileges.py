@@ -55,11 +55,7 @@ class RunAs(Struct, frozen=True):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self | None:
-        """By ``QMPSNAP_RUN_AS``, a name or a number; None where QEMU runs as this user.
-
-        Raises:
-            UsageError: there is no such user, or none that this one may start a program as.
-        """
+        """By ``QMPSNAP_RUN_AS``, a name or a number; None where QEMU runs as this user."""
         wanted = environment.get(VARIABLE)
         return cls.named(wanted) if wanted else None
 
@@ -99,12 +95,7 @@ def kept(spec: MachineSpec, user: RunAs | None = None) -> frozenset[int]:
 
 
 class Privileges(Struct, frozen=True):
-    """What a QEMU that is started may do.
-
-    Attributes:
-        user: whom it runs as; None for this user.
-        keep: the capabilities that it may have, where this user is root.
-    """
+    """What a QEMU that is started may do: its user, None for this one, and the capabilities that it may have as root."""
 
     user: RunAs | None = None
     keep: frozenset[int] = _PLAIN
@@ -264,11 +255,7 @@ def name_of(user: int) -> str:
 
 
 def make_private(path: Path, what: str) -> None:
-    """Make a folder that is private to this user, or make sure that it is.
-
-    Raises:
-        HostCannot: it cannot be made, or belongs to or is open to somebody else.
-    """
+    """Make a folder that is private to this user, or make sure that it is."""
     try:
         files.make_folder(path)
         status = path.lstat()

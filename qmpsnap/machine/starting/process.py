@@ -92,14 +92,10 @@ def spawn(
 def find(machine: Machine, run_dir: Path, *, not_of: str | None = None) -> Process | None:
     """The live QEMU of a machine, or None.
 
-    The recorded one counts when pid, start time and boot all agree. A QEMU whose starter died before it could record
-    it is found by its own pid file and recognised by the machine's UUID among its arguments; one that is ending, which
-    has none any more, by the folder that its last threads work in.
-
-    Args:
-        machine: the machine.
-        run_dir: its run folder.
-        not_of: path of another home, of which this one is or was a copy: what works there, or was adopted, is its.
+    The recorded one counts when pid, start time and boot all agree. A QEMU whose starter died before it could record it
+    is found by its own pid file and recognised by the machine's UUID among its arguments; one that is ending, which has
+    none any more, by the folder that its last threads work in. ``not_of``: path of another home, of which this one is
+    or was a copy: what works there, or was adopted, is its.
     """
     recorded = machine.process
     if recorded and is_alive(recorded) and not (not_of and (machine.adopted or _works_in(recorded, not_of))):

@@ -13,7 +13,7 @@ SCHEMES = ("nbd://", "nbd+unix://")
 
 
 class NbdExport(Struct, frozen=True, kw_only=True):
-    """One export of an NBD server, reached over TCP (``host``) or a socket (``socket``); the default one has no name."""
+    """One export of an NBD server, reached over TCP (``host``) or a socket; the server's default has no name."""
 
     uri: str
     host: str | None = None

@@ -33,7 +33,7 @@ Name = str | tuple[int, int]
 
 
 class Uses(Struct, frozen=True):
-    """What a plan does to files: ``reads`` is what a machine that is to be will read, ``changes`` also what is removed."""
+    """What a plan does to files: what a machine that is to be ``reads``, and what is made, written to or removed."""
 
     reads: frozenset[Name] = frozenset()
     changes: frozenset[Name] = frozenset()

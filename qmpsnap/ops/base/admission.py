@@ -53,11 +53,7 @@ async def new_files(context: Context, machine: Machine, paths: Sequence[str]) ->
 
 
 async def all_files(context: Context, machine: Machine, chains: Sequence[Chain], firmware: Firmware | None) -> None:
-    """Let a QEMU that is about to be started open all that it will, and make sure that it can.
-
-    Raises:
-        HostCannot: a file that is not ours is out of its reach; the hint opens it.
-    """
+    """Let a QEMU that is about to be started open all that it will, and make sure that it can."""
     if context.run_as:
         await to_end(_admit_all, context, machine, chains, firmware)
 

@@ -57,8 +57,6 @@ class Context(Struct, frozen=True, kw_only=True):
     """One user's qmpsnap on one host.
 
     Attributes:
-        qemu: the QEMU binary.
-        image: makes images with qemu-img.
         host: this host's name, as recorded with the machines it owns.
         secrets: keys of encrypted disks that the program gave, by ``machine/disk``.
         run_as: whom root's QEMU is to run as, None for root.
@@ -87,9 +85,7 @@ class Context(Struct, frozen=True, kw_only=True):
     async def monitor(self, machine: Machine, *, look: bool = False) -> AsyncIterator[Monitor | None]:
         """A session with the machine's QEMU, or None when it is stopped.
 
-        Args:
-            machine: the machine.
-            look: only to ask: while somebody works on the machine, and has its monitor, by the one that is the user's.
+        ``look``: only to ask: while somebody works on the machine, and has its monitor, by the one that is the user's.
         """
         process = await unless_ending(self.process(machine))
         if process is None:
@@ -135,13 +131,9 @@ async def opened(
     secrets: Mapping[str, bytes] | None = None,
     make: bool = True,
 ) -> AsyncIterator[Context]:
-    """The context of a home, its store open for the block.
+    """The context of a home, its store open for the block; see :func:`qmpsnap.open`.
 
-    Args:
-        home: folder that holds everything, as ``QMPSNAP_HOME`` does; None goes by the environment, in which
-            ``QMPSNAP_QEMU`` and ``QMPSNAP_QEMU_IMG`` name other binaries.
-        secrets: keys of encrypted disks, by ``machine/disk``.
-        make: a home that is not there is made; else it is one without machines.
+    Without ``make`` a home that is not there is one without machines.
 
     Raises:
         UsageError: a key cannot be used, or ``QMPSNAP_RUN_AS`` names nobody as whom QEMU could be run.

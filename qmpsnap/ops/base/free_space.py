@@ -58,11 +58,7 @@ def room(folder: str | os.PathLike[str]) -> Room:
 
 
 def require(needs: Iterable[Need], *, machine: str, hint: str = "free some space there") -> None:
-    """Refuse before anything begins what may run out of space; needs on one file system are added up.
-
-    Raises:
-        HostCannot: there is too little; the message says how much is needed, where, and how much is free.
-    """
+    """Refuse before anything begins what may run out of space; needs on one file system are added up."""
     together: dict[int, list[Need]] = {}
     rooms: dict[int, Room] = {}
     for need in needs:

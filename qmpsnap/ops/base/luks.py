@@ -41,8 +41,7 @@ async def for_images(context: Context, machine: str, disk: DiskSpec) -> AsyncIte
 async def for_layer(context: Context, machine: Machine, layer: Layer) -> AsyncIterator[int | None]:
     """As :func:`for_images`, for a layer whose disk its name tells, wherever it is in the disk's tree.
 
-    Raises:
-        UsageError: it is not to be had; also for a key in a file that cannot be read.
+    ``UsageError``: it is not to be had; also for a key in a file that cannot be read.
     """
     disk = machine.spec.disk(layer.id.rsplit("-", 1)[0])
     if disk is None or disk.encryption is None:

@@ -19,14 +19,7 @@ from qmpsnap.ops.base.context import Context
 
 
 async def require_free(context: Context, machine: str, files: Mapping[str, str]) -> None:
-    """Make sure that new layers can be made there.
-
-    Raises:
-        UsageError: no absolute path, one path twice, or a place where qmpsnap keeps layers under names of its own.
-        ImageRefused: a path that QEMU would not understand as the name of a file.
-        StateError: something is there, or a layer of the store has that place.
-        HostCannot: the folder is not there.
-    """
+    """Make sure that new layers can be made there: plain absolute paths, free, not where qmpsnap names the layers."""
     for disk, path in files.items():
         _require_place(context.home, machine, path)
         if fault := header.backing_fault(path):

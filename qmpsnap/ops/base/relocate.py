@@ -54,12 +54,9 @@ class Compared(Struct, frozen=True, kw_only=True):
 
 
 class Relocated(Struct, frozen=True, kw_only=True):
-    """What was found, and done.
+    """What was found, and done: where the home was recorded and lies, and which one it is a copy of.
 
     Attributes:
-        old: where the home was recorded.
-        new: where it lies.
-        original: the home that this one is a copy of, where that can be seen.
         rewritten: the images whose headers name their backing at its place now, or would.
         done: it was done; else only looked at, or there was nothing to do.
     """

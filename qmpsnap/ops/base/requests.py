@@ -91,11 +91,7 @@ def free_name(prefix: str, taken: Collection[str], *, layered: Collection[str]) 
 
 
 def require_snapshot_name(machine: Machine, chains: Iterable[Chain], name: str) -> None:
-    """Make sure that a name stands for a snapshot and nothing else.
-
-    Raises:
-        NameRefused: it is not allowed, or a layer of the machine is called so, or may be one day.
-    """
+    """Make sure that a name stands for a snapshot alone: no layer of the machine is called so, or may be one day."""
     check_name(name, "snapshot")
     if (disk := layer_disk(name)) in layered(machine, chains):
         raise NameRefused(
@@ -167,8 +163,7 @@ def _writable(machine: Machine, name: str) -> DiskSpec:
 def require_all(machine: Machine, chosen: frozenset[str], *, lacking: frozenset[str] = frozenset()) -> None:
     """Memory and disks are of one instant, or the guest's file systems would not fit its memory.
 
-    Raises:
-        StateError: a disk that the guest writes to is left out, or was unplugged: memory is loaded beside all disks.
+    Refused where a disk that the guest writes to is left out, or was unplugged: memory is loaded beside all disks.
     """
     if gone := [disk.name for disk in machine.spec.disks if disk.name in lacking]:
         raise StateError(

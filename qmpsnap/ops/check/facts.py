@@ -49,12 +49,7 @@ LOOKS = 3
 
 
 class Record(Struct, frozen=True, kw_only=True):
-    """The store's side of a machine.
-
-    Attributes:
-        forest: of all machines.
-        open: operations that have not ended.
-    """
+    """The store's side of a machine, with the layers of all; ``open``: operations that have not ended."""
 
     machine: Machine
     chains: tuple[Chain, ...]
@@ -101,8 +96,7 @@ class Facts(Struct, frozen=True, kw_only=True):
         headers: each of the machine's layers: its header, or why it cannot be read.
         tags: of each layer that a point with a tag lies in; None where they cannot be read.
         states: of each state file: what is wrong with it, as (code, sentence); None when nothing is.
-        asked: None when the machine is stopped, or QEMU is silent.
-        silent: why QEMU did not answer.
+        asked: None when the machine is stopped, or QEMU is ``silent``, for that reason.
         worker: a helper QEMU runs.
         overwritten: the frozen layers that something has written to since they were frozen.
         users: of each image that somebody else has open for writing: who.

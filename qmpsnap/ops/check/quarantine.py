@@ -26,12 +26,7 @@ class Moved(Struct, frozen=True):
 
 
 def move(home: Home, finding: Finding, entry: Entry) -> Moved:
-    """Move what a finding is about into the machine's quarantine folder, durably.
-
-    Raises:
-        StoreMismatch: another file has that name by now; it was not touched.
-        HostCannot: it lies on another file system than store and machines, or there is no right or space.
-    """
+    """Move what a finding is about into the machine's quarantine folder, durably; another file in its place stays."""
     for place in home.quarantines:
         try:
             return _move(place, finding, entry)

@@ -42,13 +42,9 @@ _OPENS = "open its images while it is stopped"
 
 
 class InternalRequest(Struct, frozen=True, kw_only=True):
-    """What a user asks for.
+    """What a user asks for; fields as in :class:`qmpsnap.ops.snapshot.plan.CreateRequest`.
 
-    Attributes:
-        name: the snapshot's name; None takes the next free ``snap-N``.
-        disks: names of the disks to include; None takes all that the spec does not leave out.
-        memory: the guest's memory, too; None: if there is a guest.
-        quiesce: freeze the guest's file systems for the instant of it; of the disks alone.
+    ``memory``: the guest's memory, too; None: if there is a guest. Of the disks alone file systems can be frozen.
     """
 
     name: str | None = None
@@ -66,12 +62,7 @@ def plan(
     freezer: Freezer | None = None,
     beside: Beside = NOTHING,
 ) -> InternalPlan:
-    """What will be done; pure. Arguments as for :func:`qmpsnap.ops.snapshot.create.plan`.
-
-    Raises:
-        NameTaken: the machine has a snapshot of that name.
-        StateError: a disk cannot hold a snapshot inside, or there is no memory to save.
-    """
+    """What will be done; pure. Arguments as for :func:`qmpsnap.ops.snapshot.create.plan`."""
     machine, chains, serial = at.machine, at.basis.chains, at.serial
     chosen = requests.disks(machine, request.disks, lacking=beside.unplugged)
     layers = {chain.disk: chain.active for chain in chains if chain.disk in chosen}

@@ -44,14 +44,10 @@ _DEVICE_ID: Final = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/|$)")
 
 
 class AdoptedDisk(Struct, frozen=True, kw_only=True):
-    """A disk as it was found.
+    """A disk as it was found: our name of it, QEMU's, and its nodes and files.
 
     Attributes:
-        name: what we call it.
-        backend: what QEMU calls it.
-        found: its nodes and files.
         read_only: the guest cannot write to it.
-        cache: QEMU's cache mode for it.
         opened: everything that new layers of it are to be opened with.
         untold: why not all of that is known; empty when it is.
     """
@@ -122,11 +118,7 @@ def _letters(number: int) -> str:
 
 
 def plan(survey: Survey, sources: Mapping[str, DiskSource], *, serial: OperationId, home: Home) -> DefinePlan:
-    """What will be recorded; pure. Nothing is created: every layer is somebody else's file.
-
-    Raises:
-        StateError: two nodes stand for one file, so that its name would not tell which is meant.
-    """
+    """What will be recorded; pure. Nothing is created: every layer is somebody else's file."""
     planned = define.plan(survey.machine, sources, serial=serial, home=home, variables=False)
     by_path = {layer.path: layer.id for layer in planned.change.layers}
     nodes: dict[LayerId, NodeName] = {}

@@ -29,11 +29,9 @@ _SECTOR, _BLOCK = 512, 4096
 
 
 class DiskSource(Struct, frozen=True):
-    """What lies under a disk already: the images of ``image`` or ``base``, base first.
+    """What lies under a disk already: the images of ``image`` or ``base``, base first, and the store's layer for each.
 
-    Attributes:
-        found: the images as their headers tell.
-        known: the store's layer for each, None where it is new to the store.
+    A layer is None where the image is new to the store.
     """
 
     found: tuple[FoundLayer, ...] = ()

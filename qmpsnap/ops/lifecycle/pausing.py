@@ -44,8 +44,7 @@ async def pause(context: Context, name: str) -> None:
 async def resume(context: Context, name: str) -> str:
     """Let a paused guest run, whoever has paused it; what it was paused over is tried again.
 
-    Returns:
-        The run state then: a guest that slept when it was paused sleeps on.
+    Returns the run state then: a guest that slept when it was paused sleeps on.
     """
     machine = await context.astore.machine(name)
     require_own(context, machine)

@@ -135,13 +135,9 @@ async def _load_inside(qemu: Monitor, loading: LoadingInside) -> None:
 
 
 async def stop(context: Context, name: str, *, force: bool = False, timeout: float | None = None) -> None:  # noqa: ASYNC109
-    """Press the power button and wait; with ``force`` end QEMU when that has not helped.
+    """Press the power button and wait, 60 seconds by default; with ``force`` end QEMU when that has not helped.
 
-    Args:
-        context: where.
-        name: the machine.
-        force: end QEMU after the wait, or at once if no ``timeout`` is given. QEMU still writes its caches out.
-        timeout: seconds to wait for the guest; 60 by default.
+    Without a ``timeout`` force ends it at once; QEMU still writes its caches out.
 
     Raises:
         StateError: it does not run; or its vCPUs are stopped, so that it cannot hear the button.

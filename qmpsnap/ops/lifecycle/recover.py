@@ -42,8 +42,7 @@ async def end_undefine(broken: Broken, qemu: Monitor | None) -> Direction:
 async def remove_files(context: Context, plan: UndefinePlan) -> tuple[list[str], list[str]]:
     """Remove the files of a machine that is forgotten.
 
-    Returns:
-        The paths of images and state files that are gone, and what keeps another where it is, a sentence for each.
+    Returns the paths of images and state files that are gone, and what keeps another where it is, a sentence for each.
     """
     stuck: list[str] = []
     files: list[Layer | Vmstate] = [*plan.layers, *plan.states]

@@ -31,13 +31,9 @@ async def hardware_to_start(context: Context, machine: Machine) -> Hardware:
 
 
 async def hardware_now(context: Context, machine: Machine, qemu: Monitor | None = None) -> Hardware:
-    """The hardware of the machine that runs.
+    """The hardware of the machine that runs; its monitor is asked where it is given.
 
-    Args:
-        context: where.
-        machine: the machine.
-        qemu: its monitor, to be asked; the record of one that was found again by its pid file
-            knows neither its version nor for certain its accelerator.
+    The record of one that was found again by its pid file knows neither its version nor for certain its accelerator.
     """
     process = context.process(machine)
     assert process

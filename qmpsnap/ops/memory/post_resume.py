@@ -29,12 +29,9 @@ NEAR_MS = 200.0
 
 
 class Told(Struct, frozen=True, kw_only=True):
-    """What came of it.
+    """What came of it: what did not succeed, one sentence each, and how far the guest's clock is ahead of the host's.
 
-    Attributes:
-        notes: what did not succeed, one sentence each.
-        clock_error_ms: how far the guest's clock is ahead of the host's, in milliseconds, less than 0 where it is
-            behind; None where it was not asked for or could not be.
+    That is less than 0 where it is behind; None where it was not asked for or could not be.
     """
 
     notes: tuple[str, ...] = ()

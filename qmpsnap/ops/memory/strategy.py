@@ -79,13 +79,7 @@ class Means(Struct, frozen=True, kw_only=True):
 async def choose(
     context: Context, machine: Machine, qemu: Monitor | None, chains: Sequence[Chain], request: MemoryRequest
 ) -> Means:
-    """The best way there is, found by asking QEMU.
-
-    Raises:
-        StateError: this machine's memory cannot be saved at all, or not within the pause asked for.
-        UsageError: a pause that is none.
-        HostCannot: nothing to compress with.
-    """
+    """The best way there is, found by asking QEMU; refused where there is none, or none within the pause asked for."""
     if request.max_pause_ms is not None and not 0 < request.max_pause_ms < math.inf:
         raise UsageError(
             f"the pause limit cannot be {request.max_pause_ms:g} ms",
@@ -158,9 +152,7 @@ async def choose(
 async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Chain], *, hint: str) -> None:
     """Make sure that no device stands in the way of saving memory, in a file or inside an image.
 
-    Raises:
-        StateError: one does; the message names what QEMU names, or what else the guest writes to. Or the guest sleeps,
-            and QEMU would forget that.
+    Nor what else the guest writes to; nor that it sleeps, which an earlier QEMU would forget.
     """
     await requests.require_told(machine, qemu, doing="save its memory", hint=hint)
     if reasons := (await migration.query(qemu)).blocked_reasons:

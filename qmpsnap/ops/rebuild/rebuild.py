@@ -148,11 +148,7 @@ async def _look(home: Home, record: Record) -> _Found:
 
 
 def _known(home: Home) -> frozenset[str]:
-    """The machines of a store that is intact, where nothing else keeps it.
-
-    Raises:
-        StateError: the home was moved, or its files are copies, which ``relocate`` puts right.
-    """
+    """The machines of a store that is intact, unless it is for ``relocate``: it was moved, or its files are copies."""
     with SqliteStore(home.store, machines=home.machines) as store:
         if relocate.look(_context(home, store)).needed:
             raise StateError(

@@ -66,9 +66,7 @@ async def remove_files(context: Context, plan: RevertPlan) -> None:
 def nothing_written(plan: RevertPlan, variables: str | None) -> bool:
     """Whether there is nothing that only an automatic snapshot would keep; what cannot be read was written to.
 
-    Args:
-        plan: says what must be empty, and what the UEFI variable store must read like.
-        variables: where the store's content lies now; None where it is not replaced.
+    ``variables``: where the UEFI variable store's content lies now; None where it is not replaced.
     """
     unwritten = plan.unwritten
     if unwritten is None:

@@ -92,9 +92,8 @@ async def planner(
 ) -> Callable[[PlanInputs], LoadPlan]:
     """How the plan is made, of the machine as it is now.
 
-    Raises:
-        StateError: the memory is of other hardware than the QEMU that runs has, or the guest writes to more than would
-            go back with it.
+    Refused where the memory is of other hardware than the QEMU that runs has, or the guest writes to more than would go
+    back with it.
     """
     assert session.qemu
     await graph.require_no_other(

@@ -26,7 +26,6 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
     """What a user asks for.
 
     Attributes:
-        name: the snapshot's name.
         discard: do not keep what was written since.
         run: how the machine is afterwards; None as it was before, and running with memory.
         file: where a full snapshot's state file lies now, if it was moved.

@@ -46,13 +46,8 @@ async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Laye
     """Whether the new side of an operation counts, whose QEMU has ended after both were equal.
 
     The owner of an adopted machine goes on with the old side, as the store has not said otherwise; what was written to
-    the new one was so before. All other machines go on with the new side.
-
-    Args:
-        broken: the operation, at the step since which either may have been written to.
-        old: the layers that the guest wrote to before.
-        new: those that it was to write to afterwards.
-        fresh: the new ones lie on the old ones and were empty at that step, at which the guest still wrote to the old.
+    the new one was so before. All other machines go on with the new side. ``fresh``: the new layers lie on the old ones
+    and were empty at the operation's step, at which the guest still wrote to the old.
 
     Raises:
         OperationPending: another process has one of them open, or both may have been written to.

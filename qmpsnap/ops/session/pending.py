@@ -23,9 +23,7 @@ class Broken(Struct, Generic[P_co], frozen=True, kw_only=True):
     """An open operation, and what is wanted of its end.
 
     Attributes:
-        context: where.
         machine: its machine, whose lock we hold.
-        operation: as the journal has it.
         unfinished: what to do with a job that still works.
         error: why it did not come to its own end; kept with an operation that is undone.
         report: told about the progress of a job that is carried on.

@@ -27,10 +27,8 @@ from qmpsnap.ops.base.machine_session import MachineSession
 async def look(session: MachineSession, *, disks: Collection[str] | None = None, counted: bool = True) -> Situation:
     """The situation of a machine whose lock we hold, after QEMU has agreed that its chains are the store's.
 
-    Args:
-        session: the machine.
-        counted: count what its layers hold, for what merges or copies them: every table is read for it.
-        disks: those that QEMU has to have; None for all. Others may be unplugged.
+    ``counted``: count what its layers hold, for what merges or copies them: every table is read for it. Disks that QEMU
+    need not have (not in ``disks``) may be unplugged.
     """
     name = session.machine.name
     basis = await session.context.astore.basis(name)
@@ -82,11 +80,7 @@ def resolve(at: Situation, chain: Chain, wanted: str) -> LayerId:
 
 
 def require_space(at: Situation, steps: tuple[Merge | Removal, ...], store: Path) -> None:
-    """Refuse before anything begins when a job could run out of space; steps follow each other, what one frees counts.
-
-    Raises:
-        HostCannot: the file system of a layer that grows has less free than the layer may grow by.
-    """
+    """Refuse before anything begins when a job could run out of space; what an earlier step frees counts."""
     left: dict[int, int] = {}
     grows = [step for step in steps if isinstance(step, Merge)]
     if grows:

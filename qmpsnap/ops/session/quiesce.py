@@ -42,12 +42,7 @@ _WITHOUT = option("quiesce", "prefer") + " takes the snapshot without freezing t
 
 
 class QuiesceRequest(Struct, frozen=True, kw_only=True):
-    """What a user asks for.
-
-    Attributes:
-        wish: see :data:`qmpsnap.model.layers.snapshot.Quiesce`.
-        window: seconds the file systems may be frozen.
-    """
+    """What a user asks for; ``window``: seconds the file systems may be frozen."""
 
     wish: Quiesce = "skip"
     window: float = FREEZE_WINDOW

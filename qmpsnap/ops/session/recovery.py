@@ -69,11 +69,8 @@ async def end_open(
 ) -> list[Operation]:
     """End every open operation of a machine whose lock we hold; returns them as they were.
 
-    Args:
-        session: the machine.
-        unfinished: what to do with a job that still works.
-        report: told about the progress of a job that is carried on.
-        given_up: told of what cannot be ended now, and why, unless the machine's QEMU or a worker runs; it stays open.
+    ``given_up`` is told of what cannot be ended now, and why, unless the machine's QEMU or a worker runs; it stays
+    open.
     """
     context, machine = session.context, session.machine
     run_dir = context.home.run_dir(machine.name)

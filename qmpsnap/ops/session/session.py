@@ -34,8 +34,7 @@ async def require_agreement(
 ) -> Beside:
     """Make sure that a plan for these chains can be carried out: by the QEMU that has them, or without one.
 
-    Returns:
-        Which disks QEMU lacks, so that they cannot be included, and what it has besides.
+    Returns which disks QEMU lacks, so that they cannot be included, and what it has besides.
     """
     if not session.qemu:
         require_spec(session.machine, doing)
@@ -61,25 +60,18 @@ async def working(
 ) -> AsyncIterator[MachineSession]:
     """Lock the machine, end what an earlier operation left open, and reach its QEMU if it runs.
 
-    Args:
-        context: where.
-        name: the machine.
-        verb: what the lock is held for, as others will be told.
-        removes: the verb merges or removes layers, which others may read.
-        alone: nobody else may write to the machine's images; not asked by what changes none of them.
-        unfinished: what to do with a job that still works for an earlier operation.
-        report: told about the progress of such a job.
-        given_up: as for :func:`qmpsnap.ops.session.recovery.end_open`.
+    The lock is held for ``verb``, as others will be told. ``removes``: it merges or removes layers, which others may
+    read. ``alone``: nobody else may write to the machine's images; not asked by what changes none of them. The others
+    are as for :func:`qmpsnap.ops.session.recovery.end_open`.
 
     Raises:
         NotFoundError: no such machine.
         ForeignHost: it is another host's.
-        StoreMismatch: its folder was replaced.
         LockHeld: another controller works on it.
         OperationPending: an earlier operation is open and cannot be ended now.
-        StoreMismatch: the store is an old copy, or lacks a machine and layers would go.
+        StoreMismatch: its folder was replaced; the store is an old copy, or lacks a machine and layers would go; or
+            another program has written to a frozen image, whose snapshots are marked.
         ImageInUse: another program writes to one of its images.
-        StoreMismatch: another program has written to a frozen image; its snapshots are marked.
     """
     machine = await context.astore.machine(name)
     require_own(context, machine)
@@ -183,18 +175,10 @@ async def begin(
 ) -> Operation[P]:
     """Plan, and journal the plan; nothing has been changed before.
 
-    Files are looked at before the store is locked, so that storage which hangs holds up no other machine. If another
-    machine takes the number meanwhile, the plan is made again with the next one.
-
-    Args:
-        session: the machine.
-        basis: what the store said of it; refused where it says something else by now.
-        make: makes the plan; called in a thread, as it may look at files.
-        seen: as for :func:`inputs`.
-        serials: how many numbers the plan takes.
-
-    Raises:
-        ImageInUse: the machine is stopped, and another program has an image open that would be written to or go.
+    Files are looked at before the store is locked, so that storage which hangs holds up no other machine: ``make`` is
+    called in a thread. If another machine takes the number meanwhile, the plan is made again with the next one. Refused
+    where the store says something else than ``basis`` by now, or where the machine is stopped and another program has
+    an image open that would be written to or go.
     """
 
     async def planned() -> Operation[P]:

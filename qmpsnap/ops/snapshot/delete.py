@@ -25,11 +25,9 @@ from qmpsnap.qmp.jobs import Report, unreported
 
 
 class DeleteRequest(Struct, frozen=True, kw_only=True):
-    """Which snapshots to delete.
+    """Which snapshots to delete, and whether those that grew from them.
 
-    Attributes:
-        children: also those that grew from them.
-        metadata: only the names and state files; the layers stay as they are and are shown as unreferenced.
+    ``metadata``: only the names and state files; the layers stay as they are and are shown as unreferenced.
     """
 
     names: tuple[str, ...]

@@ -31,12 +31,10 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: the snapshot's name; None takes the next free ``snap-N`` (``saved-N`` for one after which QEMU ends).
-        description: free text.
         disks: names of the disks to include; None takes all that the spec does not leave out.
         files: disk to absolute path of its new layer; those not named are put into the machine's folder.
         listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
         memory: save the guest's memory as well, of the same instant; None takes the disks alone.
-        quiesce: freeze the guest's file systems for that instant.
         pushed: :mod:`qmpsnap.ops.stack` may go back to it and delete it.
         hold: hold the guest for the copy of its UEFI variables: it wrote there meanwhile when this was tried without.
     """
@@ -60,15 +58,7 @@ def plan(
     freezer: Freezer | None = None,
     beside: Beside = NOTHING,
 ) -> CreatePlan:
-    """What will be done; pure.
-
-    Args:
-        at: the machine, its layers and snapshots.
-        request: what was asked for.
-        means: how the memory can be saved, if it was asked for.
-        freezer: what has become of the wish to freeze; None plans for what was asked.
-        beside: where QEMU's devices are not the machine's disks.
-    """
+    """What will be done; pure. ``freezer``: what has become of the wish to freeze; None plans for what was asked."""
     machine, chains, serial = at.machine, at.basis.chains, at.serial
     included = requests.disks(machine, request.disks, lacking=beside.unplugged)
     _require_included(machine, included, request.files)

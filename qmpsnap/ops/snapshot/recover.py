@@ -33,8 +33,7 @@ from qmpsnap.qmp.session import Monitor
 def direction(step: str, *, active: int | None, total: int) -> Direction | None:
     """Whether a broken ``snapshot create`` is finished or undone; pure.
 
-    Returns:
-        None when the rules do not cover what was found: someone else has changed the chain.
+    None when the rules do not cover what was found: someone else has changed the chain.
     """
     if step not in {steps.TRANSACTION, steps.SAVING, steps.LOST}:
         return "back"

@@ -36,11 +36,7 @@ class SnapshotOptions(TypedDict, total=False):
 
 
 def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateRequest | InternalRequest:
-    """The request for a snapshot of that kind; pure.
-
-    Raises:
-        UsageError: there is no such kind, it does not heed an option, or an option is not of its type.
-    """
+    """The request for a snapshot of that kind; pure. Refused where it does not heed an option."""
     _require_heeded(kind, options)
     freeze = QuiesceRequest(wish=options.get("quiesce", "skip"), window=options.get("freeze_window", FREEZE_WINDOW))
     description, disks = options.get("description", ""), names_of(options.get("disks"))
@@ -62,11 +58,7 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
 
 
 def names_of(disks: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The disks as a request has them.
-
-    Raises:
-        UsageError: it is one name, which would be taken for a name per letter.
-    """
+    """The disks as a request has them; one name would be taken for a name per letter."""
     if isinstance(disks, str):
         raise UsageError(f"disks is a list of names, not {disks!r}", hint=f"write disks=[{disks!r}]")
     return None if disks is None else tuple(disks)
