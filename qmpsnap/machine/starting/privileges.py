@@ -95,7 +95,7 @@ def kept(spec: MachineSpec, user: RunAs | None = None) -> frozenset[int]:
 
 
 class Privileges(Struct, frozen=True):
-    """What a QEMU that is started may do: its user, None for this one, and the capabilities that it may have as root."""
+    """What a QEMU that is started may do: its user, None for this one, and the capabilities it may have as root."""
 
     user: RunAs | None = None
     keep: frozenset[int] = _PLAIN
