@@ -32,14 +32,16 @@ def add(parsers: Parsers, name: str, run: Command, *, help: str) -> argparse.Arg
     return parser
 
 
+def add_for_vm(parsers: Parsers, name: str, run: Command, *, help: str) -> argparse.ArgumentParser:  # noqa: A002
+    """As :func:`add`, of a verb whose first argument is a machine's name."""
+    parser = add(parsers, name, run, help=help)
+    parser.add_argument("machine", metavar="VM", help="name of the machine")
+    return parser
+
+
 def add_format(parser: argparse.ArgumentParser) -> None:
     """``-o``, for every command that answers with data."""
     parser.add_argument("-o", "--output", choices=("table", "json", "name"), default="table", help="output format")
-
-
-def add_machine(parser: argparse.ArgumentParser) -> None:
-    """The machine's name."""
-    parser.add_argument("machine", metavar="VM", help="name of the machine")
 
 
 def amount(text: str) -> float:

@@ -9,6 +9,8 @@ from qmpsnap.model.operations.operation import OPEN_STATES, Operation
 
 E = TypeVar("E", bound=QmpsnapError)
 
+_CANNOT_TELL = (QmpsnapError, OSError, MemoryError, RuntimeError)
+
 
 def interrupted(machine: str | None) -> Interrupted:
     """The error to report for Ctrl-C."""
@@ -23,9 +25,8 @@ def limited(machine: str | None, what: str) -> HostCannot:
 def left_open(machine: str, process: int) -> tuple[str, str | None]:
     """What became of the operation that this process was at, and its number if it was at one."""
     try:
-        with reading() as store:
-            operation = next(iter(store.operations(machine)[-1:]), None)
-    except (QmpsnapError, OSError, MemoryError, RuntimeError):
+        operation = _last(machine)
+    except _CANNOT_TELL:
         return "whether an operation is open is unknown", None
     if operation is None or operation.pid != process:
         return "no operation is open", None
@@ -37,9 +38,8 @@ def _told(error: E, machine: str | None) -> E:
     operation = None
     if machine:
         try:
-            with reading() as store:
-                operation = next(iter(store.operations(machine)[-1:]), None)
-        except (QmpsnapError, OSError, MemoryError, RuntimeError):
+            operation = _last(machine)
+        except _CANNOT_TELL:
             error.effect = "none" if isinstance(error, Interrupted) else "unknown"
     if machine is None or operation is None or operation.pid != os.getpid():
         return error
@@ -50,6 +50,11 @@ def _told(error: E, machine: str | None) -> E:
     else:
         error.effect = operation.effect or ("applied" if operation.state == "settled" else "none")
     return error
+
+
+def _last(machine: str) -> Operation | None:
+    with reading() as store:
+        return next(iter(store.operations(machine)[-1:]), None)
 
 
 def _became(operation: Operation) -> str:

@@ -69,7 +69,8 @@ def _acquire(path: Path, machine: str) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner, hangs = _describe(descriptor), _hangs(descriptor)
+            noted = _noted(descriptor)
+            owner, hangs = _describe(noted), _hangs(noted)
             os.close(descriptor)
             if hangs:
                 raise OperationPending(
@@ -116,24 +117,28 @@ def _require_plain(descriptor: int, path: Path, machine: str) -> None:
     )
 
 
-def _describe(descriptor: int) -> str:
+def _noted(descriptor: int) -> dict[str, Any]:
+    """What the holder has written down of itself; nothing where it has not yet."""
     try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
-        since = moment(owner["since"])
-        return f"'{owner['verb']}' (pid {owner['pid']} on {owner['host']}) since {since}"
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        noted = json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def _describe(noted: dict[str, Any]) -> str:
+    try:
+        return f"'{noted['verb']}' (pid {noted['pid']} on {noted['host']}) since {moment(noted['since'])}"
+    except (ValueError, KeyError, TypeError, OverflowError):
         return "another controller that has just started"
 
 
-def _hangs(descriptor: int) -> str | None:
+def _hangs(noted: dict[str, Any]) -> str | None:
     """What the holder has said of storage that hangs, or shows: it was ended and cannot end."""
-    try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
-        said = owner.get("hangs")
-        if said is None and owner["host"] == os.uname().nodename and (wait := storage_wait.keeps(owner["pid"])):
+    said = noted.get("hangs")
+    with contextlib.suppress(KeyError, ValueError, TypeError, OSError):
+        if said is None and noted["host"] == os.uname().nodename and (wait := storage_wait.keeps(noted["pid"])):
             said = f"it was ended, and storage does not answer: {wait}"
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError, OSError):
-        return None
     return said if isinstance(said, str) else None
 
 
@@ -151,15 +156,9 @@ def holder(path: Path) -> str | None:
                 int(fields[4]) for line in locks if (fields := line.split())[1:4] == ["FLOCK", "ADVISORY", "WRITE"]
                 and fields[5].rpartition(":")[2] == str(inode)
             }  # fmt: skip
-        return _describe(descriptor) if _pid(descriptor) in held else None
-    except (OSError, ValueError, IndexError):
+        noted = _noted(descriptor)
+        return _describe(noted) if noted.get("pid") in held else None
+    except (OSError, ValueError, TypeError, IndexError):
         return None
     finally:
         os.close(descriptor)
-
-
-def _pid(descriptor: int) -> int | None:
-    try:
-        return int(json.loads(os.pread(descriptor, 4096, 0))["pid"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, on_machine
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, on_machine
 from qmpsnap.errors import StoreMismatch
 
 if TYPE_CHECKING:
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 def register(parsers: Parsers) -> None:
     """Add the command."""
-    command = add(parsers, "chain", _chain, help="list the layers, sizes and snapshots of each disk, base first")
-    add_machine(command)
+    command = add_for_vm(parsers, "chain", _chain, help="list the layers, sizes and snapshots of each disk, base first")
     command.add_argument("disk", metavar="DISK", nargs="?", help="only this disk")
     add_format(command)
 

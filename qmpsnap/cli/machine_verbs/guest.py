@@ -4,17 +4,16 @@ import argparse
 import sys
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, home, on_machine, reading
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, amount, home, on_machine, reading
 from qmpsnap.errors import HostCannot, QemuGone
 from qmpsnap.machine.starting.argv import CONSOLE_SOCKET
 
 
 def register(parsers: Parsers) -> None:
     """Add the commands."""
-    add_machine(add(parsers, "console", _console, help="attach the terminal to the serial console (Ctrl-] detaches)"))
+    add_for_vm(parsers, "console", _console, help="attach the terminal to the serial console (Ctrl-] detaches)")
 
-    command = add(parsers, "exec", _exec, help="run a command in the guest through the guest agent")
-    add_machine(command)
+    command = add_for_vm(parsers, "exec", _exec, help="run a command in the guest through the guest agent")
     command.add_argument("--timeout", type=amount, default=60, metavar="S", help="seconds to wait for it (60)")
     command.add_argument(
         "--allow-truncated",
@@ -23,8 +22,7 @@ def register(parsers: Parsers) -> None:
     )
     command.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="program and arguments")
 
-    command = add(parsers, "fstrim", _fstrim, help="let the guest discard the unused blocks of its file systems")
-    add_machine(command)
+    command = add_for_vm(parsers, "fstrim", _fstrim, help="let the guest discard the unused blocks of its file systems")
     command.add_argument("--minimum", type=int, default=0, metavar="BYTES", help="skip free ranges smaller than this")
     command.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds to wait for it (60)")
     add_format(command)

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, reading
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, reading
 from qmpsnap.model.timestamps import moment
 
 if TYPE_CHECKING:
@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 def register(parsers: Parsers) -> None:
     """Add the command."""
-    command = add(parsers, "log", _log, help="list the operations of a machine and their outcome, oldest first")
-    add_machine(command)
+    command = add_for_vm(parsers, "log", _log, help="list the operations of a machine and their outcome, oldest first")
     command.add_argument("--open", action="store_true", help="only open operations")
     add_format(command)
 

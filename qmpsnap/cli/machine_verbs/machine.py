@@ -9,8 +9,8 @@ from qmpsnap.cli import image_notes, output
 from qmpsnap.cli.common import (
     Parsers,
     add,
+    add_for_vm,
     add_format,
-    add_machine,
     amount,
     controlling,
     home,
@@ -43,28 +43,24 @@ def register(parsers: Parsers) -> None:
 
     add_format(add(parsers, "list", _list, help="list the machines and their state"))
 
-    command = add(parsers, "show", _show, help="show a machine: state, process, monitor, disks, snapshots")
-    add_machine(command)
+    command = add_for_vm(parsers, "show", _show, help="show a machine: state, process, monitor, disks, snapshots")
     add_format(command)
 
-    command = add(parsers, "start", _start, help="start a machine and wait for its monitor")
-    add_machine(command)
+    command = add_for_vm(parsers, "start", _start, help="start a machine and wait for its monitor")
     command.add_argument("--paused", action="store_true", help="leave the vCPUs stopped")
     command.add_argument("--allow-extra", action="store_true", help="accept its present 'extra' QEMU arguments")
 
-    command = add(parsers, "stop", _stop, help="press the power button and wait for the guest to power off")
-    add_machine(command)
+    command = add_for_vm(parsers, "stop", _stop, help="press the power button and wait for the guest to power off")
     command.add_argument("--force", action="store_true", help="quit QEMU after --timeout, or at once without it")
     command.add_argument("--timeout", type=amount, metavar="S", help="seconds to wait for the guest (60)")
 
-    add_machine(add(parsers, "pause", _pause, help="stop the vCPUs of a guest"))
-    add_machine(
-        add(parsers, "resume", _resume, help="resume a paused guest, also one that QEMU paused because a disk was full")
+    add_for_vm(parsers, "pause", _pause, help="stop the vCPUs of a guest")
+    add_for_vm(
+        parsers, "resume", _resume, help="resume a paused guest, also one that QEMU paused because a disk was full"
     )
-    add_machine(add(parsers, "wakeup", _wakeup, help="wake a suspended guest (ACPI S3)"))
+    add_for_vm(parsers, "wakeup", _wakeup, help="wake a suspended guest (ACPI S3)")
 
-    command = add(parsers, "undefine", _undefine, help="remove a machine and its snapshots from the store")
-    add_machine(command)
+    command = add_for_vm(parsers, "undefine", _undefine, help="remove a machine and its snapshots from the store")
     fate = command.add_mutually_exclusive_group()
     fate.add_argument("--keep-disks", dest="disks", action="store_const", const="keep", help="keep its images as files")
     fate.add_argument("--remove-disks", dest="disks", action="store_const", const="remove", help="delete its images")

@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, operating
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 def register(parsers: Parsers) -> None:
     """Add the commands and the names virsh has for them."""
     for name in ("commit", "blockcommit"):
-        command = add(parsers, name, _commit, help=_alias(name, "commit", "merge layers into a layer below them"))
+        command = add_for_vm(
+            parsers, name, _commit, help=_alias(name, "commit", "merge layers into a layer below them")
+        )
         command.add_argument("--base", metavar="L", help="layer or snapshot to merge into (lowest layer)")
         command.add_argument("--top", metavar="L", help="highest layer or snapshot to merge (active layer)")
         command.add_argument("--consume", action="store_true", help="accept that the commit invalidates snapshots")
         _finish(command)
     for name in ("stream", "pull", "blockpull"):
         help_ = _alias(name, "stream", "merge the layers below into the active layer, keeping all snapshots")
-        command = add(parsers, name, _stream, help=help_)
+        command = add_for_vm(parsers, name, _stream, help=help_)
         command.add_argument("--base", metavar="L", help="layer or snapshot to stop above (merge all layers)")
         _finish(command)
 
@@ -33,7 +35,6 @@ def _alias(name: str, real: str, help_: str) -> str:
 
 
 def _finish(command: argparse.ArgumentParser) -> None:
-    add_machine(command)
     command.add_argument("disk", metavar="DISK", help="the disk")
     command.add_argument("--dry-run", action="store_true", help="only print the layers, QMP command and bytes")
     add_progress(command)

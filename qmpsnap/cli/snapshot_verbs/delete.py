@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, operating
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 def register(verbs: Parsers) -> None:
     """Add the verb."""
-    command = add(verbs, "delete", _delete, help="delete snapshots, copying as few bytes as possible")
-    add_machine(command)
+    command = add_for_vm(verbs, "delete", _delete, help="delete snapshots, copying as few bytes as possible")
     command.add_argument("names", metavar="NAME", nargs="+", help="the snapshots")
     command.add_argument("--children", action="store_true", help="also delete their descendants")
     command.add_argument("--metadata", action="store_true", help="delete only the names and keep the layers")

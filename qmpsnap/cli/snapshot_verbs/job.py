@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, on_machine
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, on_machine
 from qmpsnap.cli.progress import add_progress, reporting
 
 
@@ -12,15 +12,11 @@ def register(parsers: Parsers) -> None:
     """Add the commands."""
     noun = parsers.add_parser("job", help="jobs in QEMU: list, wait, cancel", description="Jobs in QEMU.")
     verbs = noun.add_subparsers(title="verbs", metavar="VERB", required=True)
-    command = add(verbs, "list", _list, help="list the jobs of a machine with state and progress")
-    add_machine(command)
+    command = add_for_vm(verbs, "list", _list, help="list the jobs of a machine with state and progress")
     add_format(command)
-    command = add(verbs, "wait", _wait, help="wait for the jobs of an interrupted operation")
-    add_machine(command)
+    command = add_for_vm(verbs, "wait", _wait, help="wait for the jobs of an interrupted operation")
     add_progress(command)
-    add_machine(
-        add(verbs, "cancel", _cancel, help="cancel the jobs of an interrupted operation; the chain is unchanged")
-    )
+    add_for_vm(verbs, "cancel", _cancel, help="cancel the jobs of an interrupted operation; the chain is unchanged")
 
 
 def _list(arguments: argparse.Namespace) -> None:

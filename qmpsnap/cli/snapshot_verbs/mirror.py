@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, operating
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
@@ -17,8 +17,7 @@ def register(parsers: Parsers) -> None:
     """Add the command and the names virsh has for it."""
     for name in ("mirror", "copy", "blockcopy"):
         help_ = "copy a disk while the guest runs, then switch to the copy or keep it apart"
-        command = add(parsers, name, _mirror, help=help_ if name == "mirror" else f"the same as mirror: {help_}")
-        add_machine(command)
+        command = add_for_vm(parsers, name, _mirror, help=help_ if name == "mirror" else f"the same as mirror: {help_}")
         command.add_argument("disk", metavar="DISK", help="the disk")
         command.add_argument("target", metavar="TARGET", help="path of the copy, or nbd://HOST[:PORT]/EXPORT")
         end = command.add_mutually_exclusive_group(required=True)

@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import image_notes, output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, on_machine, tell_remedy
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, on_machine, tell_remedy
 
 if TYPE_CHECKING:
     from qmpsnap.ops.revert.plan import Run
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 def register(verbs: Parsers) -> None:
     """Add the verb."""
-    command = add(verbs, "revert", _revert, help="revert to a snapshot; the present state is kept as another one")
-    add_machine(command)
+    command = add_for_vm(
+        verbs, "revert", _revert, help="revert to a snapshot; the present state is kept as another one"
+    )
     command.add_argument("name", metavar="NAME", help="the snapshot")
     command.add_argument("--discard", action="store_true", help="do not keep the present state")
     after = command.add_mutually_exclusive_group()

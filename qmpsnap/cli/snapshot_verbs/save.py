@@ -3,7 +3,7 @@
 import argparse
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, on_machine
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, on_machine
 from qmpsnap.cli.plan_output import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs.revert import add_after, print_outcome, print_preview
@@ -13,8 +13,7 @@ from qmpsnap.cli.snapshot_verbs.snapshot_json import confined, print_snapshot
 
 def register(parsers: Parsers) -> None:
     """Add the commands."""
-    command = add(parsers, "save", _save, help="save a machine's memory to a file and end QEMU")
-    add_machine(command)
+    command = add_for_vm(parsers, "save", _save, help="save a machine's memory to a file and end QEMU")
     command.add_argument("file", metavar="FILE", nargs="?", help="new state file (beside the machine's images)")
     command.add_argument("--name", metavar="NAME", help="name of the snapshot (next free saved-N)")
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
@@ -23,8 +22,7 @@ def register(parsers: Parsers) -> None:
     add_progress(command)
     add_format(command)
 
-    command = add(parsers, "restore", _restore, help="restore a saved machine")
-    add_machine(command)
+    command = add_for_vm(parsers, "restore", _restore, help="restore a saved machine")
     command.add_argument("file", metavar="FILE", nargs="?", help="state file (latest full snapshot)")
     command.add_argument("--discard", action="store_true", help="do not keep the present state")
     command.add_argument("--paused", action="store_true", help="leave the vCPUs stopped")

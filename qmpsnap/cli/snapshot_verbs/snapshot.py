@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import image_notes, output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, amount, on_machine, reading
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, amount, on_machine, reading
 from qmpsnap.cli.plan_output import print_internal, print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs import delete, revert, stack
@@ -31,8 +31,7 @@ def register(parsers: Parsers) -> None:
     noun = parsers.add_parser("snapshot", help="take and list snapshots", description="Take and list snapshots.")
     verbs = noun.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    command = add(verbs, "create", _create, help="take a snapshot of all disks at one point in time")
-    add_machine(command)
+    command = add_for_vm(verbs, "create", _create, help="take a snapshot of all disks at one point in time")
     command.add_argument("name", metavar="NAME", nargs="?", help="name of the snapshot (next free snap-N)")
     command.add_argument(
         "--kind",
@@ -63,12 +62,10 @@ def register(parsers: Parsers) -> None:
 
     stack.register(verbs)
 
-    command = add(verbs, "list", _list, help="list the snapshots of a machine, oldest first")
-    add_machine(command)
+    command = add_for_vm(verbs, "list", _list, help="list the snapshots of a machine, oldest first")
     add_format(command)
 
-    command = add(verbs, "show", _show, help="show a snapshot and its files")
-    add_machine(command)
+    command = add_for_vm(verbs, "show", _show, help="show a snapshot and its files")
     command.add_argument("name", metavar="NAME", help="the snapshot")
     add_format(command)
 
@@ -76,15 +73,13 @@ def register(parsers: Parsers) -> None:
 
     revert.register(verbs)
 
-    command = add(verbs, "rename", _rename, help="rename a snapshot")
-    add_machine(command)
+    command = add_for_vm(verbs, "rename", _rename, help="rename a snapshot")
     command.add_argument("old", metavar="OLD", help="the snapshot")
     command.add_argument("new", metavar="NEW", help="its new name")
     command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_format(command)
 
-    command = add(parsers, "tree", _tree, help="draw the tree of a machine's snapshots")
-    add_machine(command)
+    command = add_for_vm(parsers, "tree", _tree, help="draw the tree of a machine's snapshots")
     add_format(command)
 
 

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import image_notes, output
-from qmpsnap.cli.common import Parsers, add, add_format, add_machine, on_machine, tell_remedy
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, on_machine, tell_remedy
 from qmpsnap.cli.plan_output import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs import delete, revert
@@ -17,15 +17,13 @@ if TYPE_CHECKING:
 
 def register(verbs: Parsers) -> None:
     """Add the verbs."""
-    command = add(verbs, "push", _push, help="take a snapshot for pop")
-    add_machine(command)
+    command = add_for_vm(verbs, "push", _push, help="take a snapshot for pop")
     command.add_argument("name", metavar="NAME", nargs="?", help="name of the snapshot (next free snap-N)")
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
     command.add_argument("--dry-run", action="store_true", help="only print the files and QMP commands")
     add_format(command)
 
-    command = add(verbs, "pop", _pop, help="revert to the snapshot that push took, and delete it")
-    add_machine(command)
+    command = add_for_vm(verbs, "pop", _pop, help="revert to the snapshot that push took, and delete it")
     command.add_argument("--discard", action="store_true", help="accept to lose a snapshot that push did not take")
     command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_progress(command)

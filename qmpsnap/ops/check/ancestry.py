@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.names import LayerId, layer_disk
+from qmpsnap.model.names import layer_disk
 from qmpsnap.ops.check.facts import Facts
 
 
@@ -37,7 +37,7 @@ def _points(at: Facts, folder: str) -> Iterator[Finding]:
     named += [(f"the guest has disk {chain.disk}", chain.disk, chain.active.id) for chain in at.record.chains]
     for who, disk, layer in named:
         if _strays(at, folder, layers.get(layer), disk):
-            yield _finding(at, "layer-misplaced", f"{who} on layer {layer}", disk=disk, layer=layers[layer])
+            yield at.finding("layer-misplaced", f"{who} on layer {layer}", disk=disk, layer=layers[layer])
 
 
 def _layers(at: Facts, folder: str) -> Iterator[Finding]:
@@ -47,7 +47,7 @@ def _layers(at: Facts, folder: str) -> Iterator[Finding]:
         below = layers.get(layer.backing) if layer.backing else None
         if disk and layer.path.startswith(f"{folder}/") and _strays(at, folder, below, disk):
             text = f"layer {layer.id} of disk {disk} has layer {layer.backing} as its backing file"
-            yield _finding(at, "layer-misplaced", text, disk=disk, layer=layer)
+            yield at.finding("layer-misplaced", text, disk=disk, layer=layer)
 
 
 def _ancestors(at: Facts) -> Iterator[Finding]:
@@ -56,17 +56,6 @@ def _ancestors(at: Facts) -> Iterator[Finding]:
         parent = known.get(snapshot.parent) if snapshot.parent else None
         if parent and parent.operation > snapshot.operation:
             text = f"snapshot {snapshot.name} has the younger snapshot {parent.name} as its parent"
-            yield _finding(at, "parent-younger", text)
+            yield at.finding("parent-younger", text)
         elif parent is snapshot:
-            yield _finding(at, "parent-younger", f"snapshot {snapshot.name} has itself as its parent")
-
-
-def _finding(at: Facts, code: str, text: str, *, disk: str | None = None, layer: Layer | None = None) -> Finding:
-    return Finding(
-        code=code,
-        machine=at.record.machine.name,
-        text=text,
-        disk=disk,
-        layer=LayerId(layer.id) if layer else None,
-        file=layer.path if layer else None,
-    )
+            yield at.finding("parent-younger", f"snapshot {snapshot.name} has itself as its parent")

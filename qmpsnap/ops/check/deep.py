@@ -34,7 +34,7 @@ async def look(context: Context, at: Facts) -> list[Finding]:
         if state and at.states[state.path] is None and (wrong := await to_read(_digest, state)):
             code, said = wrong
             text = f"snapshot {snapshot.name}: {said}"
-            found.append(Finding(code=code, machine=at.record.machine.name, text=text, file=state.path))
+            found.append(at.finding(code, text, file=state.path))
     return found
 
 
@@ -48,13 +48,7 @@ def _formats(at: Facts) -> Iterator[Finding]:
         if header.backing_format != below.format:
             said = header.backing_format or "none"
             text = f"the header of {layer.path} names {said} as its backing format, recorded is {below.format}"
-            yield Finding(
-                code="backing-format-differs",
-                machine=at.record.machine.name,
-                text=text,
-                layer=layer.id,
-                file=layer.path,
-            )
+            yield at.finding("backing-format-differs", text, layer=layer)
 
 
 def _layers(context: Context, at: Facts) -> list[Layer]:
@@ -73,14 +67,7 @@ async def _image(context: Context, at: Facts, layer: Layer) -> Finding | None:
         verdict, said = "unread", error.message
     if verdict == "whole":
         return None
-    return Finding(
-        code=_CODES[verdict],
-        machine=at.record.machine.name,
-        text=f"{layer.path}: {said}",
-        layer=layer.id,
-        file=layer.path,
-        repairable=verdict == "leaks",
-    )
+    return at.finding(_CODES[verdict], f"{layer.path}: {said}", layer=layer, repairable=verdict == "leaks")
 
 
 def _digest(state: Vmstate) -> tuple[str, str] | None:

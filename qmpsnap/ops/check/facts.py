@@ -21,6 +21,7 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.machine import adopted, agent, statefile, worker
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import AGENT_SOCKET
+from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Vmstate
@@ -34,6 +35,7 @@ from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import entries
 from qmpsnap.ops.check import references as named
 from qmpsnap.ops.check.entries import Entry
+from qmpsnap.ops.outside import compare
 from qmpsnap.ops.outside import layer_changes as frozen
 from qmpsnap.ops.session import stale_store
 from qmpsnap.qmp import commands
@@ -127,6 +129,27 @@ class Facts(Struct, frozen=True, kw_only=True):
     def trusted(self) -> bool:
         """Whether anything may be put right by the store's record."""
         return not self.older and not self.lost and not self.moved
+
+    def finding(
+        self,
+        code: str,
+        text: str,
+        *,
+        disk: str | None = None,
+        layer: Layer | None = None,
+        file: str | None = None,
+        repairable: bool = False,
+    ) -> Finding:
+        """A finding about the machine; about a layer, also its file."""
+        return Finding(
+            code=code,
+            machine=self.record.machine.name,
+            text=text,
+            disk=disk,
+            layer=layer.id if layer else None,
+            file=file or (layer.path if layer else None),
+            repairable=repairable,
+        )
 
 
 async def record(context: Context, name: str) -> Record:
@@ -246,7 +269,7 @@ def _files(context: Context, at: Record) -> Facts:
     ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted, str(home.record(name))]
     outside = [path for path in ours if Path(path).parent != home.machine_dir(name)]
     folder = entries.once((*entries.within(home.machine_dir(name)), *entries.parts_beside(outside)))
-    headers = {layer.id: _header(layer) for layer in layers}
+    headers = {layer.id: compare.header_of(layer) for layer in layers}
     known = {*ours, *(layer.path for layer in layers)}
     strangers = [entry for entry in folder if entry.path not in known]
     # Names are asked after the folder was: what an operation has made meanwhile is in the store before it is there.
@@ -292,16 +315,6 @@ def layers_of(at: Record, folder: str) -> tuple[Layer, ...]:
             found[layer.id] = layer
             pending += [layer.backing] if layer.backing else []
     return tuple(found.values())
-
-
-def _header(layer: Layer) -> Header | str:
-    try:
-        return header.read(layer.path, format=layer.format, block_device=True)
-    except ImageRefused as error:
-        return error.message
-    except HostCannot as error:
-        header.require_tellable(error)
-        return error.message
 
 
 def _tagged(at: Record) -> set[LayerId]:

@@ -14,7 +14,6 @@ from qmpsnap.block.graph import FILTERS
 from qmpsnap.host.files import same_file
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.blockdev import node_name
-from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.planning.layer_graph import Writer
 from qmpsnap.ops.check.facts import Facts
@@ -38,47 +37,26 @@ def judge(at: Facts) -> list[Finding]:
     While an operation is open, what it may have left is its affair; while another controller works, all is.
     """
     if at.busy:
-        return [_finding(at, "machine-busy", f"it is in use by {at.busy}")]
+        return [at.finding("machine-busy", f"it is in use by {at.busy}")]
     found = [*_older(at), *_layers(at), *_snapshots(at), *_users(at), *_writers(at), *_private(at), *_described(at)]
     if at.record.open:
         return [*_operations(at), *found]
     return [*found, *_files(at), *_qemu(at), *_worker(at)]
 
 
-def _finding(
-    at: Facts,
-    code: str,
-    text: str,
-    *,
-    disk: str | None = None,
-    layer: Layer | None = None,
-    file: str | None = None,
-    repairable: bool = False,
-) -> Finding:
-    return Finding(
-        code=code,
-        machine=at.record.machine.name,
-        text=text,
-        disk=disk,
-        layer=layer.id if layer else None,
-        file=file or (layer.path if layer else None),
-        repairable=repairable,
-    )
-
-
 def _older(at: Facts) -> Iterator[Finding]:
     if at.moved:
-        yield _finding(at, "home-moved", f"the store and the headers name {at.moved} as the home")
+        yield at.finding("home-moved", f"the store and the headers name {at.moved} as the home")
     if at.older:
-        yield _finding(at, "store-older", at.older)
+        yield at.finding("store-older", at.older)
     for name in at.lost:
-        yield _finding(at, "machine-lost", f"machine {name} was defined before, but the store lacks it")
+        yield at.finding("machine-lost", f"machine {name} was defined before, but the store lacks it")
 
 
 def _operations(at: Facts) -> Iterator[Finding]:
     for operation in at.record.open:
         text = f"operation {operation.id} ({operation.verb}) stopped at step '{operation.step}'"
-        yield _finding(at, "operation-open", text, repairable=True)
+        yield at.finding("operation-open", text, repairable=True)
 
 
 def _layers(at: Facts) -> Iterator[Finding]:
@@ -87,13 +65,13 @@ def _layers(at: Facts) -> Iterator[Finding]:
     for identity, found in at.headers.items():
         layer = layers[identity]
         if isinstance(found, str):
-            yield _finding(at, "layer-missing", found, layer=layer)
+            yield at.finding("layer-missing", found, layer=layer)
             continue
         if not same_file(layer, found):
-            yield _finding(at, "layer-replaced", f"{layer.path} is not the recorded file", layer=layer)
+            yield at.finding("layer-replaced", f"{layer.path} is not the recorded file", layer=layer)
         for text in compare.backing_problems(layer, layers[layer.backing] if layer.backing else None, found):
             if not (at.moved and found.backing and found.backing.startswith(f"{at.moved}/")):  # told already
-                yield _finding(at, "backing-differs", text, layer=layer)
+                yield at.finding("backing-differs", text, layer=layer)
         for text in compare.size_problems(layer, found):
             active = layer.id in (chain.active.id for chain in at.record.chains)
             grown = active and found.virtual_size > layer.virtual_size and same_file(layer, found)
@@ -102,9 +80,9 @@ def _layers(at: Facts) -> Iterator[Finding]:
                 if grown
                 else f": {compare.resized(at.record.machine.name, layer, found.virtual_size, active=active)}"
             )
-            yield _finding(at, "size-differs", f"{text}{way}", layer=layer, repairable=grown)
+            yield at.finding("size-differs", f"{text}{way}", layer=layer, repairable=grown)
         if found.corrupt:
-            yield _finding(at, "image-corrupt", f"{layer.path} is marked corrupt", layer=layer)
+            yield at.finding("image-corrupt", f"{layer.path} is marked corrupt", layer=layer)
 
 
 def _snapshots(at: Facts) -> Iterator[Finding]:
@@ -114,23 +92,23 @@ def _snapshots(at: Facts) -> Iterator[Finding]:
             if point.tag and point.tag not in (at.tags.get(point.layer) or ()):
                 layer = at.record.forest.layers[point.layer]
                 text = f"{layer.path} lacks tag {point.tag} of disk {point.disk} in snapshot {snapshot.name}"
-                yield _finding(at, "tag-missing", text, disk=point.disk, layer=layer)
+                yield at.finding("tag-missing", text, disk=point.disk, layer=layer)
         if snapshot.vmstate and (problem := at.states[snapshot.vmstate.path]):
             code, text = problem
-            yield _finding(at, code, f"snapshot {snapshot.name}: {text}", file=snapshot.vmstate.path)
+            yield at.finding(code, f"snapshot {snapshot.name}: {text}", file=snapshot.vmstate.path)
     for path in at.missing:
-        yield _finding(at, "variables-missing", f"there is no {path}", file=path)
+        yield at.finding("variables-missing", f"there is no {path}", file=path)
 
 
 def _users(at: Facts) -> Iterator[Finding]:
     """I4, beyond our own machines: who has an image open that nobody may write to."""
     for identity, user in at.users.items():
         layer = at.record.forest.layers[identity]
-        yield _finding(at, "image-in-use", f"{layer.path} {user.does} {user.who}", layer=layer)
+        yield at.finding("image-in-use", f"{layer.path} {user.does} {user.who}", layer=layer)
     for identity in at.overwritten:
         layer = at.record.forest.layers[identity]
         text = f"{layer.path} has changed in time, size, header or tables since it was frozen"
-        yield _finding(at, "frozen-written", text, layer=layer)
+        yield at.finding("frozen-written", text, layer=layer)
 
 
 def _writers(at: Facts) -> Iterator[Finding]:
@@ -143,7 +121,7 @@ def _writers(at: Facts) -> Iterator[Finding]:
         others = at.record.forest.sharers(writer, consumed=consumed)
         if others and chain.disk not in read_only:
             text = f"{layer.path} is written to by disk {chain.disk} and read by {', '.join(others)}"
-            yield _finding(at, "writable-shared", text, disk=chain.disk, layer=layer)
+            yield at.finding("writable-shared", text, disk=chain.disk, layer=layer)
 
 
 def owned(machine: str, flaws: Iterable[Flaw]) -> Iterator[Finding]:
@@ -163,12 +141,12 @@ def _private(at: Facts) -> Iterator[Finding]:
     for entry in at.private:
         if entry.is_open:
             text = f"{entry.path} has mode {stat.S_IMODE(entry.mode):04o}"
-            yield _finding(at, "mode-open", text, file=entry.path, repairable=True)
+            yield at.finding("mode-open", text, file=entry.path, repairable=True)
 
 
 def _described(at: Facts) -> Iterator[Finding]:
     if not at.described and not at.older:
-        yield _finding(at, "record-missing", "a lost store could not be rebuilt as it is now", repairable=True)
+        yield at.finding("record-missing", "a lost store could not be rebuilt as it is now", repairable=True)
 
 
 def _files(at: Facts) -> Iterator[Finding]:
@@ -185,12 +163,12 @@ def _files(at: Facts) -> Iterator[Finding]:
         movable = not (at.older or at.silent or used)
         if layer:
             text = f"{entry.path} is layer {layer.id}, recorded at {layer.path}"
-            yield _finding(at, "unreferenced-file", text, file=entry.path)
+            yield at.finding("unreferenced-file", text, file=entry.path)
         elif entry.path.endswith(".part"):
-            yield _finding(at, "part-left", f"{entry.path} is unfinished", file=entry.path, repairable=movable)
+            yield at.finding("part-left", f"{entry.path} is unfinished", file=entry.path, repairable=movable)
         else:
             text = f"{entry.path} is not in the store"
-            yield _finding(at, "unreferenced-file", text, file=entry.path, repairable=movable)
+            yield at.finding("unreferenced-file", text, file=entry.path, repairable=movable)
 
 
 def _qemu(at: Facts) -> Iterator[Finding]:
@@ -198,30 +176,30 @@ def _qemu(at: Facts) -> Iterator[Finding]:
     asked = at.asked
     if asked is None:
         if at.silent:
-            yield _finding(at, "monitor-silent", at.silent)
+            yield at.finding("monitor-silent", at.silent)
         return
     for chain in at.record.chains:
         disk = asked.disks.get(chain.disk)
         if chain.disk in asked.beside.unplugged:
             text = f"disk {chain.disk} is not attached to the guest"
-            yield _finding(at, "disk-unplugged", text, disk=chain.disk, layer=chain.active)
+            yield at.finding("disk-unplugged", text, disk=chain.disk, layer=chain.active)
         elif disk is None or disk.nodes != chain.ids:
             seen = " <- ".join(disk.nodes) if disk and disk.nodes else "unknown to the store"
             text = f"disk {chain.disk}: QEMU's chain is {seen}, the store's {' <- '.join(chain.ids)}"
-            yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
+            yield at.finding("graph-differs", text, disk=chain.disk, layer=chain.active)
         elif strangers := [node for node in asked.nodes if node.node_name in disk.above and node.drv not in FILTERS]:
             text = f"disk {chain.disk}: the guest writes to {strangers[0].file}, a node that another client inserted"
-            yield _finding(at, "graph-differs", text, disk=chain.disk, layer=chain.active)
+            yield at.finding("graph-differs", text, disk=chain.disk, layer=chain.active)
     yield from _nodes(at)
     yield from _attached(at)
     for job in asked.jobs:
         ours = job.id.startswith("qs.") and job.status == "concluded"
-        left = _finding(at, "job-left", f"job {job.id} ({job.type}) is {job.status}", repairable=ours)
+        left = at.finding("job-left", f"job {job.id} ({job.type}) is {job.status}", repairable=ours)
         yield replace(left, job=JobId(job.id))
     if asked.frozen:
-        yield _finding(at, "guest-frozen", "the guest agent reports frozen file systems", repairable=True)
+        yield at.finding("guest-frozen", "the guest agent reports frozen file systems", repairable=True)
     if asked.status in UNSETTLED | FAILED:
-        yield _finding(at, "guest-held", f"QEMU's run state is {asked.status}")
+        yield at.finding("guest-held", f"QEMU's run state is {asked.status}")
 
 
 def _nodes(at: Facts) -> Iterator[Finding]:
@@ -237,7 +215,7 @@ def _nodes(at: Facts) -> Iterator[Finding]:
         if layer is not None:
             # The file below a layer that a guest writes to is written to as well.
             if not node.ro and name.removesuffix(".file") not in active:
-                yield _finding(at, "writable-frozen", f"QEMU has {layer.path} open for writing", layer=layer)
+                yield at.finding("writable-frozen", f"QEMU has {layer.path} open for writing", layer=layer)
             continue
         ours = OUR_NODE.match(name) is not None
         # In a QEMU that somebody else launched, only what bears a name of ours can be judged.
@@ -245,7 +223,7 @@ def _nodes(at: Facts) -> Iterator[Finding]:
             continue
         if not name.endswith(".file") or not ours:
             text = f"QEMU has node {name} ({node.file}) open"
-            left = _finding(at, "node-left", text, file=node.file, repairable=ours)
+            left = at.finding("node-left", text, file=node.file, repairable=ours)
             yield replace(left, node=NodeName(name))
 
 
@@ -255,9 +233,9 @@ def _attached(at: Facts) -> Iterator[Finding]:
     known = at.record.machine.adopted.left_out if at.record.machine.adopted else ()
     for other in at.asked.beside.others:
         if other.name not in known:
-            yield _finding(at, "disk-attached", other.sentence, file=other.file)
+            yield at.finding("disk-attached", other.sentence, file=other.file)
 
 
 def _worker(at: Facts) -> Iterator[Finding]:
     if at.worker:
-        yield _finding(at, "worker-left", "a QEMU without a guest still has the machine's images open", repairable=True)
+        yield at.finding("worker-left", "a QEMU without a guest still has the machine's images open", repairable=True)

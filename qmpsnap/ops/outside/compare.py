@@ -83,16 +83,18 @@ async def _ask_qemu(context: Context, machine: Machine, chains: Sequence[Chain])
 
 def headers(chain: Chain) -> dict[LayerId, Header | str]:
     """Each layer's header, or why it cannot be read."""
-    found: dict[LayerId, Header | str] = {}
-    for layer in chain.layers:
-        try:
-            found[layer.id] = header.read(layer.path, format=layer.format, block_device=True)
-        except ImageRefused as error:
-            found[layer.id] = error.message
-        except HostCannot as error:
-            header.require_tellable(error)
-            found[layer.id] = error.message
-    return found
+    return {layer.id: header_of(layer) for layer in chain.layers}
+
+
+def header_of(layer: Layer) -> Header | str:
+    """A layer's header, or why it cannot be read."""
+    try:
+        return header.read(layer.path, format=layer.format, block_device=True)
+    except ImageRefused as error:
+        return error.message
+    except HostCannot as error:
+        header.require_tellable(error)
+        return error.message
 
 
 def view(
