@@ -322,18 +322,10 @@ class SqliteStore:
         return based(self._layer(row) for row in found)
 
     def _put_layer(self, sql: sqlite3.Connection, layer: Layer) -> None:
-        values = (
+        sql.execute(queries.PUT_LAYER, (
             layer.id, *self._place(layer.path), layer.format, layer.backing, layer.virtual_size,
             devices.signed(layer.device), devices.signed(layer.inode), layer.owned, layer.state, layer.birth,
-        )  # fmt: skip
-        sql.execute(
-            f"INSERT INTO layer ({queries.LAYER}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id)"
-            " DO UPDATE SET pool = excluded.pool, path = excluded.path, format = excluded.format,"
-            " backing = excluded.backing, virtual_size = excluded.virtual_size, device = excluded.device,"
-            " inode = excluded.inode, birth = excluded.birth, owned = excluded.owned, state = excluded.state,"
-            " version = version + 1",
-            values,
-        )
+        ))  # fmt: skip
 
     def _place(self, path: str) -> tuple[str, str]:
         """(pool, relative path): layers in the machines' folder move with it, others are this host's."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.operation import OPEN_STATES
+from qmpsnap.store.sqlite import queries
 from qmpsnap.store.sqlite.json_values import decoded
 
 PATIENCE: Final = 1.0
@@ -56,9 +56,7 @@ def follow(sql: sqlite3.Connection, numbers: Mapping[int, int]) -> None:
             sql.execute("UPDATE layer SET device = ?, version = version + 1 WHERE id = ?", (signed(new), identity))
     for number, text in sql.execute("SELECT id, vmstate FROM snapshot WHERE vmstate IS NOT NULL").fetchall():
         sql.execute("UPDATE snapshot SET vmstate = ? WHERE id = ?", (_text(text, numbers), number))
-    marks = ",".join("?" * len(OPEN_STATES))
-    open_now = f"SELECT id, plan, step FROM operation WHERE state IN ({marks})"
-    for number, plan, step in sql.execute(open_now, tuple(OPEN_STATES)).fetchall():
+    for number, plan, step in sql.execute(f"SELECT id, plan, step FROM operation WHERE {queries.OPEN}").fetchall():
         values = (_text(plan, numbers), steps.on_device(step, numbers), number)
         sql.execute("UPDATE operation SET plan = ?, step = ?, version = version + 1 WHERE id = ?", values)
 

@@ -6,17 +6,17 @@ that lie in it beside that folder) is a text, and all of them change at once.
 
 import sqlite3
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from qmpsnap.model.operations.operation import OPEN_STATES
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried, carried_all
 from qmpsnap.store.records import Records
+from qmpsnap.store.sqlite import queries
 from qmpsnap.store.sqlite.database import Database
-from qmpsnap.store.sqlite.devices import signed
+from qmpsnap.store.sqlite.devices import signed, unsigned
 from qmpsnap.store.sqlite.json_values import decoded
 
 Ids = Mapping[tuple[int, int], tuple[int, int, int]]
@@ -73,11 +73,10 @@ class HomeTable:
 
     def _ids(self, sql: sqlite3.Connection, to: Relocation) -> Ids:
         found: dict[tuple[int, int], tuple[int, int, int]] = {}
-        unsigned = (1 << 64) - 1
         for layer in to.layers:
             row = sql.execute("SELECT device, inode FROM layer WHERE id = ?", (layer.id,)).fetchone()
             if row and row[1]:
-                found[row[0] & unsigned, row[1] & unsigned] = (layer.device, layer.inode, layer.birth)
+                found[unsigned(row[0]), unsigned(row[1])] = (layer.device, layer.inode, layer.birth)
         return found
 
     def _layers(self, sql: sqlite3.Connection, to: Relocation) -> None:
@@ -106,21 +105,14 @@ class HomeTable:
         _rewrite(sql, "machine", "consent", text)
         _rewrite(sql, "snapshot", "vmstate", state)
         _rewrite(sql, "snapshot", "inside", text)
-        marks = ",".join("?" * len(OPEN_STATES))
-        _rewrite(sql, "operation", "plan", text, where=f" AND state IN ({marks})", values=OPEN_STATES)
+        _rewrite(sql, "operation", "plan", text, where=f" AND {queries.OPEN}")
 
 
 def _rewrite(
-    sql: sqlite3.Connection,
-    table: str,
-    column: str,
-    change: Callable[[Any], Any],
-    *,
-    where: str = "",
-    values: Sequence[str] = (),
+    sql: sqlite3.Connection, table: str, column: str, change: Callable[[Any], Any], *, where: str = ""
 ) -> None:
     wanted = f"SELECT id, {column} FROM {table} WHERE {column} IS NOT NULL{where}"
-    for number, text in sql.execute(wanted, tuple(values)).fetchall():
+    for number, text in sql.execute(wanted).fetchall():
         new = msgspec.json.encode(change(decoded(text))).decode()
         sql.execute(f"UPDATE {table} SET {column} = ?, version = version + 1 WHERE id = ?", (new, number))
 
@@ -146,8 +138,4 @@ def _read(sql: sqlite3.Connection) -> HomeRecord | None:
 
 def _write(sql: sqlite3.Connection, home: HomeRecord) -> None:
     moving = msgspec.json.encode(home.moving).decode() if home.moving else None
-    sql.execute(
-        "INSERT INTO home (one, id, path, moving) VALUES (1, ?, ?, ?) ON CONFLICT (one) DO UPDATE SET"
-        " id = excluded.id, path = excluded.path, moving = excluded.moving, version = version + 1",
-        (home.id, home.path, moving),
-    )
+    sql.execute(queries.PUT_HOME, (1, home.id, home.path, moving))

@@ -17,11 +17,12 @@ from qmpsnap.model.operations import outcome, steps
 from qmpsnap.model.operations.operation import OPEN_STATES, Operation, OperationState, P, Plan, verb_of
 from qmpsnap.model.operations.outcome import Recorded
 from qmpsnap.model.planning import sharing
-from qmpsnap.store.sqlite import frozen_files, pruning, recorded
+from qmpsnap.store.sqlite import frozen_files, pruning, queries, recorded
 from qmpsnap.store.sqlite.json_values import decoded
 
-_COLUMNS = "id, machine, verb, state, step, plan, started, updated, pid, error"
-_OUTCOME = "effect, outcome"
+_FIELDS = Operation.__struct_fields__
+_PLAN = _FIELDS.index("plan")
+_COLUMNS = ", ".join(_FIELDS)
 
 
 def require_next(connection: sqlite3.Connection, machine: str, serial: OperationId) -> None:
@@ -44,31 +45,19 @@ def require_next(connection: sqlite3.Connection, machine: str, serial: Operation
 def insert(connection: sqlite3.Connection, plan: P, *, serial: OperationId, serials: int) -> Operation[P]:
     """Record a plan as ``planned``, under the number that it was made with."""
     connection.execute("UPDATE serial SET last = ?", (serial + serials - 1,))
-    machine = plan.machine
     now = time.time()
-    verb = verb_of(plan)
-    step = steps.PLANNED
     operation = Operation(
-        id=serial, machine=machine, verb=verb, state="planned", step=step, plan=plan,
+        id=serial, machine=plan.machine, verb=verb_of(plan), state="planned", step=steps.PLANNED, plan=plan,
         started=now, updated=now, pid=os.getpid(),
     )  # fmt: skip
-    before = msgspec.json.encode(recorded.read(connection, machine)).decode()
+    of, before = operation, recorded.read(connection, plan.machine)
     connection.execute(
-        f"INSERT INTO operation ({_COLUMNS}, before) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO operation ({_COLUMNS}, before) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
-            serial,
-            machine,
-            verb,
-            "planned",
-            step,
-            msgspec.json.encode(plan).decode(),
-            now,
-            now,
-            os.getpid(),
-            None,
-            before,
+            of.id, of.machine, of.verb, of.state, of.step, msgspec.json.encode(plan).decode(),
+            of.started, of.updated, of.pid, of.error, of.effect, of.outcome, msgspec.json.encode(before).decode(),
         ),
-    )
+    )  # fmt: skip
     frozen_files.drop(connection, sharing.opened(plan))
     return operation
 
@@ -135,51 +124,27 @@ def _record_outcome(connection: sqlite3.Connection, operation: OperationId, *, s
 
 def select(connection: sqlite3.Connection, machine: str, *, only_open: bool) -> tuple[Operation, ...]:
     """The machine's operations, oldest first."""
-    states = OPEN_STATES if only_open else (*OPEN_STATES, "settled", "failed")
-    marks = ",".join("?" * len(states))
-    rows = connection.execute(
-        f"SELECT {_COLUMNS}, {_OUTCOME} FROM operation WHERE machine = ? AND state IN ({marks}) ORDER BY id",
-        (machine, *states),
-    )
-    return _read(rows)
+    which = f"machine = ? AND {queries.OPEN}" if only_open else "machine = ?"
+    return _read(connection.execute(f"SELECT {_COLUMNS} FROM operation WHERE {which} ORDER BY id", (machine,)))
 
 
 def open_elsewhere(connection: sqlite3.Connection, machine: str) -> tuple[Operation, ...]:
     """The open operations of all other machines, oldest first."""
-    marks = ",".join("?" * len(OPEN_STATES))
-    rows = connection.execute(
-        f"SELECT {_COLUMNS}, {_OUTCOME} FROM operation WHERE machine <> ? AND state IN ({marks}) ORDER BY id",
-        (machine, *OPEN_STATES),
-    )
-    return _read(rows)
+    which = f"machine <> ? AND {queries.OPEN}"
+    return _read(connection.execute(f"SELECT {_COLUMNS} FROM operation WHERE {which} ORDER BY id", (machine,)))
 
 
 def unborn(connection: sqlite3.Connection) -> tuple[str, ...]:
     """The names of open operations that no machine has, by name."""
-    marks = ",".join("?" * len(OPEN_STATES))
     rows = connection.execute(
-        f"SELECT DISTINCT machine FROM operation WHERE state IN ({marks})"
-        " AND machine NOT IN (SELECT name FROM machine) ORDER BY machine",
-        OPEN_STATES,
+        f"SELECT DISTINCT machine FROM operation WHERE {queries.OPEN}"
+        " AND machine NOT IN (SELECT name FROM machine) ORDER BY machine"
     )
     return tuple(name for (name,) in rows)
 
 
 def _read(rows: Iterable[sqlite3.Row]) -> tuple[Operation, ...]:
     return tuple(
-        Operation(
-            id=OperationId(row[0]),
-            machine=row[1],
-            verb=row[2],
-            state=row[3],
-            step=row[4],
-            plan=decoded(row[5], Plan),
-            started=row[6],
-            updated=row[7],
-            pid=row[8],
-            error=row[9],
-            effect=row[10],
-            outcome=row[11],
-        )
+        Operation(**dict(zip(_FIELDS, (*row[:_PLAN], decoded(row[_PLAN], Plan), *row[_PLAN + 1 :]), strict=True)))
         for row in rows
     )

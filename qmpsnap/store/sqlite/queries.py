@@ -1,6 +1,29 @@
 """The questions that the store asks SQLite more than once, or that want explaining; no value is ever part of one."""
 
+from qmpsnap.model.operations.operation import OPEN_STATES
+
+
+def upsert(table: str, columns: str, *, key: str) -> str:
+    """Add a row, or replace the one of that key, of which the version is counted."""
+    names = columns.split(", ")
+    changed = ", ".join(f"{name} = excluded.{name}" for name in names if name not in key.split(", "))
+    insert = f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(names))})"
+    return f"{insert} ON CONFLICT ({key}) DO UPDATE SET {changed}, version = version + 1"
+
+
+OPEN = f"state IN ({', '.join(map(repr, OPEN_STATES))})"
+"""Of an operation that has not ended."""
+
 LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state, birth"
+PUT_LAYER = upsert("layer", LAYER, key="id")
+PUT_HOME = upsert("home", "one, id, path, moving", key="one")
+PUT_PROCESS = upsert("process", "machine, pid, start_ticks, boot_id, started, accel, qemu_version", key="machine")
+PUT_SNAPSHOT = upsert(
+    "snapshot",
+    "machine, name, kind, state, parent, created, description, mode, pause_ms, operation, vmstate, inside, variables,"
+    " level, unquiesced, pushed, frozen_ms, max_pause_ms",
+    key="machine, name",
+)
 SNAPSHOT = (
     "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
     " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced, s.pushed, s.frozen_ms, s.max_pause_ms"

@@ -105,13 +105,7 @@ def put_process(sql: sqlite3.Connection, machine: int, process: Process | None) 
     if process is None:
         sql.execute("DELETE FROM process WHERE machine = ?", (machine,))
         return
-    sql.execute(
-        "INSERT INTO process (machine, pid, start_ticks, boot_id, started, accel, qemu_version)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (machine) DO UPDATE SET pid = excluded.pid,"
-        " start_ticks = excluded.start_ticks, boot_id = excluded.boot_id, started = excluded.started,"
-        " accel = excluded.accel, qemu_version = excluded.qemu_version, version = version + 1",
-        (machine, *msgspec.structs.astuple(process)),
-    )
+    sql.execute(queries.PUT_PROCESS, (machine, *msgspec.structs.astuple(process)))
 
 
 def snapshot_id(sql: sqlite3.Connection, machine: int, name: str | None) -> int | None:
@@ -145,26 +139,14 @@ def remove_snapshot(sql: sqlite3.Connection, machine: int, name: str) -> None:
 def put_snapshot(sql: sqlite3.Connection, machine: int, snapshot: Snapshot) -> None:
     """Add a snapshot, or replace the one of that name, with its points."""
     parent = snapshot_id(sql, machine, snapshot.parent)
-    sql.execute(
-        "INSERT INTO snapshot (machine, name, kind, state, parent, created, description, mode, pause_ms, operation,"
-        " vmstate, inside, variables, level, unquiesced, pushed, frozen_ms, max_pause_ms)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        " ON CONFLICT (machine, name) DO UPDATE SET kind = excluded.kind,"
-        " state = excluded.state, parent = excluded.parent, created = excluded.created,"
-        " description = excluded.description, mode = excluded.mode, pause_ms = excluded.pause_ms,"
-        " operation = excluded.operation, vmstate = excluded.vmstate, inside = excluded.inside,"
-        " variables = excluded.variables, level = excluded.level, unquiesced = excluded.unquiesced,"
-        " pushed = excluded.pushed, frozen_ms = excluded.frozen_ms, max_pause_ms = excluded.max_pause_ms,"
-        " version = version + 1",
-        (
-            machine, snapshot.name, snapshot.kind, snapshot.state, parent, snapshot.created, snapshot.description,
-            snapshot.mode, snapshot.pause_ms, snapshot.operation,
-            msgspec.json.encode(snapshot.vmstate).decode() if snapshot.vmstate else None,
-            msgspec.json.encode(snapshot.inside).decode() if snapshot.inside else None,
-            snapshot.variables, snapshot.level, snapshot.unquiesced, snapshot.pushed, snapshot.frozen_ms,
-            snapshot.max_pause_ms,
-        ),
-    )  # fmt: skip
+    sql.execute(queries.PUT_SNAPSHOT, (
+        machine, snapshot.name, snapshot.kind, snapshot.state, parent, snapshot.created, snapshot.description,
+        snapshot.mode, snapshot.pause_ms, snapshot.operation,
+        msgspec.json.encode(snapshot.vmstate).decode() if snapshot.vmstate else None,
+        msgspec.json.encode(snapshot.inside).decode() if snapshot.inside else None,
+        snapshot.variables, snapshot.level, snapshot.unquiesced, snapshot.pushed, snapshot.frozen_ms,
+        snapshot.max_pause_ms,
+    ))  # fmt: skip
     number = snapshot_id(sql, machine, snapshot.name)
     sql.execute("DELETE FROM point WHERE snapshot = ?", (number,))
     sql.executemany(
