@@ -111,3 +111,11 @@ async def bounded(seconds: float, work: Coroutine[Any, Any, object]) -> None:
             await work
 
     await completed(working())
+
+
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a task group, whose tasks do one thing for their caller."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

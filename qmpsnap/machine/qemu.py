@@ -32,15 +32,6 @@ QUIT_DEADLINE = 10.0
 """Seconds from ``quit``, or from a kill, to QEMU's end."""
 
 
-def prepare_run_dir(path: Path) -> None:
-    """Make a machine's run folder, private to this user, or make sure that it is.
-
-    Raises:
-        HostCannot: it cannot be made, or belongs to or is open to somebody else.
-    """
-    privileges.make_private(path, "run folder")
-
-
 async def launch(
     argv: Sequence[str],
     machine: Machine,

@@ -271,7 +271,7 @@ def _compress(path: str) -> None:
             return
         try:
             with os.fdopen(os.dup(descriptor), "rb") as source, os.fdopen(create(packed), "wb") as target:
-                _zstandard().ZstdCompressor().copy_stream(source, target)
+                zstandard_package().ZstdCompressor().copy_stream(source, target)
         except BaseException:
             Path(packed).unlink(missing_ok=True)
             raise
@@ -282,7 +282,7 @@ def _compress(path: str) -> None:
 def _unpacked(descriptor: int, state: Vmstate) -> Iterator[int]:
     with _translated(state.path), tempfile.TemporaryFile(dir=Path(state.path).parent) as plain:
         with os.fdopen(os.dup(descriptor), "rb") as packed:
-            _zstandard().ZstdDecompressor().copy_stream(_Limited(packed, state.bytes), plain)
+            zstandard_package().ZstdDecompressor().copy_stream(_Limited(packed, state.bytes), plain)
         plain.flush()
         readable = os.open(f"/proc/self/fd/{plain.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -304,12 +304,8 @@ class _Limited:
         return found
 
 
-def require_zstd() -> None:
-    """Raise ``HostCannot`` where the ``zstandard`` package is missing."""
-    _zstandard()
-
-
-def _zstandard() -> Any:
+def zstandard_package() -> Any:
+    """The ``zstandard`` package, or ``HostCannot`` where it is missing."""
     try:
         import zstandard  # an extra of the package: who does not compress does not need it
     except ImportError as error:

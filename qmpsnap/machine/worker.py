@@ -14,10 +14,10 @@ from msgspec.structs import replace
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine.open_files import require_opened, require_recorded
-from qmpsnap.machine.qemu import end_strays, launch, monitor, prepare_run_dir, unless_ending, wait_end
+from qmpsnap.machine.qemu import end_strays, launch, monitor, unless_ending, wait_end
 from qmpsnap.machine.starting import argv
 from qmpsnap.machine.starting import process as processes
-from qmpsnap.machine.starting.privileges import Privileges, RunAs
+from qmpsnap.machine.starting.privileges import Privileges, RunAs, make_private
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
@@ -70,7 +70,7 @@ async def working_on(
 ) -> AsyncIterator[Session]:
     """A worker that has the chain open, its highest layer for writing; ended with the block."""
     folder = run_dir / FOLDER
-    prepare_run_dir(folder)
+    make_private(folder, "run folder")
     await to_read(lambda: require_recorded(chain.layers, machine=machine.name))
     disk = machine.require_disk(chain.disk)
     spec = MachineSpec(

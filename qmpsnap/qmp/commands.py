@@ -196,7 +196,7 @@ class MachineType(Struct, frozen=True):
 
 async def query_status(monitor: Monitor) -> RunStatus:
     """Whether the guest runs (``query-status``)."""
-    return decode("query-status", await monitor.execute("query-status"), RunStatus)
+    return await ask(monitor, "query-status", RunStatus)
 
 
 async def run_state(monitor: Monitor) -> str:
@@ -209,79 +209,75 @@ async def run_state(monitor: Monitor) -> str:
 
 async def query_uuid(monitor: Monitor) -> str:
     """The machine's UUID as given by ``-uuid`` (``query-uuid``)."""
-    return decode("query-uuid", await monitor.execute("query-uuid"), _Uuid).UUID
+    return (await ask(monitor, "query-uuid", _Uuid)).UUID
 
 
 async def query_version(monitor: Monitor) -> str:
     """QEMU's version, as ``7.2.22`` (``query-version``)."""
-    triple = decode("query-version", await monitor.execute("query-version"), _Version).qemu
+    triple = (await ask(monitor, "query-version", _Version)).qemu
     return f"{triple.major}.{triple.minor}.{triple.micro}"
 
 
 async def query_machines(monitor: Monitor) -> tuple[MachineType, ...]:
     """The machine types this QEMU has (``query-machines``)."""
-    return decode("query-machines", await monitor.execute("query-machines"), tuple[MachineType, ...])
+    return await ask(monitor, "query-machines", tuple[MachineType, ...])
 
 
 async def expand_cpu(monitor: Monitor, model: str) -> dict[str, bool | int | str]:
     """What a CPU model is now, in properties of the static model (``query-cpu-model-expansion``)."""
-    answer = await monitor.execute("query-cpu-model-expansion", {"type": "static", "model": {"name": model}})
-    return decode("query-cpu-model-expansion", answer, _Expansion).model.props
+    arguments = {"type": "static", "model": {"name": model}}
+    return (await ask(monitor, "query-cpu-model-expansion", _Expansion, arguments)).model.props
 
 
 async def query_jobs(monitor: Monitor, *, deadline: float = COMMAND_DEADLINE) -> tuple[JobInfo, ...]:
     """Every job QEMU has and nobody dismissed (``query-jobs``); ``deadline`` seconds for the answer."""
-    return decode("query-jobs", await monitor.execute("query-jobs", deadline=deadline), tuple[JobInfo, ...])
+    return await ask(monitor, "query-jobs", tuple[JobInfo, ...], deadline=deadline)
 
 
 async def query_block_jobs(monitor: Monitor) -> tuple[BlockJobInfo, ...]:
     """Every block job (``query-block-jobs``), for what only it tells: whether a write failed."""
-    return decode("query-block-jobs", await monitor.execute("query-block-jobs"), tuple[BlockJobInfo, ...])
+    return await ask(monitor, "query-block-jobs", tuple[BlockJobInfo, ...])
 
 
 async def query_block(monitor: Monitor) -> tuple[Backend, ...]:
     """Every drive of the guest (``query-block``)."""
-    return decode("query-block", await monitor.execute("query-block"), tuple[Backend, ...])
+    return await ask(monitor, "query-block", tuple[Backend, ...])
 
 
 async def agent_listens(monitor: Monitor) -> bool:
     """Whether something in the guest has the agent's port open (``query-chardev``, our chardev ``agent``)."""
-    found = decode("query-chardev", await monitor.execute("query-chardev"), tuple[Chardev, ...])
+    found = await ask(monitor, "query-chardev", tuple[Chardev, ...])
     return any(at.label == "agent" and at.frontend_open for at in found)
 
 
 async def query_memory(monitor: Monitor) -> int:
     """The guest's memory at its start, in bytes (``query-memory-size-summary``)."""
-    answer = await monitor.execute("query-memory-size-summary")
-    return decode("query-memory-size-summary", answer, _Memory).base_memory
+    return (await ask(monitor, "query-memory-size-summary", _Memory)).base_memory
 
 
 async def query_cpus(monitor: Monitor) -> int:
     """How many vCPUs the guest has (``query-cpus-fast``)."""
-    return len(decode("query-cpus-fast", await monitor.execute("query-cpus-fast"), tuple[dict[str, Any], ...]))
+    return len(await ask(monitor, "query-cpus-fast", tuple[dict[str, Any], ...]))
 
 
 async def query_kvm(monitor: Monitor) -> bool:
     """Whether KVM runs the guest (``query-kvm``)."""
-    return decode("query-kvm", await monitor.execute("query-kvm"), _Kvm).enabled
+    return (await ask(monitor, "query-kvm", _Kvm)).enabled
 
 
 async def machine_type(monitor: Monitor) -> str:
     """The versioned machine type of this very machine (``qom-get``)."""
-    answer = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
-    return decode("qom-get", answer, str).removesuffix("-machine")
+    return (await ask(monitor, "qom-get", str, {"path": "/machine", "property": "type"})).removesuffix("-machine")
 
 
 async def query_block_graph(monitor: Monitor) -> BlockGraph:
     """Who reads whom (``x-debug-query-block-graph``; why this one: docs/decisions/0001)."""
-    answer = await monitor.execute("x-debug-query-block-graph")
-    return decode("x-debug-query-block-graph", answer, BlockGraph)
+    return await ask(monitor, "x-debug-query-block-graph", BlockGraph)
 
 
 async def query_nodes(monitor: Monitor) -> tuple[NodeInfo, ...]:
     """Every named block node (``query-named-block-nodes``), flat: nested, the answer outgrows the client's buffer."""
-    answer = await monitor.execute("query-named-block-nodes", {"flat": True})
-    return decode("query-named-block-nodes", answer, tuple[NodeInfo, ...])
+    return await ask(monitor, "query-named-block-nodes", tuple[NodeInfo, ...], {"flat": True})
 
 
 async def blockdev_add(monitor: Monitor, options: dict[str, Any]) -> None:
@@ -340,8 +336,16 @@ async def announce_self(monitor: Monitor) -> None:
     await monitor.execute("announce-self", {"initial": 50, "max": 550, "rounds": 5, "step": 100})
 
 
-def decode(command: str, answer: object, kind: type[T]) -> T:
-    """An answer as a value, or ``QmpError`` where it is not what QEMU's schema says."""
+async def ask(
+    monitor: Monitor,
+    command: str,
+    kind: type[T],
+    arguments: dict[str, Any] | None = None,
+    *,
+    deadline: float = COMMAND_DEADLINE,
+) -> T:
+    """Run a command that answers with a value; ``QmpError`` where that is not what QEMU's schema says."""
+    answer = await monitor.execute(command, arguments, deadline=deadline)
     try:
         return msgspec.convert(answer, kind)
     except msgspec.ValidationError as error:

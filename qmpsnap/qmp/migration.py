@@ -55,13 +55,12 @@ class Migration(Struct, frozen=True, rename="kebab"):
 
 async def query(monitor: Monitor) -> Migration:
     """How the last migration stands (``query-migrate``)."""
-    return commands.decode("query-migrate", await monitor.execute("query-migrate"), Migration)
+    return await commands.ask(monitor, "query-migrate", Migration)
 
 
 async def capabilities(monitor: Monitor) -> frozenset[str]:
     """Names of the migration capabilities this QEMU knows (``query-migrate-capabilities``)."""
-    answer = await monitor.execute("query-migrate-capabilities")
-    known = commands.decode("query-migrate-capabilities", answer, tuple[_Capability, ...])
+    known = await commands.ask(monitor, "query-migrate-capabilities", tuple[_Capability, ...])
     return frozenset(found.capability for found in known)
 
 
@@ -109,8 +108,7 @@ async def hand_over(monitor: Monitor, descriptor: int, *more: int) -> dict[str, 
     """
     if await _has_file_transport(monitor):
         await monitor.send_descriptor(descriptor)
-        added = await monitor.execute("add-fd", {"opaque": NAME})
-        number = commands.decode("add-fd", added, _FdSet).fdset_id
+        number = (await commands.ask(monitor, "add-fd", _FdSet, {"opaque": NAME})).fdset_id
         for other in more:
             await monitor.send_descriptor(other)
             await monitor.execute("add-fd", {"fdset-id": number, "opaque": NAME})
@@ -151,8 +149,7 @@ class _FdSetInfo(Struct, frozen=True, rename="kebab"):
 async def let_go(monitor: Monitor) -> None:
     """Make QEMU close every descriptor of ours that it still has, whoever gave it (``closefd``, ``remove-fd``)."""
     if await _has_file_transport(monitor):
-        answer = await monitor.execute("query-fdsets")
-        for found in commands.decode("query-fdsets", answer, tuple[_FdSetInfo, ...]):
+        for found in await commands.ask(monitor, "query-fdsets", tuple[_FdSetInfo, ...]):
             if any(file.opaque == NAME for file in found.fds):
                 await monitor.execute("remove-fd", {"fdset-id": found.fdset_id})
         return

@@ -18,7 +18,7 @@ MIGRATION = "qmpsnap.qmp.migration"
 MEMORY = "qmpsnap.ops.memory.save"
 STATEFILE = "qmpsnap.machine.statefile"
 PACKING = {
-    "packing": Call(STATEFILE, "_zstandard", "after", 2),
+    "packing": Call(STATEFILE, "zstandard_package", "after", 2),
     "packed": Call(STATEFILE, "_compress", "after", 1),
     "with the manifest appended": Call(STATEFILE, "_seal", "after", 1),
     "with the name given": Call(STATEFILE, "sync_folder", "before", 1),

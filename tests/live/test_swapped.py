@@ -13,8 +13,8 @@ import pytest
 import qmpsnap
 from qmpsnap.block.image import staged as places
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
-from qmpsnap.machine import qemu as machines
 from qmpsnap.machine import statefile, worker
+from qmpsnap.machine.starting import privileges
 from qmpsnap.machine.starting.argv import CONSOLE_LOG, PID_FILE
 from qmpsnap.machine.starting.logs import QEMU_LOG
 from qmpsnap.ops.lifecycle import power
@@ -322,7 +322,7 @@ async def test_names_in_the_run_folder(q: qmpsnap.Controller, victim: Victim) ->
         shutil.rmtree(folder, ignore_errors=True)
         folder.symlink_to(victim.path.parent)
         with pytest.raises(HostCannot, match="not private"):
-            machines.prepare_run_dir(folder)
+            privileges.make_private(folder, "run folder")
         folder.unlink()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 

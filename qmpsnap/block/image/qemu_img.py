@@ -11,6 +11,7 @@ from qmpsnap.hint import call
 from qmpsnap.host import storage_wait
 from qmpsnap.host.outstanding import LOOK, storage_hangs
 from qmpsnap.host.programs import running
+from qmpsnap.host.threads import first_of
 
 
 async def run(
@@ -60,15 +61,8 @@ async def run(
             f"{argv[0]} cannot be run: {error.strerror}", hint=call("doctor") + " shows what is missing"
         ) from error
     except BaseExceptionGroup as group:
-        raise _first(group) from group.__cause__
+        raise first_of(group) from group.__cause__
     return subprocess.CompletedProcess(argv, code, said["out"], said["err"])
-
-
-def _first(group: BaseExceptionGroup) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def _watch(process: Process, program: str, effect: Effect) -> None:

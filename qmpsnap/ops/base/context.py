@@ -19,11 +19,11 @@ from qmpsnap.host import descriptors
 from qmpsnap.host.outstanding import covering, left
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import adopted
-from qmpsnap.machine.qemu import monitor, prepare_run_dir, unless_ending
+from qmpsnap.machine.qemu import monitor, unless_ending
 from qmpsnap.machine.starting import logs
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import QMP_SOCKET, USER_SOCKET
-from qmpsnap.machine.starting.privileges import RunAs
+from qmpsnap.machine.starting.privileges import RunAs, make_private
 from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.record import Machine, Process
@@ -221,7 +221,7 @@ async def locked(context: Context, name: str, verb: str, *, anywhere: bool = Fal
     if not anywhere:
         await relocate.go_on(context)
         await blocking(home_location.require_here, context.home, context.store, context.host)
-    await to_end(prepare_run_dir, context.home.run_dir(name))
+    await to_end(make_private, context.home.run_dir(name), "run folder")
     with covering() as cover, machine_lock(context.home.lock(name), machine=name, verb=verb, cover=cover):
         try:
             await to_end(logs.bound, context.home, name)

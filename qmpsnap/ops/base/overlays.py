@@ -17,7 +17,7 @@ from qmpsnap.block.image.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.host.files import Inode, inode_of
-from qmpsnap.host.threads import to_end
+from qmpsnap.host.threads import first_of, to_end
 from qmpsnap.model.layers.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId, layer_id
@@ -73,16 +73,8 @@ async def make_overlays(context: Context, machine: Machine, overlays: Sequence[O
             for overlay in overlays:
                 group.start_soon(make, overlay)
     except* QmpsnapError as errors:
-        raise _first(errors) from errors
+        raise first_of(errors) from errors
     return headers
-
-
-def _first(errors: BaseExceptionGroup[QmpsnapError]) -> QmpsnapError:
-    found: BaseException = errors
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    assert isinstance(found, QmpsnapError)
-    return found
 
 
 def identified(change: Change, headers: Mapping[LayerId, Header]) -> Change:

@@ -31,7 +31,7 @@ from qmpsnap.ops.lifecycle import adopt_files, define, disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session.session import require_settled
 from qmpsnap.qmp import commands, session
-from qmpsnap.qmp.commands import Backend
+from qmpsnap.qmp.commands import DEVICE, Backend
 from qmpsnap.qmp.session import Monitor, Session
 
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
@@ -39,8 +39,6 @@ NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
 _UNSETTLED: Final = ("inmigrate", "postmigrate", "finish-migrate", "save-vm", "restore-vm", "colo")
 """Run states in which the images are not, or not only, this QEMU's."""
-
-_DEVICE_ID: Final = re.compile(r"(?:/machine/peripheral/)?([^/]+)(?:/|$)")
 
 
 class AdoptedDisk(Struct, frozen=True, kw_only=True):
@@ -107,7 +105,7 @@ def names(backends: Sequence[Backend]) -> list[str]:
 
 
 def _own_name(backend: Backend) -> str | None:
-    device = _DEVICE_ID.match(backend.qdev or "")
+    device = DEVICE.match(backend.qdev or "")
     candidates = (device[1] if device else "", backend.device)
     return next((name for name in candidates if DISK_NAME.match(name)), None)
 

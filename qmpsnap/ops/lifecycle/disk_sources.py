@@ -11,6 +11,7 @@ from qmpsnap.block.image import encrypted, header
 from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.errors import ImageRefused, StateError
 from qmpsnap.hint import call
+from qmpsnap.host.files import Inode
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
@@ -20,9 +21,6 @@ from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import require_room
 from qmpsnap.ops.outside import other_programs
-
-Identity = tuple[int, int]
-"""Device and inode of a file."""
 
 _SECTOR, _BLOCK = 512, 4096
 """Bytes of the smallest and of the largest blocks that disks have."""
@@ -105,10 +103,10 @@ async def _require_encrypted(context: Context, spec: MachineSpec, disk: DiskSpec
                 await encrypted.require_key(layer.path, key, qemu_img=context.image.binary)
 
 
-async def users(context: Context) -> tuple[dict[Identity, str], dict[Identity, str]]:
+async def users(context: Context) -> tuple[dict[Inode, str], dict[Inode, str]]:
     """Which machine writes to which file, and which machine reads which."""
-    writers: dict[Identity, str] = {}
-    readers: dict[Identity, str] = {}
+    writers: dict[Inode, str] = {}
+    readers: dict[Inode, str] = {}
     for machine in await context.astore.machines():
         for chain in await context.astore.chains(machine.name):
             writers[chain.active.device, chain.active.inode] = machine.name
@@ -120,11 +118,11 @@ def require_unshared(
     spec: MachineSpec,
     sources: Mapping[str, DiskSource],
     *,
-    writers: Mapping[Identity, str],
-    readers: Mapping[Identity, str],
+    writers: Mapping[Inode, str],
+    readers: Mapping[Inode, str],
 ) -> None:
     """Make sure that no image has a writer and another reader; files are told by identity, not by name."""
-    own: dict[Identity, DiskSpec] = {}
+    own: dict[Inode, DiskSpec] = {}
     for disk in spec.disks:
         source = sources[disk.name]
         files = [(layer.header.device, layer.header.inode) for layer in source.found]

@@ -29,12 +29,9 @@ async def end(broken: Broken[DefinePlan], _: Monitor | None) -> Direction:
     return "back"
 
 
-async def end_undefine(broken: Broken, qemu: Monitor | None) -> Direction:
+async def end_undefine(broken: Broken[UndefinePlan], _: Monitor | None) -> Direction:
     """Remove what is left of a machine that was forgotten."""
-    plan = broken.operation.plan
-    assert isinstance(plan, UndefinePlan)
-    assert qemu is None
-    _, stuck = await remove_files(broken.context, plan)
+    stuck = (await remove_files(broken.context, broken.operation.plan))[1]
     await broken.mark_settled(error="; ".join(stuck) or None)
     return "forward"
 

@@ -114,7 +114,7 @@ async def choose(
         )
     await require_saveable(machine, qemu, chains, hint="take its disks alone: " + call("snapshot", machine.name))
     if request.compression != "none":
-        statefile.require_zstd()
+        statefile.zstandard_package()
     version = version_of(await commands.query_version(qemu))
     status = await commands.query_status(qemu)
     running = status.live

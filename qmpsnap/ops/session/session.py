@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
 from qmpsnap.block import graph
@@ -76,21 +76,17 @@ async def working(
     machine = await context.astore.machine(name)
     require_own(context, machine)
     await to_read(require_folder, context.home, name)
-    async with locked(context, name, verb):
+    async with locked(context, name, verb), AsyncExitStack() as stack:
         machine = await context.astore.machine(name)  # again, now that nobody else can change it
         await stale_store.require_fit(context, machine, removes=removes)
-        async with context.monitor(machine) as qemu:
-            session = MachineSession(context, machine, qemu)
-            await recovery.end_open(session, unfinished=unfinished, report=report, given_up=given_up)
-            machine = await context.astore.machine(name)
-            if qemu is None or context.process(machine):
-                session = MachineSession(context, machine, qemu)
-                if alone:
-                    await _require_unspoilt(session)
-                yield session
-                await blocking(layer_changes.keep, context.store, name)
-                return
-        session = MachineSession(context, machine)  # an interrupted revert was ended, and its QEMU with it
+        qemu = await stack.enter_async_context(context.monitor(machine))
+        session = MachineSession(context, machine, qemu)
+        await recovery.end_open(session, unfinished=unfinished, report=report, given_up=given_up)
+        machine = await context.astore.machine(name)
+        if qemu and not context.process(machine):  # an interrupted revert was ended, and its QEMU with it
+            await stack.aclose()
+            qemu = None
+        session = MachineSession(context, machine, qemu)
         if alone:
             await _require_unspoilt(session)
         yield session
