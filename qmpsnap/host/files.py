@@ -10,6 +10,7 @@ New files and folders are private whatever the umask: one that opens all to othe
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import stat
@@ -57,6 +58,20 @@ def opened_folder(path: Name) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each part of an open file of that size that is no hole."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, end
 
 
 # --- new files and folders --------------------------------------------------------------------------------------------

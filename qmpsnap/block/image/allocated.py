@@ -7,18 +7,17 @@ import os
 import stat
 import sys
 from array import array
-from collections.abc import Iterator
 from typing import Final
 
 from qmpsnap.block.image import header
 from qmpsnap.block.image.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
-from qmpsnap.host.files import opened
+from qmpsnap.host.files import extents, opened
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.planning.state import CLUSTER, TABLE_COVERS, Held
 
-_OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
-_COMPRESSED: Final = 1 << 62
+OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
+COMPRESSED: Final = 1 << 62
 _ZERO: Final = 1
 _HALF: Final = (1 << 32) - 1
 _HAS_BIT_0: Final = bytes(value & 1 for value in range(256))
@@ -49,23 +48,12 @@ def _raw(descriptor: int, found: Header) -> Held:
     if stat.S_ISBLK(os.fstat(descriptor).st_mode):
         return Held(data=_up(found.virtual_size), tables=-(-found.virtual_size // TABLE_COVERS))
     data = end = 0
-    for start, stop in _extents(descriptor, found.file_size):
+    for start, stop in extents(descriptor, found.file_size):
         first = max(end, start // CLUSTER * CLUSTER)
         end = max(end, _up(stop))
         data += max(0, end - first)
     size = _up(found.virtual_size)
     return Held(data=data, zeros=max(0, size - data), tables=-(-size // TABLE_COVERS))
-
-
-def _extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    place = 0
-    while place < size:
-        try:
-            start = os.lseek(descriptor, place, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole is left
-            return
-        place = os.lseek(descriptor, start, os.SEEK_HOLE)
-        yield start, place
 
 
 def _qcow2(descriptor: int, found: Header) -> Held:
@@ -75,7 +63,7 @@ def _qcow2(descriptor: int, found: Header) -> Held:
     data = zeros = 0
     tables = set[int]()
     for place, entry in enumerate(words(os.pread(descriptor, found.l1_size * 8, found.l1_offset))):
-        if not (offset := entry & _OFFSET):
+        if not (offset := entry & OFFSET):
             continue
         raw = os.pread(descriptor, found.cluster_size, offset)
         if len(raw) < found.cluster_size:  # a table that is cut says nothing of the rest
@@ -118,15 +106,15 @@ def _units(raw: bytes, found: Header, width: int) -> Held:
 
 
 def _kind(entry: int) -> str:
-    if entry & _COMPRESSED:
+    if entry & COMPRESSED:
         return "data"
     if entry & _ZERO:
         return "zeros"
-    return "data" if entry & _OFFSET else ""
+    return "data" if entry & OFFSET else ""
 
 
 def _kind_extended(entry: int, bitmap: int) -> str:
-    if entry & _COMPRESSED or bitmap & _HALF:
+    if entry & COMPRESSED or bitmap & _HALF:
         return "data"
     return "zeros" if bitmap else ""
 

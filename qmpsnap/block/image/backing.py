@@ -32,7 +32,7 @@ async def set_backing(
         itself = f"/proc/self/fd/{descriptor}"
         argv = [qemu_img, "rebase", "-u", "-f", layer.format, *target, itself]
         if key is not None:
-            argv = [qemu_img, "rebase", *encrypted.secret(key), "-u", *target, encrypted.alone(itself)]
+            argv = [qemu_img, "rebase", *encrypted.secret(key), "-u", *target, encrypted.alone(itself, key)]
         inherited = [descriptor] if key is None else [descriptor, key]
         late = f"{qemu_img} did not end within {deadline:g} s"
         done = await tool.run(argv, deadline=deadline, late=late, effect="unknown", inherited=inherited)
@@ -49,8 +49,7 @@ def require_backing(layer: Layer, backing: Layer | None) -> None:
     if found != (backing.path if backing else None):
         raise StoreMismatch(
             f"the header of {printable(layer.path)} names {printable(found) if found else 'nothing'} as its backing"
-            " file,"
-            f" instead of {printable(backing.path) if backing else 'nothing'}"
+            f" file, instead of {printable(backing.path) if backing else 'nothing'}"
         )
 
 

@@ -97,13 +97,14 @@ class ImageTool(Struct, frozen=True):
     ) -> Header:
         # O_RDWR on /proc/self/fd/N opens the claimed inode; qemu-img only truncates it, so its identity stays.
         target = f"/proc/self/fd/{claim.descriptor}"
-        secret, encryption = ([], "") if key is None else (encrypted.secret(key), encrypted.NEW)
+        encryption = "" if key is None else encrypted.NEW
         # QEMU times its key derivation even where it is told how long that may take, and now and then its clock fails.
         tries = 1 if key is None else _TRIES
+        arguments = [*encrypted.secret(key), "-q", "-f", "qcow2", *arguments]
         options = ["-o", f"compat=1.1{encryption}", "--", target, str(virtual_size)]
         while True:
             try:
-                await self._run(claim, ["create", *secret, "-q", "-f", "qcow2", *arguments, *options], key)
+                await self._run(claim, ["create", *arguments, *options], key)
                 break
             except HostCannot as error:
                 tries -= 1

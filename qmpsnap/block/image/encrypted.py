@@ -18,22 +18,22 @@ NO_CLOCK: Final = "Unable to get accurate CPU usage"
 """What qemu-img says when the time that it measured is no time."""
 
 
-def secret(key: int) -> list[str]:
-    """The arguments that let qemu-img read its key from an inherited descriptor."""
-    return ["--object", f"secret,id={_ID},file=/proc/self/fd/{key}"]
+def secret(key: int | None) -> list[str]:
+    """The arguments that let qemu-img read its key, if there is one, from an inherited descriptor."""
+    return [] if key is None else ["--object", f"secret,id={_ID},file=/proc/self/fd/{key}"]
 
 
-def alone(path: str) -> str:
-    """The image as qemu-img is to open it: with its key, and without following what its header names."""
-    encrypt = {"format": ENCRYPT, "key-secret": _ID}
+def alone(path: str, key: int | None = None) -> str:
+    """The image as qemu-img is to open it: as qcow2, with a key or none, not following what its header names."""
+    encrypt = {} if key is None else {"encrypt": {"format": ENCRYPT, "key-secret": _ID}}
     file = {"driver": "file", "filename": path}
-    return "json:" + json.dumps({"driver": "qcow2", "encrypt": encrypt, "file": file, "backing": None})
+    return "json:" + json.dumps({"driver": "qcow2", **encrypt, "file": file, "backing": None})
 
 
 async def require_key(path: str, key: int, *, qemu_img: str, deadline: float = 60) -> None:
     """Make sure that a key opens an image, which a guest may write to meanwhile."""
     # "info" opens an image without a look at its key.
-    argv = [qemu_img, "map", "-U", "--output=json", "--max-length=65536", *secret(key), alone(path)]
+    argv = [qemu_img, "map", "-U", "--output=json", "--max-length=65536", *secret(key), alone(path, key)]
     late = f"opening {printable(path)} took longer than {deadline:g} s"
     done = await tool.run(argv, deadline=deadline, late=late, inherited=[key])
     if done.returncode == 0:

@@ -17,9 +17,10 @@ import anyio
 
 from qmpsnap.block.image import header
 from qmpsnap.block.image import qemu_img as tool
+from qmpsnap.block.image.encrypted import alone
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
-from qmpsnap.host.files import FileId, create_exclusive, opened, same_file, sync_folder, unlink_own
+from qmpsnap.host.files import FileId, create_exclusive, extents, opened, same_file, sync_folder, unlink_own
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
 
@@ -94,12 +95,6 @@ def _opened(layer: Layer) -> Iterator[int]:
         yield descriptor
 
 
-def alone(path: str) -> str:
-    """The image as qemu-img is to open it: as qcow2, and without following what its header names."""
-    file = {"driver": "file", "filename": path}
-    return "json:" + json.dumps({"driver": "qcow2", "file": file, "backing": None})
-
-
 def _copy(source: str, target: str, recorded: tuple[int, ...]) -> None:
     """Copy a file that has this device, inode and birth, holes as holes, or share its blocks."""
     try:
@@ -126,15 +121,8 @@ def _copy(source: str, target: str, recorded: tuple[int, ...]) -> None:
 def _copy_data(out: int, into: int) -> None:
     size = os.fstat(out).st_size
     os.ftruncate(into, size)
-    at = 0
-    while at < size:
-        try:
-            at = os.lseek(out, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole is left
-                return
-            raise
-        end = os.lseek(out, at, os.SEEK_HOLE)
+    for start, end in extents(out, size):
+        at = start
         while at < end:
             chunk = os.pread(out, min(_CHUNK, end - at), at)
             if not chunk:

@@ -10,15 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from qmpsnap.block.image import header
-from qmpsnap.block.image.allocated import words
+from qmpsnap.block.image.allocated import COMPRESSED, OFFSET, words
 from qmpsnap.block.image.header import Header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.files import opened
 from qmpsnap.model.layers.chain import Layer
 
 _LEAKED: Final = re.compile(rb"^Leaked cluster (\d+) refcount=\d+ reference=(\d+)$", re.MULTILINE)
-_OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
-_COMPRESSED: Final = 1 << 62
 _FLAGS: Final = 1 << 63 | 1
 """Of an entry of a table: the cluster has one reader (``COPIED``), and it reads as zeros."""
 _MOST: Final = 1 << 16
@@ -44,7 +42,7 @@ def doubt(layer: Layer, clusters: Sequence[int]) -> str:
 
 def _of_tables(descriptor: int, found: Header, clusters: Sequence[int]) -> str:
     size = found.cluster_size
-    first = [entry & _OFFSET for entry in words(os.pread(descriptor, found.l1_size * 8, found.l1_offset))]
+    first = [entry & OFFSET for entry in words(os.pread(descriptor, found.l1_size * 8, found.l1_offset))]
     if not any(first):
         return "its L1 table names nothing"
     highest = max(first)
@@ -73,16 +71,16 @@ def _places(table: bytes, found: Header) -> Iterator[int]:
     """Where the clusters lie that a table names; of a compressed one, where it begins."""
     bits = (1 << 62 - (found.cluster_size.bit_length() - 9)) - 1
     for entry in _entries(table, found):
-        yield entry & bits if entry & _COMPRESSED else entry & _OFFSET
+        yield entry & bits if entry & COMPRESSED else entry & OFFSET
 
 
 def _looks_like_table(data: bytes, found: Header) -> bool:
     """Whether these bytes may be a table of either kind: each entry names a whole cluster of the file, or none."""
-    allowed = _OFFSET & -found.cluster_size | _FLAGS
+    allowed = OFFSET & -found.cluster_size | _FLAGS
     end = -(-found.file_size // found.cluster_size) * found.cluster_size
     entries = [entry for entry in _entries(data, found) if entry]
-    plain = [entry for entry in entries if not entry & _COMPRESSED]
-    return bool(plain) and all(not entry & ~allowed and entry & _OFFSET < end for entry in plain)
+    plain = [entry for entry in entries if not entry & COMPRESSED]
+    return bool(plain) and all(not entry & ~allowed and entry & OFFSET < end for entry in plain)
 
 
 def _entries(table: bytes, found: Header) -> Sequence[int]:

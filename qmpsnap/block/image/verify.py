@@ -4,7 +4,6 @@ from typing import Literal
 
 from qmpsnap.block.image import encrypted, header, leaks
 from qmpsnap.block.image import qemu_img as tool
-from qmpsnap.block.image.internal_snapshots import alone
 from qmpsnap.errors import Effect, HostCannot, StateError
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
@@ -42,9 +41,7 @@ async def give_back(layer: Layer, *, qemu_img: str, key: int | None = None, dead
 async def _run(
     layer: Layer, some: list[str], *, qemu_img: str, key: int | None, deadline: float, effect: Effect
 ) -> tuple[Verdict, bytes]:
-    argv = [qemu_img, "check", "-q", *some, alone(layer.path)]
-    if key is not None:
-        argv = [qemu_img, "check", "-q", *some, *encrypted.secret(key), encrypted.alone(layer.path)]
+    argv = [qemu_img, "check", "-q", *some, *encrypted.secret(key), encrypted.alone(layer.path, key)]
     late = f"checking {layer.path} took longer than {deadline:g} s"
     done = await tool.run(argv, deadline=deadline, late=late, effect=effect, inherited=[] if key is None else [key])
     output = done.stdout + done.stderr

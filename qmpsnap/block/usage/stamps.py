@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
 from qmpsnap.block.image import header
-from qmpsnap.block.image.allocated import words
+from qmpsnap.block.image.allocated import OFFSET, words
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.files import FileId, opened, same_file
 from qmpsnap.model.layers.chain import Layer
@@ -21,7 +21,6 @@ _TABLES: Final = 64
 """L2 tables that are read: 4 MiB, with which an image of the default cluster size names 32 GiB."""
 _MARKS: Final = 79
 """The byte of a header that marks an image as dirty or corrupt."""
-_OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 
 
 def stamp(layer: Layer) -> Stamp | None:
@@ -90,6 +89,6 @@ def _digest(descriptor: int, layer: Layer) -> str:
         return sum_.hexdigest()
     table = os.pread(descriptor, found.l1_size * 8, found.l1_offset)
     sum_.update(table)
-    for entry in [entry for entry in words(table) if entry & _OFFSET][:_TABLES]:
-        sum_.update(os.pread(descriptor, found.cluster_size, entry & _OFFSET))
+    for entry in [entry for entry in words(table) if entry & OFFSET][:_TABLES]:
+        sum_.update(os.pread(descriptor, found.cluster_size, entry & OFFSET))
     return sum_.hexdigest()

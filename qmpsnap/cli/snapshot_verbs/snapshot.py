@@ -140,8 +140,7 @@ def _create(arguments: argparse.Namespace) -> None:
     if snapshot.pause_exceeded:
         output.note(
             f"the guest was paused for {snapshot.pause_ms:.0f} ms, above the {snapshot.max_pause_ms:g} ms of"
-            " --max-pause;"
-            " the snapshot is kept"
+            " --max-pause; the snapshot is kept"
         )
     if snapshot.unquiesced:
         output.note(f"the guest's file systems were not frozen: {output.printable(snapshot.unquiesced)}")

@@ -64,8 +64,7 @@ def require_room(chains: Iterable[Chain], *, machine: str) -> None:
         if hard not in (resource.RLIM_INFINITY, -1) and chain.active.virtual_size > hard:
             raise HostCannot(
                 f"disk {chain.disk} of machine {machine} has {chain.active.virtual_size} bytes, above the file size"
-                " limit of"
-                f" {hard}: the guest's writes beyond it would fail",
+                f" limit of {hard}: the guest's writes beyond it would fail",
                 hint="raise the hard limit (ulimit -Hf; 'fsize' in /etc/security/limits.conf, LimitFSIZE= of a unit)"
                 " and log in again",
                 machine=machine,

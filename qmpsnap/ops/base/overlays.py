@@ -1,6 +1,5 @@
 """New layers: made, told by their files, and removed again while nobody has used them."""
 
-import errno
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from qmpsnap.block.image.header import printable
 from qmpsnap.block.image.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.hint import call
-from qmpsnap.host.files import Inode, inode_of
+from qmpsnap.host.files import Inode, extents, inode_of, opened
 from qmpsnap.host.threads import first_of, to_end
 from qmpsnap.model.layers.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machines.record import Machine
@@ -24,6 +23,8 @@ from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, Overlay
 from qmpsnap.ops.base import admission, luks
 from qmpsnap.ops.base.context import Context
+
+_PIECE = 1 << 20
 
 EMPTY_LIMIT = 8 << 20
 """Bytes an image may occupy and still pass for one that no guest has written to: tables of an empty 64 TiB image."""
@@ -150,7 +151,7 @@ def _is_new(layer: Layer, below: str | None, *, file_size: int) -> bool:
     if file_size == 0:
         return True
     if layer.format == "raw":
-        return file_size == layer.virtual_size and _all_zero(layer.path)
+        return file_size == layer.virtual_size and _all_zero(layer.path, file_size)
     with Path(layer.path).open("rb") as file:
         head = file.read(32)
     if head.startswith(MAGIC) and not head[24:].strip(b"\0"):
@@ -165,18 +166,8 @@ def _is_new(layer: Layer, below: str | None, *, file_size: int) -> bool:
     return ours and empty and found.virtual_size == layer.virtual_size
 
 
-def _all_zero(path: str) -> bool:
+def _all_zero(path: str, size: int) -> bool:
     """Whether a file of few allocated bytes holds none but zeros; holes are not read."""
-    with Path(path).open("rb", buffering=0) as file:
-        place = 0
-        while True:
-            try:
-                place = os.lseek(file.fileno(), place, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    return True  # only holes from there on
-                raise
-            piece = os.pread(file.fileno(), 1 << 20, place)
-            if piece.strip(b"\0"):
-                return False
-            place += len(piece)
+    with opened(path) as file:
+        places = (at for start, end in extents(file, size) for at in range(start, end, _PIECE))
+        return not any(os.pread(file, _PIECE, at).strip(b"\0") for at in places)

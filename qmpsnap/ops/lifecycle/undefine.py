@@ -53,11 +53,7 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
     if disks not in (None, *get_args(Fate)):
         raise UsageError(f"images can be kept or removed, not {disks!r}", hint="use disks='keep' or disks='remove'")
     hopeless: list[tuple[Operation, QmpsnapError]] = []
-
-    def give_up(operation: Operation, error: QmpsnapError) -> None:
-        hopeless.append((operation, error))
-
-    giving_up = give_up if disks == "keep" else None
+    giving_up = (lambda operation, error: hopeless.append((operation, error))) if disks == "keep" else None
     goes = disks == "remove"
     async with working(context, name, "undefine", removes=goes, alone=goes, given_up=giving_up) as session:
         await require_possible(session, disks)

@@ -24,7 +24,7 @@ from qmpsnap.model.home import RECORD
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import SERIAL, is_text, tag_number
-from qmpsnap.model.operations.operation import MergePlan, MirrorPlan, Operation, RevertPlan
+from qmpsnap.model.operations.operation import MergePlan, MirrorPlan, RevertPlan
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.store.records import Records
@@ -40,43 +40,24 @@ _OTHERS = re.compile(rf"vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part|{re.escape(REC
 
 async def require_fit(context: Context, machine: Machine, *, removes: bool) -> None:
     """Refuse to work with a store that is older than the disks or, where layers may go, lacks a machine."""
-    await _require_current(context, machine)
-    pending = await context.astore.operations(machine.name, only_open=True)
-    if removes or _may_remove(pending):
-        await _require_none_lost(context, machine)
-
-
-async def _require_current(context: Context, machine: Machine) -> None:
-    """Refuse to work with a store that is older than the disks."""
-    chains = await context.astore.chains(machine.name)
-    found = await blocking(sign, context, machine, chains)
-    if found:
+    if found := await blocking(sign, context, machine, await context.astore.chains(machine.name)):
         raise StoreMismatch(
             f"the store is an old copy for machine {machine.name}: {found}",
             hint="put the newer store back, or rebuild it: " + call("rebuild", set_aside=True),
             machine=machine.name,
         )
-
-
-async def _require_none_lost(context: Context, machine: Machine) -> None:
-    """Refuse to merge or remove layers while nobody knows what a machine that the store has lost reads."""
-    if lost := await blocking(context.store.records.lost):
-        names = ", ".join(lost)
+    pending = await context.astore.operations(machine.name, only_open=True)
+    removes = removes or any(isinstance(one.plan, MergePlan | MirrorPlan | RevertPlan) for one in pending)
+    if removes and (lost := await blocking(context.store.records.lost)):  # of which nobody knows what they read
         files = " ".join(str(Records(context.home.machines).file(name)) for name in lost)
         raise StoreMismatch(
-            f"the store lacks {names}, defined before, which may read layers of machine {machine.name}: none can be"
-            " merged"
-            " or removed",
+            f"the store lacks {', '.join(lost)}, defined before, which may read layers of machine {machine.name}: none"
+            " can be merged or removed",
             hint="put the newer store back, or rebuild it: "
             + call("rebuild", set_aside=True)
             + f"; adopt an adopted machine again; if its images are lost for good, rm {files}",
             machine=machine.name,
         )
-
-
-def _may_remove(pending: Sequence[Operation]) -> bool:
-    """Whether ending these operations may merge or remove layers."""
-    return any(isinstance(operation.plan, MergePlan | MirrorPlan | RevertPlan) for operation in pending)
 
 
 def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | None:

@@ -163,8 +163,7 @@ def _kept(at: Situation, chosen: Sequence[Snapshot], removed: Collection[LayerId
         if strangers := sorted(at.forest.machines_above(point.layer) - {at.machine}):
             raise StateError(
                 f"layer {point.layer} holds an internal snapshot and is read by machine {', '.join(strangers)}: it"
-                " cannot"
-                " be changed",
+                " cannot be changed",
                 hint="delete only the name with " + option("metadata"),
                 machine=at.machine,
             )
