@@ -302,7 +302,7 @@ class MachineHandle(MachineLife):
         request = requests.well_typed(StreamRequest(disk=disk, base=base))
         return await commit.run(self._context, self.name, request, report=report)
 
-    async def mirror(
+    async def mirror(  # its options, as a user names them
         self,
         disk: str,
         target: str | os.PathLike[str],

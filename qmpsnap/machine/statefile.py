@@ -24,7 +24,7 @@ from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.hint import call, option
 from qmpsnap.host import files
 from qmpsnap.host.files import FileId, same_file, sync_folder
-from qmpsnap.model.layers.vmstate import Manifest, Vmstate
+from qmpsnap.model.layers.vmstate import Manifest, Stream, Vmstate
 from qmpsnap.model.names import OperationId
 
 MAGIC = b"qmpsnap vmstate\n"
@@ -182,20 +182,8 @@ def find(path: str) -> tuple[Vmstate, Manifest]:
     with _opened(path) as descriptor:
         manifest = _manifest(descriptor, path)
         file = FileId.of(descriptor)
-    return Vmstate(
-        path=path,
-        bytes=manifest.bytes,
-        digest=manifest.digest,
-        device=file.device,
-        inode=file.inode,
-        birth=file.birth,
-        mode=manifest.mode,
-        layout=manifest.layout,
-        compression=manifest.compression,
-        hardware=manifest.hardware,
-        steps_ms=manifest.steps_ms,
-        frozen=manifest.frozen,
-    ), manifest
+    stream = {name: getattr(manifest, name) for name in Stream.__struct_fields__}
+    return Vmstate(path=path, device=file.device, inode=file.inode, birth=file.birth, **stream), manifest
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Firmware(Struct, frozen=True):
     vars: str
 
 
-def build(
+def build(  # all that an argument list depends on
     binary: Sequence[str] | str,
     spec: MachineSpec,
     chains: Sequence[Chain],

@@ -45,29 +45,32 @@ class Hardware(Struct, frozen=True, kw_only=True):
         return self.accel == "tcg" and self.cpu.split(",")[0] == "max"
 
 
-class Vmstate(Struct, frozen=True, kw_only=True):
-    """A finished state file.
+class Stream(Struct, frozen=True, kw_only=True):
+    """What QEMU has written of a machine's memory, and how.
 
     Attributes:
-        path: absolute.
         bytes: of QEMU's stream as it lies in the file, that is before the manifest at its end.
         digest: SHA-256 of those bytes, in hexadecimal.
-        device: of the file, with ``inode`` and ``birth``, so that another file in its place is noticed.
         frozen: the guest's file systems are frozen in that memory, and have to be thawed once it runs.
         steps_ms: what each step took for which the guest was held, as we measured it.
     """
 
-    path: str
     bytes: int
     digest: str
-    device: int
-    inode: int
     mode: SaveMode
     layout: Layout
     compression: Compression
     hardware: Hardware
     steps_ms: dict[str, float] = {}
     frozen: bool = False
+
+
+class Vmstate(Stream, frozen=True, kw_only=True):
+    """A finished state file at an absolute path; by device, inode and birth another file in its place is noticed."""
+
+    path: str
+    device: int
+    inode: int
     birth: int = 0
 
 
@@ -154,7 +157,7 @@ def version_of(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
-class Manifest(Struct, frozen=True, kw_only=True):
+class Manifest(Stream, frozen=True, kw_only=True):
     """What a state file says of itself; enough to make its row in the store again.
 
     Attributes:
@@ -162,18 +165,9 @@ class Manifest(Struct, frozen=True, kw_only=True):
         snapshot: name of the snapshot as it was then.
         created: seconds since the epoch, UTC.
         points: disk to the layer that it stood at then; merges may have moved that content since.
-        bytes: of the stream, as in :class:`Vmstate`, which the other fields are, too.
     """
 
     operation: OperationId
     snapshot: str
     created: float
-    bytes: int
-    digest: str
-    mode: SaveMode
-    layout: Layout
-    compression: Compression
-    hardware: Hardware
-    steps_ms: dict[str, float] = {}
     points: dict[str, LayerId] = {}
-    frozen: bool = False

@@ -64,10 +64,7 @@ class Overlay(Struct, frozen=True, kw_only=True):
 class DefinePlan(Struct, frozen=True, kw_only=True, tag="define"):
     """Create a machine: its folder and image files first, then its row.
 
-    Attributes:
-        images: new images without backing.
-        overlays: new overlays on images that existed before.
-        variables: where the UEFI variable store is copied to, if there is one.
+    ``images`` have no backing, ``overlays`` lie on images from before; the UEFI variables are copied to ``variables``.
     """
 
     machine: str
@@ -82,15 +79,30 @@ class DefinePlan(Struct, frozen=True, kw_only=True, tag="define"):
         return (*self.images, *(overlay.layer for overlay in self.overlays))
 
 
-class Memory(Struct, frozen=True, kw_only=True):
+class Means(Struct, frozen=True, kw_only=True):
+    """How a machine's memory can be saved.
+
+    Attributes:
+        why: why the guest stands still until all is written; empty for the mode ``background``.
+        resume: the guest ran before, and runs on afterwards.
+        cancellable: QEMU survives a save that is cancelled.
+        reserve: bytes the file is given before.
+    """
+
+    mode: SaveMode
+    layout: Layout
+    why: str = ""
+    hardware: Hardware
+    resume: bool
+    cancellable: bool = True
+    reserve: int = 0
+
+
+class Memory(Means, frozen=True, kw_only=True):
     """How a guest's RAM and devices go into a state file at the instant of the transaction.
 
     Attributes:
         path: the finished file; while it is written it has the name ``part``.
-        why: why the guest stands still until all is written; empty for the mode ``background``.
-        resume: the guest ran before, and runs on afterwards.
-        cancellable: QEMU survives a save that is cancelled.
-        reserve: bytes the file is given before QEMU writes to it.
         quit: QEMU ends once all is recorded (``save``).
         degrade: should only the memory fail, the disks' part of the snapshot is kept.
         max_pause_ms: the guest is held no longer than this; None for as long as it takes.
@@ -98,14 +110,7 @@ class Memory(Struct, frozen=True, kw_only=True):
 
     path: str
     part: str
-    mode: SaveMode
-    layout: Layout
     compression: Compression
-    hardware: Hardware
-    why: str = ""
-    resume: bool
-    cancellable: bool = True
-    reserve: int = 0
     quit: bool = False
     degrade: bool = False
     max_pause_ms: float | None = None

@@ -15,8 +15,9 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Snapshot
-from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode, version_of
+from qmpsnap.model.layers.vmstate import Compression, Hardware, SaveMode, version_of
 from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.operations.operation import Means
 from qmpsnap.ops.base import luks, requests
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.memory.load import hardware_now
@@ -64,18 +65,6 @@ class MemoryRequest(Struct, frozen=True, kw_only=True):
     quit: bool = False
 
 
-class Means(Struct, frozen=True, kw_only=True):
-    """How this machine's memory can be saved now; fields as in :class:`Memory`."""
-
-    mode: SaveMode
-    layout: Layout
-    why: str
-    hardware: Hardware
-    resume: bool
-    cancellable: bool
-    reserve: int
-
-
 async def choose(
     context: Context, machine: Machine, qemu: Monitor | None, chains: Sequence[Chain], request: MemoryRequest
 ) -> Means:
@@ -93,28 +82,7 @@ async def choose(
             hint="take its disks alone: " + call("snapshot", machine.name),
             machine=machine.name,
         )
-    require_spec(machine, "load its memory again")
-    luks.require_plain(
-        machine,
-        "its data and its key would be in the state file in the clear",
-        "take its disks alone: " + call("snapshot", machine.name),
-    )
-    taken = await to_read(_is_there, request.file) if request.file else False
-    if taken:
-        raise StateError(
-            f"{request.file} exists already",
-            hint="move it away or choose another name",
-            machine=machine.name,
-        )
-    if (last := (await migration.query(qemu)).status) not in migration.IDLE:
-        raise StateError(
-            f"machine {machine.name} has another migration in progress ({last})",
-            hint="wait until it has ended",
-            machine=machine.name,
-        )
-    await require_saveable(machine, qemu, chains, hint="take its disks alone: " + call("snapshot", machine.name))
-    if request.compression != "none":
-        statefile.zstandard_package()
+    await _require_unhindered(machine, qemu, chains, request)
     version = version_of(await commands.query_version(qemu))
     status = await commands.query_status(qemu)
     running = status.live
@@ -147,6 +115,31 @@ async def choose(
         cancellable=cancellable,
         reserve=reserve,
     )
+
+
+async def _require_unhindered(machine: Machine, qemu: Monitor, chains: Sequence[Chain], request: MemoryRequest) -> None:
+    require_spec(machine, "load its memory again")
+    luks.require_plain(
+        machine,
+        "its data and its key would be in the state file in the clear",
+        "take its disks alone: " + call("snapshot", machine.name),
+    )
+    file = request.file
+    if file and await to_read(lambda: os.path.lexists(file)):
+        raise StateError(
+            f"{file} exists already",
+            hint="move it away or choose another name",
+            machine=machine.name,
+        )
+    if (last := (await migration.query(qemu)).status) not in migration.IDLE:
+        raise StateError(
+            f"machine {machine.name} has another migration in progress ({last})",
+            hint="wait until it has ended",
+            machine=machine.name,
+        )
+    await require_saveable(machine, qemu, chains, hint="take its disks alone: " + call("snapshot", machine.name))
+    if request.compression != "none":
+        statefile.zstandard_package()
 
 
 async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Chain], *, hint: str) -> None:
@@ -238,7 +231,3 @@ def _mapped(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     tables = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmPTE:"))
     return tables // _TABLE_ENTRY * os.sysconf("SC_PAGE_SIZE")
-
-
-def _is_there(path: str) -> bool:
-    return os.path.lexists(path)

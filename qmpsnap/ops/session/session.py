@@ -47,7 +47,7 @@ async def require_agreement(
 
 
 @asynccontextmanager
-async def working(
+async def working(  # what a verb says of itself; the rest is for recovery
     context: Context,
     name: str,
     verb: str,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from qmpsnap.block.graph import NOTHING, Beside
 from qmpsnap.block.image import staged
@@ -17,11 +17,11 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import version_of
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId, check_description
-from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Overlay
+from qmpsnap.model.operations.operation import Change, CreatePlan, Means, Memory, Overlay
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.overlays import overlay_on
-from qmpsnap.ops.memory.strategy import Means, MemoryRequest
+from qmpsnap.ops.memory.strategy import MemoryRequest
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.qmp import commands, migration
 
@@ -122,16 +122,10 @@ def _variables(machine: Machine, home: Home, serial: OperationId, request: Creat
 def _memory(request: MemoryRequest, means: Means, serial: OperationId, folder: Path) -> Memory:
     path = request.file or str(folder / f"memory-{serial}.vmstate")
     return Memory(
+        **asdict(means),
         path=path,
         part=statefile.part(path, serial),
-        mode=means.mode,
-        layout=means.layout,
         compression=request.compression,
-        hardware=means.hardware,
-        why=means.why,
-        resume=means.resume,
-        cancellable=means.cancellable,
-        reserve=means.reserve,
         quit=request.quit,
         degrade=request.degrade,
         max_pause_ms=request.max_pause_ms if means.resume else None,
