@@ -125,7 +125,8 @@ async def _require_unhindered(machine: Machine, qemu: Monitor, chains: Sequence[
         "take its disks alone: " + call("snapshot", machine.name),
     )
     file = request.file
-    if file and await to_read(lambda: os.path.lexists(file)):
+    taken = await to_read(lambda: os.path.lexists(file)) if file else False
+    if taken:
         raise StateError(
             f"{file} exists already",
             hint="move it away or choose another name",
