@@ -27,14 +27,7 @@ class Option(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One verb with its arguments.
-
-    Attributes:
-        verb: the method's name in the Python API.
-        machine: its machine; empty where it has none.
-        arguments: its positional arguments.
-        options: its keyword arguments.
-    """
+    """One verb with its arguments: positional ones and keyword ``options``, as the Python API names them."""
 
     verb: str
     machine: str
@@ -51,11 +44,7 @@ class Call(NamedTuple):
 
 
 class Hint(str):
-    """Text with calls and options in it; plain text may be put before and behind it with ``+``.
-
-    Attributes:
-        parts: what it was put together from.
-    """
+    """Text with calls and options in it; plain text may be put before and behind it with ``+``."""
 
     __slots__ = ("parts",)
     parts: tuple[str | Call | Option, ...]

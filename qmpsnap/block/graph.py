@@ -34,10 +34,9 @@ FILTERS = frozenset(
 class DiskGraph(Struct, frozen=True):
     """What QEMU has behind one device.
 
-    Attributes:
-        nodes: node names base first, as far as ``backing`` leads; the last is where the guest writes.
-        above: nodes between the device and that one: filters, or images we do not know.
-        jobs: ids of block jobs that hold any of these nodes.
+    ``nodes`` are node names base first, as far as ``backing`` leads; the last is where the guest writes. ``above``:
+    nodes between the device and that one: filters, or images we do not know. ``jobs``: block jobs that hold any of the
+    nodes.
     """
 
     nodes: tuple[str, ...]
@@ -48,9 +47,8 @@ class DiskGraph(Struct, frozen=True):
 class Beside(Struct, frozen=True):
     """Where QEMU's devices are not the machine's disks; ``names`` are those that its nodes and drives have.
 
-    Attributes:
-        others: what the guest writes to besides, as somebody has attached it or ``adopt`` has left it out.
-        unplugged: disks of the machine that QEMU has no device for, and nobody else writes to.
+    ``others``: what the guest writes to besides, as somebody has attached it or ``adopt`` has left it out.
+    ``unplugged``: disks of the machine that QEMU has no device for, and nobody else writes to.
     """
 
     others: tuple[Outside, ...] = ()

@@ -23,8 +23,7 @@ T = TypeVar("T")
 async def to_end(call: Callable[..., T], *arguments: object) -> T:
     """Run a call in a thread and hand on its result, whoever cancels meanwhile; see :func:`completed`.
 
-    Raises:
-        StorageHangs: the call waits for a file and does not get on; or an earlier one does, under the same lock.
+    ``StorageHangs``: the call waits for a file and does not get on; or an earlier one does, under the same lock.
     """
     await lowlevel.checkpoint_if_cancelled()
     if cover := covered():

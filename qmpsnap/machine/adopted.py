@@ -19,12 +19,10 @@ from qmpsnap.qmp.session import COMMAND_DEADLINE, Bell, Monitor
 class Seen(Struct, frozen=True, kw_only=True):
     """What ``/proc`` tells of the process.
 
-    Attributes:
-        user: whose files it can open.
-        folder: its working directory: what its relative paths are relative to.
-        names: device and inode of everything it has open, and the name the kernel has for it now: a relative path
-            that QEMU was given says nothing once it has changed its folder.
-        apart: it has a root folder or mounts of its own, so that a path may be another one there.
+    ``user`` is whose files it can open, ``folder`` what its relative paths are relative to. ``names``: device and inode
+    of everything it has open, and the name the kernel has for it now: a relative path that QEMU was given says nothing
+    once it has changed its folder. ``apart``: it has a root folder or mounts of its own, so that a path may be another
+    one there.
     """
 
     process: Process

@@ -190,11 +190,8 @@ def find(path: str) -> tuple[Vmstate, Manifest]:
 def verified(state: Vmstate) -> Iterator[int]:
     """The stream of a state file, open for reading, after all of it was compared with the record.
 
-    A compressed one is unpacked into a file without a name beside it.
-
-    Raises:
-        StoreMismatch: it is not the recorded file, or not what it was; nothing was loaded.
-        HostCannot: it cannot be read, or there is no space to unpack it.
+    A compressed one is unpacked into a file without a name beside it. ``StoreMismatch``: it is not the recorded file,
+    or not what it was; nothing was loaded.
     """
     with _opened(state.path) as descriptor:
         if not same_file(state, FileId.of(descriptor)):

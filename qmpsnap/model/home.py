@@ -15,11 +15,9 @@ RECORD = "record.json"
 class Home(Struct, frozen=True, kw_only=True):
     """The four places. ``QMPSNAP_HOME`` puts them under one folder.
 
-    Attributes:
-        data: store, locks, logs and machines' images; survives everything.
-        run: sockets, pid files; may be empty after a boot.
-        cache: what can be made again: the small guest, probes.
-        images: further folders whose images a spec may name.
+    ``data`` (store, locks, logs, machines' images) survives everything; ``run`` (sockets, pid files) may be empty after
+    a boot; ``cache`` (the small guest, probes) can be made again. ``images``: further folders whose images a spec may
+    name.
     """
 
     data: Path

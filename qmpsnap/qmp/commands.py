@@ -110,11 +110,9 @@ class NodeInfo(Struct, frozen=True, rename="kebab"):
 class Backend(Struct, frozen=True, rename="kebab"):
     """The part of QAPI ``BlockInfo`` we use.
 
-    Attributes:
-        device: the drive's id; empty for a device whose image is a node of its own.
-        qdev: id or QOM path of the device; None when no device uses the drive.
-        inserted: the node the device reads; None for an empty drive.
-        io_status: ``ok``, or ``failed`` or ``nospace`` after an error for which QEMU has paused the guest.
+    ``device`` is the drive's id, empty for a device whose image is a node of its own; ``qdev`` id or QOM path of the
+    device, None when no device uses the drive; ``inserted`` the node that it reads, None for an empty drive;
+    ``io_status``: ``ok``, or ``failed`` or ``nospace`` after an error for which QEMU has paused the guest.
     """
 
     device: str

@@ -210,8 +210,7 @@ async def follow_mirror(
 async def finalize(monitor: Monitor, job: JobId) -> JobInfo:
     """Let a job that is ``pending`` make its change to the graph (``job-finalize``) and wait until it has.
 
-    Raises:
-        QmpError: it failed; a stream may have changed the graph all the same (docs/explanation/qemu-facts.md).
+    ``QmpError``: it failed; a stream may have changed the graph all the same (docs/explanation/qemu-facts.md).
     """
     await monitor.execute("job-finalize", {"id": job})
     return await follow(monitor, job, "concluded")

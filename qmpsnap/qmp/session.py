@@ -148,9 +148,7 @@ class _EventBell:
 async def connect(path: Path, *, machine: str, deadline: float = CONNECT_DEADLINE) -> AsyncIterator[Session]:
     """A session on the monitor socket at ``path``, closed with the block; ``machine`` is its name, for errors.
 
-    Raises:
-        QemuGone: nobody listens there.
-        DeadlinePassed: somebody listens and says nothing: QEMU is stopped, or another client has the monitor.
+    ``DeadlinePassed``: somebody listens and says nothing: QEMU is stopped, or another client has the monitor.
     """
     try:
         with anyio.fail_after(deadline):

@@ -9,13 +9,9 @@ SOCKET_PATH_LIMIT = 107
 
 
 def connect(path: Path) -> socket.socket:
-    """A connected, non-blocking unix socket.
+    """A connected, non-blocking unix socket; ``BlockingIOError``: the listener's backlog is full.
 
     A path too long for a socket is reached through its folder's descriptor.
-
-    Raises:
-        BlockingIOError: the listener's backlog is full.
-        OSError: there is no such socket, or nobody listens.
     """
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     endpoint = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

@@ -28,12 +28,8 @@ def machine_lock(path: Path, *, machine: str, verb: str, cover: Cover | None = N
 
     The holder's name stands in the lock file itself, so who holds it and since when can be told without the store, and
     it can never outlive the lock by more than a glance: only who fails to get the lock reads it. ``cover`` is the file
-    work of the block; the lock is held on while a thread of it hangs.
-
-    Raises:
-        LockHeld: another controller has it.
-        OperationPending: another controller was at it when storage hung, and a thread of it has not come back.
-        HostCannot: the file cannot be opened or written, or is a link.
+    work of the block; the lock is held on while a thread of it hangs: then ``OperationPending`` is raised, not
+    ``LockHeld``.
     """
     descriptor = _acquire(path, machine)
     owner = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.time(), "verb": verb}

@@ -32,15 +32,9 @@ from qmpsnap.store.sqlite.json_values import decoded
 class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All that the store has of a machine, but for its journal, its QEMU and what was agreed to.
 
-    Attributes:
-        machine: its spec and current snapshot.
-        generation: how often the store has changed it; -1 where an earlier release wrote this.
-        operation: the operation that settled with it; 0 where none did.
-        serial: the last number that the store had given to an operation.
-        home: of which home it is, and where that lay.
-        active: the active layer of each disk.
-        layers: every layer that its disks and snapshots read.
-        snapshots: oldest first.
+    ``generation``: how often the store has changed it; -1 where an earlier release wrote this. ``operation``: the one
+    that settled with it; 0 where none did. ``serial``: the last number that the store had given to an operation.
+    ``home``: of which home it is, and where that lay. ``layers``: every one that its disks and snapshots read.
     """
 
     machine: Machine

@@ -71,11 +71,7 @@ class Store(Protocol):
         """All of that at one moment, of a machine that need not be recorded yet: what its plans are made from."""
 
     def require_writable(self) -> None:
-        """Make sure that it can be written, before something begins that has to be recorded afterwards.
-
-        Raises:
-            HostCannot: it can only be read.
-        """
+        """Make sure that it can be written, before something begins that has to be recorded afterwards."""
 
     def set_process(self, machine: str, process: Process | None) -> None:
         """Record the QEMU that runs the machine, or that none does."""
@@ -122,11 +118,7 @@ class Store(Protocol):
         state: Ended = "settled",
         error: str | None = None,
     ) -> None:
-        """Apply a change and end the operation so, both or neither; with ``step`` the operation goes on from there.
-
-        Raises:
-            NameTaken: the change defines a machine whose name is in use.
-        """
+        """Apply a change and end the operation so, both or neither; with ``step`` the operation goes on from there."""
 
     def apply(self, machine: str, change: Change) -> None:
         """Apply a change that needs no operation, because it is nothing but this one transaction."""

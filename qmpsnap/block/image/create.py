@@ -58,11 +58,8 @@ class ImageTool(Struct, frozen=True):
         descriptor of the key that opens the layer below, and will open this one; None for plain images.
 
         Raises:
-            ImageRefused: path, size or backing cannot be used.
             StateError: something is at ``path`` already, or the key does not open the layer below.
             StoreMismatch: the layer below has another size than is recorded.
-            HostCannot: qemu-img is missing or fails, no right, no space.
-            DeadlinePassed: qemu-img did not end in time.
         """
         place = _check_request(path, virtual_size)
         if virtual_size < backing.virtual_size:

@@ -166,11 +166,8 @@ def read(
     """Read an image's header without following a symlink, blocking on a pipe or asking QEMU.
 
     ``format`` is pinned: ``raw`` stays raw whatever a guest wrote into its first sector, unless the image is
-    ``foreign``; None goes by the magic.
-
-    Raises:
-        ImageRefused: not there, a symlink, not a regular file, not of that format, or see :func:`parse`.
-        HostCannot: no right to read it, or the disk fails.
+    ``foreign``; None goes by the magic. ``ImageRefused``: not there, a symlink, not a regular file, not of that format,
+    or see :func:`parse`.
     """
     with _opened(path, block_device=block_device) as descriptor:
         return inspect(descriptor, path=os.fspath(path), format=format, foreign=foreign)
@@ -223,10 +220,6 @@ def require(
     Not for a raw layer a guest has already written to: the guest chooses its first bytes. Use ``read(format="raw")``.
     The last component of the path may not be a symlink. ``allowed``: folders it must lie in, directly or deeper; None
     when the caller has checked the place.
-
-    Raises:
-        ImageRefused: it is not acceptable; the hint says what to declare or where to put it.
-        HostCannot: no right to read it, or the disk fails.
     """
     real = _inside(os.fspath(path), allowed)
     found = read(real, format=format, foreign=True, block_device=block_device)
@@ -254,10 +247,8 @@ def read_chain(
 ) -> list[FoundLayer]:
     """Follow the backing strings from the image at ``path`` down and return its layers, base first.
 
-    Raises:
-        ImageRefused: as :func:`require` for any layer; a loop; more than ``max_depth`` layers; a backing format
-            that is missing or neither raw nor qcow2.
-        HostCannot: no right to read one of them, or the disk fails.
+    What :func:`require` refuses of any layer is refused, and a loop, more than ``max_depth`` layers, and a backing
+    format that is missing or neither raw nor qcow2.
     """
     layers: list[FoundLayer] = []
     seen: set[tuple[int, int]] = set()

@@ -16,12 +16,7 @@ _VERDICTS: dict[int, Verdict] = {0: "whole", 2: "damaged", 3: "leaks"}
 
 
 async def check(layer: Layer, *, qemu_img: str, key: int | None = None, deadline: float = 3600) -> tuple[Verdict, str]:
-    """What qemu-img finds in a qcow2 image, and in its own words.
-
-    Raises:
-        HostCannot: qemu-img is missing, or could not check the image, of which nothing is known then.
-        DeadlinePassed: it took too long.
-    """
+    """What qemu-img finds in a qcow2 image, in its own words; nothing is known of one that it could not check."""
     verdict, output = await _run(layer, [], qemu_img=qemu_img, key=key, deadline=deadline, effect="none")
     said = _line(output)
     if verdict == "leaks" and (doubt := await to_end(leaks.doubt, layer, leaks.leaked(output))):

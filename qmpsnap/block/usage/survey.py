@@ -28,12 +28,9 @@ NOT_ASKED: Final = "not asked"
 class Asked(Struct, frozen=True):
     """Which images of a machine are looked at.
 
-    Attributes:
-        paths: of each layer that nobody but the machine's QEMU may write to.
-        active: those that a guest writes to; empty where its QEMU is known and runs.
-        frozen: the frozen ones of which it is recorded, in ``stamps``, what they were then.
-        ours: its processes.
-        layers: those whose files have to be the recorded ones.
+    ``paths`` are of each layer that nobody but the machine's QEMU, ``ours``, may write to; ``active`` those that a
+    guest writes to, empty where its QEMU is known and runs; ``frozen`` those of which ``stamps`` records what they were
+    then; ``layers`` those whose files have to be the recorded ones.
     """
 
     paths: Mapping[LayerId, str]
@@ -47,11 +44,9 @@ class Asked(Struct, frozen=True):
 class Seen(Struct, frozen=True):
     """What was seen of a machine's images; ``asked``: the answer came in time.
 
-    Attributes:
-        users: who else writes to them.
-        changed: the frozen ones that something has written to since they were recorded, and when that was.
-        unsaid: nobody could be asked about one.
-        gone: those that are not there, or are other files.
+    ``users`` write to them as well; ``changed`` are the frozen ones that something has written to since they were
+    recorded, and when that was; ``gone`` those that are not there, or are other files. ``unsaid``: nobody could be
+    asked about one.
     """
 
     users: Mapping[LayerId, User] = {}

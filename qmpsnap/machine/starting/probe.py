@@ -24,10 +24,9 @@ USERFAULTFD = "/dev/userfaultfd"
 class Abilities(Struct, frozen=True, kw_only=True):
     """What one QEMU binary said of itself.
 
-    Attributes:
-        background_snapshot: empty when RAM can be saved behind a running guest, else QEMU's own words why not.
-        machine_types: every machine type, with its alias or None.
-        tcg_cpu: what CPU ``max`` is under TCG, in words that later QEMUs understand; empty where that cannot be told.
+    ``background_snapshot`` is empty when RAM can be saved behind a running guest, else QEMU's own words why not.
+    ``machine_types``: every one, with its alias or None. ``tcg_cpu``: what CPU ``max`` is under TCG, in words that
+    later QEMUs understand; empty where that cannot be told.
     """
 
     version: str

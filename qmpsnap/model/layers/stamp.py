@@ -10,13 +10,9 @@ from qmpsnap.model.names import OperationId
 class Stamp(Struct, frozen=True, kw_only=True):
     """A frozen image's file as it was recorded, or as it is.
 
-    Attributes:
-        mtime_ns: ``st_mtime_ns``.
-        size: ``st_size``.
-        ctime_ns: ``st_ctime_ns``; another one says nothing by itself, and has the digest compared. 0 where it was not
-            recorded.
-        digest: of the header and the upper tables; empty where nobody has read them.
-        since: it counts for snapshots that were taken by this operation or a later one.
+    ``ctime_ns``: another one says nothing by itself, and has the digest compared; 0 where it was not recorded.
+    ``digest``: of the header and the upper tables; empty where nobody has read them. ``since``: it counts for snapshots
+    that were taken by this operation or a later one.
     """
 
     mtime_ns: int

@@ -17,14 +17,9 @@ Compression = Literal["none", "zstd"]
 class Hardware(Struct, frozen=True, kw_only=True):
     """What QEMU's stream presumes and does not check: it loads into other hardware without complaint.
 
-    Attributes:
-        uuid: the machine.
-        qemu_version: as ``10.0.13``; a state may be loaded by a later QEMU, never by an earlier one.
-        machine_type: versioned, as ``pc-q35-7.2``.
-        accel: ``kvm`` or ``tcg``.
-        cpu: the model as QEMU was told, and for the ones that mean "what this host has" the host's model as well.
-        memory: bytes.
-        devices: what the guest sees, one line each.
+    ``qemu_version`` as ``10.0.13``: a state may be loaded by a later QEMU, never by an earlier one. ``machine_type``:
+    versioned, as ``pc-q35-7.2``. ``cpu``: the model as QEMU was told, and for the ones that mean "what this host has"
+    the host's model as well. ``devices``: what the guest sees, one line each.
     """
 
     uuid: str
@@ -160,11 +155,8 @@ def version_of(text: str) -> tuple[int, ...]:
 class Manifest(Stream, frozen=True, kw_only=True):
     """What a state file says of itself; enough to make its row in the store again.
 
-    Attributes:
-        operation: the one that wrote it.
-        snapshot: name of the snapshot as it was then.
-        created: seconds since the epoch, UTC.
-        points: disk to the layer that it stood at then; merges may have moved that content since.
+    ``snapshot`` is its name as it was then, ``points`` disk to the layer that it stood at then; merges may have moved
+    that content since. ``created``: seconds since the epoch, UTC.
     """
 
     operation: OperationId

@@ -27,11 +27,9 @@ class Process(Struct, frozen=True, kw_only=True):
 
 
 class Consent(Struct, frozen=True, kw_only=True):
-    """Which further QEMU arguments somebody has agreed to; without that they are given to no QEMU.
+    """Which further QEMU arguments (``extra``) somebody has agreed to; without that they are given to no QEMU.
 
-    Attributes:
-        extra: the very arguments.
-        user: the id of the user who did; None where an earlier release has not recorded it.
+    ``user``: the id of the user who did; None where an earlier release has not recorded it.
     """
 
     extra: tuple[str, ...]

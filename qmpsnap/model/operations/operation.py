@@ -82,11 +82,9 @@ class DefinePlan(Struct, frozen=True, kw_only=True, tag="define"):
 class Means(Struct, frozen=True, kw_only=True):
     """How a machine's memory can be saved.
 
-    Attributes:
-        why: why the guest stands still until all is written; empty for the mode ``background``.
-        resume: the guest ran before, and runs on afterwards.
-        cancellable: QEMU survives a save that is cancelled.
-        reserve: bytes the file is given before.
+    ``why`` the guest stands still until all is written; empty for the mode ``background``. ``resume``: the guest ran
+    before, and runs on afterwards. ``cancellable``: QEMU survives a save that is cancelled. ``reserve``: bytes the file
+    is given before.
     """
 
     mode: SaveMode

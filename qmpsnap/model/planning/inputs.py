@@ -53,11 +53,9 @@ class Basis(Struct, frozen=True, kw_only=True):
 class PlanInputs(Struct, frozen=True, kw_only=True):
     """What a plan is made from besides the request.
 
-    Attributes:
-        basis: what the store said; the operation is opened only if it still says so.
-        serial: number of the operation and of its new layers.
-        home: where new images go.
-        mode: ``live``, ``suspended``, ``paused`` or ``stopped``.
+    ``basis``: what the store said; the operation is opened only if it still says so. ``serial``: number of the
+    operation and of its new layers. ``home``: where new images go. ``mode``: ``live``, ``suspended``, ``paused`` or
+    ``stopped``.
     """
 
     basis: Basis

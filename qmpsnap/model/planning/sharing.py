@@ -42,9 +42,7 @@ class Uses(Struct, frozen=True):
 def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[Operation]) -> None:
     """Make sure that nobody else has to do with what a plan changes, and nobody changes what it reads.
 
-    Raises:
-        StateError: another machine has begun to read what changes or to write to what is read, or a layer has gone.
-        OperationPending: the operation of another machine is in the way.
+    ``StateError``: another machine has begun to read what changes or to write to what is read, or a layer has gone.
     """
     mine = uses(plan, forest)
     if gone := [name for name in _needed(plan) if name not in forest.layers]:

@@ -51,10 +51,9 @@ class Held(Struct, frozen=True, kw_only=True):
 class Situation(Struct, frozen=True):
     """What a plan is made from.
 
-    Attributes:
-        bytes: what each layer's file occupies: what its removal may free.
-        held: what each layer has of its own; where that was not counted, what its file occupies stands for it.
-        unplugged: disks that the running QEMU has no device for; none is merged or removed of them.
+    ``bytes``: what each layer's file occupies: what its removal may free. ``held``: what each layer has of its own;
+    where that was not counted, what its file occupies stands for it. ``unplugged``: disks that the running QEMU has no
+    device for; none is merged or removed of them.
     """
 
     basis: Basis

@@ -56,11 +56,9 @@ class Programs(Struct, frozen=True):
 class Context(Struct, frozen=True, kw_only=True):
     """One user's qmpsnap on one host.
 
-    Attributes:
-        host: this host's name, as recorded with the machines it owns.
-        secrets: keys of encrypted disks that the program gave, by ``machine/disk``.
-        run_as: whom root's QEMU is to run as, None for root.
-        moved_from: where the store believed its home to lie when it was opened, if that is elsewhere.
+    ``host`` is this one's name, as recorded with the machines it owns. ``secrets``: keys of encrypted disks that the
+    program gave, by ``machine/disk``. ``run_as``: whom root's QEMU is to run as, None for root. ``moved_from``: where
+    the store believed its home to lie when it was opened, if that is elsewhere.
     """
 
     home: Home

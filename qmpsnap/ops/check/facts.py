@@ -63,11 +63,9 @@ class Record(Struct, frozen=True, kw_only=True):
 class Asked(Struct, frozen=True, kw_only=True):
     """What QEMU has answered.
 
-    Attributes:
-        files: device and inode of what its process has open, and of what its nodes name.
-        frozen: the agent says that the guest's file systems are; None where it was not asked or did not answer.
-        agent: a guest's agent listens.
-        beside: where QEMU's devices are not the machine's disks.
+    ``files``: device and inode of what its process has open, and of what its nodes name. ``frozen``: the agent says
+    that the guest's file systems are; None where it was not asked or did not answer. ``agent``: a guest's agent
+    listens. ``beside``: where QEMU's devices are not the machine's disks.
     """
 
     status: str

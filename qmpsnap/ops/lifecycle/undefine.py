@@ -30,23 +30,15 @@ Told = Callable[[str], object]
 
 
 async def run(context: Context, name: str, *, disks: Fate | None, told: Told | None = None) -> list[str]:
-    """Forget a machine and its snapshots.
+    """Forget a machine and its snapshots; returns paths of the images and state files that are left or were removed.
 
-    Args:
-        context: where.
-        name: the machine.
-        disks: ``keep`` leaves its images as files, ``remove`` deletes those that qmpsnap made and nobody else
-            reads; None refuses when anything would be lost. With ``keep`` an operation that cannot be ended is given
-            up, unless the machine's QEMU runs; of an adopted one that its owner has launched again we know nothing.
-        told: learns what was given up.
-
-    Returns:
-        Paths of the images and state files that are left (``keep``) or were removed (``remove``); a file that
-        somebody has put in the place of one of them is left alone.
+    ``disks``: ``keep`` leaves its images as files, ``remove`` deletes those that qmpsnap made and nobody else reads;
+    None refuses when anything would be lost. With ``keep`` an operation that cannot be ended is given up, and ``told``
+    learns of it, unless the machine's QEMU runs; of an adopted one that its owner has launched again we know nothing. A
+    file that somebody has put in the place of one that would go is left alone.
 
     Raises:
-        StateError: it runs, another process has images open that would go, or something would be lost and ``disks``
-            is None.
+        StateError: it runs, another process has images open that would go, or something would be lost.
         OperationPending: an earlier operation cannot be ended now, nor given up.
         HostCannot: with effect ``applied``, the machine is forgotten and files of it are left, which are named.
     """

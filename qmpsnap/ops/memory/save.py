@@ -46,8 +46,7 @@ class Held(Struct, frozen=True):
 async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]]:
     """Make the file and ready QEMU to write to it; afterwards QEMU is as it was, the file stays.
 
-    Raises:
-        HostCannot: no space for all of it; a save that has begun must not run out of it.
+    There has to be space for all of it: a save that has begun must not run out of it.
     """
     descriptors = [await to_end(statefile.create, memory.part)]
     try:

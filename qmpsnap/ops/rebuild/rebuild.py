@@ -79,10 +79,7 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
     Raises:
         StateError: the store is whole, or there is nothing to make one from.
         LockHeld: a controller works on a machine.
-        StoreTooNew: a newer qmpsnap wrote the store.
-        QemuGone: the QEMU of a machine runs and does not say what it writes to.
-        DeadlinePassed: likewise.
-        HostCannot: a folder cannot be read, or the new store not be written.
+        QemuGone: the QEMU of a machine runs and does not say what it writes to; so too ``DeadlinePassed``.
     """
     health_found = await to_read(lambda: health.look(home.store, machines=home.machines))
     if health_found == "whole" and not set_aside:

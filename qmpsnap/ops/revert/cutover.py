@@ -25,10 +25,7 @@ from qmpsnap.ops.outside import layer_changes
 async def switch(session: MachineSession, operation: Operation[RevertPlan]) -> None:
     """End QEMU, if it lives, and make the revert true; the machine is stopped afterwards.
 
-    Raises:
-        DeadlinePassed: QEMU cannot be ended.
-        StoreMismatch: another file is where a layer lay that should go; it was not touched.
-        HostCannot: the UEFI variable store cannot be copied.
+    ``StoreMismatch``: another file is where a layer lay that should go; it was not touched.
     """
     context, machine, plan = session.context, session.machine, operation.plan
     await require_ended(context.process(machine), session.qemu, machine=machine.name, effect="unknown")

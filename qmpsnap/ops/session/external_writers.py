@@ -47,11 +47,8 @@ async def new_counts(broken: Broken, *, old: Sequence[Layer], new: Sequence[Laye
 
     The owner of an adopted machine goes on with the old side, as the store has not said otherwise; what was written to
     the new one was so before. All other machines go on with the new side. ``fresh``: the new layers lie on the old ones
-    and were empty at the operation's step, at which the guest still wrote to the old.
-
-    Raises:
-        OperationPending: another process has one of them open, or both may have been written to.
-        HostCannot: that cannot be told.
+    and were empty at the operation's step, at which the guest still wrote to the old. ``OperationPending``: another
+    process has one of them open, or both may have been written to.
     """
     if not broken.machine.adopted:
         return True

@@ -20,13 +20,10 @@ Unfinished = Literal["refuse", "carry on", "cancel"]
 
 
 class Broken(Struct, Generic[P_co], frozen=True, kw_only=True):
-    """An open operation, and what is wanted of its end.
+    """An open operation of a machine whose lock we hold, and what is wanted of its end.
 
-    Attributes:
-        machine: its machine, whose lock we hold.
-        unfinished: what to do with a job that still works.
-        error: why it did not come to its own end; kept with an operation that is undone.
-        report: told about the progress of a job that is carried on.
+    ``unfinished``: what to do with a job that still works; ``report`` is told about its progress when it is carried on.
+    ``error``: why it did not come to its own end; kept with an operation that is undone.
     """
 
     context: Context

@@ -51,11 +51,9 @@ class QuiesceRequest(Struct, frozen=True, kw_only=True):
 class Freezer:
     """The freeze of one snapshot, from :func:`prepared`.
 
-    Attributes:
-        wish: ``skip`` when it is certain that nothing will be frozen.
-        why: why the file systems are not (or were not all the time) frozen, where that was preferred.
-        sent: the agent was told to freeze.
-        frozen_ms: from then until it had thawed; None before that, and where nobody knows when it did.
+    ``wish`` is ``skip`` when it is certain that nothing will be frozen; ``why``: why the file systems are not (or were
+    not all the time) frozen, where that was preferred. ``frozen_ms``: from when the agent was told to freeze (``sent``)
+    until it had thawed; None before that, and where nobody knows when it did.
     """
 
     def __init__(self, wish: Quiesce = "skip", why: str = "") -> None:

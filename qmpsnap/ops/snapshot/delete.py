@@ -102,11 +102,9 @@ async def preview(context: Context, name: str, request: DeleteRequest) -> Delete
 
 
 async def run(context: Context, name: str, request: DeleteRequest, *, report: Report = unreported) -> DeletePlan:
-    """Delete; returns what was done.
+    """Delete; returns what was done. Where one is not there nothing is.
 
-    Raises:
-        NotFoundError: a snapshot is not there; nothing was deleted.
-        QmpsnapError: a job failed: the snapshots are gone, their layers stay hidden until the next delete.
+    When a job fails the snapshots are gone, and their layers stay hidden until the next delete.
     """
     async with working(context, name, "snapshot delete", removes=not request.metadata) as session:
         at, made = await _plan(session, request)

@@ -73,8 +73,7 @@ async def have_moved(copied: Copied | None) -> bool:
 async def held(qemu: Monitor, *, when: bool, machine: str) -> AsyncIterator[None]:
     """For the block the guest is held; unless ``when``, nothing is done.
 
-    Raises:
-        StateError: QEMU has paused the guest by itself before we could; it stays paused.
+    ``StateError``: QEMU has paused the guest by itself before we could; it stays paused.
     """
     if not when:
         yield

@@ -130,10 +130,7 @@ _UNWRITABLE = frozenset(
 def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Connection:
     """Open the store's file, making or migrating it as needed.
 
-    Raises:
-        StoreTooNew: a newer qmpsnap wrote it.
-        StoreMismatch: the file is damaged or no store at all.
-        HostCannot: it cannot be opened or written (rights, full disk); :func:`readable` may still read it.
+    Where it cannot be opened or written (``HostCannot``: rights, full disk) :func:`readable` may still read it.
     """
     try:
         files.make_folder(path.parent)
