@@ -17,7 +17,6 @@ from qmpsnap.ops import save, stack
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.internal import create as internal
 from qmpsnap.ops.internal.create import InternalRequest
-from qmpsnap.ops.lifecycle import dry_run
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest, StreamRequest
 from qmpsnap.ops.mirror import mirror
@@ -265,7 +264,7 @@ class MachineHandle(MachineLife):
 
     async def preview_rename(self, old: str, new: str) -> None:
         """Refused where :meth:`rename_snapshot` would be now; changes nothing."""
-        await dry_run.renamed(self._context, self.name, old, new)
+        await rename.preview(self._context, self.name, old, new)
 
     async def commit(
         self,

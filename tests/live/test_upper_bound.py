@@ -13,6 +13,7 @@ from qmpsnap.errors import HostCannot
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, Format
 from qmpsnap.model.names import layer_id
+from qmpsnap.model.planning.state import CLUSTER
 from qmpsnap.ops.base import free_space
 from qmpsnap.ops.base.free_space import Room
 from qmpsnap.ops.merge.commit import StreamRequest, preview
@@ -59,7 +60,7 @@ async def test_a_stream_moves_no_more_than_it_says(q: qmpsnap.Controller, place:
     written = _occupied(active) - before
     (said,) = {step.moves for plan in (made, done) for step in plan.steps if hasattr(step, "moves")}
     assert written <= said, f"{written} bytes were written, {said} at most were foretold"
-    assert said <= 4 * MIB + 6 * free_space.CLUSTER
+    assert said <= 4 * MIB + 6 * CLUSTER
 
 
 @pytest.mark.parametrize(("top", "zeros"), [("s2", True), (None, False)], ids=["middle", "active"])
@@ -114,7 +115,7 @@ async def test_a_delete_goes_the_way_that_writes_less_and_not_that_of_the_smalle
 def test_what_cannot_be_counted_is_all_there(tmp_path: Path, damage: int) -> None:
     path, kind = _base(tmp_path, "compressed")
     if damage:
-        os.truncate(path, 3 * free_space.CLUSTER)  # its tables lie behind that
+        os.truncate(path, 3 * CLUSTER)  # its tables lie behind that
     else:
         path.unlink()
     layer = Layer(id=layer_id("vda", 1), path=str(path), format=kind, backing=None, virtual_size=4 * MIB)

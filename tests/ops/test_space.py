@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot
 from qmpsnap.model.operations.operation import Change, Merge, Removal
-from qmpsnap.model.planning.state import Situation
+from qmpsnap.model.planning.state import CLUSTER, Situation
 from qmpsnap.ops.base import free_space
 from qmpsnap.ops.base.free_space import Need, Room
 from qmpsnap.ops.session.planning_state import require_space
@@ -40,7 +40,7 @@ def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
 
 
 def test_an_image_has_tables_besides_its_data() -> None:
-    assert free_space.of_image(1 << 40) == 4 * free_space.CLUSTER + 8 * 2048
+    assert free_space.of_image(1 << 40) == 4 * CLUSTER + 8 * 2048
     assert 100 * MIB < free_space.of_image(1 << 30, 100 * MIB) < 101 * MIB
 
 

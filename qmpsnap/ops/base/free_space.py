@@ -13,9 +13,7 @@ from qmpsnap.errors import HostCannot
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import CreatePlan, Overlay
-
-CLUSTER = 64 << 10
-"""Bytes of qemu-img's clusters: what an image grows by."""
+from qmpsnap.model.planning.state import CLUSTER, TABLE_COVERS
 
 STORE = 256 << 10
 """Bytes the store's journal may need for one operation."""
@@ -78,8 +76,7 @@ def require(needs: Iterable[Need], *, machine: str, hint: str = "free some space
 
 def of_image(virtual_size: int, data: int = 0) -> int:
     """Bytes that a qcow2 image of that size takes with so much data in it: tables and reference counts are added."""
-    per_l1 = CLUSTER // 8 * CLUSTER
-    tables = 8 * -(-virtual_size // per_l1)
+    tables = 8 * -(-virtual_size // TABLE_COVERS)
     clusters = -(-data // CLUSTER)
     return 4 * CLUSTER + tables + clusters * (CLUSTER + 8 + 2) + (CLUSTER if data else 0)
 

@@ -94,10 +94,7 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
         )
     with contextlib.ExitStack() as stack:
         if not dry_run:
-            for machine in await context.astore.machines():
-                path = context.home.lock(machine.name)
-                stack.enter_context(machine_lock(path, machine=machine.name, verb="relocate"))
-            await _go_on(context)
+            await _locked_go_on(context, stack)
         at = await to_read(look, context)
         if dry_run:
             return at.outcome
@@ -124,13 +121,13 @@ async def go_on(context: Context) -> None:
     if record is None or record.moving is None or record.moving.now != str(context.home.data):
         return
     with contextlib.ExitStack() as stack:
-        for machine in await context.astore.machines():
-            path = context.home.lock(machine.name)
-            stack.enter_context(machine_lock(path, machine=machine.name, verb="relocate"))
-        await _go_on(context)
+        await _locked_go_on(context, stack)
 
 
-async def _go_on(context: Context) -> None:
+async def _locked_go_on(context: Context, locks: contextlib.ExitStack) -> None:
+    for machine in await context.astore.machines():
+        path = context.home.lock(machine.name)
+        locks.enter_context(machine_lock(path, machine=machine.name, verb="relocate"))
     record = await blocking(context.store.home.record)
     if record and record.moving and record.moving.now == str(context.home.data):
         await _end(context, record.moving)

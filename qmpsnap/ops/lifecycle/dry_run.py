@@ -1,4 +1,4 @@
-"""What ``define``, ``undefine`` and ``snapshot rename`` would do now (``--dry-run``): nothing is made or changed."""
+"""What ``define`` and ``undefine`` would do now (``--dry-run``): nothing is made or changed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,9 @@ from pathlib import Path
 from msgspec import Struct
 
 from qmpsnap.host.threads import to_read
-from qmpsnap.model.layers.snapshot import require_snapshot
-from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.model.names import OperationId, check_name
+from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import DefinePlan
-from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.lifecycle import define, undefine
@@ -47,14 +44,3 @@ async def forgotten(context: Context, name: str, *, disks: undefine.Fate | None)
     states = [found.vmstate.path for found in await context.astore.snapshots(name) if found.vmstate]
     files = (*images, *states)
     return Forgotten(removed=files) if disks == "remove" else Forgotten(kept=files)
-
-
-async def renamed(context: Context, name: str, old: str, new: str) -> Machine:
-    """Make sure that :func:`qmpsnap.ops.snapshot.rename.run` would do it now; returns the machine."""
-    check_name(new, "snapshot")
-    async with looking(context, name) as session:
-        snapshots = await context.astore.snapshots(name)
-        require_snapshot(snapshots, old, machine=name)
-        requests.require_snapshot_name(session.machine, await context.astore.chains(name), new)
-        requests.require_free_name(snapshots, new, machine=name)
-        return session.machine

@@ -56,17 +56,18 @@ class Freezer:
     until it had thawed; None before that, and where nobody knows when it did.
     """
 
-    def __init__(self, wish: Quiesce = "skip", why: str = "") -> None:
+    def __init__(
+        self, wish: Quiesce = "skip", why: str = "", *, machine: str = "", window: float = FREEZE_WINDOW
+    ) -> None:
         self.wish: Quiesce = wish
         self.why = why
         self.sent = False
         self.frozen_ms: float | None = None
-        self._since = 0.0
-        self._window = FREEZE_WINDOW
+        self._machine = machine
+        self._window = window
+        self._since = self._until = 0.0
         self._agent: Agent | None = None
         self._watch: Watch | None = None
-        self._until = 0.0
-        self._machine = ""
 
     @property
     def reached(self) -> bool:
@@ -190,8 +191,7 @@ async def prepared(
         yield Freezer()
         return
     async with contextlib.AsyncExitStack() as stack:
-        freezer = Freezer(request.wish)
-        freezer._machine, freezer._window = machine.name, request.window  # noqa: SLF001 - its own maker
+        freezer = Freezer(request.wish, machine=machine.name, window=request.window)
         try:
             await _require_guest(machine, qemu)
             run_dir = context.home.run_dir(machine.name)
@@ -200,7 +200,7 @@ async def prepared(
             )
             guard = await watch.over_agent(guest.channel, window=request.window, run_dir=run_dir)
             stack.push_async_callback(guard.leave, b"")
-            freezer._agent, freezer._watch = guest, guard  # noqa: SLF001
+            freezer._agent, freezer._watch = guest, guard  # noqa: SLF001 - its own maker
         except QmpsnapError as error:
             if request.wish == "require":
                 error.effect = "none"
@@ -232,17 +232,12 @@ async def _require_guest(machine: Machine, qemu: Monitor | None) -> None:
     status = await commands.query_status(qemu) if qemu else None
     if status is None or not status.running:
         state = "stopped" if status is None else runstate.SUSPENDED if status.live else "paused"
-        raise StateError(
-            f"machine {machine.name} is {state}: only a running guest can freeze its file systems",
-            hint=_WITHOUT,
-            machine=machine.name,
-        )
-    if machine.adopted or not machine.spec.agent:
-        raise StateError(
-            f"machine {machine.name} has no guest agent channel",
-            hint=_WITHOUT,
-            machine=machine.name,
-        )
+        problem = f"is {state}: only a running guest can freeze its file systems"
+    elif machine.adopted or not machine.spec.agent:
+        problem = "has no guest agent channel"
+    else:
+        return
+    raise StateError(f"machine {machine.name} {problem}", hint=_WITHOUT, machine=machine.name)
 
 
 # --- afterwards -------------------------------------------------------------------------------------------------------
