@@ -1,8 +1,8 @@
-"""The journal's steps: for every kind of operation, what is durable from each on and which way recovery goes then.
+"""The journal's steps: for every kind of operation, what is durable at each step and how recovery ends it from there.
 
-The store refuses a step that is not here, and ``scripts/faults`` dies at every one that is: a new step cannot be
-forgotten. Steps of a merge carry the number of their job (``0:started``), those of a mirror the identity of its file
-(``made:64769:1234``), both sometimes a note (``:running``, or the state of the file that is to be written to); here
+The store refuses a step that is not listed here, and ``scripts/faults`` kills qmpsnap at every step that is, so no step
+goes untested. Steps of a merge contain the number of their job (``0:started``), those of a mirror the identity of its
+file (``made:64769:1234``), both sometimes a note (``:running``, or the state of the file that will be written to); here
 they are ``N:started`` and ``made:FILE``.
 """
 
@@ -37,73 +37,76 @@ UNDONE: Final = "undone"
 
 
 class Step(Struct, frozen=True):
-    """One step; ``means`` says what holds once it is durable, and what recovery does from there."""
+    """One step; ``means`` says which facts hold once it is durable, and what recovery does from there."""
 
     name: str
     means: str
 
 
 _MERGE: Final = (
-    Step(PLANNED, "what the verb records first is recorded; no job has started: back"),
-    Step("N:started", "the job may have written; its source is still valid: back"),
-    Step("N:finalizing", "both sides are equal, the vCPUs may be paused: forward, without QEMU by rewriting headers"),
+    Step(PLANNED, "the operation is recorded and no job has started: roll back"),
+    Step("N:started", "the job may have written, its source is still valid: roll back"),
+    Step(
+        "N:finalizing",
+        "both sides are equal, the vCPUs may be paused: roll forward, or rewrite headers if QEMU is gone",
+    ),
     Step("N:settled", "the change is recorded: dismiss the job, close nodes, remove files; later jobs only on request"),
-    Step(UNDONE, "what the opening recorded is taken back: back"),
+    Step(UNDONE, "the changes recorded at its opening are reverted: roll back"),
     Step(SETTLED, "nothing is left to do"),
 )
 _MERGE_ALONE: Final = tuple(step for step in _MERGE if step.name != UNDONE)
-"""Of what opens with nothing that can be taken back: a stream changes nothing at once, and a name that went is gone."""
+"""For verbs whose opening records nothing that can be reverted: a stream, and a delete, whose names are gone."""
 
 STEPS: Final[dict[str, tuple[Step, ...]]] = {
     "define": (
-        Step(PLANNED, "files may exist, unused: back"),
+        Step(PLANNED, "unused files may exist: roll back"),
         Step(SETTLED, "the machine exists"),
     ),
     "undefine": (
-        Step(PLANNED, "the machine is undefined; files of it may be left: forward"),
+        Step(PLANNED, "the machine is undefined; some of its files may be left: roll forward"),
         Step(SETTLED, "the files are removed, or the reason is noted"),
     ),
     "create": (
-        Step(PLANNED, "overlays may exist and be open; the guest does not write to them: back"),
+        Step(PLANNED, "overlays may exist and be open; the guest does not write to them: roll back"),
         Step(
             TRANSACTION, "QEMU may write to the overlays, or a chosen path may be the file's only name: QEMU is asked"
         ),
-        Step(SAVING, "the memory is captured and being written while the guest runs: forward if it is complete"),
+        Step(SAVING, "the memory is captured and being written while the guest runs: roll forward if it is complete"),
         Step(
             LOST, "the disks are on their overlays; memory or UEFI variables are lost: keep layers, drop the snapshot"
         ),
-        Step(ENDING, "the snapshot exists; QEMU still has to end: forward"),
+        Step(ENDING, "the snapshot exists; QEMU still has to end: roll forward"),
         Step(SETTLED, "the snapshot exists"),
     ),
     "internal": (
-        Step(PLANNED, "QEMU is not involved yet: back"),
-        Step(STARTED, "images may have tags: forward if all have, else the tags are deleted"),
-        Step(RECORDED, "the snapshot exists; QEMU's job may, too: forward"),
+        Step(PLANNED, "QEMU is not involved yet: roll back"),
+        Step(STARTED, "images may have tags: roll forward if all have, else the tags are deleted"),
+        Step(RECORDED, "the snapshot exists, and QEMU's job may exist: roll forward"),
         Step(SETTLED, "nothing is left to do"),
     ),
     "load": (
-        Step(PLANNED, "QEMU is not involved yet: back"),
-        Step(KEEPING, "the guest may be paused and its state tagged: delete the tags, resume the guest: back"),
-        Step(LOADING, "disks and memory may be the snapshot's: forward if the job was started"),
-        Step(LOADED, "the machine is at the snapshot; its guest may still be paused: forward"),
+        Step(PLANNED, "QEMU is not involved yet: roll back"),
+        Step(KEEPING, "the guest may be paused and its state tagged: delete the tags, resume the guest: roll back"),
+        Step(LOADING, "disks and memory may be the snapshot's: roll forward if the job was started"),
+        Step(LOADED, "the machine is at the snapshot; its guest may still be paused: roll forward"),
         Step(SETTLED, "nothing is left to do"),
     ),
     "commit": _MERGE,
     "stream": _MERGE_ALONE,
     "delete": _MERGE_ALONE,
     "mirror": (
-        Step(PLANNED, "the file may exist under a temporary name: back"),
-        Step("made:FILE", "the file is qmpsnap's under its final name, too; QEMU may have it open: back"),
-        Step("started:FILE", "the job may have written to the copy; the old active layer is valid: back"),
-        Step("finalizing:FILE", "both sides are equal, the vCPUs may be paused: forward"),
+        Step(PLANNED, "the file may exist under a temporary name: roll back"),
+        Step("made:FILE", "the file is qmpsnap's under its final name, too; QEMU may have it open: roll back"),
+        Step("started:FILE", "the job may have written to the copy; the old active layer is valid: roll back"),
+        Step("finalizing:FILE", "both sides are equal, the vCPUs may be paused: roll forward"),
         Step("settled:FILE", "the change is recorded: dismiss the job, close nodes, remove files"),
         Step(SETTLED, "nothing is left to do"),
     ),
     "revert": (
-        Step(PLANNED, "new layers may exist; the guest is untouched: back"),
-        Step(STOPPING, "QEMU may have ended: forward, the machine stopped"),
-        Step(SWITCHED, "the machine is at the snapshot; unneeded files may be left: forward"),
-        Step(STARTING, "QEMU may be starting: forward; one that has its memory keeps running"),
+        Step(PLANNED, "new layers may exist; the guest is untouched: roll back"),
+        Step(STOPPING, "QEMU may have ended: roll forward and leave the machine stopped"),
+        Step(SWITCHED, "the machine is at the snapshot; unneeded files may be left: roll forward"),
+        Step(STARTING, "QEMU may be starting: roll forward; a QEMU that has loaded its memory keeps running"),
         Step(SETTLED, "nothing is left to do"),
     ),
 }
@@ -144,6 +147,6 @@ def name_of(step: str) -> str:
 
 
 def require_known(verb: str, step: str) -> None:
-    """Raise ``ValueError`` for a step that an operation of this verb does not have: whoever wrote it forgot us."""
+    """Raise ``ValueError`` for a step that an operation of this verb does not have: it is missing in this module."""
     if name_of(step) not in {known.name for known in STEPS[verb]}:
         raise ValueError(f"an operation {verb!r} has no step {step!r}: add it to qmpsnap/model/operations/steps.py")
