@@ -6,7 +6,7 @@
      ├── UsageError                 2  the request itself is wrong
      │    ├── NameRefused           2  a name outside [a-z0-9][a-z0-9._-]{0,62}
      │    ├── SpecError             2  a machine spec, with file:line:column
-     │    └── ImageRefused          2  an image that is not what it is said to be
+     │    └── ImageRefused          2  an image of another format than declared, or not allowed
      ├── NotFoundError              3  no such machine, snapshot, disk or layer
      ├── StateError                 4  understood, but not in this state
      │    ├── NameTaken             4
@@ -202,7 +202,7 @@ class DeadlinePassed(QmpsnapError):
 
 
 class StorageHangs(DeadlinePassed):
-    """A thread of ours waits for a file, and was left to itself; its machine stays locked until it is back.
+    """A thread that waits for a file was abandoned; its machine stays locked until the thread returns.
 
     Attributes:
         path: the file, where that could be told.

@@ -47,10 +47,11 @@ class MachineHandle(MachineLife):
     ) -> Snapshot:
         """Take a snapshot, all disks at one instant; a ``full`` one with the guest's memory of that same instant.
 
-        An ``internal`` one lies inside the qcow2 images, also its memory, for which the guest stands still.
+        An ``internal`` one is stored inside the qcow2 images, with its memory; the guest is paused while that is
+        written.
 
-        Of the disks alone the guest notices nothing. For its memory it is held for milliseconds; where the host allows
-        no more than a copy of a guest that stands still, it is held for as long as that takes.
+        The guest does not notice a snapshot of its disks. For its memory it is paused for milliseconds, or for the
+        whole save if the host supports nothing better.
 
         Args:
             name: its name; None takes the next free ``snap-N``.
@@ -61,9 +62,9 @@ class MachineHandle(MachineLife):
                 - ``description``: free text.
                 - ``disks``: names of the disks; None (the default) takes all that the spec does not leave out.
                 - ``files``: disk to the path of its new layer, where that is to be a place of the caller's choice.
-                - ``max_pause_ms``: with ``full``: refuse, rather than hold the guest longer than this.
+                - ``max_pause_ms``: with ``full``: refuse rather than pause the guest longer than this.
                 - ``compression``: with ``full``: ``none`` or ``zstd``, of the memory's file.
-                - ``degrade``: with ``full``: should only the memory fail, keep the disks' snapshot and return that.
+                - ``degrade``: with ``full``: if only the memory fails, keep the disks' snapshot and return that.
                 - ``memory``: with ``internal``: whether the guest's memory is saved, too; None if there is a guest.
                 - ``quiesce``: ``require``: of frozen file systems or not at all; ``prefer``: if the guest's agent can
                   freeze them, and the snapshot's ``unquiesced`` says why it could not; ``skip`` (the default).
@@ -116,10 +117,10 @@ class MachineHandle(MachineLife):
         compression: Compression = "none",
         report: Report = unreported,
     ) -> Snapshot:
-        """Take a full snapshot and end QEMU; :meth:`restore` lets the machine go on from there.
+        """Take a full snapshot and end QEMU; :meth:`restore` continues the machine from there.
 
         Args:
-            file: where the memory goes; None lets it lie with the machine's images.
+            file: path of the state file; None stores it beside the machine's images.
             name: the snapshot's name; None takes the next free ``saved-N``.
             description: free text.
             compression: of the memory's file.
@@ -200,16 +201,16 @@ class MachineHandle(MachineLife):
     async def revert(
         self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None, after: bool = True
     ) -> Reverted:
-        """Go back to a snapshot: new empty layers on its points become active. A running guest is ended for it.
+        """Revert to a snapshot: new empty layers on its points become active. A running guest is ended for it.
 
-        With a full snapshot the guest goes on where it was; with one of its disks it boots, if the machine ran.
+        After a full snapshot the guest continues where it was; after one of the disks it boots, if the machine ran.
 
-        Disks that the snapshot does not include stay as they are. What was written since is kept as an automatic
-        snapshot, ``auto-N``, unless there is nothing.
+        Disks that the snapshot does not include are unchanged. Data written since is kept as an automatic snapshot,
+        ``auto-N``; without such data there is none.
 
         Args:
             snapshot: the snapshot, or its name.
-            discard: remove what was written since instead.
+            discard: remove the data written since instead.
             state: ``running`` or ``paused`` afterwards; None leaves the machine running, paused or stopped as it was,
                 and running after a full snapshot.
             after: with a full snapshot, set the guest's clock and announce its network cards.

@@ -1,7 +1,7 @@
 """QEMU's block graph, read as chains of our layers.
 
-Node names are layer ids, so names alone tell which image stands where. What stands between a device and its first
-layer must be a filter (throttle, a job's own); anything else is an image that somebody else put there.
+Node names are layer ids, so names alone show which image is where. A node between a device and its first layer must be
+a filter (throttle, a job's own); any other is an image that another client inserted.
 """
 
 from collections.abc import Mapping, Sequence

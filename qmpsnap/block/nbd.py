@@ -1,4 +1,4 @@
-"""Asking whether an NBD server is there, before QEMU connects: QEMU's own attempt would hold the guest up."""
+"""Asking whether an NBD server is there, before QEMU connects: QEMU's own attempt would block the guest."""
 
 import anyio
 from anyio.abc import ByteStream

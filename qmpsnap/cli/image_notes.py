@@ -1,4 +1,4 @@
-"""What `list`, `show` and whoever changes an adopted machine say about images, and about who has them open."""
+"""Notes about images, and the programs that have them open, for `list`, `show` and changes of adopted machines."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ def tell(name: str, found: Seen) -> None:
 
 
 def tell_scope(name: str) -> None:
-    """Say that a QEMU of ours ends with whoever started it, where it need not."""
+    """Say that QEMU will end with the session or unit that started it, if that can be avoided."""
     from qmpsnap.machine.starting import scope
 
     with answering() as store:

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.report(left, form)
         return left.exit_code
     except BrokenPipeError:
-        return 128 + signal.SIGPIPE  # whoever read us has had enough
+        return 128 + signal.SIGPIPE  # the reader of our output has closed the pipe
     except Exception as error:
         if (what := system_errors.refused(error)) is None:
             raise

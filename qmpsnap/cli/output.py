@@ -121,7 +121,7 @@ def note(text: str) -> None:
 
 
 def aside(text: str) -> None:
-    """Write to stderr as it is; should that fail, there is nobody to tell, and no reason to leave work half done."""
+    """Write to stderr as it is; if that fails, there is nobody to tell, and no reason to leave work half done."""
     with contextlib.suppress(OSError):
         _pour(sys.stderr, text)
 
@@ -207,7 +207,7 @@ def _pour(stream: TextIO | None, said: str | bytes) -> None:
 
 
 def _wait_for_room(descriptor: int) -> None:
-    """Whoever shares the descriptor with us has made it non-blocking."""
+    """A process that shares the descriptor with us has made it non-blocking."""
     import select
 
     poll = select.poll()

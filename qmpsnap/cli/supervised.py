@@ -39,7 +39,7 @@ class _Session:
         self.machine: str | None = None
         self.form: output.Format = "table"
         self.answer = -1
-        """In the child: where the exit code is told."""
+        """In the child: the descriptor to which it writes its exit code."""
 
 
 _session = _Session()
@@ -51,7 +51,7 @@ def want() -> None:
 
 
 def about(machine: str | None, form: output.Format) -> None:
-    """Say what the command is about, for what is said when it cannot say it itself."""
+    """Record what the command works on, for messages that its child can no longer print."""
     _session.machine, _session.form = machine, form
 
 

@@ -24,9 +24,9 @@ LOOK: Final = 0.5
 
 _guard = threading.Lock()
 _helpers: "set[Work[Any]]" = set()
-"""Those that only wait for a program of ours to end."""
+"""Those that only wait for a helper program to end."""
 _left: "set[Work[Any]]" = set()
-"""What runs in threads that were left to themselves, of all loops of this process."""
+"""The work of abandoned threads, of all event loops of this process."""
 
 
 class Cover:
@@ -138,7 +138,7 @@ def storage_hangs(wait: storage_wait.Wait, seconds: float, *, effect: Effect, wh
 
 
 def leave_process(pid: int, error: StorageHangs) -> None:
-    """Count a process that was killed, and does not end yet, as work of ours that is not back."""
+    """Count a process that was killed and has not ended yet as outstanding work."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -155,7 +155,7 @@ def leave_process(pid: int, error: StorageHangs) -> None:
 
 
 def briefly(call: Callable[[], T], otherwise: U, *, seconds: float) -> T | U:
-    """The answer of a call that only reads, or ``otherwise`` if it takes longer; whoever asks need not be a task."""
+    """The answer of a call that only reads, or ``otherwise`` if it takes longer; the caller need not be a task."""
     answer: queue.SimpleQueue[T] = queue.SimpleQueue()
 
     def ask() -> None:

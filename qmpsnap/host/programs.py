@@ -1,6 +1,6 @@
-"""Programs that we run to their end: killed, reaped and let go of, whoever cancels us and how often.
+"""Programs that are run to their end: killed, reaped and closed however often the caller is cancelled.
 
-One that storage does not let end is left, and told of: nobody can end it.
+A program that hanging storage keeps from ending is left and reported: nobody can end it.
 """
 
 import contextlib

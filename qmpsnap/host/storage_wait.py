@@ -1,7 +1,7 @@
-"""Which file a thread waits for: asked of ``/proc``, which answers whatever storage hangs.
+"""Which file a thread waits for: read from ``/proc``, which answers even while storage hangs.
 
-A thread that hangs is told from one that is slow by what the kernel counts of it: one that reads, writes or waits for
-page after page is scheduled again and again.
+The kernel's counters distinguish a hanging thread from a slow one: a thread that reads, writes or waits for page after
+page is scheduled again and again.
 """
 
 import contextlib

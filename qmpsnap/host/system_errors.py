@@ -1,6 +1,6 @@
-"""What the system refuses us, in words: the one place that knows which foreign errors are no mistake of ours.
+"""Refusals by the system, in words: the one place that knows which foreign errors are not bugs of qmpsnap.
 
-Where much can be said of a refusal it is said where that happens; this is for all the others. Loaded before a limit of
+A refusal that allows a precise message is reported where it happens; this is for all others. Loaded before a limit of
 the process can keep it from being loaded.
 """
 
@@ -27,14 +27,14 @@ _NO_THREAD = "can't start new thread"
 
 
 def refused(error: BaseException) -> str | None:
-    """What the system has refused us on the way; None where an error that nobody has caught is our own mistake."""
+    """What the system has refused; None if an uncaught error is a bug of qmpsnap."""
     if what := _said(error):
         sys.unraisablehook = lambda _: None  # what falls apart after that has nothing new to say
     return what
 
 
 def translated(error: BaseException) -> QmpsnapError | None:
-    """An error as our callers know it, what has come of it unknown; None where it is a mistake of ours, or an end."""
+    """The error as callers know it, with effect ``unknown``; None if it is a bug, or an exit."""
     if isinstance(error, QmpsnapError):
         return error
     if not isinstance(error, Exception) or isinstance(error, BrokenPipeError):  # that is the caller's own output
@@ -44,7 +44,7 @@ def translated(error: BaseException) -> QmpsnapError | None:
 
 
 def border(api: C) -> C:
-    """Let the coroutines of a class raise errors of ours alone, but for mistakes."""
+    """Let the coroutines of a class raise only qmpsnap's errors, except for bugs."""
     for name, method in vars(api).copy().items():
         if inspect.iscoroutinefunction(method) and not name.startswith("_"):
             setattr(api, name, _translating(method))

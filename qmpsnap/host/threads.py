@@ -1,8 +1,8 @@
-"""What waits for a disk runs in a thread; nobody leaves while it still does, nor while something is being closed.
+"""Calls that wait for a disk run in a thread; they are awaited to their end, and so is closing something.
 
-Storage that hangs is the exception: a thread that does not get on is left to itself after
-:func:`qmpsnap.host.storage_wait.deadline`. What was locked stays locked until it is back, and nobody works on files
-under that lock meanwhile.
+Storage that hangs is the exception: a thread without progress is abandoned after
+:func:`qmpsnap.host.storage_wait.deadline`. Its lock is kept until it returns, and nobody works on files under that lock
+meanwhile.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 async def to_end(call: Callable[..., T], *arguments: object) -> T:
-    """Run a call in a thread and hand on its result, whoever cancels meanwhile; see :func:`completed`.
+    """Run a call in a thread and return its result even if the caller is cancelled meanwhile; see :func:`completed`.
 
     ``StorageHangs``: the call waits for a file and does not get on; or an earlier one does, under the same lock.
     """
@@ -43,7 +43,7 @@ def runs_to_end(call: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
 
 async def to_read(call: Callable[..., T], *arguments: object) -> T:
-    """As :func:`to_end`, for a call that only reads: whoever is cancelled leaves it to itself at once."""
+    """As :func:`to_end`, for a call that only reads: a cancelled caller abandons it at once."""
     if cover := covered():
         cover.require_back()
     work = Work(call, *arguments, reads=True)
@@ -61,11 +61,11 @@ async def to_read(call: Callable[..., T], *arguments: object) -> T:
 
 
 async def completed(work: Coroutine[Any, Any, T], *, hangs: Callable[[], StorageHangs | None] | None = None) -> T:
-    """Await to the end and hand on the result, whoever cancels meanwhile: that is raised by the next other await.
+    """Run to completion and return the result; a pending cancellation is delivered by the next other await.
 
-    So does anyio for its own scopes. But asyncio's ``Task.cancel``, which Ctrl-C and ``asyncio.timeout`` come as, makes
-    whoever waits leave at once, also where a scope is shielded: the work would go on beside whatever cleans up, and
-    what it has opened would be lost.
+    anyio does this for its own scopes. But asyncio's ``Task.cancel``, which Ctrl-C and ``asyncio.timeout`` use, ends
+    the wait at once even in a shielded scope: the work would continue beside the clean-up, and files it has opened
+    would be lost.
 
     The work is a task of its own, which no deadline of the caller's ends: it has to have one itself, or it is left
     once ``hangs`` has an error to raise instead.
@@ -86,7 +86,7 @@ async def completed(work: Coroutine[Any, Any, T], *, hangs: Callable[[], Storage
         working.add_done_callback(_unheard)
     failed = hang or working.exception()
     if heard and failed:
-        raise heard[0] from failed  # nothing is lost, and whoever cleans up is not cancelled in that
+        raise heard[0] from failed  # nothing is lost, and the clean-up is not cancelled
     if hang:
         raise hang
     for _ in heard:

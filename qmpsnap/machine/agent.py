@@ -83,7 +83,7 @@ class Agent:
 
     @property
     def channel(self) -> socket.socket:
-        """The connection itself, for a process of ours that is to go on with the conversation."""
+        """The connection itself, for the guard, which continues the conversation."""
         return self._stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - not Django's
 
     async def close(self) -> None:

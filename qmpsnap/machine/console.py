@@ -59,7 +59,7 @@ def _raw(descriptor: int) -> Iterator[None]:
         yield
         return
     before = termios.tcgetattr(descriptor)
-    with contextlib.suppress(OSError):  # whoever has no stderr knows how to leave
+    with contextlib.suppress(OSError):  # a user without stderr knows how to leave
         print("attached; Ctrl-] leaves the console", file=sys.stderr, flush=True)  # noqa: T201 - to a terminal
     try:
         tty.setraw(descriptor)

@@ -1,4 +1,4 @@
-"""A process of its own that lets a guest go on when whoever held it cannot: killed, stopped, or hung.
+"""A separate process that resumes or thaws a guest if the command that paused it was killed, is stopped or hangs.
 
 Run as ``python -I -S guard.py``, with nothing but Python's own library, so that it is there in milliseconds. It has one
 end of a socket pair whose other end its starter alone has, and says ``r`` on it once it watches.
@@ -21,7 +21,7 @@ import sys
 import time
 
 THAW_LIMIT = 60.0
-"""Seconds after which a guest that does not answer is left to whoever comes next."""
+"""Seconds after which a guest that does not answer is left to the next command."""
 AGAIN = 2.0
 """Seconds after which an agent that has not answered is asked again."""
 STREAMS = 3

@@ -1,7 +1,7 @@
 """A guest's RAM in huge pages again, while it runs, so that the pause of the next full snapshot is short.
 
 A background save frees the pages one by one and so splits the kernel's huge pages. QEMU would have to read and protect
-every small one while the guest is held: some 50 ms per GiB in use, a few with huge pages
+every small one while the guest is paused: some 50 ms per GiB in use, a few with huge pages
 (docs/explanation/qemu-facts.md).
 """
 

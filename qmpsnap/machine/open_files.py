@@ -1,7 +1,7 @@
-"""Whether a QEMU has opened the very files that it was meant to: it is told names, and a name can lead elsewhere.
+"""Whether a QEMU has opened the recorded files: it is given names, and a name can lead elsewhere.
 
 Between our look at a file and QEMU's opening of its name, somebody may have put another file, or a link, in its place.
-What a process has open is told by the kernel, whatever the name leads to by now.
+The kernel says which files a process has open, whatever the name leads to by now.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from qmpsnap.model.machines.record import Process
 
 
 def require_recorded(layers: Iterable[Layer], *, machine: str) -> None:
-    """Make sure, before any program is told their names, that these lead to the recorded files."""
+    """Make sure, before any program is given their names, that these lead to the recorded files."""
     for layer in layers:
         try:
             found = FileId.at(layer.path)

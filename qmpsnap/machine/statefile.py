@@ -304,7 +304,7 @@ def zstandard_package() -> Any:
 @contextmanager
 def _opened(path: str, access: int = os.O_RDONLY) -> Iterator[int]:
     with _translated(path):
-        # A pipe in its place must not make us wait for whoever writes to it.
+        # A pipe in its place must not make us wait for a writer.
         descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -53,7 +53,7 @@ class Watch:
 
     def say(self, word: bytes) -> None:
         """Tell the guard something, without waiting."""
-        with suppress(OSError):  # it has ended; whoever wants an answer will notice
+        with suppress(OSError):  # it has ended; a caller that wants an answer will notice
             self._end.send(word)
 
     async def leave(self, word: bytes = b"d") -> None:
@@ -66,9 +66,9 @@ class Watch:
 
 @asynccontextmanager
 async def watching(machine: str, *, run_dir: Path, environment: Mapping[str, str]) -> AsyncIterator[Watch]:
-    """For the block: should we die in it, ``recover`` lets the guest run on by its rules.
+    """For the block: if we die in it, ``recover`` resumes the guest by its rules.
 
-    The guard starts while the block does other things; :meth:`Watch.ready` comes before whatever holds the guest.
+    The guard starts while the block does other things; await :meth:`Watch.ready` before the guest is paused.
     """
     watch = await _start(["recover"], [], [machine, _PACKAGE], run_dir=run_dir, environment=environment)
     try:

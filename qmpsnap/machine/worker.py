@@ -29,7 +29,7 @@ MEMORY = 64 << 20
 
 
 def find(machine: Machine, run_dir: Path) -> Process | None:
-    """The worker that an earlier process of ours left behind, or None."""
+    """The worker that an earlier qmpsnap process left behind, or None."""
     return processes.find(replace(machine, process=None), run_dir / FOLDER)
 
 
@@ -47,7 +47,7 @@ async def left_behind(machine: Machine, run_dir: Path) -> AsyncIterator[Session 
 
 
 async def end_leftover(machine: Machine, run_dir: Path) -> None:
-    """End the worker that an earlier process of ours left behind, if it left one that nobody waits for."""
+    """End the worker that an earlier qmpsnap process left behind, if there is one that nobody waits for."""
     if process := await unless_ending(find(machine, run_dir)):
         try:
             async with monitor(machine, run_dir / FOLDER) as qemu:

@@ -24,7 +24,7 @@ JobState = Literal[
 """QAPI ``JobStatus``. A commit of the active layer and a mirror come by ``ready``; ``pending`` waits for finalize."""
 
 WAKE = 0.25
-"""Seconds after which we look at a job even if no event came: progress is told by nothing else."""
+"""Seconds after which a job is queried even without an event: nothing else reports progress."""
 
 MEMORY_DEADLINE = 1800.0
 """Seconds QEMU may be silent while it saves or loads memory inside images: it answers nobody meanwhile."""
@@ -188,8 +188,8 @@ async def follow_mirror(
 ) -> JobInfo:
     """As :func:`follow`, for a mirror that its guest may outrun.
 
-    When what is left has not become less for ``patience`` seconds, the guest's writes are made to wait, and ``report``
-    is told the state ``blocking``; a QEMU that cannot change to that goes on, and the state is ``outrun``.
+    If the remaining bytes do not decrease for ``patience`` seconds, the guest's writes are made to wait, and ``report``
+    gets the state ``blocking``; a QEMU that cannot switch to that continues, with the state ``outrun``.
     """
     least, since, state = 1 << 63, time.monotonic(), ""
 

@@ -147,7 +147,7 @@ class _FdSetInfo(Struct, frozen=True, rename="kebab"):
 
 
 async def let_go(monitor: Monitor) -> None:
-    """Make QEMU close every descriptor of ours that it still has, whoever gave it (``closefd``, ``remove-fd``)."""
+    """Make QEMU close every descriptor that a qmpsnap process has passed to it (``closefd``, ``remove-fd``)."""
     if await _has_file_transport(monitor):
         for found in await commands.ask(monitor, "query-fdsets", tuple[_FdSetInfo, ...]):
             if any(file.opaque == NAME for file in found.fds):

@@ -252,7 +252,7 @@ async def _disconnect(client: QMPClient, greeting: "asyncio.Task[None] | None") 
     if greeting:
         await asyncio.wait((greeting,))
         _ = greeting.cancelled() or greeting.exception()  # asked
-    with contextlib.suppress(Exception):  # what has ended it was told to whoever waited for an answer
+    with contextlib.suppress(Exception):  # the reason was raised to the task that waited for an answer
         await client.disconnect()
 
 

@@ -1,6 +1,6 @@
-"""One quick look at the monitors of many machines, without asyncio: whoever does not answer at once is left alone.
+"""One quick look at the monitors of many machines, without asyncio: one that does not answer at once is left alone.
 
-Nothing hangs on the answer, so nothing waits for it: a monitor that is busy or a QEMU that hangs costs the caller
+Nothing depends on the answer, so nothing waits for it: a monitor that is busy or a QEMU that hangs costs the caller
 :data:`DEADLINE` once, however many there are.
 """
 

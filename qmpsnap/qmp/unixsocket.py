@@ -1,4 +1,4 @@
-"""Connecting to a unix socket without waiting, however long its path; without asyncio, for whoever must be quick."""
+"""Connecting to a unix socket without waiting, however long its path; without asyncio, for quick callers."""
 
 import os
 import socket

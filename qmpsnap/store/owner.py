@@ -1,4 +1,4 @@
-"""Who can write to a home: whoever can has QEMU run what they like, as the user who starts a machine of it.
+"""Which users can write to a home: such a user decides what QEMU runs, with the rights of the user who starts it.
 
 So a home is refused as OpenSSH refuses keys (``StrictModes``): by root, where anybody else may write to it or to a
 folder that it lies in; by every user, where it belongs to somebody else who is not root. A user's own folder may lie
@@ -123,7 +123,7 @@ def _writers(path: str, status: os.stat_result, *, above: bool) -> str:
     """Who else can write to a file or folder; empty for nobody that matters."""
     if not status.st_mode & _WRITE_BY_OTHERS:  # with an access control list the group's bits are the most it gives
         return ""
-    if above and status.st_mode & stat.S_ISVTX:  # what others may make there, they may not put in place of ours
+    if above and status.st_mode & stat.S_ISVTX:  # others may create files there but not replace ours
         return ""
     try:
         rights = acl.rights(path, status.st_mode)

@@ -1,8 +1,8 @@
-"""A machine's whole record beside its images: a lost store is made again from it, and an old copy is told by it.
+"""A machine's whole record beside its images: a lost store is rebuilt from it, and it shows if a store is old.
 
-``record.json`` in the machine's folder has what the store has of the machine. It is written before the store settles an
-operation, and bears that operation's number: so it is never older than the images, and one that is ahead of the store
-by an operation that the store has open is no sign of an old store. Decision 0013 says what each death leaves.
+``record.json`` in the machine's folder has everything the store has about the machine. It is written before the store
+settles an operation, with that operation's number. So it is never older than the images, and a record that is ahead
+only by an operation that the store has open is no sign of an old store. Decision 0013 says what each death leaves.
 
 An earlier release kept only how machines were launched, in ``records`` beside the machines' folder.
 """

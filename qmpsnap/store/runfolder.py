@@ -30,13 +30,13 @@ def followed(home: Home) -> Home:
 
 
 def settled(home: Home, *, in_use: Callable[[], Path | None]) -> Home:
-    """The same, once it is settled: whoever comes first, and first after the folder has gone, says where it is.
+    """The same, once it is settled: the first process, or the first after the folder was removed, decides.
 
     ``in_use`` finds the run folder of a QEMU that runs, where one does.
     """
     if home.beneath or _is_settled(home):
         return followed(home)
-    # Whoever then needs a run folder is told what is wrong with it.
+    # A command that needs a run folder reports what is wrong with it.
     with contextlib.suppress(OSError), files.opened_folder(home.data) as folder:
         fcntl.flock(folder, fcntl.LOCK_EX)
         if not _is_settled(home):

@@ -82,8 +82,8 @@ class Store(Protocol):
     def open_operation(self, plan: P, basis: Basis, *, serial: OperationId, serials: int = 1) -> Operation[P]:
         """Make a plan durable as ``planned``, under the number that it was made with; it takes so many numbers.
 
-        No file is looked at: whoever waits for one keeps nobody from the store. So what the plan was made from has to
-        be still what the store says. A plan's ``opening`` change, if it has one, is applied in the same transaction:
+        No file is accessed, so waiting for storage blocks nobody's access to the store. The records that the plan was
+        made from have to be unchanged. A plan's ``opening`` change, if it has one, is applied in the same transaction:
         before anything is done.
 
         Raises:

@@ -44,7 +44,7 @@ def _up(size: int) -> int:
 
 
 def _raw(descriptor: int, found: Header) -> Held:
-    """What is no hole, in whole clusters of whoever takes it over."""
+    """The data outside holes, in whole clusters of the image that receives it."""
     if stat.S_ISBLK(os.fstat(descriptor).st_mode):
         return Held(data=_up(found.virtual_size), tables=-(-found.virtual_size // TABLE_COVERS))
     data = end = 0
@@ -90,7 +90,7 @@ def _plain(raw: bytes, cluster: int) -> Held:
 
 
 def _units(raw: bytes, found: Header, width: int) -> Held:
-    """One table of small clusters, or of such with subclusters: what is touched of whoever takes it over."""
+    """One table of clusters that are small or have subclusters: those it touches in the image that receives it."""
     entries = words(raw)
     kinds = (
         [_kind_extended(entries[at], entries[at + 1]) for at in range(0, len(entries), 2)]

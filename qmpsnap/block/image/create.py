@@ -138,7 +138,7 @@ class ImageTool(Struct, frozen=True):
         raise HostCannot(f"{self.binary} failed ({how}): {printable(text) or 'no message'}; {shown} was not created")
 
 
-@runs_to_end  # not given up half-way: whoever called must learn whether the file is gone
+@runs_to_end  # not given up half-way: the caller must learn whether the file is gone
 def remove(path: str, *, device: int, inode: int, birth: int = 0, size: int | None = None) -> bool:
     """Unlink an image durably, if it is still the file it was recorded as; say whether it was there.
 
@@ -248,7 +248,7 @@ class _Claim:
 @asynccontextmanager
 async def _claimed(path: Path) -> AsyncIterator[_Claim]:
     """A claim that is discarded when the block fails, is cancelled or runs out of time."""
-    claim = await to_end(_Claim.make, path)  # to its end: we know of the file, whoever cancels meanwhile
+    claim = await to_end(_Claim.make, path)  # to its end: we know of the file even if this is cancelled meanwhile
     try:
         yield claim
         await lowlevel.checkpoint()  # who is cancelled never learns of the file: then there is none

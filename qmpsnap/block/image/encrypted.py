@@ -1,4 +1,4 @@
-"""Encrypted images for qemu-img: what it is told about them, its key coming by a descriptor that it inherits."""
+"""Encrypted images for qemu-img: its arguments for them; it reads the key from a descriptor that it inherits."""
 
 import json
 from typing import Final

@@ -1,7 +1,7 @@
-"""Images at places that users name: made beside, put there under their name, and never taken for another's.
+"""Images at paths that users choose: made beside, then named, and never confused with somebody else's file.
 
-A file is made as ``<name>.qs-<tag>.part``, a name of ours; once its identity is durable it gets the name the user
-gave, which must be free. So at every moment it is known whether a file at that name is ours.
+A file is made under the temporary name ``<name>.qs-<tag>.part``; once its identity is durable it gets the name the user
+gave, which must be free. So it is always known whether a file at that name is qmpsnap's.
 """
 
 import errno
@@ -42,7 +42,7 @@ def put(part: str, path: str, file: FileId) -> None:
 
 @runs_to_end
 def claim(part: str, path: str) -> None:
-    """Give a finished file its name durably, and leave it the one it has: by that it is told from others."""
+    """Give a finished file its name durably, and keep the temporary one, which distinguishes it from other files."""
     try:
         os.link(part, path, follow_symlinks=False)
         sync_folder(Path(path).parent)

@@ -49,7 +49,7 @@ def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: 
 
 
 def require_readable(layer: Layer) -> None:
-    """Make sure that nothing stands against a QEMU of ours reading an image that nobody may write to meanwhile."""
+    """Make sure that a machine's QEMU can read an image that nobody may write to meanwhile."""
     try:
         with opened(layer.path):
             pass

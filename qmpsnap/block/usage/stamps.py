@@ -82,7 +82,7 @@ def _digest(descriptor: int, layer: Layer) -> str:
     found = header.inspect(descriptor, path=layer.path, format=layer.format)
     head = bytearray(os.pread(descriptor, max(_HEAD, found.cluster_size), 0))
     if layer.format == "qcow2" and found.version > 2:  # noqa: PLR2004 - version 2 has no such marks
-        head[_MARKS] &= ~0b11  # whoever finds damage marks it, and `check` tells of that
+        head[_MARKS] &= ~0b11  # any program that finds damage sets this mark, and `check` reports it
     sum_ = sha256(head)
     if layer.format == "raw":
         sum_.update(os.pread(descriptor, _HEAD, max(0, found.file_size - _HEAD)))

@@ -1,4 +1,4 @@
-"""How the images of machines are, asked aside: storage that hangs costs whoever lists machines a moment, once.
+"""The state of machines' images, examined in another process: storage that hangs delays ``list`` once and briefly.
 
 Without asyncio, as ``list`` asks here.
 """

@@ -1,9 +1,9 @@
-"""Who else has an image open: asked of the kernel, at a cost that no number of processes raises.
+"""Which other processes have an image open, by the kernel's answer; the cost does not grow with their number.
 
-QEMU's image locks tell of programs of QEMU's. A lease tells of all others: the kernel grants one for reading only
-where nobody has the file open for writing, one for writing only where nobody else has it open at all. It is given back
-at once; whoever opens the file in that instant waits for it and gets a file that nobody has touched. Only when somebody
-has the image are the processes of this host looked through, for a name.
+QEMU's image locks show QEMU's own programs. A lease shows all others: the kernel grants one for reading only where
+nobody has the file open for writing, one for writing only where nobody else has it open at all. It is returned at once;
+a process that opens the file in that instant waits for it and gets an unchanged file. Only if another process has the
+image open, the processes of this host are searched for its name.
 """
 
 import contextlib

@@ -135,7 +135,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _paused(machines: Sequence[Machine], alive: Mapping[str, Process]) -> dict[str, str]:
-    """Which guests sleep or were paused over a failed request, as far as their QEMUs say so at once."""
+    """Which guests are suspended, or paused over a failed request, as far as their QEMUs answer at once."""
     # One that is not recorded yet waits for whoever starts it, one that a signal has stopped answers nobody, and the
     # monitor of one that was adopted is not ours to play with.
     asked = [

@@ -1,4 +1,4 @@
-"""``snapshot delete``: names go, and the layers nobody needs any more, in the cheaper direction."""
+"""``snapshot delete``: removes names and the layers that nothing needs any more, in the cheaper direction."""
 
 import argparse
 from typing import TYPE_CHECKING, Any

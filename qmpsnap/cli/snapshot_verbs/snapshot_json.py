@@ -1,4 +1,4 @@
-"""A snapshot as the command line shows it: what is said of one just taken, and its JSON."""
+"""A snapshot as the command line shows it: the sentence about one just taken, and its JSON."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def state_word(state: str) -> str:
 
 
 def print_taken(arguments: argparse.Namespace, snapshot: Snapshot, notes: Sequence[str]) -> None:
-    """The snapshot that was taken, how long the guest was held for it, and what it does not hold (``notes``)."""
+    """The snapshot that was taken, how long the guest was paused for it, and what it does not contain (``notes``)."""
     took = f", {snapshot.pause_ms:.1f} ms" if snapshot.pause_ms is not None else ""
     took += f", frozen for {snapshot.frozen_ms:.1f} ms" if snapshot.frozen_ms is not None else ""
     memory = f" and memory ({snapshot.vmstate.mode})" if snapshot.vmstate else " and memory" if snapshot.inside else ""

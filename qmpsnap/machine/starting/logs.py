@@ -83,9 +83,9 @@ def _is_free(file: int) -> bool:
 
 
 def _cut(file: int) -> None:
-    """Move the end to the beginning. It takes no room, and what is said meanwhile is moved as well.
+    """Move the end of the log to its beginning. This needs no space, and output written meanwhile is moved as well.
 
-    Only what is said between the last look and the truncation is lost.
+    Only output between the last read and the truncation is lost.
     """
     size = os.fstat(file).st_size
     if size <= LIMIT:  # another command has cut it by now

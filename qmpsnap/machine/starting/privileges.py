@@ -1,7 +1,7 @@
 """What root's QEMU may do: as a user of its own, or as root with no more capabilities than it has a use for.
 
-Capabilities are a thread's: one of its own drops them and starts QEMU, and ends. So nothing stands between us and QEMU,
-no code of ours runs between fork and exec, and this process keeps what it has.
+Capabilities belong to a thread: a separate one drops them, starts QEMU and ends. So there is no program between us and
+QEMU, none of our code runs between fork and exec, and this process keeps its capabilities.
 """
 
 import ctypes
@@ -153,7 +153,7 @@ def require_access(user: RunAs, path: str, *, machine: str, write: bool = False)
 
 
 def admit(path: str | os.PathLike[str], user: int, wanted: int) -> None:
-    """Let a user do that much to a file or folder of ours."""
+    """Give a user that access to a file or folder of qmpsnap's."""
     try:
         with files.opened(path) as descriptor:
             acl.grant(descriptor, user, wanted)
@@ -171,7 +171,7 @@ def _can_open(user: RunAs, path: str, flags: int) -> bool:
         except PermissionError:
             return False
         except OSError:
-            return True  # that is another matter, told by whoever opens it
+            return True  # another problem, reported when it is opened
         return True
 
     libc = ctypes.CDLL(None)
@@ -263,7 +263,7 @@ def make_private(path: Path, what: str) -> None:
     except OSError as error:
         why, remedy = write_errors.reason(path, error)
         raise HostCannot(f"the {what} {path} cannot be created: {why}", hint=remedy) from error
-    # A user who is named there is the one that a QEMU of ours runs as, or has run.
+    # A user who is named there is one that a machine's QEMU runs as, or has run.
     others = rights.beyond(frozenset(rights.users))
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or others:
         raise HostCannot(f"the {what} {path} is not private to this user", hint=f"chmod 0700 {path}, or remove it")

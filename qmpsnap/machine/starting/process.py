@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import subprocess
 
 _WAITING = b"QEMU waiting for connection on: "
-"""What every QEMU of ours says as it starts: it waits for our own monitor session before it opens anything."""
+"""The line that each QEMU prints as it starts: it waits for our monitor session before it opens anything."""
 
 _LOG_END = 65536
 """Bytes of a log's end among which the last that was said is looked for."""
@@ -172,7 +172,7 @@ def is_ending(process: Process) -> bool:
 
 
 def folder(process: Process) -> Path | None:
-    """The folder it works in, for a QEMU of ours its run folder; None when that cannot be told."""
+    """Its working folder, which is the run folder for a QEMU that qmpsnap launched; None if it is not known."""
     try:
         return Path(os.readlink(f"/proc/{process.pid}/cwd"))  # noqa: PTH115 - one that was removed is told as that
     except OSError:

@@ -103,7 +103,7 @@ def is_own(machine: str, process: Process) -> bool:
 
 
 def warning(machine: str, process: Process) -> str:
-    """A sentence where the QEMU ends with whoever started it, although systemd runs; empty where not."""
+    """A sentence if QEMU will end with the session or unit that started it, although systemd runs; else empty."""
     if not SYSTEMD.is_dir() or is_own(machine, process):
         return ""
     where = group(process) or "unknown"

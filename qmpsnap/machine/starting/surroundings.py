@@ -1,4 +1,4 @@
-"""What a QEMU that lives long gets from the process that starts it: nothing of whoever typed the command.
+"""What a long-lived QEMU inherits from the process that starts it: nothing of the user's shell.
 
 Working folder, session and umask are set where it is started. Signals that are ignored stay so for a program that is
 started, but QEMU sets each that it heeds itself.

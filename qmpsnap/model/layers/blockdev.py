@@ -50,7 +50,7 @@ def layer_options(layer: Layer, disk: DiskSpec, *, backing: NodeName | None, rea
 
 
 def _allowed(options: dict[str, Any], *, read_only: bool) -> dict[str, Any]:
-    """Those that a node can have: what is said of writes goes where there are none."""
+    """The options that a node can have: a read-only node has none about writes."""
     return {key: value for key, value in options.items() if not read_only or key not in ("discard", "detect-zeroes")}
 
 

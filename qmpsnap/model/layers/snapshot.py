@@ -91,7 +91,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
 
     @property
     def pause_exceeded(self) -> bool:
-        """Whether the guest was held for longer than was agreed to."""
+        """Whether the guest was paused for longer than ``max_pause_ms``."""
         return self.pause_ms is not None and self.max_pause_ms is not None and self.pause_ms > self.max_pause_ms
 
     @property

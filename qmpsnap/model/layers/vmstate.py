@@ -8,7 +8,7 @@ from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 
 SaveMode = Literal["background", "stopped"]
-"""``background``: RAM is written behind the running guest. ``stopped``: the guest stands still until all is written."""
+"""``background``: RAM is written while the guest runs. ``stopped``: the guest is paused for the whole save."""
 Layout = Literal["stream", "mapped-ram"]
 """How QEMU wrote it; mapped-ram has every page at a place of its own."""
 Compression = Literal["none", "zstd"]
@@ -47,7 +47,7 @@ class Stream(Struct, frozen=True, kw_only=True):
         bytes: of QEMU's stream as it lies in the file, that is before the manifest at its end.
         digest: SHA-256 of those bytes, in hexadecimal.
         frozen: the guest's file systems are frozen in that memory, and have to be thawed once it runs.
-        steps_ms: what each step took for which the guest was held, as we measured it.
+        steps_ms: how long each step of the pause took, as qmpsnap measured it.
     """
 
     bytes: int

@@ -102,8 +102,8 @@ class Memory(Means, frozen=True, kw_only=True):
     Attributes:
         path: the finished file; while it is written it has the name ``part``.
         quit: QEMU ends once all is recorded (``save``).
-        degrade: should only the memory fail, the disks' part of the snapshot is kept.
-        max_pause_ms: the guest is held no longer than this; None for as long as it takes.
+        degrade: if only the memory fails, the disks' part of the snapshot is kept.
+        max_pause_ms: the guest is paused no longer than this; None for no limit.
     """
 
     path: str
@@ -123,7 +123,7 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
         memory: how the memory is saved; None for the disks alone.
         quiesce: the guest's file systems may have been frozen for it, and with ``require`` there is no snapshot else.
         variables: the UEFI variable store and where its copy goes.
-        hold: the guest is held for that copy and the transaction, as it writes to its variables all the time.
+        hold: the guest is paused for that copy and the transaction, because it keeps writing to its variables.
     """
 
     machine: str
@@ -171,7 +171,7 @@ class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
         paused: the guest's vCPUs stay stopped afterwards.
         resume: the guest ran before, and runs on should this fail.
         kept: how what runs now is kept first; None where it goes.
-        variables: the UEFI variable store and what it is replaced with, should the guest have to boot instead.
+        variables: the UEFI variable store and its replacement, in case the guest has to boot instead.
         change: what becomes true, but for the size of the memory that is kept.
     """
 

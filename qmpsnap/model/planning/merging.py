@@ -1,4 +1,4 @@
-"""Which layers become one, at what price, and who stands in the way: pure rules for commit, stream and delete."""
+"""Which layers are merged, how many bytes that moves, what prevents it: pure rules for commit, stream, delete."""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -18,8 +18,8 @@ from qmpsnap.model.planning.state import Situation
 def consumed_by_commit(at: Situation, disk: str, chain: Chain, *, base: LayerId, top: LayerId) -> tuple[Snapshot, ...]:
     """The machine's snapshots that a commit makes unreadable.
 
-    Their points lie from ``base`` to below ``top``; of those inside an image, by a tag, above ``base`` up to ``top``:
-    the base's own tags stay what they are, and those of an image that goes are gone.
+    Their points are from ``base`` to below ``top``; points inside an image, by a tag, are above ``base`` up to ``top``:
+    the base keeps its own tags, and the tags of a removed image are lost.
     """
     low, high = _span(chain, base, top)
     lost = _Lost(chain, low, high)

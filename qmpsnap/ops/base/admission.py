@@ -1,6 +1,6 @@
-"""The files that a QEMU of another user has to open: of ours each is opened to that user, by its access control list.
+"""The files that a QEMU of another user has to open: qmpsnap's own get an access control list for that user.
 
-Only what qmpsnap made is changed. What lies elsewhere, as a base image of somebody's, that user has to reach already.
+Only files that qmpsnap created are changed. Other files, such as a base image, must be accessible to that user already.
 """
 
 import os

@@ -168,7 +168,7 @@ async def opened(
 def _open_store(home: Home, make: bool) -> tuple[Home, SqliteStore]:  # noqa: FBT001
     store = SqliteStore(home.store, machines=home.machines, make=make)
     places = home
-    with contextlib.suppress(QmpsnapError):  # a damaged one is told by whoever needs it
+    with contextlib.suppress(QmpsnapError):  # a damaged store is reported by the caller that needs it
         places = home_location.named(home, home_location.recorded(home, store))
     if places != home:
         store.close()
@@ -229,13 +229,13 @@ async def locked(context: Context, name: str, verb: str, *, anywhere: bool = Fal
             if error.effect == "unknown":
                 error.hint = "once that storage answers, " + call("recover", name)
             raise
-    await lowlevel.checkpoint()  # whoever was cancelled while the last thread worked is so here, and not in other code
+    await lowlevel.checkpoint()  # a cancellation during the last thread's work is delivered here, not elsewhere
 
 
 def forget_places(home: Home, name: str, *, run: bool = True) -> None:
     """Remove the lock and, with ``run``, run folder and logs of a machine that is none, or no more; its lock is held.
 
-    The lock goes last: whoever waits for it looks again at what it locked.
+    The lock is removed last: a process that waits for it checks again what it locked.
     """
     if run:
         shutil.rmtree(home.run_dir(name), ignore_errors=True)
@@ -245,9 +245,9 @@ def forget_places(home: Home, name: str, *, run: bool = True) -> None:
 
 @asynccontextmanager
 async def guarded(context: Context, machine: Machine, *, when: bool) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """For the block: a guest that we hold in it runs on even if we die; unless ``when``, nobody watches.
+    """For the block: a guest that we pause in it is resumed even if we die; unless ``when``, there is no guard.
 
-    Yields :meth:`qmpsnap.machine.watch.Watch.ready`, which comes before whatever holds the guest; until then the guard
+    Yields :meth:`qmpsnap.machine.watch.Watch.ready`, to be awaited before the guest is paused; until then the guard
     starts beside the block.
     """
     if not when:

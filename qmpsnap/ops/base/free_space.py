@@ -1,4 +1,4 @@
-"""Room on file systems: what an operation may need is looked for before it begins, and shortage is told in time."""
+"""Free space: what an operation may need is checked before it begins, and shortage is reported in time."""
 
 import contextlib
 import os
@@ -126,7 +126,7 @@ def shortage(chains: Iterable[Chain]) -> tuple[str, ...]:
             found = room(folder)
             used = Path(layer.path).stat().st_blocks * 512
         except (HostCannot, OSError):
-            continue  # what cannot be looked at is told by others
+            continue  # an inaccessible file is reported elsewhere
         growth[found.device] = growth.get(found.device, 0) + max(0, layer.virtual_size - used)
         where[found.device] = folder, found
     return tuple(

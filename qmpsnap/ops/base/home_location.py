@@ -1,7 +1,7 @@
-"""Where a home lies and where its store believes it to lie: headers and records name it by its path.
+"""A home's path and the path that its store has recorded: headers and records contain the recorded one.
 
-A home that was moved, or is a copy of another, is told by that; what changes anything is refused there until
-``relocate`` has made headers and records name the folder that it is.
+They differ if a home was moved or copied. Changes are then refused until ``relocate`` has written the present path into
+headers and records.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""Keys of encrypted disks, from where the spec says or the program gave, by descriptor to whoever opens the images.
+"""Keys of encrypted disks, from the spec's file or the program, passed by descriptor to the program that opens them.
 
 QEMU gets the read end of a pipe, which is empty once it has read it; qemu-img a file in memory that ends with it. A key
-is never an argument, nor in the environment, the store, the journal, a log or a file of ours.
+is never an argument, nor in the environment, the store, the journal, a log or a file of qmpsnap's.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Layers at places that a user has chosen: what may be there, and whose file it is should the operation break off.
+"""Layers at paths that a user has chosen: what may be there, and whose file it is if the operation is interrupted.
 
-The file is made under a name of ours beside its place and then has both names, until it is certain that the operation
-settles. A broken one removes what is at the place only if it is that file.
+The file is created under a temporary name beside its path and then has both names until it is certain that the
+operation settles. An interrupted operation removes the file at the path only if it is that file.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""``relocate``: a home that was moved, copied or put back from a backup goes on with names, texts and tree.
+"""``relocate``: accept a home that was moved, copied or restored from a backup, with its names, texts and tree.
 
-Every file is compared with its record first. One that is the recorded file needs no word; another one whose header
-fits is a *candidate copy*, taken over only by agreement, or by the digest that was recorded of it. Then what was agreed
-to is durable, the headers are rewritten, each through a descriptor of the very file, and one transaction of the store
-ends it. Whoever is killed in between leaves the rest to the next command.
+Every file is compared with its record first. The recorded file is accepted; another file whose header fits is a
+*candidate copy*, accepted only with consent or by its recorded digest. Then the decision is made durable, the headers
+are rewritten, each through a descriptor of the very file, and one transaction of the store ends it. If the process is
+killed in between, the next command continues.
 """
 
 import contextlib

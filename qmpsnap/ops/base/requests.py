@@ -50,9 +50,9 @@ def may_run(mode: str) -> bool:
 
 
 async def require_told(machine: Machine, qemu: Monitor, *, doing: str, hint: str = "") -> None:
-    """Make sure that memory taken from this QEMU, or loaded into it, comes with whether its guest sleeps.
+    """Make sure that memory saved from this QEMU, or loaded into it, records whether the guest is suspended.
 
-    An earlier QEMU loads the memory of a guest that slept as that of one that runs, which nothing wakes any more.
+    QEMU before 9.0 loads the memory of a suspended guest as that of a running one, which nothing can wake any more.
     """
     if (await commands.query_status(qemu)).status != runstate.SUSPENDED:
         return

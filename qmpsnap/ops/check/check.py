@@ -48,7 +48,7 @@ class Checked(Struct, frozen=True, kw_only=True):
 async def run(context: Context, name: str, *, deep: bool = False, mend: bool = False) -> Checked:
     """Hold a machine to the invariants of docs/explanation/how-it-works.md.
 
-    Without ``mend`` nothing is changed and no lock is taken: whoever works on the machine is named instead.
+    Without ``mend`` nothing is changed and no lock is taken: a process that works on the machine is reported instead.
     """
     machine = await context.astore.machine(name)
     require_own(context, machine)

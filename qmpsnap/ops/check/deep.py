@@ -26,7 +26,7 @@ _CODES: dict[Verdict | Literal["unread"], str] = {
 
 
 async def look(context: Context, at: Facts) -> list[Finding]:
-    """Check each qcow2 layer of ours that no guest writes to, and read each state file."""
+    """Check each of qmpsnap's qcow2 layers that no guest writes to, and read each state file."""
     found = [*_formats(at), *ancestry.look(at, str(context.home.machine_dir(at.record.machine.name)))]
     found += [finding for layer in _layers(context, at) if (finding := await _image(context, at, layer))]
     for snapshot in at.record.snapshots:

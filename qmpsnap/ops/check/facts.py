@@ -200,7 +200,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
 
 
 def _ours(context: Context, machine: Machine) -> list[int]:
-    """The processes of ours that may have the machine's images open."""
+    """The machine's own processes, which may have its images open."""
     helper = worker.find(machine, context.home.run_dir(machine.name))
     return [found.pid for found in (context.process(machine), helper) if found]
 

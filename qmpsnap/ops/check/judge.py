@@ -218,7 +218,7 @@ def _nodes(at: Facts) -> Iterator[Finding]:
                 yield at.finding("writable-frozen", f"QEMU has {layer.path} open for writing", layer=layer)
             continue
         ours = OUR_NODE.match(name) is not None
-        # In a QEMU that somebody else launched, only what bears a name of ours can be judged.
+        # In an adopted QEMU only nodes and jobs with qmpsnap's names can be judged.
         if name in _FLASH or name in filters or (machine.adopted and not ours):
             continue
         if not name.endswith(".file") or not ours:

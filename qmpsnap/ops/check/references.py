@@ -1,4 +1,4 @@
-"""Which of the files in a folder are needed by somebody: what a name leads to is told by device and inode.
+"""Which of the files in a folder are in use: device and inode show which file a name leads to.
 
 The same file may be named through a link, or by another name of its folder, so names are followed and never compared.
 """

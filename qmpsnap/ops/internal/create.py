@@ -1,7 +1,7 @@
 """Snapshots inside the images: one tag in each disk's active layer, with or without the guest's memory.
 
-Only the disks' nodes take part: a raw UEFI variable store does not stand in the way, and gets a copy of its own. With
-memory the guest stands still until all of it is written.
+Only the disks' nodes take part: a raw UEFI variable store is no obstacle and gets a copy of its own. With memory the
+guest is paused until all of it is written.
 """
 
 from collections.abc import Callable, Sequence

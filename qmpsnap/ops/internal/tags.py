@@ -27,7 +27,7 @@ from qmpsnap.qmp.session import Monitor
 
 
 async def tag_live(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: Freezer, report: Report) -> float | None:
-    """Put the tags in; returns how long the guest was held, in milliseconds. The job, if any, is not dismissed."""
+    """Create the tags; returns how long the guest was paused, in milliseconds. The job, if any, is not dismissed."""
     async with freezer.frozen():
         return await _tag_held(qemu, job, planned, freezer, report)
 
@@ -81,7 +81,7 @@ def copy_variables_once(source: str, target: str) -> None:
         copy_variables(source, target)
         return
     try:
-        sync_folder(Path(target).parent)  # whoever made it may have died right before
+        sync_folder(Path(target).parent)  # the process that made it may have died right before
     except OSError as error:
         raise HostCannot(f"the folder of {target} cannot be synced: {error.strerror}") from error
 

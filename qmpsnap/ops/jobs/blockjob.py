@@ -21,9 +21,9 @@ from qmpsnap.qmp.session import Monitor
 
 
 class BlockJob(Struct, frozen=True, kw_only=True):
-    """A job from before its start to after its end, also where another process of ours started it.
+    """A job from before its start to after its end, even if another qmpsnap process started it.
 
-    The QEMU it runs in is not part of it: that can be gone, and the job still has to be ended.
+    The QEMU it runs in is not part of it: if QEMU has died, the job still has to be ended.
 
     Attributes:
         context: where.
@@ -66,7 +66,7 @@ class BlockJob(Struct, frozen=True, kw_only=True):
         raise NotImplementedError
 
     async def carry_on(self, monitor: Monitor) -> None:
-        """Take it to its end from whatever state it is in; also where another process of ours started it."""
+        """Run it to its end from any state, even if another qmpsnap process started it."""
         raise NotImplementedError
 
     async def settle(self, monitor: Monitor | None) -> None:
@@ -128,7 +128,7 @@ async def qemu_for(job: BlockJob, qemu: Monitor | None) -> AsyncIterator[Monitor
 
 @asynccontextmanager
 async def qemu_of(job: BlockJob, qemu: Monitor | None) -> AsyncIterator[Monitor | None]:
-    """Where an earlier process of ours has left a job: the machine's QEMU or a worker, None if that has ended."""
+    """The QEMU in which an earlier qmpsnap process left a job: the machine's or a worker; None if it has ended."""
     if job.step.live:
         yield qemu
         return

@@ -1,4 +1,4 @@
-"""``adopt``: a QEMU that somebody else launched becomes a machine of ours, its images layers that we never write to."""
+"""``adopt``: a QEMU that something else launched becomes a machine, its images layers that qmpsnap never writes to."""
 
 import os
 import re

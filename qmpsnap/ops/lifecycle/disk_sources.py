@@ -72,7 +72,7 @@ def _require_whole(disk: DiskSpec, top: FoundLayer) -> None:
 async def require_unwritten(
     context: Context, name: str, sources: Mapping[str, DiskSource], *, ours: Collection[int] = ()
 ) -> None:
-    """Refuse images that another program writes to; what an open operation of ours changes, the store refuses."""
+    """Refuse images that another program writes to; the store refuses those that an open operation changes."""
 
     def changing() -> set[object]:
         forest = context.store.forest()

@@ -1,4 +1,4 @@
-"""``pause``, ``resume``, ``wakeup``: a guest's vCPUs stopped and let run again, whoever has stopped them."""
+"""``pause``, ``resume``, ``wakeup``: stop a guest's vCPUs; resume them, also if QEMU stopped them."""
 
 import anyio
 
@@ -42,7 +42,7 @@ async def pause(context: Context, name: str) -> None:
 
 
 async def resume(context: Context, name: str) -> str:
-    """Let a paused guest run, whoever has paused it; what it was paused over is tried again.
+    """Resume a guest, also one that something else paused; QEMU retries the request that it was paused for.
 
     Returns the run state then: a guest that slept when it was paused sleeps on.
     """

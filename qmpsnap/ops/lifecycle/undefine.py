@@ -127,7 +127,7 @@ def _given_up(operation: Operation, error: QmpsnapError, told_of: set[str]) -> s
 
 
 def _named(plan: Plan) -> set[str]:
-    """The files of ours that a plan names: what it makes or removes, and what it was made on."""
+    """The files of qmpsnap's that a plan names: those it creates or removes, and those it was made from."""
     found: set[str] = set()
     pending = [msgspec.to_builtins(plan)]
     while pending:
@@ -142,7 +142,7 @@ def _named(plan: Plan) -> set[str]:
 
 
 async def images_alone(context: Context, name: str) -> list[str]:
-    """Images of ours that only this machine reads, or that an earlier operation of it has left to nobody."""
+    """Images of qmpsnap that only this machine reads, or that an earlier operation of it left without a reader."""
     forest = await context.astore.forest()
     noted = await blocking(context.store.records.noted, name)
     folder = f"{context.home.machine_dir(name)}/"

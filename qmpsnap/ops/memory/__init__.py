@@ -1,1 +1,1 @@
-"""A guest's memory: how it can be saved, saving it, loading it, and what the guest is told afterwards."""
+"""A guest's memory: how it can be saved, saving it, loading it, and setting clock and network afterwards."""

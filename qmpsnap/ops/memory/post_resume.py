@@ -1,7 +1,7 @@
-"""What a guest is told that went on with memory of an earlier time: what time it is, and where its network is.
+"""After a guest has resumed from saved memory: set its clock, and announce its network cards.
 
 The agent sets the guest's clock at once and then runs ``hwclock``, which takes a second or many, or fails: so its
-answer says little about the clock. The clock itself is asked, and set again until it is right.
+answer says little about the clock. The clock itself is read, and set again until it is right.
 """
 
 import time

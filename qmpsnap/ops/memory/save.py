@@ -32,11 +32,11 @@ RESUME_DEADLINE = 10.0
 """Seconds for letting the guest run again."""
 
 HELD = frozenset({"paused", "finish-migrate", "postmigrate"})
-"""``RunState`` names of a guest that stands still for its memory."""
+"""``RunState`` names of a guest that is paused for its memory."""
 
 
 class Held(Struct, frozen=True):
-    """How long the guest was held, by QEMU's own clock, and what each step of it took; milliseconds."""
+    """How long the guest was paused, by QEMU's own clock, and how long each step took; milliseconds."""
 
     pause_ms: float | None
     steps: Mapping[str, float]
@@ -76,13 +76,13 @@ async def shorten(context: Context, machine: Machine, memory: Memory) -> None:
 async def hold(
     qemu: Monitor, memory: Memory, channel: dict[str, Any], transact: Callable[[], Awaitable[None]], *, machine: str
 ) -> Held:
-    """Stop the guest, move the disks, fix the memory, let the guest run on: one instant for all of it.
+    """Pause the guest, move the disks to their overlays, capture the memory, resume the guest: one instant for all.
 
-    Where QEMU is to end afterwards the guest stays stopped, unless this fails.
+    If QEMU will end afterwards the guest stays paused, unless this fails.
 
     Raises:
-        DeadlinePassed: it took longer than allowed; the memory was given up, the disks have moved. Of a QEMU that
-            cannot give it up the guest is held for as long as it takes.
+        DeadlinePassed: it took longer than allowed; the memory was given up, the disks have moved. If QEMU cannot give
+            it up, the guest stays paused until it is written.
         StateError: QEMU has paused the guest by itself before we could; the disks have not moved, and it stays paused.
         QmpError: QEMU refused a step.
     """
@@ -95,7 +95,7 @@ async def hold(
                     await commands.control(qemu, "stop")
                 if memory.resume or memory.mode == "background":
                     state = await commands.run_state(qemu)
-                    resume = memory.resume and state == "paused"  # else it does not stand still because of us
+                    resume = memory.resume and state == "paused"  # otherwise something else has paused it
                     _require_paused(machine, state)
                 if memory.resume:
                     clock.step("stop")
@@ -134,7 +134,7 @@ async def _let_run(qemu: Monitor, clock: "_Clock") -> None:
 
 
 def _require_paused(machine: str, state: str) -> None:
-    """Make sure that a command has stopped the guest: behind one that stands still otherwise QEMU aborts."""
+    """Make sure that a command has paused the guest: if QEMU paused it by itself, the save would make QEMU abort."""
     if state != "paused":
         raise StateError(
             f"the guest of machine {machine} cannot be paused for its memory: it is {state}",
@@ -170,7 +170,7 @@ def _require_success(found: migration.Migration) -> None:
 
 
 async def run_on(qemu: Monitor) -> None:
-    """Let a guest run that was held for its memory; one that stands still for another reason does so on."""
+    """Resume a guest that was paused for its memory; one that is paused for another reason stays paused."""
     while (status := (await commands.query_status(qemu)).status) == "finish-migrate":
         await anyio.sleep(0.002)  # QEMU refuses meanwhile
     if status in HELD:
@@ -178,9 +178,9 @@ async def run_on(qemu: Monitor) -> None:
 
 
 async def take_disks_back(qemu: Monitor) -> None:
-    """Bring a paused guest out of the state that a save leaves it in: QEMU has given its disks away as if to another.
+    """Bring a paused guest out of the state that a save leaves it in: QEMU has released its disks.
 
-    It takes them back only for a guest that runs, so for an instant this one does.
+    It takes them back only for a running guest, so the guest runs for an instant.
     """
     if (await commands.query_status(qemu)).status == "postmigrate":
         await commands.control(qemu, "cont")
@@ -188,7 +188,7 @@ async def take_disks_back(qemu: Monitor) -> None:
 
 
 async def give_up(qemu: Monitor, memory: Memory) -> None:
-    """Cancel a save, whoever started it; where that is not possible, wait until the guest may run again."""
+    """Cancel a save, also one of an earlier process; if that is impossible, wait until the guest may run again."""
     await bounded(RESUME_DEADLINE, _give_up(qemu, memory))
 
 

@@ -32,9 +32,9 @@ MAPPED_RAM_SINCE = (9, 1)
 """The first QEMU with mapped-ram, multifd to a file and direct-io."""
 
 BACKGROUND_MS, BACKGROUND_MS_PER_GIB = 5.0, 20.0
-"""What a background save holds the guest for, by mapped memory; printed by ``scripts/bench pause``."""
+"""How long a background save pauses the guest, by mapped memory; printed by ``scripts/bench pause``."""
 STOPPED_MS_PER_GIB = 1000.0
-"""What a stopped save holds the guest for, by resident memory, on a disk that is not slow."""
+"""How long a stopped save pauses the guest, by resident memory, on a disk that is not slow."""
 
 MEASURED = 3
 """Full snapshots that are looked back at: of three, one that took far too long decides nothing."""
@@ -53,7 +53,7 @@ class MemoryRequest(Struct, frozen=True, kw_only=True):
 
     Attributes:
         file: the state file's path; None lets it lie with the machine's images.
-        max_pause_ms: refuse, rather than hold the guest longer than this.
+        max_pause_ms: refuse rather than pause the guest longer than this.
         degrade: should only the memory fail, keep the disks' snapshot.
         quit: QEMU ends afterwards (``save``): the guest need not run meanwhile.
     """
@@ -161,8 +161,8 @@ async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Cha
 async def _why_not_behind_it(
     machine: Machine, qemu: Monitor, request: MemoryRequest, *, status: RunStatus, version: tuple[int, ...]
 ) -> str:
-    """Why the guest has to stand still for it; empty when it has not."""
-    # After a save while it stands still QEMU has given the disks away: a paused guest gets them back only by running.
+    """Why the guest has to be paused for the whole save; empty if it need not."""
+    # After a stopped save QEMU has released the disks: a paused guest gets them back only by running.
     if request.quit and (status.live or version < CANCELLABLE_SINCE):
         return "QEMU ends afterwards"
     if not status.live and status.status != "paused" and version >= CANCELLABLE_SINCE:
@@ -182,7 +182,7 @@ async def _why_not_behind_it(
 
 
 def lasted(snapshots: Iterable[Snapshot], mode: SaveMode, hardware: Hardware) -> tuple[float, ...]:
-    """How long this guest was held for its last full snapshots of that mode, in milliseconds, oldest first; pure.
+    """How long this guest was paused for its last full snapshots of that mode, in milliseconds, oldest first; pure.
 
     Those of other memory, another QEMU or accelerator say nothing.
     """

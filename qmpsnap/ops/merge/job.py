@@ -86,7 +86,7 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
             if info.status == "ready":
                 await jobs.complete(monitor, self.id)
                 info = await jobs.follow(monitor, self.id, "pending", report=self.report)
-            await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
+            await lowlevel.checkpoint_if_cancelled()  # the last chance to cancel it
             # Past this point there is only forward, and it takes milliseconds.
             with cutover.in_time(self, shield=True):
                 await self.require_files()
@@ -242,7 +242,7 @@ async def close_nodes(monitor: Monitor, layers: Iterable[Layer]) -> None:
             try:
                 await commands.blockdev_del(monitor, name)
             except QmpError:
-                if layer.owned:  # else it is the node of whoever launched QEMU, who may use it for something else
+                if layer.owned:  # else the owner of QEMU may use this node for something else
                     raise
 
 

@@ -59,10 +59,9 @@ async def end(broken: Broken[MergePlan], qemu: Monitor | None) -> Direction:
 async def _never_began(broken: Broken, job: MergeJob, monitor: Monitor | None) -> bool:
     """Whether it is certain that QEMU refused the job, the plan's first, so that nothing was written.
 
-    A job of ours that came to be stays in the QEMU that runs the guest until somebody dismisses it; that may have been
-    an earlier recovery which died, or the user, and whoever launched that QEMU may have launched it again. So the file
-    has to say so, too: its state must be the one that the step carries. A worker ends with its jobs: of those nothing
-    is certain.
+    A job that was started stays in the guest's QEMU until it is dismissed. But an earlier recovery that died, or the
+    user, may have dismissed it, and the owner may have launched QEMU again. So the file is compared as well: its state
+    must be the one recorded in the step. A worker ends with its jobs, so nothing is certain about those.
     """
     if monitor is None or not job.step.live or job.number != 0 or await jobs.find(monitor, job.id):
         return False
@@ -75,7 +74,7 @@ async def _never_began(broken: Broken, job: MergeJob, monitor: Monitor | None) -
 async def _keep_size(job: MergeJob) -> None:
     """Record the size of a base that a commit has lengthened, which QEMU does first: nothing shortens it again.
 
-    Whoever reads it through the layers above reads what they read before, zeros where those say nothing.
+    Readers through the layers above read the same as before: zeros beyond the former end.
     """
     into, size = job.step.into, max(job.step.into.virtual_size, job.step.top.virtual_size)
     if job.step.kind == "commit" and size > into.virtual_size and await to_end(durable_size, into) == size:

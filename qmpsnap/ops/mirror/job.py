@@ -226,7 +226,7 @@ async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo) -> None:
         await (jobs.complete if job.step.mode == "pivot" else jobs.detach)(monitor, job.id)
         info, held = await _pending(job, monitor)
     if not held:
-        await lowlevel.checkpoint_if_cancelled()  # the last place where whoever wants no more of it gets an end
+        await lowlevel.checkpoint_if_cancelled()  # the last chance to cancel it
     # Past this point there is only forward, and it takes milliseconds.
     with cutover.in_time(job, shield=True):
         await cutover.go_over(job, monitor, settle=lambda: job.settle(monitor), held=held)

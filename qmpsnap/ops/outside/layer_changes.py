@@ -1,7 +1,7 @@
-"""Frozen images: what their files were when they were frozen is recorded, and what has been written to since is told.
+"""Frozen images: the state of their files at the freeze is recorded, and later writes are reported.
 
-An owner's script that starts an adopted machine on the images of before a snapshot writes into what that snapshot
-holds. No lock tells of it once that QEMU has ended; the file's time and size do.
+An owner's script that starts an adopted machine on the images from before a snapshot overwrites that snapshot. Once
+that QEMU has ended, no lock shows it; the file's time and size do.
 """
 
 import contextlib
@@ -45,13 +45,13 @@ def asked(store: Store, machine: Machine, pid: int | None, *, active_too: bool =
 
 
 def sizes(store: Store) -> dict[LayerId, int]:
-    """Bytes of each image's file when it was frozen, by which it is told where its file system keeps no births."""
+    """Bytes of each image's file at its freeze, which identify it if the file system keeps no birth times."""
     return {layer: history[0].size for layer, history in store.frozen.stamps().items()}
 
 
 def keep(store: Store, machine: str) -> None:
     """Record what the machine's frozen images are now, of those that nothing is recorded of."""
-    with contextlib.suppress(QmpsnapError):  # whoever cannot write the store cannot change an image either
+    with contextlib.suppress(QmpsnapError):  # a user who cannot write to the store cannot change an image either
         if store.operations(machine, only_open=True):
             return
         chains, forest, snapshots = store.chains(machine), store.forest(), store.snapshots(machine)

@@ -1,9 +1,9 @@
-"""Going back to a snapshot inside images: in the QEMU that runs, where its layers are still the active ones.
+"""Reverting to an internal snapshot in the running QEMU, while its layers are still the active ones.
 
-There the guest is held from before what it does now is kept until it goes on where the snapshot is: nothing that it
-flushed is in neither of the two.
+The guest is paused from before its present state is kept until it continues at the snapshot, so data that it flushed is
+always in one of the two.
 
-Else its content is taken out into a new layer; an image that a guest writes to gets a layer on top first.
+In all other cases its content is copied into a new layer; an image that a guest writes to gets a layer on top first.
 """
 
 from collections.abc import Callable, Mapping
@@ -58,7 +58,7 @@ def plan(at: PlanInputs, snapshot: Snapshot, *, hardware: Hardware, discard: boo
         taken = {found.name for found in at.basis.snapshots}
         name = requests.automatic_name(taken, at.serial, layered=requests.layered(machine, chains))
         request = InternalRequest(name=name, description=f"before the revert to {snapshot.name}")
-        # Whether the guest runs, and when, is said here.
+        # This decides whether the guest runs, and when.
         kept = replace(internal.plan(at, request, hardware=hardware), resume=False)
     return LoadPlan(
         machine=machine.name,

@@ -203,7 +203,7 @@ async def _said(asking: AbstractAsyncContextManager[Monitor | None]) -> str:
     try:
         async with asking as qemu:
             state = await commands.run_state(qemu) if qemu else "stopped"
-            return "paused" if state == "prelaunch" else state  # started with -S because it is to stand still
+            return "paused" if state == "prelaunch" else state  # started with -S to keep it paused
     except (QemuGone, DeadlinePassed):
         return "unknown"
 

@@ -114,7 +114,7 @@ class Freezer:
         self._since = time.monotonic()
         self._until = self._since + self._window
         self.sent = True
-        guard.say(b"f")  # its window begins later than ours: whoever is in time by our clock was so by its clock
+        guard.say(b"f")  # its window begins later than ours: in time by our clock means in time by its clock
         try:
             count = await guest.freeze(deadline=self._window)
         except QmpsnapError as error:

@@ -50,7 +50,7 @@ ENDINGS: Final[Mapping[type[Plan], str]] = {
     RevertPlan: "qmpsnap.ops.revert.recover:end",
     UndefinePlan: "qmpsnap.ops.lifecycle.recover:end_undefine",
 }
-"""Who ends which kind of operation, as ``module:function``: these modules import this one, and only one is needed."""
+"""Which function ends which kind of operation, as ``module:function``: these modules import this one."""
 
 SETTLE_DEADLINE = 45.0
 """Seconds that finding out what became of a failed attempt may take, also when the caller was cancelled.
@@ -95,7 +95,7 @@ async def end_open(
             told = broken.pending(error.message)
             told.claim("unknown")  # it may have got as far as to remove a file
             raise told from error
-    if pending:  # whoever died before its job began has left a worker that nobody asked about
+    if pending:  # a process that died before its job began may have left a worker
         await worker.end_leftover(machine, run_dir)
     return list(pending)
 
@@ -125,7 +125,7 @@ async def after_failure(session: MachineSession, operation: Operation, error: Ba
     try:
         recorded = await context.astore.operations(machine.name)
         operation = next((found for found in recorded if found.id == operation.id), operation)
-        # Whoever was cancelled wants the job to end; whoever failed wants to know first.
+        # A cancelled caller wants the job to end; a failed one wants to know first.
         unfinished: Unfinished = "refuse" if isinstance(error, Exception) else "cancel"
         broken = Broken(
             context=context,

@@ -33,7 +33,7 @@ LAYER_FILE = re.compile(rf"([a-z][a-z0-9]{{0,15}})-({SERIAL})\.(qcow2|raw)")
 """The name of a layer's file in its machine's folder."""
 
 AHEAD = 100_000
-"""Operations that a store may have missed; a number further on is none of ours: a copy may bear a date."""
+"""Operations that a store may have missed; a higher number is none: a copy may have a date as its name."""
 
 _OTHERS = re.compile(rf"vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part|{re.escape(RECORD)}")
 
@@ -83,7 +83,7 @@ def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | N
             number = None
         if (backing := _backing(path)) is not None:
             below = context.store.layer_at(backing)
-            # What reads a layer that we write to is in danger. What else reads one of ours may be a copy that was
+            # A file that reads a layer we write to is in danger. One that reads another layer may be a copy that was
             # made for somebody, unless its name says that it was a layer.
             if backing in active or (number is not None and below and below.owned):
                 return f"{name} reads {printable(backing)}, but the store lacks it"
@@ -91,7 +91,7 @@ def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | N
 
 
 def _tagged_later(context: Context, chains: Sequence[Chain]) -> str | None:
-    """An active image of ours with a tag that the store has not given; others' images may bear another store's."""
+    """An active image with a tag that the store has not assigned; other images may have another store's tags."""
     for layer in (chain.active for chain in chains if chain.active.owned):
         try:
             numbers = [number for tag in snapshot_table.names(layer) or () if (number := tag_number(tag)) is not None]

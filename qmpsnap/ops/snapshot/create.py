@@ -193,7 +193,7 @@ class _Attempt(Struct, frozen=True):
         await self.session.context.astore.mark(self.operation.id, "running", step=step)
 
     async def transact(self, qemu: Monitor) -> None:
-        """Put every overlay on top, or none; where the guest is held for it, with its variables as they are then."""
+        """Put every overlay on top or none; if the guest is paused for it, with its variables as they are then."""
         if self.plan.hold or self.plan.memory:
             await nvram.copy(self.plan.variables)
         with self.freezer.within():
@@ -247,7 +247,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     async with memory.channel(qemu, how) as channel:
         await memory.shorten(at.session.context, machine, how)
         await at.guard_ready()
-        # From here on QEMU may have acted, and we may hold the guest.
+        # From here on QEMU may have acted, and the guest may be paused by us.
         await at.mark(steps.TRANSACTION)
         try:
             async with at.freezer.frozen():

@@ -1,4 +1,4 @@
-"""``snapshot delete``: the names go at once, then the layers nobody needs any more, moving as few bytes as possible."""
+"""``snapshot delete``: removes the names, then the layers that nothing needs any more, moving few bytes."""
 
 from collections.abc import Collection, Sequence
 
@@ -192,5 +192,5 @@ def _points(snapshots: Sequence[Snapshot]) -> list[LayerId]:
 
 
 def _is_left(at: Situation, after_names: Situation, layer: Layer) -> bool:
-    """Whether a layer of ours is kept for others alone, or nobody needs it any more, as one without a snapshot."""
+    """Whether qmpsnap keeps a layer only for other readers or needs it no more, like one without a snapshot."""
     return layer.id in at.bytes and (layer.state == "hidden" or not after_names.forest.machines_above(layer.id))

@@ -25,12 +25,12 @@ from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
 
 LOOKS = 5
-"""How often a store is looked at until it stands still for :data:`STILL` seconds; then the guest is held."""
+"""Attempts to find a store unchanged for :data:`STILL` seconds; after them the guest is paused."""
 STILL = 0.01
 """Seconds; more than a guest lets pass between two writes of one update."""
 
 Copied = tuple[str, str]
-"""A machine's variable store and where its copy goes."""
+"""A machine's variable store and the path of its copy."""
 
 
 class VariablesMoved(StateError):
@@ -44,7 +44,7 @@ def proven(operation: Operation) -> bool:
         return True
     if operation.step == steps.TRANSACTION:
         return _read_alike(*plan.variables)
-    return plan.memory is not None  # made while the guest was held for that; without, the step says that it is lost
+    return plan.memory is not None  # made while the guest was paused for it; otherwise the step records its loss
 
 
 async def is_still(path: Path) -> bool:
@@ -71,7 +71,7 @@ async def have_moved(copied: Copied | None) -> bool:
 
 @asynccontextmanager
 async def held(qemu: Monitor, *, when: bool, machine: str) -> AsyncIterator[None]:
-    """For the block the guest is held; unless ``when``, nothing is done.
+    """Pause the guest for the block; unless ``when``, do nothing.
 
     ``StateError``: QEMU has paused the guest by itself before we could; it stays paused.
     """
@@ -96,7 +96,7 @@ async def held(qemu: Monitor, *, when: bool, machine: str) -> AsyncIterator[None
 
 
 async def left_out(context: Context, machine: Machine) -> tuple[str, ...]:
-    """A sentence where the machine's guest has UEFI variables that no snapshot of ours holds, as they are its owner's.
+    """A sentence if the guest of an adopted machine has UEFI variables, which are its owner's and in no snapshot.
 
     Only a QEMU that runs can tell; one that does not answer is not waited for any longer.
     """

@@ -36,7 +36,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
         memory: save the guest's memory as well, of the same instant; None takes the disks alone.
         pushed: :mod:`qmpsnap.ops.stack` may go back to it and delete it.
-        hold: hold the guest for the copy of its UEFI variables: it wrote there meanwhile when this was tried without.
+        hold: pause the guest for the copy of its UEFI variables, because it wrote to them during an attempt without.
     """
 
     name: str | None = None

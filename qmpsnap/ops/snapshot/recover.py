@@ -121,7 +121,7 @@ async def _state(
     if broken.operation.step == steps.LOST:
         return None
     if finished := await to_end(_finished, broken.operation, memory):
-        if monitor and memory.quit and broken.unfinished == "cancel":  # whoever cancels a save wants the guest to run
+        if monitor and memory.quit and broken.unfinished == "cancel":  # a cancelled save: let the guest run
             await remove(finished.path, device=finished.device, inode=finished.inode, birth=finished.birth)
             return None
         await _run_on(broken, monitor, memory)
@@ -206,7 +206,7 @@ def with_memory(
     unquiesced: str = "",
     frozen_ms: float | None = None,
 ) -> Change:
-    """The change with where the memory lies, how long the guest was held and frozen for it, and why it was not."""
+    """The change with the memory's path, how long the guest was paused and frozen, and why it was not frozen."""
     snapshots = tuple(
         replace(
             found,

@@ -45,7 +45,7 @@ class SqliteStore:
         Paths of layers in the pool ``machines`` are relative to that folder. A file that can only be read refuses
         changes.
         """
-        # Whoever waits for storage that hangs cannot end: what only reads does not follow a link to it.
+        # A process that waits for storage that hangs cannot end: a command that only reads follows no link to it.
         owner.require(path.parent, None if machines.is_symlink() and not make else machines)
         self._database = Database(path, make=make)
         self._machines = machines

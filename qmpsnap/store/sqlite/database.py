@@ -229,6 +229,6 @@ def _is_missing(path: Path) -> bool:
         path.lstat()
     except FileNotFoundError:
         return True
-    except OSError:  # that is another matter, told by whoever opens it
+    except OSError:  # another problem, reported when it is opened
         return False
     return False

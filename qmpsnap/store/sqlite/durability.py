@@ -1,8 +1,8 @@
 """Which transactions stand in an SQLite file, and that what stands is on the disk.
 
-A COMMIT that fails says neither. Its frames may be whole in the ``-wal`` file, and whoever opens the store next reads
-them; or they are not, and SQLite writes others in their place. And after a failed fsync Linux takes the pages it could
-not write for clean: a second fsync of them succeeds and writes nothing, until they are written to anew.
+A COMMIT that fails says neither. Its frames may be whole in the ``-wal`` file, and the next process that opens the
+store reads them; or they are not, and SQLite writes others in their place. And after a failed fsync Linux takes the
+pages it could not write for clean: a second fsync of them succeeds and writes nothing, until they are written to anew.
 """
 
 import contextlib
