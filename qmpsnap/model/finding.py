@@ -34,7 +34,7 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "record-missing": Kind(
         "I3",
-        "The machine's record, from which a lost store can be rebuilt, is missing or is not what the store has.",
+        "The machine's record, from which a lost store can be rebuilt, is missing or differs from the store.",
         "It is written again from the store.",
     ),
     "layer-missing": Kind(

@@ -55,6 +55,22 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+NEWCOMER = {
+    "what decides which layers `delete` merges": ("docs/architecture.md", r"\| what `delete` merges .*merging\.py"),
+    "where a step of the journal is added": ("docs/architecture.md", r"\| a step of the journal .*steps\.py"),
+    "what exit 8 means": ("docs/reference/errors.md", r"\| 8 \| an operation is open"),
+    "how a revert is undone": ("docs/tutorial/first-machine.md#undo-the-revert", r"## Undo the revert\n"),
+}
+"""What somebody new looks for: the page that says it, and how it begins there."""
+
+
+@pytest.mark.parametrize("question", NEWCOMER)
+def test_one_link_of_the_readme_leads_to_the_answer(question: str) -> None:
+    target, answer = NEWCOMER[question]
+    assert f"]({target})" in (ROOT / "README.md").read_text()
+    assert re.search(answer, (ROOT / target.partition("#")[0]).read_text())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_of_the_tree_that_is_named_is_there(page: Path) -> None:
     named = set(

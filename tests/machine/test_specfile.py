@@ -427,7 +427,7 @@ WRONG: dict[str, MachineSpec] = {
     "'memory' to be a size": MachineSpec(name="web", memory=1.5),  # type: ignore[arg-type]
     "'name' to be 1 to 63 of a-z.*found the number 5": MachineSpec(name=5),  # type: ignore[arg-type]
     "holds the character U\\+0000": MachineSpec(name="web", kernel="/k", append="a\0b"),
-    "holds what no spec can": MachineSpec(name="web", extra=(object(),)),  # type: ignore[arg-type]
+    "has a value of an impossible type": MachineSpec(name="web", extra=(object(),)),  # type: ignore[arg-type]
     "'initrd' and 'append' need a 'kernel'": MachineSpec(name="web", append="quiet"),
 }
 

@@ -65,7 +65,7 @@ def checked(spec: MachineSpec, *, folder: Path, guest_dir: Path) -> MachineSpec:
     try:
         plain = msgspec.to_builtins(spec, enc_hook=os.fspath)
     except TypeError as error:
-        raise SpecError(f"the spec holds what no spec can: {error}") from error
+        raise SpecError(f"the spec has a value of an impossible type: {error}") from error
     plain.pop("tcg_cpu", None)  # that of the machine whose spec was taken: define records its own
     if type(spec.memory) is int:
         plain["memory"] = f"{spec.memory}B"  # a file's plain number is MiB
