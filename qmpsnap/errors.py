@@ -79,16 +79,16 @@ class QmpsnapError(Exception):
 
     @property
     def sentence(self) -> str:
-        """What failed and what has come of it, in one sentence."""
+        """The message and its outcome, in one sentence."""
         said = {"none": self._untouched, "applied": self.left, "unknown": ""}[self.effect]
         return f"{self.message}; {said}" if said else self.message
 
     def claim(self, effect: Effect, left: str = "") -> None:
-        """Say what has come of it, as found; whatever was said of that before counts no more.
+        """Set the outcome, as it was found; an outcome set before is replaced.
 
         Args:
             effect: whether anything was changed.
-            left: what is otherwise now, where it is not only what was asked for.
+            left: what else has changed, beyond the request itself.
         """
         self.effect, self.left = effect, left
 

@@ -160,7 +160,7 @@ async def let_go(monitor: Monitor) -> None:
 
 
 async def start(monitor: Monitor, direction: Literal["migrate", "migrate-incoming"], channel: dict[str, Any]) -> None:
-    """Begin to save (``migrate``) or to load (``migrate-incoming``); :func:`query` tells how it goes."""
+    """Begin to save (``migrate``) or to load (``migrate-incoming``); :func:`query` reports its progress."""
     await monitor.execute(direction, channel)
 
 

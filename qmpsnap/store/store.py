@@ -24,27 +24,27 @@ Removal = Callable[[Sequence[Layer]], UndefinePlan]
 
 
 class Store(Protocol):
-    """What every backend keeps. Unknown names raise ``NotFoundError``; a failed call changes nothing."""
+    """The calls of every backend. Unknown names raise ``NotFoundError``; a failed call changes nothing."""
 
     @property
     def frozen(self) -> FrozenTable:
-        """What the files of frozen images were, forgotten of each that an operation may write to as it is opened."""
+        """The state of frozen images' files; opening an operation removes those of images that it may write to."""
 
     @property
     def pruned(self) -> PrunedTable:
-        """How many ended operations of each machine the journal does not have any more."""
+        """How many ended operations of each machine were removed from the journal."""
 
     @property
     def home(self) -> HomeTable:
-        """Which home this is the store of, and where that lies."""
+        """The id and path of the home that this store belongs to."""
 
     @property
     def records(self) -> RecordTable:
-        """The machines' records beside their images; a change is there before the operation settles that makes it."""
+        """The machines' records beside their images; a change is written there before its operation settles."""
 
     @property
     def is_there(self) -> bool:
-        """Whether there is one; where not, it is empty and keeps nothing."""
+        """Whether the store exists; if not, it is empty and keeps nothing."""
 
     def machines(self) -> tuple[Machine, ...]:
         """All machines by name, those of other hosts included."""

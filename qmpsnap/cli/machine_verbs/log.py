@@ -41,7 +41,7 @@ def _log(arguments: argparse.Namespace) -> None:
 
 
 def _said(operation: dict[str, Any]) -> str:
-    """What went wrong, and what has come of it all the same."""
+    """The error of a failed operation, and the changes it made nevertheless."""
     if not operation["error"]:
         return "-"
     stays = operation["outcome"] if operation["state"] == "failed" else None

@@ -207,7 +207,7 @@ def _wrong(document: Document, path: str) -> SpecError:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    """The question whether a known word was meant, when one looks like this; else nothing."""
+    """The question whether a known word was meant, when one looks like this; otherwise an empty string."""
     found = get_close_matches(word[:40].lower().replace("_", "-"), known, n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
 

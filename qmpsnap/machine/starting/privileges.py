@@ -270,7 +270,7 @@ def make_private(path: Path, what: str) -> None:
 
 
 def prepare_folder(folder: Path, user: RunAs | None, made: Sequence[str], *, log: str) -> None:
-    """Make a run folder ready for a QEMU of that user, or of ours; what another's has left there is no obstacle."""
+    """Prepare a run folder for a QEMU of that user or of this one; files left by another are no obstacle."""
     if os.geteuid() != 0:
         return
     try:

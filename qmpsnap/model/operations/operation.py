@@ -121,7 +121,7 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
         live: a QEMU runs; the transaction is sent to it.
         overlays: the new active layers.
         memory: how the memory is saved; None for the disks alone.
-        quiesce: the guest's file systems may have been frozen for it, and with ``require`` there is no snapshot else.
+        quiesce: the guest's file systems may have been frozen for it; with ``require`` they must have been.
         variables: the UEFI variable store and where its copy goes.
         hold: the guest is paused for that copy and the transaction, because it keeps writing to its variables.
     """
@@ -145,8 +145,8 @@ class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
         layers: the active layer of each disk, by the disk's name.
         vmstate: the layer that takes the memory, too; None for the disks alone.
         variables: the UEFI variable store and where its copy goes.
-        resume: the guest ran before and is held meanwhile.
-        change: what becomes true, but for the size of the memory.
+        resume: the guest ran before and is paused meanwhile.
+        change: the change to the store, without the size of the memory.
         quiesce: as in :class:`CreatePlan`.
     """
 
@@ -162,17 +162,17 @@ class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
 
 
 class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
-    """Go back to a snapshot inside the active layers in the QEMU that runs.
+    """Revert to a snapshot inside the active layers in the running QEMU.
 
     Attributes:
         tag: its name inside the images.
         layers: the active layer of each disk, by the disk's name.
         vmstate: the layer that holds the memory.
         paused: the guest's vCPUs stay stopped afterwards.
-        resume: the guest ran before, and runs on should this fail.
-        kept: how what runs now is kept first; None where it goes.
+        resume: the guest ran before, and is resumed if this fails.
+        kept: how the present state is kept first; None if it is discarded.
         variables: the UEFI variable store and its replacement, in case the guest has to boot instead.
-        change: what becomes true, but for the size of the memory that is kept.
+        change: the change to the store, without the size of the memory that is kept.
     """
 
     machine: str
@@ -228,7 +228,7 @@ class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
 
 
 class Removal(Struct, frozen=True, kw_only=True, tag="removal"):
-    """Layers that nobody needs: first the store forgets them, then their files go.
+    """Layers that nothing needs: the store forgets them first, then their files are removed.
 
     ``states`` and ``variables`` are files that only snapshots needed which are gone; ``tags`` are (disk, layer, tag) to
     remove from inside an active layer.

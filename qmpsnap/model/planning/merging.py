@@ -336,7 +336,7 @@ def _moved_points(snapshots: Sequence[Snapshot], moved: Collection[LayerId], int
 
 
 def _files(layers: Iterable[Layer]) -> tuple[Layer, ...]:
-    """Those whose files go with them: ours."""
+    """Those whose files are removed with them, because qmpsnap created them."""
     return tuple(layer for layer in layers if layer.owned)
 
 

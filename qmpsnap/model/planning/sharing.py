@@ -138,7 +138,7 @@ def opened(plan: Plan) -> frozenset[LayerId]:
 def rewritten(step: Merge) -> tuple[Layer, ...]:
     """The layers whose files a job and its end write to, even if it is only their header.
 
-    Those below what is merged are only read: should they change meanwhile, somebody else has written to them.
+    Layers below the merged ones are only read: if they change meanwhile, another program has written to them.
     """
     above = [layer for layer in step.chain if layer.backing == step.top.id]  # its backing is replaced
     return (step.into, *above, *step.rebased, *step.removed)

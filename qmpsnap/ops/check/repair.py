@@ -80,7 +80,7 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
 
 
 async def _record_size(context: Context, at: Facts, finding: Finding) -> None:
-    """What the header says is the size of the disk from now on, as far as new layers go."""
+    """Record the header's size as the size of the disk for all later layers."""
     layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
     found = at.headers[layer.id]
     assert not isinstance(found, str)

@@ -15,19 +15,19 @@ from qmpsnap.qmp.session import Monitor
 async def end_job(
     broken: Broken[P], job: BlockJob, monitor: Monitor | None, *, phase: str, running: bool
 ) -> tuple[bool, Broken[P]]:
-    """Bring a job to one of its two ends; whether it took effect, and the operation with the reason if it did not.
+    """Complete or undo a job; returns whether it took effect, and the operation with the reason if it did not.
 
-    1. It never started, or ``started`` without a QEMU that has it: it has no effect.
-    2. ``started``, and it has failed or is not wanted any more: it is cancelled.
-    3. ``started``, and it still works: it is left to its work, or carried on if that is wanted.
-    4. ``finalizing`` without a QEMU: both sides were equal, so its effect is made true in the files; but not if the
-       owner of an adopted machine has gone on with the old side.
-    5. ``finalizing``: it is finalized and recorded, or, where that fails, taken back.
-    6. ``settled``: what QEMU still has of it goes.
+    1. It never started, or it is ``started`` and no QEMU has it: it has no effect.
+    2. It is ``started`` and has failed or is not wanted any more: it is cancelled.
+    3. It is ``started`` and still runs: it is left running, or completed if that is wanted.
+    4. It is ``finalizing`` without a QEMU: both sides were equal, so its effect is written to the files, unless the
+       owner of an adopted machine has continued with the old side.
+    5. It is ``finalizing``: it is finalized and recorded, or undone if that fails.
+    6. It is ``settled``: the job and the nodes that QEMU still has are removed.
 
     Raises:
-        OperationPending: it still works, or another process uses a layer that would be removed.
-        QmpsnapError: QEMU or the files say something that the rules do not cover.
+        OperationPending: it still runs, or another process uses a layer that would be removed.
+        QmpsnapError: QEMU or the files are in a state that the rules do not cover.
     """
     running = await cutover.runs(job, monitor, before=running)
     async with cutover.going_on(job, monitor, when=running) as hold:  # also where its job is left to its work

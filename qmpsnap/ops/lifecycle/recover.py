@@ -1,4 +1,4 @@
-"""Recovery of a broken ``define`` or ``undefine``, and removing the files of a machine that goes."""
+"""Recovery of an interrupted ``define`` or ``undefine``, and removing the files of an undefined machine."""
 
 from collections.abc import Awaitable
 

@@ -1,8 +1,8 @@
 """A guest's memory: saved at the very instant of its disks, and loaded into a new QEMU.
 
-``background`` is the way whose pause nobody notices: the guest is stopped, all disks get their overlays, QEMU begins to
-track writes to RAM, the guest runs on, and RAM is written behind its back. Where that cannot be had the guest stands
-still until all is written, and the snapshot says why.
+``background`` is the mode with the short pause: the guest is paused, all disks get their overlays, QEMU begins to track
+writes to RAM, the guest is resumed, and RAM is written while it runs. If that is not supported, the guest is paused for
+the whole save, and the snapshot says why.
 """
 
 import math

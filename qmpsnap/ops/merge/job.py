@@ -59,7 +59,7 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
         return self.step.kind == "commit" and self.step.top.id == self.step.chain[-1].id
 
     async def require_files(self) -> None:
-        """As there, of the whole chain."""
+        """See :class:`BlockJob`; for the whole chain."""
         await to_end(functools.partial(require_recorded, self.step.chain, machine=self.machine.name))
 
     async def take_back(self, monitor: Monitor) -> None:
@@ -80,7 +80,7 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
         return self.step.into
 
     async def carry_on(self, monitor: Monitor) -> None:
-        """As there."""
+        """See :class:`BlockJob`."""
         info = await jobs.follow(monitor, self.id, "ready", "pending", report=self.report)
         async with cutover.watched(self, monitor):
             if info.status == "ready":
@@ -96,7 +96,7 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
         self.report(replace(info, status="concluded"))
 
     async def settle(self, monitor: Monitor | None) -> None:
-        """As there: QEMU has rewritten the header of its own chain, the others are rewritten here."""
+        """See :class:`BlockJob`: QEMU has rewritten the header of its own chain, the others are rewritten here."""
         step = self.step
         rebased = [(layer, step.into) for layer in step.rebased]
         if monitor:
@@ -112,13 +112,13 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
         await self.record(step.change)
 
     async def close(self, monitor: Monitor) -> None:
-        """As there: QEMU keeps the nodes that left the chain, and the next snapshot would find them busy."""
+        """See :class:`BlockJob`: QEMU keeps nodes that left the chain; the next snapshot would find them busy."""
         await jobs.dismiss(monitor, self.id)
         await close_nodes(monitor, _gone(self.step))
         await freeze_again(monitor, self.machine, self.step)
 
     async def let_go(self, monitor: Monitor) -> None:
-        """As there."""
+        """See :class:`BlockJob`."""
         await jobs.cancel(monitor, self.id)
         await freeze_again(monitor, self.machine, self.step)
 

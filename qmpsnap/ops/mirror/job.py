@@ -92,13 +92,13 @@ class MirrorJob(BlockJob, frozen=True, kw_only=True):
         return self.step.target
 
     async def carry_on(self, monitor: Monitor) -> None:
-        """As there."""
+        """See :class:`BlockJob`."""
         info = await jobs.follow_mirror(monitor, self.id, "ready", "pending", report=self.report)
         async with cutover.watched(self, monitor):
             await _go_over(self, monitor, info)
 
     async def settle(self, monitor: Monitor | None) -> None:
-        """As there; of a finished copy the store keeps nothing."""
+        """See :class:`BlockJob`; a finished copy is not recorded."""
         plan, change = self.step, Change()
         if monitor:
             wanted = expected(plan) if plan.mode == "pivot" else plan.chain
@@ -109,12 +109,12 @@ class MirrorJob(BlockJob, frozen=True, kw_only=True):
         await self.record(change)
 
     async def close(self, monitor: Monitor) -> None:
-        """As there."""
+        """See :class:`BlockJob`."""
         await jobs.dismiss(monitor, self.id)
         await merge.close_nodes(monitor, gone(self.step))
 
     async def let_go(self, monitor: Monitor) -> None:
-        """As there."""
+        """See :class:`BlockJob`."""
         await jobs.cancel(monitor, self.id)
         await merge.close_nodes(monitor, (self.step.target,))
 

@@ -95,7 +95,7 @@ def notice(store: Store, machine: str) -> None:
 
 
 def _begin_anew(store: Store, layers: Iterable[Layer], forest: Forest, known: Mapping[LayerId, History]) -> None:
-    """What is taken from now on is of these images as they are now; what no snapshot is compared with goes."""
+    """Compare later snapshots with these images as they are now; stamps that no snapshot uses are removed."""
     later = store.next_serial()
     now = {layer.id: (stamps.stamp(layer), stamps.digest(layer)) for layer in layers}
     used: set[tuple[LayerId, int]] = set()

@@ -40,15 +40,15 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
 
 
 def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPlan:
-    """What will be done; pure. Disks that the snapshot does not include stay as they are.
+    """The plan of a revert; pure. Disks that the snapshot does not include are unchanged.
 
-    The snapshot's points decide what becomes active, the request what becomes of what was active:
+    The snapshot's points decide which layers become active, the request decides about the layers that were active:
 
     1. A point without a tag gets a new overlay on its layer.
     2. A point with a tag, inside an image, is copied out of it into a new layer.
-    3. ``discard``: the old active layers go, and whatever below them nobody needs then.
-    4. Else they are kept as an automatic snapshot; but
-    5. where nothing has been written to them, which is found out once QEMU has ended, they go instead.
+    3. ``discard``: the old active layers are removed, and layers below them that nothing needs then.
+    4. Otherwise they are kept as an automatic snapshot; but
+    5. if nothing was written to them, which is known once QEMU has ended, they are removed.
     """
     machine, mode = inputs.machine, inputs.mode
     require_spec(machine, "start it on other layers")

@@ -1,9 +1,9 @@
-"""``snapshot revert``: new empty overlays on a snapshot's points become active, and what was active stays or goes.
+"""``snapshot revert``: new empty overlays on a snapshot's points become active; the old ones are kept or removed.
 
 Order: plan -> journal -> overlays made, the guest still running -> ``stopping`` -> QEMU ends -> the UEFI variable store
-is kept and replaced -> the record changes (``switched``) -> files that nobody needs go -> ``starting`` -> QEMU starts
-on the new layers, with the snapshot's memory if it has one -> settled. Before ``stopping`` a broken revert is undone
-and the guest has noticed nothing; after it only forward is left.
+is kept and replaced -> the record changes (``switched``) -> unneeded files are removed -> ``starting`` -> QEMU starts
+on the new layers, with the snapshot's memory if it has one -> settled. Before ``stopping`` an interrupted revert is
+rolled back and the guest has noticed nothing; after it, it is rolled forward.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class Reverted(Struct, frozen=True, kw_only=True):
 
     Attributes:
         snapshot: where the machine stands now.
-        kept: the automatic snapshot of what was active before; None when that went.
+        kept: the automatic snapshot of the former state; None if that was not kept.
         removed: the layers that went.
         state: how the machine is now, in QEMU's word as it was asked: ``running``, ``paused``, ``suspended`` for a
             guest that slept when its memory was saved ...; or ``stopped``.

@@ -1,8 +1,8 @@
-"""The UEFI variable store at the instant of the disks' snapshot: it is raw flash, and in no transaction.
+"""The UEFI variable store at the instant of the disks' snapshot: raw flash cannot be part of a transaction.
 
-The copy is made first. It counts if the store still reads like it after the transaction. A guest that writes to its
-variables all the time is held for the copy and the transaction instead; and so is one that did so in between, when the
-snapshot is taken again.
+The copy is made first and is valid if the store still equals it after the transaction. A guest that keeps writing to
+its variables is paused for copy and transaction instead. So is a guest that wrote to them in between, when the snapshot
+is taken again.
 """
 
 from collections.abc import AsyncIterator

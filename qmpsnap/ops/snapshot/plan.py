@@ -113,7 +113,7 @@ def plan(
 
 
 def _variables(machine: Machine, home: Home, serial: OperationId, request: CreateRequest) -> tuple[str, str] | None:
-    """The UEFI variable store and where its copy goes; memory has it, unless the disks alone may be what is kept."""
+    """The UEFI variable store and the path of its copy; memory contains it, but ``degrade`` may keep only the disks."""
     if machine.spec.firmware != "uefi" or machine.adopted or (request.memory and not request.memory.degrade):
         return None
     return str(home.variables(machine.name)), str(home.variables_taken(machine.name, serial))

@@ -180,7 +180,7 @@ async def _resume(broken: Broken[CreatePlan], monitor: Monitor | None, memory: M
 
 
 async def _drop(broken: Broken[CreatePlan], monitor: Monitor | None, memory: Memory) -> None:
-    """Give the memory up: QEMU stops writing it, the guest runs on if it should, the unfinished file goes."""
+    """Give the memory up: stop QEMU's save, resume the guest if it should run, remove the unfinished file."""
     if monitor and broken.operation.step == steps.PLANNED:
         # Nothing was stopped or begun yet: a migration is somebody else's.
         if (await migration.query(monitor)).status in migration.IDLE:

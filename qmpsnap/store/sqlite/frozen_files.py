@@ -1,4 +1,4 @@
-"""What the files of frozen images were when they were frozen, and when others were found to have written to them."""
+"""The state of frozen images' files at their freeze, and each time another program had written to them."""
 
 import sqlite3
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ class FrozenTable:
         return found
 
     def record(self, found: Mapping[LayerId, Stamp], *, gone: Iterable[tuple[LayerId, int]] = ()) -> None:
-        """Record what images that are frozen are now; what is recorded of layers that are gone goes."""
+        """Record the present state of frozen images, and remove the records of layers that no longer exist."""
         rows = [(layer, of.since, of.mtime_ns, of.size, of.ctime_ns, of.digest) for layer, of in found.items()]
         with self._database.writing() as sql:
             sql.executemany("DELETE FROM stamp WHERE layer = ? AND since = ?", gone)

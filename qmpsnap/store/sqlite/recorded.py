@@ -1,4 +1,4 @@
-"""What the store has of a machine, as an operation's outcome is derived from it. SQLite's part of the store only."""
+"""A machine's content of the store, from which an operation's outcome is derived. Used by the SQLite store only."""
 
 import sqlite3
 from typing import Final
@@ -26,7 +26,7 @@ _LAYERS: Final = """
 
 
 def read(sql: sqlite3.Connection, machine: str) -> Recorded:
-    """As it is now; of a machine that there is not, nothing."""
+    """The present content; empty for a machine that does not exist."""
     current = sql.execute(_CURRENT, (machine,)).fetchone()
     disks: dict[str, tuple[tuple[str, int], ...]] = {}
     for disk, layer, size in sql.execute(_LAYERS, (machine,)):
