@@ -43,8 +43,7 @@ def emit(
 def say(text: str, *, done: str = "") -> None:
     """Print lines on stdout.
 
-    ``done``: where something has changed, what is said on stderr should stdout refuse the lines: it was done all the
-    same.
+    ``done``: if something has changed, the sentence for stderr in case stdout cannot be written.
     """
     try:
         _pour(sys.stdout, f"{text}\n")

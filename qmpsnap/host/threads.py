@@ -23,7 +23,7 @@ T = TypeVar("T")
 async def to_end(call: Callable[..., T], *arguments: object) -> T:
     """Run a call in a thread and return its result even if the caller is cancelled meanwhile; see :func:`completed`.
 
-    ``StorageHangs``: the call waits for a file and does not get on; or an earlier one does, under the same lock.
+    Raises ``StorageHangs`` if it, or an earlier call under the same lock, waits for a file and makes no progress.
     """
     await lowlevel.checkpoint_if_cancelled()
     if cover := covered():

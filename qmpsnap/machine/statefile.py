@@ -78,8 +78,8 @@ def also_direct(descriptor: int) -> int | None:
 def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
     """Digest what QEMU wrote, compress it if the manifest says so, and give it its manifest and name, all durably.
 
-    Whoever did part of it and died is taken up where that ended. A link in the file's place is not followed. It has the
-    name ``path``, which must be free, only where it is whole; for that the file system needs hard links, or a rename
+    If an earlier process did part of it and died, the rest is done. A link in the file's place is not followed. It gets
+    the name ``path``, which must be free, only once it is whole; for that the file system needs hard links, or a rename
     that overwrites nothing.
     """
     with _translated(path):

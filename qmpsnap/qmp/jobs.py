@@ -106,7 +106,7 @@ def mirror_arguments(
 def memory_arguments(job: JobId, *, tag: str, vmstate: NodeName, nodes: Sequence[NodeName]) -> dict[str, Any]:
     """Arguments of ``snapshot-save`` and ``snapshot-load``: memory and disks under one tag inside the images.
 
-    They conclude by themselves and still wait to be dismissed; the guest stands still meanwhile. The image of
+    They conclude by themselves and still wait to be dismissed; the guest is paused meanwhile. The image of
     ``vmstate`` holds the memory; it is one of ``nodes``, and no others are touched.
     """
     return {"job-id": job, "tag": tag, "vmstate": vmstate, "devices": list(nodes)}

@@ -95,7 +95,7 @@ class ImageTool(Struct, frozen=True):
         # O_RDWR on /proc/self/fd/N opens the claimed inode; qemu-img only truncates it, so its identity stays.
         target = f"/proc/self/fd/{claim.descriptor}"
         encryption = "" if key is None else encrypted.NEW
-        # QEMU times its key derivation even where it is told how long that may take, and now and then its clock fails.
+        # QEMU times its key derivation even if it is given a limit, and now and then its clock fails.
         tries = 1 if key is None else _TRIES
         arguments = [*encrypted.secret(key), "-q", "-f", "qcow2", *arguments]
         options = ["-o", f"compat=1.1{encryption}", "--", target, str(virtual_size)]

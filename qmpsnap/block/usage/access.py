@@ -21,7 +21,7 @@ _WHY: Final = {
 
 
 def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: bool = False) -> None:
-    """Make sure that nothing stands against writing to an image, or lengthening it to ``size`` bytes.
+    """Make sure that an image can be written to, and lengthened to ``size`` bytes.
 
     ``ours``: a process of ours will write to it; else a QEMU that may have more rights than we have. ``shared``: a QEMU
     that has it open already, so that its locks tell of that one.

@@ -278,7 +278,7 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
 
     Attributes:
         live: a QEMU runs; it ends before anything changes.
-        removed: layers of ours that nobody needs after ``change``; their files go.
+        removed: qmpsnap's layers that nothing needs after ``change``; their files are removed.
         restart: the machine is started on the new layers, and with ``paused`` its vCPUs stay stopped.
         vmstate: the memory in a file that it goes on with.
         copies: new active layers that are copies, where the snapshot is inside an image.

@@ -44,7 +44,7 @@ async def pause(context: Context, name: str) -> None:
 async def resume(context: Context, name: str) -> str:
     """Resume a guest, also one that something else paused; QEMU retries the request that it was paused for.
 
-    Returns the run state then: a guest that slept when it was paused sleeps on.
+    Returns the run state then: a guest that was suspended when it was paused is suspended again.
     """
     machine = await context.astore.machine(name)
     require_own(context, machine)

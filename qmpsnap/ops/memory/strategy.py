@@ -146,7 +146,7 @@ async def _require_unhindered(machine: Machine, qemu: Monitor, chains: Sequence[
 async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Chain], *, hint: str) -> None:
     """Make sure that no device stands in the way of saving memory, in a file or inside an image.
 
-    Nor what else the guest writes to; nor that it sleeps, which an earlier QEMU would forget.
+    Raises ``StateError`` for another node that the guest writes to, or a suspended guest that QEMU would not record.
     """
     await requests.require_told(machine, qemu, doing="save its memory", hint=hint)
     if reasons := (await migration.query(qemu)).blocked_reasons:

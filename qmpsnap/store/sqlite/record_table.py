@@ -100,8 +100,8 @@ class RecordTable:
     def lost(self, *, wait: bool = True) -> tuple[str, ...]:
         """The machines that have a record and that this store does not know, by name; none that is being defined.
 
-        They may read any layer of another machine. Unless ``wait``, none is told while the storage of images hangs,
-        which who asks for a list does not need.
+        They may read any layer of another machine. Without ``wait``, as for a list, none is reported while the images'
+        storage hangs.
         """
         ask = _called if wait or not self._files.elsewhere else _called_aside
         described = ask(self._files.names)
