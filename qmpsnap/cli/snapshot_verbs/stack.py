@@ -24,7 +24,7 @@ def register(verbs: Parsers) -> None:
     add_format(command)
 
     command = add_for_vm(verbs, "pop", _pop, help="revert to the snapshot that push took, and delete it")
-    command.add_argument("--discard", action="store_true", help="accept to lose a snapshot that push did not take")
+    command.add_argument("--discard", action="store_true", help="accept losing a snapshot that push did not take")
     command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_progress(command)
     add_format(command)
