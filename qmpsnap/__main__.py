@@ -1,6 +1,6 @@
 """``python -m qmpsnap``."""
 
-from qmpsnap.cli.main import run
+from qmpsnap.cli.start import run
 
 if __name__ == "__main__":
     run()

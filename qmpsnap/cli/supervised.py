@@ -17,14 +17,13 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from qmpsnap.cli import output
+from qmpsnap.cli.start import SAME
 from qmpsnap.errors import Interrupted, QmpsnapError, StorageHangs
 from qmpsnap.host import storage_wait
 from qmpsnap.host.outstanding import briefly, helpers, storage_hangs
 
 _LOOK: Final = 1.0
 """Seconds between two looks at the child's first thread."""
-_SAME: Final = 0.1
-"""Seconds within which two SIGINTs are one: ``timeout`` sends it to its process and to the group."""
 _BY_KERNEL: Final = 0x80
 """SI_KERNEL, the ``si_code`` of what a terminal sends; all of its foreground group get that."""
 _READING: Final = 2.0
@@ -73,12 +72,15 @@ def split() -> None:
         os.close(answer)
         os.close(watched)
         _Parent(child, told, life).supervise()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio replaces no other
+    if child == 0:
+        signal.signal(signal.SIGINT, _Once(signal.default_int_handler))
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(told)
     os.close(life)
     if child == 0:
         _session.answer = answer
-        signal.signal(signal.SIGINT, _Once(signal.default_int_handler))
         with contextlib.suppress(RuntimeError):  # no more threads: then it is only killed
             threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
 
@@ -174,7 +176,7 @@ class _Parent:
             self._interrupted = now
             if forward:
                 os.kill(self._child, signal.SIGINT)
-        elif now - self._interrupted > _SAME:
+        elif now - self._interrupted > SAME:
             self._end_at_once(Interrupted("interrupted twice and ended at once"))
 
     def _give_up(self, wait: storage_wait.Wait) -> None:
@@ -184,7 +186,7 @@ class _Parent:
         """End without the child, and say what it leaves open."""
         wait = storage_wait.waits_of(self._child)
         os.close(self._life)
-        time.sleep(_SAME)  # it closes the streams, which others may wait for the end of
+        time.sleep(SAME)  # it closes the streams, which others may wait for the end of
         from qmpsnap.cli.interrupted import left_open
 
         machine = _session.machine

@@ -1,0 +1,38 @@
+"""The console script: what Ctrl-C does until a command's own process has taken over.
+
+While modules are loaded nothing has begun, and SIGINT ends the process as it ends any other. From then on the first one
+is a ``KeyboardInterrupt``, and the report of what it left is not interrupted by a second one: that ends the process.
+"""
+
+import os
+import signal
+import time
+from types import FrameType
+from typing import Final, NoReturn
+
+SAME: Final = 0.1
+"""Seconds within which two SIGINTs are one: ``timeout`` sends it to its process and to the group."""
+
+
+def run() -> NoReturn:
+    """Load the command line and run it."""
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else whoever started us wants it ignored
+    if heeded:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from qmpsnap.cli import main
+
+    if heeded:
+        signal.signal(signal.SIGINT, _first)
+    main.run()
+
+
+def _first(number: int, frame: FrameType | None) -> NoReturn:
+    heard = time.monotonic()
+
+    def second(_number: int, _frame: FrameType | None) -> None:
+        if time.monotonic() - heard > SAME:
+            os.write(2, b"qmpsnap: interrupted twice and ended at once\n")
+            os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, second)
+    signal.default_int_handler(number, frame)
