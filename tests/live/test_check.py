@@ -132,7 +132,10 @@ async def test_a_qemu_that_hangs_is_told_of_at_once(q: qmpsnap.Controller) -> No
     assert (await vm.check(repair=True)).findings == ()
 
 
-async def test_a_worker_that_nobody_waits_for_is_ended(q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", ["check", "recover"])
+async def test_a_worker_that_nobody_waits_for_is_ended(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
     vm = await grown(q, "s1")
     await vm.stop(force=True)
     context, machine = context_of(vm), await vm.record()
@@ -143,7 +146,10 @@ async def test_a_worker_that_nobody_waits_for_is_ended(q: qmpsnap.Controller, mo
         async with worker.working_on(chain, machine, qemu=context.qemu, run_dir=run_dir, secrets={}):
             pass
     assert await codes(vm) == {"worker-left"}
-    assert [finding.code for finding in (await vm.check(repair=True)).repaired] == ["worker-left"]
+    if by == "check":
+        assert [finding.code for finding in (await vm.check(repair=True)).repaired] == ["worker-left"]
+    else:
+        assert await vm.recover() == []
     assert worker.find(machine, run_dir) is None
     await hold_invariants(vm)
 

@@ -95,7 +95,7 @@ async def end_open(
             told = broken.pending(error.message)
             told.claim("unknown")  # it may have got as far as to remove a file
             raise told from error
-    if pending:  # a process that died before its job began may have left a worker
+    if pending or worker.find(machine, run_dir):  # left by a process that died before its job began, or once it settled
         await worker.end_leftover(machine, run_dir)
     return list(pending)
 
