@@ -159,6 +159,11 @@ def run(folder: Path, home: Path) -> None:
         go_back(kind, *taken[kind])
     typed("snapshot", "create", NAME, "last")
     typed("commit", NAME, "vdb", "--base", asked("chain", NAME, "vdb")["disks"][0]["layers"][-2]["layer"], "--consume")
+    time.sleep(3)
+    typed("stop", NAME, "--force")
+    typed("start", NAME)
+    wait_for_guest()
+    say(f"after a commit of the active layer and a crash: whole, counter {verified()}")
     typed("stop", NAME, "--force")
     for kind in KINDS:
         check_file_systems(kind, home)
@@ -168,8 +173,10 @@ def run(folder: Path, home: Path) -> None:
     typed("start", NAME)
     wait_for_guest()
     say(f"after {len(automatic)} deletes: whole, counter {verified()}")
-    typed("snapshot", "delete", NAME, *(kind.name for kind in KINDS if kind.name != "inside"))
-    say(f"after all others were deleted under it: whole, counter {verified()}")
+    for kind in KINDS:
+        if kind.name != "inside":
+            typed("snapshot", "delete", NAME, kind.name)
+            say(f"after {kind.name} was deleted under it: whole, counter {verified()}")
     typed("check", NAME)
 
 
