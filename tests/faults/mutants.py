@@ -56,9 +56,9 @@ def _qemu_hears_of_a_merge_before_the_journal(patch: Patch) -> None:
         if phase != steps.FINALIZING:
             await mark(self, phase, running=running)
 
-    async def recorded(self: BlockJob, change: Any) -> None:
+    async def recorded(self: BlockJob, change: Any, *, running: bool) -> None:
         await mark(self, steps.FINALIZING)
-        await record(self, change)
+        await record(self, change, running=running)
 
     patch.setattr(BlockJob, "mark", marked)
     patch.setattr(BlockJob, "record", recorded)

@@ -69,11 +69,12 @@ class BlockJob(Struct, frozen=True, kw_only=True):
         """Run it to its end from any state, even if another qmpsnap process started it."""
         raise NotImplementedError
 
-    async def settle(self, monitor: Monitor | None) -> None:
+    async def settle(self, monitor: Monitor | None, *, running: bool = False) -> None:
         """Verify what has become of QEMU's chain, make the headers say the same, and record it.
 
         Args:
             monitor: the QEMU it ran in; None where that ended after both sides were equal.
+            running: the guest runs, and we have stopped its vCPUs.
         """
         raise NotImplementedError
 
@@ -90,9 +91,9 @@ class BlockJob(Struct, frozen=True, kw_only=True):
         words = self.words(phase, running=running)
         await self.context.astore.mark(self.operation, "running", step=words)
 
-    async def record(self, change: Change) -> None:
+    async def record(self, change: Change, *, running: bool) -> None:
         """Record what it has made true, and that it is settled, in one SQL transaction."""
-        words = self.words(steps.SETTLED)
+        words = self.words(steps.SETTLED, running=running)
         await self.context.astore.settle(self.operation, self.machine.name, change, step=words)
 
     async def require_chain(self, monitor: Monitor, expected: Iterable[Layer], *, known: Iterable[Layer]) -> None:

@@ -4,7 +4,7 @@ A job can fail in it, too; where it is a header that could not be written, QEMU 
 taken back, as the header is what the next QEMU goes by.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import anyio
@@ -87,9 +87,7 @@ async def runs(job: BlockJob, monitor: Monitor | None, *, before: bool) -> bool:
     return before or (await commands.query_status(monitor)).live
 
 
-async def go_over(
-    job: BlockJob, monitor: Monitor, *, settle: Callable[[], Awaitable[None]], held: bool = False
-) -> None:
+async def go_over(job: BlockJob, monitor: Monitor, *, held: bool = False) -> None:
     """Stop the vCPUs, mark ``finalizing``, finalize, settle, and let the vCPUs go on."""
     running = job.step.live and (held or (await commands.query_status(monitor)).live)
     async with going_on(job, monitor, when=running) as hold:
@@ -97,12 +95,10 @@ async def go_over(
         # stream come to `pending` without that, and a QEMU killed now would take what they moved with it.
         await commands.control(monitor, "stop")
         await job.mark(steps.FINALIZING, running=running)
-        await make_true(job, monitor, hold, running=running, settle=settle)
+        await make_true(job, monitor, hold, running=running)
 
 
-async def make_true(
-    job: BlockJob, monitor: Monitor, hold: Hold, *, running: bool, settle: Callable[[], Awaitable[None]]
-) -> None:
+async def make_true(job: BlockJob, monitor: Monitor, hold: Hold, *, running: bool) -> None:
     """Go on from a durable ``finalizing``: finalize what waits for it, and settle what has become of it."""
     hold.known = False
     info = await jobs.find(monitor, job.id)
@@ -123,7 +119,7 @@ async def make_true(
         raise NotFinalized(error.message, effect=error.effect, qmp_class=error.qmp_class) from error
     hold.known = True
     await commands.control(monitor, "stop")  # now the headers that finalize has changed
-    await settle()
+    await job.settle(monitor, running=running)
 
 
 async def _concluded(job: BlockJob, monitor: Monitor) -> None:

@@ -53,7 +53,7 @@ async def _takes_effect(
             await jobs.resume(monitor, job.id)
         await job.carry_on(monitor)
     elif phase == steps.FINALIZING and monitor:
-        await cutover.make_true(job, monitor, hold, running=running, settle=lambda: job.settle(monitor))
+        await cutover.make_true(job, monitor, hold, running=running)
     elif phase == steps.FINALIZING:
         old = job.step.chain[-1]
         if job.moves_guest and not await external_writers.new_counts(broken, old=[old], new=[job.result]):

@@ -91,11 +91,11 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
             with cutover.in_time(self, shield=True):
                 await self.require_files()
                 await require_flushed(monitor, self.machine, self.step)
-                await cutover.go_over(self, monitor, settle=lambda: self.settle(monitor))
+                await cutover.go_over(self, monitor)
                 await self.close(monitor)
         self.report(replace(info, status="concluded"))
 
-    async def settle(self, monitor: Monitor | None) -> None:
+    async def settle(self, monitor: Monitor | None, *, running: bool = False) -> None:
         """See :class:`BlockJob`: QEMU has rewritten the header of its own chain, the others are rewritten here."""
         step = self.step
         rebased = [(layer, step.into) for layer in step.rebased]
@@ -109,7 +109,7 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
             await _rewrite(self, [*above, *rebased])
         else:
             await _rewrite(self, [(step.into, step.base)])
-        await self.record(step.change)
+        await self.record(step.change, running=running)
 
     async def close(self, monitor: Monitor) -> None:
         """See :class:`BlockJob`: QEMU keeps nodes that left the chain; the next snapshot would find them busy."""

@@ -97,7 +97,7 @@ class MirrorJob(BlockJob, frozen=True, kw_only=True):
         async with cutover.watched(self, monitor):
             await _go_over(self, monitor, info)
 
-    async def settle(self, monitor: Monitor | None) -> None:
+    async def settle(self, monitor: Monitor | None, *, running: bool = False) -> None:
         """See :class:`BlockJob`; a finished copy is not recorded."""
         plan, change = self.step, Change()
         if monitor:
@@ -106,7 +106,7 @@ class MirrorJob(BlockJob, frozen=True, kw_only=True):
         if plan.mode == "pivot":
             await staged.make_durable(plan.target.path, self.identity)
             change = replace(plan.change, layers=(_identified(self),))
-        await self.record(change)
+        await self.record(change, running=running)
 
     async def close(self, monitor: Monitor) -> None:
         """See :class:`BlockJob`."""
@@ -229,7 +229,7 @@ async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo) -> None:
         await lowlevel.checkpoint_if_cancelled()  # the last chance to cancel it
     # Past this point there is only forward, and it takes milliseconds.
     with cutover.in_time(job, shield=True):
-        await cutover.go_over(job, monitor, settle=lambda: job.settle(monitor), held=held)
+        await cutover.go_over(job, monitor, held=held)
         await job.close(monitor)
     job.report(replace(info, status="concluded"))
 
