@@ -9,10 +9,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
+import anyio
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, QemuGone, QmpError
 from qmpsnap.hint import call
+from qmpsnap.model.layers.vmstate import version_of
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo
@@ -25,6 +27,12 @@ JobState = Literal[
 
 WAKE = 0.25
 """Seconds after which a job is queried even without an event: nothing else reports progress."""
+
+BEGUN = 0.001
+"""Seconds until we look again whether a mirror tracks writes, at first: the guest may be paused for that."""
+
+MISSING = (((8, 0), (10, 0, 9)), ((10, 1), (11, 0)))
+"""QEMU versions whose mirrors miss writes while they begin, from and before; docs/explanation/qemu-facts.md."""
 
 MEMORY_DEADLINE = 1800.0
 """Seconds QEMU may be silent while it saves or loads memory inside images: it answers nobody meanwhile."""
@@ -117,6 +125,18 @@ async def find(monitor: Monitor, job: JobId, *, deadline: float = COMMAND_DEADLI
     return next((info for info in await commands.query_jobs(monitor, deadline=deadline) if info.id == job), None)
 
 
+async def require(monitor: Monitor, job: JobId, *, deadline: float = COMMAND_DEADLINE) -> JobInfo:
+    """As :func:`find`, of a job that must be there.
+
+    Raises:
+        QemuGone: QEMU ended, or the job is not there any more.
+    """
+    info = await find(monitor, job, deadline=deadline)
+    if info is None:
+        raise QemuGone(f"job {job} disappeared from QEMU; its outcome is unknown", effect="unknown")
+    return info
+
+
 async def follow(
     monitor: Monitor,
     job: JobId,
@@ -136,9 +156,7 @@ async def follow(
     """
     async with monitor.listen("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR") as bell:
         while True:
-            info = await find(monitor, job, deadline=deadline)
-            if info is None:
-                raise QemuGone(f"job {job} disappeared from QEMU; its outcome is unknown", effect="unknown")
+            info = await require(monitor, job, deadline=deadline)
             report(await look(info) if look else info)
             if info.status == "concluded":
                 if info.error:
@@ -156,6 +174,32 @@ async def _raise_if_stuck(monitor: Monitor, job: JobId) -> None:
         if block_job.device == job and block_job.io_status != "ok":
             why = "no space is left" if block_job.io_status == "nospace" else "a write failed"
             raise JobStuck(job, why)
+
+
+async def misses_first_writes(monitor: Monitor) -> bool:
+    """Whether a mirror in this QEMU may miss what its guest writes before :func:`tracks_writes`."""
+    version = version_of(await commands.query_version(monitor))
+    return any(since <= version < until for since, until in MISSING)
+
+
+def tracks_writes(info: JobInfo) -> bool:
+    """Whether a mirror knows of every write of its guest, in every QEMU: how much there is it says only after that."""
+    return info.total_progress > 0 or info.status not in {"created", "running", "paused"}
+
+
+async def begin(monitor: Monitor, job: JobId) -> None:
+    """Wait until a mirror tracks its guest's writes, or has failed.
+
+    Raises:
+        JobStuck: it is paused because a write failed.
+        QemuGone: QEMU ended, or the job is not there any more.
+    """
+    wait = BEGUN
+    while not tracks_writes(info := await require(monitor, job)):
+        if info.status == "paused":
+            await _raise_if_stuck(monitor, job)
+        await anyio.sleep(wait)  # no event tells of it
+        wait = min(2 * wait, WAKE)
 
 
 async def complete(monitor: Monitor, job: JobId) -> None:
@@ -216,16 +260,21 @@ async def finalize(monitor: Monitor, job: JobId) -> JobInfo:
     return await follow(monitor, job, "concluded")
 
 
-async def cancel(monitor: Monitor, job: JobId, *, dismiss: bool = True) -> None:
-    """End a job without its change to the graph, if it still is there.
+async def abort(monitor: Monitor, job: JobId) -> bool:
+    """See that a job cannot succeed any more, if it still is there; returns whether it is.
 
     A mirror that is ready would take ``job-cancel`` for success; ``force`` makes it an abort.
     """
     info = await find(monitor, job)
-    if info is None:
-        return
-    if info.status not in ("concluded", "aborting"):
+    if info and info.status not in ("concluded", "aborting"):
         await monitor.execute("block-job-cancel", {"device": job, "force": True})
+    return info is not None
+
+
+async def cancel(monitor: Monitor, job: JobId, *, dismiss: bool = True) -> None:
+    """End a job without its change to the graph, if it still is there."""
+    if not await abort(monitor, job):
+        return
     with contextlib.suppress(QmpError):  # cancelled is what we wanted; QEMU calls it an error
         await follow(monitor, job, "concluded")
     if dismiss:

@@ -53,6 +53,11 @@ JOB = {
     "nodes closed": Call(MERGE, "close_nodes", "after", 1),
     "files removed": Call(MERGE, "remove_files", "after", 1),
 }
+HELD = {
+    "the guest held": Call(COMMANDS, "control", "after", 1),
+    "the job begun": Call(JOBS, "begin", "after", 1),
+    "the guest going on": Call(COMMANDS, "control", "after", 2),
+}
 COPY = {
     "the file made": Call(IMAGE, "ImageTool.create_base", "after", 1),
     "the file at its place": Call("qmpsnap.block.image.staged", "put", "after", 1),
@@ -107,6 +112,8 @@ CALLS: dict[str, dict[str, Call]] = {
     **{name: JOB for name in SCENARIOS if SCENARIOS[name].column in ("commit", "stream")},
     **{name: JOB for name in SCENARIOS if name.startswith(("delete upwards", "delete downwards"))},
     **{name: COPY for name in SCENARIOS if name.startswith(("mirror, pivot", "mirror, finish"))},
+    "commit of the active layer, running": JOB | HELD,
+    "mirror, pivot, running": COPY | HELD,
 }
 
 BACK = {("create internal, stopped", "one tagged")}

@@ -10,6 +10,7 @@ import pytest
 from qmpsnap.errors import QmpError
 from qmpsnap.model.names import JobId
 from qmpsnap.qmp import jobs
+from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Bell
 
 JOB = JobId("qs.1.vda")
@@ -78,3 +79,53 @@ async def test_with_progress_nothing_is_changed(monkeypatch: pytest.MonkeyPatch)
     qemu = Outrun([None, None, 50, 40, 30, 0], changes=True)
     await jobs.follow_mirror(qemu, JOB, "ready", patience=0)
     assert qemu.said == []
+
+
+class _Of:
+    """A QEMU of a version."""
+
+    def __init__(self, version: str) -> None:
+        major, minor, micro = map(int, version.split("."))
+        self._answer = {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": ""}
+
+    async def execute(self, command: str, *_: Any, **__: Any) -> Any:
+        assert command == "query-version"
+        return self._answer
+
+
+@pytest.mark.parametrize(
+    ("version", "misses"),
+    [
+        ("7.2.22", False),
+        ("8.0.0", True),
+        ("8.2.2", True),
+        ("9.2.4", True),
+        ("10.0.8", True),
+        ("10.0.9", False),
+        ("10.0.13", False),
+        ("10.1.0", True),
+        ("10.2.2", True),
+        ("11.0.0", False),
+        ("11.1.3", False),
+    ],
+)
+async def test_which_qemus_miss_first_writes(version: str, misses: bool) -> None:  # noqa: FBT001 - a parameter
+    qemu: Any = _Of(version)
+    assert await jobs.misses_first_writes(qemu) is misses
+
+
+@pytest.mark.parametrize(
+    ("status", "total", "tracks"),
+    [
+        ("created", 0, False),
+        ("running", 0, False),
+        ("paused", 0, False),
+        ("running", 1, True),
+        ("paused", 1, True),
+        ("ready", 0, True),
+        ("concluded", 0, True),
+    ],
+)
+def test_when_a_mirror_tracks_writes(status: str, total: int, tracks: bool) -> None:  # noqa: FBT001 - a parameter
+    info = JobInfo(id=JOB, type="mirror", status=status, current_progress=0, total_progress=total)
+    assert jobs.tracks_writes(info) is tracks

@@ -45,7 +45,7 @@ class Step(Struct, frozen=True):
 
 _MERGE: Final = (
     Step(PLANNED, "the operation is recorded and no job has started: roll back"),
-    Step("N:started", "the job may have written, its source is still valid: roll back"),
+    Step("N:started", "the job may have written, the vCPUs may be paused; its source is still valid: roll back"),
     Step(
         "N:finalizing",
         "both sides are equal, the vCPUs may be paused: roll forward, or rewrite headers if QEMU is gone",
@@ -97,7 +97,10 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
     "mirror": (
         Step(PLANNED, "the file may exist under a temporary name: roll back"),
         Step("made:FILE", "the file is qmpsnap's under its final name, too; QEMU may have it open: roll back"),
-        Step("started:FILE", "the job may have written to the copy; the old active layer is valid: roll back"),
+        Step(
+            "started:FILE",
+            "the job may have written to the copy, the vCPUs may be paused; the old active layer is valid: roll back",
+        ),
         Step("finalizing:FILE", "both sides are equal, the vCPUs may be paused: roll forward"),
         Step("settled:FILE", "the change is recorded: dismiss the job, close nodes, remove files"),
         Step(SETTLED, "nothing is left to do"),

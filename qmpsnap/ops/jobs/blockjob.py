@@ -53,6 +53,11 @@ class BlockJob(Struct, frozen=True, kw_only=True):
         """Whether the guest writes to another layer once it has taken effect."""
         raise NotImplementedError
 
+    @property
+    def is_mirror(self) -> bool:
+        """Whether QEMU copies while the guest writes to the source, as a mirror and a commit of the active layer do."""
+        raise NotImplementedError
+
     async def require_files(self) -> None:
         """Refuse where a name leads to another file: QEMU opens what it writes to anew, by its name."""
 

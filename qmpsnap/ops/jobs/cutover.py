@@ -72,10 +72,11 @@ async def going_on(job: BlockJob, monitor: Monitor | None, *, when: bool) -> Asy
         yield hold
     finally:
         if monitor and when and (hold.known or not job.moves_guest):
-            await completed(_let_run(monitor))  # QEMU's answers have deadlines of their own
+            await completed(let_run(monitor))  # QEMU's answers have deadlines of their own
 
 
-async def _let_run(monitor: Monitor) -> None:
+async def let_run(monitor: Monitor) -> None:
+    """Let a guest go on, if it does not run."""
     if not (await commands.query_status(monitor)).live:
         await commands.control(monitor, "cont")
 

@@ -4,7 +4,7 @@ from msgspec.structs import replace
 
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import P
-from qmpsnap.ops.jobs import cutover
+from qmpsnap.ops.jobs import beginning, cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob
 from qmpsnap.ops.session import external_writers
 from qmpsnap.ops.session.pending import Broken
@@ -18,7 +18,7 @@ async def end_job(
     """Complete or undo a job; returns whether it took effect, and the operation with the reason if it did not.
 
     1. It never started, or it is ``started`` and no QEMU has it: it has no effect.
-    2. It is ``started`` and has failed or is not wanted any more: it is cancelled.
+    2. It is ``started`` and has failed, is not wanted any more, or would miss writes of the guest: it is cancelled.
     3. It is ``started`` and still runs: it is left running, or completed if that is wanted.
     4. It is ``finalizing`` without a QEMU: both sides were equal, so its effect is written to the files, unless the
        owner of an adopted machine has continued with the old side.
@@ -45,7 +45,9 @@ async def _takes_effect(
 ) -> bool:
     if phase == steps.STARTED:
         info = await jobs.find(monitor, job.id) if monitor else None
-        if monitor is None or info is None or info.status == "concluded" or broken.unfinished == "cancel":
+        if monitor is None or info is None or info.status in {"aborting", "concluded"}:
+            return False
+        if broken.unfinished == "cancel" or (running and await beginning.may_miss_writes(job, monitor, info)):
             return False
         if broken.unfinished == "refuse":
             raise broken.still_works(info.status)

@@ -35,7 +35,7 @@ from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.internal import tags
-from qmpsnap.ops.jobs import cutover
+from qmpsnap.ops.jobs import beginning, cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.outside import layer_changes
 from qmpsnap.qmp import commands, jobs
@@ -57,6 +57,11 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
     def moves_guest(self) -> bool:
         """Whether it is a commit of the active layer."""
         return self.step.kind == "commit" and self.step.top.id == self.step.chain[-1].id
+
+    @property
+    def is_mirror(self) -> bool:
+        """As :attr:`moves_guest`."""
+        return self.moves_guest
 
     async def require_files(self) -> None:
         """See :class:`BlockJob`; for the whole chain."""
@@ -153,11 +158,13 @@ async def _start(job: MergeJob, monitor: Monitor) -> None:
     await job.require_files()
     written = sharing.rewritten(job.step)
     await blocking(layer_changes.require_unwritten, job.context.store, written, job.machine.name)
-    words = steps.of_job(job.number, steps.STARTED, state=await to_end(state_of, job.step.into.path))
-    ids = [layer.id for layer in written]
-    await job.context.astore.mark(job.operation, "running", step=words, writes=ids)
-    await job.require_files()  # the disk may have been slow
-    await monitor.execute(*command)
+    state, ids = await to_end(state_of, job.step.into.path), [layer.id for layer in written]
+
+    async def mark(*, running: bool) -> None:
+        words = steps.of_job(job.number, steps.STARTED, running=running, state=state)
+        await job.context.astore.mark(job.operation, "running", step=words, writes=ids)
+
+    await beginning.start(job, monitor, command, mark=mark)
 
 
 def state_of(path: str) -> tuple[int, ...]:

@@ -68,7 +68,8 @@ async def _never_began(broken: Broken, job: MergeJob, monitor: Monitor | None) -
     if not await merge.is_frozen(monitor, job.step):  # what has changed need not be in the file yet
         return False
     state = await to_end(merge.state_of, job.step.into.path)
-    return bool(state) and broken.operation.step == steps.of_job(job.number, steps.STARTED, state=state)
+    marks = {steps.of_job(job.number, steps.STARTED, running=held, state=state) for held in (False, True)}
+    return bool(state) and broken.operation.step in marks
 
 
 async def _keep_size(job: MergeJob) -> None:

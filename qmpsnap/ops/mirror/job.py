@@ -6,6 +6,8 @@ out -> ``finalizing:...`` -> finalize, graph verified -> ``settled:...`` with th
 nodes closed, files that nobody needs removed. A finished copy is the user's: the store does not have it.
 """
 
+from functools import partial
+
 import anyio
 from anyio import lowlevel
 from msgspec import Struct
@@ -26,7 +28,7 @@ from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, MirrorPlan, Operation
 from qmpsnap.ops.base import admission, luks
 from qmpsnap.ops.base.machine_session import MachineSession
-from qmpsnap.ops.jobs import cutover
+from qmpsnap.ops.jobs import beginning, cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.merge import job as merge
 from qmpsnap.qmp import commands, jobs
@@ -81,6 +83,11 @@ class MirrorJob(BlockJob, frozen=True, kw_only=True):
     def moves_guest(self) -> bool:
         """Whether it is a pivot."""
         return self.step.mode == "pivot"
+
+    @property
+    def is_mirror(self) -> bool:
+        """Always."""
+        return True
 
     async def take_back(self, monitor: Monitor) -> None:
         """Nothing: QEMU replaces the layer as a whole or not at all."""
@@ -202,8 +209,7 @@ async def _start(job: MirrorJob, monitor: Monitor) -> None:
         await commands.blockdev_add(monitor, options)
         await _require_size(monitor, job.step)
         await to_read(_require_target, job)
-        await job.mark(steps.STARTED)
-        await monitor.execute(start, arguments)
+        await beginning.start(job, monitor, (start, arguments), mark=partial(job.mark, steps.STARTED))
     except QmpError as error:
         if 'Failed to get "' not in error.message:
             raise
