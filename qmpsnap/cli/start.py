@@ -1,7 +1,8 @@
 """The console script: what Ctrl-C does until a command's own process has taken over.
 
-While modules are loaded nothing has begun, and SIGINT ends the process as it ends any other. From then on the first one
-is a ``KeyboardInterrupt``, and the report of what it left is not interrupted by a second one: that ends the process.
+While the command line is loaded nothing has begun, and SIGINT ends the process as it ends any other. From then on the
+first one is a ``KeyboardInterrupt``, and the report of what it left is not interrupted by a second one: that ends the
+process.
 """
 
 import os
@@ -12,6 +13,9 @@ from typing import Final, NoReturn
 
 SAME: Final = 0.1
 """Seconds within which two SIGINTs are one: ``timeout`` sends it to its process and to the group."""
+
+_AGAIN: Final = 0.001
+"""Seconds until a SIGINT that came at the wrong time comes again."""
 
 
 def run() -> NoReturn:
@@ -26,7 +30,22 @@ def run() -> NoReturn:
     main.run()
 
 
-def _first(number: int, frame: FrameType | None) -> NoReturn:
+def postponed(frame: FrameType | None) -> bool:
+    """Whether SIGINT came while a module was being loaded; then it comes again in a moment.
+
+    msgspec crashes when an exception is raised in the middle of a class statement, as CPython raises it there.
+    """
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    if frame:
+        signal.signal(signal.SIGALRM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+    return frame is not None
+
+
+def _first(number: int, frame: FrameType | None) -> None:
+    if postponed(frame):
+        return
     heard = time.monotonic()
 
     def second(_number: int, _frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from qmpsnap.cli import output
-from qmpsnap.cli.start import SAME
+from qmpsnap.cli.start import SAME, postponed
 from qmpsnap.errors import Interrupted, QmpsnapError, StorageHangs
 from qmpsnap.host import storage_wait
 from qmpsnap.host.outstanding import briefly, helpers, storage_hangs
@@ -106,7 +106,7 @@ class _Once:
         self._heard = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self._heard:
+        if not self._heard and not postponed(frame):
             self._heard = True
             self._handler(number, frame)
 
