@@ -43,7 +43,7 @@ class World:
         writer.install(self.images / "writer.raw", contents.SIZE)
 
     def _mounted(self) -> bool:
-        options = ["-t", "tmpfs", "-o", "size=192m,mode=700", "qmpsnap-outsider", str(self.root)]
+        options = ["-t", "tmpfs", "-o", "size=512m,mode=700", "qmpsnap-outsider", str(self.root)]
         return subprocess.run(["mount", *options], check=False, capture_output=True).returncode == 0
 
     def next_name(self, letter: str) -> str:
