@@ -32,9 +32,13 @@ families that say of themselves that nothing was begun, usage and not found. ``s
 calls of the Python API; other front ends write its verbs as their users type them (:mod:`qmpsnap.hint`).
 """
 
-from typing import ClassVar, Literal
+from __future__ import annotations
 
-Effect = Literal["none", "applied", "unknown"]
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from typing import ClassVar
+
+    from qmpsnap.effect import Effect
 
 
 class QmpsnapError(Exception):

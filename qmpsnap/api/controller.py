@@ -8,26 +8,35 @@
         await vm.run("rm -rf /data")
 """
 
+from __future__ import annotations
+
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qmpsnap.api.later import Later
 from qmpsnap.api.machine_handle import MachineHandle
 from qmpsnap.errors import NotFoundError, UsageError
-from qmpsnap.host.system_errors import border
-from qmpsnap.machine.config.launch_dir import launch_dir
+from qmpsnap.host.borders import border
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.model.operations.operation import DefinePlan, Operation
-from qmpsnap.ops.base.context import Context, opened
-from qmpsnap.ops.lifecycle import adopt, define, dry_run
-from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
+from qmpsnap.ops.base.context import opened
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from qmpsnap.model.operations.operation import DefinePlan, Operation
+    from qmpsnap.ops.base.context import Context
+    from qmpsnap.ops.lifecycle import adopt, define, dry_run
+    from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
+else:
+    adopt, define, dry_run = Later("ops.lifecycle.adopt"), Later("ops.lifecycle.define"), Later("ops.lifecycle.dry_run")
 
 
 @asynccontextmanager
 async def open_controller(
     home: str | os.PathLike[str] | None = None, *, secrets: Mapping[str, bytes] | None = None
-) -> AsyncIterator["Controller"]:
+) -> AsyncIterator[Controller]:
     """A controller for the block: ``async with qmpsnap.open() as q``.
 
     Args:
@@ -82,6 +91,7 @@ class Controller:
             SpecError: it describes no machine; the message has file, line and column.
         """
         from qmpsnap.machine.config import specfile  # YAML is slow to load and only needed here
+        from qmpsnap.machine.config.launch_dir import launch_dir
 
         return specfile.read(Path(path), guest_dir=self.context.home.guest, profile_dir=launch_dir() / "profiles")
 

@@ -1,36 +1,52 @@
 """What a program does with one machine: each verb of :mod:`qmpsnap.ops`, by the machine's name."""
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, Unpack, overload
+from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from qmpsnap.api.later import Later
 from qmpsnap.api.machine_life import MachineLife
-from qmpsnap.host.system_errors import border
-from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.layers.snapshot import Snapshot
-from qmpsnap.model.layers.vmstate import Compression
-from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.machines.spec import Format
-from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
-from qmpsnap.ops import save, stack
+from qmpsnap.host.borders import border
 from qmpsnap.ops.base import requests
-from qmpsnap.ops.internal import create as internal
-from qmpsnap.ops.internal.create import InternalRequest
-from qmpsnap.ops.merge import commit
-from qmpsnap.ops.merge.commit import CommitRequest, StreamRequest
-from qmpsnap.ops.mirror import mirror
-from qmpsnap.ops.mirror.mirror import MirrorRequest, Mode
-from qmpsnap.ops.revert import revert
-from qmpsnap.ops.revert.plan import RevertRequest, Run
-from qmpsnap.ops.revert.revert import Preview, Reverted
-from qmpsnap.ops.save import RestoreRequest, SaveRequest
-from qmpsnap.ops.snapshot import create, delete, rename
-from qmpsnap.ops.snapshot.delete import DeletePlan, DeleteRequest
-from qmpsnap.ops.snapshot.plan import CreateRequest
-from qmpsnap.ops.snapshot.request import Files, Kind, SnapshotOptions, names_of, paths_of, requested
-from qmpsnap.ops.stack import PopPreview
-from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.qmp.jobs import unreported
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Literal, Unpack
+
+    from qmpsnap.model.layers.chain import Layer
+    from qmpsnap.model.layers.snapshot import Snapshot
+    from qmpsnap.model.layers.vmstate import Compression
+    from qmpsnap.model.machines.record import Machine
+    from qmpsnap.model.machines.spec import Format
+    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
+    from qmpsnap.ops import save, stack
+    from qmpsnap.ops.internal import create as internal
+    from qmpsnap.ops.merge import commit
+    from qmpsnap.ops.mirror import mirror
+    from qmpsnap.ops.mirror.mirror import Mode
+    from qmpsnap.ops.revert import plan as revert_plan
+    from qmpsnap.ops.revert import revert
+    from qmpsnap.ops.revert.plan import RevertRequest, Run
+    from qmpsnap.ops.revert.revert import Preview, Reverted
+    from qmpsnap.ops.save import SaveRequest
+    from qmpsnap.ops.snapshot import create, delete, rename
+    from qmpsnap.ops.snapshot import plan as create_plan
+    from qmpsnap.ops.snapshot import request as wishes
+    from qmpsnap.ops.snapshot.delete import DeletePlan
+    from qmpsnap.ops.snapshot.plan import CreateRequest
+    from qmpsnap.ops.snapshot.request import Files, Kind, SnapshotOptions
+    from qmpsnap.ops.stack import PopPreview
+    from qmpsnap.qmp.jobs import Report
+else:
+    save, stack = Later("ops.save"), Later("ops.stack")
+    internal = Later("ops.internal.create")
+    commit, mirror = Later("ops.merge.commit"), Later("ops.mirror.mirror")
+    revert, revert_plan = Later("ops.revert.revert"), Later("ops.revert.plan")
+    create, delete, rename = Later("ops.snapshot.create"), Later("ops.snapshot.delete"), Later("ops.snapshot.rename")
+    create_plan, wishes = Later("ops.snapshot.plan"), Later("ops.snapshot.request")
 
 
 @border
@@ -80,8 +96,8 @@ class MachineHandle(MachineLife):
             HostCannot: no space for the memory; the guest runs on, and there is no trace of the attempt.
             QemuGone, DeadlinePassed, QmpError: with ``require``, the guest's agent is not there, silent or refuses.
         """
-        request = requested(kind, name, options)
-        if isinstance(request, InternalRequest):
+        request = wishes.requested(kind, name, options)
+        if isinstance(request, internal.InternalRequest):
             return await internal.create(self._context, self.name, request, report=report)
         return await create.run(self._context, self.name, request, report=report)
 
@@ -103,8 +119,8 @@ class MachineHandle(MachineLife):
         self, name: str | None = None, *, kind: Kind = "disk", **options: Unpack[SnapshotOptions]
     ) -> tuple[Machine, CreatePlan | InternalPlan]:
         """What :meth:`snapshot` would do now, without doing it; refused as that would be, but for a silent agent."""
-        request = requested(kind, name, options)
-        if isinstance(request, InternalRequest):
+        request = wishes.requested(kind, name, options)
+        if isinstance(request, internal.InternalRequest):
             return await internal.preview(self._context, self.name, request)
         return await create.preview(self._context, self.name, request)
 
@@ -166,7 +182,7 @@ class MachineHandle(MachineLife):
             StateError: the file is another machine's or its snapshot is gone, or the machine's hardware has changed.
             StoreMismatch: the file is damaged.
         """
-        request = RestoreRequest(
+        request = save.RestoreRequest(
             file=None if file is None else str(Path(file).absolute()), discard=discard, paused=paused, after=after
         )
         return await save.restore(self._context, self.name, requests.well_typed(request))
@@ -176,7 +192,7 @@ class MachineHandle(MachineLife):
     ) -> Preview:
         """What :meth:`restore` would do now, without doing it."""
         place = None if file is None else str(Path(file).absolute())
-        request = requests.well_typed(RestoreRequest(file=place, discard=discard, paused=paused))
+        request = requests.well_typed(save.RestoreRequest(file=place, discard=discard, paused=paused))
         return await save.preview_restore(self._context, self.name, request)
 
     async def add_layers(self, *, disks: Sequence[str] | None = None, files: Files | None = None) -> tuple[Layer, ...]:
@@ -289,7 +305,7 @@ class MachineHandle(MachineLife):
             StateError: base is above top, others read what would change, or snapshots would be lost unasked.
             HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
         """
-        request = CommitRequest(disk=disk, base=base, top=top, consume=consume)
+        request = commit.CommitRequest(disk=disk, base=base, top=top, consume=consume)
         return await commit.run(self._context, self.name, requests.well_typed(request), report=report)
 
     async def stream(self, disk: str, *, base: str | None = None, report: Report = unreported) -> MergePlan:
@@ -299,7 +315,7 @@ class MachineHandle(MachineLife):
             StateError: nothing lies between.
             HostCannot: not enough space.
         """
-        request = requests.well_typed(StreamRequest(disk=disk, base=base))
+        request = requests.well_typed(commit.StreamRequest(disk=disk, base=base))
         return await commit.run(self._context, self.name, request, report=report)
 
     async def mirror(  # its options, as a user names them
@@ -331,7 +347,7 @@ class MachineHandle(MachineLife):
             StateError: something is at the target, or another process has it open.
             HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
         """
-        request = MirrorRequest(
+        request = mirror.MirrorRequest(
             disk=disk,
             target=os.fspath(target),
             mode=mode,
@@ -356,25 +372,29 @@ class MachineHandle(MachineLife):
         Raises:
             NotFoundError: one is not there; nothing was deleted.
         """
-        request = DeleteRequest(names=names, children=children, metadata=metadata)
+        request = delete.DeleteRequest(names=names, children=children, metadata=metadata)
         return await delete.run(self._context, self.name, requests.well_typed(request), report=report)
 
 
 def _push_request(name: str | None, description: str) -> CreateRequest:
-    return requests.well_typed(CreateRequest(name=name, description=description, pushed=True))
+    return requests.well_typed(create_plan.CreateRequest(name=name, description=description, pushed=True))
 
 
 def _layers_request(disks: Sequence[str] | None, files: Files | None) -> CreateRequest:
-    return requests.well_typed(CreateRequest(disks=names_of(disks), files=paths_of(files), listed=False))
+    return requests.well_typed(
+        create_plan.CreateRequest(disks=wishes.names_of(disks), files=wishes.paths_of(files), listed=False)
+    )
 
 
 def _save_request(
     file: str | os.PathLike[str] | None, name: str | None, description: str, compression: Compression
 ) -> SaveRequest:
     place = None if file is None else str(Path(file).absolute())
-    return requests.well_typed(SaveRequest(file=place, name=name, description=description, compression=compression))
+    return requests.well_typed(
+        save.SaveRequest(file=place, name=name, description=description, compression=compression)
+    )
 
 
 def _revert_request(snapshot: Snapshot | str, discard: bool, state: Run | None, *, after: bool = True) -> RevertRequest:  # noqa: FBT001
     name = snapshot if isinstance(snapshot, str) else snapshot.name
-    return requests.well_typed(RevertRequest(name=name, discard=discard, run=state, after=after))
+    return requests.well_typed(revert_plan.RevertRequest(name=name, discard=discard, run=state, after=after))

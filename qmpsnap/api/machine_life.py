@@ -1,34 +1,49 @@
 """What a program does with one machine but for its snapshots and layers: start, stop, look, run a command, jobs."""
 
-import contextlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from __future__ import annotations
 
+import contextlib
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from qmpsnap.api.later import Later
 from qmpsnap.errors import QmpError, QmpsnapError, StateError
+from qmpsnap.host.borders import border
 from qmpsnap.host.outstanding import briefly
-from qmpsnap.host.system_errors import border
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.machine import agent
-from qmpsnap.machine.agent import Agent, Completed, Trimmed
-from qmpsnap.machine.starting import logs
-from qmpsnap.machine.starting.argv import AGENT_SOCKET
-from qmpsnap.model.layers.snapshot import Snapshot
-from qmpsnap.model.machines.record import Machine, Process
-from qmpsnap.model.operations.operation import Operation
-from qmpsnap.ops.base import free_space, requests
+from qmpsnap.machine.starting.run_files import AGENT_SOCKET
+from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.async_store import blocking
-from qmpsnap.ops.base.context import Context
-from qmpsnap.ops.check import check as checking
-from qmpsnap.ops.check.check import Checked
-from qmpsnap.ops.lifecycle import dry_run, pausing, power, undefine
-from qmpsnap.ops.lifecycle.dry_run import Forgotten
-from qmpsnap.ops.outside import compare
-from qmpsnap.ops.outside.compare import ChainView
 from qmpsnap.ops.session.session import working
-from qmpsnap.ops.snapshot import nvram
 from qmpsnap.qmp import commands
-from qmpsnap.qmp.commands import JobInfo
-from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.qmp.jobs import unreported
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from qmpsnap.machine import agent
+    from qmpsnap.machine.agent import Agent, Completed, Trimmed
+    from qmpsnap.machine.starting import logs
+    from qmpsnap.model.layers.snapshot import Snapshot
+    from qmpsnap.model.machines.record import Machine, Process
+    from qmpsnap.model.operations.operation import Operation
+    from qmpsnap.ops.base import free_space
+    from qmpsnap.ops.base.context import Context
+    from qmpsnap.ops.check import check as checking
+    from qmpsnap.ops.check.check import Checked
+    from qmpsnap.ops.lifecycle import dry_run, pausing, power, undefine
+    from qmpsnap.ops.lifecycle.dry_run import Forgotten
+    from qmpsnap.ops.outside import compare
+    from qmpsnap.ops.outside.compare import ChainView
+    from qmpsnap.ops.snapshot import nvram
+    from qmpsnap.qmp.commands import JobInfo
+    from qmpsnap.qmp.jobs import Report
+else:
+    agent, logs = Later("machine.agent"), Later("machine.starting.logs")
+    free_space, nvram = Later("ops.base.free_space"), Later("ops.snapshot.nvram")
+    checking, compare = Later("ops.check.check"), Later("ops.outside.compare")
+    dry_run, pausing = Later("ops.lifecycle.dry_run"), Later("ops.lifecycle.pausing")
+    power, undefine = Later("ops.lifecycle.power"), Later("ops.lifecycle.undefine")
 
 
 @border

@@ -5,22 +5,27 @@ one that could not be emptied would fail again, with nobody to tell, when the pr
 written stops nothing.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import io
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TextIO
 
-from qmpsnap.cli.hints import as_typed
-from qmpsnap.errors import HostCannot, QmpsnapError
+from qmpsnap.errors import HostCannot
+
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any, Literal, TextIO
+
+    from qmpsnap.errors import QmpsnapError
+
+    Format = Literal["table", "json", "name"]
 
 SCHEMA = "qmpsnap/1"
 """Names the shape of every JSON answer; it changes only when a field is taken away or changes its meaning."""
-
-Format = Literal["table", "json", "name"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _STEP = 1024
@@ -134,7 +139,16 @@ def warn(sentences: Iterable[str]) -> None:
 def hint(text: str) -> None:
     """Say what to type next, if there is anything."""
     if text:
-        note(f"hint: {as_typed(text)}")
+        note(f"hint: {_typed(text)}")
+
+
+def _typed(text: str) -> str:
+    """A hint as a person types it; plain text is that already."""
+    if type(text) is str:
+        return text
+    from qmpsnap.cli.hints import as_typed
+
+    return as_typed(text)
 
 
 def told(error: QmpsnapError | None) -> int:
@@ -161,11 +175,13 @@ def report(error: QmpsnapError, form: Format) -> None:
 
 def document(error: QmpsnapError) -> dict[str, str | None]:
     """The error as ``-o json`` prints it on stderr."""
-    return {**error.as_dict(), "hint": as_typed(error.hint)}
+    return {**error.as_dict(), "hint": _typed(error.hint)}
 
 
 def _json(document: dict[str, Any], stream: TextIO, *, indent: int | None = None) -> str:
     """JSON that is as safe to look at as a table: what would steer a terminal is escaped, or what it cannot show."""
+    import json
+
     text = json.dumps(document, indent=indent, ensure_ascii=False)
     text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
     return text if _takes(stream, text) else json.dumps(document, indent=indent)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan
 
 
-def print_definition(form: output.Format, plan: "DefinePlan") -> None:
+def print_definition(form: "output.Format", plan: "DefinePlan") -> None:
     """The plan of a machine."""
     machine = plan.change.define
     assert machine
@@ -45,7 +45,7 @@ def print_definition(form: output.Format, plan: "DefinePlan") -> None:
     )
 
 
-def print_plan(form: output.Format, machine: "Machine", plan: "CreatePlan") -> None:
+def print_plan(form: "output.Format", machine: "Machine", plan: "CreatePlan") -> None:
     """The plan of new layers, with a snapshot or without one."""
     from qmpsnap.ops.snapshot.plan import qmp_commands
 
@@ -92,7 +92,7 @@ def _freeze(plan: "CreatePlan | InternalPlan") -> list[str]:
     return [f"  the guest agent would freeze its file systems ({plan.quiesce})"]
 
 
-def print_internal(form: output.Format, plan: "InternalPlan") -> None:
+def print_internal(form: "output.Format", plan: "InternalPlan") -> None:
     """The plan of a snapshot inside the images."""
     from qmpsnap.ops.internal.create import qmp_commands
 

@@ -49,7 +49,7 @@ def want() -> None:
     _session.wanted = True
 
 
-def about(machine: str | None, form: output.Format) -> None:
+def about(machine: str | None, form: "output.Format") -> None:
     """Record what the command works on, for messages that its child can no longer print."""
     _session.machine, _session.form = machine, form
 

@@ -8,19 +8,24 @@ nothing. Python 3.11 has no ``statx``, so the C library is asked.
 New files and folders are private whatever the umask: one that opens all to others, or shuts ourselves out.
 """
 
+from __future__ import annotations
+
 import contextlib
-import ctypes
 import errno
 import functools
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Final, Protocol, Self
 
-from msgspec import Struct
+from qmpsnap.host.value import Value
+
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import Final, Protocol, Self
+else:
+    Protocol = object
 
 Name = str | os.PathLike[str]
 """A path, or with a folder's descriptor a name in that folder."""
@@ -50,6 +55,12 @@ def opened(name: Name, access: int = os.O_RDONLY | os.O_NONBLOCK, *, folder: int
         os.close(descriptor)
 
 
+def read(path: Name) -> str:
+    """The text of a small file of the kernel's, in ``/proc`` or ``/sys``."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123 - pathlib is slow to load
+        return file.read()
+
+
 @contextmanager
 def opened_folder(path: Name) -> Iterator[int]:
     """A folder; links are followed."""
@@ -77,16 +88,20 @@ def extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
 # --- new files and folders --------------------------------------------------------------------------------------------
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Name) -> None:
     """Make a folder and those above it that are missing; one that is there stays as it is."""
-    missing = [part for part in (path, *path.parents) if not part.exists()]
+    missing, part = [], os.fspath(path)
+    while part and not os.path.exists(part):  # noqa: PTH110
+        missing.append(part)
+        part = os.path.dirname(part)  # noqa: PTH120
     for part in reversed(missing):
         try:
-            part.mkdir(mode=0o700)
+            os.mkdir(part, mode=0o700)  # noqa: PTH102
         except FileExistsError:
             continue  # another process was faster
-        part.chmod(0o700)
-    path.mkdir(exist_ok=True)  # complains if it is something else
+        os.chmod(part, 0o700)  # noqa: PTH101
+    if not os.path.isdir(path):  # noqa: PTH112
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
 
 
 def create_exclusive(name: Name, access: int = os.O_WRONLY, *, folder: int | None = None) -> int:
@@ -116,6 +131,8 @@ def replace_durably(path: Name, data: bytes, *, ending: str = "part") -> None:
 
     Until it is whole its name has that ``ending``: one of this process alone where several may write at once.
     """
+    from pathlib import Path
+
     fresh = Path(f"{os.fspath(path)}.{ending}")
     fresh.unlink(missing_ok=True)  # of an earlier try
     try:
@@ -153,7 +170,7 @@ class Identified(Protocol):
         """Nanoseconds since the epoch; 0 where nobody knows."""
 
 
-class FileId(Struct, frozen=True):
+class FileId(Value):
     """Device, inode, time of birth and size in bytes of a file that is there."""
 
     device: int
@@ -190,6 +207,13 @@ def same_file(recorded: Identified, found: Identified, *, size: int | None = Non
     return size is None or not isinstance(found, FileId) or found.size in (None, size)
 
 
+def is_recorded(recorded: Identified, descriptor: int) -> bool:
+    """:func:`same_file` of an open one: whose birth is asked for only where that decides."""
+    if (recorded.device, recorded.inode) != inode_of(os.fstat(descriptor)):
+        return False
+    return not recorded.birth or born(descriptor) in (0, recorded.birth)
+
+
 def inode_of(status: os.stat_result) -> Inode:
     """Device and inode of a file that was looked at."""
     return status.st_dev, status.st_ino
@@ -223,23 +247,48 @@ def born(descriptor: int) -> int:
     statx = _statx()
     if statx is None:
         return 0
-    found = ctypes.create_string_buffer(_SIZE)
-    flags = _AT_EMPTY_PATH | _AT_SYMLINK_NOFOLLOW
-    if statx(descriptor, b"", flags, _STATX_BTIME, found) != 0:
+    call, room = statx
+    found = room()
+    if call(descriptor, b"", _AT_EMPTY_PATH | _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, found) != 0:
         return 0
+    raw = bytes(found)
     # struct statx: stx_mask at 0, stx_btime (seconds as s64, nanoseconds as u32) at 80.
-    if not int.from_bytes(found.raw[0:4], sys.byteorder) & _STATX_BTIME:
+    if not int.from_bytes(raw[0:4], sys.byteorder) & _STATX_BTIME:
         return 0
-    seconds = int.from_bytes(found.raw[80:88], sys.byteorder, signed=True)
-    return seconds * _SECOND + int.from_bytes(found.raw[88:92], sys.byteorder) or 1  # 1970 is a time, too
+    seconds = int.from_bytes(raw[80:88], sys.byteorder, signed=True)
+    return seconds * _SECOND + int.from_bytes(raw[88:92], sys.byteorder) or 1  # 1970 is a time, too
+
+
+def know_births() -> None:
+    """Load what :func:`born` needs."""
+    _statx()
 
 
 @functools.cache
-def _statx() -> Callable[..., int] | None:
+def _statx() -> tuple[Callable[..., int], Callable[[], Iterable[int]]] | None:
+    """The C library's call, and what makes room for its answer; None where it has none.
+
+    By what ctypes is made of, as all of ctypes takes longer to load than a list of machines to make.
+    """
     try:
-        found = ctypes.CDLL(None, use_errno=True).statx
-    except (OSError, AttributeError):
+        import _ctypes
+
+        address = _ctypes.dlsym(_ctypes.dlopen(None, 0), "statx")  # type: ignore[arg-type]
+    except (ImportError, OSError):
         return None
-    found.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
-    found.restype = ctypes.c_int
-    return found
+
+    class Number(_ctypes._SimpleCData):  # type: ignore[type-arg]  # noqa: SLF001
+        _type_ = "i"
+
+    class Call(_ctypes.CFuncPtr):
+        _flags_ = _ctypes.FUNCFLAG_CDECL
+        _restype_ = Number
+
+    class Byte(_ctypes._SimpleCData):  # type: ignore[type-arg]  # noqa: SLF001
+        _type_ = "c"
+
+    class Answer(_ctypes.Array):  # type: ignore[type-arg]
+        _type_ = Byte
+        _length_ = _SIZE
+
+    return Call(address), Answer

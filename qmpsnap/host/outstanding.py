@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final, Generic, TypeVar
 
-from qmpsnap.errors import Effect, StorageHangs
+from qmpsnap.effect import Effect
+from qmpsnap.errors import StorageHangs
 from qmpsnap.host import storage_wait
 
 T = TypeVar("T")

@@ -5,16 +5,9 @@ the process can keep it from being loaded.
 """
 
 import errno
-import functools
-import inspect
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 from qmpsnap.errors import HostCannot, QmpsnapError
-from qmpsnap.hint import call
-
-C = TypeVar("C", bound=type)
 
 _LIMITS = {
     errno.EMFILE: "this process has reached its limit of open files (ulimit -n)",
@@ -39,31 +32,10 @@ def translated(error: BaseException) -> QmpsnapError | None:
         return error
     if not isinstance(error, Exception) or isinstance(error, BrokenPipeError):  # that is the caller's own output
         return None
+    from qmpsnap.hint import call
+
     what = _said(error)
     return None if what is None else HostCannot(what, hint=call("doctor") + "; ulimit -a", effect="unknown")
-
-
-def border(api: C) -> C:
-    """Let the coroutines of a class raise only qmpsnap's errors, except for bugs."""
-    for name, method in vars(api).copy().items():
-        if inspect.iscoroutinefunction(method) and not name.startswith("_"):
-            setattr(api, name, _translating(method))
-    return api
-
-
-def _translating(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    async def inside(*arguments: Any, **named: Any) -> Any:
-        try:
-            return await method(*arguments, **named)
-        except QmpsnapError:
-            raise
-        except Exception as error:
-            if (told := translated(error)) is None:
-                raise
-            raise told from error
-
-    return inside
 
 
 def _said(error: BaseException) -> str | None:

@@ -8,7 +8,6 @@ Commands: ``guest-sync-delimited``, ``guest-ping``, ``guest-set-time``, ``guest-
 import base64
 import binascii
 import json
-import secrets
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -92,6 +91,8 @@ class Agent:
 
     async def synchronise(self, *, deadline: float) -> None:
         """Wait until the agent answers with our random number, past whatever an earlier client left in the channel."""
+        import secrets
+
         number = secrets.randbits(62)
         request = json.dumps({"execute": "guest-sync-delimited", "arguments": {"id": number}}).encode()
         with self._bounded(deadline, "guest-sync"):

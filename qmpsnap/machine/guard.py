@@ -14,7 +14,6 @@ connection AGENT that its starter has used so far: the answer is ``tN``, N being
 import contextlib
 import json
 import os
-import random
 import select
 import socket
 import sys
@@ -65,7 +64,7 @@ def thaw(agent: socket.socket) -> int | None:
     end, asked, ear, again = time.monotonic() + THAW_LIMIT, set(), Ear(), 0.0
     while (now := time.monotonic()) < end:
         if now >= again:
-            number = random.getrandbits(62)
+            number = int.from_bytes(os.urandom(8), "big") >> 2
             asked.add(number)
             sync = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
             words = b"\xff%s\n%s\n" % (json.dumps(sync).encode(), b'{"execute": "guest-fsfreeze-thaw"}')

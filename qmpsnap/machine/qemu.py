@@ -9,15 +9,16 @@ from typing import TypeVar
 import anyio
 from msgspec.structs import replace
 
-from qmpsnap.errors import DeadlinePassed, Effect, HostCannot, QemuGone, QmpsnapError, StateError
+from qmpsnap.effect import Effect
+from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpsnapError, StateError
 from qmpsnap.hint import call
 from qmpsnap.host import storage_wait, write_errors
 from qmpsnap.host.threads import completed, to_read
+from qmpsnap.machine.starting import alive, privileges
 from qmpsnap.machine.starting import logs as logfiles
-from qmpsnap.machine.starting import privileges
 from qmpsnap.machine.starting import process as processes
-from qmpsnap.machine.starting.argv import CONSOLE_LOG, QMP_SOCKET, RUN_FILES
 from qmpsnap.machine.starting.privileges import PLAIN, Privileges
+from qmpsnap.machine.starting.run_files import CONSOLE_LOG, QMP_SOCKET, RUN_FILES
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.qmp import commands, session
 from qmpsnap.qmp.session import Monitor, Session
@@ -100,7 +101,7 @@ async def start(
                 return process, await ask()
             except QemuGone as error:
                 # A wrapper may end before the QEMU that it has started.
-                if not processes.is_alive(process) and not processes.launched(process, argv, run_dir):
+                if not alive.is_alive(process) and not processes.launched(process, argv, run_dir):
                     said = processes.log_tail(log)
                     if why := write_errors.found(run_dir):
                         raise HostCannot(
@@ -203,9 +204,9 @@ async def wait_end(process: Process, *, deadline: float) -> bool:
         return True
     try:
         with anyio.move_on_after(deadline):
-            if processes.is_alive(process):
+            if alive.is_alive(process):
                 await anyio.wait_readable(descriptor)
-        return not processes.is_alive(process)
+        return not alive.is_alive(process)
     finally:
         os.close(descriptor)
 
@@ -219,4 +220,4 @@ async def unless_ending(process: Process | None) -> Process | None:
         return None
     if processes.is_ending(process):
         await wait_end(process, deadline=QUIT_DEADLINE)
-    return process if processes.is_alive(process) else None
+    return process if alive.is_alive(process) else None

@@ -7,12 +7,10 @@ The end of a file: manifest as JSON, its SHA-256 (32 bytes), its length (8, litt
 """
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +59,8 @@ def create(path: str) -> int:
 
 def reserve(descriptor: int, size: int, path: str) -> None:
     """Allocate ``size`` bytes for the file without making it longer, so that writing them cannot fail with ENOSPC."""
+    import ctypes
+
     with _translated(path):
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.fallocate(descriptor, FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size)):
@@ -157,6 +157,8 @@ def _give_name(written: str, path: str) -> Callable[[], None]:
 
 def _rename(source: str, target: str) -> None:
     """Rename a file to a name that must be nobody's."""
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -265,6 +267,8 @@ def _compress(path: str) -> None:
 
 @contextmanager
 def _unpacked(descriptor: int, state: Vmstate) -> Iterator[int]:
+    import tempfile
+
     with _translated(state.path), tempfile.TemporaryFile(dir=Path(state.path).parent) as plain:
         with os.fdopen(os.dup(descriptor), "rb") as packed:
             zstandard_package().ZstdDecompressor().copy_stream(_Limited(packed, state.bytes), plain)

@@ -6,10 +6,10 @@ from typing import Self
 
 from msgspec import Struct
 
+from qmpsnap.model import places
 from qmpsnap.model.names import OperationId
 
-RECORD = "record.json"
-"""The name of a machine's record in its folder."""
+RECORD = places.RECORD
 
 
 class Home(Struct, frozen=True, kw_only=True):
@@ -28,19 +28,9 @@ class Home(Struct, frozen=True, kw_only=True):
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], *, uid: int) -> Self:
         """The places for a user: ``QMPSNAP_HOME``, or the XDG folders, or root's under ``/var`` and ``/run``."""
-        user = Path(environment.get("HOME", "/"))
-        cache = (_absolute(environment, "XDG_CACHE_HOME") or user / ".cache") / "qmpsnap"
-        if home := environment.get("QMPSNAP_HOME"):
-            data = Path(home).absolute()
-            run, cache = data / "run", data / "cache"
-        elif uid == 0:
-            data, run = Path("/var/lib/qmpsnap"), Path("/run/qmpsnap")
-        else:
-            data = (_absolute(environment, "XDG_DATA_HOME") or user / ".local/share") / "qmpsnap"
-            runtime = _absolute(environment, "XDG_RUNTIME_DIR")
-            run = runtime / "qmpsnap" if runtime else data / "run"
-        images = tuple(Path(part).absolute() for part in environment.get("QMPSNAP_IMAGES", "").split(":") if part)
-        return cls(data=data, run=run, cache=cache, images=images)
+        found = places.from_environment(environment, uid=uid)
+        images = tuple(map(Path, found.images))
+        return cls(data=Path(found.data), run=Path(found.run), cache=Path(found.cache), images=images)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -103,9 +93,3 @@ class Home(Struct, frozen=True, kw_only=True):
     def log_dir(self, machine: str) -> Path:
         """The folder of what one machine's QEMU and guest say: the run folder's file system is often memory."""
         return self.data / "logs" / machine
-
-
-def _absolute(environment: Mapping[str, str], variable: str) -> Path | None:
-    """The folder a variable names; a relative one counts for nothing, as the XDG specification wants it."""
-    path = Path(environment.get(variable, ""))
-    return path if path.is_absolute() else None

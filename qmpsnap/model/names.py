@@ -31,11 +31,6 @@ _LAYER = re.compile(rf"([a-z][a-z0-9]{{0,15}})-{SERIAL}\Z")
 _TAG = re.compile(rf"qs-({SERIAL})-")
 
 
-def is_text(name: str) -> bool:
-    """Whether a name is UTF-8, as all that store and journal keep is; a file's name in Linux need not be."""
-    return not any("\ud800" <= char <= "\udfff" for char in name)
-
-
 def check_name(name: str, what: str) -> str:
     """Return ``name`` when a machine or snapshot may bear it."""
     if NAME.match(name):

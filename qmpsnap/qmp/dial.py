@@ -12,6 +12,6 @@ async def dial(path: Path) -> socket.socket:
     """A connected, non-blocking unix socket, or ``OSError``; waits for ever while the listener's backlog is full."""
     while True:
         try:
-            return unixsocket.connect(path)
+            return socket.socket(fileno=unixsocket.connect(path).detach())
         except BlockingIOError:  # QEMU's backlog is full: somebody else is waiting there, too
             await anyio.sleep(0.05)

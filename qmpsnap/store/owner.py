@@ -6,27 +6,28 @@ in one that is not root's: whose that is, the user has not decided. For root fol
 ``/`` on downwards: where only trusted users can write to a folder, nobody else can replace what lies in it.
 """
 
-import grp
-import os
-import pwd
-import stat
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from __future__ import annotations
 
-from msgspec import Struct
+import os
+import stat
 
 from qmpsnap.errors import HomeUntrusted, HostCannot
-from qmpsnap.host import acl
-from qmpsnap.host.files import opened
-from qmpsnap.host.outstanding import briefly
-from qmpsnap.model.home import Home
-from qmpsnap.store.sqlite.devices import PATIENCE
+from qmpsnap.host import aside
+from qmpsnap.host.files import opened, read
+from qmpsnap.host.value import Value
+
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from qmpsnap.host.files import Name
+    from qmpsnap.model.home import Home
 
 _INSIDE = ("qmpsnap.db", "qmpsnap.db-wal", "qmpsnap.db-shm", "records", "locks")
 _WRITE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
-class Flaw(Struct, frozen=True):
+class Flaw(Value):
     """A file or folder of a home that somebody else can change, or (``foreign``) owns; ``remedy`` is a command.
 
     ``above``: the home only lies in it.
@@ -39,14 +40,17 @@ class Flaw(Struct, frozen=True):
     above: bool = False
 
 
-def require(folder: Path, machines: Path | None = None) -> None:
+def require(folder: Name, machines: Name | None = None) -> None:
     """Make sure that nobody else can write to a home, as far as that matters to this user; see the module.
 
     ``folder`` has the store, or sockets; beside a store lies the machines' folder, which a link may lead to.
     """
-    user, found = os.geteuid(), [*flaws(folder, *([machines] if machines and not machines.is_symlink() else []))]
-    if machines and machines.is_symlink():  # to storage that may hang, which what needs no image does not wait for
-        found += briefly(lambda: [*flaws(machines)], [], seconds=PATIENCE)
+    led = machines is not None and os.path.islink(machines)  # noqa: PTH114
+    user, found = os.geteuid(), [*flaws(folder, *([machines] if machines and not led else []))]
+    if machines and led:  # to storage that may hang, which what needs no image does not wait for
+        from qmpsnap.host.outstanding import briefly
+
+        found += briefly(lambda: [*flaws(machines)], [], seconds=aside.PATIENCE)
     for flaw in found:
         if user == 0 or flaw.foreign:
             raise HomeUntrusted(
@@ -55,10 +59,10 @@ def require(folder: Path, machines: Path | None = None) -> None:
             )
 
 
-def flaws(data: Path, *others: Path) -> Iterator[Flaw]:
+def flaws(data: Name, *others: Name) -> Iterator[Flaw]:
     """What of a home somebody else can change: the folders that it lies in first; nothing of one that is not there."""
-    folders = [data, *others]
-    inside = [*folders, *(data / name for name in _INSIDE)]
+    folders = [os.fspath(folder) for folder in (data, *others)]
+    inside = [*folders, *(f"{folders[0]}/{name}" for name in _INSIDE)]
     of_it = dict.fromkeys(os.path.realpath(place) for place in inside)
     above = (part for folder in folders for part in _above(folder)) if os.geteuid() == 0 else ()
     for part in dict.fromkeys(above):
@@ -75,7 +79,7 @@ def of_machine(home: Home, machine: str) -> Iterator[Flaw]:
         yield from (flaw for flaw in _flaw(str(folder), above=False) if flaw.foreign)  # its mode is a finding already
 
 
-def of_folder(path: Path) -> Iterator[Flaw]:
+def of_folder(path: Name) -> Iterator[Flaw]:
     """How somebody else can change what is in one folder."""
     yield from _flaw(str(path), above=False)
 
@@ -89,13 +93,16 @@ def close_to_others(path: str) -> None:
         raise HostCannot(f"the mode of {path} cannot be changed: {error.strerror}") from error
 
 
-def _above(folder: Path) -> Iterable[str]:
+def _above(folder: str) -> Iterable[str]:
     """The folders and links that lead to a folder, from the root on."""
-    if not folder.exists():
+    if not os.path.exists(folder):  # noqa: PTH110
         return []
-    named = [str(part) for part in reversed(folder.parents)]
-    real = [str(part) for part in reversed(Path(os.path.realpath(folder)).parents)]
-    return [*named, *([str(folder)] if folder.is_symlink() else []), *real]
+    return [*_parents(folder), *([folder] if os.path.islink(folder) else []), *_parents(os.path.realpath(folder))]  # noqa: PTH114
+
+
+def _parents(folder: str) -> list[str]:
+    parts = folder.split("/")
+    return ["/".join(parts[:count]) or "/" for count in range(1, len(parts))]
 
 
 def _flaw(path: str, *, above: bool) -> Iterator[Flaw]:
@@ -125,6 +132,8 @@ def _writers(path: str, status: os.stat_result, *, above: bool) -> str:
         return ""
     if above and status.st_mode & stat.S_ISVTX:  # others may create files there but not replace ours
         return ""
+    from qmpsnap.host import acl
+
     try:
         rights = acl.rights(path, status.st_mode)
     except OSError:
@@ -147,9 +156,8 @@ def _is_trusted(user: int, *, above: bool) -> bool:
 def _outside() -> int:
     """The user that stands for all who are outside of our user namespace, as the owners of a container's folders."""
     try:
-        first = Path("/proc/self/uid_map").read_text().split()
-        if first != ["0", "0", "4294967295"]:
-            return int(Path("/proc/sys/kernel/overflowuid").read_text())
+        if read("/proc/self/uid_map").split() != ["0", "0", "4294967295"]:
+            return int(read("/proc/sys/kernel/overflowuid"))
     except (OSError, ValueError):
         pass
     return -1
@@ -157,6 +165,9 @@ def _outside() -> int:
 
 def _is_private(group: int, user: int) -> bool:
     """Whether nobody but that user is in a group: Debian gives every user such a one."""
+    import grp
+    import pwd
+
     try:
         members = set(grp.getgrgid(group).gr_mem)
         members |= {entry.pw_name for entry in pwd.getpwall() if entry.pw_gid == group}
@@ -166,6 +177,8 @@ def _is_private(group: int, user: int) -> bool:
 
 
 def _user(user: int) -> str:
+    import pwd
+
     try:
         return pwd.getpwuid(user).pw_name
     except KeyError:
@@ -173,6 +186,8 @@ def _user(user: int) -> str:
 
 
 def _group(group: int) -> str:
+    import grp
+
     try:
         return f"group {grp.getgrgid(group).gr_name}"
     except KeyError:

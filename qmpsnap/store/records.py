@@ -26,6 +26,7 @@ from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.relocation import HomeRecord
+from qmpsnap.store import record_files
 from qmpsnap.store.sqlite.json_values import decoded
 
 
@@ -60,7 +61,7 @@ class Records:
 
     def __init__(self, machines: Path) -> None:
         self._machines = machines
-        self.earlier = machines.parent / "records"
+        self.earlier = Path(record_files.earlier(machines))
         """Where an earlier release kept them."""
 
     @property
@@ -92,7 +93,7 @@ class Records:
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 return None
-            raise _unreadable(path.parent, error) from error
+            raise record_files.unreadable(path.parent, error) from error
         try:
             if path.name == RECORD:
                 found = decoded(said, Record)
@@ -109,9 +110,7 @@ class Records:
 
     def names(self) -> tuple[str, ...]:
         """The machines that have a record."""
-        found = {name for name in _listed(self._machines) if _may_be_there(self._path(name))}
-        earlier = {name.removesuffix(".json") for name in _listed(self.earlier) if name.endswith(".json")}
-        return tuple(sorted(found | earlier))
+        return record_files.names(self._machines)
 
     def home(self) -> HomeRecord | None:
         """Which home the records were written for, and where that lay; None where none says."""
@@ -150,30 +149,6 @@ class Records:
 
     def _path(self, machine: str) -> Path:
         return self._machines / machine / RECORD
-
-
-def _listed(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)  # noqa: PTH208 - as text
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-
-
-def _may_be_there(path: Path) -> bool:
-    try:
-        path.lstat()
-    except OSError as error:
-        return error.errno not in (errno.ENOENT, errno.ENOTDIR)
-    return True
-
-
-def _unreadable(folder: Path, error: OSError) -> HostCannot:
-    return HostCannot(
-        f"{folder} cannot be read: {error.strerror}",
-        hint="let this user read it and its content",
-    )
 
 
 @contextmanager

@@ -4,29 +4,39 @@ A shell of a login has that variable, cron and ``su`` have not. Without the link
 in a folder of its own, and take for stopped what the other has started.
 """
 
-import contextlib
-import fcntl
-import os
-from collections.abc import Callable
-from pathlib import Path
+from __future__ import annotations
 
-from msgspec.structs import replace
+import contextlib
+import os
 
 from qmpsnap.host import files
-from qmpsnap.model.home import Home
+
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from qmpsnap.model.home import Home
+    from qmpsnap.model.places import Places
 
 LINK = "run-folder"
 
 
 def followed(home: Home) -> Home:
     """The places with the run folder that the store's machines have; ``QMPSNAP_HOME`` has its own, without a link."""
-    if home.beneath:
-        return home
-    try:
-        led = Path(os.readlink(home.data / LINK))  # noqa: PTH115 - one that is gone must not be resolved
-    except OSError:
-        return home
-    return replace(home, run=led) if led.is_dir() else home
+    from pathlib import Path
+
+    from msgspec.structs import replace
+
+    return replace(home, run=Path(run_of(home)))
+
+
+def run_of(home: Home | Places) -> str:
+    """The run folder of a home's machines."""
+    led = ""
+    with contextlib.suppress(OSError):  # one that is gone must not be resolved
+        led = "" if home.beneath else os.readlink(f"{home.data}/{LINK}")  # noqa: PTH115
+    return led if os.path.isdir(led) else str(home.run)  # noqa: PTH112
 
 
 def settled(home: Home, *, in_use: Callable[[], Path | None]) -> Home:
@@ -36,6 +46,8 @@ def settled(home: Home, *, in_use: Callable[[], Path | None]) -> Home:
     """
     if home.beneath or _is_settled(home):
         return followed(home)
+    import fcntl
+
     # A command that needs a run folder reports what is wrong with it.
     with contextlib.suppress(OSError), files.opened_folder(home.data) as folder:
         fcntl.flock(folder, fcntl.LOCK_EX)

@@ -16,6 +16,7 @@ from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.store.sqlite.frozen_files import FrozenTable
 from qmpsnap.store.sqlite.homes import HomeTable
+from qmpsnap.store.sqlite.images import ImageTable
 from qmpsnap.store.sqlite.pruning import PrunedTable
 from qmpsnap.store.sqlite.record_table import RecordTable
 
@@ -25,6 +26,10 @@ Removal = Callable[[Sequence[Layer]], UndefinePlan]
 
 class Store(Protocol):
     """The calls of every backend. Unknown names raise ``NotFoundError``; a failed call changes nothing."""
+
+    @property
+    def images(self) -> ImageTable:
+        """Which images each machine reads."""
 
     @property
     def frozen(self) -> FrozenTable:

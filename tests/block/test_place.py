@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
 
 from qmpsnap.block.image import staged
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host.files import FileId
+from qmpsnap.host.value import replaced
 
 
 def made(path: Path) -> FileId:
@@ -24,7 +24,7 @@ async def test_a_later_file_of_the_same_number_is_another(tmp_path: Path) -> Non
     file = made(path)
     if not file.birth:
         pytest.skip("this file system keeps no time of birth")
-    earlier = replace(file, birth=file.birth - 1)
+    earlier = replaced(file, birth=file.birth - 1)
     assert not await staged.discard(str(path), earlier)
     with pytest.raises(StoreMismatch):
         await staged.make_durable(str(path), earlier)

@@ -13,7 +13,7 @@ import qmpsnap
 from qmpsnap import errors
 from qmpsnap.api.controller import Controller
 from qmpsnap.api.machine_handle import MachineHandle
-from qmpsnap.cli.main import parser
+from qmpsnap.cli.command_line import parser
 from qmpsnap.machine.config import specfile
 from qmpsnap.machine.config.launch_dir import launch_dir
 from qmpsnap.machine.config.shapes import MachineShape

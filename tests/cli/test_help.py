@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qmpsnap import errors
-from qmpsnap.cli.main import EXIT_CODES, NOUNS, main, parser
+from qmpsnap.cli.command_line import EXIT_CODES, NOUNS, parser
+from qmpsnap.cli.main import main
 from qmpsnap.errors import QmpsnapError
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"

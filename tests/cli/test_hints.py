@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import qmpsnap
+from qmpsnap.cli.command_line import NOUNS, parser
 from qmpsnap.cli.hints import as_typed
-from qmpsnap.cli.main import NOUNS, parser
 from qmpsnap.errors import QmpsnapError, StateError
 from qmpsnap.hint import Call, Hint, Option, call, option
 

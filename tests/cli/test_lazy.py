@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from qmpsnap.cli.main import NOUNS
+from qmpsnap.api.later import Later
+from qmpsnap.cli.command_line import NOUNS
 from qmpsnap.model.home import Home
 from tests.cli import seeded
 
@@ -57,6 +59,20 @@ def loaded_by(words: list[str], environment: dict[str, str]) -> list[str]:
     return loaded
 
 
+def test_a_create_loads_no_other_verb(environment: dict[str, str]) -> None:
+    loaded = loaded_by(["snapshot", "create", "nobody"], environment)
+    assert "qmpsnap.ops.snapshot.create" not in loaded, "it is refused before the verb is called"
+    loaded = loaded_by(["snapshot", "create", "web", "x", "--dry-run"], environment)
+    assert "qmpsnap.ops.snapshot.create" in loaded
+    others = [
+        *OTHERS[2:],
+        "qmpsnap.ops.check.check",
+        "qmpsnap.ops.lifecycle.adopt",
+        "qmpsnap.cli.snapshot_verbs.revert",
+    ]
+    assert [name for name in others if name in loaded] == []
+
+
 @pytest.mark.parametrize("words", QUICK, ids=" ".join)
 def test_nothing_slow_is_loaded(words: list[str], environment: dict[str, str]) -> None:
     loaded = loaded_by(words, environment)
@@ -81,5 +97,13 @@ def test_the_console_script_loads_nothing_slow(environment: dict[str, str]) -> N
     )
     assert json.loads(done.stdout)["snapshots"][0]["name"] == "fresh"
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "qmpsnap.cli.common" in loaded
+    assert "qmpsnap.cli.output" in loaded
     assert [name for name in SLOW[:-1] if name in loaded] == []  # a console script itself may need its metadata
+
+
+@pytest.mark.parametrize("name", ["controller", "machine_handle", "machine_life"])
+def test_modules_that_the_api_imports_later_are_there(name: str) -> None:
+    stand_ins = [found for found in vars(import_module(f"qmpsnap.api.{name}")).values() if isinstance(found, Later)]
+    assert stand_ins
+    for module in stand_ins:
+        assert module.__file__

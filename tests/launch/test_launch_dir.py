@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import qmpsnap
-from qmpsnap.cli.main import parser
+from qmpsnap.cli.command_line import parser
 from qmpsnap.machine.config.launch_dir import launch_dir
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from typing import Any
 from qemu.qmp import QMPClient
 
 import qmpsnap
-from qmpsnap.machine.starting.argv import USER_SOCKET
+from qmpsnap.machine.starting.run_files import USER_SOCKET
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId

@@ -11,7 +11,7 @@ from qmpsnap.block.image import content
 from qmpsnap.cli.main import main
 from qmpsnap.errors import QmpError
 from qmpsnap.machine import console
-from qmpsnap.machine.starting.argv import CONSOLE_SOCKET
+from qmpsnap.machine.starting.run_files import CONSOLE_SOCKET
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
 from qmpsnap.qmp.dial import dial

@@ -17,7 +17,7 @@ import qmpsnap
 from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.machine import agent, worker
-from qmpsnap.machine.starting.argv import AGENT_SOCKET
+from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base.context import Context, locked

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import qmpsnap
-from qmpsnap.cli.main import main, parser
+from qmpsnap.cli.command_line import parser
+from qmpsnap.cli.main import main
 from qmpsnap.errors import LockHeld, OperationPending
 from qmpsnap.model.home import RECORD
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec

@@ -4,7 +4,7 @@ import anyio
 import pytest
 
 import qmpsnap
-from qmpsnap.machine.starting.argv import QMP_SOCKET
+from qmpsnap.machine.starting.run_files import QMP_SOCKET
 from qmpsnap.model.machines.spec import MachineSpec
 from tests.harness.deaths import Call, die_at
 from tests.harness.processes import kill_qemu

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.machine.starting import logs
-from qmpsnap.machine.starting.argv import CONSOLE_LOG
+from qmpsnap.machine.starting.run_files import CONSOLE_LOG
 from qmpsnap.model.machines.spec import MachineSpec
 from tests.live.booted import start_booted
 from tests.live.machine import ONE_DISK, context_of, hold_invariants

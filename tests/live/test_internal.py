@@ -18,7 +18,7 @@ import qmpsnap
 from qmpsnap.block.image import internal_snapshots
 from qmpsnap.cli.main import main
 from qmpsnap.errors import HostCannot, NameTaken, QmpError, QmpsnapError, StateError
-from qmpsnap.machine.starting.argv import CONSOLE_LOG
+from qmpsnap.machine.starting.run_files import CONSOLE_LOG
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
 from qmpsnap.model.names import LayerId
 from qmpsnap.ops.base.free_space import Need

@@ -22,7 +22,7 @@ from qmpsnap.errors import ImageInUse, StateError, StoreMismatch
 from qmpsnap.host import files
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.ops.outside import layer_changes, other_programs
+from qmpsnap.ops.outside import other_programs
 from tests.live.machine import context_of
 from tests.live.outsider import outsider
 from tests.live.test_outsiders import layers, stopped
@@ -47,7 +47,7 @@ async def states(vm: qmpsnap.MachineHandle) -> dict[str, str]:
 
 def seen(vm: qmpsnap.MachineHandle) -> survey.Seen:
     store = context_of(vm).store
-    return survey.glance({vm.name: layer_changes.asked(store, store.machine(vm.name), None)})[vm.name]
+    return survey.glance({vm.name: survey.wanted(store.images.read_by(vm.name), None)})[vm.name]
 
 
 async def test_what_was_written_to_a_frozen_image_is_told_and_its_snapshots_are_marked(q: qmpsnap.Controller) -> None:

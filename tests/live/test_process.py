@@ -13,7 +13,7 @@ import pytest
 import qmpsnap
 from qmpsnap.errors import DeadlinePassed, QemuGone, StateError
 from qmpsnap.machine.config.launch_dir import launch_dir
-from qmpsnap.machine.starting.argv import QMP_SOCKET
+from qmpsnap.machine.starting.run_files import QMP_SOCKET
 from qmpsnap.model.machines.spec import MachineSpec
 from tests.harness.processes import kill_qemu
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor

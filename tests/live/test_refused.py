@@ -12,7 +12,8 @@ import pytest
 import qmpsnap
 from qmpsnap.block.image import backing
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
-from qmpsnap.host.system_errors import border, translated
+from qmpsnap.host.borders import border
+from qmpsnap.host.system_errors import translated
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB, hold_invariants
 

@@ -15,8 +15,8 @@ from qmpsnap.block.image import staged as places
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.machine import statefile, worker
 from qmpsnap.machine.starting import privileges
-from qmpsnap.machine.starting.argv import CONSOLE_LOG, PID_FILE
 from qmpsnap.machine.starting.logs import QEMU_LOG
+from qmpsnap.machine.starting.run_files import CONSOLE_LOG, PID_FILE
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.ops.merge import job
 from qmpsnap.ops.revert import cutover

@@ -14,7 +14,7 @@ from anyio import to_thread
 
 import qmpsnap
 from qmpsnap.cli.main import main
-from qmpsnap.machine.starting.argv import QMP_SOCKET
+from qmpsnap.machine.starting.run_files import QMP_SOCKET
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.live.machine import MIB, context_of, grown, hold_invariants
 

@@ -15,10 +15,10 @@ from tests.harness.deaths import STORE, Call, stopped_at
 
 # Tests may run as root, whose places no variable moves: a user's are what is asked for here.
 AS_USER = """
-from qmpsnap.model.home import Home
+from qmpsnap.model import places
 from tests.harness.deaths import STORE, Call, stopped_at
-by_environment = Home.from_environment.__func__
-Home.from_environment = classmethod(lambda cls, environment, *, uid: by_environment(cls, environment, uid=1000))
+by_environment = places.from_environment
+places.from_environment = lambda environment, *, uid: by_environment(environment, uid=1000)
 """
 as_user = partial(exec, AS_USER, {})
 

@@ -10,7 +10,7 @@ import qmpsnap
 from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.machine.config.firmware import find_firmware
-from qmpsnap.machine.starting.argv import CONSOLE_LOG
+from qmpsnap.machine.starting.run_files import CONSOLE_LOG
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.rebuild import rebuild
 from tests.harness.deaths import Call, die_at

@@ -13,7 +13,8 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.machine.config.specfile import parse, read
-from qmpsnap.machine.starting.argv import RUN_FILES, Firmware, build
+from qmpsnap.machine.starting.argv import Firmware, build
+from qmpsnap.machine.starting.run_files import RUN_FILES
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId

@@ -17,10 +17,12 @@ from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import HostCannot
 from qmpsnap.machine import qemu as machines
 from qmpsnap.machine.qemu import unless_ending, wait_end
+from qmpsnap.machine.starting import alive
 from qmpsnap.machine.starting import process as processes
-from qmpsnap.machine.starting.argv import PID_FILE
+from qmpsnap.machine.starting.alive import is_alive, is_stopped
 from qmpsnap.machine.starting.logs import QEMU_LOG
-from qmpsnap.machine.starting.process import find, is_alive, is_ending, is_stopped, log_tail, spawn, terminate
+from qmpsnap.machine.starting.process import find, is_ending, log_tail, spawn, terminate
+from qmpsnap.machine.starting.run_files import PID_FILE
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.spec import MachineSpec
 
@@ -38,13 +40,13 @@ def start(tmp_path: Path) -> Iterator[Spawn]:
     def run(argv: list[str] | None = None) -> Process:
         started.append(spawn(argv or SLEEP, tmp_path))
         arguments = Path(f"/proc/{started[-1].pid}/cmdline")
-        while processes._stat(started[-1].pid)[0] != "Z" and not arguments.read_bytes():
+        while alive.stat(started[-1].pid)[0] != "Z" and not arguments.read_bytes():
             time.sleep(0.001)  # the kernel says that the program runs before it has put its arguments there
         return started[-1]
 
     yield run
     for process in started:
-        child = processes._children.pop(process.pid, None)
+        child = alive.children.pop(process.pid, None)
         if child:
             child.kill()
             child.wait(20)
@@ -80,7 +82,7 @@ ctypes.CDLL(None).syscall(60, 0)  # exit, of this thread alone
 def ending(start: Spawn) -> Process:
     """A process as one that was killed and whose threads have not all ended yet: the first has, another lives."""
     process = start([sys.executable, "-c", WITHOUT_ITS_FIRST_THREAD, "-uuid", UUID])
-    while processes._stat(process.pid)[0] != "Z":
+    while alive.stat(process.pid)[0] != "Z":
         time.sleep(0.005)
     return process
 
@@ -108,8 +110,8 @@ def test_the_same_pid_alone_is_another_process(start: Spawn, changed: dict[str, 
 def test_a_zombie_is_not_alive() -> None:
     with subprocess.Popen(["true"]) as child:  # nobody has waited for it yet
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert processes._stat(child.pid)[0] == "Z"
-        ticks = int(processes._stat(child.pid)[processes._START_TICKS])
+        assert alive.stat(child.pid)[0] == "Z"
+        ticks = int(alive.stat(child.pid)[alive._START_TICKS])
         assert not is_alive(processes._record(child.pid, ticks))
 
 
@@ -153,15 +155,15 @@ def test_a_process_with_a_closing_parenthesis_in_its_name_is_read_right(start: S
     odd.symlink_to("/bin/sleep")
     process = start([str(odd), "60"])
     assert is_alive(process)
-    assert not is_stopped(process)
+    assert not is_stopped(process.pid)
 
 
 def test_one_that_a_signal_has_stopped_is_alive_and_stopped(start: Spawn) -> None:
     process = start()
-    assert not is_stopped(process)
+    assert not is_stopped(process.pid)
     os.kill(process.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-    assert is_stopped(process)
+    assert is_stopped(process.pid)
     assert is_alive(process)
 
 
@@ -217,7 +219,7 @@ def test_terminate_ends_that_very_process(start: Spawn) -> None:
 def test_terminate_never_hits_a_later_process_of_the_same_pid(
     stranger: subprocess.Popen[bytes], changed: dict[str, object]
 ) -> None:
-    ticks = int(processes._stat(stranger.pid)[processes._START_TICKS])
+    ticks = int(alive.stat(stranger.pid)[alive._START_TICKS])
     terminate(replace(processes._record(stranger.pid, ticks), **changed))
     os.kill(stranger.pid, signal.SIGTERM)  # had it been killed, this is what it would not die of
     assert stranger.wait(20) == -signal.SIGTERM

@@ -13,8 +13,8 @@ from pathlib import Path
 import anyio
 import pytest
 
+from qmpsnap.machine.starting import alive, scope
 from qmpsnap.machine.starting import process as processes
-from qmpsnap.machine.starting import scope
 from qmpsnap.model.machines.record import Process
 
 CALL = """\
@@ -97,7 +97,7 @@ async def test_a_systemd_that_does_not_do_it_is_not_waited_for_and_told(
     busctl(systemd, script)
     with anyio.fail_after(20):
         await scope.enter("web", qemu)
-    assert processes.is_alive(qemu)
+    assert alive.is_alive(qemu)
     assert "has no scope of its own" in scope.warning("web", qemu)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError, StateError, UsageError
-from qmpsnap.machine.starting.argv import AGENT_SOCKET
+from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import Change, CreatePlan, InternalPlan, Operation, Plan
 from qmpsnap.ops.session import quiesce

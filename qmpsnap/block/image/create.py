@@ -20,9 +20,9 @@ from msgspec import Struct
 from qmpsnap.block.image import encrypted, header, qemu_img
 from qmpsnap.block.image.backing import require_size
 from qmpsnap.block.image.header import Header, printable
+from qmpsnap.effect import Effect
 from qmpsnap.errors import (
     DeadlinePassed,
-    Effect,
     HostCannot,
     ImageRefused,
     QmpsnapError,

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import anyio
 from anyio.abc import ByteReceiveStream, Process
 
-from qmpsnap.errors import DeadlinePassed, Effect, HostCannot
+from qmpsnap.effect import Effect
+from qmpsnap.errors import DeadlinePassed, HostCannot
 from qmpsnap.hint import call
 from qmpsnap.host import storage_wait
 from qmpsnap.host.outstanding import LOOK, storage_hangs

@@ -4,7 +4,8 @@ from typing import Literal
 
 from qmpsnap.block.image import encrypted, header, leaks
 from qmpsnap.block.image import qemu_img as tool
-from qmpsnap.errors import Effect, HostCannot, StateError
+from qmpsnap.effect import Effect
+from qmpsnap.errors import HostCannot, StateError
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
 

@@ -1,23 +1,25 @@
 """Whether a program that locks images as QEMU does has one open; only asked, no lock is taken."""
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import os
-import struct
-from collections.abc import Iterable
-from typing import Final
+import sys
 
-from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot
 from qmpsnap.host.files import opened
+
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Final
 
 ANY: Final = (100, 200)
 """Start and number of the bytes that QEMU locks: one for each thing that it does with an image, or lets nobody do."""
 
 WRITES: Final = (101, 3)
 """Those of them that say: writes, writes what reads the same, resizes."""
-
-_FLOCK: Final = "hhqqi4x"  # struct flock of 64 bits: type, whence, start, length, pid
 
 
 def is_locked(path: str) -> bool:
@@ -50,11 +52,15 @@ def _asked(path: str, places: Iterable[tuple[int, int]]) -> bool:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return False
+        from qmpsnap.block.image.header import printable
+
         raise HostCannot(f"the image locks of {printable(path)} cannot be read: {error.strerror}") from error
 
 
 def held(descriptor: int, which: tuple[int, int]) -> bool:
     """Whether another process has locked any of these bytes of an open file."""
-    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *which, 0)
+    # struct flock of 64 bits: type and whence, of 16 bits each and filled up, start, length, pid.
+    fields = zip((fcntl.F_WRLCK, os.SEEK_SET, *which, 0), (2, 6, 8, 8, 8), strict=True)
+    question = b"".join(value.to_bytes(size, sys.byteorder) for value, size in fields)
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
-    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+    return int.from_bytes(answer[:2], sys.byteorder) != fcntl.F_UNLCK

@@ -3,29 +3,41 @@
 Without asyncio, as ``list`` asks here.
 """
 
+from __future__ import annotations
+
+import marshal
 import os
-import threading
-from collections.abc import Callable, Collection, Mapping
-from typing import Final
+from _thread import allocate_lock, start_new_thread
 
-import msgspec
-from msgspec import Struct
+from qmpsnap.block.usage import stamps
+from qmpsnap.host import aside, files
+from qmpsnap.host.value import Value, replaced
+from qmpsnap.model.layers.stamp import baseline
 
-from qmpsnap.block.usage import stamps, users
-from qmpsnap.block.usage.stamps import Trouble
-from qmpsnap.block.usage.users import User
-from qmpsnap.host import aside
-from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.layers.stamp import History
-from qmpsnap.model.names import LayerId
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from _thread import LockType
+    from collections.abc import Collection, Iterable, Mapping
+    from typing import Any, Final
+
+    from qmpsnap.block.usage.stamps import Trouble
+    from qmpsnap.block.usage.users import User
+    from qmpsnap.model.layers.chain import Image
+    from qmpsnap.model.layers.reads import Reads
+    from qmpsnap.model.layers.snapshot import Taken
+    from qmpsnap.model.layers.stamp import History
+    from qmpsnap.model.names import LayerId
 
 DEADLINE = 0.2
 """Seconds for all images of all machines together."""
 
+MANY = 1000
+"""Images, of all machines, above which a list of the machines looks only at those that guests write to."""
+
 NOT_ASKED: Final = "not asked"
 
 
-class Asked(Struct, frozen=True):
+class Asked(Value):
     """Which images of a machine are looked at.
 
     ``paths`` are of each layer that nobody but the machine's QEMU, ``ours``, may write to; ``active`` those that a
@@ -35,18 +47,18 @@ class Asked(Struct, frozen=True):
 
     paths: Mapping[LayerId, str]
     active: frozenset[LayerId]
-    frozen: Collection[Layer]
+    frozen: Collection[Image]
     stamps: Mapping[LayerId, History]
     ours: Collection[int] = ()
-    layers: Collection[Layer] = ()
+    layers: Collection[Image] = ()
 
 
-class Seen(Struct, frozen=True):
+class Seen(Value):
     """What was seen of a machine's images; ``asked``: the answer came in time.
 
     ``users`` write to them as well; ``changed`` are the frozen ones that something has written to since they were
     recorded, and when that was; ``gone`` those that are not there, or are other files. ``unsaid``: nobody could be
-    asked about one.
+    asked about one; ``whole``: all images were looked at.
     """
 
     users: Mapping[LayerId, User] = {}
@@ -55,6 +67,7 @@ class Seen(Struct, frozen=True):
     asked: bool = True
     active: frozenset[LayerId] = frozenset()
     gone: Mapping[LayerId, Trouble] = {}
+    whole: bool = True
 
     @property
     def word(self) -> str:
@@ -65,7 +78,9 @@ class Seen(Struct, frozen=True):
             return min(self.gone.values())
         if self.users:
             return "in use"
-        return "overwritten" if self.changed else "unknown" if self.unsaid else "ok"
+        if self.changed:
+            return "overwritten"
+        return "unknown" if self.unsaid else "ok" if self.whole else NOT_ASKED
 
     @property
     def unseen(self) -> bool:
@@ -73,19 +88,72 @@ class Seen(Struct, frozen=True):
         return any(layer in self.active and not user.by for layer, user in self.users.items())
 
 
+def wanted(reads: Reads, pid: int | None, *, active_too: bool = False) -> Asked:
+    """What there is to ask of the images that a machine reads; ``pid`` is its QEMU's.
+
+    Who else has an active image open that this QEMU has, too, takes a look through all processes: for ``active_too``.
+    """
+    images, active = reads.images, reads.active
+    known = {layer: stamp for layer, stamp in reads.stamps.items() if layer not in active}
+    return Asked(
+        paths={key: image.path for key, image in images.items() if active_too or not (pid and key in active)},
+        active=frozenset() if pid else active,
+        frozen=[images[layer] for layer in known],
+        stamps=known,
+        ours=() if pid is None else (pid,),
+        layers=tuple(images.values()),
+    )
+
+
+def frozen_in(reads: Reads, snapshots: Iterable[Taken]) -> Asked:
+    """What there is to ask of the images that snapshots read, without who has them open."""
+    below = reads.below(point.layer for snapshot in snapshots for point in snapshot.points)
+    asked = wanted(reads, None)
+    return replaced(
+        asked,
+        paths={},
+        active=frozenset(),
+        frozen=[image for image in asked.frozen if image.id in below],
+        layers=[image for image in asked.layers if image.id in below],
+    )
+
+
+def taken_as(snapshot: Taken, reads: Reads, seen: Seen) -> str:
+    """A snapshot's state by the record, or where that is ``ok`` what a look at its files has found instead."""
+    if snapshot.state != "ok" or not (seen.gone or seen.changed):
+        return snapshot.state
+    below = reads.below(point.layer for point in snapshot.points)
+    if gone := {seen.gone[layer] for layer in below if layer in seen.gone}:
+        return min(gone)
+    for layer in below & seen.changed.keys():
+        then = baseline(reads.stamps.get(layer, ()), snapshot.operation)
+        if then and then.since in seen.changed[layer]:
+            return "overwritten"
+    return "ok"
+
+
 def look(at: Asked) -> Seen:
     """Ask the files; may hang where their storage does."""
     gone: dict[LayerId, Trouble] = {}
     unsaid = False
-    for recorded in at.layers:
+    untouched = set()
+    for image in at.layers:
         try:
-            if trouble := stamps.trouble(recorded):
-                gone[recorded.id] = trouble
+            if stamps.is_untouched(image, at.stamps.get(image.id, ())):
+                untouched.add(image.id)
+            elif trouble := stamps.trouble(image):
+                gone[image.id] = trouble
         except OSError:
             unsaid = True
-    asked = users.look(at.paths.values(), ours=at.ours)
-    found = {layer: asked.users[path] for layer, path in at.paths.items() if path in asked.users}
-    return Seen(found, stamps.changed(at.frozen, at.stamps), unsaid or asked.unsaid, active=at.active, gone=gone)
+    changed = stamps.changed((image for image in at.frozen if image.id not in untouched), at.stamps)
+    held: dict[LayerId, User] = {}
+    if at.paths:
+        from qmpsnap.block.usage import users
+
+        asked = users.look(at.paths.values(), ours=at.ours)
+        held = {layer: asked.users[path] for layer, path in at.paths.items() if path in asked.users}
+        unsaid = unsaid or asked.unsaid
+    return Seen(held, changed, unsaid, active=at.active, gone=gone)
 
 
 def glance(wanted: Mapping[str, Asked]) -> dict[str, Seen]:
@@ -94,32 +162,68 @@ def glance(wanted: Mapping[str, Asked]) -> dict[str, Seen]:
     A process of its own looks, with a thread for each machine: one that hangs could not end, and nobody waits for it.
     """
     found: dict[str, Seen] = {}
+    _load_for(wanted.values())
     said = aside.asked(lambda tell: _tell(wanted, tell), seconds=DEADLINE) if wanted else b""
-    for line in said.splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            found.update(_DECODER.decode(line))
+    while len(said) >= _SIZE + (length := int.from_bytes(said[:_SIZE], "big")) > _SIZE:
+        name, *seen = marshal.loads(said[_SIZE : _SIZE + length])  # noqa: S302 - what a copy of this process says
+        found[name], said = _seen(*seen), said[_SIZE + length :]
     return {name: found.get(name, Seen(asked=False)) for name in wanted}
 
 
-_DECODER: Final = msgspec.json.Decoder(dict[str, Seen])
+def _load_for(wanted: Iterable[Asked]) -> None:
+    """Load what the helper will need: in a copy of this process that takes half as long again."""
+    for at in wanted:
+        if at.paths:
+            from qmpsnap.block.usage import users  # noqa: F401
+        if any(image.birth and image.id not in at.stamps for image in at.layers):
+            files.know_births()
+            return
+
+
+_SIZE: Final = 4
+"""Bytes before each answer, which say how long that is."""
 
 
 def _tell(wanted: Mapping[str, Asked], tell: int) -> None:
-    """The helper's part: a line for each machine as soon as it is known."""
+    """The helper's part: an answer for each machine as soon as it is known."""
+    telling = allocate_lock()
 
-    def work(name: str, at: Asked) -> Callable[[], None]:
-        # At most one line at a time, each with one write that no other can come into.
-        return lambda: _write(tell, lock, msgspec.json.encode({name: look(at)}) + b"\n")
+    def work(name: str, at: Asked, done: LockType) -> None:
+        try:
+            answer = marshal.dumps((name, *_plain(look(at))))
+            # At most one answer at a time, each with one write that no other can come into.
+            with telling:
+                _write(tell, len(answer).to_bytes(_SIZE, "big") + answer)
+        finally:
+            done.release()
 
-    lock = threading.Lock()
-    threads = [threading.Thread(target=work(name, at), daemon=True) for name, at in wanted.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    begun = []
+    for name, at in wanted.items():
+        begun.append(done := allocate_lock())
+        done.acquire()
+        if len(wanted) == 1:
+            work(name, at, done)
+        else:
+            start_new_thread(work, (name, at, done))
+    for done in begun:
+        done.acquire()
 
 
-def _write(descriptor: int, lock: threading.Lock, data: bytes) -> None:
-    with lock:
-        while data:
-            data = data[os.write(descriptor, data) :]
+def _plain(seen: Seen) -> tuple[Any, ...]:
+    by = {layer: [(one.name, one.pid, one.writes) for one in user.by] for layer, user in seen.users.items()}
+    held = {layer: (user.path, user.how, by[layer]) for layer, user in seen.users.items()}
+    return held, dict(seen.changed), seen.unsaid, seen.active, dict(seen.gone)
+
+
+def _seen(held: Any, changed: Any, unsaid: Any, active: Any, gone: Any) -> Seen:
+    if not held:
+        return Seen({}, changed, unsaid, active=active, gone=gone)
+    from qmpsnap.block.usage.users import Process, User
+
+    by = {layer: User(path, how, tuple(Process(*one) for one in by)) for layer, (path, how, by) in held.items()}
+    return Seen(by, changed, unsaid=unsaid, active=active, gone=gone)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

@@ -6,26 +6,33 @@ a process that opens the file in that instant waits for it and gets an unchanged
 image open, the processes of this host are searched for its name.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
 import os
-import signal
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Literal
-
-from msgspec import Struct
 
 from qmpsnap.block.usage import image_locks
-from qmpsnap.host.files import Inode, inode_of, opened
+from qmpsnap.host.files import inode_of, opened, read
+from qmpsnap.host.value import Value
 
-How = Literal["writes", "reads"]
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from typing import Final, Literal
+
+    from qmpsnap.host.files import Inode
+
+    How = Literal["writes", "reads"]
+
+_SIGURG: Final = 23
+"""On every Linux but Alpha and SPARC; the module with its name is slow to load."""
 UNSEEN = "a process that cannot be seen from here (another PID namespace, a container, or another user's)"
 
 
-class Process(Struct, frozen=True):
+class Process(Value):
     """A process, or a loop device, that has a file open; a loop device has no ``pid``."""
 
     name: str
@@ -36,7 +43,7 @@ class Process(Struct, frozen=True):
         return f"{self.name} (process {self.pid})" if self.pid else self.name
 
 
-class User(Struct, frozen=True):
+class User(Value):
     """Somebody else who has an image open, a writer before a reader; ``by``: as far as they can be seen."""
 
     path: str
@@ -54,7 +61,7 @@ class User(Struct, frozen=True):
         return "is open for writing in" if self.how == "writes" else "is read by"
 
 
-class Found(Struct, frozen=True):
+class Found(Value):
     """Who else has images open, by path in the order that was asked; ``unsaid``: of one of them it cannot be told."""
 
     users: Mapping[str, User] = {}
@@ -108,7 +115,7 @@ def _asked(descriptor: int, *, readers: bool) -> How | None:
 def _is_free(descriptor: int, kind: int) -> bool:
     """Whether the kernel grants such a lease, which is given back at once."""
     # Should somebody open the file before that, we are sent a signal: this one is ignored, SIGIO would end us.
-    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, _SIGURG)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, kind)
     except BlockingIOError:
@@ -156,7 +163,7 @@ def _held_by(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, Proce
     if not writes:
         return
     try:
-        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+        name = read(f"/proc/{pid}/comm").strip()
     except OSError:  # it has just ended
         return
     shown = "".join(c if c.isprintable() else "?" for c in name)
@@ -166,25 +173,21 @@ def _held_by(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, Proce
 def _descriptors(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, bool]]:
     """For each descriptor of one of the files: whether it is open for writing."""
     inodes = {inode for _, inode in wanted}
-    try:
-        numbers = os.listdir(f"/proc/{pid}/fdinfo")  # noqa: PTH208
-    except OSError:
-        return
-    for number in numbers:
+    for number in _names(f"/proc/{pid}/fdinfo"):
         with contextlib.suppress(OSError, ValueError):  # it was closed meanwhile
-            lines = Path(f"/proc/{pid}/fdinfo/{number}").read_text().splitlines()
+            lines = read(f"/proc/{pid}/fdinfo/{number}").splitlines()
             said = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
             # By its number first: to look at a file itself may hang where a file server does.
             if "ino" in said and int(said["ino"]) not in inodes:
                 continue
-            if (file := inode_of(Path(f"/proc/{pid}/fd/{number}").stat())) in wanted:
+            if (file := inode_of(os.stat(f"/proc/{pid}/fd/{number}"))) in wanted:  # noqa: PTH116
                 yield file, int(said["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _mappings(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, bool]]:
     """For each mapping that writes through to one of the files, and outlives its descriptor."""
     with contextlib.suppress(OSError, ValueError):
-        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+        for line in read(f"/proc/{pid}/maps").splitlines():
             _, rights, _, device, inode, *_ = line.split(maxsplit=5)
             if inode == "0" or rights[3] != "s":
                 continue
@@ -194,8 +197,13 @@ def _mappings(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, bool
 
 
 def _loops(path: str) -> Iterator[Process]:
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+    for device in filter(lambda name: name.startswith("loop"), _names("/sys/block")):
         with contextlib.suppress(OSError):
-            if backing.read_text().rstrip("\n") == path:
-                read_only = (backing.parent.parent / "ro").read_text().strip() == "1"
-                yield Process(f"/dev/{backing.parent.parent.name}", 0, writes=not read_only)
+            if read(f"/sys/block/{device}/loop/backing_file").rstrip("\n") == path:
+                yield Process(f"/dev/{device}", 0, writes=read(f"/sys/block/{device}/ro").strip() != "1")
+
+
+def _names(folder: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(folder)  # noqa: PTH208
+    return []

@@ -6,7 +6,7 @@ import sys
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add_for_vm, add_format, amount, home, on_machine, reading
 from qmpsnap.errors import HostCannot, QemuGone
-from qmpsnap.machine.starting.argv import CONSOLE_SOCKET
+from qmpsnap.machine.starting.run_files import CONSOLE_SOCKET
 
 
 def register(parsers: Parsers) -> None:

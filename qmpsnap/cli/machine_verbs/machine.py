@@ -1,8 +1,6 @@
 """Machines: define, list, show, start, stop, pause, resume, wakeup, undefine, recover."""
 
 import argparse
-import os
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import image_notes, output
@@ -17,12 +15,12 @@ from qmpsnap.cli.common import (
     on_machine,
     reading,
     tell_remedy,
-    untold,
 )
+from qmpsnap.cli.listing import looks
 from qmpsnap.cli.plan_output import print_definition
 from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine.starting import process as processes
-from qmpsnap.machine.starting.argv import CONSOLE_SOCKET, QMP_SOCKET, USER_SOCKET
+from qmpsnap.machine.starting.run_files import CONSOLE_SOCKET, USER_SOCKET
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.timestamps import moment
 
@@ -99,68 +97,15 @@ def _define(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    with reading() as store:
-        records = store.machines()
-        alive = {machine.name: process for machine in records if (process := _process(machine, store))}
-        paused = _paused(records, alive)
-        looks = image_notes.images(store, records, alive)
-        machines = [
-            {
-                "name": machine.name,
-                "state": _elsewhere(machine)
-                or paused.get(machine.name)
-                or image_notes.state(machine, process, looks.get(machine.name)),
-                "pid": process.pid if process else None,
-                "host": machine.host,
-                "current": machine.current,
-                "snapshots": len(store.snapshots(machine.name)),
-                "images": looks[machine.name].word if machine.name in looks else "not asked",
-            }
-            for machine in records
-            for process in [alive.get(machine.name)]
-        ]
-        wrong = untold(store)
-    output.emit(
-        arguments.output,
-        document={"machines": machines},
-        names=[str(machine["name"]) for machine in machines],
-        table=lambda: output.table(
-            ("NAME", "STATE", "PID", "SNAPSHOTS", "CURRENT"),
-            [(m["name"], m["state"], m["pid"] or "-", m["snapshots"], m["current"] or "-") for m in machines],
-        ),
-    )
-    for name, look in looks.items():
-        image_notes.tell(name, look)
-    return output.told(wrong)
+    from qmpsnap.cli.listing import machines
 
-
-def _paused(machines: Sequence[Machine], alive: Mapping[str, Process]) -> dict[str, str]:
-    """Which guests are suspended, or paused over a failed request, as far as their QEMUs answer at once."""
-    # One that is not recorded yet waits for whoever starts it, one that a signal has stopped answers nobody, and the
-    # monitor of one that was adopted is not ours to play with.
-    asked = [
-        machine.name
-        for machine in machines
-        if machine.process and not machine.adopted
-        if (process := alive.get(machine.name)) and not processes.is_stopped(process)
-    ]
-    if not asked:
-        return {}
-    from qmpsnap.qmp import runstate, status_poll
-
-    found = status_poll.states({name: home().run_dir(name) / QMP_SOCKET for name in asked})
-    return {name: state for name, state in found.items() if runstate.remedy(state, name)}
+    return machines.show(arguments.output)
 
 
 def _process(machine: Machine, store: "SqliteStore") -> Any:
     record = store.home.record()
     copied = record.path if record and record.path != str(home().data) else None
     return processes.find(machine, home().run_dir(machine.name), not_of=copied)
-
-
-def _elsewhere(machine: Machine) -> str:
-    """What can be told of the state of another host's machine from here; empty for one of this host."""
-    return "" if machine.host == os.uname().nodename else "unknown"
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -178,10 +123,10 @@ def _show(arguments: argparse.Namespace) -> None:
         chains = store.chains(machine.name)
         snapshots = store.snapshots(machine.name)
         process = _process(machine, store)
-        alive = {machine.name: process} if process else {}
-        look = image_notes.images(store, [machine], alive).get(machine.name)
+        pids = {machine.name: process.pid} if process else {}
+        look = looks.images(store.images, [machine], pids).get(machine.name)
     document = {
-        **_of_machine(machine, _elsewhere(machine) or state, process),
+        **_of_machine(machine, state if looks.is_here(machine) else "unknown", process),
         "disks": [
             {
                 "disk": chain.disk,
@@ -199,7 +144,7 @@ def _show(arguments: argparse.Namespace) -> None:
     output.emit(arguments.output, document=document, names=[machine.name], table=lambda: _show_text(document))
     output.warn(shortage)
     if look:
-        image_notes.tell(machine.name, look)
+        looks.tell(machine.name, look)
     tell_remedy(state, machine.name)
 
 

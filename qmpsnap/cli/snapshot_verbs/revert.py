@@ -88,7 +88,7 @@ def clock_of(done: "Reverted") -> str:
     return "" if done.clock_error_ms is None else f"the guest's clock is off by {done.clock_error_ms:+.1f} ms"
 
 
-def print_preview(form: output.Format, found: "Preview") -> None:
+def print_preview(form: "output.Format", found: "Preview") -> None:
     """The plan of a revert."""
     document = document_of(found)
     output.emit(form, document=document, names=[document["snapshot"]], table=lambda: text_of(document))

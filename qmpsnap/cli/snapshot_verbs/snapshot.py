@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import image_notes, output
-from qmpsnap.cli.common import Parsers, add_for_vm, add_format, amount, on_machine, reading
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, amount, on_machine
+from qmpsnap.cli.listing import snapshots as listed
+from qmpsnap.cli.listing.documents import state_word
 from qmpsnap.cli.plan_output import print_internal, print_plan
 from qmpsnap.cli.progress import add_progress, reporting
-from qmpsnap.cli.snapshot_verbs import delete, revert, stack
-from qmpsnap.cli.snapshot_verbs.snapshot_json import document_of, print_taken, state_word
+from qmpsnap.cli.snapshot_verbs.snapshot_json import print_taken
 from qmpsnap.errors import UsageError
-from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
-from qmpsnap.model.timestamps import moment
+from qmpsnap.model.layers.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from qmpsnap.api.machine_handle import MachineHandle
@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 _NESTED = frozenset({"disks", "vmstate", "inside", "pause_ms", "pause_exceeded", "frozen_ms"})
 """Keys of a snapshot's JSON that its table shows otherwise."""
 
-HERE = "(current, you are here)"
 
-
-def register(parsers: Parsers) -> None:
-    """Add the commands."""
+def register(parsers: Parsers, verb: str = "") -> None:
+    """Add the commands; where ``verb`` is the one for which a guest may wait, it alone."""
     noun = parsers.add_parser("snapshot", help="take and list snapshots", description="Take and list snapshots.")
     verbs = noun.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_create(verbs)
+    if verb != "create":
+        _add_others(verbs)
+        add_format(add_for_vm(parsers, "tree", _tree, help="draw the tree of a machine's snapshots"))
 
+
+def _add_create(verbs: Parsers) -> None:
     command = add_for_vm(verbs, "create", _create, help="take a snapshot of all disks at one point in time")
     command.add_argument("name", metavar="NAME", nargs="?", help="name of the snapshot (next free snap-N)")
     command.add_argument(
@@ -60,6 +64,10 @@ def register(parsers: Parsers) -> None:
     add_progress(command)
     add_format(command)
 
+
+def _add_others(verbs: Parsers) -> None:
+    from qmpsnap.cli.snapshot_verbs import delete, revert, stack
+
     stack.register(verbs)
 
     command = add_for_vm(verbs, "list", _list, help="list the snapshots of a machine, oldest first")
@@ -77,9 +85,6 @@ def register(parsers: Parsers) -> None:
     command.add_argument("old", metavar="OLD", help="the snapshot")
     command.add_argument("new", metavar="NEW", help="its new name")
     command.add_argument("--dry-run", action="store_true", help="only print what would be done")
-    add_format(command)
-
-    command = add_for_vm(parsers, "tree", _tree, help="draw the tree of a machine's snapshots")
     add_format(command)
 
 
@@ -206,40 +211,11 @@ def _preview(arguments: argparse.Namespace, options: "SnapshotOptions") -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    with reading() as store:
-        snapshots = store.snapshots(arguments.machine)
-        states = image_notes.snapshots(store, arguments.machine)
-        documents = [document_of(store, arguments.machine, found, states[found.name]) for found in snapshots]
-    output.emit(
-        arguments.output,
-        document={"machine": arguments.machine, "snapshots": documents},
-        names=[snapshot.name for snapshot in snapshots],
-        table=lambda: output.table(
-            ("", "NAME", "KIND", "STATE", "PARENT", "CREATED", "DISKS", "DESCRIPTION"),
-            [
-                (
-                    "*" if d["current"] else "",
-                    d["name"],
-                    d["kind"],
-                    state_word(d["state"]),
-                    d["parent"] or "-",
-                    d["created"],
-                    ",".join(d["disks"]),
-                    d["description"],
-                )
-                for d in documents
-            ],
-        ),
-    )
+    listed.show(arguments.machine, arguments.output)
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    with reading() as store:
-        snapshots = store.snapshots(arguments.machine)
-        found = require_snapshot(snapshots, arguments.name, machine=arguments.machine)
-        document = document_of(
-            store, arguments.machine, found, image_notes.snapshots(store, arguments.machine)[found.name]
-        )
+    found, document = listed.one(arguments.machine, arguments.name)
 
     def text() -> str:
         plain = {key: value for key, value in document.items() if key not in _NESTED}
@@ -292,22 +268,4 @@ def _rename(arguments: argparse.Namespace) -> None:
 
 
 def _tree(arguments: argparse.Namespace) -> None:
-    with reading() as store:
-        machine = store.machine(arguments.machine)
-        snapshots = store.snapshots(arguments.machine)
-        states = image_notes.snapshots(store, arguments.machine)
-        documents = [document_of(store, arguments.machine, found, states[found.name]) for found in snapshots]
-    children: dict[str | None, list[tuple[str, str]]] = {}
-    for snapshot in snapshots:
-        state = states[snapshot.name]
-        kind = snapshot.kind if state == "ok" else f"{snapshot.kind} ({state_word(state)})"
-        text = f"{snapshot.name}  {moment(snapshot.created)}  {kind}  {snapshot.description}".rstrip()
-        children.setdefault(snapshot.parent, []).append((snapshot.name, text))
-    # A name cannot hold a parenthesis, so this key is nobody's parent.
-    children.setdefault(machine.current, []).append((HERE, HERE))
-    output.emit(
-        arguments.output,
-        document={"machine": machine.name, "current": machine.current, "snapshots": documents},
-        names=[snapshot.name for snapshot in snapshots],
-        table=lambda: output.tree(machine.name, lambda key: children.get(key, [])),
-    )
+    listed.draw(arguments.machine, arguments.output)

@@ -1,23 +1,15 @@
-"""A snapshot as the command line shows it: the sentence about one just taken, and its JSON."""
+"""The sentence about a snapshot that was just taken, and its JSON."""
 
 import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec import to_builtins
+
 from qmpsnap.cli import output
 from qmpsnap.cli.common import answering
+from qmpsnap.cli.listing.documents import document_of
 from qmpsnap.model.layers.snapshot import Snapshot
-from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.timestamps import moment
-from qmpsnap.store.store import Store
-
-_WORDS = {"consumed": "invalidated"}
-"""States as a person reads them, where JSON has another word for them."""
-
-
-def state_word(state: str) -> str:
-    """A snapshot's state in a table."""
-    return _WORDS.get(state, state)
 
 
 def print_taken(arguments: argparse.Namespace, snapshot: Snapshot, notes: Sequence[str]) -> None:
@@ -43,7 +35,16 @@ def confined(snapshot: Snapshot) -> list[str]:
 def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str, **more: Any) -> None:
     """One snapshot, in the form that was asked for; ``text`` is its table, ``more`` stands beside it in JSON."""
     with answering(text) as store:
-        document = document_of(store, arguments.machine, snapshot)
+        current = store.machine(arguments.machine).current
+        paths = {point.layer: store.layer(point.layer).path for point in snapshot.points}
+    document = document_of(
+        snapshot,
+        current=current,
+        paths=paths,
+        vmstate=to_builtins(snapshot.vmstate),
+        inside=to_builtins(snapshot.inside),
+        state=snapshot.state,
+    )
     output.emit(
         arguments.output,
         document={
@@ -56,50 +57,3 @@ def print_snapshot(arguments: argparse.Namespace, snapshot: Snapshot, text: str,
         table=lambda: text,
         done=text,
     )
-
-
-def document_of(store: Store, machine: str, snapshot: Snapshot, state: str | None = None) -> dict[str, Any]:
-    """The JSON of one snapshot (docs/reference/json.md); ``state``: what its files tell where it is not said."""
-    # What a commit has overwritten lies nowhere any more: at that place is what somebody else wrote.
-    paths = {} if snapshot.state == "consumed" else _paths(store, snapshot)
-    return {
-        "name": snapshot.name,
-        "kind": snapshot.kind,
-        "state": state or snapshot.state,
-        "parent": snapshot.parent,
-        "current": store.machine(machine).current == snapshot.name,
-        "created": moment(snapshot.created),
-        "description": snapshot.description,
-        "disks": {
-            point.disk: {"layer": point.layer, "path": paths.get(point.layer), "tag": point.tag}
-            for point in snapshot.points
-        },
-        "pause_ms": snapshot.pause_ms,
-        "pause_exceeded": snapshot.pause_exceeded,
-        "frozen_ms": snapshot.frozen_ms,
-        "mode": snapshot.mode,
-        "level": snapshot.level,
-        "unquiesced": snapshot.unquiesced or None,
-        "variables": snapshot.variables,
-        "vmstate": _vmstate(snapshot.vmstate) if snapshot.vmstate else None,
-        "inside": {"layer": inside.layer, "bytes": inside.bytes} if (inside := snapshot.inside) else None,
-    }
-
-
-def _vmstate(state: Vmstate) -> dict[str, Any]:
-    return {
-        "path": state.path,
-        "bytes": state.bytes,
-        "sha256": state.digest,
-        "mode": state.mode,
-        "layout": state.layout,
-        "compression": state.compression,
-        "steps_ms": state.steps_ms,
-        "frozen": state.frozen,
-        "qemu": state.hardware.qemu_version,
-        "machine_type": state.hardware.machine_type,
-    }
-
-
-def _paths(store: Store, snapshot: Snapshot) -> dict[str, str]:
-    return {point.layer: store.layer(point.layer).path for point in snapshot.points}

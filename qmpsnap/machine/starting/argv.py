@@ -12,22 +12,20 @@ from typing import Any, Final, Literal
 
 from msgspec import Struct
 
+from qmpsnap.machine.starting.run_files import (
+    AGENT_SOCKET,
+    CONSOLE_LOG,
+    CONSOLE_SOCKET,
+    PID_FILE,
+    QMP_SOCKET,
+    USER_SOCKET,
+    VNC_SOCKET,
+)
 from qmpsnap.model.layers.blockdev import chain_options, node_name
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.secret import secret_id
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
 
-QMP_SOCKET: Final = "qmp.sock"
-"""Our monitor. A QMP socket serves one client, so users have their own."""
-USER_SOCKET: Final = "user.sock"
-"""The user's monitor."""
-CONSOLE_SOCKET: Final = "console.sock"
-CONSOLE_LOG: Final = "console.log"
-AGENT_SOCKET: Final = "agent.sock"
-VNC_SOCKET: Final = "vnc.sock"
-PID_FILE: Final = "qemu.pid"
-RUN_FILES: Final = (QMP_SOCKET, USER_SOCKET, CONSOLE_SOCKET, CONSOLE_LOG, AGENT_SOCKET, VNC_SOCKET, PID_FILE)
-"""Everything QEMU makes in the run folder; the console's log only where no folder of logs is given."""
 AGENT_CHARDEV: Final = "agent"
 AGENT_PORT: Final = "org.qemu.guest_agent.0"
 

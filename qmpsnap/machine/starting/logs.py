@@ -14,7 +14,7 @@ from pathlib import Path
 from qmpsnap.errors import HostCannot
 from qmpsnap.host.files import opened
 from qmpsnap.machine.starting import privileges
-from qmpsnap.machine.starting.argv import CONSOLE_LOG
+from qmpsnap.machine.starting.run_files import CONSOLE_LOG
 from qmpsnap.model.home import Home
 
 QEMU_LOG = "qemu.log"

@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -13,8 +11,8 @@ from qmpsnap.errors import HostCannot, QemuGone, QmpError, SpecError
 from qmpsnap.hint import call
 from qmpsnap.host import files
 from qmpsnap.machine.qemu import LAUNCH_DEADLINE, end_launch, start
-from qmpsnap.machine.starting.argv import QMP_SOCKET
 from qmpsnap.machine.starting.privileges import Privileges, RunAs, obstacle
+from qmpsnap.machine.starting.run_files import QMP_SOCKET
 from qmpsnap.model.machines.cpu import STATIC, static_model
 from qmpsnap.qmp import commands, migration, session
 
@@ -47,6 +45,8 @@ class Abilities(Struct, frozen=True, kw_only=True):
 
 async def ask(qemu: str, cache: Path | None, *, user: RunAs | None = None) -> Abilities:
     """The binary's abilities, from the cache where it is the same file as then; without a cache nothing is kept."""
+    import shutil
+
     binary = shutil.which(qemu)
     if binary is None:
         raise HostCannot(
@@ -94,6 +94,8 @@ def _device_opens(user: RunAs | None) -> bool:
 
 async def interrogate(qemu: str, *, user: RunAs | None = None) -> Abilities:
     """Start the binary without a machine, ask, and end it."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="qmpsnap-") as folder:
         run_dir = Path(folder)
         argv = [

@@ -1,10 +1,5 @@
-"""The QEMU process: started to outlive us, and told again from any other process.
+"""The QEMU process: started to outlive us, and told again from any other process."""
 
-Without asyncio and subprocess on purpose: ``list`` asks here whether machines run and must stay quick.
-"""
-
-import contextlib
-import itertools
 import os
 import signal
 import time
@@ -17,8 +12,8 @@ from msgspec.structs import replace
 from qmpsnap.errors import HostCannot
 from qmpsnap.hint import call
 from qmpsnap.host import files, write_errors
-from qmpsnap.machine.starting import surroundings
-from qmpsnap.machine.starting.argv import PID_FILE
+from qmpsnap.machine.starting import alive, surroundings
+from qmpsnap.machine.starting.alive import boot_id, children, has_no_memory, is_alive, start_ticks, stat
 from qmpsnap.machine.starting.logs import QEMU_LOG
 from qmpsnap.machine.starting.privileges import PLAIN, Privileges
 from qmpsnap.model.machines.record import Machine, Process
@@ -32,11 +27,8 @@ _WAITING = b"QEMU waiting for connection on: "
 _LOG_END = 65536
 """Bytes of a log's end among which the last that was said is looked for."""
 
-_SESSION, _THREADS, _START_TICKS, _MEMORY = 3, 17, 19, 20
-"""Where ``/proc/PID/stat`` has session, threads, start time and virtual size, counted from its third field."""
-
-_children: "dict[int, subprocess.Popen[bytes]]" = {}
-"""QEMUs that this very process started, so that they are reaped when they end."""
+_SESSION, _START_TICKS = 3, 19
+"""Where ``/proc/PID/stat`` has session and start time, counted from its third field."""
 
 
 def spawn(
@@ -80,44 +72,27 @@ def spawn(
         raise HostCannot(f"{argv[0]} cannot be run: {error}", hint=call("doctor") + " shows what is missing") from error
     finally:
         os.close(descriptor)
-    for ended in [pid for pid, known in _children.items() if pid != child.pid and known.poll() is not None]:
-        del _children[ended]  # mostly a wrapper, whose end nobody waits for
-    if reused := _children.get(child.pid):
+    for ended in [pid for pid, known in children.items() if pid != child.pid and known.poll() is not None]:
+        del children[ended]  # mostly a wrapper, whose end nobody waits for
+    if reused := children.get(child.pid):
         reused.returncode = 0  # ended and reaped by somebody else, or its pid could not be this one's
-    _children[child.pid] = child
-    # The child cannot be gone from /proc before it is reaped, and only `_start_ticks` reaps.
-    return _record(child.pid, int(_stat(child.pid)[_START_TICKS]))
+    children[child.pid] = child
+    # The child cannot be gone from /proc before it is reaped, and only `start_ticks` reaps.
+    return _record(child.pid, int(stat(child.pid)[_START_TICKS]))
 
 
 def find(machine: Machine, run_dir: Path, *, not_of: str | None = None) -> Process | None:
-    """The live QEMU of a machine, or None.
-
-    The recorded one counts when pid, start time and boot all agree. A QEMU whose starter died before it could record it
-    is found by its own pid file and recognised by the machine's UUID among its arguments; one that is ending, which has
-    none any more, by the folder that its last threads work in. ``not_of``: path of another home, of which this one is
-    or was a copy: what works there, or was adopted, is its.
-    """
+    """The live QEMU of a machine, or None; see :func:`qmpsnap.machine.starting.alive.find`."""
     recorded = machine.process
-    if recorded and is_alive(recorded) and not (not_of and (machine.adopted or _works_in(recorded, not_of))):
+    found = alive.find(recorded, run_dir, uuid=machine.uuid, adopted=machine.adopted is not None, not_of=not_of)
+    if recorded and found and (found.pid, found.start_ticks) == (recorded.pid, recorded.start_ticks):
         return recorded
-    try:
-        pid = int((run_dir / PID_FILE).read_text())
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (OSError, ValueError):
-        return None
-    known = bool(machine.uuid) and machine.uuid.encode() in arguments
-    known = known and Path(f"/proc/{pid}/cwd").resolve() == run_dir.resolve()  # else it is of a copied folder
-    if not known and not (_has_no_memory(pid) and run_dir.resolve() in _thread_folders(pid)):
-        return None
-    flags = itertools.pairwise(arguments)
-    accel = next((value.split(b",")[0].decode() for flag, value in flags if flag == b"-accel"), "")
-    ticks = _start_ticks(pid)
-    return None if ticks is None else _record(pid, ticks, accel=accel)
+    return _record(found.pid, found.start_ticks, accel=found.accel) if found else None
 
 
 def existing(pid: int) -> Process | None:
     """The record of a process that somebody else started; None when there is none of that pid."""
-    ticks = _start_ticks(pid)
+    ticks = start_ticks(pid)
     if ticks is None:
         return None
     uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -130,10 +105,10 @@ def launched(first: Process, argv: Sequence[str], run_dir: Path) -> tuple[Proces
     given = b"\0".join(os.fsencode(argument) for argument in argv[1:]) + b"\0"
     found = []
     for pid in _pids():
-        fields = _stat(pid)
+        fields = stat(pid)
         # One that has left the session is known by QEMU's arguments, which nobody else has in this folder.
         if fields and (fields[_SESSION] == str(first.pid) or _was_given(pid, given, run_dir)):
-            ticks = _start_ticks(pid)
+            ticks = start_ticks(pid)
             found += [] if ticks is None else [_record(pid, ticks)]
     return tuple(found)
 
@@ -142,7 +117,7 @@ def strays(machine: Machine, run_dir: Path) -> tuple[Process, ...]:
     """QEMUs of the machine in that run folder, also one whose starter died before it had written its pid file."""
     given = b"\0" + machine.uuid.encode() + b"\0"
     pids = _pids() if machine.uuid else []  # a machine that is still to be one has none
-    ticks = {pid: _start_ticks(pid) for pid in pids if _was_given(pid, given, run_dir)}
+    ticks = {pid: start_ticks(pid) for pid in pids if _was_given(pid, given, run_dir)}
     return tuple(_record(pid, since) for pid, since in ticks.items() if since is not None)
 
 
@@ -158,35 +133,15 @@ def _was_given(pid: int, given: bytes, run_dir: Path) -> bool:
         return False
 
 
-def is_alive(process: Process) -> bool:
-    """Whether that very process still runs: also one that was killed does, until the last of its threads has ended.
-
-    Till then it has its images open, and a write of it that had begun comes to its end. A zombie has no other threads.
-    """
-    return process.boot_id == _boot_id() and process.start_ticks == _start_ticks(process.pid)
-
-
 def is_ending(process: Process) -> bool:
     """Whether that very process has no memory any more, so that nobody answers, and still has threads that end."""
-    return is_alive(process) and _has_no_memory(process.pid)
+    return is_alive(process) and has_no_memory(process.pid)
 
 
 def folder(process: Process) -> Path | None:
     """Its working folder, which is the run folder for a QEMU that qmpsnap launched; None if it is not known."""
-    try:
-        return Path(os.readlink(f"/proc/{process.pid}/cwd"))  # noqa: PTH115 - one that was removed is told as that
-    except OSError:
-        return None
-
-
-def _works_in(process: Process, home: str) -> bool:
-    where = folder(process)
-    return where is not None and where.is_relative_to(home)
-
-
-def is_stopped(process: Process) -> bool:
-    """Whether a signal or a debugger has stopped it, so that its monitor cannot answer."""
-    return _stat(process.pid)[:1] in (["T"], ["t"])
+    found = alive.folder(process.pid)
+    return None if found is None else Path(found)
 
 
 def terminate(process: Process) -> None:
@@ -218,40 +173,4 @@ def log_tail(folder: Path, *, limit: int = 2000) -> str:
 
 
 def _record(pid: int, ticks: int, *, accel: str = "") -> Process:
-    return Process(pid=pid, start_ticks=ticks, boot_id=_boot_id(), started=time.time(), accel=accel, qemu_version="")
-
-
-def _start_ticks(pid: int) -> int | None:
-    fields = _stat(pid)
-    if fields and (fields[0] not in ("Z", "X") or int(fields[_THREADS]) > 1):
-        return int(fields[_START_TICKS])
-    if child := _children.pop(pid, None):
-        child.wait()  # ended already: this only reaps it
-    return None
-
-
-def _has_no_memory(pid: int) -> bool:
-    """Whether the first thread of a process has given its memory up, which it does before it closes its files."""
-    return _stat(pid)[_MEMORY : _MEMORY + 1] == ["0"]
-
-
-def _thread_folders(pid: int) -> set[Path]:
-    found = set()
-    with contextlib.suppress(OSError):
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
-                found.add((thread / "cwd").readlink())
-    return found
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of ``/proc/PID/stat`` from the third (state) on; empty when there is no such process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return []
-    return text[text.rindex(")") + 2 :].split()  # the second field, the name, may hold anything
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Process(pid=pid, start_ticks=ticks, boot_id=boot_id(), started=time.time(), accel=accel, qemu_version="")

@@ -6,7 +6,6 @@ different but the control group, which ``/proc`` tells.
 
 import os
 import pwd
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Literal
@@ -63,6 +62,8 @@ def call(asked: Manager, machine: str, pid: int) -> list[str]:
 
 async def enter(machine: str, process: Process) -> None:
     """Move a QEMU into a scope of its own, if systemd is there and answers in time; :func:`group` tells what became."""
+    import shutil
+
     uid = os.geteuid()
     asked = manager(uid)
     if asked is None or shutil.which(PROGRAM) is None:

@@ -1,6 +1,6 @@
 """Layers and chains: one disk's images from its base up to where the guest writes."""
 
-from typing import Final, Literal, Self
+from typing import Final, Literal, Protocol, Self
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -18,6 +18,34 @@ LayerState = Literal["ok", "hidden", "consumed"]
 MAX_LAYERS: Final = 256
 """Layers a chain may have, made or found: headers are followed no deeper, so none is made that could not be read again.
 """
+
+
+class Image(Protocol):
+    """What is recorded of a layer's file."""
+
+    @property
+    def id(self) -> LayerId:
+        """Of the layer."""
+
+    @property
+    def path(self) -> str:
+        """Absolute."""
+
+    @property
+    def format(self) -> Format:
+        """Of the image."""
+
+    @property
+    def device(self) -> int:
+        """``st_dev``."""
+
+    @property
+    def inode(self) -> int:
+        """``st_ino``."""
+
+    @property
+    def birth(self) -> int:
+        """Nanoseconds since the epoch; 0 where nobody knows."""
 
 
 class Layer(Struct, frozen=True, kw_only=True):

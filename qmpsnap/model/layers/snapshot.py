@@ -1,7 +1,7 @@
 """Snapshots: a named point in time of a machine, and where its content lies."""
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
 
 from msgspec import Struct
 
@@ -9,6 +9,7 @@ from qmpsnap.errors import NotFoundError
 from qmpsnap.hint import call
 from qmpsnap.model.layers.vmstate import Hardware, Inside, Vmstate
 from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.timestamps import exceeds
 
 SnapshotKind = Literal["disk", "full", "internal"]
 SnapshotState = Literal["ok", "consumed", "overwritten"]
@@ -19,6 +20,38 @@ Level = Literal["crash", "fs", "ram"]
 and have all that was written. ``ram``: the guest's memory is there, too, and it goes on where it was."""
 Quiesce = Literal["require", "prefer", "skip"]
 """Whether the guest's file systems are frozen for a snapshot: always, or there is none; if they can be; never."""
+
+
+class Placed(Protocol):
+    """Where one disk's content of a snapshot's moment lies, whatever it was read as."""
+
+    @property
+    def disk(self) -> str:
+        """Its name."""
+
+    @property
+    def layer(self) -> LayerId:
+        """The frozen layer, or that with the tag."""
+
+    @property
+    def tag(self) -> str | None:
+        """Inside that layer."""
+
+
+class Taken(Protocol):
+    """What a snapshot's state is told by, whatever it was read as."""
+
+    @property
+    def state(self) -> str:
+        """As recorded."""
+
+    @property
+    def operation(self) -> OperationId:
+        """That took it."""
+
+    @property
+    def points(self) -> Sequence[Placed]:
+        """One for each of its disks."""
 
 
 class Point(Struct, frozen=True, kw_only=True):
@@ -92,7 +125,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     @property
     def pause_exceeded(self) -> bool:
         """Whether the guest was paused for longer than ``max_pause_ms``."""
-        return self.pause_ms is not None and self.max_pause_ms is not None and self.pause_ms > self.max_pause_ms
+        return exceeds(self.pause_ms, self.max_pause_ms)
 
     @property
     def hardware(self) -> Hardware | None:

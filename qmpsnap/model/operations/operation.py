@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from msgspec import UNSET, Struct, UnsetType
 
-from qmpsnap.errors import Effect
+from qmpsnap.effect import Effect
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Quiesce, Snapshot
 from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate

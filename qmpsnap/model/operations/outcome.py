@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from msgspec import Struct
 
-from qmpsnap.errors import Effect
+from qmpsnap.effect import Effect
 
 
 class Recorded(Struct, frozen=True):

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from pathlib import Path
@@ -20,10 +19,10 @@ from qmpsnap.host.outstanding import covering, left
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import adopted
 from qmpsnap.machine.qemu import monitor, unless_ending
-from qmpsnap.machine.starting import logs
+from qmpsnap.machine.starting import alive, logs
 from qmpsnap.machine.starting import process as processes
-from qmpsnap.machine.starting.argv import QMP_SOCKET, USER_SOCKET
 from qmpsnap.machine.starting.privileges import RunAs, make_private
+from qmpsnap.machine.starting.run_files import QMP_SOCKET, USER_SOCKET
 from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.record import Machine, Process
@@ -94,7 +93,7 @@ class Context(Struct, frozen=True, kw_only=True):
             async with self._session(machine, process, look=look) as qemu:
                 yield qemu
         except QemuGone as error:
-            if processes.is_alive(process):
+            if alive.is_alive(process):
                 self._explain(error, machine, process)
                 raise
             if not error.hint:
@@ -181,7 +180,7 @@ def _open_store(home: Home, make: bool) -> tuple[Home, SqliteStore]:  # noqa: FB
 def _in_use(store: Store) -> Path | None:
     """The run folder in which a QEMU of the store works now."""
     for machine in store.machines():
-        if machine.process and not machine.adopted and processes.is_alive(machine.process):
+        if machine.process and not machine.adopted and alive.is_alive(machine.process):
             folder = processes.folder(machine.process)
             if folder and folder.name == machine.name:
                 return folder.parent
@@ -237,6 +236,8 @@ def forget_places(home: Home, name: str, *, run: bool = True) -> None:
 
     The lock is removed last: a process that waits for it checks again what it locked.
     """
+    import shutil
+
     if run:
         shutil.rmtree(home.run_dir(name), ignore_errors=True)
         shutil.rmtree(home.log_dir(name), ignore_errors=True)

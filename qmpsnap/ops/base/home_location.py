@@ -5,7 +5,6 @@ headers and records.
 """
 
 import contextlib
-import uuid
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -21,6 +20,8 @@ from qmpsnap.store.store import Store
 
 def recorded(home: Home, store: Store) -> HomeRecord:
     """What is recorded of a home; where nothing is, as by an earlier release, what headers say. Writes nothing."""
+    import uuid
+
     if found := store.home.record():
         return found
     # What was written down tells of a store that was made again.

@@ -7,7 +7,6 @@ killed in between, the next command continues.
 """
 
 import contextlib
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ from qmpsnap.hint import call
 from qmpsnap.host.files import same_file
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
-from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting import alive
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.names import LayerId
@@ -165,6 +164,8 @@ async def _keep_records(context: Context) -> None:
 
 def look(context: Context) -> Look:
     """Compare every file with its record; nothing is changed. May block for long: state files are read whole."""
+    import uuid
+
     store, home = context.store, context.home
     record = home_location.recorded(home, store)
     now = str(home.data)
@@ -331,7 +332,7 @@ def _stale_headers(layers: dict[LayerId, Layer], to: Relocation) -> Sequence[tup
 def _require_stopped(context: Context, *, copied: bool) -> None:
     for machine in context.store.machines():
         # Where an adopted QEMU runs, its images are open by their old names; of a copy it is the original's.
-        theirs = machine.adopted and machine.process and not copied and processes.is_alive(machine.process)
+        theirs = machine.adopted and machine.process and not copied and alive.is_alive(machine.process)
         if theirs or context.process(machine):
             raise StateError(
                 f"machine {machine.name} runs with its images open under their old names",

@@ -1,7 +1,6 @@
 """What `check` goes by: all that store, files and QEMU say of one machine, gathered without changing anything."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,9 +17,10 @@ from qmpsnap.block.usage.users import User
 from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.host.files import Inode, same_file
 from qmpsnap.host.threads import to_read
+from qmpsnap.host.value import replaced
 from qmpsnap.machine import adopted, agent, statefile, worker
-from qmpsnap.machine.starting import process as processes
-from qmpsnap.machine.starting.argv import AGENT_SOCKET
+from qmpsnap.machine.starting import alive
+from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
@@ -36,7 +36,6 @@ from qmpsnap.ops.check import entries
 from qmpsnap.ops.check import references as named
 from qmpsnap.ops.check.entries import Entry
 from qmpsnap.ops.outside import compare
-from qmpsnap.ops.outside import layer_changes as frozen
 from qmpsnap.ops.session import stale_store
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
@@ -175,8 +174,8 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         found = await to_read(_files, context, before)
         process = context.process(before.machine)
         pid = process.pid if process else None
-        look = await blocking(partial(frozen.asked, context.store, before.machine, pid, active_too=True))
-        seen = await to_read(survey.look, replace(look, ours=_ours(context, before.machine)))
+        look = survey.wanted(await blocking(context.store.images.read_by, name), pid, active_too=True)
+        seen = await to_read(survey.look, replaced(look, ours=_ours(context, before.machine)))
         old = await blocking(stale_store.sign, context, before.machine, before.chains)
         lost = await blocking(context.store.records.lost)
         moved = await blocking(home_location.recorded_elsewhere, context.home, context.store, context.host)
@@ -207,7 +206,7 @@ def _ours(context: Context, machine: Machine) -> list[int]:
 
 async def _ask(context: Context, at: Record, qemu: Monitor | None) -> tuple[Asked | None, str | None]:
     process = context.process(at.machine)
-    if process and processes.is_stopped(process):
+    if process and alive.is_stopped(process.pid):
         return None, f"its QEMU (process {process.pid}) is stopped by a signal or a debugger"
     try:
         if qemu is not None:

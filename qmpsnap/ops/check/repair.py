@@ -12,7 +12,7 @@ from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.host.files import inode_of, opened
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import agent, worker
-from qmpsnap.machine.starting.argv import AGENT_SOCKET
+from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import Change

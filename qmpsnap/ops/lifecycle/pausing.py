@@ -4,7 +4,7 @@ import anyio
 
 from qmpsnap.errors import DeadlinePassed, HostCannot, StateError
 from qmpsnap.hint import call
-from qmpsnap.machine.starting.argv import QMP_SOCKET
+from qmpsnap.machine.starting.run_files import QMP_SOCKET
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, locked, require_own

@@ -11,8 +11,7 @@ from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.machine.open_files import require_opened
 from qmpsnap.machine.qemu import end, launch, monitor, still_runs, wait_end
-from qmpsnap.machine.starting import accel, argv, logs, scope, surroundings
-from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting import accel, alive, argv, logs, scope, surroundings
 from qmpsnap.machine.starting.privileges import Privileges
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -180,7 +179,7 @@ async def _ask(context: Context, machine: Machine, process: Process, wait: float
                     raise pausing.asleep(machine.name, state)
                 await commands.control(qemu, "system_powerdown")
     except QemuGone:
-        return not processes.is_alive(process)
+        return not alive.is_alive(process)
     return await wait_end(process, deadline=wait)
 
 

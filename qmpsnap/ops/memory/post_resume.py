@@ -12,7 +12,7 @@ from msgspec import Struct
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError
 from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Agent
-from qmpsnap.machine.starting.argv import AGENT_SOCKET
+from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands

@@ -18,7 +18,7 @@ from msgspec import Struct
 from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError, StateError
 from qmpsnap.hint import call
 from qmpsnap.host.threads import bounded, to_end
-from qmpsnap.machine import hugepages, statefile
+from qmpsnap.machine import statefile
 from qmpsnap.model.layers.vmstate import Manifest, SaveMode, Vmstate
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import CreatePlan, Memory, Operation
@@ -70,6 +70,8 @@ async def shorten(context: Context, machine: Machine, memory: Memory) -> None:
     """Do what makes the pause shorter and can be done while the guest runs."""
     process = context.process(machine)
     if process and memory.mode == "background" and memory.resume:
+        from qmpsnap.machine import hugepages
+
         await to_end(hugepages.gather, process.pid)
 
 

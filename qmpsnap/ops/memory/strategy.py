@@ -2,7 +2,6 @@
 
 import math
 import os
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -198,6 +197,8 @@ def expected_ms(computed: float, measured: Sequence[float]) -> float:
     What was not measured yet counts as computed: else a single bad moment would refuse every later snapshot that could
     show it to have been one.
     """
+    import statistics
+
     return statistics.median([*measured, *[computed] * (MEASURED - len(measured))])
 
 

@@ -11,37 +11,17 @@ from typing import NoReturn
 from msgspec.structs import replace
 
 from qmpsnap.block.usage import stamps
-from qmpsnap.block.usage.survey import Asked, Seen
 from qmpsnap.errors import QmpsnapError, StoreMismatch
 from qmpsnap.hint import call
+from qmpsnap.host.value import replaced
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.stamp import History, baseline
-from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.ops.base.reading import read_by
 from qmpsnap.store.store import Store
-
-
-def asked(store: Store, machine: Machine, pid: int | None, *, active_too: bool = False) -> Asked:
-    """What there is to ask of a machine's images; ``pid`` is its QEMU's.
-
-    Who else has an active image open that this QEMU has, too, takes a look through all processes: for ``active_too``.
-    """
-    chains, forest = store.chains(machine.name), store.forest()
-    layers = {layer.id: layer for layer in read_by(chains, store.snapshots(machine.name), forest)}
-    active = frozenset(chain.active.id for chain in chains)
-    known = {key: stamp for key, stamp in store.frozen.stamps().items() if key in layers and key not in active}
-    return Asked(
-        paths={layer.id: layer.path for layer in layers.values() if active_too or not (pid and layer.id in active)},
-        active=frozenset() if pid else active,
-        frozen=[layers[key] for key in known],
-        stamps=known,
-        ours=() if pid is None else (pid,),
-        layers=tuple(layers.values()),
-    )
 
 
 def sizes(store: Store) -> dict[LayerId, int]:
@@ -60,7 +40,7 @@ def keep(store: Store, machine: str) -> None:
         left = {layer.id for layer in read_by((), spoilt, forest)} if spoilt else set()
         later = store.next_serial() if left else 0
         new = {
-            layer.id: replace(stamp, digest=stamps.digest(layer), since=later if layer.id in left else 0)
+            layer.id: replaced(stamp, digest=stamps.digest(layer), since=later if layer.id in left else 0)
             for layer in read_by(chains, snapshots, forest)
             if layer.id not in known and layer.id not in active and (stamp := stamps.stamp(layer))
         }
@@ -104,22 +84,8 @@ def _begin_anew(store: Store, layers: Iterable[Layer], forest: Forest, known: Ma
         used |= {(layer, stamp.since) for layer, stamp in then.items() if stamp}
     old = {(layer, stamp.since) for layer in now for stamp in known[layer][1:]}
     store.frozen.record(
-        {key: replace(at, digest=digest, since=later) for key, (at, digest) in now.items() if at}, gone=old - used
+        {key: replaced(at, digest=digest, since=later) for key, (at, digest) in now.items() if at}, gone=old - used
     )
-
-
-def taken_as(snapshot: Snapshot, forest: Forest, known: Mapping[LayerId, History], seen: Seen) -> str:
-    """A snapshot's state by the record, or where that is ``ok`` what a look at its files has found instead."""
-    if snapshot.state != "ok" or not (seen.gone or seen.changed):
-        return snapshot.state
-    reads = _reads(snapshot, forest)
-    if gone := {seen.gone[layer] for layer in reads if layer in seen.gone}:
-        return min(gone)
-    for layer in reads & seen.changed.keys():
-        then = baseline(known.get(layer, ()), snapshot.operation)
-        if then and then.since in seen.changed[layer]:
-            return "overwritten"
-    return "ok"
 
 
 def require_unwritten(store: Store, layers: Iterable[Layer], machine: str) -> None:

@@ -18,7 +18,7 @@ from qmpsnap.hint import option
 from qmpsnap.host.threads import completed
 from qmpsnap.machine import agent, watch
 from qmpsnap.machine.agent import Agent
-from qmpsnap.machine.starting.argv import AGENT_SOCKET
+from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.machine.watch import Watch
 from qmpsnap.model.layers.snapshot import Quiesce
 from qmpsnap.model.machines.record import Machine

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import anyio
 
-from qmpsnap.errors import Effect, HostCannot, OperationPending, QemuGone, QmpsnapError
+from qmpsnap.effect import Effect
+from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.hint import call
 from qmpsnap.host.system_errors import translated
 from qmpsnap.machine import worker

@@ -23,8 +23,9 @@ from qmpsnap.hint import call
 from qmpsnap.model.home import RECORD
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import SERIAL, is_text, tag_number
+from qmpsnap.model.names import SERIAL, tag_number
 from qmpsnap.model.operations.operation import MergePlan, MirrorPlan, RevertPlan
+from qmpsnap.model.text import is_text
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.store.records import Records

@@ -9,7 +9,8 @@ from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
-from qmpsnap.errors import DeadlinePassed, Effect, QmpsnapError
+from qmpsnap.effect import Effect
+from qmpsnap.errors import DeadlinePassed, QmpsnapError
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.open_files import require_opened, require_recorded

@@ -13,25 +13,29 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.hint import call
+from qmpsnap.host import aside
 from qmpsnap.host.outstanding import briefly
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import Inside, Vmstate
 from qmpsnap.model.machines.record import Machine, Process
-from qmpsnap.model.names import LayerId, OperationId, is_text
+from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, P
 from qmpsnap.model.planning import sharing
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer, based
+from qmpsnap.model.text import is_text
 from qmpsnap.store import owner
 from qmpsnap.store.records import Record, Records
 from qmpsnap.store.sqlite import devices, journal, queries, rows
 from qmpsnap.store.sqlite.database import Database
 from qmpsnap.store.sqlite.frozen_files import FrozenTable
 from qmpsnap.store.sqlite.homes import HomeTable
+from qmpsnap.store.sqlite.images import ImageTable
 from qmpsnap.store.sqlite.json_values import decoded
 from qmpsnap.store.sqlite.pruning import PrunedTable
+from qmpsnap.store.sqlite.queries import absolute, signed, unsigned
 from qmpsnap.store.sqlite.record_table import RecordTable
 from qmpsnap.store.store import Removal
 
@@ -50,6 +54,7 @@ class SqliteStore:
         self._database = Database(path, make=make)
         self._machines = machines
         self._records = Records(machines)
+        self.images = ImageTable(self._database, machines=machines)
         self.frozen = FrozenTable(self._database)
         self.pruned = PrunedTable(self._database)
         self.home = HomeTable(self._database, self._records, machines=machines)
@@ -260,7 +265,7 @@ class SqliteStore:
                 away = sql.execute(queries.ELSEWHERE, (os.uname().nodename,)).fetchone()
                 files = () if away else (*self._files(sql),)
             # Also what needs no image comes by here; and no file is waited for while the store is locked.
-            if not (moved := briefly(functools.partial(devices.moved, files), None, seconds=devices.PATIENCE)):
+            if not (moved := briefly(functools.partial(devices.moved, files), None, seconds=aside.PATIENCE)):
                 return
             with self._database.writing() as sql:
                 if files == (*self._files(sql),):  # else another process may have done so by now
@@ -269,7 +274,7 @@ class SqliteStore:
 
     def _files(self, sql: sqlite3.Connection) -> Iterator[devices.File]:
         for pool, path, device, inode in sql.execute("SELECT pool, path, device, inode FROM layer").fetchall():
-            yield self._path(pool, path), devices.unsigned(device), devices.unsigned(inode)
+            yield self._path(pool, path), unsigned(device), unsigned(inode)
         for (text,) in sql.execute("SELECT vmstate FROM snapshot WHERE vmstate IS NOT NULL").fetchall():
             if state := self._vmstate(text):
                 yield state.path, state.device, state.inode
@@ -324,7 +329,7 @@ class SqliteStore:
     def _put_layer(self, sql: sqlite3.Connection, layer: Layer) -> None:
         sql.execute(queries.PUT_LAYER, (
             layer.id, *self._place(layer.path), layer.format, layer.backing, layer.virtual_size,
-            devices.signed(layer.device), devices.signed(layer.inode), layer.owned, layer.state, layer.birth,
+            signed(layer.device), signed(layer.inode), layer.owned, layer.state, layer.birth,
         ))  # fmt: skip
 
     def _place(self, path: str) -> tuple[str, str]:
@@ -335,7 +340,7 @@ class SqliteStore:
 
     def _path(self, pool: str, path: str) -> str:
         """The other way round."""
-        return (f"{self._machines}/" if pool == "machines" else "/") + path
+        return absolute(pool, path, machines=self._machines)
 
     def _portable(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with the paths of its files relative where they lie in the machines' folder."""
@@ -370,5 +375,5 @@ class SqliteStore:
         identity, pool, path, layer_format, backing, size, device, inode, owned, state, birth = row
         return Layer(
             id=identity, path=self._path(pool, path), format=layer_format, backing=backing, virtual_size=size,
-            device=devices.unsigned(device), inode=devices.unsigned(inode), owned=bool(owned), state=state, birth=birth,
+            device=unsigned(device), inode=unsigned(inode), owned=bool(owned), state=state, birth=birth,
         )  # fmt: skip

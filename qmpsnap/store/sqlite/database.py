@@ -1,16 +1,21 @@
 """The store's one connection: who may read or write when, and SQLite's own errors in our words."""
 
+from __future__ import annotations
+
 import contextlib
+import os
 import sqlite3
-import threading
-from collections.abc import Iterator
+from _thread import allocate_lock, get_ident
 from contextlib import contextmanager
-from pathlib import Path
 
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
-from qmpsnap.hint import call
-from qmpsnap.host import write_errors
 from qmpsnap.store.sqlite import durability, schema
+
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qmpsnap.host.files import Name
 
 _READ = "BEGIN"
 
@@ -22,14 +27,14 @@ class _Undone(Exception):
 class Database:
     """An SQLite file that threads share. Where it can only be read, changes are refused."""
 
-    def __init__(self, path: Path, *, make: bool = True) -> None:
-        self._path = path
+    def __init__(self, path: Name, *, make: bool = True) -> None:
+        self._path = os.fspath(path)
         self.is_there = make or not _is_missing(path)
         self._doubt: Exception | None = None
         """What a COMMIT has failed with whose outcome is not known; the connection is closed then."""
         self._inherited = False
         self.connection, self._barred = self._connect()
-        self._lock = threading.Lock()
+        self._lock = allocate_lock()
         self._foreseeing: int | None = None
         """The thread that does, which holds the lock."""
 
@@ -58,7 +63,7 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """For the block: what it reads is of one moment; inside of :meth:`foreseeing`, of what is foreseen."""
-        if self._foreseeing == threading.get_ident():
+        if self._foreseeing == get_ident():
             yield self.connection
             return
         with self._transaction(_READ) as connection:
@@ -74,7 +79,7 @@ class Database:
     def foreseeing(self) -> Iterator[sqlite3.Connection]:
         """For the block: what it changes is undone at its end. It shows what a change will make of the store."""
         with contextlib.suppress(_Undone), self._transaction("BEGIN IMMEDIATE") as connection:
-            self._foreseeing = threading.get_ident()
+            self._foreseeing = get_ident()
             try:
                 yield connection
             finally:
@@ -154,7 +159,7 @@ class Database:
         except OSError as error:
             raise HostCannot(
                 f"the store {self._path} has changes that may not have reached the disk and cannot be synced: {error}",
-                hint=write_errors.reason(self._path.parent, error).remedy,
+                hint=self._remedy(error),
             ) from error
         self._inherited = False
 
@@ -166,7 +171,7 @@ class Database:
         assert self._doubt
         self.connection.close()
         try:
-            self._path.stat()  # or another would be made in its place
+            os.stat(self._path)  # noqa: PTH116 - or another would be made in its place
             self.connection = schema.connect(self._path)
             found = self._harden(number)
         except (QmpsnapError, sqlite3.Error, OSError, MemoryError) as error:
@@ -204,10 +209,10 @@ class Database:
             yield
         except sqlite3.OperationalError as error:
             if "Could not decode" in str(error):  # bytes that are no text, where only text is
-                raise self._damaged(error) from error
+                raise schema.damaged(self._path, error) from error
             raise HostCannot(
                 f"the store {self._path} refused a change: {error}",
-                hint=write_errors.reason(self._path.parent, error).remedy,
+                hint=self._remedy(error),
             ) from error
         except sqlite3.IntegrityError as error:
             raise StoreMismatch(
@@ -215,18 +220,19 @@ class Database:
                 hint="try again: another command may have recorded the same",
             ) from error
         except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from error
+            raise schema.damaged(self._path, error) from error
 
-    def _damaged(self, error: sqlite3.Error) -> StoreMismatch:
-        return StoreMismatch(
-            f"the store {self._path} is damaged: {error}",
-            hint="put a copy of it back, or rebuild it: " + call("rebuild"),
-        )
+    def _remedy(self, error: Exception) -> str:
+        from pathlib import Path
+
+        from qmpsnap.host import write_errors
+
+        return write_errors.reason(Path(self._path).parent, error).remedy
 
 
-def _is_missing(path: Path) -> bool:
+def _is_missing(path: Name) -> bool:
     try:
-        path.lstat()
+        os.lstat(path)
     except FileNotFoundError:
         return True
     except OSError:  # another problem, reported when it is opened

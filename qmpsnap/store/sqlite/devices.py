@@ -8,16 +8,14 @@ import os
 import sqlite3
 import stat
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
 from qmpsnap.model.operations import steps
 from qmpsnap.store.sqlite import queries
 from qmpsnap.store.sqlite.json_values import decoded
-
-PATIENCE: Final = 1.0
-"""Seconds that all files together may take to be looked at."""
+from qmpsnap.store.sqlite.queries import signed, unsigned
 
 File = tuple[str, int, int]
 """Path, and the device and inode that were recorded."""
@@ -75,16 +73,3 @@ def _renumbered(value: Any, numbers: Mapping[int, int]) -> Any:
     if "inode" in new and new.get("device") in numbers:
         new["device"] = numbers[new["device"]]
     return new
-
-
-_UNSIGNED = (1 << 64) - 1
-
-
-def unsigned(number: int) -> int:
-    """A device or inode number as Linux has it, from SQLite's signed integer of the same 64 bits."""
-    return number & _UNSIGNED
-
-
-def signed(number: int) -> int:
-    """The other way round."""
-    return number - (1 << 64) if number >> 63 else number

@@ -5,12 +5,17 @@ store reads them; or they are not, and SQLite writes others in their place. And 
 pages it could not write for clean: a second fsync of them succeeds and writes nothing, until they are written to anew.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import sqlite3
-from pathlib import Path
 
 from qmpsnap.host.files import opened, sync_folder
+
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from qmpsnap.host.files import Name
 
 KEPT = 1000
 """Transactions of all processes that are remembered: one in doubt is asked for within seconds."""
@@ -31,20 +36,20 @@ def stands(connection: sqlite3.Connection, number: int | None) -> bool:
     return connection.execute("SELECT 1 FROM committed WHERE number = ?", (number,)).fetchone() is not None
 
 
-def frames(store: Path) -> Path:
+def frames(store: Name) -> str:
     """The file with what was not yet taken over into the store's own."""
-    return store.with_name(f"{store.name}-wal")
+    return f"{os.fspath(store)}-wal"
 
 
-def has_frames(store: Path) -> bool:
+def has_frames(store: Name) -> bool:
     """Whether there is something in it: of a process that works beside us, or of one that has not closed the store."""
     try:
-        return frames(store).stat().st_size > 0
+        return os.stat(frames(store)).st_size > 0  # noqa: PTH116
     except OSError:
         return False
 
 
-def write_again(store: Path) -> None:
+def write_again(store: Name) -> None:
     """Write the frames once more, as they are, and out to the disk; our connection holds the write lock.
 
     Unlike the store's own file, this one may be opened and closed beside SQLite: its locks are not on it.
@@ -54,4 +59,4 @@ def write_again(store: Path) -> None:
         while piece := os.pread(file, _PIECE, at):
             at += os.pwrite(file, piece, at)
         os.fsync(file)
-    sync_folder(store.parent)
+    sync_folder(os.path.dirname(store))  # noqa: PTH120

@@ -5,7 +5,6 @@ that lie in it beside that folder) is a text, and all of them change at once.
 """
 
 import sqlite3
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from qmpsnap.model.relocation import HomeRecord, Relocation, carried, carried_al
 from qmpsnap.store.records import Records
 from qmpsnap.store.sqlite import queries
 from qmpsnap.store.sqlite.database import Database
-from qmpsnap.store.sqlite.devices import signed, unsigned
 from qmpsnap.store.sqlite.json_values import decoded
+from qmpsnap.store.sqlite.queries import signed, unsigned
 
 Ids = Mapping[tuple[int, int], tuple[int, int, int]]
 """Device and inode of a file to those of its copy, with the copy's birth."""
@@ -44,6 +43,8 @@ class HomeTable:
 
     def look(self) -> None:
         """Find out what :meth:`born` is to record before the store is locked, as storage may hang."""
+        import uuid
+
         if self._first is None and self.record() is None:
             self._first = self._records.home() or HomeRecord(uuid.uuid4().hex, str(self._machines.parent))
 

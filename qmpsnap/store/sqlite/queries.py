@@ -1,4 +1,7 @@
-"""The questions that the store asks SQLite more than once, or that want explaining; no value is ever part of one."""
+"""The questions that the store asks SQLite more than once, or that want explaining; no value is ever part of one.
+
+And how the values in its columns are to be taken.
+"""
 
 from qmpsnap.model.operations.operation import OPEN_STATES
 
@@ -33,6 +36,16 @@ POINTS = (
     "SELECT snapshot, disk, layer, tag FROM point JOIN snapshot ON snapshot.id = point.snapshot"
     " WHERE machine = ? ORDER BY point.position"
 )
+PLACED_POINTS = (
+    "SELECT snapshot, disk, layer, tag, pool, path FROM point JOIN snapshot ON snapshot.id = point.snapshot"
+    " JOIN layer ON layer.id = point.layer WHERE machine = ? ORDER BY point.position"
+)
+LISTED = (
+    "SELECT machine.name, uuid, host, adopted IS NOT NULL, snapshot.name, pid, start_ticks, boot_id,"
+    " (SELECT count(*) FROM snapshot WHERE snapshot.machine = machine.id) FROM machine"
+    " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
+)
+"""What a list shows of each machine."""
 MACHINE = (
     "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted, consent,"
     " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
@@ -59,6 +72,22 @@ USED = (
     " SELECT id FROM used"
 )
 """Every layer that they read, and what lies in the machine's folder, which an operation may have left to nobody."""
+_READ = (
+    f"WITH RECURSIVE read (id) AS ({NAMED} UNION SELECT layer.backing FROM read JOIN layer ON layer.id = read.id"
+    " WHERE layer.backing IS NOT NULL)"
+)
+_IMAGE = "layer.id, pool, path, format, backing, device, inode, birth"
+READ_IMAGES = f"{_READ} SELECT {_IMAGE} FROM read JOIN layer ON layer.id = read.id"
+"""The images that one machine reads; a layer that is recorded to read itself is there once."""
+ACTIVE_IMAGES = (
+    f"SELECT machine.name, {_IMAGE} FROM machine JOIN disk ON disk.machine = machine.id"
+    " JOIN layer ON layer.id = disk.active"
+)
+READ_STAMPS = (
+    f"{_READ} SELECT layer, mtime_ns, size, ctime_ns, digest, since FROM read JOIN stamp ON stamp.layer = read.id"
+    " ORDER BY layer, since"
+)
+"""What they were when they were frozen, in the order of the fields of a stamp."""
 ELSEWHERE = "SELECT 1 FROM machine WHERE host <> ? LIMIT 1"
 """Whether another host has machines here."""
 
@@ -68,3 +97,20 @@ REFERENCES = """
 SELECT machine.name, snapshot.name, point.disk, point.layer, point.tag FROM point
 JOIN snapshot ON snapshot.id = point.snapshot JOIN machine ON machine.id = snapshot.machine
 ORDER BY snapshot.id, point.position"""
+
+_UNSIGNED = (1 << 64) - 1
+
+
+def unsigned(number: int) -> int:
+    """A device or inode number as Linux has it, from SQLite's signed integer of the same 64 bits."""
+    return number & _UNSIGNED
+
+
+def signed(number: int) -> int:
+    """The other way round."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+def absolute(pool: str, path: str, *, machines: object) -> str:
+    """A layer's path: those in the machines' folder move with it."""
+    return (f"{machines}/" if pool == "machines" else "/") + path

@@ -15,7 +15,7 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.store.records import Record, Records
-from qmpsnap.store.sqlite import devices, journal, rows
+from qmpsnap.store.sqlite import journal, rows
 from qmpsnap.store.sqlite.database import Database
 from qmpsnap.store.sqlite.json_values import decoded
 
@@ -134,7 +134,7 @@ class RecordTable:
     def take_over(self) -> None:
         """Write the records of this host's machines that only an earlier release has written down, if that can be."""
         if self._files.earlier.is_dir():
-            briefly(self._take_over, None, seconds=devices.PATIENCE)
+            briefly(self._take_over, None, seconds=aside.PATIENCE)
 
     def _take_over(self) -> None:
         with contextlib.suppress(HostCannot, OSError):
@@ -150,5 +150,5 @@ def _called(call: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def _called_aside(call: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
-    said = aside.asked(lambda tell: os.write(tell, msgspec.json.encode(call())), seconds=devices.PATIENCE)
+    said = aside.asked(lambda tell: os.write(tell, msgspec.json.encode(call())), seconds=aside.PATIENCE)
     return decoded(said, tuple[str, ...]) if said else ()

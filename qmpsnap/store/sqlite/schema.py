@@ -4,15 +4,20 @@ Each migration and the number that records it share one SQL transaction; before 
 content, a copy is kept beside it. A file from a newer qmpsnap is refused, never guessed at.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import sqlite3
-from collections.abc import Sequence
-from pathlib import Path
 
 from qmpsnap.errors import HostCannot, StoreMismatch, StoreTooNew
-from qmpsnap.hint import call
-from qmpsnap.host import files, write_errors
+from qmpsnap.host import files
+
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qmpsnap.host.files import Name
 
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -127,13 +132,13 @@ _UNWRITABLE = frozenset(
 )
 
 
-def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Connection:
+def connect(path: Name, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Connection:
     """Open the store's file, making or migrating it as needed.
 
     Where it cannot be opened or written (``HostCannot``: rights, full disk) :func:`readable` may still read it.
     """
     try:
-        files.make_folder(path.parent)
+        files.make_folder(os.path.dirname(path))  # noqa: PTH120
         _make_private(path)
         connection = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     except (OSError, sqlite3.OperationalError) as error:
@@ -151,14 +156,21 @@ def connect(path: Path, *, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Co
         raise _cannot(path, error) from error
     except sqlite3.DatabaseError as error:
         connection.close()
-        raise StoreMismatch(
-            f"the store {path} is damaged: {error}",
-            hint="put a copy of it back, or rebuild it: " + call("rebuild"),
-        ) from error
+        raise damaged(path, error) from error
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def damaged(path: Name, error: sqlite3.Error) -> StoreMismatch:
+    """The error for a file that SQLite cannot read."""
+    from qmpsnap.hint import call
+
+    return StoreMismatch(
+        f"the store {path} is damaged: {error}",
+        hint="put a copy of it back, or rebuild it: " + call("rebuild"),
+    )
 
 
 def nowhere() -> sqlite3.Connection:
@@ -169,17 +181,19 @@ def nowhere() -> sqlite3.Connection:
     return connection
 
 
-def readable(path: Path, why: HostCannot) -> sqlite3.Connection | None:
+def readable(path: Name, why: HostCannot) -> sqlite3.Connection | None:
     """The store as its file alone has it, where that is all of it: nothing is written, not even by SQLite.
 
     Good for one transaction: what others write meanwhile would not be noticed. None where it has to be written to
     before it can be read, or others work with it.
     """
-    if not _keeps_from_writing(why.__cause__) or _size(path.with_name(f"{path.name}-wal")) or not _size(path):
+    if not _keeps_from_writing(why.__cause__) or _size(f"{path}-wal") or not _size(path):
         return None
+    from pathlib import Path
+
     try:
         connection = sqlite3.connect(
-            f"{path.absolute().as_uri()}?immutable=1", uri=True, isolation_level=None, check_same_thread=False
+            f"{Path(path).absolute().as_uri()}?immutable=1", uri=True, isolation_level=None, check_same_thread=False
         )
     except sqlite3.Error:
         return None
@@ -192,12 +206,16 @@ def readable(path: Path, why: HostCannot) -> sqlite3.Connection | None:
     return None
 
 
-def _cannot(path: Path, error: OSError | sqlite3.OperationalError) -> HostCannot:
+def _cannot(path: Name, error: OSError | sqlite3.OperationalError) -> HostCannot:
     if not _keeps_from_writing(error):
         busy = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
         hint = "another command uses it: try again" if busy else ""
         return HostCannot(f"the store {path} cannot be used: {error}", hint=hint)
-    what, remedy = write_errors.reason(path.parent, error)
+    from pathlib import Path
+
+    from qmpsnap.host import write_errors
+
+    what, remedy = write_errors.reason(Path(path).parent, error)
     return HostCannot(f"the store {path} cannot be written: {what}", hint=remedy)
 
 
@@ -206,14 +224,14 @@ def _keeps_from_writing(error: BaseException | None) -> bool:
     return isinstance(error, OSError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _UNWRITABLE
 
 
-def _size(path: Path) -> int:
+def _size(path: Name) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size  # noqa: PTH116
     except OSError:
         return 0
 
 
-def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:
+def migrate(connection: sqlite3.Connection, path: Name, migrations: Sequence[str]) -> None:
     """Apply the migrations the file lacks; see the module for what is kept and refused."""
     if _version(connection) == len(migrations):
         return
@@ -222,7 +240,7 @@ def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str
         found = _version(connection)  # again under the lock: another process may have migrated meanwhile
         _refuse_foreign(connection, path, len(migrations))
         if found:
-            _keep_copy(path, path.with_name(f"{path.name}.v{found}"))
+            _keep_copy(path, f"{path}.v{found}")
         for migration in migrations[found:]:
             for statement in filter(str.strip, migration.split(";")):
                 connection.execute(statement)
@@ -233,17 +251,17 @@ def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str
         raise
 
 
-def _make_private(path: Path) -> None:
+def _make_private(path: Name) -> None:
     """Make the file before SQLite does: SQLite would give it the umask's mode, and its -wal file copies ours.
 
     Without opening it: closing any descriptor of a database drops the locks of every other connection in this process.
     """
     with contextlib.suppress(FileExistsError):
         os.mknod(path, 0o600)
-        path.chmod(0o600)  # a strange umask may have taken our own rights away
+        os.chmod(path, 0o600)  # noqa: PTH101 - a strange umask may have taken our own rights away
 
 
-def _refuse_foreign(connection: sqlite3.Connection, path: Path, known: int) -> None:
+def _refuse_foreign(connection: sqlite3.Connection, path: Name, known: int) -> None:
     """Refuse, before anything is written to it, a file of a newer qmpsnap or of another program."""
     found = _version(connection)
     if found == 0 and connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
@@ -262,7 +280,7 @@ def _version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
-def _keep_copy(path: Path, copy: Path) -> None:
+def _keep_copy(path: Name, copy: Name) -> None:
     # A connection of its own: SQLite's backup cannot read through the one that holds the write lock.
     _make_private(copy)
     source, target = sqlite3.connect(path), sqlite3.connect(copy)

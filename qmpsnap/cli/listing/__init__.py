@@ -1,0 +1,1 @@
+"""Commands that only read, and answer at once: they load neither argparse nor msgspec."""

@@ -1,0 +1,94 @@
+"""``snapshot list`` and ``tree``: a machine's snapshots, and how their images are."""
+
+from __future__ import annotations
+
+from qmpsnap.cli import output
+from qmpsnap.cli.listing import looks
+from qmpsnap.cli.listing.documents import shown, state_word
+from qmpsnap.model.timestamps import moment
+from qmpsnap.store.sqlite.listing import listing
+
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from typing import Any
+
+    from qmpsnap.store.sqlite.listing import MachineRow, SnapshotRow
+
+HERE = "(current, you are here)"
+
+
+def read(name: str) -> tuple[MachineRow, list[SnapshotRow], dict[str, str]]:
+    """A machine, its snapshots and the state of each."""
+    with listing() as store:
+        machine = store.machine(name)
+        found = store.snapshots(name)
+        return machine, found, looks.states(store.images, machine, found)
+
+
+def show(name: str, form: output.Format) -> None:
+    """Print the snapshots of a machine, oldest first."""
+    machine, found, states = read(name)
+
+    def table() -> str:
+        rows = [
+            (
+                "*" if one.name == machine.current else "",
+                one.name,
+                one.kind,
+                state_word(states[one.name]),
+                one.parent or "-",
+                moment(one.created),
+                ",".join(point.disk for point in one.points),
+                one.description,
+            )
+            for one in found
+        ]
+        return output.table(("", "NAME", "KIND", "STATE", "PARENT", "CREATED", "DISKS", "DESCRIPTION"), rows)
+
+    document = {"machine": name, "snapshots": _documents(machine, found, states) if form == "json" else []}
+    output.emit(form, document=document, names=[one.name for one in found], table=table)
+
+
+def draw(name: str, form: output.Format) -> None:
+    """Print the tree that a machine's snapshots form."""
+    machine, found, states = read(name)
+    children: dict[str | None, list[tuple[str, str]]] = {}
+    for one in found:
+        state = states[one.name]
+        kind = one.kind if state == "ok" else f"{one.kind} ({state_word(state)})"
+        text = f"{one.name}  {moment(one.created)}  {kind}  {one.description}".rstrip()
+        children.setdefault(one.parent, []).append((one.name, text))
+    # A name cannot hold a parenthesis, so this key is nobody's parent.
+    children.setdefault(machine.current, []).append((HERE, HERE))
+    documents = _documents(machine, found, states) if form == "json" else []
+    output.emit(
+        form,
+        document={"machine": name, "current": machine.current, "snapshots": documents},
+        names=[one.name for one in found],
+        table=lambda: output.tree(name, lambda key: children.get(key, [])),
+    )
+
+
+def one(machine: str, name: str) -> tuple[SnapshotRow, dict[str, Any]]:
+    """One snapshot, and its JSON.
+
+    Raises:
+        NotFoundError: there is none of that name.
+    """
+    at, found, states = read(machine)
+    wanted = next((snapshot for snapshot in found if snapshot.name == name), None)
+    if wanted is None:
+        from qmpsnap.model.layers.snapshot import require_snapshot
+
+        require_snapshot((), name, machine=machine)
+    assert wanted
+    return wanted, _documents(at, [wanted], states)[0]
+
+
+def _documents(machine: MachineRow, found: list[SnapshotRow], states: dict[str, str]) -> list[dict[str, Any]]:
+    try:
+        return [shown(one, current=machine.current, state=states[one.name]) for one in found]
+    except (ValueError, LookupError, TypeError):
+        with listing() as damaged, damaged.store() as store:
+            store.snapshots(machine.name)  # says what is wrong with the value
+        raise

@@ -1,0 +1,1 @@
+"""What verbs cost, counted: the same on every host, whatever else runs there."""
