@@ -13,7 +13,7 @@ import msgspec
 
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried, carried_all
 from qmpsnap.store.records import Records
-from qmpsnap.store.sqlite import queries
+from qmpsnap.store.sqlite import journal, queries
 from qmpsnap.store.sqlite.database import Database
 from qmpsnap.store.sqlite.json_values import decoded
 from qmpsnap.store.sqlite.queries import signed, unsigned
@@ -106,7 +106,7 @@ class HomeTable:
         _rewrite(sql, "machine", "consent", text)
         _rewrite(sql, "snapshot", "vmstate", state)
         _rewrite(sql, "snapshot", "inside", text)
-        _rewrite(sql, "operation", "plan", text, where=f" AND {queries.OPEN}")
+        _rewrite(sql, "operation", "plan", text, where=f" AND {journal.OPEN}")
 
 
 def _rewrite(

@@ -17,9 +17,11 @@ from qmpsnap.model.operations import outcome, steps
 from qmpsnap.model.operations.operation import OPEN_STATES, Operation, OperationState, P, Plan, verb_of
 from qmpsnap.model.operations.outcome import Recorded
 from qmpsnap.model.planning import sharing
-from qmpsnap.store.sqlite import frozen_files, pruning, queries, recorded
+from qmpsnap.store.sqlite import frozen_files, pruning, recorded
 from qmpsnap.store.sqlite.json_values import decoded
 
+OPEN = f"state IN ({', '.join(map(repr, OPEN_STATES))})"
+"""Of an operation that has not ended."""
 _FIELDS = Operation.__struct_fields__
 _PLAN = _FIELDS.index("plan")
 _COLUMNS = ", ".join(_FIELDS)
@@ -124,20 +126,20 @@ def _record_outcome(connection: sqlite3.Connection, operation: OperationId, *, s
 
 def select(connection: sqlite3.Connection, machine: str, *, only_open: bool) -> tuple[Operation, ...]:
     """The machine's operations, oldest first."""
-    which = f"machine = ? AND {queries.OPEN}" if only_open else "machine = ?"
+    which = f"machine = ? AND {OPEN}" if only_open else "machine = ?"
     return _read(connection.execute(f"SELECT {_COLUMNS} FROM operation WHERE {which} ORDER BY id", (machine,)))
 
 
 def open_elsewhere(connection: sqlite3.Connection, machine: str) -> tuple[Operation, ...]:
     """The open operations of all other machines, oldest first."""
-    which = f"machine <> ? AND {queries.OPEN}"
+    which = f"machine <> ? AND {OPEN}"
     return _read(connection.execute(f"SELECT {_COLUMNS} FROM operation WHERE {which} ORDER BY id", (machine,)))
 
 
 def unborn(connection: sqlite3.Connection) -> tuple[str, ...]:
     """The names of open operations that no machine has, by name."""
     rows = connection.execute(
-        f"SELECT DISTINCT machine FROM operation WHERE {queries.OPEN}"
+        f"SELECT DISTINCT machine FROM operation WHERE {OPEN}"
         " AND machine NOT IN (SELECT name FROM machine) ORDER BY machine"
     )
     return tuple(name for (name,) in rows)

@@ -3,8 +3,6 @@
 And how the values in its columns are to be taken.
 """
 
-from qmpsnap.model.operations.operation import OPEN_STATES
-
 
 def upsert(table: str, columns: str, *, key: str) -> str:
     """Add a row, or replace the one of that key, of which the version is counted."""
@@ -13,9 +11,6 @@ def upsert(table: str, columns: str, *, key: str) -> str:
     insert = f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(names))})"
     return f"{insert} ON CONFLICT ({key}) DO UPDATE SET {changed}, version = version + 1"
 
-
-OPEN = f"state IN ({', '.join(map(repr, OPEN_STATES))})"
-"""Of an operation that has not ended."""
 
 LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state, birth"
 PUT_LAYER = upsert("layer", LAYER, key="id")
