@@ -5,16 +5,21 @@ first one is a ``KeyboardInterrupt``, and the report of what it left is not inte
 process.
 """
 
+from __future__ import annotations
+
 import os
 import signal
 import time
-from types import FrameType
-from typing import Final, NoReturn
 
-SAME: Final = 0.1
+TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import NoReturn
+
+SAME = 0.1
 """Seconds within which two SIGINTs are one: ``timeout`` sends it to its process and to the group."""
 
-_AGAIN: Final = 0.001
+_AGAIN = 0.001
 """Seconds until a SIGINT that came at the wrong time comes again."""
 
 
