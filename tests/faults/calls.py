@@ -259,7 +259,7 @@ def seen(log: Path) -> list[Seen]:
     """The calls of an undisturbed run, in order; a line of a step lies between them."""
     found, step = [], "opened"
     for line in log.read_text().splitlines():
-        call, path, program = line.split("\t")
+        call, path, program, *_ = line.split("\t")
         if call == "step":
             step = path
         else:

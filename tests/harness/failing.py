@@ -26,6 +26,7 @@ SOURCE = r"""
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <unistd.h>
 struct plan { char names[160], below[1024], log[1024]; long after, times; int number; };
 static struct plan own, *plan = &own;
@@ -63,13 +64,13 @@ static void at_folder(int folder, const char *name, char *path, size_t size) {
   size_t used = strlen(path);
   snprintf(path + used, size - used, "/%s", name);
 }
-static void note(const char *name, const char *path) {
+static void note(const char *name, const char *path, size_t bytes) {
   char line[2400];
   int fd = syscall(SYS_openat, AT_FDCWD, plan->log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
-  int size = snprintf(line, sizeof line, "%s\t%s\t%s\n", name, path, program_invocation_short_name);
+  int size = snprintf(line, sizeof line, "%s\t%s\t%s\t%zu\n", name, path, program_invocation_short_name, bytes);
   if (fd >= 0) { syscall(SYS_write, fd, line, size); syscall(SYS_close, fd); }
 }
-static int bad(const char *name, int fd, const char *at) {
+static int bad(const char *name, int fd, const char *at, size_t bytes) {
   char path[2048], word[32];
   struct stat found;
   if (!plan->times && !plan->log[0]) return 0;
@@ -82,18 +83,25 @@ static int bad(const char *name, int fd, const char *at) {
     if (plan->below[0] || plan->log[0]) of_descriptor(fd, path, sizeof path);
   }
   if (plan->below[0] && strncmp(path, plan->below, strlen(plan->below))) { errno = kept; return 0; }
-  if (plan->log[0]) note(name, path);
+  if (plan->log[0]) note(name, path, bytes);
   errno = kept;
   if (!plan->times || !strstr(plan->names, word)) return 0;
   if (__sync_sub_and_fetch(&plan->after, 1) >= 0) return 0;
   if (__sync_sub_and_fetch(&plan->times, 1) < 0) { plan->times = 0; return 0; }
   errno = plan->number; return 1;
 }
+static size_t sum(const struct iovec *data, int count) {
+  size_t bytes = 0;
+  while (count-- > 0) bytes += data[count].iov_len;
+  return bytes;
+}
 #define CALL(type, name, said, fd, path, parameters, arguments) \
+  WRITE(type, name, said, fd, path, 0, parameters, arguments)
+#define WRITE(type, name, said, fd, path, bytes, parameters, arguments) \
   type name parameters { \
     static type (*real) parameters; \
     if (!real) real = (type (*) parameters) dlsym(RTLD_NEXT, #name); \
-    return bad(said, fd, path) ? -1 : real arguments; \
+    return bad(said, fd, path, bytes) ? -1 : real arguments; \
   }
 #define OPEN(name, folder, parameters, ...) \
   int name parameters { \
@@ -102,16 +110,19 @@ static int bad(const char *name, int fd, const char *at) {
     mode_t mode = 0; \
     int makes = flags & O_CREAT || (flags & O_TMPFILE) == O_TMPFILE; \
     if (makes) { va_list rest; va_start(rest, flags); mode = va_arg(rest, mode_t); va_end(rest); } \
-    return bad(makes ? "create" : "open", folder, path) ? -1 : real(__VA_ARGS__, mode); \
+    return bad(makes ? "create" : "open", folder, path, 0) ? -1 : real(__VA_ARGS__, mode); \
   }
 #define IN AT_FDCWD
 CALL(int, fsync, "fsync", fd, 0, (int fd), (fd))
 CALL(int, fdatasync, "fdatasync", fd, 0, (int fd), (fd))
-CALL(ssize_t, write, "write", fd, 0, (int fd, const void *data, size_t size), (fd, data, size))
-CALL(ssize_t, pwrite, "pwrite", fd, 0, (int fd, const void *data, size_t size, off_t at), (fd, data, size, at))
-CALL(ssize_t, pwrite64, "pwrite", fd, 0, (int fd, const void *data, size_t size, off64_t at), (fd, data, size, at))
-CALL(ssize_t, pwritev, "pwrite", fd, 0, (int fd, const void *data, int size, off_t at), (fd, data, size, at))
-CALL(ssize_t, pwritev64, "pwrite", fd, 0, (int fd, const void *data, int size, off64_t at), (fd, data, size, at))
+WRITE(ssize_t, write, "write", fd, 0, size, (int fd, const void *data, size_t size), (fd, data, size))
+WRITE(ssize_t, pwrite, "pwrite", fd, 0, size, (int fd, const void *data, size_t size, off_t at), (fd, data, size, at))
+WRITE(ssize_t, pwrite64, "pwrite", fd, 0, size, (int fd, const void *data, size_t size, off64_t at),
+      (fd, data, size, at))
+WRITE(ssize_t, pwritev, "pwrite", fd, 0, sum(data, size), (int fd, const struct iovec *data, int size, off_t at),
+      (fd, data, size, at))
+WRITE(ssize_t, pwritev64, "pwrite", fd, 0, sum(data, size), (int fd, const struct iovec *data, int size, off64_t at),
+      (fd, data, size, at))
 CALL(int, ftruncate, "ftruncate", fd, 0, (int fd, off_t size), (fd, size))
 CALL(int, ftruncate64, "ftruncate", fd, 0, (int fd, off64_t size), (fd, size))
 CALL(int, fallocate, "fallocate", fd, 0, (int fd, int mode, off_t at, off_t size), (fd, mode, at, size))
@@ -159,7 +170,7 @@ def left() -> int:
 
 
 def log(path: Path | None, *, below: str = "") -> None:
-    """Have every call written to a file, ``name<tab>path<tab>program``, or no longer."""
+    """Have every call written to a file, ``name<tab>path<tab>program<tab>bytes``, or no longer."""
     ctypes.CDLL(None).log_calls(str(path or "").encode(), below.encode())
 
 

@@ -1,0 +1,46 @@
+"""``scripts/bench``: how much time qmpsnap's care costs."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.bench import commit, compare, pause
+from tests.bench.program import ROOT, ProgramFailed
+from tests.harness.processes import kill_qemus
+
+
+def main() -> int:
+    """Run what was asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    kinds = parser.add_subparsers(required=True, metavar="compare|commit|pause")
+    for name, module, about in (
+        ("compare", compare, "everything, beside libvirt and a bare QMP script"),
+        ("commit", commit, "a commit of the active layer"),
+        ("pause", pause, "how long a full snapshot holds the guest"),
+    ):
+        kind = kinds.add_parser(name, help=about)
+        kind.set_defaults(run=module.run)
+        module.arguments(kind)
+    given = parser.parse_args()
+    guest = subprocess.run([ROOT / "launch" / "guest" / "build"], check=True, stdout=subprocess.PIPE, text=True)
+    with tempfile.TemporaryDirectory(prefix="qs-bench-") as name:
+        home = Path(name) / "home"
+        os.environ["QMPSNAP_HOME"] = str(home)
+        (home / "cache").mkdir(parents=True)
+        (home / "cache" / "guest").symlink_to(guest.stdout.strip())
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started ends
+        try:
+            return int(given.run(Path(name), given))
+        except ProgramFailed as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
+        finally:
+            kill_qemus(home)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

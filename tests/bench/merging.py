@@ -1,0 +1,93 @@
+"""Merges of 1 GiB of random bytes under a paused QEMU; qmpsnap, the bare script and virsh are processes of their own.
+
+All end alike: job dismissed, node closed, and, but for virsh, the file of the merged layer removed.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import qmpsnap
+from tests.bench import guests
+from tests.bench.measure import Way
+from tests.bench.program import PYTHON, QEMU_IMG, QMPSNAP, Sample, fill, run
+from tests.bench.setting import Setting
+
+MEASURES = ("commit-1g", "stream-1g")
+MIB = 1024
+SCRIPT = Path(__file__).with_name("bare.py")
+SHARE = 0.4
+
+
+async def measure(at: Setting) -> None:
+    """Time them."""
+    fill(at.folder / "random", MIB)
+    at.folder_for("domain-big")
+    at.virt.define("big", at.folder / "domain-big" / "top.qcow2", memory=64, accel=at.accel)
+    async with qmpsnap.open() as q:
+        for measure in MEASURES:
+            verb = measure.partition("-")[0]
+            ways = {"qmpsnap": _ours(at, q, verb, by="qmpsnap"), "bare": _ours(at, q, verb, by="bare")}
+            ways["virsh"] = _virsh(at, verb)
+            await at.results.compare(measure, ways, share=SHARE)
+    (at.folder / "random").unlink()
+
+
+def _ours(at: Setting, q: qmpsnap.Controller, verb: str, *, by: str) -> Way:
+    """On a machine of qmpsnap's, made for it."""
+
+    async def way() -> Sample:
+        vm = await q.define(guests.still("big", size=MIB << 20))
+        await vm.add_layers()
+        below, top = (view.layer for view in (await vm.chains())[0].layers)
+        _write(at, Path((top if verb == "commit" else below).path))
+        await vm.start(paused=True)
+        os.sync()  # what the set-up has written must not be waited for by what is timed
+        argv: list[str | Path] = [QMPSNAP, verb, "big", "vda"]
+        if by == "bare":
+            gone, left = (top, below) if verb == "commit" else (below, top)
+            argv = [PYTHON, SCRIPT, verb, guests.monitor_of("big"), below.id, top.id, gone.path]
+            kept = Path(left.path)
+        sample = run(*argv)
+        await vm.stop(force=True)
+        if by == "qmpsnap":
+            kept = Path((await vm.chains())[0].active.path)
+        _compare(at, kept)
+        await vm.undefine(disks="remove")
+        return sample
+
+    return way
+
+
+def _virsh(at: Setting, verb: str) -> Way:
+    """On a domain of libvirt's, whose images are made for it."""
+
+    async def way() -> Sample:
+        folder = at.folder / "domain-big"
+        base, top = folder / "base.qcow2", folder / "top.qcow2"
+        subprocess.run([QEMU_IMG, "create", "-q", "-f", "qcow2", base, f"{MIB}M"], check=True)
+        if verb == "stream":
+            _write(at, base)
+        subprocess.run([QEMU_IMG, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top], check=True)
+        if verb == "commit":
+            _write(at, top)
+        at.virt.virsh("start", "big", "--paused")
+        os.sync()
+        words = ("blockcommit", "big", "vda", "--active", "--pivot", "--wait")
+        sample = at.virt.timed(*(words if verb == "commit" else ("blockpull", "big", "vda", "--wait")))
+        at.virt.virsh("destroy", "big")
+        _compare(at, base if verb == "commit" else top)
+        at.virt.virsh("define", str(at.virt.folder / "big.xml"))  # its disk is the top again
+        return sample
+
+    return way
+
+
+def _write(at: Setting, image: Path) -> None:
+    random = at.folder / "random"
+    subprocess.run([QEMU_IMG, "convert", "-n", "-f", "raw", "-O", "qcow2", random, image], check=True)
+
+
+def _compare(at: Setting, image: Path) -> None:
+    random = at.folder / "random"
+    subprocess.run([QEMU_IMG, "compare", "-q", "-f", "raw", "-F", "qcow2", random, image], check=True)

@@ -1,0 +1,32 @@
+"""The table of ``docs/performance.md``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tests.bench.program import ROOT
+from tests.bench.report import CELLS, Line, cells
+
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- begin: scripts/bench compare --write -->\n", "<!-- end -->\n"
+
+ABOUT = """\
+Measured on {date}: {cpu}, {cores} cores, Linux {kernel}, load {load} (15 minutes, at the end).
+QEMU {qemu} under {accelerator}, libvirt {libvirt}, Python {python}, qmpsnap {qmpsnap}; about {rounds} rounds.
+"""
+
+
+def write(found: Sequence[Line], about: Mapping[str, Any]) -> None:
+    """Put these results in place of those that the page has."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}{text(found, about)}{END}{after}")
+
+
+def text(found: Sequence[Line], about: Mapping[str, Any]) -> str:
+    """The results as the page has them."""
+    rows = [_row(CELLS), "|" + "---|" * len(CELLS), *(_row(cells(line)) for line in found)]
+    return ABOUT.format(**about) + "\n" + "\n".join(rows) + "\n"
+
+
+def _row(found: Sequence[str]) -> str:
+    return f"| {' | '.join(found)} |"
