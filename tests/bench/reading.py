@@ -1,5 +1,6 @@
 """What reads the store: ``list``, ``snapshot list`` and ``tree``, with 10 snapshots and with 10,000."""
 
+import itertools
 import subprocess
 from pathlib import Path
 
@@ -54,14 +55,14 @@ async def _floor() -> Sample:
 
 
 def _create(home: Path) -> Way:
-    """A snapshot of a stopped machine that has just been defined."""
+    """A snapshot of a stopped machine that has just been defined, one more in that store each time."""
+    names = (f"fresh{number}" for number in itertools.count())
 
     async def way() -> Sample:
         async with qmpsnap.open(home) as q:
-            vm = await q.define(guests.still("fresh"))
+            vm = await q.define(guests.still(next(names)))
             with clock() as sample:
                 await vm.snapshot("s")
-            await vm.undefine(disks="remove")
         return sample
 
     return way

@@ -1,11 +1,12 @@
 """Runs one command line of qmpsnap and counts what it costs, as far as that does not depend on the host.
 
 ``python -m tests.cost.counted LOG WORD...`` runs with the shim of :mod:`tests.harness.failing` and writes a line to LOG
-for each QMP command, SQL statement and process, and for each fsync and write to a file below ``QMPSNAP_HOME``; also those
-of its forks, but not those of the programs that it starts.
+for each QMP command, SQL statement and process, and for each fsync and write to a file below ``QMPSNAP_HOME``. Its
+forks are included, the programs that it starts are not.
 """
 
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def read(log: Path, *, below: Path) -> Cost:
         match call:
             case "fsync" | "fdatasync":
                 found["fsyncs"][kind(what, below)] += 1
-            case "write" | "pwrite":
+            case "write" | "pwrite" if not what.endswith("-shm"):  # memory that SQLite's users share
                 found["blocks"][kind(what, below)] += -(-int(rest[1]) // BLOCK)
             case "qmp" | "sql" | "processes":
                 found[call][what] += 1
@@ -63,9 +64,9 @@ def read(log: Path, *, below: Path) -> Cost:
 
 
 def kind(path: str, below: Path) -> str:
-    """What a file is: its place without what numbers it, and without what a file has while it is being made."""
-    parts = Path(path).relative_to(below).parts
-    return "/".join("".join(char for char in part if not char.isdigit()) for part in parts)
+    """What a file is: its place, without the numbers in its name; the cache's are named after the host's QEMU."""
+    found = str(Path(path).relative_to(below))
+    return "cache" if found.startswith("cache/") else re.sub(r"-\d+", "-N", found)
 
 
 # --- in the process that is counted -----------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def _count_qmp(note: Any) -> None:
         note("qmp", command)
         return await real(session, command, *arguments, **options)
 
-    Session.execute = execute  # type: ignore[method-assign]
+    Session.execute = execute  # type: ignore[method-assign,assignment]
 
 
 def _run() -> NoReturn:
