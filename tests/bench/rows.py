@@ -72,7 +72,7 @@ ROWS = (
         "full", "`snapshot create --kind full`", against=("virsh", "virsh snapshot-create-as --memspec --live"), ratio=1
     ),
     Row("full", "its pause", against=("virsh", "virsh"), quantity="pause"),
-    Row("revert", "`snapshot revert` until the agent answers", against=("virsh", "virsh restore, too"), ratio=0.9),
+    Row("revert", "`snapshot revert` until the agent answers", against=("virsh", "virsh restore, likewise"), ratio=0.9),
     Row("load", "revert to an internal one, library", LIBRARY, _BARE_LOAD, 1.2),
     Row("load-kept", "the same, keeping the present", LIBRARY, _BARE_BOTH, 1.2),
     Row("fifty", "snapshots of 50 machines at once, library", LIBRARY, ("bare", "50 scripts, one process"), 1.3),
