@@ -37,14 +37,17 @@ async def measure(at: Setting) -> None:
         async with anyio.create_task_group() as group:
             for vm in vms:
                 group.start_soon(start, vm)
-        places = [await _place(at, vm) for vm in vms]
-        ways = {"library": _library(vms), "bare": _scripts(places), "processes": _processes(places)}
+        ways = {"library": _library(vms), "bare": _scripts(at, vms), "processes": _processes(at, vms)}
         await at.results.compare("fifty", ways, share=0.5)
 
 
-async def _place(at: Setting, vm: qmpsnap.MachineHandle) -> Place:
-    node, image = await guests.active(vm)
-    return guests.monitor_of(vm.name), node, image, "1M", str(at.folder / f"{vm.name}.bare")
+async def _places(at: Setting, vms: list[qmpsnap.MachineHandle]) -> list[Place]:
+    """Where the scripts put their overlays; after a deletion of qmpsnap's that may be another node."""
+    found = []
+    for vm in vms:
+        node, image = await guests.active(vm)
+        found.append((guests.monitor_of(vm.name), node, image, "1M", str(at.folder / f"{vm.name}.bare")))
+    return found
 
 
 def _library(vms: list[qmpsnap.MachineHandle]) -> Way:
@@ -63,10 +66,11 @@ def _library(vms: list[qmpsnap.MachineHandle]) -> Way:
     return way
 
 
-def _scripts(places: list[Place]) -> Way:
+def _scripts(at: Setting, vms: list[qmpsnap.MachineHandle]) -> Way:
     """All in this process."""
 
     async def way() -> Sample:
+        places = await _places(at, vms)
         with clock() as sample:
             await asyncio.gather(*(bare.create(*place) for place in places))
         await _undo(places)
@@ -75,13 +79,14 @@ def _scripts(places: list[Place]) -> Way:
     return way
 
 
-def _processes(places: list[Place]) -> Way:
+def _processes(at: Setting, vms: list[qmpsnap.MachineHandle]) -> Way:
     """Each a process of its own."""
 
     async def create(place: Place) -> None:
         await anyio.run_process([str(PYTHON), str(SCRIPT), "create", *place])
 
     async def way() -> Sample:
+        places = await _places(at, vms)
         with clock() as sample:
             await asyncio.gather(*(create(place) for place in places))
         await _undo(places)
