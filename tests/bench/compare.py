@@ -14,7 +14,7 @@ import qmpsnap
 from tests.bench import creating, guests, many, memory, merging, page, reading, report, starting
 from tests.bench.libvirt import libvirt
 from tests.bench.measure import Results
-from tests.bench.program import PYTHON, ROOT, say
+from tests.bench.program import PYTHON, ROOT, ProgramFailed, say
 from tests.bench.rows import ROWS
 from tests.bench.setting import Setting
 
@@ -39,6 +39,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(folder: Path, given: argparse.Namespace) -> int:
     """Measure and print; returns the exit code, 1 where a row misses its limit or was not measured."""
+    if given.write and set(given.only) != set(MEASURES):
+        raise ProgramFailed("the page has all rows: --write cannot go with --only")
     since = time.monotonic()
     # Both sides are timed as installed programs: compiled once, not at every start.
     subprocess.run([PYTHON, "-m", "compileall", "-q", ROOT / "qmpsnap"], check=True)

@@ -23,7 +23,6 @@ async def measure(at: Setting) -> None:
     """Time them."""
     fill(at.folder / "random", MIB)
     at.folder_for("domain-big")
-    at.virt.define("big", at.folder / "domain-big" / "top.qcow2", memory=64, accel=at.accel)
     async with qmpsnap.open() as q:
         for measure in MEASURES:
             verb = measure.partition("-")[0]
@@ -71,13 +70,14 @@ def _virsh(at: Setting, verb: str) -> Way:
         subprocess.run([QEMU_IMG, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top], check=True)
         if verb == "commit":
             _write(at, top)
+        at.virt.define("big", top, memory=64, accel=at.accel)
         at.virt.virsh("start", "big", "--paused")
         os.sync()
         words = ("blockcommit", "big", "vda", "--active", "--pivot", "--wait")
         sample = at.virt.timed(*(words if verb == "commit" else ("blockpull", "big", "vda", "--wait")))
         at.virt.virsh("destroy", "big")
         _compare(at, base if verb == "commit" else top)
-        at.virt.virsh("define", str(at.virt.folder / "big.xml"))  # its disk is the top again
+        at.virt.virsh("undefine", "big")
         return sample
 
     return way

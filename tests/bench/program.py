@@ -1,11 +1,8 @@
 """The programs that are timed, and how they are run."""
 
 import os
-import resource
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +10,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv" / "bin" / "python"
 QMPSNAP = ROOT / ".venv" / "bin" / "qmpsnap"
+TIMED = Path(__file__).with_name("timed.py")
 QEMU = os.environ.get("QMPSNAP_QEMU", "qemu-system-x86_64")
 QEMU_IMG = os.environ.get("QMPSNAP_QEMU_IMG", "qemu-img")
 
@@ -23,23 +21,10 @@ Sample = Mapping[str, float]
 def run(*argv: str | Path) -> Sample:
     """Run a program to its end: wall time, processor time with that of its children, and the largest memory.
 
-    Its output is dropped; when it fails, everything ends with what it has written.
+    Its output is dropped; when it fails, what it wrote to stderr is raised.
     """
-    with tempfile.TemporaryFile() as output:
-        since = time.monotonic()
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        _, status, used = os.wait4(process.pid, 0)
-        wall = time.monotonic() - since
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            fail(argv, process.returncode, output.read().decode(errors="replace"))
-    return {"wall": wall * 1000, "cpu": processor(used) * 1000, "memory": used.ru_maxrss * 1024 / 1e6}
-
-
-def processor(used: resource.struct_rusage) -> float:
-    """Seconds of processor time."""
-    return used.ru_utime + used.ru_stime
+    wall, cpu, memory = map(float, printed(PYTHON, "-I", "-S", TIMED, *argv).split())
+    return {"wall": wall * 1000, "cpu": cpu * 1000, "memory": memory * 1024 / 1e6}
 
 
 def typed(*words: str, by: Sequence[str] = ()) -> str:
