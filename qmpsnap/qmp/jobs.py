@@ -34,6 +34,9 @@ BEGUN = 0.001
 MISSING = (((8, 0), (10, 0, 9)), ((10, 1), (11, 0)))
 """QEMU versions whose mirrors miss writes while they begin, from and before; docs/explanation/qemu-facts.md."""
 
+PAUSED = 2.0
+"""Seconds after which a job that is paused does not go on by itself: ``cont`` makes QEMU forget that a write failed."""
+
 MEMORY_DEADLINE = 1800.0
 """Seconds QEMU may be silent while it saves or loads memory inside images: it answers nobody meanwhile."""
 
@@ -155,6 +158,7 @@ async def follow(
         QemuGone: QEMU ended, or the job is not there any more.
     """
     async with monitor.listen("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR") as bell:
+        paused = 0.0
         while True:
             info = await require(monitor, job, deadline=deadline)
             report(await look(info) if look else info)
@@ -166,6 +170,11 @@ async def follow(
                 return info
             if info.status == "paused":
                 await _raise_if_stuck(monitor, job)
+                paused = paused or time.monotonic()
+                if time.monotonic() - paused > PAUSED:
+                    raise JobStuck(job, "a write failed before the guest was resumed, or a job-pause")
+            else:
+                paused = 0.0
             await bell.wait(WAKE)
 
 

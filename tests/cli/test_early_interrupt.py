@@ -17,6 +17,7 @@ class At:
             left.remove(name)
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would have it ignored
 left, sys.argv = sys.argv[1:], ["qmpsnap", "snapshot", "delete", "web", "s"]
 from qmpsnap.cli.start import run
 sys.meta_path.insert(0, At())

@@ -26,7 +26,7 @@ from msgspec import Struct
 
 from qmpsnap.cli.main import main
 from tests.harness import watch
-from tests.harness.processes import kill_qemus, no_guards
+from tests.harness.processes import guards, kill_qemus, no_guards
 
 # A server that has everything loaded forks each controller: no process starts from nothing, and none has our threads.
 _FORKS = multiprocessing.get_context("forkserver")
@@ -120,13 +120,14 @@ class Life(Struct, frozen=True, kw_only=True):
     """What a controller of its own is to do, and the folder where it tells what it came by.
 
     ``last`` is the signal that it gets at the point; ``qemu_too``: every QEMU of the test dies right before it does,
-    so that no guard comes between.
+    so that no guard comes between; ``guards_too``: those of them that watch die as well, as when the power goes.
     """
 
     act: Callable[[], object]
     point: Point | Call
     last: signal.Signals
     qemu_too: bool
+    guards_too: bool
     environment: Mapping[str, str]
     folder: Path
 
@@ -163,12 +164,14 @@ def preload(module: str) -> None:
     _FORKS.set_forkserver_preload(_PRELOADED)
 
 
-async def dies(act: Callable[[], object], point: Point | Call, *, qemu_too: bool = False) -> Death:
+async def dies(
+    act: Callable[[], object], point: Point | Call, *, qemu_too: bool = False, guards_too: bool = False
+) -> Death:
     """Let a controller do it until it comes to the point; then its guards, to their end.
 
-    ``act`` is found by its name in the process of the controller; ``qemu_too`` as :class:`Life`.
+    ``act`` is found by its name in the process of the controller; ``qemu_too`` and ``guards_too`` as :class:`Life`.
     """
-    with _born(act, point, signal.SIGKILL, qemu_too=qemu_too) as (child, folder):
+    with _born(act, point, signal.SIGKILL, qemu_too=qemu_too, guards_too=guards_too) as (child, folder):
         await to_thread.run_sync(child.join, WAIT)
         died = child.exitcode == -signal.SIGKILL
         if child.exitcode is None:  # it hangs, or the host is too busy: that is no death at its step
@@ -214,13 +217,26 @@ async def stopped_at(
 
 @contextmanager
 def _born(
-    act: Callable[[], object], point: Point | Call, last: signal.Signals, *, qemu_too: bool = False
+    act: Callable[[], object],
+    point: Point | Call,
+    last: signal.Signals,
+    *,
+    qemu_too: bool = False,
+    guards_too: bool = False,
 ) -> Iterator[tuple[ForkServerProcess, Path]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file in ("steps", "1", "2"):
             (folder / file).touch()
-        life = Life(act=act, point=point, last=last, qemu_too=qemu_too, environment=dict(os.environ), folder=folder)
+        life = Life(
+            act=act,
+            point=point,
+            last=last,
+            qemu_too=qemu_too,
+            guards_too=guards_too,
+            environment=dict(os.environ),
+            folder=folder,
+        )
         child = _FORKS.Process(target=_live_until, args=(life,))
         child.start()
         try:
@@ -242,6 +258,8 @@ def _live_until(life: Life) -> None:
         def die() -> None:
             if life.qemu_too and kill_qemus(Path(os.environ["QMPSNAP_HOME"])):
                 (life.folder / "killed").touch()
+            for watching in guards() if life.guards_too else ():
+                watching.kill()
             signal.raise_signal(life.last)  # to this very thread: a stop of the process lets it run on for a moment
 
         with life.point.watched(told.write, die):

@@ -187,7 +187,7 @@ REPLACE = ("qmpsnap.ops.revert.cutover", "copy_variables")
 SETTLE = ("qmpsnap.store.sqlite.backend", "SqliteStore.settle")
 FORWARD: dict[str, Call] = {
     "before it is copied": Call(*COPY, "before", 1),
-    "with a copy that may not be durable": Call("qmpsnap.host.files", "sync_folder", "before", 1),
+    "with a copy that may not be durable": Call("qmpsnap.host.files", "sync_folder", "before", 2),
     "with a copy": Call(*REPLACE, "before", 1),
     "replaced": Call(*REPLACE, "after", 1),
     "not settled": Call(*SETTLE, "before", 1),
