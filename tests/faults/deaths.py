@@ -28,8 +28,8 @@ async def controller_dies(
 ) -> Death:
     """Let a controller do a scenario's verb, or recover, until it comes to the point; then its guards, to their end.
 
-    ``logs`` is where QEMU logs the writes to the layers that it opens, for a loss of power; ``qemu_too``: every QEMU of the machine dies
-    right before the controller does, so that no guard comes between.
+    ``logs`` is where QEMU logs the writes to the layers that it opens, for a loss of power; ``qemu_too``: every QEMU of
+    the machine dies right before the controller does, so that no guard comes between.
     """
     act = partial(_act, scenario, place, recovering=recovering, logs=logs)
     return await deaths.dies(act, point, qemu_too=qemu_too, guards_too=logs is not None)
