@@ -1,5 +1,6 @@
 """A quick look at monitors: those that answer tell their state, the others cost one short wait together."""
 
+import contextlib
 import json
 import socket
 import time
@@ -32,7 +33,8 @@ def qemu(path: Path, answers: dict[str, Any]) -> Iterator[Path]:
 
         def serve() -> None:
             client, _ = listener.accept()
-            with client, client.makefile() as lines:
+            gone = contextlib.suppress(BrokenPipeError, ConnectionResetError)  # it leaves once it has heard enough
+            with gone, client, client.makefile() as lines:
                 client.sendall(GREETING + b'{"event": "RESUME", "timestamp": {}}\r\n')
                 for line in lines:
                     asked = json.loads(line)
