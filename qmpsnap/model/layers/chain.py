@@ -1,6 +1,6 @@
 """Layers and chains: one disk's images from its base up to where the guest writes."""
 
-from typing import Final, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Final, Literal, Protocol, Self
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -20,32 +20,23 @@ MAX_LAYERS: Final = 256
 """
 
 
-class Image(Protocol):
-    """What is recorded of a layer's file."""
+if TYPE_CHECKING:
+    from qmpsnap.host.files import Identified
 
-    @property
-    def id(self) -> LayerId:
-        """Of the layer."""
+    class Image(Identified, Protocol):
+        """What is recorded of a layer's file."""
 
-    @property
-    def path(self) -> str:
-        """Absolute."""
+        @property
+        def id(self) -> LayerId:
+            """Of the layer."""
 
-    @property
-    def format(self) -> Format:
-        """Of the image."""
+        @property
+        def path(self) -> str:
+            """Absolute."""
 
-    @property
-    def device(self) -> int:
-        """``st_dev``."""
-
-    @property
-    def inode(self) -> int:
-        """``st_ino``."""
-
-    @property
-    def birth(self) -> int:
-        """Nanoseconds since the epoch; 0 where nobody knows."""
+        @property
+        def format(self) -> Format:
+            """Of the image."""
 
 
 class Layer(Struct, frozen=True, kw_only=True):
