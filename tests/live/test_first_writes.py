@@ -1,5 +1,6 @@
 """What a guest writes while a mirror begins: some QEMUs miss it unless the guest is held for that."""
 
+import errno
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,14 +17,27 @@ from qmpsnap.errors import DeadlinePassed
 from qmpsnap.model.layers import blockdev
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
-from qmpsnap.ops.jobs import beginning
+from qmpsnap.ops.jobs import beginning, cutover
 from qmpsnap.ops.snapshot import plan as snapshot_plan
 from qmpsnap.qmp import commands, jobs
-from qmpsnap.qmp.session import Session
+from qmpsnap.qmp.jobs import JobStuck
+from qmpsnap.qmp.session import Monitor, Session
+from tests.faults import filters
+from tests.faults.filters import Failure
 from tests.harness import deaths
 from tests.harness.deaths import JOBS, Call
 from tests.live.booted import start_booted
-from tests.live.machine import MIB, ONE_DISK, active_hash, context_of, fill, flush, hold_invariants, user_monitor
+from tests.live.machine import (
+    MIB,
+    ONE_DISK,
+    active_hash,
+    context_of,
+    fill,
+    flush,
+    grown_and_stopped,
+    hold_invariants,
+    user_monitor,
+)
 
 pytestmark = pytest.mark.version
 
@@ -217,6 +231,30 @@ async def test_recovery_cancels_a_job_that_does_not_track_writes_yet(
     assert (await vm.state(), (await vm.chains())[0].ids) == ("running", chain)
     assert context_of(vm).store.operations("still")[-1].state == "failed"
     await _fits(vm)
+
+
+async def test_a_write_that_fails_while_the_guest_is_held_is_told(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, _, now = await grown_and_stopped(q)
+    with filters.failing(Failure("cluster_alloc", 1, errno.ENOSPC, once=False)):
+        await vm.start()
+    real = cutover.let_run
+
+    async def late(monitor: Monitor) -> None:
+        with anyio.fail_after(30):
+            while all(info.status != "paused" for info in await commands.query_jobs(monitor)):
+                await anyio.sleep(0.01)
+        await real(monitor)
+
+    monkeypatch.setattr(beginning, "let_run", late)
+    _misses(monkeypatch)
+    with pytest.raises(JobStuck, match="no space is left"):
+        await vm.commit("vda", base="s2", consume=True)
+    assert await vm.state() == "running"
+    await vm.cancel()
+    await vm.stop(force=True)
+    assert await active_hash(vm) == now
 
 
 async def _wide_and_slow(q: qmpsnap.Controller) -> qmpsnap.MachineHandle:

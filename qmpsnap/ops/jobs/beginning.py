@@ -6,11 +6,12 @@ guest allocates it is never copied (docs/explanation/qemu-facts.md). There the v
 writes. A job that does not come to that is cancelled before the guest goes on, here and in recovery.
 """
 
+import contextlib
 from typing import Protocol
 
 import anyio
 
-from qmpsnap.errors import DeadlinePassed
+from qmpsnap.errors import DeadlinePassed, QmpError
 from qmpsnap.host.threads import completed
 from qmpsnap.ops.base.context import guarded
 from qmpsnap.ops.jobs.blockjob import BlockJob
@@ -79,3 +80,7 @@ async def _start_held(job: BlockJob, monitor: Monitor, command: tuple[str, dict[
             ) from error
         raise
     await completed(let_run(monitor))
+    # A write of the job may have failed before `cont`, which clears the job's io-status: nobody would ever see why the
+    # job is paused. Resumed, it fails once more; a job that is not paused refuses that.
+    with contextlib.suppress(QmpError):
+        await jobs.resume(monitor, job.id)
