@@ -14,7 +14,7 @@ from qmpsnap.qmp import runstate, unixsocket
 TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
 if TYPE_CHECKING:
     from _socket import socket
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from qmpsnap.host.files import Name
@@ -25,8 +25,9 @@ DEADLINE = 0.1
 _LIMIT = 4 << 20
 """Bytes of an answer that are looked at."""
 
-_ASKED = ("qmp_capabilities", "query-status", "query-block")
-_QUESTIONS = "".join(f'{{"execute": "{command}", "id": "{command}"}}\n' for command in _ASKED).encode()
+_FIRST = ("qmp_capabilities", "query-status")
+_THEN = ("query-block",)
+"""Only where the state alone does not say it all."""
 _ANSWER, _STATUS = b'"id": "query-status"', b'"status": "'
 """As QEMU writes it: to look for that is quicker than to load what reads JSON, which is for all else."""
 
@@ -64,7 +65,7 @@ class _Talk:
         self.name = name
         self.endpoint = endpoint
         self.over = False
-        self._asked = False
+        self._next = [_FIRST, _THEN]
         self._heard = b""
 
     def hear(self) -> None:
@@ -73,11 +74,15 @@ class _Talk:
             more = self.endpoint.recv(1 << 16)
             self._heard += more
             self.over = not more or len(self._heard) > _LIMIT or bool(self._status()) or self._is_told()
-            if not self._asked and b"\n" in self._heard:
-                self._asked = True
-                self.endpoint.send(_QUESTIONS)  # far less than any socket's buffer
+            last = b"" if self._next == [_FIRST, _THEN] else _ANSWER
+            if self._next and not self.over and any(last in line for line in self._lines()):
+                self._ask(self._next.pop(0))
         except OSError:
             self.over = True
+
+    def _ask(self, commands: Sequence[str]) -> None:
+        questions = "".join(f'{{"execute": "{command}", "id": "{command}"}}\n' for command in commands)
+        self.endpoint.send(questions.encode())  # far less than any socket's buffer
 
     def state(self) -> str:
         """The run state, or an empty string when that was not told."""
@@ -102,7 +107,7 @@ class _Talk:
         return ""
 
     def _is_told(self) -> bool:
-        return len(self._lines()) > len(_ASKED) and all(word in self._answers() for word in _ASKED)
+        return not self._next and all(word in self._answers() for word in (*_FIRST, *_THEN))
 
     def _answers(self) -> dict[str, Any]:
         import json
