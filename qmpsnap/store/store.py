@@ -66,14 +66,35 @@ class Store(Protocol):
     def layer(self, layer: LayerId) -> Layer:
         """One layer, in a live chain or not."""
 
+    def layers(self, wanted: Iterable[LayerId]) -> dict[LayerId, Layer]:
+        """Those of these layers that are recorded."""
+
     def layer_at(self, path: str) -> Layer | None:
         """The layer recorded for that absolute path."""
 
-    def forest(self) -> Forest:
-        """Every layer, disk and point of all machines."""
+    def layers_of_file(self, device: int, inode: int) -> tuple[Layer, ...]:
+        """The layers recorded for that file."""
 
-    def basis(self, machine: str) -> Basis:
-        """All of that at one moment, of a machine that need not be recorded yet: what its plans are made from."""
+    def forest(self) -> Forest:
+        """Every layer, disk and point of all machines; it takes the longer, the more there are."""
+
+    def forest_around(self, machine: str, *layers: LayerId) -> Forest:
+        """The part of it that is connected with a machine's layers, and with those named; as much as all of it says.
+
+        A machine's layers are those that its disks and snapshots name, and those that lie in its folder.
+        """
+
+    def forest_below(self, machine: str) -> Forest:
+        """The part of it that a machine reads, with every disk and point in that, but not what others have above it."""
+
+    def basis(self, machine: str, *, sharers: bool = True) -> Basis:
+        """What a machine's plans are made from, of one moment; the machine need not be recorded yet.
+
+        Args:
+            machine: its name.
+            sharers: with the layers that are connected with its own, and those at chosen places that no machine reads;
+                else what it reads itself.
+        """
 
     def require_writable(self) -> None:
         """Make sure that it can be written, before something begins that has to be recorded afterwards."""

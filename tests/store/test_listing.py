@@ -107,7 +107,7 @@ def test_the_images_that_a_machine_reads_are_those_of_the_models(store: SqliteSt
         fields = ("id", "path", "format", "backing", "device", "inode", "birth")
         assert [getattr(image, field) for field in fields] == [getattr(images[name], field) for field in fields]
     assert reads.active == {chain.active.id for chain in chains} == store.images.active()[machine].active
-    assert reads.stamps == {name: stamps for name, stamps in store.frozen.stamps().items() if name in images}
+    assert reads.stamps == store.frozen.stamps(images)
     assert store.images.count() == len(store.forest().layers)
 
 

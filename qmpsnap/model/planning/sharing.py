@@ -45,21 +45,21 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
     ``StateError``: another machine has begun to read what changes or to write to what is read, or a layer has gone.
     """
     mine = uses(plan, forest)
-    if gone := [name for name in _needed(plan) if name not in forest.layers]:
+    if gone := [name for name in needed(plan) if name not in forest.layers]:
         raise StateError(
             f"layer {gone[0]}, a base of machine {machine}, was removed meanwhile",
             hint="try again",
             machine=machine,
         )
     for layer in forest.layers.values():
-        names = _names([layer])
-        if names & mine.changes and (strangers := sorted(forest.machines_above(layer.id) - {machine})):
+        own = names_of([layer])
+        if own & mine.changes and (strangers := sorted(forest.machines_above(layer.id) - {machine})):
             raise StateError(
                 f"layer {layer.id} ({layer.path}) would change, but machine {', '.join(strangers)} reads it meanwhile",
                 hint="try again: a new plan leaves that layer alone",
                 machine=machine,
             )
-        if names & mine.reads and (writers := [w.machine for w in forest.writers_of(layer.id) if w.machine != machine]):
+        if own & mine.reads and (writers := [w.machine for w in forest.writers_of(layer.id) if w.machine != machine]):
             raise StateError(
                 f"machine {machine} would read {layer.path}, but machine {writers[0]} writes to it meanwhile",
                 hint="use the layer that this freezes: " + call("snapshot", writers[0]),
@@ -86,10 +86,10 @@ def require_unchanged(plan: Plan, basis: Basis, now: Basis) -> None:
 
 def require_unused(machine: str, gone: Sequence[Layer], forest: Forest, others: Sequence[Operation]) -> None:
     """Make sure that no open operation of another machine has to do with layers that are about to go."""
-    names = _names(gone)
+    going = names_of(gone)
     for other in others:
         theirs = uses(other.plan, forest)
-        if both := names & (theirs.reads | theirs.changes):
+        if both := going & (theirs.reads | theirs.changes):
             _refuse(machine, other, both, reads=not both & theirs.changes)
 
 
@@ -100,15 +100,21 @@ def uses(plan: Plan, forest: Forest) -> Uses:
     return Uses(changes=_changes(plan))
 
 
+def names(plan: Plan, forest: Forest) -> frozenset[Name]:
+    """Every name of a file that a plan has to do with: where two plans have none in common, neither is in the way."""
+    of = uses(plan, forest)
+    return of.reads | of.changes | {*needed(plan)}
+
+
 def _changes(plan: Plan) -> frozenset[Name]:
     match plan:
         case CreatePlan():
-            return _names(overlay.layer for overlay in plan.overlays)
+            return names_of(overlay.layer for overlay in plan.overlays)
         case MergePlan():
             changes: set[Name] = set()
             for step in plan.steps:
-                changes |= _names(step.removed) | {*step.change.removed_layers}
-                changes |= _names([step.into]) if isinstance(step, Merge) else {layer for _, layer, _ in step.tags}
+                changes |= names_of(step.removed) | {*step.change.removed_layers}
+                changes |= names_of([step.into]) if isinstance(step, Merge) else {layer for _, layer, _ in step.tags}
             return frozenset(changes)
         case RevertPlan():
             files = [
@@ -116,11 +122,11 @@ def _changes(plan: Plan) -> frozenset[Name]:
                 *plan.removed,
                 *(plan.unwritten.layers if plan.unwritten else ()),
             ]
-            return _names(files) | {*plan.change.removed_layers}
+            return names_of(files) | {*plan.change.removed_layers}
         case MirrorPlan():
-            return _names([plan.target, *plan.removed]) | {*plan.change.removed_layers}
+            return names_of([plan.target, *plan.removed]) | {*plan.change.removed_layers}
         case UndefinePlan():
-            return _names(plan.layers)
+            return names_of(plan.layers)
         case _:
             return frozenset()  # tags inside active layers, which only their own machine reads
 
@@ -150,14 +156,14 @@ def _define(plan: DefinePlan, forest: Forest) -> Uses:
     taken = {plan.change.active[disk.name] for disk in disks if not disk.read_only and disk.name in plan.change.active}
     made = {layer.id for layer in plan.created}
     new = plan.change.layers
-    below = [layer for top in _needed(plan) if top in forest.layers for layer in forest.chain("", top).layers]
+    below = [layer for top in needed(plan) if top in forest.layers for layer in forest.chain("", top).layers]
     return Uses(
-        reads=_names([*(layer for layer in new if layer.id not in made | taken), *below]),
-        changes=_names(layer for layer in new if layer.id in made | taken),
+        reads=names_of([*(layer for layer in new if layer.id not in made | taken), *below]),
+        changes=names_of(layer for layer in new if layer.id in made | taken),
     )
 
 
-def _needed(plan: Plan) -> list[LayerId]:
+def needed(plan: Plan) -> list[LayerId]:
     """The layers that the store has to have for a new machine to be built on them."""
     if not isinstance(plan, DefinePlan):
         return []
@@ -166,7 +172,8 @@ def _needed(plan: Plan) -> list[LayerId]:
     return [layer for layer in dict.fromkeys(wanted) if layer is not None and layer not in new]
 
 
-def _names(layers: Iterable[Layer]) -> frozenset[Name]:
+def names_of(layers: Iterable[Layer]) -> frozenset[Name]:
+    """What the files of layers are known by."""
     found: set[Name] = set()
     for layer in layers:
         found |= {layer.id, layer.path}

@@ -123,7 +123,7 @@ async def remove_tag(
     context: Context, machine: Machine, monitor: Monitor | None, *, disk: str, layer: LayerId, tag: str
 ) -> None:
     """Remove a tag from a layer: the machine's QEMU from one that its guest writes to, a worker from any."""
-    forest = await context.astore.forest()
+    forest = await context.astore.forest_around(machine.name, layer)
     if layer not in forest.layers:
         return
     node = node_name(forest.layer(layer))

@@ -195,7 +195,7 @@ async def _quit(context: Context, machine: Machine, process: Process) -> None:
 
 def _require_alone(context: Context, machine: Machine, chains: Sequence[Chain]) -> None:
     """Refuse to let a guest write to what somebody else reads (I4)."""
-    forest = context.store.forest()
+    forest = context.store.forest_around(machine.name)
     consumed = {found.name for found in context.store.snapshots(machine.name) if found.state == "consumed"}
     for chain in chains:
         active = chain.active

@@ -20,6 +20,7 @@ from qmpsnap.ops.lifecycle.recover import is_done, remove_files
 from qmpsnap.ops.outside import layer_changes, other_programs
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.session import working
+from qmpsnap.store.store import Store
 
 Fate = Literal["keep", "remove"]
 """What becomes of the images that only this machine used."""
@@ -52,7 +53,9 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
         snapshots = await context.astore.snapshots(name)
         states = tuple(found.vmstate for found in snapshots if found.vmstate)
         variables = tuple(found.variables for found in snapshots if found.variables)
-        sizes = await blocking(layer_changes.sizes, context.store)
+        noted = await blocking(context.store.records.noted, name)
+        forest = await context.astore.forest_around(name, *noted)
+        sizes = await blocking(layer_changes.sizes, context.store, forest.layers)
 
         def removal(gone: Sequence[Layer]) -> UndefinePlan:
             layers = tuple(layer for layer in gone if layer.owned)
@@ -69,10 +72,8 @@ async def run(context: Context, name: str, *, disks: Fate | None, told: Told | N
                 why = "; ".join(stuck) or None
                 await context.astore.mark(open_now.id, "settled", step=steps.SETTLED, error=why)
         if told and hopeless:
-            others = (await context.astore.forest()).layers.values()
-            told_of = {*files, *(layer.path for layer in others)}
             for operation, error in hopeless:
-                told(await to_read(_given_up, operation, error, told_of))
+                told(await to_read(_given_up, context.store, operation, error, files))
         await is_done(stuck, to_end(forget_places, context.home, name))
     if stuck:
         error = HostCannot(
@@ -112,12 +113,13 @@ async def _forgotten(
         raise
 
 
-def _given_up(operation: Operation, error: QmpsnapError, told_of: set[str]) -> str:
+def _given_up(store: Store, operation: Operation, error: QmpsnapError, told_of: Sequence[str]) -> str:
     """What became of it, with the files that nobody else will tell of."""
     why = error.message
     parts = [f"operation {operation.id} ({operation.verb}) was given up: {why}"]
     parts.append(f"it stopped at step '{operation.step}', and its changes remain")
-    if left := sorted(path for path in _named(operation.plan) - told_of if Path(path).exists()):
+    named = (path for path in _named(operation.plan).difference(told_of) if store.layer_at(path) is None)
+    if left := sorted(path for path in named if Path(path).exists()):
         parts.append(f"it may have left {', '.join(left)}")
     plan = operation.plan.kept if isinstance(operation.plan, LoadPlan) else operation.plan
     if isinstance(plan, InternalPlan):
@@ -143,8 +145,8 @@ def _named(plan: Plan) -> set[str]:
 
 async def images_alone(context: Context, name: str) -> list[str]:
     """Images of qmpsnap that only this machine reads, or that an earlier operation of it left without a reader."""
-    forest = await context.astore.forest()
     noted = await blocking(context.store.records.noted, name)
+    forest = await context.astore.forest_around(name, *noted)
     folder = f"{context.home.machine_dir(name)}/"
 
     def is_alone(layer: Layer) -> bool:

@@ -208,13 +208,13 @@ async def _rewrite(job: MergeJob, pairs: Sequence[tuple[Layer, Layer | None]]) -
             await set_backing(layer, backing, qemu_img=job.context.image.binary, key=key)
 
 
-async def remove_files(context: Context, layers: Iterable[Layer]) -> None:
+async def remove_files(context: Context, layers: Sequence[Layer]) -> None:
     """Remove files of layers that the store has forgotten; gone already is fine, another file is left alone.
 
     Raises:
         HostCannot: their folder is not there, as of a file system that is not mounted: with it they would come back.
     """
-    sizes = await blocking(layer_changes.sizes, context.store)
+    sizes = await blocking(layer_changes.sizes, context.store, [layer.id for layer in layers])
     for layer in layers:
         if layer.owned:
             await to_end(require_folder, layer.path)

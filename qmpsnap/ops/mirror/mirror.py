@@ -33,6 +33,7 @@ from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.planning_state import look
 from qmpsnap.ops.session.session import begin, inputs, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.store.store import Store
 
 Mode = Literal["pivot", "finish"]
 
@@ -211,7 +212,7 @@ async def _survey(session: MachineSession, request: MirrorRequest) -> tuple[Situ
             raise UsageError("an NBD export is always overwritten: only images can be reused")
         return at, None
     _require_place(session.context.home, session.machine.name, request)
-    return at, await to_read(_look_at_target, at, request)
+    return at, await to_read(_look_at_target, session.context.store, request)
 
 
 def _require_place(home: Home, machine: str, request: MirrorRequest) -> None:
@@ -231,11 +232,10 @@ def _require_place(home: Home, machine: str, request: MirrorRequest) -> None:
         )
 
 
-def _look_at_target(at: Situation, request: MirrorRequest) -> Found | None:
+def _look_at_target(store: Store, request: MirrorRequest) -> Found | None:
     path = request.target
-    for layer in at.forest.layers.values():
-        if layer.path == path:
-            raise _is_layer(path, layer)
+    if layer := store.layer_at(path):
+        raise _is_layer(path, layer)
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -249,9 +249,8 @@ def _look_at_target(at: Situation, request: MirrorRequest) -> Found | None:
     if not request.reuse:
         raise staged.taken(path)
     if stat.S_ISREG(status.st_mode):
-        for layer in at.forest.layers.values():
-            if (layer.device, layer.inode) == inode_of(status):
-                raise _is_layer(path, layer)
+        for layer in store.layers_of_file(*inode_of(status)):
+            raise _is_layer(path, layer)
     kind = request.format or header.read(path).format
     found = header.require(path, format=kind)
     probe = Layer(id=layer_id("probe", 0), path=path, format=kind, backing=None, virtual_size=found.virtual_size)

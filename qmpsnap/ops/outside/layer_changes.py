@@ -5,7 +5,7 @@ that QEMU has ended, no lock shows it; the file's time and size do.
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from msgspec.structs import replace
@@ -16,26 +16,27 @@ from qmpsnap.hint import call
 from qmpsnap.host.value import replaced
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot
-from qmpsnap.model.layers.stamp import History, baseline
+from qmpsnap.model.layers.stamp import baseline
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.ops.base.reading import read_by
 from qmpsnap.store.store import Store
 
 
-def sizes(store: Store) -> dict[LayerId, int]:
+def sizes(store: Store, layers: Iterable[LayerId]) -> dict[LayerId, int]:
     """Bytes of each image's file at its freeze, which identify it if the file system keeps no birth times."""
-    return {layer: history[0].size for layer, history in store.frozen.stamps().items()}
+    return {layer: history[0].size for layer, history in store.frozen.stamps(layers).items()}
 
 
-def keep(store: Store, machine: str) -> None:
+def keep(store: Store, at: Basis) -> None:
     """Record what the machine's frozen images are now, of those that nothing is recorded of."""
     with contextlib.suppress(QmpsnapError):  # a user who cannot write to the store cannot change an image either
-        if store.operations(machine, only_open=True):
+        if store.operations(at.name, only_open=True):
             return
-        chains, forest, snapshots = store.chains(machine), store.forest(), store.snapshots(machine)
-        known, active = store.frozen.stamps(), {writer.layer for writer in forest.writers}
+        chains, forest, snapshots = at.chains, at.forest, at.snapshots
+        known, active = store.frozen.stamps(forest.layers), {writer.layer for writer in forest.writers}
         spoilt = [found for found in snapshots if found.state == "overwritten"]
         left = {layer.id for layer in read_by((), spoilt, forest)} if spoilt else set()
         later = store.next_serial() if left else 0
@@ -48,15 +49,22 @@ def keep(store: Store, machine: str) -> None:
             store.frozen.record(new)
 
 
-def notice(store: Store, machine: str) -> None:
-    """Mark the snapshots that read a frozen image which something has written to since they were taken."""
-    chains, forest, snapshots = store.chains(machine), store.forest(), store.snapshots(machine)
+def notice(store: Store, at: Basis) -> Basis:
+    """Mark the snapshots that read a frozen image which something has written to since they were taken.
+
+    Returns:
+        What the store says of the machine then.
+
+    Raises:
+        StoreMismatch: some were marked.
+    """
+    machine, chains, forest, snapshots = at.name, at.chains, at.forest, at.snapshots
     active = {chain.active.id for chain in chains}
     layers = {layer.id: layer for layer in read_by(chains, snapshots, forest) if layer.id not in active}
-    known = store.frozen.stamps()
+    known = store.frozen.stamps(layers)
     wrong = stamps.changed(layers.values(), known)
     if not wrong and all(snapshot.state != "overwritten" for snapshot in snapshots):
-        return  # what each snapshot reads costs the square of the depth
+        return at  # what each snapshot reads costs the square of the depth
     there = {layer for layer in known if layer in layers and stamps.stamp(layers[layer])}
     marked, right = [], []
     for snapshot in snapshots:
@@ -69,17 +77,19 @@ def notice(store: Store, machine: str) -> None:
     if marked or right:
         store.apply(machine, Change(snapshots=(*marked, *right)))
     if fresh := [layers[layer] for layer, since in wrong.items() if known[layer][-1].since in since]:
-        _begin_anew(store, fresh, forest, known)
+        _begin_anew(store, fresh, store.forest_around(machine))
     if marked:
         _tell(machine, [layers[key] for key in sorted(wrong)], marked)
+    return store.basis(machine, sharers=False)
 
 
-def _begin_anew(store: Store, layers: Iterable[Layer], forest: Forest, known: Mapping[LayerId, History]) -> None:
+def _begin_anew(store: Store, layers: Sequence[Layer], forest: Forest) -> None:
     """Compare later snapshots with these images as they are now; stamps that no snapshot uses are removed."""
-    later = store.next_serial()
+    later, known = store.next_serial(), store.frozen.stamps(layer.id for layer in layers)
+    readers = {machine for layer in layers for machine in forest.machines_above(layer.id)}
     now = {layer.id: (stamps.stamp(layer), stamps.digest(layer)) for layer in layers}
     used: set[tuple[LayerId, int]] = set()
-    for snapshot in (found for machine in store.machines() for found in store.snapshots(machine.name)):
+    for snapshot in (found for machine in readers for found in store.snapshots(machine)):
         then = {layer: baseline(known.get(layer, ()), snapshot.operation) for layer in _reads(snapshot, forest)}
         used |= {(layer, stamp.since) for layer, stamp in then.items() if stamp}
     old = {(layer, stamp.since) for layer in now for stamp in known[layer][1:]}
@@ -90,7 +100,8 @@ def _begin_anew(store: Store, layers: Iterable[Layer], forest: Forest, known: Ma
 
 def require_unwritten(store: Store, layers: Iterable[Layer], machine: str) -> None:
     """Refuse to go on where something has written to one of these since the operation began: the last look for it."""
-    found, known = {layer.id: layer for layer in layers}, store.frozen.stamps()
+    found = {layer.id: layer for layer in layers}
+    known = store.frozen.stamps(found)
     wrong = stamps.changed(found.values(), known)
     if changed := [key for key, since in wrong.items() if known[key][-1].since in since]:
         raise StoreMismatch(

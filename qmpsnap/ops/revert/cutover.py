@@ -47,10 +47,11 @@ async def switch(session: MachineSession, operation: Operation[RevertPlan]) -> N
 
 async def remove_files(context: Context, plan: RevertPlan) -> None:
     """Remove the files of what the record does not have any more, or never had; fine when they are gone."""
-    forest = await context.astore.forest()
-    sizes = await blocking(layer_changes.sizes, context.store)
-    for layer in (*plan.removed, *(plan.unwritten.layers if plan.unwritten else ())):
-        if layer.id not in forest.layers:
+    gone = (*plan.removed, *(plan.unwritten.layers if plan.unwritten else ()))
+    known = await context.astore.layers([layer.id for layer in gone])
+    sizes = await blocking(layer_changes.sizes, context.store, [layer.id for layer in gone])
+    for layer in gone:
+        if layer.id not in known:
             await to_end(require_folder, layer.path)
             size = sizes.get(layer.id)
             await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth, size=size)

@@ -312,13 +312,13 @@ async def _carry_out(session: MachineSession, operation: Operation[RevertPlan], 
 async def _outcome(context: Context, operation: Operation[RevertPlan]) -> Reverted:
     planned = operation.plan
     snapshots = {found.name: found for found in await context.astore.snapshots(planned.machine)}
-    forest = await context.astore.forest()
     kept = planned.change.snapshots
     gone = planned.unwritten.layers if planned.unwritten else planned.removed
+    known = await context.astore.layers([layer.id for layer in gone])
     return Reverted(
         snapshot=snapshots[planned.snapshot],
         kept=snapshots.get(kept[0].name) if kept else None,
-        removed=tuple(layer.id for layer in gone if layer.id not in forest.layers),
+        removed=tuple(layer.id for layer in gone if layer.id not in known),
         state=await _said(context.monitor(await context.astore.machine(planned.machine))),
         memory=planned.vmstate is not None or planned.inside is not None,
     )

@@ -1,5 +1,6 @@
 """The frame of every verb that changes a machine."""
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -7,7 +8,7 @@ from typing import Final
 
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
-from qmpsnap.errors import LockHeld, NumberTaken, OperationPending
+from qmpsnap.errors import LockHeld, NumberTaken, OperationPending, QmpsnapError
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Chain
@@ -24,6 +25,7 @@ from qmpsnap.ops.session.pending import Unfinished
 from qmpsnap.ops.session.recovery import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.store import lock
+from qmpsnap.store.store import Store
 
 _PATIENCE: Final = 30.0
 """Seconds that other machines of the store may go on taking the numbers that a machine has planned with."""
@@ -90,14 +92,20 @@ async def working(  # what a verb says of itself; the rest is for recovery
         if alone:
             await _require_unspoilt(session)
         yield session
-        await blocking(layer_changes.keep, context.store, name)
+        await blocking(_keep, context.store, name)
 
 
 async def _require_unspoilt(session: MachineSession) -> None:
     """Nobody writes to the machine's images, and nobody has written to frozen ones without being told."""
-    await require_alone(session)
-    await blocking(layer_changes.notice, session.context.store, session.machine.name)
-    await blocking(layer_changes.keep, session.context.store, session.machine.name)
+    store = session.context.store
+    basis = await session.context.astore.basis(session.machine.name, sharers=False)
+    await require_alone(session, basis)
+    await blocking(lambda: layer_changes.keep(store, layer_changes.notice(store, basis)))
+
+
+def _keep(store: Store, machine: str) -> None:
+    with contextlib.suppress(QmpsnapError):
+        layer_changes.keep(store, store.basis(machine, sharers=False))
 
 
 @asynccontextmanager
@@ -139,12 +147,12 @@ async def require_settled(context: Context, name: str) -> None:
     )
 
 
-async def require_alone(session: MachineSession) -> None:
+async def require_alone(session: MachineSession, basis: Basis | None = None) -> None:
     """Refuse while another program writes to an image that the machine, or a snapshot of it, reads.
 
     The active layers of a machine that runs are its QEMU's, which keeps others away by its locks.
     """
-    basis = await session.context.astore.basis(session.machine.name)
+    basis = basis or await session.context.astore.basis(session.machine.name, sharers=False)
     layers = read_by(basis.chains, basis.snapshots, basis.forest)
     process = session.context.process(session.machine)
     active = {chain.active.id for chain in basis.chains} if session.qemu else set()

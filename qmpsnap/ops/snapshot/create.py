@@ -44,7 +44,7 @@ _STARTS = "make it start on a new layer"
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
     async with looking(context, name) as session:
-        basis = await context.astore.basis(name)
+        basis = await context.astore.basis(name, sharers=False)
         beside = await require_agreement(session, basis.chains, doing=_STARTS, wanted=request.disks)
         freezer = await quiesce.foreseen(session.machine, session.qemu, request.quiesce)
         make = await _planner(session, basis, request, freezer, beside=beside)
@@ -82,7 +82,7 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
     plan: CreatePlan | None = None
     try:
         async with working(context, name, "snapshot create") as session:
-            basis = await context.astore.basis(name)
+            basis = await context.astore.basis(name, sharers=False)
             beside = await require_agreement(session, basis.chains, doing=_STARTS, wanted=request.disks)
             await overlay_paths.require_free(context, name, request.files)
             async with quiesce.prepared(context, session.machine, session.qemu, request.quiesce) as freezer:

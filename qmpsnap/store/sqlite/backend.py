@@ -21,21 +21,23 @@ from qmpsnap.model.layers.vmstate import Inside, Vmstate
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, P
+from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, P, Plan
 from qmpsnap.model.planning import sharing
 from qmpsnap.model.planning.inputs import Basis
-from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer, based
+from qmpsnap.model.planning.layer_graph import Forest
+from qmpsnap.model.planning.sharing import Name
 from qmpsnap.model.text import is_text
 from qmpsnap.store import owner
 from qmpsnap.store.records import Record, Records
-from qmpsnap.store.sqlite import devices, journal, queries, rows
+from qmpsnap.store.sqlite import devices, frozen_files, journal, queries, rows
 from qmpsnap.store.sqlite.database import Database
 from qmpsnap.store.sqlite.frozen_files import FrozenTable
 from qmpsnap.store.sqlite.homes import HomeTable
 from qmpsnap.store.sqlite.images import ImageTable
 from qmpsnap.store.sqlite.json_values import decoded
+from qmpsnap.store.sqlite.layer_table import LayerTable
 from qmpsnap.store.sqlite.pruning import PrunedTable
-from qmpsnap.store.sqlite.queries import absolute, signed, unsigned
+from qmpsnap.store.sqlite.queries import absolute, unsigned
 from qmpsnap.store.sqlite.record_table import RecordTable
 from qmpsnap.store.store import Removal
 
@@ -53,12 +55,13 @@ class SqliteStore:
         owner.require(path.parent, None if machines.is_symlink() and not make else machines)
         self._database = Database(path, make=make)
         self._machines = machines
+        self._layers = LayerTable(machines)
         self._records = Records(machines)
         self.images = ImageTable(self._database, machines=machines)
         self.frozen = FrozenTable(self._database)
         self.pruned = PrunedTable(self._database)
         self.home = HomeTable(self._database, self._records, machines=machines)
-        self.records = RecordTable(self._database, self._records, self)
+        self.records = RecordTable(self._database, self._records, self, self._layers)
         if make or not self._records.elsewhere:
             self.records.take_over()
 
@@ -96,21 +99,25 @@ class SqliteStore:
         with self._database.reading() as sql:
             return self._snapshots(sql, rows.machine_id(sql, machine))
 
-    def basis(self, machine: str) -> Basis:
+    def basis(self, machine: str, *, sharers: bool = True) -> Basis:
         with self._database.reading() as sql:
-            return self._basis(sql, machine)
+            found = self._basis(sql, machine)
+            own = self._layers.of_machine(sql, machine)
+            if sharers:
+                return replace(found, forest=self._layers.around(sql, (*own, *self._layers.nobodys(sql))))
+            return replace(found, forest=self._layers.below(sql, own))
 
     def _basis(self, sql: sqlite3.Connection, name: str) -> Basis:
-        found = Basis(name=name, forest=self._forest(sql))
-        with contextlib.suppress(NotFoundError):  # it is not defined yet
+        """The basis but for the layers."""
+        try:
             number, record = rows.machine_id(sql, name), rows.find_machine(sql, name)
-            chains, snapshots = self._chains(sql, number), self._snapshots(sql, number)
-            found = replace(found, record=record, chains=chains, snapshots=snapshots)
-        return found
+        except NotFoundError:  # it is not defined yet
+            return Basis(name=name)
+        return Basis(name=name, record=record, chains=self._chains(sql, number), snapshots=self._snapshots(sql, number))
 
     def _chains(self, sql: sqlite3.Connection, machine: int) -> tuple[Chain, ...]:
         found = sql.execute("SELECT name, active FROM disk WHERE machine = ? ORDER BY position", (machine,)).fetchall()
-        return tuple(Chain(name, self._chain(sql, active)) for name, active in found)
+        return tuple(Chain(name, self._layers.chain(sql, active)) for name, active in found)
 
     def _snapshots(self, sql: sqlite3.Connection, machine: int) -> tuple[Snapshot, ...]:
         found = sql.execute(f"{queries.SNAPSHOT} WHERE s.machine = ? ORDER BY s.id", (machine,)).fetchall()
@@ -118,31 +125,35 @@ class SqliteStore:
         return tuple(self._snapshot(row, points.get(row[0], ())) for row in found)
 
     def layer(self, layer: LayerId) -> Layer:
+        if found := self.layers((layer,)):
+            return found[layer]
+        raise NotFoundError(f"there is no layer {layer}", hint=call("chains", "VM") + " lists the layers")
+
+    def layers(self, wanted: Iterable[LayerId]) -> dict[LayerId, Layer]:
         with self._database.reading() as sql:
-            found = self._layers(sql, [layer])
-        if not found:
-            raise NotFoundError(f"there is no layer {layer}", hint=call("chains", "VM") + " lists the layers")
-        return found[0]
+            return self._layers.known(sql, wanted)
 
     def layer_at(self, path: str) -> Layer | None:
         if not is_text(path):
             return None
         with self._database.reading() as sql:
-            asked = f"SELECT {queries.LAYER} FROM layer WHERE pool = ? AND path = ?"
-            row = sql.execute(asked, self._place(path)).fetchone()
-        return self._layer(row) if row else None
+            return self._layers.at(sql, path)
+
+    def layers_of_file(self, device: int, inode: int) -> tuple[Layer, ...]:
+        with self._database.reading() as sql:
+            return tuple(self._layers.of_file(sql, device, inode))
 
     def forest(self) -> Forest:
         with self._database.reading() as sql:
-            return self._forest(sql)
+            return self._layers.whole(sql)
 
-    def _forest(self, sql: sqlite3.Connection) -> Forest:
-        layers = [self._layer(row) for row in sql.execute(f"SELECT {queries.LAYER} FROM layer ORDER BY rowid")]
-        return Forest(
-            {layer.id: layer for layer in layers},
-            tuple(Writer(*row) for row in sql.execute(queries.WRITERS)),
-            tuple(Reference(*row) for row in sql.execute(queries.REFERENCES)),
-        )
+    def forest_around(self, machine: str, *layers: LayerId) -> Forest:
+        with self._database.reading() as sql:
+            return self._layers.around(sql, (*self._layers.of_machine(sql, machine), *layers))
+
+    def forest_below(self, machine: str) -> Forest:
+        with self._database.reading() as sql:
+            return self._layers.below(sql, self._layers.of_machine(sql, machine))
 
     def set_process(self, machine: str, process: Process | None) -> None:
         with self._database.writing() as sql:
@@ -156,13 +167,27 @@ class SqliteStore:
         self.home.look()
         with self._database.writing() as sql:
             journal.require_next(sql, plan.machine, serial)
-            now = self._basis(sql, plan.machine)
-            sharing.require_unshared(plan.machine, plan, now.forest, journal.open_elsewhere(sql, plan.machine))
+            names, forest, elsewhere = self._concerned(sql, plan, basis)
+            now = replace(self._basis(sql, plan.machine), forest=forest)
+            sharing.require_unshared(plan.machine, plan, forest, elsewhere)
             sharing.require_unchanged(plan, basis, now)
-            operation = journal.insert(sql, plan, serial=serial, serials=serials)
+            operation = journal.insert(sql, plan, names, serial=serial, serials=serials)
             if isinstance(opening := getattr(plan, "opening", None), Change):
                 self._apply(sql, plan.machine, opening)
             return operation
+
+    def _concerned(
+        self, sql: sqlite3.Connection, plan: Plan, basis: Basis
+    ) -> tuple[frozenset[Name], Forest, tuple[Operation, ...]]:
+        """The files that a plan has to do with, the layers around them, and the operations elsewhere that meet it."""
+        names = sharing.names(plan, basis.forest)
+        while True:
+            elsewhere = journal.elsewhere(sql, plan.machine, names)
+            needed = (layer for other in elsewhere for layer in sharing.needed(other.plan))
+            forest = self._layers.around(sql, self._layers.named(sql, names.union(needed)))
+            if (more := sharing.names(plan, forest)) <= names:
+                return names, forest, elsewhere
+            names |= more
 
     def mark(
         self,
@@ -194,7 +219,7 @@ class SqliteStore:
         earlier = self.records.readable(machine)
         with self._database.foreseeing() as sql:
             self._apply(sql, machine, change)
-            if can_be := sql.execute("PRAGMA foreign_key_check").fetchone() is None:  # else COMMIT will say so
+            if can_be := self._layers.is_whole(sql, change):  # else COMMIT will say so
                 record = self.records.of(machine, operation, earlier=earlier, made=change.layers)
         if can_be:
             self._records.write(record, make=change.define is not None)
@@ -206,6 +231,9 @@ class SqliteStore:
         self.home.look()
         with self._database.writing() as sql:
             self._apply(sql, machine, change)
+            frozen_files.drop(sql, change.removed_layers)
+            if change.layers:  # that no operation keeps others away from
+                journal.unclaim(sql)
         with contextlib.suppress(HostCannot):  # it is made; `check` and the next operation find the record behind
             self.records.keep(machine)
 
@@ -216,9 +244,11 @@ class SqliteStore:
         self._records.forget(machine)
         with self._database.writing() as sql:
             number = rows.machine_id(sql, machine)
-            forest, elsewhere = self._forest(sql), journal.open_elsewhere(sql, machine)
-            used = {identity for (identity,) in sql.execute(queries.USED, (number, number, f"{machine}/*"))}
-            used |= {layer.id for layer in record.layers} if record else set()
+            noted = [layer.id for layer in record.layers] if record else []
+            layers = self._layers.below(sql, (*self._layers.of_machine(sql, machine), *noted)).layers
+            elsewhere = journal.elsewhere(sql, machine, sharing.names_of(layers.values()))
+            needed = (layer for other in elsewhere for layer in sharing.needed(other.plan))
+            forest = self._layers.around(sql, (*layers, *needed))
             named = sql.execute(queries.NAMED, (number, number)).fetchall()
             sql.execute("UPDATE machine SET current = NULL WHERE id = ?", (number,))
             for operation in journal.select(sql, machine, only_open=True):
@@ -226,13 +256,15 @@ class SqliteStore:
             sql.execute("DELETE FROM machine WHERE id = ?", (number,))
             gone: list[Layer] = []
             # From the top down: a layer is the machine's alone once nothing above it, no disk and no point needs it.
-            while found := [row for row in sql.execute(queries.UNREFERENCED) if row[0] in used]:
-                gone += [self._layer(row) for row in found]
-                sql.executemany("DELETE FROM layer WHERE id = ?", [(row[0],) for row in found])
+            while found := self._layers.unreferenced(sql, layers.keys() - {layer.id for layer in gone}):
+                gone += found
+                self._layers.remove(sql, [layer.id for layer in found])
             sql.executemany(queries.HIDE, named)
             sharing.require_unused(machine, gone, forest, elsewhere)
             if removal:
-                journal.insert(sql, removal(gone), serial=OperationId(journal.next_serial(sql)), serials=1)
+                plan, serial = removal(gone), OperationId(journal.next_serial(sql))
+                journal.insert(sql, plan, sharing.names(plan, forest), serial=serial, serials=1)
+            frozen_files.drop(sql, (layer.id for layer in gone))
         return tuple(gone)
 
     def operations(self, machine: str, *, only_open: bool = False) -> tuple[Operation, ...]:
@@ -270,11 +302,12 @@ class SqliteStore:
             with self._database.writing() as sql:
                 if files == (*self._files(sql),):  # else another process may have done so by now
                     devices.follow(sql, moved)
+                    journal.unclaim(sql)
                     return
 
     def _files(self, sql: sqlite3.Connection) -> Iterator[devices.File]:
         for pool, path, device, inode in sql.execute("SELECT pool, path, device, inode FROM layer").fetchall():
-            yield self._path(pool, path), unsigned(device), unsigned(inode)
+            yield absolute(pool, path, machines=self._machines), unsigned(device), unsigned(inode)
         for (text,) in sql.execute("SELECT vmstate FROM snapshot WHERE vmstate IS NOT NULL").fetchall():
             if state := self._vmstate(text):
                 yield state.path, state.device, state.inode
@@ -303,7 +336,7 @@ class SqliteStore:
         number = rows.machine_id(sql, machine)
         sql.execute("UPDATE machine SET generation = generation + 1 WHERE id = ?", (number,))
         for layer in change.layers:
-            self._put_layer(sql, layer)
+            self._layers.put(sql, layer)
         rows.put_active(sql, number, change.active)
         rows.put_consent(sql, number, change.consent)
         for snapshot in change.snapshots:
@@ -315,32 +348,7 @@ class SqliteStore:
             sql.execute("UPDATE machine SET current = ?, version = version + 1 WHERE id = ?", (current, number))
         for name in change.removed_snapshots:
             rows.remove_snapshot(sql, number, name)
-        sql.executemany("DELETE FROM layer WHERE id = ?", [(layer,) for layer in change.removed_layers])
-
-    def _chain(self, sql: sqlite3.Connection, active: str) -> tuple[Layer, ...]:
-        found = sql.execute(
-            "WITH RECURSIVE chain (id, depth) AS (SELECT ?, 0 UNION ALL SELECT layer.backing, depth + 1 FROM chain"
-            " JOIN layer ON layer.id = chain.id WHERE layer.backing IS NOT NULL LIMIT (SELECT count(*) + 1 FROM layer))"
-            f" SELECT {queries.LAYER} FROM chain JOIN layer USING (id) ORDER BY depth DESC",
-            (active,),
-        )
-        return based(self._layer(row) for row in found)
-
-    def _put_layer(self, sql: sqlite3.Connection, layer: Layer) -> None:
-        sql.execute(queries.PUT_LAYER, (
-            layer.id, *self._place(layer.path), layer.format, layer.backing, layer.virtual_size,
-            signed(layer.device), signed(layer.inode), layer.owned, layer.state, layer.birth,
-        ))  # fmt: skip
-
-    def _place(self, path: str) -> tuple[str, str]:
-        """(pool, relative path): layers in the machines' folder move with it, others are this host's."""
-        # As text: a layer's path is the very string in the header above it, and pathlib would tidy it up.
-        inside = path.removeprefix(f"{self._machines}/")
-        return ("machines", inside) if inside != path else (f"host:{os.uname().nodename}", path.removeprefix("/"))
-
-    def _path(self, pool: str, path: str) -> str:
-        """The other way round."""
-        return absolute(pool, path, machines=self._machines)
+        self._layers.remove(sql, change.removed_layers)
 
     def _portable(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with the paths of its files relative where they lie in the machines' folder."""
@@ -358,10 +366,6 @@ class SqliteStore:
         state = decoded(text, Vmstate)
         return replace(state, path=str(self._machines / state.path))  # an absolute path stays as it is
 
-    def _layers(self, sql: sqlite3.Connection, wanted: Iterable[LayerId]) -> list[Layer]:
-        asked = (sql.execute(f"SELECT {queries.LAYER} FROM layer WHERE id = ?", (layer,)) for layer in wanted)
-        return [self._layer(row) for found in asked for row in found]
-
     def _snapshot(self, row: sqlite3.Row, points: Iterable[Point]) -> Snapshot:
         return Snapshot(
             name=row[1], kind=row[2], state=row[3], parent=row[4], created=row[5], description=row[6], mode=row[7],
@@ -369,11 +373,4 @@ class SqliteStore:
             inside=decoded(row[11], Inside) if row[11] else None,
             variables=str(self._machines / row[12]) if row[12] else None, level=row[13], unquiesced=row[14],
             pushed=bool(row[15]), frozen_ms=row[16], max_pause_ms=row[17],
-        )  # fmt: skip
-
-    def _layer(self, row: sqlite3.Row) -> Layer:
-        identity, pool, path, layer_format, backing, size, device, inode, owned, state, birth = row
-        return Layer(
-            id=identity, path=self._path(pool, path), format=layer_format, backing=backing, virtual_size=size,
-            device=unsigned(device), inode=unsigned(inode), owned=bool(owned), state=state, birth=birth,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from qmpsnap.model.operations import steps
-from qmpsnap.store.sqlite import journal
+from qmpsnap.store.sqlite import queries
 from qmpsnap.store.sqlite.json_values import decoded
 from qmpsnap.store.sqlite.queries import signed, unsigned
 
@@ -54,7 +54,7 @@ def follow(sql: sqlite3.Connection, numbers: Mapping[int, int]) -> None:
             sql.execute("UPDATE layer SET device = ?, version = version + 1 WHERE id = ?", (signed(new), identity))
     for number, text in sql.execute("SELECT id, vmstate FROM snapshot WHERE vmstate IS NOT NULL").fetchall():
         sql.execute("UPDATE snapshot SET vmstate = ? WHERE id = ?", (_text(text, numbers), number))
-    for number, plan, step in sql.execute(f"SELECT id, plan, step FROM operation WHERE {journal.OPEN}").fetchall():
+    for number, plan, step in sql.execute(f"SELECT id, plan, step FROM operation WHERE {queries.PENDING}").fetchall():
         values = (_text(plan, numbers), steps.on_device(step, numbers), number)
         sql.execute("UPDATE operation SET plan = ?, step = ?, version = version + 1 WHERE id = ?", values)
 

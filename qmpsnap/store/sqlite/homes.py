@@ -66,6 +66,7 @@ class HomeTable:
             ids = self._ids(sql, relocation)
             self._layers(sql, relocation)
             self._texts(sql, relocation, ids)
+            journal.unclaim(sql)
             sql.execute("DELETE FROM stamp")
             sql.execute("UPDATE machine SET generation = generation + 1")  # no record of before names this place
             if relocation.foreign_process:
@@ -106,7 +107,7 @@ class HomeTable:
         _rewrite(sql, "machine", "consent", text)
         _rewrite(sql, "snapshot", "vmstate", state)
         _rewrite(sql, "snapshot", "inside", text)
-        _rewrite(sql, "operation", "plan", text, where=f" AND {journal.OPEN}")
+        _rewrite(sql, "operation", "plan", text, where=f" AND {queries.PENDING}")
 
 
 def _rewrite(

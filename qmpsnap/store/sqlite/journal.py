@@ -17,11 +17,10 @@ from qmpsnap.model.operations import outcome, steps
 from qmpsnap.model.operations.operation import OPEN_STATES, Operation, OperationState, P, Plan, verb_of
 from qmpsnap.model.operations.outcome import Recorded
 from qmpsnap.model.planning import sharing
-from qmpsnap.store.sqlite import frozen_files, pruning, recorded
+from qmpsnap.model.planning.sharing import Name
+from qmpsnap.store.sqlite import frozen_files, pruning, queries, recorded
 from qmpsnap.store.sqlite.json_values import decoded
 
-OPEN = f"state IN ({', '.join(map(repr, OPEN_STATES))})"
-"""Of an operation that has not ended."""
 _FIELDS = Operation.__struct_fields__
 _PLAN = _FIELDS.index("plan")
 _COLUMNS = ", ".join(_FIELDS)
@@ -44,8 +43,10 @@ def require_next(connection: sqlite3.Connection, machine: str, serial: Operation
         )
 
 
-def insert(connection: sqlite3.Connection, plan: P, *, serial: OperationId, serials: int) -> Operation[P]:
-    """Record a plan as ``planned``, under the number that it was made with."""
+def insert(
+    connection: sqlite3.Connection, plan: P, names: Iterable[Name], *, serial: OperationId, serials: int
+) -> Operation[P]:
+    """Record a plan as ``planned``, under the number that it was made with; ``names`` are those of its files."""
     connection.execute("UPDATE serial SET last = ?", (serial + serials - 1,))
     now = time.time()
     operation = Operation(
@@ -54,12 +55,14 @@ def insert(connection: sqlite3.Connection, plan: P, *, serial: OperationId, seri
     )  # fmt: skip
     of, before = operation, recorded.read(connection, plan.machine)
     connection.execute(
-        f"INSERT INTO operation ({_COLUMNS}, before) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO operation ({_COLUMNS}, before, claimed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1)",
         (
             of.id, of.machine, of.verb, of.state, of.step, msgspec.json.encode(plan).decode(),
             of.started, of.updated, of.pid, of.error, of.effect, of.outcome, msgspec.json.encode(before).decode(),
         ),
     )  # fmt: skip
+    claims = [(_claim(name), serial) for name in names]
+    connection.executemany("INSERT INTO claim (name, operation) VALUES (?, ?)", claims)
     frozen_files.drop(connection, sharing.opened(plan))
     return operation
 
@@ -106,6 +109,8 @@ def mark(
     frozen_files.drop(connection, writes)
     if state not in OPEN_STATES:
         _record_outcome(connection, operation, settled=state == "settled")
+        frozen_files.drop_claimed(connection, operation)
+        connection.execute("DELETE FROM claim WHERE operation = ?", (operation,))
         pruning.prune(connection, now=time.time())
 
 
@@ -126,21 +131,38 @@ def _record_outcome(connection: sqlite3.Connection, operation: OperationId, *, s
 
 def select(connection: sqlite3.Connection, machine: str, *, only_open: bool) -> tuple[Operation, ...]:
     """The machine's operations, oldest first."""
-    which = f"machine = ? AND {OPEN}" if only_open else "machine = ?"
+    which = f"machine = ? AND {queries.PENDING}" if only_open else "machine = ?"
     return _read(connection.execute(f"SELECT {_COLUMNS} FROM operation WHERE {which} ORDER BY id", (machine,)))
 
 
-def open_elsewhere(connection: sqlite3.Connection, machine: str) -> tuple[Operation, ...]:
-    """The open operations of all other machines, oldest first."""
-    which = f"machine <> ? AND {OPEN}"
-    return _read(connection.execute(f"SELECT {_COLUMNS} FROM operation WHERE {which} ORDER BY id", (machine,)))
+def elsewhere(connection: sqlite3.Connection, machine: str, names: Iterable[Name]) -> tuple[Operation, ...]:
+    """The open operations of other machines that concern one of these files, oldest first.
+
+    Those not in the index of names are among them: an earlier release opened them, or their files were renamed.
+    """
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM operation WHERE {queries.PENDING} AND machine <> ? AND id IN"
+        f" (SELECT id FROM {queries.OPEN} AND claimed = 0 UNION SELECT operation FROM claim"
+        " JOIN json_each(?) name ON name.value = claim.name) ORDER BY id",
+        (machine, msgspec.json.encode([_claim(name) for name in names]).decode()),
+    )
+    return _read(rows)
+
+
+def unclaim(connection: sqlite3.Connection) -> None:
+    """Files are known by other names now: look at what is open whole, until it has ended."""
+    connection.execute(f"UPDATE operation SET claimed = 0 WHERE {queries.PENDING}")
+
+
+def _claim(name: Name) -> str:
+    """A name of a file as the index has it; no id and no path reads like a device and inode."""
+    return name if isinstance(name, str) else f"{name[0]}:{name[1]}"
 
 
 def unborn(connection: sqlite3.Connection) -> tuple[str, ...]:
     """The names of open operations that no machine has, by name."""
     rows = connection.execute(
-        f"SELECT DISTINCT machine FROM operation WHERE {OPEN}"
-        " AND machine NOT IN (SELECT name FROM machine) ORDER BY machine"
+        f"SELECT DISTINCT machine FROM {queries.OPEN} AND machine NOT IN (SELECT name FROM machine) ORDER BY machine"
     )
     return tuple(name for (name,) in rows)
 

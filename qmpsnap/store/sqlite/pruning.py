@@ -7,6 +7,7 @@ import sqlite3
 
 from msgspec import Struct
 
+from qmpsnap.store.sqlite import queries
 from qmpsnap.store.sqlite.database import Database
 
 AGE = 90 * 24 * 3600.0
@@ -15,12 +16,14 @@ KEPT = 10_000
 """Ended operations of all machines that are kept, whatever their age."""
 AT_ONCE = 100
 """How many go at the end of one operation: it must not take long, and goes faster than new ones come."""
+LOOKED = 400
+"""How many are looked at for that."""
 
 _ENDED = "state IN ('settled', 'failed')"
 # One whose effect is not known is what somebody may still have to find out about, and a snapshot tells which made it.
 _DONE_WITH = (
-    f"{_ENDED} AND (state = 'settled' OR effect IS NOT NULL) AND effect IS NOT 'unknown'"
-    " AND id NOT IN (SELECT operation FROM snapshot)"
+    "(state = 'settled' OR effect IS NOT NULL) AND effect IS NOT 'unknown'"
+    " AND NOT EXISTS (SELECT 1 FROM snapshot WHERE snapshot.operation = operation.id)"
 )
 
 
@@ -32,14 +35,32 @@ class Pruned(Struct, frozen=True):
 
 
 def prune(connection: sqlite3.Connection, *, now: float) -> None:
-    """Remove some of the operations that are too old or too many, and note how many of each machine."""
-    (ended,) = connection.execute(f"SELECT count(*) FROM operation WHERE {_ENDED}").fetchone()
-    old = f"SELECT id, machine, updated FROM operation WHERE {_DONE_WITH} AND updated < ? ORDER BY updated LIMIT ?"
-    found = connection.execute(old, (now - AGE, AT_ONCE)).fetchall()
-    if len(found) < AT_ONCE and ended - len(found) > KEPT:
-        excess = f"SELECT id, machine, updated FROM operation WHERE {_DONE_WITH} ORDER BY updated LIMIT ?"
-        found = connection.execute(excess, (min(AT_ONCE, ended - KEPT),)).fetchall()
-    connection.executemany("DELETE FROM operation WHERE id = ?", [(row[0],) for row in found])
+    """Remove some of the operations that are too old or too many, and note how many of each machine.
+
+    A few of the oldest are looked at, from where the last look ended: most of a large store made a snapshot, and stay.
+    """
+    (recorded,) = connection.execute("SELECT count(*) FROM operation").fetchone()
+    surplus = recorded - KEPT
+    if surplus > 0:
+        surplus -= connection.execute(f"SELECT count(*) FROM {queries.OPEN}").fetchone()[0]
+    (since,) = connection.execute("SELECT pruned FROM serial").fetchone()
+    oldest = f"SELECT id, machine, updated, {_DONE_WITH} FROM operation WHERE {_ENDED} AND updated > ? ORDER BY updated"
+    found: list[tuple[int, str, float]] = []
+    for looked, (number, machine, updated, done_with) in enumerate(connection.execute(oldest, (since,))):
+        if looked == LOOKED:
+            since = updated
+            break
+        if len(found) == AT_ONCE:
+            break
+        if updated >= now - AGE and len(found) >= surplus:
+            since = 0
+            break
+        if done_with:
+            found.append((number, machine, updated))
+    else:
+        since = 0
+    connection.execute("UPDATE serial SET pruned = ? WHERE pruned <> ?", (since, since))
+    connection.executemany("DELETE FROM operation WHERE id = ?", [(number,) for number, _, _ in found])
     connection.executemany(
         "INSERT INTO pruned (machine, count, until) VALUES (?, 1, ?) ON CONFLICT (machine) DO UPDATE"
         " SET count = count + 1, until = max(until, excluded.until)",

@@ -50,10 +50,45 @@ UNNAMED = (
     "NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
     " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
 )
+AMONG = "id IN (SELECT value FROM json_each(?))"
 UNREFERENCED = (
-    f"SELECT {LAYER} FROM layer WHERE {UNNAMED}"
+    f"SELECT {LAYER} FROM layer WHERE {AMONG} AND {UNNAMED}"
     " AND NOT EXISTS (SELECT 1 FROM layer above WHERE above.backing = layer.id)"
 )
+"""Of the layers listed, those that neither a disk, nor a point, nor a layer needs."""
+UNREAD = (
+    "NOT EXISTS (WITH RECURSIVE above (id) AS (SELECT layer.id UNION SELECT child.id FROM above"
+    " JOIN layer child ON child.backing = above.id) SELECT 1 FROM above WHERE"
+    " EXISTS (SELECT 1 FROM disk WHERE disk.active = above.id) OR EXISTS (SELECT 1 FROM point WHERE layer = above.id))"
+)
+"""Whether no machine reads a layer, directly or through others."""
+BELOW = (
+    "WITH RECURSIVE part (id) AS (SELECT value FROM json_each(?) UNION SELECT layer.backing FROM part"
+    " JOIN layer ON layer.id = part.id WHERE layer.backing IS NOT NULL) SELECT id FROM part"
+)
+"""The layers listed, and what they read."""
+AROUND = (
+    "WITH RECURSIVE part (id) AS (SELECT value FROM json_each(?) UNION SELECT layer.backing FROM part"
+    " JOIN layer ON layer.id = part.id WHERE layer.backing IS NOT NULL UNION SELECT layer.id FROM part"
+    " JOIN layer ON layer.backing = part.id) SELECT id FROM part"
+)
+"""The layers listed, what they read, what reads any of that, and so on."""
+OWN = (
+    "SELECT active FROM disk JOIN machine ON machine.id = disk.machine WHERE machine.name = ?"
+    " UNION SELECT layer FROM machine JOIN snapshot ON snapshot.machine = machine.id"
+    " JOIN point ON point.snapshot = snapshot.id WHERE machine.name = ?"
+    " UNION SELECT id FROM layer WHERE pool = 'machines' AND path >= ? AND path < ?"
+)
+"""Every layer that a machine's disks and snapshots name, and those in its folder, from its name to what sorts next."""
+LACKING = (
+    "SELECT 1 FROM json_each(?) new JOIN layer ON layer.id = new.value WHERE layer.backing IS NOT NULL"
+    " AND NOT EXISTS (SELECT 1 FROM layer below WHERE below.id = layer.backing)"
+    " UNION ALL SELECT 1 FROM json_each(?) named WHERE NOT EXISTS (SELECT 1 FROM layer WHERE layer.id = named.value)"
+    " UNION ALL SELECT 1 FROM json_each(?) gone WHERE EXISTS (SELECT 1 FROM layer WHERE layer.backing = gone.value)"
+    " OR EXISTS (SELECT 1 FROM disk WHERE disk.active = gone.value)"
+    " OR EXISTS (SELECT 1 FROM point WHERE point.layer = gone.value)"
+)
+"""A row where a new layer reads one that is not there, one that is named is not there, or one that went is needed."""
 HIDE = f"UPDATE layer SET state = 'hidden', version = version + 1 WHERE id = ? AND state = 'ok' AND {UNNAMED}"
 """What a deleted snapshot leaves to others is hidden; so is what a forgotten machine leaves."""
 NAMED = (
@@ -61,12 +96,6 @@ NAMED = (
     " JOIN snapshot ON snapshot.id = point.snapshot WHERE snapshot.machine = ?"
 )
 """Every layer that one machine's disks and snapshots name."""
-USED = (
-    f"WITH RECURSIVE used (id) AS ({NAMED} UNION SELECT id FROM layer WHERE pool = 'machines' AND path GLOB ?"
-    " UNION SELECT layer.backing FROM used JOIN layer ON layer.id = used.id WHERE layer.backing IS NOT NULL)"
-    " SELECT id FROM used"
-)
-"""Every layer that they read, and what lies in the machine's folder, which an operation may have left to nobody."""
 _READ = (
     f"WITH RECURSIVE read (id) AS ({NAMED} UNION SELECT layer.backing FROM read JOIN layer ON layer.id = read.id"
     " WHERE layer.backing IS NOT NULL)"
@@ -86,12 +115,21 @@ READ_STAMPS = (
 ELSEWHERE = "SELECT 1 FROM machine WHERE host <> ? LIMIT 1"
 """Whether another host has machines here."""
 
-WRITERS = "SELECT machine.name, disk.name, disk.active FROM disk JOIN machine ON machine.id = disk.machine"
+WRITERS = (
+    "SELECT machine.name, disk.name, disk.active FROM disk JOIN machine ON machine.id = disk.machine WHERE {}"
+    " ORDER BY machine.id, disk.position"
+)
+ACTIVE_AMONG = "disk.active IN (SELECT value FROM json_each(?))"
 
 REFERENCES = """
 SELECT machine.name, snapshot.name, point.disk, point.layer, point.tag FROM point
-JOIN snapshot ON snapshot.id = point.snapshot JOIN machine ON machine.id = snapshot.machine
+JOIN snapshot ON snapshot.id = point.snapshot JOIN machine ON machine.id = snapshot.machine WHERE {}
 ORDER BY snapshot.id, point.position"""
+POINT_AMONG = "point.layer IN (SELECT value FROM json_each(?))"
+
+PENDING = "state IN ('planned', 'running', 'unknown')"
+OPEN = f"operation INDEXED BY operation_pending WHERE {PENDING}"
+"""Operations that are open, by the index of them."""
 
 _UNSIGNED = (1 << 64) - 1
 

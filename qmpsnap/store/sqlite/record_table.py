@@ -18,6 +18,7 @@ from qmpsnap.store.records import Record, Records
 from qmpsnap.store.sqlite import journal, rows
 from qmpsnap.store.sqlite.database import Database
 from qmpsnap.store.sqlite.json_values import decoded
+from qmpsnap.store.sqlite.layer_table import LayerTable
 
 if TYPE_CHECKING:  # which has one of these
     from qmpsnap.store.store import Store
@@ -26,10 +27,11 @@ if TYPE_CHECKING:  # which has one of these
 class RecordTable:
     """The records of one store's machines. What blocks is the storage of a machine's images, and no transaction."""
 
-    def __init__(self, database: Database, files: Records, store: "Store") -> None:
+    def __init__(self, database: Database, files: Records, store: "Store", layers: LayerTable) -> None:
         self._database = database
         self._files = files
         self._store = store
+        self._layers = layers
 
     def of(
         self,
@@ -41,17 +43,16 @@ class RecordTable:
     ) -> Record:
         """What the store has of a machine."""
         store = self._store
-        found, forest, snapshots = store.machine(machine), store.forest(), store.snapshots(machine)
+        found, snapshots = store.machine(machine), store.snapshots(machine)
         active = {chain.disk: chain.active.id for chain in store.chains(machine)}
         tops = [*active.values(), *(point.layer for snapshot in snapshots for point in snapshot.points)]
-        # Layers that nobody reads: what lies in the machine's folder, and what was this machine's before.
-        folder = f"{self._files.file(machine).parent}/"
-        tops += [layer.id for layer in forest.layers.values() if layer.path.startswith(folder)]
-        left = forest.layers.keys() - forest.in_use()
-        tops += [layer.id for layer in (*made, *(earlier.layers if earlier else ())) if layer.id in left]
-        home = store.home.record()
         with self._database.reading() as sql:
+            # Layers that nobody reads: what lies in the machine's folder, and what was this machine's before.
+            tops += self._layers.of_machine(sql, machine)
+            tops += self._layers.unread(sql, [layer.id for layer in (*made, *(earlier.layers if earlier else ()))])
+            forest = self._layers.below(sql, tops)
             generation, serial = rows.generation(sql, machine), journal.next_serial(sql) - 1
+        home = store.home.record()
         return Record(
             # A store that is made again has no consent to further QEMU arguments.
             machine=replace(found, process=None, consent=None),

@@ -124,6 +124,22 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE machine ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    CREATE INDEX disk_active ON disk (active);
+    CREATE INDEX layer_file ON layer (inode, device);
+    CREATE INDEX snapshot_parent ON snapshot (parent);
+    CREATE INDEX snapshot_operation ON snapshot (operation);
+    CREATE INDEX machine_current ON machine (current);
+    ALTER TABLE operation ADD COLUMN claimed INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX operation_pending ON operation (claimed, id) WHERE state IN ('planned', 'running', 'unknown');
+    ALTER TABLE serial ADD COLUMN pruned REAL NOT NULL DEFAULT 0;
+    CREATE TABLE claim (
+        name TEXT NOT NULL, operation INTEGER NOT NULL REFERENCES operation (id) ON DELETE CASCADE,
+        PRIMARY KEY (name, operation)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX claim_operation ON claim (operation);
+    DELETE FROM stamp WHERE layer NOT IN (SELECT id FROM layer);
+    """,
 )
 
 

@@ -1,0 +1,155 @@
+"""Rows of layers, and the parts of the layer graph that one machine's plans ask about.
+
+A store may have the layers of many machines; what is asked about one of them must not take longer for it. So each
+question here walks indexes from the layers that it is about: down by ``backing``, up by the index of that column.
+"""
+
+import os
+import sqlite3
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import msgspec
+
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.names import LayerId
+from qmpsnap.model.operations.operation import Change
+from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer, based
+from qmpsnap.model.planning.sharing import Name
+from qmpsnap.store.sqlite import queries
+from qmpsnap.store.sqlite.queries import absolute, signed, unsigned
+
+
+class LayerTable:
+    """The layers of one store, with paths as this host has them.
+
+    Args:
+        machines: folder that layer paths of pool ``machines`` are relative to.
+    """
+
+    def __init__(self, machines: Path) -> None:
+        self._machines = machines
+
+    def place(self, path: str) -> tuple[str, str]:
+        """(pool, relative path): layers in the machines' folder move with it, others are this host's."""
+        # As text: a layer's path is the very string in the header above it, and pathlib would tidy it up.
+        inside = path.removeprefix(f"{self._machines}/")
+        return ("machines", inside) if inside != path else (f"host:{os.uname().nodename}", path.removeprefix("/"))
+
+    def path(self, pool: str, path: str) -> str:
+        """The other way round."""
+        return absolute(pool, path, machines=self._machines)
+
+    def read(self, row: sqlite3.Row) -> Layer:
+        """A row of :data:`qmpsnap.store.sqlite.queries.LAYER` as a value."""
+        identity, pool, path, layer_format, backing, size, device, inode, owned, state, birth = row
+        return Layer(
+            id=identity, path=self.path(pool, path), format=layer_format, backing=backing, virtual_size=size,
+            device=unsigned(device), inode=unsigned(inode), owned=bool(owned), state=state, birth=birth,
+        )  # fmt: skip
+
+    def put(self, sql: sqlite3.Connection, layer: Layer) -> None:
+        """Add a layer, or replace the one of that id."""
+        values = (
+            layer.id, *self.place(layer.path), layer.format, layer.backing, layer.virtual_size,
+            signed(layer.device), signed(layer.inode), layer.owned, layer.state, layer.birth,
+        )  # fmt: skip
+        sql.execute(queries.PUT_LAYER, values)
+
+    def at(self, sql: sqlite3.Connection, path: str) -> Layer | None:
+        """The layer recorded for an absolute path."""
+        row = sql.execute(f"SELECT {queries.LAYER} FROM layer WHERE pool = ? AND path = ?", self.place(path)).fetchone()
+        return self.read(row) if row else None
+
+    def of_file(self, sql: sqlite3.Connection, device: int, inode: int) -> list[Layer]:
+        """The layers recorded for a file."""
+        asked = f"SELECT {queries.LAYER} FROM layer WHERE inode = ? AND device = ?"
+        return [self.read(row) for row in sql.execute(asked, (signed(inode), signed(device)))]
+
+    def known(self, sql: sqlite3.Connection, wanted: Iterable[LayerId]) -> dict[LayerId, Layer]:
+        """Those of the layers that are recorded."""
+        asked = f"SELECT {queries.LAYER} FROM layer WHERE {queries.AMONG} ORDER BY rowid"
+        return {row[0]: self.read(row) for row in sql.execute(asked, (_listed(wanted),))}
+
+    def chain(self, sql: sqlite3.Connection, active: LayerId) -> tuple[Layer, ...]:
+        """The layers from an active one down to its base, base first."""
+        known = self.known(sql, self._connected(sql, queries.BELOW, [active]))
+        layers: list[Layer] = []
+        at: LayerId | None = active
+        while at is not None and at in known and len(layers) <= len(known):
+            layers.append(known[at])
+            at = known[at].backing
+        return based(reversed(layers))
+
+    def whole(self, sql: sqlite3.Connection) -> Forest:
+        """Every layer, disk and point."""
+        layers = [self.read(row) for row in sql.execute(f"SELECT {queries.LAYER} FROM layer ORDER BY rowid")]
+        return Forest(
+            {layer.id: layer for layer in layers},
+            tuple(Writer(*row) for row in sql.execute(queries.WRITERS.format("1"))),
+            tuple(Reference(*row) for row in sql.execute(queries.REFERENCES.format("1"))),
+        )
+
+    def around(self, sql: sqlite3.Connection, layers: Iterable[LayerId]) -> Forest:
+        """All that is connected with these, from layer to layer, whichever reads which."""
+        return self._part(sql, self._connected(sql, queries.AROUND, layers))
+
+    def below(self, sql: sqlite3.Connection, layers: Iterable[LayerId]) -> Forest:
+        """These and what they read, with every disk and point there; not what others have above it."""
+        return self._part(sql, self._connected(sql, queries.BELOW, layers))
+
+    def of_machine(self, sql: sqlite3.Connection, machine: str) -> list[LayerId]:
+        """The layers that a machine's disks and snapshots name, and those that lie in its folder."""
+        return [row[0] for row in sql.execute(queries.OWN, (machine, machine, f"{machine}/", f"{machine}0"))]
+
+    def nobodys(self, sql: sqlite3.Connection) -> list[LayerId]:
+        """Layers at chosen places that no machine reads; each layer at such a place is looked at for it."""
+        chosen = "(pool < 'machines' OR pool > 'machines')"  # by the index, unlike <>
+        return [row[0] for row in sql.execute(f"SELECT id FROM layer WHERE {chosen} AND {queries.UNREAD}")]
+
+    def unread(self, sql: sqlite3.Connection, layers: Iterable[LayerId]) -> list[LayerId]:
+        """Those of the layers that are recorded and that no machine reads."""
+        asked = f"SELECT id FROM layer WHERE {queries.AMONG} AND {queries.UNREAD} ORDER BY rowid"
+        return [row[0] for row in sql.execute(asked, (_listed(layers),))]
+
+    def named(self, sql: sqlite3.Connection, names: Collection[Name]) -> set[LayerId]:
+        """The layers known by one of these names: by id, by path, by device and inode."""
+        found = {*self.known(sql, [LayerId(name) for name in names if isinstance(name, str)])}
+        for name in names:
+            if not isinstance(name, str):
+                found |= {layer.id for layer in self.of_file(sql, *name)}
+            elif name.startswith("/") and (layer := self.at(sql, name)):
+                found.add(layer.id)
+        return found
+
+    def unreferenced(self, sql: sqlite3.Connection, layers: Iterable[LayerId]) -> list[Layer]:
+        """Those of the layers that neither a disk, nor a point, nor a layer above needs."""
+        return [self.read(row) for row in sql.execute(f"{queries.UNREFERENCED} ORDER BY rowid", (_listed(layers),))]
+
+    def remove(self, sql: sqlite3.Connection, layers: Iterable[LayerId]) -> None:
+        """Forget layers."""
+        sql.executemany("DELETE FROM layer WHERE id = ?", [(layer,) for layer in layers])
+
+    def is_whole(self, sql: sqlite3.Connection, change: Change) -> bool:
+        """Whether all that a change names is recorded, and nobody needs what it has removed: else COMMIT fails."""
+        layers = [layer.id for layer in change.layers]
+        points = [point.layer for snapshot in change.snapshots for point in snapshot.points]
+        named = {*change.active.values(), *points}
+        lacking = sql.execute(queries.LACKING, (_listed(layers), _listed(named), _listed(change.removed_layers)))
+        return lacking.fetchone() is None
+
+    def _part(self, sql: sqlite3.Connection, layers: Collection[LayerId]) -> Forest:
+        listed = (_listed(layers),)
+        return Forest(
+            self.known(sql, layers),
+            tuple(Writer(*row) for row in sql.execute(queries.WRITERS.format(queries.ACTIVE_AMONG), listed)),
+            tuple(Reference(*row) for row in sql.execute(queries.REFERENCES.format(queries.POINT_AMONG), listed)),
+        )
+
+    def _connected(self, sql: sqlite3.Connection, how: str, layers: Iterable[LayerId]) -> list[LayerId]:
+        return [row[0] for row in sql.execute(how, (_listed(layers),))]
+
+
+def _listed(layers: Iterable[LayerId]) -> str:
+    """Ids as one value of a question."""
+    return msgspec.json.encode([*layers]).decode()
