@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 import pytest
 from anyio import lowlevel
+from msgspec.structs import replace
 
 from qmpsnap.block.image import create, encrypted, header
 from qmpsnap.block.image.create import ImageTool
@@ -112,6 +113,35 @@ async def test_an_overlay_is_exactly_what_was_asked_for(tool: ImageTool, pool: P
     assert header.read(pool / name) == made
     assert [entry.name for entry in pool.iterdir()] == [name]
     assert digest(base.path) == before
+
+
+@pytest.mark.parametrize("size", [512, MIB, (512 << 20) - 512, (512 << 20) + 512, 3 << 40, 64 << 40, 1 << 51])
+async def test_an_overlay_is_what_qemu_img_makes(
+    tool: ImageTool, qemu_img: str, pool: Path, base: Layer, size: int
+) -> None:
+    """To the byte, but for the names of features that it puts into the header, and so where the backing's name is."""
+    below = replace(base, virtual_size=512)
+    os.truncate(base.path, 512)
+    await tool.create_overlay(pool / "ours", backing=below, virtual_size=size)
+    argv = [qemu_img, "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", base.path, "-o", "compat=1.1"]
+    await anyio.run_process([*argv, str(pool / "theirs"), str(size)])
+    ours, theirs = (pool / "ours").read_bytes(), (pool / "theirs").read_bytes()
+    assert ours[64 << 10 :] == theirs[64 << 10 :]
+    # What the header says, but for the place of the name, and the extension with the backing's format.
+    assert ours[:8] + ours[16:128] == theirs[:8] + theirs[16:128]
+    assert header.read(pool / "ours").backing == header.read(pool / "theirs").backing
+    if size <= 64 << 40:
+        await anyio.run_process([qemu_img, "check", "-q", str(pool / "ours")])
+
+
+async def test_an_overlay_that_qemu_could_not_open_is_refused(tool: ImageTool, pool: Path, base: Layer) -> None:
+    with pytest.raises(ImageRefused, match="larger than QEMU can open"):
+        await tool.create_overlay(pool / "a", backing=base, virtual_size=(1 << 51) + 512)
+    assert not list(pool.iterdir())
+
+
+async def test_an_overlay_needs_no_qemu_img(pool: Path, base: Layer) -> None:
+    await ImageTool("/nonexistent/qemu-img").create_overlay(pool / "a", backing=base, virtual_size=MIB)
 
 
 async def test_overlays_stack_and_read_as_their_base(tool: ImageTool, qemu_img: str, pool: Path, base: Layer) -> None:
@@ -251,9 +281,9 @@ async def test_no_plain_overlay_of_an_encrypted_image(
 # --- what fails half-way --------------------------------------------------------------------------------------------
 
 
-async def test_qemu_img_is_missing(pool: Path, base: Layer) -> None:
+async def test_qemu_img_is_missing(pool: Path) -> None:
     with pytest.raises(HostCannot, match="cannot be run") as caught:
-        await ImageTool("/nonexistent/qemu-img").create_overlay(pool / "a", backing=base, virtual_size=MIB)
+        await ImageTool("/nonexistent/qemu-img").create_base(pool / "a", format="qcow2", virtual_size=MIB)
     assert caught.value.exit_code == 9
     assert "qemu-utils" in caught.value.hint
     assert not list(pool.iterdir())

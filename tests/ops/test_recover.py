@@ -270,6 +270,35 @@ async def test_the_beginning_of_an_overlay_goes(context: BenchContext, tool: Ima
     left.check_undone()
 
 
+HEAD, TABLE, BLOCK = 65536, slice(65536, 2 * 65536), slice(2 * 65536, 3 * 65536)
+
+
+@pytest.mark.parametrize("length", [1, HEAD, HEAD + 8, 2 * HEAD + 2, 3 * HEAD])
+@pytest.mark.parametrize("lost", [slice(0), TABLE, BLOCK], ids=["nothing", "table", "block"])
+async def test_an_overlay_without_its_header_goes(
+    context: BenchContext, tool: ImageTool, length: int, lost: slice
+) -> None:
+    """We died before we wrote it, which comes last; or after a power loss parts of the rest are not there either."""
+    left = await broken(context, tool, step="planned")
+    data = bytearray(left.files[0].read_bytes())
+    data[:HEAD], data[lost] = bytes(HEAD), bytes(len(data[lost]))
+    left.files[0].write_bytes(data[:length])
+    await end_open(MachineSession(context, WEB, None))
+    left.check_undone()
+
+
+@pytest.mark.parametrize("place", [40, HEAD, HEAD + 9, 3 * HEAD, 3 * HEAD + 8])
+async def test_what_has_no_header_and_other_bytes_is_not_the_planned_one(
+    context: BenchContext, tool: ImageTool, place: int
+) -> None:
+    left = await broken(context, tool, step="planned")
+    data = bytearray(left.files[0].read_bytes().ljust(place + 1, b"\0"))
+    data[:HEAD] = bytes(HEAD)
+    data[place] = 7
+    left.files[0].write_bytes(data)
+    await _recover_refuses(context, left.files[0])
+
+
 async def test_an_overlay_of_another_image_is_not_the_planned_one(context: BenchContext, tool: ImageTool) -> None:
     planned, other = context.store.chains("web")
     new = replace(planned.active, id=LayerId("vda-9"), path=str(context.home.data / "x"), backing=planned.active.id)

@@ -1,7 +1,7 @@
 """New images and their removal: made exclusively, verified, durable; or nothing left behind.
 
-The file is ours before qemu-img hears of it, and qemu-img is handed its descriptor, never its name: whatever appears
-at that name meanwhile, no other file is written to. What qemu-img made is then judged by our own header reader.
+The file is ours before anything is written, and qemu-img is handed its descriptor, never its name: whatever appears
+at that name meanwhile, no other file is written to. What was made is then judged by our own header reader.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import anyio
 from anyio import lowlevel
 from msgspec import Struct
 
-from qmpsnap.block.image import encrypted, header, qemu_img
+from qmpsnap.block.image import empty, encrypted, header, qemu_img
 from qmpsnap.block.image.backing import require_size
 from qmpsnap.block.image.header import Header, printable
 from qmpsnap.effect import Effect
@@ -54,8 +54,9 @@ class ImageTool(Struct, frozen=True):
     ) -> Header:
         """Make an empty overlay of ``backing`` that QEMU can take over as it is: verified, fsynced, mode 0600.
 
-        Its header names ``backing.path`` byte for byte, so that QEMU never sees an overridden backing. ``key``:
-        descriptor of the key that opens the layer below, and will open this one; None for plain images.
+        Only an encrypted one needs qemu-img. Its header names ``backing.path`` byte for byte, so that QEMU never sees
+        an overridden backing. ``key``: descriptor of the key that opens the layer below, and will open this one; None
+        for plain images.
 
         Raises:
             StateError: something is at ``path`` already, or the key does not open the layer below.
@@ -72,6 +73,8 @@ class ImageTool(Struct, frozen=True):
             await encrypted.require_key(backing.path, key, qemu_img=self.binary)
         arguments = ["-u", "-F", backing.format, "-b", backing.path]
         async with _claimed(place) as claim:
+            if key is None:
+                return await to_end(claim.make_overlay, virtual_size, backing)
             return await self._make_qcow2(claim, arguments, virtual_size, backing, key)
 
     async def create_base(
@@ -200,8 +203,16 @@ class _Claim:
             os.ftruncate(self.descriptor, virtual_size)
             return self._settle(header.inspect(self.descriptor, path=self.path, format="raw"))
 
+    def make_overlay(self, virtual_size: int, backing: Layer) -> Header:
+        """Write an empty overlay; what has no header yet holds nothing, so that comes last."""
+        tables = empty.tables(virtual_size)
+        with self._lock, _translated(self.path):
+            _write(self.descriptor, tables, at=empty.CLUSTER)
+            _write(self.descriptor, empty.header(virtual_size, backing.path, backing.format), at=0)
+        return self.finish_qcow2(virtual_size, backing, encrypted=False)
+
     def finish_qcow2(self, virtual_size: int, backing: Layer | None, encrypted: bool) -> Header:  # noqa: FBT001
-        """Compare what qemu-img made with what was asked, and make it durable."""
+        """Compare what was made with what was asked, and make it durable."""
         with self._lock, _translated(self.path):
             try:
                 made = header.inspect(self.descriptor, path=self.path, format="qcow2")
@@ -242,7 +253,7 @@ class _Claim:
         return made
 
     def _unexpected(self, what: str) -> HostCannot:
-        return HostCannot(f"qemu-img did not create {printable(self.path)} as requested: {what}; it was removed")
+        return HostCannot(f"{printable(self.path)} was not created as requested: {what}; it was removed")
 
 
 @asynccontextmanager
@@ -274,6 +285,12 @@ def _discard(claim: _Claim) -> str:
     except OSError as error:
         return str(error.strerror)
     return ""
+
+
+def _write(descriptor: int, data: bytes, *, at: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, at)
+        data, at = data[written:], at + written
 
 
 def _one_line(stderr: bytes) -> str:

@@ -21,24 +21,24 @@ MAX_BACKING: Final = 1023
 
 _BASE: Final = struct.Struct(">4sIQIIQIIQQIIQ")  # bytes 0 to 71: all of version 2
 _MORE: Final = struct.Struct(">QQQII")  # bytes 72 to 103: what version 3 adds
-_EXTENSION: Final = struct.Struct(">II")
+EXTENSION: Final = struct.Struct(">II")
 _FEATURE: Final = struct.Struct(">BB46s")
 
 _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
 _KNOWN: Final = _DIRTY | _CORRUPT | _DATA_FILE | _COMPRESSION | _EXTENDED_L2
 
-_EXT_BACKING_FORMAT: Final = 0xE2792ACA
+EXT_BACKING_FORMAT: Final = 0xE2792ACA
 _EXT_FEATURE_NAMES: Final = 0x6803F857
 _EXT_CRYPTO: Final = 0x0537BE77
 _EXT_DATA_FILE: Final = 0x44415441
 
 _SECTOR: Final = 512
 _MAX_VIRTUAL_SIZE: Final = 1 << 63
-_MAX_L1: Final = 32 << 20  # bytes, QCOW_MAX_L1_SIZE
+MAX_L1: Final = 32 << 20  # bytes, QCOWMAX_L1_SIZE
 _MAX_REFCOUNT_TABLE: Final = 8 << 20  # bytes, QCOW_MAX_REFTABLE_SIZE
 _MAX_SNAPSHOTS: Final = 65536  # QCOW_MAX_SNAPSHOTS
 _SNAPSHOT_ENTRY: Final = 40  # bytes, the least an entry of the snapshot table takes
-_MAX_EXTENSIONS: Final = 256  # QEMU writes four; without a limit a header may hold a quarter of a million empty ones
+_MAXEXTENSIONS: Final = 256  # QEMU writes four; without a limit a header may hold a quarter of a million empty ones
 _MAX_FORMAT_NAME: Final = 15
 _MIN_CLUSTER_BITS, _MAX_CLUSTER_BITS = 9, 21
 _MIN_CLUSTER_BITS_EXTENDED_L2: Final = 14
@@ -169,7 +169,7 @@ def _parse(data: bytes, file_size: int) -> Header:
         virtual_size=fields.size // _SECTOR * _SECTOR,  # QEMU drops a broken last sector
         cluster_size=cluster,
         backing=backing,
-        backing_format=_backing_format(extensions.get(_EXT_BACKING_FORMAT)) if backing else None,
+        backing_format=_backing_format(extensions.get(EXT_BACKING_FORMAT)) if backing else None,
         encrypted=bool(fields.crypt_method),
         internal_snapshots=fields.snapshots,
         dirty=bool(features & _DIRTY),
@@ -207,15 +207,15 @@ def _extensions(data: bytes, start: int, end: int) -> dict[int, bytes]:
     """The header extensions between the header and the backing name (or the end of the first cluster)."""
     found: dict[int, bytes] = {}
     offset = start
-    for _ in range(_MAX_EXTENSIONS):
+    for _ in range(_MAXEXTENSIONS):
         if offset >= end:
             return found
-        if offset + _EXTENSION.size > end:
+        if offset + EXTENSION.size > end:
             break
-        kind, length = _EXTENSION.unpack_from(data, offset)
+        kind, length = EXTENSION.unpack_from(data, offset)
         if kind == 0:
             return found
-        offset += _EXTENSION.size
+        offset += EXTENSION.size
         if length > end - offset:
             raise _Fault(f"header extension {kind:#010x} reaches past the end of the header")
         if kind in found:
@@ -285,7 +285,7 @@ def _check_tables(fields: _Fields, cluster: int, file_size: int) -> None:
         _check_table("snapshot table", place, length, limit=limit, cluster=cluster, end=file_size)
     if fields.l1_size:
         place, length = fields.l1_offset, fields.l1_size * 8
-        _check_table("L1 table", place, length, limit=_MAX_L1, cluster=cluster, end=file_size)
+        _check_table("L1 table", place, length, limit=MAX_L1, cluster=cluster, end=file_size)
 
 
 def _check_size(fields: _Fields, per_entry: int) -> None:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from qmpsnap.block.image import header
 from qmpsnap.block.image import staged as place
 from qmpsnap.block.image.create import remove
+from qmpsnap.block.image.empty import is_beginning
 from qmpsnap.block.image.header import printable
 from qmpsnap.block.image.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
@@ -154,6 +155,8 @@ def _is_new(layer: Layer, below: str | None, *, file_size: int) -> bool:
         return file_size == layer.virtual_size and _all_zero(layer.path, file_size)
     with Path(layer.path).open("rb") as file:
         head = file.read(32)
+        if not head.strip(b"\0") and file_size <= EMPTY_LIMIT:
+            return is_beginning(head + file.read(), layer.virtual_size)
     if head.startswith(MAGIC) and not head[24:].strip(b"\0"):
         return True  # a disk of no bytes: qemu-img died before it gave the image its size
     try:
