@@ -38,7 +38,7 @@ MAX_L1: Final = 32 << 20  # bytes, QCOWMAX_L1_SIZE
 _MAX_REFCOUNT_TABLE: Final = 8 << 20  # bytes, QCOW_MAX_REFTABLE_SIZE
 _MAX_SNAPSHOTS: Final = 65536  # QCOW_MAX_SNAPSHOTS
 _SNAPSHOT_ENTRY: Final = 40  # bytes, the least an entry of the snapshot table takes
-_MAXEXTENSIONS: Final = 256  # QEMU writes four; without a limit a header may hold a quarter of a million empty ones
+_MAX_EXTENSIONS: Final = 256  # QEMU writes four; without a limit a header may hold a quarter of a million empty ones
 _MAX_FORMAT_NAME: Final = 15
 _MIN_CLUSTER_BITS, _MAX_CLUSTER_BITS = 9, 21
 _MIN_CLUSTER_BITS_EXTENDED_L2: Final = 14
@@ -207,7 +207,7 @@ def _extensions(data: bytes, start: int, end: int) -> dict[int, bytes]:
     """The header extensions between the header and the backing name (or the end of the first cluster)."""
     found: dict[int, bytes] = {}
     offset = start
-    for _ in range(_MAXEXTENSIONS):
+    for _ in range(_MAX_EXTENSIONS):
         if offset >= end:
             return found
         if offset + EXTENSION.size > end:
