@@ -128,7 +128,9 @@ def moves(hit: Hit, words: list[str]) -> Answer:
         path.rename(away)
         moved = True
     answer = command.wait()
-    if moved and not path.exists():
+    if moved and not path.parent.exists():  # the machine was undefined, and its folder was removed
+        away.unlink()
+    elif moved and not path.exists():
         away.rename(path)
         there = hit.known.name in births.names()
         if str(path) not in paths(hit) and not (there and looks.open_operations(hit.known.name)):
