@@ -1,5 +1,6 @@
 """Merges that are cancelled, and jobs that a dead controller has left at work; what dies where is in tests/faults."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -68,6 +69,28 @@ async def test_a_cancelled_scope_leaves_the_chain_as_before(q: qmpsnap.Controlle
     assert scope.cancelled_caught
     assert (await vm.chains())[0].ids == chain
     await _holds(vm, hashes, now)
+
+
+@pytest.mark.usefixtures("slow_jobs")
+async def test_what_a_cancelled_commit_wrote_is_durable_before_it_is_recorded(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, _, _ = await grown_and_stopped(q)
+    await vm.start(paused=True)
+    base = (await vm.chains())[0].layers[-2]
+    synced: set[int] = set()
+    sync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    with anyio.CancelScope() as scope:
+        await vm.commit("vda", base="s2", consume=True, report=lambda _: scope.cancel())
+    assert scope.cancelled_caught
+    await vm.recover()
+    assert Path(base.layer.path).stat().st_ino in synced
 
 
 async def test_a_job_at_work_is_told_waited_for_and_cancelled(q: qmpsnap.Controller, home: Path) -> None:

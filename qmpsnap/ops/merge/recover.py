@@ -3,6 +3,7 @@
 from msgspec.structs import replace
 
 from qmpsnap.block.image.backing import durable_size
+from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
@@ -41,7 +42,7 @@ async def end(broken: Broken[MergePlan], qemu: Monitor | None) -> Direction:
             refused = phase == steps.STARTED and await _never_began(broken, job, monitor)
             took, broken = await end_job(broken, job, monitor, phase=phase, running=was_running)
         if not took:
-            await _keep_size(job)
+            await _keep_written(job)
             # A commit that may have written has overwritten what its snapshots held: they stay marked.
             overwritten = any(isinstance(other, Merge) and other.kind == "commit" for other in plan.steps)
             return await _undo(broken, plan, opening=refused or not overwritten)
@@ -72,13 +73,21 @@ async def _never_began(broken: Broken, job: MergeJob, monitor: Monitor | None) -
     return bool(state) and broken.operation.step in marks
 
 
-async def _keep_size(job: MergeJob) -> None:
-    """Record the size of a base that a commit has lengthened, which QEMU does first: nothing shortens it again.
+async def _keep_written(job: MergeJob) -> None:
+    """Make durable what a job that has no effect wrote, before its layer is compared with what it is now.
 
-    Readers through the layers above read the same as before: zeros beyond the former end.
+    A base that a commit has lengthened, which QEMU does first, is recorded as such: nothing shortens it again. Readers
+    through the layers above read the same as before: zeros beyond the former end.
     """
     into, size = job.step.into, max(job.step.into.virtual_size, job.step.top.virtual_size)
-    if job.step.kind == "commit" and size > into.virtual_size and await to_end(durable_size, into) == size:
+    lengthened = job.step.kind == "commit" and size > into.virtual_size
+    try:
+        found = await to_end(durable_size, into)
+    except (HostCannot, StoreMismatch):
+        if lengthened:
+            raise
+        return  # `check` tells what is wrong with it
+    if lengthened and found == size:
         change = Change(layers=(replace(into, virtual_size=size),))
         await job.context.astore.apply(job.machine.name, change)
 
