@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         MergePlan,
         MirrorPlan,
         Operation,
+        ResizePlan,
     )
     from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
@@ -72,6 +73,7 @@ __all__ = [
     "Preview",
     "Process",
     "QmpsnapError",
+    "ResizePlan",
     "Reverted",
     "Snapshot",
     "SnapshotOptions",
@@ -97,6 +99,7 @@ _FROM = {
         "MergePlan",
         "MirrorPlan",
         "Operation",
+        "ResizePlan",
     ),
     "qmpsnap.model.layers.snapshot": ("Snapshot",),
     "qmpsnap.model.machines.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),

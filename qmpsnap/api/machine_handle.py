@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import Format
-    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
+    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, ResizePlan
     from qmpsnap.ops import save, stack
     from qmpsnap.ops.internal import create as internal
+    from qmpsnap.ops.lifecycle import resize
     from qmpsnap.ops.merge import commit
     from qmpsnap.ops.mirror import mirror
     from qmpsnap.ops.mirror.mirror import Mode
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from qmpsnap.qmp.jobs import Report
 else:
     save, stack = Later("ops.save"), Later("ops.stack")
-    internal = Later("ops.internal.create")
+    internal, resize = Later("ops.internal.create"), Later("ops.lifecycle.resize")
     commit, mirror = Later("ops.merge.commit"), Later("ops.mirror.mirror")
     revert, revert_plan = Later("ops.revert.revert"), Later("ops.revert.plan")
     create, delete, rename = Later("ops.snapshot.create"), Later("ops.snapshot.delete"), Later("ops.snapshot.rename")
@@ -357,6 +358,28 @@ class MachineHandle(MachineLife):
             write_blocking=write_blocking,
         )
         return await mirror.run(self._context, self.name, requests.well_typed(request), report=report)
+
+    async def resize(self, disk: str, size: int | str) -> ResizePlan:
+        """Let the guest see more bytes of a disk: of its active layer, as the layers below keep their size.
+
+        A guest that runs is told (QAPI ``block_resize``); its partitions and file systems are its own to grow. A revert
+        to an earlier snapshot brings the size of that time back.
+
+        Args:
+            disk: its name.
+            size: bytes, or a text such as ``20G``, or ``+5G`` for so much more; a multiple of 512 bytes.
+
+        Raises:
+            UsageError: that is no size.
+            NotFoundError: the machine has no such disk.
+            StateError: the disk has that size or a larger one, is read-only, or a job works on it.
+            QmpError: QEMU refuses; the size is as before.
+        """
+        return await resize.run(self._context, self.name, resize.requested(disk, size))
+
+    async def preview_resize(self, disk: str, size: int | str) -> ResizePlan:
+        """What :meth:`resize` would do now, without doing it."""
+        return (await resize.preview(self._context, self.name, resize.requested(disk, size)))[0]
 
     async def delete_snapshots(
         self, *names: str, children: bool = False, metadata: bool = False, report: Report = unreported

@@ -293,6 +293,11 @@ async def blockdev_del(monitor: Monitor, node: NodeName) -> None:
     await monitor.execute("blockdev-del", {"node-name": node})
 
 
+def block_resize(node: NodeName, size: int) -> tuple[str, dict[str, Any]]:
+    """``block_resize`` and its arguments: the guest sees ``size`` bytes of the image from then on, and is told."""
+    return "block_resize", {"node-name": node, "size": size}
+
+
 def snapshot_transaction(pairs: Sequence[tuple[NodeName, NodeName]]) -> dict[str, Any]:
     """Arguments of the ``transaction`` that puts the overlay of each (node, overlay) on that node: all or none."""
     return {

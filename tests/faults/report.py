@@ -17,6 +17,7 @@ COLUMNS = (
     "stream",
     "delete",
     "mirror",
+    "resize",
     "undefine",
     "others",
 )

@@ -305,6 +305,27 @@ def _named(name: str, forms: dict[str, Scenario]) -> dict[str, Scenario]:
     return {f"{name}, {start}": scenario for start, scenario in forms.items()}
 
 
+def _resized(start: Start, disk: str) -> Scenario:
+    async def resize(vm: qmpsnap.MachineHandle, _: Path) -> object:
+        return await vm.resize(disk, "+1M")
+
+    async def is_larger(vm: qmpsnap.MachineHandle, _: Path) -> bool:
+        layers = next(chain.layers for chain in await vm.chains(disk))
+        return layers[-1].layer.virtual_size > layers[0].layer.virtual_size
+
+    return Scenario(
+        column="resize",
+        verb="resize",
+        act=resize,
+        spec=TWO,
+        start=start,
+        idle=_WORKER if start == "stopped" else frozenset(),
+        happened=is_larger,
+        again=True,
+        forward=((steps.SETTLED, "before"), (steps.SETTLED, "before")),
+    )
+
+
 SCENARIOS: dict[str, Scenario] = {
     "create, paused": Scenario(
         column="create",
@@ -494,6 +515,8 @@ SCENARIOS: dict[str, Scenario] = {
     **_named("mirror, pivot", _mirror(_pivot)),
     **_named("mirror, finish", _mirror(_finish)),
     **_running("mirror, pivot", _mirror(_pivot)),
+    "resize, running": _resized("running", "vda"),
+    "resize, stopped": _resized("stopped", "vdb"),
     "mirror, shallow pivot": Scenario(
         column="mirror",
         verb="mirror",

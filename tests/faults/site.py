@@ -115,13 +115,14 @@ async def disk_hashes(vm: qmpsnap.MachineHandle) -> dict[str, str]:
 
 
 async def _hash(vm: qmpsnap.MachineHandle, layer: Layer, *, tag: str | None = None) -> str:
+    """Of what it reads as up to its last byte that is not zero: a disk that has grown reads as it did."""
     context = context_of(vm)
     copy = context.home.data / "copy"
     inside = ["-l", f"snapshot.name={tag}"] if tag else []
     argv = [context.image.binary, "convert", "-U", "-f", layer.format, *inside, "-O", "raw", layer.path, str(copy)]
     try:
         await to_thread.run_sync(lambda: subprocess.run(argv, check=True, capture_output=True))
-        return hashlib.sha256(copy.read_bytes()).hexdigest()
+        return hashlib.sha256(copy.read_bytes().rstrip(b"\0")).hexdigest()
     finally:
         copy.unlink(missing_ok=True)
 

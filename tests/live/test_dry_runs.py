@@ -110,6 +110,13 @@ def test_a_machine_s_life(home: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert popped["deleted"] == ["yours"]
     assert {str(path) for path in before - set(folder.iterdir())} <= set(popped["removed"])
 
+    resized = dry(capsys, home, "resize still vda +1M")
+    assert resized["qmp"] == [
+        {"execute": "block_resize", "arguments": {"node-name": resized["layer"], "size": 2 << 20}}
+    ]
+    assert told(capsys, "resize still vda 2M -o json")["size"] == resized["size"] == 2 << 20
+    assert main(["resize", "still", "vda", "1M", "--dry-run"]) == 4
+
     told(capsys, "snapshot create still other")
     for fate, verb in (("--keep-disks", "kept"), ("--remove-disks", "removed")):
         would = dry(capsys, home, f"undefine still {fate}")

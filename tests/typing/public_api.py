@@ -12,7 +12,15 @@ from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSp
 from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.record import Machine, Process
-from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan, MergePlan, MirrorPlan, Operation
+from qmpsnap.model.operations.operation import (
+    CreatePlan,
+    DefinePlan,
+    InternalPlan,
+    MergePlan,
+    MirrorPlan,
+    Operation,
+    ResizePlan,
+)
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 from qmpsnap.ops.lifecycle.dry_run import Forgotten
@@ -94,6 +102,8 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.wait(), list[Operation])
     assert_type(await vm.cancel(), list[Operation])
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
+    assert_type(await vm.resize("vda", "+1G"), ResizePlan)
+    assert_type(await vm.preview_resize("vda", 1 << 30), ResizePlan)
     assert_type(await vm.push("before", description="text"), Snapshot)
     assert_type(await vm.pop(discard=True), Reverted)
     await vm.revert("before", state="asleep")  # type: ignore[arg-type]

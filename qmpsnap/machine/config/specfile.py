@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,12 +19,11 @@ from qmpsnap.errors import SpecError
 from qmpsnap.machine.config.document import Document, compose, load, of_program, shorten
 from qmpsnap.machine.config.shapes import MIB, DiskShape, ForwardShape, MachineShape, NicShape
 from qmpsnap.model.machines.spec import MachineSpec
+from qmpsnap.model.sizes import UNITS, in_bytes
 
 GUEST: Final = "@guest/"
 """A path that begins so lies in the small guest's folder."""
 
-_SIZE: Final = re.compile(r"(-?[0-9]{1,20}(?:\.[0-9]{1,20})?) ?(?:([kKmMgGtTpP])(?:iB)?|(B))?")
-_UNITS: Final = {unit: 1 << (10 * (1 + power)) for power, unit in enumerate("kmgtp")}
 _FLAGS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _FORWARD: Final = re.compile(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?")
 _PATHS: Final = ("kernel", "initrd", "image", "base", "secret-file")
@@ -33,8 +31,8 @@ _HINTS: Final = {
     "name": "as in 'name: web' for a machine, 'name: vda' for a disk",
     "host": "as in '{host: 2222, guest: 22}'",
     "guest": "as in '{host: 2222, guest: 22}'",
-    "size": "units are K, M, G, T and P, powers of 1024",
-    "memory": "units are K, M, G, T and P, powers of 1024",
+    "size": UNITS,
+    "memory": UNITS,
     "format": "an image of another format: qemu-img convert -O qcow2 IMAGE NEW, then name NEW here",
 }
 """What to do where a key is missing, or its value wrong."""
@@ -140,13 +138,8 @@ def _word(text: str, path: str, kind: Any) -> Any:
 
 def _bytes(value: Any, plain: int) -> Any:
     """A size in bytes; ``plain`` is what a number without a unit counts. What is none stays, to be refused."""
-    found = _SIZE.fullmatch(str(value)) if type(value) in (int, str) else None
-    if not found:
-        return value
-    number, unit, one = found.groups()
-    # QEMU would round an odd size up without a word; a spec says exactly what it gets.
-    exact = Fraction(number) * (_UNITS[unit.lower()] if unit else 1 if one else plain)
-    return int(exact) if exact.denominator == 1 else value
+    found = in_bytes(str(value), plain=plain) if type(value) in (int, str) else None
+    return value if found is None else found
 
 
 def _file_path(document: Document, path: str, text: str, folder: Path, guest_dir: Path) -> str:

@@ -355,7 +355,27 @@ class UndefinePlan(Struct, frozen=True, kw_only=True, tag="undefine"):
     sizes: dict[LayerId, int]
 
 
-Plan = DefinePlan | CreatePlan | InternalPlan | LoadPlan | MergePlan | RevertPlan | MirrorPlan | UndefinePlan
+class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):
+    """Give a disk's active layer more bytes; the layers below keep theirs.
+
+    Attributes:
+        layer: the active layer as it is.
+        size: bytes that the guest sees afterwards.
+        live: a QEMU runs; it does it and tells the guest. Else a helper QEMU that runs no guest.
+        change: what becomes true.
+    """
+
+    machine: str
+    disk: str
+    layer: Layer
+    size: int
+    live: bool
+    change: Change
+
+
+Plan = (
+    DefinePlan | CreatePlan | InternalPlan | LoadPlan | MergePlan | RevertPlan | MirrorPlan | UndefinePlan | ResizePlan
+)
 
 
 def verb_of(plan: Plan) -> str:

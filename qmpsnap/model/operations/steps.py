@@ -29,6 +29,8 @@ LOADED: Final = "loaded"
 STOPPING: Final = "stopping"
 SWITCHED: Final = "switched"
 STARTING: Final = "starting"
+# resize
+RESIZING: Final = "resizing"
 # phases of a block job
 MADE: Final = "made"
 FINALIZING: Final = "finalizing"
@@ -104,6 +106,11 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
         Step("finalizing:FILE", "both sides are equal, the vCPUs may be paused: roll forward"),
         Step("settled:FILE", "the change is recorded: dismiss the job, close nodes, remove files"),
         Step(SETTLED, "nothing is left to do"),
+    ),
+    "resize": (
+        Step(PLANNED, "the image is untouched: roll back"),
+        Step(RESIZING, "the image may have its new size: roll forward if its header has it, otherwise roll back"),
+        Step(SETTLED, "the new size is recorded"),
     ),
     "revert": (
         Step(PLANNED, "new layers may exist; the guest is untouched: roll back"),

@@ -22,6 +22,7 @@ from qmpsnap.model.operations.operation import (
     MirrorPlan,
     Operation,
     Plan,
+    ResizePlan,
     RevertPlan,
     UndefinePlan,
 )
@@ -106,7 +107,7 @@ def names(plan: Plan, forest: Forest) -> frozenset[Name]:
     return of.reads | of.changes | {*needed(plan)}
 
 
-def _changes(plan: Plan) -> frozenset[Name]:
+def _changes(plan: Plan) -> frozenset[Name]:  # noqa: PLR0911 - one for each kind of plan
     match plan:
         case CreatePlan():
             return names_of(overlay.layer for overlay in plan.overlays)
@@ -127,6 +128,8 @@ def _changes(plan: Plan) -> frozenset[Name]:
             return names_of([plan.target, *plan.removed]) | {*plan.change.removed_layers}
         case UndefinePlan():
             return names_of(plan.layers)
+        case ResizePlan():
+            return names_of([plan.layer])
         case _:
             return frozenset()  # tags inside active layers, which only their own machine reads
 

@@ -26,6 +26,7 @@ from qmpsnap.model.operations.operation import (
     Operation,
     OperationState,
     Plan,
+    ResizePlan,
     RevertPlan,
     UndefinePlan,
 )
@@ -48,6 +49,7 @@ ENDINGS: Final[Mapping[type[Plan], str]] = {
     LoadPlan: "qmpsnap.ops.internal.recover:end_load",
     MergePlan: "qmpsnap.ops.merge.recover:end",
     MirrorPlan: "qmpsnap.ops.mirror.recover:end",
+    ResizePlan: "qmpsnap.ops.lifecycle.resize:end",
     RevertPlan: "qmpsnap.ops.revert.recover:end",
     UndefinePlan: "qmpsnap.ops.lifecycle.recover:end_undefine",
 }

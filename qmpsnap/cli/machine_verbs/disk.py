@@ -1,0 +1,62 @@
+"""Disks of a machine: ``resize``."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, operating
+
+if TYPE_CHECKING:
+    from qmpsnap.model.operations.operation import ResizePlan
+
+
+def register(parsers: Parsers) -> None:
+    """Add the command and the name virsh has for it."""
+    for name in ("resize", "blockresize"):
+        help_ = "give a disk more bytes, also while the guest runs"
+        command = add_for_vm(parsers, name, _resize, help=help_ if name == "resize" else f"the same as resize: {help_}")
+        command.add_argument("disk", metavar="DISK", help="the disk")
+        command.add_argument("size", metavar="SIZE", help="new size, as 20G, or +5G for so much more")
+        command.add_argument("--dry-run", action="store_true", help="only print the QMP command")
+        add_format(command)
+
+
+def _resize(arguments: argparse.Namespace) -> None:
+    from qmpsnap.ops.lifecycle import resize
+
+    request = resize.requested(arguments.disk, arguments.size)
+    if arguments.dry_run:
+        plan, (command, given) = operating(lambda context: resize.preview(context, arguments.machine, request))
+        document = describe(plan) | {"qmp": [{"execute": command, "arguments": given}]}
+        lines = [f"would {text(document)}; nothing was changed", *(f"  {json.dumps(each)}" for each in document["qmp"])]
+    else:
+        plan = operating(lambda context: resize.run(context, arguments.machine, request))
+        document = describe(plan)
+        lines = [f"resized disk {plan.disk} to {output.size(plan.size)}"]
+    output.emit(
+        arguments.output,
+        document=document,
+        names=[plan.layer.id],
+        table=lambda: "\n".join(lines),
+        done="" if arguments.dry_run else f"done: {text(document)}",
+    )
+
+
+def describe(plan: "ResizePlan") -> dict[str, Any]:
+    """The JSON of a resize, as docs/reference/json.md describes it."""
+    return {
+        "machine": plan.machine,
+        "disk": plan.disk,
+        "layer": plan.layer.id,
+        "path": plan.layer.path,
+        "size_before": plan.layer.virtual_size,
+        "size": plan.size,
+        "live": plan.live,
+    }
+
+
+def text(document: dict[str, Any]) -> str:
+    """One sentence about a resize."""
+    sizes = f"from {output.size(document['size_before'])} to {output.size(document['size'])}"
+    return f"resize disk {document['disk']} {sizes} (layer {document['layer']})"
