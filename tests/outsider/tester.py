@@ -165,7 +165,7 @@ class Tester:
         self.figures.refused[verb] += answer.code == 4
         if wrong := answer.wrong():
             raise Violation(wrong)
-        if hit.codes is not None and answer.code not in hit.codes:
+        if hit.codes is not None and answer.code not in hit.codes and not self._has_leaks_alone(answer):
             raise Violation(f"exit {answer.code} of {' '.join(answer.words)}: {answer.err[-600:]}{answer.out[-600:]}")
         came = outcome(answer)
         if act.newborn or act.gone:
@@ -178,6 +178,13 @@ class Tester:
         if hit.everybody:
             self._resume()
         self._judge(known, act.expect, came if hit.trusted else "open", ran=hit.codes is None)
+
+    def _has_leaks_alone(self, answer: Answer) -> bool:
+        """A deep check that tells of lost space alone, once a QEMU was killed in this run: that may leave some."""
+        kills = sum(self.figures.faults[fault] for fault in ("kill QEMU", "kill both", "kill all, no run folder"))
+        if "--deep" not in answer.words or answer.code != 7 or not kills:
+            return False
+        return {found["code"] for found in answer.json()["machines"][0]["findings"]} == {"image-leaks"}
 
     def _came_or_went(self, act: Act, hit: Hit, came: str, *, told: str) -> None:
         """A machine that was defined or undefined is there, or not at all, but for files that it has ``told`` of."""
