@@ -65,14 +65,14 @@ class MachineHandle(MachineLife):
         """Take a snapshot, all disks at one instant; a ``full`` one with the guest's memory of that same instant.
 
         An ``internal`` one is stored inside the qcow2 images, with its memory; the guest is paused while that is
-        written.
+        written. Of a ``volume`` one the storage keeps the disks (a reflink on xfs or btrfs), and no chain grows.
 
         The guest does not notice a snapshot of its disks. For its memory it is paused for milliseconds, or for the
         whole save if the host supports nothing better.
 
         Args:
             name: its name; None takes the next free ``snap-N``.
-            kind: ``disk``, ``full`` or ``internal``.
+            kind: ``disk``, ``full``, ``internal`` or ``volume``.
             report: told how much of the memory is written.
             options: any of these.
 
@@ -86,13 +86,14 @@ class MachineHandle(MachineLife):
                 - ``quiesce``: ``require``: of frozen file systems or not at all; ``prefer``: if the guest's agent can
                   freeze them, and the snapshot's ``unquiesced`` says why it could not; ``skip`` (the default).
                 - ``freeze_window``: seconds they may be frozen, 5 by default.
+                - ``volume``: with ``full``: leave the disks to their storage. ``mixed``: where it can, else as usual.
 
         Raises:
             NameTaken: there is a snapshot of that name.
-            UsageError: an option that the kind does not heed, or a file for a disk that gets no new layer, or at a
-                place that cannot be chosen.
-            StateError: a disk is read-only or busy with a job, something is at the path of a file, or the memory cannot
-                be saved as asked.
+            UsageError: an option that the kind does not heed, or a file for a disk without a new layer or at no place.
+            StateError: a disk is read-only, busy with a job, or its storage has no snapshots; a file is there already;
+                or the memory cannot be saved as asked.
+            OperationPending: a ``volume`` snapshot is taken, but an overlay is not committed back yet.
             StoreMismatch: QEMU's chains are not the store's.
             HostCannot: no space for the memory; the guest runs on, and there is no trace of the attempt.
             QemuGone, DeadlinePassed, QmpError: with ``require``, the guest's agent is not there, silent or refuses.
@@ -107,7 +108,7 @@ class MachineHandle(MachineLife):
         self,
         name: str | None = None,
         *,
-        kind: Literal["disk", "full"] = "disk",
+        kind: Literal["disk", "full", "volume"] = "disk",
         **options: Unpack[SnapshotOptions],
     ) -> tuple[Machine, CreatePlan]: ...
 

@@ -15,6 +15,7 @@ from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.session.session import working
+from qmpsnap.ops.snapshot import fold
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import unreported
 
@@ -252,7 +253,8 @@ class MachineLife:
         """
         store = self._context.store
         pending = await blocking(lambda: store.operations(self.name, only_open=True))
-        async with working(self._context, self.name, "recover", alone=False):
+        async with working(self._context, self.name, "recover", alone=False) as session:
+            await fold.run(session)
             with contextlib.suppress(QmpsnapError):  # what was open has ended all the same, and `check` says so
                 await blocking(store.records.keep, self.name)  # an undefine that failed may have removed it
             return list(pending)

@@ -52,6 +52,7 @@ def print_plan(form: "output.Format", machine: "Machine", plan: "CreatePlan") ->
     name = plan.change.snapshots[0].name if plan.change.snapshots else None
     what = f"take snapshot {name} of" if name else "add layers to"
     files = [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
+    volumes = [{"disk": copy.disk, "create": copy.layer.path, "of": copy.source.path} for copy in plan.volumes]
     commands = [
         {"execute": command, "arguments": machine.sent(arguments)} for command, arguments in qmp_commands(plan, machine)
     ]
@@ -62,12 +63,14 @@ def print_plan(form: "output.Format", machine: "Machine", plan: "CreatePlan") ->
     def text() -> str:
         lines = [f"would {what} machine {plan.machine}; nothing was changed", "files:"]
         lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
+        lines += [f"  snapshot {output.printable(v['create'])} of {output.printable(v['of'])}" for v in volumes]
         if memory:
             lines += [f"  create {output.printable(memory['path'])} with the memory ({memory['mode']})"]
             lines += [f"  the guest would be paused for the whole save: {memory['why']}"] if memory["why"] else []
         lines += _freeze(plan)
         lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
         lines += [f"  {json.dumps(command)}" for command in commands]
+        lines += ["then the new layers would be committed back"] if volumes and files else []
         return "\n".join([*lines, "bytes to move: 0"])
 
     output.emit(
@@ -76,6 +79,7 @@ def print_plan(form: "output.Format", machine: "Machine", plan: "CreatePlan") ->
             "machine": plan.machine,
             "snapshot": name,
             "files": files,
+            "volumes": volumes,
             "qmp": commands,
             "memory": memory,
             "quiesce": plan.quiesce,

@@ -37,10 +37,10 @@ class _Calls(Struct, frozen=True):
 _CALLS: Final = {
     "x86_64": _Calls(
         by_descriptor={
-            0: "read", 1: "write", 3: "close", 5: "fstat", 8: "lseek", 17: "pread", 18: "pwrite", 40: "sendfile",
-            72: "fcntl", 73: "flock", 74: "fsync", 75: "fdatasync", 77: "ftruncate", 78: "getdents", 81: "fchdir",
-            91: "fchmod", 93: "fchown", 138: "fstatfs", 162: "sync", 217: "getdents", 285: "fallocate", 306: "syncfs",
-            326: "copy_file_range",
+            0: "read", 1: "write", 3: "close", 5: "fstat", 8: "lseek", 16: "ioctl", 17: "pread", 18: "pwrite",
+            40: "sendfile", 72: "fcntl", 73: "flock", 74: "fsync", 75: "fdatasync", 77: "ftruncate", 78: "getdents",
+            81: "fchdir", 91: "fchmod", 93: "fchown", 138: "fstatfs", 162: "sync", 217: "getdents", 285: "fallocate",
+            306: "syncfs", 326: "copy_file_range",
         },
         by_path={
             2: "open", 4: "stat", 6: "lstat", 21: "access", 76: "truncate", 80: "chdir", 82: "rename", 83: "mkdir",
@@ -54,9 +54,9 @@ _CALLS: Final = {
     ),
     "aarch64": _Calls(
         by_descriptor={
-            25: "fcntl", 32: "flock", 44: "fstatfs", 46: "ftruncate", 47: "fallocate", 50: "fchdir", 52: "fchmod",
-            55: "fchown", 57: "close", 61: "getdents", 62: "lseek", 63: "read", 64: "write", 67: "pread", 68: "pwrite",
-            71: "sendfile", 80: "fstat", 81: "sync", 82: "fsync", 83: "fdatasync", 267: "syncfs",
+            25: "fcntl", 29: "ioctl", 32: "flock", 44: "fstatfs", 46: "ftruncate", 47: "fallocate", 50: "fchdir",
+            52: "fchmod", 55: "fchown", 57: "close", 61: "getdents", 62: "lseek", 63: "read", 64: "write", 67: "pread",
+            68: "pwrite", 71: "sendfile", 80: "fstat", 81: "sync", 82: "fsync", 83: "fdatasync", 267: "syncfs",
             285: "copy_file_range",
         },
         by_path={43: "statfs", 45: "truncate", 49: "chdir"},

@@ -1,4 +1,4 @@
-"""What a storage driver has to do: six verbs, which take and return values.
+"""What a storage driver has to do: six verbs, which take and return values, and a rule for names.
 
 Common to all verbs, and what every driver is tested for:
 
@@ -99,6 +99,9 @@ class Driver(Protocol):
     @property
     def name(self) -> DriverName:
         """As messages and documents have it."""
+
+    def where(self, near: Volume, name: VolumeName) -> str:
+        """The path that a snapshot or clone of ``near`` will have; pure, so that a plan can tell it."""
 
     async def probe(self, origin: Volume | None) -> Ability:
         """Whether the origin can be snapshotted; without one, whether this host has what the driver needs.

@@ -14,7 +14,7 @@ from qmpsnap.model.names import SERIAL, OperationId
 Role = Literal["snapshot", "clone"]
 """``snapshot``: keeps what its origin held, and nobody writes to it. ``clone``: a guest will write to it."""
 
-_PREFIX: Final[dict[Role, str]] = {"snapshot": "qs", "clone": "qc"}
+PREFIX: Final[dict[Role, str]] = {"snapshot": "qs", "clone": "qc"}
 _NAME: Final = re.compile(rf"(qs|qc)-([0-9a-f]{{32}})-({SERIAL})-([a-z][a-z0-9]{{0,15}})\Z")
 
 
@@ -32,7 +32,7 @@ class VolumeName(Struct, frozen=True, order=True):
     @property
     def text(self) -> str:
         """The name itself, without an ending."""
-        return f"{_PREFIX[self.role]}-{self.machine}-{self.operation}-{self.disk}"
+        return f"{PREFIX[self.role]}-{self.machine}-{self.operation}-{self.disk}"
 
     @classmethod
     def of(cls, uuid: str, operation: OperationId, disk: str, role: Role = "snapshot") -> Self:
@@ -45,5 +45,11 @@ class VolumeName(Struct, frozen=True, order=True):
         found = _NAME.match(text)
         if found is None:
             return None
-        role: Role = "snapshot" if found[1] == _PREFIX["snapshot"] else "clone"
+        role: Role = "snapshot" if found[1] == PREFIX["snapshot"] else "clone"
         return cls(found[2], OperationId(int(found[3])), found[4], role)
+
+
+def of_path(path: str) -> VolumeName | None:
+    """What the name in a volume's path says, be it a file, an LV, or an RBD image with ``@SNAP``."""
+    last = path.rpartition("/")[2].rpartition("@")[2]
+    return VolumeName.parse(last.partition(".")[0])

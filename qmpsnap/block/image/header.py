@@ -17,13 +17,14 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.block.image.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse, printable
+from qmpsnap.block.image.qcow2 import MAGIC, MAX_CLUSTER, Header, backing_fault, parse
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.hint import option
 from qmpsnap.host import files
 from qmpsnap.host.files import opened
 from qmpsnap.model.layers.chain import MAX_LAYERS, Layer
 from qmpsnap.model.machines.spec import Format
+from qmpsnap.model.text import printable
 
 __all__ = [
     "MAX_DEPTH",

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import ImageRefused
 from qmpsnap.model.machines.spec import Format
+from qmpsnap.model.text import printable
 
 MAGIC: Final = b"QFI\xfb"
 MAX_CLUSTER: Final = 2 << 20
@@ -107,14 +108,6 @@ class _Fault(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
-
-
-def printable(text: str | bytes, limit: int = 300) -> str:
-    """Foreign text made fit for a message: control characters escaped, cut to ``limit`` characters."""
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "backslashreplace")
-    short = text if len(text) <= limit else text[:limit] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in short)
 
 
 def backing_fault(name: str) -> str | None:

@@ -102,6 +102,7 @@ def document_of(found: "Preview") -> dict[str, Any]:
     files: list[dict[str, str]] = []
     if isinstance(plan, RevertPlan):
         files += [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
+        files += [{"create": clone.layer.path, "clone": clone.source.path} for clone in plan.clones]
         files += [{"create": copy.layer.path, "copy": copy.source.path, "tag": copy.tag} for copy in plan.copies]
     start = ("paused" if plan.paused else "running") if isinstance(plan, RevertPlan) and plan.restart else None
     return {
@@ -139,6 +140,8 @@ def text_of(plan: dict[str, Any]) -> str:
 
 
 def _from(file: dict[str, str]) -> str:
+    if "clone" in file:
+        return f"as a clone of {output.printable(file['clone'])}"
     if "copy" in file:
         return f"as {output.printable(file['copy'])} was at its snapshot {file['tag']}"
     return f"on {output.printable(file['backing'])}"

@@ -39,10 +39,12 @@ def _add_create(verbs: Parsers) -> None:
     command.add_argument("name", metavar="NAME", nargs="?", help="name of the snapshot (next free snap-N)")
     command.add_argument(
         "--kind",
-        choices=("disk", "full", "internal"),
+        choices=("disk", "full", "internal", "volume"),
         default="disk",
-        help="overlays of the disks (default), with memory, or inside the images",
+        help="overlays of the disks (default), with memory, inside the images, or by their storage",
     )
+    command.add_argument("--volume", action="store_true", help="full: the disks' part by their storage")
+    command.add_argument("--mixed", action="store_true", help="volume: overlays where the storage has no snapshots")
     command.add_argument("--disks", metavar="vda,vdb", help="only these disks")
     command.add_argument(
         "--file", metavar="DISK=PATH", action="append", default=[], help="create the overlay of DISK at PATH"
@@ -103,6 +105,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--no-snapshot and --kind {arguments.kind} exclude each other")
     if arguments.no_snapshot and (arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"):
         raise UsageError("--no-snapshot takes neither --max-pause, --degrade nor --compress")
+    if arguments.no_snapshot and (arguments.volume or arguments.mixed):
+        raise UsageError("--no-snapshot takes neither --volume nor --mixed")
     if arguments.quiesce == "skip" and arguments.freeze_window is not None:
         raise UsageError("--freeze-window needs --quiesce require or prefer")
     if arguments.quiesce != "skip" and arguments.no_snapshot:
@@ -124,6 +128,8 @@ def _create(arguments: argparse.Namespace) -> None:
         "degrade": arguments.degrade,
         "memory": False if arguments.no_memory else None,
         "quiesce": arguments.quiesce,
+        "volume": arguments.volume,
+        "mixed": arguments.mixed,
     }
     if arguments.freeze_window is not None:
         options["freeze_window"] = arguments.freeze_window

@@ -10,9 +10,10 @@ from qmpsnap.hint import call
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import LayerId
 
-LayerState = Literal["ok", "hidden", "consumed"]
+LayerState = Literal["ok", "hidden", "consumed", "shield"]
 """``ok``: in use or kept for a snapshot. ``hidden``: kept only because another layer reads it.
-``consumed``: its content was overwritten by a commit."""
+``consumed``: its content was overwritten by a commit. ``shield``: a guest writes to it only until the storage has made
+a snapshot of the layer below; then it is committed into that one."""
 
 
 MAX_LAYERS: Final = 256
@@ -75,6 +76,11 @@ class Chain(Struct, frozen=True):
     def active(self) -> Layer:
         """The layer the guest writes to."""
         return self.layers[-1]
+
+    @property
+    def shielded(self) -> Layer | None:
+        """The layer below a shield that the guest writes to; None where there is no shield."""
+        return self.layers[-2] if self.active.state == "shield" and len(self.layers) > 1 else None
 
     @property
     def base(self) -> Layer:

@@ -11,7 +11,7 @@ from qmpsnap.model.layers.vmstate import Hardware, Inside, Vmstate
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.timestamps import exceeds
 
-SnapshotKind = Literal["disk", "full", "internal"]
+SnapshotKind = Literal["disk", "full", "internal", "volume"]
 SnapshotState = Literal["ok", "consumed", "overwritten"]
 """``ok``: every point reads as it did at its moment. ``consumed``: a commit overwrote a point; not revertable.
 ``overwritten``: another program has written to an image that a point reads, as far as times and size tell."""

@@ -11,6 +11,7 @@ from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode
 from qmpsnap.model.machines.nbd import NbdExport
 from qmpsnap.model.machines.record import Consent, Machine
 from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.operations.copies import Copy, VolumeCopy
 
 if TYPE_CHECKING:
     import typing_extensions
@@ -124,6 +125,7 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
         quiesce: the guest's file systems may have been frozen for it; with ``require`` they must have been.
         variables: the UEFI variable store and where its copy goes.
         hold: the guest is paused for that copy and the transaction, because it keeps writing to its variables.
+        volumes: snapshots that the storage makes of the quiet images, once the overlays are active.
     """
 
     machine: str
@@ -134,6 +136,12 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
     quiesce: Quiesce = "skip"
     variables: tuple[str, str] | None = None
     hold: bool = False
+    volumes: tuple[VolumeCopy, ...] = ()
+
+    @property
+    def new(self) -> tuple[Overlay | VolumeCopy, ...]:
+        """The new layers."""
+        return (*self.overlays, *self.volumes)
 
 
 class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
@@ -185,15 +193,6 @@ class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
     kept: InternalPlan | None = None
     variables: tuple[str, str] | None = None
     change: Change
-
-
-class Copy(Struct, frozen=True, kw_only=True):
-    """A new layer with what a snapshot inside ``source`` holds; that image is only read."""
-
-    disk: str
-    layer: Layer
-    source: Layer
-    tag: str
 
 
 class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
@@ -282,6 +281,7 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
         restart: the machine is started on the new layers, and with ``paused`` its vCPUs stay stopped.
         vmstate: the memory in a file that it goes on with.
         copies: new active layers that are copies, where the snapshot is inside an image.
+        clones: new active layers that the storage clones, where the snapshot is one of the storage.
         inside: the copy, among those, with memory that it goes on with. With neither it boots.
         variables: the UEFI variable store and what it is replaced with.
         unwritten: what becomes true instead when the old active layers are empty; None where that does not matter.
@@ -298,13 +298,14 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
     unwritten: Unwritten | None = None
     vmstate: Vmstate | None = None
     copies: tuple[Copy, ...] = ()
+    clones: tuple[VolumeCopy, ...] = ()
     inside: LayerId | None = None
     variables: tuple[str, str] | None = None
 
     @property
-    def new(self) -> tuple[Overlay | Copy, ...]:
+    def new(self) -> tuple[Overlay | Copy | VolumeCopy, ...]:
         """The new active layers."""
-        return (*self.overlays, *self.copies)
+        return (*self.overlays, *self.copies, *self.clones)
 
     @property
     def keeps(self) -> str | None:

@@ -16,6 +16,7 @@ SETTLED: Final = "settled"
 # create
 TRANSACTION: Final = "transaction"
 SAVING: Final = "saving"
+CLONING: Final = "cloning"
 LOST: Final = "memory lost"
 ENDING: Final = "ending"
 # internal; of merges and mirrors these are phases, see :func:`of_job` and :func:`of_file`
@@ -74,6 +75,11 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
             TRANSACTION, "QEMU may write to the overlays, or a chosen path may be the file's only name: QEMU is asked"
         ),
         Step(SAVING, "the memory is captured and being written while the guest runs: roll forward if it is complete"),
+        Step(
+            CLONING,
+            "the storage makes snapshots of the images below the overlays: roll forward if all are complete, else they"
+            " are removed; disks stay on their overlays",
+        ),
         Step(
             LOST, "the disks are on their overlays; memory or UEFI variables are lost: keep layers, drop the snapshot"
         ),

@@ -30,7 +30,7 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     """A commit of the layers above ``base`` up to ``top`` into ``base``, if nobody else reads what would change."""
     low, high = _span(chain, base, top)
     into, highest = chain.layers[low], chain.layers[high]
-    if not into.owned:
+    if not into.owned and not (highest == chain.active and into == chain.shielded):
         raise StateError(
             f"layer {into.id} ({into.path}) was not created by qmpsnap and is never written to",
             hint=call("stream", at.machine, chain.disk) + " merges upwards instead",
@@ -51,7 +51,8 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     consumed = tuple(replace(s, state="consumed") if any(map(lost.point, s.points)) else s for s in at.snapshots)
     moved = _moved_points(consumed, {layer.id for layer in gone}, into.id)
     # From now on ``into`` is what ``top`` was: also hidden, if nobody had a name for that.
-    keeper = replace(into, virtual_size=max(into.virtual_size, highest.virtual_size), state=highest.state)
+    state = "ok" if highest.state == "shield" else highest.state
+    keeper = replace(into, virtual_size=max(into.virtual_size, highest.virtual_size), state=state)
     active = {w.disk: into.id for w in at.forest.writers_of(top) if w.machine == at.machine}
     return Merge(
         kind="commit",

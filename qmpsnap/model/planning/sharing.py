@@ -110,7 +110,7 @@ def names(plan: Plan, forest: Forest) -> frozenset[Name]:
 def _changes(plan: Plan) -> frozenset[Name]:  # noqa: PLR0911 - one for each kind of plan
     match plan:
         case CreatePlan():
-            return names_of(overlay.layer for overlay in plan.overlays)
+            return names_of(one.layer for one in plan.new)
         case MergePlan():
             changes: set[Name] = set()
             for step in plan.steps:

@@ -16,7 +16,7 @@ from qmpsnap.block.image.header import printable
 from qmpsnap.block.image.qcow2 import MAGIC, Header
 from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.hint import call
-from qmpsnap.host.files import Inode, extents, inode_of, opened
+from qmpsnap.host.files import Identified, Inode, extents, inode_of, opened
 from qmpsnap.host.threads import first_of, to_end
 from qmpsnap.model.layers.chain import MAX_LAYERS, Chain, Layer
 from qmpsnap.model.machines.record import Machine
@@ -79,13 +79,13 @@ async def make_overlays(context: Context, machine: Machine, overlays: Sequence[O
     return headers
 
 
-def identified(change: Change, headers: Mapping[LayerId, Header]) -> Change:
+def identified(change: Change, headers: Mapping[LayerId, Identified]) -> Change:
     """The change with the identities of the files that were made."""
     layers = tuple(_at(layer, headers[layer.id]) if layer.id in headers else layer for layer in change.layers)
     return replace(change, layers=layers)
 
 
-def _at(layer: Layer, found: Header) -> Layer:
+def _at(layer: Layer, found: Identified) -> Layer:
     return replace(layer, device=found.device, inode=found.inode, birth=found.birth)
 
 

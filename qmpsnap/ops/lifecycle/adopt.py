@@ -14,7 +14,6 @@ from msgspec.structs import replace
 
 from qmpsnap.block import foreign, graph
 from qmpsnap.block.foreign import ForeignDisk
-from qmpsnap.block.image.qcow2 import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpError, StateError
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end, to_read
@@ -26,6 +25,7 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import Cache, DiskSpec, MachineSpec, Opened
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
 from qmpsnap.model.operations.operation import DefinePlan
+from qmpsnap.model.text import printable
 from qmpsnap.ops.base.context import Context, forget_places, locked
 from qmpsnap.ops.lifecycle import adopt_files, define, disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource

@@ -8,12 +8,12 @@ from typing import Any
 from qmpsnap.block.foreign import ForeignDisk, ForeignLayer
 from qmpsnap.block.image import header
 from qmpsnap.block.image.header import FoundLayer
-from qmpsnap.block.image.qcow2 import printable
 from qmpsnap.errors import ImageRefused, StateError, StoreMismatch
 from qmpsnap.host.files import Inode, inode_of
 from qmpsnap.machine import blockline
 from qmpsnap.machine.adopted import Seen
 from qmpsnap.model.machines.spec import Opened
+from qmpsnap.model.text import printable
 from qmpsnap.qmp.commands import NodeInfo
 
 _DELETED = " (deleted)"

@@ -1,9 +1,10 @@
 """``commit`` and ``stream``: layers of the live chain become one, downwards or upwards."""
 
+import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import StateError
+from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain
@@ -111,9 +112,22 @@ async def _plan(session: MachineSession, request: Request) -> tuple[Situation, M
     return at, plan(at, at.live[request.disk], request)
 
 
-async def carry_out(session: MachineSession, basis: Basis, plan: MergePlan, *, report: Report) -> MergePlan:
-    """Journal a plan, run its steps, and end it one way or the other when that fails."""
+async def carry_out(
+    session: MachineSession, basis: Basis, plan: MergePlan, *, report: Report, patience: float | None = None
+) -> MergePlan:
+    """Journal a plan, run its steps, and end it one way or the other when that fails.
+
+    After ``patience`` seconds its job is left to its work, with ``OperationPending``.
+    """
     operation = await begin(session, basis, lambda _: plan)
     async with recovery.attempting(session, operation):
-        await job.run(session, operation, report=report)
+        with anyio.move_on_after(patience) as scope:
+            await job.run(session, operation, report=report)
+        if scope.cancelled_caught:
+            name = session.machine.name
+            raise OperationPending(
+                f"the {plan.verb} of machine {name} is not complete after {patience:g} s and goes on",
+                hint=call("wait", name) + ", or " + call("cancel", name),
+                machine=name,
+            )
     return plan

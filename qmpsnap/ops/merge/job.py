@@ -266,7 +266,8 @@ async def require_flushed(monitor: Monitor, machine: Machine, step: Merge) -> No
     Raises:
         QmpError: it cannot be written out; what it has taken over must not count.
     """
-    if step.into.owned and (found := await _place(monitor, step, step.into)):
+    known = step.into.owned or not machine.adopted  # how an owner has opened his image we would have to guess
+    if known and (found := await _place(monitor, step, step.into)):
         await _reopen(monitor, machine, step, step.into, below=found.below, read_only=False)
 
 

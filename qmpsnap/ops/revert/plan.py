@@ -11,13 +11,16 @@ from qmpsnap.hint import call, option
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, require_snapshot
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.operations.operation import Change, Copy, Overlay, RevertPlan, Unwritten
+from qmpsnap.model.names import layer_id
+from qmpsnap.model.operations.copies import Copy, VolumeCopy
+from qmpsnap.model.operations.operation import Change, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.planning import unreferenced
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
-from qmpsnap.ops.base import requests
+from qmpsnap.ops.base import requests, volumes
 from qmpsnap.ops.base.context import require_spec
 from qmpsnap.ops.base.overlays import overlay_on
+from qmpsnap.volumes.names import VolumeName
 
 Run = Literal["running", "paused"]
 
@@ -44,7 +47,7 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
 
     The snapshot's points decide which layers become active, the request decides about the layers that were active:
 
-    1. A point without a tag gets a new overlay on its layer.
+    1. A point without a tag gets a new overlay on its layer; one that the storage has made is cloned by it instead.
     2. A point with a tag, inside an image, is copied out of it into a new layer.
     3. ``discard``: the old active layers are removed, and layers below them that nothing needs then.
     4. Otherwise they are kept as an automatic snapshot; but
@@ -54,8 +57,8 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
     require_spec(machine, "start it on other layers")
     snapshot = target_of(at, request.name)
     _require_thawed(machine.name, snapshot, request)
-    overlays, copies = _new(inputs, at, snapshot)
-    new: tuple[Overlay | Copy, ...] = (*overlays, *copies)
+    overlays, copies, clones = _new(inputs, at, snapshot)
+    new: tuple[Overlay | Copy | VolumeCopy, ...] = (*overlays, *copies, *clones)
     switched = Change(
         layers=tuple(one.layer for one in new),
         active={one.disk: one.layer.id for one in new},
@@ -73,6 +76,7 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
         change=switched,
         vmstate=snapshot.vmstate,
         copies=copies,
+        clones=clones,
         inside=next((copy.layer.id for copy in copies if memory and copy.source.id == memory), None),
         variables=(str(inputs.home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
     )
@@ -92,20 +96,27 @@ def _require_thawed(machine: str, snapshot: Snapshot, request: RevertRequest) ->
         )
 
 
-def _new(inputs: PlanInputs, at: Situation, snapshot: Snapshot) -> tuple[tuple[Overlay, ...], tuple[Copy, ...]]:
+def _new(
+    inputs: PlanInputs, at: Situation, snapshot: Snapshot
+) -> tuple[tuple[Overlay, ...], tuple[Copy, ...], tuple[VolumeCopy, ...]]:
     """Cases 1 and 2: the new active layers."""
     folder = str(inputs.home.machine_dir(inputs.machine.name))
     tags = {point.disk: point.tag for point in snapshot.points}
     overlays: list[Overlay] = []
     copies: list[Copy] = []
+    clones: list[VolumeCopy] = []
     for chain in points(at, snapshot):
+        if volumes.is_snapshot(chain.active):
+            name = VolumeName.of(inputs.machine.uuid, inputs.serial, chain.disk, "clone")
+            clones.append(volumes.copied(chain.active, layer_id(chain.disk, inputs.serial), name))
+            continue
         layer = overlay_on(chain, inputs.serial, folder)
         if tag := tags[chain.disk]:
             layer = replace(layer, backing=chain.active.backing)
             copies.append(Copy(disk=chain.disk, layer=layer, source=chain.active, tag=tag))
         else:
             overlays.append(Overlay(disk=chain.disk, layer=layer, backing=chain.active))
-    return tuple(overlays), tuple(copies)
+    return tuple(overlays), tuple(copies), tuple(clones)
 
 
 def _discarding(planned: RevertPlan, after: Situation, old: Iterable[Chain]) -> RevertPlan:

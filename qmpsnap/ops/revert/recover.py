@@ -5,6 +5,7 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.machine.qemu import end as end_qemu
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import RevertPlan
+from qmpsnap.ops.base import volumes
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import remove_new
 from qmpsnap.ops.internal import tags
@@ -21,6 +22,7 @@ async def end(broken: Broken[RevertPlan], monitor: Monitor | None) -> Direction:
         await remove_new(plan.overlays)
         for copy in plan.copies:
             await to_end(internal_snapshots.discard, copy.layer, copy.source)
+        await volumes.undo(broken.machine, operation.id, plan.clones)
         await broken.mark_failed()
         return "back"
     if operation.step == steps.STOPPING:

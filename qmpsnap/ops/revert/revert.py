@@ -28,7 +28,7 @@ from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
-from qmpsnap.ops.base import consent, free_space, luks
+from qmpsnap.ops.base import consent, free_space, luks, volumes
 from qmpsnap.ops.base.context import Context, guarded, in_thread
 from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.base.machine_session import MachineSession
@@ -293,6 +293,7 @@ async def _carry_out(session: MachineSession, operation: Operation[RevertPlan], 
         await internal_snapshots.take_out(
             copy.source, copy.tag, copy.layer, keep=planned.inside is not None, qemu_img=session.context.image.binary
         )
+    await volumes.make(session.context, session.machine, operation.id, planned.clones, "clone")
     # From here on the guest may have ended: recovery finishes instead of rolling back.
     await session.context.astore.mark(operation.id, "running", step=steps.STOPPING)
     await switch(session, operation)

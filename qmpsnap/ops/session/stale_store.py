@@ -29,6 +29,7 @@ from qmpsnap.model.text import is_text
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.store.records import Records
+from qmpsnap.volumes.names import PREFIX, of_path
 
 LAYER_FILE = re.compile(rf"([a-z][a-z0-9]{{0,15}})-({SERIAL})\.(qcow2|raw)")
 """The name of a layer's file in its machine's folder."""
@@ -36,7 +37,9 @@ LAYER_FILE = re.compile(rf"([a-z][a-z0-9]{{0,15}})-({SERIAL})\.(qcow2|raw)")
 AHEAD = 100_000
 """Operations that a store may have missed; a higher number is none: a copy may have a date as its name."""
 
-_OTHERS = re.compile(rf"vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part|{re.escape(RECORD)}")
+_OTHERS = re.compile(
+    rf"{PREFIX['snapshot']}-[0-9a-f]{{32}}-.*|vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part|{re.escape(RECORD)}"
+)
 
 
 async def require_fit(context: Context, machine: Machine, *, removes: bool) -> None:
@@ -110,11 +113,10 @@ def _candidates(context: Context, machine: str, newest: Mapping[str, int]) -> It
     except OSError:
         names = []
     for name in names:
-        layer = LAYER_FILE.fullmatch(name)
-        if layer is None:
+        if (numbered := _numbered(name)) is None:
             if not _OTHERS.fullmatch(name):
                 yield f"{folder}/{name}"
-        elif int(layer[2]) > newest.get(layer[1], 0):
+        elif numbered[1] > newest.get(numbered[0], 0):
             yield f"{folder}/{name}"
 
 
@@ -126,8 +128,16 @@ def _backing(path: str) -> str | None:
 
 
 def _serial(path: str) -> int | None:
-    found = LAYER_FILE.fullmatch(Path(path).name)
-    return int(found[2]) if found else None
+    found = _numbered(Path(path).name)
+    return found[1] if found else None
+
+
+def _numbered(name: str) -> tuple[str, int] | None:
+    """The disk and the number that the name of a layer's file tells: of one that we or the storage has made."""
+    if found := LAYER_FILE.fullmatch(name):
+        return found[1], int(found[2])
+    volume = of_path(name)
+    return (volume.disk, volume.operation) if volume and volume.role == "clone" else None
 
 
 def _number(layer: str) -> int:

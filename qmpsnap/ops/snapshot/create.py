@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
 from qmpsnap.effect import Effect
-from qmpsnap.errors import DeadlinePassed, QmpsnapError
-from qmpsnap.hint import call
+from qmpsnap.errors import DeadlinePassed, QmpsnapError, StateError
+from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.open_files import require_opened, require_recorded
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -20,7 +20,7 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Operation
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
-from qmpsnap.ops.base import free_space, overlay_paths, requests
+from qmpsnap.ops.base import free_space, overlay_paths, requests, volumes
 from qmpsnap.ops.base.context import Context, guarded
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
@@ -31,7 +31,7 @@ from qmpsnap.ops.merge.commit import CommitRequest
 from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.ops.session.session import begin, inputs, looking, require_agreement, working
-from qmpsnap.ops.snapshot import nvram
+from qmpsnap.ops.snapshot import fold, nvram
 from qmpsnap.ops.snapshot import recover as recover_create
 from qmpsnap.ops.snapshot.plan import CreateRequest, expected, node_options, plan, transaction_of
 from qmpsnap.qmp import commands
@@ -82,23 +82,28 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
     plan: CreatePlan | None = None
     try:
         async with working(context, name, "snapshot create") as session:
+            if request.volumes:
+                await fold.run(session, report=report)  # what an interrupted one has left
             basis = await context.astore.basis(name, sharers=False)
             beside = await require_agreement(session, basis.chains, doing=_STARTS, wanted=request.disks)
             await overlay_paths.require_free(context, name, request.files)
             async with quiesce.prepared(context, session.machine, session.qemu, request.quiesce) as freezer:
                 make = await _planner(session, basis, request, freezer, beside=beside)
-                operation = await begin(session, basis, make, seen=beside.names)
+                operation = await begin(session, basis, make, seen=beside.names, serials=2 if request.volumes else 1)
                 plan = operation.plan
                 async with (
                     guarded(context, session.machine, when=plan.hold or _holds(plan.memory)) as guard_ready,
                     recovery.attempting(session, operation),
                 ):
                     after = [one for one in expected(basis.chains, plan) if one.disk not in beside.unplugged]
-                    return await _carry_out(
-                        _Attempt(session, operation, plan, tuple(after), report, freezer, guard_ready)
-                    )
+                    attempt = _Attempt(session, operation, plan, tuple(after), report, freezer, guard_ready)
+                    change = await _carry_out(attempt)
+            shielded, plan = bool(plan.volumes and plan.overlays), None  # it is settled: nothing is undone from here on
+            if shielded:
+                await fold.after(session, change.snapshots[0].name, report=report)
+            return change
     except QmpsnapError as error:
-        moved = plan and (plan.memory or plan.quiesce == "require" or plan.variables)
+        moved = plan and (plan.memory or plan.quiesce == "require" or plan.variables or plan.volumes)
         if plan and moved and (left := await _undone(context, plan, error)):
             return left
         raise
@@ -150,13 +155,16 @@ async def _planner(
         else None
     )
 
+    by_volume = await _by_volume(session.machine, basis, request, beside) if request.volumes else frozenset[str]()
+
     def make(at: PlanInputs) -> CreatePlan:
-        planned = plan(at, request, means=means, freezer=freezer, beside=beside)
-        touched = {overlay.disk for overlay in planned.overlays}
+        planned = plan(at, request, means=means, freezer=freezer, beside=beside, by_volume=by_volume)
+        touched = {one.disk for one in planned.new}
         below = (layer for chain in basis.chains if chain.disk in touched for layer in chain.layers)
         require_recorded(below, machine=session.machine.name)
         require_free([planned.variables[1]] if planned.variables else [])
         require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
+        require_free(copy.layer.path for copy in planned.volumes)
         free_space.require(
             free_space.of_create(session.machine, planned, session.context.home.data),
             machine=session.machine.name,
@@ -165,6 +173,32 @@ async def _planner(
         return planned
 
     return make
+
+
+async def _by_volume(machine: Machine, basis: Basis, request: CreateRequest, beside: Beside) -> frozenset[str]:
+    """The disks of which the storage makes the snapshot; others are refused unless the snapshot may be mixed."""
+    included = requests.disks(machine, request.disks, lacking=beside.unplugged)
+    actives = {chain.disk: chain.active for chain in basis.chains if chain.disk in included}
+    found = await volumes.probe(actives)
+    unable: dict[str, tuple[str, str]] = {disk: (one.why, one.remedy) for disk, one in found.unable.items()}
+    if machine.adopted:
+        adopt = "first let the guest write to a layer of qmpsnap's: " + call("snapshot", machine.name)
+        foreign = (disk for disk in found.able if not actives[disk].owned)
+        unable |= dict.fromkeys(foreign, ("its image is its owner's, and no job writes to it", adopt))
+    if unable and not request.mixed:
+        disk, (why, remedy) = next(iter(unable.items()))
+        raise StateError(
+            f"the storage of disk {disk} of machine {machine.name} cannot make snapshots: {why}",
+            hint=remedy + "; or keep an ordinary layer of that disk: " + option("mixed"),
+            machine=machine.name,
+        )
+    if not (able := found.able.keys() - unable.keys()):
+        raise StateError(
+            f"no disk of machine {machine.name} has storage that can make snapshots: {next(iter(unable.values()))[0]}",
+            hint="take an ordinary snapshot: " + call("snapshot", machine.name),
+            machine=machine.name,
+        )
+    return frozenset(able)
 
 
 def _elsewhere(machine: Machine, request: CreateRequest) -> str:
@@ -209,7 +243,8 @@ async def _carry_out(at: _Attempt) -> Change:
         for overlay in plan.overlays:
             await commands.blockdev_add(qemu, node_options(overlay, machine))
         process = at.session.context.process(machine)
-        await to_read(lambda: require_opened(process, change.layers, machine=machine.name))
+        made = [layer for layer in change.layers if layer.inode]  # not yet what the storage will make
+        await to_read(lambda: require_opened(process, made, machine=machine.name))
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
         await at.guard_ready()
@@ -239,8 +274,20 @@ async def _carry_out(at: _Attempt) -> Change:
     elif any(overlay.part for overlay in plan.overlays):
         # Once a file has only the name that was chosen, recovery cannot know it for ours: so forward.
         await at.mark(steps.TRANSACTION)
+    change = await _cloned(at, change)
     await recover_create.settle(at.session.context, machine, at.operation, change)
     return change
+
+
+async def _cloned(at: _Attempt, change: Change) -> Change:
+    """Have the storage make its snapshots of the images, which are quiet now; the change with what they are."""
+    copies = at.plan.volumes
+    if not copies:
+        return change
+    await at.mark(steps.CLONING)
+    return identified(
+        change, await volumes.make(at.session.context, at.session.machine, at.operation.id, copies, "snapshot")
+    )
 
 
 async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change) -> Change:
@@ -271,7 +318,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         with anyio.CancelScope(shield=True):
             await at.mark(steps.LOST)
         raise
-    freezer = at.freezer
+    change, freezer = await _cloned(at, change), at.freezer
     change = recover_create.with_memory(
         change, state, pause_ms=held.pause_ms, unquiesced=freezer.why, frozen_ms=freezer.frozen_ms
     )

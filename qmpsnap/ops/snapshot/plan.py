@@ -1,6 +1,6 @@
 """What taking a snapshot will do: the plan, and the exact commands that QEMU is sent for it; pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -16,14 +16,16 @@ from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import version_of
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import OperationId, check_description
+from qmpsnap.model.names import OperationId, check_description, layer_id
+from qmpsnap.model.operations.copies import VolumeCopy
 from qmpsnap.model.operations.operation import Change, CreatePlan, Means, Memory, Overlay
 from qmpsnap.model.planning.inputs import PlanInputs
-from qmpsnap.ops.base import requests
+from qmpsnap.ops.base import requests, volumes
 from qmpsnap.ops.base.overlays import overlay_on
 from qmpsnap.ops.memory.strategy import MemoryRequest
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.qmp import commands, migration
+from qmpsnap.volumes.names import VolumeName
 
 
 class CreateRequest(Struct, frozen=True, kw_only=True):
@@ -36,6 +38,8 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         listed: False makes the new layers only: no snapshot is recorded, the current one stays current.
         memory: save the guest's memory as well, of the same instant; None takes the disks alone.
         pushed: :mod:`qmpsnap.ops.stack` may go back to it and delete it.
+        volumes: the storage makes the snapshot of each disk, and the new layers are committed back.
+        mixed: with ``volumes``, disks whose storage cannot do that keep an ordinary frozen layer.
         hold: pause the guest for the copy of its UEFI variables, because it wrote to them during an attempt without.
     """
 
@@ -47,6 +51,8 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
     memory: MemoryRequest | None = None
     quiesce: QuiesceRequest = QuiesceRequest()
     pushed: bool = False
+    volumes: bool = False
+    mixed: bool = False
     hold: bool = False
 
 
@@ -57,37 +63,44 @@ def plan(
     means: Means | None = None,
     freezer: Freezer | None = None,
     beside: Beside = NOTHING,
+    by_volume: Collection[str] = (),
 ) -> CreatePlan:
-    """What will be done; pure. ``freezer``: what has become of the wish to freeze; None plans for what was asked."""
+    """What will be done; pure.
+
+    ``freezer``: what has become of the wish to freeze; None plans for what was asked. ``by_volume``: the disks of which
+    the storage makes the snapshot.
+    """
     machine, chains, serial = at.machine, at.basis.chains, at.serial
     included = requests.disks(machine, request.disks, lacking=beside.unplugged)
     _require_included(machine, included, request.files)
     if request.memory:
         requests.require_all(machine, included, lacking=beside.unplugged)
-    folder = at.home.machine_dir(machine.name)
+    folder, live = at.home.machine_dir(machine.name), at.mode != "stopped"
+    taken = [chain for chain in chains if chain.disk in included]
+    copies = tuple(_copy(machine, chain, serial) for chain in taken if chain.disk in by_volume)
     overlays = tuple(
-        _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk))
-        for chain in chains
-        if chain.disk in included
+        _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk), shield=chain.disk in by_volume)
+        for chain in taken
+        if live or chain.disk not in by_volume  # nobody writes to the image of a stopped machine
     )
     change = Change(
-        layers=tuple(overlay.layer for overlay in overlays),
+        layers=(*(overlay.layer for overlay in overlays), *(copy.layer for copy in copies)),
         active={overlay.disk: overlay.layer.id for overlay in overlays},
     )
-    live = at.mode != "stopped"
     if not request.listed:
         return CreatePlan(machine=machine.name, live=live, overlays=overlays, change=change)
     prefix = "saved" if request.memory and request.memory.quit else "snap"
     name = requests.snapshot_name(machine, chains, at.basis.snapshots, request.name, prefix=prefix)
+    kept = {copy.disk: copy.layer.id for copy in copies}
     snapshot = Snapshot(
         name=name,
-        kind="full" if means else "disk",
+        kind="full" if means else "volume" if copies else "disk",
         state="ok",
         parent=machine.current,
         created=at.now,
         description=check_description(request.description),
         mode=at.mode,
-        points=tuple(Point(disk=overlay.disk, layer=overlay.backing.id) for overlay in overlays),
+        points=tuple(Point(disk=one.disk, layer=kept.get(one.disk, one.active.id)) for one in taken),
         operation=serial,
         level="ram" if means else "crash",
         unquiesced=freezer.why if freezer else "",
@@ -109,6 +122,7 @@ def plan(
         quiesce=wish,
         variables=copied,
         hold=bool(copied) and memory is None and request.hold and requests.may_run(at.mode),
+        volumes=copies,
     )
 
 
@@ -158,8 +172,17 @@ def transaction_of(plan: CreatePlan) -> dict[str, object]:
     return commands.snapshot_transaction(pairs)
 
 
-def _overlay(machine: Machine, chain: Chain, serial: OperationId, folder: str, path: str | None) -> Overlay:
+def _copy(machine: Machine, chain: Chain, serial: OperationId) -> VolumeCopy:
+    name = VolumeName.of(machine.uuid, serial, chain.disk)
+    return volumes.copied(chain.active, layer_id(chain.disk, serial + 1), name)
+
+
+def _overlay(
+    machine: Machine, chain: Chain, serial: OperationId, folder: str, path: str | None, *, shield: bool
+) -> Overlay:
     layer = overlay_on(chain, serial, folder)
+    if shield:
+        layer = replace(layer, state="shield")
     if path is None:
         return Overlay(disk=chain.disk, layer=layer, backing=chain.active)
     part = staged.part_of(path, f"{machine.uuid[:8]}-{serial}")

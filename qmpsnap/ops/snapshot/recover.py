@@ -18,7 +18,7 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, CreatePlan, Ended, Memory, Operation
-from qmpsnap.ops.base import overlay_paths
+from qmpsnap.ops.base import overlay_paths, volumes
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
 from qmpsnap.ops.internal import tags
@@ -35,7 +35,7 @@ def direction(step: str, *, active: int | None, total: int) -> Direction | None:
 
     None when the rules do not cover what was found: someone else has changed the chain.
     """
-    if step not in {steps.TRANSACTION, steps.SAVING, steps.LOST}:
+    if step not in {steps.TRANSACTION, steps.SAVING, steps.CLONING, steps.LOST}:
         return "back"
     if active is None or active == total:
         # Without QEMU nobody can tell whether the transaction ran; either way the overlays read the same.
@@ -74,6 +74,7 @@ async def end(broken: Broken[CreatePlan], monitor: Monitor | None) -> Direction:
         for name in sorted(names & graph.node_names(found)):
             await commands.blockdev_del(monitor, NodeName(name))
     await _forget_copy(plan)
+    await volumes.undo(broken.machine, broken.operation.id, plan.volumes)
     await overlay_paths.undo(plan.overlays)
     await remove_new([overlay for overlay in plan.overlays if not overlay.part])
     await broken.mark_failed()
@@ -90,6 +91,13 @@ async def _forward(broken: Broken[CreatePlan], monitor: Monitor | None, plan: Cr
     context, machine, operation, memory = broken.context, broken.machine, broken.operation, plan.memory
     change = identified(plan.change, headers_of(overlay.layer for overlay in plan.overlays))
     unproven = quiesce.unproven(operation)
+    if plan.volumes:
+        found = await volumes.whole(machine, operation.id, plan.volumes) if operation.step == steps.CLONING else None
+        if found is None:
+            if memory:
+                await _drop(broken, monitor, memory)
+            return await _lost(broken, plan, change)
+        change = identified(change, found)
     if memory is None and proven and not unproven:
         await settle(context, machine, operation, change)
         return "forward"
@@ -108,9 +116,16 @@ async def _forward(broken: Broken[CreatePlan], monitor: Monitor | None, plan: Cr
         disks = tuple(replace(snapshot, kind="disk", level="crash") for snapshot in change.snapshots)
         await settle(context, machine, operation, replace(change, snapshots=disks), error=broken.error)
         return "forward"
+    return await _lost(broken, plan, change)
+
+
+async def _lost(broken: Broken[CreatePlan], plan: CreatePlan, change: Change) -> Direction:
+    """There is no snapshot; the disks stay on their overlays, if they have any."""
     await _forget_copy(plan)
-    layers = Change(layers=change.layers, active=change.active)
-    await settle(context, machine, operation, layers, state="failed", error=broken.error)
+    await volumes.undo(broken.machine, broken.operation.id, plan.volumes)
+    copies = {copy.layer.id for copy in plan.volumes}
+    layers = Change(layers=tuple(one for one in change.layers if one.id not in copies), active=change.active)
+    await settle(broken.context, broken.machine, broken.operation, layers, state="failed", error=broken.error)
     return "back"
 
 

@@ -15,7 +15,7 @@ from qmpsnap.ops.memory.strategy import MemoryRequest
 from qmpsnap.ops.session.quiesce import FREEZE_WINDOW, QuiesceRequest
 from qmpsnap.ops.snapshot.plan import CreateRequest
 
-Kind = Literal["disk", "full", "internal"]
+Kind = Literal["disk", "full", "internal", "volume"]
 
 Files = Mapping[str, str | os.PathLike[str]]
 """Disk to a path for its new layer; a relative one begins at the working directory."""
@@ -33,6 +33,8 @@ class SnapshotOptions(TypedDict, total=False):
     memory: bool | None
     quiesce: Quiesce
     freeze_window: float
+    volume: bool
+    mixed: bool
 
 
 def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateRequest | InternalRequest:
@@ -53,8 +55,21 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
             degrade=options.get("degrade", False),
         )
     files = paths_of(options.get("files"))
-    request = CreateRequest(name=name, description=description, disks=disks, files=files, memory=wanted, quiesce=freeze)
+    request = CreateRequest(
+        name=name,
+        description=description,
+        disks=disks,
+        files=files,
+        memory=wanted,
+        quiesce=freeze,
+        volumes=_by_volume(kind, options),
+        mixed=options.get("mixed", False),
+    )
     return requests.well_typed(request)
+
+
+def _by_volume(kind: Kind, options: SnapshotOptions) -> bool:
+    return kind == "volume" or bool(options.get("volume"))
 
 
 def names_of(disks: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -82,6 +97,18 @@ def _require_heeded(kind: Kind, options: SnapshotOptions) -> None:
         hint = "use " + option("kind", "internal")
     elif kind == "internal" and options.get("files"):
         problem = "an internal snapshot creates no layers and takes no files for them"
+        hint = "omit the files"
+    elif options.get("volume") and kind not in ("full", "volume"):
+        problem = "only the disks of a full snapshot can be left to their storage"
+        hint = "use " + option("kind", "volume") + ", or with memory " + option("kind", "full")
+    elif options.get("volume") and options.get("degrade"):
+        problem = "a snapshot whose disks are left to their storage cannot be kept without its memory"
+        hint = "omit " + option("degrade") + ", or take the disks alone: " + option("kind", "volume")
+    elif options.get("mixed") and not _by_volume(kind, options):
+        problem = "only snapshots by the storage can be mixed with ordinary layers"
+        hint = "use " + option("kind", "volume")
+    elif options.get("files") and _by_volume(kind, options):
+        problem = "the overlays of a volume snapshot are committed back and take no files"
         hint = "omit the files"
     if problem:
         raise UsageError(problem, hint=hint)

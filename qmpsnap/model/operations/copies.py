@@ -1,0 +1,25 @@
+"""New layers that are copies of others."""
+
+from msgspec import Struct
+
+from qmpsnap.model.layers.chain import Layer
+
+
+class Copy(Struct, frozen=True, kw_only=True):
+    """A new layer with what a snapshot inside ``source`` holds; that image is only read."""
+
+    disk: str
+    layer: Layer
+    source: Layer
+    tag: str
+
+
+class VolumeCopy(Struct, frozen=True, kw_only=True):
+    """A copy of a disk's image that its storage makes: a snapshot, or a clone of one.
+
+    ``source`` is only read; nobody writes to it meanwhile. ``layer`` is the copy, on the same backing.
+    """
+
+    disk: str
+    layer: Layer
+    source: Layer
