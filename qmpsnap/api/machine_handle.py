@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+from qmpsnap.api.forks import Forking
 from qmpsnap.api.later import Later
 from qmpsnap.api.machine_life import MachineLife
 from qmpsnap.host.borders import border
@@ -51,7 +52,7 @@ else:
 
 
 @border
-class MachineHandle(MachineLife):
+class MachineHandle(MachineLife, Forking):
     """One machine of the store, by name."""
 
     async def snapshot(

@@ -17,20 +17,28 @@ class Home(Struct, frozen=True, kw_only=True):
 
     ``data`` (store, locks, logs, machines' images) survives everything; ``run`` (sockets, pid files) may be empty after
     a boot; ``cache`` (the small guest, probes) can be made again. ``images``: further folders whose images a spec may
-    name.
+    name. ``templates``: where the user wants the templates of forks; None lets qmpsnap choose.
     """
 
     data: Path
     run: Path
     cache: Path
     images: tuple[Path, ...] = ()
+    templates: Path | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], *, uid: int) -> Self:
         """The places for a user: ``QMPSNAP_HOME``, or the XDG folders, or root's under ``/var`` and ``/run``."""
         found = places.from_environment(environment, uid=uid)
         images = tuple(map(Path, found.images))
-        return cls(data=Path(found.data), run=Path(found.run), cache=Path(found.cache), images=images)
+        templates = environment.get("QMPSNAP_TEMPLATES")
+        return cls(
+            data=Path(found.data),
+            run=Path(found.run),
+            cache=Path(found.cache),
+            images=images,
+            templates=Path(templates).absolute() if templates else None,
+        )
 
     @property
     def environment(self) -> dict[str, str]:

@@ -92,11 +92,16 @@ async def set_up(monitor: Monitor, *, background: bool, mapped: bool, direct: bo
         await set_parameters(monitor, direct_io=direct)
 
 
+async def leave_out_shared(monitor: Monitor) -> None:
+    """Neither save nor load memory that lies in a file; until :func:`put_back` (``x-ignore-shared``)."""
+    await set_capabilities(monitor, {"x-ignore-shared": True})
+
+
 async def put_back(monitor: Monitor) -> None:
-    """Let QEMU forget what :func:`set_up` and :func:`hand_over` did."""
+    """Let QEMU forget what :func:`set_up`, :func:`leave_out_shared` and :func:`hand_over` did."""
     await let_go(monitor)
     known = await capabilities(monitor)
-    wanted = ("background-snapshot", "mapped-ram", "multifd")
+    wanted = ("background-snapshot", "mapped-ram", "multifd", "x-ignore-shared")
     await set_capabilities(monitor, {name: False for name in wanted if name in known})
 
 

@@ -50,6 +50,7 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     _require(os.environ.get("QMPSNAP_QEMU_IMG") or "qemu-img", "scripts/setup installs it")
     folder = Path(tempfile.mkdtemp(prefix="qs-"))
     monkeypatch.setenv("QMPSNAP_HOME", str(folder))
+    monkeypatch.setenv("QMPSNAP_TEMPLATES", str(folder / "templates"))
     try:
         yield folder
     finally:

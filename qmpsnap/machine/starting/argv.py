@@ -21,7 +21,7 @@ from qmpsnap.machine.starting.run_files import (
     USER_SOCKET,
     VNC_SOCKET,
 )
-from qmpsnap.model.layers.blockdev import chain_options, node_name
+from qmpsnap.model.layers.blockdev import blank_options, chain_options, node_name
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.secret import secret_id
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
@@ -44,6 +44,18 @@ class Firmware(Struct, frozen=True):
     vars: str
 
 
+class Ram(Struct, frozen=True):
+    """A guest's memory in a file that QEMU inherits open, under the name that memory without a file has in a stream.
+
+    ``shared``: what the guest writes goes to the file; else it is QEMU's own. ``read_only``: QEMU opens it for reading,
+    which with ``shared`` off it can from 8.2 on; earlier ones ask for more than they use.
+    """
+
+    descriptor: int
+    shared: bool = False
+    read_only: bool = False
+
+
 def build(  # all that an argument list depends on
     binary: Sequence[str] | str,
     spec: MachineSpec,
@@ -58,14 +70,16 @@ def build(  # all that an argument list depends on
     secrets: Mapping[str, int] = MappingProxyType({}),
     logs: str = "",
     exact: bool = False,
+    ram: Ram | None = None,
+    blank: bool = False,
 ) -> list[str]:
     """The whole argument list, the binary (or the words that start it) first; pure.
 
     By the UUID a running QEMU is known again, and network cards without a MAC get one from it. Only a microvm under TCG
     needs ``tsc_khz``, to keep its clock right. ``secrets``: for each encrypted disk the descriptor, inherited by QEMU,
     from which it reads the key. ``incoming``: it waits for a state to be loaded; ``exact``: for that it refuses to
-    start if it lacks a feature of the recorded CPU model. ``ValueError``: a disk has no chain or no key, or UEFI has no
-    images.
+    start if it lacks a feature of the recorded CPU model. ``blank``: every disk is there, of its size and without
+    content or image. ``ValueError``: a disk has no chain or no key, or UEFI has no images.
     """
     return [
         *([binary] if isinstance(binary, str) else binary),
@@ -74,13 +88,13 @@ def build(  # all that an argument list depends on
         *(["-S"] if paused or incoming else []),
         *(["-incoming", "defer"] if incoming else []),
         *("-pidfile", PID_FILE, "-msg", "timestamp=on", "-rtc", "base=utc"),
-        *_board(spec, accel, firmware, exact=exact),
+        *_board(spec, accel, firmware, exact=exact, ram=ram),
         *_kernel(spec, accel, tsc_khz),
         *_monitors(logs),
         *_display(spec),
         *_agent(spec),
         *_secrets(spec, secrets),
-        *_disks(spec, chains),
+        *_disks(spec, chains, blank=blank),
         *_nics(spec, uuid),
         *spec.extra,
     ]
@@ -92,7 +106,7 @@ def _sandbox(spec: MachineSpec) -> str:
     return f"on,obsolete=deny,elevateprivileges={helper},spawn={helper},resourcecontrol=deny"
 
 
-def _board(spec: MachineSpec, accel: str, firmware: Firmware | None, *, exact: bool) -> Iterator[str]:
+def _board(spec: MachineSpec, accel: str, firmware: Firmware | None, *, exact: bool, ram: Ram | None) -> Iterator[str]:
     machine = spec.machine
     if spec.firmware == "uefi":
         if firmware is None:
@@ -100,12 +114,28 @@ def _board(spec: MachineSpec, accel: str, firmware: Firmware | None, *, exact: b
         yield from _json("-blockdev", _flash("uefi-code", firmware.code, read_only=True))
         yield from _json("-blockdev", _flash("uefi-vars", firmware.vars, read_only=False))
         machine += ",pflash0=uefi-code,pflash1=uefi-vars"
+    if ram:
+        name = "microvm.ram" if _is_microvm(spec) else "pc.ram"  # what a stream calls it that was saved without a file
+        yield from _json("-object", _memory(spec, ram, name))
+        machine += f",memory-backend={name}"
     # A core dump lies in the run folder, often in memory: it has what QEMU did, and not what the guest knew.
     yield from ("-machine", f"{machine},dump-guest-core=off")
     yield from ("-accel", "kvm" if accel == "kvm" else "tcg,thread=multi")
     cpu = spec.cpu_under(accel)
     yield from ("-cpu", f"{cpu},enforce=on" if exact and cpu == spec.tcg_cpu else cpu)
     yield from ("-smp", str(spec.cpus), "-m", f"size={spec.memory}B")
+
+
+def _memory(spec: MachineSpec, ram: Ram, name: str) -> Device:
+    memory = {
+        "qom-type": "memory-backend-file",
+        "id": name,
+        "size": spec.memory,
+        "mem-path": f"/proc/self/fd/{ram.descriptor}",
+        "share": ram.shared,
+        "x-use-canonical-path-for-ramblock-id": False,
+    }
+    return memory | ({"readonly": True, "rom": "off"} if ram.read_only else {})
 
 
 def _kernel(spec: MachineSpec, accel: str, tsc_khz: int) -> Iterator[str]:
@@ -174,14 +204,14 @@ def _secrets(spec: MachineSpec, secrets: Mapping[str, int]) -> Iterator[str]:
         yield from _json("-object", {"qom-type": "secret", "id": secret_id(disk.name), "file": file})
 
 
-def _disks(spec: MachineSpec, chains: Sequence[Chain]) -> Iterator[str]:
+def _disks(spec: MachineSpec, chains: Sequence[Chain], *, blank: bool) -> Iterator[str]:
     by_disk = {chain.disk: chain for chain in chains}
     used: dict[str, int] = {}  # how many disks each bus has so far
     for position, disk in enumerate(spec.disks):
         chain = by_disk.get(disk.name)
         if chain is None:
             raise ValueError(f"disk {disk.name} of machine {spec.name} has no chain")
-        for options in chain_options(chain, disk):
+        for options in [blank_options(chain.active, disk)] if blank else chain_options(chain, disk):
             yield from _json("-blockdev", options)
         place = used.get(disk.bus, 0)
         used[disk.bus] = place + 1

@@ -54,6 +54,17 @@ def _allowed(options: dict[str, Any], *, read_only: bool) -> dict[str, Any]:
     return {key: value for key, value in options.items() if not read_only or key not in ("discard", "detect-zeroes")}
 
 
+def blank_options(layer: Layer, disk: DiskSpec) -> dict[str, Any]:
+    """Options of a node of that name and size that has no image."""
+    return {
+        "node-name": node_name(layer),
+        "driver": "null-co",
+        "size": layer.virtual_size,
+        "read-zeroes": True,
+        "read-only": disk.read_only,
+    }
+
+
 def chain_options(chain: Chain, disk: DiskSpec) -> list[dict[str, Any]]:
     """Options of a whole chain, base first: each entry names the one before it as its backing."""
     return [

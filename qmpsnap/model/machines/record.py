@@ -1,6 +1,6 @@
 """What the store records of a machine, and of the QEMU that runs it."""
 
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -40,6 +40,38 @@ class Consent(Struct, frozen=True, kw_only=True):
         return self.extra == extra and self.user in (None, 0, user)
 
 
+Identity = Literal["twin", "fresh"]
+"""``twin``: the guest still has its parent's MAC addresses, hostname, machine-id, SSH host keys and random pool.
+``fresh``: all of them were replaced, one after the other, by its agent."""
+
+
+class Origin(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a fork went on from.
+
+    Attributes:
+        machine: its parent's name then.
+        snapshot: the parent's full snapshot.
+        uuid: the parent's, which the guest takes for its own until it boots again.
+        identity: whose identity the guest has.
+        lacks: what of its identity could not be replaced, a sentence each.
+        ephemeral: all of the fork is removed once its QEMU has ended.
+        owner: an ephemeral fork ends with this process, too.
+    """
+
+    machine: str
+    snapshot: str
+    uuid: str
+    identity: Identity = "twin"
+    lacks: tuple[str, ...] = ()
+    ephemeral: bool = False
+    owner: Process | None = None
+
+    @property
+    def name(self) -> str:
+        """As a user names it."""
+        return f"{self.machine}@{self.snapshot}"
+
+
 class Machine(Struct, frozen=True, kw_only=True):
     """A named machine as the store knows it.
 
@@ -48,6 +80,7 @@ class Machine(Struct, frozen=True, kw_only=True):
         current: name of the snapshot the active layers grew from, or None.
         adopted: somebody else launches its QEMU; how to speak to that. None for a machine of our own.
         consent: to the spec's ``extra`` arguments; None where nobody has agreed to any.
+        origin: of a fork; None of any other machine.
     """
 
     name: str
@@ -59,6 +92,7 @@ class Machine(Struct, frozen=True, kw_only=True):
     process: Process | None = None
     adopted: Adoption | None = None
     consent: Consent | None = None
+    origin: Origin | None = None
 
     def sent(self, arguments: Any) -> Any:
         """Arguments of a QMP command with the names that the machine's QEMU has for our layers."""

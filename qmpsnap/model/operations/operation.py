@@ -9,7 +9,7 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Quiesce, Snapshot
 from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
 from qmpsnap.model.machines.nbd import NbdExport
-from qmpsnap.model.machines.record import Consent, Machine
+from qmpsnap.model.machines.record import Consent, Machine, Origin
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.copies import Copy, VolumeCopy
 
@@ -36,6 +36,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
         removed_layers: nobody may need them any more.
         current: the machine's new current snapshot; unset leaves it.
         consent: what somebody has agreed to now; None leaves what there is.
+        origin: what is known of a fork's identity now; None leaves what there is.
     """
 
     define: Machine | None = None
@@ -47,6 +48,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     removed_layers: tuple[LayerId, ...] = ()
     current: str | UnsetType | None = UNSET
     consent: Consent | None = None
+    origin: Origin | None = None
 
 
 class Overlay(Struct, frozen=True, kw_only=True):
@@ -78,6 +80,24 @@ class DefinePlan(Struct, frozen=True, kw_only=True, tag="define"):
     def created(self) -> tuple[Layer, ...]:
         """Every layer whose file this plan makes."""
         return (*self.images, *(overlay.layer for overlay in self.overlays))
+
+
+class ForkPlan(DefinePlan, frozen=True, kw_only=True, tag="fork"):
+    """Create a machine that goes on from another one's full snapshot: define it on the snapshot's points, then load.
+
+    Attributes:
+        parent: the machine whose snapshot it is.
+        snapshot: its name.
+        paused: its vCPUs stay stopped.
+        fresh: its guest gets an identity of its own.
+        bake: there was no template of the snapshot's memory when this was planned.
+    """
+
+    parent: str
+    snapshot: str
+    paused: bool = False
+    fresh: bool = False
+    bake: bool = False
 
 
 class Means(Struct, frozen=True, kw_only=True):
@@ -375,7 +395,16 @@ class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):
 
 
 Plan = (
-    DefinePlan | CreatePlan | InternalPlan | LoadPlan | MergePlan | RevertPlan | MirrorPlan | UndefinePlan | ResizePlan
+    DefinePlan
+    | ForkPlan
+    | CreatePlan
+    | InternalPlan
+    | LoadPlan
+    | MergePlan
+    | RevertPlan
+    | MirrorPlan
+    | UndefinePlan
+    | ResizePlan
 )
 
 

@@ -22,6 +22,8 @@ ENDING: Final = "ending"
 # internal; of merges and mirrors these are phases, see :func:`of_job` and :func:`of_file`
 STARTED: Final = "started"
 RECORDED: Final = "recorded"
+# fork
+BAKING: Final = "baking"
 # load
 KEEPING: Final = "keeping"
 LOADING: Final = "loading"
@@ -63,6 +65,16 @@ _MERGE_ALONE: Final = tuple(step for step in _MERGE if step.name != UNDONE)
 STEPS: Final[dict[str, tuple[Step, ...]]] = {
     "define": (
         Step(PLANNED, "unused files may exist: roll back"),
+        Step(SETTLED, "the machine exists"),
+    ),
+    "fork": (
+        Step(PLANNED, "unused overlays may exist: roll back"),
+        Step(BAKING, "a template is being made, perhaps by a QEMU without a guest: end that, remove it, roll back"),
+        Step(
+            STARTING,
+            "the machine exists, and its QEMU may be starting: roll forward; one that has loaded its memory keeps"
+            " running, an ephemeral one without a QEMU is removed",
+        ),
         Step(SETTLED, "the machine exists"),
     ),
     "undefine": (

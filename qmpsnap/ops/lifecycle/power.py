@@ -67,6 +67,7 @@ async def bring_up(
     log_dir = context.home.log_dir(machine.name)
     await blocking(logs.prepare, log_dir)
     await admission.all_files(context, machine, chains, firmware)
+    ram = loading.ram if isinstance(loading, Loading) else None
     async with luks.for_qemu(context, machine, machine.spec.disks) as secrets:
         arguments = argv.build(
             context.qemu,
@@ -81,13 +82,14 @@ async def bring_up(
             secrets=secrets,
             logs=str(log_dir),
             exact=loading is not None,
+            ram=ram,
         )
         process = await launch(
             arguments,
             machine,
             context.home.run_dir(machine.name),
             accel=choice.accel,
-            inherited=[*secrets.values()],
+            inherited=[*secrets.values(), *([ram.descriptor] if ram else [])],
             rights=Privileges.of(machine.spec, context.run_as),
             logs=log_dir,
         )

@@ -8,6 +8,7 @@ from msgspec import Struct
 from qmpsnap.errors import QmpError, StateError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.starting import accel, probe
+from qmpsnap.machine.starting.argv import Ram
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Hardware, Vmstate, differences, hardware_of
 from qmpsnap.model.machines.record import Machine
@@ -17,10 +18,14 @@ from qmpsnap.qmp.session import Monitor
 
 
 class Loading(Struct, frozen=True):
-    """A state whose file was compared with its record; ``descriptor`` is open on QEMU's stream."""
+    """A state whose file was compared with its record; ``descriptor`` is open on QEMU's stream.
+
+    ``ram``: memory that lies in a file already, so that the stream has none.
+    """
 
     state: Vmstate
     descriptor: int
+    ram: Ram | None = None
 
 
 async def hardware_to_start(context: Context, machine: Machine) -> Hardware:
@@ -68,7 +73,10 @@ def require_fits(snapshot: Snapshot, hardware: Hardware, *, machine: str) -> Non
 
 async def load(qemu: Monitor, loading: Loading) -> None:
     """Load a state into a QEMU that was started to wait for one; its vCPUs stay stopped."""
-    await migration.set_up(qemu, background=False, mapped=loading.state.layout == "mapped-ram")
+    mapped = loading.ram is None and loading.state.layout == "mapped-ram"
+    await migration.set_up(qemu, background=False, mapped=mapped)
+    if loading.ram:
+        await migration.leave_out_shared(qemu)
     await migration.start(qemu, "migrate-incoming", await migration.hand_over(qemu, loading.descriptor))
     pause = 0.002
     while (found := await migration.query(qemu)).status not in migration.ENDED:

@@ -19,6 +19,7 @@ from qmpsnap.machine import worker
 from qmpsnap.model.operations.operation import (
     CreatePlan,
     DefinePlan,
+    ForkPlan,
     InternalPlan,
     LoadPlan,
     MergePlan,
@@ -45,6 +46,7 @@ Ending = Callable[[Broken[Any], Monitor | None], Awaitable[Direction]]
 ENDINGS: Final[Mapping[type[Plan], str]] = {
     CreatePlan: "qmpsnap.ops.snapshot.recover:end",
     DefinePlan: "qmpsnap.ops.lifecycle.recover:end",
+    ForkPlan: "qmpsnap.ops.fork.recover:end",
     InternalPlan: "qmpsnap.ops.internal.recover:end_create",
     LoadPlan: "qmpsnap.ops.internal.recover:end_load",
     MergePlan: "qmpsnap.ops.merge.recover:end",

@@ -339,6 +339,7 @@ class SqliteStore:
             self._layers.put(sql, layer)
         rows.put_active(sql, number, change.active)
         rows.put_consent(sql, number, change.consent)
+        rows.put_origin(sql, number, change.origin)
         for snapshot in change.snapshots:
             rows.put_snapshot(sql, number, self._portable(snapshot))
         for old, new in change.renamed.items():

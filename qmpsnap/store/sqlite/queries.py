@@ -43,7 +43,7 @@ LISTED = (
 """What a list shows of each machine."""
 MACHINE = (
     "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted, consent,"
-    " pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
+    " origin, pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
     " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
 )
 UNNAMED = (

@@ -10,7 +10,7 @@ from qmpsnap.errors import NameTaken, NotFoundError
 from qmpsnap.hint import call
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.adoption import Adoption
-from qmpsnap.model.machines.record import Consent, Machine, Process
+from qmpsnap.model.machines.record import Consent, Machine, Origin, Process
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
 from qmpsnap.store.sqlite import queries
@@ -19,7 +19,7 @@ from qmpsnap.store.sqlite.json_values import decoded
 
 def read_machine(row: sqlite3.Row) -> Machine:
     """A row of the machine query as a value."""
-    name, uuid, host, spec, created, current, adopted, consent, *process = row
+    name, uuid, host, spec, created, current, adopted, consent, origin, *process = row
     return Machine(
         name=name,
         uuid=uuid,
@@ -30,6 +30,7 @@ def read_machine(row: sqlite3.Row) -> Machine:
         process=Process(**dict(zip(Process.__struct_fields__, process, strict=True))) if process[0] else None,
         adopted=decoded(adopted, Adoption) if adopted else None,
         consent=decoded(consent, Consent) if consent else None,
+        origin=decoded(origin, Origin) if origin else None,
     )
 
 
@@ -69,12 +70,14 @@ def insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
     """Add a machine, or ``NameTaken``."""
     try:
         sql.execute(
-            "INSERT INTO machine (name, uuid, host, spec, created, adopted, consent) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO machine (name, uuid, host, spec, created, adopted, consent, origin)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 machine.name, machine.uuid, machine.host,
                 msgspec.json.encode(machine.spec).decode(), machine.created,
                 msgspec.json.encode(machine.adopted).decode() if machine.adopted else None,
                 msgspec.json.encode(machine.consent).decode() if machine.consent else None,
+                msgspec.json.encode(machine.origin).decode() if machine.origin else None,
             ),
         )  # fmt: skip
     except sqlite3.IntegrityError as error:
@@ -88,6 +91,13 @@ def put_consent(sql: sqlite3.Connection, machine: int, consent: Consent | None) 
     if consent:
         text = msgspec.json.encode(consent).decode()
         sql.execute("UPDATE machine SET consent = ?, version = version + 1 WHERE id = ?", (text, machine))
+
+
+def put_origin(sql: sqlite3.Connection, machine: int, origin: Origin | None) -> None:
+    """Record what is known of a fork's identity; None leaves what there is."""
+    if origin:
+        text = msgspec.json.encode(origin).decode()
+        sql.execute("UPDATE machine SET origin = ?, version = version + 1 WHERE id = ?", (text, machine))
 
 
 def put_active(sql: sqlite3.Connection, machine: int, active: Mapping[str, LayerId]) -> None:

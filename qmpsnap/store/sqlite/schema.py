@@ -140,6 +140,10 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX claim_operation ON claim (operation);
     DELETE FROM stamp WHERE layer NOT IN (SELECT id FROM layer);
     """,
+    """
+    ALTER TABLE machine ADD COLUMN origin TEXT;
+    CREATE INDEX machine_ephemeral ON machine (name) WHERE json_extract(origin, '$.ephemeral');
+    """,
 )
 
 

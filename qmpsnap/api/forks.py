@@ -1,0 +1,71 @@
+"""What a program does with forks: make them, and look after the templates of their memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpsnap.api.later import Later
+from qmpsnap.host.borders import border
+from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.ops.base import requests
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from qmpsnap.ops.base.context import Context
+    from qmpsnap.ops.fork import request as wishes
+    from qmpsnap.ops.fork import run
+    from qmpsnap.ops.fork.run import Forked
+else:
+    run, wishes = Later("ops.fork.run"), Later("ops.fork.request")
+
+
+@border
+class Forking:
+    """A machine as the parent of others."""
+
+    _context: Context
+    name: str
+
+    async def fork(
+        self,
+        snapshot: Snapshot | str | None = None,
+        name: str | None = None,
+        *,
+        count: int = 1,
+        ephemeral: bool = False,
+        paused: bool = False,
+        identity: Literal["keep", "fresh"] = "keep",
+        description: str = "",
+    ) -> list[Forked]:
+        """Make machines that go on from a full snapshot of this one, side by side with it.
+
+        Each is a machine of its own with new overlays on the snapshot's points. All share the snapshot's memory until
+        they write to it.
+
+        Args:
+            snapshot: the full snapshot, or its name; None takes one of the running machine first.
+            name: the fork's name; None takes the next free ``NAME-fN``. Of several each gets a number behind it.
+            count: how many.
+            ephemeral: remove all of a fork once its QEMU has ended.
+            paused: leave the vCPUs stopped.
+            identity: ``fresh`` lets the guest agent replace what the guest has in common with this one: clock, random
+                pool, hostname, machine-id and MAC addresses.
+            description: of the snapshot that is taken.
+
+        Raises:
+            NotFoundError: there is no such snapshot.
+            NameTaken: there is a machine of that name.
+            StateError: the machine is adopted or has a TPM, the snapshot has no memory, or its hardware has changed.
+            HostCannot: there is no room for the snapshot's memory.
+        """
+        request = wishes.ForkRequest(
+            snapshot=snapshot.name if isinstance(snapshot, Snapshot) else snapshot,
+            name=name,
+            count=count,
+            ephemeral=ephemeral,
+            paused=paused,
+            identity=identity,
+            description=description,
+        )
+        return await run.run(self._context, self.name, requests.well_typed(request))

@@ -1,0 +1,1 @@
+"""Machines that go on from another one's full snapshot."""

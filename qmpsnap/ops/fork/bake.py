@@ -1,0 +1,203 @@
+"""Making a template: a QEMU without images loads the snapshot's memory into a file, and saves all else beside it."""
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qmpsnap.errors import HostCannot, QmpError
+from qmpsnap.host.threads import completed, to_end, to_read
+from qmpsnap.machine import qemu, statefile, templates
+from qmpsnap.machine.config.firmware import find_firmware
+from qmpsnap.machine.starting import accel, argv
+from qmpsnap.machine.starting import process as processes
+from qmpsnap.machine.starting.argv import Ram
+from qmpsnap.machine.starting.privileges import Privileges
+from qmpsnap.machine.templates import Seen, Shelf, Template
+from qmpsnap.model.layers.chain import Chain
+from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.layers.vmstate import Hardware, Vmstate, version_of
+from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.machines.spec import MachineSpec
+from qmpsnap.ops.base.async_store import blocking
+from qmpsnap.ops.base.context import Context, in_thread
+from qmpsnap.ops.memory.load import Loading, load
+from qmpsnap.qmp import commands, migration
+from qmpsnap.qmp.session import Monitor
+
+READ_ONLY_SINCE = (8, 2)
+"""The first QEMU that maps a file privately which it has opened for reading alone (``readonly=on,rom=off``)."""
+_POLL = 0.05
+"""Seconds between two looks at a folder in which another process makes a template."""
+
+
+class Source(Struct, frozen=True, kw_only=True):
+    """What a template is made from; ``hardware`` is that of the QEMU which the forks would be started with now."""
+
+    machine: Machine
+    snapshot: Snapshot
+    state: Vmstate
+    chains: tuple[Chain, ...]
+    hardware: Hardware
+
+    @property
+    def key(self) -> str:
+        """Of the template."""
+        return templates.key_of(self.state.digest, self.hardware)
+
+
+async def find(context: Context, source: Source) -> bool:
+    """Whether there is a template now."""
+    return await to_read(lambda: any(shelf.read(source.key) for shelf in templates.shelves(context.home)))
+
+
+@asynccontextmanager
+async def template_of(
+    context: Context, source: Source, *, baking: Callable[[], Awaitable[object]]
+) -> AsyncIterator[Loading]:
+    """The template of a snapshot's memory, open; made if there is none, of which ``baking`` is told before.
+
+    Raises:
+        HostCannot: there is no room for it.
+        StoreMismatch: the state file is not what it was.
+        QmpError: QEMU cannot load it, or not save what it has loaded.
+    """
+    told = False
+    while True:
+        async with _opened(context, source) as found:
+            if found:
+                yield found
+                return
+        if not told:
+            await baking()
+            told = True
+        shelf = await to_end(lambda: templates.choose(context.home, source.machine.spec.memory))
+        try:
+            async with in_thread(shelf.locked()):
+                if not await find(context, source):
+                    await _bake(context, source, shelf)
+        except BlockingIOError:
+            await anyio.sleep(_POLL)
+
+
+@asynccontextmanager
+async def _opened(context: Context, source: Source) -> AsyncIterator[Loading | None]:
+    for shelf in templates.shelves(context.home):
+        async with in_thread(shelf.opened(source.key)) as found:
+            if found:
+                template, ram, devices = found
+                await to_end(shelf.mark_used, template.key)
+                read_only = version_of(source.hardware.qemu_version) >= READ_ONLY_SINCE
+                yield Loading(source.state, devices, Ram(ram, read_only=read_only))
+                return
+    yield None
+
+
+async def _bake(context: Context, source: Source, shelf: Shelf) -> None:
+    """Make a template; the lock of its folder is held."""
+    await clean(shelf)
+    size = source.machine.spec.memory
+    await blocking(_make_room, context, shelf, size)
+    identity = str(uuid.uuid4())
+    name = templates.part_name(source.key, identity)
+    try:
+        async with (
+            in_thread(statefile.verified(source.state)) as state,
+            in_thread(templates.beginning(shelf, name, size)) as (folder, ram, devices),
+        ):
+            await _in_qemu(context, source, identity, folder, Loading(source.state, state), ram=ram, devices=devices)
+            nothing = Seen(0, 0, 0, 0, 0)
+            about = Template(
+                key=source.key,
+                source=f"{source.machine.name}@{source.snapshot.name}",
+                state=source.state.digest,
+                digest="",
+                boot="",
+                created=time.time(),
+                ram=nothing,
+                devices=nothing,
+            )
+            await to_end(templates.publish, shelf, folder, ram, devices, about)
+    except BaseException:
+        await completed(to_end(shelf.remove, name))
+        raise
+
+
+def _make_room(context: Context, shelf: Shelf, size: int) -> None:
+    pids = [found.pid for machine in context.store.machines() if (found := context.process(machine)) and machine.origin]
+    templates.make_room(shelf, size, templates.limit(shelf, os.environ), templates.mapped(pids))
+
+
+async def clean(shelf: Shelf) -> None:
+    """Remove templates that nobody finishes any more, and end the QEMUs that were at it; its lock is held."""
+    for part in await to_read(shelf.unfinished):
+        machine = Machine(name="", uuid=templates.uuid_of(part), host="", spec=MachineSpec(name=""), created=0)
+        await qemu.end_strays(machine, part)
+        await to_end(shelf.remove, part.name)
+
+
+async def _in_qemu(
+    context: Context, source: Source, identity: str, folder: Path, loading: Loading, *, ram: int, devices: int
+) -> None:
+    spec = replace(source.machine.spec, nics=tuple(replace(nic, forwards=()) for nic in source.machine.spec.nics))
+    stand_in = replace(source.machine, uuid=identity, spec=spec, process=None)
+    choice = await accel.choose(spec.accel, qemu=context.qemu, cache=context.home.cache, user=context.run_as)
+    arguments = argv.build(
+        context.qemu,
+        spec,
+        source.chains,
+        uuid=identity,
+        accel=choice.accel,
+        incoming=True,
+        firmware=_firmware(spec, folder),
+        tsc_khz=accel.tsc_khz(),
+        exact=True,
+        ram=Ram(ram, shared=True),
+        blank=True,
+    )
+    process = await qemu.launch(
+        arguments,
+        stand_in,
+        folder,
+        accel=choice.accel,
+        inherited=[ram],
+        rights=Privileges.of(spec, context.run_as),
+    )
+    try:
+        async with qemu.monitor(stand_in, folder) as monitor:
+            await load(monitor, loading)
+            await _save_devices(monitor, devices)
+            with contextlib.suppress(QmpError):
+                await commands.control(monitor, "quit")
+            await qemu.wait_end(process, deadline=qemu.QUIT_DEADLINE)
+    finally:
+        processes.terminate(process)
+        if not await completed(qemu.wait_end(process, deadline=qemu.QUIT_DEADLINE)):
+            raise HostCannot(f"the QEMU that made a template (process {process.pid}) does not end")
+
+
+def _firmware(spec: MachineSpec, folder: Path) -> argv.Firmware | None:
+    """UEFI's flash with a variable store that is thrown away: what counts is in the memory."""
+    if spec.firmware != "uefi":
+        return None
+    found = find_firmware()
+    variables = folder / "vars.fd"
+    variables.write_bytes(Path(found.vars).read_bytes())
+    return argv.Firmware(code=found.code, vars=str(variables))
+
+
+async def _save_devices(monitor: Monitor, devices: int) -> None:
+    await migration.set_up(monitor, background=False, mapped=False)
+    await migration.leave_out_shared(monitor)
+    await migration.start(monitor, "migrate", await migration.hand_over(monitor, devices))
+    while (found := await migration.query(monitor)).status not in migration.ENDED:
+        await anyio.sleep(0.002)
+    if found.status != "completed":
+        raise QmpError(f"QEMU could not save the devices of a template: {found.error_desc or found.status}")

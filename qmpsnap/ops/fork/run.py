@@ -1,0 +1,157 @@
+"""``fork``: machines that go on from a full snapshot of another one."""
+
+from pathlib import Path
+
+import anyio
+from msgspec import Struct
+
+from qmpsnap.errors import NotFoundError, QmpsnapError
+from qmpsnap.host import files
+from qmpsnap.host.threads import first_of, to_end, to_read
+from qmpsnap.machine.config.firmware import find_firmware
+from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
+from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.operation import ForkPlan, Operation
+from qmpsnap.model.planning.inputs import PlanInputs
+from qmpsnap.ops.base.context import Context, forget_places, locked, require_folder, require_own
+from qmpsnap.ops.base.machine_session import MachineSession
+from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
+from qmpsnap.ops.fork import bake
+from qmpsnap.ops.fork import plan as planning
+from qmpsnap.ops.fork.bake import Source
+from qmpsnap.ops.fork.request import ForkRequest, memory_of, names, require_forkable, require_sensible
+from qmpsnap.ops.lifecycle import define, power
+from qmpsnap.ops.memory.load import hardware_to_start, require_fits
+from qmpsnap.ops.memory.strategy import MemoryRequest
+from qmpsnap.ops.session import recovery
+from qmpsnap.ops.session.session import begin
+from qmpsnap.ops.snapshot import create
+from qmpsnap.ops.snapshot.plan import CreateRequest
+
+
+class Forked(Struct, frozen=True, kw_only=True):
+    """What a fork is now.
+
+    Attributes:
+        machine: as recorded.
+        snapshot: that it went on from; ``taken`` says whether it was taken for this.
+    """
+
+    machine: Machine
+    snapshot: Snapshot
+    taken: bool
+
+
+async def run(context: Context, parent: str, request: ForkRequest) -> list[Forked]:
+    """Fork a machine.
+
+    Raises:
+        NotFoundError: no such machine or snapshot.
+        StateError: it is adopted, the snapshot has no memory, or its hardware has changed.
+        NameTaken: there is a machine of that name.
+        HostCannot: no room for the template.
+    """
+    require_sensible(request)
+    machine = await context.astore.machine(parent)
+    require_own(context, machine)
+    require_forkable(machine)
+    taken = request.snapshot is None
+    source = await _source(context, parent, request.snapshot or await _taken(context, machine, request))
+    known = frozenset(found.name for found in await context.astore.machines())
+    forks: list[Machine] = []
+    wanted = names(parent, request, known)
+
+    async def fork(name: str) -> None:
+        forks.append(await _one(context, source, name, request))
+
+    try:
+        async with anyio.create_task_group() as group:
+            for name in wanted:
+                group.start_soon(fork, name)
+    except* QmpsnapError as errors:
+        raise first_of(errors) from errors
+    made = {found.name: found for found in forks}
+    return [Forked(machine=made[name], snapshot=source.snapshot, taken=taken) for name in wanted]
+
+
+async def _taken(context: Context, machine: Machine, request: ForkRequest) -> str:
+    """The name of a new full snapshot of the machine as it is now."""
+    description = request.description or "taken for a fork"
+    wanted = CreateRequest(memory=MemoryRequest(), description=description)
+    return (await create.run(context, machine.name, wanted)).name
+
+
+async def _source(context: Context, parent: str, name: str) -> Source:
+    basis = await context.astore.basis(parent, sharers=False)
+    assert basis.record
+    snapshot = require_snapshot(basis.snapshots, name, machine=parent)
+    state = memory_of(basis.record, snapshot)
+    hardware = await hardware_to_start(context, basis.record)
+    require_fits(snapshot, hardware, machine=parent)
+    return Source(
+        machine=basis.record,
+        snapshot=snapshot,
+        state=state,
+        chains=planning.points(basis, snapshot),
+        hardware=hardware,
+    )
+
+
+async def _one(context: Context, source: Source, name: str, request: ForkRequest) -> Machine:
+    was_there = context.home.run_dir(name).exists()
+    async with locked(context, name, "fork"):
+        await define.end_earlier(context, name)
+        try:
+            operation = await _begun(context, source, name, request)
+            new = operation.plan.change.define
+            assert new
+            async with recovery.attempting(MachineSession(context, new), operation):
+                await _carry_out(context, source, operation)
+        except BaseException:
+            if not await _exists(context, name):
+                forget_places(context.home, name, run=not was_there)
+            raise
+    return await context.astore.machine(name)
+
+
+async def _exists(context: Context, name: str) -> bool:
+    with anyio.CancelScope(shield=True):
+        try:
+            await context.astore.machine(name)
+        except NotFoundError:
+            return False
+    return True
+
+
+async def _begun(context: Context, source: Source, name: str, request: ForkRequest) -> Operation[ForkPlan]:
+    basis = await context.astore.basis(name)
+    new = planning.machine(source.machine, source.snapshot, source.chains, name=name, request=request)
+    missing = not await bake.find(context, source)
+    uefi = source.machine.spec.firmware == "uefi"
+
+    def make(at: PlanInputs) -> ForkPlan:
+        planned = planning.plan(at, new, source.chains, request, variables=uefi, bake=missing)
+        require_free([*(layer.path for layer in planned.created), *([planned.variables] if planned.variables else [])])
+        return planned
+
+    return await begin(MachineSession(context, new), basis, make, serials=max(1, len(source.chains)))
+
+
+async def _carry_out(context: Context, source: Source, operation: Operation[ForkPlan]) -> None:
+    planned = operation.plan
+    assert planned.change.define
+    await to_read(require_folder, context.home, planned.machine)
+    await to_end(files.make_folder, context.home.machine_dir(planned.machine))
+
+    async def baking() -> None:
+        await context.astore.mark(operation.id, "running", step=steps.BAKING)
+
+    async with bake.template_of(context, source, baking=baking) as loading:
+        headers = await make_overlays(context, planned.change.define, planned.overlays)
+        if planned.variables:
+            await to_end(files.write_new, planned.variables, Path(find_firmware().vars).read_bytes())
+        change = identified(planned.change, headers)
+        await context.astore.settle(operation.id, planned.machine, change, step=steps.STARTING)
+        await power.bring_up(context, planned.change.define, paused=planned.paused, loading=loading)
+    await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
