@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qmpsnap.api import forks
 from qmpsnap.api.later import Later
 from qmpsnap.api.machine_handle import MachineHandle
 from qmpsnap.errors import NotFoundError, UsageError
@@ -49,6 +50,7 @@ async def open_controller(
         HostCannot: the store cannot be opened.
     """
     async with opened(home, secrets=secrets) as context:
+        await forks.sweep(context)
         yield Controller(context)
 
 

@@ -13,11 +13,17 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from qmpsnap.ops.base.context import Context
+    from qmpsnap.ops.fork import ephemeral, run
     from qmpsnap.ops.fork import request as wishes
-    from qmpsnap.ops.fork import run
     from qmpsnap.ops.fork.run import Forked
 else:
-    run, wishes = Later("ops.fork.run"), Later("ops.fork.request")
+    ephemeral, run, wishes = Later("ops.fork.ephemeral"), Later("ops.fork.run"), Later("ops.fork.request")
+
+
+async def sweep(context: Context) -> None:
+    """Remove ephemeral forks that have ended, where there are any."""
+    if await context.astore.ephemeral():
+        await ephemeral.sweep(context)
 
 
 @border

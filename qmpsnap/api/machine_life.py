@@ -6,6 +6,7 @@ import contextlib
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from qmpsnap.api import forks
 from qmpsnap.api.later import Later
 from qmpsnap.errors import QmpError, QmpsnapError, StateError
 from qmpsnap.host.borders import border
@@ -84,6 +85,7 @@ class MachineLife:
             DeadlinePassed: the guest did not switch itself off.
         """
         await power.stop(self._context, self.name, force=force, timeout=timeout)
+        await forks.sweep(self._context)
 
     async def pause(self) -> None:
         """Stop the guest's vCPUs; its QEMU stays, and :meth:`resume` lets it run on.

@@ -131,6 +131,7 @@ def operating(act: Callable[["Context"], Awaitable[T]], *, make: bool = False) -
     """
     import anyio
 
+    from qmpsnap.api import forks
     from qmpsnap.ops.base.context import opened
 
     supervised.split()
@@ -140,6 +141,7 @@ def operating(act: Callable[["Context"], Awaitable[T]], *, make: bool = False) -
         gc.freeze()
         gc.enable()  # all is imported, and a job may take hours
         async with opened(make=make) as context:
+            await forks.sweep(context)
             return await act(context)
 
     return anyio.run(main)

@@ -334,6 +334,24 @@ async def control(
     await monitor.execute(command)
 
 
+class _Filter(Struct, frozen=True, rename="kebab"):
+    main_mac: str
+
+
+async def mac_of(monitor: Monitor, card: str) -> str | None:
+    """The MAC address that the guest has given a network card (``query-rx-filter``); None of one without a filter."""
+    try:
+        found = await ask(monitor, "query-rx-filter", tuple[_Filter, ...], {"name": card})
+    except QmpError:
+        return None
+    return found[0].main_mac if found else None
+
+
+async def set_link(monitor: Monitor, backend: str, *, up: bool) -> None:
+    """Plug a network card's cable in, or pull it (``set_link``)."""
+    await monitor.execute("set_link", {"name": backend, "up": up})
+
+
 async def announce_self(monitor: Monitor) -> None:
     """Let the network cards tell the switches where they are (``announce-self``), five times in half a second."""
     await monitor.execute("announce-self", {"initial": 50, "max": 550, "rounds": 5, "step": 100})

@@ -57,6 +57,9 @@ class Store(Protocol):
     def machine(self, name: str) -> Machine:
         """One machine."""
 
+    def ephemeral(self) -> tuple[str, ...]:
+        """Names of the forks that are removed once their QEMU has ended."""
+
     def chains(self, machine: str) -> tuple[Chain, ...]:
         """The live chains, in the order of the spec's disks."""
 

@@ -13,6 +13,7 @@ from qmpsnap.store.sqlite.listing import listing
 TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from qmpsnap.block.usage.survey import Seen
     from qmpsnap.errors import StoreMismatch
@@ -36,6 +37,7 @@ def show(form: output.Format) -> int:
                 "current": machine.current,
                 "snapshots": machine.snapshots,
                 "images": seen[name].word if name in seen else "not asked",
+                "origin": origin_of(machine),
             }
             for machine in found
             for name in [machine.name]
@@ -45,13 +47,39 @@ def show(form: output.Format) -> int:
         form,
         document={"machines": machines},
         names=[str(machine["name"]) for machine in machines],
-        table=lambda: output.table(
-            ("NAME", "STATE", "PID", "SNAPSHOTS", "CURRENT"),
-            [(m["name"], m["state"], m["pid"] or "-", m["snapshots"], m["current"] or "-") for m in machines],
-        ),
+        table=lambda: _table(machines),
     )
     looks.tell_all(seen)
     return output.told(wrong)
+
+
+def _table(machines: Sequence[Mapping[str, Any]]) -> str:
+    head = ["NAME", "STATE", "PID", "SNAPSHOTS", "CURRENT"]
+    rows = [[m["name"], m["state"], m["pid"] or "-", m["snapshots"], m["current"] or "-"] for m in machines]
+    if any(m["origin"] for m in machines):
+        head.append("FORK OF")
+        for row, machine in zip(rows, machines, strict=True):
+            row.append(fork_of(machine["origin"]) if machine["origin"] else "-")
+    return output.table(head, rows)
+
+
+def origin_of(machine: MachineRow) -> dict[str, Any] | None:
+    """What a fork went on from, for JSON; None of any other machine."""
+    if not (found := machine.origin):
+        return None
+    return {
+        "machine": found["machine"],
+        "snapshot": found["snapshot"],
+        "identity": found.get("identity", "twin"),
+        "lacks": found.get("lacks", []),
+        "ephemeral": found.get("ephemeral", False),
+        "guest_uuid": found["uuid"],
+    }
+
+
+def fork_of(origin: Mapping[str, Any]) -> str:
+    """The same in a few words."""
+    return f"{origin['machine']}@{origin['snapshot']}{' (ephemeral)' if origin['ephemeral'] else ''}"
 
 
 def _pid(machine: MachineRow, at: Places, copied: str | None) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qmpsnap.cli import output
 from qmpsnap.cli.listing import looks
 from qmpsnap.cli.listing.documents import shown, state_word
+from qmpsnap.cli.listing.machines import fork_of, origin_of
 from qmpsnap.model.timestamps import moment
 from qmpsnap.store.sqlite.listing import listing
 
@@ -61,11 +62,13 @@ def draw(name: str, form: output.Format) -> None:
     # A name cannot hold a parenthesis, so this key is nobody's parent.
     children.setdefault(machine.current, []).append((HERE, HERE))
     documents = _documents(machine, found, states) if form == "json" else []
+    origin = origin_of(machine)
+    root = f"{name}  fork of {fork_of(origin)}" if origin else name
     output.emit(
         form,
-        document={"machine": name, "current": machine.current, "snapshots": documents},
+        document={"machine": name, "current": machine.current, "origin": origin, "snapshots": documents},
         names=[one.name for one in found],
-        table=lambda: output.tree(name, lambda key: children.get(key, [])),
+        table=lambda: output.tree(root, lambda key: children.get(key, [])),
     )
 
 

@@ -118,3 +118,4 @@ class MachineShape(Shape, frozen=True):
     agent: bool = True
     display: Display = "none"
     extra: tuple[str, ...] = ()
+    identity_hook: str = ""

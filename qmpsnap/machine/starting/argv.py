@@ -255,17 +255,32 @@ def _attached(spec: MachineSpec, disk: DiskSpec, place: int) -> tuple[Device | N
 # --- network cards ----------------------------------------------------------------------------------------------------
 
 
+def card(number: int) -> str:
+    """The id of a machine's network card in QEMU, counted from 0."""
+    return f"qs-nic{number}"
+
+
+def cable(number: int) -> str:
+    """The id of what a network card is connected to."""
+    return f"net{number}"
+
+
+def mac(nic: NicSpec, uuid: str, number: int) -> str:
+    """The MAC address that QEMU gives a network card."""
+    return nic.mac or _mac(uuid, number)
+
+
 def _nics(spec: MachineSpec, uuid: str) -> Iterator[str]:
     for number, nic in enumerate(spec.nics):
         device = {
             "driver": _virtio("net", spec),
-            "id": f"qs-nic{number}",
-            "netdev": f"net{number}",
-            "mac": nic.mac or _mac(uuid, number),
+            "id": card(number),
+            "netdev": cable(number),
+            "mac": mac(nic, uuid, number),
         }
         if not _is_microvm(spec):
             device["romfile"] = ""  # no network boot, and no ROM package to need
-        yield from _json("-netdev", {"id": f"net{number}"} | _backend(nic))
+        yield from _json("-netdev", {"id": cable(number)} | _backend(nic))
         yield from _json("-device", device)
 
 

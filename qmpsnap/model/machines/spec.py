@@ -94,6 +94,7 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         cpu: QEMU CPU model; empty lets the accelerator choose (``host`` under KVM, ``tcg_cpu`` under TCG).
         tcg_cpu: what ``define`` records: CPU ``max`` under TCG, in words that later QEMUs understand.
         agent: give the guest a virtio-serial port for the QEMU guest agent.
+        identity_hook: shell command that the guest agent runs in a fork that gets an identity of its own.
         extra: further QEMU arguments, refused unless ``define --allow-extra``.
     """
 
@@ -113,6 +114,7 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     display: Display = "none"
     extra: tuple[str, ...] = ()
     tcg_cpu: str = ""
+    identity_hook: str = ""
 
     def cpu_under(self, accel: str) -> str:
         """The CPU model with that accelerator, as QEMU is told it."""

@@ -40,6 +40,7 @@ class AsyncStore(Struct, frozen=True):
     apply = _threaded(Store.apply)
     basis = _threaded(Store.basis)
     chains = _threaded(Store.chains)
+    ephemeral = _threaded(Store.ephemeral)
     follow_devices = _threaded(Store.follow_devices)
     forest = _threaded(Store.forest)
     forest_around = _threaded(Store.forest_around)

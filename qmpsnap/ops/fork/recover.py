@@ -36,6 +36,8 @@ async def _end_loading(broken: Broken[ForkPlan]) -> bool:
             status = await commands.query_status(qemu)
             if status.status == "paused" and not plan.paused:
                 await commands.control(qemu, "cont")
+            elif status.running and plan.paused:  # it was to get its identity first
+                await commands.control(qemu, "stop")
             if status.status in ("paused", "running", "suspended"):
                 await context.astore.set_process(machine.name, process)
                 return True

@@ -5,7 +5,8 @@ from pathlib import Path
 import anyio
 from msgspec import Struct
 
-from qmpsnap.errors import NotFoundError, QmpsnapError
+from qmpsnap.errors import NotFoundError, QmpsnapError, StateError
+from qmpsnap.hint import call
 from qmpsnap.host import files
 from qmpsnap.host.threads import first_of, to_end, to_read
 from qmpsnap.machine.config.firmware import find_firmware
@@ -17,7 +18,7 @@ from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.ops.base.context import Context, forget_places, locked, require_folder, require_own
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
-from qmpsnap.ops.fork import bake
+from qmpsnap.ops.fork import bake, identity
 from qmpsnap.ops.fork import plan as planning
 from qmpsnap.ops.fork.bake import Source
 from qmpsnap.ops.fork.request import ForkRequest, memory_of, names, require_forkable, require_sensible
@@ -28,6 +29,7 @@ from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.session import begin
 from qmpsnap.ops.snapshot import create
 from qmpsnap.ops.snapshot.plan import CreateRequest
+from qmpsnap.qmp import commands
 
 
 class Forked(Struct, frozen=True, kw_only=True):
@@ -72,7 +74,20 @@ async def run(context: Context, parent: str, request: ForkRequest) -> list[Forke
     except* QmpsnapError as errors:
         raise first_of(errors) from errors
     made = {found.name: found for found in forks}
+    if request.identity == "fresh":
+        _require_fresh(forks)
     return [Forked(machine=made[name], snapshot=source.snapshot, taken=taken) for name in wanted]
+
+
+def _require_fresh(forks: list[Machine]) -> None:
+    for fork in forks:
+        if fork.origin and fork.origin.identity != "fresh":
+            raise StateError(
+                f"fork {fork.name} still has the identity of {fork.origin.name}: {'; '.join(fork.origin.lacks)}",
+                hint=call("stop", fork.name, force=True) + ", or keep it as a twin",
+                effect="applied",
+                machine=fork.name,
+            )
 
 
 async def _taken(context: Context, machine: Machine, request: ForkRequest) -> str:
@@ -115,6 +130,15 @@ async def _one(context: Context, source: Source, name: str, request: ForkRequest
     return await context.astore.machine(name)
 
 
+async def _renew(context: Context, source: Source, planned: ForkPlan) -> None:
+    machine = await context.astore.machine(planned.machine)
+    await identity.renew(context, machine, source.machine)
+    if planned.paused:
+        async with context.monitor(machine) as qemu:
+            if qemu:
+                await commands.control(qemu, "stop")
+
+
 async def _exists(context: Context, name: str) -> bool:
     with anyio.CancelScope(shield=True):
         try:
@@ -153,5 +177,8 @@ async def _carry_out(context: Context, source: Source, operation: Operation[Fork
             await to_end(files.write_new, planned.variables, Path(find_firmware().vars).read_bytes())
         change = identified(planned.change, headers)
         await context.astore.settle(operation.id, planned.machine, change, step=steps.STARTING)
-        await power.bring_up(context, planned.change.define, paused=planned.paused, loading=loading)
+        running = planned.fresh or not planned.paused
+        await power.bring_up(context, planned.change.define, paused=not running, loading=loading)
+    if planned.fresh:
+        await _renew(context, source, planned)
     await context.astore.mark(operation.id, "settled", step=steps.SETTLED)

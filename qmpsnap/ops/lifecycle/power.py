@@ -112,15 +112,25 @@ async def _load(
 ) -> None:
     try:
         async with monitor(machine, context.home.run_dir(machine.name)) as qemu:
+            await _isolate(qemu, machine)
             if isinstance(loading, Loading):
                 await load(qemu, loading)
             else:
                 await _load_inside(qemu, loading)
+            await _isolate(qemu, machine)  # loading has given the cards the links that they had
             if not paused:
                 await commands.control(qemu, "cont")
     except BaseException:
         await completed(_end_unloaded(context, machine, process))
         raise
+
+
+async def _isolate(qemu: Monitor, machine: Machine) -> None:
+    """Keep a guest with another one's addresses off every network that it shares with others."""
+    if machine.origin and machine.origin.identity == "twin":
+        for number, nic in enumerate(machine.spec.nics):
+            if nic.kind != "user":
+                await commands.set_link(qemu, argv.cable(number), up=False)
 
 
 async def _end_unloaded(context: Context, machine: Machine, process: Process) -> None:

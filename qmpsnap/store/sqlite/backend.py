@@ -91,6 +91,10 @@ class SqliteStore:
                     error.hint = "it was defined, but this store lacks it: " + call("rebuild")
             raise
 
+    def ephemeral(self) -> tuple[str, ...]:
+        with self._database.reading() as sql:
+            return tuple(name for (name,) in sql.execute(queries.EPHEMERAL))
+
     def chains(self, machine: str) -> tuple[Chain, ...]:
         with self._database.reading() as sql:
             return self._chains(sql, rows.machine_id(sql, machine))

@@ -36,7 +36,10 @@ class ProcessRow(Value):
 
 
 class MachineRow(Value):
-    """A machine: of :class:`qmpsnap.model.machines.record.Machine` what a list shows; ``snapshots`` are counted."""
+    """A machine: of :class:`qmpsnap.model.machines.record.Machine` what a list shows; ``snapshots`` are counted.
+
+    ``forked``: of a fork what it went on from, as the store has it: JSON.
+    """
 
     name: str
     uuid: str
@@ -45,6 +48,12 @@ class MachineRow(Value):
     current: str | None
     process: ProcessRow | None
     snapshots: int
+    forked: str | None
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """What a fork went on from, as recorded."""
+        return _decoded(self.forked)
 
 
 class PointRow(Value):
@@ -211,9 +220,9 @@ _VARIABLES = _COLUMNS.index("variables")
 
 
 def _machine(row: tuple[Any, ...]) -> MachineRow:
-    name, uuid, host, adopted, current, pid, ticks, boot, count = row
+    name, uuid, host, adopted, current, pid, ticks, boot, count, forked = row
     process = ProcessRow(pid, ticks, boot) if pid else None
-    return MachineRow(name, uuid, host, bool(adopted), current, process, count)
+    return MachineRow(name, uuid, host, bool(adopted), current, process, count, forked)
 
 
 def _decoded(text: str | None) -> dict[str, Any] | None:

@@ -37,10 +37,11 @@ PLACED_POINTS = (
 )
 LISTED = (
     "SELECT machine.name, uuid, host, adopted IS NOT NULL, snapshot.name, pid, start_ticks, boot_id,"
-    " (SELECT count(*) FROM snapshot WHERE snapshot.machine = machine.id) FROM machine"
+    " (SELECT count(*) FROM snapshot WHERE snapshot.machine = machine.id), origin FROM machine"
     " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
 )
 """What a list shows of each machine."""
+EPHEMERAL = "SELECT name FROM machine WHERE json_extract(origin, '$.ephemeral') ORDER BY name"
 MACHINE = (
     "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted, consent,"
     " origin, pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
