@@ -19,9 +19,9 @@ async def main(machine: str, disk: str, file: str) -> None:
     async with qmpsnap.open() as q:
         vm = await q.machine(machine)
         target = Path(file).absolute()
-        # progress() runs the verb beside this block and passes on what QEMU reports about its job.
-        async with qmpsnap.progress(lambda report: vm.mirror(disk, target, mode="finish", report=report)) as job:
-            async for info in job:
+        # A block that fails, or is cancelled by Ctrl-C, cancels the job; its end waits for the job's.
+        async with vm.mirror(disk, target, mode="finish") as job:
+            async for info in job.progress():
                 draw(info)
         print(f"\n{target} has the content of {disk}")
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.api.controller import open_controller as open  # noqa: A004 - reads as qmpsnap.open()
     from qmpsnap.api.following import progress
+    from qmpsnap.api.job import Job
     from qmpsnap.api.machine_handle import MachineHandle
+    from qmpsnap.api.outcomes import Committed, Deleted, Mirrored, Streamed
     from qmpsnap.errors import QmpsnapError
     from qmpsnap.machine.agent import Completed, Trimmed
     from qmpsnap.model.layers.chain import Chain, Layer
@@ -50,16 +52,19 @@ __all__ = [
     "Chain",
     "ChainView",
     "Checked",
+    "Committed",
     "Completed",
     "Controller",
     "CreatePlan",
     "DefinePlan",
     "DeletePlan",
+    "Deleted",
     "DiskSpec",
     "Encryption",
     "Forgotten",
     "Forward",
     "InternalPlan",
+    "Job",
     "JobInfo",
     "Layer",
     "Machine",
@@ -67,6 +72,7 @@ __all__ = [
     "MachineSpec",
     "MergePlan",
     "MirrorPlan",
+    "Mirrored",
     "NicSpec",
     "Operation",
     "PopPreview",
@@ -77,6 +83,7 @@ __all__ = [
     "Reverted",
     "Snapshot",
     "SnapshotOptions",
+    "Streamed",
     "Survey",
     "Trimmed",
     "errors",
@@ -88,6 +95,8 @@ _FROM = {
     "qmpsnap.api.controller": ("Controller",),
     "qmpsnap.errors": ("QmpsnapError",),
     "qmpsnap.api.following": ("progress",),
+    "qmpsnap.api.job": ("Job",),
+    "qmpsnap.api.outcomes": ("Committed", "Deleted", "Mirrored", "Streamed"),
     "qmpsnap.machine.agent": ("Completed", "Trimmed"),
     "qmpsnap.api.machine_handle": ("MachineHandle",),
     "qmpsnap.model.layers.chain": ("Chain", "Layer"),

@@ -13,6 +13,7 @@
      │    ├── NumberTaken           4  another operation got the number that a plan was made with
      │    ├── ImageInUse            4  another program has an image open
      │    ├── LockHeld              4  another controller works on the machine
+     │    ├── JobCancelled          4  the program cancelled the job that it waits for
      │    └── ForeignHost           4  the machine belongs to another host
      ├── QemuGone                   5  QEMU or its monitor is not there (any more)
      ├── DeadlinePassed             6  our wait ended; the effect may be unknown
@@ -183,6 +184,12 @@ class LockHeld(StateError):
     """Another controller holds the machine's lock; the message says who and since when."""
 
     code = "locked"
+
+
+class JobCancelled(StateError):
+    """``job.cancel()`` ended the job that is awaited; ``effect`` says whether its operation was undone."""
+
+    code = "cancelled"
 
 
 class ForeignHost(StateError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpsnap.api import forks
+from qmpsnap.api.job import Running, end_all
 from qmpsnap.api.later import Later
 from qmpsnap.api.machine_handle import MachineHandle
 from qmpsnap.errors import NotFoundError, UsageError
@@ -51,7 +52,11 @@ async def open_controller(
     """
     async with opened(home, secrets=secrets) as context:
         await forks.sweep(context)
-        yield Controller(context)
+        controller = Controller(context)
+        try:
+            yield controller
+        finally:
+            await end_all(controller._running)  # noqa: SLF001
 
 
 @border
@@ -60,10 +65,14 @@ class Controller:
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        self._running: Running = set()
+
+    def _handle(self, name: str) -> MachineHandle:
+        return MachineHandle(self.context, name, self._running)
 
     async def machines(self) -> tuple[MachineHandle, ...]:
         """Every machine of the store, by name."""
-        return tuple(MachineHandle(self.context, found.name) for found in await self.context.astore.machines())
+        return tuple(self._handle(found.name) for found in await self.context.astore.machines())
 
     async def machine(self, name: str) -> MachineHandle:
         """The machine of that name.
@@ -72,7 +81,7 @@ class Controller:
             NotFoundError: there is none.
         """
         await self.context.astore.machine(name)
-        return MachineHandle(self.context, name)
+        return self._handle(name)
 
     async def recover(self, name: str) -> list[Operation]:
         """End what is open of a machine, or of a name that is none, as define or undefine died; returns it as it was.
@@ -118,7 +127,7 @@ class Controller:
         """
         wanted, allowed = self._wanted(spec, folders)
         machine = await define.run(self.context, wanted, folders=allowed, allow_extra=allow_extra)
-        return MachineHandle(self.context, machine.name)
+        return self._handle(machine.name)
 
     async def preview_define(
         self,

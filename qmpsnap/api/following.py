@@ -1,13 +1,6 @@
-"""A job's progress as an async iterator, for programs.
+"""The former way to iterate over a job's progress, for one release; :class:`qmpsnap.Job` is the present one."""
 
-::
-
-    async with qmpsnap.progress(lambda report: vm.stream("vda", report=report)) as job:
-        async for info in job:
-            print(info.status, info.current_progress, info.total_progress)
-    print(job.result)
-"""
-
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
@@ -48,6 +41,7 @@ async def progress(act: Callable[[Report], Awaitable[T]]) -> AsyncIterator[Follo
     Raises:
         QmpsnapError: as the verb does.
     """
+    warnings.warn("qmpsnap.progress: iterate over progress() of the job instead", DeprecationWarning, stacklevel=3)
     send, receive = anyio.create_memory_object_stream[JobInfo](_WAITING)
     following = Following[T](receive)
     failure: list[Exception] = []

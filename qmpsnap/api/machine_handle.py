@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from qmpsnap.api.forks import Forking
+from qmpsnap.api.job import job
 from qmpsnap.api.later import Later
 from qmpsnap.api.machine_life import MachineLife
 from qmpsnap.host.borders import border
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Literal, Unpack
 
+    from qmpsnap.api import outcomes
+    from qmpsnap.api.outcomes import Committed, Deleted, Mirrored, Streamed
     from qmpsnap.model.layers.chain import Layer
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import Format
-    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, ResizePlan
+    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, ResizePlan
     from qmpsnap.ops import save, stack
     from qmpsnap.ops.internal import create as internal
     from qmpsnap.ops.lifecycle import resize
@@ -37,12 +40,12 @@ if TYPE_CHECKING:
     from qmpsnap.ops.snapshot import create, delete, rename
     from qmpsnap.ops.snapshot import plan as create_plan
     from qmpsnap.ops.snapshot import request as wishes
-    from qmpsnap.ops.snapshot.delete import DeletePlan
     from qmpsnap.ops.snapshot.plan import CreateRequest
     from qmpsnap.ops.snapshot.request import Files, Kind, SnapshotOptions
     from qmpsnap.ops.stack import PopPreview
     from qmpsnap.qmp.jobs import Report
 else:
+    outcomes = Later("api.outcomes")
     save, stack = Later("ops.save"), Later("ops.stack")
     internal, resize = Later("ops.internal.create"), Later("ops.lifecycle.resize")
     commit, mirror = Later("ops.merge.commit"), Later("ops.mirror.mirror")
@@ -55,6 +58,7 @@ else:
 class MachineHandle(MachineLife, Forking):
     """One machine of the store, by name."""
 
+    @job
     async def snapshot(
         self,
         name: str | None = None,
@@ -127,6 +131,7 @@ class MachineHandle(MachineLife, Forking):
             return await internal.preview(self._context, self.name, request)
         return await create.preview(self._context, self.name, request)
 
+    @job
     async def save(
         self,
         file: str | os.PathLike[str] | None = None,
@@ -256,6 +261,7 @@ class MachineHandle(MachineLife, Forking):
         """What :meth:`push` would do now, without doing it."""
         return await create.preview(self._context, self.name, _push_request(name, description))
 
+    @job
     async def pop(self, *, discard: bool = False, report: Report = unreported) -> Reverted:
         """Go back to the current snapshot, without what was written since, and delete it; its parent is current then.
 
@@ -286,6 +292,7 @@ class MachineHandle(MachineLife, Forking):
         """Refused where :meth:`rename_snapshot` would be now; changes nothing."""
         await rename.preview(self._context, self.name, old, new)
 
+    @job
     async def commit(
         self,
         disk: str,
@@ -294,7 +301,7 @@ class MachineHandle(MachineLife, Forking):
         top: str | None = None,
         consume: bool = False,
         report: Report = unreported,
-    ) -> MergePlan:
+    ) -> Committed:
         """Merge the layers above ``base`` up to ``top`` into ``base``; the guest runs on.
 
         Args:
@@ -309,9 +316,12 @@ class MachineHandle(MachineLife, Forking):
             HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
         """
         request = commit.CommitRequest(disk=disk, base=base, top=top, consume=consume)
-        return await commit.run(self._context, self.name, requests.well_typed(request), report=report)
+        return outcomes.Committed.of(
+            await commit.run(self._context, self.name, requests.well_typed(request), report=report)
+        )
 
-    async def stream(self, disk: str, *, base: str | None = None, report: Report = unreported) -> MergePlan:
+    @job
+    async def stream(self, disk: str, *, base: str | None = None, report: Report = unreported) -> Streamed:
         """Let the active layer absorb what lies between it and ``base`` (everything, without it); nothing is lost.
 
         Raises:
@@ -319,8 +329,9 @@ class MachineHandle(MachineLife, Forking):
             HostCannot: not enough space.
         """
         request = requests.well_typed(commit.StreamRequest(disk=disk, base=base))
-        return await commit.run(self._context, self.name, request, report=report)
+        return outcomes.Streamed.of(await commit.run(self._context, self.name, request, report=report))
 
+    @job
     async def mirror(  # its options, as a user names them
         self,
         disk: str,
@@ -332,7 +343,7 @@ class MachineHandle(MachineLife, Forking):
         format: Format | None = None,  # noqa: A002 - as in a spec
         write_blocking: bool = False,
         report: Report = unreported,
-    ) -> MirrorPlan:
+    ) -> Mirrored:
         """Copy a disk; the guest runs on, and no snapshot is harmed.
 
         Args:
@@ -359,7 +370,9 @@ class MachineHandle(MachineLife, Forking):
             format=format,
             write_blocking=write_blocking,
         )
-        return await mirror.run(self._context, self.name, requests.well_typed(request), report=report)
+        return outcomes.Mirrored.of(
+            await mirror.run(self._context, self.name, requests.well_typed(request), report=report)
+        )
 
     async def resize(self, disk: str, size: int | str) -> ResizePlan:
         """Let the guest see more bytes of a disk: of its active layer, as the layers below keep their size.
@@ -383,9 +396,10 @@ class MachineHandle(MachineLife, Forking):
         """What :meth:`resize` would do now, without doing it."""
         return (await resize.preview(self._context, self.name, resize.requested(disk, size)))[0]
 
+    @job
     async def delete_snapshots(
         self, *names: str, children: bool = False, metadata: bool = False, report: Report = unreported
-    ) -> DeletePlan:
+    ) -> Deleted:
         """Delete snapshots, moving as few bytes as possible.
 
         Args:
@@ -398,7 +412,9 @@ class MachineHandle(MachineLife, Forking):
             NotFoundError: one is not there; nothing was deleted.
         """
         request = delete.DeleteRequest(names=names, children=children, metadata=metadata)
-        return await delete.run(self._context, self.name, requests.well_typed(request), report=report)
+        return outcomes.Deleted.of(
+            await delete.run(self._context, self.name, requests.well_typed(request), report=report)
+        )
 
 
 def _push_request(name: str | None, description: str) -> CreateRequest:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from qmpsnap.api import forks
+from qmpsnap.api.job import Running, job
 from qmpsnap.api.later import Later
 from qmpsnap.errors import QmpError, QmpsnapError, StateError
 from qmpsnap.host.borders import border
@@ -52,8 +53,9 @@ else:
 class MachineLife:
     """A machine as it starts, runs and ends; :class:`qmpsnap.MachineHandle` has the verbs that change its layers."""
 
-    def __init__(self, context: Context, name: str) -> None:
+    def __init__(self, context: Context, name: str, running: Running | None = None) -> None:
         self._context = context
+        self._running: Running = set() if running is None else running
         self.name = name
 
     async def record(self) -> Machine:
@@ -223,6 +225,7 @@ class MachineLife:
         async with self._context.monitor(await self.record(), look=True) as qemu:
             return await commands.query_jobs(qemu) if qemu else ()
 
+    @job
     async def wait(self, *, report: Report = unreported) -> list[Operation]:
         """See every job of an interrupted operation to its end; returns those operations as they were.
 

@@ -15,11 +15,13 @@ def border(api: C) -> C:
     """Let the coroutines of a class raise only qmpsnap's errors, except for bugs."""
     for name, method in vars(api).copy().items():
         if inspect.iscoroutinefunction(method) and not name.startswith("_"):
-            setattr(api, name, _translating(method))
+            setattr(api, name, translating(method))
     return api
 
 
-def _translating(method: Callable[..., Any]) -> Callable[..., Any]:
+def translating(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same coroutine function, which raises only qmpsnap's errors, except for bugs."""
+
     @functools.wraps(method)
     async def inside(*arguments: Any, **named: Any) -> Any:
         try:

@@ -11,7 +11,8 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, P, UndefinePlan
+from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, P
+from qmpsnap.model.operations.undefine import UndefinePlan
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.store.sqlite.frozen_files import FrozenTable

@@ -9,7 +9,8 @@ import pytest
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.operation import Change, Operation, OperationState, Plan, UndefinePlan, verb_of
+from qmpsnap.model.operations.operation import Change, Operation, OperationState, Plan, verb_of
+from qmpsnap.model.operations.undefine import UndefinePlan
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.store.sqlite.backend import SqliteStore
 from qmpsnap.store.store import Removal

@@ -57,7 +57,7 @@ async def test_the_forms(
         await vm.start(paused=True)
     target = place / "copy.qcow2"
     done = await vm.mirror("vda", target, mode=mode, shallow=shallow)
-    assert done.live == (state == "running")
+    assert done._plan.live == (state == "running")
     await hold_invariants(vm, hashes)
     assert [file.name for file in place.iterdir()] == ["copy.qcow2"]
     found = header.read(target, format="qcow2")

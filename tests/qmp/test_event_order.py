@@ -15,7 +15,7 @@ from qemu.qmp import Message
 from qmpsnap.errors import HostCannot, QemuGone, QmpError, StateError
 from qmpsnap.model.layers.vmstate import Hardware
 from qmpsnap.model.names import JobId
-from qmpsnap.model.operations.operation import Memory
+from qmpsnap.model.operations.memory import Memory
 from qmpsnap.ops.memory import save
 from qmpsnap.qmp import jobs, session
 from qmpsnap.qmp.commands import JobInfo

@@ -8,27 +8,32 @@ from pathlib import Path
 from typing import assert_type
 
 import qmpsnap
-from qmpsnap import Chain, Controller, DiskSpec, Layer, MachineHandle, MachineSpec, QmpsnapError, Snapshot
+from qmpsnap import (
+    Chain,
+    Committed,
+    Controller,
+    Deleted,
+    DiskSpec,
+    Job,
+    JobInfo,
+    Layer,
+    MachineHandle,
+    MachineSpec,
+    Mirrored,
+    QmpsnapError,
+    Snapshot,
+    Streamed,
+)
 from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.record import Machine, Process
-from qmpsnap.model.operations.operation import (
-    CreatePlan,
-    DefinePlan,
-    InternalPlan,
-    MergePlan,
-    MirrorPlan,
-    Operation,
-    ResizePlan,
-)
+from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan, Operation, ResizePlan
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 from qmpsnap.ops.lifecycle.dry_run import Forgotten
 from qmpsnap.ops.outside.compare import ChainView, LayerView
 from qmpsnap.ops.revert.revert import Preview, Reverted
-from qmpsnap.ops.snapshot.delete import DeletePlan
 from qmpsnap.ops.stack import PopPreview
-from qmpsnap.qmp.commands import JobInfo
 
 
 async def opening(home: Path) -> None:
@@ -70,6 +75,18 @@ async def previews(vm: MachineHandle) -> None:
     await vm.preview_rename("before", "after")
 
 
+async def jobs(vm: MachineHandle) -> None:
+    job = vm.commit("vda")
+    assert_type(job, Job[Committed])
+    async for info in job.progress():
+        assert_type(info, JobInfo)
+    assert_type((await job).overwritten, tuple[str, ...])
+    async with vm.snapshot("before", kind="full") as taking:
+        assert_type(taking, Job[Snapshot])
+    await job.cancel()
+    (await job).lost  # type: ignore[attr-defined]  # noqa: B018
+
+
 async def a_machine(vm: MachineHandle) -> None:
     assert_type(vm.name, str)
     assert_type(await vm.record(), Machine)
@@ -94,10 +111,10 @@ async def a_machine(vm: MachineHandle) -> None:
     await vm.snapshot(quiesce="maybe")  # type: ignore[arg-type]
     assert_type(await vm.save("/srv/web.vmstate", name="evening"), Snapshot)
     assert_type(await vm.restore("/srv/web.vmstate", discard=True, paused=True, after=False), Reverted)
-    assert_type(await vm.mirror("vda", "/srv/copy.qcow2", mode="finish"), MirrorPlan)
-    assert_type(await vm.commit("vda", base="a", top="b", consume=True), MergePlan)
-    assert_type(await vm.stream("vda", base="a"), MergePlan)
-    assert_type(await vm.delete_snapshots("a", "b", children=True, metadata=False), DeletePlan)
+    assert_type(await vm.mirror("vda", "/srv/copy.qcow2", mode="finish"), Mirrored)
+    assert_type(await vm.commit("vda", base="a", top="b", consume=True), Committed)
+    assert_type(await vm.stream("vda", base="a"), Streamed)
+    assert_type(await vm.delete_snapshots("a", "b", children=True, metadata=False), Deleted)
     assert_type(await vm.jobs(), tuple[JobInfo, ...])
     assert_type(await vm.wait(), list[Operation])
     assert_type(await vm.cancel(), list[Operation])

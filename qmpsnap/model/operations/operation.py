@@ -7,11 +7,13 @@ from msgspec import UNSET, Struct, UnsetType
 from qmpsnap.effect import Effect
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Quiesce, Snapshot
-from qmpsnap.model.layers.vmstate import Compression, Hardware, Layout, SaveMode, Vmstate
+from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.nbd import NbdExport
 from qmpsnap.model.machines.record import Consent, Machine, Origin
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.copies import Copy, VolumeCopy
+from qmpsnap.model.operations.memory import Memory
+from qmpsnap.model.operations.undefine import UndefinePlan
 
 if TYPE_CHECKING:
     import typing_extensions
@@ -98,41 +100,6 @@ class ForkPlan(DefinePlan, frozen=True, kw_only=True, tag="fork"):
     paused: bool = False
     fresh: bool = False
     bake: bool = False
-
-
-class Means(Struct, frozen=True, kw_only=True):
-    """How a machine's memory can be saved.
-
-    ``why`` the guest stands still until all is written; empty for the mode ``background``. ``resume``: the guest ran
-    before, and runs on afterwards. ``cancellable``: QEMU survives a save that is cancelled. ``reserve``: bytes the file
-    is given before.
-    """
-
-    mode: SaveMode
-    layout: Layout
-    why: str = ""
-    hardware: Hardware
-    resume: bool
-    cancellable: bool = True
-    reserve: int = 0
-
-
-class Memory(Means, frozen=True, kw_only=True):
-    """How a guest's RAM and devices go into a state file at the instant of the transaction.
-
-    Attributes:
-        path: the finished file; while it is written it has the name ``part``.
-        quit: QEMU ends once all is recorded (``save``).
-        degrade: if only the memory fails, the disks' part of the snapshot is kept.
-        max_pause_ms: the guest is paused no longer than this; None for no limit.
-    """
-
-    path: str
-    part: str
-    compression: Compression
-    quit: bool = False
-    degrade: bool = False
-    max_pause_ms: float | None = None
 
 
 class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
@@ -363,19 +330,6 @@ class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
     change: Change = Change()
 
 
-class UndefinePlan(Struct, frozen=True, kw_only=True, tag="undefine"):
-    """Remove the files of a machine that was forgotten as this was opened; the layers are ours, top first.
-
-    ``sizes``: of frozen layers, the bytes their files had: one of another size was written to, and stays.
-    """
-
-    machine: str
-    layers: tuple[Layer, ...]
-    states: tuple[Vmstate, ...]
-    variables: tuple[str, ...]
-    sizes: dict[LayerId, int]
-
-
 class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):
     """Give a disk's active layer more bytes; the layers below keep theirs.
 
@@ -395,17 +349,9 @@ class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):
 
 
 Plan = (
-    DefinePlan
-    | ForkPlan
-    | CreatePlan
-    | InternalPlan
-    | LoadPlan
-    | MergePlan
-    | RevertPlan
-    | MirrorPlan
-    | UndefinePlan
-    | ResizePlan
-)
+    DefinePlan | ForkPlan | UndefinePlan | ResizePlan  # of machines
+    | CreatePlan | InternalPlan | LoadPlan | RevertPlan | MergePlan | MirrorPlan  # of snapshots
+)  # fmt: skip
 
 
 def verb_of(plan: Plan) -> str:

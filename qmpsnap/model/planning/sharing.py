@@ -24,8 +24,8 @@ from qmpsnap.model.operations.operation import (
     Plan,
     ResizePlan,
     RevertPlan,
-    UndefinePlan,
 )
+from qmpsnap.model.operations.undefine import UndefinePlan
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 

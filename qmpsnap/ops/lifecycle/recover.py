@@ -8,7 +8,8 @@ from qmpsnap.host.threads import to_end
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
-from qmpsnap.model.operations.operation import DefinePlan, UndefinePlan
+from qmpsnap.model.operations.operation import DefinePlan
+from qmpsnap.model.operations.undefine import UndefinePlan
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import remove_new

@@ -12,7 +12,8 @@ from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan, UndefinePlan
+from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan
+from qmpsnap.model.operations.undefine import UndefinePlan
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, forget_places
 from qmpsnap.ops.base.machine_session import MachineSession

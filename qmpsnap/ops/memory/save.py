@@ -21,7 +21,8 @@ from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import statefile
 from qmpsnap.model.layers.vmstate import Manifest, SaveMode, Vmstate
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.operations.operation import CreatePlan, Memory, Operation
+from qmpsnap.model.operations.memory import Memory
+from qmpsnap.model.operations.operation import CreatePlan, Operation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands, migration, runstate
 from qmpsnap.qmp.commands import JobInfo

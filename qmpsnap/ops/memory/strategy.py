@@ -16,7 +16,7 @@ from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Compression, Hardware, SaveMode, version_of
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.operations.operation import Means
+from qmpsnap.model.operations.memory import Means
 from qmpsnap.ops.base import luks, requests
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.memory.load import hardware_now

@@ -29,8 +29,8 @@ from qmpsnap.model.operations.operation import (
     Plan,
     ResizePlan,
     RevertPlan,
-    UndefinePlan,
 )
+from qmpsnap.model.operations.undefine import UndefinePlan
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.machine_session import MachineSession

@@ -18,7 +18,8 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.operation import Change, CreatePlan, Memory, Operation
+from qmpsnap.model.operations.memory import Memory
+from qmpsnap.model.operations.operation import Change, CreatePlan, Operation
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_space, overlay_paths, requests, volumes
 from qmpsnap.ops.base.context import Context, guarded

@@ -17,7 +17,8 @@ from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import NodeName
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.operation import Change, CreatePlan, Ended, Memory, Operation
+from qmpsnap.model.operations.memory import Memory
+from qmpsnap.model.operations.operation import Change, CreatePlan, Ended, Operation
 from qmpsnap.ops.base import overlay_paths, volumes
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
