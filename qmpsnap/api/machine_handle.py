@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, overload
 from qmpsnap.api.forks import Forking
 from qmpsnap.api.job import job
 from qmpsnap.api.later import Later
+from qmpsnap.api.machine_changes import Changing
 from qmpsnap.api.machine_life import MachineLife
 from qmpsnap.host.borders import border
 from qmpsnap.ops.base import requests
@@ -25,16 +26,15 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import Format
-    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, ResizePlan
+    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan
     from qmpsnap.ops import save, stack
     from qmpsnap.ops.internal import create as internal
-    from qmpsnap.ops.lifecycle import resize
     from qmpsnap.ops.merge import commit
     from qmpsnap.ops.mirror import mirror
     from qmpsnap.ops.mirror.mirror import Mode
     from qmpsnap.ops.revert import plan as revert_plan
     from qmpsnap.ops.revert import revert
-    from qmpsnap.ops.revert.plan import RevertRequest, Run
+    from qmpsnap.ops.revert.plan import HardwareOf, RevertRequest, Run
     from qmpsnap.ops.revert.revert import Preview, Reverted
     from qmpsnap.ops.save import SaveRequest
     from qmpsnap.ops.snapshot import create, delete, rename
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 else:
     outcomes = Later("api.outcomes")
     save, stack = Later("ops.save"), Later("ops.stack")
-    internal, resize = Later("ops.internal.create"), Later("ops.lifecycle.resize")
+    internal = Later("ops.internal.create")
     commit, mirror = Later("ops.merge.commit"), Later("ops.mirror.mirror")
     revert, revert_plan = Later("ops.revert.revert"), Later("ops.revert.plan")
     create, delete, rename = Later("ops.snapshot.create"), Later("ops.snapshot.delete"), Later("ops.snapshot.rename")
@@ -55,7 +55,7 @@ else:
 
 
 @border
-class MachineHandle(MachineLife, Forking):
+class MachineHandle(MachineLife, Forking, Changing):
     """One machine of the store, by name."""
 
     @job
@@ -223,7 +223,13 @@ class MachineHandle(MachineLife, Forking):
         return await create.preview(self._context, self.name, _layers_request(disks, files))
 
     async def revert(
-        self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None, after: bool = True
+        self,
+        snapshot: Snapshot | str,
+        *,
+        discard: bool = False,
+        state: Run | None = None,
+        hardware: HardwareOf = "now",
+        after: bool = True,
     ) -> Reverted:
         """Revert to a snapshot: new empty layers on its points become active. A running guest is ended for it.
 
@@ -237,6 +243,7 @@ class MachineHandle(MachineLife, Forking):
             discard: remove the data written since instead.
             state: ``running`` or ``paused`` afterwards; None leaves the machine running, paused or stopped as it was,
                 and running after a full snapshot.
+            hardware: ``snapshot`` gives the machine the spec again that it had when the snapshot was taken.
             after: with a full snapshot, set the guest's clock and announce its network cards.
 
         Raises:
@@ -244,14 +251,20 @@ class MachineHandle(MachineLife, Forking):
             StateError: it is consumed, a job holds a disk, or its memory is of other hardware.
             StoreMismatch: QEMU's chains or the files are not the store's.
         """
-        request = _revert_request(snapshot, discard, state, after=after)
+        request = _revert_request(snapshot, discard, state, hardware=hardware, after=after)
         return await revert.run(self._context, self.name, request)
 
     async def preview_revert(
-        self, snapshot: Snapshot | str, *, discard: bool = False, state: Run | None = None
+        self,
+        snapshot: Snapshot | str,
+        *,
+        discard: bool = False,
+        state: Run | None = None,
+        hardware: HardwareOf = "now",
     ) -> Preview:
         """What :meth:`revert` would do now, without doing it."""
-        return await revert.preview(self._context, self.name, _revert_request(snapshot, discard, state))
+        request = _revert_request(snapshot, discard, state, hardware=hardware)
+        return await revert.preview(self._context, self.name, request)
 
     async def push(self, name: str | None = None, *, description: str = "") -> Snapshot:
         """Take a snapshot as :meth:`snapshot` does, and mark it as one to come back to with :meth:`pop`."""
@@ -374,28 +387,6 @@ class MachineHandle(MachineLife, Forking):
             await mirror.run(self._context, self.name, requests.well_typed(request), report=report)
         )
 
-    async def resize(self, disk: str, size: int | str) -> ResizePlan:
-        """Let the guest see more bytes of a disk: of its active layer, as the layers below keep their size.
-
-        A guest that runs is told (QAPI ``block_resize``); its partitions and file systems are its own to grow. A revert
-        to an earlier snapshot brings the size of that time back.
-
-        Args:
-            disk: its name.
-            size: bytes, or a text such as ``20G``, or ``+5G`` for so much more; a multiple of 512 bytes.
-
-        Raises:
-            UsageError: that is no size.
-            NotFoundError: the machine has no such disk.
-            StateError: the disk has that size or a larger one, is read-only, or a job works on it.
-            QmpError: QEMU refuses; the size is as before.
-        """
-        return await resize.run(self._context, self.name, resize.requested(disk, size))
-
-    async def preview_resize(self, disk: str, size: int | str) -> ResizePlan:
-        """What :meth:`resize` would do now, without doing it."""
-        return (await resize.preview(self._context, self.name, resize.requested(disk, size)))[0]
-
     @job
     async def delete_snapshots(
         self, *names: str, children: bool = False, metadata: bool = False, report: Report = unreported
@@ -436,6 +427,15 @@ def _save_request(
     )
 
 
-def _revert_request(snapshot: Snapshot | str, discard: bool, state: Run | None, *, after: bool = True) -> RevertRequest:  # noqa: FBT001
+def _revert_request(
+    snapshot: Snapshot | str,
+    discard: bool,  # noqa: FBT001
+    state: Run | None,
+    *,
+    hardware: HardwareOf,
+    after: bool = True,
+) -> RevertRequest:
     name = snapshot if isinstance(snapshot, str) else snapshot.name
-    return requests.well_typed(revert_plan.RevertRequest(name=name, discard=discard, run=state, after=after))
+    return requests.well_typed(
+        revert_plan.RevertRequest(name=name, discard=discard, run=state, hardware=hardware, after=after)
+    )

@@ -53,6 +53,7 @@ LINES = {
     "restore": "restore web /nonexistent/state",
     "resume": "resume web",
     "save": "save web /nonexistent/state --name bed -m text",
+    "set": "set web memory=4G vda.cache=none",
     "show": "show web",
     "snapshot create": "snapshot create web fresh -m text --disks vda --max-pause 5 --kind full",
     "snapshot delete": "snapshot delete web nothing",

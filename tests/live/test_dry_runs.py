@@ -110,6 +110,10 @@ def test_a_machine_s_life(home: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert popped["deleted"] == ["yours"]
     assert {str(path) for path in before - set(folder.iterdir())} <= set(popped["removed"])
 
+    would = dry(capsys, home, "set still memory=80M vda.cache=none")
+    assert [each["key"] for each in would["changes"]] == ["memory", "vda.cache"]
+    assert told(capsys, "set still memory=80M vda.cache=none -o json")["changes"] == would["changes"]
+
     resized = dry(capsys, home, "resize still vda +1M")
     assert resized["qmp"] == [
         {"execute": "block_resize", "arguments": {"node-name": resized["layer"], "size": 2 << 20}}

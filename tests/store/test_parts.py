@@ -260,7 +260,7 @@ def test_what_is_done_to_one_machine_takes_no_longer_for_what_others_have(path: 
         settled(store, Change(define=machine("web"), layers=(base,), active={"vda": base.id}), "web")
         without = steps(store, lambda: taken(store))
         filled(store, 30)
-        assert steps(store, lambda: taken(store)) <= without * 1.1
+        assert steps(store, lambda: taken(store)) <= without * 1.25  # indexes are a level deeper
 
 
 def test_what_is_recorded_of_a_frozen_image_goes_with_the_operation_that_removes_it(path: Path) -> None:

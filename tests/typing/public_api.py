@@ -30,6 +30,7 @@ from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan, Operation, ResizePlan
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
+from qmpsnap.ops.lifecycle.change import Changed
 from qmpsnap.ops.lifecycle.dry_run import Forgotten
 from qmpsnap.ops.outside.compare import ChainView, LayerView
 from qmpsnap.ops.revert.revert import Preview, Reverted
@@ -119,6 +120,8 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.wait(), list[Operation])
     assert_type(await vm.cancel(), list[Operation])
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
+    assert_type(await vm.set({"memory": "4G"}), Changed)
+    assert_type(await vm.preview_set(MachineSpec(name="web")), Changed)
     assert_type(await vm.resize("vda", "+1G"), ResizePlan)
     assert_type(await vm.preview_resize("vda", 1 << 30), ResizePlan)
     assert_type(await vm.push("before", description="text"), Snapshot)

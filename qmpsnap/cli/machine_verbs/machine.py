@@ -27,6 +27,7 @@ from qmpsnap.model.timestamps import moment
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.api.machine_handle import MachineHandle
+    from qmpsnap.model.machines.spec import MachineSpec
     from qmpsnap.store.sqlite.backend import SqliteStore
 
 
@@ -36,6 +37,7 @@ def register(parsers: Parsers) -> None:
     command.add_argument("spec", metavar="SPEC.yaml", help="spec of the machine; see launch/profiles for examples")
     command.add_argument("--allow", metavar="DIR", action="append", default=[], help="also allow images in DIR")
     command.add_argument("--allow-extra", action="store_true", help="accept the spec's 'extra' QEMU arguments")
+    command.add_argument("--update", action="store_true", help="change the machine of that name to this spec")
     command.add_argument("--dry-run", action="store_true", help="only print the files that would be created")
     add_format(command)
 
@@ -74,6 +76,13 @@ def _define(arguments: argparse.Namespace) -> None:
 
     folders = [Path(folder) for folder in arguments.allow]
 
+    if arguments.update:
+        from qmpsnap.cli.machine_verbs.change import change
+
+        spec = controlling(lambda q: _read(q, arguments.spec))
+        arguments.machine = spec.name
+        change(arguments, spec)
+        return
     if arguments.dry_run:
         plan = controlling(
             lambda q: q.preview_define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra)
@@ -94,6 +103,10 @@ def _define(arguments: argparse.Namespace) -> None:
         table=lambda: "",
         done=f"machine {machine.name} was defined",
     )
+
+
+async def _read(controller: "Controller", spec: str) -> "MachineSpec":
+    return controller.read_spec(spec)
 
 
 def _list(arguments: argparse.Namespace) -> int:

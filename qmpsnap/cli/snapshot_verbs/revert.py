@@ -22,6 +22,12 @@ def register(verbs: Parsers) -> None:
     after = command.add_mutually_exclusive_group()
     after.add_argument("--paused", action="store_true", help="start the machine with its vCPUs stopped")
     after.add_argument("--running", action="store_true", help="start the machine")
+    command.add_argument(
+        "--hardware",
+        choices=("now", "snapshot"),
+        default="now",
+        help="start with the present spec (default) or with that of the snapshot",
+    )
     add_after(command)
     command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_format(command)
@@ -39,10 +45,16 @@ def _revert(arguments: argparse.Namespace) -> None:
 
     name, discard, after = arguments.name, arguments.discard, not arguments.no_after
     if arguments.dry_run:
-        found = on_machine(arguments.machine, lambda vm: vm.preview_revert(name, discard=discard, state=state))
+        found = on_machine(
+            arguments.machine,
+            lambda vm: vm.preview_revert(name, discard=discard, state=state, hardware=arguments.hardware),
+        )
         print_preview(arguments.output, found)
         return
-    done = on_machine(arguments.machine, lambda vm: vm.revert(name, discard=discard, state=state, after=after))
+    done = on_machine(
+        arguments.machine,
+        lambda vm: vm.revert(name, discard=discard, state=state, hardware=arguments.hardware, after=after),
+    )
     print_outcome(arguments, done)
 
 

@@ -6,7 +6,7 @@ with units, words for true and false, paths, the short forms of network cards, a
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
@@ -61,13 +61,39 @@ def parse(text: str, source: str, *, folder: Path, guest_dir: Path, profile_dir:
 def checked(spec: MachineSpec, *, folder: Path, guest_dir: Path) -> MachineSpec:
     """Hold a machine that a program describes to the rules of a file: its names become paths and arguments."""
     try:
-        plain = msgspec.to_builtins(spec, enc_hook=os.fspath)
+        plain = _plain(spec)
     except TypeError as error:
         raise SpecError(f"the spec has a value of an impossible type: {error}") from error
+    return _machine(_readable(of_program(plain, "the spec"), folder, guest_dir))
+
+
+def changed(spec: MachineSpec, settings: Mapping[str, str], *, folder: Path, guest_dir: Path) -> MachineSpec:
+    """The machine with other values under some keys, each written as in a file: ``memory``, or ``vda.cache`` of a disk.
+
+    An empty value takes the key away, so that its default counts.
+    """
+    plain = _plain(spec)
+    for key, text in settings.items():
+        disk, _, own = key.rpartition(".")
+        disks = {each["name"]: each for each in plain.get("disks", ())}
+        if disk and disk not in disks:
+            raise SpecError(f"machine {spec.name} has no disk {shorten(disk)!r}", hint=f"its disks: {', '.join(disks)}")
+        where, name = disks[disk] if disk else plain, own.replace("-", "_")
+        where.pop(name, None)
+        if text:
+            where[name] = compose(text, key).value
+    return replace(
+        _machine(_readable(of_program(plain, f"machine {spec.name}"), folder, guest_dir)), tcg_cpu=spec.tcg_cpu
+    )
+
+
+def _plain(spec: MachineSpec) -> dict[str, Any]:
+    """What a file would say of it."""
+    plain: dict[str, Any] = msgspec.to_builtins(spec, enc_hook=os.fspath)
     plain.pop("tcg_cpu", None)  # that of the machine whose spec was taken: define records its own
     if type(spec.memory) is int:
         plain["memory"] = f"{spec.memory}B"  # a file's plain number is MiB
-    return _machine(_readable(of_program(plain, "the spec"), folder, guest_dir))
+    return plain
 
 
 def _profile(document: Document, name: Any, profile_dir: Path) -> Path:

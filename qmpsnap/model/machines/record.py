@@ -7,6 +7,7 @@ from msgspec import Struct
 from qmpsnap.errors import NotFoundError
 from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.model.names import OperationId
 
 
 class Process(Struct, frozen=True, kw_only=True):
@@ -72,6 +73,13 @@ class Origin(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"{self.machine}@{self.snapshot}"
 
 
+class Past(Struct, frozen=True, kw_only=True):
+    """A spec that a machine had; ``until``: the first operation that it had another one for."""
+
+    until: OperationId
+    spec: MachineSpec
+
+
 class Machine(Struct, frozen=True, kw_only=True):
     """A named machine as the store knows it.
 
@@ -81,6 +89,7 @@ class Machine(Struct, frozen=True, kw_only=True):
         adopted: somebody else launches its QEMU; how to speak to that. None for a machine of our own.
         consent: to the spec's ``extra`` arguments; None where nobody has agreed to any.
         origin: of a fork; None of any other machine.
+        past: the specs it had before, oldest first, as far as snapshots were taken with them.
     """
 
     name: str
@@ -93,6 +102,11 @@ class Machine(Struct, frozen=True, kw_only=True):
     adopted: Adoption | None = None
     consent: Consent | None = None
     origin: Origin | None = None
+    past: tuple[Past, ...] = ()
+
+    def spec_at(self, operation: OperationId) -> MachineSpec:
+        """The spec that it had for that operation."""
+        return next((past.spec for past in self.past if operation < past.until), self.spec)
 
     def sent(self, arguments: Any) -> Any:
         """Arguments of a QMP command with the names that the machine's QEMU has for our layers."""

@@ -10,6 +10,7 @@ from qmpsnap.model.layers.snapshot import Quiesce, Snapshot
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.nbd import NbdExport
 from qmpsnap.model.machines.record import Consent, Machine, Origin
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.copies import Copy, VolumeCopy
 from qmpsnap.model.operations.memory import Memory
@@ -39,6 +40,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
         current: the machine's new current snapshot; unset leaves it.
         consent: what somebody has agreed to now; None leaves what there is.
         origin: what is known of a fork's identity now; None leaves what there is.
+        spec: the machine's new spec; the one before is kept for the snapshots that were taken with it.
     """
 
     define: Machine | None = None
@@ -51,6 +53,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     current: str | UnsetType | None = UNSET
     consent: Consent | None = None
     origin: Origin | None = None
+    spec: MachineSpec | None = None
 
 
 class Overlay(Struct, frozen=True, kw_only=True):

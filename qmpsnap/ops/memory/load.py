@@ -6,6 +6,7 @@ import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import QmpError, StateError
+from qmpsnap.hint import option
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.starting import accel, probe
 from qmpsnap.machine.starting.argv import Ram
@@ -66,7 +67,9 @@ def require_fits(snapshot: Snapshot, hardware: Hardware, *, machine: str) -> Non
         raise StateError(
             f"snapshot {snapshot.name} was taken with different virtual hardware of machine {machine}:"
             f" {'; '.join(found)}",
-            hint="revert to a disk snapshot instead: the guest would crash with this memory",
+            hint="load it with the hardware of that time, if only the spec was changed: "
+            + option("hardware", "snapshot")
+            + "; the guest would crash otherwise",
             machine=machine,
         )
 

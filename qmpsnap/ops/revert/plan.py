@@ -11,6 +11,7 @@ from qmpsnap.hint import call, option
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot, require_snapshot
 from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import layer_id
 from qmpsnap.model.operations.copies import Copy, VolumeCopy
 from qmpsnap.model.operations.operation import Change, Overlay, RevertPlan, Unwritten
@@ -23,6 +24,8 @@ from qmpsnap.ops.base.overlays import overlay_on
 from qmpsnap.volumes.names import VolumeName
 
 Run = Literal["running", "paused"]
+HardwareOf = Literal["now", "snapshot"]
+"""With which virtual hardware the machine is started: what its spec says now, or said when the snapshot was taken."""
 
 
 class RevertRequest(Struct, frozen=True, kw_only=True):
@@ -32,6 +35,7 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
         discard: do not keep what was written since.
         run: how the machine is afterwards; None as it was before, and running with memory.
         file: where a full snapshot's state file lies now, if it was moved.
+        hardware: ``snapshot`` makes the spec of its time the machine's spec again.
         after: tell the guest the time and the network where the machine is, once it runs on with memory.
     """
 
@@ -39,6 +43,7 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
     discard: bool = False
     run: Run | None = None
     file: str | None = None
+    hardware: HardwareOf = "now"
     after: bool = True
 
 
@@ -63,6 +68,7 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
         layers=tuple(one.layer for one in new),
         active={one.disk: one.layer.id for one in new},
         current=snapshot.name,
+        spec=changed_spec(machine, snapshot, request),
     )
     memory = snapshot.inside.layer if snapshot.inside else None
     planned = RevertPlan(
@@ -84,6 +90,12 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
     if request.discard:
         return _discarding(planned, at.after(switched), old.values())
     return _keeping(planned, inputs, at, snapshot, old)
+
+
+def changed_spec(machine: Machine, snapshot: Snapshot, request: RevertRequest) -> MachineSpec | None:
+    """The spec that the machine has again after the revert, if it is another than now."""
+    spec = machine.spec_at(snapshot.operation) if request.hardware == "snapshot" else machine.spec
+    return None if spec == machine.spec else spec
 
 
 def _require_thawed(machine: str, snapshot: Snapshot, request: RevertRequest) -> None:

@@ -38,7 +38,7 @@ from qmpsnap.ops.memory import post_resume
 from qmpsnap.ops.memory.load import Loading, require_same_hardware
 from qmpsnap.ops.revert import in_place
 from qmpsnap.ops.revert.cutover import nothing_written, switch
-from qmpsnap.ops.revert.plan import RevertRequest, plan, points, target_of
+from qmpsnap.ops.revert.plan import RevertRequest, changed_spec, plan, points, target_of
 from qmpsnap.ops.session import planning_state, quiesce, recovery
 from qmpsnap.ops.session.session import begin, inputs, looking, working
 from qmpsnap.qmp import commands
@@ -106,14 +106,14 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
         machine, qemu = session.machine, session.qemu
         at = await planning_state.look(session, disks=(), counted=False)
         target, now = target_of(at, request.name), await inputs(session, at.basis)
-        if qemu and in_place.in_place(target, at.live):
+        if qemu and changed_spec(machine, target, request) is None and in_place.in_place(target, at.live):
             make = await in_place.planner(session, at, target, discard=request.discard, paused=request.run == "paused")
             loaded = await to_read(make, now)
             commands = tuple(in_place.qmp_commands(loaded, now.serial))
             return Preview(plan=loaded, unwritten=False, commands=commands)
     planned = plan(now, at, request)
     consent.require(machine)
-    await require_same_hardware(context, machine, target)
+    await require_same_hardware(context, _as_started(machine, target, request), target)
     variables = str(context.home.variables(name)) if planned.keeps else None
     return Preview(
         plan=planned,
@@ -132,7 +132,7 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
             ``applied`` the machine stands at the snapshot but could not be started.
     """
     on_top: tuple[Layer, ...] = ()
-    if not await _may_load(context, name, request.name) and await in_place.busy(context, name, request.name):
+    if not await _may_load(context, name, request) and await in_place.busy(context, name, request.name):
         async with working(context, name, "snapshot revert", removes=True) as session:
             await _require_possible(session, request)
         on_top = await in_place.freeze(context, name, request.name)
@@ -152,7 +152,8 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
     async with working(context, name, "snapshot revert", removes=True) as session:
         at = await planning_state.look(session, disks=(), counted=False)
         target = target_of(at, request.name)
-        if session.qemu and in_place.in_place(target, at.live):
+        same = changed_spec(session.machine, target, request) is None
+        if session.qemu and same and in_place.in_place(target, at.live):
             done = await _load(session, at, target, request)
         else:
             before = await commands.query_block(session.qemu) if session.qemu else ()
@@ -179,12 +180,14 @@ async def _detached(context: Context, machine: Machine, before: Sequence[Backend
     )
 
 
-async def _may_load(context: Context, name: str, target: str) -> bool:
+async def _may_load(context: Context, name: str, request: RevertRequest) -> bool:
     """Whether the QEMU that runs can go back by itself, as far as that can be said without holding the machine."""
     machine = await context.astore.machine(name)
     live = {chain.disk: chain for chain in await context.astore.chains(name)}
-    found = next((s for s in await context.astore.snapshots(name) if s.name == target), None)
-    return found is not None and context.process(machine) is not None and in_place.in_place(found, live)
+    found = next((s for s in await context.astore.snapshots(name) if s.name == request.name), None)
+    if found is None or context.process(machine) is None or changed_spec(machine, found, request):
+        return False
+    return in_place.in_place(found, live)
 
 
 async def _load(session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
@@ -212,7 +215,7 @@ async def _require_possible(session: MachineSession, request: RevertRequest) -> 
     """Refuse what would be refused later, before a layer is put on top for it."""
     at = await planning_state.look(session, disks=(), counted=False)
     target = target_of(at, request.name)
-    await _examine(session, at, target)
+    await _examine(session, at, target, request)
     now, folder = await inputs(session, at.basis), str(session.context.home.machine_dir(session.machine.name))
     planned = plan(now, at, request)
     _require_variables(session.context.home, planned)
@@ -223,17 +226,23 @@ async def _require_possible(session: MachineSession, request: RevertRequest) -> 
     _require_space(session.context, session.machine, planned, [*free_space.of_overlays(session.machine, tops), goes_on])
 
 
-async def _examine(session: MachineSession, at: Situation, target: Snapshot) -> None:
+def _as_started(machine: Machine, target: Snapshot, request: RevertRequest) -> Machine:
+    """The machine with the spec that it is started with after the revert."""
+    return replace(machine, spec=changed_spec(machine, target, request) or machine.spec)
+
+
+async def _examine(session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest) -> None:
     """The guest ends only for layers that it can be started on again."""
-    consent.require(session.machine)
-    await require_same_hardware(session.context, session.machine, target)
+    machine = _as_started(session.machine, target, request)
+    consent.require(machine)
+    await require_same_hardware(session.context, machine, target)
     await to_read(power.require_files, session.machine, points(at, target))
     await to_read(_require_kept, session.machine, target)
     await luks.require(session.context, session.machine, at.live.values())
 
 
 async def _switch(session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
-    await _examine(session, at, target)
+    await _examine(session, at, target, request)
     in_place.require_frozen(at, target)
     async with _memory(target, request) as loading:
         operation = await _open(session, at, request)

@@ -353,6 +353,7 @@ class SqliteStore:
             sql.execute("UPDATE machine SET current = ?, version = version + 1 WHERE id = ?", (current, number))
         for name in change.removed_snapshots:
             rows.remove_snapshot(sql, number, name)
+        rows.put_spec(sql, number, change.spec, until=OperationId(journal.next_serial(sql)))  # kept for these snapshots
         self._layers.remove(sql, change.removed_layers)
 
     def _portable(self, snapshot: Snapshot) -> Snapshot:

@@ -106,6 +106,7 @@ class HomeTable:
         _rewrite(sql, "machine", "adopted", text)
         _rewrite(sql, "machine", "consent", text)
         _rewrite(sql, "machine", "origin", text)
+        _rewrite(sql, "machine", "past", text)
         _rewrite(sql, "snapshot", "vmstate", state)
         _rewrite(sql, "snapshot", "inside", text)
         _rewrite(sql, "operation", "plan", text, where=f" AND {queries.PENDING}")

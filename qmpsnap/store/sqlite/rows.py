@@ -10,16 +10,16 @@ from qmpsnap.errors import NameTaken, NotFoundError
 from qmpsnap.hint import call
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.adoption import Adoption
-from qmpsnap.model.machines.record import Consent, Machine, Origin, Process
+from qmpsnap.model.machines.record import Consent, Machine, Origin, Past, Process
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.model.names import LayerId
+from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.store.sqlite import queries
 from qmpsnap.store.sqlite.json_values import decoded
 
 
 def read_machine(row: sqlite3.Row) -> Machine:
     """A row of the machine query as a value."""
-    name, uuid, host, spec, created, current, adopted, consent, origin, *process = row
+    name, uuid, host, spec, created, current, adopted, consent, origin, past, *process = row
     return Machine(
         name=name,
         uuid=uuid,
@@ -31,6 +31,7 @@ def read_machine(row: sqlite3.Row) -> Machine:
         adopted=decoded(adopted, Adoption) if adopted else None,
         consent=decoded(consent, Consent) if consent else None,
         origin=decoded(origin, Origin) if origin else None,
+        past=decoded(past, tuple[Past, ...]) if past else (),
     )
 
 
@@ -70,14 +71,15 @@ def insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
     """Add a machine, or ``NameTaken``."""
     try:
         sql.execute(
-            "INSERT INTO machine (name, uuid, host, spec, created, adopted, consent, origin)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO machine (name, uuid, host, spec, created, adopted, consent, origin, past)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 machine.name, machine.uuid, machine.host,
                 msgspec.json.encode(machine.spec).decode(), machine.created,
                 msgspec.json.encode(machine.adopted).decode() if machine.adopted else None,
                 msgspec.json.encode(machine.consent).decode() if machine.consent else None,
                 msgspec.json.encode(machine.origin).decode() if machine.origin else None,
+                msgspec.json.encode(machine.past).decode() if machine.past else None,
             ),
         )  # fmt: skip
     except sqlite3.IntegrityError as error:
@@ -98,6 +100,23 @@ def put_origin(sql: sqlite3.Connection, machine: int, origin: Origin | None) -> 
     if origin:
         text = msgspec.json.encode(origin).decode()
         sql.execute("UPDATE machine SET origin = ?, version = version + 1 WHERE id = ?", (text, machine))
+
+
+def put_spec(sql: sqlite3.Connection, machine: int, spec: MachineSpec | None, *, until: OperationId) -> None:
+    """Record another spec; the one before is kept where a snapshot was taken with it. None leaves what there is."""
+    if spec is None:
+        return
+    before = read_machine(sql.execute(f"{queries.MACHINE} WHERE machine.id = ?", (machine,)).fetchone())
+    taken = [number for (number,) in sql.execute("SELECT operation FROM snapshot WHERE machine = ?", (machine,))]
+    past: list[Past] = []
+    for each in (*before.past, Past(until=until, spec=before.spec)):
+        since = past[-1].until if past else 0
+        if any(since <= number < each.until for number in taken):
+            past.append(each)
+    sql.execute(
+        "UPDATE machine SET spec = ?, past = ?, version = version + 1 WHERE id = ?",
+        (msgspec.json.encode(spec).decode(), msgspec.json.encode(past).decode() if past else None, machine),
+    )
 
 
 def put_active(sql: sqlite3.Connection, machine: int, active: Mapping[str, LayerId]) -> None:

@@ -144,6 +144,9 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE machine ADD COLUMN origin TEXT;
     CREATE INDEX machine_ephemeral ON machine (name) WHERE json_extract(origin, '$.ephemeral');
     """,
+    """
+    ALTER TABLE machine ADD COLUMN past TEXT;
+    """,
 )
 
 

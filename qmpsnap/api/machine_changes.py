@@ -1,0 +1,74 @@
+"""What a machine is, changed: its spec, and the size of its disks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpsnap.api.later import Later
+from qmpsnap.host.borders import border
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qmpsnap.model.machines.spec import MachineSpec
+    from qmpsnap.model.operations.operation import ResizePlan
+    from qmpsnap.ops.base.context import Context
+    from qmpsnap.ops.lifecycle import change, resize
+    from qmpsnap.ops.lifecycle.change import Changed
+else:
+    change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
+
+
+@border
+class Changing:
+    """The part of a machine's handle that changes its spec."""
+
+    name: str
+    _context: Context
+
+    async def set(self, settings: Mapping[str, str] | MachineSpec, *, allow_extra: bool = False) -> Changed:
+        """Give a stopped machine another spec; its disks and snapshots stay.
+
+        Args:
+            settings: new values by key, as a spec file has them (``{"memory": "4G", "vda.cache": "none"}``; an empty
+                one stands for the default), or a whole spec.
+            allow_extra: accept the spec's ``extra`` QEMU arguments.
+
+        Returns:
+            What is otherwise, and the snapshots whose memory does not fit the new hardware: they can still be reverted
+            to with ``hardware="snapshot"``.
+
+        Raises:
+            SpecError: a key or value is none that a spec can have.
+            StateError: the machine runs.
+            UsageError: its name, firmware or disks would be others.
+        """
+        make = change.made(settings, guest_dir=self._context.home.guest)
+        return await change.run(self._context, self.name, make, allow_extra=allow_extra)
+
+    async def preview_set(self, settings: Mapping[str, str] | MachineSpec, *, allow_extra: bool = False) -> Changed:
+        """What :meth:`set` would do now, without doing it."""
+        make = change.made(settings, guest_dir=self._context.home.guest)
+        return await change.preview(self._context, self.name, make, allow_extra=allow_extra)
+
+    async def resize(self, disk: str, size: int | str) -> ResizePlan:
+        """Let the guest see more bytes of a disk: of its active layer, as the layers below keep their size.
+
+        A guest that runs is told (QAPI ``block_resize``); its partitions and file systems are its own to grow. A revert
+        to an earlier snapshot brings the size of that time back.
+
+        Args:
+            disk: its name.
+            size: bytes, or a text such as ``20G``, or ``+5G`` for so much more; a multiple of 512 bytes.
+
+        Raises:
+            UsageError: that is no size.
+            NotFoundError: the machine has no such disk.
+            StateError: the disk has that size or a larger one, is read-only, or a job works on it.
+            QmpError: QEMU refuses; the size is as before.
+        """
+        return await resize.run(self._context, self.name, resize.requested(disk, size))
+
+    async def preview_resize(self, disk: str, size: int | str) -> ResizePlan:
+        """What :meth:`resize` would do now, without doing it."""
+        return (await resize.preview(self._context, self.name, resize.requested(disk, size)))[0]

@@ -1,0 +1,76 @@
+"""A machine's spec, changed: ``set``, and ``define --update``."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, on_machine
+from qmpsnap.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qmpsnap.model.machines.spec import MachineSpec
+    from qmpsnap.ops.lifecycle.change import Changed
+
+
+def register(parsers: Parsers) -> None:
+    """Add the command."""
+    command = add_for_vm(parsers, "set", _set, help="change the spec of a stopped machine, which keeps its snapshots")
+    command.add_argument(
+        "settings", metavar="KEY=VALUE", nargs="+", help="as memory=4G or vda.cache=none; KEY= restores the default"
+    )
+    command.add_argument("--allow-extra", action="store_true", help="accept the spec's 'extra' QEMU arguments")
+    command.add_argument("--dry-run", action="store_true", help="only print what would change")
+    add_format(command)
+
+
+def _set(arguments: argparse.Namespace) -> None:
+    settings: dict[str, str] = {}
+    for setting in arguments.settings:
+        key, sign, value = setting.partition("=")
+        if not key or not sign or key in settings:
+            raise UsageError(f"{setting[:60]!r} is not KEY=VALUE, with each key once", hint="as in memory=4G")
+        settings[key] = value
+    change(arguments, settings)
+
+
+def change(arguments: argparse.Namespace, settings: "Mapping[str, str] | MachineSpec") -> None:
+    """Give the machine another spec, or tell what would become of that."""
+    dry, allow = arguments.dry_run, arguments.allow_extra
+    if dry:
+        found = on_machine(arguments.machine, lambda vm: vm.preview_set(settings, allow_extra=allow))
+    else:
+        found = on_machine(arguments.machine, lambda vm: vm.set(settings, allow_extra=allow))
+    lines = _lines(found)
+    does = "would change" if dry else "changed"
+    first = f"{does} machine {arguments.machine}" + ("; nothing was changed" if dry else "")
+    output.emit(
+        arguments.output,
+        document=describe(found) | {"dry_run": dry},
+        names=[arguments.machine],
+        table=lambda: "\n".join([first, *lines] if lines else [f"machine {arguments.machine} has this spec already"]),
+        done="" if dry else first,
+    )
+
+
+def _lines(found: "Changed") -> list[str]:
+    lines = [f"  {key}: {_shown(before)} -> {_shown(now)}" for key, before, now in found.changes]
+    for name, why in found.unloadable:
+        lines.append(f"the memory of snapshot {name} does not fit this hardware: {'; '.join(why)}")
+    if found.unloadable:
+        lines.append(f"to load it: qmpsnap snapshot revert {found.machine.name} NAME --hardware snapshot")
+    return lines
+
+
+def _shown(value: object) -> str:
+    return "default" if value is None else output.printable(str(value))
+
+
+def describe(found: "Changed") -> dict[str, Any]:
+    """The JSON of a change, as docs/reference/json.md describes it."""
+    return {
+        "machine": found.machine.name,
+        "changes": [{"key": key, "before": before, "after": now} for key, before, now in found.changes],
+        "unloadable": [{"snapshot": name, "why": list(why)} for name, why in found.unloadable],
+    }
