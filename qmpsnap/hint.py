@@ -7,7 +7,7 @@ write it anew; ``qmpsnap.cli.hints`` makes ``qmpsnap stop web --force`` of the s
 
 from typing import Final, NamedTuple, Self
 
-_OF_CONTROLLER: Final = frozenset({"adopt", "define", "recover"})
+_OF_CONTROLLER: Final = frozenset({"adopt", "define", "prune_templates", "recover", "templates"})
 _ELSEWHERE: Final = frozenset({"demo", "doctor", "log", "rebuild", "relocate"})
 """Verbs that the Python API does not have."""
 

@@ -60,7 +60,7 @@ async def open_controller(
 
 
 @border
-class Controller:
+class Controller(forks.Templates):
     """All machines of one store, from :func:`qmpsnap.open`."""
 
     def __init__(self, context: Context) -> None:

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from qmpsnap.ops.base.context import Context
-    from qmpsnap.ops.fork import ephemeral, run
+    from qmpsnap.ops.fork import ephemeral, run, upkeep
     from qmpsnap.ops.fork import request as wishes
     from qmpsnap.ops.fork.run import Forked
+    from qmpsnap.ops.fork.upkeep import Pruned, Shelved
 else:
+    upkeep = Later("ops.fork.upkeep")
     ephemeral, run, wishes = Later("ops.fork.ephemeral"), Later("ops.fork.run"), Later("ops.fork.request")
 
 
@@ -24,6 +26,29 @@ async def sweep(context: Context) -> None:
     """Remove ephemeral forks that have ended, where there are any."""
     if await context.astore.ephemeral():
         await ephemeral.sweep(context)
+
+
+@border
+class Templates:
+    """A controller as the keeper of templates."""
+
+    context: Context
+
+    async def templates(self) -> tuple[Shelved, ...]:
+        """The templates of snapshots' memory that forks share, by folder; the one that is removed first, first."""
+        return await upkeep.listed(self.context)
+
+    async def prune_templates(self, *, all: bool = False) -> Pruned:  # noqa: A002 - as it is typed
+        """Remove the templates that no running fork maps; with ``all`` the others, too, which their forks keep.
+
+        Raises:
+            StateError: another process makes a template.
+        """
+        return await upkeep.prune(self.context, all=all)
+
+    async def preview_prune_templates(self, *, all: bool = False) -> Pruned:  # noqa: A002 - as it is typed
+        """What :meth:`prune_templates` would remove now."""
+        return await upkeep.prune(self.context, all=all, look=True)
 
 
 @border

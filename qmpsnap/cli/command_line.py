@@ -26,6 +26,7 @@ NOUNS: Final = {
     "machine_verbs.guest": ("console", "exec", "fstrim"),
     "machine_verbs.adopt": ("adopt",),
     "machine_verbs.fork": ("fork",),
+    "machine_verbs.template": ("template",),
     "snapshot_verbs.snapshot": ("snapshot", "tree"),
     "snapshot_verbs.save": ("save", "restore"),
     "machine_verbs.chain": ("chain",),

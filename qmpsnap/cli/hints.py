@@ -10,6 +10,7 @@ _COMMANDS: Final = {
     "delete_snapshots": "snapshot delete",
     "jobs": "job list",
     "pop": "snapshot pop",
+    "prune_templates": "template prune",
     "push": "snapshot push",
     "rebuild": "check --rebuild",
     "rename_snapshot": "snapshot rename",
@@ -18,6 +19,7 @@ _COMMANDS: Final = {
     "snapshot": "snapshot create",
     "snapshots": "snapshot list",
     "state": "show",
+    "templates": "template list",
     "wait": "job wait",
 }
 """Commands that are called otherwise than the method that does the same."""

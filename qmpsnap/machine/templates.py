@@ -102,10 +102,11 @@ class Shelf(Struct, frozen=True):
 
     def all(self) -> list[Template]:
         """Every template that can be used, that of the longest ago used first."""
-        found = [(self._used(name), template) for name in self.names() if (template := self.read(name))]
+        found = [(self.used(name), template) for name in self.names() if (template := self.read(name))]
         return [template for _, template in sorted(found, key=lambda each: each[0])]
 
-    def _used(self, key: str) -> float:
+    def used(self, key: str) -> float:
+        """When a template was last needed, in seconds since the epoch; 0 of one that is gone."""
         with contextlib.suppress(OSError):
             return (self.of(key) / ABOUT).stat().st_mtime
         return 0.0
@@ -329,6 +330,14 @@ def publish(shelf: Shelf, part: Path, ram: int, devices: int, about: Template) -
     part.rename(shelf.of(template.key))
     files.sync_folder(shelf.folder)
     return template
+
+
+def damage(shelf: Shelf, template: Template) -> str:
+    """What is wrong with a template's memory, a sentence; empty if it is what it was."""
+    with shelf.opened(template.key) as found:
+        if found is None or digest_of(found[1]) == template.digest:
+            return ""
+    return f"the memory of {shelf.of(template.key)} is not what it was when the template was made"
 
 
 def digest_of(descriptor: int) -> str:

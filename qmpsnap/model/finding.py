@@ -115,6 +115,12 @@ KINDS: Final[dict[str, Kind]] = {
     "state-file-unread": Kind(
         "I1", "The file with a snapshot's memory could not be read to its end: its integrity is unknown."
     ),
+    "template-damaged": Kind(
+        "I1",
+        "The template of a snapshot's memory has changed: forks that run on it may be wrong, and no others are made"
+        " from it. Only a deep check finds this.",
+        "It is removed; the next fork makes another one.",
+    ),
     "variables-missing": Kind(
         "I1", "The file with the machine's UEFI variables, or a snapshot's copy of it, does not exist."
     ),

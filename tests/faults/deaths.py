@@ -16,6 +16,8 @@ from tests.harness.deaths import WAIT, Call, Death, Point
 
 deaths.preload(__name__)
 
+FORKS = ("fork", "ephemeral fork")
+
 
 async def controller_dies(
     scenario: str,
@@ -49,6 +51,8 @@ async def _do(scenario: str, place: Path, recovering: bool) -> None:  # noqa: FB
         vm = await q.machine(NAME)
         if scenario == "undefine":
             await vm.undefine(disks="remove")
+        elif scenario in FORKS:
+            await vm.fork("warm", "child", ephemeral=scenario == "ephemeral fork")
         elif recovering:
             await vm.recover()
         else:

@@ -19,6 +19,7 @@ COLUMNS = (
     "mirror",
     "resize",
     "undefine",
+    "fork",
     "others",
 )
 """The verbs; others: start, stop, rename, recover, relocate, check --repair."""

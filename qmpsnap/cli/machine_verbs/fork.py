@@ -42,6 +42,7 @@ def _fork(arguments: argparse.Namespace) -> None:
             description=arguments.message,
         ),
     )
+    _notes(forks)
     output.emit(
         arguments.output,
         document={"forks": [_document(fork) for fork in forks]},
@@ -63,6 +64,7 @@ def _document(fork: "Forked") -> dict[str, Any]:
         "ephemeral": origin.ephemeral,
         "identity": origin.identity,
         "lacks": list(origin.lacks),
+        "background": fork.background or None,
     }
 
 
@@ -70,3 +72,11 @@ def _sentence(fork: "Forked") -> str:
     origin = fork.machine.origin
     assert origin
     return f"machine {fork.machine.name} goes on from {origin.name} (identity: {origin.identity})"
+
+
+def _notes(forks: "list[Forked]") -> None:
+    origin, spec = forks[0].machine.origin, forks[0].machine.spec
+    if forks[0].background:
+        output.note(f"full snapshots of these forks pause the guest for the whole save: {forks[0].background}")
+    if origin and origin.identity == "twin" and any(nic.kind != "user" for nic in spec.nics):
+        output.note("network cards on tap or bridge are unplugged: the guests still have the addresses of their parent")

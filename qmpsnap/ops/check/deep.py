@@ -7,7 +7,7 @@ from qmpsnap.block.image import verify
 from qmpsnap.block.image.verify import Verdict
 from qmpsnap.errors import DeadlinePassed, HostCannot, StoreMismatch
 from qmpsnap.host.threads import to_read
-from qmpsnap.machine import statefile
+from qmpsnap.machine import statefile, templates
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
@@ -35,7 +35,16 @@ async def look(context: Context, at: Facts) -> list[Finding]:
             code, said = wrong
             text = f"snapshot {snapshot.name}: {said}"
             found.append(at.finding(code, text, file=state.path))
-    return found
+    return found + await to_read(lambda: list(_templates(context, at)))
+
+
+def _templates(context: Context, at: Facts) -> Iterator[Finding]:
+    """The templates of the machine's snapshots."""
+    states = {snapshot.vmstate.digest for snapshot in at.record.snapshots if snapshot.vmstate}
+    for shelf in templates.shelves(context.home):
+        for template in shelf.all():
+            if template.state in states and (wrong := templates.damage(shelf, template)):
+                yield at.finding("template-damaged", wrong, file=str(shelf.of(template.key)), repairable=True)
 
 
 def _formats(at: Facts) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Sequence
+from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -13,6 +14,7 @@ from qmpsnap.host.files import inode_of, opened
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import agent, worker
 from qmpsnap.machine.starting.run_files import AGENT_SOCKET
+from qmpsnap.machine.templates import Shelf
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import Change
@@ -61,8 +63,8 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
         case "mode-open":
             entry = next(entry for entry in at.private if entry.path == finding.file)
             await to_end(close_to_others, entry)
-        case "home-open" if finding.file:
-            await to_end(owner.close_to_others, finding.file)
+        case "home-open" | "template-damaged" if finding.file:
+            await to_end(_elsewhere, finding, finding.file)
         case "image-leaks":
             layer = next(layer for layer in at.record.forest.layers.values() if layer.id == finding.layer)
             await blocking(context.store.frozen.forget, [layer.id])
@@ -77,6 +79,14 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
         case _ if qemu:
             await _in_qemu(qemu, finding)
     return None
+
+
+def _elsewhere(finding: Finding, path: str) -> None:
+    """Put something right that is no machine's."""
+    if finding.code == "template-damaged":
+        Shelf(Path(path).parent).remove(Path(path).name)
+    else:
+        owner.close_to_others(path)
 
 
 async def _record_size(context: Context, at: Facts, finding: Finding) -> None:

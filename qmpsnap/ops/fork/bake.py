@@ -55,7 +55,12 @@ class Source(Struct, frozen=True, kw_only=True):
 
 async def find(context: Context, source: Source) -> bool:
     """Whether there is a template now."""
-    return await to_read(lambda: any(shelf.read(source.key) for shelf in templates.shelves(context.home)))
+    return await to_read(shelf_of, context, source) is not None
+
+
+def shelf_of(context: Context, source: Source) -> Shelf | None:
+    """Where the template lies; None where there is none."""
+    return next((shelf for shelf in templates.shelves(context.home) if shelf.read(source.key)), None)
 
 
 @asynccontextmanager
@@ -136,11 +141,17 @@ def _make_room(context: Context, shelf: Shelf, size: int) -> None:
 
 
 async def clean(shelf: Shelf) -> None:
-    """Remove templates that nobody finishes any more, and end the QEMUs that were at it; its lock is held."""
+    """Remove what cannot be used: templates that nobody finishes any more, those of an earlier boot, changed ones.
+
+    The QEMUs that made them are ended; the folder's lock is held.
+    """
     for part in await to_read(shelf.unfinished):
         machine = Machine(name="", uuid=templates.uuid_of(part), host="", spec=MachineSpec(name=""), created=0)
         await qemu.end_strays(machine, part)
         await to_end(shelf.remove, part.name)
+    for name in await to_read(shelf.names):
+        if await to_read(shelf.read, name) is None:
+            await to_end(shelf.remove, name)
 
 
 async def _in_qemu(

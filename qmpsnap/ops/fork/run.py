@@ -9,6 +9,7 @@ from qmpsnap.errors import NotFoundError, QmpsnapError, StateError
 from qmpsnap.hint import call
 from qmpsnap.host import files
 from qmpsnap.host.threads import first_of, to_end, to_read
+from qmpsnap.machine import templates
 from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.machines.record import Machine
@@ -38,11 +39,13 @@ class Forked(Struct, frozen=True, kw_only=True):
     Attributes:
         machine: as recorded.
         snapshot: that it went on from; ``taken`` says whether it was taken for this.
+        background: why the memory of its own full snapshots cannot be saved while it runs; empty if it can.
     """
 
     machine: Machine
     snapshot: Snapshot
     taken: bool
+    background: str = ""
 
 
 async def run(context: Context, parent: str, request: ForkRequest) -> list[Forked]:
@@ -76,7 +79,16 @@ async def run(context: Context, parent: str, request: ForkRequest) -> list[Forke
     made = {found.name: found for found in forks}
     if request.identity == "fresh":
         _require_fresh(forks)
-    return [Forked(machine=made[name], snapshot=source.snapshot, taken=taken) for name in wanted]
+    why = await _why_not_behind_it(context, source)
+    return [Forked(machine=made[name], snapshot=source.snapshot, taken=taken, background=why) for name in wanted]
+
+
+async def _why_not_behind_it(context: Context, source: Source) -> str:
+    """Which way a fork's memory is saved while it runs: QEMU tracks no writes to a private mapping of a disk's file."""
+    shelf = await to_read(lambda: bake.shelf_of(context, source))
+    if shelf is None or templates.is_memory(shelf.folder):
+        return ""
+    return f"its memory is mapped from {shelf.folder}, which is no tmpfs"
 
 
 def _require_fresh(forks: list[Machine]) -> None:
