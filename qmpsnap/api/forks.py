@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from qmpsnap.api.later import Later
+from qmpsnap.api.pool import ForkPool
 from qmpsnap.host.borders import border
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.ops.base import requests
 
 if TYPE_CHECKING:
-    from typing import Literal
+    from collections.abc import AsyncIterator
+    from typing import Any, Literal
 
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.fork import ephemeral, run, upkeep
+    from qmpsnap.ops.fork import pool as pools
     from qmpsnap.ops.fork import request as wishes
-    from qmpsnap.ops.fork.run import Forked
+    from qmpsnap.ops.fork.request import ForkRequest
+    from qmpsnap.ops.fork.run import Forked, Preview
     from qmpsnap.ops.fork.upkeep import Pruned, Shelved
 else:
-    upkeep = Later("ops.fork.upkeep")
+    pools, upkeep = Later("ops.fork.pool"), Later("ops.fork.upkeep")
     ephemeral, run, wishes = Later("ops.fork.ephemeral"), Later("ops.fork.run"), Later("ops.fork.request")
 
 
@@ -90,13 +97,52 @@ class Forking:
             StateError: the machine is adopted or has a TPM, the snapshot has no memory, or its hardware has changed.
             HostCannot: there is no room for the snapshot's memory.
         """
-        request = wishes.ForkRequest(
-            snapshot=snapshot.name if isinstance(snapshot, Snapshot) else snapshot,
-            name=name,
-            count=count,
-            ephemeral=ephemeral,
-            paused=paused,
-            identity=identity,
-            description=description,
+        request = _request(
+            snapshot, name, count=count, ephemeral=ephemeral, paused=paused, identity=identity, description=description
         )
-        return await run.run(self._context, self.name, requests.well_typed(request))
+        return await run.run(self._context, self.name, request)
+
+    async def preview_fork(
+        self,
+        snapshot: Snapshot | str | None = None,
+        name: str | None = None,
+        *,
+        count: int = 1,
+        ephemeral: bool = False,
+        paused: bool = False,
+        identity: Literal["keep", "fresh"] = "keep",
+        description: str = "",
+    ) -> Preview:
+        """What :meth:`fork` would do now, without doing it."""
+        request = _request(
+            snapshot, name, count=count, ephemeral=ephemeral, paused=paused, identity=identity, description=description
+        )
+        return await run.preview(self._context, self.name, request)
+
+    @asynccontextmanager
+    async def pool(
+        self, snapshot: Snapshot | str, *, size: int = 4, fresh: bool = True, floor: int | None = None
+    ) -> AsyncIterator[ForkPool]:
+        """Keep that many forks of a snapshot loaded and waiting, for the block: ``async with vm.pool("warm") as pool``.
+
+        Args:
+            snapshot: the full snapshot, or its name.
+            size: how many wait.
+            fresh: each has an identity of its own, for which the guest needs an agent.
+            floor: bytes of the host's memory that are left to others; no fork is made below that.
+
+        Raises:
+            HostCannot: there is not that much memory.
+            QmpsnapError: as :meth:`fork`.
+        """
+        name = snapshot.name if isinstance(snapshot, Snapshot) else snapshot
+        request = pools.PoolRequest(snapshot=name, size=size, fresh=fresh)
+        if floor is not None:
+            request = replace(request, floor=floor)
+        async with pools.opened(self._context, self.name, requests.well_typed(request)) as found:
+            yield ForkPool(self._context, found)
+
+
+def _request(snapshot: Snapshot | str | None, name: str | None, **options: Any) -> ForkRequest:
+    named = snapshot.name if isinstance(snapshot, Snapshot) else snapshot
+    return requests.well_typed(wishes.ForkRequest(snapshot=named, name=name, **options))

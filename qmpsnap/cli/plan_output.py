@@ -8,6 +8,7 @@ from qmpsnap.cli import output
 if TYPE_CHECKING:
     from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan
+    from qmpsnap.ops.fork.run import Preview
 
 
 def print_definition(form: "output.Format", plan: "DefinePlan") -> None:
@@ -41,6 +42,47 @@ def print_definition(form: "output.Format", plan: "DefinePlan") -> None:
             "bytes": 0,
         },
         names=[machine.name],
+        table=text,
+    )
+
+
+def print_forks(form: "output.Format", found: "Preview") -> None:
+    """The plans of forks, and of the snapshot that would be taken for them."""
+    from qmpsnap.ops.snapshot.plan import qmp_commands
+
+    first = found.plans[0]
+    source = f"{first.parent}@{first.snapshot}"
+    files = [
+        {"machine": plan.machine, "create": one.layer.path, "backing": one.backing.path}
+        for plan in found.plans
+        for one in plan.overlays
+    ]
+    commands = []
+    if found.taken:
+        machine, taken = found.taken
+        commands = [{"execute": name, "arguments": machine.sent(sent)} for name, sent in qmp_commands(taken, machine)]
+
+    def text() -> str:
+        lines = [f"would fork {source} {len(found.plans)} times; nothing was changed"]
+        lines += [f"  take full snapshot {first.snapshot} of machine {first.parent} first"] if found.taken else []
+        lines += ["  make a template of its memory first"] if first.bake else []
+        lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
+        lines += [f"  start machine {plan.machine}" for plan in found.plans]
+        return "\n".join([*lines, *(f"  {json.dumps(command)}" for command in commands), "bytes to move: 0"])
+
+    output.emit(
+        form,
+        document={
+            "machine": first.parent,
+            "snapshot": first.snapshot,
+            "taken": found.taken is not None,
+            "forks": [plan.machine for plan in found.plans],
+            "bake": first.bake,
+            "files": files,
+            "qmp": commands,
+            "bytes": 0,
+        },
+        names=[plan.machine for plan in found.plans],
         table=text,
     )
 

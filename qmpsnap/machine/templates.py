@@ -184,7 +184,7 @@ def choose(home: Home, size: int) -> Shelf:
     """
     *preferred, last = shelves(home)
     for shelf in preferred:
-        if is_memory(MEMORY) and size <= _free(MEMORY) // 2 and size <= _available() // 2:
+        if is_memory(MEMORY) and size <= _free(MEMORY) // 2 and size <= available() // 2:
             return _made(shelf)
     if size > _free(last.folder):
         raise HostCannot(
@@ -215,7 +215,7 @@ def _free(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def _available() -> int:
+def available() -> int:
     """Bytes of memory that this host can give to programs without swapping."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -38,6 +38,7 @@ LINES = {
     "demo": "demo --nonsense",  # a real one builds a guest
     "doctor": "doctor --nonsense",  # a real one asks the whole host
     "exec": "exec --timeout 5 web -- true",
+    "fork": "fork web@fresh new -n 2 --ephemeral --identity keep -m text",
     "fstrim": "fstrim web --minimum 0 --timeout 5",
     "job cancel": "job cancel nobody",
     "job list": "job list web",
@@ -66,6 +67,8 @@ LINES = {
     "start": "start web --paused --allow-extra",
     "stop": "stop web --timeout 1",
     "stream": "stream web vda --base fresh",
+    "template list": "template list",
+    "template prune": "template prune --all",
     "tree": "tree web",
     "undefine": "undefine web",
     "wakeup": "wakeup web",

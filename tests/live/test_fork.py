@@ -12,7 +12,7 @@ from qmpsnap.errors import StateError
 from qmpsnap.machine import templates
 from qmpsnap.machine.starting import argv
 from qmpsnap.model.machines.spec import MachineSpec, NicSpec
-from tests.live.booted import start_booted
+from tests.live.booted import BOOT, start_booted
 from tests.live.machine import context_of, hold_invariants
 
 pytestmark = pytest.mark.version
@@ -139,7 +139,10 @@ async def test_twins_are_kept_off_a_network_that_they_share_until_they_have_an_i
 ) -> None:
     # The test's host need have no bridge: to QEMU the backend is another, and to qmpsnap it is shared.
     monkeypatch.setattr(argv, "_backend", lambda _: {"type": "user"})
-    vm, _ = await warm(q, replace(guest_spec, nics=(NicSpec(kind="bridge", bridge="br0"),)))
+    vm = await q.define(replace(guest_spec, nics=(NicSpec(kind="bridge", bridge="br0"),)))
+    await vm.start()
+    await vm.run("true", deadline=BOOT)
+    await vm.snapshot("warm", kind="full")
     carrier = "ip link set eth0 up; cat /sys/class/net/eth0/carrier"
     await vm.fork("warm", "twin")
     await vm.fork("warm", "fresh", identity="fresh")

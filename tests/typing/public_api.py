@@ -24,11 +24,15 @@ from qmpsnap import (
     Snapshot,
     Streamed,
 )
+from qmpsnap.api.pool import ForkPool
 from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan, Operation, ResizePlan
 from qmpsnap.ops.check.check import Checked
+from qmpsnap.ops.fork.run import Forked
+from qmpsnap.ops.fork.run import Preview as ForkPreview
+from qmpsnap.ops.fork.upkeep import Pruned, Shelved
 from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
 from qmpsnap.ops.lifecycle.change import Changed
 from qmpsnap.ops.lifecycle.dry_run import Forgotten
@@ -51,6 +55,9 @@ async def opening(home: Path) -> None:
 async def the_controller(q: Controller) -> None:
     assert_type(await q.machines(), tuple[MachineHandle, ...])
     assert_type(await q.machine("web"), MachineHandle)
+    assert_type(await q.templates(), tuple[Shelved, ...])
+    assert_type(await q.prune_templates(all=True), Pruned)
+    assert_type(await q.preview_prune_templates(), Pruned)
     assert_type(q.read_spec("web.yaml"), MachineSpec)
     assert_type(await q.define("web.yaml"), MachineHandle)
     assert_type(await q.define(Path("web.yaml"), folders=[Path("/images")], allow_extra=True), MachineHandle)
@@ -139,6 +146,16 @@ async def a_machine(vm: MachineHandle) -> None:
     await vm.undefine(disks="burn")  # type: ignore[arg-type]
     await vm.snapshot("before", "text")  # type: ignore[call-arg, arg-type]
     vm.snapshot("before").name  # type: ignore[attr-defined]  # noqa: B018
+
+
+async def forks(vm: MachineHandle) -> None:
+    assert_type(await vm.fork("warm", "child", count=2, ephemeral=True, identity="fresh"), list[Forked])
+    assert_type(await vm.preview_fork(), ForkPreview)
+    async with vm.pool("warm", size=2, fresh=False) as pool, pool.take() as fork:
+        assert_type(pool, ForkPool)
+        assert_type(await pool.memory(), int)
+        assert_type(fork, MachineHandle)
+    await vm.fork(identity="stolen")  # type: ignore[arg-type]
 
 
 def values(snapshot: Snapshot, chain: Chain, view: ChainView) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_format, on_machine
+from qmpsnap.cli.plan_output import print_forks
 from qmpsnap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def register(parsers: Parsers) -> None:
         "--identity", choices=("keep", "fresh"), default="keep", help="fresh: the guest agent gives each its own"
     )
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="description of the snapshot taken")
+    command.add_argument("--dry-run", action="store_true", help="only print the files and QMP commands")
     add_format(command)
 
 
@@ -30,18 +32,18 @@ def _fork(arguments: argparse.Namespace) -> None:
     machine, at, snapshot = arguments.source.partition("@")
     if at and not snapshot:
         raise UsageError(f"{arguments.source!r} names no snapshot", hint="write VM@SNAPSHOT, or VM alone")
-    forks = on_machine(
-        machine,
-        lambda vm: vm.fork(
-            snapshot or None,
-            arguments.name,
-            count=arguments.count,
-            ephemeral=arguments.ephemeral,
-            paused=arguments.paused,
-            identity=arguments.identity,
-            description=arguments.message,
-        ),
-    )
+    options = {
+        "count": arguments.count,
+        "ephemeral": arguments.ephemeral,
+        "paused": arguments.paused,
+        "identity": arguments.identity,
+        "description": arguments.message,
+    }
+    if arguments.dry_run:
+        found = on_machine(machine, lambda vm: vm.preview_fork(snapshot or None, arguments.name, **options))
+        print_forks(arguments.output, found)
+        return
+    forks = on_machine(machine, lambda vm: vm.fork(snapshot or None, arguments.name, **options))
     _notes(forks)
     output.emit(
         arguments.output,

@@ -153,6 +153,7 @@ def _show(arguments: argparse.Namespace) -> None:
         ],
         "snapshots": [snapshot.name for snapshot in snapshots],
         "images": look.word if look else "not asked",
+        "origin": _origin(machine),
     }
     output.emit(arguments.output, document=document, names=[machine.name], table=lambda: _show_text(document))
     output.warn(shortage)
@@ -191,10 +192,33 @@ def _of_machine(machine: Machine, state: str, process: Process | None) -> dict[s
     }
 
 
+def _origin(machine: Machine) -> dict[str, Any] | None:
+    """What a fork went on from, and what its guest takes for its own until it boots again."""
+    if (origin := machine.origin) is None:
+        return None
+    from qmpsnap.machine.starting import argv
+
+    macs = [argv.mac(nic, machine.uuid, number) for number, nic in enumerate(machine.spec.nics)]
+    return {
+        "machine": origin.machine,
+        "snapshot": origin.snapshot,
+        "identity": origin.identity,
+        "lacks": list(origin.lacks),
+        "ephemeral": origin.ephemeral,
+        "guest_uuid": origin.uuid,
+        "macs": macs,
+    }
+
+
 def _show_text(document: dict[str, Any]) -> str:
-    plain = {key: value for key, value in document.items() if key not in ("disks", "snapshots", "memory")}
+    plain = {key: value for key, value in document.items() if key not in ("disks", "snapshots", "memory", "origin")}
     plain["memory"] = output.size(document["memory"])
     plain["snapshots"] = ", ".join(document["snapshots"]) or "none"
+    if origin := document["origin"]:
+        plain["fork of"] = f"{origin['machine']}@{origin['snapshot']}{' (ephemeral)' if origin['ephemeral'] else ''}"
+        plain["identity"] = "; ".join([origin["identity"], *origin["lacks"]])
+        plain["guest's UUID"] = f"{origin['guest_uuid']} until it boots"
+        plain["MACs"] = ", ".join(origin["macs"]) or "-"
     plain["qemu_lacks"] = "; ".join(document["qemu_lacks"]) or "-"
     lines = [f"{key + ':':14}{'-' if value is None else output.printable(str(value))}" for key, value in plain.items()]
     rows = [

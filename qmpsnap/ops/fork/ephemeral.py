@@ -22,17 +22,22 @@ async def sweep(context: Context) -> list[str]:
     removed: list[str] = []
     limit = anyio.CapacityLimiter(AT_ONCE)
 
-    async def remove(name: str) -> None:
+    async def one(name: str) -> None:
         async with limit:
             with contextlib.suppress(QmpsnapError):
                 if await _is_over(context, name):
-                    await undefine.run(context, name, disks="remove")
+                    await remove(context, name)
                     removed.append(name)
 
     async with anyio.create_task_group() as group:
         for name in await context.astore.ephemeral():
-            group.start_soon(remove, name)
+            group.start_soon(one, name)
     return removed
+
+
+async def remove(context: Context, name: str) -> None:
+    """Remove all of a fork that has no QEMU."""
+    await undefine.run(context, name, disks="remove")
 
 
 async def _is_over(context: Context, name: str) -> bool:

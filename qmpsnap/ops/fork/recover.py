@@ -14,36 +14,35 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.session import Monitor
 
 
-async def end(broken: Broken[ForkPlan], _: Monitor | None) -> Direction:
+async def end(broken: Broken[ForkPlan], monitor: Monitor | None) -> Direction:
     """Undo a fork that has no machine yet; else its QEMU runs on if it has its memory, and ends if it has not."""
     if broken.operation.step != steps.STARTING:
         if broken.operation.step == steps.BAKING:
             await clean_templates(broken.context)
         return await lifecycle.end(broken, None)
-    runs = await _end_loading(broken)
+    runs = monitor is not None and await _runs(broken, monitor)
     await broken.mark_settled(error=None if runs else f"{broken.error}; the machine was not started")
     return "forward"
 
 
-async def _end_loading(broken: Broken[ForkPlan]) -> bool:
+async def _runs(broken: Broken[ForkPlan], monitor: Monitor) -> bool:
+    """Whether its QEMU has its memory, and goes on as was asked; else it is ended."""
     context, plan = broken.context, broken.operation.plan
     machine = await context.astore.machine(plan.machine)
     process = context.process(machine)
-    if process is None:
+    status = await commands.query_status(monitor)
+    loaded = status.status in ("paused", "running", "suspended")
+    if not loaded:
+        if process:
+            await end_qemu(process, monitor)
+        await context.astore.set_process(machine.name, None)
         return False
-    async with context.monitor(machine) as qemu:
-        if qemu:
-            status = await commands.query_status(qemu)
-            if status.status == "paused" and not plan.paused:
-                await commands.control(qemu, "cont")
-            elif status.running and plan.paused:  # it was to get its identity first
-                await commands.control(qemu, "stop")
-            if status.status in ("paused", "running", "suspended"):
-                await context.astore.set_process(machine.name, process)
-                return True
-        await end_qemu(process, qemu)
-    await context.astore.set_process(machine.name, None)
-    return False
+    if status.status == "paused" and not plan.paused:
+        await commands.control(monitor, "cont")
+    elif status.running and plan.paused:  # it was to get its identity first
+        await commands.control(monitor, "stop")
+    await context.astore.set_process(machine.name, process)
+    return True
 
 
 async def clean_templates(context: Context) -> None:

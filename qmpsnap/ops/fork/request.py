@@ -1,5 +1,7 @@
 """What is asked of a fork, and what cannot be forked."""
 
+import itertools
+from collections.abc import Iterator
 from typing import Literal
 
 from msgspec import Struct
@@ -9,7 +11,7 @@ from qmpsnap.hint import call, option
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.record import Machine, Process
-from qmpsnap.model.names import NAME, check_description, check_name
+from qmpsnap.model.names import check_description, check_name
 from qmpsnap.ops.base.context import require_spec
 
 MOST = 1000
@@ -99,14 +101,12 @@ def memory_of(machine: Machine, snapshot: Snapshot) -> Vmstate:
     return snapshot.vmstate
 
 
-def names(parent: str, request: ForkRequest, taken: frozenset[str]) -> list[str]:
-    """The names of the forks."""
+def names(parent: str, request: ForkRequest, taken: frozenset[str]) -> Iterator[str]:
+    """The names of the forks, in order; where none is given without an end, as another process may take one first."""
     if request.name:
-        return [request.name] if request.count == 1 else [f"{request.name}-{n}" for n in range(1, request.count + 1)]
-    stem, found, number = parent[:50], list[str](), 0
-    while len(found) < request.count:
-        number += 1
-        if (name := f"{stem}-f{number}") not in taken:
-            found.append(name)
-    assert all(NAME.match(name) for name in found)
-    return found
+        yield from (
+            [request.name] if request.count == 1 else (f"{request.name}-{n}" for n in range(1, request.count + 1))
+        )
+        return
+    stem = parent[:50]
+    yield from (name for number in itertools.count(1) if (name := f"{stem}-f{number}") not in taken)

@@ -1,11 +1,13 @@
 """``fork``: machines that go on from a full snapshot of another one."""
 
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import anyio
 from msgspec import Struct
 
-from qmpsnap.errors import NotFoundError, QmpsnapError, StateError
+from qmpsnap.errors import LockHeld, NameTaken, NotFoundError, QmpsnapError, StateError
 from qmpsnap.hint import call
 from qmpsnap.host import files
 from qmpsnap.host.threads import first_of, to_end, to_read
@@ -13,8 +15,9 @@ from qmpsnap.machine import templates
 from qmpsnap.machine.config.firmware import find_firmware
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.operation import ForkPlan, Operation
+from qmpsnap.model.operations.operation import CreatePlan, ForkPlan, Operation
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.ops.base.context import Context, forget_places, locked, require_folder, require_own
 from qmpsnap.ops.base.machine_session import MachineSession
@@ -31,6 +34,9 @@ from qmpsnap.ops.session.session import begin
 from qmpsnap.ops.snapshot import create
 from qmpsnap.ops.snapshot.plan import CreateRequest
 from qmpsnap.qmp import commands
+
+AT_ONCE = 8
+"""Forks that are made side by side: each waits for its QEMU, and all for the store."""
 
 
 class Forked(Struct, frozen=True, kw_only=True):
@@ -57,30 +63,91 @@ async def run(context: Context, parent: str, request: ForkRequest) -> list[Forke
         NameTaken: there is a machine of that name.
         HostCannot: no room for the template.
     """
+    wanted = await _wanted(context, parent, request)
+    taken = None if request.snapshot else await _taken(context, parent, request)
+    made: dict[str, Machine] = {}
+    try:
+        source = await source_of(context, parent, request.snapshot or taken or "")
+        await _all(context, source, wanted, request, made)
+        if request.identity == "fresh":
+            _require_fresh(made.values())
+    except QmpsnapError as error:
+        left = [f"snapshot {taken} of machine {parent} stays"] if taken else []
+        left += [f"fork {name} is there" for name in made]
+        if left and error.effect == "none":
+            error.claim("applied", "; ".join(left))
+        raise
+    why = await _why_not_behind_it(context, source)
+    found = [made[name] for name in sorted(made, key=lambda name: (len(name), name))]
+    return [Forked(machine=one, snapshot=source.snapshot, taken=taken is not None, background=why) for one in found]
+
+
+async def _wanted(context: Context, parent: str, request: ForkRequest) -> Iterator[str]:
+    """The names of the forks, after all was refused that can be without a snapshot."""
     require_sensible(request)
     machine = await context.astore.machine(parent)
     require_own(context, machine)
     require_forkable(machine)
-    taken = request.snapshot is None
-    source = await _source(context, parent, request.snapshot or await _taken(context, machine, request))
-    known = frozenset(found.name for found in await context.astore.machines())
-    forks: list[Machine] = []
-    wanted = names(parent, request, known)
+    taken = frozenset(found.name for found in await context.astore.machines())
+    if request.name:
+        for name in names(parent, request, frozenset()):
+            await define.require_new(context, name)
+    return names(parent, request, taken)
 
-    async def fork(name: str) -> None:
-        forks.append(await _one(context, source, name, request))
+
+async def _all(
+    context: Context, source: Source, wanted: Iterator[str], request: ForkRequest, made: dict[str, Machine]
+) -> None:
+    limit = anyio.CapacityLimiter(AT_ONCE)
+
+    async def fork() -> None:
+        async with limit:
+            while True:
+                name = next(wanted)
+                try:
+                    made[name] = await _one(context, source, name, request)
+                except (NameTaken, LockHeld):
+                    if request.name:
+                        raise
+                else:
+                    return
 
     try:
         async with anyio.create_task_group() as group:
-            for name in wanted:
-                group.start_soon(fork, name)
+            for _ in range(request.count):
+                group.start_soon(fork)
     except* QmpsnapError as errors:
         raise first_of(errors) from errors
-    made = {found.name: found for found in forks}
-    if request.identity == "fresh":
-        _require_fresh(forks)
-    why = await _why_not_behind_it(context, source)
-    return [Forked(machine=made[name], snapshot=source.snapshot, taken=taken, background=why) for name in wanted]
+
+
+class Preview(Struct, frozen=True, kw_only=True):
+    """What a fork would do: the snapshot that would be taken before, with its machine, and the plan of each fork."""
+
+    taken: tuple[Machine, CreatePlan] | None
+    plans: tuple[ForkPlan, ...]
+
+
+async def preview(context: Context, parent: str, request: ForkRequest) -> Preview:
+    """What :func:`run` would do now, without doing it; refused as that would be, but for a file damaged inside."""
+    wanted = await _wanted(context, parent, request)
+    taken = None
+    if request.snapshot:
+        source = await source_of(context, parent, request.snapshot)
+        machine, snapshot, chains = source.machine, source.snapshot, source.chains
+        missing = not await bake.find(context, source)
+    else:
+        taken = await create.preview(context, parent, _snapshot_for(request))
+        machine, (snapshot,), missing = taken[0], taken[1].change.snapshots, True
+        chains = (await context.astore.basis(parent, sharers=False)).chains
+    plans: list[ForkPlan] = []
+    serial = OperationId(await context.astore.next_serial() + (taken is not None))
+    for name in itertools.islice(wanted, request.count):
+        new = planning.machine(machine, snapshot, chains, name=name, request=request)
+        at = PlanInputs(basis=await context.astore.basis(name), serial=serial, home=context.home)
+        uefi = machine.spec.firmware == "uefi"
+        plans.append(planning.plan(at, new, chains, request, variables=uefi, bake=missing and not plans))
+        serial = OperationId(serial + max(1, len(chains)))
+    return Preview(taken=taken, plans=tuple(plans))
 
 
 async def _why_not_behind_it(context: Context, source: Source) -> str:
@@ -91,7 +158,7 @@ async def _why_not_behind_it(context: Context, source: Source) -> str:
     return f"its memory is mapped from {shelf.folder}, which is no tmpfs"
 
 
-def _require_fresh(forks: list[Machine]) -> None:
+def _require_fresh(forks: Iterable[Machine]) -> None:
     for fork in forks:
         if fork.origin and fork.origin.identity != "fresh":
             raise StateError(
@@ -102,14 +169,17 @@ def _require_fresh(forks: list[Machine]) -> None:
             )
 
 
-async def _taken(context: Context, machine: Machine, request: ForkRequest) -> str:
+async def _taken(context: Context, parent: str, request: ForkRequest) -> str:
     """The name of a new full snapshot of the machine as it is now."""
-    description = request.description or "taken for a fork"
-    wanted = CreateRequest(memory=MemoryRequest(), description=description)
-    return (await create.run(context, machine.name, wanted)).name
+    return (await create.run(context, parent, _snapshot_for(request))).name
 
 
-async def _source(context: Context, parent: str, name: str) -> Source:
+def _snapshot_for(request: ForkRequest) -> CreateRequest:
+    return CreateRequest(memory=MemoryRequest(), description=request.description or "taken for a fork")
+
+
+async def source_of(context: Context, parent: str, name: str) -> Source:
+    """What forks of a snapshot go on from; refused where they could not."""
     basis = await context.astore.basis(parent, sharers=False)
     assert basis.record
     snapshot = require_snapshot(basis.snapshots, name, machine=parent)

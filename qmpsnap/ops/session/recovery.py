@@ -173,7 +173,8 @@ async def _end(broken: Broken, qemu: Monitor | None) -> Direction:
     plan = broken.operation.plan
     module, function = ENDINGS[type(plan)].split(":")
     ending: Ending = getattr(import_module(module), function)
-    if isinstance(plan, DefinePlan | UndefinePlan):  # there is no machine yet, or none any more
+    unborn = isinstance(plan, DefinePlan) and not isinstance(plan, ForkPlan)
+    if unborn or isinstance(plan, UndefinePlan):  # there is no machine yet, or none any more
         return await ending(broken, None)
     async with _answering(broken, qemu) as monitor, quiesce.thawed(broken, monitor):
         return await ending(broken, monitor)
