@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def register(parsers: Parsers) -> None:
     """Add the commands."""
-    group = parsers.add_parser("template", help="templates: list, prune")
+    group = parsers.add_parser("template", help="list, prune", description="The memory that forks share.")
     verbs = group.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_format(add(verbs, "list", _list, help="list the templates of snapshots' memory that forks share"))
     command = add(verbs, "prune", _prune, help="remove the templates that no running fork uses")
