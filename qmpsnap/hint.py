@@ -8,7 +8,9 @@ write it anew; ``qmpsnap.cli.hints`` makes ``qmpsnap stop web --force`` of the s
 from typing import Final, NamedTuple, Self
 
 _OF_CONTROLLER: Final = frozenset({"adopt", "define", "prune_templates", "recover", "templates"})
-_ELSEWHERE: Final = frozenset({"demo", "doctor", "log", "rebuild", "relocate"})
+_ELSEWHERE: Final = frozenset(
+    {"demo", "doctor", "import_argv", "import_libvirt", "import_proxmox", "log", "rebuild", "relocate"}
+)
 """Verbs that the Python API does not have."""
 
 

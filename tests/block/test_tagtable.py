@@ -21,6 +21,10 @@ def test_tags_are_read_as_qemu_img_wrote_them(tmp_path: Path) -> None:
     assert snapshot_table.names(layer) == frozenset({"qs-1-abc", "another one", "é"})
     subprocess.run(["qemu-img", "snapshot", "-d", "another one", path], check=True)
     assert snapshot_table.names(layer) == frozenset({"qs-1-abc", "é"})
+    found = snapshot_table.entries(path, "qcow2")
+    assert found
+    assert [(entry.id, entry.name) for entry in found] == [("1", "qs-1-abc"), ("3", "é")]
+    assert all(abs(entry.created - Path(path).stat().st_mtime) < 60 for entry in found)
 
 
 @given(st.binary(max_size=300), st.integers(0, 1 << 32))

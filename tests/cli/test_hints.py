@@ -24,7 +24,7 @@ COMMAND = re.compile(rf"\bqmpsnap ({'|'.join(VERBS)})\b")
 OPTION = re.compile(r"(?<![\w-])--[a-z]")
 OTHER_PROGRAMS = re.compile(r"\b(adduser|bunzip2|gunzip|nsenter|qemu-img|qemu-nbd|unxz) ")
 API = (qmpsnap.MachineHandle, qmpsnap.Controller)
-COMMAND_LINE_ONLY = {"demo", "doctor", "rebuild", "relocate"}
+COMMAND_LINE_ONLY = {"demo", "doctor", "import_argv", "import_libvirt", "import_proxmox", "rebuild", "relocate"}
 
 
 def texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -88,7 +88,7 @@ def test_a_hint_is_not_put_into_an_f_string() -> None:
 def test_python_has_what_a_hint_names() -> None:
     methods = [each for of in API for name, each in inspect.getmembers(of, inspect.isfunction) if name[0] != "_"]
     keywords = {name for each in methods for name in inspect.signature(each).parameters}
-    keywords |= {"set_aside", *qmpsnap.SnapshotOptions.__annotations__}
+    keywords |= {"define", "set_aside", "snapshot", "storage", *qmpsnap.SnapshotOptions.__annotations__}
     for where, hint in made():
         (part,) = hint.parts
         if isinstance(part, Option):

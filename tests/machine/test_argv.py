@@ -218,6 +218,18 @@ def test_sata_disks_bring_their_controller_to_another_machine() -> None:
     assert drivers(argv) == [("ich9-ahci", None), *first, ("ich9-ahci", None), ("ide-hd", "qs-sata1.0")]
 
 
+def test_ide_disks_take_the_two_channels_of_a_pc() -> None:
+    disks = ", ".join(f"{{name: d{number}, size: 1M, bus: ide}}" for number in range(4))
+    argv = argv_of(f"agent: no\nmachine: pc\ndisks: [{disks}]")
+    assert drivers(argv) == [("ide-hd", f"ide.{channel}") for channel in (0, 0, 1, 1)]
+    assert [device["unit"] for device in devices(argv)] == [0, 1, 0, 1]
+
+
+def test_a_card_is_of_its_model() -> None:
+    argv = argv_of("agent: no\nnics: [{model: e1000e}, user]")
+    assert [driver for driver, _ in drivers(argv)] == ["e1000e", "virtio-net-pci"]
+
+
 @pytest.mark.parametrize("bus", ["virtio", "scsi", "sata", "nvme"])
 def test_a_disk_bears_its_name_as_id_and_serial(bus: str) -> None:
     device = devices(argv_of(f"disks: [{{name: data, size: 1M, bus: {bus}}}]"))[-1]

@@ -290,8 +290,8 @@ WRONG_DISKS = [
     ("{name: vda, image: ~/i}", "2:28: 'image': '~' is not expanded"),
     ("{name: vda, image: '@home/i'}", "2:28: 'image': only @guest/ is known among the paths that begin with '@'"),
     (
-        "{name: vda, size: 1M, bus: ide}",
-        ("2:36: expected 'bus' to be one of nvme, sata, scsi, virtio, found the string 'ide'"),
+        "{name: vda, size: 1M, bus: usb}",
+        ("2:36: expected 'bus' to be one of ide, nvme, sata, scsi, virtio, found the string 'usb'"),
     ),
     ("{name: vda, size: 1M, format: vmdk}", "2:39: expected 'format' to be one of qcow2, raw, found the string 'vmdk'"),
     (
@@ -308,6 +308,7 @@ WRONG_DISKS = [
     ("{name: vda, size: 1M, encryption: {secret: x}}", "2:44: unknown key 'secret'; did you mean 'secret-file'?"),
     ("{name: vda, size: 1M, format: raw, encryption: {}}", "2:44: disk 'vda': only qcow2 images are encrypted"),
     ("{name: vda, image: i, bus: sata, read-only: yes}", "2:53: disk 'vda': QEMU has no read-only SATA disks"),
+    ("{name: vda, size: 1M, bus: ide}", "2:8: disk 'vda': machine q35 has no ide bus"),
     ("{name: a, image: i}, {name: b, base: ./i}", "2:8: disk 'a': another disk uses its image /vms/web/i too"),
 ]
 
@@ -380,7 +381,9 @@ def test_a_wrong_network_card_says_where_and_why(nics: str, message: str) -> Non
 
 
 def test_an_unknown_key_lists_the_known_ones() -> None:
-    assert refusal("name: web\nram: 1G").hint.startswith("keys here: name, profile, machine, accel, cpu, cpus, memory")
+    assert refusal("name: web\nram: 1G").hint.startswith(
+        "keys here: name, uuid, profile, machine, accel, cpu, cpus, memory"
+    )
 
 
 def test_a_number_for_a_string_is_told_to_be_quoted() -> None:

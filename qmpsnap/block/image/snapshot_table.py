@@ -1,12 +1,15 @@
-"""The names of the tags inside a qcow2 image, read without any tool."""
+"""The tags inside a qcow2 image, read without any tool."""
 
 import os
 import struct
 from typing import Final
 
+from msgspec import Struct
+
 from qmpsnap.block.image import header
 from qmpsnap.host.files import opened
 from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.machines.spec import Format
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
 """L1 table and its size, lengths of id and name, seconds, nanoseconds, guest's clock, memory's size, extra length."""
@@ -15,15 +18,29 @@ _LIMIT: Final = 16 << 20
 """Bytes of a table that are looked at: QEMU takes no larger one."""
 
 
+class Entry(Struct, frozen=True):
+    """One tag: QEMU's number and the user's name of it, when it was made (seconds since the epoch)."""
+
+    id: str
+    name: str
+    created: float
+
+
 def names(layer: Layer) -> frozenset[str] | None:
-    """The tags in an image; None when the table cannot be read."""
-    if layer.format != "qcow2":
-        return frozenset()
-    found = header.read(layer.path, format=layer.format, block_device=True)
+    """The names of an image's tags; None when the table cannot be read."""
+    found = entries(layer.path, layer.format)
+    return None if found is None else frozenset(entry.name for entry in found)
+
+
+def entries(path: str, format_: Format) -> tuple[Entry, ...] | None:
+    """The tags in an image, in the order of its table; None when that cannot be read."""
+    if format_ != "qcow2":
+        return ()
+    found = header.read(path, format=format_, block_device=True)
     if not found.internal_snapshots:
-        return frozenset()
+        return ()
     try:
-        with opened(layer.path) as descriptor:
+        with opened(path) as descriptor:
             count, offset = struct.unpack(">IQ", os.pread(descriptor, 12, 60))
             table = os.pread(descriptor, _LIMIT, offset)
     except OSError as error:
@@ -34,19 +51,20 @@ def names(layer: Layer) -> frozenset[str] | None:
     return parse(table, count)
 
 
-def parse(table: bytes, count: int) -> frozenset[str] | None:
-    """The names in a snapshot table of so many entries; None when it ends before they do."""
-    found: set[str] = set()
+def parse(table: bytes, count: int) -> tuple[Entry, ...] | None:
+    """The tags in a snapshot table of so many entries; None when it ends before they do."""
+    found: list[Entry] = []
     at = 0
     for _ in range(count):
         if at + _ENTRY.size > len(table):
             return None
-        _, _, id_length, name_length, _, _, _, _, extra = _ENTRY.unpack_from(table, at)
+        _, _, id_length, name_length, seconds, nanoseconds, _, _, extra = _ENTRY.unpack_from(table, at)
         begin = at + _ENTRY.size + extra + id_length
-        name = table[begin : begin + name_length]
+        number, name = table[begin - id_length : begin], table[begin : begin + name_length]
         if len(name) < name_length:
             return None
-        found.add(name.decode(errors="replace"))
+        created = seconds + nanoseconds / 1e9
+        found.append(Entry(number.decode(errors="replace"), name.decode(errors="replace"), created))
         at = begin + name_length
         at += -at % 8
-    return frozenset(found)
+    return tuple(found)

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 
 from msgspec import Meta, Struct
 
-from qmpsnap.model.machines.spec import Accel, Bus, Cache, Display, Firmware, Format
+from qmpsnap.model.machines.spec import Accel, Bus, Cache, Display, Firmware, Format, NicModel
 from qmpsnap.model.names import DISK_NAME, NAME
 
 SECTOR: Final = 512
@@ -48,6 +48,10 @@ Port = Annotated[int, Meta(ge=1, le=65535, description="a whole number from 1 to
 Mac = Annotated[
     str,
     _text("[0-9a-f][02468ace](:[0-9a-f]{2}){5}", "a unicast MAC address such as 52:54:00:12:34:56"),
+]
+Uuid = Annotated[
+    str,
+    _text("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "a UUID such as 8d3f5a52-0b1c-4e2f-9a60-5f1f6c7d8e9f"),
 ]
 Interface = _text("[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "an interface's name such as tap0 or br0")
 
@@ -93,6 +97,7 @@ class NicShape(Shape, frozen=True):
     """One of ``nics``."""
 
     kind: Literal["none", "user", "tap", "bridge"] = "user"
+    model: NicModel = "virtio"
     mac: Mac | None = None
     forwards: tuple[Annotated[ForwardShape, Meta(description="like '2222:22' (host:guest)")], ...] = ()
     ifname: Annotated[str, Interface] | None = None
@@ -103,6 +108,7 @@ class MachineShape(Shape, frozen=True):
     """The whole spec."""
 
     name: MachineName
+    uuid: Uuid = ""
     profile: str = ""
     machine: Annotated[str, _text("[A-Za-z0-9][A-Za-z0-9._-]*", "a machine type's name such as q35")] = "q35"
     accel: Accel = "auto"
@@ -113,6 +119,8 @@ class MachineShape(Shape, frozen=True):
     initrd: FilePath | None = None
     append: str = ""
     firmware: Firmware = "bios"
+    uefi_code: FilePath | None = None
+    uefi_variables: FilePath | None = None
     disks: tuple[DiskShape, ...] = ()
     nics: tuple[NicShape, ...] = ()
     agent: bool = True

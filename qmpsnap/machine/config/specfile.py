@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 from typing import Any, Final
 
 import msgspec
@@ -16,6 +17,7 @@ from msgspec import inspect
 from msgspec.structs import replace
 
 from qmpsnap.errors import SpecError
+from qmpsnap.hint import call
 from qmpsnap.machine.config.document import Document, compose, load, of_program, shorten
 from qmpsnap.machine.config.shapes import MIB, DiskShape, ForwardShape, MachineShape, NicShape
 from qmpsnap.model.machines.spec import MachineSpec
@@ -26,7 +28,9 @@ GUEST: Final = "@guest/"
 
 _FLAGS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _FORWARD: Final = re.compile(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?")
-_PATHS: Final = ("kernel", "initrd", "image", "base", "secret-file")
+_PATHS: Final = ("kernel", "initrd", "image", "base", "secret-file", "uefi-code", "uefi-variables")
+_IDE: Final = 4
+"""Disks that the two channels of a pc machine take."""
 _HINTS: Final = {
     "name": "as in 'name: web' for a machine, 'name: vda' for a disk",
     "host": "as in '{host: 2222, guest: 22}'",
@@ -43,7 +47,15 @@ def read(path: Path, *, guest_dir: Path, profile_dir: Path) -> MachineSpec:
 
     ``guest_dir`` is what ``@guest/`` stands for, ``profile_dir`` has the shipped profiles.
     """
-    return parse(load(path), str(path), folder=path.parent, guest_dir=guest_dir, profile_dir=profile_dir)
+    text = load(path)
+    if text.lstrip().startswith("<"):
+        raise SpecError(f"{path}:1:1: this is XML, not a spec", hint=call("import_libvirt", "", quote(str(path))))
+    try:
+        return parse(text, str(path), folder=path.parent, guest_dir=guest_dir, profile_dir=profile_dir)
+    except SpecError as error:
+        if path.suffix == ".conf":
+            error.hint = "of a Proxmox VM: " + call("import_proxmox", "", quote(str(path)))
+        raise
 
 
 def parse(text: str, source: str, *, folder: Path, guest_dir: Path, profile_dir: Path) -> MachineSpec:
@@ -147,7 +159,7 @@ def _require_known(document: Document, path: str, names: Iterable[str], known: l
 
 def _word(text: str, path: str, kind: Any) -> Any:
     """What a string stands for, of a value of that kind."""
-    if path.endswith(".mac"):
+    if path.endswith((".mac", ".uuid")):
         return text.lower()
     if path == "$.nics":
         return {"none": [], "user": ["user"]}.get(text, text)
@@ -244,6 +256,7 @@ def _machine(document: Document) -> MachineSpec:
             document.refuse(path, f"key {missing[1]!r} is missing", _HINTS[missing[1]])
         raise _wrong(document, path) from error
     _require_agreement(document, found)
+    _require_buses(document, found)
     _require_disks(document, found.disks)
     _require_nics(document, found.nics)
     found = replace(found, nics=tuple(nic for nic in found.nics if nic.kind != "none"))
@@ -260,6 +273,9 @@ def _require_agreement(document: Document, spec: MachineShape) -> None:
         document.refuse(at("initrd", "append"), "'initrd' and 'append' need a 'kernel'")
     if spec.accel == "tcg" and spec.cpu.split(",")[0] == "host":
         document.refuse(at("cpu"), "cpu 'host' needs KVM", "leave 'cpu' out, or set 'accel: kvm'")
+    if spec.firmware != "uefi" and (spec.uefi_code or spec.uefi_variables):
+        found = "'uefi-code' and 'uefi-variables' need 'firmware: uefi'"
+        document.refuse(at("uefi-code", "uefi-variables"), found)
     if spec.machine != "microvm":
         return
     if spec.firmware == "uefi":
@@ -271,6 +287,15 @@ def _require_agreement(document: Document, spec: MachineShape) -> None:
         if disk.bus in ("sata", "nvme"):
             found = f"disk {disk.name!r}: a microvm has no {disk.bus} bus"
             document.refuse(at("disks"), found, "use 'bus: virtio' or scsi")
+
+
+def _require_buses(document: Document, spec: MachineShape) -> None:
+    ide = [disk for disk in spec.disks if disk.bus == "ide"]
+    if ide and spec.machine != "pc" and not spec.machine.startswith("pc-i440fx-"):
+        found = f"disk {ide[0].name!r}: machine {spec.machine} has no ide bus"
+        document.refuse("$.disks", found, "use 'bus: sata', or 'machine: pc'")
+    if len(ide) > _IDE:
+        document.refuse("$.disks", f"the ide bus takes {_IDE} disks, not {len(ide)}", "use another 'bus'")
 
 
 def _require_disks(document: Document, disks: Sequence[DiskShape]) -> None:
@@ -285,8 +310,9 @@ def _require_disks(document: Document, disks: Sequence[DiskShape]) -> None:
             document.refuse(f"{path}.{content[1]}:", found)
         if disk.encryption and disk.format != "qcow2":
             document.refuse(f"{path}.encryption:", f"{what}: only qcow2 images are encrypted", "leave 'format' out")
-        if disk.read_only and disk.bus == "sata":
-            document.refuse(f"{path}.read-only", f"{what}: QEMU has no read-only SATA disks", "use another 'bus'")
+        if disk.read_only and disk.bus in ("sata", "ide"):
+            found = f"{what}: QEMU has no read-only {disk.bus.upper()} disks"
+            document.refuse(f"{path}.read-only", found, "use another 'bus'")
         if disk.name in [other.name for other in disks[:number]]:
             document.refuse(f"{path}.name", f"two disks have the name {disk.name!r}")
     for disk in disks:  # what two disks read, none of them may write to: a base can be shared, an image cannot

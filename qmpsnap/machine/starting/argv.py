@@ -239,6 +239,9 @@ def _attached(spec: MachineSpec, disk: DiskSpec, place: int) -> tuple[Device | N
             return None, {"driver": _virtio("blk", spec)}
         case "nvme":
             return None, {"driver": "nvme"}
+        case "ide":
+            channel, unit = divmod(place, 2)
+            return None, {"driver": "ide-hd", "bus": f"ide.{channel}", "unit": unit}
         case "scsi":
             controller = {"driver": _virtio("scsi", spec), "id": "qs-scsi"}
             device = {"driver": "scsi-hd", "bus": "qs-scsi.0", "channel": 0, "scsi-id": place, "lun": 0}
@@ -273,7 +276,7 @@ def mac(nic: NicSpec, uuid: str, number: int) -> str:
 def _nics(spec: MachineSpec, uuid: str) -> Iterator[str]:
     for number, nic in enumerate(spec.nics):
         device = {
-            "driver": _virtio("net", spec),
+            "driver": _virtio("net", spec) if nic.model == "virtio" else nic.model,
             "id": card(number),
             "netdev": cable(number),
             "mac": mac(nic, uuid, number),

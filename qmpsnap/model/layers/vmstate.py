@@ -84,7 +84,10 @@ def hardware_of(spec: MachineSpec, *, uuid: str, accel: str, qemu_version: str, 
         f"disk {disk.name} on {disk.bus}{', read-only' if disk.read_only else ''}{_write_cache(disk.cache)}"
         for disk in spec.disks
     )
-    nics = (f"network card {number} {nic.mac or 'of its own MAC'}" for number, nic in enumerate(spec.nics))
+    nics = (
+        f"network card {number} {nic.mac or 'of its own MAC'}{'' if nic.model == 'virtio' else ', ' + nic.model}"
+        for number, nic in enumerate(spec.nics)
+    )
     return Hardware(
         uuid=uuid,
         qemu_version=qemu_version,

@@ -11,9 +11,10 @@ from msgspec import Struct
 Accel = Literal["auto", "kvm", "tcg"]
 Firmware = Literal["bios", "uefi"]
 Format = Literal["qcow2", "raw"]
-Bus = Literal["virtio", "scsi", "sata", "nvme"]
+Bus = Literal["virtio", "scsi", "sata", "nvme", "ide"]
 Cache = Literal["writeback", "none", "writethrough", "directsync", "unsafe"]
 NicKind = Literal["user", "tap", "bridge"]
+NicModel = Literal["virtio", "e1000", "e1000e", "rtl8139", "vmxnet3"]
 Display = Literal["none", "vnc"]
 
 
@@ -80,6 +81,7 @@ class NicSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     """One network card. ``user`` needs no rights; ``tap`` wants ``ifname``, ``bridge`` wants ``bridge``."""
 
     kind: NicKind = "user"
+    model: NicModel = "virtio"
     mac: str | None = None
     forwards: tuple[Forward, ...] = ()
     ifname: str | None = None
@@ -96,9 +98,13 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         agent: give the guest a virtio-serial port for the QEMU guest agent.
         identity_hook: shell command that the guest agent runs in a fork that gets an identity of its own.
         extra: further QEMU arguments, refused unless ``define --allow-extra``.
+        uuid: of the machine to be; the recorded machine has it beside its spec, which says nothing of it.
+        uefi_code: absolute path of the firmware; None: this host's.
+        uefi_variables: absolute path of the variable store that ``define`` copies; None: the firmware's template.
     """
 
     name: str
+    uuid: str = ""
     machine: str = "q35"
     accel: Accel = "auto"
     cpu: str = ""
@@ -108,6 +114,8 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     initrd: str | None = None
     append: str = ""
     firmware: Firmware = "bios"
+    uefi_code: str | None = None
+    uefi_variables: str | None = None
     disks: tuple[DiskSpec, ...] = ()
     nics: tuple[NicSpec, ...] = ()
     agent: bool = True

@@ -10,11 +10,11 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.block.image.qcow2 import Header
-from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StoreMismatch, UsageError
+from qmpsnap.errors import HostCannot, NameTaken, NotFoundError, StateError, StoreMismatch, UsageError
 from qmpsnap.hint import call, option
 from qmpsnap.host import files
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.machine.config.firmware import find_firmware
+from qmpsnap.machine.config import firmware as uefi
 from qmpsnap.machine.starting import probe
 from qmpsnap.machine.starting.argv import Firmware
 from qmpsnap.model.home import Home
@@ -34,6 +34,14 @@ from qmpsnap.ops.lifecycle import disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.session import begin
+
+Amend = Callable[[DefinePlan, Mapping[str, DiskSource], OperationId], DefinePlan]
+"""What else a plan does, once it is known what lies under the disks; may look at files."""
+
+
+def as_it_is(planned: DefinePlan, _sources: Mapping[str, DiskSource], _serial: OperationId) -> DefinePlan:
+    """The plan that does nothing else."""
+    return planned
 
 
 def plan(
@@ -111,7 +119,12 @@ def _new(
 
 
 async def run(
-    context: Context, spec: MachineSpec, *, folders: Sequence[Path] = (), allow_extra: bool = False
+    context: Context,
+    spec: MachineSpec,
+    *,
+    folders: Sequence[Path] = (),
+    allow_extra: bool = False,
+    amend: Amend = as_it_is,
 ) -> Machine:
     """Define a machine; returns it as recorded.
 
@@ -125,7 +138,8 @@ async def run(
     async with locked(context, spec.name, "define"):
         await end_earlier(context, spec.name)
         try:
-            return await _record(context, spec, firmware, (context.home.data, *context.home.images, *folders))
+            allowed = (context.home.data, *context.home.images, *folders)
+            return await _record(context, spec, firmware, allowed, amend)
         except BaseException:
             # Refused or failed, there is no machine: what was made to work on it goes as well.
             forget_places(context.home, spec.name, run=not was_there)
@@ -143,7 +157,11 @@ async def complete(
         )
     abilities = await probe.ask(context.qemu, context.home.cache if keep else None, user=context.run_as)
     spec = replace(spec, machine=abilities.versioned(spec.machine), tcg_cpu=_tcg_cpu(spec, abilities))
-    return spec, find_firmware() if spec.firmware == "uefi" else None
+    if spec.firmware != "uefi":
+        return spec, None
+    firmware = await to_read(uefi.chosen, spec)
+    named = spec.uefi_code or spec.uefi_variables  # a store of variables is bound to its code
+    return replace(spec, uefi_code=firmware.code if named else None), firmware
 
 
 def _tcg_cpu(spec: MachineSpec, abilities: probe.Abilities) -> str:
@@ -153,20 +171,39 @@ def _tcg_cpu(spec: MachineSpec, abilities: probe.Abilities) -> str:
 
 async def survey(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> tuple[Machine, dict[str, DiskSource]]:
     """The machine to be, and what lies under its disks already; images may lie in the folders ``allowed``."""
+    await _require_free_uuid(context, spec)
     sources = await disk_sources.read(context, spec, allowed)
     agreed = Consent(extra=spec.extra, user=os.geteuid()) if spec.extra else None
     machine = Machine(
-        name=spec.name, uuid=str(uuid.uuid4()), host=context.host, spec=spec, created=time.time(), consent=agreed
+        name=spec.name,
+        uuid=spec.uuid or str(uuid.uuid4()),
+        host=context.host,
+        spec=replace(spec, uuid="", uefi_variables=None),
+        created=time.time(),
+        consent=agreed,
     )
     return machine, sources
 
 
-async def _record(context: Context, spec: MachineSpec, firmware: Firmware | None, allowed: Sequence[Path]) -> Machine:
+async def _require_free_uuid(context: Context, spec: MachineSpec) -> None:
+    for other in await context.astore.machines() if spec.uuid else ():
+        if other.uuid == spec.uuid:
+            raise StateError(
+                f"the UUID {spec.uuid} of {spec.name} is that of machine {other.name}",
+                hint="remove 'uuid' from the spec, or undefine that machine: " + call("undefine", other.name),
+                machine=spec.name,
+            )
+
+
+async def _record(
+    context: Context, spec: MachineSpec, firmware: Firmware | None, allowed: Sequence[Path], amend: Amend
+) -> Machine:
     basis = await context.astore.basis(spec.name)
     machine, sources = await survey(context, spec, allowed)
 
     def make(at: PlanInputs) -> DefinePlan:
-        return plan(machine, sources, serial=at.serial, home=at.home, variables=firmware is not None)
+        planned = plan(machine, sources, serial=at.serial, home=at.home, variables=firmware is not None)
+        return amend(planned, sources, at.serial)
 
     variables = firmware.vars if firmware else None
     needed = serials_needed(spec, sources)

@@ -23,7 +23,12 @@ class Forgotten(Struct, frozen=True):
 
 
 async def defined(
-    context: Context, spec: MachineSpec, *, folders: Sequence[Path] = (), allow_extra: bool = False
+    context: Context,
+    spec: MachineSpec,
+    *,
+    folders: Sequence[Path] = (),
+    allow_extra: bool = False,
+    amend: define.Amend = define.as_it_is,
 ) -> DefinePlan:
     """The plan that :func:`qmpsnap.ops.lifecycle.define.run` would follow now; refused as that would be."""
     spec, firmware = await define.complete(context, spec, allow_extra=allow_extra, keep=False)
@@ -32,6 +37,7 @@ async def defined(
     machine, sources = await define.survey(context, spec, (context.home.data, *context.home.images, *folders))
     serial = OperationId(await context.astore.next_serial())
     planned = define.plan(machine, sources, serial=serial, home=context.home, variables=firmware is not None)
+    planned = await to_read(amend, planned, sources, serial)
     await to_read(require_free, [*(layer.path for layer in planned.created), *filter(None, [planned.variables])])
     return planned
 

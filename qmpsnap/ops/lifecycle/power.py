@@ -63,7 +63,7 @@ async def bring_up(
     firmware = None
     if machine.spec.firmware == "uefi":
         variables = str(context.home.variables(machine.name))
-        firmware = argv.Firmware(code=find_firmware().code, vars=variables)
+        firmware = argv.Firmware(code=machine.spec.uefi_code or find_firmware().code, vars=variables)
     log_dir = context.home.log_dir(machine.name)
     await blocking(logs.prepare, log_dir)
     await admission.all_files(context, machine, chains, firmware)

@@ -1,0 +1,185 @@
+"""``import``: a machine of libvirt, of Proxmox or of a command line as a spec, or with ``--define`` as a machine."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpsnap.cli import output
+from qmpsnap.cli.common import Parsers, add, add_format, operating
+from qmpsnap.cli.plan_output import print_definition
+from qmpsnap.errors import UsageError
+from qmpsnap.imports.found import MAX_BYTES
+from qmpsnap.model.names import check_name
+
+if TYPE_CHECKING:
+    from qmpsnap.imports.found import Imported
+
+
+def register(parsers: Parsers) -> None:
+    """Add the commands."""
+    group = parsers.add_parser("import", help="machines of other managers", description="machines of other managers")
+    verbs = group.add_subparsers(title="sources", metavar="SOURCE", required=True)
+
+    command = add(verbs, "libvirt", _libvirt, help="make a spec or a machine of a libvirt domain")
+    command.add_argument("file", metavar="FILE.xml", help="what virsh dumpxml prints; - for standard input")
+    command.add_argument(
+        "--snapshot",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a snapshot of the domain, as virsh snapshot-dumpxml prints it; repeatable",
+    )
+    _add_options(command)
+
+    command = add(verbs, "proxmox", _proxmox, help="make a spec or a machine of a Proxmox VM's configuration")
+    command.add_argument("file", metavar="NUMBER.conf", help="a file of /etc/pve/qemu-server")
+    command.add_argument(
+        "--storage",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="folder of a storage of Proxmox', as its path in /etc/pve/storage.cfg; repeatable",
+    )
+    _add_options(command)
+
+    command = add(verbs, "argv", _argv, help="make a spec or a machine of a QEMU command line")
+    command.add_argument("--pid", type=int, metavar="N", help="take the command line of this process")
+    _add_options(command)
+    command.add_argument("words", nargs="*", metavar="-- QEMU ...", help="the command line, behind --")
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--name", metavar="NAME", help="name of the machine (that of the original)")
+    command.add_argument("--define", action="store_true", help="define the machine, with its snapshots")
+    command.add_argument("--allow", metavar="DIR", action="append", default=[], help="also allow images in DIR")
+    command.add_argument("--dry-run", action="store_true", help="only print what --define would do")
+    add_format(command)
+
+
+def _libvirt(arguments: argparse.Namespace) -> None:
+    from qmpsnap.imports import libvirt
+
+    name = _checked(arguments)
+    snapshots = [(path, _read(path)) for path in arguments.snapshot]
+    found = libvirt.read(_read(arguments.file), arguments.file, snapshots=snapshots, name=name)
+    _finish(arguments, found)
+
+
+def _proxmox(arguments: argparse.Namespace) -> None:
+    from qmpsnap.imports import proxmox
+
+    name = _checked(arguments)
+    storage: dict[str, str] = {}
+    for word in arguments.storage:
+        key, equals, folder = word.partition("=")
+        if not key or not equals or not folder:
+            raise UsageError(f"--storage {word[:80]!r} is not NAME=DIR", hint="as in --storage local=/var/lib/vz")
+        storage[key] = str(Path.cwd() / folder)
+    _finish(arguments, proxmox.read(_read(arguments.file), arguments.file, storage=storage, name=name))
+
+
+def _argv(arguments: argparse.Namespace) -> None:
+    from qmpsnap.imports import argv
+
+    name = _checked(arguments)
+    if (arguments.pid is None) == (not arguments.words):
+        raise UsageError("either --pid N or a command line is needed", hint="import argv -- qemu-system-x86_64 ...")
+    if arguments.pid is None:
+        _finish(arguments, argv.read(arguments.words, folder=str(Path.cwd()), name=name))
+        return
+    from qmpsnap.machine import originals
+
+    words, folder = originals.launched(arguments.pid)
+    _finish(arguments, argv.read(words, folder=folder, name=name, runs=f"it is process {arguments.pid}"))
+
+
+def _checked(arguments: argparse.Namespace) -> str | None:
+    if arguments.dry_run and not arguments.define:
+        raise UsageError("--dry-run needs --define")
+    name: str | None = arguments.name
+    return name if name is None else check_name(name, "machine")
+
+
+def _read(path: str) -> bytes:
+    """A description, of which never more is read than one may have."""
+    if path == "-":
+        return sys.stdin.buffer.read(MAX_BYTES + 1)
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - a Path would not take every word
+            return file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{path}: cannot be read: {said}") from error
+
+
+def _finish(arguments: argparse.Namespace, found: "Imported") -> None:
+    if arguments.define:
+        _define(arguments, found)
+        return
+    from qmpsnap.imports import spec_text
+
+    folders = sorted({os.path.dirname(disk.image) for disk in found.spec.disks if disk.image})  # noqa: PTH120 - text
+    allow = [word for folder in folders for word in ("--allow", folder)]
+    text = spec_text.render(found, define=shlex.join(("qmpsnap", "define", "SPEC.yaml", *allow)))
+    output.emit(
+        arguments.output,
+        document={
+            "machine": found.spec.name,
+            "origin": found.origin,
+            "spec": text,
+            "changed": list(found.changed),
+            "left_out": list(found.left_out),
+            "snapshots": [moment.name for moment in found.moments],
+            "runs": found.runs or None,
+        },
+        names=[found.spec.name],
+        table=text.rstrip,
+    )
+
+
+def _define(arguments: argparse.Namespace, found: "Imported") -> None:
+    from qmpsnap.machine.config import specfile
+    from qmpsnap.ops.lifecycle import take_over
+
+    folders = [Path(folder) for folder in arguments.allow]
+    from msgspec.structs import replace
+
+    from qmpsnap.cli.common import home
+
+    found = replace(found, spec=specfile.checked(found.spec, folder=Path.cwd(), guest_dir=home().guest))
+    act = take_over.preview if arguments.dry_run else take_over.run
+    done = operating(lambda context: act(context, found, folders=folders), make=not arguments.dry_run)
+    _tell(found, done.taken.left_out)
+    if done.plan:
+        print_definition(arguments.output, done.plan)
+        return
+    names = [snapshot.name for snapshot in done.taken.snapshots]
+    output.note(
+        f"machine {found.spec.name} defined ({done.machine.spec.machine})"
+        f"{f' with {len(names)} snapshot(s): ' + ', '.join(names) if names else ''};"
+        f" start it with qmpsnap start {found.spec.name}"
+    )
+    output.emit(
+        arguments.output,
+        document={
+            "machine": done.machine.name,
+            "uuid": done.machine.uuid,
+            "machine_type": done.machine.spec.machine,
+            "snapshots": names,
+            "changed": list(found.changed),
+            "left_out": [*found.left_out, *done.taken.left_out],
+        },
+        names=[done.machine.name],
+        table=lambda: "",
+        done=f"machine {done.machine.name} was defined",
+    )
+
+
+def _tell(found: "Imported", snapshots: tuple[str, ...]) -> None:
+    for sentence in found.changed:
+        output.note(f"differs: {output.printable(sentence)}")
+    for sentence in (*found.left_out, *snapshots):
+        output.note(f"left out: {output.printable(sentence)}")
