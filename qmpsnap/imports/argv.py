@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import UsageError
 from qmpsnap.imports import argv_cards, argv_disks
-from qmpsnap.imports.argv_words import Given, Parameters, split
+from qmpsnap.imports.argv_words import Given, Parameters, Places, split
 from qmpsnap.imports.found import MIB, Imported, machine_name, whole_mib
 from qmpsnap.imports.libvirt_devices import AGENT
 from qmpsnap.model.machines.spec import MachineSpec
@@ -30,19 +30,19 @@ _UNITS: Final = {"b": 1, "k": 1 << 10, "": MIB, "m": MIB, "g": 1 << 30, "t": 1 <
 _NUMBER: Final = re.compile("[0-9]{1,4}")
 
 
-def read(words: Sequence[str], *, folder: str, name: str | None = None, runs: str = "") -> Imported:
+def read(words: Sequence[str], *, places: Places, name: str | None = None, runs: str = "") -> Imported:
     """The machine that a QEMU with these arguments runs.
 
     Args:
         words: the program first.
-        folder: that relative paths in them start from.
+        places: where relative paths in them lie.
         name: of the machine; None for the one that ``-name`` has.
         runs: how it is known that this QEMU runs; empty if it is not.
 
     Raises:
         UsageError: it is no QEMU of x86, or some of its options are in no argument.
     """
-    _, given = split(words)
+    given = split(words)
     for option in given:
         if option.option in _REFUSED:
             raise UsageError(
@@ -64,12 +64,12 @@ def read(words: Sequence[str], *, folder: str, name: str | None = None, runs: st
         cpu=_value(given, "cpu") or "qemu64",
         cpus=_cpus(_last(given, "smp")),
         memory=_memory(_last(given, "m")),
-        kernel=_path(_value(given, "kernel"), folder),
-        initrd=_path(_value(given, "initrd"), folder),
+        kernel=_path(_value(given, "kernel"), places),
+        initrd=_path(_value(given, "initrd"), places),
         append=_value(given, "append"),
         agent=any(one.parameters.get("name") == AGENT for one in given if one.option == "device"),
     )
-    disks, rest = argv_disks.read(given, board, spec.machine, folder=folder)
+    disks, rest = argv_disks.read(given, board, spec.machine, places)
     cards, cards_changed = argv_cards.read(given, spec.machine)
     spec = replace(
         spec,
@@ -131,8 +131,8 @@ def _memory(given: Parameters) -> int:
     return whole_mib(int(found[1]) * _UNITS[found[2].lower()])
 
 
-def _path(value: str, folder: str) -> str | None:
-    return argv_disks.absolute(value, folder) if value else None
+def _path(value: str, places: Places) -> str | None:
+    return places.absolute(value) if value else None
 
 
 def _display(given: Sequence[Given]) -> Iterator[str]:
@@ -155,7 +155,7 @@ def _rest(given: Sequence[Given], board: Parameters) -> Iterator[str]:
     for one in given:
         told = one.parameters if one.option == "device" else {}
         is_read = one.option in _READ or one.option in argv_disks.OPTIONS or one.option in argv_cards.OPTIONS
-        is_read = is_read or told.keys() & {"drive", "netdev"} or told.get("name") == AGENT
+        is_read = is_read or bool(told.keys() & {"drive", "netdev"}) or told.get("name") == AGENT
         if is_read or one.option in _OURS or (one.option, one.value) == ("rtc", "base=utc"):
             continue
         yield one.shown

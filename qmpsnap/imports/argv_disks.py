@@ -1,13 +1,12 @@
 """Disks and flash of a QEMU's command line: ``-drive``, ``-hda``, or ``-blockdev``, and the devices that use them."""
 
-import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, get_args
 
 from msgspec import Struct
 
-from qmpsnap.imports.argv_words import Given, Parameters
+from qmpsnap.imports.argv_words import Given, Parameters, Places
 from qmpsnap.imports.found import disk_name
 from qmpsnap.model.machines.spec import Bus, Cache, DiskSpec, Format
 
@@ -62,11 +61,11 @@ class _Attached(Struct, frozen=True, kw_only=True):
     order: int = 1 << 20
 
 
-def read(given: Sequence[Given], board: Parameters, machine: str, *, folder: str) -> tuple[Disks, list[str]]:
+def read(given: Sequence[Given], board: Parameters, machine: str, places: Places) -> tuple[Disks, list[str]]:
     """The disks of a machine of that type, and what is left out."""
     nodes = {one.parameters.get("node-name", ""): one.parameters for one in given if one.option == "blockdev"}
-    images = {name: _node(name, nodes, folder) for name in nodes}
-    attached, flash = _drives(given, machine, images, folder)
+    images = {name: _node(name, nodes, places) for name in nodes}
+    attached, flash = _drives(given, machine, images, places)
     attached += _devices(given, machine, images)
     disks: list[DiskSpec] = []
     changed: list[str] = []
@@ -87,11 +86,6 @@ def read(given: Sequence[Given], board: Parameters, machine: str, *, folder: str
     pflash = [images.get(board.get(f"pflash{number}", "")) or flash.get(number) for number in (0, 1)]
     code, variables = ((image.path or None) if image else None for image in pflash)
     return Disks(tuple(disks), code, variables if code else None, tuple(changed)), left_out
-
-
-def absolute(path: str, folder: str) -> str:
-    """A path as QEMU takes it, from the folder that it was started in."""
-    return posixpath.normpath(posixpath.join(folder, path))
 
 
 def _otherwise(image: _Image) -> Iterator[str]:
@@ -117,12 +111,12 @@ def _spec(name: str, one: _Attached) -> DiskSpec:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def _image(parameters: Parameters, file: str, folder: str, *, format_: str) -> _Image:
+def _image(parameters: Parameters, file: str, places: Places, *, format_: str) -> _Image:
     """What ``file`` and the parameters beside it say."""
     protocol = _PROTOCOL.match(file)
     if protocol and protocol[1] != "file":
         return _Image(why_not=f"its image is named by the protocol {protocol[1]!r}, not a file")
-    path = absolute(file.removeprefix("file:"), folder)
+    path = places.absolute(file.removeprefix("file:"))
     guessed = not format_
     if guessed:
         format_ = "qcow2" if path.endswith((".qcow2", ".qcow")) else "raw"
@@ -155,7 +149,7 @@ def _cache(parameters: Parameters) -> Cache:
     return "none" if parameters.get("cache.direct") == "on" else "writeback"
 
 
-def _node(name: str, nodes: Mapping[str, Parameters], folder: str) -> _Image:
+def _node(name: str, nodes: Mapping[str, Parameters], places: Places) -> _Image:
     """The image below a node of ``-blockdev``, through filters."""
     told: Parameters = {}
     format_ = ""
@@ -164,11 +158,11 @@ def _node(name: str, nodes: Mapping[str, Parameters], folder: str) -> _Image:
         driver = node.get("driver", "")
         told = {**node, **told}
         if driver in ("file", "host_device"):
-            return _image(told, f"file:{node.get('filename', '')}", folder, format_=format_ or "raw")
+            return _image(told, f"file:{node.get('filename', '')}", places, format_=format_ or "raw")
         format_ = format_ or ("" if driver in ("throttle", "copy-on-read") else driver)
         inner = node.get("file.filename")
         if inner is not None and node.get("file.driver") in ("file", "host_device"):
-            return _image(told, f"file:{inner}", folder, format_=format_ or "raw")
+            return _image(told, f"file:{inner}", places, format_=format_ or "raw")
         if "file.driver" in node:
             return _Image(why_not=f"its image is opened by driver {node['file.driver']}, not a file")
         if "file" not in node:
@@ -181,7 +175,7 @@ def _node(name: str, nodes: Mapping[str, Parameters], folder: str) -> _Image:
 
 
 def _drives(
-    given: Sequence[Given], machine: str, images: dict[str, _Image], folder: str
+    given: Sequence[Given], machine: str, images: dict[str, _Image], places: Places
 ) -> tuple[list[_Attached], dict[int, _Image]]:
     """What ``-drive`` and its short forms attach, and the flash by its number.
 
@@ -201,7 +195,7 @@ def _drives(
         file = parameters.get("file") or parameters.get("file.filename", "")
         if protocol := parameters.get("file.driver"):
             file = f"{protocol}:{file}"
-        image = _image(parameters, file, folder, format_=parameters.get("format") or parameters.get("driver", ""))
+        image = _image(parameters, file, places, format_=parameters.get("format") or parameters.get("driver", ""))
         name = parameters.get("id") or (option if option in _HD else "")
         if where == "none":
             images[name] = image

@@ -1,6 +1,7 @@
 """A QEMU command line as options with their parameters; pure."""
 
 import json
+import posixpath
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -18,6 +19,7 @@ _ALONE: Final = frozenset(
     | {"portrait", "preconfig", "sdl", "semihosting", "singlestep", "snapshot", "usb", "version", "win2k-hack"}
 )
 """Options without a value, of QEMU 4 to 11."""
+_PROGRAMS: Final = ("qemu-system-x86_64", "qemu-system-i386", "qemu-kvm", "kvm")
 _FIRST: Final = {
     "device": "driver",
     "netdev": "type",
@@ -38,6 +40,30 @@ _FIRST: Final = {
 
 _DEEPEST: Final = 200
 """Characters that the keys above a value in JSON have at most."""
+
+
+class Places(Struct, frozen=True):
+    """What the paths of a command line are relative to.
+
+    ``opened``: what a process has open, if it was asked: with ``-daemonize`` it has left the folder that its relative
+    paths started in.
+    """
+
+    folder: str
+    opened: tuple[str, ...] = ()
+
+    def absolute(self, path: str) -> str:
+        """A path as QEMU took it when it was started."""
+        whole = posixpath.normpath(posixpath.join(self.folder, path))
+        if path.startswith("/") or whole in self.opened:
+            return whole
+        named = [name for name in self.opened if name.endswith("/" + posixpath.normpath(path).lstrip("./"))]
+        if len(named) > 1:
+            raise UsageError(
+                f"the process has several files open that its relative path {path} may mean: {', '.join(named)}",
+                hint="pass its command line instead, in the folder where it was started",
+            )
+        return named[0] if named else whole
 
 
 class Given(Struct, frozen=True):
@@ -80,21 +106,22 @@ class Given(Struct, frozen=True):
         return f"-{self.option}{' ' + kind if kind and self.option in _FIRST else ''}{name}"
 
 
-def split(words: Sequence[str]) -> tuple[str, list[Given]]:
-    """The program, and its options in order.
+def split(words: Sequence[str]) -> list[Given]:
+    """The options of a QEMU in order, the program and whatever starts it first.
 
     Raises:
         UsageError: this is no command line of a QEMU of x86.
     """
     if not words:
         raise UsageError("a command line is missing", hint=call("import_argv") + " -- qemu-system-x86_64 ...")
-    program = words[0].rpartition("/")[2]
-    if not program.startswith(("qemu-system-x86_64", "qemu-system-i386", "qemu-kvm", "kvm")):
+    # What starts it stands before: sudo, taskset, the loader of its libraries.
+    begin = next((at for at, word in enumerate(words) if word.rpartition("/")[2].startswith(_PROGRAMS)), None)
+    if begin is None:
         raise UsageError(
-            f"{shlex.quote(program[:80])} is no QEMU of x86", hint=call("import_argv") + " -- qemu-system-x86_64 ..."
+            f"{shlex.quote(words[0][:80])} is no QEMU of x86", hint=call("import_argv") + " -- qemu-system-x86_64 ..."
         )
     found: list[Given] = []
-    at = 1
+    at = begin + 1
     while at < len(words):
         word = words[at]
         at += 1
@@ -109,7 +136,7 @@ def split(words: Sequence[str]) -> tuple[str, list[Given]]:
         else:
             found.append(Given(option, words[at]))
             at += 1
-    return words[0], found
+    return found
 
 
 def _json(text: str, option: str) -> dict[str, Any]:

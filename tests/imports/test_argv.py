@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qmpsnap.errors import UsageError
 from qmpsnap.imports import argv, spec_text
+from qmpsnap.imports.argv_words import Places
 from qmpsnap.imports.found import Imported
 from qmpsnap.model.machines.spec import DiskSpec, Forward, MachineSpec, NicSpec
 from tests.imports.sources import EVERYWHERE
@@ -19,7 +20,7 @@ BARE = "qemu-system-x86_64 -nodefaults"
 
 
 def read(line: str) -> Imported:
-    return argv.read(shlex.split(line), folder="/srv/vm")
+    return argv.read(shlex.split(line), places=Places("/srv/vm"))
 
 
 def disk_of(options: str) -> DiskSpec:
@@ -30,7 +31,8 @@ def disk_of(options: str) -> DiskSpec:
 def test_a_whole_command_line() -> None:
     found = read(
         f"/usr/bin/qemu-system-x86_64 -name guest=Web,debug-threads=on -uuid {UUID.upper()} "
-        "-machine pc-q35-7.2,accel=kvm -cpu host,+vmx -smp 4,sockets=1,cores=4 -m size=2G,maxmem=4G -nodefaults -S -daemonize"
+        "-machine pc-q35-7.2,accel=kvm -cpu host,+vmx -smp 4,sockets=1,cores=4 -m size=2G,maxmem=4G"
+        " -nodefaults -S -daemonize"
         " -drive if=pflash,format=raw,unit=0,readonly=on,file=/usr/share/code.fd"
         " -drive if=pflash,format=raw,unit=1,file=vars.fd"
         " -drive id=root,if=none,file=root.qcow2,format=qcow2,cache=none,discard=unmap,aio=native"
@@ -81,9 +83,9 @@ NODES = (
 @pytest.mark.parametrize(
     ("options", "disk"),
     [
-        (f"{NODES} -device scsi-hd,drive=q,id=sda", 
+        (f"{NODES} -device scsi-hd,drive=q,id=sda",
          DiskSpec(name="sda", image="/i/a.qcow2", bus="scsi", cache="none", discard=False)),
-        (f"{NODES} -device '{{\"driver\":\"nvme\",\"drive\":\"q\"}}'", 
+        (f"{NODES} -device '{{\"driver\":\"nvme\",\"drive\":\"q\"}}'",
          DiskSpec(name="q", image="/i/a.qcow2", bus="nvme", cache="none", discard=False)),
         ("-blockdev driver=raw,node-name=r,file.driver=file,file.filename=x,,y.img -device ide-hd,drive=r",
          DiskSpec(name="r", image="/srv/vm/x,y.img", format="raw", bus="ide", discard=False)),
@@ -185,9 +187,15 @@ def test_what_does_not_tell_all_is_refused(said: str) -> None:
     assert said.replace("=many", "='many'") in caught.value.message
 
 
+def test_what_starts_it_may_stand_before_it() -> None:
+    bare = read(BARE)
+    for starter in ("sudo -u me taskset -c 1", "/q/lib/ld-linux-x86-64.so.2 --library-path /q/lib"):
+        assert read(f"{starter} {BARE}") == bare
+
+
 def test_a_command_line_is_needed() -> None:
     with pytest.raises(UsageError, match="a command line is missing"):
-        argv.read([], folder="/")
+        argv.read([], places=Places("/"))
 
 
 WORDS = st.sampled_from(
@@ -214,4 +222,4 @@ WORDS = st.sampled_from(
 @settings(deadline=None)
 def test_any_words_are_a_machine_or_a_usage_error(words: list[str]) -> None:
     with contextlib.suppress(UsageError):
-        spec_text.render(argv.read(["kvm", *words], folder="/"))
+        spec_text.render(argv.read(["kvm", *words], places=Places("/")))

@@ -83,17 +83,20 @@ def _proxmox(arguments: argparse.Namespace) -> None:
 
 def _argv(arguments: argparse.Namespace) -> None:
     from qmpsnap.imports import argv
+    from qmpsnap.imports.argv_words import Places
 
     name = _checked(arguments)
     if (arguments.pid is None) == (not arguments.words):
         raise UsageError("either --pid N or a command line is needed", hint="import argv -- qemu-system-x86_64 ...")
     if arguments.pid is None:
-        _finish(arguments, argv.read(arguments.words, folder=str(Path.cwd()), name=name))
+        _finish(arguments, argv.read(arguments.words, places=Places(str(Path.cwd())), name=name))
         return
     from qmpsnap.machine import originals
 
-    words, folder = originals.launched(arguments.pid)
-    _finish(arguments, argv.read(words, folder=folder, name=name, runs=f"it is process {arguments.pid}"))
+    words, folder, opened = originals.launched(arguments.pid)
+    _finish(
+        arguments, argv.read(words, places=Places(folder, opened), name=name, runs=f"it is process {arguments.pid}")
+    )
 
 
 def _checked(arguments: argparse.Namespace) -> str | None:
