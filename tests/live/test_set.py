@@ -1,4 +1,4 @@
-"""``set``: a stopped machine gets another spec and keeps its snapshots, of which some need the hardware of their time."""
+"""``set``: a stopped machine gets another spec and keeps its snapshots; memory may need the hardware of its time."""
 
 from pathlib import Path
 
