@@ -34,6 +34,9 @@ BEGUN = 0.001
 MISSING = (((8, 0), (10, 0, 9)), ((10, 1), (11, 0)))
 """QEMU versions whose mirrors miss writes while they begin, from and before; docs/explanation/qemu-facts.md."""
 
+ABORTS_BEFORE = (8, 0)
+"""QEMU before this ends itself at a write of the guest that waits while its disk is moved to another layer."""
+
 PAUSED = 2.0
 """Seconds after which a job that is paused does not go on by itself: ``cont`` makes QEMU forget that a write failed."""
 
@@ -189,6 +192,11 @@ async def misses_first_writes(monitor: Monitor) -> bool:
     """Whether a mirror in this QEMU may miss what its guest writes before :func:`tracks_writes`."""
     version = version_of(await commands.query_version(monitor))
     return any(since <= version < until for since, until in MISSING)
+
+
+async def aborts_at_waiting_writes(monitor: Monitor) -> bool:
+    """Whether no write of the guest may wait when a job that moves its disk is finalized in this QEMU."""
+    return version_of(await commands.query_version(monitor)) < ABORTS_BEFORE
 
 
 def tracks_writes(info: JobInfo) -> bool:

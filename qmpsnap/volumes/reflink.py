@@ -80,6 +80,11 @@ class Reflink(Struct, frozen=True):
             raise NotFoundError(f"there is no file {printable(volume.path)}") from error
 
 
+def share(source: int, target: int) -> None:
+    """Let an empty file have all blocks of another."""
+    fcntl.ioctl(target, FICLONE, source)
+
+
 def _mounted() -> bool:
     lines = files.read("/proc/self/mounts").splitlines()
     return any(line.split()[2] in ("xfs", "btrfs", "ocfs2", "bcachefs", "zfs") for line in lines)
@@ -102,7 +107,7 @@ def _tried(folder: Path) -> str:
     with _unnamed(folder) as source, _unnamed(folder) as target:
         os.write(source, b"q" * _BLOCK)
         try:
-            fcntl.ioctl(target, FICLONE, source)
+            share(source, target)
         except OSError as error:
             if error.errno in _CANNOT:
                 return f"cannot clone files ({error.strerror})"
@@ -130,7 +135,7 @@ def _clone(origin: Volume, path: str, name: VolumeName) -> Volume:
             target = files.create_exclusive(part, os.O_RDWR)
             stack.callback(os.close, target)
             try:
-                fcntl.ioctl(target, FICLONE, source)
+                share(source, target)
                 os.fsync(target)
                 os.link(part, path, follow_symlinks=False)
                 sync_folder(Path(path).parent)

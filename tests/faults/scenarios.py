@@ -13,9 +13,11 @@ from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operations import steps
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo
+from qmpsnap.volumes.names import of_path
 from tests.faults import site
 from tests.faults.site import KIB, ONE, TWO, Expected
 from tests.harness.watch import WHEN, When
+from tests.volumes import copying
 
 Act = Callable[[qmpsnap.MachineHandle, Path], Awaitable[object]]
 """Does the verb; the path is a folder where users keep images of their own."""
@@ -48,6 +50,7 @@ class Scenario(Struct, frozen=True, kw_only=True):
         happened: tells whether it was done; None where that is not one thing.
         again: what was undone has to be possible once more, under the same name.
         forward: where there is only forward from: when the controller dies and QEMU lives, and when QEMU dies.
+        outlives: from where it comes to its end although QEMU dies under a controller that lives.
     """
 
     column: str
@@ -65,16 +68,19 @@ class Scenario(Struct, frozen=True, kw_only=True):
     happened: Happened | None = None
     again: bool = False
     forward: tuple[At, At] = (NEVER, NEVER)
+    outlives: At = NEVER
 
     @property
     def steps(self) -> tuple[str, ...]:
         """The steps it comes by, in order."""
         return tuple(step.name for step in steps.STEPS.get(self.verb, ()) if step.name not in self.without)
 
-    def goes_forward(self, at: tuple[str, str], *, qemu: Literal["lives", "dies"]) -> bool:
+    def goes_forward(self, at: tuple[str, str], *, dies: Literal["controller", "both", "QEMU"]) -> bool:
         """Whether recovery has to finish what died there; else it has to undo it."""
         points: list[tuple[str, str]] = [(step, when) for step in self.steps for when in WHEN]
-        first = self.forward[qemu == "dies"]
+        first = self.forward[dies != "controller"]
+        if dies == "QEMU" and self.outlives != NEVER:
+            first = self.outlives
         return first in points and points.index(at) >= points.index(first)
 
 
@@ -118,6 +124,41 @@ async def _full(vm: qmpsnap.MachineHandle, _: Path) -> object:
 
 async def _full_in_chosen_file(vm: qmpsnap.MachineHandle, place: Path) -> object:
     return await vm.snapshot("new", kind="full", files={"vda": place / "new"})
+
+
+def _by_storage(act: Act) -> Act:
+    """The same on any file system."""
+
+    async def acting(vm: qmpsnap.MachineHandle, place: Path) -> object:
+        with copying.everywhere():
+            return await act(vm, place)
+
+    return acting
+
+
+@_by_storage
+async def _volume(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.snapshot("new", kind="volume")
+
+
+@_by_storage
+async def _full_volume(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.snapshot("new", kind="full", volume=True)
+
+
+@_by_storage
+async def _volume_before(vm: qmpsnap.MachineHandle, _: Path) -> None:
+    await vm.snapshot("before", kind="volume")
+    await site.write_live(vm, "vda", 9, offset=9 * 64 * KIB)
+
+
+@_by_storage
+async def _revert_to_volume(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.revert("before")
+
+
+async def _delete_volume(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.delete_snapshots("before")
 
 
 async def _save(vm: qmpsnap.MachineHandle, _: Path) -> object:
@@ -233,8 +274,18 @@ async def _taken(vm: qmpsnap.MachineHandle, _: Path) -> bool:
     return any(found.name == "new" or found.name.startswith("saved-") for found in await vm.snapshots())
 
 
+async def _taken_and_folded(vm: qmpsnap.MachineHandle, place: Path) -> bool:
+    assert not any(chain.layers[-1].layer.state == "shield" for chain in await vm.chains()), "an overlay is left"
+    return await _taken(vm, place)
+
+
 async def _gone_back(vm: qmpsnap.MachineHandle, _: Path) -> bool:
     return (await vm.record()).current in ("s1", "before")
+
+
+async def _on_a_clone(vm: qmpsnap.MachineHandle, _: Path) -> bool:
+    name = of_path((await vm.chains())[0].layers[-1].layer.path)
+    return name is not None and name.role == "clone"
 
 
 async def _shorter(vm: qmpsnap.MachineHandle, _: Path) -> bool:
@@ -247,8 +298,9 @@ async def _copied(vm: qmpsnap.MachineHandle, place: Path) -> bool:
 
 # --- scenarios ------------------------------------------------------------------------------------------------------
 
-_NO_MEMORY = frozenset({steps.SAVING, steps.LOST, steps.ENDING})
-_NO_SAVE = frozenset({steps.LOST, steps.ENDING})
+_BY_VOLUME = frozenset({steps.SAVING, steps.LOST, steps.ENDING})
+_NO_MEMORY = _BY_VOLUME | {steps.CLONING}
+_NO_SAVE = frozenset({steps.CLONING, steps.LOST, steps.ENDING})
 _LOADS = Expected(goes_to="before", ends=True)
 _LOSES = {name: Expected(loses=frozenset({name})) for name in ("s1", "s2")}
 _COPY = Expected(place=frozenset({"copy"}))
@@ -392,7 +444,7 @@ SCENARIOS: dict[str, Scenario] = {
         verb="create",
         act=_save,
         start="running",
-        without=frozenset({steps.LOST}),
+        without=frozenset({steps.CLONING, steps.LOST}),
         idle=frozenset({steps.SETTLED}),
         expected=Expected(ends=True),
         happened=_taken,
@@ -403,9 +455,75 @@ SCENARIOS: dict[str, Scenario] = {
         verb="create",
         act=_save_whose_place_is_taken,
         start="running",
-        without=frozenset({steps.ENDING}),
+        without=frozenset({steps.CLONING, steps.ENDING}),
         expected=Expected(place=frozenset({"state"})),
         ends="refused",
+    ),
+    "create by volume, paused": Scenario(
+        column="create",
+        verb="create",
+        act=_volume,
+        spec=TWO,
+        start="paused",
+        without=_BY_VOLUME,
+        happened=_taken_and_folded,
+        again=True,
+        forward=((steps.SETTLED, "before"), (steps.SETTLED, "before")),
+        outlives=(steps.CLONING, "before"),
+    ),
+    "create by volume, stopped": Scenario(
+        column="create",
+        verb="create",
+        act=_volume,
+        spec=TWO,
+        without=_BY_VOLUME | {steps.TRANSACTION},
+        idle=_ALL,
+        happened=_taken_and_folded,
+        again=True,
+        forward=((steps.SETTLED, "before"), (steps.SETTLED, "before")),
+    ),
+    "commit after a snapshot by volume": Scenario(
+        column="create",
+        verb="commit",
+        act=_volume,
+        spec=TWO,
+        start="paused",
+        without=_UNDONE,
+        happened=_taken_and_folded,
+        forward=((steps.PLANNED, "before"), (steps.PLANNED, "before")),
+    ),
+    "create full by volume": Scenario(
+        column="create full",
+        verb="create",
+        act=_full_volume,
+        spec=TWO,
+        start="running",
+        without=frozenset({steps.LOST, steps.ENDING}),
+        happened=_taken_and_folded,
+        forward=((steps.SETTLED, "before"), (steps.SETTLED, "before")),
+        outlives=(steps.CLONING, "before"),
+    ),
+    "revert to a volume": Scenario(
+        column="revert",
+        verb="revert",
+        act=_revert_to_volume,
+        spec=TWO,
+        start="paused",
+        warm=_volume_before,
+        idle=_ENDED,
+        expected=_LOADS,
+        happened=_on_a_clone,
+        forward=((steps.STOPPING, "after"), (steps.STOPPING, "after")),
+    ),
+    "delete of a volume": Scenario(
+        column="delete",
+        verb="delete",
+        act=_delete_volume,
+        spec=TWO,
+        start="paused",
+        warm=_volume_before,
+        without=_UNDONE | {"N:started", "N:finalizing"},
+        expected=Expected(loses=frozenset({"before"})),
     ),
     "create internal": Scenario(
         column="create internal",

@@ -1,6 +1,7 @@
 """kill -9 around every step of every verb: of the controller, of it and QEMU, of QEMU alone. Then: recover."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from msgspec import Struct
@@ -14,7 +15,8 @@ from tests.harness import watch
 from tests.harness.deaths import Point
 from tests.harness.processes import kill_qemu
 
-DEATHS = {
+Death = Literal["controller", "both", "QEMU"]
+DEATHS: dict[Death, str] = {
     "controller": "kill -9: controller",
     "both": "kill -9: controller and QEMU",
     "QEMU": "kill -9: QEMU",
@@ -27,7 +29,7 @@ class Case(Struct, frozen=True):
     name: str
     step: str
     when: watch.When
-    death: str
+    death: Death
 
     def __str__(self) -> str:
         return f"{self.name}-{self.step}-{self.when}-{self.death}"
@@ -77,7 +79,7 @@ async def test_killed(q: qmpsnap.Controller, place: Path, fault: Fault, case: Ca
     async def ends_as_it_must() -> None:
         # Under a controller that lives the step becomes durable all the same.
         at = (case.step, "after" if case.death == "QEMU" else case.when)
-        forward = well or scenario.goes_forward(at, qemu="lives" if case.death == "controller" else "dies")
+        forward = well or scenario.goes_forward(at, dies=case.death)
         await ended(scenario, vm, place, forward=forward)
 
     await site.judge(vm, place, before, scenario.expected, also=ends_as_it_must)

@@ -86,7 +86,7 @@ async def _pushed(vm: qmpsnap.MachineHandle, _: Path) -> bool:
     return any(found.name == "pushed" for found in await vm.snapshots())
 
 
-_NO_MEMORY = frozenset({steps.SAVING, steps.LOST, steps.ENDING, steps.TRANSACTION})
+_NO_MEMORY = frozenset({steps.SAVING, steps.CLONING, steps.LOST, steps.ENDING, steps.TRANSACTION})
 
 UPKEEP: dict[str, Scenario] = {
     "push": Scenario(column="create", verb="create", act=_push, without=_NO_MEMORY, happened=_pushed),

@@ -114,7 +114,7 @@ async def _forgotten(vm: qmpsnap.MachineHandle, _: Path) -> bool:
 
 _MINE = Expected(place=frozenset({IMAGE}))
 _THEIRS = Expected(place=frozenset({IMAGE, QEMU}))
-_NO_MEMORY = frozenset({"saving", "memory lost", "ending", "transaction"})
+_NO_MEMORY = frozenset({"saving", "cloning", "memory lost", "ending", "transaction"})
 
 VERBS: dict[str, Scenario] = {
     "define of an image": Scenario(

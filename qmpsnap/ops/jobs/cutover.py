@@ -62,6 +62,25 @@ async def watched(job: BlockJob, monitor: Monitor) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def held_first(job: BlockJob, monitor: Monitor) -> AsyncIterator[bool]:
+    """For the block, in which the job drains its disk: whether the guest is held for it, and from then on.
+
+    From ``pending`` on the guest's writes wait, and at the first of them QEMU 7.2 would abort when it is finalized. So
+    there the guest is stopped before. If the block fails it runs on.
+    """
+    moves = job.step.live and job.moves_guest and await jobs.aborts_at_waiting_writes(monitor)
+    held = moves and (await commands.query_status(monitor)).live
+    try:
+        if held:
+            await commands.control(monitor, "stop")
+        yield held
+    except BaseException:
+        if held:
+            await completed(let_run(monitor))
+        raise
+
+
+@asynccontextmanager
 async def going_on(job: BlockJob, monitor: Monitor | None, *, when: bool) -> AsyncIterator[Hold]:
     """After the block, however it ends, the guest that we may have stopped runs.
 

@@ -88,15 +88,17 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
         """See :class:`BlockJob`."""
         info = await jobs.follow(monitor, self.id, "ready", "pending", report=self.report)
         async with cutover.watched(self, monitor):
-            if info.status == "ready":
-                await jobs.complete(monitor, self.id)
-                info = await jobs.follow(monitor, self.id, "pending", report=self.report)
-            await lowlevel.checkpoint_if_cancelled()  # the last chance to cancel it
+            async with cutover.held_first(self, monitor) as held:
+                if info.status == "ready":
+                    await jobs.complete(monitor, self.id)
+                    with cutover.in_time(self) if held else contextlib.nullcontext():
+                        info = await jobs.follow(monitor, self.id, "pending", report=self.report)
+                await lowlevel.checkpoint_if_cancelled()  # the last chance to cancel it
             # Past this point there is only forward, and it takes milliseconds.
             with cutover.in_time(self, shield=True):
                 await self.require_files()
                 await require_flushed(monitor, self.machine, self.step)
-                await cutover.go_over(self, monitor)
+                await cutover.go_over(self, monitor, held=held)
                 await self.close(monitor)
         self.report(replace(info, status="concluded"))
 

@@ -227,10 +227,11 @@ async def root_of(monitor: Monitor, plan: MirrorPlan) -> NodeName | None:
 
 
 async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo) -> None:
-    held = False
-    if info.status == "ready":
-        await (jobs.complete if job.step.mode == "pivot" else jobs.detach)(monitor, job.id)
-        info, held = await _pending(job, monitor)
+    async with cutover.held_first(job, monitor) as first:
+        held = first
+        if info.status == "ready":
+            await (jobs.complete if job.step.mode == "pivot" else jobs.detach)(monitor, job.id)
+            info, held = await _pending(job, monitor, held=first)
     if not held:
         await lowlevel.checkpoint_if_cancelled()  # the last chance to cancel it
     # Past this point there is only forward, and it takes milliseconds.
@@ -240,8 +241,11 @@ async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo) -> None:
     job.report(replace(info, status="concluded"))
 
 
-async def _pending(job: MirrorJob, monitor: Monitor) -> tuple[JobInfo, bool]:
+async def _pending(job: MirrorJob, monitor: Monitor, *, held: bool) -> tuple[JobInfo, bool]:
     """Wait until both sides are equal; a guest that writes without end is held still for it: True then."""
+    if held:
+        with cutover.in_time(job):
+            return await jobs.follow(monitor, job.id, "pending", report=job.report), True
     with anyio.move_on_after(HOLD_AFTER):
         return await jobs.follow(monitor, job.id, "pending", report=job.report), False
     running = job.step.live and (await commands.query_status(monitor)).live

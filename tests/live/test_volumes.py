@@ -1,0 +1,376 @@
+"""Snapshots by the storage itself, on real xfs and btrfs: what they hold, and that no chain grows."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+from anyio import to_thread
+from msgspec.structs import replace
+
+import qmpsnap
+from qmpsnap.block.image import content
+from qmpsnap.cli.hints import as_typed
+from qmpsnap.errors import HostCannot, OperationPending, StateError, StoreMismatch, UsageError
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.ops.snapshot import fold
+from qmpsnap.volumes import reflink
+from tests.harness import mounts
+from tests.live.booted import start_booted
+from tests.live.conftest import _kill_all_below
+from tests.live.machine import (
+    MIB,
+    Hashes,
+    active_hash,
+    content_hash,
+    context_of,
+    fill,
+    hold_invariants,
+    snapshot_hashes,
+)
+
+pytestmark = pytest.mark.version
+
+TWO = MachineSpec(
+    name="still",
+    memory=64 * MIB,
+    disks=(DiskSpec(name="vda", size=16 * MIB), DiskSpec(name="vdb", size=16 * MIB, format="raw")),
+)
+
+
+@pytest.fixture(scope="module", params=mounts.KINDS)
+def storage(request: pytest.FixtureRequest) -> Iterator[Path]:
+    mounts.require(request.param)
+    folder = Path(tempfile.mkdtemp(prefix="qr-"))
+    with mounts.mounted(request.param, folder) as place:
+        yield place
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def home(storage: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """On the storage under test."""
+    folder = Path(tempfile.mkdtemp(prefix="qs-", dir=storage))
+    monkeypatch.setenv("QMPSNAP_HOME", str(folder))
+    yield folder
+    _kill_all_below(folder)
+    shutil.rmtree(folder)
+
+
+async def _depths(vm: qmpsnap.MachineHandle) -> list[int]:
+    return [len(chain.layers) for chain in await vm.chains()]
+
+
+async def _layers(vm: qmpsnap.MachineHandle) -> list[str]:
+    return [chain.active.id for chain in context_of(vm).store.chains(vm.name)]
+
+
+async def _written(vm: qmpsnap.MachineHandle, number: int) -> None:
+    """To both disks, as the guest would."""
+    for disk in ("vda", "vdb"):
+        await fill(vm, disk, number, offset=number * MIB)
+
+
+async def _taken(vm: qmpsnap.MachineHandle, *names: str) -> Hashes:
+    """Volume snapshots with something of its own before each and more after the last; their hashes."""
+    for number, name in enumerate(names, start=1):
+        await _written(vm, number)
+        taken = await vm.snapshot(name, kind="volume")
+        assert taken.kind == "volume"
+    await _written(vm, len(names) + 1)
+    return await snapshot_hashes(vm)
+
+
+async def test_each_snapshot_holds_its_moment_and_no_chain_grows(q: qmpsnap.Controller) -> None:
+    vm = await q.define(TWO)
+    await vm.start(paused=True)
+    before = await _layers(vm)
+    hashes = await _taken(vm, "one", "two", "three")
+    assert len(set(hashes.values())) == 3  # the disks are written to alike
+    assert await _layers(vm) == before
+    assert await _depths(vm) == [1, 1]
+    await hold_invariants(vm, hashes)
+
+    done = await vm.revert("two", state="paused")
+    assert done.kept
+    assert await _depths(vm) == [1, 1]
+    hashes |= {key: value for key, value in (await snapshot_hashes(vm)).items() if key[0] == done.kept.name}
+    await _written(vm, 9)
+    await hold_invariants(vm, hashes)
+    assert await _depths(vm) == [1, 1]
+
+    back = await vm.revert(done.kept.name)  # undone
+    assert back.kept
+    await vm.stop(force=True)
+    assert await active_hash(vm) == hashes[done.kept.name, "vda"]
+    await hold_invariants(vm, hashes)
+
+    plan = await vm.delete_snapshots("one", "two", "three", back.kept.name)
+    assert plan.bytes == 0
+    left = {key: value for key, value in hashes.items() if key[0] == done.kept.name}
+    await hold_invariants(vm, left)
+    folder = context_of(vm).home.machine_dir(vm.name)
+    assert [path.name for path in folder.iterdir() if path.name.startswith("qs-")] == []
+    await vm.undefine(disks="remove")
+    assert not folder.exists()
+
+
+async def test_a_stopped_machine_needs_no_overlay(q: qmpsnap.Controller) -> None:
+    vm = await q.define(TWO)
+    await vm.start(paused=True)
+    await _written(vm, 1)
+    await vm.stop(force=True)
+    before = await active_hash(vm)
+    taken = await vm.snapshot(kind="volume")
+    assert await content_hash(vm, taken.points[0].layer) == before
+    assert taken.pause_ms is None
+    assert await _depths(vm) == [1, 1]
+    await vm.start(paused=True)
+    await _written(vm, 2)
+    await hold_invariants(vm, {(taken.name, "vda"): before})
+
+
+async def test_on_top_of_ordinary_snapshots(q: qmpsnap.Controller) -> None:
+    vm = await q.define(TWO)
+    await vm.start(paused=True)
+    await _written(vm, 1)
+    await vm.snapshot("ordinary")
+    hashes = await _taken(vm, "one", "two")
+    assert await _depths(vm) == [2, 2]
+    await vm.revert("one", state="paused")
+    assert await _depths(vm) == [2, 2]
+    await _written(vm, 7)
+    await vm.snapshot("later")
+    await vm.revert("ordinary", state="paused")
+    await vm.delete_snapshots("one", "later")
+    await hold_invariants(vm, {key: found for key, found in hashes.items() if key[0] != "one"})
+
+
+COUNT = (
+    "n=0; while :; do n=$((n+1)); for d in vda vdb; do printf '%015d\\n' $n |"
+    " dd of=/dev/$d bs=16 seek=$n conv=notrunc,fsync 2>/dev/null; done; done"
+)
+
+
+async def _counter(vm: qmpsnap.MachineHandle, layer: Layer, folder: Path) -> int:
+    """The last record on a disk; every record before it must be there, and whole."""
+    copy = folder / "copy"
+    await content.copy_out(layer, copy, length=1 * MIB, qemu_img=context_of(vm).image.binary)
+    records = (await to_thread.run_sync(copy.read_bytes))[16:].rstrip(b"\0").decode().split()
+    assert records == [f"{number:015d}" for number in range(1, len(records) + 1)]
+    return len(records)
+
+
+async def test_the_disks_of_a_writing_guest_are_of_one_instant(
+    q: qmpsnap.Controller, guest_spec: MachineSpec, tmp_path: Path
+) -> None:
+    vm = await q.define(replace(guest_spec, disks=(guest_spec.disks[0], RAW)))
+    await start_booted(vm)
+    await vm.run(f"({COUNT}) >/dev/null 2>&1 &")
+    for _ in range(20):
+        await vm.snapshot(kind="volume")
+        assert await _depths(vm) == [1, 1]
+    await vm.stop(force=True)
+    counts = []
+    for snapshot in await vm.snapshots():
+        first, second = [context_of(vm).store.layer(point.layer) for point in snapshot.points]
+        counts.append((await _counter(vm, first, tmp_path), await _counter(vm, second, tmp_path)))
+    assert all(first - second in (0, 1) for first, second in counts), counts
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
+    last = counts[-1]
+    await vm.revert(snapshot.name)
+    active = [chain.active for chain in context_of(vm).store.chains(vm.name)]
+    assert (await _counter(vm, active[0], tmp_path), await _counter(vm, active[1], tmp_path)) == last
+    await hold_invariants(vm)
+
+
+RAW = DiskSpec(name="vdb", size=64 * MIB, format="raw")
+
+
+async def test_with_the_memory_of_the_same_instant(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
+    vm = await q.define(guest_spec)
+    await start_booted(vm)
+    await vm.run("echo before > /mark; dd if=/dev/urandom of=/dev/vda bs=1M count=2 conv=fsync 2>/dev/null")
+    said = (await vm.run("cat /mark; dd if=/dev/vda bs=1M count=2 2>/dev/null | sha256sum")).stdout
+    taken = await vm.snapshot("full", kind="full", volume=True)
+    assert taken.kind == "full"
+    assert taken.vmstate
+    assert await _depths(vm) == [1, 1]
+    await vm.run("echo after > /mark; dd if=/dev/zero of=/dev/vda bs=1M count=2 conv=fsync 2>/dev/null; sync")
+    done = await vm.revert("full")
+    assert done.memory
+    again = await vm.run("cat /mark; dd if=/dev/vda bs=1M count=2 iflag=direct 2>/dev/null | sha256sum")
+    assert again.stdout == said
+    assert await _depths(vm) == [1, 1]
+    await hold_invariants(vm)
+
+
+async def test_an_image_of_the_user_s_stays_the_active_one(q: qmpsnap.Controller, place: Path) -> None:
+    image = place / "-mine.raw"
+    image.write_bytes(b"\0" * 8 * MIB)
+    spec = MachineSpec(
+        name="theirs", memory=64 * MIB, disks=(DiskSpec(name="vda", image=str(image), format="raw"),), agent=False
+    )
+    vm = await q.define(spec, folders=(place,))
+    await vm.start(paused=True)
+    await fill(vm, "vda", 1)
+    taken = await vm.snapshot(kind="volume")
+    hashes = await snapshot_hashes(vm)
+    await fill(vm, "vda", 2)
+    assert await _depths(vm) == [1]
+    assert image.read_bytes()[:1] == b"\2"
+    await hold_invariants(vm, hashes)
+    await vm.revert(taken.name, state="paused")
+    await fill(vm, "vda", 3)
+    assert image.read_bytes()[:1] == b"\2"  # kept for the automatic snapshot
+    await hold_invariants(vm, hashes)
+    await vm.stop(force=True)
+    await vm.undefine(disks="remove")
+    assert [path.name for path in place.iterdir()] == [image.name]
+
+
+@contextlib.contextmanager
+def _in_memory() -> Iterator[Path]:
+    """A folder on a file system without reflinks."""
+    folder = Path(tempfile.mkdtemp(prefix="qs-", dir="/dev/shm"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+async def test_a_disk_without_a_driver_is_refused_or_keeps_a_layer(q: qmpsnap.Controller) -> None:
+    with _in_memory() as elsewhere:
+        image = elsewhere / "image.raw"
+        image.write_bytes(b"\0" * 8 * MIB)
+        disks = (TWO.disks[0], DiskSpec(name="vdb", image=str(image), format="raw"))
+        spec = MachineSpec(name="still", memory=64 * MIB, disks=disks)
+        vm = await q.define(spec, folders=(elsewhere,))
+        await vm.start(paused=True)
+        with pytest.raises(
+            StateError, match=r"storage of disk vdb .* cannot make snapshots: .*cannot clone"
+        ) as refused:
+            await vm.snapshot(kind="volume")
+        assert refused.value.effect == "none"
+        assert "--mixed" in as_typed(refused.value.hint)
+        with pytest.raises(StateError, match="no disk of machine still has storage"):
+            await vm.snapshot(kind="volume", mixed=True, disks=["vdb"])
+        assert await _depths(vm) == [1, 1]
+        await fill(vm, "vdb", 1)
+        taken = await vm.snapshot("mixed", kind="volume", mixed=True)
+        assert await _depths(vm) == [1, 2]
+        hashes = await snapshot_hashes(vm)
+        await fill(vm, "vdb", 2)
+        await fill(vm, "vda", 2)
+        await hold_invariants(vm, hashes)
+        await vm.revert(taken.name, state="paused")
+        assert await _depths(vm) == [1, 2]
+        await hold_invariants(vm, hashes)
+        await vm.stop(force=True)
+        await vm.undefine(disks="keep")
+
+
+async def test_a_snapshot_that_was_removed_behind_our_back(q: qmpsnap.Controller) -> None:
+    vm = await q.define(TWO)
+    await vm.start(paused=True)
+    hashes = await _taken(vm, "one", "two")
+    point = (await vm.snapshots())[0].points[0]
+    Path(context_of(vm).store.layer(point.layer).path).unlink()
+    found = (await vm.check()).findings
+    assert [(finding.code, finding.layer) for finding in found] == [("layer-missing", point.layer)]
+    with pytest.raises((StoreMismatch, HostCannot)) as refused:
+        await vm.revert("one")
+    assert refused.value.effect == "none"
+    assert await vm.is_running()
+    await vm.snapshot("three", kind="volume")
+    await vm.delete_snapshots("one")
+    await hold_invariants(vm, {key: value for key, value in hashes.items() if key[0] == "two"})
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kind": "disk", "volume": True}, "full"),
+        ({"kind": "disk", "mixed": True}, "volume"),
+        ({"kind": "volume", "files": {"vda": "/tmp/x"}}, "files"),
+        ({"kind": "full", "volume": True, "degrade": True}, "degrade"),
+        ({"kind": "volume", "max_pause_ms": 5}, "full"),
+    ],
+)
+async def test_options_that_say_nothing_of_it_are_refused(
+    q: qmpsnap.Controller, options: dict[str, object], match: str
+) -> None:
+    vm = await q.define(TWO)
+    with pytest.raises(UsageError) as refused:
+        await vm.snapshot(**options)  # type: ignore[arg-type]
+    assert match in f"{refused.value.message} {refused.value.hint}"
+
+
+# --- the overlay that is committed back -------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("slow_jobs")
+@pytest.mark.parametrize("then", ["wait", "cancel"])
+async def test_a_commit_that_takes_too_long_goes_on(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    vm = await q.define(TWO)
+    await vm.start(paused=True)
+    await _written(vm, 1)
+    monkeypatch.setattr(fold, "PATIENCE", 0.0)
+    real = reflink.share
+
+    def writes_meanwhile(source: int, target: int) -> None:
+        real(source, target)
+        anyio.from_thread.run(_written, vm, 2)
+
+    monkeypatch.setattr(reflink, "share", writes_meanwhile)
+    with pytest.raises(OperationPending, match="snapshot one is taken, but an overlay") as left:
+        await vm.snapshot("one", kind="volume", disks=["vda"])
+    assert left.value.exit_code == 8
+    assert "job wait still" in as_typed(left.value.hint)
+    monkeypatch.undo()
+    hashes = await snapshot_hashes(vm)
+    if then == "wait":
+        await vm.wait()
+        assert await _depths(vm) == [1, 1]
+    else:
+        await vm.cancel()
+        assert await _depths(vm) == [2, 1]
+        await fill(vm, "vda", 3)
+        await vm.recover()
+    assert await _depths(vm) == [1, 1]
+    await vm.snapshot("two", kind="volume")
+    await hold_invariants(vm, hashes)
+    assert await _depths(vm) == [1, 1]
+
+
+async def test_a_full_file_system_undoes_it(q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = await q.define(TWO)
+    await vm.start(paused=True)
+    await _written(vm, 1)
+    real, calls = reflink.share, []
+
+    def full(source: int, target: int) -> None:
+        calls.append(source)
+        if len(calls) % 2 == 0:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(reflink, "share", full)
+    monkeypatch.setattr(reflink, "_able", {context_of(vm).home.data.stat().st_dev: ""})
+    with pytest.raises(HostCannot, match="No space left") as refused:
+        await vm.snapshot("one", kind="volume")
+    assert len(calls) == 2
+    assert refused.value.effect == "none"
+    assert await vm.snapshots() == ()
+    assert await _depths(vm) == [1, 1]
+    await hold_invariants(vm)
+    monkeypatch.undo()
+    await vm.snapshot("one", kind="volume")
+    await hold_invariants(vm)

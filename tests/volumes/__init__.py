@@ -1,0 +1,1 @@
+"""Drivers of storages that make snapshots, each on the real storage."""
