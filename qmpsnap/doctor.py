@@ -24,6 +24,8 @@ from qmpsnap.model.home import Home
 from qmpsnap.ops.base import admission, free_space
 from qmpsnap.ops.base.context import Programs
 from qmpsnap.store.sqlite.backend import SqliteStore
+from qmpsnap.volumes.driver import Volume
+from qmpsnap.volumes.reflink import Reflink
 
 
 class Ability(Struct, frozen=True):
@@ -59,6 +61,7 @@ async def _look(programs: Programs, home: Home, cache: Path) -> list[Ability]:
         _guest(home),
         await to_read(_store, home),
         await to_read(_births, home),
+        await _volumes(home),
         _scope(os.geteuid()),
         await to_read(_logs, home),
         *(_folder(name, path) for name, path in (("data", home.data), ("run", home.run))),
@@ -182,6 +185,16 @@ def _births(home: Home) -> Ability:
     detail = f"the file system of {folder} keeps no birth time: a file that replaced a layer and got its inode number"
     detail += " is taken for that layer"
     return Ability("identity", "limited", detail, "keep images on ext4, XFS or btrfs")
+
+
+async def _volumes(home: Home) -> Ability:
+    """Which storages can make snapshots: of image files, where new machines get theirs."""
+    folder = next(place for place in (home.machines, *home.machines.parents) if place.is_dir())
+    found = await Reflink().probe(Volume(path=str(folder / "image"), format="qcow2"))
+    if found.able:
+        return Ability("volumes", "yes", f"reflink: the file system of {folder} can clone images")
+    detail = f"reflink: {found.why}: '--kind volume' is refused there"
+    return Ability("volumes", "limited", detail, found.remedy)
 
 
 def _scope(uid: int) -> Ability:

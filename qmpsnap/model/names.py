@@ -18,6 +18,8 @@ OperationId = NewType("OperationId", int)
 """An operation's number in the journal; its new layers carry the same number."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}\Z")
+SNAPSHOT_OF = re.compile(r"([a-z0-9][a-z0-9._-]{0,62})@([a-z0-9][a-z0-9._-]{0,62})\Z")
+"""``VM@SNAPSHOT``."""
 DISK_NAME = re.compile(r"[a-z][a-z0-9]{0,15}\Z")
 
 MAX_DESCRIPTION = 16 << 10

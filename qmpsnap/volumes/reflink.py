@@ -94,7 +94,7 @@ def _why_not(origin: Volume) -> str:
     folder = Path(origin.path).parent
     try:
         device = folder.stat().st_dev
-        if Path(origin.path).stat().st_dev != device:
+        if os.path.lexists(origin.path) and Path(origin.path).stat().st_dev != device:
             return f"{printable(origin.path)} is a link to another file system"
         if device not in _able:
             _able[device] = _tried(folder)

@@ -21,6 +21,7 @@ from qmpsnap.hint import call
 from qmpsnap.machine.config.document import Document, compose, load, of_program, shorten
 from qmpsnap.machine.config.shapes import MIB, DiskShape, ForwardShape, MachineShape, NicShape
 from qmpsnap.model.machines.spec import MachineSpec
+from qmpsnap.model.names import SNAPSHOT_OF
 from qmpsnap.model.sizes import UNITS, in_bytes
 
 GUEST: Final = "@guest/"
@@ -187,7 +188,7 @@ def _file_path(document: Document, path: str, text: str, folder: Path, guest_dir
     if text.startswith("@") and not text.startswith(GUEST):
         found = f"{_called(path)}: only {GUEST} is known among the paths that begin with '@'"
         document.refuse(path, found, f"as in {GUEST}vmlinuz")
-    if not text or text.endswith("/"):
+    if not text or text.endswith("/") or (path.endswith(".base") and SNAPSHOT_OF.match(text)):
         return text
     whole = guest_dir / text.removeprefix(GUEST) if text.startswith(GUEST) else folder / text
     return os.path.abspath(whole)  # noqa: PTH100 - Path.resolve follows links

@@ -30,7 +30,7 @@ from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, forget_places, locked, require_folder
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
-from qmpsnap.ops.lifecycle import disk_sources
+from qmpsnap.ops.lifecycle import bases, disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.session import begin
@@ -155,6 +155,7 @@ async def complete(
             f"the spec of {spec.name} has 'extra' QEMU arguments, which can override every protection",
             hint="accept them with " + option("allow_extra"),
         )
+    spec = await bases.resolved(context, spec)
     abilities = await probe.ask(context.qemu, context.home.cache if keep else None, user=context.run_as)
     spec = replace(spec, machine=abilities.versioned(spec.machine), tcg_cpu=_tcg_cpu(spec, abilities))
     if spec.firmware != "uefi":
