@@ -47,8 +47,8 @@ def machine_lock(path: Path, *, machine: str, verb: str, cover: Cover | None = N
 
 def _write(descriptor: int, owner: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # it is for others to read; on a full disk, too, there are things to do
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        # Over the last note, with blanks at its end: a file that is cut first and filled again, ext4 writes out at once.
+        os.pwrite(descriptor, json.dumps(owner).encode().ljust(os.fstat(descriptor).st_size), 0)
 
 
 def _acquire(path: Path, machine: str) -> int:

@@ -5,6 +5,7 @@ Each call is one transaction and may block for an fsync: async callers go throug
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -90,6 +91,9 @@ class Store(Protocol):
 
     def forest_below(self, machine: str) -> Forest:
         """The part of it that a machine reads, with every disk and point in that, but not what others have above it."""
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """For the block, which accesses no file and changes nothing: all that this thread reads is of one moment."""
 
     def basis(self, machine: str, *, sharers: bool = True) -> Basis:
         """What a machine's plans are made from, of one moment; the machine need not be recorded yet.

@@ -213,7 +213,7 @@ def filled(store: SqliteStore, machines: int) -> None:
 
 
 def steps(store: SqliteStore, call: Callable[[], object]) -> int:
-    """Steps of SQLite's machine that a call takes, in hundreds."""
+    """Steps of SQLite's machine that a call takes."""
     count = 0
 
     def counted() -> int:
@@ -221,11 +221,11 @@ def steps(store: SqliteStore, call: Callable[[], object]) -> int:
         count += 1
         return 0
 
-    store._database.connection.set_progress_handler(counted, 100)
+    store._database.connection.set_progress_handler(counted, 1)
     try:
         call()
     finally:
-        store._database.connection.set_progress_handler(None, 100)
+        store._database.connection.set_progress_handler(None, 1)
     return count
 
 
@@ -278,3 +278,22 @@ def test_what_is_recorded_of_a_frozen_image_goes_with_the_operation_that_removes
         assert store.frozen.stamps([base.id])[base.id][0].size == 7
         store.mark(operation.id, "settled")
         assert store.frozen.stamps([base.id]) == {}
+
+
+def test_a_basis_that_was_read_before_is_what_stands(path: Path) -> None:
+    """It is kept until something changes: here, in another process, or in a transaction that was undone."""
+    with SqliteStore(path, machines=MACHINES) as store, SqliteStore(path, machines=MACHINES) as other:
+        base = alone("vda-1")
+        settled(store, Change(define=machine("web"), layers=(base,), active={"vda": base.id}), "web")
+        found = store.basis("web")
+        assert store.basis("web") is found
+        assert store.basis("web", sharers=False) is not found
+        larger = replace(base, virtual_size=2 * base.virtual_size)
+        with store._database.foreseeing() as sql:
+            store._apply(sql, "web", Change(layers=(larger,)))
+            assert store.basis("web").chains[0].active == larger
+        assert store.basis("web").chains[0].active == base
+        other.apply("web", Change(layers=(larger,)))
+        assert store.basis("web").chains[0].active == larger
+        store.apply("web", Change(layers=(base,)))
+        assert store.basis("web").chains[0].active == base

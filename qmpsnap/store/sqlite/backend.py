@@ -5,8 +5,9 @@ import functools
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 from msgspec.structs import replace
@@ -35,12 +36,14 @@ from qmpsnap.store.sqlite.frozen_files import FrozenTable
 from qmpsnap.store.sqlite.homes import HomeTable
 from qmpsnap.store.sqlite.images import ImageTable
 from qmpsnap.store.sqlite.json_values import decoded
-from qmpsnap.store.sqlite.layer_table import LayerTable
+from qmpsnap.store.sqlite.layer_table import LayerTable, chain_in
 from qmpsnap.store.sqlite.pruning import PrunedTable
 from qmpsnap.store.sqlite.queries import absolute, unsigned
 from qmpsnap.store.sqlite.record_table import RecordTable
 from qmpsnap.store.store import Removal
 
+if TYPE_CHECKING:
+    from qmpsnap.store.sqlite.database import Moment
 
 class SqliteStore:
     """The store in one SQLite file. Safe to share between threads; close it or use it as a context manager."""
@@ -56,6 +59,8 @@ class SqliteStore:
         self._database = Database(path, make=make)
         self._machines = machines
         self._layers = LayerTable(machines)
+        self._last: tuple[Moment, bool, Basis] | None = None
+        """The basis that was read last, when that was, and whether it is one with sharers."""
         self._records = Records(machines)
         self.images = ImageTable(self._database, machines=machines)
         self.frozen = FrozenTable(self._database)
@@ -103,25 +108,36 @@ class SqliteStore:
         with self._database.reading() as sql:
             return self._snapshots(sql, rows.machine_id(sql, machine))
 
+    def at_once(self) -> AbstractContextManager[None]:
+        return self._database.at_once()
+
     def basis(self, machine: str, *, sharers: bool = True) -> Basis:
         with self._database.reading() as sql:
-            found = self._basis(sql, machine)
-            own = self._layers.of_machine(sql, machine)
-            if sharers:
-                return replace(found, forest=self._layers.around(sql, (*own, *self._layers.nobodys(sql))))
-            return replace(found, forest=self._layers.below(sql, own))
+            return self._basis(sql, machine, sharers=sharers)
 
-    def _basis(self, sql: sqlite3.Connection, name: str) -> Basis:
-        """The basis but for the layers."""
-        try:
+    def _basis(self, sql: sqlite3.Connection, name: str, *, sharers: bool | None) -> Basis:
+        """The basis as it was read last, unless something has changed since; None for ``sharers`` takes either."""
+        moment = self._database.moment()
+        if self._last:
+            then, of, found = self._last
+            if (then, found.name) == (moment, name) and sharers in (of, None):
+                return found
+        own = self._layers.of_machine(sql, name)
+        around = self._layers.around(sql, (*own, *self._layers.nobodys(sql))) if sharers else None
+        found = Basis(name=name, forest=around or self._layers.below(sql, own))
+        with contextlib.suppress(NotFoundError):  # it is not defined yet
             number, record = rows.machine_id(sql, name), rows.find_machine(sql, name)
-        except NotFoundError:  # it is not defined yet
-            return Basis(name=name)
-        return Basis(name=name, record=record, chains=self._chains(sql, number), snapshots=self._snapshots(sql, number))
+            chains = tuple(Chain(disk, chain_in(found.forest.layers, top)) for disk, top in self._disks(sql, number))
+            found = replace(found, record=record, chains=chains, snapshots=self._snapshots(sql, number))
+        self._last = (moment, bool(sharers), found)
+        return found
+
+    def _disks(self, sql: sqlite3.Connection, machine: int) -> list[tuple[str, LayerId]]:
+        found = "SELECT name, active FROM disk WHERE machine = ? ORDER BY position"
+        return sql.execute(found, (machine,)).fetchall()
 
     def _chains(self, sql: sqlite3.Connection, machine: int) -> tuple[Chain, ...]:
-        found = sql.execute("SELECT name, active FROM disk WHERE machine = ? ORDER BY position", (machine,)).fetchall()
-        return tuple(Chain(name, self._layers.chain(sql, active)) for name, active in found)
+        return tuple(Chain(name, self._layers.chain(sql, active)) for name, active in self._disks(sql, machine))
 
     def _snapshots(self, sql: sqlite3.Connection, machine: int) -> tuple[Snapshot, ...]:
         found = sql.execute(f"{queries.SNAPSHOT} WHERE s.machine = ? ORDER BY s.id", (machine,)).fetchall()
@@ -172,7 +188,7 @@ class SqliteStore:
         with self._database.writing() as sql:
             journal.require_next(sql, plan.machine, serial)
             names, forest, elsewhere = self._concerned(sql, plan, basis)
-            now = replace(self._basis(sql, plan.machine), forest=forest)
+            now = replace(self._basis(sql, plan.machine, sharers=None), forest=forest)
             sharing.require_unshared(plan.machine, plan, forest, elsewhere)
             sharing.require_unchanged(plan, basis, now)
             operation = journal.insert(sql, plan, names, serial=serial, serials=serials)

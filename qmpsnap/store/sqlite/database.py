@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from qmpsnap.host.files import Name
 
+    Moment = tuple[sqlite3.Connection, int, int, int]
+
 _READ = "BEGIN"
 
 
@@ -35,8 +37,10 @@ class Database:
         self._inherited = False
         self.connection, self._barred = self._connect()
         self._lock = allocate_lock()
-        self._foreseeing: int | None = None
-        """The thread that does, which holds the lock."""
+        self._undone = 0
+        """Transactions that were: what they have shown is nothing that stands."""
+        self._inside: int | None = None
+        """The thread of :meth:`foreseeing`, or of :meth:`at_once`, which holds the lock."""
 
     def close(self) -> None:
         """Close the file."""
@@ -63,11 +67,22 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """For the block: what it reads is of one moment; inside of :meth:`foreseeing`, of what is foreseen."""
-        if self._foreseeing == get_ident():
+        if self._inside == get_ident():
             yield self.connection
             return
         with self._transaction(_READ) as connection:
             yield connection
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For the block: all that this thread reads is of one moment, and is read in one transaction."""
+        with self._transaction(_READ), self._own():
+            yield
+
+    def moment(self) -> Moment:
+        """Equal to that of an earlier transaction if nothing has changed since. Asked inside a transaction."""
+        (version,) = self.connection.execute("PRAGMA data_version").fetchone()
+        return self.connection, version, self.connection.total_changes, self._undone
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -79,12 +94,17 @@ class Database:
     def foreseeing(self) -> Iterator[sqlite3.Connection]:
         """For the block: what it changes is undone at its end. It shows what a change will make of the store."""
         with contextlib.suppress(_Undone), self._transaction("BEGIN IMMEDIATE") as connection:
-            self._foreseeing = get_ident()
-            try:
+            with self._own():
                 yield connection
-            finally:
-                self._foreseeing = None
             raise _Undone
+
+    @contextmanager
+    def _own(self) -> Iterator[None]:
+        self._inside = get_ident()
+        try:
+            yield
+        finally:
+            self._inside = None
 
     def _connect(self) -> tuple[sqlite3.Connection, HostCannot | None]:
         if not self.is_there:
@@ -128,6 +148,7 @@ class Database:
                     # SQLite itself rolls back when the disk is full.
                     if not self._doubt and self.connection.in_transaction:
                         self.connection.execute("ROLLBACK")
+                    self._undone += 1
                     raise
 
     def _commit(self, number: int | None) -> None:

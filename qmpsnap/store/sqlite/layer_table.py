@@ -6,7 +6,7 @@ question here walks indexes from the layers that it is about: down by ``backing`
 
 import os
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -73,13 +73,7 @@ class LayerTable:
 
     def chain(self, sql: sqlite3.Connection, active: LayerId) -> tuple[Layer, ...]:
         """The layers from an active one down to its base, base first."""
-        known = self.known(sql, self._connected(sql, queries.BELOW, [active]))
-        layers: list[Layer] = []
-        at: LayerId | None = active
-        while at is not None and at in known and len(layers) <= len(known):
-            layers.append(known[at])
-            at = known[at].backing
-        return based(reversed(layers))
+        return chain_in(self.known(sql, self._connected(sql, queries.BELOW, [active])), active)
 
     def whole(self, sql: sqlite3.Connection) -> Forest:
         """Every layer, disk and point."""
@@ -148,6 +142,16 @@ class LayerTable:
 
     def _connected(self, sql: sqlite3.Connection, how: str, layers: Iterable[LayerId]) -> list[LayerId]:
         return [row[0] for row in sql.execute(how, (_listed(layers),))]
+
+
+def chain_in(known: Mapping[LayerId, Layer], active: LayerId) -> tuple[Layer, ...]:
+    """The same of layers that were read before."""
+    layers: list[Layer] = []
+    at: LayerId | None = active
+    while at is not None and at in known and len(layers) <= len(known):
+        layers.append(known[at])
+        at = known[at].backing
+    return based(reversed(layers))
 
 
 def _listed(layers: Iterable[LayerId]) -> str:

@@ -42,17 +42,16 @@ class RecordTable:
         made: Iterable[Layer] = (),
     ) -> Record:
         """What the store has of a machine."""
-        store = self._store
-        found, snapshots = store.machine(machine), store.snapshots(machine)
-        active = {chain.disk: chain.active.id for chain in store.chains(machine)}
-        tops = [*active.values(), *(point.layer for snapshot in snapshots for point in snapshot.points)]
+        # Of layers that nobody reads, what lies in the machine's folder, and what was this machine's before.
+        at, found = self._store.basis(machine, sharers=False), self._store.machine(machine)
+        before = {layer.id for layer in (*made, *(earlier.layers if earlier else ()))} - at.forest.layers.keys()
         with self._database.reading() as sql:
-            # Layers that nobody reads: what lies in the machine's folder, and what was this machine's before.
-            tops += self._layers.of_machine(sql, machine)
-            tops += self._layers.unread(sql, [layer.id for layer in (*made, *(earlier.layers if earlier else ()))])
-            forest = self._layers.below(sql, tops)
+            unread = self._layers.unread(sql, before) if before else []
+            forest = self._layers.below(sql, (*at.forest.layers, *unread)) if unread else at.forest
             generation, serial = rows.generation(sql, machine), journal.next_serial(sql) - 1
-        home = store.home.record()
+        active = {chain.disk: chain.active.id for chain in at.chains}
+        points = (point.layer for snapshot in at.snapshots for point in snapshot.points)
+        home = self._store.home.record()
         return Record(
             # A store that is made again has no consent to further QEMU arguments.
             machine=replace(found, process=None, consent=None),
@@ -61,8 +60,8 @@ class RecordTable:
             serial=serial,
             home=replace(home, moving=None) if home else None,
             active=active,
-            layers=tuple(forest.below(tops).values()),
-            snapshots=snapshots,
+            layers=tuple(forest.below([*active.values(), *points, *forest.layers]).values()),
+            snapshots=at.snapshots,
         )
 
     def noted(self, machine: str) -> frozenset[LayerId]:

@@ -28,11 +28,11 @@ _LAYERS: Final = """
 def read(sql: sqlite3.Connection, machine: str) -> Recorded:
     """The present content; empty for a machine that does not exist."""
     current = sql.execute(_CURRENT, (machine,)).fetchone()
-    disks: dict[str, tuple[tuple[str, int], ...]] = {}
+    disks: dict[str, list[tuple[str, int]]] = {}
     for disk, layer, size in sql.execute(_LAYERS, (machine,)):
-        disks[disk] = (*disks.get(disk, ()), (layer, size))
+        disks.setdefault(disk, []).append((layer, size))
     return Recorded(
         current=current[0] if current else None,
         snapshots=dict(sql.execute(_SNAPSHOTS, (machine,)).fetchall()),
-        disks=disks,
+        disks={disk: tuple(layers) for disk, layers in disks.items()},
     )
