@@ -1,6 +1,8 @@
 """A QEMU that somebody else launched: what the kernel tells of it, and its monitor, speaking of layers by our ids."""
 
-from collections.abc import AsyncIterator, Mapping
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -54,12 +56,29 @@ def look(pid: int) -> Seen:
             arguments=tuple((proc / "cmdline").read_bytes().decode(errors="replace").split("\0")),
         )
     except PermissionError as error:
-        raise HostCannot(
-            f"process {pid} belongs to another user: its open files cannot be listed",
-            hint="try again as that user or as root",
-        ) from error
+        raise _another_users(pid) from error
     except FileNotFoundError as error:
         raise _ended(pid) from error
+
+
+def open_files(pid: int) -> Iterator[Inode]:
+    """Device and inode of what a process has open, mostly what it has opened last before the rest."""
+    folder = f"/proc/{pid}/fd"
+    try:
+        for descriptor in sorted(os.listdir(folder), key=int, reverse=True):  # noqa: PTH208 - there may be hundreds
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                yield inode_of(os.stat(f"{folder}/{descriptor}"))  # noqa: PTH116
+    except PermissionError as error:
+        raise _another_users(pid) from error
+    except FileNotFoundError as error:
+        raise _ended(pid) from error
+
+
+def _another_users(pid: int) -> HostCannot:
+    return HostCannot(
+        f"process {pid} belongs to another user: its open files cannot be listed",
+        hint="try again as that user or as root",
+    )
 
 
 def _ended(pid: int) -> QemuGone:

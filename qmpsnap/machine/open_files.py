@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.host.files import FileId, same_file
-from qmpsnap.machine.adopted import look
+from qmpsnap.machine.adopted import open_files
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Process
 
@@ -33,16 +33,17 @@ def require_opened(process: Process | None, layers: Iterable[Layer], *, machine:
     Of another user's QEMU, whose files cannot be seen, only the names are looked at again.
     """
     layers = tuple(layers)
+    missing = {(layer.device, layer.inode): layer for layer in layers}
     if process is not None:
         try:
-            files = look(process.pid).files
+            for file in open_files(process.pid):
+                missing.pop(file, None)
+                if not missing:
+                    return
         except HostCannot:
             pass
         else:
-            for layer in layers:
-                if (layer.device, layer.inode) not in files:
-                    raise _mismatch(layer, "was replaced by another file before QEMU opened it", machine)
-            return
+            raise _mismatch(next(iter(missing.values())), "was replaced by another file before QEMU opened it", machine)
     require_recorded(layers, machine=machine)
 
 

@@ -47,7 +47,7 @@ def machine_lock(path: Path, *, machine: str, verb: str, cover: Cover | None = N
 
 def _write(descriptor: int, owner: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # it is for others to read; on a full disk, too, there are things to do
-        # Over the last note, with blanks at its end: a file that is cut first and filled again, ext4 writes out at once.
+        # Over the last note, and blanks over its end: ext4 writes a file out at once that was cut and filled again.
         os.pwrite(descriptor, json.dumps(owner).encode().ljust(os.fstat(descriptor).st_size), 0)
 
 

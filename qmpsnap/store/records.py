@@ -61,6 +61,8 @@ class Records:
 
     def __init__(self, machines: Path) -> None:
         self._machines = machines
+        self._last: tuple[bytes, Record] | None = None
+        """What was read last, and what it says: a verb asks several times, and long records take long to decode."""
         self.earlier = Path(record_files.earlier(machines))
         """Where an earlier release kept them."""
 
@@ -94,13 +96,17 @@ class Records:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 return None
             raise record_files.unreadable(path.parent, error) from error
-        try:
-            if path.name == RECORD:
-                found = decoded(said, Record)
-            else:
-                found = Record(machine=decoded(said, Machine), home=decoded(said, _Housed).home)
-        except StoreMismatch:
-            return None
+        if self._last and self._last[0] == said:
+            found = self._last[1]
+        else:
+            try:
+                if path.name == RECORD:
+                    found = decoded(said, Record)
+                else:
+                    found = Record(machine=decoded(said, Machine), home=decoded(said, _Housed).home)
+            except StoreMismatch:
+                return None
+            self._last = said, found
         return found if found.machine.name == machine else None
 
     def all(self) -> tuple[Record, ...]:

@@ -4,12 +4,14 @@
 Each call is one transaction and may block for an fsync: async callers go through a worker thread.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Protocol
 
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.layers.stamp import Stamp
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import Change, Ended, Operation, OperationState, P
@@ -151,8 +153,13 @@ class Store(Protocol):
         step: str | None = None,
         state: Ended = "settled",
         error: str | None = None,
+        frozen: Mapping[LayerId, Stamp] = MappingProxyType({}),
     ) -> None:
-        """Apply a change and end the operation so, both or neither; with ``step`` the operation goes on from there."""
+        """Apply a change and end the operation so, both or neither; with ``step`` the operation goes on from there.
+
+        ``frozen``: the files of the layers that it has frozen, which are recorded with it unless an image of the
+        machine is known to have been overwritten.
+        """
 
     def apply(self, machine: str, change: Change) -> None:
         """Apply a change that needs no operation, because it is nothing but this one transaction."""

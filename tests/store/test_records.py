@@ -70,7 +70,7 @@ def test_it_has_all_but_what_passes(path: Path) -> None:
         assert record.machine == replace(store.machine("web"), process=None, consent=None)
         assert (record.snapshots, record.active) == (store.snapshots("web"), {"vda": top.id})
         assert record.layers == store.chains("web")[0].layers
-        assert store.records.is_current(store.machine("web"))
+        assert store.records.is_current("web")
     assert stat.S_IMODE((MACHINES / "web" / "record.json").stat().st_mode) == 0o600
 
 
@@ -126,7 +126,7 @@ def test_what_needs_no_operation_is_made_and_written_later(path: Path, monkeypat
         top = created(store, "one", layer("vda-1"))
         monkeypatch.setattr(Records, "write", refusing)
         store.apply("web", Change(renamed={"one": "two"}))
-        assert not store.records.is_current(store.machine("web"))
+        assert not store.records.is_current("web")
         monkeypatch.undo()
         assert not store.records.behind("web")
         created(store, "three", top)
@@ -201,9 +201,9 @@ def test_one_that_says_nothing_is_written_again(path: Path, junk: bytes) -> None
         defined(store, "web", layer("vda-1"))
         (MACHINES / "web" / "record.json").write_bytes(junk)
         assert not store.records.behind("web")
-        assert not store.records.is_current(store.machine("web"))
+        assert not store.records.is_current("web")
         created(store, "one", layer("vda-1"))
-        assert store.records.is_current(store.machine("web"))
+        assert store.records.is_current("web")
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a link"])
@@ -212,10 +212,10 @@ def test_what_is_no_file_is_replaced(path: Path, make: Callable[[Path], object])
         defined(store, "web", layer("vda-1"))
         (record := MACHINES / "web" / "record.json").unlink()
         make(record)
-        assert not store.records.is_current(store.machine("web"))
+        assert not store.records.is_current("web")
         store.records.keep("web")
         assert record.is_file()
-        assert store.records.is_current(store.machine("web"))
+        assert store.records.is_current("web")
 
 
 def test_a_machine_that_has_a_record_is_lost_to_a_store_without_it(path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_machine_whose_forgetting_was_broken_off_is_there_or_gone_and_never_lo
         monkeypatch.setattr(Records, "forget", dying)
         with pytest.raises(KeyboardInterrupt):
             store.forget("web")
-        assert not store.records.is_current(store.machine("web")), "which check finds and repairs"
+        assert not store.records.is_current("web"), "which check finds and repairs"
         assert store.records.lost() == ()
 
 
@@ -263,7 +263,7 @@ def test_what_an_earlier_release_has_written_down_is_taken_over(path: Path) -> N
     (earlier / "web.places").write_text("")
     assert Records(MACHINES).home()
     with at(path) as store:
-        assert store.records.is_current(store.machine("web"))
+        assert store.records.is_current("web")
         assert store.records.lost() == ("gone",)
         assert [found.name for found in earlier.iterdir()] == ["gone.json"]
         assert written("gone").generation < 0

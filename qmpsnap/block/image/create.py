@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final, Self
@@ -68,13 +68,14 @@ class ImageTool(Struct, frozen=True):
                 f"an overlay of {virtual_size} bytes is smaller than its backing file of {backing.virtual_size} bytes",
                 hint="make the overlay as large as its backing file",
             )
-        await to_read(_check_backing, backing, key is not None)
-        if key is not None:
-            await encrypted.require_key(backing.path, key, qemu_img=self.binary)
+        if key is None:  # all in one call, as a change to a thread and back costs more than what is done there
+            async with _claimed(lambda: _Claim.overlay(place, virtual_size, backing)) as claim:
+                assert claim.made
+                return claim.made
+        await to_read(_check_backing, backing, True)
+        await encrypted.require_key(backing.path, key, qemu_img=self.binary)
         arguments = ["-u", "-F", backing.format, "-b", backing.path]
-        async with _claimed(place) as claim:
-            if key is None:
-                return await to_end(claim.make_overlay, virtual_size, backing)
+        async with _claimed(lambda: _Claim.make(place)) as claim:
             return await self._make_qcow2(claim, arguments, virtual_size, backing, key)
 
     async def create_base(
@@ -87,7 +88,7 @@ class ImageTool(Struct, frozen=True):
     ) -> Header:
         """Make an empty image without backing: verified, fsynced, mode 0600. Raw needs no qemu-img."""
         place = _check_request(path, virtual_size)
-        async with _claimed(place) as claim:
+        async with _claimed(lambda: _Claim.make(place)) as claim:
             if format == "raw":
                 return await to_end(claim.finish_raw, virtual_size)
             return await self._make_qcow2(claim, [], virtual_size, None, key)
@@ -175,6 +176,7 @@ class _Claim:
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
+        self.made: Header | None = None
         self._name = path.name
         # A task that is torn out of its thread discards while that thread may still be at work here.
         self._lock = threading.Lock()
@@ -203,11 +205,28 @@ class _Claim:
             os.ftruncate(self.descriptor, virtual_size)
             return self._settle(header.inspect(self.descriptor, path=self.path, format="raw"))
 
+    @classmethod
+    def overlay(cls, path: Path, virtual_size: int, backing: Layer) -> Self:
+        """The claim with an empty overlay in it, which is discarded where that fails."""
+        _check_backing(backing, encrypted=False)
+        claim = cls.make(path)
+        try:
+            claim.made = claim.make_overlay(virtual_size, backing)
+        except BaseException as error:
+            _tell_left(error, _discard(claim))
+            raise
+        return claim
+
     def make_overlay(self, virtual_size: int, backing: Layer) -> Header:
-        """Write an empty overlay; what has no header yet holds nothing, so that comes last."""
+        """Write an empty overlay; what has no header yet holds nothing, so that comes last.
+
+        What is zero is left a hole: an fsync writes three blocks then, not fifty.
+        """
         tables = empty.tables(virtual_size)
         with self._lock, _translated(self.path):
-            _write(self.descriptor, tables, at=empty.CLUSTER)
+            os.ftruncate(self.descriptor, empty.CLUSTER + len(tables))
+            for at in range(0, len(tables), empty.CLUSTER):
+                _write(self.descriptor, tables[at : at + empty.CLUSTER].rstrip(b"\0"), at=empty.CLUSTER + at)
             _write(self.descriptor, empty.header(virtual_size, backing.path, backing.format), at=0)
         return self.finish_qcow2(virtual_size, backing, encrypted=False)
 
@@ -257,9 +276,9 @@ class _Claim:
 
 
 @asynccontextmanager
-async def _claimed(path: Path) -> AsyncIterator[_Claim]:
+async def _claimed(make: Callable[[], _Claim]) -> AsyncIterator[_Claim]:
     """A claim that is discarded when the block fails, is cancelled or runs out of time."""
-    claim = await to_end(_Claim.make, path)  # to its end: we know of the file even if this is cancelled meanwhile
+    claim = await to_end(make)  # to its end: we know of the file even if this is cancelled meanwhile
     try:
         yield claim
         await lowlevel.checkpoint()  # who is cancelled never learns of the file: then there is none
@@ -269,13 +288,18 @@ async def _claimed(path: Path) -> AsyncIterator[_Claim]:
                 problem = await to_end(_discard, claim)
             except StorageHangs as hang:
                 problem = hang.message
-        if isinstance(error, StorageHangs):
-            error.effect = "unknown"
-        elif problem and isinstance(error, QmpsnapError):
-            error.effect = "unknown"
-            error.add(f"an unfinished file may be left there: {problem}")
+        _tell_left(error, problem)
         raise
     claim.close()
+
+
+def _tell_left(error: BaseException, problem: str) -> None:
+    """Say what the problem with discarding a claim means, in the error for which it is given up."""
+    if isinstance(error, StorageHangs):
+        error.effect = "unknown"
+    elif problem and isinstance(error, QmpsnapError):
+        error.effect = "unknown"
+        error.add(f"an unfinished file may be left there: {problem}")
 
 
 def _discard(claim: _Claim) -> str:

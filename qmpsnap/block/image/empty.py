@@ -18,7 +18,7 @@ _BITS, _ORDER = 16, 4  # of a cluster's size; of a count's width in bits
 
 
 def header(virtual_size: int, backing: str, backing_format: str) -> bytes:
-    """The first cluster."""
+    """What the first cluster begins with."""
     name, kind = backing.encode(), backing_format.encode()
     extensions = EXTENSION.pack(EXT_BACKING_FORMAT, len(kind)) + kind.ljust(-(-len(kind) // 8) * 8, b"\0")
     extensions += EXTENSION.pack(0, 0)
@@ -28,7 +28,7 @@ def header(virtual_size: int, backing: str, backing_format: str) -> bytes:
         MAGIC, 3, start, len(name), _BITS, virtual_size, 0, entries, _L1, _TABLE, 1, 0, 0,
         0, 0, 0, _ORDER, _HEADER.size, 0,
     )  # fmt: skip
-    return (fields + extensions + name).ljust(CLUSTER, b"\0")
+    return fields + extensions + name
 
 
 def tables(virtual_size: int) -> bytes:

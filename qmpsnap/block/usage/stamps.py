@@ -75,7 +75,13 @@ def changed(layers: Iterable[Image], known: Mapping[LayerId, History]) -> dict[L
     """The layers whose own files are there and are not what they once were: since when they were that."""
     found: dict[LayerId, frozenset[int]] = {}
     for layer in layers:
-        history, now = known.get(layer.id, ()), stamp(layer)
+        history = known.get(layer.id, ())
+        try:
+            if not history or is_untouched(layer, history):
+                continue
+        except OSError:  # as where its file is not there
+            continue
+        now = stamp(layer)
         wrong = frozenset(then.since for then in history if now and not agrees(layer, then, now))
         if wrong:
             found[layer.id] = wrong

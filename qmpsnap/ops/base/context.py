@@ -15,7 +15,7 @@ from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StorageHangs, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.host import descriptors
-from qmpsnap.host.outstanding import covering, left
+from qmpsnap.host.outstanding import covered, covering, left
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import adopted
 from qmpsnap.machine.qemu import monitor, unless_ending
@@ -88,7 +88,8 @@ class Context(Struct, frozen=True, kw_only=True):
         if process is None:
             yield None
             return
-        await to_end(logs.bound, self.home, machine.name)
+        if covered() is None:  # else that was done as its lock was taken
+            await to_end(logs.bound, self.home, machine.name)
         try:
             async with self._session(machine, process, look=look) as qemu:
                 yield qemu
@@ -204,8 +205,10 @@ async def in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
 
 
 @asynccontextmanager
-async def locked(context: Context, name: str, verb: str, *, anywhere: bool = False) -> AsyncIterator[None]:
-    """Hold the lock of a machine, which need not exist yet.
+async def locked(
+    context: Context, name: str, verb: str, *, anywhere: bool = False, before: Callable[[], object] = int
+) -> AsyncIterator[None]:
+    """Hold the lock of a machine, which need not exist yet; what is called ``before`` may refuse that.
 
     Raises:
         LockHeld: another controller works on it.
@@ -215,13 +218,20 @@ async def locked(context: Context, name: str, verb: str, *, anywhere: bool = Fal
     """
     from qmpsnap.ops.base import relocate  # which takes the locks of all machines, and does not wait for ours
 
-    if not anywhere:
+    def is_ready() -> bool:
+        before()
+        if not anywhere:
+            if relocate.is_open(context):
+                return False
+            home_location.require_here(context.home, context.store, context.host)
+        make_private(context.home.run_dir(name), "run folder")
+        logs.bound(context.home, name)  # by a lock of its own
+        return True
+
+    while not await blocking(is_ready):
         await relocate.go_on(context)
-        await blocking(home_location.require_here, context.home, context.store, context.host)
-    await to_end(make_private, context.home.run_dir(name), "run folder")
     with covering() as cover, machine_lock(context.home.lock(name), machine=name, verb=verb, cover=cover):
         try:
-            await to_end(logs.bound, context.home, name)
             yield
         except StorageHangs as error:
             error.machine = name

@@ -21,11 +21,15 @@ def _names(machine: Machine, serial: OperationId) -> set[str]:
     return {*layers, *(f"{layer}.file" for layer in layers), *jobs}
 
 
-async def taken(machine: Machine, qemu: Monitor, *, seen: frozenset[str] = frozenset()) -> frozenset[str]:
-    """Every name that a node or a job could not have; ``seen`` are those of its graph, where that was just read."""
+async def taken(machine: Machine, qemu: Monitor, seen: frozenset[str], *, jobs: bool) -> frozenset[str]:
+    """Every name that a node, or with ``jobs`` a job, could not have.
+
+    ``seen`` are those of its graph, where that was just read.
+    """
     # An owner's names are not those in the graph as we read it: nodes are called as the layers they are there.
     theirs: list[str] = []
     if machine.adopted:
         theirs = [*machine.adopted.nodes.values(), *(drive.device for drive in await commands.query_block(qemu))]
-    jobs = [job.id for job in await commands.query_jobs(qemu)]
-    return (seen or graph.taken_names(await graph.read(qemu))) | {*theirs, *jobs}
+    if jobs:
+        theirs += [job.id for job in await commands.query_jobs(qemu)]
+    return (seen or graph.taken_names(await graph.read(qemu))).union(theirs)

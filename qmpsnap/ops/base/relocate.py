@@ -116,11 +116,15 @@ async def run(context: Context, *, accept_copies: bool = False, dry_run: bool = 
 
 async def go_on(context: Context) -> None:
     """End a relocation of this home that was agreed to and interrupted; nothing where there is none."""
-    record = await blocking(context.store.home.record)
-    if record is None or record.moving is None or record.moving.now != str(context.home.data):
-        return
-    with contextlib.ExitStack() as stack:
-        await _locked_go_on(context, stack)
+    if await blocking(is_open, context):
+        with contextlib.ExitStack() as stack:
+            await _locked_go_on(context, stack)
+
+
+def is_open(context: Context) -> bool:
+    """Whether there is one."""
+    record = context.store.home.record()
+    return record is not None and record.moving is not None and record.moving.now == str(context.home.data)
 
 
 async def _locked_go_on(context: Context, locks: contextlib.ExitStack) -> None:

@@ -176,7 +176,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         pid = process.pid if process else None
         look = survey.wanted(await blocking(context.store.images.read_by, name), pid, active_too=True)
         seen = await to_read(survey.look, replaced(look, ours=_ours(context, before.machine)))
-        old = await blocking(stale_store.sign, context, before.machine, before.chains)
+        old = await blocking(stale_store.sign, context, before.machine.name, before.chains)
         lost = await blocking(context.store.records.lost)
         moved = await blocking(home_location.recorded_elsewhere, context.home, context.store, context.host)
         busy = busy or (None if own else lock.holder(context.home.lock(name)))
@@ -276,7 +276,7 @@ def _files(context: Context, at: Record) -> Facts:
     trusted = admission.users(context, at.machine)
     return Facts(
         record=at,
-        described=context.store.records.is_current(at.machine),
+        described=context.store.records.is_current(at.machine.name),
         private=tuple(entry for path in places if (entry := entries.entry(path, trusted))),
         flaws=tuple(owner.of_machine(home, name)),
         folder=folder,

@@ -115,7 +115,7 @@ async def create(context: Context, name: str, request: InternalRequest, *, repor
     """Take the snapshot; returns it as recorded."""
     _require_possible(request)
     async with working(context, name, "snapshot create") as session:
-        basis = await context.astore.basis(name, sharers=False)
+        basis = session.basis
         beside = await require_agreement(session, basis.chains, doing=_OPENS, wanted=request.disks)
         async with quiesce.prepared(context, session.machine, session.qemu, request.quiesce) as freezer:
             make = await _planner(session, basis, request, freezer, beside=beside)
@@ -132,7 +132,7 @@ async def preview(context: Context, name: str, request: InternalRequest) -> tupl
     """The plan that :func:`create` would follow now, without a lock and without a change."""
     _require_possible(request)
     async with looking(context, name) as session:
-        basis = await context.astore.basis(name, sharers=False)
+        basis = session.basis
         beside = await require_agreement(session, basis.chains, doing=_OPENS, wanted=request.disks)
         freezer = await quiesce.foreseen(session.machine, session.qemu, request.quiesce)
         make = await _planner(session, basis, request, freezer, beside=beside)

@@ -10,8 +10,8 @@ from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, locked, require_own
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.outside import unseen_qemu
-from qmpsnap.ops.session import recovery, stale_store
-from qmpsnap.ops.session.session import working
+from qmpsnap.ops.session import recovery
+from qmpsnap.ops.session.session import read_fitting, working
 from qmpsnap.qmp import commands, runstate, status_poll
 from qmpsnap.qmp.session import Monitor
 
@@ -54,7 +54,7 @@ async def resume(context: Context, name: str) -> str:
         if not failed:
             # Who was stopped by us, in the midst of something, runs again when that is ended, and no sooner. What QEMU
             # has paused by itself was not stopped by us, and must not wait for a job that needs the same space.
-            await stale_store.require_fit(context, machine, removes=False)
+            await blocking(read_fitting, context, name)
             await recovery.end_open(MachineSession(context, machine, qemu))
             state = await _state(qemu)
         if qemu is None and await blocking(unseen_qemu.may_run, context.home, context.store, machine):

@@ -16,7 +16,7 @@ from qmpsnap.hint import call
 from qmpsnap.host.value import replaced
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot
-from qmpsnap.model.layers.stamp import baseline
+from qmpsnap.model.layers.stamp import Stamp, baseline
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.model.planning.inputs import Basis
@@ -30,30 +30,32 @@ def sizes(store: Store, layers: Iterable[LayerId]) -> dict[LayerId, int]:
     return {layer: history[0].size for layer, history in store.frozen.stamps(layers).items()}
 
 
-def keep(store: Store, at: Basis) -> None:
+def frozen(layers: Iterable[Layer]) -> dict[LayerId, Stamp]:
+    """What layers that have just been frozen are, of which nothing is recorded yet."""
+    found = {layer.id: (stamps.stamp(layer), stamps.digest(layer)) for layer in layers}
+    return {layer: replaced(stamp, digest=digest) for layer, (stamp, digest) in found.items() if stamp}
+
+
+def keep(store: Store, machine: str) -> None:
     """Record what the machine's frozen images are now, of those that nothing is recorded of."""
     with contextlib.suppress(QmpsnapError):  # a user who cannot write to the store cannot change an image either
-        if store.operations(at.name, only_open=True):
+        bare = store.frozen.unrecorded(machine)
+        if not bare or store.operations(machine, only_open=True):
             return
-        chains, forest, snapshots = at.chains, at.forest, at.snapshots
-        known, active = store.frozen.stamps(forest.layers), {writer.layer for writer in forest.writers}
-        spoilt = [found for found in snapshots if found.state == "overwritten"]
-        left = {layer.id for layer in read_by((), spoilt, forest)} if spoilt else set()
+        spoilt = [found for found in store.snapshots(machine) if found.state == "overwritten"]
+        left = _reads(spoilt, store.forest_below(machine)) if spoilt else set()
         later = store.next_serial() if left else 0
         new = {
             layer.id: replaced(stamp, digest=stamps.digest(layer), since=later if layer.id in left else 0)
-            for layer in read_by(chains, snapshots, forest)
-            if layer.id not in known and layer.id not in active and (stamp := stamps.stamp(layer))
+            for layer in bare
+            if (stamp := stamps.stamp(layer))
         }
         if new:
             store.frozen.record(new)
 
 
-def notice(store: Store, at: Basis) -> Basis:
+def notice(store: Store, at: Basis) -> None:
     """Mark the snapshots that read a frozen image which something has written to since they were taken.
-
-    Returns:
-        What the store says of the machine then.
 
     Raises:
         StoreMismatch: some were marked.
@@ -64,11 +66,11 @@ def notice(store: Store, at: Basis) -> Basis:
     known = store.frozen.stamps(layers)
     wrong = stamps.changed(layers.values(), known)
     if not wrong and all(snapshot.state != "overwritten" for snapshot in snapshots):
-        return at  # what each snapshot reads costs the square of the depth
+        return  # what each snapshot reads costs the square of the depth
     there = {layer for layer in known if layer in layers and stamps.stamp(layers[layer])}
     marked, right = [], []
     for snapshot in snapshots:
-        then = {layer: baseline(known.get(layer, ()), snapshot.operation) for layer in _reads(snapshot, forest)}
+        then = {layer: baseline(known.get(layer, ()), snapshot.operation) for layer in _reads((snapshot,), forest)}
         spoilt = any(stamp and stamp.since in wrong.get(layer, ()) for layer, stamp in then.items())
         if snapshot.state == "ok" and spoilt:
             marked.append(replace(snapshot, state="overwritten"))
@@ -80,7 +82,6 @@ def notice(store: Store, at: Basis) -> Basis:
         _begin_anew(store, fresh, store.forest_around(machine))
     if marked:
         _tell(machine, [layers[key] for key in sorted(wrong)], marked)
-    return store.basis(machine, sharers=False)
 
 
 def _begin_anew(store: Store, layers: Sequence[Layer], forest: Forest) -> None:
@@ -90,7 +91,7 @@ def _begin_anew(store: Store, layers: Sequence[Layer], forest: Forest) -> None:
     now = {layer.id: (stamps.stamp(layer), stamps.digest(layer)) for layer in layers}
     used: set[tuple[LayerId, int]] = set()
     for snapshot in (found for machine in readers for found in store.snapshots(machine)):
-        then = {layer: baseline(known.get(layer, ()), snapshot.operation) for layer in _reads(snapshot, forest)}
+        then = {layer: baseline(known.get(layer, ()), snapshot.operation) for layer in _reads((snapshot,), forest)}
         used |= {(layer, stamp.since) for layer, stamp in then.items() if stamp}
     old = {(layer, stamp.since) for layer in now for stamp in known[layer][1:]}
     store.frozen.record(
@@ -122,8 +123,8 @@ def _tell(machine: str, layers: list[Layer], marked: list[Snapshot]) -> NoReturn
     )
 
 
-def _reads(snapshot: Snapshot, forest: Forest) -> set[LayerId]:
-    return {layer.id for layer in read_by((), (snapshot,), forest)}
+def _reads(snapshots: Iterable[Snapshot], forest: Forest) -> set[LayerId]:
+    return {layer.id for layer in read_by((), snapshots, forest)}
 
 
 def _remedy(machine: str) -> str:

@@ -22,15 +22,16 @@ PATIENCE: Final = 1.0
 """Seconds that somebody is given to close an image: one that was killed closes it only when its memory is freed."""
 
 
-async def require_unwritten(layers: Iterable[Layer], *, machine: str, ours: Collection[int] = ()) -> None:
-    """Refuse where somebody else writes to one of these images."""
-    await require_free([layer.path for layer in layers], machine=machine, ours=ours)
+def require_unwritten(layers: Iterable[Layer], *, machine: str, ours: Collection[int] = ()) -> None:
+    """Refuse where somebody else writes to one of these images; called in a thread."""
+    if found := _first((layer.path for layer in layers), readers=False, ours=ours):
+        refuse(found, machine)
 
 
 async def require_free(
     paths: Sequence[str], *, machine: str, readers: bool = False, ours: Collection[int] = ()
 ) -> None:
-    """As :func:`require_unwritten`, by path; with ``readers`` nobody else may have one of them open at all."""
+    """Refuse where somebody writes to one of these, or with ``readers`` has one open at all."""
 
     async def ask() -> None:
         if found := await to_end(lambda: _first(paths, readers=readers, ours=ours)):

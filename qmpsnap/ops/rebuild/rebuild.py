@@ -207,7 +207,7 @@ def _restore(home: Home, store: SqliteStore, found: Sequence[_Found]) -> dict[st
             doubts[at.name] = error.message
     for at in found:
         if at.name not in doubts:
-            newer = stale_store.sign(_context(home, store), at.record.machine, store.chains(at.name))
+            newer = stale_store.sign(_context(home, store), at.name, store.chains(at.name))
             if newer:
                 doubts[at.name] = _doubt(home, at.name, newer)
     return doubts

@@ -6,12 +6,18 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from qmpsnap.block import graph
 from qmpsnap.block.graph import Beside
-from qmpsnap.errors import LockHeld, NumberTaken, OperationPending, QmpsnapError
+from qmpsnap.errors import HostCannot, ImageInUse, LockHeld, NumberTaken, OperationPending
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end, to_read
+from qmpsnap.machine import worker
 from qmpsnap.model.layers.chain import Chain
+from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import DefinePlan, Operation, P
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_numbers, requests
@@ -25,7 +31,6 @@ from qmpsnap.ops.session.pending import Unfinished
 from qmpsnap.ops.session.recovery import GivenUp
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.store import lock
-from qmpsnap.store.store import Store
 
 _PATIENCE: Final = 30.0
 """Seconds that other machines of the store may go on taking the numbers that a machine has planned with."""
@@ -75,37 +80,92 @@ async def working(  # what a verb says of itself; the rest is for recovery
             another program has written to a frozen image, whose snapshots are marked.
         ImageInUse: another program writes to one of its images.
     """
-    machine = await context.astore.machine(name)
-    require_own(context, machine)
-    await to_read(require_folder, context.home, name)
-    async with locked(context, name, verb), AsyncExitStack() as stack:
-        machine = await context.astore.machine(name)  # again, now that nobody else can change it
-        await stale_store.require_fit(context, machine, removes=removes)
-        qemu = await stack.enter_async_context(context.monitor(machine))
-        session = MachineSession(context, machine, qemu)
-        await recovery.end_open(session, unfinished=unfinished, report=report, given_up=given_up)
-        machine = await context.astore.machine(name)
-        if qemu and not context.process(machine):  # an interrupted revert was ended, and its QEMU with it
-            await stack.aclose()
-            qemu = None
-        session = MachineSession(context, machine, qemu)
-        if alone:
-            await _require_unspoilt(session)
-        yield session
-        await blocking(_keep, context.store, name)
+
+    def before() -> None:
+        require_own(context, context.store.machine(name))
+        require_folder(context.home, name)
+
+    async with locked(context, name, verb, before=before), AsyncExitStack() as stack:
+        begun = await blocking(_begun, context, name, removes=removes, alone=alone)  # now nobody else can change it
+        basis = begun.basis
+        qemu = await stack.enter_async_context(context.monitor(begun.machine))
+        if begun.unended:
+            session = MachineSession(context, begun.machine, qemu)
+            await recovery.end_open(session, unfinished=unfinished, report=report, given_up=given_up)
+            if qemu and not context.process(await context.astore.machine(name)):
+                await stack.aclose()  # an interrupted revert was ended, and its QEMU with it
+                qemu = None
+        runs = qemu is not None
+        if begun.unended or (alone and begun.alone_beside is not runs):
+            basis = await _again(context, name, removes=removes, alone=alone, runs=runs)
+        assert basis.record
+        yield MachineSession(context, basis.record, qemu, basis)
+        await blocking(layer_changes.keep, context.store, name)
 
 
-async def _require_unspoilt(session: MachineSession) -> None:
+class _Begun(Struct, frozen=True):
+    """What the store says of a machine as a verb begins; ``unended``: there is something that nobody has ended.
+
+    ``alone_beside``: its images are unspoilt, and nobody else writes to them, its QEMU's if that runs; None where that
+    is not known yet.
+    """
+
+    basis: Basis
+    unended: bool
+    alone_beside: bool | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """The machine as recorded."""
+        assert self.basis.record
+        return self.basis.record
+
+
+def _begun(context: Context, name: str, *, removes: bool, alone: bool) -> _Begun:
+    """Read what there is, and look at the machine's images where no operation is open.
+
+    All in one call, and so one change to a thread and back, with a QEMU that is reached afterwards.
+    """
+    basis, pending = read_fitting(context, name, removes=removes)
+    begun = _Begun(basis, unended=bool(pending))
+    if begun.unended or worker.find(begun.machine, context.home.run_dir(name)):
+        return replace(begun, unended=True)
+    with contextlib.suppress(HostCannot):  # what is behind by a change without an operation
+        context.store.records.keep(name)
+    if not alone:
+        return begun
+    runs = context.process(begun.machine) is not None
+    try:
+        _require_unspoilt(context, basis, runs=runs)
+    except ImageInUse:  # who has it may be about to close it, and is given some time
+        return begun
+    return replace(begun, basis=context.store.basis(name, sharers=removes), alone_beside=runs)
+
+
+async def _again(context: Context, name: str, *, removes: bool, alone: bool, runs: bool) -> Basis:
+    """What the store says of a machine that something was to be done for first."""
+    basis = await context.astore.basis(name, sharers=removes)
+    if alone:
+        await other_programs.retrying(lambda: blocking(_require_unspoilt, context, basis, runs=runs))
+    return await context.astore.basis(name, sharers=removes)
+
+
+def read_fitting(context: Context, name: str, *, removes: bool = False) -> tuple[Basis, tuple[Operation, ...]]:
+    """What the store says of a machine, whose disks it is not older than, and the operations that are open."""
+    with context.store.at_once():
+        basis = context.store.basis(name, sharers=removes)
+        pending = context.store.operations(name, only_open=True)
+    if basis.record is None:
+        context.store.machine(name)  # which says what may have become of it
+    stale_store.require_fit(context, basis, pending, removes=removes)
+    return basis, pending
+
+
+def _require_unspoilt(context: Context, basis: Basis, *, runs: bool) -> None:
     """Nobody writes to the machine's images, and nobody has written to frozen ones without being told."""
-    store = session.context.store
-    basis = await session.context.astore.basis(session.machine.name, sharers=False)
-    await require_alone(session, basis)
-    await blocking(lambda: layer_changes.keep(store, layer_changes.notice(store, basis)))
-
-
-def _keep(store: Store, machine: str) -> None:
-    with contextlib.suppress(QmpsnapError):
-        layer_changes.keep(store, store.basis(machine, sharers=False))
+    _require_alone(context, basis, runs=runs)
+    layer_changes.notice(context.store, basis)
+    layer_changes.keep(context.store, basis.name)
 
 
 @asynccontextmanager
@@ -119,16 +179,20 @@ async def looking(
         OperationPending: an earlier operation is open, and would be ended first.
         QmpsnapError: as :func:`working`.
     """
-    machine = await context.astore.machine(name)
-    require_own(context, machine)
-    await to_read(require_folder, context.home, name)
-    await stale_store.require_fit(context, machine, removes=removes)
+
+    def look() -> Basis:
+        require_own(context, context.store.machine(name))
+        require_folder(context.home, name)
+        return read_fitting(context, name, removes=removes)[0]
+
+    basis = await blocking(look)
     await require_settled(context, name)
-    async with context.monitor(machine, look=True) as qemu:
-        session = MachineSession(context, machine, qemu)
+    assert basis.record
+    async with context.monitor(basis.record, look=True) as qemu:
         if alone:
-            await require_alone(session)
-        yield session
+            runs = qemu is not None
+            await other_programs.retrying(lambda: to_end(lambda: _require_alone(context, basis, runs=runs)))
+        yield MachineSession(context, basis.record, qemu, basis)
 
 
 async def require_settled(context: Context, name: str) -> None:
@@ -147,26 +211,36 @@ async def require_settled(context: Context, name: str) -> None:
     )
 
 
-async def require_alone(session: MachineSession, basis: Basis | None = None) -> None:
+def _require_alone(context: Context, basis: Basis, *, runs: bool) -> None:
     """Refuse while another program writes to an image that the machine, or a snapshot of it, reads.
 
     The active layers of a machine that runs are its QEMU's, which keeps others away by its locks.
     """
-    basis = basis or await session.context.astore.basis(session.machine.name, sharers=False)
     layers = read_by(basis.chains, basis.snapshots, basis.forest)
-    process = session.context.process(session.machine)
-    active = {chain.active.id for chain in basis.chains} if session.qemu else set()
-    await other_programs.require_unwritten(
+    process = context.process(basis.record) if basis.record else None
+    active = {chain.active.id for chain in basis.chains} if runs else set()
+    other_programs.require_unwritten(
         (layer for layer in layers if layer.id not in active), machine=basis.name, ours=[process.pid] if process else []
     )
 
 
 async def inputs(session: MachineSession, basis: Basis, *, seen: frozenset[str] = frozenset()) -> PlanInputs:
     """What the machine's next plan is made from now."""
-    taken = await free_numbers.taken(session.machine, session.qemu, seen=seen) if session.qemu else frozenset[str]()
-    serial = free_numbers.first_free(session.machine, await session.context.astore.next_serial(), taken)
+    return await to_read(await _asked(session, basis, seen=seen, jobs=True))
+
+
+async def _asked(
+    session: MachineSession, basis: Basis, *, seen: frozenset[str], jobs: bool
+) -> Callable[[], PlanInputs]:
+    """The same of what QEMU says now; the number is looked up when it is called, in a thread."""
+    taken = await free_numbers.taken(session.machine, session.qemu, seen, jobs=jobs) if session.qemu else frozenset()
     mode = await requests.mode_of(session.qemu)
-    return PlanInputs(basis=basis, serial=serial, home=session.context.home, mode=mode, now=time.time())
+
+    def at() -> PlanInputs:
+        serial = free_numbers.first_free(session.machine, session.context.store.next_serial(), taken)
+        return PlanInputs(basis=basis, serial=serial, home=session.context.home, mode=mode, now=time.time())
+
+    return at
 
 
 async def begin(
@@ -176,21 +250,28 @@ async def begin(
     *,
     seen: frozenset[str] = frozenset(),
     serials: int = 1,
+    jobs: bool = True,
 ) -> Operation[P]:
     """Plan, and journal the plan; nothing has been changed before.
 
     Files are looked at before the store is locked, so that storage which hangs holds up no other machine: ``make`` is
     called in a thread. If another machine takes the number meanwhile, the plan is made again with the next one. Refused
     where the store says something else than ``basis`` by now, or where the machine is stopped and another program has
-    an image open that would be written to or go.
+    an image open that would be written to or go. ``jobs``: it starts some, whose names are not to be taken.
     """
 
     async def planned() -> Operation[P]:
-        at = await inputs(session, basis, seen=seen)
-        plan = await to_read(make, at)
-        if session.qemu is None and not isinstance(plan, DefinePlan):  # whose images others may read
-            await to_end(lambda: other_programs.require_unread(plan, basis.forest, machine=plan.machine))
-        return await session.context.astore.open_operation(plan, basis, serial=at.serial, serials=serials)
+        asked = await _asked(session, basis, seen=seen, jobs=jobs)
+
+        def made() -> tuple[P, OperationId]:
+            at = asked()
+            plan = make(at)
+            if session.qemu is None and not isinstance(plan, DefinePlan):  # whose images others may read
+                other_programs.require_unread(plan, basis.forest, machine=plan.machine)
+            return plan, at.serial
+
+        plan, serial = await to_read(made)
+        return await session.context.astore.open_operation(plan, basis, serial=serial, serials=serials)
 
     end = time.monotonic() + _PATIENCE
     while True:

@@ -11,7 +11,7 @@ A machine that has a record and that the store does not have may read any layer,
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,11 +22,10 @@ from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.model.home import RECORD
 from qmpsnap.model.layers.chain import Chain
-from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import SERIAL, tag_number
-from qmpsnap.model.operations.operation import MergePlan, MirrorPlan, RevertPlan
+from qmpsnap.model.operations.operation import MergePlan, MirrorPlan, Operation, RevertPlan
+from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.text import is_text
-from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.store.records import Records
 from qmpsnap.volumes.names import PREFIX, of_path
@@ -42,40 +41,42 @@ _OTHERS = re.compile(
 )
 
 
-async def require_fit(context: Context, machine: Machine, *, removes: bool) -> None:
-    """Refuse to work with a store that is older than the disks or, where layers may go, lacks a machine."""
-    if found := await blocking(sign, context, machine, await context.astore.chains(machine.name)):
+def require_fit(context: Context, at: Basis, pending: Iterable[Operation], *, removes: bool) -> None:
+    """Refuse to work with a store that is older than the disks or, where layers may go, lacks a machine.
+
+    Called in a thread, with what the store says of the machine and the operations of it that are open.
+    """
+    if found := sign(context, at.name, at.chains):
         raise StoreMismatch(
-            f"the store is an old copy for machine {machine.name}: {found}",
+            f"the store is an old copy for machine {at.name}: {found}",
             hint="put the newer store back, or rebuild it: " + call("rebuild", set_aside=True),
-            machine=machine.name,
+            machine=at.name,
         )
-    pending = await context.astore.operations(machine.name, only_open=True)
     removes = removes or any(isinstance(one.plan, MergePlan | MirrorPlan | RevertPlan) for one in pending)
-    if removes and (lost := await blocking(context.store.records.lost)):  # of which nobody knows what they read
+    if removes and (lost := context.store.records.lost()):  # of which nobody knows what they read
         files = " ".join(str(Records(context.home.machines).file(name)) for name in lost)
         raise StoreMismatch(
-            f"the store lacks {', '.join(lost)}, defined before, which may read layers of machine {machine.name}: none"
+            f"the store lacks {', '.join(lost)}, defined before, which may read layers of machine {at.name}: none"
             " can be merged or removed",
             hint="put the newer store back, or rebuild it: "
             + call("rebuild", set_aside=True)
             + f"; adopt an adopted machine again; if its images are lost for good, rm {files}",
-            machine=machine.name,
+            machine=at.name,
         )
 
 
-def sign(context: Context, machine: Machine, chains: Sequence[Chain]) -> str | None:
+def sign(context: Context, machine: str, chains: Sequence[Chain]) -> str | None:
     """Why the store must be an old copy; None when nothing says so."""
-    if context.store.records.behind(machine.name):
-        return f"{context.home.record(machine.name)} was written by a later operation than the store knows"
+    if context.store.records.behind(machine):
+        return f"{context.home.record(machine)} was written by a later operation than the store knows"
     active = {chain.active.path for chain in chains}
     newest = {chain.disk: _number(chain.active.id) for chain in chains}
     if (tagged := _tagged_later(context, chains)) is not None:
         return tagged
-    unknown = [path for path in _candidates(context, machine.name, newest) if context.store.layer_at(path) is None]
+    unknown = [path for path in _candidates(context, machine, newest) if context.store.layer_at(path) is None]
     if not unknown:
         return None
-    pending = context.store.operations(machine.name, only_open=True)
+    pending = context.store.operations(machine, only_open=True)
     plans = "\n".join(msgspec.json.encode(operation.plan).decode() for operation in pending)
     for path in unknown:
         if is_text(path) and msgspec.json.encode(path).decode() in plans:  # an interrupted operation's own

@@ -1,7 +1,7 @@
 """``snapshot create``: every disk's active layer is frozen under a new empty overlay, all disks in one transaction."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 import anyio
 from msgspec import Struct
@@ -22,6 +22,7 @@ from qmpsnap.model.operations.memory import Memory
 from qmpsnap.model.operations.operation import Change, CreatePlan, Operation
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.ops.base import free_space, overlay_paths, requests, volumes
+from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, guarded
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
@@ -45,7 +46,7 @@ _STARTS = "make it start on a new layer"
 async def preview(context: Context, name: str, request: CreateRequest) -> tuple[Machine, CreatePlan]:
     """The plan that :func:`run` would follow now, without a lock and without a change (``--dry-run``)."""
     async with looking(context, name) as session:
-        basis = await context.astore.basis(name, sharers=False)
+        basis = session.basis
         beside = await require_agreement(session, basis.chains, doing=_STARTS, wanted=request.disks)
         freezer = await quiesce.foreseen(session.machine, session.qemu, request.quiesce)
         make = await _planner(session, basis, request, freezer, beside=beside)
@@ -83,14 +84,16 @@ async def _run(context: Context, name: str, request: CreateRequest, report: Repo
     plan: CreatePlan | None = None
     try:
         async with working(context, name, "snapshot create") as session:
+            basis = session.basis
             if request.volumes:
                 await fold.run(session, report=report)  # what an interrupted one has left
-            basis = await context.astore.basis(name, sharers=False)
+                basis = await context.astore.basis(name, sharers=False)
             beside = await require_agreement(session, basis.chains, doing=_STARTS, wanted=request.disks)
             await overlay_paths.require_free(context, name, request.files)
             async with quiesce.prepared(context, session.machine, session.qemu, request.quiesce) as freezer:
                 make = await _planner(session, basis, request, freezer, beside=beside)
-                operation = await begin(session, basis, make, seen=beside.names, serials=2 if request.volumes else 1)
+                serials = 2 if request.volumes else 1
+                operation = await begin(session, basis, make, seen=beside.names, serials=serials, jobs=False)
                 plan = operation.plan
                 async with (
                     guarded(context, session.machine, when=plan.hold or _holds(plan.memory)) as guard_ready,
@@ -228,6 +231,21 @@ class _Attempt(Struct, frozen=True):
         """Make a step durable."""
         await self.session.context.astore.mark(self.operation.id, "running", step=step)
 
+    async def mark_opened(self, layers: Iterable[Layer]) -> None:
+        """Make durable that QEMU may have acted, whatever we hear: recovery asks from here on, and rolls nothing back.
+
+        Before that it has to have opened the new layers themselves.
+        """
+        context, machine = self.session.context, self.session.machine
+        process = context.process(machine)
+        made = [layer for layer in layers if layer.inode]  # not yet what the storage will make
+
+        def mark() -> None:
+            require_opened(process, made, machine=machine.name)
+            context.store.mark(self.operation.id, "running", step=steps.TRANSACTION)
+
+        await blocking(mark)
+
     async def transact(self, qemu: Monitor) -> None:
         """Put every overlay on top or none; if the guest is paused for it, with its variables as they are then."""
         if self.plan.hold or self.plan.memory:
@@ -243,14 +261,10 @@ async def _carry_out(at: _Attempt) -> Change:
     if qemu:
         for overlay in plan.overlays:
             await commands.blockdev_add(qemu, node_options(overlay, machine))
-        process = at.session.context.process(machine)
-        made = [layer for layer in change.layers if layer.inode]  # not yet what the storage will make
-        await to_read(lambda: require_opened(process, made, machine=machine.name))
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
         await at.guard_ready()
-        # From here on QEMU may have acted whatever we hear: recovery asks instead of rolling back.
-        await at.mark(steps.TRANSACTION)
+        await at.mark_opened(change.layers)
         async with at.freezer.frozen():
             before = time.monotonic()
             async with nvram.held(qemu, when=plan.hold, machine=machine.name):
@@ -296,8 +310,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
     async with memory.channel(qemu, how) as channel:
         await memory.shorten(at.session.context, machine, how)
         await at.guard_ready()
-        # From here on QEMU may have acted, and the guest may be paused by us.
-        await at.mark(steps.TRANSACTION)
+        await at.mark_opened(change.layers)  # and the guest may be paused by us
         try:
             async with at.freezer.frozen():
                 held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu), machine=machine.name)

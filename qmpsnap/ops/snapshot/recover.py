@@ -20,10 +20,12 @@ from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.memory import Memory
 from qmpsnap.model.operations.operation import Change, CreatePlan, Ended, Operation
 from qmpsnap.ops.base import overlay_paths, volumes
+from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory import save as saving
+from qmpsnap.ops.outside import layer_changes
 from qmpsnap.ops.session import external_writers, quiesce
 from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.ops.snapshot import nvram
@@ -251,8 +253,14 @@ async def settle(
 
     With ``step`` the operation goes on from there, else it ends in ``state``; ``error`` is what went wrong.
     """
-    await overlay_paths.let_go(operation.plan.overlays)
-    await context.astore.settle(operation.id, machine.name, change, step=step, state=state, error=error)
+    overlays = operation.plan.overlays
+    await overlay_paths.let_go(overlays)
+
+    def settled() -> None:
+        frozen = layer_changes.frozen(overlay.backing for overlay in overlays)
+        context.store.settle(operation.id, machine.name, change, step=step, state=state, error=error, frozen=frozen)
+
+    await blocking(settled)
 
 
 async def quit_saved(

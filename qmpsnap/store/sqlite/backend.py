@@ -4,9 +4,10 @@ import contextlib
 import functools
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -18,6 +19,7 @@ from qmpsnap.host import aside
 from qmpsnap.host.outstanding import briefly
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
+from qmpsnap.model.layers.stamp import Stamp
 from qmpsnap.model.layers.vmstate import Inside, Vmstate
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId, OperationId
@@ -45,6 +47,7 @@ from qmpsnap.store.store import Removal
 if TYPE_CHECKING:
     from qmpsnap.store.sqlite.database import Moment
 
+
 class SqliteStore:
     """The store in one SQLite file. Safe to share between threads; close it or use it as a context manager."""
 
@@ -63,7 +66,7 @@ class SqliteStore:
         """The basis that was read last, when that was, and whether it is one with sharers."""
         self._records = Records(machines)
         self.images = ImageTable(self._database, machines=machines)
-        self.frozen = FrozenTable(self._database)
+        self.frozen = FrozenTable(self._database, self._layers)
         self.pruned = PrunedTable(self._database)
         self.home = HomeTable(self._database, self._records, machines=machines)
         self.records = RecordTable(self._database, self._records, self, self._layers)
@@ -218,10 +221,7 @@ class SqliteStore:
         error: str | None = None,
         writes: Iterable[LayerId] = (),
     ) -> None:
-        with self._database.reading() as sql:
-            found = sql.execute("SELECT machine FROM operation WHERE id = ?", (operation,)).fetchone()
-        if found:  # before what comes after this step: the job that overwrites a snapshot's layers, for one
-            self.records.keep(found[0])
+        self.records.keep_for(operation)  # before what comes next: a job that overwrites a snapshot's layers, for one
         with self._database.writing() as sql:
             journal.mark(sql, operation, state, step=step, error=error, writes=writes)
 
@@ -234,6 +234,7 @@ class SqliteStore:
         step: str | None = None,
         state: Ended = "settled",
         error: str | None = None,
+        frozen: Mapping[LayerId, Stamp] = MappingProxyType({}),
     ) -> None:
         self.home.look()
         earlier = self.records.readable(machine)
@@ -246,6 +247,7 @@ class SqliteStore:
         with self._database.writing() as sql:
             self._apply(sql, machine, change)
             journal.mark(sql, operation, "running" if step else state, step=step or steps.SETTLED, error=error)
+            frozen_files.add(sql, machine, frozen)
 
     def apply(self, machine: str, change: Change) -> None:
         self.home.look()

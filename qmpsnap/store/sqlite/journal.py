@@ -93,14 +93,14 @@ def mark(
     writes: Iterable[LayerId] = (),
 ) -> None:
     """Record an open operation's state, its step and error where given, and the frozen layers it begins to write to."""
-    if step is not None:
-        for (verb,) in connection.execute("SELECT verb FROM operation WHERE id = ?", (operation,)):
-            steps.require_known(verb, step)
-    found = connection.execute("SELECT state FROM operation WHERE id = ?", (operation,)).fetchone()
+    found = connection.execute("SELECT verb, state FROM operation WHERE id = ?", (operation,)).fetchone()
     if found is None:
         raise NotFoundError(f"there is no operation {operation}")
-    if found[0] not in OPEN_STATES:
-        raise StateError(f"operation {operation} has ended already ({found[0]})")
+    verb, then = found
+    if step is not None:
+        steps.require_known(verb, step)
+    if then not in OPEN_STATES:
+        raise StateError(f"operation {operation} has ended already ({then})")
     connection.execute(
         "UPDATE operation SET state = ?, step = coalesce(?, step), error = coalesce(?, error), updated = ?,"
         " version = version + 1 WHERE id = ?",

@@ -47,6 +47,11 @@ MACHINE = (
     " origin, past, pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
     " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
 )
+OF_OPERATION = (
+    "SELECT machine.name, uuid, generation FROM operation JOIN machine ON machine.name = operation.machine"
+    " WHERE operation.id = ?"
+)
+"""The machine that an operation is of; no row where that is not defined yet."""
 UNNAMED = (
     "NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
     " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
@@ -104,6 +109,16 @@ _READ = (
 _IMAGE = "layer.id, pool, path, format, backing, device, inode, birth"
 READ_IMAGES = f"{_READ} SELECT {_IMAGE} FROM read JOIN layer ON layer.id = read.id"
 """The images that one machine reads; a layer that is recorded to read itself is there once."""
+UNRECORDED = (
+    f"{_READ} SELECT {', '.join(f'layer.{name}' for name in LAYER.split(', '))} FROM read"
+    " JOIN layer ON layer.id = read.id WHERE NOT EXISTS (SELECT 1 FROM stamp WHERE stamp.layer = read.id)"
+    " AND NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = read.id)"
+)
+"""The layers that one machine reads, and nobody writes to, of which nothing is recorded as frozen."""
+OVERWRITTEN = (
+    "SELECT 1 FROM snapshot JOIN machine ON machine.id = snapshot.machine"
+    " WHERE machine.name = ? AND snapshot.state = 'overwritten' LIMIT 1"
+)
 ACTIVE_IMAGES = (
     f"SELECT machine.name, {_IMAGE} FROM machine JOIN disk ON disk.machine = machine.id"
     " JOIN layer ON layer.id = disk.active"

@@ -15,7 +15,7 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.store.records import Record, Records
-from qmpsnap.store.sqlite import journal, rows
+from qmpsnap.store.sqlite import journal, queries, rows
 from qmpsnap.store.sqlite.database import Database
 from qmpsnap.store.sqlite.json_values import decoded
 from qmpsnap.store.sqlite.layer_table import LayerTable
@@ -48,7 +48,7 @@ class RecordTable:
         with self._database.reading() as sql:
             unread = self._layers.unread(sql, before) if before else []
             forest = self._layers.below(sql, (*at.forest.layers, *unread)) if unread else at.forest
-            generation, serial = rows.generation(sql, machine), journal.next_serial(sql) - 1
+            (_, generation), serial = rows.version(sql, machine), journal.next_serial(sql) - 1
         active = {chain.disk: chain.active.id for chain in at.chains}
         points = (point.layer for snapshot in at.snapshots for point in snapshot.points)
         home = self._store.home.record()
@@ -69,12 +69,12 @@ class RecordTable:
         found = self._files.read(machine)
         return frozenset(layer.id for layer in found.layers) if found else frozenset()
 
-    def is_current(self, machine: Machine) -> bool:
+    def is_current(self, machine: str) -> bool:
         """Whether the record is there, and what the store has of the machine."""
         with self._database.reading() as sql:
-            generation = rows.generation(sql, machine.name)
-        found = self.readable(machine.name)
-        return found is not None and found.describes(machine.uuid, generation)
+            uuid, generation = rows.version(sql, machine)
+        found = self.readable(machine)
+        return found is not None and found.describes(uuid, generation)
 
     def write(self, machine: str) -> None:
         """Write the record as the store has the machine."""
@@ -83,7 +83,17 @@ class RecordTable:
     def keep(self, machine: str) -> None:
         """The same, unless it is current; nothing for a machine that is not defined yet."""
         with contextlib.suppress(NotFoundError):
-            if not self.is_current(self._store.machine(machine)):
+            if not self.is_current(machine):
+                self.write(machine)
+
+    def keep_for(self, operation: OperationId) -> None:
+        """The same of the machine of an operation."""
+        with self._database.reading() as sql:
+            found = sql.execute(queries.OF_OPERATION, (operation,)).fetchone()
+        if found:
+            machine, uuid, generation = found
+            record = self.readable(machine)
+            if record is None or not record.describes(uuid, generation):
                 self.write(machine)
 
     def take_back(self, machine: Machine) -> None:
@@ -122,7 +132,7 @@ class RecordTable:
         if found is None:
             return False
         with self._database.reading() as sql:
-            ahead = found.generation > rows.generation(sql, machine) and not journal.is_unsettled(sql, found.operation)
+            ahead = found.generation > rows.version(sql, machine)[1] and not journal.is_unsettled(sql, found.operation)
             return ahead or found.serial >= journal.next_serial(sql)
 
     def readable(self, machine: str) -> Record | None:

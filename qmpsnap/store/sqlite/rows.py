@@ -37,7 +37,9 @@ def read_machine(row: sqlite3.Row) -> Machine:
 
 def find_machine(sql: sqlite3.Connection, name: str) -> Machine:
     """A machine, or ``NotFoundError``."""
-    row = sql.execute(f"{queries.MACHINE} WHERE machine.id = ?", (machine_id(sql, name),)).fetchone()
+    row = sql.execute(f"{queries.MACHINE} WHERE machine.name = ?", (name,)).fetchone()
+    if row is None:
+        raise _unknown(sql, name)
     return read_machine(row)
 
 
@@ -54,17 +56,24 @@ def machine_id(sql: sqlite3.Connection, name: str) -> int:
     row = sql.execute("SELECT id FROM machine WHERE name = ?", (name,)).fetchone()
     if row:
         return int(row[0])
+    raise _unknown(sql, name)
+
+
+def _unknown(sql: sqlite3.Connection, name: str) -> NotFoundError:
     known = ", ".join(json.dumps(known)[1:-1] for (known,) in sql.execute("SELECT name FROM machine ORDER BY name"))
-    raise NotFoundError(
+    return NotFoundError(
         f"there is no machine {name!r}",
         hint=f"known machines: {known}" if known else call("define", "", "SPEC.yaml") + " creates one",
         machine=name,
     )
 
 
-def generation(sql: sqlite3.Connection, name: str) -> int:
-    """How often a machine was changed since it was defined, or ``NotFoundError``."""
-    return int(sql.execute("SELECT generation FROM machine WHERE id = ?", (machine_id(sql, name),)).fetchone()[0])
+def version(sql: sqlite3.Connection, name: str) -> tuple[str, int]:
+    """A machine's UUID, and how often it was changed since it was defined, or ``NotFoundError``."""
+    row: tuple[str, int] | None = sql.execute("SELECT uuid, generation FROM machine WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        raise _unknown(sql, name)
+    return row
 
 
 def insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
