@@ -280,6 +280,21 @@ def test_what_is_recorded_of_a_frozen_image_goes_with_the_operation_that_removes
         assert store.frozen.stamps([base.id]) == {}
 
 
+def test_a_machine_is_forgotten_in_a_time_that_grows_as_its_layers_do(tmp_path: Path) -> None:
+    """Each layer is asked about once it may be needed by nobody, and not again for each one above it."""
+
+    def forgotten(number: int) -> int:
+        (tmp_path / str(number)).mkdir()
+        with SqliteStore(tmp_path / str(number) / "store.db", machines=MACHINES) as store:
+            layers = [alone("vda-0")]
+            for place in range(1, number):
+                layers.append(alone(f"vda-{place}", layers[-1]))
+            settled(store, Change(define=machine("web"), layers=tuple(layers), active={"vda": layers[-1].id}), "web")
+            return steps(store, lambda: store.forget("web"))
+
+    assert forgotten(80) < 2.2 * forgotten(40)
+
+
 def test_a_basis_that_was_read_before_is_what_stands(path: Path) -> None:
     """It is kept until something changes: here, in another process, or in a transaction that was undone."""
     with SqliteStore(path, machines=MACHINES) as store, SqliteStore(path, machines=MACHINES) as other:

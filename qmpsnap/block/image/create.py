@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final, Self
@@ -143,11 +143,13 @@ class ImageTool(Struct, frozen=True):
 
 
 @runs_to_end  # not given up half-way: the caller must learn whether the file is gone
-def remove(path: str, *, device: int, inode: int, birth: int = 0, size: int | None = None) -> bool:
+def remove(
+    path: str, *, device: int, inode: int, birth: int = 0, size: int | None = None, durably: bool = True
+) -> bool:
     """Unlink an image durably, if it is still the file it was recorded as; say whether it was there.
 
     ``size``: bytes that the file had when it was frozen, None where it was not or nobody knows; it counts where its
-    birth does not tell whose number the inode has.
+    birth does not tell whose number the inode has. Without ``durably`` its folder is the caller's to sync.
     """
     folder_path, name = os.path.split(path)
     with _translated(path, "was not removed"), contextlib.ExitStack() as stack:
@@ -166,9 +168,22 @@ def remove(path: str, *, device: int, inode: int, birth: int = 0, size: int | No
                 + " compares it",
             )
         os.unlink(name, dir_fd=folder)
-        with _translated(path, "was removed, but perhaps not durably", effect="unknown"):
-            os.fsync(folder)
+        if durably:
+            _sync(folder, path)
     return True
+
+
+@runs_to_end
+def sync_folders(paths: Iterable[str]) -> None:
+    """Make it durable that files of these names were removed; fine where their folder is gone as well."""
+    for folder, path in {os.path.split(path)[0]: path for path in paths}.items():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), files.opened_folder(folder) as descriptor:
+            _sync(descriptor, path)
+
+
+def _sync(folder: int, path: str) -> None:
+    with _translated(path, "was removed, but perhaps not durably", effect="unknown"):
+        os.fsync(folder)
 
 
 class _Claim:

@@ -1,7 +1,9 @@
 """All layers of a store as the forest they form, and who needs which: counted over all machines."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import cached_property
+from typing import TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -11,6 +13,9 @@ from qmpsnap.hint import call
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 class Writer(Struct, frozen=True):
@@ -31,8 +36,11 @@ class Reference(Struct, frozen=True):
     tag: str | None = None
 
 
-class Forest(Struct, frozen=True):
-    """Every layer, every disk, every point of a store."""
+class Forest(Struct, frozen=True, dict=True):
+    """Every layer, every disk, every point of a store.
+
+    What is asked of each layer in turn is looked up in indexes, which are made when they are first needed.
+    """
 
     layers: Mapping[LayerId, Layer]
     writers: tuple[Writer, ...]
@@ -73,15 +81,15 @@ class Forest(Struct, frozen=True):
 
     def children(self, layer: LayerId) -> tuple[Layer, ...]:
         """The layers that read ``layer`` directly."""
-        return tuple(found for found in self.layers.values() if found.backing == layer)
+        return tuple(self._children.get(layer, ()))
 
     def writers_of(self, layer: LayerId) -> tuple[Writer, ...]:
         """The disks whose active layer it is: one at most, when all is well."""
-        return tuple(writer for writer in self.writers if writer.layer == layer)
+        return tuple(self._writers.get(layer, ()))
 
     def references_to(self, layer: LayerId) -> tuple[Reference, ...]:
         """The points that lie in it."""
-        return tuple(reference for reference in self.references if reference.layer == layer)
+        return tuple(self._references.get(layer, ()))
 
     def readers(
         self, layer: LayerId, *, but_layer: LayerId | None = None, but_snapshots_of: str | None = None
@@ -113,16 +121,7 @@ class Forest(Struct, frozen=True):
 
     def machines_above(self, layer: LayerId) -> frozenset[str]:
         """The machines whose disks or snapshots read the layer, directly or through layers above."""
-        found: set[str] = set()
-        pending, seen = [layer], set[LayerId]()
-        while pending:
-            if (at := pending.pop()) in seen:
-                continue  # recorded to read itself: `check` says so
-            seen.add(at)
-            found.update(w.machine for w in self.writers_of(at))
-            found.update(r.machine for r in self.references_to(at))
-            pending.extend(child.id for child in self.children(at))
-        return frozenset(found)
+        return frozenset(self._machines.get(layer, ()))
 
     def apply(self, machine: str, change: Change) -> "Forest":
         """The forest after a machine's change has settled."""
@@ -145,9 +144,40 @@ class Forest(Struct, frozen=True):
         removed = {(machine, name) for name in change.removed_snapshots}
         return Forest(layers, tuple(writers), tuple(r for r in references if (r.machine, r.snapshot) not in removed))
 
+    @cached_property
+    def _children(self) -> Mapping[LayerId | None, Sequence[Layer]]:
+        return _grouped(self.layers.values(), lambda layer: layer.backing)
+
+    @cached_property
+    def _writers(self) -> Mapping[LayerId, Sequence[Writer]]:
+        return _grouped(self.writers, lambda writer: writer.layer)
+
+    @cached_property
+    def _references(self) -> Mapping[LayerId, Sequence[Reference]]:
+        return _grouped(self.references, lambda reference: reference.layer)
+
+    @cached_property
+    def _machines(self) -> Mapping[LayerId, set[str]]:
+        found: dict[LayerId, set[str]] = {}
+        readers = [(w.machine, w.layer) for w in self.writers] + [(r.machine, r.layer) for r in self.references]
+        for machine, top in readers:
+            at: LayerId | None = top
+            while at is not None and machine not in (known := found.setdefault(at, set())):
+                known.add(machine)  # once, also where a layer is recorded to read itself: `check` says so
+                at = self.layers[at].backing if at in self.layers else None
+        return found
+
     def _users(self, layer: LayerId) -> str:
         machines = sorted(self.machines_above(layer))
         return f" (of {', '.join(machines)})" if machines else ""
+
+
+def _grouped(values: Iterable[V], by: Callable[[V], K]) -> dict[K, list[V]]:
+    """The values by what each of them is asked for, in their order."""
+    found: dict[K, list[V]] = {}
+    for value in values:
+        found.setdefault(by(value), []).append(value)
+    return found
 
 
 def based(found: Iterable[Layer]) -> tuple[Layer, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable
 
-from qmpsnap.block.image.create import remove
+from qmpsnap.block.image.create import remove, sync_folders
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.home import Home
@@ -45,6 +45,7 @@ async def remove_files(context: Context, plan: UndefinePlan) -> tuple[list[str],
     stuck: list[str] = []
     files: list[Layer | Vmstate] = [*plan.layers, *plan.states]
     gone = [file.path for file in files if await is_done(stuck, _remove(file, plan))]
+    await is_done(stuck, sync_folders([file.path for file in files]))  # once for all: there may be thousands
     for kept in plan.variables:
         await is_done(stuck, to_end(forget_variables, kept))
     await is_done(stuck, to_end(remove_folder, context.home, plan.machine))
@@ -64,7 +65,7 @@ async def _remove(file: Layer | Vmstate, plan: UndefinePlan) -> bool:
     """Remove a file that is gone for the store; False for one that somebody has put in its place: that stays."""
     size = plan.sizes.get(file.id) if isinstance(file, Layer) else None
     try:
-        await remove(file.path, device=file.device, inode=file.inode, birth=file.birth, size=size)
+        await remove(file.path, device=file.device, inode=file.inode, birth=file.birth, size=size, durably=False)
     except StoreMismatch:
         return False
     return True

@@ -84,7 +84,7 @@ def command_of(made: ResizePlan) -> tuple[str, dict[str, Any]]:
 async def preview(context: Context, name: str, request: ResizeRequest) -> tuple[ResizePlan, tuple[str, dict[str, Any]]]:
     """The plan that :func:`run` would follow now and its QMP command; locks and changes nothing."""
     async with looking(context, name) as session:
-        basis = await context.astore.basis(name, sharers=False)
+        basis = session.basis
         made = await _plan(session, basis.chains, request)
         command, arguments = command_of(made)
         return made, (command, session.machine.sent(arguments))
@@ -100,7 +100,7 @@ async def run(context: Context, name: str, request: ResizeRequest) -> ResizePlan
         StoreMismatch: QEMU's chains are not the store's.
     """
     async with working(context, name, "resize") as session:
-        basis = await context.astore.basis(name, sharers=False)
+        basis = session.basis
         made = await _plan(session, basis.chains, request)
         operation = await begin(session, basis, lambda _: made)
         async with recovery.attempting(session, operation):

@@ -276,11 +276,7 @@ class SqliteStore:
             for operation in journal.select(sql, machine, only_open=True):
                 journal.mark(sql, operation.id, "failed", error="given up: its machine was undefined")
             sql.execute("DELETE FROM machine WHERE id = ?", (number,))
-            gone: list[Layer] = []
-            # From the top down: a layer is the machine's alone once nothing above it, no disk and no point needs it.
-            while found := self._layers.unreferenced(sql, layers.keys() - {layer.id for layer in gone}):
-                gone += found
-                self._layers.remove(sql, [layer.id for layer in found])
+            gone = self._layers.remove_unreferenced(sql, layers)
             sql.executemany(queries.HIDE, named)
             sharing.require_unused(machine, gone, forest, elsewhere)
             if removal:

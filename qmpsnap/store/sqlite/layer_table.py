@@ -116,9 +116,19 @@ class LayerTable:
                 found.add(layer.id)
         return found
 
-    def unreferenced(self, sql: sqlite3.Connection, layers: Iterable[LayerId]) -> list[Layer]:
-        """Those of the layers that neither a disk, nor a point, nor a layer above needs."""
-        return [self.read(row) for row in sql.execute(f"{queries.UNREFERENCED} ORDER BY rowid", (_listed(layers),))]
+    def remove_unreferenced(self, sql: sqlite3.Connection, layers: Collection[LayerId]) -> list[Layer]:
+        """Forget those of the layers that neither a disk, nor a point, nor a layer above needs; from the top down."""
+        gone: list[Layer] = []
+        asked = layers
+        while asked:
+            rows = sql.execute(f"{queries.UNREFERENCED} ORDER BY rowid", (_listed(asked),))
+            found = [self.read(row) for row in rows]
+            self.remove(sql, [layer.id for layer in found])
+            gone += found
+            asked = {
+                layer.backing for layer in found if layer.backing and layer.backing in layers
+            }  # what nothing may need now
+        return gone
 
     def remove(self, sql: sqlite3.Connection, layers: Iterable[LayerId]) -> None:
         """Forget layers."""
