@@ -8,8 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self, TypeVar
 
+import anyio
 from anyio import lowlevel
-from msgspec import Struct
+from msgspec import Struct, field
 
 from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StorageHangs, StoreMismatch
@@ -57,7 +58,8 @@ class Context(Struct, frozen=True, kw_only=True):
 
     ``host`` is this one's name, as recorded with the machines it owns. ``secrets``: keys of encrypted disks that the
     program gave, by ``machine/disk``. ``run_as``: whom root's QEMU is to run as, None for root. ``moved_from``: where
-    the store believed its home to lie when it was opened, if that is elsewhere.
+    the store believed its home to lie when it was opened, if that is elsewhere. ``planning``: held by the verb whose
+    plan is being made, as two that are made at once would be given the same number.
     """
 
     home: Home
@@ -68,6 +70,7 @@ class Context(Struct, frozen=True, kw_only=True):
     secrets: Mapping[str, Secret] = MappingProxyType({})
     run_as: RunAs | None = None
     moved_from: str | None = None
+    planning: anyio.Lock = field(default_factory=anyio.Lock)
 
     @property
     def astore(self) -> AsyncStore:

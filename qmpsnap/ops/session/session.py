@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
+import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -34,6 +35,8 @@ from qmpsnap.store import lock
 
 _PATIENCE: Final = 30.0
 """Seconds that other machines of the store may go on taking the numbers that a machine has planned with."""
+_TURN: Final = 1.0
+"""Seconds that a verb waits for another's plan; then both may be given the same number, and one plans again."""
 
 
 async def require_agreement(
@@ -270,8 +273,9 @@ async def begin(
                 other_programs.require_unread(plan, basis.forest, machine=plan.machine)
             return plan, at.serial
 
-        plan, serial = await to_read(made)
-        return await session.context.astore.open_operation(plan, basis, serial=serial, serials=serials)
+        async with _turn(session.context):
+            plan, serial = await to_read(made)
+            return await session.context.astore.open_operation(plan, basis, serial=serial, serials=serials)
 
     end = time.monotonic() + _PATIENCE
     while True:
@@ -280,3 +284,15 @@ async def begin(
         except NumberTaken:
             if time.monotonic() > end:
                 raise
+
+
+@asynccontextmanager
+async def _turn(context: Context) -> AsyncIterator[None]:
+    """For the block, no other verb of this program makes a plan, unless one takes too long, as its storage hangs."""
+    with anyio.move_on_after(_TURN) as waiting:
+        await context.planning.acquire()
+    try:
+        yield
+    finally:
+        if not waiting.cancelled_caught:
+            context.planning.release()
