@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 LAUNCH_DEADLINE = 20.0
 """Seconds from exec to the monitor's greeting."""
+_LOOKS = 20
+"""Times, a millisecond apart, that the monitor's socket is looked for before QEMU's process is."""
 _KILLS = 5
 """Times that a failed launch is looked through: what is killed may just have started something else."""
 QUIT_DEADLINE = 10.0
@@ -121,13 +123,21 @@ async def start(
                         hint="a wrapper must pass all its arguments to QEMU and keep its working directory",
                         machine=machine,
                     ) from error
-            await anyio.sleep(0.005)
+            await _appears(run_dir / QMP_SOCKET)
     except BaseException as error:
         left = await completed(end_launch(process, argv, run_dir))
         if left and isinstance(error, QmpsnapError):
             error.add(f"process {', '.join(str(one.pid) for one in left)} is still running and cannot be ended")
             error.effect = "applied"
         raise
+
+
+async def _appears(socket: Path) -> None:
+    """Return once the socket is there, or after a moment: then it is time to look whether QEMU has ended."""
+    for _ in range(_LOOKS):
+        await anyio.sleep(0.001)
+        if socket.exists():
+            return
 
 
 async def end_launch(first: Process, argv: Sequence[str], run_dir: Path) -> tuple[Process, ...]:
