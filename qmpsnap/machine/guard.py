@@ -11,13 +11,15 @@ end of the stream, and WINDOW seconds after ``f``, do so as well. Thawing is thi
 connection AGENT that its starter has used so far: the answer is ``tN``, N being the file systems that were thawed.
 """
 
-import contextlib
-import json
 import os
-import select
-import socket
 import sys
-import time
+
+if sys.argv[1:2] != ["recover"]:  # which does without, and is there in half the time
+    import contextlib
+    import json
+    import select
+    import socket
+    import time
 
 THAW_LIMIT = 60.0
 """Seconds after which a guest that does not answer is left to the next command."""
@@ -29,17 +31,24 @@ LINE_LIMIT = 1 << 16
 """Bytes of a line that may be an answer; a longer one is none."""
 
 
-def hold(watch: socket.socket, machine: str, package: str) -> None:
+def hold(watch: int, machine: str, package: str) -> None:
     """See that a guest runs on whose vCPUs are stopped: recovery knows the rules."""
-    if watch.recv(1):
+    if _heard(watch):
         return
-    watch.close()
+    os.close(watch)
     places = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     argv = [sys.executable, "-P", "-m", "qmpsnap", "recover", machine]
     os.execve(argv[0], argv, {**os.environ, "PYTHONPATH": os.pathsep.join(places)})  # noqa: S606 - no shell wanted
 
 
-def freeze(watch: socket.socket, agent: socket.socket, window: float) -> None:
+def _heard(watch: int) -> bytes:
+    try:
+        return os.read(watch, 1)
+    except ConnectionResetError:  # the starter has died with something unread
+        return b""
+
+
+def freeze(watch: "socket.socket", agent: "socket.socket", window: float) -> None:
     """See that the guest's file systems are thawed."""
     until: float | None = None
     while True:
@@ -59,7 +68,7 @@ def freeze(watch: socket.socket, agent: socket.socket, window: float) -> None:
             watch.send(b"t%d\n" % count)
 
 
-def thaw(agent: socket.socket) -> int | None:
+def thaw(agent: "socket.socket") -> int | None:
     """Ask until the agent has thawed; how many file systems that were, None when it has not said so."""
     end, asked, ear, again = time.monotonic() + THAW_LIMIT, set(), Ear(), 0.0
     while (now := time.monotonic()) < end:
@@ -86,7 +95,7 @@ def thaw(agent: socket.socket) -> int | None:
     return None
 
 
-def send(agent: socket.socket, words: bytes, end: float) -> bool:
+def send(agent: "socket.socket", words: bytes, end: float) -> bool:
     """Send all of it; False when that cannot be done."""
     while words and time.monotonic() < end:
         wait(agent, select.POLLOUT, 1.0)
@@ -99,7 +108,7 @@ def send(agent: socket.socket, words: bytes, end: float) -> bool:
     return not words
 
 
-def wait(end: socket.socket, event: int, seconds: float | None) -> bool:
+def wait(end: "socket.socket", event: int, seconds: float | None) -> bool:
     """Whether something can be read or sent within that time, for ever with None."""
     poll = select.poll()  # select() knows no descriptor beyond its 1024
     poll.register(end, event)
@@ -151,11 +160,11 @@ def main(mode: str, watched: str, *rest: str) -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if os.fork():
         os._exit(0)
-    watch = socket.socket(fileno=int(watched))
-    watch.send(b"r")
+    os.write(int(watched), b"r")
     if mode == "recover":
-        hold(watch, *rest)
+        hold(int(watched), *rest)
     else:
+        watch = socket.socket(fileno=int(watched))
         # Its descriptor is shared with the starter, for whom it must stay non-blocking.
         freeze(watch, socket.socket(fileno=int(rest[0])), float(rest[1]))
 

@@ -127,14 +127,14 @@ async def load(
             the disks stand at the snapshot.
     """
     assert session.qemu
-    make = await planner(session, at, snapshot, discard=discard, paused=paused)
-    operation = await begin(session, at.basis, make)
-    async with (
-        guarded(session.context, session.machine, when=operation.plan.resume or not paused) as guard_ready,
-        recovery.attempting(session, operation),
-    ):
-        await guard_ready()
-        return await _carry_out(session.context, session.qemu, operation)
+    # What the guard takes to start passes while the plan is made.
+    runs = not paused or requests.may_run(await requests.mode_of(session.qemu))
+    async with guarded(session.context, session.machine, when=runs) as guard_ready:
+        make = await planner(session, at, snapshot, discard=discard, paused=paused)
+        operation = await begin(session, at.basis, make)
+        async with recovery.attempting(session, operation):
+            await guard_ready()
+            return await _carry_out(session.context, session.qemu, operation)
 
 
 async def _carry_out(context: Context, qemu: Monitor, operation: Operation[LoadPlan]) -> Snapshot | None:
