@@ -103,6 +103,7 @@ def untold(store: Store) -> StoreMismatch | None:
 
 def controlling(act: Callable[["Controller"], Awaitable[T]], *, make: bool = False) -> T:
     """Run ``act`` with a controller, whose machines know every verb."""
+    supervised.split()  # what is loaded from here on, the parent does without
     from qmpsnap.api.controller import Controller
 
     return operating(lambda context: act(Controller(context)), make=make)
@@ -129,12 +130,11 @@ def operating(act: Callable[["Context"], Awaitable[T]], *, make: bool = False) -
 
     ``make``: it may make the home, as only a new machine does.
     """
+    supervised.split()
     import anyio
 
     from qmpsnap.api import forks
     from qmpsnap.ops.base.context import opened
-
-    supervised.split()
 
     async def main() -> T:
         supervised.once()
