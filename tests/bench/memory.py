@@ -58,12 +58,12 @@ def _virsh_full(at: Setting) -> Way:
 
 
 def _revert(vm: qmpsnap.MachineHandle) -> Way:
-    """From a machine that does not run, as ``virsh restore`` has it."""
+    """From a machine that does not run, and without setting the guest's clock, as ``virsh restore`` has it."""
 
     async def way() -> Sample:
         await vm.stop(force=True)
         since = time.monotonic()
-        sample = run(QMPSNAP, "snapshot", "revert", vm.name, "kept", "--discard")
+        sample = run(QMPSNAP, "snapshot", "revert", vm.name, "kept", "--discard", "--no-after")
         guests.answers(guests.agent_of(vm.name))
         return {**sample, "wall": (time.monotonic() - since) * 1000}
 
@@ -111,7 +111,7 @@ async def _inside(at: Setting, q: qmpsnap.Controller) -> None:
 def _load(vm: qmpsnap.MachineHandle, *, discard: bool) -> Way:
     async def way() -> Sample:
         with clock() as sample:
-            await vm.revert("kept", discard=discard)
+            await vm.revert("kept", discard=discard, after=False)
         others = [found.name for found in await vm.snapshots() if found.name != "kept"]
         if others:
             await vm.delete_snapshots(*others)

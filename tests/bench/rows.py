@@ -78,4 +78,5 @@ ROWS = (
     Row("fifty", "snapshots of 50 machines at once, library", LIBRARY, ("bare", "50 scripts, one process"), 1.3),
     Row("fifty", "snapshots of 50 machines at once, library", LIBRARY, ("processes", "50 processes"), 1.3),
     Row("start", "start under -S, library", LIBRARY, ("bare", "QEMU until its greeting"), 1.5),
+    Row("start", "start under -S, library", LIBRARY, ("answer", "QEMU until it answers"), 1.5),
 )

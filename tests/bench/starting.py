@@ -22,7 +22,11 @@ async def measure(at: Setting) -> None:
         process = await vm.start(paused=True)
         argv = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[:-1]
         await vm.stop(force=True)
-        await at.results.compare("start", {"library": _library(vm), "bare": _bare(at, argv)}, share=2)
+        await at.results.compare(
+            "start",
+            {"library": _library(vm), "bare": _bare(at, argv), "answer": _bare(at, argv, answers=True)},
+            share=2,
+        )
 
 
 def _library(vm: qmpsnap.MachineHandle) -> Way:
@@ -35,8 +39,8 @@ def _library(vm: qmpsnap.MachineHandle) -> Way:
     return way
 
 
-def _bare(at: Setting, argv: list[str]) -> Way:
-    """The same arguments in another working directory, where its sockets are."""
+def _bare(at: Setting, argv: list[str], *, answers: bool = False) -> Way:
+    """The same arguments in another working directory, where its sockets are; until it greets, or answers a command."""
 
     async def way() -> Sample:
         folder = at.folder_for("bare-start")
@@ -45,7 +49,7 @@ def _bare(at: Setting, argv: list[str]) -> Way:
                 argv, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             try:
-                _greeted(folder / "qmp.sock")
+                _greeted(folder / "qmp.sock", answers=answers)
             except BaseException:
                 qemu.kill()
                 raise
@@ -57,7 +61,7 @@ def _bare(at: Setting, argv: list[str]) -> Way:
     return way
 
 
-def _greeted(path: Path) -> None:
+def _greeted(path: Path, *, answers: bool) -> None:
     end = time.monotonic() + guests.ANSWER
     while True:
         try:
@@ -65,6 +69,9 @@ def _greeted(path: Path) -> None:
                 monitor.settimeout(guests.ANSWER)
                 monitor.connect(str(path))
                 assert b'"QMP"' in monitor.recv(4096)
+                if answers:
+                    monitor.sendall(b'{"execute": "qmp_capabilities"}')
+                    assert b'"return"' in monitor.recv(4096)
                 return
         except (FileNotFoundError, ConnectionRefusedError):
             assert time.monotonic() < end
