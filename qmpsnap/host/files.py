@@ -1,6 +1,7 @@
 """Files: which one a name leads to, new ones for this user alone, and what is on the disk before anybody counts on it.
 
-A file is its device, its inode and the time of its birth, where its file system keeps one; else its size helps. An
+A file is its device, its inode and the time of its birth, where its file system keeps one; else its size helps. A
+block device is what :mod:`qmpsnap.host.block_devices` finds. An
 inode's number is given to another file as soon as the first one is gone, on ext4 at once; a time of birth is not, and
 no copy, rename, chmod or write changes it. NFS, FUSE and old tmpfs have none: then it is 0, which is compared with
 nothing. Python 3.11 has no ``statx``, so the C library is asked.
@@ -46,13 +47,35 @@ _SECOND: Final = 1_000_000_000
 def opened(name: Name, access: int = os.O_RDONLY | os.O_NONBLOCK, *, folder: int | None = None) -> Iterator[int]:
     """A file that is there, open by its own name: a link in its place is refused, and a pipe makes nobody wait.
 
-    Without ``O_NONBLOCK`` in ``access`` a lease that another process holds on the file is waited for.
+    But for a link to a block device: that is the only name a volume has. Without ``O_NONBLOCK`` in ``access`` a lease
+    that another process holds on the file is waited for.
     """
-    descriptor = os.open(name, access | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY, dir_fd=folder)
+    access |= os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        descriptor = os.open(name, access | os.O_NOFOLLOW, dir_fd=folder)
+    except OSError as error:
+        if error.errno != errno.ELOOP or folder is not None or not _leads_to_device(name):
+            raise
+        descriptor = _device(name, access, error)
     try:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _leads_to_device(name: Name) -> bool:
+    from qmpsnap.host import block_devices  # seldom needed
+
+    return block_devices.number_of(name) is not None
+
+
+def _device(name: Name, access: int, error: OSError) -> int:
+    """The block device that a link leads to, open; the error for anything else."""
+    descriptor = os.open(name, access)
+    if stat.S_ISBLK(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise error
 
 
 def read(path: Name) -> str:
@@ -169,20 +192,25 @@ class Identified(Protocol):
     def birth(self) -> int:
         """Nanoseconds since the epoch; 0 where nobody knows."""
 
+    @property
+    def identity(self) -> str:
+        """Of what is no file; then it alone counts."""
+
 
 class FileId(Value):
-    """Device, inode, time of birth and size in bytes of a file that is there."""
+    """Device, inode, time of birth and size in bytes of a file that is there; of a block device its identity."""
 
     device: int
     inode: int
     birth: int = 0
     size: int | None = None
+    identity: str = ""
 
     @classmethod
     def of(cls, descriptor: int) -> Self:
         """Identity of an open file."""
         status = os.fstat(descriptor)
-        return cls(status.st_dev, status.st_ino, born(descriptor), status.st_size)
+        return cls(status.st_dev, status.st_ino, born(descriptor), status.st_size, identity_of(status))
 
     @classmethod
     def at(cls, name: Name, *, folder: int | None = None) -> Self | None:
@@ -190,7 +218,11 @@ class FileId(Value):
         try:
             # Held open, so that birth and inode are of one file, and the inode's number is nobody else's meanwhile.
             with opened(name, os.O_PATH, folder=folder) as descriptor:
-                return cls.of(descriptor)
+                is_link = stat.S_ISLNK(os.fstat(descriptor).st_mode)
+                if folder is not None or not is_link or not _leads_to_device(name):
+                    return cls.of(descriptor)
+            status = os.stat(name)  # noqa: PTH116 - pathlib is slow to load
+            return cls(status.st_dev, status.st_ino, identity=identity_of(status))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -200,6 +232,8 @@ def same_file(recorded: Identified, found: Identified, *, size: int | None = Non
 
     ``size``: bytes that the recorded file has, where nobody may have written to it: asked where no birth decides.
     """
+    if recorded.identity:
+        return recorded.identity == found.identity
     if (recorded.device, recorded.inode) != (found.device, found.inode):
         return False
     if recorded.birth and found.birth:
@@ -209,7 +243,10 @@ def same_file(recorded: Identified, found: Identified, *, size: int | None = Non
 
 def is_recorded(recorded: Identified, descriptor: int) -> bool:
     """:func:`same_file` of an open one: whose birth is asked for only where that decides."""
-    if (recorded.device, recorded.inode) != inode_of(os.fstat(descriptor)):
+    status = os.fstat(descriptor)
+    if recorded.identity:
+        return recorded.identity == identity_of(status)
+    if (recorded.device, recorded.inode) != inode_of(status):
         return False
     return not recorded.birth or born(descriptor) in (0, recorded.birth)
 
@@ -217,6 +254,20 @@ def is_recorded(recorded: Identified, descriptor: int) -> bool:
 def inode_of(status: os.stat_result) -> Inode:
     """Device and inode of a file that was looked at."""
     return status.st_dev, status.st_ino
+
+
+def key_of(status: os.stat_result) -> Inode:
+    """The same until the next boot, whatever node a block device was looked at by."""
+    return (status.st_rdev, 0) if stat.S_ISBLK(status.st_mode) else inode_of(status)
+
+
+def identity_of(status: os.stat_result) -> str:
+    """What tells a block device that was looked at from all others; empty for a file."""
+    if not stat.S_ISBLK(status.st_mode):
+        return ""
+    from qmpsnap.host import block_devices  # seldom needed
+
+    return block_devices.identity(status.st_rdev)
 
 
 def leads_to(name: Name, descriptor: int, *, folder: int | None = None) -> bool:

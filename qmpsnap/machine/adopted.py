@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, QemuGone, StateError
-from qmpsnap.host.files import Inode, inode_of
+from qmpsnap.host.files import Inode, inode_of, key_of
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.record import Machine, Process
@@ -92,7 +92,7 @@ def _open_files(folder: Path) -> dict[Inode, str]:
             status, name = descriptor.stat(), descriptor.readlink()
         except FileNotFoundError:  # closed meanwhile
             continue
-        found[inode_of(status)] = str(name)
+        found[inode_of(status)] = found[key_of(status)] = str(name)
     return found
 
 

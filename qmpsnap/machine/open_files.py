@@ -6,11 +6,12 @@ The kernel says which files a process has open, whatever the name leads to by no
 
 from collections.abc import Iterable
 
-from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.hint import call
-from qmpsnap.host.files import FileId, same_file
+from qmpsnap.host.files import FileId, Identified, Inode, same_file
 from qmpsnap.machine.adopted import open_files
 from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.record import Process
 
 
@@ -18,7 +19,7 @@ def require_recorded(layers: Iterable[Layer], *, machine: str) -> None:
     """Make sure, before any program is given their names, that these lead to the recorded files."""
     for layer in layers:
         try:
-            found = FileId.at(layer.path)
+            found = _found(layer)
         except OSError as error:
             raise _mismatch(layer, f"cannot be read: {error.strerror}", machine) from error
         if found is None:
@@ -33,22 +34,48 @@ def require_opened(process: Process | None, layers: Iterable[Layer], *, machine:
     Of another user's QEMU, whose files cannot be seen, only the names are looked at again.
     """
     layers = tuple(layers)
-    missing = {(layer.device, layer.inode): layer for layer in layers}
+    missing = {_key(layer): layer for layer in layers if layer.storage != "rbd"}
     if process is not None:
         try:
-            for file in open_files(process.pid):
+            for file in open_files(process.pid) if missing else ():
                 missing.pop(file, None)
                 if not missing:
-                    return
+                    break
         except HostCannot:
             pass
         else:
-            raise _mismatch(next(iter(missing.values())), "was replaced by another file before QEMU opened it", machine)
+            require_recorded([layer for layer in layers if layer.storage != "file"], machine=machine)
+            if missing:
+                text = "was replaced by another file before QEMU opened it"
+                raise _mismatch(next(iter(missing.values())), text, machine)
+            return
     require_recorded(layers, machine=machine)
 
 
+def _found(layer: Layer) -> Identified | None:
+    """What its name leads to now."""
+    image = RbdImage.parse(layer.path)
+    if image is None:
+        return FileId.at(layer.path)
+    from qmpsnap.host import ceph  # seldom needed
+
+    try:
+        return FileId(0, 0, identity=ceph.info(image).identity)
+    except ImageRefused:
+        return None
+
+
+def _key(layer: Layer) -> Inode:
+    """What the kernel knows a file by that is open."""
+    if layer.storage == "file":
+        return layer.device, layer.inode
+    from qmpsnap.host import block_devices  # seldom needed
+
+    return block_devices.number_of(layer.path) or 0, 0
+
+
 def _mismatch(layer: Layer, what: str, machine: str) -> StoreMismatch:
-    path = "".join(c if c.isprintable() else "?" for c in layer.path)
+    path = "".join(c if c.isprintable() else "?" for c in layer.shown)
     return StoreMismatch(
         f"layer {layer.id} of machine {machine}: {path} {what}",
         hint="put the recorded file back; if this is a copy of it, accept it with " + call("relocate"),

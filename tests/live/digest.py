@@ -13,6 +13,7 @@ from anyio import to_thread
 
 from qmpsnap.block.image import content, header
 from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.machines.rbd import PREFIX
 
 BLOCK = 64 << 10
 """Bytes that are compared with zeros at once: a hole, a discarded cluster and a cluster of zeros are all alike."""
@@ -30,9 +31,12 @@ async def content_digest(layer: Layer, *, qemu_img: str) -> str:
     """
     argv = [qemu_img, "map", "-f", layer.format, "--output=json", layer.path]
     found = msgspec.json.decode((await anyio.run_process(argv)).stdout)
-    if any(extent["data"] and "offset" not in extent for extent in found):  # compressed or encrypted
+    places = _places(layer)
+    # Compressed or encrypted, or in a cluster.
+    if any(extent["data"] and "offset" not in extent for extent in found) or places[-1].startswith(PREFIX):
         return await whole_digest(layer, qemu_img=qemu_img)
-    return await to_thread.run_sync(lambda: _digest(_blocks(_placed(layer, found)), _length(found)))
+    files = [Path(place) for place in places]
+    return await to_thread.run_sync(lambda: _digest(_blocks(_placed(files, found)), _length(found)))
 
 
 async def whole_digest(layer: Layer, *, qemu_img: str) -> str:
@@ -48,23 +52,25 @@ def raw_digest(file: Path) -> str:
     return _digest(_blocks(_data_of(file)), file.stat().st_size)
 
 
-def _placed(layer: Layer, found: Iterable[dict[str, Any]]) -> Iterator[Extent]:
-    files = _files(layer)
+def _placed(files: list[Path], found: Iterable[dict[str, Any]]) -> Iterator[Extent]:
     for extent in found:
         if extent["data"]:
             yield extent["start"], extent["length"], files[extent["depth"]], extent["offset"]
 
 
-def _files(layer: Layer) -> list[Path]:
-    """The files of the chain, from the top down: the depth that ``map`` tells is the place in it."""
-    files: list[Path] = []
+def _places(layer: Layer) -> list[str]:
+    """Where the chain lies, from the top down: the depth that ``map`` tells is the place in it."""
+    places: list[str] = []
     path, format_ = layer.path, layer.format
     while True:
-        files.append(Path(path))
-        read = header.read(path, format=format_)
-        if read.backing is None:
-            return files
-        path = os.path.join(os.path.dirname(path), read.backing)  # noqa: PTH118, PTH120
+        places.append(path)
+        if path.startswith(PREFIX):
+            return places
+        read = header.read(path, format=format_, block_device=True)
+        backing = read.backing
+        if backing is None:
+            return places
+        path = backing if backing.startswith(PREFIX) else os.path.join(os.path.dirname(path), backing)  # noqa: PTH118, PTH120
         format_ = "qcow2" if read.backing_format == "qcow2" else "raw"
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qmpsnap.errors import SpecError
 from qmpsnap.machine.config import document
 from qmpsnap.machine.config.specfile import checked, parse, read
+from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
 
 PROFILES = Path(__file__).parents[2] / "launch" / "profiles"
@@ -414,7 +415,7 @@ WRONG: dict[str, MachineSpec] = {
     "another disk uses its image /a": MachineSpec(
         name="web", disks=(DiskSpec(name="vda", image="/a"), DiskSpec(name="vdb", image="/a"))
     ),
-    "needs one of 'size', 'image' and 'base'": MachineSpec(name="web", disks=(DiskSpec(name="vda"),)),
+    "needs one of 'size', 'image', 'base', 'device', 'rbd'": MachineSpec(name="web", disks=(DiskSpec(name="vda"),)),
     "has both 'size' and 'image'": MachineSpec(name="web", disks=(DiskSpec(name="vda", size=512, image="/a"),)),
     "one of directsync.*found the string 'unsave'; did you mean": MachineSpec(
         name="web",
@@ -437,3 +438,16 @@ def test_a_program_is_held_to_the_same_rules(why: str) -> None:
     with pytest.raises(SpecError, match=why) as refused:
         checked_of(WRONG[why])
     assert refused.value.message.startswith("the spec")
+
+
+def test_what_is_no_file_is_raw_and_no_path_but_that_of_its_configuration() -> None:
+    text = (
+        "name: web\ndisks:\n- {name: vda, device: ../dev/vg0/web}\n"
+        "- {name: vdb, rbd: {pool: p, image: i, namespace: n, conf: ceph.conf, user: u}}"
+    )
+    vda, vdb = spec_of(text).disks
+    assert (vda.device, vda.format, vda.storage, vda.existing) == ("/vms/dev/vg0/web", "raw", "host_device", vda.device)
+    rbd = RbdImage(pool="p", image="i", namespace="n", conf="/vms/web/ceph.conf", user="u")
+    assert (vdb.rbd, vdb.format, vdb.storage, vdb.existing) == (rbd, "raw", "rbd", rbd.filename)
+    spec = MachineSpec(name="web", disks=(vda, vdb))
+    assert checked_of(spec) == spec

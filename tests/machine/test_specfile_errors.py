@@ -225,7 +225,21 @@ def test_a_wrong_spec_says_where_and_why(text: str, message: str | None) -> None
 
 WRONG_DISKS = [
     ("{size: 1M}", "2:9: key 'name' is missing"),
-    ("{name: vda}", "2:9: disk 'vda' needs one of 'size', 'image' and 'base'"),
+    ("{name: vda}", "2:9: disk 'vda' needs one of 'size', 'image', 'base', 'device', 'rbd'"),
+    ("{name: vda, device: /dev/v/w, format: qcow2}", "2:47: disk 'vda': 'device' is always raw"),
+    ("{name: vda, device: /dev/v/w, size: 1M}", "2:39: disk 'vda' has both 'device' and 'size'; one is enough"),
+    ("{name: vda, device: d, encryption: {}}", "2:32: disk 'vda': only qcow2 images are encrypted"),
+    ("{name: vda, rbd: {image: i}}", "2:26: key 'pool' is missing"),
+    ("{name: vda, rbd: {pool: p}}", "2:26: key 'image' is missing"),
+    ("{name: vda, rbd: p/i}", "2:26: expected 'rbd' to be a mapping of keys to values, found the string 'p/i'"),
+    ("{name: vda, rbd: {pool: p, image: i, key: k}}", "2:46: unknown key 'key'"),
+    (
+        "{name: vda, rbd: {pool: p, image: --help}}",
+        (
+            "2:43: expected 'image' to be a name in Ceph, at most 96 of A-Z, a-z, 0-9, '_', '.', '+', '=' and '-', not"
+            " beginning with '-', found the string '--help'"
+        ),
+    ),
     ("{name: vda, size: 1M, base: b}", "2:31: disk 'vda' has both 'size' and 'base'; one is enough"),
     (
         "{name: VDA, size: 1M}",

@@ -15,7 +15,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import DefinePlan
 from qmpsnap.ops.lifecycle import define
 from qmpsnap.ops.lifecycle.define import serials_needed
-from qmpsnap.ops.lifecycle.disk_sources import DiskSource, require_unshared
+from qmpsnap.ops.lifecycle.disk_sources import DiskSource, Key, require_unshared
 from tests.ops.bench import MIB, home_at, machine
 
 
@@ -113,8 +113,8 @@ def test_a_variable_store_is_the_machines_own(*, variables: bool, path: str | No
 
 # --- who reads, who writes ------------------------------------------------------------------------------------------
 
-WRITTEN = {(1, 2): "db"}
-READ = {(1, 1): "db", (1, 2): "db"}
+WRITTEN: dict[Key, str] = {(1, 2): "db"}
+READ: dict[Key, str] = {(1, 1): "db", (1, 2): "db"}
 
 
 def refuse(*disks: DiskSpec, known: Layer | None = None, others: bool = True, **sources: tuple[FoundLayer, ...]) -> str:

@@ -24,7 +24,7 @@ from qmpsnap.errors import (
 from qmpsnap.model.layers.chain import Layer, LayerState
 from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotKind, SnapshotState
 from qmpsnap.model.machines.record import Machine, Process
-from qmpsnap.model.machines.spec import Cache, DiskSpec, Format, Forward, MachineSpec, NicSpec
+from qmpsnap.model.machines.spec import Cache, DiskSpec, Format, Forward, MachineSpec, NicSpec, Storage
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import (
     OPEN_STATES,
@@ -494,6 +494,26 @@ def test_a_plan_made_from_what_the_store_does_not_say_any_more_is_refused(
     assert (store.next_serial(), store.operations("web", only_open=True)) == (serial, ())
 
 
+def test_what_is_no_file_is_told_by_its_identity_under_whatever_path(store: Store) -> None:
+    """As the same volume has two names; another machine's operation that is open changes it."""
+    known = replace(layer("vda-1"), path="/dev/vg/web", owned=False, device=0, inode=0)
+    volume = replace(known, storage="host_device", identity="lvm:U-1")
+    defined(store, "web", volume)
+    assert store.layer(volume.id) == volume
+    top = replace(layer("vda-2"), backing=volume.id)
+    settled(store, Change(layers=(top,), active={"vda": top.id}))
+    removal = Removal(disk="vda", removed=(volume,), change=Change())
+    plan = MergePlan(verb="delete", machine="web", opening=Change(), undo=Change(), steps=(removal,))
+    store.open_operation(plan, store.basis("web"), serial=OperationId(store.next_serial()))
+    again = replace(volume, id=LayerId("vda-77"), path="/dev/mapper/vg-web")
+    machine = Machine(name="new", uuid="u-new", host="here", spec=MachineSpec(name="new"), created=1)
+    reads = DefinePlan(
+        machine="new", images=(), overlays=(), change=Change(define=machine, layers=(again,), active={"vda": again.id})
+    )
+    with pytest.raises(OperationPending, match="on machine web is still open"):
+        store.open_operation(reads, store.basis("new"), serial=OperationId(store.next_serial()))
+
+
 def test_no_serial_number_is_used_twice_not_even_after_a_failure_or_a_forgotten_machine(open_store: Open) -> None:
     store = open_store()
     first = opened(store, serials=3)
@@ -703,7 +723,7 @@ def layers(draw: st.DrawFn) -> list[Layer]:
         made.append(
             Layer(
                 id=LayerId(f"vda-{number}"),
-                path=draw(st.sampled_from(["/images/", f"{MACHINES}/web/"])) + f"{number}" + draw(TEXT),
+                path=draw(st.sampled_from(["/images/", f"{MACHINES}/web/", "json:"])) + f"{number}" + draw(TEXT),
                 format=draw(st.sampled_from(get_args(Format))),
                 backing=draw(st.none() | st.sampled_from([below.id for below in made])) if made else None,
                 virtual_size=draw(SIZE),
@@ -711,6 +731,8 @@ def layers(draw: st.DrawFn) -> list[Layer]:
                 inode=draw(UNSIGNED),
                 owned=draw(st.booleans()),
                 state=draw(st.sampled_from(get_args(LayerState))),
+                storage=draw(st.sampled_from(get_args(Storage))),
+                identity=draw(TEXT),
             )
         )
     return made

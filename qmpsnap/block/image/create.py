@@ -358,7 +358,8 @@ def _check_request(path: str | os.PathLike[str], virtual_size: int) -> Path:
 
 def _check_backing(backing: Layer, encrypted: bool) -> None:  # noqa: FBT001
     """The layer below as an overlay needs it: a plain absolute name, of its format and size, encrypted as this one."""
-    problem = header.backing_fault(backing.path) or ("" if backing.path.startswith("/") else "the path is not absolute")
+    is_place = backing.path.startswith("/") or backing.storage == "rbd"
+    problem = header.backing_fault(backing.path) or ("" if is_place else "the path is not absolute")
     if problem:
         raise ImageRefused(f"{printable(backing.path)!r} cannot be a backing file: {problem}")
     found = header.read(backing.path, format=backing.format, block_device=True)

@@ -9,7 +9,7 @@ import errno
 import os
 import shlex
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -23,7 +23,8 @@ from qmpsnap.hint import option
 from qmpsnap.host import files
 from qmpsnap.host.files import opened
 from qmpsnap.model.layers.chain import MAX_LAYERS, Layer
-from qmpsnap.model.machines.spec import Format
+from qmpsnap.model.machines.rbd import PREFIX, RbdImage
+from qmpsnap.model.machines.spec import Format, Storage
 from qmpsnap.model.text import printable
 
 __all__ = [
@@ -84,6 +85,7 @@ class FoundLayer(Struct, frozen=True, kw_only=True):
     path: str
     format: Format
     header: Header
+    storage: Storage = "file"
 
 
 def detect(data: bytes) -> Format:
@@ -108,8 +110,15 @@ def inspect(descriptor: int, *, path: str, format: Format | None = None, foreign
         header = parse(data, size, path=path)
     else:
         header = Header(format="raw", virtual_size=-(-size // _SECTOR) * _SECTOR, file_size=size)
-    birth = files.born(descriptor)
-    return replace(header, device=status.st_dev, inode=status.st_ino, birth=birth, allocated=status.st_blocks * 512)
+    identity, birth = files.identity_of(status), files.born(descriptor)
+    return replace(
+        header,
+        device=status.st_dev,
+        inode=status.st_ino,
+        birth=birth,
+        identity=identity,
+        allocated=size if identity else status.st_blocks * 512,
+    )
 
 
 def _end(descriptor: int, size: int) -> bytes:
@@ -168,8 +177,13 @@ def read(
 
     ``format`` is pinned: ``raw`` stays raw whatever a guest wrote into its first sector, unless the image is
     ``foreign``; None goes by the magic. ``ImageRefused``: not there, a symlink, not a regular file, not of that format,
-    or see :func:`parse`.
+    or see :func:`parse`. Of an RBD image nothing is read but its size.
     """
+    if image := RbdImage.parse(os.fspath(path)):
+        from qmpsnap.host import ceph  # seldom needed
+
+        found = ceph.info(image)
+        return Header(format="raw", virtual_size=found.size, file_size=found.size, identity=found.identity)
     with _opened(path, block_device=block_device) as descriptor:
         return inspect(descriptor, path=os.fspath(path), format=format, foreign=foreign)
 
@@ -214,7 +228,6 @@ def require(
     *,
     format: Format,  # noqa: A002
     allowed: Sequence[Path] | None = None,
-    block_device: bool = False,
 ) -> Header:
     """Accept a foreign image only when it is what it is declared to be and lies where images may lie.
 
@@ -222,8 +235,10 @@ def require(
     The last component of the path may not be a symlink. ``allowed``: folders it must lie in, directly or deeper; None
     when the caller has checked the place.
     """
+    if image := RbdImage.parse(os.fspath(path)):
+        raise ImageRefused(f"rbd:{image} is the disk of no machine here", hint="define a machine with it first")
     real = _inside(os.fspath(path), allowed)
-    found = read(real, format=format, foreign=True, block_device=block_device)
+    found = read(real, format=format, foreign=True)
     require_few_tags(path, found)
     return found
 
@@ -244,16 +259,20 @@ def read_chain(
     *,
     allowed: Sequence[Path] | None,
     max_depth: int = MAX_DEPTH,
-    block_device: bool = False,
+    storage: Storage = "file",
+    known: Callable[[str], Storage] = lambda _: "file",
 ) -> list[FoundLayer]:
     """Follow the backing strings from the image at ``path`` down and return its layers, base first.
 
     What :func:`require` refuses of any layer is refused, and a loop, more than ``max_depth`` layers, and a backing
-    format that is missing or neither raw nor qcow2.
+    format that is missing or neither raw nor qcow2. ``storage``: of the image at ``path``. What is said to be a file
+    may be none only if it is ``known``, as a layer of some machine.
     """
     layers: list[FoundLayer] = []
-    seen: set[tuple[int, int]] = set()
-    place, pinned = os.path.join(Path.cwd(), os.fspath(path)), format  # noqa: PTH118  Path would drop what QEMU keeps
+    seen: set[tuple[int, int] | str] = set()
+    place, pinned = os.fspath(path), format
+    if not place.startswith(PREFIX):
+        place = os.path.join(Path.cwd(), place)  # noqa: PTH118  Path would drop what QEMU keeps
     while True:
         if len(layers) == max_depth:
             raise ImageRefused(
@@ -261,15 +280,53 @@ def read_chain(
                 hint="copy it into one image while it is not in use: "
                 + printable(f"qemu-img convert -O qcow2 {shlex.quote(os.fspath(path))} NEW", 2000),
             )
-        header = require(place, format=pinned, allowed=allowed, block_device=block_device)
-        if (header.device, header.inode) in seen:
+        storage, header = _look(place, pinned, storage, allowed, known)
+        if (file := header.identity or (header.device, header.inode)) in seen:
             raise ImageRefused(f"the chain of {printable(os.fspath(path))} loops at {printable(place)}")
-        seen.add((header.device, header.inode))
-        layers.append(FoundLayer(path=place, format=pinned, header=header))
+        seen.add(file)
+        layers.append(FoundLayer(path=place, format=pinned, header=header, storage=storage))
         if header.backing is None:
             return layers[::-1]
         pinned = _pinned_format(place, header)
-        place = os.path.join(os.path.dirname(place), header.backing)  # noqa: PTH118, PTH120  nothing may be normalised
+        storage, above = "file", place
+        place = header.backing
+        if not place.startswith(PREFIX):
+            place = os.path.join(os.path.dirname(above), place)  # noqa: PTH118, PTH120  nothing may be normalised
+
+
+def _look(
+    path: str,
+    format: Format,  # noqa: A002
+    storage: Storage,
+    allowed: Sequence[Path] | None,
+    known: Callable[[str], Storage],
+) -> tuple[Storage, Header]:
+    """What an image lies in, and its header."""
+    if storage != "file":
+        return storage, _no_file(path, storage)
+    try:
+        return storage, require(path, format=format, allowed=allowed)
+    except ImageRefused:
+        if (found := known(path)) == "file":
+            raise
+        return found, _no_file(path, found)
+
+
+def _no_file(path: str, storage: Storage) -> Header:
+    """What there is to know of a block device or an RBD image, which are always raw."""
+    from qmpsnap.host import block_devices  # seldom needed
+
+    if storage == "host_device" and block_devices.number_of(path) is None:
+        if not os.path.exists(path):  # noqa: PTH110
+            raise ImageRefused(f"there is no block device {printable(path)}")
+        raise ImageRefused(f"{printable(path)} is not a block device", hint="name a file with 'image' instead")
+    found = read(path, format="raw", block_device=True)
+    if not found.identity:
+        raise ImageRefused(
+            f"block device {printable(path)} has no UUID, WWN or serial number that tells it from other devices",
+            hint="give it a serial number, or use a logical volume on it",
+        )
+    return found
 
 
 def _pinned_format(path: str, header: Header) -> Format:

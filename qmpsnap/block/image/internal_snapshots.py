@@ -95,7 +95,7 @@ def _opened(layer: Layer) -> Iterator[int]:
         yield descriptor
 
 
-def _copy(source: str, target: str, recorded: tuple[int, ...]) -> None:
+def _copy(source: str, target: str, recorded: tuple[int, int] | tuple[int, int, int]) -> None:
     """Copy a file that has this device, inode and birth, holes as holes, or share its blocks."""
     try:
         into = create_exclusive(target)

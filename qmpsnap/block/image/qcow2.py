@@ -8,11 +8,12 @@ reader refuses. :mod:`qmpsnap.block.image.header` reads the bytes.
 import struct
 import unicodedata
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypedDict
 
 from msgspec import Struct
 
 from qmpsnap.errors import ImageRefused
+from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.text import printable
 
@@ -48,6 +49,15 @@ _MAX_REFCOUNT_ORDER: Final = 6
 _AES, _LUKS = 1, 2
 
 
+class FileFields(TypedDict):
+    """What tells an image's file from others, as a layer has it."""
+
+    device: int
+    inode: int
+    birth: int
+    identity: str
+
+
 class Header(Struct, frozen=True, kw_only=True):
     """What an image's first cluster and its ``stat`` say. Sizes are bytes.
 
@@ -62,6 +72,7 @@ class Header(Struct, frozen=True, kw_only=True):
         l1_offset: where the active L1 table lies; with ``l1_size`` (entries) it tells whether the image is empty.
         allocated: bytes the file occupies on its file system.
         device: with ``inode`` and ``birth`` the file's identity, taken from the descriptor that was read.
+        identity: of what is no file.
     """
 
     format: Format
@@ -82,6 +93,14 @@ class Header(Struct, frozen=True, kw_only=True):
     device: int = 0
     inode: int = 0
     birth: int = 0
+    identity: str = ""
+
+    @property
+    def file_id(self) -> FileFields:
+        """What is recorded of them: a device's node has another number with every boot."""
+        if self.identity:
+            return {"device": 0, "inode": 0, "birth": 0, "identity": self.identity}
+        return {"device": self.device, "inode": self.inode, "birth": self.birth, "identity": ""}
 
 
 class _Fields(NamedTuple):
@@ -111,7 +130,7 @@ class _Fault(Exception):
 
 
 def backing_fault(name: str) -> str | None:
-    """Why ``name`` may not be a backing string, or None when it is a plain path that QEMU takes for one."""
+    """Why ``name`` may not be a backing string; None for a plain path that QEMU takes for one, and an RBD image."""
     try:
         length = len(name.encode())
     except UnicodeEncodeError:
@@ -120,6 +139,8 @@ def backing_fault(name: str) -> str | None:
         return f"the name has {length} bytes; 1 to {MAX_BACKING} are possible"
     if any(unicodedata.category(c) == "Cc" for c in name):
         return "the name holds control characters"
+    if RbdImage.parse(name):
+        return None
     # QEMU's rule (path_has_protocol): a colon before the first slash makes it a protocol, json: among them.
     if ":" in name.split("/", 1)[0]:
         return "the name is a protocol or json: string, not a plain path"

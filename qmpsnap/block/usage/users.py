@@ -15,7 +15,8 @@ import os
 import stat
 
 from qmpsnap.block.usage import image_locks
-from qmpsnap.host.files import inode_of, opened, read
+from qmpsnap.errors import HostCannot
+from qmpsnap.host.files import key_of, opened, read
 from qmpsnap.host.value import Value
 
 TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _SIGURG: Final = 23
 """On every Linux but Alpha and SPARC; the module with its name is slow to load."""
+IN_CLUSTER: Final = "json:"
+"""How the names of images begin that are in a Ceph cluster, and no files."""
 UNSEEN = "a process that cannot be seen from here (another PID namespace, a container, or another user's)"
 
 
@@ -75,16 +78,26 @@ def look(paths: Iterable[str], *, readers: bool = False, ours: Collection[int] =
     machine's QEMU, may have them open.
     """
     held: dict[str, How] = {}
+    clients: dict[str, User] = {}
     unsaid = False
     for path in paths:
         try:
-            if how := _how(path, readers=readers):
+            if path.startswith(IN_CLUSTER):
+                clients |= _clients(path, readers=readers, ours=ours)
+            elif how := _how(path, readers=readers):
                 held[path] = how
-        except OSError:
+        except (OSError, HostCannot):
             unsaid = True
     by = _processes(held) if held else {}
     found = {path: user for path, how in held.items() if (user := _named(path, how, by[path], ours))}
-    return Found(found, unsaid)
+    return Found(found | clients, unsaid)
+
+
+def _clients(path: str, *, readers: bool, ours: Collection[int]) -> dict[str, User]:
+    from qmpsnap.block.usage import clients  # slow to load, and seldom needed
+
+    found = clients.look(path, readers=readers, ours=ours)
+    return {path: User(path, *found)} if found else {}
 
 
 def _how(path: str, *, readers: bool) -> How | None:
@@ -102,7 +115,10 @@ def _how(path: str, *, readers: bool) -> How | None:
 def _asked(descriptor: int, *, readers: bool) -> How | None:
     if image_locks.held(descriptor, image_locks.WRITES):
         return "writes"
-    leased = stat.S_ISREG(os.fstat(descriptor).st_mode)  # there are none on block devices
+    status = os.fstat(descriptor)
+    if stat.S_ISBLK(status.st_mode):
+        return _asked_of_device(descriptor, status.st_rdev, readers=readers)
+    leased = stat.S_ISREG(status.st_mode)
     if leased and not _is_free(descriptor, fcntl.F_RDLCK):
         return "writes"
     if readers and (
@@ -110,6 +126,19 @@ def _asked(descriptor: int, *, readers: bool) -> How | None:
     ):
         return "reads"
     return None
+
+
+def _asked_of_device(descriptor: int, number: int, *, readers: bool) -> How | None:
+    """There are no leases on block devices, so each time the processes of this host are searched."""
+    from qmpsnap.host import block_devices  # seldom needed
+
+    path = f"/proc/self/fd/{descriptor}"
+    if block_devices.is_claimed(path) or block_devices.holders(number):
+        return "writes"
+    others = _processes([path])[path]
+    if any(process.writes for process in others):
+        return "writes"
+    return "reads" if readers and others else None
 
 
 def _is_free(descriptor: int, kind: int) -> bool:
@@ -138,14 +167,30 @@ def _processes(paths: Iterable[str]) -> dict[str, list[Process]]:
     files: dict[str, Inode | None] = dict.fromkeys(paths)
     for path in files:
         with contextlib.suppress(OSError):
-            status = os.lstat(path)
-            files[path] = inode_of(status)
+            files[path] = key_of(os.stat(path, follow_symlinks=_is_device(path)))  # noqa: PTH116
     wanted = {file for file in files.values() if file}
     holders: dict[Inode, list[Process]] = {file: [] for file in wanted}
     for pid in _pids():
         for file, process in _held_by(pid, wanted):
             holders[file].append(process)
-    return {path: [*holders[file], *_loops(path)] if file else [] for path, file in files.items()}
+    return {path: [*holders[file], *_loops(path), *_kernel(file)] if file else [] for path, file in files.items()}
+
+
+def _is_device(path: str) -> bool:
+    """Whether a name leads to a block device, which a link is the only name of."""
+    if not os.path.islink(path):  # noqa: PTH114
+        return False
+    from qmpsnap.host import block_devices  # seldom needed
+
+    return block_devices.number_of(path) is not None
+
+
+def _kernel(file: Inode) -> Iterator[Process]:
+    number, inode = file
+    if not inode:
+        from qmpsnap.host import block_devices  # seldom needed
+
+        yield from (Process(name, 0, writes=True) for name in block_devices.holders(number))
 
 
 def _pids() -> Iterator[int]:
@@ -178,10 +223,14 @@ def _descriptors(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, b
             lines = read(f"/proc/{pid}/fdinfo/{number}").splitlines()
             said = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
             # By its number first: to look at a file itself may hang where a file server does.
-            if "ino" in said and int(said["ino"]) not in inodes:
+            if "ino" in said and int(said["ino"]) not in inodes and not (0 in inodes and _is_node(pid, number)):
                 continue
-            if (file := inode_of(os.stat(f"/proc/{pid}/fd/{number}"))) in wanted:  # noqa: PTH116
+            if (file := key_of(os.stat(f"/proc/{pid}/fd/{number}"))) in wanted:  # noqa: PTH116
                 yield file, int(said["flags"], 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def _is_node(pid: int, number: str) -> bool:
+    return os.readlink(f"/proc/{pid}/fd/{number}").startswith("/dev/")  # noqa: PTH115
 
 
 def _mappings(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, bool]]:

@@ -53,6 +53,10 @@ Uuid = Annotated[
     str,
     _text("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "a UUID such as 8d3f5a52-0b1c-4e2f-9a60-5f1f6c7d8e9f"),
 ]
+RbdName = _text(
+    "[A-Za-z0-9_.][A-Za-z0-9_.+=-]{0,95}",
+    "a name in Ceph, at most 96 of A-Z, a-z, 0-9, '_', '.', '+', '=' and '-', not beginning with '-'",
+)
 Interface = _text("[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "an interface's name such as tap0 or br0")
 
 
@@ -66,6 +70,16 @@ class EncryptionShape(Shape, frozen=True):
     secret_file: FilePath | None = None
 
 
+class RbdShape(Shape, frozen=True):
+    """``rbd`` of a disk."""
+
+    pool: Annotated[str, RbdName]
+    image: Annotated[str, RbdName]
+    namespace: Annotated[str, RbdName] | None = None
+    conf: Annotated[str, _text(r"/[ !#-\[\]-~]*[^/\"\\]", "the path of a Ceph configuration, in ASCII")] | None = None
+    user: Annotated[str, RbdName] | None = None
+
+
 class DiskShape(Shape, frozen=True):
     """One of ``disks``."""
 
@@ -73,6 +87,8 @@ class DiskShape(Shape, frozen=True):
     size: DiskSize | None = None
     image: FilePath | None = None
     base: FilePath | None = None
+    device: FilePath | None = None
+    rbd: RbdShape | None = None
     format: Format = "qcow2"
     bus: Bus = "virtio"
     cache: Cache = "writeback"

@@ -29,7 +29,10 @@ GUEST: Final = "@guest/"
 
 _FLAGS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _FORWARD: Final = re.compile(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?")
-_PATHS: Final = ("kernel", "initrd", "image", "base", "secret-file", "uefi-code", "uefi-variables")
+_PATHS: Final = (
+    "kernel", "initrd", "image", "base", "device", "secret-file", "conf", "uefi-code", "uefi-variables",
+)  # fmt: skip
+_CONTENT: Final = ("size", "image", "base", "device", "rbd")
 _IDE: Final = 4
 """Disks that the two channels of a pc machine take."""
 _HINTS: Final = {
@@ -38,6 +41,7 @@ _HINTS: Final = {
     "guest": "as in '{host: 2222, guest: 22}'",
     "size": UNITS,
     "memory": UNITS,
+    "pool": "as in 'rbd: {pool: rbd, image: web}'",
     "format": "an image of another format: qemu-img convert -O qcow2 IMAGE NEW, then name NEW here",
 }
 """What to do where a key is missing, or its value wrong."""
@@ -130,7 +134,8 @@ def _readable(document: Document, folder: Path, guest_dir: Path) -> Document:
             raise _wrong(document, path)
         if isinstance(value, str):
             _require_text(document, path, value)
-            value = _file_path(document, path, value, folder, guest_dir) if key in _PATHS else _word(value, path, kind)
+            is_path = key in _PATHS and not path.endswith(".rbd.image")
+            value = _file_path(document, path, value, folder, guest_dir) if is_path else _word(value, path, kind)
         if key in ("size", "memory"):
             value = _bytes(value, MIB if key == "memory" else 1)
         if isinstance(value, list) and isinstance(kind, inspect.VarTupleType):
@@ -254,13 +259,15 @@ def _machine(document: Document) -> MachineSpec:
         said, _, path = str(error).rpartition(" - at `")
         said, path = (said, path[:-1]) if said else (path, "$")
         if missing := re.fullmatch("Object missing required field `(.*)`", said):
-            document.refuse(path, f"key {missing[1]!r} is missing", _HINTS[missing[1]])
+            document.refuse(path, f"key {missing[1]!r} is missing", _HINTS.get(missing[1], ""))
         raise _wrong(document, path) from error
     _require_agreement(document, found)
     _require_buses(document, found)
     _require_disks(document, found.disks)
     _require_nics(document, found.nics)
-    found = replace(found, nics=tuple(nic for nic in found.nics if nic.kind != "none"))
+    # What is no file has no room for a format's tables beside the guest's data.
+    disks = tuple(replace(disk, format="raw") if disk.device or disk.rbd else disk for disk in found.disks)
+    found = replace(found, nics=tuple(nic for nic in found.nics if nic.kind != "none"), disks=disks)
     return msgspec.convert(found, MachineSpec, from_attributes=True)
 
 
@@ -303,13 +310,9 @@ def _require_disks(document: Document, disks: Sequence[DiskShape]) -> None:
     images = [disk.image or disk.base for disk in disks]
     for number, disk in enumerate(disks):
         path, what = f"$.disks[{number}]", f"disk {disk.name!r}"
-        content = [key for key in document.value["disks"][number] if key in ("size", "image", "base")]
-        if not content:
-            document.refuse(path, f"{what} needs one of 'size', 'image' and 'base'", "as in 'size: 10G'")
-        if len(content) > 1:
-            found = f"{what} has both {content[0]!r} and {content[1]!r}; one is enough"
-            document.refuse(f"{path}.{content[1]}:", found)
-        if disk.encryption and disk.format != "qcow2":
+        content = _require_content(document, document.value["disks"][number], path, what)
+        raw = content in ("device", "rbd") or disk.format == "raw"
+        if disk.encryption and raw:
             document.refuse(f"{path}.encryption:", f"{what}: only qcow2 images are encrypted", "leave 'format' out")
         if disk.read_only and disk.bus in ("sata", "ide"):
             found = f"{what}: QEMU has no read-only {disk.bus.upper()} disks"
@@ -320,6 +323,19 @@ def _require_disks(document: Document, disks: Sequence[DiskShape]) -> None:
         if disk.image is not None and images.count(disk.image) > 1:
             found = f"disk {disk.name!r}: another disk uses its image {disk.image} too"
             document.refuse("$.disks", found, "use 'base' for both")
+
+
+def _require_content(document: Document, written: dict[str, Any], path: str, what: str) -> str:
+    """The one key that says what a disk is made of."""
+    content = [key for key in written if key in _CONTENT]
+    if not content:
+        document.refuse(path, f"{what} needs one of {', '.join(map(repr, _CONTENT))}", "as in 'size: 10G'")
+    if len(content) > 1:
+        found = f"{what} has both {content[0]!r} and {content[1]!r}; one is enough"
+        document.refuse(f"{path}.{content[1]}:", found)
+    if content[0] in ("device", "rbd") and written.get("format", "raw") != "raw":
+        document.refuse(f"{path}.format", f"{what}: {content[0]!r} is always raw", "leave 'format' out")
+    return content[0]
 
 
 def _require_nics(document: Document, nics: Sequence[NicShape]) -> None:

@@ -8,6 +8,7 @@ layer above: if it differs, QEMU treats the backing as overridden and its answer
 from typing import Any
 
 from qmpsnap.model.layers.chain import Chain, Layer
+from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.secret import ENCRYPT, secret_id
 from qmpsnap.model.machines.spec import DiskSpec
 from qmpsnap.model.names import NodeName
@@ -31,13 +32,7 @@ def layer_options(layer: Layer, disk: DiskSpec, *, backing: NodeName | None, rea
         "read-only": read_only,
         "discard": discard,
         "cache": cache,
-        "file": {
-            "driver": "file",
-            "filename": layer.path,
-            "node-name": f"{node_name(layer)}.file",
-            "discard": discard,
-            "cache": cache,
-        },
+        "file": _place(layer) | {"node-name": f"{node_name(layer)}.file", "discard": discard, "cache": cache},
     }
     if disk.opened:
         options |= _allowed(disk.opened.format, read_only=read_only)
@@ -47,6 +42,13 @@ def layer_options(layer: Layer, disk: DiskSpec, *, backing: NodeName | None, rea
     if disk.encryption:
         options["encrypt"] = {"format": ENCRYPT, "key-secret": secret_id(disk.name)}
     return options
+
+
+def _place(layer: Layer) -> dict[str, Any]:
+    """Where its data are."""
+    if image := RbdImage.parse(layer.path):
+        return image.options
+    return {"driver": layer.storage, "filename": layer.path}
 
 
 def _allowed(options: dict[str, Any], *, read_only: bool) -> dict[str, Any]:

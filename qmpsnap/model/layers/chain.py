@@ -7,7 +7,8 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import NotFoundError
 from qmpsnap.hint import call
-from qmpsnap.model.machines.spec import Format
+from qmpsnap.model.machines.rbd import shown
+from qmpsnap.model.machines.spec import Format, Storage
 from qmpsnap.model.names import LayerId
 
 LayerState = Literal["ok", "hidden", "consumed", "shield"]
@@ -39,19 +40,27 @@ if TYPE_CHECKING:
         def format(self) -> Format:
             """Of the image."""
 
+        @property
+        def storage(self) -> Storage:
+            """What the image lies in."""
+
 
 class Layer(Struct, frozen=True, kw_only=True):
-    """One image file.
+    """One image: a file, a block device, or an image of a Ceph cluster.
 
     Attributes:
         id: unique in the store; also the node name in QEMU.
-        path: absolute path of the file, the very string QEMU and the overlay's header are given.
+        path: the very string that QEMU and the overlay's header are given: an absolute path, or for ``rbd`` QEMU's
+            ``json:`` name.
         backing: the layer below, or None at the base.
         virtual_size: bytes the guest sees.
         device: ``st_dev`` of the file when it was recorded; with ``inode`` its identity.
         inode: ``st_ino`` of the file.
         birth: when the file was born, by its file system, in nanoseconds since the epoch; 0 where that does not say.
-        owned: qmpsnap created the file; only owned files are ever written to by a job or removed.
+        owned: qmpsnap created the file; only owned files are ever removed.
+        storage: QEMU's protocol driver for it. What is no file is the machine's to write to, though not ours.
+        identity: of what is no file, and empty for files: ``lvm:UUID``, ``rbd:FSID/POOL/IMAGE``, ``wwn:...``; it holds
+            from boot to boot, so that device and inode are 0.
     """
 
     id: LayerId
@@ -64,6 +73,18 @@ class Layer(Struct, frozen=True, kw_only=True):
     birth: int = 0
     owned: bool = True
     state: LayerState = "ok"
+    storage: Storage = "file"
+    identity: str = ""
+
+    @property
+    def writable(self) -> bool:
+        """Whether a job may write to it."""
+        return self.owned or self.storage != "file"
+
+    @property
+    def shown(self) -> str:
+        """Its name for people."""
+        return shown(self.path)
 
 
 class Chain(Struct, frozen=True):

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from qmpsnap.model.layers.stamp import History
-    from qmpsnap.model.machines.spec import Format
+    from qmpsnap.model.machines.spec import Format, Storage
     from qmpsnap.model.names import LayerId
 
 
@@ -23,6 +23,8 @@ class ReadImage(Value):
     device: int
     inode: int
     birth: int
+    storage: Storage = "file"
+    identity: str = ""
 
 
 class Reads(Value):

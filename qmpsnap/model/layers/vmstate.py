@@ -68,6 +68,11 @@ class Vmstate(Stream, frozen=True, kw_only=True):
     inode: int
     birth: int = 0
 
+    @property
+    def identity(self) -> str:
+        """Only what is no file has one."""
+        return ""
+
 
 class Inside(Struct, frozen=True, kw_only=True):
     """Memory inside a qcow2 image, under the tag of its snapshot, where it takes so many bytes."""

@@ -8,9 +8,13 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from qmpsnap.model.machines.rbd import RbdImage
+
 Accel = Literal["auto", "kvm", "tcg"]
 Firmware = Literal["bios", "uefi"]
 Format = Literal["qcow2", "raw"]
+Storage = Literal["file", "host_device", "rbd"]
+"""QEMU's protocol driver for what an image lies in."""
 Bus = Literal["virtio", "scsi", "sata", "nvme", "ide"]
 Cache = Literal["writeback", "none", "writethrough", "directsync", "unsafe"]
 NicKind = Literal["user", "tap", "bridge"]
@@ -41,12 +45,14 @@ class Opened(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit
 
 
 class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One disk: exactly one of ``size`` (a new image), ``image`` (an existing one) or ``base`` (a linked clone).
+    """One disk: exactly one of ``size`` (a new image), ``image``, ``device``, ``rbd`` or ``base`` (a linked clone).
 
     Attributes:
         name: the disk's name, also its device id in QEMU.
         size: virtual size in bytes of the image to create.
         image: absolute path of an existing image; the guest writes to it until the first snapshot.
+        device: absolute path of a block device, as ``image`` of format raw.
+        rbd: an image of a Ceph cluster, as ``image`` of format raw.
         base: absolute path of an existing image that stays read-only under a new overlay.
         format: format of ``image`` or ``base``, or of the new image; never probed.
         snapshot: whether snapshots include this disk.
@@ -58,6 +64,8 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     size: int | None = None
     image: str | None = None
     base: str | None = None
+    device: str | None = None
+    rbd: RbdImage | None = None
     format: Format = "qcow2"
     bus: Bus = "virtio"
     cache: Cache = "writeback"
@@ -66,6 +74,16 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     snapshot: bool = True
     encryption: Encryption | None = None
     opened: Opened | None = None
+
+    @property
+    def existing(self) -> str | None:
+        """What the guest writes to until the first snapshot, by the string that QEMU is given; None if that is new."""
+        return self.rbd.filename if self.rbd else self.image or self.device
+
+    @property
+    def storage(self) -> Storage:
+        """What ``existing`` or ``base`` lies in."""
+        return "rbd" if self.rbd else "host_device" if self.device else "file"
 
 
 class Forward(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -30,7 +30,7 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     """A commit of the layers above ``base`` up to ``top`` into ``base``, if nobody else reads what would change."""
     low, high = _span(chain, base, top)
     into, highest = chain.layers[low], chain.layers[high]
-    if not into.owned and not (highest == chain.active and into == chain.shielded):
+    if not into.writable and not (highest == chain.active and into == chain.shielded):
         raise StateError(
             f"layer {into.id} ({into.path}) was not created by qmpsnap and is never written to",
             hint=call("stream", at.machine, chain.disk) + " merges upwards instead",

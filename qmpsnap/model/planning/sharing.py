@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import OperationPending, StateError
 from qmpsnap.hint import call
 from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.machines.rbd import PREFIX, shown
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import (
     CreatePlan,
@@ -30,7 +31,7 @@ from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 
 Name = str | tuple[int, int]
-"""What a file is known by: its layer's id, its path, its device and inode; any of them is enough."""
+"""What a file is known by: its layer's id, its path, its device and inode or identity; any of them is enough."""
 
 
 class Uses(Struct, frozen=True):
@@ -179,14 +180,20 @@ def names_of(layers: Iterable[Layer]) -> frozenset[Name]:
     """What the files of layers are known by."""
     found: set[Name] = set()
     for layer in layers:
-        found |= {layer.id, layer.path}
+        found |= {layer.id, layer.path, *([layer.identity] if layer.identity else [])}
         if layer.inode:  # else its file is not made yet
             found.add((layer.device, layer.inode))
     return frozenset(found)
 
 
+def is_path(name: str) -> bool:
+    """Whether that is a layer's path, and neither its id nor the identity of what is no file."""
+    return name.startswith(("/", PREFIX))
+
+
 def _refuse(machine: str, other: Operation, both: frozenset[Name], *, reads: bool) -> NoReturn:
-    what = max((name for name in both if isinstance(name, str)), key=len, default="a file of it")  # the path, if one
+    texts = sorted((name for name in both if isinstance(name, str)), key=lambda name: (is_path(name), len(name)))
+    what = shown(texts[-1]) if texts else "a file of it"
     does = "is about to read" if reads else "changes"
     end: str = call("recover", other.machine)
     if not isinstance(other.plan, DefinePlan | UndefinePlan):

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block import foreign, graph
 from qmpsnap.block.foreign import ForeignDisk
+from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpError, StateError
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end, to_read
@@ -199,25 +200,26 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
         files = await to_read(adopt_files.files, disk.name, disk.backend, disk.found, seen)
         known = [await context.astore.layer_at(found.path) for found in files]
         sources[disk.name] = DiskSource(tuple(files), tuple(known))
-    spec = replace(
-        survey.machine.spec,
-        disks=tuple(
-            DiskSpec(
-                name=disk.name,
-                image=sources[disk.name].found[-1].path,
-                format=sources[disk.name].found[-1].format,
-                cache=disk.cache,
-                read_only=disk.read_only,
-                opened=disk.opened,
-            )
-            for disk in survey.disks
-        ),
-    )
+    disks = tuple(_spec_of(disk, sources[disk.name].found[-1]) for disk in survey.disks)
+    spec = replace(survey.machine.spec, disks=disks)
     survey = replace(survey, machine=replace(survey.machine, spec=spec))
     writers, readers = await disk_sources.users(context)
     disk_sources.require_unshared(spec, sources, writers=writers, readers=readers)
     await disk_sources.require_unwritten(context, name, sources, ours=[seen.process.pid])
     return survey, sources
+
+
+def _spec_of(disk: AdoptedDisk, active: FoundLayer) -> DiskSpec:
+    is_device = active.storage == "host_device"
+    return DiskSpec(
+        name=disk.name,
+        image=None if is_device else active.path,
+        device=active.path if is_device else None,
+        format=active.format,
+        cache=disk.cache,
+        read_only=disk.read_only,
+        opened=disk.opened,
+    )
 
 
 def _placed(survey: Survey, sources: Mapping[str, DiskSource]) -> tuple[AdoptedDisk, ...]:

@@ -12,7 +12,7 @@ from qmpsnap.errors import ImageRefused, StateError, StoreMismatch
 from qmpsnap.host.files import Inode, inode_of
 from qmpsnap.machine import blockline
 from qmpsnap.machine.adopted import Seen
-from qmpsnap.model.machines.spec import Opened
+from qmpsnap.model.machines.spec import Opened, Storage
 from qmpsnap.model.text import printable
 from qmpsnap.qmp.commands import NodeInfo
 
@@ -31,7 +31,8 @@ def files(disk: str, backend: str, found: ForeignDisk, seen: Seen) -> list[Found
             if os.path.lexists(path):
                 raise
             raise _not_there(disk, layer, path, seen) from error
-        file = FoundLayer(path=path, format=layer.format, header=read)
+        storage: Storage = "host_device" if read.identity else "file"
+        file = FoundLayer(path=path, format=layer.format, header=read, storage=storage)
         below = files[-1] if files else None
         if problem := _file_problem(layer, file, seen) or (layer.format == "qcow2" and _backing_problem(file, below)):
             raise StoreMismatch(

@@ -60,7 +60,7 @@ def plan(
             if known is None and found.path not in foreign:
                 foreign[found.path] = _foreign(found, layer_id(disk.name, next(numbers)), below)
             below = known or foreign[found.path]
-        if disk.image is None:
+        if disk.existing is None:
             below = _new(disk, layer_id(disk.name, next(numbers)), below, folder=folder, onto=overlays, images=images)
         assert below is not None
         active[disk.name] = below.id
@@ -83,7 +83,7 @@ def serials_needed(spec: MachineSpec, sources: Mapping[str, DiskSource]) -> int:
         for found, known in zip(source.found, source.known, strict=True)
         if known is None
     }
-    return max(1, len(foreign) + sum(disk.image is None for disk in spec.disks))
+    return max(1, len(foreign) + sum(disk.existing is None for disk in spec.disks))
 
 
 def _foreign(found: FoundLayer, identity: LayerId, below: Layer | None) -> Layer:
@@ -93,10 +93,9 @@ def _foreign(found: FoundLayer, identity: LayerId, below: Layer | None) -> Layer
         format=found.format,
         backing=below.id if below else None,
         virtual_size=found.header.virtual_size,
-        device=found.header.device,
-        inode=found.header.inode,
-        birth=found.header.birth,
+        **found.header.file_id,
         owned=False,
+        storage=found.storage,
     )
 
 

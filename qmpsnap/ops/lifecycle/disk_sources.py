@@ -11,16 +11,20 @@ from qmpsnap.block.image import encrypted, header
 from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.errors import ImageRefused, StateError
 from qmpsnap.hint import call
-from qmpsnap.host.files import Inode
+from qmpsnap.host.files import Identified, Inode
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.rbd import shown
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, Storage
 from qmpsnap.model.planning import sharing
 from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import require_room
 from qmpsnap.ops.outside import other_programs
+
+Key = Inode | str
+"""What tells a file from others: device and inode, or the identity of what is no file."""
 
 _SECTOR, _BLOCK = 512, 4096
 """Bytes of the smallest and of the largest blocks that disks have."""
@@ -41,11 +45,18 @@ async def read(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> 
     writers, readers = await users(context)
     sources: dict[str, DiskSource] = {}
     for disk in spec.disks:
-        path = disk.image or disk.base
+        path = disk.existing or disk.base
         if path is None:
             sources[disk.name] = DiskSource()
             continue
-        read = functools.partial(header.read_chain, path, disk.format, allowed=allowed)
+        read = functools.partial(
+            header.read_chain,
+            path,
+            disk.format,
+            allowed=allowed,
+            storage=disk.storage,
+            known=functools.partial(_storage, context),
+        )
         found = await to_read(read)
         if disk.base:
             require_room(disk.name, len(found))
@@ -55,6 +66,8 @@ async def read(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> 
         sources[disk.name] = DiskSource(tuple(found), tuple(known))
     require_unshared(spec, sources, writers=writers, readers=readers)
     await require_unwritten(context, spec.name, sources)
+    alone = [disk.existing for disk in spec.disks if disk.rbd and disk.existing and not disk.read_only]
+    await other_programs.require_free(alone, machine=spec.name, readers=True)
     return sources
 
 
@@ -103,14 +116,24 @@ async def _require_encrypted(context: Context, spec: MachineSpec, disk: DiskSpec
                 await encrypted.require_key(layer.path, key, qemu_img=context.image.binary)
 
 
-async def users(context: Context) -> tuple[dict[Inode, str], dict[Inode, str]]:
+def _storage(context: Context, path: str) -> Storage:
+    """What a layer of some machine lies in; a file where there is no layer of that path."""
+    layer = context.store.layer_at(path)
+    return layer.storage if layer else "file"
+
+
+def _key(file: Identified) -> Key:
+    return file.identity or (file.device, file.inode)
+
+
+async def users(context: Context) -> tuple[dict[Key, str], dict[Key, str]]:
     """Which machine writes to which file, and which machine reads which."""
-    writers: dict[Inode, str] = {}
-    readers: dict[Inode, str] = {}
+    writers: dict[Key, str] = {}
+    readers: dict[Key, str] = {}
     for machine in await context.astore.machines():
         for chain in await context.astore.chains(machine.name):
-            writers[chain.active.device, chain.active.inode] = machine.name
-            readers |= {(layer.device, layer.inode): machine.name for layer in chain.layers}
+            writers[_key(chain.active)] = machine.name
+            readers |= {_key(layer): machine.name for layer in chain.layers}
     return writers, readers
 
 
@@ -118,32 +141,32 @@ def require_unshared(
     spec: MachineSpec,
     sources: Mapping[str, DiskSource],
     *,
-    writers: Mapping[Inode, str],
-    readers: Mapping[Inode, str],
+    writers: Mapping[Key, str],
+    readers: Mapping[Key, str],
 ) -> None:
     """Make sure that no image has a writer and another reader; files are told by identity, not by name."""
-    own: dict[Inode, DiskSpec] = {}
+    own: dict[Key, DiskSpec] = {}
     for disk in spec.disks:
         source = sources[disk.name]
-        files = [(layer.header.device, layer.header.inode) for layer in source.found]
+        files = [_key(layer.header) for layer in source.found]
         for layer, file in zip(source.found, files, strict=True):
             if writer := writers.get(file):
                 raise StateError(
-                    f"disk {disk.name} of {spec.name} would read {layer.path}, which machine {writer} writes to",
+                    f"disk {disk.name} of {spec.name} would read {shown(layer.path)}, which machine {writer} writes to",
                     hint="use the layer that this freezes: " + call("snapshot", writer),
                 )
-        if disk.image and not disk.read_only:
+        if disk.existing and not disk.read_only:
             if source.known[-1] is not None or files[-1] in readers:
                 raise _written(spec, disk, "other machines read")
             own[files[-1]] = disk
     for disk in spec.disks:
         for layer in sources[disk.name].found:
-            if (other := own.get((layer.header.device, layer.header.inode), disk)) is not disk:
+            if (other := own.get(_key(layer.header), disk)) is not disk:
                 raise _written(spec, other, f"its disk {disk.name} reads")
 
 
 def _written(spec: MachineSpec, disk: DiskSpec, who: str) -> StateError:
     return StateError(
-        f"disk {disk.name} of {spec.name} would write to {disk.image}, which {who}",
-        hint="make a linked clone with 'base:' instead of 'image:'",
+        f"disk {disk.name} of {spec.name} would write to {shown(disk.existing or '')}, which {who}",
+        hint="make a linked clone: use 'base:' for its image",
     )

@@ -12,6 +12,7 @@ from qmpsnap.block.usage.users import User
 from qmpsnap.errors import ImageInUse
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.machines.rbd import PREFIX, shown
 from qmpsnap.model.operations.operation import Plan
 from qmpsnap.model.planning import sharing
 from qmpsnap.model.planning.layer_graph import Forest
@@ -25,6 +26,12 @@ PATIENCE: Final = 1.0
 def require_unwritten(layers: Iterable[Layer], *, machine: str, ours: Collection[int] = ()) -> None:
     """Refuse where somebody else writes to one of these images; called in a thread."""
     if found := _first((layer.path for layer in layers), readers=False, ours=ours):
+        refuse(found, machine)
+
+
+def require_unused(paths: Iterable[str], *, machine: str) -> None:
+    """Refuse where somebody else has one of these open at all; called in a thread."""
+    if found := _first(paths, readers=True, ours=()):
         refuse(found, machine)
 
 
@@ -63,12 +70,20 @@ def require_unread(plan: Plan, forest: Forest, *, machine: str) -> None:
 def refuse(found: User, machine: str) -> NoReturn:
     """Say who is in the way."""
     raise ImageInUse(
-        f"{printable(found.path)}, an image of machine {machine}, {found.does} {found.who}",
-        hint="end that process, then try again"
+        f"{printable(shown(found.path))}, an image of machine {machine}, {found.does} {found.who}",
+        hint=_remedy(found)
         if found.by
         else f"it may be the QEMU of {machine}: end it where it was started, or try again there",
         machine=machine,
     )
+
+
+def _remedy(found: User) -> str:
+    if all(process.pid for process in found.by):
+        return "end that process, then try again"
+    if found.path.startswith(PREFIX):
+        return "end that client, then try again; the cluster forgets one that was killed within a minute"
+    return "end that use of it (umount, swapoff, losetup -d, dmsetup remove), then try again"
 
 
 def _first(paths: Iterable[str], *, readers: bool, ours: Collection[int]) -> User | None:

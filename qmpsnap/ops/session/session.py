@@ -222,6 +222,10 @@ def _require_alone(context: Context, basis: Basis, *, runs: bool) -> None:
     layers = read_by(basis.chains, basis.snapshots, basis.forest)
     process = context.process(basis.record) if basis.record else None
     active = {chain.active.id for chain in basis.chains} if runs else set()
+    if not runs:
+        # QEMU locks no image in a cluster against another QEMU: both would write.
+        alone = [chain.active.path for chain in basis.chains if chain.active.storage == "rbd"]
+        other_programs.require_unused(alone, machine=basis.name)
     other_programs.require_unwritten(
         (layer for layer in layers if layer.id not in active), machine=basis.name, ours=[process.pid] if process else []
     )

@@ -59,6 +59,7 @@ class ImageTable:
             return int(sql.execute("SELECT count(*) FROM layer").fetchone()[0])
 
     def _image(self, row: Sequence[Any]) -> ReadImage:
-        identity, pool, path, form, backing, device, inode, birth = row
+        layer, pool, path, form, backing, device, inode, birth, storage, identity = row
         place = absolute(pool, path, machines=self._machines)
-        return ReadImage(identity, place, form, backing, unsigned(device), unsigned(inode), birth)
+        number = unsigned(device), unsigned(inode), birth
+        return ReadImage(layer, place, form, backing, *number, storage, identity)

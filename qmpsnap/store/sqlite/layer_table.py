@@ -12,8 +12,10 @@ from pathlib import Path
 import msgspec
 
 from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.machines.rbd import PREFIX
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Change
+from qmpsnap.model.planning import sharing
 from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer, based
 from qmpsnap.model.planning.sharing import Name
 from qmpsnap.store.sqlite import queries
@@ -31,7 +33,9 @@ class LayerTable:
         self._machines = machines
 
     def place(self, path: str) -> tuple[str, str]:
-        """(pool, relative path): layers in the machines' folder move with it, others are this host's."""
+        """(pool, relative path): layers in the machines' folder move with it, others are this host's or a cluster's."""
+        if path.startswith(PREFIX):
+            return "rbd", path
         # As text: a layer's path is the very string in the header above it, and pathlib would tidy it up.
         inside = path.removeprefix(f"{self._machines}/")
         return ("machines", inside) if inside != path else (f"host:{os.uname().nodename}", path.removeprefix("/"))
@@ -42,10 +46,11 @@ class LayerTable:
 
     def read(self, row: sqlite3.Row) -> Layer:
         """A row of :data:`qmpsnap.store.sqlite.queries.LAYER` as a value."""
-        identity, pool, path, layer_format, backing, size, device, inode, owned, state, birth = row
+        layer, pool, path, layer_format, backing, size, device, inode, owned, state, birth, storage, identity = row
         return Layer(
-            id=identity, path=self.path(pool, path), format=layer_format, backing=backing, virtual_size=size,
+            id=layer, path=self.path(pool, path), format=layer_format, backing=backing, virtual_size=size,
             device=unsigned(device), inode=unsigned(inode), owned=bool(owned), state=state, birth=birth,
+            storage=storage, identity=identity,
         )  # fmt: skip
 
     def put(self, sql: sqlite3.Connection, layer: Layer) -> None:
@@ -53,6 +58,7 @@ class LayerTable:
         values = (
             layer.id, *self.place(layer.path), layer.format, layer.backing, layer.virtual_size,
             signed(layer.device), signed(layer.inode), layer.owned, layer.state, layer.birth,
+            layer.storage, layer.identity,
         )  # fmt: skip
         sql.execute(queries.PUT_LAYER, values)
 
@@ -107,12 +113,16 @@ class LayerTable:
         return [row[0] for row in sql.execute(asked, (_listed(layers),))]
 
     def named(self, sql: sqlite3.Connection, names: Collection[Name]) -> set[LayerId]:
-        """The layers known by one of these names: by id, by path, by device and inode."""
-        found = {*self.known(sql, [LayerId(name) for name in names if isinstance(name, str)])}
+        """The layers known by one of these names: by id, by path, by identity, by device and inode."""
+        texts = [name for name in names if isinstance(name, str)]
+        found = {*self.known(sql, [LayerId(name) for name in texts])}
+        if identities := [name for name in texts if ":" in name and not sharing.is_path(name)]:
+            identified = f"SELECT id FROM layer WHERE identity <> '' AND identity IN ({queries.LISTED_VALUES})"
+            found |= {row[0] for row in sql.execute(identified, (_listed(identities),))}
         for name in names:
             if not isinstance(name, str):
                 found |= {layer.id for layer in self.of_file(sql, *name)}
-            elif name.startswith("/") and (layer := self.at(sql, name)):
+            elif sharing.is_path(name) and (layer := self.at(sql, name)):
                 found.add(layer.id)
         return found
 
@@ -164,6 +174,6 @@ def chain_in(known: Mapping[LayerId, Layer], active: LayerId) -> tuple[Layer, ..
     return based(reversed(layers))
 
 
-def _listed(layers: Iterable[LayerId]) -> str:
-    """Ids as one value of a question."""
+def _listed(layers: Iterable[str]) -> str:
+    """Texts as one value of a question."""
     return msgspec.json.encode([*layers]).decode()

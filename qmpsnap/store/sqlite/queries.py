@@ -12,7 +12,7 @@ def upsert(table: str, columns: str, *, key: str) -> str:
     return f"{insert} ON CONFLICT ({key}) DO UPDATE SET {changed}, version = version + 1"
 
 
-LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state, birth"
+LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state, birth, storage, identity"
 PUT_LAYER = upsert("layer", LAYER, key="id")
 PUT_HOME = upsert("home", "one, id, path, moving", key="one")
 PUT_PROCESS = upsert("process", "machine, pid, start_ticks, boot_id, started, accel, qemu_version", key="machine")
@@ -56,7 +56,8 @@ UNNAMED = (
     "NOT EXISTS (SELECT 1 FROM disk WHERE disk.active = layer.id)"
     " AND NOT EXISTS (SELECT 1 FROM point WHERE point.layer = layer.id)"
 )
-AMONG = "id IN (SELECT value FROM json_each(?))"
+LISTED_VALUES = "SELECT value FROM json_each(?)"
+AMONG = f"id IN ({LISTED_VALUES})"
 UNREFERENCED = (
     f"SELECT {LAYER} FROM layer WHERE {AMONG} AND {UNNAMED}"
     " AND NOT EXISTS (SELECT 1 FROM layer above WHERE above.backing = layer.id)"
@@ -106,7 +107,7 @@ _READ = (
     f"WITH RECURSIVE read (id) AS ({NAMED} UNION SELECT layer.backing FROM read JOIN layer ON layer.id = read.id"
     " WHERE layer.backing IS NOT NULL)"
 )
-_IMAGE = "layer.id, pool, path, format, backing, device, inode, birth"
+_IMAGE = "layer.id, pool, path, format, backing, device, inode, birth, storage, identity"
 READ_IMAGES = f"{_READ} SELECT {_IMAGE} FROM read JOIN layer ON layer.id = read.id"
 """The images that one machine reads; a layer that is recorded to read itself is there once."""
 UNRECORDED = (
@@ -161,5 +162,5 @@ def signed(number: int) -> int:
 
 
 def absolute(pool: str, path: str, *, machines: object) -> str:
-    """A layer's path: those in the machines' folder move with it."""
-    return (f"{machines}/" if pool == "machines" else "/") + path
+    """A layer's path: those in the machines' folder move with it; what is in a cluster has no path but its name."""
+    return path if pool == "rbd" else (f"{machines}/" if pool == "machines" else "/") + path

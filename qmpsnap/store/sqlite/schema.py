@@ -147,6 +147,11 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE machine ADD COLUMN past TEXT;
     """,
+    """
+    ALTER TABLE layer ADD COLUMN storage TEXT NOT NULL DEFAULT 'file';
+    ALTER TABLE layer ADD COLUMN identity TEXT NOT NULL DEFAULT '';
+    CREATE INDEX layer_identity ON layer (identity) WHERE identity <> '';
+    """,
 )
 
 
