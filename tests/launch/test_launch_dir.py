@@ -12,6 +12,7 @@ import pytest
 import qmpsnap
 from qmpsnap.cli.command_line import parser
 from qmpsnap.machine.config.launch_dir import launch_dir
+from tests.harness import wheel
 
 ROOT = Path(__file__).parents[2]
 PROFILES = {"guest", "q35-uefi", "microvm", "multi-disk"}
@@ -30,6 +31,7 @@ import json, os, pathlib, sys
 import qmpsnap
 from qmpsnap.machine.config import specfile
 from qmpsnap.machine.config.launch_dir import launch_dir
+from tests.harness import wheel
 
 launch = launch_dir()
 profiles = launch / "profiles"
@@ -49,14 +51,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel of this checkout in it, and nothing else."""
-    folder = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(build, check=True)
-    (wheel,) = folder.glob("*.whl")
-    target = folder / "target"
-    subprocess.run([*pip, "install", "--no-index", "--no-deps", "--target", str(target), str(wheel)], check=True)
-    return target
+    return wheel.installed(tmp_path_factory.mktemp("installed"))
 
 
 def look(package: Path, cwd: Path) -> dict[str, dict[str, object]]:
