@@ -1,0 +1,28 @@
+"""In the guest: a volume group, and volumes of it that are gone after each case."""
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+GROUP = "vg0"
+POOL = "pool"
+
+
+def tool(*words: str) -> str:
+    """What one of LVM's programs prints."""
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, (words, done.stdout, done.stderr)
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def group() -> None:
+    tool("vgcreate", GROUP, "/dev/vdd")
+
+
+@pytest.fixture(autouse=True)
+def volumes() -> Iterator[None]:
+    tool("lvcreate", "-y", "--type", "thin-pool", "-n", POOL, "-L", "256M", GROUP)
+    yield
+    tool("lvremove", "-y", GROUP)

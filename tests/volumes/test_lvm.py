@@ -1,0 +1,33 @@
+"""Snapshots by the logical volume manager: in a guest, as few hosts have a volume group to spare."""
+
+import os
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from tests.volumes import guest
+
+SCRIPT = """\
+cd /tmp/work
+exec python3 -m pytest -q --color=no -p no:cacheprovider --timeout 300 --junitxml=out/report.xml inside/*_cases.py
+"""
+
+
+@pytest.mark.live
+@pytest.mark.timeout(guest.DEADLINE + 900)  # the image may have to be built first
+def test_cases_in_the_guest(tmp_path: Path) -> None:
+    if not shutil.which("mmdebstrap") or os.geteuid() != 0:
+        message = "the guest is built by root, with mmdebstrap"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    out = guest.run(SCRIPT, tmp_path)
+    console = (tmp_path / "console").read_text(errors="replace")
+    assert (out / "report.xml").is_file(), console
+    cases = ET.parse(out / "report.xml").findall(".//testcase")  # noqa: S314 - it is our own
+    failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case.get("name") for case in cases if case.find("skipped") is not None]
+    assert cases
+    assert (failed, skipped) == ([], []), console
