@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.bench import commit, compare, pause
+from tests.bench import commit, compare, fork, pause
 from tests.bench.program import ROOT, ProgramFailed
 from tests.harness.processes import kill_qemus
 
@@ -16,10 +16,11 @@ from tests.harness.processes import kill_qemus
 def main() -> int:
     """Run what was asked for; returns the exit code."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    kinds = parser.add_subparsers(required=True, metavar="compare|commit|pause")
+    kinds = parser.add_subparsers(required=True, metavar="compare|commit|fork|pause")
     for name, module, about in (
         ("compare", compare, "everything, beside libvirt and a bare QMP script"),
         ("commit", commit, "a commit of the active layer"),
+        ("fork", fork, "how soon a fork runs and answers, and the memory of many"),
         ("pause", pause, "how long a full snapshot holds the guest"),
     ):
         kind = kinds.add_parser(name, help=about)

@@ -17,7 +17,6 @@ from anyio.abc import TaskGroup
 from msgspec import Struct
 
 from qmpsnap.errors import HostCannot, QmpsnapError, UsageError
-from qmpsnap.hint import option
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import agent, templates
 from qmpsnap.machine import qemu as qemus
@@ -212,7 +211,7 @@ def require_memory(request: PoolRequest) -> None:
         raise HostCannot(
             f"a pool of {request.size} forks needs {need >> 20} MiB of memory and leaves {request.floor >> 20} MiB to"
             f" others, but {free >> 20} MiB are available",
-            hint="use a smaller " + option("size") + " or " + option("floor"),
+            hint="use a smaller size or floor",
         )
 
 

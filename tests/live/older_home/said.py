@@ -37,7 +37,7 @@ def comparable(document: Any) -> Any:
 
 def differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
     """What is not the same, one value a line: two whole answers beside each other say too much to be read."""
-    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() <= now.keys():  # new fields may appear
         for key in before:
             yield from differences(before[key], now[key], f"{where}/{key}")
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
