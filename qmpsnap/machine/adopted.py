@@ -62,12 +62,12 @@ def look(pid: int) -> Seen:
 
 
 def open_files(pid: int) -> Iterator[Inode]:
-    """Device and inode of what a process has open, mostly what it has opened last before the rest."""
+    """Device and inode of a process's open files, and its devices' numbers, mostly what it opened last first."""
     folder = f"/proc/{pid}/fd"
     try:
         for descriptor in sorted(os.listdir(folder), key=int, reverse=True):  # noqa: PTH208 - there may be hundreds
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                yield inode_of(os.stat(f"{folder}/{descriptor}"))  # noqa: PTH116
+                yield key_of(os.stat(f"{folder}/{descriptor}"))  # noqa: PTH116
     except PermissionError as error:
         raise _another_users(pid) from error
     except FileNotFoundError as error:

@@ -32,6 +32,7 @@ _SIGURG: Final = 23
 """On every Linux but Alpha and SPARC; the module with its name is slow to load."""
 IN_CLUSTER: Final = "json:"
 """How the names of images begin that are in a Ceph cluster, and no files."""
+_NO_NODES: Final = ("/dev/shm/", "/dev/mqueue/", "/dev/hugepages/")  # noqa: S108 - nothing is made there
 UNSEEN = "a process that cannot be seen from here (another PID namespace, a container, or another user's)"
 
 
@@ -230,7 +231,9 @@ def _descriptors(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, b
 
 
 def _is_node(pid: int, number: str) -> bool:
-    return os.readlink(f"/proc/{pid}/fd/{number}").startswith("/dev/")  # noqa: PTH115
+    """Whether it may be a device's node, by its name: below the others there may be a file server's files."""
+    name = os.readlink(f"/proc/{pid}/fd/{number}")  # noqa: PTH115
+    return name.startswith("/dev/") and not name.startswith(_NO_NODES)
 
 
 def _mappings(pid: int, wanted: Collection[Inode]) -> Iterator[tuple[Inode, bool]]:
