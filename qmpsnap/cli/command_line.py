@@ -27,7 +27,7 @@ NOUNS: Final = {
     "machine_verbs.adopt": ("adopt",),
     "machine_verbs.fork": ("fork",),
     "machine_verbs.template": ("template",),
-    "machine_verbs.import_machine": ("import",),
+    "machine_verbs.import_machine": ("import", "machine"),
     "snapshot_verbs.snapshot": ("snapshot", "tree"),
     "snapshot_verbs.save": ("save", "restore"),
     "machine_verbs.chain": ("chain",),

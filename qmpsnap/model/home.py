@@ -74,6 +74,10 @@ class Home(Struct, frozen=True, kw_only=True):
         """The folder of one machine's images."""
         return self.machines / machine
 
+    def unpacked(self, machine: str) -> Path:
+        """Where a machine's files are unpacked to, until all of them are proven; no machine has such a name."""
+        return self.machines / f".{machine}.unpacked"
+
     def record(self, machine: str) -> Path:
         """The machine's record beside its images."""
         return self.machine_dir(machine) / RECORD

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import anyio
@@ -20,7 +21,10 @@ from tests.live.printed import steady
 DOCS = Path(__file__).parents[2] / "docs"
 SHOWN_HOME = "/srv/qs"
 """How a page calls the home, which is another folder at every run."""
-BLOCK = re.compile(r"<!-- (?P<file>\S+) -->\n```yaml\n(?P<yaml>.*?)```|```console\n(?P<console>.*?)```", re.DOTALL)
+BLOCK = re.compile(
+    r"<!-- (?P<file>\S+) -->\n```(?:yaml|xml|ini)\n(?P<content>.*?)```|```console\n(?P<console>.*?)```", re.DOTALL
+)
+QEMU_IMG = os.environ.get("QMPSNAP_QEMU_IMG") or "qemu-img"
 
 
 def hold_page(name: str, home: Path, small_guest: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,13 +35,17 @@ def hold_page(name: str, home: Path, small_guest: Path, capsys: pytest.CaptureFi
 
     def play(block: re.Match[str]) -> str:
         if block["file"]:
-            (home / block["file"]).write_text(block["yaml"])
+            (home / block["file"]).write_text(block["content"].replace(SHOWN_HOME, str(home)))
             return block[0]
         lines = [line for line in block["console"].splitlines() if line.startswith("$ ")]
         return "```console\n" + "".join(f"{line}\n{typed(line)}" for line in lines) + "```"
 
     def typed(line: str) -> str:
         command, *words = shlex.split(line.removeprefix("$ ").replace(SHOWN_HOME, str(home)))
+        if command in ("mkdir", "qemu-img"):  # of another manager's doing
+            program = QEMU_IMG if command == "qemu-img" else command
+            done = subprocess.run([program, *words], check=True, capture_output=True, text=True)
+            return done.stdout.replace(str(home), SHOWN_HOME)
         assert command == "qmpsnap"
         capsys.readouterr()
         code = main(words)

@@ -40,6 +40,7 @@ NO_CHANGE = frozenset(
         ),
         *("tree", "chain", "check", "log", "snapshot list", "snapshot show", "job list", "job wait", "job cancel"),
         "template list",
+        "machine export",
     }
 )
 """What reads, or changes the state of a guest or of an operation, but no layer, snapshot or machine."""

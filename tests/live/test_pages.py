@@ -6,8 +6,10 @@ import pytest
 
 from tests.live.played import hold_page
 
+PAGES = ("tutorial/first-machine.md", "how-to/from-libvirt.md", "how-to/from-proxmox-incus.md")
 
-@pytest.mark.parametrize("page", ["tutorial/first-machine.md", "how-to/from-libvirt.md"])
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_page_shows_what_is_printed(
     page: str, home: Path, small_guest: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

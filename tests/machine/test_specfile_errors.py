@@ -240,7 +240,7 @@ WRONG_DISKS = [
             " beginning with '-', found the string '--help'"
         ),
     ),
-    ("{name: vda, size: 1M, base: b}", "2:31: disk 'vda' has both 'size' and 'base'; one is enough"),
+    ("{name: vda, image: i, base: b}", "2:31: disk 'vda' has both 'image' and 'base'; one is enough"),
     (
         "{name: VDA, size: 1M}",
         (

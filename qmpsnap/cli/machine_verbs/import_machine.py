@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, operating
+from qmpsnap.cli.common import Parsers, add, add_for_vm, add_format, operating
 from qmpsnap.cli.plan_output import print_definition
 from qmpsnap.errors import UsageError
 from qmpsnap.imports.found import MAX_BYTES
@@ -49,6 +49,19 @@ def register(parsers: Parsers) -> None:
     command.add_argument("--pid", type=int, metavar="N", help="take the command line of this process")
     _add_options(command)
     command.add_argument("words", nargs="*", metavar="-- QEMU ...", help="the command line, behind --")
+
+    command = add(verbs, "bundle", _bundle, help="define the machine that machine export wrote")
+    command.add_argument("file", metavar="FILE", help="the bundle")
+    command.add_argument("--name", metavar="NAME", help="name of the machine (that of the original)")
+    command.add_argument("--allow-extra", action="store_true", help="accept the machine's 'extra' QEMU arguments")
+    command.add_argument("--dry-run", action="store_true", help="only print what the bundle says that it has")
+    add_format(command)
+
+    group = parsers.add_parser("machine", help="machines as a whole", description="machines as a whole")
+    verbs = group.add_subparsers(title="verbs", metavar="VERB", required=True)
+    command = add_for_vm(verbs, "export", _export, help="write a stopped machine with its snapshots into one file")
+    command.add_argument("--to", metavar="FILE", required=True, help="the new bundle")
+    add_format(command)
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
@@ -96,6 +109,54 @@ def _argv(arguments: argparse.Namespace) -> None:
     words, folder, opened = originals.launched(arguments.pid)
     _finish(
         arguments, argv.read(words, places=Places(folder, opened), name=name, runs=f"it is process {arguments.pid}")
+    )
+
+
+def _bundle(arguments: argparse.Namespace) -> None:
+    from qmpsnap.ops.lifecycle import bundle
+
+    path = Path(arguments.file)
+    if arguments.dry_run:
+        told = operating(lambda context: bundle.preview(context, path, name=arguments.name))
+        line = (
+            f"would define machine {told.name} with {told.files} files; nothing was changed, nor is the bundle verified"
+        )
+        output.emit(
+            arguments.output,
+            document={
+                "machine": told.name, "dry_run": True, "snapshots": list(told.snapshots), "files": told.files
+            },
+            names=[told.name],
+            table=lambda: "\n".join([line, *(f"  snapshot {output.printable(name)}" for name in told.snapshots)]),
+        )  # fmt: skip
+        return
+    machine = operating(
+        lambda context: bundle.unpack(context, path, name=arguments.name, allow_extra=arguments.allow_extra), make=True
+    )
+    output.note(f"machine {machine.name} defined; start it with qmpsnap start {machine.name}")
+    for key in ("kernel", "initrd"):
+        if (file := getattr(machine.spec, key)) and not Path(file).exists():
+            output.warn([f"its {key} {file} is not on this host; a bundle has disks and memory only"])
+    output.emit(
+        arguments.output,
+        document={"machine": machine.name, "uuid": machine.uuid, "machine_type": machine.spec.machine},
+        names=[machine.name],
+        table=lambda: "",
+        done=f"machine {machine.name} was defined",
+    )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from qmpsnap.ops.lifecycle import bundle
+
+    size = operating(lambda context: bundle.export(context, arguments.machine, Path(arguments.to)))
+    output.note(f"machine {arguments.machine} is in {arguments.to} ({output.size(size)})")
+    output.emit(
+        arguments.output,
+        document={"machine": arguments.machine, "file": arguments.to, "bytes": size},
+        names=[arguments.to],
+        table=lambda: "",
+        done=f"machine {arguments.machine} was exported",
     )
 
 

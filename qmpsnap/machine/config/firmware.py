@@ -30,6 +30,11 @@ def find_firmware(pairs: Sequence[tuple[str, str]] = PAIRS) -> Firmware:
     raise HostCannot("there is no UEFI firmware on this host", hint="apt-get install ovmf")
 
 
+def code_of(spec: MachineSpec) -> str:
+    """The code that a machine runs."""
+    return spec.uefi_code or find_firmware().code
+
+
 def chosen(spec: MachineSpec, pairs: Sequence[tuple[str, str]] = PAIRS) -> Firmware:
     """The code that a new machine runs, and the variable store that it gets a copy of.
 

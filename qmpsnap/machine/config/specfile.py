@@ -330,7 +330,7 @@ def _require_content(document: Document, written: dict[str, Any], path: str, wha
     content = [key for key in written if key in _CONTENT]
     if not content:
         document.refuse(path, f"{what} needs one of {', '.join(map(repr, _CONTENT))}", "as in 'size: 10G'")
-    if len(content) > 1:
+    if len(content) > 1 and {*content} != {"size", "base"}:  # a clone that is larger than its base
         found = f"{what} has both {content[0]!r} and {content[1]!r}; one is enough"
         document.refuse(f"{path}.{content[1]}:", found)
     if content[0] in ("device", "rbd") and written.get("format", "raw") != "raw":

@@ -45,11 +45,13 @@ class Opened(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit
 
 
 class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One disk: exactly one of ``size`` (a new image), ``image``, ``device``, ``rbd`` or ``base`` (a linked clone).
+    """One disk: one of ``size`` (a new image), ``image``, ``device``, ``rbd`` or ``base`` (a linked clone).
+
+    ``size`` beside ``base`` makes the clone larger.
 
     Attributes:
         name: the disk's name, also its device id in QEMU.
-        size: virtual size in bytes of the image to create.
+        size: virtual size in bytes of the image to create; with ``base`` that of the overlay, never less than its.
         image: absolute path of an existing image; the guest writes to it until the first snapshot.
         device: absolute path of a block device, as ``image`` of format raw.
         rbd: an image of a Ceph cluster, as ``image`` of format raw.

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import HostCannot, QmpError
 from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine import qemu, statefile, templates
-from qmpsnap.machine.config.firmware import find_firmware
+from qmpsnap.machine.config import firmware as uefi
 from qmpsnap.machine.starting import accel, argv
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import Ram
@@ -198,7 +198,7 @@ def _firmware(spec: MachineSpec, folder: Path) -> argv.Firmware | None:
     """UEFI's flash with a variable store that is thrown away: what counts is in the memory."""
     if spec.firmware != "uefi":
         return None
-    found = find_firmware()
+    found = uefi.chosen(spec)
     variables = folder / "vars.fd"
     variables.write_bytes(Path(found.vars).read_bytes())
     return argv.Firmware(code=found.code, vars=str(variables))

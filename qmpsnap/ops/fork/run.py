@@ -12,7 +12,7 @@ from qmpsnap.hint import call
 from qmpsnap.host import files
 from qmpsnap.host.threads import first_of, to_end, to_read
 from qmpsnap.machine import templates
-from qmpsnap.machine.config.firmware import find_firmware
+from qmpsnap.machine.config import firmware as uefi
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId
@@ -256,7 +256,9 @@ async def _carry_out(context: Context, source: Source, operation: Operation[Fork
     async with bake.template_of(context, source, baking=baking) as loading:
         headers = await make_overlays(context, planned.change.define, planned.overlays)
         if planned.variables:
-            await to_end(files.write_new, planned.variables, Path(find_firmware().vars).read_bytes())
+            await to_end(
+                files.write_new, planned.variables, Path(uefi.chosen(planned.change.define.spec).vars).read_bytes()
+            )
         change = identified(planned.change, headers)
         await context.astore.settle(operation.id, planned.machine, change, step=steps.STARTING)
         running = planned.fresh or not planned.paused

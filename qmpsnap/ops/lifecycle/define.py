@@ -171,27 +171,32 @@ def _tcg_cpu(spec: MachineSpec, abilities: probe.Abilities) -> str:
 
 async def survey(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> tuple[Machine, dict[str, DiskSource]]:
     """The machine to be, and what lies under its disks already; images may lie in the folders ``allowed``."""
-    await _require_free_uuid(context, spec)
+    await require_free_uuid(context, spec.name, spec.uuid)
     sources = await disk_sources.read(context, spec, allowed)
-    agreed = Consent(extra=spec.extra, user=os.geteuid()) if spec.extra else None
     machine = Machine(
         name=spec.name,
         uuid=spec.uuid or str(uuid.uuid4()),
         host=context.host,
         spec=replace(spec, uuid="", uefi_variables=None),
         created=time.time(),
-        consent=agreed,
+        consent=agreed(spec),
     )
     return machine, sources
 
 
-async def _require_free_uuid(context: Context, spec: MachineSpec) -> None:
-    for other in await context.astore.machines() if spec.uuid else ():
-        if other.uuid == spec.uuid:
+def agreed(spec: MachineSpec) -> Consent | None:
+    """That this user has agreed to the spec's further arguments; None where it has none."""
+    return Consent(extra=spec.extra, user=os.geteuid()) if spec.extra else None
+
+
+async def require_free_uuid(context: Context, name: str, uuid: str) -> None:
+    """Refuse the UUID of another machine; an empty one is none."""
+    for other in await context.astore.machines() if uuid else ():
+        if other.uuid == uuid:
             raise StateError(
-                f"the UUID {spec.uuid} of {spec.name} is that of machine {other.name}",
-                hint="remove 'uuid' from the spec, or undefine that machine: " + call("undefine", other.name),
-                machine=spec.name,
+                f"the UUID {uuid} of {name} is that of machine {other.name}",
+                hint="undefine that machine: " + call("undefine", other.name) + "; or remove 'uuid' from a spec",
+                machine=name,
             )
 
 

@@ -61,6 +61,7 @@ async def read(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> 
         if disk.base:
             require_room(disk.name, len(found))
         _require_whole(disk, found[-1])
+        _require_size(disk, found[-1])
         await _require_encrypted(context, spec, disk, found)
         known = [await context.astore.layer_at(layer.path) for layer in found]
         sources[disk.name] = DiskSource(tuple(found), tuple(known))
@@ -79,6 +80,15 @@ def _require_whole(disk: DiskSpec, top: FoundLayer) -> None:
             f"disk {disk.name}: {header.printable(top.path)} has {size} bytes; 'cache: {disk.cache}' needs a raw"
             f" image with a multiple of {_SECTOR}",
             hint=f"qemu-img resize -f raw {shlex.quote(shown)} {-(-size // _BLOCK) * _BLOCK}, or another 'cache'",
+        )
+
+
+def _require_size(disk: DiskSpec, base: FoundLayer) -> None:
+    if disk.size is not None and disk.size < base.header.virtual_size:
+        raise ImageRefused(
+            f"disk {disk.name}: its size of {disk.size} bytes is less than the {base.header.virtual_size} bytes of its"
+            f" base {header.printable(base.path)}",
+            hint="leave 'size' out, or make it larger: a guest's file systems do not shrink with their disk",
         )
 
 

@@ -8,7 +8,7 @@ from msgspec import Struct
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.host.threads import completed, to_end, to_read
-from qmpsnap.machine.config.firmware import find_firmware
+from qmpsnap.machine.config.firmware import code_of
 from qmpsnap.machine.open_files import require_opened
 from qmpsnap.machine.qemu import end, launch, monitor, still_runs, wait_end
 from qmpsnap.machine.starting import accel, alive, argv, logs, scope, surroundings
@@ -63,7 +63,7 @@ async def bring_up(
     firmware = None
     if machine.spec.firmware == "uefi":
         variables = str(context.home.variables(machine.name))
-        firmware = argv.Firmware(code=machine.spec.uefi_code or find_firmware().code, vars=variables)
+        firmware = argv.Firmware(code=code_of(machine.spec), vars=variables)
     log_dir = context.home.log_dir(machine.name)
     await blocking(logs.prepare, log_dir)
     await admission.all_files(context, machine, chains, firmware)

@@ -1,5 +1,7 @@
 """Recovery of an interrupted ``define`` or ``undefine``, and removing the files of an undefined machine."""
 
+import contextlib
+import shutil
 from collections.abc import Awaitable
 
 from qmpsnap.block.image.create import remove, sync_folders
@@ -22,12 +24,26 @@ async def end(broken: Broken[DefinePlan], _: Monitor | None) -> Direction:
     """Undo a definition that did not settle: it has no machine yet, and nobody can have used its images."""
     plan = broken.operation.plan
     await remove_new([*plan.images, *plan.overlays])
+    await _remove_brought(broken.context, plan)
     if plan.change.define:
         await blocking(broken.context.store.records.take_back, plan.change.define)
     made = plan.variables is not None  # a file that was there before it was planned has prevented the plan
     await to_end(lambda: remove_folder(broken.context.home, plan.machine, variables=made))
     await broken.mark_failed()
     return "back"
+
+
+async def _remove_brought(context: Context, plan: DefinePlan) -> None:
+    """Remove what came out of a bundle: unlike the files that a definition makes, it was known before."""
+    brought: list[Layer | Vmstate] = [layer for layer in plan.change.layers if layer.owned and layer.inode]
+    brought += [snapshot.vmstate for snapshot in plan.change.snapshots if snapshot.vmstate]
+    for file in brought:
+        with contextlib.suppress(StoreMismatch):  # somebody else's by now
+            await remove(file.path, device=file.device, inode=file.inode, birth=file.birth)
+    for snapshot in plan.change.snapshots:
+        if snapshot.variables:
+            await to_end(forget_variables, snapshot.variables)
+    await to_end(lambda: shutil.rmtree(context.home.unpacked(plan.machine), ignore_errors=True))
 
 
 async def end_undefine(broken: Broken[UndefinePlan], _: Monitor | None) -> Direction:
