@@ -16,6 +16,7 @@ from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.lifecycle import bundle
 from qmpsnap.ops.lifecycle.bundle import Contents
+from tests.harness.deaths import Call, die_at
 from tests.live.machine import (
     MIB,
     active_hash,
@@ -174,6 +175,31 @@ async def test_a_bundle_that_lies_is_refused(
     with pytest.raises(QmpsnapError):
         await taken_over(other, path, "n")
     nothing_of_it(other.context)
+
+
+BUNDLE = "qmpsnap.ops.lifecycle.bundle"
+DEATHS = {
+    "unpacking": Call("qmpsnap.machine.bundle", "_unpack_one", "after", 1),
+    "unpacked": Call("qmpsnap.machine.bundle", "unpack", "after", 1),
+    "planned": Call(BUNDLE, "_publish", "before", 1),
+    "published": Call(BUNDLE, "_point_to", "before", 1),
+    "pointing": Call(BUNDLE, "_point_to", "after", 2),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+async def test_killed_in_the_midst(death: str, q: qmpsnap.Controller, place: Path) -> None:
+    path = await small(q, place)
+    vm = await q.machine("m")
+    await vm.undefine(disks="remove")
+    await die_at(DEATHS[death], "import", "bundle", str(path))
+    if death in ("planned", "published", "pointing"):
+        (ended,) = await q.recover("m")
+        assert ended.verb == "define"
+        nothing_of_it(q.context)
+    vm = await taken_over(q, path)  # also where nothing was planned, and files are left
+    assert list(q.context.home.machines.iterdir()) == [q.context.home.machine_dir("m")]
+    await hold_invariants(vm)
 
 
 async def test_a_failure_in_the_midst_leaves_nothing(
