@@ -1,12 +1,14 @@
 """The command line as argparse knows it: of the nouns' modules only the one that has the command is loaded."""
 
 import argparse
+import re
 from importlib import import_module
 from typing import Any, Final, NoReturn
 
 import qmpsnap
 from qmpsnap.cli import output
 from qmpsnap.errors import UsageError
+from qmpsnap.model.text import nearest
 
 NOUNS: Final = {
     "machine_verbs.doctor": ("doctor",),
@@ -47,6 +49,10 @@ exit codes: 0 done, 2 usage or spec, 3 not found, 4 refused in this state, 5 QEM
 6 deadline passed, 7 store and disk disagree, 8 operation pending, 9 host cannot, 130 interrupted, 1 anything else"""
 
 
+_CHOICE: Final = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)", re.DOTALL)
+"""What argparse says of a word that is none of those that it knows."""
+
+
 class _Help(argparse.HelpFormatter):
     """argparse makes one for each argument, only to check that; and the terminal's width is slow to find out."""
 
@@ -73,7 +79,9 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}", hint=f"see {self.prog} --help")
+        if found := _CHOICE.search(message):
+            message += nearest(found[1], re.findall(r"[\w-]+", found[2]))
+        raise UsageError(message, hint=f"see {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ARG002 - argparse's own
         # argparse leaves what it prints in a buffer; all that it prints here is an answer: --help, --version.

@@ -115,13 +115,15 @@ def split(words: Sequence[str]) -> list[Given]:
     if not words:
         raise UsageError("a command line is missing", hint=call("import_argv") + " -- qemu-system-x86_64 ...")
     # What starts it stands before: sudo, taskset, the loader of its libraries.
-    begin = next((at for at, word in enumerate(words) if word.rpartition("/")[2].startswith(_PROGRAMS)), None)
-    if begin is None:
+    programs = [word.rpartition("/")[2].startswith(_PROGRAMS) for word in words]
+    if True not in programs:
         raise UsageError(
             f"{shlex.quote(words[0][:80])} is no QEMU of x86", hint=call("import_argv") + " -- qemu-system-x86_64 ..."
         )
     found: list[Given] = []
-    at = begin + 1
+    at = programs.index(True) + 1
+    while programs[at : at + 1] == [True]:  # a loader is told the program's name beside its path
+        at += 1
     while at < len(words):
         word = words[at]
         at += 1

@@ -189,8 +189,9 @@ def test_what_does_not_tell_all_is_refused(said: str) -> None:
 
 def test_what_starts_it_may_stand_before_it() -> None:
     bare = read(BARE)
-    for starter in ("sudo -u me taskset -c 1", "/q/lib/ld-linux-x86-64.so.2 --library-path /q/lib"):
-        assert read(f"{starter} {BARE}") == bare
+    loader = "/q/lib/ld-linux-x86-64.so.2 --library-path /q/lib --argv0 qemu-system-x86_64"
+    for starter in ("sudo -u me taskset -c 1", loader):
+        assert read(f"{starter} /q/{BARE}") == bare
 
 
 def test_a_command_line_is_needed() -> None:

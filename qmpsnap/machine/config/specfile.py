@@ -7,7 +7,6 @@ with units, words for true and false, paths, the short forms of network cards, a
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 from typing import Any, Final
@@ -23,6 +22,7 @@ from qmpsnap.machine.config.shapes import MIB, DiskShape, ForwardShape, MachineS
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import SNAPSHOT_OF
 from qmpsnap.model.sizes import UNITS, in_bytes
+from qmpsnap.model.text import nearest
 
 GUEST: Final = "@guest/"
 """A path that begins so lies in the small guest's folder."""
@@ -117,7 +117,7 @@ def _profile(document: Document, name: Any, profile_dir: Path) -> Path:
     """The shipped profile of that name; only names found in the folder are ever opened."""
     known = sorted(path.stem for path in profile_dir.glob("*.yaml"))
     if name not in known:
-        found = f"unknown profile {shorten(str(name))!r}{_nearest(str(name), known)}"
+        found = f"unknown profile {shorten(str(name))!r}{nearest(str(name), known)}"
         document.refuse("$.profile", found, f"profiles: {', '.join(known)}")
     return profile_dir / f"{name}.yaml"
 
@@ -159,7 +159,7 @@ def _require_text(document: Document, path: str, text: str) -> None:
 def _require_known(document: Document, path: str, names: Iterable[str], known: list[str]) -> None:
     for name in names:
         if name not in known:
-            found = f"unknown key {shorten(name)!r}{_nearest(name, known)}"
+            found = f"unknown key {shorten(name)!r}{nearest(name, known)}"
             document.refuse(f"{path}.{name}:", found, f"keys here: {', '.join(known)}")
 
 
@@ -230,7 +230,7 @@ def _wrong(document: Document, path: str) -> SpecError:
     match kind := _kind(shape):
         case inspect.LiteralType():
             words = [str(word) for word in kind.values]
-            expected, near = f"one of {', '.join(words)}", _nearest(at.text, words)
+            expected, near = f"one of {', '.join(words)}", nearest(at.text, words)
         case inspect.StrType():
             expected = "a string"
             hint = f"put it in quotes: '{at.text}'" if isinstance(at.value, bool | int | float) else hint
@@ -241,12 +241,6 @@ def _wrong(document: Document, path: str) -> SpecError:
     if isinstance(shape, inspect.Metadata) and shape.extra_json_schema:
         expected = shape.extra_json_schema["description"]
     return SpecError(f"{at.where}: expected {_called(path)} to be {expected}, found {at}{near}", hint=hint)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    """The question whether a known word was meant, when one looks like this; otherwise an empty string."""
-    found = get_close_matches(word[:40].lower().replace("_", "-"), known, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

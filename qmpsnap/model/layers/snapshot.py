@@ -9,6 +9,7 @@ from qmpsnap.errors import NotFoundError
 from qmpsnap.hint import call
 from qmpsnap.model.layers.vmstate import Hardware, Inside, Vmstate
 from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.text import nearest
 from qmpsnap.model.timestamps import exceeds
 
 SnapshotKind = Literal["disk", "full", "internal", "volume"]
@@ -148,11 +149,11 @@ class Snapshot(Struct, frozen=True, kw_only=True):
 
 def require_snapshot(snapshots: Iterable[Snapshot], name: str, *, machine: str) -> Snapshot:
     """The snapshot of that name."""
-    for snapshot in snapshots:
-        if snapshot.name == name:
-            return snapshot
+    known = {snapshot.name: snapshot for snapshot in snapshots}
+    if name in known:
+        return known[name]
     raise NotFoundError(
-        f"machine {machine} has no snapshot {name!r}",
+        f"machine {machine} has no snapshot {name!r}{nearest(name, known)}",
         hint=call("snapshots", machine) + " lists them",
         machine=machine,
     )

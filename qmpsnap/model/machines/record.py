@@ -8,6 +8,7 @@ from qmpsnap.errors import NotFoundError
 from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import OperationId
+from qmpsnap.model.text import nearest
 
 
 class Process(Struct, frozen=True, kw_only=True):
@@ -118,7 +119,7 @@ class Machine(Struct, frozen=True, kw_only=True):
             return disk
         known = ", ".join(disk.name for disk in self.spec.disks)
         raise NotFoundError(
-            f"machine {self.name} has no disk {name!r}",
+            f"machine {self.name} has no disk {name!r}{nearest(name, [disk.name for disk in self.spec.disks])}",
             hint=f"its disks: {known}" if known else "it has none",
             machine=self.name,
         )

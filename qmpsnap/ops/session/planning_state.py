@@ -20,6 +20,7 @@ from qmpsnap.model.operations.operation import Merge, Removal
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.model.planning.state import TABLE_COVERS, Held, Situation
+from qmpsnap.model.text import nearest
 from qmpsnap.ops.base import free_space
 from qmpsnap.ops.base.machine_session import MachineSession
 
@@ -73,7 +74,8 @@ def resolve(at: Situation, chain: Chain, wanted: str) -> LayerId:
     if point and point.layer in chain.ids:
         return point.layer
     raise NotFoundError(
-        f"the live chain of disk {chain.disk} of machine {at.machine} has no layer or snapshot {wanted!r}",
+        f"the live chain of disk {chain.disk} of machine {at.machine} has no layer or snapshot {wanted!r}"
+        + nearest(wanted, [*chain.ids, *(found.name for found in at.snapshots)]),
         hint=call("chains", at.machine, chain.disk) + " lists its layers",
         machine=at.machine,
     )

@@ -13,6 +13,7 @@ from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.record import Consent, Machine, Origin, Past, Process
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.text import nearest
 from qmpsnap.store.sqlite import queries
 from qmpsnap.store.sqlite.json_values import decoded
 
@@ -60,9 +61,10 @@ def machine_id(sql: sqlite3.Connection, name: str) -> int:
 
 
 def _unknown(sql: sqlite3.Connection, name: str) -> NotFoundError:
-    known = ", ".join(json.dumps(known)[1:-1] for (known,) in sql.execute("SELECT name FROM machine ORDER BY name"))
+    names = [known for (known,) in sql.execute("SELECT name FROM machine ORDER BY name")]
+    known = ", ".join(json.dumps(known)[1:-1] for known in names)
     return NotFoundError(
-        f"there is no machine {name!r}",
+        f"there is no machine {name!r}{nearest(name, names)}",
         hint=f"known machines: {known}" if known else call("define", "", "SPEC.yaml") + " creates one",
         machine=name,
     )
