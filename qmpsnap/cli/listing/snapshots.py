@@ -81,10 +81,9 @@ def one(machine: str, name: str) -> tuple[SnapshotRow, dict[str, Any]]:
     at, found, states = read(machine)
     wanted = next((snapshot for snapshot in found if snapshot.name == name), None)
     if wanted is None:
-        from qmpsnap.model.layers.snapshot import require_snapshot
+        from qmpsnap.model.layers.snapshot import no_snapshot
 
-        require_snapshot((), name, machine=machine)
-    assert wanted
+        raise no_snapshot(name, [snapshot.name for snapshot in found], machine=machine)
     return wanted, _documents(at, [wanted], states)[0]
 
 

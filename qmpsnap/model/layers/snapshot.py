@@ -152,7 +152,12 @@ def require_snapshot(snapshots: Iterable[Snapshot], name: str, *, machine: str) 
     known = {snapshot.name: snapshot for snapshot in snapshots}
     if name in known:
         return known[name]
-    raise NotFoundError(
+    raise no_snapshot(name, known, machine=machine)
+
+
+def no_snapshot(name: str, known: Iterable[str], *, machine: str) -> NotFoundError:
+    """The error where a machine, which has those that are ``known``, has none of that name."""
+    return NotFoundError(
         f"machine {machine} has no snapshot {name!r}{nearest(name, known)}",
         hint=call("snapshots", machine) + " lists them",
         machine=machine,
