@@ -77,6 +77,7 @@ def read(words: Sequence[str], *, places: Places, name: str | None = None, runs:
         uefi_code=disks.code,
         uefi_variables=disks.variables,
         disks=disks.disks,
+        cdrom=disks.cdrom,
         nics=cards,
     )
     return Imported(

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from qmpsnap.imports.argv_words import Given, Parameters, Places
 from qmpsnap.imports.found import disk_name
+from qmpsnap.machine.starting.argv import cdrom_bus
 from qmpsnap.model.machines.spec import Bus, Cache, DiskSpec, Format
 
 OPTIONS: Final = frozenset({"blockdev", "cdrom", "drive", "hda", "hdb", "hdc", "hdd", "pflash", "fda", "fdb"})
@@ -36,6 +37,7 @@ class Disks(Struct, frozen=True):
     disks: tuple[DiskSpec, ...] = ()
     code: str | None = None
     variables: str | None = None
+    cdrom: str | None = None
     changed: tuple[str, ...] = ()
 
 
@@ -70,12 +72,16 @@ def read(given: Sequence[Given], board: Parameters, machine: str, places: Places
     disks: list[DiskSpec] = []
     changed: list[str] = []
     left_out: list[str] = []
+    cdrom: str | None = None
+    has_place = cdrom_bus(machine, [one.bus for one in attached if not one.cdrom])
     for one in sorted(attached, key=lambda one: one.order):
         name, image = disk_name(one.name, taken=[disk.name for disk in disks]), one.image
         what = f"disk {name}"
         if one.name and name != one.name:
             changed.append(f"disk {one.name} is called {name}")
-        if one.cdrom:
+        if one.cdrom and image.path and cdrom is None and has_place:
+            cdrom = image.path
+        elif one.cdrom:
             left_out.append(f"{what}: a cdrom{' with ' + image.path if image.path else ''}")
         elif image.why_not:
             left_out.append(f"{what}: {image.why_not}")
@@ -85,7 +91,7 @@ def read(given: Sequence[Given], board: Parameters, machine: str, places: Places
             disks.append(_spec(name, one))
     pflash = [images.get(board.get(f"pflash{number}", "")) or flash.get(number) for number in (0, 1)]
     code, variables = ((image.path or None) if image else None for image in pflash)
-    return Disks(tuple(disks), code, variables if code else None, tuple(changed)), left_out
+    return Disks(tuple(disks), code, variables if code else None, cdrom, tuple(changed)), left_out
 
 
 def _otherwise(image: _Image) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """The devices of libvirt's domain XML: disks, network cards and the agent's channel; of all others only their names."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, get_args
 
 from msgspec.structs import replace
 
 from qmpsnap.imports.found import disk_name
 from qmpsnap.imports.xml_tree import Element
+from qmpsnap.machine.starting.argv import cdrom_bus
 from qmpsnap.model.machines.spec import Bus, Cache, DiskSpec, MachineSpec, NicModel, NicSpec
 
 AGENT: Final = "org.qemu.guest_agent.0"
@@ -50,6 +51,7 @@ def add(spec: MachineSpec, root: Element, differences: Differences) -> MachineSp
         elif device.tag == "interface":
             cards.append(_card(device, differences))
     disks.sort(key=lambda found: found[0])  # the first is booted
+    spec = replace(spec, cdrom=_cdrom(devices, spec.machine, [disk.bus for _, disk in disks], differences))
     agent = any(device.tag == "channel" and device.first("target").get("name") == AGENT for device in devices)
     differences.left_out += _others(devices)
     return replace(spec, disks=tuple(disk for _, disk in disks), nics=tuple(cards), agent=agent)
@@ -65,6 +67,8 @@ def _disk(device: Element, machine: str, differences: Differences, *, taken: fro
     what, kind = f"disk {target.get('dev')}", device.get("device") or "disk"
     path = source.get(_SOURCE.get(device.get("type"), ""))
     form = driver.get("type") or "raw"
+    if kind == "cdrom":
+        return None
     if kind != "disk":
         differences.left_out.append(f"{what}: a {kind}{' with ' + path if path else ', empty'}")
         return None
@@ -97,6 +101,21 @@ def _disk(device: Element, machine: str, differences: Differences, *, taken: fro
         read_only=bool(device.first("readonly")),
         snapshot=device.get("snapshot") != "no",
     )
+
+
+def _cdrom(devices: Sequence[Element], machine: str, buses: Sequence[Bus], differences: Differences) -> str | None:
+    """The image in the first drive that has one, where the machine has a place for it; the others are left out."""
+    chosen = None
+    for device in devices:
+        if device.tag != "disk" or device.get("device") != "cdrom":
+            continue
+        path = device.first("source").get("file") if device.get("type") == "file" else ""
+        if path and chosen is None and cdrom_bus(machine, buses):
+            chosen = path
+        else:
+            name = device.first("target").get("dev")
+            differences.left_out.append(f"disk {name}: a cdrom{' with ' + path if path else ', empty'}")
+    return chosen
 
 
 def _bus(bus: str, machine: str, what: str, differences: Differences) -> Bus:

@@ -21,6 +21,7 @@ from qmpsnap.imports.found import (
     plain_name,
     text_of,
 )
+from qmpsnap.machine.starting.argv import cdrom_bus
 from qmpsnap.model.machines.spec import Bus, Cache, DiskSpec, MachineSpec, NicModel, NicSpec
 
 Options = dict[str, str]
@@ -80,6 +81,7 @@ def read(data: bytes, source: str, *, storage: Mapping[str, str], name: str | No
     )
     places = _Places(storage, source)
     spec = replace(spec, disks=_disks(main, spec, places, changed, left_out), nics=(*_cards(main, changed, left_out),))
+    spec = replace(spec, cdrom=_cdrom(main, spec, places, left_out))
     if main.get("bios") == "ovmf":
         volume, _ = _parts(main.get("efidisk0", ""))
         spec = replace(spec, firmware="uefi", uefi_variables=places.path(volume) if volume else None)
@@ -217,8 +219,7 @@ def _disks(
     for key in sorted((key for key in main if _DISK.fullmatch(key)), key=_ordered(main)):
         volume, options = _parts(main[key])
         volume = options.get("file", volume)
-        if options.get("media") == "cdrom" or volume in ("none", "cdrom"):
-            left_out.append(f"{key}: a cdrom with {volume}")
+        if _is_cdrom(volume, options):
             continue
         path = places.path(volume)
         form = options.get("format") or {".qcow2": "qcow2", ".vmdk": "vmdk"}.get(PurePosixPath(path).suffix, "raw")
@@ -248,6 +249,25 @@ def _disks(
     if found and any(disk.bus == "scsi" for disk in found) and not main.get("scsihw", "lsi").startswith("virtio-scsi"):
         changed.append(f"SCSI disks are on virtio-scsi; it was {main.get('scsihw', 'lsi')}")
     return tuple(found)
+
+
+def _is_cdrom(volume: str, options: Options) -> bool:
+    return options.get("media") == "cdrom" or volume in ("none", "cdrom")
+
+
+def _cdrom(main: Section, spec: MachineSpec, places: _Places, left_out: list[str]) -> str | None:
+    """The first ISO image, where the machine has a place for it; the others, and cloud-init's, are left out."""
+    chosen = None
+    for key in sorted(key for key in main if _DISK.fullmatch(key)):
+        volume, options = _parts(main[key])
+        if not _is_cdrom(volume, options):
+            continue
+        is_iso = volume.startswith("/") or volume.partition(":")[2].startswith("iso/")
+        if is_iso and chosen is None and cdrom_bus(spec.machine, [disk.bus for disk in spec.disks]):
+            chosen = places.path(volume)
+        else:
+            left_out.append(f"{key}: a cdrom with {volume}")
+    return chosen
 
 
 def _ordered(main: Section) -> Callable[[str], tuple[int, str, int]]:

@@ -109,7 +109,7 @@ LEFT_OUT = {
     "its image is opened by driver rbd, not a file": "-blockdev driver=rbd,node-name=r,pool=x -device nvme,drive=r",
     "the key of its encryption": "-drive file=a.qcow2,format=qcow2,encrypt.key-secret=hunter2",
     "/srv/vm/a.vmdk is vmdk; convert it: qemu-img convert -f vmdk": "-drive file=a.vmdk,format=vmdk",
-    "a cdrom with /srv/vm/a.iso": "-cdrom a.iso",
+    "a cdrom with /srv/vm/a.iso": "-M microvm -cdrom a.iso",
     "it is of kind floppy": "-fda a.img",
     "there is no drive lost": "-device virtio-blk-pci,drive=lost",
     "-object secret s0": "-object secret,id=s0,data=hunter2",
@@ -185,6 +185,11 @@ def test_what_does_not_tell_all_is_refused(said: str) -> None:
     with pytest.raises(UsageError) as caught:
         read(REFUSED[said])
     assert said.replace("=many", "='many'") in caught.value.message
+
+
+def test_a_cdrom_is_kept() -> None:
+    spec = read(f"{BARE} -M q35 -cdrom a.iso -drive file=b.iso,media=cdrom").spec
+    assert (spec.cdrom, spec.disks) == ("/srv/vm/a.iso", ())
 
 
 def test_what_starts_it_may_stand_before_it() -> None:

@@ -28,6 +28,7 @@ WEB = MachineSpec(
         DiskSpec(name="vda", image=f"{FOLDER}/web.Before Upgrade", cache="none"),
         DiskSpec(name="sda", image=f"{FOLDER}/data.Before Upgrade", bus="scsi", discard=False),
     ),
+    cdrom=f"{FOLDER}/boot.iso",
     nics=(NicSpec(mac="52:54:00:8a:3b:01"), NicSpec(mac="52:54:00:8a:3b:02", model="e1000")),
 )
 
@@ -48,7 +49,8 @@ def test_a_domain_that_libvirt_has_printed() -> None:
     found = web()
     assert found.spec == WEB
     assert (found.changed, found.runs, found.origin) == ((), "", "libvirt's domain web")
-    assert f"disk sdb: a cdrom with {FOLDER}/boot.iso" in found.left_out
+    full = edited(("machine='pc-q35-7.2'", "machine='microvm'"))
+    assert f"disk sdb: a cdrom with {FOLDER}/boot.iso" in libvirt.read(full, "web.xml").left_out
     for device in ("graphics type=vnc", "memballoon model=virtio", "input type=tablet bus=usb", "metadata"):
         assert device in found.left_out
     assert "controller type=pci model=pcie-root-port (9 times)" in found.left_out

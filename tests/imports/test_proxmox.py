@@ -44,6 +44,7 @@ def test_a_whole_configuration() -> None:
                 read_only=True,
             ),
         ),
+        cdrom="/var/lib/vz/template/iso/debian-12.iso",
         nics=(
             NicSpec(kind="bridge", bridge="vmbr0", mac="bc:24:11:aa:bb:cc"),
             NicSpec(kind="bridge", bridge="vmbr1", mac="bc:24:11:aa:bb:cd", model="e1000"),
@@ -54,7 +55,7 @@ def test_a_whole_configuration() -> None:
     for named in (
         "hostpci0",
         "cipassword",
-        "ide2: a cdrom with local:iso/debian-12.iso",
+        "ide0: a cdrom with local:100/vm-100-cloudinit.qcow2",
         "net0: tag",
         "scsi0: iothread",
     ):

@@ -39,6 +39,7 @@ def whole(image: str) -> MachineSpec:
             DiskSpec(name="no", size=4096 + 512, read_only=True, snapshot=False),
             DiskSpec(name="b", base="/b.qcow2", encryption=Encryption(secret_file="/run/key")),  # noqa: S106
         ),
+        cdrom=image,
         nics=(
             NicSpec(
                 mac="52:54:00:12:34:56", model="e1000", forwards=(Forward(host=2222, guest=22, address=EVERYWHERE),)

@@ -218,7 +218,10 @@ async def test_a_vm_of_proxmox(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     disk = storage / "vm-100-disk-0.qcow2"
+    iso = place / "template" / "iso" / "debian-12.iso"
     if chained:
+        iso.parent.mkdir(parents=True)
+        iso.write_bytes(bytes(MIB))
         first = image(storage / "snap-fresh-vm-100-disk-0.qcow2", mark=1)
         second = image(storage / "snap-before-upgrade-vm-100-disk-0.qcow2", on=first, mark=2)
         image(disk, on=second, mark=3)
@@ -231,6 +234,8 @@ async def test_a_vm_of_proxmox(
     done = await typed(capsys, PVE.format(place=place))
     assert (done["machine"], done["snapshots"]) == ("web.server", ["fresh", "before-upgrade"])
     vm = await q.machine("web.server")
+    assert (await vm.record()).spec.cdrom == (str(iso) if chained else None)
+    assert chained or f"{iso} is missing" in done["left_out"]
     assert (await vm.record()).current == "before-upgrade"
     assert {one.kind for one in await vm.snapshots()} == {"disk" if chained else "internal"}
     await vm.revert("fresh")

@@ -225,6 +225,15 @@ def test_ide_disks_take_the_two_channels_of_a_pc() -> None:
     assert [device["unit"] for device in devices(argv)] == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize(("machine", "place"), [("q35", ("ide.5", 0)), ("pc", ("ide.1", 1))])
+def test_a_cdrom_is_read_only_and_boots_behind_the_first_disk(machine: str, place: tuple[str, int]) -> None:
+    argv = argv_of(f"agent: no\nmachine: {machine}\ncdrom: /i.iso\ndisks: [{{name: vda, size: 1M}}]")
+    device = devices(argv)[-1]
+    assert (device["driver"], device["bus"], device["unit"], device["bootindex"]) == ("ide-cd", *place, 2)
+    node = json.loads(after(argv, "-blockdev")[-1])
+    assert (node["node-name"], node["read-only"], node["driver"]) == (device["drive"], True, "raw")
+
+
 def test_a_card_is_of_its_model() -> None:
     argv = argv_of("agent: no\nnics: [{model: e1000e}, user]")
     assert [driver for driver, _ in drivers(argv)] == ["e1000e", "virtio-net-pci"]

@@ -327,6 +327,13 @@ WRONG_DISKS = [
 ]
 
 
+@pytest.mark.parametrize("machine", ["microvm", "q35"])
+def test_a_cdrom_needs_a_place(machine: str) -> None:
+    disks = ", ".join(f"{{name: d{number}, size: 1M, bus: sata}}" for number in range(6 if machine == "q35" else 0))
+    found = refusal(f"name: web\nmachine: {machine}\ncdrom: /i.iso\ndisks: [{disks}]")
+    assert found.message.startswith(f"machine.yaml:3:8: machine {machine} has no bus for a CD-ROM drive")
+
+
 @pytest.mark.parametrize(("disks", "message"), WRONG_DISKS)
 def test_a_wrong_disk_says_where_and_why(disks: str, message: str) -> None:
     assert refusal(f"name: web\ndisks: [{disks}]").message == f"machine.yaml:{message}"

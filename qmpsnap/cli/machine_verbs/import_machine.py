@@ -213,6 +213,8 @@ def _define(arguments: argparse.Namespace, found: "Imported") -> None:
 
     from qmpsnap.cli.common import home
 
+    if (cdrom := found.spec.cdrom) and not Path(cdrom).exists():  # a medium that was forgotten in the drive
+        found = replace(found, spec=replace(found.spec, cdrom=None), left_out=(*found.left_out, f"{cdrom} is missing"))
     found = replace(found, spec=specfile.checked(found.spec, folder=Path.cwd(), guest_dir=home().guest))
     act = take_over.preview if arguments.dry_run else take_over.run
     done = operating(lambda context: act(context, found, folders=folders), make=not arguments.dry_run)

@@ -138,6 +138,7 @@ class MachineShape(Shape, frozen=True):
     uefi_code: FilePath | None = None
     uefi_variables: FilePath | None = None
     disks: tuple[DiskShape, ...] = ()
+    cdrom: FilePath | None = None
     nics: tuple[NicShape, ...] = ()
     agent: bool = True
     display: Display = "none"

@@ -19,6 +19,7 @@ from qmpsnap.errors import SpecError
 from qmpsnap.hint import call
 from qmpsnap.machine.config.document import Document, compose, load, of_program, shorten
 from qmpsnap.machine.config.shapes import MIB, DiskShape, ForwardShape, MachineShape, NicShape
+from qmpsnap.machine.starting.argv import IDE_PLACES, cdrom_bus
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import SNAPSHOT_OF
 from qmpsnap.model.sizes import UNITS, in_bytes
@@ -30,11 +31,9 @@ GUEST: Final = "@guest/"
 _FLAGS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _FORWARD: Final = re.compile(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?")
 _PATHS: Final = (
-    "kernel", "initrd", "image", "base", "device", "secret-file", "conf", "uefi-code", "uefi-variables",
+    "kernel", "initrd", "image", "base", "device", "secret-file", "conf", "uefi-code", "uefi-variables", "cdrom",
 )  # fmt: skip
 _CONTENT: Final = ("size", "image", "base", "device", "rbd")
-_IDE: Final = 4
-"""Disks that the two channels of a pc machine take."""
 _HINTS: Final = {
     "name": "as in 'name: web' for a machine, 'name: vda' for a disk",
     "host": "as in '{host: 2222, guest: 22}'",
@@ -292,12 +291,15 @@ def _require_agreement(document: Document, spec: MachineShape) -> None:
 
 
 def _require_buses(document: Document, spec: MachineShape) -> None:
+    if spec.cdrom and cdrom_bus(spec.machine, [disk.bus for disk in spec.disks]) is None:
+        found = f"machine {spec.machine} has no bus for a CD-ROM drive that its disks leave free"
+        document.refuse("$.cdrom", found, "leave 'cdrom' out, or let a disk be on another 'bus'")
     ide = [disk for disk in spec.disks if disk.bus == "ide"]
     if ide and spec.machine != "pc" and not spec.machine.startswith("pc-i440fx-"):
         found = f"disk {ide[0].name!r}: machine {spec.machine} has no ide bus"
         document.refuse("$.disks", found, "use 'bus: sata', or 'machine: pc'")
-    if len(ide) > _IDE:
-        document.refuse("$.disks", f"the ide bus takes {_IDE} disks, not {len(ide)}", "use another 'bus'")
+    if len(ide) > IDE_PLACES:
+        document.refuse("$.disks", f"the ide bus takes {IDE_PLACES} disks, not {len(ide)}", "use another 'bus'")
 
 
 def _require_disks(document: Document, disks: Sequence[DiskShape]) -> None:

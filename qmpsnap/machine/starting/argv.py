@@ -31,6 +31,10 @@ AGENT_PORT: Final = "org.qemu.guest_agent.0"
 
 SATA_PORTS: Final = 6
 """Ports of one ICH9 AHCI controller."""
+IDE_PLACES: Final = 4
+"""Disks that the two channels of a pc machine take."""
+CDROM: Final = "qs-cdrom"
+"""Node and device of the CD-ROM drive."""
 TSC_KHZ: Final = 2_000_000
 """Assumed where the host's is unknown: a guest whose clock is somewhat off, rather than one that does not boot."""
 
@@ -95,6 +99,7 @@ def build(  # all that an argument list depends on
         *_agent(spec),
         *_secrets(spec, secrets),
         *_disks(spec, chains, blank=blank),
+        *_cdrom(spec),
         *_nics(spec, uuid),
         *spec.extra,
     ]
@@ -227,6 +232,28 @@ def _disks(spec: MachineSpec, chains: Sequence[Chain], *, blank: bool) -> Iterat
         if position == 0 and spec.kernel is None:
             device["bootindex"] = 1
         yield from _json("-device", device)
+
+
+def cdrom_bus(machine: str, buses: Sequence[str]) -> tuple[str, int] | None:
+    """Where a machine has its CD-ROM drive: the last place of the controller that it brings, where no disk is."""
+    if machine == "q35" or machine.startswith("pc-q35-"):
+        return (f"ide.{SATA_PORTS - 1}", 0) if buses.count("sata") < SATA_PORTS else None
+    if machine == "pc" or machine.startswith("pc-i440fx-"):
+        return ("ide.1", 1) if buses.count("ide") < IDE_PLACES else None
+    return None
+
+
+def _cdrom(spec: MachineSpec) -> Iterator[str]:
+    if not spec.cdrom:
+        return
+    place = cdrom_bus(spec.machine, [disk.bus for disk in spec.disks])
+    if place is None:
+        raise ValueError(f"machine {spec.name} has no bus for its CD-ROM drive")
+    yield from _json("-blockdev", _flash(CDROM, spec.cdrom, read_only=True))
+    device: Device = {"driver": "ide-cd", "id": CDROM, "drive": CDROM, "bus": place[0], "unit": place[1]}
+    if spec.kernel is None:
+        device["bootindex"] = 2  # an installer, as long as the first disk is empty
+    yield from _json("-device", device)
 
 
 def _attached(spec: MachineSpec, disk: DiskSpec, place: int) -> tuple[Device | None, Device]:

@@ -119,6 +119,7 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         identity_hook: shell command that the guest agent runs in a fork that gets an identity of its own.
         extra: further QEMU arguments, refused unless ``define --allow-extra``.
         uuid: of the machine to be; the recorded machine has it beside its spec, which says nothing of it.
+        cdrom: absolute path of an ISO image in a CD-ROM drive; no snapshot includes it.
         uefi_code: absolute path of the firmware; None: this host's.
         uefi_variables: absolute path of the variable store that ``define`` copies; None: the firmware's template.
     """
@@ -137,6 +138,7 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     uefi_code: str | None = None
     uefi_variables: str | None = None
     disks: tuple[DiskSpec, ...] = ()
+    cdrom: str | None = None
     nics: tuple[NicSpec, ...] = ()
     agent: bool = True
     display: Display = "none"

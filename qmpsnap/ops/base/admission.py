@@ -71,7 +71,7 @@ def _admit_all(context: Context, machine: Machine, chains: Sequence[Chain], firm
     if firmware:
         privileges.admit(firmware.vars, user.uid, READ_WRITE)
         files += [firmware.vars, firmware.code]
-    files += [path for path in (machine.spec.kernel, machine.spec.initrd) if path]
+    files += [path for path in (machine.spec.kernel, machine.spec.initrd, machine.spec.cdrom) if path]
     folders = [str(home.run_dir(machine.name)), str(home.log_dir(machine.name))]  # QEMU asks for their whole path
     for folder in _folders([*files, *folders], (home.data, home.cache, home.run)):
         privileges.admit(folder, user.uid, acl.ENTER)

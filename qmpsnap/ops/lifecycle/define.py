@@ -30,7 +30,7 @@ from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, forget_places, locked, require_folder
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import identified, make_overlays, require_free
-from qmpsnap.ops.lifecycle import bases, disk_sources
+from qmpsnap.ops.lifecycle import bases, boot_files, disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.session import begin
@@ -172,6 +172,7 @@ def _tcg_cpu(spec: MachineSpec, abilities: probe.Abilities) -> str:
 async def survey(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> tuple[Machine, dict[str, DiskSource]]:
     """The machine to be, and what lies under its disks already; images may lie in the folders ``allowed``."""
     await require_free_uuid(context, spec.name, spec.uuid)
+    await to_read(lambda: boot_files.require(spec, context.home, allowed=allowed))
     sources = await disk_sources.read(context, spec, allowed)
     machine = Machine(
         name=spec.name,

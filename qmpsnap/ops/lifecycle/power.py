@@ -22,7 +22,7 @@ from qmpsnap.ops.base import admission, consent, luks, requests
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, locked, require_own, require_spec
 from qmpsnap.ops.internal import tags
-from qmpsnap.ops.lifecycle import pausing
+from qmpsnap.ops.lifecycle import boot_files, pausing
 from qmpsnap.ops.memory.load import Loading, load
 from qmpsnap.ops.outside import compare, unseen_qemu
 from qmpsnap.ops.session.session import working
@@ -57,6 +57,7 @@ async def bring_up(
     consent.require(machine)
     chains = await context.astore.chains(machine.name)
     surroundings.require_room(chains, machine=machine.name)
+    await to_read(lambda: boot_files.require(machine.spec, context.home))
     await to_end(require_files, machine, chains)
     await blocking(_require_alone, context, machine, chains)
     choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache, user=context.run_as)
