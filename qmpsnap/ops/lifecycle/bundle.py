@@ -97,7 +97,7 @@ def _require_files(record: Record, name: str) -> None:
         if not stat.S_ISREG(mode):
             raise StateError(
                 f"layer {layer.id} of machine {name} is {layer.path}, which is not a file",
-                hint="copy it into a file first: " + call("mirror", name, layer_disk(layer.id) or ""),
+                hint="copy the disk into a file first, by a mirror with a pivot",
                 machine=name,
             )
 
