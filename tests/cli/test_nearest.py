@@ -26,6 +26,7 @@ MEANT = {
     "import libvrit x": "did you mean 'libvirt'?",
     "show wbe": "there is no machine 'wbe'; did you mean 'web'?",
     "snapshot show web after-upgarde": "has no snapshot 'after-upgarde'; did you mean 'after-upgrade'?",
+    "stream web vda --base fersh": "has no layer or snapshot 'fersh'; did you mean 'fresh'?",
     "chain web vdaa": "machine web has no disk 'vdaa'; did you mean 'vda'?",
 }
 
