@@ -1,12 +1,15 @@
 """libvirt's XML: recorded descriptions become specs, and nothing but a UsageError comes of any other."""
 
 import contextlib
+import io
+import json
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmpsnap.cli.main import main
 from qmpsnap.errors import UsageError
 from qmpsnap.imports import libvirt, spec_text
 from qmpsnap.imports.found import MAX_BYTES, Frozen, Imported
@@ -54,6 +57,20 @@ def test_a_domain_that_libvirt_has_printed() -> None:
     for device in ("graphics type=vnc", "memballoon model=virtio", "input type=tablet bus=usb", "metadata"):
         assert device in found.left_out
     assert "controller type=pci model=pcie-root-port (9 times)" in found.left_out
+
+
+def test_it_is_read_from_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for form in ("table", "json", "name"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(recorded("web.xml"))))
+        assert main(["import", "libvirt", "-", "-o", form]) == 0
+    printed = capsys.readouterr().out
+    text, _, rest = printed.partition("{\n")
+    document = json.loads("{" + rest.rpartition("}")[0] + "}")
+    assert document["spec"] == text
+    assert (document["machine"], document["runs"], document["snapshots"]) == ("web", None, [])
+    assert printed.endswith("}\nweb\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"x" * (MAX_BYTES + 1))))
+    assert main(["import", "libvirt", "-"]) == 2
 
 
 def test_a_running_domain_is_told() -> None:

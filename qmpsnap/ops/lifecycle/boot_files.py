@@ -8,7 +8,6 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.files import opened
-from qmpsnap.machine.config.launch_dir import launch_dir
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.spec import MachineSpec
 
@@ -34,6 +33,8 @@ def _require_file(what: str, path: Path, home: Home) -> None:
             pass
     except FileNotFoundError as error:
         if path.is_relative_to(home.guest):
+            from qmpsnap.machine.config.launch_dir import launch_dir  # loads subprocess, which a start does without
+
             build = shlex.join([str(launch_dir() / "guest" / "build"), str(home.guest)])
             raise HostCannot(f"the small guest is not built: there is no {what} {path}", hint=build) from error
         raise ImageRefused(f"there is no {what} {printable(str(path))}") from error
