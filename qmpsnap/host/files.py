@@ -248,7 +248,7 @@ def is_recorded(recorded: Identified, descriptor: int) -> bool:
         return recorded.identity == identity_of(status)
     if (recorded.device, recorded.inode) != inode_of(status):
         return False
-    return not recorded.birth or born(descriptor) in (0, recorded.birth)
+    return not recorded.birth or _born(descriptor, status) in (0, recorded.birth)
 
 
 def inode_of(status: os.stat_result) -> Inode:
@@ -293,7 +293,11 @@ def born(descriptor: int) -> int:
 
     Not of a device: its node is born anew with every boot.
     """
-    if stat.S_IFMT(os.fstat(descriptor).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+    return _born(descriptor, os.fstat(descriptor))
+
+
+def _born(descriptor: int, status: os.stat_result) -> int:
+    if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
         return 0
     statx = _statx()
     if statx is None:

@@ -4,11 +4,12 @@ Between our look at a file and QEMU's opening of its name, somebody may have put
 The kernel says which files a process has open, whatever the name leads to by now.
 """
 
+import os
 from collections.abc import Iterable
 
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.hint import call
-from qmpsnap.host.files import FileId, Identified, Inode, same_file
+from qmpsnap.host.files import FileId, Inode, is_recorded, opened, same_file
 from qmpsnap.machine.adopted import open_files
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.rbd import RbdImage
@@ -19,12 +20,12 @@ def require_recorded(layers: Iterable[Layer], *, machine: str) -> None:
     """Make sure, before any program is given their names, that these lead to the recorded files."""
     for layer in layers:
         try:
-            found = _found(layer)
+            same = _is_recorded(layer)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _mismatch(layer, "does not exist", machine) from error
         except OSError as error:
             raise _mismatch(layer, f"cannot be read: {error.strerror}", machine) from error
-        if found is None:
-            raise _mismatch(layer, "does not exist", machine)
-        if not same_file(layer, found):
+        if not same:
             raise _mismatch(layer, "is not the recorded file", machine)
 
 
@@ -52,8 +53,18 @@ def require_opened(process: Process | None, layers: Iterable[Layer], *, machine:
     require_recorded(layers, machine=machine)
 
 
-def _found(layer: Layer) -> Identified | None:
-    """What its name leads to now."""
+def _is_recorded(layer: Layer) -> bool:
+    """Whether its name leads to what was recorded; ``FileNotFoundError`` where it leads nowhere."""
+    if layer.storage == "file":
+        with opened(layer.path, os.O_PATH) as descriptor:
+            return is_recorded(layer, descriptor)
+    found = _device_or_image(layer)
+    if found is None:
+        raise FileNotFoundError
+    return same_file(layer, found)
+
+
+def _device_or_image(layer: Layer) -> FileId | None:
     image = RbdImage.parse(layer.path)
     if image is None:
         return FileId.at(layer.path)

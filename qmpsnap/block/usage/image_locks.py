@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import sys
 
@@ -59,8 +60,12 @@ def _asked(path: str, places: Iterable[tuple[int, int]]) -> bool:
 
 def held(descriptor: int, which: tuple[int, int]) -> bool:
     """Whether another process has locked any of these bytes of an open file."""
-    # struct flock of 64 bits: type and whence, of 16 bits each and filled up, start, length, pid.
-    fields = zip((fcntl.F_WRLCK, os.SEEK_SET, *which, 0), (2, 6, 8, 8, 8), strict=True)
-    question = b"".join(value.to_bytes(size, sys.byteorder) for value, size in fields)
-    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _question(*which))
     return int.from_bytes(answer[:2], sys.byteorder) != fcntl.F_UNLCK
+
+
+@functools.cache
+def _question(start: int, length: int) -> bytes:
+    # struct flock of 64 bits: type and whence, of 16 bits each and filled up, start, length, pid.
+    fields = zip((fcntl.F_WRLCK, os.SEEK_SET, start, length, 0), (2, 6, 8, 8, 8), strict=True)
+    return b"".join(value.to_bytes(size, sys.byteorder) for value, size in fields)

@@ -120,6 +120,10 @@ def _asked(descriptor: int, *, readers: bool) -> How | None:
     if stat.S_ISBLK(status.st_mode):
         return _asked_of_device(descriptor, status.st_rdev, readers=readers)
     leased = stat.S_ISREG(status.st_mode)
+    if leased:
+        # Should somebody open the file before a lease is given back, we are sent a signal: this one is ignored, SIGIO
+        # would end us.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, _SIGURG)
     if leased and not _is_free(descriptor, fcntl.F_RDLCK):
         return "writes"
     if readers and (
@@ -144,8 +148,6 @@ def _asked_of_device(descriptor: int, number: int, *, readers: bool) -> How | No
 
 def _is_free(descriptor: int, kind: int) -> bool:
     """Whether the kernel grants such a lease, which is given back at once."""
-    # Should somebody open the file before that, we are sent a signal: this one is ignored, SIGIO would end us.
-    fcntl.fcntl(descriptor, fcntl.F_SETSIG, _SIGURG)
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, kind)
     except BlockingIOError:
