@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import anyio
 import pytest
 from anyio import to_thread
 
@@ -16,6 +18,8 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.machine.starting.run_files import QMP_SOCKET
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.model.operations.operation import Plan
+from qmpsnap.store.sqlite.backend import SqliteStore
 from tests.live.machine import MIB, context_of, grown, hold_invariants
 
 # One command line that comes to a halt as it makes its first step durable, until its input ends.
@@ -118,4 +122,39 @@ async def test_a_hung_machine_keeps_nobody_waiting(
             (run_dir / QMP_SOCKET).unlink()
             (run_dir / "away").rename(run_dir / QMP_SOCKET)
     os.kill(process.pid, signal.SIGCONT)
+    await hold_invariants(vm)
+
+
+async def test_one_program_gives_each_machine_a_number_at_once(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all plan at the same time, with the same number, one is opened and the others plan again, each time."""
+    monkeypatch.setattr("qmpsnap.ops.session.session._TURN", 60.0)
+    real, opened = SqliteStore.open_operation, []
+
+    def counted(store: SqliteStore, plan: Plan, *arguments: Any, **named: Any) -> Any:
+        opened.append(plan.machine)
+        return real(store, plan, *arguments, **named)
+
+    names = [f"m{number}" for number in range(6)]
+    vms = [
+        await q.define(MachineSpec(name=name, memory=64 * MIB, disks=(DiskSpec(name="vda", size=MIB),)))
+        for name in names
+    ]
+    monkeypatch.setattr(SqliteStore, "open_operation", counted)
+    async with anyio.create_task_group() as group:
+        for vm in vms:
+            group.start_soon(vm.add_layers)
+    assert sorted(opened) == names
+    for vm in vms:
+        await hold_invariants(vm)
+
+
+async def test_a_plan_that_takes_too_long_holds_no_other_up(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmpsnap.ops.session.session._TURN", 0.01)
+    vm = await grown(q, "s1")
+    async with context_of(vm).planning:  # as one whose storage hangs
+        await vm.snapshot("s2")
     await hold_invariants(vm)

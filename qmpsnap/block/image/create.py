@@ -237,11 +237,11 @@ class _Claim:
 
         What is zero is left a hole: an fsync writes three blocks then, not fifty.
         """
-        tables = empty.tables(virtual_size)
+        length, tables = empty.tables(virtual_size)
         with self._lock, _translated(self.path):
-            os.ftruncate(self.descriptor, empty.CLUSTER + len(tables))
-            for at in range(0, len(tables), empty.CLUSTER):
-                _write(self.descriptor, tables[at : at + empty.CLUSTER].rstrip(b"\0"), at=empty.CLUSTER + at)
+            os.ftruncate(self.descriptor, length)
+            for at, table in tables.items():
+                _write(self.descriptor, table, at=at)
             _write(self.descriptor, empty.header(virtual_size, backing.path, backing.format), at=0)
         return self.finish_qcow2(virtual_size, backing, encrypted=False)
 

@@ -31,8 +31,8 @@ def header(virtual_size: int, backing: str, backing_format: str) -> bytes:
     return fields + extensions + name
 
 
-def tables(virtual_size: int) -> bytes:
-    """All that follows.
+def tables(virtual_size: int) -> tuple[int, dict[int, bytes]]:
+    """The length of the file, and what is in it after the header, by its place; the rest is zero.
 
     Raises:
         ImageRefused: QEMU opens no image that large.
@@ -41,13 +41,15 @@ def tables(virtual_size: int) -> bytes:
     if length > MAX_L1:
         raise ImageRefused(f"an overlay of {virtual_size} bytes is larger than QEMU can open")
     clusters = _L1 // CLUSTER + -(-length // CLUSTER)
-    table, block = struct.pack(">Q", _BLOCK), struct.pack(">H", 1) * clusters
-    return table.ljust(CLUSTER, b"\0") + block.ljust(CLUSTER, b"\0") + bytes(length)
+    return _L1 + length, {_TABLE: struct.pack(">Q", _BLOCK), _BLOCK: struct.pack(">H", 1) * clusters}
 
 
 def is_beginning(data: bytes, virtual_size: int) -> bool:
     """Whether this is what is there of a new overlay before it has its header, which comes last."""
     if data[:CLUSTER].strip(b"\0"):
         return False
-    planned, found = tables(virtual_size), data[CLUSTER:]
-    return len(found) <= len(planned) and all(new in (0, old) for new, old in zip(found, planned, strict=False))
+    length, written = tables(virtual_size)
+    planned = bytearray(length)
+    for at, part in written.items():
+        planned[at : at + len(part)] = part
+    return len(data) <= length and all(new in (0, old) for new, old in zip(data, planned, strict=False))
