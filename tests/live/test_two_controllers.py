@@ -155,6 +155,14 @@ async def test_a_plan_that_takes_too_long_holds_no_other_up(
 ) -> None:
     monkeypatch.setattr("qmpsnap.ops.session.session._TURN", 0.01)
     vm = await grown(q, "s1")
-    async with context_of(vm).planning:  # as one whose storage hangs
+
+    async def hang(*, task_status: anyio.abc.TaskStatus[None]) -> None:
+        async with context_of(vm).planning:
+            task_status.started()
+            await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as group:
+        await group.start(hang)
         await vm.snapshot("s2")
+        group.cancel_scope.cancel()
     await hold_invariants(vm)
