@@ -115,7 +115,11 @@ def size(number: int | None) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without anything that could steer a terminal."""
+    """The text without anything that could steer a terminal; an image in a cluster by its short name."""
+    if text.startswith("json:"):
+        from qmpsnap.model.machines.rbd import shown
+
+        text = shown(text)
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -4,6 +4,7 @@ Called in a thread, as everything that reads images: a cluster that does not ans
 """
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -12,9 +13,16 @@ from typing import Any, Final, NamedTuple, Protocol
 from qmpsnap.errors import HostCannot, ImageRefused, StorageHangs
 from qmpsnap.host import storage_wait
 
-_NOT_THERE: Final = 2
-"""Exit code of ``rbd`` where there is no such pool, namespace or image: ENOENT."""
 _SAID: Final = 300
+
+
+class Failed(HostCannot):
+    """A program has refused or failed; ``status`` is what it has exited with, of ``rbd`` mostly an ``errno``."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        """What it has said last, and its exit status."""
+        super().__init__(message)
+        self.status = status
 
 
 class Image(Protocol):
@@ -32,12 +40,17 @@ class Image(Protocol):
     def client(self) -> list[str]:
         """Those that say which cluster is meant, and as whom."""
 
+    @property
+    def snapshot(self) -> str | None:
+        """The name of one of its snapshots."""
+
 
 class Info(NamedTuple):
-    """Bytes of an image, and what tells it from all others."""
+    """Bytes of an image or snapshot, what tells it from all others, and all that is said of the image."""
 
     size: int
     identity: str
+    said: dict[str, Any]
 
 
 def info(image: Image) -> Info:
@@ -48,7 +61,7 @@ def info(image: Image) -> Info:
         HostCannot: it refuses, or there is no ``rbd``.
         StorageHangs: it does not answer.
     """
-    found = _asked(["rbd", *image.arguments, "info"], image)
+    found = asked(image, "info")
     try:
         size, number = int(found["size"]), str(found["id"])
     except (KeyError, TypeError, ValueError) as error:
@@ -56,12 +69,18 @@ def info(image: Image) -> Info:
     if (key := (*image.client, image.pool)) not in _pools:
         _pools[key] = _pool(image)
     fsid, pool = _pools[key]
-    return Info(size, f"rbd:{fsid}/{pool}/{number}")
+    identity = f"rbd:{fsid}/{pool}/{number}"
+    if image.snapshot is None:
+        return Info(size, identity, found)
+    kept = {str(one["name"]): one for one in snapshots(image)}
+    if image.snapshot not in kept:
+        raise ImageRefused(f"there is no snapshot rbd:{image}")
+    return Info(int(kept[image.snapshot]["size"]), f"{identity}/{kept[image.snapshot]['id']}", found)
 
 
 def watchers(image: Image) -> tuple[str, ...]:
     """The addresses of clients that have an image open for writing; one that only reads it has none."""
-    found = _asked(["rbd", *image.arguments, "status"], image)
+    found = asked(image, "status")
     # As a list in JSON of this release; older ones have had a mapping.
     listed = found.get("watchers", ())
     listed = listed.values() if isinstance(listed, dict) else listed
@@ -70,7 +89,30 @@ def watchers(image: Image) -> tuple[str, ...]:
 
 def writers(image: Image) -> tuple[str, ...]:
     """The addresses of clients that hold an image's exclusive lock, as whoever has written to it."""
-    return tuple(str(one["address"]) for one in _asked(["rbd", *image.arguments, "lock", "ls"], image))
+    return tuple(str(one["address"]) for one in asked(image, "lock", "ls"))
+
+
+def snapshots(image: Image) -> list[dict[str, Any]]:
+    """The snapshots of an image (or of that which it is one of), with ``id``, ``name``, ``size``."""
+    found = asked(image, "snap", "ls", snapshot=False)
+    return [one for one in found if isinstance(one, dict)]
+
+
+def asked(image: Image, *words: str, snapshot: bool = True) -> Any:
+    """What ``rbd`` answers to these words about an image, without its ``snapshot`` if that is not to be named."""
+    named = [word for word in image.arguments if snapshot or not word.startswith("--snap=")]
+    return _asked(["rbd", *named, *words], image)
+
+
+def done(image: Image, *words: str, seconds: float, snapshot: bool = True) -> None:
+    """Let ``rbd`` change something, which takes no longer than ``seconds``.
+
+    Raises:
+        Failed: it says that it could not.
+        StorageHangs: it was killed after that time; what became of it is unknown.
+    """
+    named = [word for word in image.arguments if snapshot or not word.startswith("--snap=")]
+    _run(["rbd", *named, *words], image, seconds=max(seconds, storage_wait.deadline()), changes=True)
 
 
 _pools: dict[tuple[str, ...], tuple[str, int]] = {}
@@ -88,10 +130,16 @@ def _pool(image: Image) -> tuple[str, int]:
 
 def _asked(argv: list[str], image: Image) -> Any:
     """What a program answers, as JSON; killed once it has taken as long as storage may."""
-    seconds = storage_wait.deadline()
-    argv = [*argv, "--format=json"]
+    said = _run([*argv, "--format=json"], image, seconds=storage_wait.deadline())
     try:
-        done = subprocess.run(
+        return json.loads(said)
+    except ValueError as error:
+        raise HostCannot(f"{_command(argv)} of rbd:{image} does not answer in JSON: {said[:_SAID]!r}") from error
+
+
+def _run(argv: list[str], image: Image, *, seconds: float, changes: bool = False) -> bytes:
+    try:
+        ended = subprocess.run(
             argv,
             check=False,
             stdin=subprocess.DEVNULL,
@@ -101,24 +149,28 @@ def _asked(argv: list[str], image: Image) -> Any:
             start_new_session=True,  # a Ctrl-C is ours to answer
         )
     except subprocess.TimeoutExpired as error:
-        what = f"{argv[0]} {argv[-2]} of rbd:{image} has waited for {seconds:g} s"
         raise StorageHangs(
-            f"the Ceph cluster does not answer: {what}",
+            f"the Ceph cluster does not answer: {_command(argv)} of rbd:{image} has waited for {seconds:g} s",
             path=f"rbd:{image}",
             hint=f"check that cluster (ceph health); {storage_wait.DEADLINE} sets a longer wait",
+            effect="unknown" if changes else "none",
         ) from error
     except OSError as error:
         raise HostCannot(
             f"{argv[0]} cannot be run: {error.strerror}",
             hint="install Ceph's client programs (Debian: ceph-common)",
         ) from error
-    if done.returncode == 0:
-        with contextlib.suppress(ValueError):
-            return json.loads(done.stdout)
-    said = _last(done.stderr) or f"exit {done.returncode}"
-    if argv[0] == "rbd" and done.returncode == _NOT_THERE:
+    if ended.returncode == 0:
+        return ended.stdout
+    said = _last(ended.stderr) or f"exit {ended.returncode}"
+    if argv[0] == "rbd" and ended.returncode == errno.ENOENT and not changes:
         raise ImageRefused(f"there is no image rbd:{image}: {said}", hint=f"rbd {_lists(image)} lists the images")
-    raise HostCannot(f"{argv[0]} {argv[-2]} of rbd:{image} failed: {said}")
+    raise Failed(f"{_command(argv)} of rbd:{image} failed: {said}", status=ended.returncode)
+
+
+def _command(argv: list[str]) -> str:
+    """The program and its verb, without what names the image."""
+    return " ".join(word for word in argv if not word.startswith("--"))
 
 
 def _lists(image: Image) -> str:

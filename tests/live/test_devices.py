@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 import qmpsnap
-from qmpsnap.errors import ImageInUse, ImageRefused, StateError, StoreMismatch
+from qmpsnap.block.usage import survey
+from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, StateError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.rebuild import rebuild
 from tests.live.devices import MIB, loop, require_loops, run
@@ -36,9 +37,9 @@ def of(name: Path) -> MachineSpec:
     return MachineSpec(name="web", memory=64 * MIB, disks=(DiskSpec(name="vda", device=str(name)),))
 
 
-async def grown(q: qmpsnap.Controller, name: Path) -> tuple[qmpsnap.MachineHandle, Hashes, str]:
-    """A machine on the device with two snapshots, stopped; what they read as, and what its disk does."""
-    vm = await q.define(of(name))
+async def grown(q: qmpsnap.Controller, spec: MachineSpec) -> tuple[qmpsnap.MachineHandle, Hashes, str]:
+    """A machine of one disk with two snapshots, stopped; what they read as, and what its disk does."""
+    vm = await q.define(spec)
     await vm.start(paused=True)
     await fill(vm, "vda", 1)
     await vm.snapshot("s1")
@@ -55,7 +56,7 @@ def content(device: Path) -> bytes:
 
 @pytest.mark.version
 async def test_a_device_has_its_place_in_the_store_and_in_qemu(q: qmpsnap.Controller, named: Path) -> None:
-    vm, hashes, _ = await grown(q, named)
+    vm, hashes, _ = await grown(q, of(named))
     chain = (await vm.chains())[0]
     base = chain.layers[0].layer
     assert (base.path, base.format, base.storage, base.virtual_size) == (str(named), "raw", "host_device", 16 * MIB)
@@ -74,7 +75,7 @@ async def test_a_device_has_its_place_in_the_store_and_in_qemu(q: qmpsnap.Contro
 
 @pytest.mark.version
 async def test_a_snapshot_of_a_device_is_reverted_to(q: qmpsnap.Controller, named: Path) -> None:
-    vm, hashes, _ = await grown(q, named)
+    vm, hashes, _ = await grown(q, of(named))
     await vm.revert("s1")
     assert await active_hash(vm) == hashes["s1", "vda"]
     await vm.start(paused=True)
@@ -89,7 +90,7 @@ async def test_a_snapshot_of_a_device_is_reverted_to(q: qmpsnap.Controller, name
 async def test_deleting_all_snapshots_leaves_all_data_on_the_device(
     q: qmpsnap.Controller, named: Path, device: Path, *, runs: bool
 ) -> None:
-    vm, _, now = await grown(q, named)
+    vm, _, now = await grown(q, of(named))
     if runs:
         await vm.start(paused=True)
     await vm.delete_snapshots("s1")
@@ -106,7 +107,7 @@ async def test_deleting_all_snapshots_leaves_all_data_on_the_device(
 @pytest.mark.version
 @pytest.mark.parametrize("runs", [False, True])
 async def test_a_commit_goes_into_the_device(q: qmpsnap.Controller, named: Path, device: Path, *, runs: bool) -> None:
-    vm, _, now = await grown(q, named)
+    vm, _, now = await grown(q, of(named))
     if runs:
         await vm.start(paused=True)
     base = (await vm.chains())[0].layers[0].layer.id
@@ -122,7 +123,7 @@ async def test_a_commit_goes_into_the_device(q: qmpsnap.Controller, named: Path,
 async def test_a_stream_or_a_mirror_leaves_the_device_as_it_is(
     q: qmpsnap.Controller, named: Path, device: Path, place: Path, *, runs: bool
 ) -> None:
-    vm, hashes, now = await grown(q, named)
+    vm, hashes, now = await grown(q, of(named))
     before = content(device)
     if runs:
         await vm.start(paused=True)
@@ -168,7 +169,7 @@ async def test_no_tag_goes_into_a_device(q: qmpsnap.Controller, named: Path) -> 
 
 
 async def test_a_clone_reads_what_lies_on_a_device(q: qmpsnap.Controller, named: Path) -> None:
-    vm, hashes, _ = await grown(q, named)
+    vm, hashes, _ = await grown(q, of(named))
     first, second = (at.layer for at in (await vm.chains())[0].layers[:2])
     bases = {"raw": DiskSpec(name="vda", base=first.path, format="raw"), "top": DiskSpec(name="vda", base=second.path)}
     for name, disk in bases.items():
@@ -193,7 +194,7 @@ async def test_a_device_of_no_machine_is_no_base(q: qmpsnap.Controller, named: P
 async def test_a_machine_on_a_device_is_forgotten_and_the_device_is_not(
     q: qmpsnap.Controller, named: Path, device: Path
 ) -> None:
-    vm, _, _ = await grown(q, named)
+    vm, _, _ = await grown(q, of(named))
     before = content(device)
     await vm.undefine(disks="remove")
     assert content(device) == before
@@ -202,7 +203,7 @@ async def test_a_machine_on_a_device_is_forgotten_and_the_device_is_not(
 
 async def test_a_store_is_rebuilt_with_its_devices(home: Path, named: Path) -> None:
     async with qmpsnap.open() as q:
-        vm, hashes, now = await grown(q, named)
+        vm, hashes, now = await grown(q, of(named))
         chains = await vm.chains()
     lose(home)
     await rebuild.run(at(home), set_aside=False)
@@ -217,7 +218,7 @@ async def test_a_store_is_rebuilt_with_its_devices(home: Path, named: Path) -> N
 
 
 async def test_another_device_under_the_name_is_not_used(q: qmpsnap.Controller, named: Path, place: Path) -> None:
-    vm, _, _ = await grown(q, named)
+    vm, _, _ = await grown(q, of(named))
     named.unlink()
     with pytest.raises(StoreMismatch, match="volume"):
         await vm.start()
@@ -232,7 +233,7 @@ async def test_another_device_under_the_name_is_not_used(q: qmpsnap.Controller, 
 
 async def test_a_device_with_another_number_is_the_same(q: qmpsnap.Controller, place: Path, named: Path) -> None:
     """As after a boot: a loop device is told by the file that it is on."""
-    vm, hashes, _ = await grown(q, named)
+    vm, hashes, _ = await grown(q, of(named))
     with loop(place / "disk.img") as again:
         assert again != named.resolve()
         named.unlink()
@@ -257,7 +258,7 @@ async def test_a_device_has_one_writer_under_whatever_name(q: qmpsnap.Controller
 
 
 async def test_a_mounted_device_is_refused(q: qmpsnap.Controller, named: Path, device: Path, place: Path) -> None:
-    vm, _, _ = await grown(q, named)
+    vm, _, _ = await grown(q, of(named))
     await vm.delete_snapshots("s1", "s2")
     run("mkfs.ext4", "-q", str(device))
     mounted = place / "mounted"
@@ -306,3 +307,42 @@ async def test_what_is_no_device_is_refused(q: qmpsnap.Controller, place: Path) 
     with pytest.raises(ImageRefused, match="is not a block device"):
         await q.define(of(Path("/dev/null")))
     assert not await q.machines()
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_device_that_grows_is_told_and_recorded(
+    q: qmpsnap.Controller, named: Path, device: Path, place: Path
+) -> None:
+    vm = await q.define(of(named))
+    os.truncate(place / "disk.img", 32 * MIB)
+    run("losetup", "--set-capacity", str(device))
+    found = (await vm.check()).findings
+    assert [(one.code, one.repairable) for one in found] == [("size-differs", True)]
+    with pytest.raises(StoreMismatch, match="volume has a virtual size of 33554432 bytes, the store has 16777216"):
+        await vm.snapshot("s1")
+    assert (await vm.check(repair=True)).repaired
+    await vm.snapshot("s1")
+    await vm.start(paused=True)
+    await fill(vm, "vda", 7, offset=31 * MIB)
+    await hold_invariants(vm)
+
+
+async def test_qemu_grows_no_device(q: qmpsnap.Controller, named: Path) -> None:
+    vm = await q.define(of(named))
+    with pytest.raises(HostCannot, match="volume has 16777216 bytes and needs 33554432, but QEMU cannot grow a device"):
+        await vm.resize("vda", "32M")
+    await vm.snapshot("s1")
+    await vm.resize("vda", "32M")  # its overlay
+    await hold_invariants(vm)
+
+
+async def test_a_list_of_snapshots_finds_a_device_by_its_link(q: qmpsnap.Controller, named: Path) -> None:
+    vm, _, _ = await grown(q, of(named))
+    reads = context_of(vm).store.images.read_by("web")
+    assert survey.look(survey.wanted(reads, None)).word == "ok"
+    named.unlink()
+    assert survey.look(survey.wanted(reads, None)).word == "missing"
+    named.symlink_to(named.parent / "disk.img")
+    assert survey.look(survey.wanted(reads, None)).word in ("missing", "replaced")

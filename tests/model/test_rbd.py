@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from qmpsnap.block.image.qcow2 import backing_fault
 from qmpsnap.model.layers.blockdev import layer_options
@@ -21,22 +22,30 @@ def test_a_name_is_the_one_that_qemu_gives_its_raw_node() -> None:
         'json:{"driver": "raw", "file": {"pool": "p", "image": "i", "conf": "/c/ceph.conf", "driver": "rbd",'
         ' "namespace": "n", "user": "u"}}'
     )
+    assert RbdImage(pool="p", image="i", snapshot="s", namespace="n").filename == (
+        'json:{"driver": "raw", "file": {"pool": "p", "image": "i", "snapshot": "s", "driver": "rbd",'
+        ' "namespace": "n"}}'
+    )
     assert RbdImage(pool="p", image="i").filename == (
         'json:{"driver": "raw", "file": {"pool": "p", "image": "i", "driver": "rbd"}}'
     )
 
 
-@given(
+IMAGES = st.builds(
+    RbdImage,
     pool=NAMES,
     image=NAMES,
     namespace=st.none() | NAMES,
     user=st.none() | NAMES,
     conf=st.none() | NAMES.map(lambda name: f"/etc/{name}"),
+    snapshot=st.none() | NAMES,
 )
-def test_a_name_is_read_back(pool: str, image: str, namespace: str | None, user: str | None, conf: str | None) -> None:
-    found = RbdImage(pool=pool, image=image, namespace=namespace, user=user, conf=conf)
-    assert RbdImage.parse(found.filename) == found
-    assert backing_fault(found.filename) is None
+
+
+@given(image=IMAGES)
+def test_a_name_is_read_back(image: RbdImage) -> None:
+    assert RbdImage.parse(image.filename) == image
+    assert backing_fault(image.filename) is None
 
 
 @pytest.mark.parametrize(
@@ -65,6 +74,8 @@ def test_no_argument_can_be_taken_for_an_option() -> None:
     assert odd.arguments == ["--pool=--pool", "--image=--help"]
     assert WHOLE.arguments == ["--conf=/c/ceph.conf", "--id=u", "--pool=p", "--namespace=n", "--image=i"]
     assert WHOLE.client == WHOLE.arguments[:2]
+    assert replace(WHOLE, snapshot="s").arguments == [*WHOLE.arguments, "--snap=s"]
+    assert str(replace(WHOLE, snapshot="s")) == "p/n/i@s"
 
 
 def test_its_node_has_qemus_options_and_no_name_of_a_file() -> None:

@@ -48,7 +48,7 @@ def require_backing(layer: Layer, backing: Layer | None) -> None:
         found = _header(descriptor, layer).backing
     if found != (backing.path if backing else None):
         raise StoreMismatch(
-            f"the header of {printable(layer.path)} names {printable(found) if found else 'nothing'} as its backing"
+            f"the header of {printable(layer.shown)} names {printable(found) if found else 'nothing'} as its backing"
             f" file, instead of {printable(backing.path) if backing else 'nothing'}"
         )
 
@@ -58,7 +58,7 @@ def require_size(layer: Layer, found: Header | None = None) -> None:
     found = found or header.read(layer.path, format=layer.format, block_device=True)
     if found.virtual_size != layer.virtual_size:
         raise StoreMismatch(
-            f"{printable(layer.path)} has a virtual size of {found.virtual_size} bytes, the store has"
+            f"{printable(layer.shown)} has a virtual size of {found.virtual_size} bytes, the store has"
             f" {layer.virtual_size}: another program resized it",
             hint=call("check", "VM", repair=True)
             + " records the size of a disk that has grown; to undo the resize, set"
@@ -68,11 +68,13 @@ def require_size(layer: Layer, found: Header | None = None) -> None:
 
 def durable_size(layer: Layer) -> int:
     """Bytes for the guest by the file of ``layer``, which a QEMU may have open, once they are on the disk."""
+    if layer.storage == "rbd":
+        return header.read(layer.path).virtual_size
     with _opened(layer) as descriptor:
         try:
             os.fsync(descriptor)
         except OSError as error:
-            raise HostCannot(f"{printable(layer.path)} cannot be synced: {error.strerror}") from error
+            raise HostCannot(f"{printable(layer.shown)} cannot be synced: {error.strerror}") from error
         return _header(descriptor, layer).virtual_size
 
 
@@ -82,7 +84,7 @@ def _opened(layer: Layer) -> Iterator[int]:
         try:
             descriptor = stack.enter_context(opened(layer.path, os.O_RDONLY))
         except OSError as error:
-            what = f"{printable(layer.path)} cannot be opened: {error.strerror}; it was not changed"
+            what = f"{printable(layer.shown)} cannot be opened: {error.strerror}; it was not changed"
             raise HostCannot(what) from error
         yield descriptor
 
@@ -97,5 +99,5 @@ def _backing_of(descriptor: int, layer: Layer) -> tuple[str | None, str | None]:
 def _header(descriptor: int, layer: Layer) -> Header:
     found = header.inspect(descriptor, path=layer.path, format=layer.format)
     if not same_file(layer, found):
-        raise StoreMismatch(f"{printable(layer.path)} is not the recorded file; it was not touched")
+        raise StoreMismatch(f"{printable(layer.shown)} is not the recorded file; it was not touched")
     return found

@@ -26,6 +26,11 @@ def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: 
     ``ours``: a process of ours will write to it; else a QEMU that may have more rights than we have. ``shared``: a QEMU
     that has it open already, so that its locks tell of that one.
     """
+    if layer.storage == "rbd":  # QEMU can grow these
+        header.read(layer.path)
+        if not shared:
+            _require_unheld(layer)
+        return
     try:
         with opened(layer.path, os.O_RDWR | os.O_NONBLOCK) as descriptor:
             found = header.inspect(descriptor, path=layer.path, format=layer.format)
@@ -36,13 +41,13 @@ def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: 
         raise _cannot(layer, error) from error
     if found.corrupt:
         raise StateError(
-            f"{printable(layer.path)} is marked corrupt, and QEMU refuses to write to it",
-            hint=f"qemu-img check {printable(layer.path)} shows the damage; copy the image before any repair",
+            f"{printable(layer.shown)} is marked corrupt, and QEMU refuses to write to it",
+            hint=f"qemu-img check {printable(layer.shown)} shows the damage; copy the image before any repair",
         )
     if found.virtual_size < size and (is_device or (found.version < 3 and found.internal_snapshots)):  # noqa: PLR2004
         kind = "a device" if is_device else "qcow2 of version 2 with snapshots inside"
         raise HostCannot(
-            f"{printable(layer.path)} has {found.virtual_size} bytes and needs {size}, but QEMU cannot grow {kind}"
+            f"{printable(layer.shown)} has {found.virtual_size} bytes and needs {size}, but QEMU cannot grow {kind}"
         )
     if not shared and _is_refused(layer, writing=True):
         raise _held(layer)
@@ -50,6 +55,9 @@ def require_writable(layer: Layer, *, size: int = 0, ours: bool = True, shared: 
 
 def require_readable(layer: Layer) -> None:
     """Make sure that a machine's QEMU can read an image that nobody may write to meanwhile."""
+    if layer.storage == "rbd":
+        header.read(layer.path)
+        return
     try:
         with opened(layer.path):
             pass
@@ -77,15 +85,21 @@ def _is_refused(layer: Layer, *, writing: bool) -> bool:
 
 def _cannot(layer: Layer, error: OSError, *, what: str = "written to") -> QmpsnapError:
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-        return ImageRefused(f"there is no image {printable(layer.path)} ({error.strerror})")
-    why, hint = _WHY.get(error.errno or 0, (str(error.strerror), f"look at the rights of {printable(layer.path)}"))
-    return HostCannot(f"{printable(layer.path)} cannot be {what}: {why}", hint=hint)
+        return ImageRefused(f"there is no image {printable(layer.shown)} ({error.strerror})")
+    why, hint = _WHY.get(error.errno or 0, (str(error.strerror), f"look at the rights of {printable(layer.shown)}"))
+    return HostCannot(f"{printable(layer.shown)} cannot be {what}: {why}", hint=hint)
+
+
+def _require_unheld(layer: Layer) -> None:
+    """There are no locks on images in a cluster: whoever has one open is in the way."""
+    if users.look([layer.path], readers=True).users:
+        raise _held(layer)
 
 
 def _held(layer: Layer) -> StateError:
     for found in users.look([layer.path], readers=True).users.values():
-        return ImageInUse(f"{printable(layer.path)} {found.does} {found.who}", hint="end that process, then try again")
+        return ImageInUse(f"{printable(layer.shown)} {found.does} {found.who}", hint="end that process, then try again")
     return StateError(
-        f"another process has {printable(layer.path)} open",
-        hint=f"end that process: fuser -v {printable(layer.path)} names it",
+        f"another process has {printable(layer.shown)} open",
+        hint=f"end that process: fuser -v {printable(layer.shown)} names it",
     )

@@ -7,13 +7,16 @@ or was killed: the cluster forgets such a one only after half a minute.
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Literal
 
-from qmpsnap.block.usage.users import How, Process
+from qmpsnap.block.usage.users import Process
 from qmpsnap.host import ceph
 from qmpsnap.model.machines.rbd import RbdImage
 
 
-def look(path: str, *, readers: bool, ours: Collection[int]) -> tuple[How, tuple[Process, ...]] | None:
+def look(
+    path: str, *, readers: bool, ours: Collection[int]
+) -> tuple[Literal["writes", "reads"], tuple[Process, ...]] | None:
     """Who writes to an image, or with ``readers`` has it open at all, besides the processes ``ours``; None for nobody.
 
     Without ``readers`` a QEMU of this host is taken for one that reads a shared base.

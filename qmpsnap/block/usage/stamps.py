@@ -89,9 +89,14 @@ def changed(layers: Iterable[Image], known: Mapping[LayerId, History]) -> dict[L
 
 
 def trouble(layer: Image) -> Trouble | None:
-    """Whether no file has a layer's name, or another than the recorded one; None also where nobody can tell."""
+    """Whether no file has a layer's name, or another than the recorded one; None also where nobody can tell.
+
+    A cluster is not asked: that takes longer than a list may.
+    """
+    if layer.storage == "rbd":
+        return None
     try:
-        with opened(layer.path, os.O_PATH) as descriptor:
+        with opened(layer.path, os.O_PATH if layer.storage == "file" else os.O_RDONLY) as descriptor:
             return None if is_recorded(layer, descriptor) else "replaced"
     except (FileNotFoundError, NotADirectoryError):
         return "missing"

@@ -96,7 +96,11 @@ def wanted(reads: Reads, pid: int | None, *, active_too: bool = False) -> Asked:
     images, active = reads.images, reads.active
     known = {layer: stamp for layer, stamp in reads.stamps.items() if layer not in active}
     return Asked(
-        paths={key: image.path for key, image in images.items() if active_too or not (pid and key in active)},
+        paths={
+            key: image.path
+            for key, image in images.items()
+            if active_too or not ((pid and key in active) or image.storage == "rbd")  # a list cannot wait for a cluster
+        },
         active=frozenset() if pid else active,
         frozen=[images[layer] for layer in known],
         stamps=known,

@@ -15,7 +15,7 @@ import os
 import stat
 
 from qmpsnap.block.usage import image_locks
-from qmpsnap.errors import HostCannot
+from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.files import key_of, opened, read
 from qmpsnap.host.value import Value
 
@@ -97,7 +97,10 @@ def look(paths: Iterable[str], *, readers: bool = False, ours: Collection[int] =
 def _clients(path: str, *, readers: bool, ours: Collection[int]) -> dict[str, User]:
     from qmpsnap.block.usage import clients  # slow to load, and seldom needed
 
-    found = clients.look(path, readers=readers, ours=ours)
+    try:
+        found = clients.look(path, readers=readers, ours=ours)
+    except ImageRefused:  # there is no such image: told by who compares it with its record
+        return {}
     return {path: User(path, *found)} if found else {}
 
 

@@ -10,12 +10,13 @@ PREFIX: Final = "json:"
 
 
 class RbdImage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One image of a pool.
+    """One image of a pool, or a snapshot of it.
 
     Attributes:
         namespace: of the pool; None for its default one.
         conf: absolute path of the cluster's configuration; None for the one that librados finds.
         user: Ceph's user, without ``client.``; its key comes from the keyring that the configuration names.
+        snapshot: of the image, which then is read-only; no spec has one.
     """
 
     pool: str
@@ -23,11 +24,12 @@ class RbdImage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     namespace: str | None = None
     conf: str | None = None
     user: str | None = None
+    snapshot: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Options of its node (QAPI ``BlockdevOptionsRbd``), JSON-ready."""
-        some = {"namespace": self.namespace, "conf": self.conf, "user": self.user}
+        some = {"namespace": self.namespace, "conf": self.conf, "user": self.user, "snapshot": self.snapshot}
         return {"driver": "rbd", "pool": self.pool, "image": self.image} | {k: v for k, v in some.items() if v}
 
     @property
@@ -57,13 +59,15 @@ class RbdImage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     @property
     def arguments(self) -> list[str]:
         """Arguments that name it to ``rbd``."""
-        return [*self.client, *_given(pool=self.pool, namespace=self.namespace, image=self.image)]
+        named = _given(pool=self.pool, namespace=self.namespace, image=self.image, snap=self.snapshot)
+        return [*self.client, *named]
 
     def __str__(self) -> str:
-        return "/".join(part for part in (self.pool, self.namespace, self.image) if part)
+        name = "/".join(part for part in (self.pool, self.namespace, self.image) if part)
+        return f"{name}@{self.snapshot}" if self.snapshot else name
 
 
-_ORDER: Final = ("pool", "image", "conf", "driver", "namespace", "user")
+_ORDER: Final = ("pool", "image", "conf", "snapshot", "driver", "namespace", "user")
 """Of the keys in QEMU's own name; a name with another order counts as an override, and each layer above repeats it."""
 
 

@@ -32,7 +32,7 @@ def commit(at: Situation, chain: Chain, *, base: LayerId, top: LayerId) -> Merge
     into, highest = chain.layers[low], chain.layers[high]
     if not into.writable and not (highest == chain.active and into == chain.shielded):
         raise StateError(
-            f"layer {into.id} ({into.path}) was not created by qmpsnap and is never written to",
+            f"layer {into.id} ({into.shown}) was not created by qmpsnap and is never written to",
             hint=call("stream", at.machine, chain.disk) + " merges upwards instead",
             machine=at.machine,
         )

@@ -57,13 +57,13 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
         own = names_of([layer])
         if own & mine.changes and (strangers := sorted(forest.machines_above(layer.id) - {machine})):
             raise StateError(
-                f"layer {layer.id} ({layer.path}) would change, but machine {', '.join(strangers)} reads it meanwhile",
+                f"layer {layer.id} ({layer.shown}) would change, but machine {', '.join(strangers)} reads it meanwhile",
                 hint="try again: a new plan leaves that layer alone",
                 machine=machine,
             )
         if own & mine.reads and (writers := [w.machine for w in forest.writers_of(layer.id) if w.machine != machine]):
             raise StateError(
-                f"machine {machine} would read {layer.path}, but machine {writers[0]} writes to it meanwhile",
+                f"machine {machine} would read {layer.shown}, but machine {writers[0]} writes to it meanwhile",
                 hint="use the layer that this freezes: " + call("snapshot", writers[0]),
                 machine=machine,
             )

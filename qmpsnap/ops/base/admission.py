@@ -67,7 +67,7 @@ def _admit_all(context: Context, machine: Machine, chains: Sequence[Chain], firm
     shared = {layer.id for layer in own if _is_anothers(home.machines, machine.name, layer)}
     for layer in own:
         privileges.admit(layer.path, user.uid, acl.READ if layer.id in shared else READ_WRITE)
-    files = [layer.path for layer in layers.values()]
+    files = [layer.path for layer in layers.values() if layer.storage != "rbd"]
     if firmware:
         privileges.admit(firmware.vars, user.uid, READ_WRITE)
         files += [firmware.vars, firmware.code]

@@ -69,7 +69,7 @@ def _layers(at: Facts) -> Iterator[Finding]:
             yield at.finding("layer-missing", found, layer=layer)
             continue
         if not same_file(layer, found):
-            yield at.finding("layer-replaced", f"{layer.path} is not the recorded file", layer=layer)
+            yield at.finding("layer-replaced", f"{layer.shown} is not the recorded file", layer=layer)
         for text in compare.backing_problems(layer, layers[layer.backing] if layer.backing else None, found):
             if not (at.moved and found.backing and found.backing.startswith(f"{at.moved}/")):  # told already
                 yield at.finding("backing-differs", text, layer=layer)
@@ -83,7 +83,7 @@ def _layers(at: Facts) -> Iterator[Finding]:
             )
             yield at.finding("size-differs", f"{text}{way}", layer=layer, repairable=grown)
         if found.corrupt:
-            yield at.finding("image-corrupt", f"{layer.path} is marked corrupt", layer=layer)
+            yield at.finding("image-corrupt", f"{layer.shown} is marked corrupt", layer=layer)
 
 
 def _snapshots(at: Facts) -> Iterator[Finding]:
@@ -92,7 +92,7 @@ def _snapshots(at: Facts) -> Iterator[Finding]:
         for point in snapshot.points if snapshot.state == "ok" else ():
             if point.tag and point.tag not in (at.tags.get(point.layer) or ()):
                 layer = at.record.forest.layers[point.layer]
-                text = f"{layer.path} lacks tag {point.tag} of disk {point.disk} in snapshot {snapshot.name}"
+                text = f"{layer.shown} lacks tag {point.tag} of disk {point.disk} in snapshot {snapshot.name}"
                 yield at.finding("tag-missing", text, disk=point.disk, layer=layer)
         if snapshot.vmstate and (problem := at.states[snapshot.vmstate.path]):
             code, text = problem
@@ -105,10 +105,10 @@ def _users(at: Facts) -> Iterator[Finding]:
     """I4, beyond our own machines: who has an image open that nobody may write to."""
     for identity, user in at.users.items():
         layer = at.record.forest.layers[identity]
-        yield at.finding("image-in-use", f"{layer.path} {user.does} {user.who}", layer=layer)
+        yield at.finding("image-in-use", f"{layer.shown} {user.does} {user.who}", layer=layer)
     for identity in at.overwritten:
         layer = at.record.forest.layers[identity]
-        text = f"{layer.path} has changed in time, size, header or tables since it was frozen"
+        text = f"{layer.shown} has changed in time, size, header or tables since it was frozen"
         yield at.finding("frozen-written", text, layer=layer)
 
 
@@ -121,7 +121,7 @@ def _writers(at: Facts) -> Iterator[Finding]:
         writer = Writer(at.record.machine.name, chain.disk, layer.id)
         others = at.record.forest.sharers(writer, consumed=consumed)
         if others and chain.disk not in read_only:
-            text = f"{layer.path} is written to by disk {chain.disk} and read by {', '.join(others)}"
+            text = f"{layer.shown} is written to by disk {chain.disk} and read by {', '.join(others)}"
             yield at.finding("writable-shared", text, disk=chain.disk, layer=layer)
 
 
@@ -163,7 +163,7 @@ def _files(at: Facts) -> Iterator[Finding]:
         # What somebody still reads, what is ours by another name, or what a newer store knew, is left where it is.
         movable = not (at.older or at.silent or used)
         if layer:
-            text = f"{entry.path} is layer {layer.id}, recorded at {layer.path}"
+            text = f"{entry.path} is layer {layer.id}, recorded at {layer.shown}"
             yield at.finding("unreferenced-file", text, file=entry.path)
         elif entry.path.endswith(".part"):
             yield at.finding("part-left", f"{entry.path} is unfinished", file=entry.path, repairable=movable)
@@ -216,7 +216,7 @@ def _nodes(at: Facts) -> Iterator[Finding]:
         if layer is not None:
             # The file below a layer that a guest writes to is written to as well.
             if not node.ro and name.removesuffix(".file") not in active:
-                yield at.finding("writable-frozen", f"QEMU has {layer.path} open for writing", layer=layer)
+                yield at.finding("writable-frozen", f"QEMU has {layer.shown} open for writing", layer=layer)
             continue
         ours = OUR_NODE.match(name) is not None
         # In an adopted QEMU only nodes and jobs with qmpsnap's names can be judged.

@@ -135,7 +135,7 @@ async def _carry_out(session: MachineSession, chains: tuple[Chain, ...], operati
         async with luks.worker_on(context, machine, chain) as monitor:
             await _resize(context, monitor, operation)
     if await to_end(durable_size, made.layer) != made.size:
-        raise StoreMismatch(f"QEMU has resized {made.layer.path}, but its header says otherwise", machine=machine.name)
+        raise StoreMismatch(f"QEMU has resized {made.layer.shown}, but its header says otherwise", machine=machine.name)
     await context.astore.settle(operation.id, machine.name, made.change)
 
 
@@ -161,7 +161,7 @@ async def end(broken: Broken[ResizePlan], qemu: Monitor | None) -> Direction:
         return "forward"
     if found != made.layer.virtual_size:
         raise StoreMismatch(
-            f"{made.layer.path} has {found} bytes, neither the {made.layer.virtual_size} from before the resize nor"
+            f"{made.layer.shown} has {found} bytes, neither the {made.layer.virtual_size} from before the resize nor"
             f" {made.size}",
             hint="set one of the two (qemu-img resize), then " + call("recover", machine.name),
             machine=machine.name,

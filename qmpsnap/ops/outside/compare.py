@@ -132,7 +132,7 @@ def layer_problems(layer: Layer, below: Layer | None, found: Header | str) -> li
         return [found]
     problems = []
     if not same_file(layer, found):
-        problems.append(f"{layer.path} is not the recorded file")
+        problems.append(f"{layer.shown} is not the recorded file")
     return [*problems, *backing_problems(layer, below, found), *size_problems(layer, found)]
 
 
@@ -151,21 +151,21 @@ def resized(machine: str, layer: Layer, size: int, *, active: bool) -> str:
     if active and size > layer.virtual_size:
         return call("check", machine, repair=True) + " records the new size; each snapshot keeps its own"
     resize = "qemu-img resize --shrink" if size > layer.virtual_size else "qemu-img resize"
-    return f"set the recorded size again: {resize} -f {layer.format} {layer.path} {layer.virtual_size}"
+    return f"set the recorded size again: {resize} -f {layer.format} {layer.shown} {layer.virtual_size}"
 
 
 def backing_problems(layer: Layer, below: Layer | None, found: Header) -> list[str]:
     """Where a layer's header names another backing than the one recorded; pure."""
     # A foreign image may name its backing by a relative path; ours never does.
     if layer.owned and layer.format == "qcow2" and found.backing != (below.path if below else None):
-        return [f"the header of {layer.path} names {found.backing or 'nothing'} as its backing file"]
+        return [f"the header of {layer.shown} names {found.backing or 'nothing'} as its backing file"]
     return []
 
 
 def size_problems(layer: Layer, found: Header) -> list[str]:
     """Where a layer has another size than the one recorded; pure."""
     if found.virtual_size != layer.virtual_size:
-        return [f"{layer.path} has virtual size {found.virtual_size}, recorded is {layer.virtual_size}"]
+        return [f"{layer.shown} has virtual size {found.virtual_size}, recorded is {layer.virtual_size}"]
     return []
 
 

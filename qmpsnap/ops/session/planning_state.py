@@ -88,7 +88,7 @@ def require_space(at: Situation, steps: tuple[Merge | Removal, ...], store: Path
     if grows:
         free_space.require([free_space.Need(str(store), free_space.STORE, "the store")], machine=at.machine)
     for step in steps:
-        if isinstance(step, Merge):
+        if isinstance(step, Merge) and step.into.storage == "file":  # what is none has all its room already
             folder = Path(step.into.path).parent
             found = free_space.room(folder)
             free = left.setdefault(found.device, found.free)
