@@ -9,6 +9,7 @@ from typing import Final, Literal, Self
 
 from msgspec import Struct
 
+from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.names import SERIAL, OperationId
 
 Role = Literal["snapshot", "clone"]
@@ -50,6 +51,8 @@ class VolumeName(Struct, frozen=True, order=True):
 
 
 def of_path(path: str) -> VolumeName | None:
-    """What the name in a volume's path says, be it a file, an LV, or an RBD image with ``@SNAP``."""
+    """What the name in a volume's path says, be it a file, an LV, or an RBD image or a snapshot of one."""
+    if image := RbdImage.parse(path):
+        return VolumeName.parse(image.snapshot or image.image)
     last = path.rpartition("/")[2].rpartition("@")[2]
     return VolumeName.parse(last.partition(".")[0])
