@@ -7,7 +7,7 @@ same pool and namespace; one whose making was interrupted lacks our mark.
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Final
 
 from msgspec import Struct
@@ -82,6 +82,16 @@ class Rbd(Struct, frozen=True):
         return Size(own=await to_read(_used, _image(volume)))
 
 
+def dependents(image: RbdImage) -> tuple[str, ...]:
+    """What keeps a snapshot or an image from being removed: clones, or snapshots; asked in a thread.
+
+    ``ImageRefused`` where it is gone.
+    """
+    if image.snapshot:
+        return tuple(_child(one) for one in ceph.asked(image, "children"))
+    return tuple(f"rbd:{replace(image, snapshot=str(one['name']))}" for one in ceph.snapshots(image))
+
+
 def _image(volume: Volume) -> RbdImage:
     return _parsed(volume.path)
 
@@ -152,11 +162,11 @@ def _remove(volume: Volume, image: RbdImage) -> None:
         _recorded(volume, image)
     except ImageRefused:
         return
+    if found := dependents(image):
+        raise dependent(image, found)
     if image.snapshot:
         _remove_snapshot(image)
         return
-    if kept := [str(one["name"]) for one in ceph.snapshots(image)]:
-        raise StateError(f"rbd:{image} has snapshots: {', '.join(kept)}", hint="remove these first")
     try:
         ceph.done(image, "rm", "--no-progress", seconds=REMOVAL)
     except Failed as error:
@@ -166,9 +176,15 @@ def _remove(volume: Volume, image: RbdImage) -> None:
             raise
 
 
+def dependent(image: RbdImage, others: Collection[str]) -> StateError:
+    """The error for what cannot be removed yet."""
+    what = "clones depend on it" if image.snapshot else "it has snapshots"
+    return StateError(
+        f"rbd:{image} cannot be removed: {what}: {', '.join(others)}", hint="remove these first, or flatten the clones"
+    )
+
+
 def _remove_snapshot(image: RbdImage) -> None:
-    if clones := [_child(one) for one in ceph.asked(image, "children")]:
-        raise StateError(f"clones depend on rbd:{image}: {', '.join(clones)}", hint="flatten or remove these first")
     for words in (("unprotect",), ("rm", "--no-progress")):
         try:
             ceph.done(image, "snap", *words, seconds=REMOVAL)
