@@ -11,6 +11,7 @@ from msgspec import Struct
 from qmpsnap.block.graph import FILTERS
 from qmpsnap.block.image.header import conversion
 from qmpsnap.errors import StateError
+from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import NodeName
 from qmpsnap.qmp.commands import Backend, BlockGraph, NodeInfo
@@ -88,6 +89,8 @@ class _Reader:
             raise self._refused(f"filter node {name} ({node.drv}) is between two of its layers")
         if "data-file" in self.below(at):
             raise self._refused(f"node {name} has an external data file")
+        if RbdImage.parse(node.file):  # a raw node, with options that we know
+            return ForeignLayer(name, "raw", node.file, node.image.virtual_size, self._below(at, name))
         if node.drv in ("qcow2", "raw"):
             file = self._file(at)
             return ForeignLayer(
@@ -98,6 +101,11 @@ class _Reader:
         if "file" in self.below(at):
             refused.hint = f"end that QEMU; {conversion(self._file(at).file, node.drv)}"
         raise refused
+
+    def _below(self, at: int, name: NodeName) -> NodeName:
+        """The node that reads the data of a node."""
+        below = self.below(at).get("file")
+        return name if below is None else NodeName(self.node(below).node_name)
 
     def _file(self, at: int) -> NodeInfo:
         below = self.below(at).get("file")
@@ -115,5 +123,5 @@ class _Reader:
     def _refused(self, why: str) -> StateError:
         return StateError(
             f"device {self._device} cannot be adopted: {why}",
-            hint="only disks on qcow2 or raw files or block devices can be adopted",
+            hint="only disks on qcow2 or raw files, block devices and raw RBD images can be adopted",
         )

@@ -98,6 +98,15 @@ def snapshots(image: Image) -> list[dict[str, Any]]:
     return [one for one in found if isinstance(one, dict)]
 
 
+def has_mark(image: Image, key: str) -> bool:
+    """Whether an image has metadata of that name; not by its list, which is no JSON where it is empty."""
+    try:
+        _run(["rbd", *image.arguments, "image-meta", "get", key], image, seconds=storage_wait.deadline())
+    except ImageRefused:
+        return False
+    return True
+
+
 def asked(image: Image, *words: str, snapshot: bool = True) -> Any:
     """What ``rbd`` answers to these words about an image, without its ``snapshot`` if that is not to be named."""
     named = [word for word in image.arguments if snapshot or not word.startswith("--snap=")]

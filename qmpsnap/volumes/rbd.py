@@ -214,8 +214,7 @@ def _list(image: RbdImage, machine: str) -> Iterator[Volume]:
         if (parent.get("pool"), parent.get("pool_namespace") or None) == (image.pool, image.namespace):
             pending.append(str(parent["image"]))
         if at.image in own:
-            whole = WHOLE in (ceph.asked(at, "image-meta", "ls") or {})
-            yield _told(at, found.identity, found.size, part=not whole)
+            yield _told(at, found.identity, found.size, part=not ceph.has_mark(at, WHOLE))
         for one in ceph.snapshots(at):
             if (parsed := VolumeName.parse(str(one["name"]))) and parsed.machine == machine:
                 kept = replace(at, snapshot=str(one["name"]))

@@ -15,7 +15,12 @@ from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.rebuild import rebuild
 from tests.live.devices import MIB, loop, require_loops, run
 from tests.live.machine import Hashes, active_hash, context_of, fill, hold_invariants, snapshot_hashes, user_monitor
+
+# "launched" and its "folder" are fixtures
+from tests.live.test_adopt import folder, launched  # noqa: F401
 from tests.live.test_rebuild import at, lose
+
+DEVICE = ("-device", "virtio-blk-pci,drive=n,id=vda")
 
 
 @pytest.fixture
@@ -212,6 +217,27 @@ async def test_a_store_is_rebuilt_with_its_devices(home: Path, named: Path) -> N
         assert await vm.chains() == chains
         assert await active_hash(vm) == now
         await hold_invariants(vm, hashes)
+
+
+async def test_a_device_of_somebody_elses_qemu_is_taken_over_by_its_name(
+    q: qmpsnap.Controller,
+    launched: Any,  # noqa: F811
+    named: Path,
+) -> None:
+    theirs = launched([*DEVICE, "-blockdev", f"driver=raw,node-name=n,file.driver=host_device,file.filename={named}"])
+    done = await q.adopt("theirs", theirs.socket)
+    vm = await q.machine("theirs")
+    (layer,) = (await vm.chains())[0].layers
+    assert (layer.layer.path, layer.layer.storage, layer.layer.identity[:5]) == (str(named), "host_device", "loop:")
+    assert done.machine.spec.disks[0].device == str(named)
+    await theirs.io("write -P 1 0 1M")
+    await vm.snapshot("s1")
+    hashes = await snapshot_hashes(vm)
+    await theirs.io("write -P 2 0 1M")
+    await hold_invariants(vm, hashes)
+    await vm.delete_snapshots("s1")
+    assert len((await vm.chains())[0].layers) == 1
+    await hold_invariants(vm)
 
 
 # --- which device it is ---------------------------------------------------------------------------------------------

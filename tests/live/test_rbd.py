@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +20,10 @@ from qmpsnap.ops.rebuild import rebuild
 from tests.live.cluster import cluster, rbd, require_module
 from tests.live.devices import run
 from tests.live.machine import MIB, active_hash, context_of, fill, hold_invariants, snapshot_hashes, user_monitor
-from tests.live.test_devices import grown
+
+# "launched" and its "folder" are fixtures
+from tests.live.test_adopt import folder, launched  # noqa: F401
+from tests.live.test_devices import DEVICE, grown
 from tests.live.test_rebuild import at, lose
 
 pytestmark = pytest.mark.xdist_group("ceph")
@@ -183,6 +187,29 @@ async def test_a_namespace_and_a_user_are_part_of_the_name(q: qmpsnap.Controller
     await hold_invariants(vm, hashes)
 
 
+async def test_an_image_of_somebody_elses_qemu_is_taken_over(
+    q: qmpsnap.Controller,
+    launched: Any,  # noqa: F811
+    image: RbdImage,
+) -> None:
+    node = f"driver=raw,node-name=n,file.driver=rbd,file.pool=rbd,file.image={image.image},file.conf={image.conf}"
+    theirs = launched([*DEVICE, "-blockdev", node])
+    done = await q.adopt("theirs", theirs.socket)
+    vm = await q.machine("theirs")
+    assert done.machine.spec.disks[0].rbd == image
+    (layer,) = (await vm.chains())[0].layers
+    assert (layer.layer.path, layer.layer.storage) == (image.filename, "rbd")
+    await theirs.io("write -P 1 0 1M")
+    await vm.snapshot("s1")
+    await theirs.io("write -P 2 0 1M")
+    await hold_invariants(vm)
+    nodes = {node["node-name"]: node["file"] for node in await theirs.nodes()}
+    assert nodes[(await vm.chains())[0].active.id].startswith("/")
+    await vm.delete_snapshots("s1")
+    assert len((await vm.chains())[0].layers) == 1
+    await hold_invariants(vm)
+
+
 # --- which image it is ----------------------------------------------------------------------------------------------
 
 
@@ -261,7 +288,7 @@ def options(image: RbdImage) -> str:
 
 
 async def test_what_is_not_there_is_refused(
-    q: qmpsnap.Controller, image: RbdImage, conf: Path, monkeypatch: pytest.MonkeyPatch
+    q: qmpsnap.Controller, image: RbdImage, conf: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for absent, said in (
         (RbdImage(pool="rbd", image="none", conf=str(conf)), "there is no image rbd:rbd/none: .*No such file"),
@@ -272,7 +299,11 @@ async def test_what_is_not_there_is_refused(
             await q.define(of(absent))
     with pytest.raises(HostCannot, match=r"rbd info of rbd:rbd/web failed: .*config"):
         await q.define(of(RbdImage(pool="rbd", image="web", conf="/no/ceph.conf")))
-    monkeypatch.setenv("PATH", "/nowhere")
+    programs = place / "bin"
+    programs.mkdir()
+    for program in ("qemu-system-x86_64", "qemu-img"):
+        (programs / program).symlink_to(shutil.which(program) or "")
+    monkeypatch.setenv("PATH", str(programs))
     with pytest.raises(HostCannot, match="rbd cannot be run") as caught:
         await q.define(of(image))
     assert "ceph-common" in caught.value.hint

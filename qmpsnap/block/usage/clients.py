@@ -5,6 +5,7 @@ tells the process. So QEMUs of this host are known by their arguments, and every
 or was killed: the cluster forgets such a one only after half a minute.
 """
 
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ def look(
     if not watchers:
         return None
     here = [*_here(image)]
-    strange = max(0, len(watchers) - len(here))
+    strange = max(0, len(watchers) - len({process.pid for process in here} | {*ours}))
     others = [process for process in here if process.pid not in ours] if readers else []
     if strange and (writers := ceph.writers(image)):
         return "writes", (*others, *_named(writers))
@@ -43,13 +44,18 @@ def _named(addresses: Collection[str]) -> Iterator[Process]:
 
 def _here(image: RbdImage) -> Iterator[Process]:
     """The QEMUs of this host that were started with the image."""
-    names = [f'"{key}":"{value}"' for key, value in image.options.items() if key in ("pool", "image", "namespace")]
+    named = {key: value for key, value in image.options.items() if key in ("pool", "image", "namespace")}
+    names = [
+        re.compile(rf'"{key}": ?"{re.escape(value)}"|\b{key}={re.escape(value)}(?=,|\Z)')
+        for key, value in named.items()
+    ]
+    old = re.compile(rf"rbd:{re.escape(str(image))}(?=[:,@]|\Z)")
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal():
             continue
         try:
-            words = (folder / "cmdline").read_bytes().decode(errors="replace").replace('": "', '":"').split("\0")
-            if any(all(name in word for name in names) for word in words):
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if any(old.search(word) or all(name.search(word) for name in names) for word in words):
                 yield Process((folder / "comm").read_text().strip(), int(folder.name), writes=False)
         except OSError:  # it has ended
             continue

@@ -22,6 +22,7 @@ from qmpsnap.machine import adopted
 from qmpsnap.machine.adopted import Seen
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.adoption import Adoption
+from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import Cache, DiskSpec, MachineSpec, Opened
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
@@ -210,11 +211,11 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
 
 
 def _spec_of(disk: AdoptedDisk, active: FoundLayer) -> DiskSpec:
-    is_device = active.storage == "host_device"
     return DiskSpec(
         name=disk.name,
-        image=None if is_device else active.path,
-        device=active.path if is_device else None,
+        image=active.path if active.storage == "file" else None,
+        device=active.path if active.storage == "host_device" else None,
+        rbd=RbdImage.parse(active.path),
         format=active.format,
         cache=disk.cache,
         read_only=disk.read_only,

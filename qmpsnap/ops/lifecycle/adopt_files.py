@@ -9,9 +9,11 @@ from qmpsnap.block.foreign import ForeignDisk, ForeignLayer
 from qmpsnap.block.image import header
 from qmpsnap.block.image.header import FoundLayer
 from qmpsnap.errors import ImageRefused, StateError, StoreMismatch
+from qmpsnap.host import block_devices
 from qmpsnap.host.files import Inode, inode_of
 from qmpsnap.machine import blockline
 from qmpsnap.machine.adopted import Seen
+from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.spec import Opened, Storage
 from qmpsnap.model.text import printable
 from qmpsnap.qmp.commands import NodeInfo
@@ -31,7 +33,9 @@ def files(disk: str, backend: str, found: ForeignDisk, seen: Seen) -> list[Found
             if os.path.lexists(path):
                 raise
             raise _not_there(disk, layer, path, seen) from error
-        storage: Storage = "host_device" if read.identity else "file"
+        storage: Storage = "file"
+        if read.identity:
+            storage = "rbd" if RbdImage.parse(path) else "host_device"
         file = FoundLayer(path=path, format=layer.format, header=read, storage=storage)
         below = files[-1] if files else None
         if problem := _file_problem(layer, file, seen) or (layer.format == "qcow2" and _backing_problem(file, below)):
@@ -65,9 +69,11 @@ def opened(backend: str, found: ForeignDisk, nodes: Sequence[NodeInfo], argument
 
 def _place(disk: str, layer: ForeignLayer, seen: Seen) -> str:
     """Where a layer's file is; of a relative path that leads nowhere any more, QEMU's open files tell."""
+    if RbdImage.parse(layer.path):
+        return layer.path
     # Joined as text: an absolute path must stay the very string that QEMU has.
     path = os.path.join(seen.folder, layer.path)  # noqa: PTH118
-    if Path(path).is_symlink():
+    if Path(path).is_symlink() and block_devices.number_of(path) is None:  # a volume has no other name that stays
         path = str(Path(path).resolve())
     if layer.path.startswith("/") or _inode(path) in seen.names:
         return path
@@ -122,7 +128,7 @@ def _not_there(disk: str, layer: ForeignLayer, path: str, seen: Seen) -> StateEr
 
 def _file_problem(layer: ForeignLayer, found: FoundLayer, seen: Seen) -> str:
     shown, size = printable(found.path), found.header.virtual_size
-    if (found.header.device, found.header.inode) not in seen.files:
+    if found.storage != "rbd" and (found.header.device, found.header.inode) not in seen.files:
         return f"QEMU has another file open than {shown}"
     if size != layer.virtual_size:
         return f"{shown} has virtual size {size}, QEMU reports {layer.virtual_size}"

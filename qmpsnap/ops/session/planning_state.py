@@ -146,7 +146,8 @@ def _bytes(basis: Basis, home: Home) -> dict[LayerId, int]:
         wanted |= {layer.id: layer for layer in forest.chain("", top).layers}
     inside = f"{home.machine_dir(machine)}/"
     wanted |= {layer.id: layer for layer in forest.layers.values() if layer.path.startswith(inside)}
-    sizes = {}
+    # A cluster does not tell quickly, and what a merge would move of it must not seem to be nothing.
+    sizes = {layer.id: layer.virtual_size for layer in wanted.values() if layer.storage == "rbd"}
     for layer in (*wanted.values(), *_nobodys(forest, home)):
         try:
             status = Path(layer.path).stat()
