@@ -15,6 +15,7 @@ _CHANGING = (
     (re.compile(r"(?<=QEMU )\d+\.\d+\.\d+(, \w+)?"), "VERSION"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "SHA256"),
     (re.compile(r"[+-]?\d+\.\d ms"), "MS"),
+    (re.compile(r"(?<=\bq[sc]-)[0-9a-f]{32}(?=-\d)"), "UUID"),
     (re.compile(r"(?<=qs-)(\d+)-[0-9a-f]{8}"), r"\1-TAGGED"),
     # How many blocks a file takes is its file system's affair, and it changes a column's width.
     (re.compile(r"\d+(\.\d)? ([KMGT]i)?B(/s)?  +"), "SIZE  "),

@@ -311,6 +311,61 @@ async def test_options_that_say_nothing_of_it_are_refused(
     assert match in f"{refused.value.message} {refused.value.hint}"
 
 
+async def test_what_is_left_beside_an_image_is_found(q: qmpsnap.Controller, place: Path) -> None:
+    image = place / "mine.raw"
+    image.write_bytes(b"\0" * 8 * MIB)
+    spec = MachineSpec(name="theirs", memory=64 * MIB, disks=(DiskSpec(name="vda", image=str(image), format="raw"),))
+    vm = await q.define(spec, folders=(place,))
+    taken = await vm.snapshot(kind="volume")
+    path = Path(context_of(vm).store.layer(taken.points[0].layer).path)
+    assert path.parent == place
+    await hold_invariants(vm)
+    left = path.with_name(path.name.replace(f"-{taken.operation}-", "-999-"))
+    part = path.with_name(f"{left.name}.part")
+    other = path.with_name(f"qs-{'0' * 32}-1-vda.raw")
+    for file in (left, part, other):
+        file.write_bytes(b"")
+    found = {(finding.code, finding.file) for finding in (await vm.check()).findings}
+    assert found == {("unreferenced-file", str(left)), ("part-left", str(part))}
+
+
+async def test_the_dry_run_tells_what_is_made(q: qmpsnap.Controller) -> None:
+    vm = await q.define(TWO)
+    await vm.start(paused=True)
+    folder = context_of(vm).home.machine_dir(vm.name)
+    before = sorted(path.name for path in folder.iterdir())
+    _, plan = await vm.preview_snapshot("one", kind="volume")
+    assert sorted(path.name for path in folder.iterdir()) == before
+    taken = await vm.snapshot("one", kind="volume")
+    assert taken.points == plan.change.snapshots[0].points
+    made = {path.name for path in folder.iterdir()} - set(before)
+    assert made == {Path(copy.layer.path).name for copy in plan.volumes}
+
+
+async def test_another_machine_is_based_on_a_snapshot(q: qmpsnap.Controller) -> None:
+    vm = await q.define(TWO)
+    await vm.start(paused=True)
+    hashes = await _taken(vm, "one")
+    clone = await q.define(
+        MachineSpec(
+            name="clone",
+            memory=64 * MIB,
+            disks=(DiskSpec(name="vda", base="still@one"), DiskSpec(name="vdb", base="still@one")),
+        )
+    )
+    await clone.start(paused=True)
+    await clone.stop(force=True)
+    assert await active_hash(clone) == hashes["one", "vda"]
+    await vm.delete_snapshots("one")
+    assert await active_hash(clone) == hashes["one", "vda"]
+    await hold_invariants(vm)
+    await hold_invariants(clone)
+    for base, code in (("still@none", "not-found"), ("none@one", "not-found")):
+        with pytest.raises(qmpsnap.QmpsnapError) as refused:
+            await q.define(MachineSpec(name="other", disks=(DiskSpec(name="vda", base=base),)))
+        assert refused.value.code == code
+
+
 # --- the overlay that is committed back -------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from qmpsnap.host.files import Inode
 from qmpsnap.ops.base import admission
+from qmpsnap.volumes.names import of_path
 
 
 class Entry(Struct, frozen=True, kw_only=True):
@@ -71,3 +72,13 @@ def entry(path: str, trusted: frozenset[int] = frozenset()) -> Entry | None:
         return None
     others = admission.others(path, status, trusted)
     return Entry(path=path, mode=status.st_mode, others=others, device=status.st_dev, inode=status.st_ino)
+
+
+def volumes_beside(paths: list[str], machine: str) -> tuple[Entry, ...]:
+    """Files beside images at chosen places whose name says that they are snapshots or clones of that machine's disks.
+
+    ``machine`` is its uuid.
+    """
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in paths)
+    found = [(each, of_path(each.path)) for folder in folders for each in within(Path(folder))]
+    return tuple(each for each, name in found if name and name.machine == machine.replace("-", ""))

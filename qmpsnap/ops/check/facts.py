@@ -263,9 +263,11 @@ def _files(context: Context, at: Record) -> Facts:
     wanted = {found.variables for found in at.snapshots if found.variables}
     if at.machine.spec.firmware == "uefi" and not at.machine.adopted:
         wanted.add(str(home.variables(name)))
+    images = [layer.path for layer in layers if Path(layer.path).parent != home.machine_dir(name)]
     ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted, str(home.record(name))]
     outside = [path for path in ours if Path(path).parent != home.machine_dir(name)]
-    folder = entries.once((*entries.within(home.machine_dir(name)), *entries.parts_beside(outside)))
+    beside = (*entries.parts_beside(outside), *entries.volumes_beside(images, at.machine.uuid))
+    folder = entries.once((*entries.within(home.machine_dir(name)), *beside))
     headers = {layer.id: compare.header_of(layer) for layer in layers}
     known = {*ours, *(layer.path for layer in layers)}
     strangers = [entry for entry in folder if entry.path not in known]
