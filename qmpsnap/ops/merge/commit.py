@@ -126,7 +126,7 @@ async def carry_out(
         if scope.cancelled_caught:
             name = session.machine.name
             raise OperationPending(
-                f"the {plan.verb} of machine {name} is not complete after {patience:g} s and goes on",
+                f"the {plan.verb} of machine {name} is not complete after {patience:g} s",
                 hint=call("wait", name) + ", or " + call("cancel", name),
                 machine=name,
             )

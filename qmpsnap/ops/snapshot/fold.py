@@ -66,12 +66,12 @@ async def after(session: MachineSession, snapshot: str, *, report: Report) -> No
         await run(session, report=report)
     except QmpsnapError as error:
         said = f"snapshot {snapshot} is taken, but an overlay of machine {session.machine.name} is not committed back"
-        if isinstance(error, OperationPending):
+        if isinstance(error, OperationPending) and error.effect == "unknown":  # its job goes on
             error.message = f"{said}: {error.message}"
             raise
         raise OperationPending(
             f"{said}: {error.message}",
-            hint="then " + call("recover", session.machine.name) + " commits it",
+            hint=call("recover", session.machine.name) + " commits it, and so does the next volume snapshot",
             effect="applied",
             machine=session.machine.name,
             operation=error.operation,
