@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
@@ -89,6 +89,14 @@ class Shelf(Struct, frozen=True):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
+    def is_own(self) -> bool:
+        """Whether the folder is there, and nobody else can put anything into it."""
+        try:
+            status = self.folder.lstat()
+        except OSError:
+            return False
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
     def of(self, key: str) -> Path:
         """The folder of one template."""
         return self.folder / key
@@ -120,6 +128,9 @@ class Shelf(Struct, frozen=True):
     def opened(self, key: str) -> Iterator[tuple[Template, int, int] | None]:
         """A template with descriptors of its memory and its devices, which stay what they are if it is removed now."""
         with contextlib.ExitStack() as stack:
+            if not self.is_own():
+                yield None
+                return
             try:
                 about = stack.enter_context(files.opened(self.of(key) / ABOUT))
                 template = msgspec.json.decode(os.read(about, 1 << 20), type=Template)
@@ -150,9 +161,9 @@ class Shelf(Struct, frozen=True):
         return [self.folder / name for name in self.names() if name.endswith(_PART)]
 
 
-def key_of(digest: str, hardware: Hardware) -> str:
-    """The key of the template of a state with that digest, for that hardware; pure."""
-    text = msgspec.json.encode((_FORMAT, digest, msgspec.structs.replace(hardware, uuid="")))
+def key_of(digest: str, hardware: Hardware, *, user: int | None) -> str:
+    """The key of the template of a state with that digest, for that hardware and QEMU's user; pure."""
+    text = msgspec.json.encode((_FORMAT, digest, msgspec.structs.replace(hardware, uuid=""), user))
     return hashlib.sha256(text).hexdigest()[:32]
 
 
@@ -184,7 +195,8 @@ def choose(home: Home, size: int) -> Shelf:
     """
     *preferred, last = shelves(home)
     for shelf in preferred:
-        if is_memory(MEMORY) and size <= _free(MEMORY) // 2 and size <= available() // 2:
+        roomy = is_memory(MEMORY) and size <= _free(MEMORY) // 2 and size <= available() // 2
+        if roomy and (shelf.is_own() or not os.path.lexists(shelf.folder)):  # else another user has taken its name
             return _made(shelf)
     if size > _free(last.folder):
         raise HostCannot(
@@ -197,10 +209,9 @@ def choose(home: Home, size: int) -> Shelf:
 def _made(shelf: Shelf) -> Shelf:
     try:
         files.make_folder(shelf.folder)
-        status = shelf.folder.lstat()
     except OSError as error:
         raise HostCannot(f"{shelf.folder} cannot be created: {error.strerror}") from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    if not shelf.is_own():
         raise HostCannot(
             f"templates cannot be kept in {shelf.folder}: another user can write to it",
             hint="name a folder of this user alone in QMPSNAP_TEMPLATES",
@@ -252,14 +263,16 @@ def limit(shelf: Shelf, environment: Mapping[str, str]) -> int:
     return int(number) << unit
 
 
-def mapped(pids: Sequence[int]) -> dict[tuple[int, int], int]:
-    """Device and inode of each file of a template that these processes map, with its size, named or not."""
+def mapped(pids: Iterable[int], folders: Iterable[Path]) -> dict[tuple[int, int], int]:
+    """Device and inode of each memory file in these folders that these processes map, with its size, named or not."""
+    below = tuple(f"{folder}/" for folder in folders)
     found: dict[tuple[int, int], int] = {}
     for pid in pids:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 fields = line.split(maxsplit=5)
-                if len(fields) == 6 and fields[5].removesuffix(" (deleted)").endswith(f"/{RAM}"):  # noqa: PLR2004
+                name = fields[-1].removesuffix(" (deleted)")
+                if name.startswith(below) and name.endswith(f"/{RAM}"):
                     start, _, end = fields[0].partition("-")
                     major, _, minor = fields[3].partition(":")
                     file = os.makedev(int(major, 16), int(minor, 16)), int(fields[4])

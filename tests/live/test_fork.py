@@ -12,6 +12,7 @@ from qmpsnap.errors import StateError
 from qmpsnap.machine import templates
 from qmpsnap.machine.starting import argv
 from qmpsnap.model.machines.spec import MachineSpec, NicSpec
+from tests.live import test_full
 from tests.live.booted import BOOT, start_booted
 from tests.live.machine import context_of, hold_invariants
 
@@ -116,6 +117,26 @@ async def test_a_running_machine_is_branched_with_a_snapshot_taken_for_it(
     await vm.stop(force=True)
     with pytest.raises(StateError, match="is stopped and has no memory to save"):
         await vm.fork()
+
+
+@pytest.mark.parametrize("branches", [3, pytest.param(20, marks=pytest.mark.grid)])
+async def test_a_guest_that_counts_is_branched_and_each_branch_is_consistent(
+    q: qmpsnap.Controller, guest_spec: MachineSpec, branches: int
+) -> None:
+    vm = await test_full.booted(q, guest_spec)
+    numbers: set[str] = set()
+    for _ in range(branches):
+        (fork,) = await vm.fork(identity="fresh", ephemeral=True)
+        child = await q.machine(fork.machine.name)
+        await test_full.counted(child, await test_full.count(child) + 2)  # it goes on where it was
+        await test_full.require_a_whole_disk(child)
+        numbers.add(await said(child, "head -c 32 /dev/urandom | sha256sum"))
+        await child.stop(force=True)
+        await vm.delete_snapshots(fork.snapshot.name)
+    assert len(numbers) == branches
+    await test_full.counted(vm, await test_full.count(vm) + 2)
+    await test_full.require_a_whole_disk(vm)
+    await hold_invariants(vm)
 
 
 async def test_a_fresh_identity_has_nothing_of_its_twins(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:

@@ -276,3 +276,14 @@ async def test_show_and_doctor_name_the_user_and_what_is_lost(
         assert USER in said
         if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "0":
             assert "background snapshots, as userfaultfd needs root" in said
+
+
+async def test_forks_map_their_memory_as_that_user(q: qmpsnap.Controller) -> None:
+    vm = await q.define(ONE_DISK)
+    await vm.start()
+    await vm.snapshot("warm", kind="full")
+    for fork in await vm.fork("warm", count=2):
+        child = await q.machine(fork.machine.name)
+        assert status_of(child)["Uid"][0] == str(UID)
+        assert await child.state() == "running"
+        await hold_invariants(child)

@@ -12,21 +12,22 @@ import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import HostCannot, QmpError
+from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError
+from qmpsnap.hint import call
+from qmpsnap.host import acl
 from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine import qemu, statefile, templates
 from qmpsnap.machine.config import firmware as uefi
 from qmpsnap.machine.starting import accel, argv
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import Ram
-from qmpsnap.machine.starting.privileges import Privileges
+from qmpsnap.machine.starting.privileges import Privileges, admit
 from qmpsnap.machine.templates import Seen, Shelf, Template
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Hardware, Vmstate, version_of
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import MachineSpec
-from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, in_thread
 from qmpsnap.ops.memory.load import Loading, load
 from qmpsnap.qmp import commands, migration
@@ -34,23 +35,32 @@ from qmpsnap.qmp.session import Monitor
 
 READ_ONLY_SINCE = (8, 2)
 """The first QEMU that maps a file privately which it has opened for reading alone (``readonly=on,rom=off``)."""
+DEADLINE = 300.0
+"""Seconds that others may make templates before this one."""
+TRIES = 3
+"""Times that a template is made which is not there afterwards: somebody prunes or evicts it."""
 _POLL = 0.05
 """Seconds between two looks at a folder in which another process makes a template."""
 
 
 class Source(Struct, frozen=True, kw_only=True):
-    """What a template is made from; ``hardware`` is that of the QEMU which the forks would be started with now."""
+    """What a template is made from.
+
+    ``hardware`` is that of the QEMU which the forks would be started with now, ``user`` whom that runs as; None for
+    this user.
+    """
 
     machine: Machine
     snapshot: Snapshot
     state: Vmstate
     chains: tuple[Chain, ...]
     hardware: Hardware
+    user: int | None
 
     @property
     def key(self) -> str:
         """Of the template."""
-        return templates.key_of(self.state.digest, self.hardware)
+        return templates.key_of(self.state.digest, self.hardware, user=self.user)
 
 
 async def find(context: Context, source: Source) -> bool:
@@ -70,16 +80,26 @@ async def template_of(
     """The template of a snapshot's memory, open; made if there is none, of which ``baking`` is told before.
 
     Raises:
-        HostCannot: there is no room for it.
+        HostCannot: there is no room for it, or what was made is not there.
+        DeadlinePassed: another process has made templates for too long.
         StoreMismatch: the state file is not what it was.
         QmpError: QEMU cannot load it, or not save what it has loaded.
     """
-    told = False
+    made, told, end = 0, False, anyio.current_time() + DEADLINE
     while True:
         async with _opened(context, source) as found:
             if found:
                 yield found
                 return
+        if made == TRIES:
+            raise HostCannot(
+                f"the template of snapshot {source.snapshot.name} was made {TRIES} times, and is not there",
+                hint=call("templates") + " shows those that are",
+            )
+        if anyio.current_time() > end:
+            raise DeadlinePassed(
+                f"another process has been making templates for {DEADLINE:g} s", hint="end it, or try again"
+            )
         if not told:
             await baking()
             told = True
@@ -87,6 +107,7 @@ async def template_of(
         try:
             async with in_thread(shelf.locked()):
                 if not await find(context, source):
+                    made += 1
                     await _bake(context, source, shelf)
         except BlockingIOError:
             await anyio.sleep(_POLL)
@@ -109,7 +130,7 @@ async def _bake(context: Context, source: Source, shelf: Shelf) -> None:
     """Make a template; the lock of its folder is held."""
     await clean(shelf)
     size = source.machine.spec.memory
-    await blocking(_make_room, context, shelf, size)
+    await to_end(_make_room, shelf, size)
     identity = str(uuid.uuid4())
     name = templates.part_name(source.key, identity)
     try:
@@ -117,6 +138,8 @@ async def _bake(context: Context, source: Source, shelf: Shelf) -> None:
             in_thread(statefile.verified(source.state)) as state,
             in_thread(templates.beginning(shelf, name, size)) as (folder, ram, devices),
         ):
+            if context.run_as:  # QEMU opens it anew, by its descriptor
+                await to_end(admit, str(folder / templates.RAM), context.run_as.uid, acl.READ | acl.WRITE)
             await _in_qemu(context, source, identity, folder, Loading(source.state, state), ram=ram, devices=devices)
             nothing = Seen(0, 0, 0, 0, 0)
             about = Template(
@@ -135,9 +158,10 @@ async def _bake(context: Context, source: Source, shelf: Shelf) -> None:
         raise
 
 
-def _make_room(context: Context, shelf: Shelf, size: int) -> None:
-    pids = [found.pid for machine in context.store.machines() if (found := context.process(machine)) and machine.origin]
-    templates.make_room(shelf, size, templates.limit(shelf, os.environ), templates.mapped(pids))
+def _make_room(shelf: Shelf, size: int) -> None:
+    # Forks of other homes may use the same folder.
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208
+    templates.make_room(shelf, size, templates.limit(shelf, os.environ), templates.mapped(pids, [shelf.folder]))
 
 
 async def clean(shelf: Shelf) -> None:

@@ -192,6 +192,7 @@ async def source_of(context: Context, parent: str, name: str) -> Source:
         state=state,
         chains=planning.points(basis, snapshot),
         hardware=hardware,
+        user=context.run_as.uid if context.run_as else None,
     )
 
 

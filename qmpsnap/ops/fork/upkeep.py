@@ -52,9 +52,10 @@ async def listed(context: Context) -> tuple[Shelved, ...]:
 
 def _users(context: Context) -> dict[tuple[int, int], list[str]]:
     found: dict[tuple[int, int], list[str]] = {}
+    folders = [shelf.folder for shelf in templates.shelves(context.home)]
     for machine in context.store.machines():
         process = context.process(machine) if machine.origin else None
-        for file in templates.mapped([process.pid]) if process else ():
+        for file in templates.mapped([process.pid], folders) if process else ():
             found.setdefault(file, []).append(machine.name)
     return found
 
