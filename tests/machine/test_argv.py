@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from qmpsnap.machine.config.specfile import parse, read
-from qmpsnap.machine.starting.argv import Firmware, build
+from qmpsnap.machine.starting.argv import Firmware, Ram, build
 from qmpsnap.machine.starting.run_files import RUN_FILES
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.spec import MachineSpec
@@ -383,3 +383,31 @@ def test_a_recorded_cpu_is_enforced_where_memory_is_loaded(
     spec = replace(spec_of(""), tcg_cpu="base,avx=on")
     argv = build("qemu", spec, [], uuid=UUID, accel=accel, exact=exact)
     assert argv[argv.index("-cpu") + 1] == cpu
+
+
+def test_memory_in_a_file_has_the_name_that_a_stream_without_one_gives_it() -> None:
+    argv = argv_of("machine: pc-q35-7.2\nmemory: 64M", ram=Ram(7))
+    (memory,) = (json.loads(value) for value in after(argv, "-object"))
+    assert memory == {
+        "qom-type": "memory-backend-file",
+        "id": "pc.ram",
+        "size": 64 << 20,
+        "mem-path": "/proc/self/fd/7",
+        "share": False,
+        "x-use-canonical-path-for-ramblock-id": False,
+    }
+    assert after(argv, "-machine") == ["pc-q35-7.2,memory-backend=pc.ram,dump-guest-core=off"]
+    microvm = after(argv_of("machine: microvm", ram=Ram(7)), "-machine")[0]
+    assert microvm.startswith("microvm,memory-backend=microvm.ram")
+    read_only = json.loads(after(argv_of("", ram=Ram(7, read_only=True)), "-object")[0])
+    assert (read_only["readonly"], read_only["rom"]) == (True, "off")
+
+
+def test_blank_disks_have_no_image() -> None:
+    argv = argv_of("disks: [{name: vda, size: 1M}, {name: vdb, size: 1M, format: raw}]", blank=True)
+    nodes = [json.loads(value) for value in after(argv, "-blockdev")]
+    assert [(node["node-name"], node["driver"], node["size"]) for node in nodes] == [
+        ("vda-2", "null-co", 1 << 20),
+        ("vdb-2", "null-co", 1 << 20),
+    ]
+    assert not any("/machines/" in word for word in argv)

@@ -23,7 +23,7 @@ from qmpsnap.errors import (
 )
 from qmpsnap.model.layers.chain import Layer, LayerState
 from qmpsnap.model.layers.snapshot import Point, Snapshot, SnapshotKind, SnapshotState
-from qmpsnap.model.machines.record import Machine, Process
+from qmpsnap.model.machines.record import Machine, Origin, Process
 from qmpsnap.model.machines.spec import Cache, DiskSpec, Format, Forward, MachineSpec, NicSpec, Storage
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import (
@@ -792,3 +792,21 @@ def test_whatever_is_recorded_is_read_back_equal(open_store: Open, history: tupl
     assert store.snapshots(recorded.name) == tuple(snapshots)
     assert [store.layer(found.id) for found in tree] == tree
     assert [chain.active for chain in store.chains(recorded.name)] == tree
+
+
+def test_what_a_fork_went_on_from_is_kept_and_ephemeral_ones_are_known(store: Store) -> None:
+    origin = Origin(machine="web", snapshot="warm", uuid="uuid-of-web", ephemeral=True, owner=PROCESS)
+    for name, of in (("web", None), ("kept", replace(origin, ephemeral=False)), ("gone", origin)):
+        operation = opened(store, name)
+        disks = layer(f"{name}-1", path=f"{MACHINES}/{name}/vda-1.qcow2")
+        new = replace(machine(name), origin=of)
+        store.settle(operation.id, name, Change(define=new, layers=(disks,), active={"vda": disks.id}))
+        assert store.machine(name).origin == of
+    assert store.ephemeral() == ("gone",)
+    fresh = replace(origin, identity="fresh", lacks=("a clock",))
+    store.apply("gone", Change(origin=fresh))
+    assert store.machine("gone").origin == fresh
+    store.apply("gone", Change())
+    assert store.machine("gone").origin == fresh
+    store.forget("gone")
+    assert store.ephemeral() == ()

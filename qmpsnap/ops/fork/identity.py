@@ -8,7 +8,7 @@ from qmpsnap.errors import QmpsnapError
 from qmpsnap.machine import agent, identity
 from qmpsnap.machine.starting import argv
 from qmpsnap.machine.starting.run_files import AGENT_SOCKET
-from qmpsnap.model.machines.record import Machine, Origin
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.memory import post_resume
@@ -78,8 +78,3 @@ async def _connect(qemu: Monitor, machine: Machine) -> None:
         for number in range(len(machine.spec.nics)):
             await commands.set_link(qemu, argv.cable(number), up=True)
         await commands.announce_self(qemu)
-
-
-def isolated(machine: Machine, origin: Origin) -> bool:
-    """Whether cards of a fork are kept off their network until it has an identity of its own."""
-    return origin.identity == "twin" and any(nic.kind != "user" for nic in machine.spec.nics)
