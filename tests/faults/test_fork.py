@@ -148,6 +148,25 @@ async def test_the_forks_qemu_is_killed_as_it_loads(
     await judge(vm, before, "fork")
 
 
+@pytest.mark.parametrize("when", watch.WHEN)
+async def test_killed_as_it_evicts_another_template(
+    q: qmpsnap.Controller, place: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch, when: watch.When
+) -> None:
+    fault.case("kill -9 between steps: controller", "fork")
+    vm = await parent(q)
+    await vm.snapshot("other", kind="full")
+    await vm.fork("other", "child")
+    child = await q.machine("child")
+    await child.stop(force=True)
+    await child.undefine(disks="remove")
+    monkeypatch.setenv(templates.LIMIT, f"{site.ONE.memory >> 20}M")
+    before = await site.look(vm)
+    died = await controller_dies("fork", place, Call("qmpsnap.machine.templates", "Shelf.remove", when, 1))
+    assert died.died, died.said
+    await judge(vm, before, "fork")
+    assert len(await q.templates()) == 1
+
+
 async def test_fifty_ephemeral_forks_killed_at_once_are_removed_by_the_next_command(
     q: qmpsnap.Controller, home: Path, fault: Fault
 ) -> None:
