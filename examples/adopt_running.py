@@ -14,14 +14,13 @@ import qmpsnap
 async def main(name: str, socket: str) -> None:
     """Adopt the QEMU as the machine ``name``."""
     async with qmpsnap.open() as q:
-        found, _plan = await q.preview_adopt(name, socket)  # changes nothing
+        found, _ = (await q.plan_adopt(name, socket)).details  # changes nothing
         for disk in found.disks:
             print(f"disk {disk.name}: {disk.backend} in QEMU, {'read-only' if disk.read_only else 'writable'}")
         for reason in found.left_out:
             print(f"not a disk: {reason}")
 
-        await q.adopt(name, socket)
-        vm = await q.machine(name)
+        vm = await q.adopt(name, socket)
         snapshot = await vm.snapshot("adopted", description="as it was found")
         print(f"took {snapshot.name} of {', '.join(point.disk for point in snapshot.points)}")
 

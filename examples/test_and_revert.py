@@ -20,9 +20,9 @@ async def main(machine: str, command: str) -> int:
         vm = await q.machine(machine)
         before = await vm.snapshot(kind="full", description=f"before: {command}")
         print(f"took {before.name}; the guest was paused for {before.pause_ms:.0f} ms")
-        done = await vm.run(command, deadline=HOUR, check=False)
-        sys.stdout.buffer.write(done.stdout + done.stderr)
-        if done.status == 0:
+        done = await vm.run(command, timeout=HOUR, check=False)
+        print(done.stdout + done.stderr, end="")
+        if done.exit_status == 0:
             print("the command succeeded: its changes stay")
         else:
             reverted = await vm.revert(before, discard=True)

@@ -20,8 +20,9 @@ import qmpsnap
 async def boot(home: str) -> None:
     """Start the machine and keep its state as the snapshot ``warm``."""
     async with qmpsnap.open(home) as q:
-        vm = await q.start(os.environ["SPEC"])
-        await vm.run("true", deadline=180)
+        vm = await q.define(os.environ["SPEC"])
+        await vm.start()
+        await vm.run("true", timeout=180)
         await vm.snapshot("warm", kind="full")
 
 

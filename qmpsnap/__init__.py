@@ -3,9 +3,10 @@
 ::
 
     async with qmpsnap.open() as q:
-        vm = await q.start("machine.yaml")
+        vm = await q.define("machine.yaml", exist_ok=True)
+        await vm.start()
         snapshot = await vm.snapshot("before")
-        await vm.run("apt-get -y dist-upgrade", deadline=1800)
+        await vm.run("apt-get -y dist-upgrade", timeout=1800)
         await vm.revert(snapshot)
 
 This module is the public API: :func:`open`, :class:`Controller`, :class:`MachineHandle`, the values they return and the
@@ -17,16 +18,19 @@ if TYPE_CHECKING:
     from qmpsnap import errors
     from qmpsnap.api.controller import Controller
     from qmpsnap.api.controller import open_controller as open  # noqa: A004 - reads as qmpsnap.open()
+    from qmpsnap.api.events import Event, JobChanged, ShortageChanged, StateChanged
     from qmpsnap.api.following import progress
     from qmpsnap.api.job import Job
     from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.api.outcomes import Committed, Deleted, Mirrored, Streamed
-    from qmpsnap.errors import QmpsnapError
+    from qmpsnap.api.plans import Plan, PlannedFile
+    from qmpsnap.errors import ProcessError, QmpsnapError
     from qmpsnap.machine.agent import Completed, Trimmed
     from qmpsnap.model.layers.chain import Chain, Layer
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine, Process
     from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
+    from qmpsnap.model.machines.state import State
     from qmpsnap.model.operations.operation import (
         CreatePlan,
         DefinePlan,
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
         Operation,
         ResizePlan,
     )
+    from qmpsnap.ops.base.free_space import Shortage, ShortageKind
     from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
     from qmpsnap.ops.lifecycle.dry_run import Forgotten
@@ -61,10 +66,12 @@ __all__ = [
     "Deleted",
     "DiskSpec",
     "Encryption",
+    "Event",
     "Forgotten",
     "Forward",
     "InternalPlan",
     "Job",
+    "JobChanged",
     "JobInfo",
     "Layer",
     "Machine",
@@ -75,14 +82,22 @@ __all__ = [
     "Mirrored",
     "NicSpec",
     "Operation",
+    "Plan",
+    "PlannedFile",
     "PopPreview",
     "Preview",
     "Process",
+    "ProcessError",
     "QmpsnapError",
     "ResizePlan",
     "Reverted",
+    "Shortage",
+    "ShortageChanged",
+    "ShortageKind",
     "Snapshot",
     "SnapshotOptions",
+    "State",
+    "StateChanged",
     "Streamed",
     "Survey",
     "Trimmed",
@@ -93,10 +108,14 @@ __all__ = [
 
 _FROM = {
     "qmpsnap.api.controller": ("Controller",),
-    "qmpsnap.errors": ("QmpsnapError",),
+    "qmpsnap.errors": ("ProcessError", "QmpsnapError"),
     "qmpsnap.api.following": ("progress",),
+    "qmpsnap.api.events": ("Event", "JobChanged", "ShortageChanged", "StateChanged"),
+    "qmpsnap.model.machines.state": ("State",),
+    "qmpsnap.ops.base.free_space": ("Shortage", "ShortageKind"),
     "qmpsnap.api.job": ("Job",),
     "qmpsnap.api.outcomes": ("Committed", "Deleted", "Mirrored", "Streamed"),
+    "qmpsnap.api.plans": ("Plan", "PlannedFile"),
     "qmpsnap.machine.agent": ("Completed", "Trimmed"),
     "qmpsnap.api.machine_handle": ("MachineHandle",),
     "qmpsnap.model.layers.chain": ("Chain", "Layer"),

@@ -26,6 +26,7 @@
      │    └── HomeUntrusted         9  another user can write to the home
      ├── Interrupted              130  by Ctrl-C, at the command line only
      └── QmpError                   1  QEMU refused a command (carries QEMU's class)
+          └── ProcessError          1  a command in the guest ended with another exit status than 0
 
 ``message`` says what failed, ``effect`` whether anything changed (``none``, ``applied`` or ``unknown``), ``left`` what
 is otherwise now, and ``hint`` what to do next. No message speaks of the effect: ``sentence`` adds it, but for the two
@@ -269,3 +270,23 @@ class QmpError(QmpsnapError):
     """QEMU, or the agent in its guest, said no, or a job has failed; ``effect`` says what that has changed."""
 
     code = "qmp"
+
+
+class ProcessError(QmpError):
+    """A command in the guest ended with another exit status than 0.
+
+    Attributes:
+        exit_status: its exit status, or 128 + the signal that killed it.
+        stdout: what it wrote there, as text or bytes, as asked for.
+        stderr: the same of stderr.
+    """
+
+    code = "process"
+
+    def __init__(
+        self, message: str, *, exit_status: int, stdout: str | bytes, stderr: str | bytes, machine: str | None = None
+    ) -> None:
+        super().__init__(message, effect="applied", machine=machine)
+        self.exit_status = exit_status
+        self.stdout = stdout
+        self.stderr = stderr

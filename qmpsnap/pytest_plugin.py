@@ -65,8 +65,9 @@ async def qmpsnap_small_guest(qmpsnap_controller: "Controller") -> "MachineHandl
         build_guest(_cache() / "guest")
     except HostCannot as error:
         _give_up(error.message)
-    vm = await qmpsnap_controller.start(launch_dir() / "profiles" / "guest.yaml")
-    await vm.run(["true"], deadline=BOOT_DEADLINE)
+    vm = await qmpsnap_controller.define(launch_dir() / "profiles" / "guest.yaml", exist_ok=True)
+    await vm.start()
+    await vm.run(["true"], timeout=BOOT_DEADLINE)
     return vm
 
 

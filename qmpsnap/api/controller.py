@@ -3,7 +3,8 @@
 ::
 
     async with qmpsnap.open() as q:
-        vm = await q.start("machine.yaml")
+        vm = await q.define("machine.yaml", exist_ok=True)
+        await vm.start()
         snap = await vm.snapshot("before")
         await vm.run("rm -rf /data")
 """
@@ -13,26 +14,32 @@ from __future__ import annotations
 import os
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from qmpsnap.api import forks
+from qmpsnap.api import forks, old_names
 from qmpsnap.api.job import Running, end_all
 from qmpsnap.api.later import Later
 from qmpsnap.api.machine_handle import MachineHandle
-from qmpsnap.errors import NotFoundError, UsageError
+from qmpsnap.errors import NameTaken, NotFoundError, UsageError
 from qmpsnap.host.borders import border
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base.context import opened
+from qmpsnap.qmp.jobs import unreported
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
+    from qmpsnap.api import plans
+    from qmpsnap.api.plans import Plan
     from qmpsnap.model.operations.operation import DefinePlan, Operation
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.lifecycle import adopt, define, dry_run
-    from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
+    from qmpsnap.ops.lifecycle.adopt import Survey
 else:
+    plans = Later("api.plans")
     adopt, define, dry_run = Later("ops.lifecycle.adopt"), Later("ops.lifecycle.define"), Later("ops.lifecycle.dry_run")
+
+R = TypeVar("R")
 
 
 @asynccontextmanager
@@ -77,6 +84,9 @@ class Controller(forks.Templates):
     async def machine(self, name: str) -> MachineHandle:
         """The machine of that name.
 
+        Args:
+            name: its name; never a path.
+
         Raises:
             NotFoundError: there is none.
         """
@@ -84,7 +94,10 @@ class Controller(forks.Templates):
         return self._handle(name)
 
     async def recover(self, name: str) -> list[Operation]:
-        """End what is open of a machine, or of a name that is none, as define or undefine died; returns it as it was.
+        """End what is open of a machine, or of a name where define or undefine died; returns it as it was.
+
+        Args:
+            name: of the machine.
 
         Raises:
             NotFoundError: there is neither.
@@ -97,6 +110,9 @@ class Controller(forks.Templates):
 
     def read_spec(self, path: str | os.PathLike[str]) -> MachineSpec:
         """A spec file as a value.
+
+        Args:
+            path: of the file.
 
         Raises:
             SpecError: it describes no machine; the message has file, line and column.
@@ -112,6 +128,7 @@ class Controller(forks.Templates):
         *,
         folders: Sequence[Path] = (),
         allow_extra: bool = False,
+        exist_ok: bool = False,
     ) -> MachineHandle:
         """Record a machine and create its disks.
 
@@ -119,26 +136,52 @@ class Controller(forks.Templates):
             spec: a spec, or the path of a spec file, whose folder is then one that images may lie in.
             folders: further folders that images may lie in.
             allow_extra: accept the spec's ``extra`` QEMU arguments.
+            exist_ok: return the handle of the machine of that name, if it was defined with the same spec.
 
         Raises:
             SpecError: the spec describes no machine this QEMU can run.
-            NameTaken: there is a machine of that name.
+            NameTaken: there is a machine of that name; the message names what its spec has otherwise.
             ImageRefused: an image is not what the spec says, or not in an allowed folder.
         """
         wanted, allowed = self._wanted(spec, folders)
-        machine = await define.run(self.context, wanted, folders=allowed, allow_extra=allow_extra)
+        try:
+            machine = await define.run(self.context, wanted, folders=allowed, allow_extra=allow_extra)
+        except NameTaken as error:
+            if await self._says_the_same(wanted, error) and exist_ok:
+                return self._handle(wanted.name)
+            raise
         return self._handle(machine.name)
 
-    async def preview_define(
+    async def _says_the_same(self, wanted: MachineSpec, error: NameTaken) -> bool:
+        """Whether the machine that has the name was defined so; tell the error where it was not."""
+        from qmpsnap.model.machines.spec_differences import differences
+
+        record = await self.context.astore.machine(wanted.name)
+        if record.adopted:
+            error.add("it was adopted")
+            return False
+        if other := differences(record.spec, wanted):
+            error.add(f"its spec differs: {', '.join(other)}")
+        return not other
+
+    async def plan_define(
         self,
         spec: MachineSpec | str | os.PathLike[str],
         *,
         folders: Sequence[Path] = (),
         allow_extra: bool = False,
-    ) -> DefinePlan:
-        """What :meth:`define` would do now, without doing it; refused as that would be."""
+    ) -> Plan[DefinePlan, MachineHandle]:
+        """What :meth:`define` would do now; refused as that would be."""
         wanted, allowed = self._wanted(spec, folders)
-        return await dry_run.defined(self.context, wanted, folders=allowed, allow_extra=allow_extra)
+        found = await dry_run.defined(self.context, wanted, folders=allowed, allow_extra=allow_extra)
+
+        async def act(q: Controller) -> MachineHandle:
+            again = await q.plan_define(wanted, folders=allowed, allow_extra=allow_extra)
+            plans.require_same(again.files, shape.files, found.machine)
+            return await q.define(wanted, folders=allowed, allow_extra=allow_extra)
+
+        shape = plans.of_define("define", found, found)
+        return plans.planned("define", found.machine, shape, act)
 
     def _wanted(
         self, spec: MachineSpec | str | os.PathLike[str], folders: Sequence[Path]
@@ -150,12 +193,8 @@ class Controller(forks.Templates):
             return specfile.checked(spec, folder=Path.cwd(), guest_dir=self.context.home.guest), folders
         return self.read_spec(spec), (*folders, Path(spec).absolute().parent)
 
-    async def preview_adopt(self, name: str, socket: str | os.PathLike[str]) -> tuple[Survey, DefinePlan]:
-        """What :meth:`adopt` would find and record now, without doing it; refused as that would be."""
-        return await adopt.preview(self.context, name, Path(socket))
-
-    async def adopt(self, name: str, socket: str | os.PathLike[str]) -> Adopted:
-        """Take over a QEMU that somebody else launched; it does not notice. ``machine(name)`` then is its handle.
+    async def adopt(self, name: str, socket: str | os.PathLike[str]) -> MachineHandle:
+        """Take over a QEMU that somebody else launched; it does not notice.
 
         Args:
             name: what the machine will be called.
@@ -168,15 +207,41 @@ class Controller(forks.Templates):
             StateError: it is known already, has jobs, or an image is not a file that can be taken over.
             StoreMismatch: a file is not what QEMU says it is.
         """
-        return await adopt.run(self.context, name, Path(socket))
+        return self._handle((await adopt.run(self.context, name, Path(socket))).machine.name)
 
-    async def start(self, spec: str | os.PathLike[str], *, paused: bool = False) -> MachineHandle:
-        """Start a machine, defining it first if the store does not have it.
+    async def plan_adopt(
+        self, name: str, socket: str | os.PathLike[str]
+    ) -> Plan[tuple[Survey, DefinePlan], MachineHandle]:
+        """What :meth:`adopt` would find (``details``) and record now; refused as that would be."""
+        found, plan = await adopt.preview(self.context, name, Path(socket))
+
+        async def act(q: Controller) -> MachineHandle:
+            again = await q.plan_adopt(name, socket)
+            mine, now = found.machine.process, again.details[0].machine.process
+            assert mine
+            assert now
+            plans.require_same((again.files, now.pid, now.start_ticks), (shape.files, mine.pid, mine.start_ticks), name)
+            return await q.adopt(name, socket)
+
+        shape = plans.of_define("adopt", plan, (found, plan))
+        return plans.planned("adopt", name, shape, act)
+
+    async def apply(self, plan: Plan[Any, R]) -> R:
+        """Carry a plan out, also one of a machine's: see :meth:`MachineHandle.apply`.
 
         Args:
-            spec: path of a spec file, or the name of a machine. Of a machine that is defined already the file gives
-                only the name: what else has changed in it since is not looked at.
-            paused: leave the vCPUs stopped.
+            plan: from a ``plan_*`` method of this controller or of one of its machines.
+
+        Raises:
+            StateError: what it would do now is not what it would have done; nothing was done.
+            QmpsnapError: as the verb does.
+        """
+        if plan._expects:  # noqa: SLF001 - made by a handle
+            return await (await self.machine(plan.machine)).apply(plan)
+        return await plan._act(self, unreported)  # noqa: SLF001
+
+    async def start(self, spec: str | os.PathLike[str], *, paused: bool = False) -> MachineHandle:
+        """Start a machine by its name or spec file, of which only the name counts if it is defined; for one release.
 
         Raises:
             SpecError: the file describes no machine, or there is none.
@@ -184,6 +249,7 @@ class Controller(forks.Templates):
             NotFoundError: no machine of that name.
             QmpsnapError: as :meth:`define` and :meth:`MachineHandle.start`.
         """
+        old_names.warn("q.start()", "start() of define(path, exist_ok=True), or of machine(name)")
         name = os.fspath(spec)
         if os.sep in name or Path(name).is_file():
             await self._require_one_meaning(name)
@@ -196,6 +262,10 @@ class Controller(forks.Templates):
             vm = await self.machine(name)
         await vm.start(paused=paused)
         return vm
+
+    start.__deprecated__ = True  # type: ignore[attr-defined] # as PEP 702 has it
+    preview_define = old_names.previewed("define", old_names.details)
+    preview_adopt = old_names.previewed("adopt", old_names.details)
 
     async def _require_one_meaning(self, name: str) -> None:
         if os.sep not in name and name in {found.name for found in await self.context.astore.machines()}:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from qmpsnap.api import asked, old_names
 from qmpsnap.api.later import Later
 from qmpsnap.api.pool import ForkPool
 from qmpsnap.host.borders import border
@@ -15,18 +16,18 @@ from qmpsnap.ops.base import requests
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from typing import Any, Literal
+    from typing import Literal
 
+    from qmpsnap.api import plans
+    from qmpsnap.api.plans import Plan
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.fork import ephemeral, run, upkeep
     from qmpsnap.ops.fork import pool as pools
-    from qmpsnap.ops.fork import request as wishes
-    from qmpsnap.ops.fork.request import ForkRequest
-    from qmpsnap.ops.fork.run import Forked, Preview
+    from qmpsnap.ops.fork.run import Forked
     from qmpsnap.ops.fork.upkeep import Pruned, Shelved
 else:
     pools, upkeep = Later("ops.fork.pool"), Later("ops.fork.upkeep")
-    ephemeral, run, wishes = Later("ops.fork.ephemeral"), Later("ops.fork.run"), Later("ops.fork.request")
+    ephemeral, run, plans = Later("ops.fork.ephemeral"), Later("ops.fork.run"), Later("api.plans")
 
 
 async def sweep(context: Context) -> None:
@@ -42,20 +43,36 @@ class Templates:
     context: Context
 
     async def templates(self) -> tuple[Shelved, ...]:
-        """The templates of snapshots' memory that forks share, by folder; the one that is removed first, first."""
+        """The templates of snapshots' memory that forks share, by folder; the one that is removed first, first.
+
+        Raises:
+            HostCannot: a folder of templates cannot be read.
+        """
         return await upkeep.listed(self.context)
 
     async def prune_templates(self, *, all: bool = False) -> Pruned:  # noqa: A002 - as it is typed
-        """Remove the templates that no running fork maps; with ``all`` the others, too, which their forks keep.
+        """Remove the templates that no running fork maps.
+
+        Args:
+            all: also the others, which their forks keep.
 
         Raises:
             StateError: another process makes a template.
         """
         return await upkeep.prune(self.context, all=all)
 
-    async def preview_prune_templates(self, *, all: bool = False) -> Pruned:  # noqa: A002 - as it is typed
+    async def plan_prune_templates(self, *, all: bool = False) -> Plan[Pruned, Pruned]:  # noqa: A002 - as it is typed
         """What :meth:`prune_templates` would remove now."""
-        return await upkeep.prune(self.context, all=all, look=True)
+        shape = plans.of_prune(await upkeep.prune(self.context, all=all, look=True))
+
+        async def act(q: Templates) -> Pruned:
+            again = await q.plan_prune_templates(all=all)
+            plans.require_same(again.files, shape.files, "")
+            return await q.prune_templates(all=all)
+
+        return plans.planned("prune_templates", "", shape, act)
+
+    preview_prune_templates = old_names.previewed("prune_templates", old_names.details)
 
 
 @border
@@ -97,27 +114,10 @@ class Forking:
             StateError: the machine is adopted or has a TPM, the snapshot has no memory, or its hardware has changed.
             HostCannot: there is no room for the snapshot's memory.
         """
-        request = _request(
+        request = asked.to_fork(
             snapshot, name, count=count, ephemeral=ephemeral, paused=paused, identity=identity, description=description
         )
         return await run.run(self._context, self.name, request)
-
-    async def preview_fork(
-        self,
-        snapshot: Snapshot | str | None = None,
-        name: str | None = None,
-        *,
-        count: int = 1,
-        ephemeral: bool = False,
-        paused: bool = False,
-        identity: Literal["keep", "fresh"] = "keep",
-        description: str = "",
-    ) -> Preview:
-        """What :meth:`fork` would do now, without doing it."""
-        request = _request(
-            snapshot, name, count=count, ephemeral=ephemeral, paused=paused, identity=identity, description=description
-        )
-        return await run.preview(self._context, self.name, request)
 
     @asynccontextmanager
     async def pool(
@@ -141,8 +141,3 @@ class Forking:
             request = replace(request, floor=floor)
         async with pools.opened(self._context, self.name, requests.well_typed(request)) as found:
             yield ForkPool(self._context, found)
-
-
-def _request(snapshot: Snapshot | str | None, name: str | None, **options: Any) -> ForkRequest:
-    named = snapshot.name if isinstance(snapshot, Snapshot) else snapshot
-    return requests.well_typed(wishes.ForkRequest(snapshot=named, name=name, **options))

@@ -243,7 +243,7 @@ def job(
 
             return act(handle, *arguments, report=both, **named)
 
-        return Job(handle, method.__name__, work)
+        return Job(handle, method.__name__.removeprefix("_"), work)
 
     return begin  # type: ignore[return-value] # its signature is the method's
 

@@ -46,11 +46,6 @@ class Changing:
         make = change.made(settings, guest_dir=self._context.home.guest)
         return await change.run(self._context, self.name, make, allow_extra=allow_extra)
 
-    async def preview_set(self, settings: Mapping[str, str] | MachineSpec, *, allow_extra: bool = False) -> Changed:
-        """What :meth:`set` would do now, without doing it."""
-        make = change.made(settings, guest_dir=self._context.home.guest)
-        return await change.preview(self._context, self.name, make, allow_extra=allow_extra)
-
     async def resize(self, disk: str, size: int | str) -> ResizePlan:
         """Let the guest see more bytes of a disk: of its active layer, as the layers below keep their size.
 
@@ -68,7 +63,3 @@ class Changing:
             QmpError: QEMU refuses; the size is as before.
         """
         return await resize.run(self._context, self.name, resize.requested(disk, size))
-
-    async def preview_resize(self, disk: str, size: int | str) -> ResizePlan:
-        """What :meth:`resize` would do now, without doing it."""
-        return (await resize.preview(self._context, self.name, resize.requested(disk, size)))[0]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
+from qmpsnap.api import asked
 from qmpsnap.api.forks import Forking
-from qmpsnap.api.job import job
+from qmpsnap.api.job import Job, job
 from qmpsnap.api.later import Later
 from qmpsnap.api.machine_changes import Changing
-from qmpsnap.api.machine_life import MachineLife
+from qmpsnap.api.machine_plans import MachinePlans
+from qmpsnap.api.old_names import OldPreviews
 from qmpsnap.host.borders import border
-from qmpsnap.ops.base import requests
 from qmpsnap.qmp.jobs import unreported
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.chain import Layer
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
-    from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import Format
-    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan
     from qmpsnap.ops import save, stack
     from qmpsnap.ops.internal import create as internal
     from qmpsnap.ops.merge import commit
@@ -34,15 +32,20 @@ if TYPE_CHECKING:
     from qmpsnap.ops.mirror.mirror import Mode
     from qmpsnap.ops.revert import plan as revert_plan
     from qmpsnap.ops.revert import revert
-    from qmpsnap.ops.revert.plan import HardwareOf, RevertRequest, Run
-    from qmpsnap.ops.revert.revert import Preview, Reverted
-    from qmpsnap.ops.save import SaveRequest
+    from qmpsnap.ops.revert.plan import HardwareOf, Run
+    from qmpsnap.ops.revert.revert import Reverted
     from qmpsnap.ops.snapshot import create, delete, rename
     from qmpsnap.ops.snapshot import plan as create_plan
     from qmpsnap.ops.snapshot import request as wishes
-    from qmpsnap.ops.snapshot.plan import CreateRequest
-    from qmpsnap.ops.snapshot.request import Files, Kind, SnapshotOptions
-    from qmpsnap.ops.stack import PopPreview
+    from qmpsnap.ops.snapshot.request import (
+        DiskOptions,
+        Files,
+        FullOptions,
+        InternalOptions,
+        Kind,
+        SnapshotOptions,
+        VolumeOptions,
+    )
     from qmpsnap.qmp.jobs import Report
 else:
     outcomes = Later("api.outcomes")
@@ -55,18 +58,52 @@ else:
 
 
 @border
-class MachineHandle(MachineLife, Forking, Changing):
+class MachineHandle(MachinePlans, Forking, Changing, OldPreviews):
     """One machine of the store, by name."""
 
-    @job
-    async def snapshot(
+    @overload
+    def snapshot(
         self,
         name: str | None = None,
         *,
-        kind: Kind = "disk",
+        kind: Literal["disk"] = "disk",
         report: Report = unreported,
-        **options: Unpack[SnapshotOptions],
-    ) -> Snapshot:
+        **options: Unpack[DiskOptions],
+    ) -> Job[Snapshot]: ...
+
+    @overload
+    def snapshot(
+        self,
+        name: str | None = None,
+        *,
+        kind: Literal["full"],
+        report: Report = unreported,
+        **options: Unpack[FullOptions],
+    ) -> Job[Snapshot]: ...
+
+    @overload
+    def snapshot(
+        self,
+        name: str | None = None,
+        *,
+        kind: Literal["volume"],
+        report: Report = unreported,
+        **options: Unpack[VolumeOptions],
+    ) -> Job[Snapshot]: ...
+
+    @overload
+    def snapshot(
+        self,
+        name: str | None = None,
+        *,
+        kind: Literal["internal"],
+        report: Report = unreported,
+        **options: Unpack[InternalOptions],
+    ) -> Job[Snapshot]: ...
+
+    def snapshot(
+        self, name: str | None = None, *, kind: Kind = "disk", report: Report = unreported, **options: Any
+    ) -> Job[Snapshot]:
         """Take a snapshot, all disks at one instant; a ``full`` one with the guest's memory of that same instant.
 
         An ``internal`` one is stored inside the qcow2 images, with its memory; the guest is paused while that is
@@ -103,33 +140,16 @@ class MachineHandle(MachineLife, Forking, Changing):
             HostCannot: no space for the memory; the guest runs on, and there is no trace of the attempt.
             QemuGone, DeadlinePassed, QmpError: with ``require``, the guest's agent is not there, silent or refuses.
         """
-        request = wishes.requested(kind, name, options)
+        return self._snapshot(kind, name, options, report=report)
+
+    @job
+    async def _snapshot(
+        self, kind: Kind, name: str | None, options: dict[str, Any], *, report: Report = unreported
+    ) -> Snapshot:
+        request = wishes.requested(kind, name, cast("SnapshotOptions", options))
         if isinstance(request, internal.InternalRequest):
             return await internal.create(self._context, self.name, request, report=report)
         return await create.run(self._context, self.name, request, report=report)
-
-    @overload
-    async def preview_snapshot(
-        self,
-        name: str | None = None,
-        *,
-        kind: Literal["disk", "full", "volume"] = "disk",
-        **options: Unpack[SnapshotOptions],
-    ) -> tuple[Machine, CreatePlan]: ...
-
-    @overload
-    async def preview_snapshot(
-        self, name: str | None = None, *, kind: Literal["internal"], **options: Unpack[SnapshotOptions]
-    ) -> tuple[Machine, InternalPlan]: ...
-
-    async def preview_snapshot(
-        self, name: str | None = None, *, kind: Kind = "disk", **options: Unpack[SnapshotOptions]
-    ) -> tuple[Machine, CreatePlan | InternalPlan]:
-        """What :meth:`snapshot` would do now, without doing it; refused as that would be, but for a silent agent."""
-        request = wishes.requested(kind, name, options)
-        if isinstance(request, internal.InternalRequest):
-            return await internal.preview(self._context, self.name, request)
-        return await create.preview(self._context, self.name, request)
 
     @job
     async def save(
@@ -154,20 +174,8 @@ class MachineHandle(MachineLife, Forking, Changing):
             StateError: it does not run, or the file exists.
             HostCannot: no space; the guest runs on.
         """
-        request = _save_request(file, name, description, compression)
+        request = asked.to_save(file, name, description, compression)
         return await save.save(self._context, self.name, request, report=report)
-
-    async def preview_save(
-        self,
-        file: str | os.PathLike[str] | None = None,
-        *,
-        name: str | None = None,
-        description: str = "",
-        compression: Compression = "none",
-    ) -> tuple[Machine, CreatePlan]:
-        """What :meth:`save` would do now, without doing it."""
-        request = save.wanted(_save_request(file, name, description, compression))
-        return await create.preview(self._context, self.name, request)
 
     async def restore(
         self,
@@ -190,18 +198,8 @@ class MachineHandle(MachineLife, Forking, Changing):
             StateError: the file is another machine's or its snapshot is gone, or the machine's hardware has changed.
             StoreMismatch: the file is damaged.
         """
-        request = save.RestoreRequest(
-            file=None if file is None else str(Path(file).absolute()), discard=discard, paused=paused, after=after
-        )
-        return await save.restore(self._context, self.name, requests.well_typed(request))
-
-    async def preview_restore(
-        self, file: str | os.PathLike[str] | None = None, *, discard: bool = False, paused: bool = False
-    ) -> Preview:
-        """What :meth:`restore` would do now, without doing it."""
-        place = None if file is None else str(Path(file).absolute())
-        request = requests.well_typed(save.RestoreRequest(file=place, discard=discard, paused=paused))
-        return await save.preview_restore(self._context, self.name, request)
+        request = asked.to_restore(file, discard=discard, paused=paused, after=after)
+        return await save.restore(self._context, self.name, request)
 
     async def add_layers(self, *, disks: Sequence[str] | None = None, files: Files | None = None) -> tuple[Layer, ...]:
         """Put a new empty layer on every disk as :meth:`snapshot` does, but list no snapshot; returns those layers.
@@ -214,13 +212,7 @@ class MachineHandle(MachineLife, Forking, Changing):
             StateError: a disk is read-only or busy with a job.
             StoreMismatch: QEMU's chains are not the store's.
         """
-        return await create.add_layers(self._context, self.name, _layers_request(disks, files))
-
-    async def preview_add_layers(
-        self, *, disks: Sequence[str] | None = None, files: Files | None = None
-    ) -> tuple[Machine, CreatePlan]:
-        """What :meth:`add_layers` would do now, without doing it."""
-        return await create.preview(self._context, self.name, _layers_request(disks, files))
+        return await create.add_layers(self._context, self.name, asked.layers(disks, files))
 
     async def revert(
         self,
@@ -251,32 +243,27 @@ class MachineHandle(MachineLife, Forking, Changing):
             StateError: it is consumed, a job holds a disk, or its memory is of other hardware.
             StoreMismatch: QEMU's chains or the files are not the store's.
         """
-        request = _revert_request(snapshot, discard, state, hardware=hardware, after=after)
+        request = asked.to_revert(snapshot, discard=discard, state=state, hardware=hardware, after=after)
         return await revert.run(self._context, self.name, request)
 
-    async def preview_revert(
-        self,
-        snapshot: Snapshot | str,
-        *,
-        discard: bool = False,
-        state: Run | None = None,
-        hardware: HardwareOf = "now",
-    ) -> Preview:
-        """What :meth:`revert` would do now, without doing it."""
-        request = _revert_request(snapshot, discard, state, hardware=hardware)
-        return await revert.preview(self._context, self.name, request)
-
     async def push(self, name: str | None = None, *, description: str = "") -> Snapshot:
-        """Take a snapshot as :meth:`snapshot` does, and mark it as one to come back to with :meth:`pop`."""
-        return await create.run(self._context, self.name, _push_request(name, description))
+        """Take a snapshot as :meth:`snapshot` does, and mark it as one to come back to with :meth:`pop`.
 
-    async def preview_push(self, name: str | None = None, *, description: str = "") -> tuple[Machine, CreatePlan]:
-        """What :meth:`push` would do now, without doing it."""
-        return await create.preview(self._context, self.name, _push_request(name, description))
+        Args:
+            name: its name; None takes the next free ``snap-N``.
+            description: free text.
+
+        Raises:
+            NameTaken: there is a snapshot of that name.
+            QmpsnapError: as :meth:`snapshot`.
+        """
+        return await create.run(self._context, self.name, asked.to_push(name, description))
 
     @job
     async def pop(self, *, discard: bool = False, report: Report = unreported) -> Reverted:
-        """Go back to the current snapshot, without what was written since, and delete it; its parent is current then.
+        """Go back to the current snapshot, without what was written since, and delete it.
+
+        Its parent is current then.
 
         Args:
             discard: agree to that where :meth:`push` did not make it.
@@ -287,12 +274,12 @@ class MachineHandle(MachineLife, Forking, Changing):
         """
         return await stack.pop(self._context, self.name, discard=discard, report=report)
 
-    async def preview_pop(self, *, discard: bool = False) -> PopPreview:
-        """What :meth:`pop` would do now, without doing it."""
-        return await stack.preview(self._context, self.name, discard=discard)
-
     async def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now.
+
+        Args:
+            old: its name.
+            new: the other.
 
         Raises:
             NameRefused: the new name is not allowed.
@@ -301,17 +288,13 @@ class MachineHandle(MachineLife, Forking, Changing):
         """
         return await rename.run(self._context, self.name, old, new)
 
-    async def preview_rename(self, old: str, new: str) -> None:
-        """Refused where :meth:`rename_snapshot` would be now; changes nothing."""
-        await rename.preview(self._context, self.name, old, new)
-
     @job
     async def commit(
         self,
         disk: str,
         *,
-        base: str | None = None,
-        top: str | None = None,
+        base: Snapshot | str | None = None,
+        top: Snapshot | str | None = None,
         consume: bool = False,
         report: Report = unreported,
     ) -> Committed:
@@ -319,8 +302,8 @@ class MachineHandle(MachineLife, Forking, Changing):
 
         Args:
             disk: the disk.
-            base: layer id or snapshot name; None is the lowest layer of the chain.
-            top: layer id or snapshot name; None is the active layer.
+            base: layer id, or a snapshot or its name; None is the lowest layer of the chain.
+            top: layer id, or a snapshot or its name; None is the active layer.
             consume: agree that snapshots whose content ``base`` or a layer between holds become unreadable.
             report: told about the job's progress.
 
@@ -328,20 +311,23 @@ class MachineHandle(MachineLife, Forking, Changing):
             StateError: base is above top, others read what would change, or snapshots would be lost unasked.
             HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
         """
-        request = commit.CommitRequest(disk=disk, base=base, top=top, consume=consume)
-        return outcomes.Committed.of(
-            await commit.run(self._context, self.name, requests.well_typed(request), report=report)
-        )
+        request = asked.to_commit(disk, base=base, top=top, consume=consume)
+        return outcomes.Committed.of(await commit.run(self._context, self.name, request, report=report))
 
     @job
-    async def stream(self, disk: str, *, base: str | None = None, report: Report = unreported) -> Streamed:
-        """Let the active layer absorb what lies between it and ``base`` (everything, without it); nothing is lost.
+    async def stream(self, disk: str, *, base: Snapshot | str | None = None, report: Report = unreported) -> Streamed:
+        """Let the active layer absorb those between it and ``base``; no snapshot is lost, and the guest runs on.
+
+        Args:
+            disk: the disk.
+            base: layer id, or a snapshot or its name: the active layer's backing afterwards; None absorbs everything.
+            report: told about the job's progress.
 
         Raises:
             StateError: nothing lies between.
             HostCannot: not enough space.
         """
-        request = requests.well_typed(commit.StreamRequest(disk=disk, base=base))
+        request = asked.to_stream(disk, base=base)
         return outcomes.Streamed.of(await commit.run(self._context, self.name, request, report=report))
 
     @job
@@ -374,27 +360,19 @@ class MachineHandle(MachineLife, Forking, Changing):
             StateError: something is at the target, or another process has it open.
             HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
         """
-        request = mirror.MirrorRequest(
-            disk=disk,
-            target=os.fspath(target),
-            mode=mode,
-            shallow=shallow,
-            reuse=reuse,
-            format=format,
-            write_blocking=write_blocking,
+        request = asked.to_mirror(
+            disk, target, mode=mode, shallow=shallow, reuse=reuse, format=format, write_blocking=write_blocking
         )
-        return outcomes.Mirrored.of(
-            await mirror.run(self._context, self.name, requests.well_typed(request), report=report)
-        )
+        return outcomes.Mirrored.of(await mirror.run(self._context, self.name, request, report=report))
 
     @job
     async def delete_snapshots(
-        self, *names: str, children: bool = False, metadata: bool = False, report: Report = unreported
+        self, *names: Snapshot | str, children: bool = False, metadata: bool = False, report: Report = unreported
     ) -> Deleted:
         """Delete snapshots, moving as few bytes as possible.
 
         Args:
-            names: the snapshots.
+            names: the snapshots, or their names.
             children: also those that grew from them.
             metadata: only the names; the layers stay.
             report: told about each job's progress.
@@ -402,40 +380,5 @@ class MachineHandle(MachineLife, Forking, Changing):
         Raises:
             NotFoundError: one is not there; nothing was deleted.
         """
-        request = delete.DeleteRequest(names=names, children=children, metadata=metadata)
-        return outcomes.Deleted.of(
-            await delete.run(self._context, self.name, requests.well_typed(request), report=report)
-        )
-
-
-def _push_request(name: str | None, description: str) -> CreateRequest:
-    return requests.well_typed(create_plan.CreateRequest(name=name, description=description, pushed=True))
-
-
-def _layers_request(disks: Sequence[str] | None, files: Files | None) -> CreateRequest:
-    return requests.well_typed(
-        create_plan.CreateRequest(disks=wishes.names_of(disks), files=wishes.paths_of(files), listed=False)
-    )
-
-
-def _save_request(
-    file: str | os.PathLike[str] | None, name: str | None, description: str, compression: Compression
-) -> SaveRequest:
-    place = None if file is None else str(Path(file).absolute())
-    return requests.well_typed(
-        save.SaveRequest(file=place, name=name, description=description, compression=compression)
-    )
-
-
-def _revert_request(
-    snapshot: Snapshot | str,
-    discard: bool,  # noqa: FBT001
-    state: Run | None,
-    *,
-    hardware: HardwareOf,
-    after: bool = True,
-) -> RevertRequest:
-    name = snapshot if isinstance(snapshot, str) else snapshot.name
-    return requests.well_typed(
-        revert_plan.RevertRequest(name=name, discard=discard, run=state, hardware=hardware, after=after)
-    )
+        request = asked.to_delete(names, children=children, metadata=metadata)
+        return outcomes.Deleted.of(await delete.run(self._context, self.name, request, report=report))

@@ -29,7 +29,6 @@ _COMMANDS: Final = {
 
 _OPTIONS: Final = {
     "compression": "--compress",
-    "deadline": "--timeout",
     "files": "--file",
     "folders": "--allow",
     "max_pause_ms": "--max-pause",

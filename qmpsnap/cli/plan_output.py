@@ -1,12 +1,12 @@
 """Plans of new layers and snapshots, as a dry run prints them."""
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 
 if TYPE_CHECKING:
-    from qmpsnap.model.machines.record import Machine
+    from qmpsnap.api.plans import Plan, Shape
     from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan
     from qmpsnap.ops.fork.run import Preview
 
@@ -87,18 +87,14 @@ def print_forks(form: "output.Format", found: "Preview") -> None:
     )
 
 
-def print_plan(form: "output.Format", machine: "Machine", plan: "CreatePlan") -> None:
+def print_plan(form: "output.Format", planned: "Plan[Any, Any] | Shape[Any]") -> None:
     """The plan of new layers, with a snapshot or without one."""
-    from qmpsnap.ops.snapshot.plan import qmp_commands
-
+    plan: CreatePlan = planned.details
     name = plan.change.snapshots[0].name if plan.change.snapshots else None
     what = f"take snapshot {name} of" if name else "add layers to"
     files = [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
     volumes = [{"disk": copy.disk, "create": copy.layer.path, "of": copy.source.path} for copy in plan.volumes]
-    commands = [
-        {"execute": command, "arguments": machine.sent(arguments)} for command, arguments in qmp_commands(plan, machine)
-    ]
-
+    commands = list(planned.qmp)
     saved = plan.memory
     memory = {"path": saved.path, "mode": saved.mode, "why": saved.why} if saved else None
 
@@ -138,12 +134,11 @@ def _freeze(plan: "CreatePlan | InternalPlan") -> list[str]:
     return [f"  the guest agent would freeze its file systems ({plan.quiesce})"]
 
 
-def print_internal(form: "output.Format", plan: "InternalPlan") -> None:
+def print_internal(form: "output.Format", planned: "Plan[Any, Any] | Shape[Any]") -> None:
     """The plan of a snapshot inside the images."""
-    from qmpsnap.ops.internal.create import qmp_commands
-
+    plan: InternalPlan = planned.details
     name = plan.change.snapshots[0].name
-    commands = [{"execute": command, "arguments": sent} for command, sent in qmp_commands(plan)]
+    commands = list(planned.qmp)
     tags = [{"layer": layer.id, "tag": plan.tag} for layer in plan.layers.values()]
 
     def text() -> str:

@@ -9,10 +9,11 @@ import base64
 import binascii
 import json
 import socket
+import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import anyio
 from anyio.abc import SocketAttribute, UNIXSocketStream
@@ -39,24 +40,33 @@ MOUNTS_LIMIT = 100_000
 """File systems that may be frozen: the number of mounts that Linux allows."""
 
 
-class Completed(Struct, frozen=True, kw_only=True):
-    """A command that ended in the guest.
+Said = TypeVar("Said", str, bytes)
+
+
+class Completed(Struct, Generic[Said], frozen=True, kw_only=True):
+    """A command that ended in the guest, with its output as text or as bytes.
 
     Attributes:
-        status: its exit status, or 128 + the signal that killed it.
+        exit_status: its exit status, or 128 + the signal that killed it.
         truncated: which of ``stdout`` and ``stderr`` it has said more on than the agent keeps (:data:`CAPTURED`).
     """
 
-    status: int
-    stdout: bytes
-    stderr: bytes
+    exit_status: int
+    stdout: Said
+    stderr: Said
     truncated: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> int:
+        """The former name of ``exit_status``, for one release."""
+        warnings.warn("Completed.status is now exit_status", DeprecationWarning, stacklevel=2)
+        return self.exit_status
 
     def require_whole(self, machine: str) -> None:
         """Make sure that all the command said is here."""
         if self.truncated:
             raise QmpError(
-                f"the command ended with status {self.status} in the guest of {machine}, but its"
+                f"the command ended with exit status {self.exit_status} in the guest of {machine}, but its"
                 f" {' and '.join(self.truncated)} is truncated: the guest agent keeps {CAPTURED >> 20} MiB of each",
                 hint="write the output to a file in the guest, or accept the rest with " + option("allow_truncated"),
                 effect="applied",
@@ -112,7 +122,7 @@ class Agent:
             await self._stream.send(json.dumps(request).encode() + b"\n")
             answer = _decode(await self._read_until(b"\n"))
         if "return" not in answer and "error" not in answer:
-            raise self._nonsense(command)
+            raise self.nonsense(command)
         if "error" in answer:
             error = answer["error"] if isinstance(answer["error"], dict) else {}
             raise QmpError(
@@ -130,7 +140,7 @@ class Agent:
         """The guest's clock (``guest-get-time``) in nanoseconds since the epoch, UTC."""
         said = await self.execute("guest-get-time", deadline=deadline)
         if type(said) is not int or not 0 <= said < 1 << 63:
-            raise self._nonsense("guest-get-time")
+            raise self.nonsense("guest-get-time")
         return said
 
     async def freeze(self, *, deadline: float) -> int:
@@ -145,7 +155,7 @@ class Agent:
         """``thawed`` or ``frozen``: what the agent remembers to have done last (``guest-fsfreeze-status``)."""
         status = await self.execute("guest-fsfreeze-status", deadline=deadline)
         if status not in ("thawed", "frozen"):
-            raise self._nonsense("guest-fsfreeze-status")
+            raise self.nonsense("guest-fsfreeze-status")
         return str(status)
 
     async def fstrim(self, *, minimum: int = 0, deadline: float = 60) -> tuple[Trimmed, ...]:
@@ -153,7 +163,7 @@ class Agent:
         found = await self.execute("guest-fstrim", {"minimum": minimum}, deadline=deadline)
         paths = found.get("paths") if isinstance(found, dict) else None
         if not isinstance(paths, list):
-            raise self._nonsense("guest-fstrim")
+            raise self.nonsense("guest-fstrim")
         return tuple(self._trimmed(one) for one in paths)
 
     def _trimmed(self, said: Any) -> Trimmed:
@@ -162,14 +172,15 @@ class Agent:
                 return Trimmed(path=path, error=error)
             if type(trimmed := said.get("trimmed")) is int and 0 <= trimmed < 1 << 63:
                 return Trimmed(path=path, trimmed=trimmed)
-        raise self._nonsense("guest-fstrim")
+        raise self.nonsense("guest-fstrim")
 
     def _count(self, command: str, said: Any) -> int:
         if type(said) is not int or not 0 <= said <= MOUNTS_LIMIT:
-            raise self._nonsense(command)
+            raise self.nonsense(command)
         return said
 
-    def _nonsense(self, command: str) -> QmpError:
+    def nonsense(self, command: str) -> QmpError:
+        """What is raised for an answer that makes no sense."""
         return QmpError(
             f"the guest agent of {self._machine} gave an invalid answer to {command}; whether it took effect is"
             " unknown",
@@ -177,7 +188,7 @@ class Agent:
             machine=self._machine,
         )
 
-    async def run(self, command: Sequence[str], *, deadline: float, stdin: bytes = b"") -> Completed:
+    async def run(self, command: Sequence[str], *, deadline: float, stdin: bytes = b"") -> Completed[bytes]:
         """Run a program in the guest and wait for its end; no shell unless the command names one.
 
         The program is not ended by the ``deadline``, which is in seconds for the whole.
@@ -198,16 +209,16 @@ class Agent:
                 raise self.late(
                     deadline,
                     command[0],
-                    hint="it keeps running in the guest; wait longer with " + option("deadline", "SECONDS"),
+                    hint="it keeps running in the guest; wait longer with " + option("timeout", "SECONDS"),
                 )
             await anyio.sleep(pause)
             pause = min(pause * 1.5, 0.25)
 
-    def _completed(self, status: dict[str, Any]) -> Completed:
+    def _completed(self, status: dict[str, Any]) -> Completed[bytes]:
         try:
             code = int(status["exitcode"]) if "exitcode" in status else 128 + int(status.get("signal", 0))
             return Completed(
-                status=_EXITS.index(code),  # itself, or ValueError
+                exit_status=_EXITS.index(code),  # itself, or ValueError
                 stdout=base64.b64decode(status.get("out-data", ""), validate=True),
                 stderr=base64.b64decode(status.get("err-data", ""), validate=True),
                 truncated=tuple(

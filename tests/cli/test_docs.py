@@ -1,7 +1,6 @@
 """The documentation against what it speaks of: golden files, spec keys, variables, links, names of tests."""
 
 import ast
-import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from qmpsnap.machine.config import specfile
 from qmpsnap.machine.config.launch_dir import launch_dir
 from qmpsnap.machine.config.shapes import MachineShape
 from qmpsnap.model.machines.spec import DiskSpec, Forward, MachineSpec, NicSpec
+from tests.api.described import public
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[el]*/README.md"), *(ROOT / "docs").rglob("*.md")])
@@ -136,8 +136,8 @@ def test_every_error_class_is_drawn() -> None:
 @pytest.mark.parametrize(("letter", "of"), [("q", Controller), ("vm", MachineHandle)])
 def test_the_python_page_tells_every_method(letter: str, of: type) -> None:
     page = (ROOT / "docs" / "reference" / "python.md").read_text()
-    methods = {name for name, found in inspect.getmembers(of, inspect.isfunction) if not name.startswith("_")}
-    assert methods == set(re.findall(rf"`(?:await )?{letter}\.(\w+)\(", page))
+    methods = set(public(of))
+    assert methods == set(re.findall(rf"^(?:await |async with |async for \w+ in )?{letter}\.(\w+)\(", page, flags=re.MULTILINE))
 
 
 def test_all_that_is_public_can_be_imported() -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from msgspec.structs import replace
 
+from qmpsnap.api import plans
 from qmpsnap.block.image.qcow2 import Header
 from qmpsnap.cli import plan_output
 from qmpsnap.cli.main import main
@@ -125,7 +126,7 @@ def test_a_live_plan_is_its_golden_file(form: str, home: Home, capsys: pytest.Ca
         basis = store.basis("web")
     at = PlanInputs(basis=basis, serial=OperationId(6), home=home, mode="live", now=seeded.EPOCH)
     machine, plan = at.machine, create_plan.plan(at, CreateRequest(name="next", description=""))
-    plan_output.print_plan(form, machine, plan)  # type: ignore[arg-type]
+    plan_output.print_plan(form, plans.of_create((machine, plan)))  # type: ignore[arg-type]
     hold(f"dry-run-live.{form}", capsys.readouterr().out, home)
 
 

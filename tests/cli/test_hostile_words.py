@@ -111,7 +111,7 @@ async def test_the_library_refuses_what_the_command_line_does() -> None:
             with pytest.raises(UsageError, match="cannot be"), anyio.fail_after(5):
                 await vm.stop(timeout=seconds)
             with pytest.raises(UsageError, match="cannot be"), anyio.fail_after(5):
-                await vm.run("true", deadline=seconds)
+                await vm.run("true", timeout=seconds)
             with pytest.raises(UsageError, match="cannot be"):
                 await vm.snapshot("x", kind="full", max_pause_ms=seconds)
         for act in (

@@ -59,7 +59,7 @@ async def _boot(home: str, record: Path, spec: MachineSpec) -> None:
         vm = await q.define(spec)
         await vm.start()
         try:
-            await vm.run("true", deadline=BOOT)
+            await vm.run("true", timeout=BOOT)
             snapshot = await vm.snapshot("booted", kind="full")
         finally:
             await vm.stop(force=True)

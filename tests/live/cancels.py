@@ -79,7 +79,7 @@ class Calls:
             return await q.machines()
 
     async def _preview(self) -> object:
-        return await self.vm.preview_snapshot()
+        return await self.vm.plan_snapshot()
 
     async def _snapshot(self) -> object:
         if len(await self.vm.snapshots()) >= MOST:

@@ -20,6 +20,7 @@ from qmpsnap.block.image import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, ImageInUse, ImageRefused, NameTaken, QemuGone, StateError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.ops.lifecycle import adopt
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest
 from tests.live.machine import MIB, content_hash, fill, hold_invariants
@@ -177,7 +178,7 @@ async def _adopted(
     theirs = launched(form)
     await theirs.io("write -P 2 1M 1M")
     before = await theirs.graph()
-    done = await q.adopt("theirs", theirs.socket)
+    done = await adopt.run(q.context, "theirs", Path(theirs.socket))
     assert [disk.name for disk in done.disks] == [NAMES[form]]
     assert await theirs.graph() == before
     vm = await q.machine("theirs")
@@ -195,10 +196,10 @@ async def _adopted(
 
 async def test_a_dry_run_tells_what_would_be_taken_over(q: qmpsnap.Controller, launched: Any) -> None:
     theirs = launched(FORMS["drive"])
-    survey, plan = await q.preview_adopt("theirs", theirs.socket)
+    survey, plan = (await q.plan_adopt("theirs", theirs.socket)).details
     assert await q.machines() == ()
     assert not q.context.home.run_dir("theirs").exists()
-    done = await q.adopt("theirs", theirs.socket)
+    done = await adopt.run(q.context, "theirs", Path(theirs.socket))
     assert (survey.disks, plan.created) == (done.disks, ())
 
 

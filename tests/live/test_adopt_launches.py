@@ -17,6 +17,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.ops.lifecycle import adopt
 from tests.live.machine import MIB, hold_invariants, user_monitor
 from tests.live.test_adopt import Foreign, folder, launched, run  # noqa: F401
 
@@ -91,14 +92,14 @@ async def test_what_the_owner_has_set_is_so_for_every_later_layer(
     theirs = launched(SET[form])
     before = await settings(theirs)
     locked = locks(theirs.folder / "top.qcow2")
-    done = await q.adopt("theirs", theirs.socket)
+    done = await adopt.run(q.context, "theirs", Path(theirs.socket))
     assert done.disks[0].untold == ""
     vm = await q.machine("theirs")
     disk = done.disks[0].name
     for step in ("s1", "s2"):
         await vm.snapshot(step)
         assert await settings(theirs) == before
-    plan: Any = (await vm.preview_snapshot("s3"))[1]
+    plan: Any = (await vm.plan_snapshot("s3")).details
     assert plan.overlays
     await vm.stream(disk, base="s1")
     assert await settings(theirs) == before
@@ -130,7 +131,7 @@ async def test_what_is_not_known_of_a_disk_is_told(
             {"driver": "qcow2", "node-name": "n", "detect-zeroes": "unmap", "discard": "unmap", "file": file},
         )
         await qemu.execute("device_add", {"driver": "scsi-hd", "id": "x", "drive": "n"})
-    done = await q.adopt("theirs", theirs.socket)
+    done = await adopt.run(q.context, "theirs", Path(theirs.socket))
     assert "do not name its image" in done.disks[0].untold
     vm = await q.machine("theirs")
     await vm.snapshot("s")
@@ -152,7 +153,7 @@ async def test_names_that_the_owner_has_taken_are_passed_over(q: qmpsnap.Control
     )
     await q.adopt("theirs", theirs.socket)
     vm = await q.machine("theirs")
-    planned = (await vm.preview_snapshot("s1"))[1]
+    planned = (await vm.plan_snapshot("s1")).details
     assert (await vm.snapshot("s1")).operation == planned.change.snapshots[0].operation == 6
     async with theirs.monitor() as qemu:
         await qemu.execute("blockdev-add", {"driver": "null-co", "node-name": "vda-7"})
@@ -181,7 +182,7 @@ async def test_our_own_qemu_has_its_users_names_too(q: qmpsnap.Controller) -> No
 @pytest.mark.parametrize("given", ["top.qcow2", "./top.qcow2", "../theirs/top.qcow2"])
 async def test_relative_paths_of_a_daemon(q: qmpsnap.Controller, folder: Path, daemon: Any, given: str) -> None:
     socket = daemon(folder, "-drive", f"file={given},if=virtio,format=qcow2")
-    done = await q.adopt("theirs", socket)
+    done = await adopt.run(q.context, "theirs", Path(socket))
     assert [layer.path for layer in done.disks[0].found.layers] == [
         str(folder / n) for n in ("base.qcow2", "top.qcow2")
     ]

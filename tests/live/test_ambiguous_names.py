@@ -53,7 +53,7 @@ async def test_no_snapshot_is_called_like_a_layer(q: qmpsnap.Controller) -> None
     vm = await q.define(MachineSpec(name="clone", memory=64 * MIB, disks=disks))
     await vm.snapshot("mine")
     for name in ("vda-3", "vda-999999", "snap-1", "auto-7", "sda-1", "sda-40"):  # sda's are the layers of base
-        for attempt in (vm.snapshot(name), vm.push(name), vm.rename_snapshot("mine", name), vm.preview_snapshot(name)):
+        for attempt in (vm.snapshot(name), vm.push(name), vm.rename_snapshot("mine", name), vm.plan_snapshot(name)):
             with pytest.raises(NameRefused, match=f"{name} is a name of layers"):
                 await attempt
         with pytest.raises(NameRefused):
@@ -87,5 +87,8 @@ async def test_a_machine_and_a_file(q: qmpsnap.Controller, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     await q.define(SPEC)
     Path("still").write_text("name: other\nmemory: 64M\n")
-    with pytest.raises(UsageError, match="'still' names both a machine and the file"):
+    with (
+        pytest.warns(DeprecationWarning, match="q.start"),
+        pytest.raises(UsageError, match="'still' names both a machine and the file"),
+    ):
         await q.start("still")

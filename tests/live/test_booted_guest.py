@@ -37,13 +37,13 @@ async def test_every_snapshot_holds_what_the_guest_said(
     await start_booted(vm)
     said: dict[str, dict[str, str]] = {}
     for name in ("one", "two", "three"):
-        said[name] = {disk: (await vm.run(WRITE.format(disk))).stdout.decode().strip() for disk in ("vda", "vdb")}
+        said[name] = {disk: (await vm.run(WRITE.format(disk))).stdout.strip() for disk in ("vda", "vdb")}
         snapshot = await vm.snapshot(name, description=f"after {name}")
         assert snapshot.mode == "live"
         assert snapshot.pause_ms is not None
         await hold_invariants(vm)
     # The guest goes on as if nothing had happened: same boot, same content, disks still writable.
-    again = (await vm.run("dd if=/dev/vda bs=1M count=2 2>/dev/null | sha256sum | cut -c1-64")).stdout.decode().strip()
+    again = (await vm.run("dd if=/dev/vda bs=1M count=2 2>/dev/null | sha256sum | cut -c1-64")).stdout.strip()
     assert again == said["three"]["vda"]
     await vm.run(WRITE.format("vda"))
 
@@ -67,7 +67,7 @@ async def test_what_the_guest_flushed_is_there_after_a_restart(q: qmpsnap.Contro
     await vm.start()
     await vm.run("e2fsck -fp /dev/vda || test $? -le 1")
     done = await vm.run("mkdir -p /mnt && mount /dev/vda /mnt && cat /mnt/file /mnt/later")
-    assert done.stdout == b"kept\nmore\n"
+    assert done.stdout == "kept\nmore\n"
     await vm.stop()
     await hold_invariants(vm)
 
@@ -78,7 +78,7 @@ async def test_a_command_that_fails_in_the_guest_says_so(q: qmpsnap.Controller, 
     with pytest.raises(QmpError, match="status 3"):
         await vm.run("echo no >&2; exit 3")
     done = await vm.run(["/bin/sh", "-c", "echo out; echo err >&2; exit 4"], check=False)
-    assert (done.status, done.stdout, done.stderr) == (4, b"out\n", b"err\n")
+    assert (done.exit_status, done.stdout, done.stderr) == (4, "out\n", "err\n")
 
 
 async def test_what_a_command_says_is_passed_on_whole_or_is_an_error(

@@ -207,7 +207,7 @@ async def test_an_image_that_another_process_writes_to_is_told(q: qmpsnap.Contro
 async def test_a_guest_that_is_frozen_is_thawed(q: qmpsnap.Controller, guest_spec: MachineSpec) -> None:
     vm = await q.define(guest_spec)
     await start_booted(vm)
-    await vm.run("mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt", deadline=60)
+    await vm.run("mkfs.ext4 -q /dev/vda && mkdir -p /mnt && mount /dev/vda /mnt", timeout=60)
     await hold_invariants(vm)
     socket = context_of(vm).home.run_dir(vm.name) / AGENT_SOCKET
     async with agent.connect(socket, machine=vm.name) as guest:

@@ -142,7 +142,7 @@ async def test_what_is_refused(q: qmpsnap.Controller, place: Path) -> None:
     ]
     serial, names = context_of(vm).store.next_serial(), _names(place)
     for family, options in cases:
-        for call in (vm.snapshot, vm.preview_snapshot):
+        for call in (vm.snapshot, vm.plan_snapshot):
             with pytest.raises(QmpsnapError) as refused:
                 await call(**options)
             assert type(refused.value) is family, (options, refused.value)
@@ -178,7 +178,7 @@ async def test_beside_the_memory(q: qmpsnap.Controller, still_spec: MachineSpec,
     vm = await q.define(still_spec)
     await vm.start()  # its firmware runs and waits, which is guest enough
     await fill(vm, "vda", 1)
-    _, planned = await vm.preview_snapshot(kind="full", files={"vda": place / "a"})
+    planned = (await vm.plan_snapshot(kind="full", files={"vda": place / "a"})).details
     assert planned.memory
     assert planned.overlays[0].layer.path == str(place / "a")
     assert _names(place) == []
@@ -193,7 +193,7 @@ async def test_beside_the_memory(q: qmpsnap.Controller, still_spec: MachineSpec,
     assert _names(place) == []
     await hold_invariants(vm, hashes)
     with pytest.raises(UsageError, match="creates no layers"):
-        await vm.snapshot("in", kind="internal", files={"vda": place / "a"})
+        await vm.snapshot("in", kind="internal", files={"vda": place / "a"})  # type: ignore[call-overload]
 
 
 async def test_memory_that_fails_leaves_nothing_there(

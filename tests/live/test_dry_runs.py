@@ -146,14 +146,14 @@ async def test_memory(q: qmpsnap.Controller, home: Path, capsys: pytest.CaptureF
     vm = await q.define(MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=MIB),)))
     await vm.start(paused=True)
     before = everything(home)
-    machine, plan = await vm.preview_save(name="bed")
+    machine, plan = await vm.record(), (await vm.plan_save(name="bed")).details
     assert everything(home) == before
     assert plan.memory
     saved = await vm.save(name="bed")
     assert saved.vmstate
     assert (plan.memory.path, plan.memory.quit, machine.name) == (saved.vmstate.path, True, "still")
     before = everything(home)
-    back = await vm.preview_restore(discard=True, paused=True)
+    back = (await vm.plan_restore(discard=True, paused=True)).details
     assert everything(home) == before
     assert (await vm.restore(discard=True, paused=True)).snapshot.name == back.plan.snapshot == "bed"
     await vm.stop(force=True)
@@ -166,15 +166,15 @@ async def test_nothing_is_ended_or_waited_for(q: qmpsnap.Controller, home: Path)
     operation = journalled(context.store, CreatePlan(machine="still", live=False, overlays=(), change=Change()))
     before = everything(home)
     looks = (
-        lambda: vm.preview_push("next"), vm.preview_pop, lambda: vm.preview_revert("mine"),
-        lambda: vm.preview_undefine(disks="keep"), lambda: vm.preview_rename("mine", "yours"),
-        lambda: vm.preview_snapshot("s", kind="internal", memory=False),
+        lambda: vm.plan_push("next"), vm.plan_pop, lambda: vm.plan_revert("mine"),
+        lambda: vm.plan_undefine(disks="keep"), lambda: vm.plan_rename_snapshot("mine", "yours"),
+        lambda: vm.plan_snapshot("s", kind="internal", memory=False),
     )  # fmt: skip
     for look in looks:
         with pytest.raises(OperationPending, match=rf"operation {operation.id} \(create\) of machine still is open"):
             await look()
     async with locked(context, "still", "other"):
         with pytest.raises(LockHeld, match=f"{os.getpid()}"):
-            await vm.preview_pop()
+            await vm.plan_pop()
     assert context.store.operations("still", only_open=True) == (operation,)
     assert everything(home).keys() == before.keys()

@@ -84,9 +84,9 @@ def test_nightly_keeps_the_newest_of_its_own(home: Path, tmp_path: Path, monkeyp
     assert names("one")[-1] == "nightly-2026-01-03"
 
 
-@pytest.mark.parametrize(("command", "code", "left"), [("true", 0, b"dirty\n"), ("false", 1, b"clean\n")])
+@pytest.mark.parametrize(("command", "code", "left"), [("true", 0, "dirty\n"), ("false", 1, "clean\n")])
 async def test_a_command_that_fails_is_undone(
-    q: qmpsnap.Controller, guest_spec: MachineSpec, command: str, code: int, left: bytes
+    q: qmpsnap.Controller, guest_spec: MachineSpec, command: str, code: int, left: str
 ) -> None:
     vm = await q.define(guest_spec)
     await start_booted(vm)

@@ -79,7 +79,7 @@ async def booted(q: qmpsnap.Controller, spec: MachineSpec) -> qmpsnap.MachineHan
 
 
 async def say(vm: qmpsnap.MachineHandle, command: str) -> str:
-    return (await vm.run(command)).stdout.decode().strip()
+    return (await vm.run(command)).stdout.strip()
 
 
 async def count(vm: qmpsnap.MachineHandle) -> int:
@@ -153,7 +153,7 @@ async def test_what_the_list_says_of_it(q: qmpsnap.Controller, guest_spec: Machi
         await vm.snapshot("early", kind="full")
     await start_booted(vm)
     await vm.run("true")
-    machine, planned = await vm.preview_snapshot("all", kind="full")
+    machine, planned = await vm.record(), (await vm.plan_snapshot("all", kind="full")).details
     assert planned.memory is not None
     commands = plan.qmp_commands(planned, machine)
     give = "getfd" if planned.memory.hardware.qemu_version.startswith("7.") else "add-fd"
@@ -475,7 +475,7 @@ async def test_without_the_right_the_guest_stands_still(
 ) -> None:
     async with qmpsnap.open() as q:
         vm = await booted(q, guest_spec)
-        planned = (await vm.preview_snapshot("all", kind="full"))[1].memory
+        planned = (await vm.plan_snapshot("all", kind="full")).details.memory
         assert planned is not None
         assert planned.mode == "stopped"
         assert "not supported by host kernel" in planned.why
@@ -507,10 +507,10 @@ async def test_a_device_that_cannot_be_saved_is_named(q: qmpsnap.Controller, sti
     vm = await q.define(replace(still_spec, disks=still_spec.disks[:1], extra=peer), allow_extra=True)
     await vm.start()
     for attempt in (
-        vm.preview_snapshot("all", kind="full"),
+        vm.plan_snapshot("all", kind="full"),
         vm.snapshot("all", kind="full"),
         vm.save(),
-        vm.preview_snapshot("all", kind="internal"),
+        vm.plan_snapshot("all", kind="internal"),
         vm.snapshot("all", kind="internal"),
     ):
         with pytest.raises(StateError, match="device 'ivshmem'; nothing was changed") as refused:
@@ -577,7 +577,7 @@ async def test_no_space_is_known_before_anything_is_done(
     with pytest.raises(HostCannot, match=r"the guest's memory .*may need .*; nothing was changed"):
         await vm.snapshot("all", kind="full")
     with pytest.raises(HostCannot, match=r"the guest's memory .*may need .*; nothing was changed"):
-        await vm.preview_snapshot("all", kind="full")
+        await vm.plan_snapshot("all", kind="full")
     monkeypatch.setattr(free_space, "require", lambda *_, **__: None)  # it was free a moment ago
     with pytest.raises(HostCannot, match="No space left"):
         await vm.snapshot("all", kind="full")

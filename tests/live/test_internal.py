@@ -244,7 +244,7 @@ async def test_a_mixed_tree_keeps_every_invariant(q: qmpsnap.Controller, qcow2_s
 
     for number, kind in enumerate(("disk", "internal", "full", "internal", "disk", "full"), start=1):
         await fill(vm, "vda", number)
-        await taken(await vm.snapshot(f"s{number}", kind=kind))  # type: ignore[arg-type]
+        await taken(await vm.snapshot(f"s{number}", kind=kind))  # type: ignore[call-overload]
         await hold()
     assert [s.kind for s in await vm.snapshots()] == ["disk", "internal", "full", "internal", "disk", "full"]
     await vm.stream("vda")  # the active layer has no tag; those below stay as they are

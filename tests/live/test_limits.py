@@ -34,7 +34,7 @@ async def test_no_chain_is_made_that_could_not_be_defined_again(
     vm = await q.define(MachineSpec(name="m", disks=(DiskSpec(name="vda", size=MIB),)))
     for name in ("a", "b"):
         await vm.snapshot(name)
-    for refused in (vm.snapshot("c"), vm.preview_snapshot("c"), vm.add_layers()):
+    for refused in (vm.snapshot("c"), vm.plan_snapshot("c"), vm.add_layers()):
         with pytest.raises(StateError, match="disk vda has 3 layers") as error:
             await refused
         assert error.value.effect == "none"

@@ -72,7 +72,7 @@ async def test_a_snapshots_preview_refuses_what_the_snapshot_refuses(
     with pytest.raises(family) as run:
         await vm.snapshot("s", **options)
     with pytest.raises(family) as look:
-        await vm.preview_snapshot("s", **options)
+        await vm.plan_snapshot("s", **options)
     assert str(look.value) == str(run.value)
 
 
@@ -86,7 +86,7 @@ async def test_a_preview_sees_that_qemu_has_other_chains(
         await qemu.execute("blockdev-snapshot-sync", arguments)
     for kind in ("disk", "internal"):
         with pytest.raises(StoreMismatch):
-            await vm.preview_snapshot("s", kind=kind)
+            await vm.plan_snapshot("s", kind=kind)
 
 
 async def test_a_preview_sees_that_there_is_no_room(
@@ -101,7 +101,7 @@ async def test_a_preview_sees_that_there_is_no_room(
         commit.preview(context, "still", CommitRequest(disk="vda", base="s1", consume=True)),
         delete.preview(context, "still", DeleteRequest(names=("s2",))),
         mirror.preview(context, "still", MirrorRequest(disk="vda", target=str(home / "copy"), mode="pivot")),
-        vm.preview_snapshot("s", kind="internal"),
+        vm.plan_snapshot("s", kind="internal"),
     ):
         with pytest.raises(HostCannot):
             await attempt

@@ -313,7 +313,7 @@ async def test_layers_without_a_snapshot_go_with_the_last_that_reads_them(q: qmp
     files = sorted(map(str, folder.glob("*.qcow2")))
     assert len(files) == len(below) + 3
     fate: Literal["keep", "remove"] = "keep" if last == "undefine, keeping" else "remove"
-    planned = await vm.preview_undefine(disks=fate)
+    planned = (await vm.plan_undefine(disks=fate)).details
     assert sorted(planned.kept or planned.removed) == files
     assert sorted(await vm.undefine(disks=fate)) == files
     assert folder.exists() == (fate == "keep")

@@ -70,9 +70,9 @@ async def drives(vm: qmpsnap.MachineHandle) -> list[Any]:
 async def refuses_memory(vm: qmpsnap.MachineHandle, named: str) -> None:
     """Every way to take it is refused, previews alike, and nothing has changed."""
     chain, state, before = (await vm.chains())[0].ids, await vm.state(), await vm.snapshots()
-    ways: list[Any] = [partial(way, "s", kind="internal") for way in (vm.preview_snapshot, vm.snapshot)]
+    ways: list[Any] = [partial(way, "s", kind="internal") for way in (vm.plan_snapshot, vm.snapshot)]
     if (await vm.record()).adopted is None:
-        ways += [*(partial(way, "s", kind="full") for way in (vm.preview_snapshot, vm.snapshot)), vm.save]
+        ways += [*(partial(way, "s", kind="full") for way in (vm.plan_snapshot, vm.snapshot)), vm.save]
     for way in ways:
         with pytest.raises(StateError, match=rf"also writes to {named}.*; nothing was changed") as refused:
             await way()
@@ -109,7 +109,7 @@ async def test_beside_a_disk_that_was_attached_no_memory_is_loaded(scsi: qmpsnap
     await fill(scsi, "vda", 2)
     process = (await scsi.record()).process
     async with attached(scsi, image):
-        for way in (scsi.preview_revert, scsi.revert, partial(scsi.revert, discard=True)):
+        for way in (scsi.plan_revert, scsi.revert, partial(scsi.revert, discard=True)):
             with pytest.raises(StateError, match=r"also writes to extra .*; nothing was changed") as refused:
                 await way("inside")
             assert (refused.value.exit_code, refused.value.effect) == (4, "none")
@@ -189,8 +189,8 @@ EXTRA = {"driver": "scsi-hd", "id": "extra", "bus": "qs-scsi.0", "drive": "their
 
 async def test_a_disk_that_was_attached_is_told_of(scsi: qmpsnap.MachineHandle, image: Path) -> None:
     async with attached(scsi, image):
-        for kind in ("disk", "internal"):
-            taken = await scsi.snapshot(kind, kind=kind, memory=False if kind == "internal" else None)
+        for taking in (scsi.snapshot("disk"), scsi.snapshot("internal", kind="internal", memory=False)):
+            taken = await taking
             assert [(one.name, one.file) for one in taken.outside] == [("extra", str(image))]
         assert (await scsi.snapshot("named", disks=["vda"])).outside == ()
         found = [(finding.code, finding.file) for finding in (await scsi.check()).findings]
@@ -285,7 +285,7 @@ async def test_snapshots_that_an_unplugged_disk_has_no_part_in_are_deleted(two: 
     await two.delete_snapshots("one")
     after = {view.disk: view.ids for view in await two.chains()}
     assert (after["vdb"], len(after["vda"])) == (before["vdb"], len(before["vda"]) - 1)
-    assert (await two.preview_pop()).delete.names == ("two",)
+    assert (await two.plan_pop()).details.delete.names == ("two",)
     await two.delete_snapshots("third", metadata=True)
     await two.delete_snapshots("two")  # and what is left of vdb waits
     assert {view.disk: len(view.ids) for view in await two.chains()}["vdb"] == len(before["vdb"])

@@ -24,13 +24,13 @@ Verb = Callable[[qmpsnap.MachineHandle], Awaitable[object]]
 
 VERBS: dict[str, Verb] = {
     "create": lambda vm: vm.snapshot("s3"),
-    "create --dry-run": lambda vm: vm.preview_snapshot("s3"),
+    "create --dry-run": lambda vm: vm.plan_snapshot("s3"),
     "create internal": lambda vm: vm.snapshot("s3", kind="internal"),
     "push": lambda vm: vm.push("s3"),
     "pop": lambda vm: vm.pop(),
     "add-layers": lambda vm: vm.add_layers(),
     "revert": lambda vm: vm.revert("s1"),
-    "revert --dry-run": lambda vm: vm.preview_revert("s1"),
+    "revert --dry-run": lambda vm: vm.plan_revert("s1"),
     "revert --discard": lambda vm: vm.revert("s1", discard=True),
     "delete": lambda vm: vm.delete_snapshots("s1"),
     "commit": lambda vm: vm.commit("vda", consume=True),

@@ -79,7 +79,7 @@ async def test_over_a_full_disk(
     subprocess.run(["mount", "-o", f"remount,size={64 * MIB}", small], check=True)  # noqa: ASYNC221
     await vm.resume()
     done = await vm.run("while pidof dd >/dev/null; do sleep 0.1; done; tail -1 /tmp/said")
-    assert b"30+0 records out" in done.stdout  # nothing that the guest wrote was lost or refused
+    assert "30+0 records out" in done.stdout  # nothing that the guest wrote was lost or refused
     await vm.snapshot("all", kind="full")
     await hold_invariants(vm)
     await vm.stop(force=True)

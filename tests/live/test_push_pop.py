@@ -126,10 +126,10 @@ async def test_only_what_was_pushed_is_popped_unasked(q: qmpsnap.Controller, sti
     with pytest.raises(StateError, match=r"snapshot taken of machine .* which push did not take") as refused:
         await vm.pop()
     with pytest.raises(StateError, match="which push did not take"):
-        await vm.preview_pop()
+        await vm.plan_pop()
     assert "snapshot revert still taken; or accept that with --discard" in as_typed(refused.value.hint)
     assert [snapshot.name for snapshot in await vm.snapshots()] == ["pushed", "taken"]
-    assert (await vm.preview_pop(discard=True)).delete.names == ("taken",)
+    assert (await vm.plan_pop(discard=True)).details.delete.names == ("taken",)
     assert (await vm.pop(discard=True)).snapshot.name == "taken"
     await vm.rename_snapshot("pushed", "renamed")
     assert (await vm.pop()).snapshot.name == "renamed"

@@ -33,7 +33,7 @@ async def vm(q: qmpsnap.Controller, guest_spec: MachineSpec) -> qmpsnap.MachineH
 
 async def written(vm: qmpsnap.MachineHandle) -> str:
     """The guest writes a file and flushes nothing; the file's hash."""
-    return (await vm.run(WRITE)).stdout.decode().strip()
+    return (await vm.run(WRITE)).stdout.strip()
 
 
 async def writes(vm: qmpsnap.MachineHandle) -> None:
@@ -41,7 +41,7 @@ async def writes(vm: qmpsnap.MachineHandle) -> None:
     with anyio.fail_after(LONG):
         while True:
             try:
-                await vm.run("echo more > /mnt/more && sync", deadline=5)
+                await vm.run("echo more > /mnt/more && sync", timeout=5)
             except (QmpError, DeadlinePassed):
                 await anyio.sleep(0.05)
             else:
@@ -119,7 +119,7 @@ async def test_killed_while_the_guest_is_frozen(vm: qmpsnap.MachineHandle, case:
     await writes(vm)
     await vm.recover()
     assert await vm.snapshots() == ()  # nobody can tell whether it would have been of frozen file systems
-    await vm.snapshot("next", kind=kind, quiesce="require")  # type: ignore[arg-type]
+    await vm.snapshot("next", kind=kind, quiesce="require")  # type: ignore[call-overload]
     await writes(vm)
     await hold_invariants(vm)
 
@@ -142,7 +142,7 @@ async def test_a_guest_whose_agent_does_not_answer(
     with anyio.fail_after(LONG):
         while True:  # until it is stopped
             try:
-                await vm.run("true", deadline=1)
+                await vm.run("true", timeout=1)
             except DeadlinePassed:
                 break
     before = await vm.chains()

@@ -17,7 +17,7 @@ def test_the_example_of_the_readme_runs(home: Path, small_guest: Path) -> None:
     assert example
     assert len([line for line in example[1].splitlines() if line.strip() and "import" not in line]) <= 10
     done = subprocess.run([sys.executable, "-c", example[1]], check=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "before ['vda-1']\n"
+    assert done.stdout == "before concluded vda-2\n"
     assert done.stderr == ""
     assert main(["chain", "guest"]) == 0
     with (home / "machines" / "guest" / "vda-1.qcow2").open("rb") as image:

@@ -113,7 +113,7 @@ def _made(path: Path, size: int) -> str:
 
 async def test_a_dry_run_tells_and_changes_nothing(q: qmpsnap.Controller) -> None:
     vm = await q.define(SPEC)
-    plan = await vm.preview_resize("vda", "2M")
+    plan = (await vm.plan_resize("vda", "2M")).details
     assert (plan.disk, plan.size, plan.live) == ("vda", 2 * MIB, False)
     assert (await sizes(vm))["vda"] == [MIB]
     assert context_of(vm).home.machine_dir("still").is_dir()

@@ -203,7 +203,7 @@ async def test_an_empty_layer_over_content_that_no_snapshot_lists_is_kept(
 ) -> None:
     vm, hashes = await two_snapshots(q, still_spec)
     await vm.add_layers()
-    found = await vm.preview_revert("a")
+    found = (await vm.plan_revert("a")).details
     assert not found.unwritten
     kept = (await vm.revert("a")).kept
     assert kept is not None
@@ -217,7 +217,7 @@ async def test_a_write_after_the_plan_was_made_is_kept(
 ) -> None:
     vm, hashes = await two_snapshots(q, still_spec)
     await vm.revert("b")
-    assert (await vm.preview_revert("a")).unwritten
+    assert (await vm.plan_revert("a")).details.unwritten
 
     async def late(*arguments: Any) -> Any:
         await fill(vm, "vda", 77)
@@ -234,7 +234,7 @@ async def test_a_dry_run_tells_what_the_run_then_does(q: qmpsnap.Controller, sti
     vm, hashes = await two_snapshots(q, still_spec)
     for discard in (False, True):
         process, before = context_of(vm).process(await vm.record()), files(vm)
-        found = await vm.preview_revert("a", discard=discard)
+        found = (await vm.plan_revert("a", discard=discard)).details
         assert (files(vm), context_of(vm).process(await vm.record())) == (before, process)
         done = await vm.revert("a", discard=discard)
         assert (done.kept and done.kept.name) == found.kept
@@ -467,11 +467,11 @@ async def test_a_guest_finds_its_file_again_after_a_revert(q: qmpsnap.Controller
     assert done.kept is not None
     await vm.run("e2fsck -fp /dev/vda || test $? -le 1")
     assert (await vm.run("mkdir -p /mnt && mount /dev/vda /mnt && cat /mnt/file && ls /mnt")).stdout.split() == [
-        *(b"kept", b"file", b"lost+found"),
+        *("kept", "file", "lost+found"),
     ]
     await vm.revert(done.kept)
     await vm.run("e2fsck -fp /dev/vda || test $? -le 1")
     listed = (await vm.run("mkdir -p /mnt && mount /dev/vda /mnt && cat /mnt/later && ls /mnt")).stdout.split()
-    assert listed == [b"other", b"later", b"lost+found"]
+    assert listed == ["other", "later", "lost+found"]
     await vm.stop(force=True)
     await hold_invariants(vm)

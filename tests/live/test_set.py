@@ -24,7 +24,7 @@ async def test_memory_loads_with_the_hardware_of_its_time(q: qmpsnap.Controller)
     await vm.start()
     small = await vm.snapshot("small", kind="full")
     await vm.stop(force=True)
-    would = await vm.preview_set({"memory": "96M", "cpus": "2", "vda.cache": "none"})
+    would = (await vm.plan_set({"memory": "96M", "cpus": "2", "vda.cache": "none"})).details
     assert [key for key, _, _ in would.changes] == ["cpus", "memory", "vda.cache"]
     assert [name for name, _ in would.unloadable] == ["small"]
     assert (await vm.record()).spec.memory == 64 * MIB

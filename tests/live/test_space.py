@@ -53,8 +53,10 @@ async def test_a_guest_whose_disk_is_full_is_paused_and_says_so(
     await vm.start()
     with pytest.raises(StateError, match="is not paused"):
         await vm.resume()
-    (warning,) = await vm.shortage()
-    assert f"MiB are free at {small}/guest, where the guest may write" in warning
+    (short,) = await vm.shortage()
+    assert (short.kind, short.folder, short.disks) == (qmpsnap.ShortageKind.LOW, f"{small}/guest", ("vda", "vdb"))
+    assert 0 < short.free < short.needed <= 128 * MIB
+    assert f"MiB are free at {small}/guest, where the guest may write" in str(short)
     await vm.run(f"(sleep 0.3; {HOLE}) >/tmp/said 2>&1 </dev/null &")
     while await vm.state() == "running":
         await anyio.sleep(0.1)
@@ -80,7 +82,7 @@ async def test_a_guest_whose_disk_is_full_is_paused_and_says_so(
     await vm.resume()
     assert await vm.state() == "running"
     done = await vm.run("while pidof dd >/dev/null; do sleep 0.1; done; tail -1 /tmp/said")
-    assert b"30+0 records out" in done.stdout  # nothing that the guest wrote was lost or refused
+    assert "30+0 records out" in done.stdout  # nothing that the guest wrote was lost or refused
     await vm.pause()
     assert await vm.state() == "paused"
     with pytest.raises(StateError, match="is not running"):

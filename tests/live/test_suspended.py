@@ -71,9 +71,9 @@ async def memory_is_refused(vm: qmpsnap.MachineHandle) -> None:
     for attempt in (
         vm.snapshot("all", kind="full"),
         vm.snapshot("all", kind="full", degrade=True),
-        vm.preview_snapshot("all", kind="full"),
+        vm.plan_snapshot("all", kind="full"),
         vm.snapshot("all", kind="internal"),
-        vm.preview_snapshot("all", kind="internal"),
+        vm.plan_snapshot("all", kind="internal"),
         vm.save(),
     ):
         with pytest.raises(StateError, match="it does not keep the suspended state; nothing was changed") as refused:

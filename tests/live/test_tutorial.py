@@ -156,7 +156,7 @@ async def _guest_says(script: str) -> dict[str, str]:
     """Runs a script in the guest that ends with the SHA-256 of each disk."""
     async with qmpsnap.open() as q:
         done = await (await q.machine("guest")).run(script)
-    lines = done.stdout.decode().splitlines()
+    lines = done.stdout.splitlines()
     assert len(lines) == len(FORMS)
     return {path.removeprefix("/dev/"): found for found, path in map(str.split, lines)}
 

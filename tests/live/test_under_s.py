@@ -58,7 +58,7 @@ async def test_a_dry_run_tells_exactly_what_the_run_then_does(
 
     vm = await q.define(still_spec)
     await vm.start(paused=True)
-    machine, plan = await vm.preview_snapshot("s")
+    machine, plan = await vm.record(), (await vm.plan_snapshot("s")).details
     foretold = qmp_commands(plan, machine)
     assert [command for command, _ in foretold] == ["blockdev-add", "blockdev-add", "transaction"]
     assert await vm.snapshots() == ()

@@ -51,7 +51,7 @@ def use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def say(vm: qmpsnap.MachineHandle, command: str) -> str:
-    return (await vm.run(command)).stdout.decode().strip()
+    return (await vm.run(command)).stdout.strip()
 
 
 async def test_memory_goes_from_one_qemu_to_the_next(

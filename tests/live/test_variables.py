@@ -140,13 +140,13 @@ async def test_what_an_automatic_snapshot_holds_is_not_kept_twice(
 ) -> None:
     vm, kept = await stopped_and_unwritten(q, uefi_spec)
     before = copies(vm)
-    assert (await vm.preview_revert("s")).kept is None
+    assert (await vm.plan_revert("s")).details.kept is None
     assert (await vm.revert("s")).kept is None
     assert (mark(vm), copies(vm)) == (1, before)
     await hold_invariants(vm)
     await vm.revert(kept, discard=True)
     put(vm, 3)  # nothing on the disk, but there
-    assert (await vm.preview_revert("s")).kept is not None
+    assert (await vm.plan_revert("s")).details.kept is not None
     again = (await vm.revert("s")).kept
     assert again is not None
     assert (mark_in(again.variables), mark(vm)) == (3, 1)

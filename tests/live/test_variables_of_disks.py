@@ -104,7 +104,7 @@ async def test_a_running_guest_is_held_only_if_it_has_to_be(
 
     with monkeypatch.context() as patched:  # a guest that does nothing else writes between any two looks
         patched.setattr(nvram, "_content", read_and_write)
-        planned = (await vm.preview_snapshot("busy"))[1]
+        planned = (await vm.plan_snapshot("busy")).details
         assert planned.hold
         assert await held_times(vm, "busy") == 1
     assert await vm.state() == "running"

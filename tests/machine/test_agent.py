@@ -248,7 +248,7 @@ async def test_a_program_is_run_to_its_end_and_its_output_decoded(path: Path) ->
     )
     async with talking(path, *answers) as (guest, script):
         done = await guest.run(["/bin/cat", "-x", "a b"], deadline=LONG, stdin=b"\xffin")
-    assert done == Completed(status=3, stdout=b"\0out\n", stderr=b"err")
+    assert done == Completed(exit_status=3, stdout=b"\0out\n", stderr=b"err")
     assert script.asked[1] == (
         "guest-exec",
         {"path": "/bin/cat", "arg": ["-x", "a b"], "capture-output": True, "input-data": encoded(b"\xffin")},
@@ -265,7 +265,7 @@ async def test_the_status_is_the_exit_status_or_that_of_a_shell_for_a_signal(
     path: Path, status: dict[str, int], expected: int
 ) -> None:
     async with talking(path, returns({"pid": 1}), exited(**status)) as (guest, _):
-        assert await guest.run(["x"], deadline=LONG) == Completed(status=expected, stdout=b"", stderr=b"")
+        assert await guest.run(["x"], deadline=LONG) == Completed(exit_status=expected, stdout=b"", stderr=b"")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_whatever_a_guest_says_is_a_result_or_an_error_of_ours(before: bytes, sa
                     except QmpsnapError as error:
                         told.append(str(error))
                     else:
-                        assert 0 <= done.status < 1 << 32
+                        assert 0 <= done.exit_status < 1 << 32
 
     told: list[str] = []
     anyio.run(run)

@@ -69,7 +69,7 @@ def test_a_guest_for_a_strict_mode_suite(pytester: pytest.Pytester, temporary: P
         @pytest.mark.asyncio
         async def test_guest(qmpsnap_controller, qmpsnap_small_guest):
             vm = qmpsnap_small_guest
-            assert (await vm.run("uname -s")).stdout == b"Linux\\n"
+            assert (await vm.run("uname -s")).stdout == "Linux\\n"
             await vm.snapshot("before")
             assert [found.name for found in await vm.snapshots()] == ["before"]
             assert [found.name for found in await qmpsnap_controller.machines()] == ["guest"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qmpsnap.block.image.header import conversion
 from qmpsnap.cli import image_notes as seen
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add, add_format, controlling
+from qmpsnap.cli.common import Parsers, add, add_format, controlling, operating
 from qmpsnap.errors import UsageError
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
@@ -17,7 +17,7 @@ from qmpsnap.model.names import check_disk_name, check_name
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.model.machines.record import Machine
-    from qmpsnap.ops.lifecycle.adopt import Adopted
+    from qmpsnap.ops.base.context import Context
 
 _IMAGE = re.compile(r"(?P<disk>[^=/]+)=(?P<path>.+?)(?:,format=(?P<format>[a-z0-9_-]+))?", flags=re.DOTALL)
 _QEMUS = {"vhd": "vpc"}
@@ -49,15 +49,15 @@ def _adopt(arguments: argparse.Namespace) -> None:
     if arguments.allow:
         raise UsageError("--allow needs --image")
 
-    async def act(controller: "Controller") -> "Adopted":
+    from qmpsnap.ops.lifecycle import adopt
+
+    async def act(context: "Context") -> "adopt.Adopted":
         if not arguments.dry_run:
-            return await controller.adopt(arguments.name, arguments.qmp)
-        from qmpsnap.ops.lifecycle.adopt import Adopted
+            return await adopt.run(context, arguments.name, Path(arguments.qmp))
+        found, _ = await adopt.preview(context, arguments.name, Path(arguments.qmp))
+        return adopt.Adopted(found.machine, found.disks, found.left_out)
 
-        found, _ = await controller.preview_adopt(arguments.name, arguments.qmp)
-        return Adopted(found.machine, found.disks, found.left_out)
-
-    done = controlling(act, make=not arguments.dry_run)
+    done = operating(act, make=not arguments.dry_run)
     documents = [
         {
             "disk": disk.name,
@@ -85,7 +85,7 @@ def _import(arguments: argparse.Namespace) -> None:
     async def act(controller: "Controller") -> "tuple[Machine, list[Chain]]":
         allowed = [*folders, *map(Path, arguments.allow)]
         if arguments.dry_run:
-            plan = await controller.preview_define(spec, folders=allowed)
+            plan = (await controller.plan_define(spec, folders=allowed)).details
             assert plan.change.define
             forest = controller.context.store.forest().apply(plan.machine, plan.change)
             return plan.change.define, [forest.chain(disk, top) for disk, top in plan.change.active.items()]

@@ -9,6 +9,7 @@ from qmpsnap.errors import StoreMismatch
 
 if TYPE_CHECKING:
     from qmpsnap.api.machine_handle import MachineHandle
+    from qmpsnap.ops.base.free_space import Shortage
     from qmpsnap.ops.outside.compare import ChainView
 
 
@@ -20,7 +21,7 @@ def register(parsers: Parsers) -> None:
 
 
 def _chain(arguments: argparse.Namespace) -> int:
-    async def look(vm: "MachineHandle") -> "tuple[tuple[ChainView, ...], tuple[str, ...]]":
+    async def look(vm: "MachineHandle") -> "tuple[tuple[ChainView, ...], tuple[Shortage, ...]]":
         return await vm.chains(arguments.disk), await vm.shortage()
 
     views, shortage = on_machine(arguments.machine, look)
@@ -31,7 +32,7 @@ def _chain(arguments: argparse.Namespace) -> int:
         names=[layer["layer"] for document in documents for layer in document["layers"]],
         table=lambda: "\n\n".join(_text(document) for document in documents),
     )
-    output.warn(shortage)
+    output.warn(map(str, shortage))
     problems = [problem for document in documents for problem in document["problems"]]
     for problem in problems:
         output.note(f"disagreement: {output.printable(problem)}")

@@ -39,7 +39,7 @@ def change(arguments: argparse.Namespace, settings: "Mapping[str, str] | Machine
     """Give the machine another spec, or tell what would become of that."""
     dry, allow = arguments.dry_run, arguments.allow_extra
     if dry:
-        found = on_machine(arguments.machine, lambda vm: vm.preview_set(settings, allow_extra=allow))
+        found = on_machine(arguments.machine, lambda vm: vm.plan_set(settings, allow_extra=allow)).details
     else:
         found = on_machine(arguments.machine, lambda vm: vm.set(settings, allow_extra=allow))
     lines = _lines(found)

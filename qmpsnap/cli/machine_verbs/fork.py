@@ -40,7 +40,7 @@ def _fork(arguments: argparse.Namespace) -> None:
         "description": arguments.message,
     }
     if arguments.dry_run:
-        found = on_machine(machine, lambda vm: vm.preview_fork(snapshot or None, arguments.name, **options))
+        found = on_machine(machine, lambda vm: vm.plan_fork(snapshot or None, arguments.name, **options)).details
         print_forks(arguments.output, found)
         return
     forks = on_machine(machine, lambda vm: vm.fork(snapshot or None, arguments.name, **options))

@@ -62,7 +62,7 @@ def _exec(arguments: argparse.Namespace) -> int:
 
     done = on_machine(
         arguments.machine,
-        lambda vm: vm.run(words, deadline=arguments.timeout, check=False, allow_truncated=True),
+        lambda vm: vm.run(words, timeout=arguments.timeout, encoding=None, check=False, allow_truncated=True),
     )
     try:
         output.pass_on(done.stdout, done.stderr)
@@ -70,19 +70,19 @@ def _exec(arguments: argparse.Namespace) -> int:
         raise
     except OSError as error:
         raise HostCannot(
-            f"the command ended with status {done.status} in the guest of {arguments.machine}, but its output cannot be"
-            f" written: {error.strerror}",
+            f"the command ended with exit status {done.exit_status} in the guest of {arguments.machine}, but its output"
+            f" cannot be written: {error.strerror}",
             hint="free some space for the output, or redirect it",
             effect="applied",
             machine=arguments.machine,
         ) from error
     if not arguments.allow_truncated:
         done.require_whole(arguments.machine)
-    return int(done.status)
+    return int(done.exit_status)
 
 
 def _fstrim(arguments: argparse.Namespace) -> None:
-    found = on_machine(arguments.machine, lambda vm: vm.fstrim(minimum=arguments.minimum, deadline=arguments.timeout))
+    found = on_machine(arguments.machine, lambda vm: vm.fstrim(minimum=arguments.minimum, timeout=arguments.timeout))
     systems = [{"path": one.path, "trimmed": one.trimmed, "error": one.error} for one in found]
     output.emit(
         arguments.output,

@@ -22,12 +22,14 @@ from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.run_files import CONSOLE_SOCKET, USER_SOCKET
 from qmpsnap.model.machines.record import Machine, Process
+from qmpsnap.model.machines.state import State
 from qmpsnap.model.timestamps import moment
 
 if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.model.machines.spec import MachineSpec
+    from qmpsnap.ops.base.free_space import Shortage
     from qmpsnap.store.sqlite.backend import SqliteStore
 
 
@@ -84,10 +86,8 @@ def _define(arguments: argparse.Namespace) -> None:
         change(arguments, spec)
         return
     if arguments.dry_run:
-        plan = controlling(
-            lambda q: q.preview_define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra)
-        )
-        print_definition(arguments.output, plan)
+        plan = controlling(lambda q: q.plan_define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra))
+        print_definition(arguments.output, plan.details)
         return
 
     async def act(controller: "Controller") -> Machine:
@@ -122,13 +122,13 @@ def _process(machine: Machine, store: "SqliteStore") -> Any:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    async def found(vm: "MachineHandle") -> tuple[Machine, str, tuple[str, ...]]:
+    async def found(vm: "MachineHandle") -> "tuple[Machine, State, tuple[Shortage, ...]]":
         try:
             state = await vm.state()
         except (DeadlinePassed, QemuGone) as error:
             # A hung QEMU hides its state and nothing else.
             output.note(f"qmpsnap: {error.message}")
-            state = "unknown"
+            state = State.UNKNOWN
         return await vm.record(), state, await vm.shortage()
 
     machine, state, shortage = on_machine(arguments.machine, found)
@@ -156,7 +156,7 @@ def _show(arguments: argparse.Namespace) -> None:
         "origin": _origin(machine),
     }
     output.emit(arguments.output, document=document, names=[machine.name], table=lambda: _show_text(document))
-    output.warn(shortage)
+    output.warn(map(str, shortage))
     if look:
         looks.tell(machine.name, look)
     tell_remedy(state, machine.name)
@@ -261,7 +261,7 @@ def _wakeup(arguments: argparse.Namespace) -> None:
 def _undefine(arguments: argparse.Namespace) -> None:
     done = "removed" if arguments.disks == "remove" else "kept"
     if arguments.dry_run:
-        found = on_machine(arguments.machine, lambda vm: vm.preview_undefine(disks=arguments.disks))
+        found = on_machine(arguments.machine, lambda vm: vm.plan_undefine(disks=arguments.disks)).details
         images = [*found.kept, *found.removed]
         lines = [f"would undefine machine {arguments.machine}; nothing was changed"]
     else:

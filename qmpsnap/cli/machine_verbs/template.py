@@ -36,7 +36,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _prune(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
-        done = controlling(lambda q: q.preview_prune_templates(all=arguments.all))
+        done = controlling(lambda q: q.plan_prune_templates(all=arguments.all)).details
     else:
         done = controlling(lambda q: q.prune_templates(all=arguments.all))
     freed = output.size(sum(one.bytes for one in done.removed if not one.forks))

@@ -29,7 +29,7 @@ def _delete(arguments: argparse.Namespace) -> None:
         names=tuple(arguments.names), children=arguments.children, metadata=arguments.metadata
     )
     if arguments.dry_run:
-        plan = operating(lambda context: delete.preview(context, arguments.machine, request))
+        plan, _ = operating(lambda context: delete.preview(context, arguments.machine, request))
     else:
         with reporting(arguments.progress) as report:
             plan = operating(lambda context: delete.run(context, arguments.machine, request, report=report))

@@ -45,11 +45,11 @@ def _revert(arguments: argparse.Namespace) -> None:
 
     name, discard, after = arguments.name, arguments.discard, not arguments.no_after
     if arguments.dry_run:
-        found = on_machine(
+        plan = on_machine(
             arguments.machine,
-            lambda vm: vm.preview_revert(name, discard=discard, state=state, hardware=arguments.hardware),
+            lambda vm: vm.plan_revert(name, discard=discard, state=state, hardware=arguments.hardware),
         )
-        print_preview(arguments.output, found)
+        print_preview(arguments.output, plan.details)
         return
     done = on_machine(
         arguments.machine,

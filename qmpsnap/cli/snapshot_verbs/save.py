@@ -34,8 +34,8 @@ def register(parsers: Parsers) -> None:
 def _save(arguments: argparse.Namespace) -> None:
     asked = {"name": arguments.name, "description": arguments.message, "compression": arguments.compress}
     if arguments.dry_run:
-        planned = on_machine(arguments.machine, lambda vm: vm.preview_save(arguments.file, **asked))
-        print_plan(arguments.output, *planned)
+        plan = on_machine(arguments.machine, lambda vm: vm.plan_save(arguments.file, **asked))
+        print_plan(arguments.output, plan)
         return
     with reporting(arguments.progress) as report:
         snapshot = on_machine(arguments.machine, lambda vm: vm.save(arguments.file, **asked, report=report))
@@ -48,8 +48,8 @@ def _save(arguments: argparse.Namespace) -> None:
 def _restore(arguments: argparse.Namespace) -> None:
     asked = {"discard": arguments.discard, "paused": arguments.paused}
     if arguments.dry_run:
-        found = on_machine(arguments.machine, lambda vm: vm.preview_restore(arguments.file, **asked))
-        print_preview(arguments.output, found)
+        plan = on_machine(arguments.machine, lambda vm: vm.plan_restore(arguments.file, **asked))
+        print_preview(arguments.output, plan.details)
         return
     after = not arguments.no_after
     print_outcome(arguments, on_machine(arguments.machine, lambda vm: vm.restore(arguments.file, **asked, after=after)))

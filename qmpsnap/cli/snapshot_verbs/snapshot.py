@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import image_notes, output
 from qmpsnap.cli.common import Parsers, add_for_vm, add_format, amount, on_machine
@@ -16,9 +16,8 @@ from qmpsnap.model.layers.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from qmpsnap.api.machine_handle import MachineHandle
-    from qmpsnap.model.machines.record import Machine
+    from qmpsnap.api.plans import Plan
     from qmpsnap.model.operations.operation import CreatePlan
-    from qmpsnap.ops.snapshot.request import SnapshotOptions
 
 _NESTED = frozenset({"disks", "vmstate", "inside", "pause_ms", "pause_exceeded", "frozen_ms"})
 """Keys of a snapshot's JSON that its table shows otherwise."""
@@ -119,7 +118,7 @@ def _create(arguments: argparse.Namespace) -> None:
     if arguments.no_snapshot:
         (_preview_layers if arguments.dry_run else _add_layers)(arguments, disks, files)
         return
-    options: SnapshotOptions = {
+    options: dict[str, Any] = {  # which go with this kind, and which do not, the verb says
         "description": arguments.message,
         "disks": disks,
         "files": files,
@@ -198,22 +197,20 @@ def _add_layers(arguments: argparse.Namespace, disks: list[str] | None, files: d
 
 
 def _preview_layers(arguments: argparse.Namespace, disks: list[str] | None, files: dict[str, str]) -> None:
-    found = on_machine(arguments.machine, lambda vm: vm.preview_add_layers(disks=disks, files=files))
-    print_plan(arguments.output, *found)
+    plan = on_machine(arguments.machine, lambda vm: vm.plan_add_layers(disks=disks, files=files))
+    print_plan(arguments.output, plan)
 
 
-def _preview(arguments: argparse.Namespace, options: "SnapshotOptions") -> None:
+def _preview(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     from qmpsnap.model.operations.operation import InternalPlan
 
-    machine: Machine
-    plan: CreatePlan | InternalPlan
-    machine, plan = on_machine(
-        arguments.machine, lambda vm: vm.preview_snapshot(arguments.name, kind=arguments.kind, **options)
+    plan: Plan[CreatePlan | InternalPlan, Snapshot] = on_machine(
+        arguments.machine, lambda vm: vm.plan_snapshot(arguments.name, kind=arguments.kind, **options)
     )
-    if isinstance(plan, InternalPlan):
+    if isinstance(plan.details, InternalPlan):
         print_internal(arguments.output, plan)
     else:
-        print_plan(arguments.output, machine, plan)
+        print_plan(arguments.output, plan)
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -255,7 +252,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _rename(arguments: argparse.Namespace) -> None:
     async def act(vm: "MachineHandle") -> None:
-        rename = vm.preview_rename if arguments.dry_run else vm.rename_snapshot
+        rename = vm.plan_rename_snapshot if arguments.dry_run else vm.rename_snapshot
         await rename(arguments.old, arguments.new)
 
     on_machine(arguments.machine, act)

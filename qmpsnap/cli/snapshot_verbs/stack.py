@@ -33,7 +33,7 @@ def register(verbs: Parsers) -> None:
 def _push(arguments: argparse.Namespace) -> None:
     name, text = arguments.name, arguments.message
     if arguments.dry_run:
-        print_plan(arguments.output, *on_machine(arguments.machine, lambda vm: vm.preview_push(name, description=text)))
+        print_plan(arguments.output, on_machine(arguments.machine, lambda vm: vm.plan_push(name, description=text)))
         return
 
     async def act(vm: "MachineHandle") -> tuple["Snapshot", tuple[str, ...]]:
@@ -75,7 +75,7 @@ def _pop(arguments: argparse.Namespace) -> None:
 
 
 def _preview_pop(arguments: argparse.Namespace) -> None:
-    found = on_machine(arguments.machine, lambda vm: vm.preview_pop(discard=arguments.discard))
+    found = on_machine(arguments.machine, lambda vm: vm.plan_pop(discard=arguments.discard)).details
     back, gone = revert.document_of(found.revert), delete.document_of(found.delete)
     removed = [path for run in gone["runs"] for path in run["removed"]]
     both = {**back, **gone, "removed": back["removed"] + removed, "bytes": back["bytes"] + gone["bytes"]}

@@ -28,6 +28,7 @@ from qmpsnap.machine.watch import watching
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.machines.secret import Secret, given
+from qmpsnap.model.planning.expectation import Expectation
 from qmpsnap.model.timestamps import moment
 from qmpsnap.ops.base import home_location
 from qmpsnap.ops.base.async_store import AsyncStore, blocking
@@ -59,7 +60,8 @@ class Context(Struct, frozen=True, kw_only=True):
     ``host`` is this one's name, as recorded with the machines it owns. ``secrets``: keys of encrypted disks that the
     program gave, by ``machine/disk``. ``run_as``: whom root's QEMU is to run as, None for root. ``moved_from``: where
     the store believed its home to lie when it was opened, if that is elsewhere. ``planning``: held by the verb whose
-    plan is being made, as two that are made at once would be given the same number.
+    plan is being made, as two that are made at once would be given the same number. ``expects``: what a plan was made
+    of, by which it is applied.
     """
 
     home: Home
@@ -71,6 +73,7 @@ class Context(Struct, frozen=True, kw_only=True):
     run_as: RunAs | None = None
     moved_from: str | None = None
     planning: anyio.Lock = field(default_factory=anyio.Lock)
+    expects: Expectation | None = None
 
     @property
     def astore(self) -> AsyncStore:

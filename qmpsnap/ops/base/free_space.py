@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -113,14 +114,53 @@ def of_create(machine: Machine, plan: CreatePlan, store: Path) -> list[Need]:
 
 PATIENCE: Final = 1.0
 """Seconds that :func:`shortage` is given where an answer without it is better than none."""
-UNKNOWN: Final = "the free space is unknown: the storage of an image did not answer at once"
 
 
-def shortage(chains: Iterable[Chain]) -> tuple[str, ...]:
-    """A sentence for every file system that is short of room for what the guest may still write to it."""
+class ShortageKind(Enum):
+    """What is known of a file system that images lie on."""
+
+    LOW = "low"
+    """The guest may write more than is free."""
+    UNKNOWN = "unknown"
+    """Its storage did not answer at once."""
+
+
+class Shortage(Struct, frozen=True, kw_only=True):
+    """A file system that may fill up under the guest; ``str()`` is a sentence about it.
+
+    Attributes:
+        kind: whether that is known.
+        folder: where images lie on it; empty if it is unknown.
+        disks: names of the disks that write to it.
+        free: bytes that are free on it.
+        needed: bytes that the guest may still write to it.
+    """
+
+    kind: ShortageKind
+    folder: str = ""
+    disks: tuple[str, ...] = ()
+    free: int = 0
+    needed: int = 0
+
+    def __str__(self) -> str:
+        if self.kind is ShortageKind.UNKNOWN:
+            return "the free space is unknown: the storage of an image did not answer at once"
+        return (
+            f"only {self.free >> 20} MiB are free at {self.folder}, where the guest may write"
+            f" {self.needed >> 20} MiB more: QEMU pauses it when no space is left"
+        )
+
+
+UNKNOWN: Final = Shortage(kind=ShortageKind.UNKNOWN)
+
+
+def shortage(chains: Iterable[Chain]) -> tuple[Shortage, ...]:
+    """Every file system that is short of room for what the guest may still write to it."""
     growth: dict[int, int] = {}
+    disks: dict[int, list[str]] = {}
     where: dict[int, tuple[str, Room]] = {}
-    for layer in (chain.active for chain in chains):
+    for chain in chains:
+        layer = chain.active
         folder = str(Path(layer.path).parent)
         try:
             found = room(folder)
@@ -128,10 +168,16 @@ def shortage(chains: Iterable[Chain]) -> tuple[str, ...]:
         except (HostCannot, OSError):
             continue  # an inaccessible file is reported elsewhere
         growth[found.device] = growth.get(found.device, 0) + max(0, layer.virtual_size - used)
+        disks.setdefault(found.device, []).append(chain.disk)
         where[found.device] = folder, found
     return tuple(
-        f"only {found.free >> 20} MiB are free at {folder}, where the guest may write {growth[device] >> 20} MiB more:"
-        " QEMU pauses it when no space is left"
+        Shortage(
+            kind=ShortageKind.LOW,
+            folder=folder,
+            disks=tuple(disks[device]),
+            free=found.free,
+            needed=growth[device],
+        )
         for device, (folder, found) in where.items()
         if found.free < min(LOW, growth[device])
     )

@@ -5,10 +5,9 @@ revert can bring it back.
 """
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -16,6 +15,7 @@ from qmpsnap.errors import StateError, UsageError
 from qmpsnap.hint import call
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import differences
+from qmpsnap.model.machines import spec_differences
 from qmpsnap.model.machines.record import Consent, Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.operations.operation import Change
@@ -102,7 +102,7 @@ async def _plan(session: MachineSession, make: Make, *, allow_extra: bool, keep:
     snapshots = await context.astore.snapshots(machine.name)
     return Changed(
         machine=after,
-        changes=tuple(_differences(machine.spec, whole)),
+        changes=tuple(spec_differences.changes(machine.spec, whole)),
         unloadable=tuple([each async for each in _unloadable(context, machine, after, snapshots)]),
     )
 
@@ -149,18 +149,3 @@ async def _unloadable(
         assert snapshot.hardware
         if (why := differences(snapshot.hardware, now)) and not differences(snapshot.hardware, before):
             yield snapshot.name, why
-
-
-def _differences(old: MachineSpec, new: MachineSpec) -> Iterator[tuple[str, object, object]]:
-    before, after = _flat(old), _flat(new)
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            yield key, before.get(key), after.get(key)
-
-
-def _flat(spec: MachineSpec) -> dict[str, object]:
-    plain = msgspec.to_builtins(spec)
-    plain.pop("tcg_cpu", None)  # which nobody writes
-    disks = plain.pop("disks", ())
-    found = {key.replace("_", "-"): value for key, value in plain.items()}
-    return found | {f"{disk['name']}.{key.replace('_', '-')}": value for disk in disks for key, value in disk.items()}

@@ -15,6 +15,7 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.machines.state import State
 from qmpsnap.model.names import LayerId
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
@@ -169,7 +170,7 @@ def size_problems(layer: Layer, found: Header) -> list[str]:
     return []
 
 
-async def state(context: Context, machine: Machine) -> str:
+async def state(context: Context, machine: Machine) -> State:
     """QEMU's word for the run state (``running``, ``paused`` ...), or ``stopped`` when there is no QEMU.
 
     ``paused: no space`` and ``paused: I/O error``: QEMU has paused the guest because a request of it failed.
@@ -177,5 +178,6 @@ async def state(context: Context, machine: Machine) -> str:
     """
     async with context.monitor(machine, look=True) as qemu:
         if qemu:
-            return await commands.run_state(qemu)
-    return "unknown" if await blocking(unseen_qemu.may_run, context.home, context.store, machine) else "stopped"
+            return State(await commands.run_state(qemu))
+    hidden = await blocking(unseen_qemu.may_run, context.home, context.store, machine)
+    return State.UNKNOWN if hidden else State.STOPPED

@@ -23,6 +23,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Outside, Snapshot
 from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.machines.state import State
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, RevertPlan
@@ -65,7 +66,7 @@ class Reverted(Struct, frozen=True, kw_only=True):
     snapshot: Snapshot
     kept: Snapshot | None
     removed: tuple[LayerId, ...]
-    state: str
+    state: State
     memory: bool = False
     notes: tuple[str, ...] = ()
     detached: tuple[Outside, ...] = ()
@@ -198,17 +199,17 @@ async def _load(session: MachineSession, at: Situation, target: Snapshot, reques
     return Reverted(snapshot=target, kept=kept, removed=(), state=state, memory=True)
 
 
-async def _said(asking: AbstractAsyncContextManager[Monitor | None]) -> str:
+async def _said(asking: AbstractAsyncContextManager[Monitor | None]) -> State:
     """The run state as QEMU says it now; what was asked for says nothing of a guest that slept, or fell over at once.
 
     The revert is done whatever comes back: one that does not answer any more is no reason to call it failed.
     """
     try:
         async with asking as qemu:
-            state = await commands.run_state(qemu) if qemu else "stopped"
-            return "paused" if state == "prelaunch" else state  # started with -S to keep it paused
+            state = State(await commands.run_state(qemu)) if qemu else State.STOPPED
+            return State.PAUSED if state is State.PRELAUNCH else state  # started with -S to keep it paused
     except (QemuGone, DeadlinePassed):
-        return "unknown"
+        return State.UNKNOWN
 
 
 async def _require_possible(session: MachineSession, request: RevertRequest) -> None:

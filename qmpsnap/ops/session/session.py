@@ -102,6 +102,8 @@ async def working(  # what a verb says of itself; the rest is for recovery
         if begun.unended or (alone and begun.alone_beside is not runs):
             basis = await _again(context, name, removes=removes, alone=alone, runs=runs)
         assert basis.record
+        if context.expects and not context.expects.met:
+            context.expects.require(await context.astore.basis(name), await requests.mode_of(qemu))
         yield MachineSession(context, basis.record, qemu, basis)
         await blocking(layer_changes.keep, context.store, name)
 
@@ -192,6 +194,8 @@ async def looking(
     await require_settled(context, name)
     assert basis.record
     async with context.monitor(basis.record, look=True) as qemu:
+        if context.expects:
+            context.expects.see(await context.astore.basis(name), await requests.mode_of(qemu))
         if alone:
             runs = qemu is not None
             await other_programs.retrying(lambda: to_end(lambda: _require_alone(context, basis, runs=runs)))

@@ -10,17 +10,18 @@ from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
-from qmpsnap.model.names import LayerId, layer_disk
+from qmpsnap.model.names import LayerId, job_id, layer_disk
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.model.planning import merging as rules
 from qmpsnap.model.planning.merging import DiskReduction
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.machine_session import MachineSession
+from qmpsnap.ops.merge import job
 from qmpsnap.ops.merge.commit import carry_out
 from qmpsnap.ops.merge.preflight import require_possible
 from qmpsnap.ops.session.planning_state import look, require_space
-from qmpsnap.ops.session.session import looking, working
+from qmpsnap.ops.session.session import inputs, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -95,10 +96,20 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
     )
 
 
-async def preview(context: Context, name: str, request: DeleteRequest) -> DeletePlan:
-    """The plan that :func:`run` would follow now, without a lock and without a change."""
+async def preview(
+    context: Context, name: str, request: DeleteRequest
+) -> tuple[DeletePlan, list[tuple[str, dict[str, object]]]]:
+    """The plan that :func:`run` would follow now and the commands that start its jobs; locks and changes nothing."""
     async with looking(context, name, removes=not request.metadata) as session:
-        return (await _plan(session, request))[1]
+        at, made = await _plan(session, request)
+        serial = (await inputs(session, at.basis)).serial
+        commands = []
+        for step in made.plan.steps:
+            if isinstance(step, Merge):
+                root = await job.root_of(session.qemu, step) if session.qemu and step.live else None
+                command, arguments = job.start_command(job_id(serial, step.disk), step, root=root)
+                commands.append((command, session.machine.sent(arguments)))
+        return made, commands
 
 
 async def run(context: Context, name: str, request: DeleteRequest, *, report: Report = unreported) -> DeletePlan:

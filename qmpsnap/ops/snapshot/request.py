@@ -21,20 +21,43 @@ Files = Mapping[str, str | os.PathLike[str]]
 """Disk to a path for its new layer; a relative one begins at the working directory."""
 
 
-class SnapshotOptions(TypedDict, total=False):
-    """The options of :meth:`qmpsnap.MachineHandle.snapshot`, which describes them."""
-
+class _Options(TypedDict, total=False):
     description: str
     disks: Sequence[str] | None
+    quiesce: Quiesce
+    freeze_window: float
+
+
+class DiskOptions(_Options, total=False):
+    """The options of :meth:`qmpsnap.MachineHandle.snapshot`, which describes them, of a snapshot of the disks."""
+
     files: Files | None
+
+
+class FullOptions(DiskOptions, total=False):
+    """Those of one with the guest's memory."""
+
     max_pause_ms: float | None
     compression: Compression
     degrade: bool
-    memory: bool | None
-    quiesce: Quiesce
-    freeze_window: float
     volume: bool
     mixed: bool
+
+
+class VolumeOptions(_Options, total=False):
+    """Those of one by the storage of each disk."""
+
+    mixed: bool
+
+
+class InternalOptions(_Options, total=False):
+    """Those of one inside the images."""
+
+    memory: bool | None
+
+
+class SnapshotOptions(FullOptions, InternalOptions, total=False):
+    """Those of any kind."""
 
 
 def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateRequest | InternalRequest:

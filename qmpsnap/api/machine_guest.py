@@ -1,0 +1,175 @@
+"""What a program does in the guest of a machine, through its agent."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from qmpsnap.api.later import Later
+from qmpsnap.api.machine_base import MachineBase
+from qmpsnap.api.old_names import was
+from qmpsnap.errors import StateError
+from qmpsnap.host.borders import border
+from qmpsnap.host.threads import to_end
+from qmpsnap.machine.starting.run_files import AGENT_SOCKET
+from qmpsnap.ops.base import requests
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import AsyncIterator, Sequence
+
+    from qmpsnap.api import guest_commands
+    from qmpsnap.machine import agent, agent_files
+    from qmpsnap.machine.agent import Agent, Completed, Trimmed
+    from qmpsnap.machine.starting import logs
+    from qmpsnap.ops.lifecycle import pausing
+else:
+    guest_commands, agent_files = Later("api.guest_commands"), Later("machine.agent_files")
+    agent, logs, pausing = Later("machine.agent"), Later("machine.starting.logs"), Later("ops.lifecycle.pausing")
+
+
+@border
+class MachineGuest(MachineBase):
+    """A machine as the host of a guest that runs commands."""
+
+    @overload
+    async def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout: float = 60,
+        encoding: str = "utf-8",
+        check: bool = True,
+        allow_truncated: bool = False,
+    ) -> Completed[str]: ...
+
+    @overload
+    async def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout: float = 60,
+        encoding: None,
+        check: bool = True,
+        allow_truncated: bool = False,
+    ) -> Completed[bytes]: ...
+
+    @was(deadline="timeout")
+    async def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout: float = 60,
+        encoding: str | None = "utf-8",
+        check: bool = True,
+        allow_truncated: bool = False,
+    ) -> Completed[str] | Completed[bytes]:
+        """Run a command in the guest through its agent.
+
+        Args:
+            command: program and arguments, or a line for the guest's ``/bin/sh``.
+            timeout: seconds to wait for its end.
+            encoding: of its output; None returns bytes. What does not decode is replaced.
+            check: raise when it ends with another status than 0.
+            allow_truncated: take what the agent has kept, 16 MiB of stdout and of stderr, where there was more.
+
+        Raises:
+            ProcessError: with ``check``: it ended with another status than 0.
+            StateError: the guest's vCPUs are stopped, or the machine was adopted.
+            QmpError: the guest refused, or the command has said more than the agent keeps.
+            DeadlinePassed: no agent, or the command takes longer; it goes on in the guest.
+            UsageError: there is no such encoding.
+        """
+        words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+        done = await guest_commands.run(self._agent, words, timeout=timeout, encoding=encoding)
+        if check and done.exit_status:
+            raise guest_commands.failed(command, done, machine=self.name)
+        if not allow_truncated:
+            done.require_whole(self.name)
+        return done
+
+    async def put(
+        self,
+        source: str | os.PathLike[str] | bytes,
+        target: str,
+        *,
+        timeout: float = 60,
+    ) -> int:
+        """Write a file of the guest through its agent, over one that is there; one that fails may be there in part.
+
+        Args:
+            source: path of a file of this host, or the content itself.
+            target: absolute path in the guest.
+            timeout: seconds for all of it.
+
+        Returns:
+            Bytes that it has.
+
+        Raises:
+            StateError: the guest's vCPUs are stopped, or the machine was adopted.
+            QmpError: the guest refused.
+            DeadlinePassed: no agent, or it takes longer.
+            HostCannot: the file cannot be read.
+        """
+        async with self._agent(timeout) as guest:
+            content = source if isinstance(source, bytes) else Path(source)
+            return await agent_files.put(guest, content, target, deadline=timeout)
+
+    async def get(
+        self,
+        source: str,
+        target: str | os.PathLike[str],
+        *,
+        timeout: float = 60,
+    ) -> int:
+        """Copy a file of the guest to this host through the guest's agent, whole or not at all.
+
+        Args:
+            source: absolute path in the guest.
+            target: path on this host; a file that is there is replaced once the other is whole.
+            timeout: seconds for all of it.
+
+        Returns:
+            Bytes that it has.
+
+        Raises:
+            StateError: the guest's vCPUs are stopped, or the machine was adopted.
+            QmpError: the guest refused: there is no such file.
+            DeadlinePassed: no agent, or it takes longer.
+            HostCannot: the file cannot be written.
+        """
+        async with self._agent(timeout) as guest:
+            return await guest_commands.fetch(guest, source, Path(target), timeout=timeout)
+
+    @was(deadline="timeout")
+    async def fstrim(self, *, minimum: int = 0, timeout: float = 60) -> tuple[Trimmed, ...]:
+        """Let the guest give its disks back what its file systems do not use; one entry per file system.
+
+        Args:
+            minimum: bytes that a free range must have at least.
+            timeout: seconds to wait for all of them.
+
+        Raises:
+            StateError: the guest's vCPUs are stopped, or the machine was adopted.
+            QmpError: the guest refused.
+            DeadlinePassed: no agent, or it takes longer.
+        """
+        async with self._agent(timeout) as guest:
+            return await guest.fstrim(minimum=minimum, deadline=timeout)
+
+    @asynccontextmanager
+    async def _agent(self, seconds: float) -> AsyncIterator[Agent]:
+        requests.require_time(seconds, "the timeout")
+        machine = await self.record()
+        if machine.adopted:
+            raise StateError(
+                f"machine {self.name} was adopted: there is no channel to its guest agent",
+                hint="use the agent channel that it was launched with",
+                machine=self.name,
+            )
+        await pausing.require_awake(self._context, machine)
+        socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
+        await to_end(logs.bound, self._context.home, self.name)
+        async with agent.connect(socket, machine=self.name, deadline=seconds) as guest:
+            yield guest

@@ -1,0 +1,89 @@
+"""Commands and files of a guest through its agent, as a caller has them."""
+
+import hashlib
+import random
+from pathlib import Path
+
+import pytest
+
+import qmpsnap
+from qmpsnap.errors import DeadlinePassed, HostCannot, ProcessError, QmpError, StateError, UsageError
+from qmpsnap.model.machines.spec import MachineSpec
+from tests.live.booted import start_booted
+
+
+@pytest.fixture
+async def vm(q: qmpsnap.Controller, guest_spec: MachineSpec) -> qmpsnap.MachineHandle:
+    machine = await q.define(guest_spec)
+    await start_booted(machine)
+    return machine
+
+
+async def test_a_command_that_fails_tells_all_of_itself(vm: qmpsnap.MachineHandle) -> None:
+    with pytest.raises(ProcessError, match="exit status 3") as failed:
+        await vm.run("echo out; echo 'für euch' >&2; exit 3")
+    error = failed.value
+    assert (error.exit_status, error.stdout, error.stderr) == (3, "out\n", "für euch\n")
+    assert (error.effect, error.machine, error.exit_code) == ("applied", "guest", 1)
+    done = await vm.run("printf '\\377\\n'")
+    assert done.stdout == "\ufffd\n"
+    assert (await vm.run("printf '\\377\\n'", encoding="latin-1")).stdout == "ÿ\n"
+    assert (await vm.run("printf '\\377\\n'", encoding=None)).stdout == b"\xff\n"
+    with pytest.raises(UsageError, match="no-such-code"):
+        await vm.run("true", encoding="no-such-code")
+    with pytest.raises(ProcessError) as killed:
+        await vm.run("kill -9 $$", encoding=None)
+    assert (killed.value.exit_status, killed.value.stdout) == (128 + 9, b"")
+
+
+async def test_the_former_names_go_on_working(vm: qmpsnap.MachineHandle) -> None:
+    with pytest.warns(DeprecationWarning, match=r"run\(deadline=\) is now timeout=") as warned:
+        done = await vm.run("true", deadline=20)  # type: ignore[call-overload]
+    assert warned[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="exit_status"):
+        assert done.status == 0
+    with pytest.warns(DeprecationWarning, match=r"fstrim\(deadline=\)"):
+        await vm.fstrim(deadline=20)  # type: ignore[call-arg]
+    with pytest.warns(DeprecationWarning, match=r"preview_snapshot\(\) is now plan_snapshot\(\)"):
+        machine, plan = await vm.preview_snapshot("s")
+    assert (machine.name, plan.change.snapshots[0].name) == ("guest", "s")
+
+
+async def test_files_go_to_the_guest_and_come_back(vm: qmpsnap.MachineHandle, tmp_path: Path) -> None:
+    content = random.Random(1).randbytes((3 << 20) + 17)  # noqa: S311
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(content)
+    assert await vm.put(source, "/tmp/file") == len(content)
+    said = (await vm.run("sha256sum /tmp/file")).stdout.split()[0]
+    assert said == hashlib.sha256(content).hexdigest()
+    target.write_text("there before")
+    assert await vm.get("/tmp/file", target) == len(content)
+    assert target.read_bytes() == content
+    assert await vm.put(b"", "/tmp/file") == 0
+    assert await vm.get("/tmp/file", target) == 0
+    assert target.read_bytes() == b""
+    assert await vm.put(b"short", "/tmp/file") == 5
+    assert (await vm.run("cat /tmp/file")).stdout == "short"
+
+
+async def test_files_that_cannot_be_had_leave_nothing(vm: qmpsnap.MachineHandle, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("there before")
+    with pytest.raises(QmpError, match="guest-file-open"):
+        await vm.get("/no/such/file", target)
+    with pytest.raises(QmpError, match="guest-file-read"):
+        await vm.get("/tmp", target)
+    with pytest.raises(QmpError, match="guest-file-open"):
+        await vm.put(b"content", "/no/such/folder/file")
+    with pytest.raises(HostCannot):
+        await vm.put(tmp_path / "missing", "/tmp/file")
+    with pytest.raises(HostCannot):
+        await vm.get("/etc/passwd", tmp_path / "no" / "folder")
+    with pytest.raises(DeadlinePassed):
+        await vm.put(bytes(64 << 20), "/dev/null", timeout=0.5)
+    assert target.read_text() == "there before"
+    assert list(tmp_path.iterdir()) == [target]
+    assert (await vm.run("echo works")).stdout == "works\n"
+    await vm.pause()
+    with pytest.raises(StateError, match="is not running"):
+        await vm.get("/etc/passwd", target)
