@@ -33,9 +33,9 @@ class _Work(Generic[T]):
         try:
             with anyio.CancelScope() as self._scope:
                 return await self._act()
-            raise KeyboardInterrupt  # never seen: the caller raises its own
         finally:
             self._ended = True
+        return cast("T", None)  # to nobody: who cancelled it raises
 
     async def cancel(self) -> None:
         """Cancel it, also if it has not begun."""

@@ -4,6 +4,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import qmpsnap
@@ -108,6 +109,8 @@ def _value(of: type) -> list[str]:
     told = inspect.getdoc(of) or ""
     text, _, attributes = told.partition("\nAttributes:\n")
     lines = [f"### {of.__name__}", "", *_paragraphs(text.splitlines()), ""]
+    if issubclass(of, Enum):
+        lines += [*_wrapped("Values: " + ", ".join(f"`{one.value}`" for one in of) + "."), ""]
     name = ""
     items: dict[str, str] = {}
     for line in attributes.splitlines():
