@@ -137,7 +137,9 @@ def test_every_error_class_is_drawn() -> None:
 def test_the_python_page_tells_every_method(letter: str, of: type) -> None:
     page = (ROOT / "docs" / "reference" / "python.md").read_text()
     methods = set(public(of))
-    assert methods == set(re.findall(rf"^(?:await |async with |async for \w+ in )?{letter}\.(\w+)\(", page, flags=re.MULTILINE))
+    assert methods == set(
+        re.findall(rf"^(?:await |async with |async for \w+ in )?{letter}\.(\w+)\(", page, flags=re.MULTILINE)
+    )
 
 
 def test_all_that_is_public_can_be_imported() -> None:

@@ -225,11 +225,10 @@ async def test_a_device_of_somebody_elses_qemu_is_taken_over_by_its_name(
     named: Path,
 ) -> None:
     theirs = launched([*DEVICE, "-blockdev", f"driver=raw,node-name=n,file.driver=host_device,file.filename={named}"])
-    done = await q.adopt("theirs", theirs.socket)
-    vm = await q.machine("theirs")
+    vm = await q.adopt("theirs", theirs.socket)
     (layer,) = (await vm.chains())[0].layers
     assert (layer.layer.path, layer.layer.storage, layer.layer.identity[:5]) == (str(named), "host_device", "loop:")
-    assert done.machine.spec.disks[0].device == str(named)
+    assert (await vm.record()).spec.disks[0].device == str(named)
     await theirs.io("write -P 1 0 1M")
     await vm.snapshot("s1")
     hashes = await snapshot_hashes(vm)

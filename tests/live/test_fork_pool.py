@@ -32,7 +32,7 @@ async def test_each_fork_of_a_pool_is_used_once(q: qmpsnap.Controller, guest_spe
         for _ in range(3):
             async with pool.take() as machine:
                 done = await machine.run("test ! -e /dev/shm/used && touch /dev/shm/used; hostname; date +%s")
-                host, now = done.stdout.decode().split()
+                host, now = done.stdout.split()
                 assert (await machine.record()).origin
                 assert abs(int(now) - time.time()) < 30
                 used[machine.name] = host

@@ -194,9 +194,8 @@ async def test_an_image_of_somebody_elses_qemu_is_taken_over(
 ) -> None:
     node = f"driver=raw,node-name=n,file.driver=rbd,file.pool=rbd,file.image={image.image},file.conf={image.conf}"
     theirs = launched([*DEVICE, "-blockdev", node])
-    done = await q.adopt("theirs", theirs.socket)
-    vm = await q.machine("theirs")
-    assert done.machine.spec.disks[0].rbd == image
+    vm = await q.adopt("theirs", theirs.socket)
+    assert (await vm.record()).spec.disks[0].rbd == image
     (layer,) = (await vm.chains())[0].layers
     assert (layer.layer.path, layer.layer.storage) == (image.filename, "rbd")
     await theirs.io("write -P 1 0 1M")

@@ -308,7 +308,7 @@ async def test_options_that_say_nothing_of_it_are_refused(
 ) -> None:
     vm = await q.define(TWO)
     with pytest.raises(UsageError) as refused:
-        await vm.snapshot(**options)  # type: ignore[arg-type]
+        await vm.snapshot(**options)  # type: ignore[call-overload]
     assert match in f"{refused.value.message} {refused.value.hint}"
 
 
