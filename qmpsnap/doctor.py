@@ -193,7 +193,7 @@ async def _volumes(home: Home) -> Ability:
     found = await Reflink().probe(Volume(path=str(folder / "image"), format="qcow2"))
     if found.able:
         return Ability("volumes", "yes", f"reflink: the file system of {folder} can clone images")
-    detail = f"reflink: {found.why}: '--kind volume' is refused there"
+    detail = f"reflink: {found.why}: snapshots of kind volume are refused there"
     return Ability("volumes", "limited", detail, found.remedy)
 
 

@@ -233,7 +233,7 @@ class Controller(forks.Templates):
             plan: from a ``plan_*`` method of this controller or of one of its machines.
 
         Raises:
-            StateError: what it would do now is not what it would have done; nothing was done.
+            StateError: the verb would now do something else; nothing was done.
             QmpsnapError: as the verb does.
         """
         if plan._expects:  # noqa: SLF001 - made by a handle

@@ -56,8 +56,8 @@ class Job(Generic[T]):
     """A long operation of one machine. ``await job`` runs it to its end and returns what it did.
 
     It begins when it is first awaited, entered (``async with``) or iterated over (:meth:`progress`), and belongs to the
-    event loop it began in. Whoever waits for it and is cancelled cancels it. A job still running at the end of the
-    controller's block is cancelled there.
+    event loop it began in. If a task that waits for it is cancelled, the job is cancelled. A job still running at the
+    end of the controller's block is cancelled there.
     """
 
     def __init__(self, handle: Handle, verb: str, act: Callable[[Report], Coroutine[Any, Any, T]]) -> None:
@@ -121,7 +121,7 @@ class Job(Generic[T]):
     async def cancel(self) -> None:
         """End it, and return once that is done; ``await job`` then raises :class:`~qmpsnap.errors.JobCancelled`.
 
-        What had been done by then is undone, or completed where it cannot be undone: the error's ``effect`` says which.
+        Its effect until then is undone, or completed where it cannot be undone: the error's ``effect`` says which.
         A job that has ended already stays as it is.
         """
         if self._ended is None:

@@ -70,7 +70,7 @@ class MachineGuest(MachineBase):
         Args:
             command: program and arguments, or a line for the guest's ``/bin/sh``.
             timeout: seconds to wait for its end.
-            encoding: of its output; None returns bytes. What does not decode is replaced.
+            encoding: of its output; None returns bytes. Bytes that do not decode are replaced.
             check: raise when it ends with another status than 0.
             allow_truncated: take what the agent has kept, 16 MiB of stdout and of stderr, where there was more.
 

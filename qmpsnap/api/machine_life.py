@@ -238,7 +238,7 @@ class MachineLife(MachineGuest):
             return list(pending)
 
     async def check(self, *, deep: bool = False, repair: bool = False) -> Checked:
-        """Whether all holds that is promised of the machine; what does not is in ``findings``.
+        """Compare the machine with all that is promised of it; ``findings`` has each difference.
 
         Args:
             deep: also read every image's tables and every state file.

@@ -80,8 +80,8 @@ class MachinePlans(MachineLife):
     def apply(self, plan: Plan[Any, R], *, report: Report = unreported) -> Job[R]:
         """Carry a plan out, if the machine is as it was when the plan was made; returns what its verb returns.
 
-        What the guest has written to its disks since does not matter; that it was started, stopped, paused or resumed,
-        or that its layers or snapshots are others, does.
+        Refused if the guest was started, stopped, paused or resumed since, or if its layers or snapshots are others;
+        not because of data that it wrote to its disks.
 
         Args:
             plan: from a ``plan_*`` method of this machine; it can be applied once.
@@ -155,7 +155,7 @@ class MachinePlans(MachineLife):
     async def plan_snapshot(
         self, name: str | None = None, *, kind: Kind = "disk", **options: Any
     ) -> Plan[Any, Snapshot]:
-        """What :meth:`snapshot` would do now; an agent that is to freeze file systems is not asked."""
+        """A plan of what :meth:`snapshot` would do now; no agent is asked to freeze file systems for it."""
         request = wishes.requested(kind, name, cast("SnapshotOptions", options))
         verb: Any = internal if isinstance(request, internal.InternalRequest) else create
         return await self._plan(
@@ -242,7 +242,7 @@ class MachinePlans(MachineLife):
         )
 
     async def plan_pop(self, *, discard: bool = False) -> Plan[PopPreview, Reverted]:
-        """What :meth:`pop` would do now; its ``qmp`` has the commands of the revert alone."""
+        """A plan of what :meth:`pop` would do now; its ``qmp`` has only the commands of the revert."""
         return await self._plan(
             "pop",
             lambda context: stack.preview(context, self.name, discard=discard),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a verb has done."""
+    """The result of a verb."""
 
     _plan: Any = field(repr=False, compare=False)
 
@@ -37,7 +37,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Committed(Outcome):
-    """What a commit has done.
+    """The result of a commit.
 
     Attributes:
         disk: the disk.
@@ -69,7 +69,7 @@ class Committed(Outcome):
 
 @dataclass(frozen=True, kw_only=True)
 class Streamed(Outcome):
-    """What a stream has done.
+    """The result of a stream.
 
     Attributes:
         disk: the disk.
@@ -92,7 +92,7 @@ class Streamed(Outcome):
 
 @dataclass(frozen=True, kw_only=True)
 class Mirrored(Outcome):
-    """What a mirror has done.
+    """The result of a mirror.
 
     Attributes:
         disk: the disk.
@@ -123,7 +123,7 @@ class Mirrored(Outcome):
 
 @dataclass(frozen=True, kw_only=True)
 class Deleted(Outcome):
-    """What the deletion of snapshots has done.
+    """The result of a deletion of snapshots.
 
     Attributes:
         names: the snapshots that were deleted.

@@ -101,7 +101,7 @@ def require_same(now: object, then: object, machine: str) -> None:
     """Make sure that another plan of the same has the same in it."""
     if now != then:
         raise StateError(
-            f"what {f'machine {machine}' if machine else 'it'} would be made of has changed since the plan was made",
+            f"the plan{f' of machine {machine}' if machine else ''} was made from other facts than there are now",
             hint="plan again",
             machine=machine or None,
         )

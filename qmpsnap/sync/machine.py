@@ -203,7 +203,7 @@ class MachineHandle(MachinePlans):
         return self._call(self._handle.recover())
 
     def check(self, *, deep: bool = False, repair: bool = False) -> Checked:
-        """Whether all holds that is promised of the machine; what does not is in ``findings``."""
+        """Compare the machine with all that is promised of it; ``findings`` has each difference."""
         return self._call(self._handle.check(deep=deep, repair=repair))
 
     def undefine(self, *, disks: undefine.Fate | None = None, told: undefine.Told | None = None) -> list[str]:

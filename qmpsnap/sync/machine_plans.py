@@ -66,7 +66,7 @@ class MachinePlans(Delegating):
     ) -> Plan[InternalPlan, Snapshot]: ...
 
     def plan_snapshot(self, name: str | None = None, *, kind: Kind = "disk", **options: Any) -> Plan[Any, Snapshot]:
-        """What :meth:`snapshot` would do now; an agent that is to freeze file systems is not asked."""
+        """A plan of what :meth:`snapshot` would do now; no agent is asked to freeze file systems for it."""
         return self._call(self._handle.plan_snapshot(name, kind=kind, **options))
 
     def plan_save(
@@ -116,7 +116,7 @@ class MachinePlans(Delegating):
         return self._call(self._handle.plan_push(name, description=description))
 
     def plan_pop(self, *, discard: bool = False) -> Plan[PopPreview, Reverted]:
-        """What :meth:`pop` would do now; its ``qmp`` has the commands of the revert alone."""
+        """A plan of what :meth:`pop` would do now; its ``qmp`` has only the commands of the revert."""
         return self._call(self._handle.plan_pop(discard=discard))
 
     def plan_rename_snapshot(self, old: str, new: str) -> Plan[None, Snapshot]:

@@ -151,7 +151,7 @@ def judge(place: Place, origin: LogicalVolume, volumes: Volumes, thick: str) -> 
     size = lvm.thick_size(thick, origin.size, origin.extent)
     if origin.free < size:
         why = f"volume group {place.group} has {origin.free} bytes free, and the snapshot of {place} takes {size}"
-        return Ability(why=why, remedy="choose a smaller one with --lvm-size, or enlarge the group with vgextend")
+        return Ability(why=why, remedy="choose a smaller one, or enlarge the group with vgextend")
     return Ability(
         reserve=size,
         clone_moves=origin.size,

@@ -50,7 +50,7 @@ def require_sensible(request: ForkRequest) -> None:
     if request.description and request.snapshot:
         raise UsageError(
             "a description is that of the snapshot which is taken, but a snapshot is named",
-            hint="omit " + option("description") + " or the snapshot",
+            hint="omit the description or the snapshot",
         )
     if request.name is not None:
         check_name(request.name, "machine")

@@ -48,7 +48,7 @@ from qmpsnap.qmp.session import Monitor
 
 
 class Reverted(Struct, frozen=True, kw_only=True):
-    """What a revert has come to.
+    """The result of a revert.
 
     Attributes:
         snapshot: where the machine stands now.
@@ -58,7 +58,7 @@ class Reverted(Struct, frozen=True, kw_only=True):
             guest that slept when its memory was saved ...; or ``stopped``.
         memory: the guest goes on where it was; else it boots.
         notes: what the guest could not be told afterwards, one sentence each.
-        detached: what somebody had attached to the QEMU that was ended; the machine does not have it.
+        detached: devices that somebody had attached to the QEMU that was ended; the machine does not have them.
         clock_error_ms: how far the guest's clock is ahead of the host's now that it was set, less than 0 where it is
             behind; None where it was not set, or nobody knows.
     """
