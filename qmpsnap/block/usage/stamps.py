@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -100,6 +101,10 @@ def trouble(layer: Image) -> Trouble | None:
             return None if is_recorded(layer, descriptor) else "replaced"
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link that leads to no device any more
+            return "replaced"
+        raise
 
 
 def digest(layer: Image) -> str:
