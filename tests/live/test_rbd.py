@@ -260,23 +260,35 @@ async def test_a_list_of_snapshots_does_not_wait_for_a_cluster(
 # --- who else uses it -----------------------------------------------------------------------------------------------
 
 
-async def test_an_image_that_another_client_has_open_is_refused(q: qmpsnap.Controller, image: RbdImage) -> None:
+@pytest.mark.parametrize("here", [True, False])
+async def test_an_image_that_another_client_has_open_is_refused(
+    q: qmpsnap.Controller, image: RbdImage, *, here: bool
+) -> None:
+    """A QEMU of this host is named; of any other client the cluster tells the address alone."""
     vm = await q.define(of(image))
-    argv = ["qemu-storage-daemon", "--blockdev", f"driver=rbd,node-name=n,{options(image)}", "--chardev", "stdio,id=c"]
-    argv += ["--monitor", "c"]
+    daemon = [
+        "qemu-storage-daemon",
+        "--blockdev",
+        f"driver=rbd,node-name=n,{options(image)}",
+        "--chardev",
+        "stdio,id=c",
+    ]
+    argv = [*daemon, "--monitor", "c"] if here else ["rbd", *image.arguments, "watch"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:  # noqa: ASYNC220
         assert other.stdout
-        other.stdout.readline()
+        other.stdout.read(1)
+        who = rf"qemu-storage-da \(process {other.pid}\)" if here else r"Ceph client 127\.0\.0\.1"
         for verb in (vm.start(), vm.snapshot("s1")):
-            with pytest.raises(ImageInUse, match=rf"rbd:{image}.*is read by Ceph client 127\.0\.0\.1"):
+            with pytest.raises(ImageInUse, match=rf"rbd:{image}.*is read by {who}"):
                 await verb
         with pytest.raises(StateError, match="which machine web writes to"):
             await q.define(of(image, "two"))
         await vm.undefine(disks="keep")
-        with pytest.raises(ImageInUse, match=f"rbd:{image}"):
+        with pytest.raises(ImageInUse, match=f"rbd:{image}.*is read by {who}"):
             await q.define(of(image))
         other.terminate()
-    await q.define(of(image))
+    if here:  # it has closed its image, as one that is killed has not
+        await q.define(of(image))
 
 
 def options(image: RbdImage) -> str:
