@@ -140,7 +140,8 @@ class Shelf(Struct, frozen=True):
                 yield None
                 return
             seen = (template.ram, template.devices) == (Seen.of(ram), Seen.of(devices))
-            if not seen or template.key != key or template.boot != boot_id() or template.ram.owner != os.geteuid():
+            owned = {template.ram.owner, template.devices.owner} == {os.geteuid()}
+            if not seen or not owned or template.key != key or template.boot != boot_id():
                 yield None
                 return
             yield template, ram, devices
@@ -338,6 +339,7 @@ def publish(shelf: Shelf, part: Path, ram: int, devices: int, about: Template) -
     for name in os.listdir(part):  # noqa: PTH208
         if name not in (RAM, DEVICES):
             (part / name).unlink(missing_ok=True)  # QEMU's sockets and logs
+    part.chmod(0o700)  # nor may QEMU's user write there any more, where it is another
     files.write_new(part / ABOUT, msgspec.json.encode(template))
     files.sync_folder(part)
     part.rename(shelf.of(template.key))

@@ -138,7 +138,8 @@ async def _bake(context: Context, source: Source, shelf: Shelf) -> None:
             in_thread(statefile.verified(source.state)) as state,
             in_thread(templates.beginning(shelf, name, size)) as (folder, ram, devices),
         ):
-            if context.run_as:  # QEMU opens it anew, by its descriptor
+            if context.run_as:  # its QEMU works in that folder, and opens the memory anew, by its descriptor
+                await to_end(admit, str(shelf.folder), context.run_as.uid, acl.ENTER)
                 await to_end(admit, str(folder / templates.RAM), context.run_as.uid, acl.READ | acl.WRITE)
             await _in_qemu(context, source, identity, folder, Loading(source.state, state), ram=ram, devices=devices)
             nothing = Seen(0, 0, 0, 0, 0)
