@@ -91,12 +91,13 @@ async def test_a_snapshot_that_fails_is_undone(q: qmpsnap.Controller, state: Sta
         pytest.raises(HostCannot, match="snapshot fails") as failed,
     ):
         await vm.snapshot("one", kind="volume")
-    assert failed.value.effect == "none"
-    assert await vm.snapshots() == ()
-    assert _ours(vm) == []
+    complete = (disk, when) == ("vdb", "after")  # then it is taken, whatever the driver says
+    assert failed.value.effect == ("applied" if complete else "none")
+    assert len(await vm.snapshots()) == int(complete)
+    assert len(_ours(vm)) == 2 * complete
     assert [len(chain.layers) for chain in await vm.chains()] == [1, 1]
     await hold_invariants(vm)
-    await vm.snapshot("one", kind="volume")
+    await vm.snapshot("two", kind="volume")
     await hold_invariants(vm)
 
 

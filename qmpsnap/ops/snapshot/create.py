@@ -138,6 +138,9 @@ async def _undone(context: Context, plan: CreatePlan, error: QmpsnapError) -> Ch
             effect = "unknown" if "unknown" in (effect, why.effect) else "applied"
             left.append(f"layer {overlay.layer.id} of disk {overlay.disk} stays as a hidden layer: {why.message}")
     if moved:
+        taken = {found.name for found in await context.astore.snapshots(plan.machine)}
+        if any(found.name in taken for found in plan.change.snapshots):  # its volumes were complete, whatever failed
+            effect = "applied"
         error.claim(effect, "; ".join(left))
     return None
 
