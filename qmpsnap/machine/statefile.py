@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ MANIFEST_LIMIT = 1 << 20
 
 FALLOC_FL_KEEP_SIZE = 1
 """Of fallocate(2), which Python has only without flags."""
+SYNC_FILE_RANGE_WRITE = 2
+"""Of sync_file_range(2), which Python has not: begin to write, and do not wait."""
 
 STREAM_MAGIC = b"QEVM"
 """The first bytes of what QEMU writes."""
@@ -43,6 +46,8 @@ _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 """Of renameat2(2), which Python has not."""
 
 _CHUNK = 1 << 20
+_LOOK = 0.005
+"""Seconds between two looks for more to digest."""
 _TAIL = 32 + 8 + len(MAGIC)
 
 
@@ -75,7 +80,49 @@ def also_direct(descriptor: int) -> int | None:
         return None
 
 
-def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
+class Digest:
+    """The SHA-256 of a file that QEMU writes from its beginning to its end, followed by a thread while it is written.
+
+    What QEMU has written is sent to the disk meanwhile, so that less is left for the fsync at the end. Nobody waits for
+    the thread, whose storage may hang: what it has not digested is left to the caller of :meth:`taken`.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        self._stopped = threading.Event()
+        self._taken = (0, hashlib.sha256())
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def stop(self) -> None:
+        """Digest no more."""
+        self._stopped.set()
+
+    def taken(self) -> tuple[int, "hashlib._Hash"]:
+        """So many bytes of the beginning, and what they digest to."""
+        self.stop()
+        return self._taken
+
+    def _follow(self) -> None:
+        with os.fdopen(self._descriptor, "rb", buffering=0), contextlib.suppress(OSError):
+            while not self._stopped.is_set():
+                at, found = self._taken
+                if chunk := os.pread(self._descriptor, _CHUNK, at):
+                    found = found.copy()
+                    found.update(chunk)
+                    self._taken = (at + len(chunk), found)
+                    _begin_writeback(self._descriptor, at, len(chunk))
+                else:
+                    self._stopped.wait(_LOOK)
+
+
+def _begin_writeback(descriptor: int, start: int, size: int) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    libc.sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)
+
+
+def finish(written: str, path: str, manifest: Manifest, digest: Digest | None = None) -> Vmstate:
     """Digest what QEMU wrote, compress it if the manifest says so, and give it its manifest and name, all durably.
 
     If an earlier process did part of it and died, the rest is done. A link in the file's place is not followed. It gets
@@ -90,7 +137,7 @@ def finish(written: str, path: str, manifest: Manifest) -> Vmstate:
             if not _begins_ours(descriptor):
                 raise StoreMismatch(f"{written} was replaced by another file; it was not touched")
             if not _is_sealed(descriptor, written, manifest.operation):
-                _seal(descriptor, manifest)
+                _seal(descriptor, manifest, digest)
             os.ftruncate(descriptor, os.fstat(descriptor).st_size)  # lets go of the room it did not need
             os.fsync(descriptor)
             _name(descriptor, written, path)
@@ -114,9 +161,9 @@ def _is_sealed(descriptor: int, path: str, operation: OperationId) -> bool:
         return False
 
 
-def _seal(descriptor: int, manifest: Manifest) -> None:
+def _seal(descriptor: int, manifest: Manifest, begun: Digest | None = None) -> None:
     """Append the manifest, into the room that was promised to the stream."""
-    size, digest = _digest(descriptor, os.fstat(descriptor).st_size)
+    size, digest = _digest(descriptor, os.fstat(descriptor).st_size, begun)
     text = msgspec.json.encode(msgspec.structs.replace(manifest, bytes=size, digest=digest))
     left = text + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + MAGIC
     try:
@@ -235,9 +282,9 @@ def _manifest(descriptor: int, path: str) -> Manifest:
     return manifest
 
 
-def _digest(descriptor: int, size: int) -> tuple[int, str]:
+def _digest(descriptor: int, size: int, begun: Digest | None = None) -> tuple[int, str]:
     """How many bytes there are, ``size`` at most, and their SHA-256."""
-    found, at = hashlib.sha256(), 0
+    at, found = begun.taken() if begun else (0, hashlib.sha256())
     while at < size and (chunk := os.pread(descriptor, min(_CHUNK, size - at), at)):
         found.update(chunk)
         at += len(chunk)

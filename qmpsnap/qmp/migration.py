@@ -85,7 +85,7 @@ async def set_up(monitor: Monitor, *, background: bool, mapped: bool, direct: bo
     ``background``: behind the running guest. ``mapped``: every page at a place of its own, by several threads.
     """
     known = await capabilities(monitor)
-    wanted = {"background-snapshot": background, "mapped-ram": mapped, "multifd": mapped}
+    wanted = {"background-snapshot": background, "mapped-ram": mapped, "multifd": mapped, "events": True}
     await set_capabilities(monitor, {name: on for name, on in wanted.items() if name in known})
     await set_parameters(monitor, max_bandwidth=UNLIMITED)
     if mapped:
@@ -101,7 +101,7 @@ async def put_back(monitor: Monitor) -> None:
     """Let QEMU forget what :func:`set_up`, :func:`leave_out_shared` and :func:`hand_over` did."""
     await let_go(monitor)
     known = await capabilities(monitor)
-    wanted = ("background-snapshot", "mapped-ram", "multifd", "x-ignore-shared")
+    wanted = ("background-snapshot", "mapped-ram", "multifd", "x-ignore-shared", "events")
     await set_capabilities(monitor, {name: False for name in wanted if name in known})
 
 

@@ -706,11 +706,11 @@ async def test_a_state_that_cannot_be_finished_is_given_up(
     theirs = []
     real = statefile.finish
 
-    def fails(written: str, path: str, manifest: Manifest) -> Any:
+    def fails(written: str, path: str, manifest: Manifest, *digest: Any) -> Any:
         if failing == "taken meanwhile":
             Path(path).write_text("mine")
             theirs.append(Path(path))
-            return real(written, path, manifest)
+            return real(written, path, manifest, *digest)
         raise HostCannot(failing)
 
     monkeypatch.setattr(statefile, "finish", fails)

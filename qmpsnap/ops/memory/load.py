@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import anyio
 from msgspec import Struct
 
 from qmpsnap.errors import QmpError, StateError
@@ -80,11 +79,10 @@ async def load(qemu: Monitor, loading: Loading) -> None:
     await migration.set_up(qemu, background=False, mapped=mapped)
     if loading.ram:
         await migration.leave_out_shared(qemu)
-    await migration.start(qemu, "migrate-incoming", await migration.hand_over(qemu, loading.descriptor))
-    pause = 0.002
-    while (found := await migration.query(qemu)).status not in migration.ENDED:
-        await anyio.sleep(pause)
-        pause = min(pause * 1.5, 0.05)
+    async with qemu.listen("MIGRATION") as bell:
+        await migration.start(qemu, "migrate-incoming", await migration.hand_over(qemu, loading.descriptor))
+        while (found := await migration.query(qemu)).status not in migration.ENDED:
+            await bell.wait(0.05)
     if found.status != "completed":
         raise QmpError(f"QEMU could not load {loading.state.path}: {found.error_desc or found.status}")
     await migration.put_back(qemu)

@@ -43,13 +43,26 @@ class Held(Struct, frozen=True):
     steps: Mapping[str, float]
 
 
+class Channel:
+    """The file as QEMU has it, from :func:`channel`.
+
+    Attributes:
+        arguments: those of ``migrate``.
+        digest: of what was written so far, where QEMU writes from the beginning to the end.
+    """
+
+    def __init__(self, arguments: dict[str, Any], digest: statefile.Digest | None) -> None:
+        self.arguments, self.digest = arguments, digest
+
+
 @asynccontextmanager
-async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]]:
+async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[Channel]:
     """Make the file and ready QEMU to write to it; afterwards QEMU is as it was, the file stays.
 
     There has to be space for all of it: a save that has begun must not run out of it.
     """
     descriptors = [await to_end(statefile.create, memory.part)]
+    digest = None
     try:
         await to_end(statefile.reserve, descriptors[0], memory.reserve, memory.part)
         direct = await to_end(statefile.also_direct, descriptors[0]) if memory.layout == "mapped-ram" else None
@@ -60,9 +73,14 @@ async def channel(qemu: Monitor, memory: Memory) -> AsyncIterator[dict[str, Any]
             mapped=memory.layout == "mapped-ram",
             direct=direct is not None,
         )
-        yield await migration.hand_over(qemu, *descriptors)
+        arguments = await migration.hand_over(qemu, *descriptors)
+        if memory.layout == "stream" and memory.compression == "none":
+            digest = statefile.Digest(descriptors[0])
+        yield Channel(arguments, digest)
         await migration.put_back(qemu)
     finally:
+        if digest:
+            digest.stop()
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -211,24 +229,23 @@ async def written(qemu: Monitor, operation: Operation, *, report: Report) -> Non
 
 async def ended(qemu: Monitor, operation: Operation, *, report: Report) -> migration.Migration:
     """Wait for the end of a save, however it ends."""
-    pause = 0.002
-    while True:
-        found = await migration.query(qemu)
-        ram = found.ram
-        done = found.status in migration.ENDED
-        report(
-            JobInfo(
-                id=f"qs.{operation.id}.memory",
-                type="save",
-                status="concluded" if done else "running",
-                current_progress=max(0, ram.total - ram.remaining),
-                total_progress=ram.total,
+    async with qemu.listen("MIGRATION") as bell:
+        while True:
+            found = await migration.query(qemu)
+            ram = found.ram
+            done = found.status in migration.ENDED
+            report(
+                JobInfo(
+                    id=f"qs.{operation.id}.memory",
+                    type="save",
+                    status="concluded" if done else "running",
+                    current_progress=max(0, ram.total - ram.remaining),
+                    total_progress=ram.total,
+                )
             )
-        )
-        if done:
-            return found
-        await anyio.sleep(pause)
-        pause = min(pause * 1.5, 0.1)
+            if done:
+                return found
+            await bell.wait(0.1)
 
 
 async def forget(qemu: Monitor) -> None:
@@ -243,10 +260,11 @@ async def finish(
     memory: Memory,
     *,
     snapshot: str,
+    digest: statefile.Digest | None = None,
     steps: Mapping[str, float] | None = None,
     frozen: bool = False,
 ) -> Vmstate:
-    """Give the written state its manifest and its name, durably."""
+    """Give the written state its manifest and its name, durably; ``digest``: what was digested of it meanwhile."""
     manifest = Manifest(
         operation=operation.id,
         points={overlay.disk: overlay.backing.id for overlay in operation.plan.overlays},
@@ -261,4 +279,4 @@ async def finish(
         steps_ms=dict(steps or {}),
         frozen=frozen,
     )
-    return await to_end(statefile.finish, memory.part, memory.path, manifest)
+    return await to_end(statefile.finish, memory.part, memory.path, manifest, digest)

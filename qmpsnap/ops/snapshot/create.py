@@ -316,7 +316,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         await at.mark_opened(change.layers)  # and the guest may be paused by us
         try:
             async with at.freezer.frozen():
-                held = await memory.hold(qemu, how, channel, lambda: at.transact(qemu), machine=machine.name)
+                held = await memory.hold(qemu, how, channel.arguments, lambda: at.transact(qemu), machine=machine.name)
         except DeadlinePassed:
             # It may be whole all the same, but it was held for too long: nobody wants it.
             with anyio.CancelScope(shield=True):
@@ -327,7 +327,12 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
         await memory.written(qemu, at.operation, report=at.report)
     try:
         state = await memory.finish(
-            at.operation, how, snapshot=change.snapshots[0].name, steps=held.steps, frozen=at.freezer.sent
+            at.operation,
+            how,
+            snapshot=change.snapshots[0].name,
+            digest=channel.digest,
+            steps=held.steps,
+            frozen=at.freezer.sent,
         )
     except QmpsnapError as error:
         if how.mode == "stopped" and not how.resume:
