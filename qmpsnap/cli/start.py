@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SAME = 0.1
 """Seconds within which two SIGINTs are one: ``timeout`` sends it to its process and to the group."""
 
+_OF_TYPES = "msgspec/_utils.py"
+"""What msgspec's own code calls in Python."""
 _AGAIN = 0.001
 """Seconds until a SIGINT that came at the wrong time comes again."""
 
@@ -36,11 +38,14 @@ def run() -> NoReturn:
 
 
 def postponed(frame: FrameType | None) -> bool:
-    """Whether SIGINT came while a module was being loaded; then it comes again in a moment.
+    """Whether SIGINT came while a module was being loaded or msgspec looked at a type; then it comes again in a moment.
 
-    msgspec crashes when an exception is raised in the middle of a class statement, as CPython raises it there.
+    msgspec crashes when an exception is raised in the middle of a class statement, as CPython raises it there, and can
+    crash where it asks Python for the annotations of the types that it decodes for the first time.
     """
     while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        if frame.f_code.co_filename.endswith(_OF_TYPES):
+            break
         frame = frame.f_back
     if frame:
         signal.signal(signal.SIGALRM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))

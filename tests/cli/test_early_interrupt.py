@@ -4,9 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from qmpsnap.cli.start import postponed
 
 INTERRUPTED = """
 import os, signal, sys
@@ -46,3 +50,22 @@ def test_no_traceback(first: str, second: str, tmp_path: Path) -> None:
         assert (first in LATER, "no machine 'web'" in done.stderr) == (True, True), done
     elif done.returncode != -signal.SIGINT:
         assert (done.returncode, "interrupted" in done.stderr) == (128 + signal.SIGINT, True), done
+
+
+@pytest.mark.parametrize("file", ["/x/msgspec/_utils.py", "<frozen importlib._bootstrap>"])
+def test_it_is_put_off_where_an_exception_would_crash(file: str) -> None:
+    """A frame of that file is among those that were interrupted."""
+    names: dict[str, Any] = {}
+    exec(compile("def run(call):\n    return call()\n", file, "exec"), names)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        assert not postponed(sys._getframe())
+        assert names["run"](lambda: postponed(sys._getframe()))
+        end = time.monotonic() + 30
+        while not heard and time.monotonic() < end:
+            time.sleep(0.001)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    assert heard == [signal.SIGINT]

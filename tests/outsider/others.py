@@ -133,7 +133,8 @@ def moves(hit: Hit, words: list[str]) -> Answer:
     elif moved and not path.exists():
         away.rename(path)
         there = hit.known.name in births.names()
-        if str(path) not in paths(hit) and not (there and looks.open_operations(hit.known.name)):
+        waits = there and looks.open_operations(hit.known.name)
+        if str(path) not in paths(hit) and not waits and "--keep-disks" not in words:
             path.unlink()
     elif moved:
         raise Violation(f"{path} was moved away, and something else was put there: {' '.join(words)}")
@@ -160,7 +161,7 @@ def replaces(hit: Hit, words: list[str]) -> Answer:
             raise Violation(f"{path} was somebody's copy, and is written to or gone: {' '.join(words)}")
     finally:
         path.unlink(missing_ok=True)
-        if str(path) in paths(hit):
+        if str(path) in paths(hit) or "--keep-disks" in words:
             aside.rename(path)
         else:
             aside.unlink()
