@@ -11,9 +11,14 @@ import pytest
 T = TypeVar("T")
 
 QUARTER = os.environ.get("QMPSNAP_QUARTER", "")
-"""``0`` to ``3`` chooses a quarter of the tests that do not depend on QEMU's version; empty runs all of them."""
+"""``0`` to ``3`` chooses a quarter of the tests that do not depend on QEMU's version, and half of those that do.
+
+Two quarters one after the other have both halves. Empty runs all of them.
+"""
 GRID = 6
-"""With a quarter every how-manieth test of a grid is run."""
+"""Every how-manieth test of a grid is run, with a quarter or a number in :data:`GRID_AT`."""
+GRID_AT = os.environ.get("QMPSNAP_GRID_AT", "")
+"""With which of the first :data:`GRID` tests of a grid a run of all others begins; empty runs whole grids."""
 SLOW = Path(__file__).with_name("slow")
 """What took a second or more when it was last measured: seconds, a space and the test, one a line."""
 
@@ -39,21 +44,28 @@ def dealt(items: Sequence[T], hands: int) -> list[T]:
     return [item for hand in range(hands) for item in items[hand::hands]]
 
 
-def left_out(items: Sequence[pytest.Item], quarter: str) -> set[str]:
-    """The tests that a run of this quarter leaves out: those marked ``version`` and the faults always run."""
-    if not quarter:
-        return set()
+def in_half(test: str, quarter: int) -> bool:
+    """Whether this quarter has the test, which depends on QEMU's version: the next one has those that it has not."""
+    return zlib.crc32(test.encode()) // 4 % 2 == quarter % 2
+
+
+def left_out(items: Sequence[pytest.Item], quarter: str, grid_at: str) -> set[str]:
+    """The tests that a run leaves out; the faults have a choice of their own."""
     free = [item for item in items if "/faults/" not in str(item.path)]
     grid = [item.nodeid for item in free if item.get_closest_marker("grid")]
-    rest = [item.nodeid for item in free if not item.get_closest_marker("version")]
-    return {test for place, test in enumerate(grid, start=1) if place % GRID} | {
-        test for test in rest if not in_quarter(test, int(quarter))
-    }
+    out: set[str] = set()
+    if quarter or grid_at:
+        out |= {test for place, test in enumerate(grid) if place % GRID != int(grid_at or quarter) % GRID}
+    for item in free if quarter else ():
+        has = in_half if item.get_closest_marker("version") else in_quarter
+        if not has(item.nodeid, int(quarter)):
+            out.add(item.nodeid)
+    return out
 
 
 def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what this run need not have, and put the rest in order."""
-    out = left_out(items, QUARTER)
+    out = left_out(items, QUARTER, GRID_AT)
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])
     kept = [item for item in items if item.nodeid not in out]
     ordered = [kept[place] for place in longest_first([item.nodeid for item in kept], seconds())]

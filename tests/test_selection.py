@@ -20,6 +20,13 @@ def test_every_test_is_in_one_quarter() -> None:
     assert all(quarters)
 
 
+def test_every_test_that_depends_on_the_version_is_in_one_of_two_quarters() -> None:
+    for quarter in range(3):
+        halves = [{test for test in TESTS if selection.in_half(test, quarter + further)} for further in (0, 1)]
+        assert sorted(test for half in halves for test in half) == sorted(TESTS)
+        assert all(halves)
+
+
 def test_the_longest_begin_first_with_every_worker() -> None:
     took = {TESTS[7]: 9.0, TESTS[50]: 30.0, TESTS[99]: 20.0}
     order = selection.longest_first(TESTS, took)
