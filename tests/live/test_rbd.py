@@ -1,5 +1,6 @@
 """Disks that are images of a Ceph cluster: every verb on one, on a real cluster of one node."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -274,7 +275,7 @@ async def test_an_image_that_another_client_has_open_is_refused(
         "stdio,id=c",
     ]
     argv = [*daemon, "--monitor", "c"] if here else ["rbd", *image.arguments, "watch"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:  # noqa: ASYNC220
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other, ending(other):  # noqa: ASYNC220
         assert other.stdout
         other.stdout.read(1)
         who = rf"qemu-storage-da \(process {other.pid}\)" if here else r"Ceph client 127\.0\.0\.1"
@@ -286,9 +287,17 @@ async def test_an_image_that_another_client_has_open_is_refused(
         await vm.undefine(disks="keep")
         with pytest.raises(ImageInUse, match=f"rbd:{image}.*is read by {who}"):
             await q.define(of(image))
-        other.terminate()
     if here:  # it has closed its image, as one that is killed has not
         await q.define(of(image))
+
+
+@contextlib.contextmanager
+def ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """It ends with the block, whatever becomes of that."""
+    try:
+        yield
+    finally:
+        process.terminate()
 
 
 def options(image: RbdImage) -> str:
