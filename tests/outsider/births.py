@@ -59,7 +59,7 @@ def gone(world: World, known: Known, *, kept: bool, born: bool, told: str = "") 
     if kept and known.seen:
         if problem := known.active.problem(looks.active_disks(known.seen.chains)):
             raise Violation(f"{known.name} was undefined and its disks kept: {problem}")
-        for path in (*left, *_elsewhere(world, known, read)):
+        for path in {*left, *_elsewhere(world, known, read)}:
             path.unlink()
         return
     for path in [path for path in left if str(path) in told]:
@@ -74,5 +74,5 @@ def _elsewhere(world: World, known: Known, read: set[str]) -> list[Path]:
     assert known.seen
     found = {str(layer["path"]) for chain in known.seen.chains.values() for layer in chain}
     found |= {str(p["path"]) for s in known.seen.snapshots.values() for p in s["disks"].values()}
-    inside = str(world.images / "")
+    inside = (f"{world.images}/", f"{world.home}/machines/")  # a clone's parent may have given up what it read
     return [Path(path) for path in found - read if path.startswith(inside) and not path.endswith("writer.raw")]
