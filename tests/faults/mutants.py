@@ -35,17 +35,16 @@ def _a_result_is_not_flushed_before_it_counts(patch: Patch) -> None:
 
 
 def _qemu_hears_of_a_snapshot_before_the_journal(patch: Patch) -> None:
-    mark, transact = _Attempt.mark, _Attempt.transact
+    transact = _Attempt.transact
 
-    async def marked(self: _Attempt, step: str) -> None:
-        if step != steps.TRANSACTION:
-            await mark(self, step)
+    async def marked(self: _Attempt, layers: Any) -> None:
+        """Too early."""
 
     async def transacted(self: _Attempt, qemu: Any) -> None:
         await transact(self, qemu)
-        await mark(self, steps.TRANSACTION)
+        await self.mark(steps.TRANSACTION)
 
-    patch.setattr(create._Attempt, "mark", marked)
+    patch.setattr(create._Attempt, "mark_opened", marked)
     patch.setattr(create._Attempt, "transact", transacted)
 
 
