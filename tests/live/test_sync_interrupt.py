@@ -23,6 +23,7 @@ async def _holds() -> None:
 
 
 def test_ctrl_c_cancels_the_call_and_waits_for_its_end(home: object, slow_jobs: None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would have it ignored
     anyio.run(_make)
     threads: set[int] = set()
     main = threading.get_ident()

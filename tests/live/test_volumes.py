@@ -335,7 +335,7 @@ async def test_the_dry_run_tells_what_is_made(q: qmpsnap.Controller) -> None:
     await vm.start(paused=True)
     folder = context_of(vm).home.machine_dir(vm.name)
     before = sorted(path.name for path in folder.iterdir())
-    _, plan = await vm.preview_snapshot("one", kind="volume")
+    plan = (await vm.plan_snapshot("one", kind="volume")).details
     assert sorted(path.name for path in folder.iterdir()) == before
     taken = await vm.snapshot("one", kind="volume")
     assert taken.points == plan.change.snapshots[0].points

@@ -14,7 +14,7 @@ from qmpsnap.block.image.create import remove
 from qmpsnap.block.image.empty import is_beginning
 from qmpsnap.block.image.header import printable
 from qmpsnap.block.image.qcow2 import MAGIC, Header
-from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.errors import HostCannot, ImageRefused, StateError, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.host.files import Identified, Inode, extents, inode_of, opened
 from qmpsnap.host.threads import first_of, to_end
@@ -74,7 +74,7 @@ async def make_overlays(context: Context, machine: Machine, overlays: Sequence[O
         async with anyio.create_task_group() as group:
             for overlay in overlays:
                 group.start_soon(make, overlay)
-    except* QmpsnapError as errors:
+    except BaseExceptionGroup as errors:  # Python 3.11.2 groups again what an except* raises
         raise first_of(errors) from errors
     return headers
 

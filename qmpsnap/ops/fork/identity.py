@@ -54,9 +54,9 @@ async def _in_guest(context: Context, machine: Machine, addresses: Sequence[tupl
     async with agent.connect(socket, machine=machine.name, deadline=ANSWER) as guest:
         done = await guest.run(command, deadline=DEADLINE, stdin=identity.seed())
         lacks = [line.strip()[:_QUOTED] for line in done.stdout.decode(errors="replace").splitlines()]
-        if done.status:
+        if done.exit_status:
             said = done.stderr.decode(errors="replace").strip()[:_QUOTED]
-            lacks.append(f"the script in the guest ended with status {done.status}: {said}")
+            lacks.append(f"the script in the guest ended with status {done.exit_status}: {said}")
         clock = await post_resume.set_clock(guest)
         if clock.clock_error_ms is None or abs(clock.clock_error_ms) > post_resume.NEAR_MS:
             lacks += clock.notes

@@ -116,7 +116,7 @@ async def _all(
         async with anyio.create_task_group() as group:
             for _ in range(request.count):
                 group.start_soon(fork)
-    except* QmpsnapError as errors:
+    except BaseExceptionGroup as errors:  # Python 3.11.2 groups again what an except* raises
         raise first_of(errors) from errors
 
 

@@ -72,7 +72,7 @@ async def after(session: MachineSession, snapshot: str, *, report: Report) -> No
         raise OperationPending(
             f"{said}: {error.message}",
             hint=call("recover", session.machine.name) + " commits it, and so does the next volume snapshot",
-            effect="applied",
+            effect="unknown" if error.effect == "unknown" else "applied",
             machine=session.machine.name,
             operation=error.operation,
         ) from error
