@@ -83,7 +83,7 @@ async def export(context: Context, name: str, target: Path) -> int:
         if record.machine.spec.firmware == "uefi":
             named[""] = Source(str(context.home.variables(name)))
         await to_read(_require_files, record, name)
-        await to_read(lambda: other_programs.require_unwritten(record.layers, machine=name))
+        await other_programs.require_free([layer.path for layer in record.layers], machine=name)
         contents = msgspec.json.encode(Contents(record=record, files=tuple(named)))
         return await to_end(bundle.write, str(target.absolute()), contents, tuple(named.values()))
 

@@ -11,7 +11,6 @@ from qmpsnap.block.usage import users
 from qmpsnap.block.usage.users import User
 from qmpsnap.errors import ImageInUse
 from qmpsnap.host.threads import to_end
-from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.rbd import PREFIX, shown
 from qmpsnap.model.operations.operation import Plan
 from qmpsnap.model.planning import sharing
@@ -23,28 +22,20 @@ PATIENCE: Final = 1.0
 """Seconds that somebody is given to close an image: one that was killed closes it only when its memory is freed."""
 
 
-def require_unwritten(layers: Iterable[Layer], *, machine: str, ours: Collection[int] = ()) -> None:
-    """Refuse where somebody else writes to one of these images; called in a thread."""
-    if found := _first((layer.path for layer in layers), readers=False, ours=ours):
-        refuse(found, machine)
+def require_free_now(paths: Iterable[str], *, machine: str, readers: bool = False, ours: Collection[int] = ()) -> None:
+    """Refuse where somebody else writes to one of these images, or with ``readers`` has one open; called in a thread.
 
-
-def require_unused(paths: Iterable[str], *, machine: str) -> None:
-    """Refuse where somebody else has one of these open at all; called in a thread."""
-    if found := _first(paths, readers=True, ours=()):
+    The processes ``ours`` may.
+    """
+    for found in users.look(paths, readers=readers, ours=ours).users.values():
         refuse(found, machine)
 
 
 async def require_free(
     paths: Sequence[str], *, machine: str, readers: bool = False, ours: Collection[int] = ()
 ) -> None:
-    """Refuse where somebody writes to one of these, or with ``readers`` has one open at all."""
-
-    async def ask() -> None:
-        if found := await to_end(lambda: _first(paths, readers=readers, ours=ours)):
-            refuse(found, machine)
-
-    await retrying(ask)
+    """The same, once whoever has one open was given :data:`PATIENCE` to close it."""
+    await retrying(lambda: to_end(lambda: require_free_now(paths, machine=machine, readers=readers, ours=ours)))
 
 
 async def retrying(call: Callable[[], Awaitable[T]]) -> T:
@@ -63,8 +54,7 @@ def require_unread(plan: Plan, forest: Forest, *, machine: str) -> None:
     """Refuse a plan that would write to or remove an image that somebody else reads; no QEMU has it open."""
     changes = sharing.uses(plan, forest).changes
     paths = [layer.path for layer in forest.layers.values() if layer.id in changes]
-    if found := _first(paths, readers=True, ours=()):
-        refuse(found, machine)
+    require_free_now(paths, machine=machine, readers=True)
 
 
 def refuse(found: User, machine: str) -> NoReturn:
@@ -84,7 +74,3 @@ def _remedy(found: User) -> str:
     if found.path.startswith(PREFIX):
         return "end that client, then try again; the cluster forgets one that was killed within a minute"
     return "end that use of it (umount, swapoff, losetup -d, dmsetup remove), then try again"
-
-
-def _first(paths: Iterable[str], *, readers: bool, ours: Collection[int]) -> User | None:
-    return next(iter(users.look(paths, readers=readers, ours=ours).users.values()), None)

@@ -229,9 +229,11 @@ def _require_alone(context: Context, basis: Basis, *, runs: bool) -> None:
     if not runs:
         # QEMU locks no image in a cluster against another QEMU: both would write.
         alone = [chain.active.path for chain in basis.chains if chain.active.storage == "rbd"]
-        other_programs.require_unused(alone, machine=basis.name)
-    other_programs.require_unwritten(
-        (layer for layer in layers if layer.id not in active), machine=basis.name, ours=[process.pid] if process else []
+        other_programs.require_free_now(alone, machine=basis.name, readers=True)
+    other_programs.require_free_now(
+        (layer.path for layer in layers if layer.id not in active),
+        machine=basis.name,
+        ours=[process.pid] if process else [],
     )
 
 
