@@ -55,6 +55,20 @@ async def grown(q: qmpsnap.Controller, spec: MachineSpec) -> tuple[qmpsnap.Machi
     return vm, await snapshot_hashes(vm), await active_hash(vm)
 
 
+async def require_rebuilt(home: Path, spec: MachineSpec) -> None:
+    """A machine of that spec is what it was, after its store was lost and rebuilt."""
+    async with qmpsnap.open() as q:
+        vm, hashes, now = await grown(q, spec)
+        chains = await vm.chains()
+    lose(home)
+    await rebuild.run(at(home), set_aside=False)
+    async with qmpsnap.open() as q:
+        vm = await q.machine("web")
+        assert await vm.chains() == chains
+        assert await active_hash(vm) == now
+        await hold_invariants(vm, hashes)
+
+
 def content(device: Path) -> bytes:
     return device.read_bytes()
 
@@ -207,16 +221,7 @@ async def test_a_machine_on_a_device_is_forgotten_and_the_device_is_not(
 
 
 async def test_a_store_is_rebuilt_with_its_devices(home: Path, named: Path) -> None:
-    async with qmpsnap.open() as q:
-        vm, hashes, now = await grown(q, of(named))
-        chains = await vm.chains()
-    lose(home)
-    await rebuild.run(at(home), set_aside=False)
-    async with qmpsnap.open() as q:
-        vm = await q.machine("web")
-        assert await vm.chains() == chains
-        assert await active_hash(vm) == now
-        await hold_invariants(vm, hashes)
+    await require_rebuilt(home, of(named))
 
 
 async def test_a_device_of_somebody_elses_qemu_is_taken_over_by_its_name(

@@ -17,15 +17,13 @@ from qmpsnap.block.usage import survey
 from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, StateError, StorageHangs, StoreMismatch
 from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
-from qmpsnap.ops.rebuild import rebuild
 from tests.live.cluster import cluster, rbd, require_module
 from tests.live.devices import run
 from tests.live.machine import MIB, active_hash, context_of, fill, hold_invariants, snapshot_hashes, user_monitor
 
 # "launched" and its "folder" are fixtures
 from tests.live.test_adopt import folder, launched  # noqa: F401
-from tests.live.test_devices import DEVICE, grown
-from tests.live.test_rebuild import at, lose
+from tests.live.test_devices import DEVICE, grown, require_rebuilt
 
 pytestmark = pytest.mark.xdist_group("ceph")
 
@@ -166,16 +164,7 @@ async def test_a_clone_reads_what_lies_on_an_image(q: qmpsnap.Controller, image:
 
 
 async def test_a_store_is_rebuilt_with_its_images(home: Path, image: RbdImage) -> None:
-    async with qmpsnap.open() as q:
-        vm, hashes, now = await grown(q, of(image))
-        chains = await vm.chains()
-    lose(home)
-    await rebuild.run(at(home), set_aside=False)
-    async with qmpsnap.open() as q:
-        vm = await q.machine("web")
-        assert await vm.chains() == chains
-        assert await active_hash(vm) == now
-        await hold_invariants(vm, hashes)
+    await require_rebuilt(home, of(image))
 
 
 @pytest.mark.usefixtures("image")
