@@ -7,6 +7,7 @@ from qmpsnap.cli import output
 
 if TYPE_CHECKING:
     from qmpsnap.api.plans import Plan, Shape
+    from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan
     from qmpsnap.ops.fork.run import Preview
 
@@ -43,6 +44,17 @@ def print_definition(form: "output.Format", plan: "DefinePlan") -> None:
         },
         names=[machine.name],
         table=text,
+    )
+
+
+def print_defined(form: "output.Format", machine: "Machine") -> None:
+    """What became of a definition."""
+    output.emit(
+        form,
+        document={"machine": machine.name, "uuid": machine.uuid, "machine_type": machine.spec.machine},
+        names=[machine.name],
+        table=lambda: "",
+        done=f"machine {machine.name} was defined",
     )
 
 

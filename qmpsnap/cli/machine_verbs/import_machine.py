@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add, add_for_vm, add_format, operating
-from qmpsnap.cli.plan_output import print_definition
+from qmpsnap.cli.plan_output import print_defined, print_definition
 from qmpsnap.errors import UsageError
 from qmpsnap.imports.found import MAX_BYTES
 from qmpsnap.model.names import check_name
@@ -137,13 +137,7 @@ def _bundle(arguments: argparse.Namespace) -> None:
     for key in ("kernel", "initrd"):
         if (file := getattr(machine.spec, key)) and not Path(file).exists():
             output.warn([f"its {key} {file} is not on this host; a bundle has disks and memory only"])
-    output.emit(
-        arguments.output,
-        document={"machine": machine.name, "uuid": machine.uuid, "machine_type": machine.spec.machine},
-        names=[machine.name],
-        table=lambda: "",
-        done=f"machine {machine.name} was defined",
-    )
+    print_defined(arguments.output, machine)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from qmpsnap.cli.common import (
     tell_remedy,
 )
 from qmpsnap.cli.listing import looks
-from qmpsnap.cli.plan_output import print_definition
+from qmpsnap.cli.plan_output import print_defined, print_definition
 from qmpsnap.errors import DeadlinePassed, QemuGone
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.run_files import CONSOLE_SOCKET, USER_SOCKET
@@ -96,13 +96,7 @@ def _define(arguments: argparse.Namespace) -> None:
 
     machine = controlling(act, make=True)
     output.note(f"machine {machine.name} defined ({machine.spec.machine}); start it with qmpsnap start {machine.name}")
-    output.emit(
-        arguments.output,
-        document={"machine": machine.name, "uuid": machine.uuid, "machine_type": machine.spec.machine},
-        names=[machine.name],
-        table=lambda: "",
-        done=f"machine {machine.name} was defined",
-    )
+    print_defined(arguments.output, machine)
 
 
 async def _read(controller: "Controller", spec: str) -> "MachineSpec":
