@@ -160,7 +160,10 @@ class Controller(forks.Templates):
         if record.adopted:
             error.add("it was adopted")
             return False
-        if other := differences(record.spec, wanted):
+        if wanted.uuid not in ("", record.uuid):
+            error.add(f"its UUID is {record.uuid}")
+            return False
+        if other := differences(record.spec, wanted.recorded):
             error.add(f"its spec differs: {', '.join(other)}")
         return not other
 

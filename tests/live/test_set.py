@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.errors import SpecError, StateError, UsageError
+from qmpsnap.errors import NameTaken, SpecError, StateError, UsageError
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.ops.lifecycle.change import require_changeable
 from tests.live.machine import MIB, context_of, hold_invariants
 
 SPEC = MachineSpec(name="still", memory=64 * MIB, disks=(DiskSpec(name="vda", size=MIB),))
@@ -93,6 +96,8 @@ WRONG: list[tuple[dict[str, str], type[qmpsnap.QmpsnapError], str]] = [
     ({"firmware": "uefi"}, UsageError, "firmware"),
     ({"extra": "[-snapshot]"}, UsageError, "extra"),
     ({"profile": "x"}, UsageError, "profile"),
+    ({"uuid": "00000000-0000-4000-8000-000000000001"}, UsageError, "UUID"),
+    ({"uefi-variables": "/x"}, UsageError, "uefi-variables"),
     ({"memory": "*x"}, SpecError, "aliases"),
 ]
 
@@ -106,6 +111,25 @@ async def test_what_is_refused_changes_nothing(
     with pytest.raises(kind, match=said):
         await vm.set(settings)
     assert await vm.record() == before
+
+
+@pytest.mark.parametrize("key", ["device", "base", "image"])
+def test_a_disk_keeps_what_it_is_made_of(key: str) -> None:
+    def of(path: str) -> MachineSpec:
+        return replace(SPEC, disks=(msgspec.convert({"name": "vda", key: path}, DiskSpec),))
+
+    with pytest.raises(UsageError, match=f"{key} of disk vda"):
+        require_changeable(of("/a"), of("/b"))
+    require_changeable(of("/a"), of("/a"))
+
+
+async def test_the_spec_that_it_was_defined_with_changes_nothing(q: qmpsnap.Controller) -> None:
+    spec = replace(SPEC, uuid="00000000-0000-4000-8000-000000000001")
+    vm = await q.define(spec)
+    assert (await vm.set(spec)).changes == ()
+    assert await q.define(spec, exist_ok=True) == vm
+    with pytest.raises(NameTaken, match="its UUID is 00000000"):
+        await q.define(replace(spec, uuid="00000000-0000-4000-8000-000000000002"), exist_ok=True)
 
 
 async def test_a_machine_that_runs_is_refused(q: qmpsnap.Controller) -> None:

@@ -4,9 +4,10 @@
 from it.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qmpsnap.model.machines.rbd import RbdImage
 
@@ -145,6 +146,11 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     extra: tuple[str, ...] = ()
     tcg_cpu: str = ""
     identity_hook: str = ""
+
+    @property
+    def recorded(self) -> Self:
+        """As a machine has it: without what only ``define`` goes by."""
+        return replace(self, uuid="", uefi_variables=None)
 
     def cpu_under(self, accel: str) -> str:
         """The CPU model with that accelerator, as QEMU is told it."""

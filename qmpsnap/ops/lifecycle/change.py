@@ -25,8 +25,11 @@ from qmpsnap.ops.lifecycle import define
 from qmpsnap.ops.memory.load import hardware_to_start
 from qmpsnap.ops.session.session import looking, working
 
-CONTENT = ("size", "image", "base", "format", "encryption")
+CONTENT = ("size", "image", "device", "rbd", "base", "format", "encryption")
 """What a disk is made of: other verbs change that."""
+
+_ONCE = frozenset({"profile", "uefi-variables"})
+"""Keys that only ``define`` goes by; so is ``uuid``, of which it is known what it was."""
 
 Make = Callable[[MachineSpec], MachineSpec]
 """Makes the new spec of the present one."""
@@ -39,8 +42,8 @@ def made(settings: Mapping[str, str] | MachineSpec, *, guest_dir: Path) -> Make:
     if isinstance(settings, MachineSpec):
         whole = specfile.checked(settings, folder=Path.cwd(), guest_dir=guest_dir)
         return lambda old: replace(whole, tcg_cpu=old.tcg_cpu)
-    if "profile" in settings:
-        raise UsageError("a profile is for new machines", hint="set the keys that differ, or define another machine")
+    if found := sorted(settings.keys() & _ONCE):
+        raise UsageError(f"{found[0]!r} is for new machines", hint="set other keys, or define another machine")
     return lambda old: specfile.changed(old, settings, folder=Path.cwd(), guest_dir=guest_dir)
 
 
@@ -83,6 +86,13 @@ async def _plan(session: MachineSession, make: Make, *, allow_extra: bool, keep:
     context, machine = session.context, session.machine
     require_spec(machine, "change its hardware")
     spec = make(machine.spec)
+    if spec.uuid not in ("", machine.uuid):
+        raise UsageError(
+            f"the UUID of machine {machine.name} is {machine.uuid} and cannot be changed",
+            hint="set 'uuid' to that, or leave it out",
+            machine=machine.name,
+        )
+    spec = spec.recorded
     require_changeable(machine.spec, spec)
     if session.qemu:
         raise StateError(

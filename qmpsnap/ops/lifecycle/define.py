@@ -178,7 +178,7 @@ async def survey(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -
         name=spec.name,
         uuid=spec.uuid or str(uuid.uuid4()),
         host=context.host,
-        spec=replace(spec, uuid="", uefi_variables=None),
+        spec=spec.recorded,
         created=time.time(),
         consent=agreed(spec),
     )
