@@ -6,6 +6,7 @@ the overlay is an ordinary layer that the guest writes to: the next volume snaps
 
 from typing import Final
 
+from qmpsnap.effect import Effect
 from qmpsnap.errors import OperationPending, QmpsnapError
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_read
@@ -72,7 +73,16 @@ async def after(session: MachineSession, snapshot: str, *, report: Report) -> No
         raise OperationPending(
             f"{said}: {error.message}",
             hint=call("recover", session.machine.name) + " commits it, and so does the next volume snapshot",
-            effect="unknown" if error.effect == "unknown" else "applied",
+            effect=await _now(session),
             machine=session.machine.name,
             operation=error.operation,
         ) from error
+
+
+async def _now(session: MachineSession) -> Effect:
+    """What is known of the machine: a commit that was never begun has changed nothing, whatever it died of."""
+    try:
+        is_open = await session.context.astore.operations(session.machine.name, only_open=True)
+    except QmpsnapError:
+        return "unknown"
+    return "unknown" if is_open else "applied"
