@@ -84,6 +84,7 @@ class Expect:
         appear: snapshots that it makes.
         vanish: snapshots that it removes.
         consume: snapshots that it may overwrite.
+        agreed: it may overwrite whatever stands in its way, be it taken by another command in between.
         rename: from and to.
         keeps: what was active has to be kept in a snapshot, if nothing else holds it.
         auto: snapshots that it names itself may come.
@@ -95,6 +96,7 @@ class Expect:
     appear: dict[str, Snap] = field(default_factory=dict)
     vanish: set[str] = field(default_factory=set)
     consume: set[str] = field(default_factory=set)
+    agreed: bool = False
     rename: tuple[str, str] | None = None
     keeps: bool = False
     auto: bool = False
@@ -266,7 +268,7 @@ def both(known: Known, first: Expect, second: Expect) -> Expect:
         done=OneOf(tuple(done)) if done else None,
         appear=appear,
         vanish=first.vanish | second.vanish,
-        consume={*known.snapshots, *appear} if first.consume or second.consume else set(),
+        consume={*known.snapshots, *appear} if first.agreed or second.agreed else set(),
         rename=first.rename or second.rename,
         keeps=bool(done) and (first.keeps or not first.done) and (second.keeps or not second.done),
         auto=first.auto or second.auto,

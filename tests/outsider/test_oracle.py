@@ -6,6 +6,7 @@ import pytest
 
 from tests.outsider import contents, writer
 from tests.outsider.contents import CHUNK, SIZE, Counted, Disk, Found, OneOf
+from tests.outsider.known import Expect, Known, Snap, both
 
 
 def disk(head: int, last: int, lost: int | None = None) -> Disk:
@@ -51,3 +52,10 @@ def test_a_write_that_may_not_have_arrived_is_one_of_two() -> None:
     assert [unsure.problem(found) == "" for found in (old, new)] == [True, True]
     assert OneOf((before, sure)).problem(new) == ""
     assert contents.exactly(new).problem(old) == "vda chunk 3 holds 0, not [7]"
+
+
+def test_a_commit_beside_a_create_may_overwrite_what_that_has_taken() -> None:
+    known = Known("m1", "none", contents.empty("vda"))
+    taken = Expect(appear={"new": Snap(contents.empty("vda"), ("vda",))})
+    assert both(known, taken, Expect(agreed=True)).consume == {"new"}
+    assert both(known, taken, Expect()).consume == set()

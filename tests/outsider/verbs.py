@@ -138,7 +138,7 @@ class Chooser:
         words += (["--base", low] if low else []) + (["--top", high] if high else [])
         words += ["--consume"] if consume else []
         lost = consumable(self.known, disk, self.known.seen.chains) if self.known.seen and consume else set()
-        return Act(words, Expect(consume=lost))
+        return Act(words, Expect(consume=lost, agreed=consume))
 
     def stream(self) -> Act | None:
         """Layers upwards."""
