@@ -34,8 +34,9 @@ io() {
     d=$((${b%.*}${b#*.} - ${a%.*}${a#*.})); [ $d -gt $m ] && { m=$d; echo $m >/run/max-$1; }
   done
 }
-io read "if=/dev/vda of=/dev/null iflag=direct skip=777" >/dev/null 2>&1 </dev/null &
-io write "if=/dev/zero of=/dev/vda oflag=direct seek=777 conv=notrunc" >/dev/null 2>&1 </dev/null &
+exec >/dev/null 2>&1 </dev/null
+io read "if=/dev/vda of=/dev/null iflag=direct skip=777" &
+io write "if=/dev/zero of=/dev/vda oflag=direct seek=777 conv=notrunc" &
 """
 
 
