@@ -196,12 +196,13 @@ class Controller(forks.Templates):
             return specfile.checked(spec, folder=Path.cwd(), guest_dir=self.context.home.guest), folders
         return self.read_spec(spec), (*folders, Path(spec).absolute().parent)
 
-    async def adopt(self, name: str, socket: str | os.PathLike[str]) -> MachineHandle:
+    async def adopt(self, name: str, socket: str | os.PathLike[str], *, own: bool = False) -> MachineHandle:
         """Take over a QEMU that somebody else launched; it does not notice.
 
         Args:
             name: what the machine will be called.
             socket: its QMP monitor, which nobody else may hold.
+            own: the images that the guest writes to become qmpsnap's: merges write to them and remove them.
 
         Raises:
             NameTaken: there is a machine of that name.
@@ -210,21 +211,21 @@ class Controller(forks.Templates):
             StateError: it is known already, has jobs, or an image is not a file that can be taken over.
             StoreMismatch: a file is not what QEMU says it is.
         """
-        return self._handle((await adopt.run(self.context, name, Path(socket))).machine.name)
+        return self._handle((await adopt.run(self.context, name, Path(socket), own=own)).machine.name)
 
     async def plan_adopt(
-        self, name: str, socket: str | os.PathLike[str]
+        self, name: str, socket: str | os.PathLike[str], *, own: bool = False
     ) -> Plan[tuple[Survey, DefinePlan], MachineHandle]:
         """What :meth:`adopt` would find (``details``) and record now; refused as that would be."""
-        found, plan = await adopt.preview(self.context, name, Path(socket))
+        found, plan = await adopt.preview(self.context, name, Path(socket), own=own)
 
         async def act(q: Controller) -> MachineHandle:
-            again = await q.plan_adopt(name, socket)
+            again = await q.plan_adopt(name, socket, own=own)
             mine, now = found.machine.process, again.details[0].machine.process
             assert mine
             assert now
             plans.require_same((again.files, now.pid, now.start_ticks), (shape.files, mine.pid, mine.start_ticks), name)
-            return await q.adopt(name, socket)
+            return await q.adopt(name, socket, own=own)
 
         shape = plans.of_define("adopt", plan, (found, plan))
         return plans.planned("adopt", name, shape, act)

@@ -75,6 +75,12 @@ def node_names(graph: BlockGraph) -> frozenset[str]:
     return frozenset(node.name for node in graph.nodes if node.type == "block-driver")
 
 
+def child(graph: BlockGraph, name: str, edge: str) -> str | None:
+    """The name of the node that the node of that name has below it as its ``edge`` (``file``, ``backing``)."""
+    names = {node.id: node.name for node in graph.nodes}
+    return next((names[at.child] for at in graph.edges if (names[at.parent], at.name) == (name, edge)), None)
+
+
 def by_disk(graph: BlockGraph, known: frozenset[str]) -> dict[str, DiskGraph]:
     """The graph as chains, one per device that has an id and an image.
 

@@ -1,7 +1,10 @@
-"""Notes for whoever starts QEMUs: on the scope that one runs in, and on the images of an adopted machine."""
+"""Notes on the scope that a QEMU runs in, on the images of an adopted machine, and on those that are not qmpsnap's."""
 
+from qmpsnap.block.image import header
 from qmpsnap.cli import output
 from qmpsnap.cli.common import answering
+from qmpsnap.errors import QmpsnapError
+from qmpsnap.model.layers.chain import Layer
 
 
 def tell_scope(name: str) -> None:
@@ -24,3 +27,32 @@ def tell_owner(name: str) -> None:
     active = ", ".join(f"{output.printable(chain.active.path)} ({chain.disk})" for chain in chains)
     output.note(f"{name} was adopted: start its QEMU on {active} from now on;")
     output.note("  on an image below, it would overwrite snapshots")
+
+
+def tell_cost(name: str, *, snapshot: str | None = None) -> None:
+    """Say what the first delete copies because the image below it is not qmpsnap's, where snapshots have one.
+
+    ``snapshot``: it has just been taken; None where the machine is new.
+    """
+    with answering() as store:
+        machine, chains = store.machine(name), store.chains(name)
+    for chain in chains:
+        disk = machine.spec.disk(chain.disk)
+        image = chain.layers[-1 if snapshot is None else -2] if len(chain.layers) > (snapshot is not None) else None
+        if image is None or image.writable or disk is None or disk.read_only or not disk.snapshot:
+            continue
+        what = f"snapshot {snapshot}" if snapshot else "the first snapshot"
+        output.note(
+            f"disk {chain.disk}: deleting {what} will copy {_allocated(image)}, as {output.printable(image.shown)} is"
+            " not qmpsnap's to write to"
+        )
+        if snapshot is None:
+            output.hint("'own: true' on the disk in a spec, or adopt --own, gives it to qmpsnap")
+
+
+def _allocated(image: Layer) -> str:
+    """What an image occupies, for people."""
+    try:
+        return output.size(header.read(image.path, format=image.format).allocated)
+    except QmpsnapError:
+        return "all of it"

@@ -72,13 +72,15 @@ class Controller(Opened):
         """What :meth:`define` would do now; refused as that would be."""
         return self._call(self._controller.plan_define(spec, folders=folders, allow_extra=allow_extra))
 
-    def adopt(self, name: str, socket: str | os.PathLike[str]) -> MachineHandle:
+    def adopt(self, name: str, socket: str | os.PathLike[str], *, own: bool = False) -> MachineHandle:
         """Take over a QEMU that somebody else launched; it does not notice."""
-        return self._call(self._controller.adopt(name, socket))
+        return self._call(self._controller.adopt(name, socket, own=own))
 
-    def plan_adopt(self, name: str, socket: str | os.PathLike[str]) -> Plan[tuple[Survey, DefinePlan], MachineHandle]:
+    def plan_adopt(
+        self, name: str, socket: str | os.PathLike[str], *, own: bool = False
+    ) -> Plan[tuple[Survey, DefinePlan], MachineHandle]:
         """What :meth:`adopt` would find (``details``) and record now; refused as that would be."""
-        return self._call(self._controller.plan_adopt(name, socket))
+        return self._call(self._controller.plan_adopt(name, socket, own=own))
 
     def apply(self, plan: Plan[Any, R]) -> R:
         """Carry a plan out, also one of a machine's: see :meth:`MachineHandle.apply`."""

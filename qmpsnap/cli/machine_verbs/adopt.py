@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from qmpsnap.block.image.header import conversion
-from qmpsnap.cli import image_notes as seen
-from qmpsnap.cli import output
+from qmpsnap.cli import image_notes, output
 from qmpsnap.cli.common import Parsers, add, add_format, controlling, operating
 from qmpsnap.errors import UsageError
 from qmpsnap.model.layers.chain import Chain
@@ -36,6 +37,9 @@ def register(parsers: Parsers) -> None:
         action="append",
         help="top image of an existing chain, as a disk of a stopped machine; repeatable",
     )
+    command.add_argument(
+        "--own", action="store_true", help="let qmpsnap write to and remove the images that the guest writes to now"
+    )
     command.add_argument("--allow", metavar="DIR", action="append", default=[], help="also allow backing files in DIR")
     command.add_argument("--dry-run", action="store_true", help="only print what would be adopted")
     add_format(command)
@@ -53,8 +57,8 @@ def _adopt(arguments: argparse.Namespace) -> None:
 
     async def act(context: "Context") -> "adopt.Adopted":
         if not arguments.dry_run:
-            return await adopt.run(context, arguments.name, Path(arguments.qmp))
-        found, _ = await adopt.preview(context, arguments.name, Path(arguments.qmp))
+            return await adopt.run(context, arguments.name, Path(arguments.qmp), own=arguments.own)
+        found, _ = await adopt.preview(context, arguments.name, Path(arguments.qmp), own=arguments.own)
         return adopt.Adopted(found.machine, found.disks, found.left_out)
 
     done = operating(act, make=not arguments.dry_run)
@@ -74,11 +78,14 @@ def _adopt(arguments: argparse.Namespace) -> None:
             output.note(f"qmpsnap: disk {disk.name}: {disk.untold}")
     for reason in done.left_out:
         output.note(f"left out: {output.printable(reason)}")
-    seen.tell_owner(arguments.name)
+    if arguments.dry_run:
+        return
+    image_notes.tell_cost(arguments.name)
+    image_notes.tell_owner(arguments.name)
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    disks = tuple(map(_disk, arguments.image))
+    disks = tuple(replace(_disk(text), own=arguments.own) for text in arguments.image)
     spec = MachineSpec(name=arguments.name, disks=disks)
     folders = [Path(disk.image).parent for disk in disks if disk.image]
 
@@ -106,6 +113,8 @@ def _import(arguments: argparse.Namespace) -> None:
         for chain in chains
     ]
     _emit(arguments, documents, machine.uuid, None)
+    if not arguments.dry_run:
+        image_notes.tell_cost(arguments.name)
 
 
 def _disk(text: str) -> DiskSpec:

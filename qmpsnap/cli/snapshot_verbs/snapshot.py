@@ -155,6 +155,8 @@ def _create(arguments: argparse.Namespace) -> None:
     if snapshot.unquiesced:
         output.note(f"the guest's file systems were not frozen: {output.printable(snapshot.unquiesced)}")
     print_taken(arguments, snapshot, notes)
+    if snapshot.kind != "internal":
+        image_notes.tell_cost(arguments.machine, snapshot=snapshot.name)
     image_notes.tell_owner(arguments.machine)
 
 

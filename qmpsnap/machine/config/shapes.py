@@ -95,6 +95,7 @@ class DiskShape(Shape, frozen=True):
     discard: bool = True
     read_only: bool = False
     snapshot: bool = True
+    own: bool = False
     encryption: EncryptionShape | None = None
 
 

@@ -310,6 +310,9 @@ def _require_disks(document: Document, disks: Sequence[DiskShape]) -> None:
         raw = content in ("device", "rbd") or disk.format == "raw"
         if disk.encryption and raw:
             document.refuse(f"{path}.encryption:", f"{what}: only qcow2 images are encrypted", "leave 'format' out")
+        if disk.own and content != "image":
+            found = f"{what}: 'own' belongs to 'image', not to {content!r}"
+            document.refuse(f"{path}.own:", found, "leave 'own' out")
         if disk.read_only and disk.bus in ("sata", "ide"):
             found = f"{what}: QEMU has no read-only {disk.bus.upper()} disks"
             document.refuse(f"{path}.read-only", found, "use another 'bus'")

@@ -60,6 +60,7 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
         format: format of ``image`` or ``base``, or of the new image; never probed.
         snapshot: whether snapshots include this disk.
         encryption: its images are encrypted; None for plain ones.
+        own: ``image`` is qmpsnap's from now on: written to by merges, and removed when nothing reads it any more.
         opened: how an adopted QEMU has it open; no spec file has this.
     """
 
@@ -75,6 +76,7 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     discard: bool = True
     read_only: bool = False
     snapshot: bool = True
+    own: bool = False
     encryption: Encryption | None = None
     opened: Opened | None = None
 

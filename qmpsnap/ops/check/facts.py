@@ -274,7 +274,8 @@ def _files(context: Context, at: Record) -> Facts:
     # Names are asked after the folder was: what an operation has made meanwhile is in the store before it is there.
     needed = named.ways(named.by_store(context.store, home)) if strangers else frozenset()
     backing = named.ways(_backings(at, headers)) if strangers else frozenset()
-    places = (str(home.machine_dir(name)), str(home.run_dir(name)), *ours)
+    given = {disk.existing for disk in at.machine.spec.disks if disk.own}  # who may read these is their owner's choice
+    places = (str(home.machine_dir(name)), str(home.run_dir(name)), *(path for path in ours if path not in given))
     trusted = admission.users(context, at.machine)
     return Facts(
         record=at,

@@ -47,7 +47,7 @@ def machine(
 
 def _spec(spec: MachineSpec, name: str, below: dict[str, Layer]) -> MachineSpec:
     disks = tuple(
-        replace(disk, size=None, image=None, base=below[disk.name].path, format=below[disk.name].format)
+        replace(disk, size=None, image=None, own=False, base=below[disk.name].path, format=below[disk.name].format)
         for disk in spec.disks
     )
     return replace(spec, name=name, disks=disks, nics=tuple(_nic(nic, name) for nic in spec.nics))

@@ -135,8 +135,10 @@ def plan(survey: Survey, sources: Mapping[str, DiskSource], *, serial: Operation
     return replace(planned, change=replace(planned.change, define=machine))
 
 
-async def run(context: Context, name: str, socket: Path) -> Adopted:
+async def run(context: Context, name: str, socket: Path, *, own: bool = False) -> Adopted:
     """Take over the QEMU that listens on a monitor; it does not notice.
+
+    ``own``: the images that its guest writes to are qmpsnap's from now on.
 
     Raises:
         NameTaken: there is a machine of that name.
@@ -151,27 +153,27 @@ async def run(context: Context, name: str, socket: Path) -> Adopted:
     async with locked(context, name, "adopt"):
         await define.end_earlier(context, name, adopts=True)
         try:
-            return await _adopt(context, name, socket)
+            return await _adopt(context, name, socket, own=own)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await to_end(forget_places, context.home, name)
             raise
 
 
-async def preview(context: Context, name: str, socket: Path) -> tuple[Survey, DefinePlan]:
+async def preview(context: Context, name: str, socket: Path, *, own: bool = False) -> tuple[Survey, DefinePlan]:
     """What :func:`run` would find and record now; refused as that would be, and nothing is changed."""
     check_name(name, "machine")
     await require_settled(context, name)
     await define.require_new(context, name, adopts=True)
-    survey, sources = await _look(context, name, socket.absolute())
+    survey, sources = await _look(context, name, socket.absolute(), own=own)
     serial = OperationId(await context.astore.next_serial())
     planned = plan(survey, sources, serial=serial, home=context.home)
     return replace(survey, disks=_placed(survey, sources)), planned
 
 
-async def _adopt(context: Context, name: str, socket: Path) -> Adopted:
+async def _adopt(context: Context, name: str, socket: Path, *, own: bool) -> Adopted:
     basis = await context.astore.basis(name)
-    survey, sources = await _look(context, name, socket)
+    survey, sources = await _look(context, name, socket, own=own)
     machine = await define.record(
         context,
         survey.machine,
@@ -182,7 +184,7 @@ async def _adopt(context: Context, name: str, socket: Path) -> Adopted:
     return Adopted(machine, _placed(survey, sources), survey.left_out)
 
 
-async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict[str, DiskSource]]:
+async def _look(context: Context, name: str, socket: Path, *, own: bool) -> tuple[Survey, dict[str, DiskSource]]:
     """What the QEMU tells, and the files of its disks, once they can be taken over."""
     try:
         async with session.connect(socket, machine=name) as qemu:
@@ -201,7 +203,9 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
         files = await to_read(adopt_files.files, disk.name, disk.backend, disk.found, seen)
         known = [await context.astore.layer_at(found.path) for found in files]
         sources[disk.name] = DiskSource(tuple(files), tuple(known))
-    disks = tuple(_spec_of(disk, sources[disk.name].found[-1]) for disk in survey.disks)
+    disks = tuple(_spec_of(disk, sources[disk.name].found[-1], own=own) for disk in survey.disks)
+    for wanted in disks:
+        disk_sources.require_ownable(wanted, sources[wanted.name].found)
     spec = replace(survey.machine.spec, disks=disks)
     survey = replace(survey, machine=replace(survey.machine, spec=spec))
     writers, readers = await disk_sources.users(context)
@@ -210,7 +214,7 @@ async def _look(context: Context, name: str, socket: Path) -> tuple[Survey, dict
     return survey, sources
 
 
-def _spec_of(disk: AdoptedDisk, active: FoundLayer) -> DiskSpec:
+def _spec_of(disk: AdoptedDisk, active: FoundLayer, *, own: bool) -> DiskSpec:
     return DiskSpec(
         name=disk.name,
         image=active.path if active.storage == "file" else None,
@@ -219,6 +223,7 @@ def _spec_of(disk: AdoptedDisk, active: FoundLayer) -> DiskSpec:
         format=active.format,
         cache=disk.cache,
         read_only=disk.read_only,
+        own=own and active.storage == "file" and not disk.read_only,
         opened=disk.opened,
     )
 

@@ -273,7 +273,9 @@ def _spec(name: str, old: Record, home: Home) -> MachineSpec:
     sizes = {
         disk: next(layer.virtual_size for layer in old.layers if layer.id == top) for disk, top in old.active.items()
     }
-    disks = tuple(replace(disk, image=None, base=None, size=sizes[disk.name]) for disk in old.machine.spec.disks)
+    disks = tuple(
+        replace(disk, image=None, base=None, own=False, size=sizes[disk.name]) for disk in old.machine.spec.disks
+    )
     spec = replace(old.machine.spec, name=name, disks=disks, tcg_cpu="")
     cpu = old.machine.spec.tcg_cpu if old.machine.spec.tcg_cpu.isprintable() else ""  # one word of QEMU's, whatever
     return replace(specfile.checked(spec, folder=Path("/"), guest_dir=home.guest), tcg_cpu=cpu)

@@ -25,7 +25,7 @@ from qmpsnap.ops.lifecycle import define
 from qmpsnap.ops.memory.load import hardware_to_start
 from qmpsnap.ops.session.session import looking, working
 
-CONTENT = ("size", "image", "device", "rbd", "base", "format", "encryption")
+CONTENT = ("size", "image", "device", "rbd", "base", "format", "own", "encryption")
 """What a disk is made of: other verbs change that."""
 
 _ONCE = frozenset({"profile", "uefi-variables"})

@@ -58,7 +58,8 @@ def plan(
         below: Layer | None = None
         for found, known in zip(sources[disk.name].found, sources[disk.name].known, strict=True):
             if known is None and found.path not in foreign:
-                foreign[found.path] = _foreign(found, layer_id(disk.name, next(numbers)), below)
+                owned = disk.own and found.path == sources[disk.name].found[-1].path
+                foreign[found.path] = _found(found, layer_id(disk.name, next(numbers)), below, owned=owned)
             below = known or foreign[found.path]
         if disk.existing is None:
             below = _new(disk, layer_id(disk.name, next(numbers)), below, folder=folder, onto=overlays, images=images)
@@ -86,7 +87,7 @@ def serials_needed(spec: MachineSpec, sources: Mapping[str, DiskSource]) -> int:
     return max(1, len(foreign) + sum(disk.existing is None for disk in spec.disks))
 
 
-def _foreign(found: FoundLayer, identity: LayerId, below: Layer | None) -> Layer:
+def _found(found: FoundLayer, identity: LayerId, below: Layer | None, *, owned: bool) -> Layer:
     return Layer(
         id=identity,
         path=found.path,
@@ -94,7 +95,7 @@ def _foreign(found: FoundLayer, identity: LayerId, below: Layer | None) -> Layer
         backing=below.id if below else None,
         virtual_size=found.header.virtual_size,
         **found.header.file_id,
-        owned=False,
+        owned=owned,
         storage=found.storage,
     )
 

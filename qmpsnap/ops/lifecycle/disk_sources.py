@@ -1,6 +1,7 @@
 """What lies under a new machine's disks already: images that are read, and that nobody else may write to."""
 
 import functools
+import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ async def read(context: Context, spec: MachineSpec, allowed: Sequence[Path]) -> 
             require_room(disk.name, len(found))
         _require_whole(disk, found[-1])
         _require_size(disk, found[-1])
+        require_ownable(disk, found)
         await _require_encrypted(context, spec, disk, found)
         known = [await context.astore.layer_at(layer.path) for layer in found]
         sources[disk.name] = DiskSource(tuple(found), tuple(known))
@@ -89,6 +91,19 @@ def _require_size(disk: DiskSpec, base: FoundLayer) -> None:
             f"disk {disk.name}: its size of {disk.size} bytes is less than the {base.header.virtual_size} bytes of its"
             f" base {header.printable(base.path)}",
             hint="leave 'size' out, or make it larger: a guest's file systems do not shrink with their disk",
+        )
+
+
+def require_ownable(disk: DiskSpec, found: Sequence[FoundLayer]) -> None:
+    """An image of ours names its backing by the very path that QEMU is given: a job and a moved home rewrite it."""
+    backing = found[-1].header.backing
+    if disk.own and backing is not None and backing != found[-2].path:
+        below, top = found[-2], shlex.quote(found[-1].path)
+        line = f"qemu-img rebase -u -F {below.format} -b {shlex.quote(os.path.normpath(below.path))} {top}"
+        raise ImageRefused(
+            f"disk {disk.name}: {header.printable(found[-1].path)} names its backing file as"
+            f" {header.printable(backing)}, which 'own' cannot keep",
+            hint=header.printable(f"name the whole path while it is not in use: {line}", 2000),
         )
 
 

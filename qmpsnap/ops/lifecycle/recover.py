@@ -34,8 +34,15 @@ async def end(broken: Broken[DefinePlan], _: Monitor | None) -> Direction:
 
 
 async def _remove_brought(context: Context, plan: DefinePlan) -> None:
-    """Remove what came out of a bundle: unlike the files that a definition makes, it was known before."""
-    brought: list[Layer | Vmstate] = [layer for layer in plan.change.layers if layer.owned and layer.inode]
+    """Remove what came out of a bundle: unlike the files that a definition makes, it was known before.
+
+    What was known before, too, are images of others that would have become ours; those stay.
+    """
+    disks = plan.change.define.spec.disks if plan.change.define else ()
+    given = {disk.existing for disk in disks if disk.own}
+    brought: list[Layer | Vmstate] = [
+        layer for layer in plan.change.layers if layer.owned and layer.inode and layer.path not in given
+    ]
     brought += [snapshot.vmstate for snapshot in plan.change.snapshots if snapshot.vmstate]
     for file in brought:
         with contextlib.suppress(StoreMismatch):  # somebody else's by now

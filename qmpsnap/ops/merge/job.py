@@ -73,7 +73,7 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
         layer = step.into if step.kind == "stream" else _above(step)
         found = await _place(monitor, step, layer) if layer else None
         below = next((node_name(lower) for lower in step.chain if layer and lower.id == layer.backing), None)
-        if layer and layer.owned and found and found.below != below:
+        if layer and layer.owned and _reopens(self.machine, layer) and found and found.below != below:
             # QEMU 7.2 must not be asked how it is open: with a stream that is not dismissed that question ends it.
             read_only = not found.active and layer != step.into  # which the job keeps open for writing from 10.0 on
             await _reopen(monitor, self.machine, step, layer, below=below, read_only=read_only)
@@ -121,7 +121,7 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
     async def close(self, monitor: Monitor) -> None:
         """See :class:`BlockJob`: QEMU keeps nodes that left the chain; the next snapshot would find them busy."""
         await jobs.dismiss(monitor, self.id)
-        await close_nodes(monitor, _gone(self.step))
+        await close_nodes(monitor, _gone(self.step), machine=self.machine)
         await freeze_again(monitor, self.machine, self.step)
 
     async def let_go(self, monitor: Monitor) -> None:
@@ -243,15 +243,18 @@ async def remove_kept(session: MachineSession, removal: Removal) -> None:
         await tags.remove_tag(session.context, session.machine, session.qemu, disk=disk, layer=layer, tag=tag)
 
 
-async def close_nodes(monitor: Monitor, layers: Iterable[Layer]) -> None:
+async def close_nodes(monitor: Monitor, layers: Iterable[Layer], *, machine: Machine) -> None:
     """Close the nodes of these layers, given top first, where QEMU has them."""
+    theirs = machine.adopted.nodes if machine.adopted else {}
     for layer in layers:
         # Asked each time: a node that QEMU opened by itself, for somebody else's -drive, goes with the one above it.
         if (name := node_name(layer)) in graph.node_names(await graph.read(monitor)):
             try:
                 await commands.blockdev_del(monitor, name)
             except QmpError:
-                if layer.owned:  # else the owner of QEMU may use this node for something else
+                if (
+                    layer.owned and layer.id not in theirs
+                ):  # else the owner of QEMU may use this node for something else
                     raise
 
 
@@ -268,8 +271,7 @@ async def require_flushed(monitor: Monitor, machine: Machine, step: Merge) -> No
     Raises:
         QmpError: it cannot be written out; what it has taken over must not count.
     """
-    known = step.into.owned or not machine.adopted  # how an owner has opened his image we would have to guess
-    if known and (found := await _place(monitor, step, step.into)):
+    if _reopens(machine, step.into) and (found := await _place(monitor, step, step.into)):
         await _reopen(monitor, machine, step, step.into, below=found.below, read_only=False)
 
 
@@ -279,7 +281,7 @@ async def freeze_again(monitor: Monitor, machine: Machine, step: Merge) -> None:
     QEMU leaves it writable when a commit of the active layer is cancelled and, from 10.0 on, after a stream.
     """
     found = await _place(monitor, step, step.into)
-    if found is None or found.active:
+    if found is None or found.active or not _reopens(machine, step.into):
         return
     if not await is_frozen(monitor, step):
         await _reopen(monitor, machine, step, step.into, below=found.below, read_only=True)
@@ -288,6 +290,17 @@ async def freeze_again(monitor: Monitor, machine: Machine, step: Merge) -> None:
 async def is_frozen(monitor: Monitor, step: Merge) -> bool:
     """Whether QEMU does not have the layer that was written to open for writing: all that it knows is in the file."""
     return all(node.ro for node in await commands.query_nodes(monitor) if node.node_name == node_name(step.into))
+
+
+def _reopens(machine: Machine, layer: Layer) -> bool:
+    """Whether QEMU can open a layer's node anew, all options of which must be known.
+
+    That is so of its own, and of those of an owner whose images are ours, if he has named them: QEMU refuses
+    ``blockdev-reopen`` of a name that it has made itself, as for ``-drive``.
+    """
+    if machine.adopted is None or layer.id not in machine.adopted.nodes:
+        return True
+    return layer.owned and not machine.adopted.nodes[layer.id].startswith("#")
 
 
 class _Place(NamedTuple):
@@ -310,7 +323,8 @@ async def _reopen(
     monitor: Monitor, machine: Machine, step: Merge, layer: Layer, *, below: NodeName | None, read_only: bool
 ) -> None:
     options = layer_options(layer, machine.require_disk(step.disk), backing=below, read_only=read_only)
-    await commands.blockdev_reopen(monitor, options | {"file": f"{node_name(layer)}.file"})
+    file = graph.child(await graph.read(monitor), node_name(layer), "file")  # the owner of QEMU names his as he likes
+    await commands.blockdev_reopen(monitor, options | {"file": file})
 
 
 def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> tuple[str, dict[str, object]]:

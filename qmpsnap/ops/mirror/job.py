@@ -118,12 +118,12 @@ class MirrorJob(BlockJob, frozen=True, kw_only=True):
     async def close(self, monitor: Monitor) -> None:
         """See :class:`BlockJob`."""
         await jobs.dismiss(monitor, self.id)
-        await merge.close_nodes(monitor, gone(self.step))
+        await merge.close_nodes(monitor, gone(self.step), machine=self.machine)
 
     async def let_go(self, monitor: Monitor) -> None:
         """See :class:`BlockJob`."""
         await jobs.cancel(monitor, self.id)
-        await merge.close_nodes(monitor, (self.step.target,))
+        await merge.close_nodes(monitor, (self.step.target,), machine=self.machine)
 
 
 def expected(plan: MirrorPlan) -> tuple[Layer, ...]:
