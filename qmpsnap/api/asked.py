@@ -10,7 +10,7 @@ from qmpsnap.api.later import Later
 from qmpsnap.ops.base.requests import well_typed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from qmpsnap.ops.revert import plan as revert_plan
     from qmpsnap.ops.revert.plan import HardwareOf, RevertRequest, Run
     from qmpsnap.ops.save import RestoreRequest, SaveRequest
-    from qmpsnap.ops.snapshot import delete
+    from qmpsnap.ops.snapshot import delete, describe
     from qmpsnap.ops.snapshot import plan as create_plan
     from qmpsnap.ops.snapshot import request as wishes
     from qmpsnap.ops.snapshot.delete import DeleteRequest
+    from qmpsnap.ops.snapshot.describe import DescribeRequest
     from qmpsnap.ops.snapshot.plan import CreateRequest
     from qmpsnap.ops.snapshot.request import Files
 else:
@@ -36,7 +37,7 @@ else:
     commit, delete = Later("ops.merge.commit"), Later("ops.snapshot.delete")
     save, mirror = Later("ops.save"), Later("ops.mirror.mirror")
     revert_plan, create_plan = Later("ops.revert.plan"), Later("ops.snapshot.plan")
-    wishes = Later("ops.snapshot.request")
+    describe, wishes = Later("ops.snapshot.describe"), Later("ops.snapshot.request")
 
 
 def name_of(snapshot: Snapshot | str) -> str:
@@ -68,6 +69,20 @@ def to_fork(snapshot: Snapshot | str | None, name: str | None, **options: Any) -
 def to_push(name: str | None, description: str) -> CreateRequest:
     """A snapshot to come back to."""
     return well_typed(create_plan.CreateRequest(name=name, description=description, pushed=True))
+
+
+def to_describe(
+    snapshot: Snapshot | str, description: str | None, tags: Mapping[str, str] | None, untag: Sequence[str]
+) -> DescribeRequest:
+    """Another description and other tags."""
+    return well_typed(
+        describe.DescribeRequest(
+            name=name_of(snapshot),
+            description=description,
+            tags=tags or {},
+            untag=wishes.names_of(untag, "untag") or (),
+        )
+    )
 
 
 def layers(disks: Sequence[str] | None, files: Files | None) -> CreateRequest:

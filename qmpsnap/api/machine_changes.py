@@ -1,27 +1,31 @@
-"""What a machine is, changed: its spec, and the size of its disks."""
+"""What a machine is, changed: its spec, the size of its disks, and what is said of its snapshots."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qmpsnap.api import asked
 from qmpsnap.api.later import Later
 from qmpsnap.host.borders import border
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.spec import MachineSpec
     from qmpsnap.model.operations.operation import ResizePlan
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.lifecycle import change, resize
     from qmpsnap.ops.lifecycle.change import Changed
+    from qmpsnap.ops.snapshot import describe
 else:
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
+    describe = Later("ops.snapshot.describe")
 
 
 @border
 class Changing:
-    """The part of a machine's handle that changes its spec."""
+    """The part of a machine's handle that changes its spec, its disks, and what is said of its snapshots."""
 
     name: str
     _context: Context
@@ -63,3 +67,25 @@ class Changing:
             QmpError: QEMU refuses; the size is as before.
         """
         return await resize.run(self._context, self.name, resize.requested(disk, size))
+
+    async def describe_snapshot(
+        self,
+        snapshot: Snapshot | str,
+        description: str | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        untag: Sequence[str] = (),
+    ) -> Snapshot:
+        """Give a snapshot another description, other tags, or both; returns it as it is now.
+
+        Args:
+            snapshot: the snapshot, or its name.
+            description: free text; None leaves what there is.
+            tags: pairs of a key and a value, which are added or replace those of the same keys.
+            untag: keys of tags to remove.
+
+        Raises:
+            NotFoundError: there is no such snapshot, or a tag to remove is not there.
+            UsageError: a description or a tag is not allowed, or nothing is asked for.
+        """
+        return await describe.run(self._context, self.name, asked.to_describe(snapshot, description, tags, untag))

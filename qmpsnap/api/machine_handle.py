@@ -6,11 +6,11 @@ import os
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from qmpsnap.api import asked
+from qmpsnap.api.change_plans import ChangePlans
 from qmpsnap.api.forks import Forking
 from qmpsnap.api.job import Job, job
 from qmpsnap.api.later import Later
 from qmpsnap.api.machine_changes import Changing
-from qmpsnap.api.machine_plans import MachinePlans
 from qmpsnap.api.old_names import OldPreviews
 from qmpsnap.host.borders import border
 from qmpsnap.qmp.jobs import unreported
@@ -58,7 +58,7 @@ else:
 
 
 @border
-class MachineHandle(MachinePlans, Forking, Changing, OldPreviews):
+class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
     """One machine of the store, by name."""
 
     @overload
@@ -118,7 +118,7 @@ class MachineHandle(MachinePlans, Forking, Changing, OldPreviews):
             report: told how much of the memory is written.
             options: any of these.
 
-                - ``description``: free text.
+                - ``description``: free text. ``tags``: pairs of a key and a value, to find it by.
                 - ``disks``: names of the disks; None (the default) takes all that the spec does not leave out.
                 - ``files``: disk to the path of its new layer, where that is to be a place of the caller's choice.
                 - ``max_pause_ms``: with ``full``: refuse rather than pause the guest longer than this.

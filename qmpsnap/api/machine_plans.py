@@ -17,7 +17,7 @@ from qmpsnap.qmp.jobs import unreported
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
     from typing import Literal, Self, Unpack
 
     from qmpsnap.api import plans
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.chain import Layer
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
-    from qmpsnap.model.machines.spec import Format, MachineSpec
-    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, ResizePlan
+    from qmpsnap.model.machines.spec import Format
+    from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
     from qmpsnap.ops import save, stack
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.fork import run as forks
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from qmpsnap.ops.fork.run import Preview as ForkPreview
     from qmpsnap.ops.internal import create as internal
     from qmpsnap.ops.lifecycle import change, dry_run, resize, undefine
-    from qmpsnap.ops.lifecycle.change import Changed
     from qmpsnap.ops.lifecycle.dry_run import Forgotten
     from qmpsnap.ops.merge import commit
     from qmpsnap.ops.mirror import mirror
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from qmpsnap.ops.revert import revert
     from qmpsnap.ops.revert.plan import HardwareOf, Run
     from qmpsnap.ops.revert.revert import Preview, Reverted
-    from qmpsnap.ops.snapshot import create, delete, rename
+    from qmpsnap.ops.snapshot import create, delete, describe, rename
     from qmpsnap.ops.snapshot import request as wishes
     from qmpsnap.ops.snapshot.delete import DeletePlan
     from qmpsnap.ops.snapshot.request import (
@@ -66,7 +65,7 @@ else:
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
     commit, mirror, revert = Later("ops.merge.commit"), Later("ops.mirror.mirror"), Later("ops.revert.revert")
     create, delete, rename = Later("ops.snapshot.create"), Later("ops.snapshot.delete"), Later("ops.snapshot.rename")
-    wishes = Later("ops.snapshot.request")
+    describe, wishes = Later("ops.snapshot.describe"), Later("ops.snapshot.request")
 
 D = TypeVar("D")
 F = TypeVar("F")
@@ -250,15 +249,6 @@ class MachinePlans(MachineLife):
             lambda vm, report: vm.pop(discard=discard, report=report),
         )
 
-    async def plan_rename_snapshot(self, old: str, new: str) -> Plan[None, Snapshot]:
-        """What :meth:`rename_snapshot` would do now."""
-        return await self._plan(
-            "rename_snapshot",
-            lambda context: rename.preview(context, self.name, old, new),
-            plans.of_rename(old, new),
-            lambda vm, _: vm.rename_snapshot(old, new),
-        )
-
     async def plan_commit(
         self, disk: str, *, base: Snapshot | str | None = None, top: Snapshot | str | None = None, consume: bool = False
     ) -> Plan[MergePlan, Committed]:
@@ -337,28 +327,6 @@ class MachinePlans(MachineLife):
             "fork", lambda context: forks.preview(context, self.name, request), plans.of_fork(self.name), act
         )
         return plan
-
-    async def plan_set(
-        self, settings: Mapping[str, str] | MachineSpec, *, allow_extra: bool = False
-    ) -> Plan[Changed, Changed]:
-        """What :meth:`set` would do now."""
-        make = change.made(settings, guest_dir=self._context.home.guest)
-        return await self._plan(
-            "set",
-            lambda context: change.preview(context, self.name, make, allow_extra=allow_extra),
-            plans.of_set,
-            lambda vm, _: vm.set(settings, allow_extra=allow_extra),
-        )
-
-    async def plan_resize(self, disk: str, size: int | str) -> Plan[ResizePlan, ResizePlan]:
-        """What :meth:`resize` would do now."""
-        request = resize.requested(disk, size)
-        return await self._plan(
-            "resize",
-            lambda context: resize.preview(context, self.name, request),
-            plans.of_resize,
-            lambda vm, _: vm.resize(disk, size),
-        )
 
     async def plan_delete_snapshots(
         self, *names: Snapshot | str, children: bool = False, metadata: bool = False

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qmpsnap.model.layers.chain import Layer
+    from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.operations.operation import CreatePlan, MergePlan, MirrorPlan, Overlay, Removal, ResizePlan
     from qmpsnap.model.planning.expectation import Expectation
@@ -268,6 +269,11 @@ def of_undefine(machine: str) -> Callable[[Forgotten], Shape[Forgotten]]:
 def of_rename(old: str, new: str) -> Callable[[None], Shape[None]]:
     """Another name."""
     return lambda _: Shape(summary=f"rename snapshot {old} to {new}", details=None)
+
+
+def of_describe(found: Snapshot) -> Shape[Snapshot]:
+    """Another description and other tags."""
+    return Shape(summary=f"describe snapshot {found.name}", details=found)
 
 
 def of_define(verb: str, plan: DefinePlan, details: D) -> Shape[D]:

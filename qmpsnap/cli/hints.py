@@ -8,6 +8,7 @@ _COMMANDS: Final = {
     "cancel": "job cancel",
     "chains": "chain",
     "delete_snapshots": "snapshot delete",
+    "describe_snapshot": "snapshot describe",
     "import_argv": "import argv",
     "import_libvirt": "import libvirt",
     "import_proxmox": "import proxmox",

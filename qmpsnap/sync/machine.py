@@ -54,6 +54,17 @@ class MachineHandle(MachinePlans):
         """Let the guest see more bytes of a disk: of its active layer, as the layers below keep their size."""
         return self._call(self._handle.resize(disk, size))
 
+    def describe_snapshot(
+        self,
+        snapshot: Snapshot | str,
+        description: str | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        untag: Sequence[str] = (),
+    ) -> Snapshot:
+        """Give a snapshot another description, other tags, or both; returns it as it is now."""
+        return self._call(self._handle.describe_snapshot(snapshot, description, tags=tags, untag=untag))
+
     def fork(
         self,
         snapshot: Snapshot | str | None = None,

@@ -119,10 +119,6 @@ class MachinePlans(Delegating):
         """A plan of what :meth:`pop` would do now; its ``qmp`` has only the commands of the revert."""
         return self._call(self._handle.plan_pop(discard=discard))
 
-    def plan_rename_snapshot(self, old: str, new: str) -> Plan[None, Snapshot]:
-        """What :meth:`rename_snapshot` would do now."""
-        return self._call(self._handle.plan_rename_snapshot(old, new))
-
     def plan_commit(
         self, disk: str, *, base: Snapshot | str | None = None, top: Snapshot | str | None = None, consume: bool = False
     ) -> Plan[MergePlan, Committed]:
@@ -175,16 +171,6 @@ class MachinePlans(Delegating):
             )
         )
 
-    def plan_set(
-        self, settings: Mapping[str, str] | MachineSpec, *, allow_extra: bool = False
-    ) -> Plan[Changed, Changed]:
-        """What :meth:`set` would do now."""
-        return self._call(self._handle.plan_set(settings, allow_extra=allow_extra))
-
-    def plan_resize(self, disk: str, size: int | str) -> Plan[ResizePlan, ResizePlan]:
-        """What :meth:`resize` would do now."""
-        return self._call(self._handle.plan_resize(disk, size))
-
     def plan_delete_snapshots(
         self, *names: Snapshot | str, children: bool = False, metadata: bool = False
     ) -> Plan[DeletePlan, Deleted]:
@@ -194,3 +180,28 @@ class MachinePlans(Delegating):
     def plan_undefine(self, *, disks: undefine.Fate | None = None) -> Plan[Forgotten, list[str]]:
         """What :meth:`undefine` would do now."""
         return self._call(self._handle.plan_undefine(disks=disks))
+
+    def plan_rename_snapshot(self, old: str, new: str) -> Plan[None, Snapshot]:
+        """What :meth:`rename_snapshot` would do now."""
+        return self._call(self._handle.plan_rename_snapshot(old, new))
+
+    def plan_describe_snapshot(
+        self,
+        snapshot: Snapshot | str,
+        description: str | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        untag: Sequence[str] = (),
+    ) -> Plan[Snapshot, Snapshot]:
+        """What :meth:`describe_snapshot` would do now."""
+        return self._call(self._handle.plan_describe_snapshot(snapshot, description, tags=tags, untag=untag))
+
+    def plan_set(
+        self, settings: Mapping[str, str] | MachineSpec, *, allow_extra: bool = False
+    ) -> Plan[Changed, Changed]:
+        """What :meth:`set` would do now."""
+        return self._call(self._handle.plan_set(settings, allow_extra=allow_extra))
+
+    def plan_resize(self, disk: str, size: int | str) -> Plan[ResizePlan, ResizePlan]:
+        """What :meth:`resize` would do now."""
+        return self._call(self._handle.plan_resize(disk, size))

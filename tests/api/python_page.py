@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 import qmpsnap
+from qmpsnap.api.change_plans import ChangePlans
 from qmpsnap.api.forks import Forking
 from qmpsnap.api.machine_base import MachineBase
 from qmpsnap.api.machine_changes import Changing
@@ -22,10 +23,11 @@ WIDTH = 118
 SECTIONS: dict[type, str] = {
     MachineHandle: "Snapshots and layers",
     MachinePlans: "Plans",
+    ChangePlans: "Plans",
     MachineLife: "Start, stop and look",
     MachineBase: "Start, stop and look",
     MachineGuest: "In the guest",
-    Changing: "Spec and size",
+    Changing: "Changes",
     Forking: "Forks",
 }
 VALUES = (

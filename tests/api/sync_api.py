@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmpsnap.api.change_plans import ChangePlans
 from qmpsnap.api.machine_plans import MachinePlans
 from tests.api.described import CLASSES, declared_in, public
 
@@ -34,6 +35,9 @@ class {name}({base}):
 '''
 
 
+_PLANS = (MachinePlans, ChangePlans)
+
+
 @dataclass(frozen=True)
 class Module:
     """One module to write: a class, the one it builds on, and which methods it has."""
@@ -56,7 +60,7 @@ MODULES = {
         "MachinePlans",
         "Delegating",
         "runner",
-        lambda of: of is MachinePlans,
+        lambda of: of in _PLANS,
     ),
     "machine": Module(
         "One machine, for programs without asyncio.",
@@ -64,7 +68,7 @@ MODULES = {
         "MachineHandle",
         "MachinePlans",
         "machine_plans",
-        lambda of: of is not MachinePlans,
+        lambda of: of not in _PLANS,
     ),
 }
 

@@ -24,6 +24,7 @@ PLANS: dict[str, Planned] = {
     "pop": lambda vm, _: vm.plan_pop(discard=True),
     "revert": lambda vm, _: vm.plan_revert("s1"),
     "rename_snapshot": lambda vm, _: vm.plan_rename_snapshot("s1", "new"),
+    "describe_snapshot": lambda vm, _: vm.plan_describe_snapshot("s1", "text", tags={"k": "v"}),
     "commit": lambda vm, _: vm.plan_commit("vda", top="s2", consume=True),
     "stream": lambda vm, _: vm.plan_stream("vda", base="s1"),
     "mirror": lambda vm, place: vm.plan_mirror("vda", place / "copy", mode="pivot"),
@@ -65,6 +66,7 @@ async def _restart(vm: qmpsnap.MachineHandle) -> None:
 
 CHANGES: dict[str, Callable[[qmpsnap.MachineHandle], Awaitable[object]]] = {
     "a snapshot": lambda vm: vm.snapshot(),
+    "a description": lambda vm: vm.describe_snapshot("s1", "other"),
     "a rename": lambda vm: vm.rename_snapshot("s1", "other"),
     "it was stopped": lambda vm: vm.stop(force=True),
     "it was started": _restart,

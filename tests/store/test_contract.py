@@ -760,6 +760,7 @@ def histories(draw: st.DrawFn) -> tuple[Machine, list[Layer], list[Snapshot]]:
             points=tuple(draw(st.lists(point, unique_by=lambda found: found.disk, max_size=3))),
             operation=OperationId(draw(SIZE)),
             pause_ms=draw(st.none() | TIME),
+            tags=draw(st.dictionaries(TEXT, TEXT, max_size=2)),
         )
         for number, name in enumerate(names)
     ]

@@ -48,7 +48,9 @@ def store(at: Places) -> Iterator[SqliteStore]:
             layout="stream", compression="none", hardware=HARDWARE, steps_ms={"stop": 1.5}, frozen=True,
         )  # fmt: skip
         taken = [
-            replace(snapshot("a", base), pause_ms=3.0, max_pause_ms=2.0, description="d", unquiesced="why"),
+            replace(
+                snapshot("a", base), pause_ms=3.0, max_pause_ms=2.0, description="d", unquiesced="why", tags={"k": "v"}
+            ),
             replace(snapshot("b", middle, parent="a"), kind="full", vmstate=state, variables=f"{folder}/web/vars.fd"),
             replace(
                 snapshot("c", middle, parent="b"), kind="internal",

@@ -62,6 +62,7 @@ def document_of(
         "current": current == snapshot.name,
         "created": moment(snapshot.created),
         "description": snapshot.description,
+        "tags": snapshot.tags,
         "disks": {
             point.disk: {"layer": point.layer, "path": lies.get(point.layer), "tag": point.tag}
             for point in snapshot.points

@@ -1,4 +1,4 @@
-"""Snapshots: create, list, show, revert, rename, and the tree they form."""
+"""Snapshots: create, list, show, revert, describe, rename, and the tree they form."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,8 +10,10 @@ from qmpsnap.cli.listing import snapshots as listed
 from qmpsnap.cli.listing.documents import state_word
 from qmpsnap.cli.plan_output import print_internal, print_plan
 from qmpsnap.cli.progress import add_progress, reporting
+from qmpsnap.cli.snapshot_verbs import describe
 from qmpsnap.cli.snapshot_verbs.snapshot_json import print_taken
 from qmpsnap.errors import UsageError
+from qmpsnap.model import tags
 from qmpsnap.model.layers.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -30,7 +32,9 @@ def register(parsers: Parsers, verb: str = "") -> None:
     _add_create(verbs)
     if verb != "create":
         _add_others(verbs)
-        add_format(add_for_vm(parsers, "tree", _tree, help="draw the tree of a machine's snapshots"))
+        command = add_for_vm(parsers, "tree", _tree, help="draw the tree of a machine's snapshots")
+        describe.add_filter(command)
+        add_format(command)
 
 
 def _add_create(verbs: Parsers) -> None:
@@ -49,6 +53,7 @@ def _add_create(verbs: Parsers) -> None:
         "--file", metavar="DISK=PATH", action="append", default=[], help="create the overlay of DISK at PATH"
     )
     command.add_argument("-m", "--message", default="", metavar="TEXT", help="a description")
+    describe.add_tags(command, help="give it a tag")
     command.add_argument("--no-snapshot", action="store_true", help="only create overlays, without a snapshot")
     command.add_argument("--max-pause", type=amount, metavar="MS", help="full: refuse a pause above MS milliseconds")
     command.add_argument("--degrade", action="store_true", help="full: keep a disk snapshot if the memory fails")
@@ -72,6 +77,7 @@ def _add_others(verbs: Parsers) -> None:
     stack.register(verbs)
 
     command = add_for_vm(verbs, "list", _list, help="list the snapshots of a machine, oldest first")
+    describe.add_filter(command)
     add_format(command)
 
     command = add_for_vm(verbs, "show", _show, help="show a snapshot and its files")
@@ -81,6 +87,8 @@ def _add_others(verbs: Parsers) -> None:
     delete.register(verbs)
 
     revert.register(verbs)
+
+    describe.register(verbs)
 
     command = add_for_vm(verbs, "rename", _rename, help="rename a snapshot")
     command.add_argument("old", metavar="OLD", help="the snapshot")
@@ -98,8 +106,8 @@ def add_compress(command: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse options that say nothing of what is asked for."""
-    if arguments.no_snapshot and (arguments.name or arguments.message):
-        raise UsageError("--no-snapshot takes neither NAME nor --message")
+    if arguments.no_snapshot and (arguments.name or arguments.message or arguments.tag):
+        raise UsageError("--no-snapshot takes neither NAME, --message nor --tag")
     if arguments.no_snapshot and arguments.kind != "disk":
         raise UsageError(f"--no-snapshot and --kind {arguments.kind} exclude each other")
     if arguments.no_snapshot and (arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"):
@@ -120,6 +128,7 @@ def _create(arguments: argparse.Namespace) -> None:
         return
     options: dict[str, Any] = {  # which go with this kind, and which do not, the verb says
         "description": arguments.message,
+        "tags": tags.parsed(arguments.tag),
         "disks": disks,
         "files": files,
         "max_pause_ms": arguments.max_pause,
@@ -216,7 +225,7 @@ def _preview(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    listed.show(arguments.machine, arguments.output)
+    listed.show(arguments.machine, arguments.output, tags.parsed_wanted(arguments.tag))
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -225,8 +234,9 @@ def _show(arguments: argparse.Namespace) -> None:
     def text() -> str:
         plain = {key: value for key, value in document.items() if key not in _NESTED}
         plain["state"] = state_word(plain["state"])
-        for seldom in ("unquiesced", "variables"):
-            if plain[seldom] is None:
+        plain["tags"] = tags.written(plain["tags"])
+        for seldom in ("tags", "unquiesced", "variables"):
+            if not plain[seldom]:
                 del plain[seldom]
         longer = f", above the limit of {found.max_pause_ms:g} ms" if found.pause_exceeded else ""
         plain["pause"] = None if found.pause_ms is None else f"{found.pause_ms:.1f} ms{longer}"
@@ -273,4 +283,4 @@ def _rename(arguments: argparse.Namespace) -> None:
 
 
 def _tree(arguments: argparse.Namespace) -> None:
-    listed.draw(arguments.machine, arguments.output)
+    listed.draw(arguments.machine, arguments.output, tags.parsed_wanted(arguments.tag))

@@ -100,6 +100,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         variables: path of a copy of the UEFI variable store, where the machine has one; a ``full`` snapshot has it in
             its memory, an automatic one if the revert replaced the store.
         pushed: it was taken to be popped, with what is written after it.
+        tags: pairs of a key and a value, sorted, for programs to find it by.
         outside: what it has not; told by the call that takes it, not kept.
     """
 
@@ -122,6 +123,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     outside: tuple[Outside, ...] = ()
     frozen_ms: float | None = None
     max_pause_ms: float | None = None
+    tags: dict[str, str] = {}
 
     @property
     def pause_exceeded(self) -> bool:

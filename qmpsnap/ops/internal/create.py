@@ -4,7 +4,7 @@ Only the disks' nodes take part: a raw UEFI variable store is no obstacle and ge
 guest is paused until all of it is written.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from qmpsnap.model.names import check_description
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, InternalPlan, Operation
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
+from qmpsnap.model.tags import check_tags
 from qmpsnap.ops.base import free_space, luks, requests
 from qmpsnap.ops.base.context import Context, guarded
 from qmpsnap.ops.base.free_space import Need
@@ -49,6 +50,7 @@ class InternalRequest(Struct, frozen=True, kw_only=True):
 
     name: str | None = None
     description: str = ""
+    tags: Mapping[str, str] = {}
     disks: tuple[str, ...] | None = None
     memory: bool | None = None
     quiesce: QuiesceRequest = QuiesceRequest()
@@ -89,6 +91,7 @@ def plan(
         parent=machine.current,
         created=at.now,
         description=check_description(request.description),
+        tags=check_tags(request.tags),
         mode=at.mode,
         points=tuple(Point(disk=disk, layer=layer.id, tag=tag) for disk, layer in layers.items()),
         operation=serial,

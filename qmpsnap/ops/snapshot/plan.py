@@ -21,6 +21,7 @@ from qmpsnap.model.operations.copies import VolumeCopy
 from qmpsnap.model.operations.memory import Means, Memory
 from qmpsnap.model.operations.operation import Change, CreatePlan, Overlay
 from qmpsnap.model.planning.inputs import PlanInputs
+from qmpsnap.model.tags import check_tags
 from qmpsnap.ops.base import requests, volumes
 from qmpsnap.ops.base.overlays import overlay_on
 from qmpsnap.ops.memory.strategy import MemoryRequest
@@ -46,6 +47,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
 
     name: str | None = None
     description: str = ""
+    tags: Mapping[str, str] = {}
     disks: tuple[str, ...] | None = None
     listed: bool = True
     files: Mapping[str, str] = {}
@@ -100,6 +102,7 @@ def plan(
         parent=machine.current,
         created=at.now,
         description=check_description(request.description),
+        tags=check_tags(request.tags),
         mode=at.mode,
         points=tuple(Point(disk=one.disk, layer=kept.get(one.disk, one.active.id)) for one in taken),
         operation=serial,

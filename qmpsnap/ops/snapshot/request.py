@@ -23,6 +23,7 @@ Files = Mapping[str, str | os.PathLike[str]]
 
 class _Options(TypedDict, total=False):
     description: str
+    tags: Mapping[str, str]
     disks: Sequence[str] | None
     quiesce: Quiesce
     freeze_window: float
@@ -64,10 +65,16 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
     """The request for a snapshot of that kind; pure. Refused where it does not heed an option."""
     _require_heeded(kind, options)
     freeze = QuiesceRequest(wish=options.get("quiesce", "skip"), window=options.get("freeze_window", FREEZE_WINDOW))
-    description, disks = options.get("description", ""), names_of(options.get("disks"))
+    description, tags = options.get("description", ""), options.get("tags", {})
+    disks = names_of(options.get("disks"))
     if kind == "internal":
         inside = InternalRequest(
-            name=name, description=description, disks=disks, memory=options.get("memory"), quiesce=freeze
+            name=name,
+            description=description,
+            tags=tags,
+            disks=disks,
+            memory=options.get("memory"),
+            quiesce=freeze,
         )
         return requests.well_typed(inside)
     wanted = None
@@ -81,6 +88,7 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
     request = CreateRequest(
         name=name,
         description=description,
+        tags=tags,
         disks=disks,
         files=files,
         memory=wanted,
@@ -95,11 +103,11 @@ def _by_volume(kind: Kind, options: SnapshotOptions) -> bool:
     return kind == "volume" or bool(options.get("volume"))
 
 
-def names_of(disks: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The disks as a request has them; one name would be taken for a name per letter."""
-    if isinstance(disks, str):
-        raise UsageError(f"disks is a list of names, not {disks!r}", hint=f"write disks=[{disks!r}]")
-    return None if disks is None else tuple(disks)
+def names_of(names: Sequence[str] | None, what: str = "disks") -> tuple[str, ...] | None:
+    """The disks as a request has them, or ``what`` else; one name would be taken for a name per letter."""
+    if isinstance(names, str):
+        raise UsageError(f"{what} is a list of names, not {names!r}", hint=f"write {what}=[{names!r}]")
+    return None if names is None else tuple(names)
 
 
 def paths_of(files: Files | None) -> dict[str, str]:

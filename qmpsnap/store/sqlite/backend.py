@@ -393,4 +393,5 @@ class SqliteStore:
             inside=decoded(row[11], Inside) if row[11] else None,
             variables=str(self._machines / row[12]) if row[12] else None, level=row[13], unquiesced=row[14],
             pushed=bool(row[15]), frozen_ms=row[16], max_pause_ms=row[17],
+            tags=decoded(row[18], dict[str, str]) if row[18] else {},
         )  # fmt: skip

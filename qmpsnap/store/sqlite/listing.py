@@ -70,6 +70,7 @@ class SnapshotRow(Value):
     Attributes:
         paths: of its points' layers.
         saved, within: its memory in a file, or inside an image, as the store has it: JSON.
+        tagged: its tags, likewise.
     """
 
     name: str
@@ -89,6 +90,7 @@ class SnapshotRow(Value):
     pushed: bool
     frozen_ms: float | None
     max_pause_ms: float | None
+    tagged: str | None
     points: tuple[PointRow, ...]
     paths: dict[LayerId, str]
     machines: str
@@ -97,6 +99,11 @@ class SnapshotRow(Value):
     def pause_exceeded(self) -> bool:
         """Whether the guest was held for longer than was agreed to."""
         return exceeds(self.pause_ms, self.max_pause_ms)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Pairs of a key and a value."""
+        return _decoded(self.tagged) or {}
 
     @property
     def vmstate(self) -> dict[str, Any] | None:

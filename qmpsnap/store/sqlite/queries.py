@@ -19,12 +19,13 @@ PUT_PROCESS = upsert("process", "machine, pid, start_ticks, boot_id, started, ac
 PUT_SNAPSHOT = upsert(
     "snapshot",
     "machine, name, kind, state, parent, created, description, mode, pause_ms, operation, vmstate, inside, variables,"
-    " level, unquiesced, pushed, frozen_ms, max_pause_ms",
+    " level, unquiesced, pushed, frozen_ms, max_pause_ms, tags",
     key="machine, name",
 )
 SNAPSHOT = (
     "SELECT s.id, s.name, s.kind, s.state, p.name, s.created, s.description, s.mode, s.pause_ms,"
-    " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced, s.pushed, s.frozen_ms, s.max_pause_ms"
+    " s.operation, s.vmstate, s.inside, s.variables, s.level, s.unquiesced, s.pushed, s.frozen_ms, s.max_pause_ms,"
+    " s.tags"
     " FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent"
 )
 POINTS = (

@@ -185,7 +185,7 @@ def put_snapshot(sql: sqlite3.Connection, machine: int, snapshot: Snapshot) -> N
         msgspec.json.encode(snapshot.vmstate).decode() if snapshot.vmstate else None,
         msgspec.json.encode(snapshot.inside).decode() if snapshot.inside else None,
         snapshot.variables, snapshot.level, snapshot.unquiesced, snapshot.pushed, snapshot.frozen_ms,
-        snapshot.max_pause_ms,
+        snapshot.max_pause_ms, msgspec.json.encode(snapshot.tags).decode() if snapshot.tags else None,
     ))  # fmt: skip
     number = snapshot_id(sql, machine, snapshot.name)
     sql.execute("DELETE FROM point WHERE snapshot = ?", (number,))

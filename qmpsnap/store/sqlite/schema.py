@@ -152,6 +152,9 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE layer ADD COLUMN identity TEXT NOT NULL DEFAULT '';
     CREATE INDEX layer_identity ON layer (identity) WHERE identity <> '';
     """,
+    """
+    ALTER TABLE snapshot ADD COLUMN tags TEXT;
+    """,
 )
 
 

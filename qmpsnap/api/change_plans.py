@@ -1,0 +1,79 @@
+"""What changes of a machine itself, and of what is said of its snapshots, would do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpsnap.api import asked
+from qmpsnap.api.later import Later
+from qmpsnap.api.machine_plans import MachinePlans
+from qmpsnap.host.borders import border
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from qmpsnap.api import plans
+    from qmpsnap.api.plans import Plan
+    from qmpsnap.model.layers.snapshot import Snapshot
+    from qmpsnap.model.machines.spec import MachineSpec
+    from qmpsnap.model.operations.operation import ResizePlan
+    from qmpsnap.ops.lifecycle import change, resize
+    from qmpsnap.ops.lifecycle.change import Changed
+    from qmpsnap.ops.snapshot import describe, rename
+else:
+    plans = Later("api.plans")
+    change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
+    describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
+
+
+@border
+class ChangePlans(MachinePlans):
+    """The plans of :class:`qmpsnap.api.machine_changes.Changing`, and of renaming a snapshot."""
+
+    async def plan_rename_snapshot(self, old: str, new: str) -> Plan[None, Snapshot]:
+        """What :meth:`rename_snapshot` would do now."""
+        return await self._plan(
+            "rename_snapshot",
+            lambda context: rename.preview(context, self.name, old, new),
+            plans.of_rename(old, new),
+            lambda vm, _: vm.rename_snapshot(old, new),
+        )
+
+    async def plan_describe_snapshot(
+        self,
+        snapshot: Snapshot | str,
+        description: str | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        untag: Sequence[str] = (),
+    ) -> Plan[Snapshot, Snapshot]:
+        """What :meth:`describe_snapshot` would do now."""
+        request = asked.to_describe(snapshot, description, tags, untag)
+        return await self._plan(
+            "describe_snapshot",
+            lambda context: describe.preview(context, self.name, request),
+            plans.of_describe,
+            lambda vm, _: vm.describe_snapshot(snapshot, description, tags=tags, untag=untag),
+        )
+
+    async def plan_set(
+        self, settings: Mapping[str, str] | MachineSpec, *, allow_extra: bool = False
+    ) -> Plan[Changed, Changed]:
+        """What :meth:`set` would do now."""
+        make = change.made(settings, guest_dir=self._context.home.guest)
+        return await self._plan(
+            "set",
+            lambda context: change.preview(context, self.name, make, allow_extra=allow_extra),
+            plans.of_set,
+            lambda vm, _: vm.set(settings, allow_extra=allow_extra),
+        )
+
+    async def plan_resize(self, disk: str, size: int | str) -> Plan[ResizePlan, ResizePlan]:
+        """What :meth:`resize` would do now."""
+        request = resize.requested(disk, size)
+        return await self._plan(
+            "resize",
+            lambda context: resize.preview(context, self.name, request),
+            plans.of_resize,
+            lambda vm, _: vm.resize(disk, size),
+        )
