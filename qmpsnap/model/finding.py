@@ -97,6 +97,15 @@ KINDS: Final[dict[str, Kind]] = {
         " its time was changed: its snapshots may not read as they were taken.",
     ),
     "unreferenced-file": Kind("I3", "The store does not know this file among the machine's images.", _ASIDE),
+    "volume-left": Kind(
+        "I6",
+        "The store does not know this snapshot or clone of an RBD image or logical volume, which has the machine's"
+        " name. Remove it with rbd or lvremove if nothing needs it.",
+        "One that is unfinished is removed.",
+    ),
+    "volume-invalid": Kind(
+        "I1", "A thick LVM snapshot has run full: the snapshot that reads it is lost. Delete that snapshot."
+    ),
     "part-left": Kind("I6", "An unfinished file is left over; no open operation needs it.", _ASIDE),
     "mode-open": Kind("I3", "Other users can read this file or reach files in this folder.", _PRIVATE),
     "home-open": Kind(

@@ -63,7 +63,7 @@ def _admit_all(context: Context, machine: Machine, chains: Sequence[Chain], firm
     assert user
     active = {chain.active.id for chain in chains if not machine.require_disk(chain.disk).read_only}
     layers = {layer.id: layer for chain in chains for layer in chain.layers}
-    own = [layer for layer in layers.values() if layer.owned]
+    own = [layer for layer in layers.values() if layer.owned and layer.storage == "file"]
     shared = {layer.id for layer in own if _is_anothers(home.machines, machine.name, layer)}
     for layer in own:
         privileges.admit(layer.path, user.uid, acl.READ if layer.id in shared else READ_WRITE)

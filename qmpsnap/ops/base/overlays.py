@@ -86,12 +86,17 @@ def identified(change: Change, headers: Mapping[LayerId, Identified]) -> Change:
 
 
 def _at(layer: Layer, found: Identified) -> Layer:
+    identity = found.identity
+    if identity:  # holds where device and inode do not
+        return replace(layer, device=0, inode=0, birth=0, identity=identity)
     return replace(layer, device=found.device, inode=found.inode, birth=found.birth)
 
 
 def headers_of(layers: Iterable[Layer]) -> dict[LayerId, Header]:
     """The headers of new layers whose files somebody has made before, for :func:`identified`."""
-    return {layer.id: header.read(layer.path, format=layer.format) for layer in layers}
+    return {
+        layer.id: header.read(layer.path, format=layer.format, block_device=layer.storage != "file") for layer in layers
+    }
 
 
 def require_planned(overlays: Iterable[Overlay]) -> None:

@@ -1,11 +1,16 @@
 """Which driver snapshots a layer, and its verbs for the layers of a plan."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
-from qmpsnap.errors import StoreMismatch
+from qmpsnap.block.image import create
+from qmpsnap.block.image.staged import require_folder
+from qmpsnap.errors import HostCannot, ImageRefused, NotFoundError, StateError, StoreMismatch
+from qmpsnap.host.threads import to_end
 from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.copies import VolumeCopy
@@ -18,7 +23,10 @@ from qmpsnap.volumes.reflink import Reflink
 
 def driver_of(layer: Layer) -> Driver:
     """The driver for the storage that a layer lies on."""
-    del layer
+    if layer.storage == "rbd":
+        from qmpsnap.volumes.rbd import Rbd  # seldom needed
+
+        return Rbd()
     return Reflink()
 
 
@@ -30,9 +38,15 @@ def volume_of(layer: Layer) -> Volume:
         device=layer.device,
         inode=layer.inode,
         birth=layer.birth,
+        identity=layer.identity,
         bytes=layer.virtual_size,
         name=of_path(layer.path),
     )
+
+
+def is_near(volume: Volume, layer: Layer) -> bool:
+    """Whether the driver of a layer is that of a volume."""
+    return (RbdImage.parse(volume.path) is None) == (RbdImage.parse(layer.path) is None)
 
 
 def is_snapshot(layer: Layer) -> bool:
@@ -60,8 +74,87 @@ async def probe(actives: Mapping[str, Layer]) -> Drivable:
 def copied(source: Layer, layer: LayerId, name: VolumeName) -> VolumeCopy:
     """The snapshot or clone of a layer that an operation will make; pure."""
     where = driver_of(source).where(volume_of(source), name)
-    copy = Layer(id=layer, path=where, format=source.format, backing=source.backing, virtual_size=source.virtual_size)
+    copy = Layer(
+        id=layer,
+        path=where,
+        format=source.format,
+        backing=source.backing,
+        virtual_size=source.virtual_size,
+        storage=source.storage,
+    )
     return VolumeCopy(disk=name.disk, layer=copy, source=source)
+
+
+async def taken(machine: Machine, sources: Iterable[Layer]) -> frozenset[str]:
+    """Paths of the machine's volumes that there are where copies of these layers would lie; files not among them."""
+    return frozenset([volume.path for source in sources for volume in await _listed(machine, source)])
+
+
+async def there(machine: Machine, layers: Iterable[Layer]) -> tuple[Volume, ...]:
+    """The machine's volumes where these layers lie, files not among them; none of storage that cannot be asked."""
+    found: dict[str, Volume] = {}
+    for layer in layers:
+        with contextlib.suppress(HostCannot, NotFoundError, ImageRefused):
+            found |= {volume.path: volume for volume in await _listed(machine, layer)}
+    return tuple(found.values())
+
+
+async def _listed(machine: Machine, near: Layer) -> tuple[Volume, ...]:
+    if near.storage != "rbd":
+        return ()
+    return await driver_of(near).list(volume_of(near), machine.uuid.replace("-", ""))
+
+
+def require_free(copies: Iterable[VolumeCopy], there: Collection[str]) -> None:
+    """Make sure that none of the copies is ``there``: undoing an operation removes what has its names; pure."""
+    for copy in copies:
+        if copy.layer.path in there:
+            raise StateError(
+                f"{copy.layer.shown} exists already",
+                hint="the store may be older than the disks: put the newer store back, or remove that volume",
+            )
+
+
+def latest_first(layers: Iterable[Layer]) -> list[Layer]:
+    """Layers in an order in which they can be removed: what depends on a volume was made by a later operation."""
+
+    def key(layer: Layer) -> int:
+        name = of_path(layer.path)
+        return -name.operation if name else 0
+
+    return sorted(layers, key=key)
+
+
+def require_independent(removed: Collection[Layer]) -> None:
+    """Refuse to remove volumes that others depend on; called in a thread. What goes with them does not count."""
+    images = [image for layer in removed if (image := RbdImage.parse(layer.path))]
+    if not images:
+        return
+    from qmpsnap.volumes import rbd  # seldom needed
+
+    gone = {f"rbd:{image}" for image in images}
+    for image in images:
+        with contextlib.suppress(ImageRefused):  # it is gone already
+            if others := [other for other in rbd.dependents(image) if other not in gone]:
+                raise rbd.dependent(image, others)
+
+
+async def remove(layer: Layer, *, size: int | None = None, durably: bool = True) -> bool:
+    """Remove an image of ours, by its driver where it is no file; says whether a file was there.
+
+    Raises:
+        StoreMismatch: another file or volume has its name; it was not touched.
+        HostCannot: its folder is not there, as of a file system that is not mounted; not asked where not ``durably``.
+        StateError: other volumes depend on it.
+    """
+    if layer.storage != "file":
+        await driver_of(layer).remove(volume_of(layer))
+        return True
+    if durably:
+        await to_end(require_folder, layer.path)
+    return await create.remove(
+        layer.path, device=layer.device, inode=layer.inode, birth=layer.birth, size=size, durably=durably
+    )
 
 
 async def make(
@@ -76,7 +169,8 @@ async def make(
         if found.path != copy.layer.path:
             raise StoreMismatch(f"{driver.name} has made {found.path}, not {copy.layer.path}", effect="unknown")
         made[copy.layer.id] = found
-    await admission.new_files(context, machine, [copy.layer.path for copy in copies])
+    files = [copy.layer.path for copy in copies if copy.layer.storage == "file"]
+    await admission.new_files(context, machine, files)
     return made
 
 

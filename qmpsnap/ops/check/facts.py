@@ -29,7 +29,7 @@ from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations.operation import Operation
 from qmpsnap.model.planning.layer_graph import Forest
-from qmpsnap.ops.base import admission, home_location
+from qmpsnap.ops.base import admission, home_location, volumes
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import entries
@@ -41,6 +41,7 @@ from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock, owner
+from qmpsnap.volumes.driver import Volume
 
 AGENT_DEADLINE = 2.0
 """Seconds the agent may take to say whether the guest is frozen; one that is not there is not asked."""
@@ -99,6 +100,7 @@ class Facts(Struct, frozen=True, kw_only=True):
         worker: a helper QEMU runs.
         overwritten: the frozen layers that something has written to since they were frozen.
         users: of each image that somebody else has open for writing: who.
+        volumes: what the machine's name is on in volume groups and clusters, as far as these answer.
     """
 
     record: Record
@@ -121,6 +123,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     worker: bool = False
     overwritten: tuple[LayerId, ...] = ()
     users: Mapping[LayerId, User] = MappingProxyType({})
+    volumes: tuple[Volume, ...] = ()
 
     @property
     def trusted(self) -> bool:
@@ -177,6 +180,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         look = survey.wanted(await blocking(context.store.images.read_by, name), pid, active_too=True)
         seen = await to_read(survey.look, replaced(look, ours=_ours(context, before.machine)))
         old = await blocking(stale_store.sign, context, before.machine.name, before.chains)
+        made = await volumes.there(before.machine, (chain.base for chain in before.chains))
         lost = await blocking(context.store.records.lost)
         moved = await blocking(home_location.recorded_elsewhere, context.home, context.store, context.host)
         busy = busy or (None if own else lock.holder(context.home.lock(name)))
@@ -195,6 +199,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         worker=worker.find(before.machine, context.home.run_dir(name)) is not None,
         users=seen.users,
         overwritten=tuple(seen.changed),
+        volumes=made,
     )
 
 

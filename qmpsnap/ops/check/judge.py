@@ -15,6 +15,7 @@ from qmpsnap.host.files import same_file
 from qmpsnap.machine.starting.argv import CDROM
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.blockdev import node_name
+from qmpsnap.model.machines.rbd import shown
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.planning.layer_graph import Writer
 from qmpsnap.ops.check.facts import Facts
@@ -42,7 +43,7 @@ def judge(at: Facts) -> list[Finding]:
     found = [*_older(at), *_layers(at), *_snapshots(at), *_users(at), *_writers(at), *_private(at), *_described(at)]
     if at.record.open:
         return [*_operations(at), *found]
-    return [*found, *_files(at), *_qemu(at), *_worker(at)]
+    return [*found, *_files(at), *_volumes(at), *_qemu(at), *_worker(at)]
 
 
 def _older(at: Facts) -> Iterator[Finding]:
@@ -170,6 +171,19 @@ def _files(at: Facts) -> Iterator[Finding]:
         else:
             text = f"{entry.path} is not in the store"
             yield at.finding("unreferenced-file", text, file=entry.path, repairable=movable)
+
+
+def _volumes(at: Facts) -> Iterator[Finding]:
+    """I6 where no folder shows it: every snapshot and clone of the machine's storage has its place in the record."""
+    layers = {layer.path: layer for layer in at.record.forest.layers.values()}
+    for volume in at.volumes:
+        layer = layers.get(volume.path)
+        if layer and volume.state == "invalid":
+            yield at.finding("volume-invalid", f"{layer.shown} has run full, and its content is lost", layer=layer)
+        elif layer is None:
+            part = volume.state == "part"
+            text = f"{shown(volume.path)} is {'unfinished' if part else 'not in the store'}"
+            yield at.finding("volume-left", text, file=volume.path, repairable=part and not at.older and not at.silent)
 
 
 def _qemu(at: Facts) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from qmpsnap.machine.templates import Shelf
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.operation import Change
-from qmpsnap.ops.base import luks
+from qmpsnap.ops.base import luks, volumes
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import quarantine
@@ -57,9 +57,8 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
     match finding.code:
         case "record-missing":
             await blocking(context.store.records.write, machine.name)
-        case "unreferenced-file" | "part-left":
-            entry = next(entry for entry in at.folder if entry.path == finding.file)
-            return await to_end(quarantine.move, context.home, finding, entry)
+        case "unreferenced-file" | "part-left" | "volume-left":
+            return await _left(context, at, finding)
         case "mode-open":
             entry = next(entry for entry in at.private if entry.path == finding.file)
             await to_end(close_to_others, entry)
@@ -109,6 +108,17 @@ async def _thaw(context: Context, machine: Machine) -> None:
     socket = context.home.run_dir(machine.name) / AGENT_SOCKET
     async with agent.connect(socket, machine=machine.name, deadline=AGENT_DEADLINE) as guest:
         await guest.execute("guest-fsfreeze-thaw", deadline=10)
+
+
+async def _left(context: Context, at: Facts, finding: Finding) -> Moved | None:
+    """Put what nobody knows aside; no storage can do that with a volume, so an unfinished one is removed."""
+    if finding.code == "volume-left":
+        volume = next(volume for volume in at.volumes if volume.path == finding.file)
+        near = next(chain.base for chain in at.record.chains if volumes.is_near(volume, chain.base))
+        await volumes.driver_of(near).remove(volume)
+        return None
+    entry = next(entry for entry in at.folder if entry.path == finding.file)
+    return await to_end(quarantine.move, context.home, finding, entry)
 
 
 def close_to_others(entry: Entry) -> None:

@@ -5,13 +5,14 @@ import shutil
 from collections.abc import Awaitable
 
 from qmpsnap.block.image.create import remove, sync_folders
-from qmpsnap.errors import HostCannot, StoreMismatch
+from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host.threads import to_end
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.operations.operation import DefinePlan
 from qmpsnap.model.operations.undefine import UndefinePlan
+from qmpsnap.ops.base import volumes
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import remove_new
@@ -66,9 +67,10 @@ async def remove_files(context: Context, plan: UndefinePlan) -> tuple[list[str],
     Returns the paths of images and state files that are gone, and what keeps another where it is, a sentence for each.
     """
     stuck: list[str] = []
-    files: list[Layer | Vmstate] = [*plan.layers, *plan.states]
+    files: list[Layer | Vmstate] = [*volumes.latest_first(plan.layers), *plan.states]
     gone = [file.path for file in files if await is_done(stuck, _remove(file, plan))]
-    await is_done(stuck, sync_folders([file.path for file in files]))  # once for all: there may be thousands
+    places = [file.path for file in files if not isinstance(file, Layer) or file.storage == "file"]
+    await is_done(stuck, sync_folders(places))  # once for all: there may be thousands
     for kept in plan.variables:
         await is_done(stuck, to_end(forget_variables, kept))
     await is_done(stuck, to_end(remove_folder, context.home, plan.machine))
@@ -79,16 +81,18 @@ async def is_done(stuck: list[str], removal: Awaitable[bool | None]) -> bool:
     """Whether something is removed; what keeps it is noted, and does not keep what comes after it."""
     try:
         return await removal is not False
-    except (HostCannot, OSError) as error:
-        stuck.append(error.message if isinstance(error, HostCannot) else str(error))
+    except (HostCannot, StateError, OSError) as error:
+        stuck.append(str(error) if isinstance(error, OSError) else error.message)
         return False
 
 
 async def _remove(file: Layer | Vmstate, plan: UndefinePlan) -> bool:
     """Remove a file that is gone for the store; False for one that somebody has put in its place: that stays."""
-    size = plan.sizes.get(file.id) if isinstance(file, Layer) else None
     try:
-        await remove(file.path, device=file.device, inode=file.inode, birth=file.birth, size=size, durably=False)
+        if isinstance(file, Layer):
+            await volumes.remove(file, size=plan.sizes.get(file.id), durably=False)
+        else:
+            await remove(file.path, device=file.device, inode=file.inode, birth=file.birth, durably=False)
     except StoreMismatch:
         return False
     return True

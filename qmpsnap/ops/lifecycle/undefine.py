@@ -14,6 +14,7 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import InternalPlan, LoadPlan, Operation, Plan
 from qmpsnap.model.operations.undefine import UndefinePlan
+from qmpsnap.ops.base import volumes
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, forget_places
 from qmpsnap.ops.base.machine_session import MachineSession
@@ -98,8 +99,9 @@ async def require_possible(session: MachineSession, disks: Fate | None) -> None:
     if disks is None:
         await _refuse_loss(session.context, name)
     if disks == "remove":
-        images = await images_alone(session.context, name)
-        await other_programs.require_free(images, machine=name, readers=True)
+        alone = await _alone(session.context, name)
+        await to_read(volumes.require_independent, alone)
+        await other_programs.require_free([layer.path for layer in alone], machine=name, readers=True)
 
 
 async def _forgotten(
@@ -146,6 +148,10 @@ def _named(plan: Plan) -> set[str]:
 
 async def images_alone(context: Context, name: str) -> list[str]:
     """Images of qmpsnap that only this machine reads, or that an earlier operation of it left without a reader."""
+    return sorted(layer.path for layer in await _alone(context, name))
+
+
+async def _alone(context: Context, name: str) -> list[Layer]:
     noted = await blocking(context.store.records.noted, name)
     forest = await context.astore.forest_around(name, *noted)
     folder = f"{context.home.machine_dir(name)}/"
@@ -154,7 +160,7 @@ async def images_alone(context: Context, name: str) -> list[str]:
         above = forest.machines_above(layer.id)
         return above == {name} or (not above and (layer.path.startswith(folder) or layer.id in noted))
 
-    return sorted(layer.path for layer in forest.layers.values() if layer.owned and is_alone(layer))
+    return [layer for layer in forest.layers.values() if layer.owned and is_alone(layer)]
 
 
 async def _refuse_loss(context: Context, name: str) -> None:

@@ -30,7 +30,7 @@ from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Merge, MergePlan, Operation, Removal
 from qmpsnap.model.planning import sharing
-from qmpsnap.ops.base import luks
+from qmpsnap.ops.base import luks, volumes
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.machine_session import MachineSession
@@ -217,11 +217,9 @@ async def remove_files(context: Context, layers: Sequence[Layer]) -> None:
         HostCannot: their folder is not there, as of a file system that is not mounted: with it they would come back.
     """
     sizes = await blocking(layer_changes.sizes, context.store, [layer.id for layer in layers])
-    for layer in layers:
+    for layer in volumes.latest_first(layers):
         if layer.owned:
-            await to_end(require_folder, layer.path)
-            size = sizes.get(layer.id)
-            await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth, size=size)
+            await volumes.remove(layer, size=sizes.get(layer.id))
 
 
 async def remove_kept(session: MachineSession, removal: Removal) -> None:

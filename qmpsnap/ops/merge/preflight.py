@@ -1,6 +1,5 @@
 """What can be refused of a merge is asked before its operation is opened, with which names go and marks are made."""
 
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +7,12 @@ from pathlib import Path
 from qmpsnap.block.image import backing
 from qmpsnap.block.image.header import printable
 from qmpsnap.block.usage import access
-from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError
+from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.open_files import require_recorded
-from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.operations.operation import Merge, Removal
 from qmpsnap.model.planning.state import Situation
+from qmpsnap.ops.base import volumes
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.merge.job import rewritten
 
@@ -46,8 +44,9 @@ def _look(at: Situation, steps: Sequence[Merge | Removal]) -> None:
             for _, inside, _ in step.tags:
                 access.require_writable(at.forest.layer(inside), ours=not at.running, shared=at.running)
         for layer in step.removed:
-            _require_removable(layer.path)
-    _require_independent([layer for step in steps for layer in step.removed])
+            if layer.storage == "file":
+                _require_removable(layer.path)
+    volumes.require_independent([layer for step in steps for layer in step.removed])
 
 
 def _look_at_merge(step: Merge) -> None:
@@ -67,20 +66,6 @@ def _look_at_merge(step: Merge) -> None:
     if not step.live:
         for layer in step.chain:
             access.require_readable(layer)
-
-
-def _require_independent(removed: Sequence[Layer]) -> None:
-    """A cluster keeps what others depend on: what goes with it here does not count."""
-    images = [image for layer in removed if (image := RbdImage.parse(layer.path))]
-    if not images:
-        return
-    from qmpsnap.volumes import rbd  # seldom needed
-
-    gone = {f"rbd:{image}" for image in images}
-    for image in images:
-        with contextlib.suppress(ImageRefused):  # it is gone already
-            if others := [other for other in rbd.dependents(image) if other not in gone]:
-                raise rbd.dependent(image, others)
 
 
 def _require_removable(path: str) -> None:

@@ -7,13 +7,12 @@
 from pathlib import Path
 
 from qmpsnap.block.image import header
-from qmpsnap.block.image.create import remove
-from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.qemu import require_ended
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation, RevertPlan
+from qmpsnap.ops.base import volumes
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.machine_session import MachineSession
@@ -50,11 +49,9 @@ async def remove_files(context: Context, plan: RevertPlan) -> None:
     gone = (*plan.removed, *(plan.unwritten.layers if plan.unwritten else ()))
     known = await context.astore.layers([layer.id for layer in gone])
     sizes = await blocking(layer_changes.sizes, context.store, [layer.id for layer in gone])
-    for layer in gone:
+    for layer in volumes.latest_first(gone):
         if layer.id not in known:
-            await to_end(require_folder, layer.path)
-            size = sizes.get(layer.id)
-            await remove(layer.path, device=layer.device, inode=layer.inode, birth=layer.birth, size=size)
+            await volumes.remove(layer, size=sizes.get(layer.id))
     if plan.keeps:
         snapshots = await context.astore.snapshots(plan.machine)
         if all(found.variables != plan.keeps for found in snapshots):

@@ -113,6 +113,7 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
             commands = tuple(in_place.qmp_commands(loaded, now.serial))
             return Preview(plan=loaded, unwritten=False, commands=commands)
     planned = plan(now, at, request)
+    await to_read(volumes.require_independent, planned.removed)
     consent.require(machine)
     await require_same_hardware(context, _as_started(machine, target, request), target)
     variables = str(context.home.variables(name)) if planned.keeps else None
@@ -246,7 +247,7 @@ async def _switch(session: MachineSession, at: Situation, target: Snapshot, requ
     await _examine(session, at, target, request)
     in_place.require_frozen(at, target)
     async with _memory(target, request) as loading:
-        operation = await _open(session, at, request)
+        operation = await _open(session, at, target, request)
         async with recovery.attempting(session, operation):
             await _carry_out(session, operation, loading)
     return await _outcome(session.context, operation)
@@ -267,10 +268,17 @@ async def _memory(snapshot: Snapshot, request: RevertRequest) -> AsyncIterator[L
         yield Loading(state, descriptor)
 
 
-async def _open(session: MachineSession, at: Situation, request: RevertRequest) -> Operation[RevertPlan]:
+async def _open(
+    session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest
+) -> Operation[RevertPlan]:
+    there = await volumes.taken(session.machine, (chain.active for chain in points(at, target)))
+
     def make(inputs: PlanInputs) -> RevertPlan:
         planned = plan(inputs, at, request)
-        require_free([*(one.layer.path for one in planned.new), *([planned.keeps] if planned.keeps else [])])
+        files = [one.layer.path for one in planned.new if one.layer.storage == "file"]
+        require_free([*files, *([planned.keeps] if planned.keeps else [])])
+        volumes.require_free(planned.clones, there)
+        volumes.require_independent(planned.removed)
         _require_variables(session.context.home, planned)
         _require_space(session.context, session.machine, planned)
         return planned

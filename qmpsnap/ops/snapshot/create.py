@@ -163,6 +163,7 @@ async def _planner(
     )
 
     by_volume = await _by_volume(session.machine, basis, request, beside) if request.volumes else frozenset[str]()
+    there = await volumes.taken(session.machine, (chain.active for chain in basis.chains if chain.disk in by_volume))
 
     def make(at: PlanInputs) -> CreatePlan:
         planned = plan(at, request, means=means, freezer=freezer, beside=beside, by_volume=by_volume)
@@ -171,7 +172,8 @@ async def _planner(
         require_recorded(below, machine=session.machine.name)
         require_free([planned.variables[1]] if planned.variables else [])
         require_free(overlay.layer.path for overlay in planned.overlays if not overlay.part)
-        require_free(copy.layer.path for copy in planned.volumes)
+        require_free(copy.layer.path for copy in planned.volumes if copy.layer.storage == "file")
+        volumes.require_free(planned.volumes, there)
         free_space.require(
             free_space.of_create(session.machine, planned, session.context.home.data),
             machine=session.machine.name,
