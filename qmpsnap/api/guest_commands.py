@@ -4,15 +4,61 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Final
 
-from qmpsnap.errors import ProcessError, UsageError
+import anyio
+
+from qmpsnap.errors import ProcessError, QmpsnapError, UsageError
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine import agent_files
 from qmpsnap.machine.agent import Agent, Completed
+from qmpsnap.model.machines.record import Machine
+from qmpsnap.ops.base.context import Context
+from qmpsnap.qmp import commands
+
+WAIT: Final = 1.0
+"""Seconds that an agent may take to open its port, in a guest that has booted."""
+_ASKING: Final = 0.5
+"""Seconds in which a QEMU that nobody else talks to says whether the port is open."""
+
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SURROUNDED: Final = (
+    'while [ "$1" != -- ]; do export "$1"; shift; done; shift; if [ -n "$1" ]; then cd -- "$1" || exit 126; fi;'
+    ' shift; exec "$@"'
+)
+"""Runs a program with variables of its own (``NAME=VALUE ... --``) in a folder (an empty word: where the agent is).
+
+The agent's own ``env`` would take all other variables away, ``PATH`` with them.
+"""
+
+
+def surrounded(words: Sequence[str], *, env: Mapping[str, str], cwd: str | None) -> list[str]:
+    """The program with these variables, in that folder of the guest."""
+    for name, value in env.items():
+        if not _VARIABLE.fullmatch(name) or "\0" in value:
+            raise UsageError(f"{name!r} cannot be a variable of a command", hint="use letters, digits and underscores")
+    if cwd is not None and (not cwd.startswith("/") or "\0" in cwd):
+        raise UsageError(f"{cwd!r} is not an absolute path in the guest", hint="write the path from / on")
+    if not env and cwd is None:
+        return list(words)
+    assignments = [f"{name}={value}" for name, value in env.items()]
+    return ["/bin/sh", "-c", _SURROUNDED, "sh", *assignments, "--", cwd or "", *words]
+
+
+async def listens(context: Context, machine: Machine) -> bool | None:
+    """Whether something in the guest has the agent's port open; None where QEMU does not say so at once."""
+    with anyio.move_on_after(_ASKING):
+        try:
+            async with context.monitor(machine, look=True) as qemu:
+                return await commands.agent_listens(qemu) if qemu else None
+        except QmpsnapError:
+            pass
+    return None
 
 
 async def run(
@@ -21,6 +67,7 @@ async def run(
     *,
     timeout: float,
     encoding: str | None,
+    stdin: bytes = b"",
 ) -> Completed[str] | Completed[bytes]:
     """Run a command, and decode its output."""
     if encoding is not None:
@@ -29,7 +76,7 @@ async def run(
         except LookupError as error:
             raise UsageError(str(error), hint="use encoding='utf-8', or None for bytes") from error
     async with connect(timeout) as guest:
-        done = await guest.run(words, deadline=timeout)
+        done = await guest.run(words, deadline=timeout, stdin=stdin)
     if encoding is None:
         return done
     return Completed[str](

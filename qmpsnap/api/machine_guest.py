@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -17,7 +19,7 @@ from qmpsnap.ops.base import requests
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from qmpsnap.api import guest_commands
     from qmpsnap.machine import agent, agent_files
@@ -42,6 +44,10 @@ class MachineGuest(MachineBase):
         encoding: str = "utf-8",
         check: bool = True,
         allow_truncated: bool = False,
+        stdin: str | bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        wait: float | None = None,
     ) -> Completed[str]: ...
 
     @overload
@@ -53,6 +59,10 @@ class MachineGuest(MachineBase):
         encoding: None,
         check: bool = True,
         allow_truncated: bool = False,
+        stdin: str | bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        wait: float | None = None,
     ) -> Completed[bytes]: ...
 
     @was(deadline="timeout")
@@ -64,6 +74,10 @@ class MachineGuest(MachineBase):
         encoding: str | None = "utf-8",
         check: bool = True,
         allow_truncated: bool = False,
+        stdin: str | bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        wait: float | None = None,
     ) -> Completed[str] | Completed[bytes]:
         """Run a command in the guest through its agent.
 
@@ -73,16 +87,25 @@ class MachineGuest(MachineBase):
             encoding: of its output; None returns bytes. Bytes that do not decode are replaced.
             check: raise when it ends with another status than 0.
             allow_truncated: take what the agent has kept, 16 MiB of stdout and of stderr, where there was more.
+            stdin: what it reads, at most 32 MiB; text is encoded as UTF-8.
+            env: variables that it has besides those of the agent; needs a ``/bin/sh`` in the guest.
+            cwd: absolute path of the folder in the guest in which it runs; needs a ``/bin/sh`` in the guest.
+            wait: seconds to wait for an agent where nothing in the guest has opened its port (QMP ``query-chardev``,
+                ``frontend-open``). By default a second, or until ``timeout`` seconds after QEMU was started.
 
         Raises:
             ProcessError: with ``check``: it ended with another status than 0.
             StateError: the guest's vCPUs are stopped, or the machine was adopted.
             QmpError: the guest refused, or the command has said more than the agent keeps.
             DeadlinePassed: no agent, or the command takes longer; it goes on in the guest.
-            UsageError: there is no such encoding.
+            UsageError: there is no such encoding, variable or folder, or ``stdin`` is too long.
         """
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
-        done = await guest_commands.run(self._agent, words, timeout=timeout, encoding=encoding)
+        words = guest_commands.surrounded(words, env=env or {}, cwd=cwd)
+        given = stdin.encode() if isinstance(stdin, str) else stdin
+        done = await guest_commands.run(
+            partial(self._agent, wait=wait), words, timeout=timeout, encoding=encoding, stdin=given
+        )
         if check and done.exit_status:
             raise guest_commands.failed(command, done, machine=self.name)
         if not allow_truncated:
@@ -159,8 +182,10 @@ class MachineGuest(MachineBase):
             return await guest.fstrim(minimum=minimum, deadline=timeout)
 
     @asynccontextmanager
-    async def _agent(self, seconds: float) -> AsyncIterator[Agent]:
+    async def _agent(self, seconds: float, *, wait: float | None = None) -> AsyncIterator[Agent]:
         requests.require_time(seconds, "the timeout")
+        if wait is not None:
+            requests.require_time(wait, "the wait")
         machine = await self.record()
         if machine.adopted:
             raise StateError(
@@ -171,5 +196,10 @@ class MachineGuest(MachineBase):
         await pausing.require_awake(self._context, machine)
         socket = self._context.home.run_dir(self.name) / AGENT_SOCKET
         await to_end(logs.bound, self._context.home, self.name)
-        async with agent.connect(socket, machine=self.name, deadline=seconds) as guest:
+        process = await to_end(self._context.process, machine)
+        if wait is None:
+            booting = process.started + seconds - time.time() if process else 0.0
+            wait = max(guest_commands.WAIT, booting)
+        port = agent.Port(partial(guest_commands.listens, self._context, machine), wait)
+        async with agent.connect(socket, machine=self.name, deadline=seconds, port=port) as guest:
             yield guest

@@ -120,7 +120,8 @@ def _require_text(words: Sequence[str]) -> None:
 
 def _asks_for_json(words: Sequence[str]) -> bool:
     # Asked of the raw words, as an error of the parser itself must come out in that form, too. What a command in the
-    # guest is given is its own.
-    ours = words[: words.index("--")] if "--" in words else words
-    joined = " ".join(ours)
+    # guest is given is its own, with or without `--` before it.
+    if words[:1] == ["exec"]:
+        return False
+    joined = " ".join(words[: words.index("--")] if "--" in words else words)
     return any(asked in f"{joined} " for asked in ("-o json ", "-ojson ", "--output json ", "--output=json "))

@@ -10,7 +10,7 @@ import binascii
 import json
 import socket
 import warnings
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,7 +19,7 @@ import anyio
 from anyio.abc import SocketAttribute, UNIXSocketStream
 from msgspec import Struct
 
-from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
+from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, UsageError
 from qmpsnap.hint import call, option
 from qmpsnap.qmp.dial import dial
 
@@ -29,6 +29,14 @@ REPLY_LIMIT = 64 << 20
 CAPTURED = 16 << 20
 """Bytes of a command's stdout, and of its stderr, that the agent keeps (QGA's ``GUEST_EXEC_MAX_OUTPUT``)."""
 
+
+STDIN_LIMIT = 32 << 20
+"""Bytes of standard input that a command can be given: the agent's parser takes 64 MiB of JSON at once."""
+
+_AT_ONCE = 0.5
+"""Seconds in which an agent that runs has answered on a host that is not busy; then QEMU is asked for its port."""
+_PORT = 0.1
+"""Seconds between two looks at a port that is closed."""
 
 _EXITS = range(1 << 32)
 """Exit statuses: Windows has 32 bits of them."""
@@ -72,6 +80,18 @@ class Completed(Struct, Generic[Said], frozen=True, kw_only=True):
                 effect="applied",
                 machine=machine,
             )
+
+
+class Port(Struct, frozen=True):
+    """The guest's end of the channel, as QEMU knows it.
+
+    Attributes:
+        listens: whether something in the guest has it open; None where QEMU cannot be asked now.
+        wait: seconds that may pass until something has.
+    """
+
+    listens: Callable[[], Awaitable[bool | None]]
+    wait: float
 
 
 class Trimmed(Struct, frozen=True, kw_only=True):
@@ -193,6 +213,12 @@ class Agent:
 
         The program is not ended by the ``deadline``, which is in seconds for the whole.
         """
+        if len(stdin) > STDIN_LIMIT:
+            raise UsageError(
+                f"standard input has {len(stdin)} bytes, but a guest command is given at most {STDIN_LIMIT}",
+                hint="copy it to a file in the guest first",
+                machine=self._machine,
+            )
         arguments: dict[str, Any] = {"path": command[0], "arg": list(command[1:]), "capture-output": True}
         if stdin:
             arguments["input-data"] = base64.b64encode(stdin).decode()
@@ -200,19 +226,17 @@ class Agent:
         started = await self.execute("guest-exec", arguments, deadline=deadline)
         pid = started.get("pid") if isinstance(started, dict) else None
         pause = 0.005
-        while True:
-            left = max(0.1, end - anyio.current_time())
-            status = await self.execute("guest-exec-status", {"pid": pid}, deadline=left)
+        while (left := end - anyio.current_time()) > 0:
+            try:
+                status = await self.execute("guest-exec-status", {"pid": pid}, deadline=left)
+            except DeadlinePassed:  # of one look, which is no deadline that anybody has set
+                break
             if isinstance(status, dict) and status.get("exited"):
                 return self._completed(status)
-            if anyio.current_time() > end:
-                raise self.late(
-                    deadline,
-                    command[0],
-                    hint="it keeps running in the guest; wait longer with " + option("timeout", "SECONDS"),
-                )
             await anyio.sleep(pause)
             pause = min(pause * 1.5, 0.25)
+        hint = "it keeps running in the guest; wait longer with " + option("timeout", "SECONDS")
+        raise self.late(deadline, command[0], hint=hint)
 
     def _completed(self, status: dict[str, Any]) -> Completed[bytes]:
         try:
@@ -256,6 +280,14 @@ class Agent:
                 machine=self._machine,
             ) from error
 
+    def deaf(self, waited: float) -> DeadlinePassed:
+        """What is raised when nothing in the guest has the agent's port open."""
+        return DeadlinePassed(
+            f"no guest agent runs in machine {self._machine}: the guest did not open its port within {waited:.3g} s",
+            hint="start qemu-guest-agent in the guest; while it boots, wait longer with " + option("wait", "SECONDS"),
+            machine=self._machine,
+        )
+
     def late(self, deadline: float, what: str, *, hint: str = "") -> DeadlinePassed:
         """What is raised when the agent has not done something within ``deadline`` seconds."""
         return DeadlinePassed(
@@ -267,11 +299,13 @@ class Agent:
 
 
 @asynccontextmanager
-async def connect(path: Path, *, machine: str, deadline: float = 10) -> AsyncIterator[Agent]:
+async def connect(path: Path, *, machine: str, deadline: float = 10, port: Port | None = None) -> AsyncIterator[Agent]:
     """A conversation with the agent behind the socket at ``path``, synchronised, closed with the block.
 
-    QEMU's agent channel has one client at a time; the agent must have answered after ``deadline`` seconds.
+    QEMU's agent channel has one client at a time; the agent must have answered after ``deadline`` seconds. Where a
+    ``port`` is given that nothing in the guest opens, it is not waited for longer than that says.
     """
+    begun = anyio.current_time()
     try:
         with anyio.fail_after(deadline):
             endpoint = await dial(path)
@@ -289,8 +323,23 @@ async def connect(path: Path, *, machine: str, deadline: float = 10) -> AsyncIte
         ) from error
     async with await UNIXSocketStream.from_socket(endpoint) as stream:
         agent = Agent(stream, machine)
-        await agent.synchronise(deadline=deadline)
+        if port is None or not await _answers_at_once(agent, port, begun=begun, deadline=deadline):
+            await agent.synchronise(deadline=max(_PORT, begun + deadline - anyio.current_time()))
         yield agent
+
+
+async def _answers_at_once(agent: Agent, port: Port, *, begun: float, deadline: float) -> bool:
+    """Whether the agent is synchronised; if not, its port is open now, or nobody can tell."""
+    try:
+        await agent.synchronise(deadline=min(_AT_ONCE, deadline))
+    except DeadlinePassed:
+        wait = min(port.wait, deadline)
+        while await port.listens() is False:
+            if anyio.current_time() - begun > wait:
+                raise agent.deaf(wait) from None
+            await anyio.sleep(_PORT)
+        return False
+    return True
 
 
 def _decode(line: bytes) -> dict[str, Any]:

@@ -110,6 +110,10 @@ class MachineHandle(MachinePlans):
         encoding: str = "utf-8",
         check: bool = True,
         allow_truncated: bool = False,
+        stdin: str | bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        wait: float | None = None,
     ) -> Completed[str]: ...
 
     @overload
@@ -121,6 +125,10 @@ class MachineHandle(MachinePlans):
         encoding: None,
         check: bool = True,
         allow_truncated: bool = False,
+        stdin: str | bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        wait: float | None = None,
     ) -> Completed[bytes]: ...
 
     def run(
@@ -131,10 +139,24 @@ class MachineHandle(MachinePlans):
         encoding: str | None = "utf-8",
         check: bool = True,
         allow_truncated: bool = False,
+        stdin: str | bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        wait: float | None = None,
     ) -> Completed[str] | Completed[bytes]:
         """Run a command in the guest through its agent."""
         return self._call(
-            self._handle.run(command, timeout=timeout, encoding=encoding, check=check, allow_truncated=allow_truncated)
+            self._handle.run(
+                command,
+                timeout=timeout,
+                encoding=encoding,
+                check=check,
+                allow_truncated=allow_truncated,
+                stdin=stdin,
+                env=env,
+                cwd=cwd,
+                wait=wait,
+            )
         )
 
     def put(self, source: str | os.PathLike[str] | bytes, target: str, *, timeout: float = 60) -> int:

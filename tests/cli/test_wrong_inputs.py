@@ -37,7 +37,7 @@ LINES = {
     "define": "define /nonexistent/spec.yaml --allow /nonexistent",
     "demo": "demo --nonsense",  # a real one builds a guest
     "doctor": "doctor --nonsense",  # a real one asks the whole host
-    "exec": "exec --timeout 5 web -- true",
+    "exec": "exec --timeout 5 --wait 1 -i --env A=b --cwd /tmp web -- true",
     "fork": "fork web@fresh new -n 2 --ephemeral --identity keep -m text",
     "fstrim": "fstrim web --minimum 0 --timeout 5",
     "import argv": "import argv --define --dry-run --allow /nonexistent -- qemu-system-x86_64 -hda /nonexistent/x.img",

@@ -1,12 +1,16 @@
 """Commands and files of a guest through its agent, as a caller has them."""
 
+import contextlib
 import hashlib
 import random
+import sys
 from pathlib import Path
 
+import anyio
 import pytest
 
 import qmpsnap
+from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, ProcessError, QmpError, StateError, UsageError
 from qmpsnap.model.machines.spec import MachineSpec
 from tests.live.booted import start_booted
@@ -34,6 +38,43 @@ async def test_a_command_that_fails_tells_all_of_itself(vm: qmpsnap.MachineHandl
     with pytest.raises(ProcessError) as killed:
         await vm.run("kill -9 $$", encoding=None)
     assert (killed.value.exit_status, killed.value.stdout) == (128 + 9, b"")
+
+
+async def test_a_command_has_input_variables_and_a_folder(vm: qmpsnap.MachineHandle) -> None:
+    much = random.Random(2).randbytes(1 << 20)  # noqa: S311
+    assert (await vm.run("sha256sum", stdin=much)).stdout.split()[0] == hashlib.sha256(much).hexdigest()
+    assert (await vm.run(["cat"], stdin="für\n")).stdout == "für\n"
+    assert (await vm.run(["cat"])).stdout == ""
+    env = {"ONE": "1 $HOME\n'x'", "A_2": "", "n": "--"}
+    done = await vm.run('printf "%s|%s|%s|" "$ONE" "$A_2" "$n"; pwd; test -n "$PATH"', env=env, cwd="/proc/self")
+    assert done.stdout == "1 $HOME\n'x'||--|/proc/self\n"
+    assert (await vm.run(["printf", "%s", "--"], env={"x": "y"})).stdout == "--"
+    assert (await vm.run(["pwd"], cwd="/no/such", check=False)).exit_status == 126
+    for wrong in ({"env": {"1": ""}}, {"env": {"A=": ""}}, {"cwd": "relative"}, {"env": {"A": "\0"}}):
+        with pytest.raises(UsageError, match=r"cannot be a variable|is not an absolute path"):
+            await vm.run("true", **wrong)
+
+
+async def test_standard_input_is_passed_on_where_that_is_asked_for(vm: qmpsnap.MachineHandle) -> None:
+    line = "printf 'said\\0x' | {0} exec {1} guest -- cat; echo never heard | {0} exec guest -- cat -; "
+    line += "{0} exec --env A=1 --env 'B=x y' --cwd /tmp guest sh -c 'echo $A $B; pwd' --timeout 5 -o json"
+    program = f"{sys.executable} -m qmpsnap"
+    done = await anyio.run_process(["bash", "-c", line.format(program, "--stdin")])
+    assert (done.stdout, done.stderr) == (b"said\0x1 x y\n/tmp\n", b"")
+
+
+async def test_an_agent_that_does_not_run_is_told_long_before_the_timeout(
+    vm: qmpsnap.MachineHandle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.suppress(DeadlinePassed):
+        await vm.run("killall -9 qemu-ga", timeout=2)
+    with anyio.fail_after(60), pytest.raises(DeadlinePassed, match="no guest agent runs in machine guest") as told:
+        await vm.run("true", timeout=600, wait=1)
+    assert told.value.effect == "none"
+    words = ["exec", "--timeout", "600", "--wait", "0", "guest", "true"]
+    with anyio.fail_after(60):
+        assert await anyio.to_thread.run_sync(main, words) == 6
+    assert "while it boots, wait longer with --wait SECONDS" in capsys.readouterr().err
 
 
 async def test_the_former_names_go_on_working(vm: qmpsnap.MachineHandle) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError
+from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError, UsageError
 from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Agent, Completed, Trimmed
 
@@ -315,6 +315,43 @@ async def test_a_program_that_does_not_end_is_waited_for_no_longer_than_the_dead
         with anyio.fail_after(LONG), pytest.raises(DeadlinePassed, match=r"/bin/sleep within 0\.1 s") as caught:
             await guest.run(["/bin/sleep", "9"], deadline=0.1)
     assert caught.value.effect == "unknown"
+
+
+async def test_an_agent_that_falls_silent_is_late_by_the_deadline_of_the_program(path: Path) -> None:
+    async with talking(path, returns({"pid": 1}), returns({"exited": False})) as (guest, _):
+        with anyio.fail_after(LONG), pytest.raises(DeadlinePassed, match=r"did not finish /bin/sleep within 0\.2 s"):
+            await guest.run(["/bin/sleep", "9"], deadline=0.2)
+
+
+async def test_more_input_than_the_agent_takes_is_refused_before_anything_runs(path: Path) -> None:
+    async with talking(path) as (guest, script):
+        with pytest.raises(UsageError, match="standard input has 33554433 bytes"):
+            await guest.run(["cat"], deadline=LONG, stdin=bytes((32 << 20) + 1))
+    assert [name for name, _ in script.asked] == ["guest-sync-delimited"]
+
+
+async def test_a_closed_port_is_told_and_one_that_opens_is_waited_for(path: Path) -> None:
+    """Nobody answers while the port is closed; what was asked meanwhile is answered when it opens."""
+    looks: list[bool | None] = [False, False, True]
+
+    async def listens() -> bool | None:
+        return looks.pop(0) if len(looks) > 1 else looks[0]
+
+    async with scripted(path, b"", synced) as script:
+        async with agent.connect(path, machine="web", deadline=LONG, port=agent.Port(listens, LONG)):
+            assert looks == [True]
+        assert len(script.asked) == 2
+    looks[:] = [False]
+    async with scripted(path):
+        with anyio.fail_after(LONG), pytest.raises(DeadlinePassed, match="no guest agent runs in machine web") as told:
+            async with agent.connect(path, machine="web", deadline=10 * LONG, port=agent.Port(listens, 0.6)):
+                pass
+    assert told.value.effect == "none"
+    looks[:] = [None]  # QEMU does not say
+    async with scripted(path):
+        with pytest.raises(DeadlinePassed, match=r"did not finish guest-sync within 0\.\d+ s"):
+            async with agent.connect(path, machine="web", deadline=0.7, port=agent.Port(listens, 0)):
+                pass
 
 
 async def test_a_program_that_cannot_be_started_is_refused(path: Path) -> None:

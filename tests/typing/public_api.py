@@ -160,6 +160,7 @@ async def events(vm: MachineHandle) -> None:
 async def a_guest(vm: MachineHandle) -> None:
     assert_type(await vm.run("uname -s"), Completed[str])
     assert_type(await vm.run("uname -s", encoding=None), Completed[bytes])
+    assert_type(await vm.run("cat", stdin=b"x", env={"A": "b"}, cwd="/tmp", wait=5), Completed[str])
     assert_type(await vm.put(b"content", "/etc/motd") + await vm.get("/etc/motd", Path("motd"), timeout=5), int)
     assert_type(await vm.run(["uname", "-s"], timeout=5, check=False), Completed[str])
     assert_type(await vm.fstrim(minimum=4096), tuple[Trimmed, ...])

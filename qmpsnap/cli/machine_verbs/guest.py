@@ -20,12 +20,30 @@ def register(parsers: Parsers) -> None:
         action="store_true",
         help="accept output truncated to the agent's 16 MiB of stdout and of stderr",
     )
+    command.add_argument("-i", "--stdin", action="store_true", help="pass standard input on to the command")
+    command.add_argument(
+        "--env", action="append", type=_variable, default=[], metavar="NAME=VALUE", help="set a variable of the command"
+    )
+    command.add_argument("--cwd", metavar="DIR", help="folder in the guest to run the command in")
+    command.add_argument(
+        "--wait",
+        type=amount,
+        metavar="S",
+        help="seconds to wait for an agent that does not run (1; while the guest boots, --timeout)",
+    )
     command.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="program and arguments")
 
     command = add_for_vm(parsers, "fstrim", _fstrim, help="let the guest discard the unused blocks of its file systems")
     command.add_argument("--minimum", type=int, default=0, metavar="BYTES", help="skip free ranges smaller than this")
     command.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds to wait for it (60)")
     add_format(command)
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not NAME=VALUE")
+    return name, value
 
 
 def _console(arguments: argparse.Namespace) -> None:
@@ -60,9 +78,20 @@ def _exec(arguments: argparse.Namespace) -> int:
     if not words:
         raise UsageError("there is no command to run", hint=f"as in qmpsnap exec {arguments.machine} -- uname -r")
 
+    stdin = _stdin() if arguments.stdin else b""
     done = on_machine(
         arguments.machine,
-        lambda vm: vm.run(words, timeout=arguments.timeout, encoding=None, check=False, allow_truncated=True),
+        lambda vm: vm.run(
+            words,
+            timeout=arguments.timeout,
+            encoding=None,
+            check=False,
+            allow_truncated=True,
+            stdin=stdin,
+            env=dict(arguments.env),
+            cwd=arguments.cwd,
+            wait=arguments.wait,
+        ),
     )
     try:
         output.pass_on(done.stdout, done.stderr)
@@ -79,6 +108,18 @@ def _exec(arguments: argparse.Namespace) -> int:
     if not arguments.allow_truncated:
         done.require_whole(arguments.machine)
     return int(done.exit_status)
+
+
+def _stdin() -> bytes:
+    """All of standard input, but no more than can be refused for its length."""
+    from qmpsnap.machine.agent import STDIN_LIMIT
+
+    if sys.stdin is None:  # closed as we were started
+        return b""
+    try:
+        return sys.stdin.buffer.read(STDIN_LIMIT + 1)
+    except OSError as error:
+        raise HostCannot(f"standard input cannot be read: {error.strerror}", hint="redirect it") from error
 
 
 def _fstrim(arguments: argparse.Namespace) -> None:
