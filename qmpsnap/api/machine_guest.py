@@ -87,7 +87,7 @@ class MachineGuest(MachineBase):
             encoding: of its output; None returns bytes. Bytes that do not decode are replaced.
             check: raise when it ends with another status than 0.
             allow_truncated: take what the agent has kept, 16 MiB of stdout and of stderr, where there was more.
-            stdin: what it reads, at most 32 MiB; text is encoded as UTF-8.
+            stdin: its standard input, at most 32 MiB; text is sent as UTF-8.
             env: variables that it has besides those of the agent; needs a ``/bin/sh`` in the guest.
             cwd: absolute path of the folder in the guest in which it runs; needs a ``/bin/sh`` in the guest.
             wait: seconds to wait for an agent where nothing in the guest has opened its port (QMP ``query-chardev``,
