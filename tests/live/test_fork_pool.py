@@ -61,9 +61,11 @@ async def test_a_pool_ends_with_its_block_however_that_ends(q: qmpsnap.Controlle
             scope.cancel()
             await anyio.sleep_forever()
     assert await names(q) == ["still"]
-    with pytest.raises(NotFoundError, match="no snapshot 'nothing'"):
-        async with vm.pool("nothing", fresh=False):
-            pass
+    async with vm.pool("warm", size=1, fresh=False) as pool, pool.take() as machine:
+        with pytest.raises(NotFoundError, match="no snapshot 'nothing'"):
+            async with vm.pool("nothing", fresh=False):
+                pass
+        assert await machine.state() == "running"
     with pytest.raises(HostCannot, match="are available"):
         async with vm.pool("warm", floor=1 << 50):
             pass

@@ -181,18 +181,18 @@ async def opened(context: Context, parent: str, request: PoolRequest) -> AsyncIt
                 tasks.cancel_scope.cancel()
     finally:
         with anyio.CancelScope(shield=True):
-            await _end_all(context)
+            await _end_all(context, parent, request.snapshot)
     if failure:
         raise failure
 
 
-async def _end_all(context: Context) -> None:
-    """Remove every fork that this process owns."""
-    mine = os.getpid()
+async def _end_all(context: Context, parent: str, snapshot: str) -> None:
+    """Remove every fork of the snapshot that this process owns."""
     async with anyio.create_task_group() as tasks:
         for name in await context.astore.ephemeral():
-            machine = await context.astore.machine(name)
-            if machine.origin and machine.origin.owner and machine.origin.owner.pid == mine:
+            origin = (await context.astore.machine(name)).origin
+            is_mine = origin and origin.owner and origin.owner.pid == os.getpid()
+            if origin and is_mine and (origin.machine, origin.snapshot) == (parent, snapshot):
                 tasks.start_soon(end, context, name)
 
 
