@@ -196,8 +196,9 @@ def choose(home: Home, size: int) -> Shelf:
     """
     *preferred, last = shelves(home)
     for shelf in preferred:
-        roomy = is_memory(MEMORY) and size <= _free(MEMORY) // 2 and size <= available() // 2
-        if roomy and (shelf.is_own() or not os.path.lexists(shelf.folder)):  # else another user has taken its name
+        if roomy(size) and (
+            shelf.is_own() or not os.path.lexists(shelf.folder)
+        ):  # else another user has taken its name
             return _made(shelf)
     if size > _free(last.folder):
         raise HostCannot(
@@ -205,6 +206,11 @@ def choose(home: Home, size: int) -> Shelf:
             hint="free some space there, or name another folder in QMPSNAP_TEMPLATES",
         )
     return _made(last)
+
+
+def roomy(size: int) -> bool:
+    """Whether a template of that size can be kept in memory: it takes at most half of what is free."""
+    return is_memory(MEMORY) and size <= _free(MEMORY) // 2 and size <= available() // 2
 
 
 def _made(shelf: Shelf) -> Shelf:

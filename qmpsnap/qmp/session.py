@@ -10,7 +10,7 @@ import logging
 import math
 import socket
 import struct
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,11 @@ _LONGEST = 1 << 20
 
 # qemu.qmp reports replies that come after we stopped waiting; we have said so ourselves by then.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+
+Tap = Callable[[str, str, str], None]
+"""Is told of each message to (``-->``) and from (``<--``) a monitor: the machine, that arrow, and the message."""
+TAPS: list[Tap] = []
+"""Those who listen to all sessions of this process."""
 
 
 class Bell(Protocol):
@@ -195,10 +200,16 @@ class _Client(QMPClient):
         return Message(said, eager=True)
 
     def _cb_outbound(self, msg: Message) -> Message:
+        self._transcribe("-->", msg)
         return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
 
     def _cb_inbound(self, msg: Message) -> Message:
+        self._transcribe("<--", msg)
         return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+    def _transcribe(self, arrow: str, msg: Message) -> None:
+        for tap in TAPS:
+            tap(self.name or "", arrow, bytes(msg).decode(errors="replace").strip())
 
 
 async def _greeted(path: Path, machine: str) -> tuple[QMPClient, socket.socket, int]:

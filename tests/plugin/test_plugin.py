@@ -5,44 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import psutil
 import pytest
-
-from qmpsnap.model.home import Home
 
 pytest_plugins = ["pytester"]
 
-CACHE = Home.from_environment(os.environ, uid=os.geteuid()).cache
-"""Where the small guest is; `pytester` gives the inner run another HOME."""
-
 SLOW = ("qemu", "psutil", "yaml", "rich", "sqlite3", "qmpsnap.api.controller")
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytester: pytest.Pytester) -> Iterator[Path]:
-    """What the inner run takes for /tmp: afterwards it must be empty, and nothing may work in it."""
-    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\nfilterwarnings = error")
-    folder = tmp_path / "t"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE.parent))
-    yield folder
-    left = [found for found in psutil.process_iter() if _works_in(found, folder)]
-    for process in left:
-        process.kill()
-    assert not left
-    assert not list(folder.glob("qmpsnap-*"))
-
-
-def _works_in(process: psutil.Process, folder: Path) -> bool:
-    try:
-        return process.cwd().startswith(f"{folder}/")
-    except psutil.Error:
-        return False
 
 
 def test_it_is_registered() -> None:

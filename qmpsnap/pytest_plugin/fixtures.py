@@ -1,13 +1,4 @@
-"""pytest fixtures for test suites that need virtual machines.
-
-- ``qmpsnap_controller``: a :class:`qmpsnap.Controller` on an empty home in a temporary folder.
-- ``qmpsnap_small_guest``: a running Linux guest on that home, with a guest agent that answers.
-
-After each test its machines are stopped and its files removed, whether it passed or not.
-
-pytest imports this module in every environment that has qmpsnap installed. Slow imports (asyncio, qemu.qmp) are
-therefore inside the fixtures.
-"""
+"""A controller, and the small guest, of one test alone."""
 
 import contextlib
 import os
@@ -41,11 +32,10 @@ async def qmpsnap_controller() -> "AsyncIterator[Controller]":
     """A controller on an empty home; after the test every machine is stopped and the home removed."""
     import qmpsnap
 
-    _require(os.environ.get("QMPSNAP_QEMU") or "qemu-system-x86_64", "QMPSNAP_QEMU")
-    _require(os.environ.get("QMPSNAP_QEMU_IMG") or "qemu-img", "QMPSNAP_QEMU_IMG")
+    require_programs()
     # Not tmp_path: the path of a Unix socket is limited to 107 bytes, and pytest's paths are long.
     with tempfile.TemporaryDirectory(prefix="qmpsnap-") as home:
-        cache = _cache()
+        cache = cache_folder()
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         (Path(home) / "cache").symlink_to(cache)  # reuse the built guest and the probe of QEMU
         async with qmpsnap.open(home) as controller:
@@ -62,9 +52,9 @@ async def qmpsnap_small_guest(qmpsnap_controller: "Controller") -> "MachineHandl
     from qmpsnap.machine.config.launch_dir import build_guest, launch_dir
 
     try:
-        build_guest(_cache() / "guest")
+        build_guest(cache_folder() / "guest")
     except HostCannot as error:
-        _give_up(error.message)
+        give_up(error.message)
     vm = await qmpsnap_controller.define(launch_dir() / "profiles" / "guest.yaml", exist_ok=True)
     await vm.start()
     await vm.run(["true"], timeout=BOOT_DEADLINE)
@@ -82,18 +72,25 @@ async def _stop_all(controller: "Controller") -> None:
             terminate(process)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where the user's small guest is, and what was asked of QEMUs."""
     from qmpsnap.model.home import Home
 
     return Home.from_environment(os.environ, uid=os.geteuid()).cache
 
 
+def require_programs() -> None:
+    """Skip the test if there is no QEMU."""
+    _require(os.environ.get("QMPSNAP_QEMU") or "qemu-system-x86_64", "QMPSNAP_QEMU")
+    _require(os.environ.get("QMPSNAP_QEMU_IMG") or "qemu-img", "QMPSNAP_QEMU_IMG")
+
+
 def _require(program: str, variable: str) -> None:
     if shutil.which(program) is None:
-        _give_up(f"{program} is missing: install it, or name it in {variable}")
+        give_up(f"{program} is missing: install it, or name it in {variable}")
 
 
-def _give_up(reason: str) -> NoReturn:
+def give_up(reason: str) -> NoReturn:
     """Skip the test; with ``CI=true`` fail it, because there a skipped test would go unnoticed."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
