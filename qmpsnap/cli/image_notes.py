@@ -1,8 +1,10 @@
 """Notes on the scope that a QEMU runs in, on the images of an adopted machine, and on those that are not qmpsnap's."""
 
+import os
+
 from qmpsnap.block.image import header
 from qmpsnap.cli import output
-from qmpsnap.cli.common import answering
+from qmpsnap.cli.common import answering, home
 from qmpsnap.errors import QmpsnapError
 from qmpsnap.model.layers.chain import Layer
 
@@ -20,13 +22,14 @@ def tell_scope(name: str) -> None:
 
 def tell_owner(name: str) -> None:
     """Say to the owner of an adopted machine what has to be started from now on."""
+    file = home().active(name)[0]
+    if not os.path.lexists(file):  # the file of adopted machines; most are none
+        return
     with answering() as store:
-        if not store.machine(name).adopted:
-            return
         chains = store.chains(name)
     active = ", ".join(f"{output.printable(chain.active.path)} ({chain.disk})" for chain in chains)
-    output.note(f"{name} was adopted: start its QEMU on {active} from now on;")
-    output.note("  on an image below, it would overwrite snapshots")
+    output.note(f"{name} was adopted: its next start has to open {active}; an image below is part of snapshots")
+    output.note(f"  its start script finds these names in {file}")
 
 
 def tell_cost(name: str, *, snapshot: str | None = None) -> None:

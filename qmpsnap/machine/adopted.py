@@ -1,8 +1,11 @@
 """A QEMU that somebody else launched: what the kernel tells of it, and its monitor, speaking of layers by our ids."""
 
 import contextlib
+import itertools
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+import socket as socketlib
+import struct
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from qmpsnap.host.files import Inode, inode_of, key_of
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.record import Machine, Process
-from qmpsnap.qmp import commands, session
+from qmpsnap.qmp import commands, session, unixsocket
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Bell, Monitor
 
 
@@ -59,6 +62,30 @@ def look(pid: int) -> Seen:
         raise _another_users(pid) from error
     except FileNotFoundError as error:
         raise _ended(pid) from error
+
+
+def libvirt_domain(arguments: Sequence[str]) -> str | None:
+    """The libvirt domain that was launched by these arguments, empty where they do not name it; None: another QEMU.
+
+    libvirt calls its own monitor so in every version; other programs have no reason to.
+    """
+    words = " ".join(arguments)
+    if "id=charmonitor" not in words and '"charmonitor"' not in words:
+        return None
+    name = next((after for word, after in itertools.pairwise(arguments) if word == "-name"), "")
+    return name.removeprefix("guest=").partition(",")[0]
+
+
+def is_libvirts(socket: Path) -> bool:
+    """Whether libvirt has made a socket: its daemon listens there, in QEMU's stead, or it lies in its folders."""
+    if "libvirt" in socket.parts:
+        return True
+    try:
+        with socketlib.socket(fileno=unixsocket.connect(socket).detach()) as found:
+            pid = struct.unpack("3i", found.getsockopt(socketlib.SOL_SOCKET, socketlib.SO_PEERCRED, 12))[0]
+        return Path(f"/proc/{pid}/comm").read_text().strip() in ("libvirtd", "virtqemud")
+    except (OSError, ValueError):
+        return False
 
 
 def open_files(pid: int) -> Iterator[Inode]:

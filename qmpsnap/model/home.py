@@ -10,6 +10,7 @@ from qmpsnap.model import places
 from qmpsnap.model.names import OperationId
 
 RECORD = places.RECORD
+ACTIVE = places.ACTIVE
 
 
 class Home(Struct, frozen=True, kw_only=True):
@@ -81,6 +82,10 @@ class Home(Struct, frozen=True, kw_only=True):
     def record(self, machine: str) -> Path:
         """The machine's record beside its images."""
         return self.machine_dir(machine) / RECORD
+
+    def active(self, machine: str) -> tuple[Path, ...]:
+        """Of an adopted machine: which images its owner has to start, for a shell and as JSON."""
+        return tuple(self.machine_dir(machine) / name for name in ACTIVE)
 
     def lock(self, machine: str) -> Path:
         """The machine's lock: beside the store, so that all who share that share the lock, wherever sockets are."""

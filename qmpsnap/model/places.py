@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 RECORD = "record.json"
 """The name of a machine's record in its folder."""
 
+ACTIVE = ("active.env", "active.json")
+"""The names of the files in an adopted machine's folder that tell its owner which images to start."""
+
 
 class Places(Value):
     """The four places; :class:`qmpsnap.model.home.Home` says what each is for and what lies in it."""

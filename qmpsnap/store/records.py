@@ -20,7 +20,7 @@ from msgspec import Struct
 from qmpsnap.errors import HostCannot, StoreMismatch
 from qmpsnap.host import files, write_errors
 from qmpsnap.host.files import sync_folder
-from qmpsnap.model.home import RECORD
+from qmpsnap.model.home import ACTIVE, RECORD
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine
@@ -81,6 +81,11 @@ class Records:
             if make:
                 files.make_folder(path.parent)
                 sync_folder(self._machines)
+            if record.machine.adopted:
+                from qmpsnap.store import active_files  # of few machines
+
+                for name, content in active_files.contents(record).items():
+                    files.replace_durably(path.with_name(name), content)
             files.replace_durably(path, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
 
     def read(self, machine: str) -> Record | None:
@@ -134,7 +139,8 @@ class Records:
         path = self._path(machine)
         with _translated(path.parent), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self.forget_earlier(machine)
-            path.unlink(missing_ok=True)
+            for name in (*ACTIVE, RECORD):
+                path.with_name(name).unlink(missing_ok=True)
             sync_folder(path.parent)
             with contextlib.suppress(OSError):  # an adopted machine need not have a file of its own
                 path.parent.rmdir()

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import check_disk_name, check_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qmpsnap.api.controller import Controller
     from qmpsnap.model.machines.record import Machine
     from qmpsnap.ops.base.context import Context
@@ -41,6 +44,7 @@ def register(parsers: Parsers) -> None:
         "--own", action="store_true", help="let qmpsnap write to and remove the images that the guest writes to now"
     )
     command.add_argument("--allow", metavar="DIR", action="append", default=[], help="also allow backing files in DIR")
+    command.add_argument("--spec", action="store_true", help="with --image: print a spec to edit, and define nothing")
     command.add_argument("--dry-run", action="store_true", help="only print what would be adopted")
     add_format(command)
 
@@ -50,8 +54,8 @@ def _adopt(arguments: argparse.Namespace) -> None:
     if arguments.image:
         _import(arguments)
         return
-    if arguments.allow:
-        raise UsageError("--allow needs --image")
+    if arguments.allow or arguments.spec:
+        raise UsageError("--allow and --spec need --image")
 
     from qmpsnap.ops.lifecycle import adopt
 
@@ -88,6 +92,9 @@ def _import(arguments: argparse.Namespace) -> None:
     disks = tuple(replace(_disk(text), own=arguments.own) for text in arguments.image)
     spec = MachineSpec(name=arguments.name, disks=disks)
     folders = [Path(disk.image).parent for disk in disks if disk.image]
+    if arguments.spec:
+        _print_spec(arguments.output, spec, [*map(str, dict.fromkeys(folders)), *arguments.allow])
+        return
 
     async def act(controller: "Controller") -> "tuple[Machine, list[Chain]]":
         allowed = [*folders, *map(Path, arguments.allow)]
@@ -113,8 +120,31 @@ def _import(arguments: argparse.Namespace) -> None:
         for chain in chains
     ]
     _emit(arguments, documents, machine.uuid, None)
+    machine_type, memory = machine.spec.machine, output.size(machine.spec.memory)
+    has = "would have" if arguments.dry_run else "has"
+    output.note(
+        f"machine {arguments.name} {has} default hardware: {machine_type}, {machine.spec.cpus} CPU, {memory}, BIOS and"
+        " no network card"
+    )
+    given = " ".join(f"--image {shlex.quote(text)}" for text in arguments.image)
+    line = f"qmpsnap adopt {arguments.name} {given} --spec > {arguments.name}.yaml"
+    output.hint(output.printable(f"for other hardware, edit a spec and define that instead: {line}"))
     if not arguments.dry_run:
         image_notes.tell_cost(arguments.name)
+
+
+def _print_spec(form: "output.Format", spec: MachineSpec, folders: "Sequence[str]") -> None:
+    """The spec of a machine with these images, with the keys that people choose."""
+    from qmpsnap.imports import spec_text
+    from qmpsnap.imports.found import Imported
+
+    allow = " ".join(f"--allow {shlex.quote(folder)}" for folder in folders)
+    text = spec_text.render(
+        Imported(origin="Existing images", spec=spec), define=f"qmpsnap define {spec.name}.yaml {allow}"
+    )
+    choose = "machine: q35\nmemory: 1G\ncpus: 1\nfirmware: bios  # or uefi, if it was installed so\nnics: [user]\n"
+    text = text.replace("disks:\n", f"{choose}disks:\n", 1)
+    output.emit(form, document={"machine": spec.name, "spec": text}, names=[spec.name], table=text.rstrip)
 
 
 def _disk(text: str) -> DiskSpec:

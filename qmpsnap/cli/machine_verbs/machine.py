@@ -97,7 +97,8 @@ def _define(arguments: argparse.Namespace) -> None:
     machine = controlling(act, make=True)
     output.note(f"machine {machine.name} defined ({machine.spec.machine}); start it with qmpsnap start {machine.name}")
     print_defined(arguments.output, machine)
-    image_notes.tell_cost(machine.name)
+    if any(disk.image for disk in machine.spec.disks):
+        image_notes.tell_cost(machine.name)
 
 
 async def _read(controller: "Controller", spec: str) -> "MachineSpec":

@@ -75,6 +75,10 @@ def _merge(arguments: argparse.Namespace, request: "Request") -> None:
         table=lambda: "\n".join(lines),
         done="" if arguments.dry_run else f"done: {text(document)}",
     )
+    if not arguments.dry_run:
+        from qmpsnap.cli import image_notes
+
+        image_notes.tell_owner(arguments.machine)
 
 
 def describe(plan: "MergePlan") -> dict[str, Any]:

@@ -41,6 +41,10 @@ def _delete(arguments: argparse.Namespace) -> None:
         table=lambda: text_of(document, dry_run=arguments.dry_run),
         done="" if arguments.dry_run else f"deleted {', '.join(plan.names)} of machine {arguments.machine}",
     )
+    if not arguments.dry_run:
+        from qmpsnap.cli import image_notes
+
+        image_notes.tell_owner(arguments.machine)
 
 
 def document_of(plan: "DeletePlan") -> dict[str, Any]:

@@ -72,6 +72,10 @@ def _mirror(arguments: argparse.Namespace) -> None:
         table=lambda: "\n".join(lines),
         done="" if arguments.dry_run else f"done: {text(document)}",
     )
+    if not arguments.dry_run and plan.mode == "pivot":
+        from qmpsnap.cli import image_notes
+
+        image_notes.tell_owner(arguments.machine)
 
 
 def describe(plan: "MirrorPlan") -> dict[str, Any]:

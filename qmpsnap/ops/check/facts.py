@@ -270,6 +270,8 @@ def _files(context: Context, at: Record) -> Facts:
         wanted.add(str(home.variables(name)))
     images = [layer.path for layer in layers if Path(layer.path).parent != home.machine_dir(name)]
     ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted, str(home.record(name))]
+    if at.machine.adopted:
+        ours += map(str, home.active(name))
     outside = [path for path in ours if Path(path).parent != home.machine_dir(name)]
     beside = (*entries.parts_beside(outside), *entries.volumes_beside(images, at.machine.uuid))
     folder = entries.once((*entries.within(home.machine_dir(name)), *beside))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -195,6 +196,8 @@ async def _look(context: Context, name: str, socket: Path, *, own: bool) -> tupl
         error.hint = "launch QEMU with -qmp unix:PATH,server=on,wait=off"
         raise
     except DeadlinePassed as error:
+        if await to_read(adopted.is_libvirts, socket):
+            raise _libvirts("") from error
         error.hint = "QEMU hangs or is stopped by a signal, or another client is connected to this monitor"
         raise
     await _refuse_known(context, survey)
@@ -283,7 +286,19 @@ async def _survey(qemu: Session, name: str, socket: Path, seen: Seen, *, host: s
     return Survey(machine=machine, adoption=adoption, disks=tuple(disks), left_out=tuple(left_out))
 
 
+def _libvirts(domain: str) -> StateError:
+    shown = printable(domain)
+    return StateError(
+        f"that QEMU is {f'domain {shown} of libvirt' if domain else 'one of libvirt'}, which expects to be the only one"
+        " that changes its block graph",
+        hint=f"shut it down, virsh dumpxml {shlex.quote(shown) if domain else 'DOMAIN'} > dom.xml, then "
+        + call("import_libvirt", "", "dom.xml"),
+    )
+
+
 def _require_reachable(seen: Seen) -> None:
+    if (domain := adopted.libvirt_domain(seen.arguments)) is not None:
+        raise _libvirts(domain)
     if seen.user not in (os.geteuid(), 0):
         raise HostCannot(
             f"that QEMU runs as user {seen.user}, who cannot open layers that this user creates",

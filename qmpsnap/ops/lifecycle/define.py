@@ -288,7 +288,7 @@ async def undo(context: Context, name: str) -> list[Operation]:
 def _refuse_lost(context: Context, name: str, *, adopts: bool) -> None:
     """A machine that the store has lost is not overwritten by another of its name."""
     folder, lost = context.home.machine_dir(name), context.store.records.remembered(name)
-    images = folder.is_dir() and {*folder.iterdir()} - {context.home.record(name)}
+    images = folder.is_dir() and {*folder.iterdir()} - {context.home.record(name), *context.home.active(name)}
     if lost and images and not (adopts and lost.adopted):
         raise StoreMismatch(
             f"machine {name} was defined before and has images in {folder}, but this store lacks it",

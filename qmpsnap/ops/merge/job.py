@@ -321,7 +321,9 @@ async def _reopen(
     monitor: Monitor, machine: Machine, step: Merge, layer: Layer, *, below: NodeName | None, read_only: bool
 ) -> None:
     options = layer_options(layer, machine.require_disk(step.disk), backing=below, read_only=read_only)
-    file = graph.child(await graph.read(monitor), node_name(layer), "file")  # the owner of QEMU names his as he likes
+    file: str | None = f"{node_name(layer)}.file"
+    if machine.adopted and layer.id in machine.adopted.nodes:  # its owner names his nodes as he likes
+        file = graph.child(await graph.read(monitor), node_name(layer), "file")
     await commands.blockdev_reopen(monitor, options | {"file": file})
 
 

@@ -20,7 +20,7 @@ from qmpsnap.block.image import header, snapshot_table
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused, StoreMismatch
 from qmpsnap.hint import call
-from qmpsnap.model.home import RECORD
+from qmpsnap.model.home import ACTIVE, RECORD
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.names import SERIAL, tag_number
 from qmpsnap.model.operations.operation import MergePlan, MirrorPlan, Operation, RevertPlan
@@ -37,7 +37,8 @@ AHEAD = 100_000
 """Operations that a store may have missed; a higher number is none: a copy may have a date as its name."""
 
 _OTHERS = re.compile(
-    rf"{PREFIX['snapshot']}-[0-9a-f]{{32}}-.*|vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part|{re.escape(RECORD)}"
+    rf"{PREFIX['snapshot']}-[0-9a-f]{{32}}-.*|vars(-{SERIAL})?\.fd|.*\.vmstate|.*\.part"
+    rf"|{'|'.join(map(re.escape, (RECORD, *ACTIVE)))}"
 )
 
 
