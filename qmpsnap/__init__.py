@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from qmpsnap.ops.base.free_space import Shortage, ShortageKind
     from qmpsnap.ops.check.check import Checked
+    from qmpsnap.ops.jobs.at_work import MachineJob
     from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
     from qmpsnap.ops.lifecycle.dry_run import Forgotten
     from qmpsnap.ops.outside.compare import ChainView
@@ -76,6 +77,7 @@ __all__ = [
     "Layer",
     "Machine",
     "MachineHandle",
+    "MachineJob",
     "MachineSpec",
     "MergePlan",
     "MirrorPlan",
@@ -139,6 +141,7 @@ _FROM = {
     "qmpsnap.ops.stack": ("PopPreview",),
     "qmpsnap.ops.revert.revert": ("Preview", "Reverted"),
     "qmpsnap.ops.snapshot.request": ("SnapshotOptions",),
+    "qmpsnap.ops.jobs.at_work": ("MachineJob",),
     "qmpsnap.qmp.commands": ("JobInfo",),
 }
 _WHERE = {name: (module, name) for module, names in _FROM.items() for name in names}

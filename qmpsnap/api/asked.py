@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.api.later import Later
-from qmpsnap.ops.base.requests import well_typed
+from qmpsnap.ops.base.requests import limited, well_typed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,20 +45,27 @@ def name_of(snapshot: Snapshot | str) -> str:
     return snapshot if isinstance(snapshot, str) else snapshot.name
 
 
-def to_commit(disk: str, *, base: Snapshot | str | None, top: Snapshot | str | None, consume: bool) -> CommitRequest:
+def to_commit(
+    disk: str, *, base: Snapshot | str | None, top: Snapshot | str | None, consume: bool, bandwidth: int
+) -> CommitRequest:
     """A merge downwards."""
-    return well_typed(commit.CommitRequest(disk=disk, base=_named(base), top=_named(top), consume=consume))
+    return well_typed(
+        commit.CommitRequest(
+            disk=disk, base=_named(base), top=_named(top), consume=consume, bandwidth=limited(bandwidth)
+        )
+    )
 
 
-def to_stream(disk: str, *, base: Snapshot | str | None) -> StreamRequest:
+def to_stream(disk: str, *, base: Snapshot | str | None, bandwidth: int) -> StreamRequest:
     """A merge upwards."""
-    return well_typed(commit.StreamRequest(disk=disk, base=_named(base)))
+    return well_typed(commit.StreamRequest(disk=disk, base=_named(base), bandwidth=limited(bandwidth)))
 
 
-def to_delete(names: tuple[Snapshot | str, ...], *, children: bool, metadata: bool) -> DeleteRequest:
+def to_delete(names: tuple[Snapshot | str, ...], *, children: bool, metadata: bool, bandwidth: int) -> DeleteRequest:
     """The end of snapshots."""
     given = tuple(map(name_of, names))
-    return well_typed(delete.DeleteRequest(names=given, children=children, metadata=metadata))
+    request = delete.DeleteRequest(names=given, children=children, metadata=metadata, bandwidth=limited(bandwidth))
+    return well_typed(request)
 
 
 def to_fork(snapshot: Snapshot | str | None, name: str | None, **options: Any) -> ForkRequest:
@@ -122,6 +129,7 @@ def to_mirror(
     reuse: bool,
     format: Format | None,  # noqa: A002 - as in a spec
     write_blocking: bool,
+    bandwidth: int,
 ) -> MirrorRequest:
     """A copy."""
     return well_typed(
@@ -133,6 +141,7 @@ def to_mirror(
             reuse=reuse,
             format=format,
             write_blocking=write_blocking,
+            bandwidth=limited(bandwidth),
         )
     )
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.lifecycle import change, resize
     from qmpsnap.ops.lifecycle.change import Changed
-    from qmpsnap.ops.snapshot import describe
+    from qmpsnap.ops.snapshot import describe, rename
 else:
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
-    describe = Later("ops.snapshot.describe")
+    describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
 
 
 @border
@@ -67,6 +67,20 @@ class Changing:
             QmpError: QEMU refuses; the size is as before.
         """
         return await resize.run(self._context, self.name, resize.requested(disk, size))
+
+    async def rename_snapshot(self, old: str, new: str) -> Snapshot:
+        """Give a snapshot another name; returns it as it is now.
+
+        Args:
+            old: its name.
+            new: the other.
+
+        Raises:
+            NameRefused: the new name is not allowed.
+            NotFoundError: there is no snapshot ``old``.
+            NameTaken: there is a snapshot ``new``.
+        """
+        return await rename.run(self._context, self.name, old, new)
 
     async def describe_snapshot(
         self,

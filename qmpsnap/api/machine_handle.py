@@ -13,6 +13,7 @@ from qmpsnap.api.later import Later
 from qmpsnap.api.machine_changes import Changing
 from qmpsnap.api.old_names import OldPreviews
 from qmpsnap.host.borders import border
+from qmpsnap.ops.base.requests import limited
 from qmpsnap.qmp.jobs import unreported
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from qmpsnap.ops.revert import revert
     from qmpsnap.ops.revert.plan import HardwareOf, Run
     from qmpsnap.ops.revert.revert import Reverted
-    from qmpsnap.ops.snapshot import create, delete, rename
+    from qmpsnap.ops.snapshot import create, delete
     from qmpsnap.ops.snapshot import plan as create_plan
     from qmpsnap.ops.snapshot import request as wishes
     from qmpsnap.ops.snapshot.request import (
@@ -53,7 +54,7 @@ else:
     internal = Later("ops.internal.create")
     commit, mirror = Later("ops.merge.commit"), Later("ops.mirror.mirror")
     revert, revert_plan = Later("ops.revert.revert"), Later("ops.revert.plan")
-    create, delete, rename = Later("ops.snapshot.create"), Later("ops.snapshot.delete"), Later("ops.snapshot.rename")
+    create, delete = Later("ops.snapshot.create"), Later("ops.snapshot.delete")
     create_plan, wishes = Later("ops.snapshot.plan"), Later("ops.snapshot.request")
 
 
@@ -260,33 +261,21 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
         return await create.run(self._context, self.name, asked.to_push(name, description))
 
     @job
-    async def pop(self, *, discard: bool = False, report: Report = unreported) -> Reverted:
+    async def pop(self, *, discard: bool = False, bandwidth: int = 0, report: Report = unreported) -> Reverted:
         """Go back to the current snapshot, without what was written since, and delete it.
 
         Its parent is current then.
 
         Args:
             discard: agree to that where :meth:`push` did not make it.
+            bandwidth: bytes per second that each job copies at most; 0 is without limit.
             report: told about the progress of jobs.
 
         Raises:
             StateError: there is no current snapshot, :meth:`push` did not make it, or it cannot be gone back to.
         """
-        return await stack.pop(self._context, self.name, discard=discard, report=report)
-
-    async def rename_snapshot(self, old: str, new: str) -> Snapshot:
-        """Give a snapshot another name; returns it as it is now.
-
-        Args:
-            old: its name.
-            new: the other.
-
-        Raises:
-            NameRefused: the new name is not allowed.
-            NotFoundError: there is no snapshot ``old``.
-            NameTaken: there is a snapshot ``new``.
-        """
-        return await rename.run(self._context, self.name, old, new)
+        limit = limited(bandwidth)
+        return await stack.pop(self._context, self.name, discard=discard, bandwidth=limit, report=report)
 
     @job
     async def commit(
@@ -296,6 +285,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
         base: Snapshot | str | None = None,
         top: Snapshot | str | None = None,
         consume: bool = False,
+        bandwidth: int = 0,
         report: Report = unreported,
     ) -> Committed:
         """Merge the layers above ``base`` up to ``top`` into ``base``; the guest runs on.
@@ -305,29 +295,33 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             base: layer id, or a snapshot or its name; None is the lowest layer of the chain.
             top: layer id, or a snapshot or its name; None is the active layer.
             consume: agree that snapshots whose content ``base`` or a layer between holds become unreadable.
+            bandwidth: bytes per second that the job copies at most; 0 is without limit.
             report: told about the job's progress.
 
         Raises:
             StateError: base is above top, others read what would change, or snapshots would be lost unasked.
             HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
         """
-        request = asked.to_commit(disk, base=base, top=top, consume=consume)
+        request = asked.to_commit(disk, base=base, top=top, consume=consume, bandwidth=bandwidth)
         return outcomes.Committed.of(await commit.run(self._context, self.name, request, report=report))
 
     @job
-    async def stream(self, disk: str, *, base: Snapshot | str | None = None, report: Report = unreported) -> Streamed:
+    async def stream(
+        self, disk: str, *, base: Snapshot | str | None = None, bandwidth: int = 0, report: Report = unreported
+    ) -> Streamed:
         """Let the active layer absorb those between it and ``base``; no snapshot is lost, and the guest runs on.
 
         Args:
             disk: the disk.
             base: layer id, or a snapshot or its name: the active layer's backing afterwards; None absorbs everything.
+            bandwidth: bytes per second that the job copies at most; 0 is without limit.
             report: told about the job's progress.
 
         Raises:
             StateError: nothing lies between.
             HostCannot: not enough space.
         """
-        request = asked.to_stream(disk, base=base)
+        request = asked.to_stream(disk, base=base, bandwidth=bandwidth)
         return outcomes.Streamed.of(await commit.run(self._context, self.name, request, report=report))
 
     @job
@@ -341,6 +335,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
         reuse: bool = False,
         format: Format | None = None,  # noqa: A002 - as in a spec
         write_blocking: bool = False,
+        bandwidth: int = 0,
         report: Report = unreported,
     ) -> Mirrored:
         """Copy a disk; the guest runs on, and no snapshot is harmed.
@@ -353,6 +348,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             reuse: overwrite the image that is at ``target``, exactly as large as the disk.
             format: of the copy; None is qcow2 for a new image, and what its header says for one that is there.
             write_blocking: the guest's writes wait for the copy, so that it cannot be outrun.
+            bandwidth: bytes per second that the job copies at most; 0 is without limit.
             report: told about the job's progress.
 
         Raises:
@@ -361,13 +357,25 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
         """
         request = asked.to_mirror(
-            disk, target, mode=mode, shallow=shallow, reuse=reuse, format=format, write_blocking=write_blocking
+            disk,
+            target,
+            mode=mode,
+            shallow=shallow,
+            reuse=reuse,
+            format=format,
+            write_blocking=write_blocking,
+            bandwidth=bandwidth,
         )
         return outcomes.Mirrored.of(await mirror.run(self._context, self.name, request, report=report))
 
     @job
     async def delete_snapshots(
-        self, *names: Snapshot | str, children: bool = False, metadata: bool = False, report: Report = unreported
+        self,
+        *names: Snapshot | str,
+        children: bool = False,
+        metadata: bool = False,
+        bandwidth: int = 0,
+        report: Report = unreported,
     ) -> Deleted:
         """Delete snapshots, moving as few bytes as possible.
 
@@ -375,10 +383,11 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             names: the snapshots, or their names.
             children: also those that grew from them.
             metadata: only the names; the layers stay.
+            bandwidth: bytes per second that each job copies at most; 0 is without limit.
             report: told about each job's progress.
 
         Raises:
             NotFoundError: one is not there; nothing was deleted.
         """
-        request = asked.to_delete(names, children=children, metadata=metadata)
+        request = asked.to_delete(names, children=children, metadata=metadata, bandwidth=bandwidth)
         return outcomes.Deleted.of(await delete.run(self._context, self.name, request, report=report))

@@ -18,7 +18,6 @@ from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.session.session import working
 from qmpsnap.ops.snapshot import fold
-from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import unreported
 
 if TYPE_CHECKING:
@@ -33,16 +32,18 @@ if TYPE_CHECKING:
     from qmpsnap.ops.base.free_space import Shortage
     from qmpsnap.ops.check import check as checking
     from qmpsnap.ops.check.check import Checked
+    from qmpsnap.ops.jobs import at_work
+    from qmpsnap.ops.jobs.at_work import MachineJob
     from qmpsnap.ops.lifecycle import pausing, power, undefine
     from qmpsnap.ops.outside import compare
     from qmpsnap.ops.outside.compare import ChainView
     from qmpsnap.ops.snapshot import nvram
-    from qmpsnap.qmp.commands import JobInfo
     from qmpsnap.qmp.jobs import Report
 else:
     looks = Later("api.events")
     free_space, nvram = Later("ops.base.free_space"), Later("ops.snapshot.nvram")
     checking, compare = Later("ops.check.check"), Later("ops.outside.compare")
+    at_work = Later("ops.jobs.at_work")
     pausing, power = Later("ops.lifecycle.pausing"), Later("ops.lifecycle.power")
     undefine = Later("ops.lifecycle.undefine")
 
@@ -189,14 +190,16 @@ class MachineLife(MachineGuest):
         """
         return await nvram.left_out(self._context, await self.record())
 
-    async def jobs(self) -> tuple[JobInfo, ...]:
-        """The jobs that the machine's QEMU has, also of a verb that is at work; none when it is stopped.
+    async def jobs(self) -> tuple[MachineJob, ...]:
+        """The jobs that the machine's QEMU has, or the worker of a stopped machine, also of a verb that is at work.
+
+        Bytes are QEMU's estimates, ``rate`` is in bytes per second, ``left`` in seconds (QAPI ``JobInfo``,
+        ``BlockJobInfo``).
 
         Raises:
             QemuGone, DeadlinePassed: QEMU runs and does not answer.
         """
-        async with self._context.monitor(await self.record(), look=True) as qemu:
-            return await commands.query_jobs(qemu) if qemu else ()
+        return await at_work.listed(self._context, await self.record())
 
     @job
     async def wait(self, *, report: Report = unreported) -> list[Operation]:
@@ -212,15 +215,43 @@ class MachineLife(MachineGuest):
             return list(pending)
 
     async def cancel(self) -> list[Operation]:
-        """Cancel every job of an interrupted operation: the chains stay as they are.
+        """Cancel every job of an operation: the chains stay as they are.
+
+        While another controller waits for the jobs, they are cancelled through the user's monitor
+        (``block-job-cancel``), that controller raises ``QmpError``, and the operations are returned as they have ended.
+        Of an interrupted operation they are returned as they were.
 
         Raises:
-            LockHeld: another controller works on the machine: it is for that to cancel.
+            LockHeld: another controller works on the machine and has no job.
+            StateError: a job has copied all, and takes effect.
+            QemuGone: another client has the user's monitor; told within two seconds.
             OperationPending: one cannot be ended now.
         """
         pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
+        ended = await at_work.cancel(self._context, await self.record(), pending)
+        if ended is not None:
+            return ended
         async with working(self._context, self.name, "job cancel", alone=False, unfinished="cancel"):
             return list(pending)
+
+    async def set_speed(self, bandwidth: int) -> list[str]:
+        """Limit what the jobs of the machine's operations copy, also while another controller waits for them.
+
+        The limit is taken away when a job only has left what the guest's writes would wait for.
+
+        Args:
+            bandwidth: bytes per second for each job; 0 is without limit.
+
+        Returns:
+            Ids of the jobs (QMP ``block-job-set-speed``).
+
+        Raises:
+            NotFoundError: there is no such job.
+            StateError: a job has copied all.
+            QemuGone: another client has the user's monitor.
+            UsageError: ``bandwidth`` is negative or too large.
+        """
+        return await at_work.set_speed(self._context, await self.record(), requests.limited(bandwidth))
 
     async def recover(self) -> list[Operation]:
         """End what an earlier operation left open; returns those operations as they were.

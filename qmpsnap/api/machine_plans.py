@@ -240,35 +240,43 @@ class MachinePlans(MachineLife):
             lambda vm, _: vm.push(name, description=description),
         )
 
-    async def plan_pop(self, *, discard: bool = False) -> Plan[PopPreview, Reverted]:
+    async def plan_pop(self, *, discard: bool = False, bandwidth: int = 0) -> Plan[PopPreview, Reverted]:
         """A plan of what :meth:`pop` would do now; its ``qmp`` has only the commands of the revert."""
         return await self._plan(
             "pop",
             lambda context: stack.preview(context, self.name, discard=discard),
             plans.of_pop,
-            lambda vm, report: vm.pop(discard=discard, report=report),
+            lambda vm, report: vm.pop(discard=discard, bandwidth=bandwidth, report=report),
         )
 
     async def plan_commit(
-        self, disk: str, *, base: Snapshot | str | None = None, top: Snapshot | str | None = None, consume: bool = False
+        self,
+        disk: str,
+        *,
+        base: Snapshot | str | None = None,
+        top: Snapshot | str | None = None,
+        consume: bool = False,
+        bandwidth: int = 0,
     ) -> Plan[MergePlan, Committed]:
         """What :meth:`commit` would do now."""
-        request = asked.to_commit(disk, base=base, top=top, consume=consume)
+        request = asked.to_commit(disk, base=base, top=top, consume=consume, bandwidth=bandwidth)
         return await self._plan(
             "commit",
             lambda context: commit.preview(context, self.name, request),
             plans.of_merge,
-            lambda vm, report: vm.commit(disk, base=base, top=top, consume=consume, report=report),
+            lambda vm, report: vm.commit(disk, base=base, top=top, consume=consume, bandwidth=bandwidth, report=report),
         )
 
-    async def plan_stream(self, disk: str, *, base: Snapshot | str | None = None) -> Plan[MergePlan, Streamed]:
+    async def plan_stream(
+        self, disk: str, *, base: Snapshot | str | None = None, bandwidth: int = 0
+    ) -> Plan[MergePlan, Streamed]:
         """What :meth:`stream` would do now."""
-        request = asked.to_stream(disk, base=base)
+        request = asked.to_stream(disk, base=base, bandwidth=bandwidth)
         return await self._plan(
             "stream",
             lambda context: commit.preview(context, self.name, request),
             plans.of_merge,
-            lambda vm, report: vm.stream(disk, base=base, report=report),
+            lambda vm, report: vm.stream(disk, base=base, bandwidth=bandwidth, report=report),
         )
 
     async def plan_mirror(
@@ -281,25 +289,17 @@ class MachinePlans(MachineLife):
         reuse: bool = False,
         format: Format | None = None,  # noqa: A002 - as in a spec
         write_blocking: bool = False,
+        bandwidth: int = 0,
     ) -> Plan[MirrorPlan, Mirrored]:
         """What :meth:`mirror` would do now."""
-        request = asked.to_mirror(
-            disk, target, mode=mode, shallow=shallow, reuse=reuse, format=format, write_blocking=write_blocking
-        )
+        options: dict[str, Any] = {"mode": mode, "shallow": shallow, "reuse": reuse, "format": format}
+        options |= {"write_blocking": write_blocking, "bandwidth": bandwidth}
+        request = asked.to_mirror(disk, target, **options)
         return await self._plan(
             "mirror",
             lambda context: mirror.preview(context, self.name, request),
             plans.of_mirror,
-            lambda vm, report: vm.mirror(
-                disk,
-                target,
-                mode=mode,
-                shallow=shallow,
-                reuse=reuse,
-                format=format,
-                write_blocking=write_blocking,
-                report=report,
-            ),
+            lambda vm, report: vm.mirror(disk, target, report=report, **options),
         )
 
     async def plan_fork(
@@ -329,15 +329,17 @@ class MachinePlans(MachineLife):
         return plan
 
     async def plan_delete_snapshots(
-        self, *names: Snapshot | str, children: bool = False, metadata: bool = False
+        self, *names: Snapshot | str, children: bool = False, metadata: bool = False, bandwidth: int = 0
     ) -> Plan[DeletePlan, Deleted]:
         """What :meth:`delete_snapshots` would do now."""
-        request = asked.to_delete(names, children=children, metadata=metadata)
+        request = asked.to_delete(names, children=children, metadata=metadata, bandwidth=bandwidth)
         return await self._plan(
             "delete_snapshots",
             lambda context: delete.preview(context, self.name, request),
             plans.of_delete,
-            lambda vm, report: vm.delete_snapshots(*names, children=children, metadata=metadata, report=report),
+            lambda vm, report: vm.delete_snapshots(
+                *names, children=children, metadata=metadata, bandwidth=bandwidth, report=report
+            ),
         )
 
     async def plan_undefine(self, *, disks: undefine.Fate | None = None) -> Plan[Forgotten, list[str]]:

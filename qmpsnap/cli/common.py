@@ -55,6 +55,27 @@ def amount(text: str) -> float:
     return value
 
 
+def bandwidth(text: str) -> int:
+    """Bytes per second that an option gives, with or without a unit."""
+    from qmpsnap.model.sizes import UNITS, in_bytes
+
+    value = in_bytes(text)
+    if value is None or not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number of bytes; {UNITS}")
+    return value
+
+
+def add_bandwidth(parser: argparse.ArgumentParser) -> None:
+    """``--bandwidth``, for every command that runs block jobs."""
+    parser.add_argument(
+        "--bandwidth",
+        type=bandwidth,
+        default=0,
+        metavar="BYTES",
+        help="bytes per second that its jobs copy at most, as in 50M (no limit)",
+    )
+
+
 def home() -> Home:
     """The places, by the environment and the store."""
     return runfolder.followed(Home.from_environment(os.environ, uid=os.geteuid()))

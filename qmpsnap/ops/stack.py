@@ -27,7 +27,9 @@ class PopPreview(Struct, frozen=True):
     delete: DeletePlan
 
 
-async def pop(context: Context, name: str, *, discard: bool = False, report: Report = unreported) -> Reverted:
+async def pop(
+    context: Context, name: str, *, discard: bool = False, bandwidth: int = 0, report: Report = unreported
+) -> Reverted:
     """Go back to the current snapshot, without what was written since, and delete it; its parent is current then.
 
     Raises:
@@ -38,7 +40,7 @@ async def pop(context: Context, name: str, *, discard: bool = False, report: Rep
         current = await _top(context, name, discard=discard)
     reverted = await revert.run(context, name, RevertRequest(name=current, discard=True))
     try:
-        await delete.run(context, name, DeleteRequest(names=(current,)), report=report)
+        await delete.run(context, name, DeleteRequest(names=(current,), bandwidth=bandwidth), report=report)
     except QmpsnapError as error:
         if error.effect == "none":
             error.claim("applied", f"the machine is at {current}, and all changes since are lost")

@@ -150,10 +150,14 @@ class JobInfo(Struct, frozen=True, rename="kebab"):
 
 
 class BlockJobInfo(Struct, frozen=True, rename="kebab"):
-    """The part of QAPI ``BlockJobInfo`` we use; ``io_status`` is ``ok``, ``failed`` or ``nospace``."""
+    """The part of QAPI ``BlockJobInfo`` we use; ``io_status`` is ``ok``, ``failed`` or ``nospace``.
+
+    ``speed``: bytes per second it may copy, 0 without limit.
+    """
 
     device: str
     io_status: str = "ok"
+    speed: int = 0
 
 
 class _Version(Struct, frozen=True):

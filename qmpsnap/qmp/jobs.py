@@ -43,6 +43,9 @@ PAUSED = 2.0
 MEMORY_DEADLINE = 1800.0
 """Seconds QEMU may be silent while it saves or loads memory inside images: it answers nobody meanwhile."""
 
+_CANCELLED = "Operation canceled"
+"""The error of a job that somebody has cancelled: strerror(ECANCELED)."""
+
 PATIENCE = 10.0
 """Seconds without progress after which a mirror counts as outrun by its guest."""
 
@@ -101,7 +104,14 @@ def stream_arguments(
 
 
 def mirror_arguments(
-    job: JobId, *, source: NodeName, target: NodeName, shallow: bool, write_blocking: bool, root: NodeName | None = None
+    job: JobId,
+    *,
+    source: NodeName,
+    target: NodeName,
+    shallow: bool,
+    write_blocking: bool,
+    limit: int = 0,
+    root: NodeName | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """``blockdev-mirror``: ``target``, exactly as large, becomes a copy of ``source``, which it may replace.
 
@@ -114,6 +124,8 @@ def mirror_arguments(
         arguments["replaces"] = source
     if write_blocking:
         arguments["copy-mode"] = "write-blocking"
+    if limit:
+        arguments["speed"] = limit
     return "blockdev-mirror", arguments
 
 
@@ -166,6 +178,8 @@ async def follow(
             info = await require(monitor, job, deadline=deadline)
             report(await look(info) if look else info)
             if info.status == "concluded":
+                if info.error == _CANCELLED:
+                    raise QmpError(f"job {job} was cancelled", effect="applied")
                 if info.error:
                     raise QmpError(f"job {job} failed: {info.error}", effect="applied")
                 return info
@@ -217,6 +231,17 @@ async def begin(monitor: Monitor, job: JobId) -> None:
             await _raise_if_stuck(monitor, job)
         await anyio.sleep(wait)  # no event tells of it
         wait = min(2 * wait, WAKE)
+
+
+async def set_speed(monitor: Monitor, job: JobId, limit: int) -> None:
+    """Let a job copy ``limit`` bytes per second, 0 without limit (``block-job-set-speed``)."""
+    await monitor.execute("block-job-set-speed", {"device": job, "speed": limit})
+
+
+async def hurry(monitor: Monitor, job: JobId) -> None:
+    """Take a job's limit away, if it has one: the rest is copied while the guest's writes wait for it."""
+    if any(at.device == job and at.speed for at in await commands.query_block_jobs(monitor)):
+        await set_speed(monitor, job, 0)
 
 
 async def complete(monitor: Monitor, job: JobId) -> None:

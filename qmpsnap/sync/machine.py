@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qmpsnap.ops.base.free_space import Shortage
     from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.fork.run import Forked
+    from qmpsnap.ops.jobs.at_work import MachineJob
     from qmpsnap.ops.lifecycle import undefine
     from qmpsnap.ops.lifecycle.change import Changed
     from qmpsnap.ops.mirror.mirror import Mode
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from qmpsnap.ops.revert.plan import HardwareOf, Run
     from qmpsnap.ops.revert.revert import Reverted
     from qmpsnap.ops.snapshot.request import DiskOptions, Files, FullOptions, InternalOptions, Kind, VolumeOptions
-    from qmpsnap.qmp.commands import JobInfo
     from qmpsnap.qmp.jobs import Report
     from qmpsnap.sync.pool import ForkPool
 
@@ -53,6 +53,10 @@ class MachineHandle(MachinePlans):
     def resize(self, disk: str, size: int | str) -> ResizePlan:
         """Let the guest see more bytes of a disk: of its active layer, as the layers below keep their size."""
         return self._call(self._handle.resize(disk, size))
+
+    def rename_snapshot(self, old: str, new: str) -> Snapshot:
+        """Give a snapshot another name; returns it as it is now."""
+        return self._call(self._handle.rename_snapshot(old, new))
 
     def describe_snapshot(
         self,
@@ -219,8 +223,8 @@ class MachineHandle(MachinePlans):
         """A sentence on what the guest writes to and no snapshot holds: the UEFI variables of an adopted machine."""
         return self._call(self._handle.left_out())
 
-    def jobs(self) -> tuple[JobInfo, ...]:
-        """The jobs that the machine's QEMU has, also of a verb that is at work; none when it is stopped."""
+    def jobs(self) -> tuple[MachineJob, ...]:
+        """The jobs that the machine's QEMU has, or the worker of a stopped machine, also of a verb that is at work."""
         return self._call(self._handle.jobs())
 
     def wait(self, *, report: Report = unreported) -> list[Operation]:
@@ -228,8 +232,12 @@ class MachineHandle(MachinePlans):
         return self._call(self._handle.wait(report=report))
 
     def cancel(self) -> list[Operation]:
-        """Cancel every job of an interrupted operation: the chains stay as they are."""
+        """Cancel every job of an operation: the chains stay as they are."""
         return self._call(self._handle.cancel())
+
+    def set_speed(self, bandwidth: int) -> list[str]:
+        """Limit what the jobs of the machine's operations copy, also while another controller waits for them."""
+        return self._call(self._handle.set_speed(bandwidth))
 
     def recover(self) -> list[Operation]:
         """End what an earlier operation left open; returns those operations as they were."""
@@ -334,13 +342,9 @@ class MachineHandle(MachinePlans):
         """Take a snapshot as :meth:`snapshot` does, and mark it as one to come back to with :meth:`pop`."""
         return self._call(self._handle.push(name, description=description))
 
-    def pop(self, *, discard: bool = False, report: Report = unreported) -> Reverted:
+    def pop(self, *, discard: bool = False, bandwidth: int = 0, report: Report = unreported) -> Reverted:
         """Go back to the current snapshot, without what was written since, and delete it."""
-        return self._call(self._handle.pop(discard=discard, report=report))
-
-    def rename_snapshot(self, old: str, new: str) -> Snapshot:
-        """Give a snapshot another name; returns it as it is now."""
-        return self._call(self._handle.rename_snapshot(old, new))
+        return self._call(self._handle.pop(discard=discard, bandwidth=bandwidth, report=report))
 
     def commit(
         self,
@@ -349,14 +353,19 @@ class MachineHandle(MachinePlans):
         base: Snapshot | str | None = None,
         top: Snapshot | str | None = None,
         consume: bool = False,
+        bandwidth: int = 0,
         report: Report = unreported,
     ) -> Committed:
         """Merge the layers above ``base`` up to ``top`` into ``base``; the guest runs on."""
-        return self._call(self._handle.commit(disk, base=base, top=top, consume=consume, report=report))
+        return self._call(
+            self._handle.commit(disk, base=base, top=top, consume=consume, bandwidth=bandwidth, report=report)
+        )
 
-    def stream(self, disk: str, *, base: Snapshot | str | None = None, report: Report = unreported) -> Streamed:
+    def stream(
+        self, disk: str, *, base: Snapshot | str | None = None, bandwidth: int = 0, report: Report = unreported
+    ) -> Streamed:
         """Let the active layer absorb those between it and ``base``; no snapshot is lost, and the guest runs on."""
-        return self._call(self._handle.stream(disk, base=base, report=report))
+        return self._call(self._handle.stream(disk, base=base, bandwidth=bandwidth, report=report))
 
     def mirror(
         self,
@@ -368,6 +377,7 @@ class MachineHandle(MachinePlans):
         reuse: bool = False,
         format: Format | None = None,
         write_blocking: bool = False,
+        bandwidth: int = 0,
         report: Report = unreported,
     ) -> Mirrored:
         """Copy a disk; the guest runs on, and no snapshot is harmed."""
@@ -380,12 +390,22 @@ class MachineHandle(MachinePlans):
                 reuse=reuse,
                 format=format,
                 write_blocking=write_blocking,
+                bandwidth=bandwidth,
                 report=report,
             )
         )
 
     def delete_snapshots(
-        self, *names: Snapshot | str, children: bool = False, metadata: bool = False, report: Report = unreported
+        self,
+        *names: Snapshot | str,
+        children: bool = False,
+        metadata: bool = False,
+        bandwidth: int = 0,
+        report: Report = unreported,
     ) -> Deleted:
         """Delete snapshots, moving as few bytes as possible."""
-        return self._call(self._handle.delete_snapshots(*names, children=children, metadata=metadata, report=report))
+        return self._call(
+            self._handle.delete_snapshots(
+                *names, children=children, metadata=metadata, bandwidth=bandwidth, report=report
+            )
+        )

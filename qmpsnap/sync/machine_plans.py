@@ -115,19 +115,27 @@ class MachinePlans(Delegating):
         """What :meth:`push` would do now."""
         return self._call(self._handle.plan_push(name, description=description))
 
-    def plan_pop(self, *, discard: bool = False) -> Plan[PopPreview, Reverted]:
+    def plan_pop(self, *, discard: bool = False, bandwidth: int = 0) -> Plan[PopPreview, Reverted]:
         """A plan of what :meth:`pop` would do now; its ``qmp`` has only the commands of the revert."""
-        return self._call(self._handle.plan_pop(discard=discard))
+        return self._call(self._handle.plan_pop(discard=discard, bandwidth=bandwidth))
 
     def plan_commit(
-        self, disk: str, *, base: Snapshot | str | None = None, top: Snapshot | str | None = None, consume: bool = False
+        self,
+        disk: str,
+        *,
+        base: Snapshot | str | None = None,
+        top: Snapshot | str | None = None,
+        consume: bool = False,
+        bandwidth: int = 0,
     ) -> Plan[MergePlan, Committed]:
         """What :meth:`commit` would do now."""
-        return self._call(self._handle.plan_commit(disk, base=base, top=top, consume=consume))
+        return self._call(self._handle.plan_commit(disk, base=base, top=top, consume=consume, bandwidth=bandwidth))
 
-    def plan_stream(self, disk: str, *, base: Snapshot | str | None = None) -> Plan[MergePlan, Streamed]:
+    def plan_stream(
+        self, disk: str, *, base: Snapshot | str | None = None, bandwidth: int = 0
+    ) -> Plan[MergePlan, Streamed]:
         """What :meth:`stream` would do now."""
-        return self._call(self._handle.plan_stream(disk, base=base))
+        return self._call(self._handle.plan_stream(disk, base=base, bandwidth=bandwidth))
 
     def plan_mirror(
         self,
@@ -139,11 +147,19 @@ class MachinePlans(Delegating):
         reuse: bool = False,
         format: Format | None = None,
         write_blocking: bool = False,
+        bandwidth: int = 0,
     ) -> Plan[MirrorPlan, Mirrored]:
         """What :meth:`mirror` would do now."""
         return self._call(
             self._handle.plan_mirror(
-                disk, target, mode=mode, shallow=shallow, reuse=reuse, format=format, write_blocking=write_blocking
+                disk,
+                target,
+                mode=mode,
+                shallow=shallow,
+                reuse=reuse,
+                format=format,
+                write_blocking=write_blocking,
+                bandwidth=bandwidth,
             )
         )
 
@@ -172,10 +188,12 @@ class MachinePlans(Delegating):
         )
 
     def plan_delete_snapshots(
-        self, *names: Snapshot | str, children: bool = False, metadata: bool = False
+        self, *names: Snapshot | str, children: bool = False, metadata: bool = False, bandwidth: int = 0
     ) -> Plan[DeletePlan, Deleted]:
         """What :meth:`delete_snapshots` would do now."""
-        return self._call(self._handle.plan_delete_snapshots(*names, children=children, metadata=metadata))
+        return self._call(
+            self._handle.plan_delete_snapshots(*names, children=children, metadata=metadata, bandwidth=bandwidth)
+        )
 
     def plan_undefine(self, *, disks: undefine.Fate | None = None) -> Plan[Forgotten, list[str]]:
         """What :meth:`undefine` would do now."""

@@ -16,7 +16,7 @@ from qmpsnap.model.finding import KINDS
 from tests.cli.test_help import LEAVES
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
-COMMAND = re.compile(r"<!-- parser: (?P<command>[a-z ]+) -->\n.*?<!-- end -->", re.DOTALL)
+COMMAND = re.compile(r"<!-- parser: (?P<command>[a-z -]+) -->\n.*?<!-- end -->", re.DOTALL)
 FINDINGS = re.compile(r"<!-- findings -->\n.*?<!-- end -->", re.DOTALL)
 
 

@@ -30,8 +30,9 @@ async def test_jobs_and_state_while_another_process_works(
         (job,) = await vm.jobs()
         assert job.type == "stream"
         assert await vm.state() in ("paused", "prelaunch")
+        assert f"'stream' (pid {process.pid} " in str(job.waiting)
         with pytest.raises(LockHeld, match=rf"'stream' \(pid {process.pid} ") as held:
-            await vm.cancel()
+            await vm.wait()
         assert "kill -INT" in held.value.hint
         with pytest.raises(DeadlinePassed) as silent:
             await vm.chains()

@@ -19,6 +19,7 @@ from qmpsnap import (
     JobInfo,
     Layer,
     MachineHandle,
+    MachineJob,
     MachineSpec,
     Mirrored,
     Plan,
@@ -192,7 +193,8 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.stream("vda", base="a"), Streamed)
     assert_type(await vm.stream("vda", base=await vm.snapshot()), Streamed)
     assert_type(await vm.delete_snapshots("a", "b", children=True, metadata=False), Deleted)
-    assert_type(await vm.jobs(), tuple[JobInfo, ...])
+    assert_type(await vm.jobs(), tuple[MachineJob, ...])
+    assert_type(await vm.set_speed(1 << 20), list[str])
     assert_type(await vm.wait(), list[Operation])
     assert_type(await vm.cancel(), list[Operation])
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)

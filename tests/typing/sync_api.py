@@ -13,8 +13,8 @@ from qmpsnap import (
     Completed,
     Deleted,
     Event,
-    JobInfo,
     Layer,
+    MachineJob,
     MachineSpec,
     Mirrored,
     Operation,
@@ -92,6 +92,7 @@ def layers(vm: MachineHandle) -> None:
     assert_type(vm.mirror("vda", Path("/srv/copy"), mode="pivot"), Mirrored)
     assert_type(vm.delete_snapshots("a", "b"), Deleted)
     assert_type(vm.revert("before", state="paused"), Reverted)
-    assert_type(vm.jobs(), tuple[JobInfo, ...])
+    assert_type(vm.jobs(), tuple[MachineJob, ...])
+    assert_type(vm.set_speed(0), list[str])
     vm.snapshot(compression="zstd")  # type: ignore[call-overload]
     vm.revert("before", state="asleep")  # type: ignore[arg-type]

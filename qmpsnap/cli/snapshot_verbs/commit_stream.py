@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add_for_vm, add_format, operating
+from qmpsnap.cli.common import Parsers, add_bandwidth, add_for_vm, add_format, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def _alias(name: str, real: str, help_: str) -> str:
 def _finish(command: argparse.ArgumentParser) -> None:
     command.add_argument("disk", metavar="DISK", help="the disk")
     command.add_argument("--dry-run", action="store_true", help="only print the layers, QMP command and bytes")
+    add_bandwidth(command)
     add_progress(command)
     add_format(command)
 
@@ -45,7 +46,11 @@ def _commit(arguments: argparse.Namespace) -> None:
     from qmpsnap.ops.merge.commit import CommitRequest
 
     request = CommitRequest(
-        disk=arguments.disk, base=arguments.base, top=arguments.top, consume=arguments.consume or arguments.dry_run
+        disk=arguments.disk,
+        base=arguments.base,
+        top=arguments.top,
+        consume=arguments.consume or arguments.dry_run,
+        bandwidth=arguments.bandwidth,
     )
     _merge(arguments, request)
 
@@ -53,7 +58,7 @@ def _commit(arguments: argparse.Namespace) -> None:
 def _stream(arguments: argparse.Namespace) -> None:
     from qmpsnap.ops.merge.commit import StreamRequest
 
-    _merge(arguments, StreamRequest(disk=arguments.disk, base=arguments.base))
+    _merge(arguments, StreamRequest(disk=arguments.disk, base=arguments.base, bandwidth=arguments.bandwidth))
 
 
 def _merge(arguments: argparse.Namespace, request: "Request") -> None:

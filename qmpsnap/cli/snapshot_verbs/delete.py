@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add_for_vm, add_format, operating
+from qmpsnap.cli.common import Parsers, add_bandwidth, add_for_vm, add_format, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def register(verbs: Parsers) -> None:
     command.add_argument("--children", action="store_true", help="also delete their descendants")
     command.add_argument("--metadata", action="store_true", help="delete only the names and keep the layers")
     command.add_argument("--dry-run", action="store_true", help="only print the plan and its bytes")
+    add_bandwidth(command)
     add_progress(command)
     add_format(command)
 
@@ -26,7 +27,10 @@ def _delete(arguments: argparse.Namespace) -> None:
     from qmpsnap.ops.snapshot import delete
 
     request = delete.DeleteRequest(
-        names=tuple(arguments.names), children=arguments.children, metadata=arguments.metadata
+        names=tuple(arguments.names),
+        children=arguments.children,
+        metadata=arguments.metadata,
+        bandwidth=arguments.bandwidth,
     )
     if arguments.dry_run:
         plan, _ = operating(lambda context: delete.preview(context, arguments.machine, request))

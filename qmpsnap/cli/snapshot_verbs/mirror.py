@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
-from qmpsnap.cli.common import Parsers, add_for_vm, add_format, operating
+from qmpsnap.cli.common import Parsers, add_bandwidth, add_for_vm, add_format, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def register(parsers: Parsers) -> None:
             "--blocking", action="store_true", help="let guest writes wait for the copy (write-blocking)"
         )
         command.add_argument("--dry-run", action="store_true", help="only print the files, QMP commands and bytes")
+        add_bandwidth(command)
         add_progress(command)
         add_format(command)
 
@@ -51,6 +52,7 @@ def _mirror(arguments: argparse.Namespace) -> None:
         reuse=arguments.reuse,
         format=arguments.format,
         write_blocking=arguments.blocking,
+        bandwidth=arguments.bandwidth,
     )
 
     if arguments.dry_run:

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from qmpsnap.cli import image_notes, output
-from qmpsnap.cli.common import Parsers, add_for_vm, add_format, on_machine, tell_remedy
+from qmpsnap.cli.common import Parsers, add_bandwidth, add_for_vm, add_format, on_machine, tell_remedy
 from qmpsnap.cli.plan_output import print_plan
 from qmpsnap.cli.progress import add_progress, reporting
 from qmpsnap.cli.snapshot_verbs import delete, revert
@@ -26,6 +26,7 @@ def register(verbs: Parsers) -> None:
     command = add_for_vm(verbs, "pop", _pop, help="revert to the snapshot that push took, and delete it")
     command.add_argument("--discard", action="store_true", help="accept losing a snapshot that push did not take")
     command.add_argument("--dry-run", action="store_true", help="only print what would be done")
+    add_bandwidth(command)
     add_progress(command)
     add_format(command)
 
@@ -51,7 +52,10 @@ def _pop(arguments: argparse.Namespace) -> None:
         _preview_pop(arguments)
         return
     with reporting(arguments.progress) as report:
-        done = on_machine(arguments.machine, lambda vm: vm.pop(discard=arguments.discard, report=report))
+        done = on_machine(
+            arguments.machine,
+            lambda vm: vm.pop(discard=arguments.discard, bandwidth=arguments.bandwidth, report=report),
+        )
     revert.tell(done)
     name = done.snapshot.name
     where = f"machine {arguments.machine} is back at {name}, {done.state}"

@@ -239,6 +239,7 @@ class MergePlan(Struct, frozen=True, kw_only=True, tag="merge"):
         opening: applied with the journal row, before any job starts.
         undo: takes ``opening`` back; applied only when it is certain that no job has started.
         steps: in this order.
+        bandwidth: bytes per second that each job copies at most; 0 is without limit.
     """
 
     verb: Literal["commit", "stream", "delete"]
@@ -246,6 +247,7 @@ class MergePlan(Struct, frozen=True, kw_only=True, tag="merge"):
     opening: Change
     undo: Change
     steps: tuple[Merge | Removal, ...]
+    bandwidth: int = 0
 
 
 class Unwritten(Struct, frozen=True, kw_only=True):
@@ -316,6 +318,7 @@ class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
         moves: bytes to move, at most.
         removed: layers nobody needs after a pivot.
         change: what a pivot makes true, but for the target's identity; of a finish the store keeps nothing.
+        bandwidth: bytes per second that the job copies at most; 0 is without limit.
     """
 
     machine: str
@@ -331,6 +334,7 @@ class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
     removed: tuple[Layer, ...] = ()
     nbd: NbdExport | None = None
     change: Change = Change()
+    bandwidth: int = 0
 
 
 class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):

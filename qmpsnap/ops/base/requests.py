@@ -34,6 +34,15 @@ def well_typed(request: _Request) -> _Request:
         raise UsageError(str(error)) from error
 
 
+def limited(limit: int) -> int:
+    """The limit, if it is a number of bytes per second for QEMU (QAPI ``block-job-set-speed``)."""
+    if type(limit) is not int or not 0 <= limit < 1 << 63:
+        raise UsageError(
+            f"a bandwidth cannot be {limit!r} bytes per second", hint="use a whole number, or 0 for no limit"
+        )
+    return limit
+
+
 async def mode_of(qemu: Monitor | None) -> str:
     """``live``, ``suspended``, ``paused`` or ``stopped``: how a snapshot taken now is taken."""
     if qemu is None:

@@ -30,12 +30,14 @@ class CommitRequest(Struct, frozen=True, kw_only=True):
         base: layer id or snapshot name; None is the lowest layer.
         top: layer id or snapshot name; None is the active layer.
         consume: agree that snapshots below ``top`` become unreadable.
+        bandwidth: bytes per second that the job copies at most; 0 is without limit.
     """
 
     disk: str
     base: str | None = None
     top: str | None = None
     consume: bool = False
+    bandwidth: int = 0
 
 
 class StreamRequest(Struct, frozen=True, kw_only=True):
@@ -43,6 +45,7 @@ class StreamRequest(Struct, frozen=True, kw_only=True):
 
     disk: str
     base: str | None = None
+    bandwidth: int = 0
 
 
 Request = CommitRequest | StreamRequest
@@ -59,7 +62,14 @@ def plan(at: Situation, chain: Chain, request: Request) -> MergePlan:
         return _plan_commit(at, chain, request)
     base = resolve(at, chain, request.base) if request.base else None
     step = rules.stream(at, chain, into=chain.active.id, base=base)
-    return MergePlan(verb="stream", machine=at.machine, opening=Change(), undo=Change(), steps=(step,))
+    return MergePlan(
+        verb="stream",
+        machine=at.machine,
+        opening=Change(),
+        undo=Change(),
+        steps=(step,),
+        bandwidth=request.bandwidth,
+    )
 
 
 def _plan_commit(at: Situation, chain: Chain, request: CommitRequest) -> MergePlan:
@@ -75,7 +85,14 @@ def _plan_commit(at: Situation, chain: Chain, request: CommitRequest) -> MergePl
             hint="keep them: " + call("stream", at.machine, chain.disk) + "; or accept that with " + option("consume"),
             machine=at.machine,
         )
-    return MergePlan(verb="commit", machine=at.machine, opening=opening, undo=Change(snapshots=lost), steps=(step,))
+    return MergePlan(
+        verb="commit",
+        machine=at.machine,
+        opening=opening,
+        undo=Change(snapshots=lost),
+        steps=(step,),
+        bandwidth=request.bandwidth,
+    )
 
 
 async def preview(context: Context, name: str, request: Request) -> tuple[MergePlan, tuple[str, dict[str, object]]]:
@@ -88,7 +105,7 @@ async def preview(context: Context, name: str, request: Request) -> tuple[MergeP
         step = made.steps[0]
         assert isinstance(step, Merge)
         root = await job.root_of(session.qemu, step) if session.qemu and step.live else None
-        command, arguments = job.start_command(job_id(serial, step.disk), step, root=root)
+        command, arguments = job.start_command(job_id(serial, step.disk), step, root=root, limit=made.bandwidth)
         return made, (command, session.machine.sent(arguments))
 
 

@@ -44,10 +44,11 @@ from qmpsnap.qmp.session import Monitor
 
 
 class MergeJob(BlockJob, frozen=True, kw_only=True):
-    """The job of one step of a plan, which is the ``number``-th there."""
+    """The job of one step of a plan, which is the ``number``-th there; started with the plan's ``bandwidth``."""
 
     step: Merge
     number: int
+    bandwidth: int = 0
 
     def words(self, phase: str, *, running: bool = False) -> str:
         """As :func:`steps.of_job`."""
@@ -87,6 +88,8 @@ class MergeJob(BlockJob, frozen=True, kw_only=True):
     async def carry_on(self, monitor: Monitor) -> None:
         """See :class:`BlockJob`."""
         info = await jobs.follow(monitor, self.id, "ready", "pending", report=self.report)
+        if info.status == "ready":
+            await jobs.hurry(monitor, self.id)
         async with cutover.watched(self, monitor):
             async with cutover.held_first(self, monitor) as held:
                 if info.status == "ready":
@@ -146,7 +149,13 @@ async def run(
             await remove_kept(session, step)
         else:
             job = MergeJob(
-                context=context, machine=machine, operation=operation.id, step=step, number=number, report=report
+                context=context,
+                machine=machine,
+                operation=operation.id,
+                step=step,
+                number=number,
+                bandwidth=plan.bandwidth,
+                report=report,
             )
             async with qemu_for(job, session.qemu) as monitor:
                 await _start(job, monitor)
@@ -156,7 +165,8 @@ async def run(
 
 
 async def _start(job: MergeJob, monitor: Monitor) -> None:
-    command = start_command(job.id, job.step, root=await root_of(monitor, job.step))
+    root = await root_of(monitor, job.step)
+    command = start_command(job.id, job.step, root=root, limit=job.bandwidth)
     await job.require_files()
     written = sharing.rewritten(job.step)
     await blocking(layer_changes.require_unwritten, job.context.store, written, job.machine.name)
@@ -327,8 +337,11 @@ async def _reopen(
     await commands.blockdev_reopen(monitor, options | {"file": file})
 
 
-def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> tuple[str, dict[str, object]]:
-    """The QMP command that starts a step's job; pure."""
+def start_command(
+    job: JobId, step: Merge, *, root: NodeName | None = None, limit: int = 0
+) -> tuple[str, dict[str, object]]:
+    """The QMP command that starts a step's job, which copies ``limit`` bytes per second, 0 without limit; pure."""
+    speed = {"speed": limit} if limit else {}
     if step.kind == "commit":
         command, arguments = jobs.commit_arguments(
             job,
@@ -337,13 +350,14 @@ def start_command(job: JobId, step: Merge, *, root: NodeName | None = None) -> t
             base=node_name(step.into),
             base_path=step.into.path,
         )
-        return command, arguments | ({"device": root} if root else {})
-    return jobs.stream_arguments(
+        return command, arguments | ({"device": root} if root else {}) | speed
+    command, arguments = jobs.stream_arguments(
         job,
         into=node_name(step.into),
         base=node_name(step.base) if step.base else None,
         base_path=step.base.path if step.base else None,
     )
+    return command, arguments | speed
 
 
 def rewritten(step: Merge) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:

@@ -101,6 +101,8 @@ class MirrorJob(BlockJob, frozen=True, kw_only=True):
     async def carry_on(self, monitor: Monitor) -> None:
         """See :class:`BlockJob`."""
         info = await jobs.follow_mirror(monitor, self.id, "ready", "pending", report=self.report)
+        if info.status == "ready":
+            await jobs.hurry(monitor, self.id)
         async with cutover.watched(self, monitor):
             await _go_over(self, monitor, info)
 
@@ -159,6 +161,7 @@ def qmp_commands(
             target=node,
             shallow=plan.shallow,
             write_blocking=plan.write_blocking,
+            limit=plan.bandwidth,
         ),
     ]
 

@@ -48,6 +48,7 @@ class MirrorRequest(Struct, frozen=True, kw_only=True):
         reuse: overwrite the image that is at ``target``.
         format: of the target; None is qcow2 for a new image and what its header says for one that is there.
         write_blocking: the guest's writes wait for the copy, so that it cannot be outrun.
+        bandwidth: bytes per second that the job copies at most; 0 is without limit.
     """
 
     disk: str
@@ -57,6 +58,7 @@ class MirrorRequest(Struct, frozen=True, kw_only=True):
     reuse: bool = False
     format: Format | None = None
     write_blocking: bool = False
+    bandwidth: int = 0
 
 
 class Found(Struct, frozen=True):
@@ -113,6 +115,7 @@ def plan(
         removed=removed,
         nbd=export,
         change=change,
+        bandwidth=request.bandwidth,
     )
 
 

@@ -29,11 +29,13 @@ class DeleteRequest(Struct, frozen=True, kw_only=True):
     """Which snapshots to delete, and whether those that grew from them.
 
     ``metadata``: only the names and state files; the layers stay as they are and are shown as unreferenced.
+    ``bandwidth``: bytes per second that each job copies at most; 0 is without limit.
     """
 
     names: tuple[str, ...]
     children: bool = False
     metadata: bool = False
+    bandwidth: int = 0
 
 
 class DeletePlan(Struct, frozen=True):
@@ -92,6 +94,7 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
             # Gone is gone: what is left after a failure is a hidden layer, which the next delete takes along.
             undo=Change(),
             steps=(*kept, *steps),
+            bandwidth=request.bandwidth,
         ),
     )
 
@@ -107,7 +110,8 @@ async def preview(
         for step in made.plan.steps:
             if isinstance(step, Merge):
                 root = await job.root_of(session.qemu, step) if session.qemu and step.live else None
-                command, arguments = job.start_command(job_id(serial, step.disk), step, root=root)
+                limit = made.plan.bandwidth
+                command, arguments = job.start_command(job_id(serial, step.disk), step, root=root, limit=limit)
                 commands.append((command, session.machine.sent(arguments)))
         return made, commands
 
