@@ -41,7 +41,7 @@ def sections() -> dict[str, str]:
     parts = re.split(r"^#{2,3} (.+)$", (REFERENCE / "cli.md").read_text(), flags=re.MULTILINE)
     found = {}
     for heading, text in zip(parts[1::2], parts[2::2], strict=True):
-        for words in re.findall(r"`qmpsnap ([a-z ]+)`", heading):
+        for words in re.findall(r"`qmpsnap ([a-z -]+)`", heading):
             found[words] = text
     return found
 
