@@ -2,6 +2,7 @@
 
 On an xfs of its own, on a loop mount: only root can run it. The image is in pieces of 4 KiB. Beside the transaction's
 time stands the guest's longest uncached read and write while the snapshot was taken, by its own clock (10 ms).
+Then a series of snapshots: what the last cost beside the first, and what deleting half of them moved.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from tests.bench.program import fail, typed
 from tests.harness import mounts
 
 _BLOCK = 4096
+_WINDOW = 20
+"""How many snapshots at each end of a series are compared, by their median."""
 _SPEC = """\
 name: bench
 memory: 256M
@@ -44,6 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What ``volume`` takes."""
     parser.add_argument("--rounds", type=int, default=6, metavar="N", help="snapshots of each kind (6)")
     parser.add_argument("--extents", type=int, default=20_000, metavar="N", help="pieces of the image (20000)")
+    parser.add_argument("--series", type=int, default=200, metavar="N", help="snapshots in a row after them (200)")
     parser.add_argument("--limit", type=float, default=5, metavar="MS", help="median pause that is a failure (5)")
 
 
@@ -57,7 +61,8 @@ def run(folder: Path, arguments: argparse.Namespace) -> int:
         typed("start", "bench")
         try:
             typed("exec", "bench", "--", "sh", "-c", _LOAD)
-            return _rounds(image, arguments)
+            over = _rounds(image, arguments)
+            return _series(arguments.series) | over
         finally:
             typed("stop", "bench", "--force")
 
@@ -88,6 +93,24 @@ def _rounds(image: Path, arguments: argparse.Namespace) -> int:
         print(f"{number + 1:5}   {pauses[-1]:13.1f}  {read:12}  {write:13}   {held[-1]:20.1f}", flush=True)
     print(f"median  {statistics.median(pauses):13.1f}  {'':12}  {'':13}   {statistics.median(held):20.1f}")
     return int(statistics.median(pauses) > arguments.limit)
+
+
+def _series(number: int) -> int:
+    """Take snapshots in a row and delete every second one; returns 1 where they get dearer or anything is moved."""
+    if number < 2 * _WINDOW:
+        return 0
+    took: list[float] = []
+    for taken in range(number):
+        since = time.monotonic()
+        typed("snapshot", "create", "bench", f"s{taken}", "--kind", "volume")
+        took.append((time.monotonic() - since) * 1000)
+    depth = len(json.loads(typed("chain", "bench", "-o", "json"))["disks"][0]["layers"])
+    first, last = statistics.median(took[:_WINDOW]), statistics.median(took[-_WINDOW:])
+    gone = [f"s{taken}" for taken in range(0, number, 2)]
+    moved = json.loads(typed("snapshot", "delete", "bench", *gone, "-o", "json"))["bytes"]
+    print(f"{number} in a row: the first {_WINDOW} {first:.0f} each, the last {_WINDOW} {last:.0f}: {last / first:.2f}")
+    print(f"layers of the disk then: {depth}; deleting {len(gone)} of them moved {moved} bytes")
+    return int(last > 1.5 * first or depth != 1 or moved > 0)
 
 
 def _paused_reflink(image: Path) -> float:
