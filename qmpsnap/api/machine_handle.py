@@ -130,6 +130,8 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
                   freeze them, and the snapshot's ``unquiesced`` says why it could not; ``skip`` (the default).
                 - ``freeze_window``: seconds they may be frozen, 5 by default.
                 - ``volume``: with ``full``: leave the disks to their storage. ``mixed``: where it can, else as usual.
+                - ``by``: to test QEMU: the QMP command, ``blockdev-snapshot`` (the default) or
+                  ``blockdev-snapshot-sync`` with ``mode: existing`` on the same verified file.
 
         Raises:
             NameTaken: there is a snapshot of that name.

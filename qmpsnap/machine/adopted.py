@@ -15,7 +15,7 @@ from msgspec import Struct
 from qmpsnap.errors import HostCannot, QemuGone, StateError
 from qmpsnap.host.files import Inode, inode_of, key_of
 from qmpsnap.machine.starting import process as processes
-from qmpsnap.model.machines.adoption import Adoption
+from qmpsnap.model.machines.adoption import Adoption, Names
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.qmp import commands, session, unixsocket
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Bell, Monitor
@@ -135,21 +135,33 @@ async def monitor(machine: Machine, adopted: Adoption, process: Process) -> Asyn
                 hint="end the program that replaced the socket",
                 machine=machine.name,
             )
-        yield _Renaming(qemu, adopted)
+        yield renaming(qemu, machine)
+
+
+@asynccontextmanager
+async def own_monitor(session: AbstractAsyncContextManager[Monitor], machine: Machine) -> AsyncIterator[Monitor]:
+    """A session with a QEMU of our own, which may have named some nodes itself."""
+    async with session as qemu:
+        yield renaming(qemu, machine)
+
+
+def renaming(monitor: Monitor, machine: Machine) -> Monitor:
+    """A machine's monitor with the names exchanged on the way, where QEMU has others than we."""
+    return _Renaming(monitor, names) if (names := machine.names) else monitor
 
 
 class _Renaming:
     """A monitor with the names exchanged on the way."""
 
-    def __init__(self, monitor: Monitor, adopted: Adoption) -> None:
+    def __init__(self, monitor: Monitor, names: Names) -> None:
         self._monitor = monitor
-        self._adopted = adopted
+        self._names = names
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, deadline: float = COMMAND_DEADLINE
     ) -> Any:
-        sent = self._adopted.sent(dict(arguments)) if arguments else arguments
-        return self._adopted.told(command, await self._monitor.execute(command, sent, deadline=deadline))
+        sent = self._names.sent(dict(arguments)) if arguments else arguments
+        return self._names.told(command, await self._monitor.execute(command, sent, deadline=deadline))
 
     async def send_descriptor(self, descriptor: int) -> None:
         await self._monitor.send_descriptor(descriptor)

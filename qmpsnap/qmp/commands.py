@@ -311,6 +311,25 @@ def snapshot_transaction(pairs: Sequence[tuple[NodeName, NodeName]]) -> dict[str
     }
 
 
+def sync_transaction(overlays: Sequence[tuple[NodeName, NodeName, str]]) -> dict[str, Any]:
+    """The same of each (node, overlay, its qcow2 file), which QEMU opens itself (``blockdev-snapshot-sync``)."""
+    return {
+        "actions": [
+            {
+                "type": "blockdev-snapshot-sync",
+                "data": {
+                    "node-name": node,
+                    "snapshot-node-name": overlay,
+                    "snapshot-file": path,
+                    "format": "qcow2",
+                    "mode": "existing",
+                },
+            }
+            for node, overlay, path in overlays
+        ]
+    }
+
+
 def internal_transaction(nodes: Sequence[NodeName], tag: str) -> dict[str, Any]:
     """Arguments of the ``transaction`` that puts a tag into each node's image (``blockdev-snapshot-internal-sync``)."""
     return {"actions": [{"type": "blockdev-snapshot-internal-sync", "data": {"device": n, "name": tag}} for n in nodes]}

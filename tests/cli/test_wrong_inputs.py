@@ -62,7 +62,8 @@ LINES = {
     "save": "save web /nonexistent/state --name bed -m text",
     "set": "set web memory=4G vda.cache=none",
     "show": "show web",
-    "snapshot create": "snapshot create web fresh -m text --tag k=v --disks vda --max-pause 5 --kind full",
+    "snapshot create": "snapshot create web fresh -m text --tag k=v --disks vda --max-pause 5 --kind full"
+    " --by blockdev-snapshot",
     "snapshot delete": "snapshot delete web nothing",
     "snapshot describe": "snapshot describe web nothing text --tag k=v --untag w",
     "snapshot list": "snapshot list web --tag k=v",

@@ -115,6 +115,10 @@ async def _snapshot(vm: qmpsnap.MachineHandle, _: Path) -> object:
     return await vm.snapshot("new")
 
 
+async def _snapshot_by_sync(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.snapshot("new", by="blockdev-snapshot-sync")
+
+
 async def _snapshot_in_chosen_file(vm: qmpsnap.MachineHandle, place: Path) -> object:
     return await vm.snapshot("new", files={"vda": place / "new"})
 
@@ -379,6 +383,16 @@ SCENARIOS: dict[str, Scenario] = {
         column="create",
         verb="create",
         act=_snapshot,
+        spec=TWO,
+        start="paused",
+        without=_NO_MEMORY,
+        happened=_taken,
+        forward=((steps.SETTLED, "before"), (steps.TRANSACTION, "after")),
+    ),
+    "create by blockdev-snapshot-sync, paused": Scenario(
+        column="create",
+        verb="create",
+        act=_snapshot_by_sync,
         spec=TWO,
         start="paused",
         without=_NO_MEMORY,

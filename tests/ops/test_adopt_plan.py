@@ -138,10 +138,10 @@ def test_which_drives_are_disks() -> None:
 
 def test_names_go_out_as_theirs_and_come_back_as_ours() -> None:
     sent = {"actions": [{"type": "blockdev-snapshot", "data": {"node": "vda-2", "overlay": "vda-9"}}]}
-    assert ADOPTION.sent(sent) == {
+    assert ADOPTION.names.sent(sent) == {
         "actions": [{"type": "blockdev-snapshot", "data": {"node": "vda-1", "overlay": "vda-9"}}]
     }
-    assert ADOPTION.sent({"filename": "vda-1", "file": {"node-name": "vda-1"}, "devices": ["vda-1", "x"]}) == {
+    assert ADOPTION.names.sent({"filename": "vda-1", "file": {"node-name": "vda-1"}, "devices": ["vda-1", "x"]}) == {
         "filename": "vda-1",
         "file": {"node-name": "#block1"},
         "devices": ["#block1", "x"],
@@ -156,9 +156,9 @@ def test_names_go_out_as_theirs_and_come_back_as_ours() -> None:
             {"id": 6, "type": "block-job", "name": "qs.1.vda"},
         ]
     }
-    told = ADOPTION.told("x-debug-query-block-graph", answer)
+    told = ADOPTION.names.told("x-debug-query-block-graph", answer)
     assert [vertex["name"] for vertex in told["nodes"]] == ["vda", "", "vda-2", "vda-1", f"{FOREIGN}vda-2", "qs.1.vda"]
-    assert ADOPTION.told("query-named-block-nodes", [{"node-name": "#block1"}]) == [{"node-name": "vda-1"}]
+    assert ADOPTION.names.told("query-named-block-nodes", [{"node-name": "#block1"}]) == [{"node-name": "vda-1"}]
 
 
 def survey(*names: str) -> Survey:

@@ -174,7 +174,9 @@ def test_a_process_is_recorded_replaced_and_taken_away(store: Store) -> None:
     defined(store, "web", layer("vda-1"))
     store.set_process("web", PROCESS)
     assert store.machine("web").process == PROCESS
-    later = Process(pid=70, start_ticks=80, boot_id="c", started=1, accel="kvm", qemu_version="10.0.0")
+    later = Process(
+        pid=70, start_ticks=80, boot_id="c", started=1, accel="kvm", qemu_version="10.0.0", nodes={"a": "#b"}
+    )
     store.set_process("web", later)
     assert store.machine("web").process == later
     store.set_process("web", None)

@@ -136,6 +136,11 @@ async def snapshots(vm: MachineHandle) -> None:
     await vm.snapshot(files=["vda"])  # type: ignore[call-overload]
     assert_type(await vm.snapshot("all", kind="full", max_pause_ms=40, compression="zstd", degrade=True), Snapshot)
     assert_type(await vm.snapshot("in", kind="internal", memory=False), Snapshot)
+    assert_type(await vm.snapshot("sync", by="blockdev-snapshot-sync"), Snapshot)
+    assert_type(await vm.snapshot("sync", kind="full", by="blockdev-snapshot-sync"), Snapshot)
+    assert_type(await vm.plan_snapshot("sync", by="blockdev-snapshot"), Plan[CreatePlan, Snapshot])
+    await vm.snapshot(by="snapshot_blkdev")  # type: ignore[call-overload]
+    await vm.snapshot(kind="volume", by="blockdev-snapshot")  # type: ignore[call-overload]
     assert_type(await vm.snapshot(quiesce="prefer", freeze_window=2), Snapshot)
     await vm.snapshot(quiesce="maybe")  # type: ignore[call-overload]
     assert_type(await vm.snapshot("all", kind="full", volume=True), Snapshot)

@@ -66,6 +66,11 @@ def _add_create(verbs: Parsers) -> None:
         help="freeze the guest's file systems: require it, prefer it, or skip it (default)",
     )
     command.add_argument("--freeze-window", type=float, metavar="S", help="maximum seconds to keep them frozen (5)")
+    command.add_argument(
+        "--by",
+        choices=("blockdev-snapshot", "blockdev-snapshot-sync"),
+        help="to test QEMU: the QMP command (blockdev-snapshot)",
+    )
     command.add_argument("--dry-run", action="store_true", help="only print the files and QMP commands")
     add_progress(command)
     add_format(command)
@@ -114,6 +119,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--no-snapshot takes neither --max-pause, --degrade nor --compress")
     if arguments.no_snapshot and (arguments.volume or arguments.mixed):
         raise UsageError("--no-snapshot takes neither --volume nor --mixed")
+    if arguments.no_snapshot and arguments.by:
+        raise UsageError("--no-snapshot and --by exclude each other")
     if arguments.quiesce == "skip" and arguments.freeze_window is not None:
         raise UsageError("--freeze-window needs --quiesce require or prefer")
     if arguments.quiesce != "skip" and arguments.no_snapshot:
@@ -138,6 +145,7 @@ def _create(arguments: argparse.Namespace) -> None:
         "quiesce": arguments.quiesce,
         "volume": arguments.volume,
         "mixed": arguments.mixed,
+        "by": arguments.by,
     }
     if arguments.freeze_window is not None:
         options["freeze_window"] = arguments.freeze_window

@@ -3,8 +3,12 @@
 In a QEMU of our own a node's name is its layer's id. One that somebody else launched has other names (``#block123``,
 or its owner's), and they are that process's: the same image may be open in another QEMU under another name. So they
 are kept with the machine, not with the layer, and exchanged at its monitor; nothing above ever meets them.
+
+QEMU names the file nodes of images that it opens for ``blockdev-snapshot-sync`` and ``drive-mirror`` itself; those are
+kept with the process of any machine.
 """
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from msgspec import Struct
@@ -13,12 +17,45 @@ from qmpsnap.model.names import LayerId, NodeName
 
 _NODE_KEYS: Final = frozenset(
     {"node-name", "node", "overlay", "device", "top-node", "base-node", "backing", "target", "replaces", "vmstate"}
-    | {"devices"}
+    | {"devices", "file"}
 )
 """Arguments of QMP commands that name nodes."""
 
 FOREIGN: Final = "not-ours:"
 """Put before a node that bears the id of another layer; no node can be named so, and none is."""
+
+
+class Names(Struct, frozen=True):
+    """The names that one QEMU has for our layers' nodes where they are not ours; ``<layer>.file`` is the node below.
+
+    ``disks``: disk to the name of its backend; None where the backends are called as the disks.
+    """
+
+    nodes: Mapping[str, str]
+    disks: Mapping[str, str] | None = None
+
+    def sent(self, arguments: Any) -> Any:
+        """Arguments of a command as this QEMU understands them."""
+        if isinstance(arguments, dict):
+            return {k: self._sent_name(v) if k in _NODE_KEYS else self.sent(v) for k, v in arguments.items()}
+        if isinstance(arguments, list | tuple):
+            return [self.sent(value) for value in arguments]
+        return arguments
+
+    def _sent_name(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.nodes.get(value, value)
+        if isinstance(value, list):
+            return [self._sent_name(name) for name in value]
+        return self.sent(value)
+
+    def told(self, command: str, answer: Any) -> Any:
+        """An answer of this QEMU with our names in it."""
+        ours = {node: layer for layer, node in self.nodes.items()}
+        if command == "x-debug-query-block-graph" and isinstance(answer, dict):
+            disks = None if self.disks is None else {backend: disk for disk, backend in self.disks.items()}
+            return {**answer, "nodes": [_vertex(vertex, ours, disks) for vertex in answer.get("nodes", ())]}
+        return _named(answer, ours)
 
 
 class Adoption(Struct, frozen=True, kw_only=True):
@@ -37,42 +74,24 @@ class Adoption(Struct, frozen=True, kw_only=True):
     nodes: dict[LayerId, NodeName]
     left_out: tuple[str, ...] = ()
 
-    def sent(self, arguments: Any) -> Any:
-        """Arguments of a command as this QEMU understands them."""
-        if isinstance(arguments, dict):
-            return {k: self._sent_name(v) if k in _NODE_KEYS else self.sent(v) for k, v in arguments.items()}
-        if isinstance(arguments, list | tuple):
-            return [self.sent(value) for value in arguments]
-        return arguments
-
-    def _sent_name(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self.nodes.get(LayerId(value), value)
-        if isinstance(value, list):
-            return [self._sent_name(name) for name in value]
-        return self.sent(value)
-
-    def told(self, command: str, answer: Any) -> Any:
-        """An answer of this QEMU with our names in it."""
-        ours = {node: str(layer) for layer, node in self.nodes.items()}
-        if command == "x-debug-query-block-graph" and isinstance(answer, dict):
-            disks = {backend: disk for disk, backend in self.disks.items()}
-            return {**answer, "nodes": [_vertex(vertex, ours, disks) for vertex in answer.get("nodes", ())]}
-        return _named(answer, ours)
+    @property
+    def names(self) -> Names:
+        """Its names."""
+        return Names({str(layer): node for layer, node in self.nodes.items()}, self.disks)
 
 
-def _vertex(vertex: dict[str, Any], ours: dict[NodeName, str], disks: dict[str, str]) -> dict[str, Any]:
+def _vertex(vertex: dict[str, Any], ours: Mapping[str, str], disks: Mapping[str, str] | None) -> dict[str, Any]:
     match vertex["type"]:
         case "block-driver":
             return {**vertex, "name": _ours(vertex["name"], ours)}
-        case "block-backend":
+        case "block-backend" if disks is not None:
             # Devices that were left out must not be taken for a disk that happens to have their name.
             return {**vertex, "name": disks.get(vertex["name"], "")}
         case _:
             return vertex
 
 
-def _named(answer: Any, ours: dict[NodeName, str]) -> Any:
+def _named(answer: Any, ours: Mapping[str, str]) -> Any:
     if isinstance(answer, dict):
         return {
             key: _ours(value, ours) if key == "node-name" and isinstance(value, str) else _named(value, ours)
@@ -83,7 +102,7 @@ def _named(answer: Any, ours: dict[NodeName, str]) -> Any:
     return answer
 
 
-def _ours(name: str, ours: dict[NodeName, str]) -> str:
-    if (layer := ours.get(NodeName(name))) is not None:
+def _ours(name: str, ours: Mapping[str, str]) -> str:
+    if (layer := ours.get(name)) is not None:
         return layer
     return FOREIGN + name if name in ours.values() else name

@@ -1,23 +1,25 @@
 """What the store records of a machine, and of the QEMU that runs it."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from msgspec import Struct
 
 from qmpsnap.errors import NotFoundError
-from qmpsnap.model.machines.adoption import Adoption
+from qmpsnap.model.machines.adoption import Adoption, Names
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.text import nearest
 
 
-class Process(Struct, frozen=True, kw_only=True):
+class Process(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A QEMU that was started for a machine: enough to tell it from any later process with the same pid.
 
     Attributes:
         start_ticks: field 22 of ``/proc/PID/stat``: clock ticks since boot.
         boot_id: ``/proc/sys/kernel/random/boot_id`` at the start.
         started: seconds since the epoch, UTC.
+        nodes: names that QEMU itself has given to nodes of our layers, as ``vda-3.file`` to ``#block123``.
     """
 
     pid: int
@@ -26,6 +28,7 @@ class Process(Struct, frozen=True, kw_only=True):
     started: float
     accel: str
     qemu_version: str
+    nodes: Mapping[str, str] = {}
 
 
 class Consent(Struct, frozen=True, kw_only=True):
@@ -109,9 +112,18 @@ class Machine(Struct, frozen=True, kw_only=True):
         """The spec that it had for that operation."""
         return next((past.spec for past in self.past if operation < past.until), self.spec)
 
+    @property
+    def names(self) -> Names | None:
+        """The names that its QEMU has for our layers, where they are not ours."""
+        given = self.process.nodes if self.process else {}
+        if self.adopted:
+            found = self.adopted.names
+            return Names({**found.nodes, **given}, found.disks)
+        return Names(given) if given else None
+
     def sent(self, arguments: Any) -> Any:
         """Arguments of a QMP command with the names that the machine's QEMU has for our layers."""
-        return self.adopted.sent(arguments) if self.adopted else arguments
+        return names.sent(arguments) if (names := self.names) else arguments
 
     def require_disk(self, name: str) -> DiskSpec:
         """The disk of that name."""

@@ -26,6 +26,9 @@ OperationState = Literal["planned", "running", "settled", "failed", "unknown"]
 Ended = Literal["settled", "failed"]
 """How an operation ends."""
 
+By = Literal["blockdev-snapshot", "blockdev-snapshot-sync"]
+"""The QMP command that puts an overlay on top: of a node that is open already, or of a file that it opens itself."""
+
 OPEN_STATES: tuple[OperationState, ...] = ("planned", "running", "unknown")
 
 
@@ -116,6 +119,7 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
         variables: the UEFI variable store and where its copy goes.
         hold: the guest is paused for that copy and the transaction, because it keeps writing to its variables.
         volumes: snapshots that the storage makes of the quiet images, once the overlays are active.
+        by: the action of the transaction.
     """
 
     machine: str
@@ -127,6 +131,7 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
     variables: tuple[str, str] | None = None
     hold: bool = False
     volumes: tuple[VolumeCopy, ...] = ()
+    by: By = "blockdev-snapshot"
 
     @property
     def new(self) -> tuple[Overlay | VolumeCopy, ...]:

@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 import anyio
 from anyio import lowlevel
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from qmpsnap.block.image.create import ImageTool
 from qmpsnap.errors import ForeignHost, QemuGone, QmpsnapError, StateError, StorageHangs, StoreMismatch
@@ -122,10 +123,12 @@ class Context(Struct, frozen=True, kw_only=True):
             error.hint += call("stop", machine.name, force=True)
 
     def _session(self, machine: Machine, process: Process, *, look: bool) -> AbstractAsyncContextManager[Monitor]:
+        machine = replace(machine, process=process)  # names are of this process alone
         if machine.adopted:
             return adopted.monitor(machine, machine.adopted, process)
         busy = look and lock.holder(self.home.lock(machine.name))
-        return monitor(machine, self.home.run_dir(machine.name), socket=USER_SOCKET if busy else QMP_SOCKET)
+        socket = USER_SOCKET if busy else QMP_SOCKET
+        return adopted.own_monitor(monitor(machine, self.home.run_dir(machine.name), socket=socket), machine)
 
 
 @asynccontextmanager

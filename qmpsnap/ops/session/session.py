@@ -102,6 +102,9 @@ async def working(  # what a verb says of itself; the rest is for recovery
         if begun.unended or (alone and begun.alone_beside is not runs):
             basis = await _again(context, name, removes=removes, alone=alone, runs=runs)
         assert basis.record
+        if qemu and basis.record.names != begun.machine.names:  # recovery has learnt some
+            await stack.aclose()
+            qemu = await stack.enter_async_context(context.monitor(basis.record))
         if context.expects and not context.expects.met:
             context.expects.require(await context.astore.basis(name), await requests.mode_of(qemu))
         yield MachineSession(context, basis.record, qemu, basis)

@@ -30,7 +30,7 @@ from qmpsnap.ops.memory import save as memory
 from qmpsnap.ops.memory.strategy import choose
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest
-from qmpsnap.ops.session import quiesce, recovery
+from qmpsnap.ops.session import file_nodes, quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.ops.session.session import begin, inputs, looking, require_agreement, working
 from qmpsnap.ops.snapshot import fold, nvram
@@ -232,6 +232,11 @@ class _Attempt(Struct, frozen=True):
     freezer: Freezer
     guard_ready: Callable[[], Awaitable[None]]
 
+    @property
+    def opens(self) -> bool:
+        """Whether QEMU itself opens the new layers, by their paths."""
+        return self.plan.by == "blockdev-snapshot-sync"
+
     async def mark(self, step: str) -> None:
         """Make a step durable."""
         await self.session.context.astore.mark(self.operation.id, "running", step=step)
@@ -239,14 +244,17 @@ class _Attempt(Struct, frozen=True):
     async def mark_opened(self, layers: Iterable[Layer]) -> None:
         """Make durable that QEMU may have acted, whatever we hear: recovery asks from here on, and rolls nothing back.
 
-        Before that it has to have opened the new layers themselves.
+        Before that it has to have opened the new layers themselves, unless that is its part of the transaction.
         """
         context, machine = self.session.context, self.session.machine
         process = context.process(machine)
         made = [layer for layer in layers if layer.inode]  # not yet what the storage will make
 
         def mark() -> None:
-            require_opened(process, made, machine=machine.name)
+            if self.opens:
+                require_recorded(made, machine=machine.name)
+            else:
+                require_opened(process, made, machine=machine.name)
             context.store.mark(self.operation.id, "running", step=steps.TRANSACTION)
 
         await blocking(mark)
@@ -258,13 +266,22 @@ class _Attempt(Struct, frozen=True):
         with self.freezer.within():
             await commands.transaction(qemu, transaction_of(self.plan))
 
+    async def require_moved(self, qemu: Monitor, change: Change) -> None:
+        """Make sure that the guest writes to the new layers; learn QEMU's names of the nodes that it has opened."""
+        context, machine = self.session.context, self.session.machine
+        await graph.require_agreement(qemu, self.expected, machine=machine.name)
+        if self.opens:
+            made = [layer for layer in change.layers if layer.inode]
+            await to_read(lambda: require_opened(context.process(machine), made, machine=machine.name))
+            await file_nodes.note(context, machine, qemu, made)
+
 
 async def _carry_out(at: _Attempt) -> Change:
     plan, machine, qemu = at.plan, at.session.machine, at.session.qemu
     change = identified(plan.change, await make_overlays(at.session.context, machine, plan.overlays))
     await nvram.copy(plan.variables)
     if qemu:
-        for overlay in plan.overlays:
+        for overlay in () if at.opens else plan.overlays:
             await commands.blockdev_add(qemu, node_options(overlay, machine))
         if plan.memory:
             return await _with_memory(at, qemu, plan.memory, change)
@@ -282,7 +299,7 @@ async def _carry_out(at: _Attempt) -> Change:
                 hint="try again",
                 machine=machine.name,
             )
-        await graph.require_agreement(qemu, at.expected, machine=machine.name)
+        await at.require_moved(qemu, change)
         level, why = "fs" if at.freezer.reached else "crash", at.freezer.why
         change = replace(
             change,
@@ -325,7 +342,7 @@ async def _with_memory(at: _Attempt, qemu: Monitor, how: Memory, change: Change)
                 await at.mark(steps.LOST)
             raise
         await at.mark(steps.SAVING)
-        await graph.require_agreement(qemu, at.expected, machine=machine.name)
+        await at.require_moved(qemu, change)
         await memory.written(qemu, at.operation, report=at.report)
     try:
         state = await memory.finish(

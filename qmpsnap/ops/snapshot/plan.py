@@ -8,7 +8,8 @@ from msgspec.structs import asdict, replace
 
 from qmpsnap.block.graph import NOTHING, Beside
 from qmpsnap.block.image import staged
-from qmpsnap.errors import UsageError
+from qmpsnap.errors import StateError, UsageError
+from qmpsnap.hint import call
 from qmpsnap.machine import statefile
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.blockdev import layer_options, node_name
@@ -19,12 +20,13 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId, check_description, layer_id
 from qmpsnap.model.operations.copies import VolumeCopy
 from qmpsnap.model.operations.memory import Means, Memory
-from qmpsnap.model.operations.operation import Change, CreatePlan, Overlay
+from qmpsnap.model.operations.operation import By, Change, CreatePlan, Overlay
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.tags import check_tags
 from qmpsnap.ops.base import requests, volumes
 from qmpsnap.ops.base.overlays import overlay_on
 from qmpsnap.ops.memory.strategy import MemoryRequest
+from qmpsnap.ops.session import file_nodes
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.qmp import commands, migration
 from qmpsnap.volumes.names import VolumeName
@@ -43,6 +45,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         volumes: the storage makes the snapshot of each disk, and the new layers are committed back.
         mixed: with ``volumes``, disks whose storage cannot do that keep an ordinary frozen layer.
         hold: pause the guest for the copy of its UEFI variables, because it wrote to them during an attempt without.
+        by: the QMP command that QEMU is sent; with ``blockdev-snapshot-sync`` it opens the new layers itself.
     """
 
     name: str | None = None
@@ -57,6 +60,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
     volumes: bool = False
     mixed: bool = False
     hold: bool = False
+    by: By = "blockdev-snapshot"
 
 
 def plan(
@@ -78,6 +82,7 @@ def plan(
     _require_included(machine, included, request.files)
     if request.memory:
         requests.require_all(machine, included, lacking=beside.unplugged)
+    _require_by(machine, request, included, mode=at.mode)
     folder, live = at.home.machine_dir(machine.name), at.mode != "stopped"
     taken = [chain for chain in chains if chain.disk in included]
     copies = tuple(_copy(machine, chain, serial) for chain in taken if chain.disk in by_volume)
@@ -127,6 +132,7 @@ def plan(
         variables=copied,
         hold=bool(copied) and memory is None and request.hold and requests.may_run(at.mode),
         volumes=copies,
+        by=request.by,
     )
 
 
@@ -154,7 +160,8 @@ def qmp_commands(plan: CreatePlan, machine: Machine) -> list[tuple[str, dict[str
     """The exact QMP commands of a live plan, in order; none for a stopped machine."""
     if not plan.live:
         return []
-    adds = [("blockdev-add", node_options(overlay, machine)) for overlay in plan.overlays]
+    opened = () if plan.by == "blockdev-snapshot-sync" else plan.overlays
+    adds = [("blockdev-add", node_options(overlay, machine)) for overlay in opened]
     transaction = ("transaction", transaction_of(plan))
     if plan.memory is None:
         return [*adds, ("stop", {}), transaction, ("cont", {})] if plan.hold else [*adds, transaction]
@@ -172,8 +179,24 @@ def expected(chains: Sequence[Chain], plan: CreatePlan) -> tuple[Chain, ...]:
 
 def transaction_of(plan: CreatePlan) -> dict[str, object]:
     """The arguments of the transaction that puts every overlay on top."""
+    if plan.by == "blockdev-snapshot-sync":
+        return commands.sync_transaction(
+            [(node_name(one.backing), node_name(one.layer), one.layer.path) for one in plan.overlays]
+        )
     pairs = [(node_name(overlay.backing), node_name(overlay.layer)) for overlay in plan.overlays]
     return commands.snapshot_transaction(pairs)
+
+
+def _require_by(machine: Machine, request: CreateRequest, included: Collection[str], *, mode: str) -> None:
+    if request.by == "blockdev-snapshot":
+        return
+    if mode == "stopped":
+        raise StateError(
+            f"machine {machine.name} is stopped: there is no QEMU to send {request.by} to",
+            hint="start it: " + call("start", machine.name),
+            machine=machine.name,
+        )
+    file_nodes.require_inherited(machine, sorted(included), command=request.by, default="blockdev-snapshot")
 
 
 def _copy(machine: Machine, chain: Chain, serial: OperationId) -> VolumeCopy:

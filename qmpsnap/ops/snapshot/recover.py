@@ -26,7 +26,7 @@ from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory import save as saving
 from qmpsnap.ops.outside import layer_changes
-from qmpsnap.ops.session import external_writers, quiesce
+from qmpsnap.ops.session import external_writers, file_nodes, quiesce
 from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.ops.snapshot import nvram
 from qmpsnap.qmp import commands, migration
@@ -70,6 +70,7 @@ async def end(broken: Broken[CreatePlan], monitor: Monitor | None) -> Direction:
         old, new = [overlay.backing for overlay in plan.overlays], [overlay.layer for overlay in plan.overlays]
         way = way if await external_writers.new_counts(broken, old=old, new=new, fresh=True) else "back"
     if way == "forward":
+        await _learn_names(broken, monitor, plan)
         return await _forward(broken, monitor, plan, proven=proven)
     if plan.memory:
         await _drop(broken, monitor, plan.memory)
@@ -82,6 +83,12 @@ async def end(broken: Broken[CreatePlan], monitor: Monitor | None) -> Direction:
     await remove_new([overlay for overlay in plan.overlays if not overlay.part])
     await broken.mark_failed()
     return way
+
+
+async def _learn_names(broken: Broken[CreatePlan], monitor: Monitor | None, plan: CreatePlan) -> None:
+    if monitor and plan.by == "blockdev-snapshot-sync":
+        layers = [overlay.layer for overlay in plan.overlays]
+        await file_nodes.note(broken.context, broken.machine, monitor, layers)
 
 
 async def _forget_copy(plan: CreatePlan) -> None:

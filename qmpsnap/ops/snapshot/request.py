@@ -9,6 +9,7 @@ from qmpsnap.errors import UsageError
 from qmpsnap.hint import option
 from qmpsnap.model.layers.snapshot import Quiesce
 from qmpsnap.model.layers.vmstate import Compression
+from qmpsnap.model.operations.operation import By
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.memory.strategy import MemoryRequest
@@ -33,6 +34,7 @@ class DiskOptions(_Options, total=False):
     """The options of :meth:`qmpsnap.MachineHandle.snapshot`, which describes them, of a snapshot of the disks."""
 
     files: Files | None
+    by: By | None
 
 
 class FullOptions(DiskOptions, total=False):
@@ -64,6 +66,7 @@ class SnapshotOptions(FullOptions, InternalOptions, total=False):
 def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateRequest | InternalRequest:
     """The request for a snapshot of that kind; pure. Refused where it does not heed an option."""
     _require_heeded(kind, options)
+    _require_by(kind, options)
     freeze = QuiesceRequest(wish=options.get("quiesce", "skip"), window=options.get("freeze_window", FREEZE_WINDOW))
     description, tags = options.get("description", ""), options.get("tags", {})
     disks = names_of(options.get("disks"))
@@ -95,6 +98,7 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
         quiesce=freeze,
         volumes=_by_volume(kind, options),
         mixed=options.get("mixed", False),
+        by=options.get("by") or "blockdev-snapshot",
     )
     return requests.well_typed(request)
 
@@ -113,6 +117,11 @@ def names_of(names: Sequence[str] | None, what: str = "disks") -> tuple[str, ...
 def paths_of(files: Files | None) -> dict[str, str]:
     """The places as a request has them: absolute."""
     return {disk: str(Path(path).absolute()) for disk, path in (files or {}).items()}
+
+
+def _require_by(kind: Kind, options: SnapshotOptions) -> None:
+    if (by := options.get("by")) and (kind == "internal" or _by_volume(kind, options)):
+        raise UsageError(f"snapshots of kind {kind} are not taken by {by}", hint="omit " + option("by", by))
 
 
 def _require_heeded(kind: Kind, options: SnapshotOptions) -> None:

@@ -15,7 +15,9 @@ def upsert(table: str, columns: str, *, key: str) -> str:
 LAYER = "id, pool, path, format, backing, virtual_size, device, inode, owned, state, birth, storage, identity"
 PUT_LAYER = upsert("layer", LAYER, key="id")
 PUT_HOME = upsert("home", "one, id, path, moving", key="one")
-PUT_PROCESS = upsert("process", "machine, pid, start_ticks, boot_id, started, accel, qemu_version", key="machine")
+PUT_PROCESS = upsert(
+    "process", "machine, pid, start_ticks, boot_id, started, accel, qemu_version, nodes", key="machine"
+)
 PUT_SNAPSHOT = upsert(
     "snapshot",
     "machine, name, kind, state, parent, created, description, mode, pause_ms, operation, vmstate, inside, variables,"
@@ -45,7 +47,7 @@ LISTED = (
 EPHEMERAL = "SELECT name FROM machine WHERE json_extract(origin, '$.ephemeral') ORDER BY name"
 MACHINE = (
     "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted, consent,"
-    " origin, past, pid, start_ticks, boot_id, started, accel, qemu_version FROM machine"
+    " origin, past, pid, start_ticks, boot_id, started, accel, qemu_version, nodes FROM machine"
     " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
 )
 OF_OPERATION = (

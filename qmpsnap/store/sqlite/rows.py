@@ -3,6 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -28,12 +29,20 @@ def read_machine(row: sqlite3.Row) -> Machine:
         spec=decoded(spec, MachineSpec),
         created=created,
         current=current,
-        process=Process(**dict(zip(Process.__struct_fields__, process, strict=True))) if process[0] else None,
+        process=_process(*process),
         adopted=decoded(adopted, Adoption) if adopted else None,
         consent=decoded(consent, Consent) if consent else None,
         origin=decoded(origin, Origin) if origin else None,
         past=decoded(past, tuple[Past, ...]) if past else (),
     )
+
+
+def _process(pid: int | None, *rest: Any) -> Process | None:
+    if pid is None:
+        return None
+    *fields, nodes = rest
+    named = dict(zip(Process.__struct_fields__[1:-1], fields, strict=True))
+    return Process(pid=pid, **named, nodes=decoded(nodes, dict[str, str]))
 
 
 def find_machine(sql: sqlite3.Connection, name: str) -> Machine:
@@ -145,7 +154,8 @@ def put_process(sql: sqlite3.Connection, machine: int, process: Process | None) 
     if process is None:
         sql.execute("DELETE FROM process WHERE machine = ?", (machine,))
         return
-    sql.execute(queries.PUT_PROCESS, (machine, *msgspec.structs.astuple(process)))
+    *fields, nodes = msgspec.structs.astuple(process)
+    sql.execute(queries.PUT_PROCESS, (machine, *fields, msgspec.json.encode(nodes).decode()))
 
 
 def snapshot_id(sql: sqlite3.Connection, machine: int, name: str | None) -> int | None:

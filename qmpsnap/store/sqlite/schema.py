@@ -155,6 +155,9 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE snapshot ADD COLUMN tags TEXT;
     """,
+    """
+    ALTER TABLE process ADD COLUMN nodes TEXT NOT NULL DEFAULT '{}';
+    """,
 )
 
 
