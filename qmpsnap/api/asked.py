@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.spec import Format
+    from qmpsnap.model.operations.by import DeleteBy, LoadBy
     from qmpsnap.ops import save
     from qmpsnap.ops.fork import request as forks
     from qmpsnap.ops.fork.request import ForkRequest
@@ -61,10 +62,14 @@ def to_stream(disk: str, *, base: Snapshot | str | None, bandwidth: int) -> Stre
     return well_typed(commit.StreamRequest(disk=disk, base=_named(base), bandwidth=limited(bandwidth)))
 
 
-def to_delete(names: tuple[Snapshot | str, ...], *, children: bool, metadata: bool, bandwidth: int) -> DeleteRequest:
+def to_delete(
+    names: tuple[Snapshot | str, ...], *, children: bool, metadata: bool, bandwidth: int, by: DeleteBy | None
+) -> DeleteRequest:
     """The end of snapshots."""
-    given = tuple(map(name_of, names))
-    request = delete.DeleteRequest(names=given, children=children, metadata=metadata, bandwidth=limited(bandwidth))
+    given, chosen = tuple(map(name_of, names)), by or "blockdev-snapshot-delete-internal-sync"
+    request = delete.DeleteRequest(
+        names=given, children=children, metadata=metadata, bandwidth=limited(bandwidth), by=chosen
+    )
     return well_typed(request)
 
 
@@ -112,11 +117,19 @@ def to_restore(file: str | os.PathLike[str] | None, *, discard: bool, paused: bo
 
 
 def to_revert(
-    snapshot: Snapshot | str, *, discard: bool, state: Run | None, hardware: HardwareOf, after: bool
+    snapshot: Snapshot | str,
+    *,
+    discard: bool,
+    state: Run | None,
+    hardware: HardwareOf,
+    after: bool,
+    by: LoadBy | None,
 ) -> RevertRequest:
     """A revert."""
     return well_typed(
-        revert_plan.RevertRequest(name=name_of(snapshot), discard=discard, run=state, hardware=hardware, after=after)
+        revert_plan.RevertRequest(
+            name=name_of(snapshot), discard=discard, run=state, hardware=hardware, after=after, by=by
+        )
     )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.spec import Format
+    from qmpsnap.model.operations.by import DeleteBy, LoadBy
     from qmpsnap.ops import save, stack
     from qmpsnap.ops.internal import create as internal
     from qmpsnap.ops.merge import commit
@@ -131,7 +132,8 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
                 - ``freeze_window``: seconds they may be frozen, 5 by default.
                 - ``volume``: with ``full``: leave the disks to their storage. ``mixed``: where it can, else as usual.
                 - ``by``: to test QEMU: the QMP command, ``blockdev-snapshot`` (the default) or
-                  ``blockdev-snapshot-sync`` with ``mode: existing`` on the same verified file.
+                  ``blockdev-snapshot-sync`` with ``mode: existing`` on the same verified file; with ``internal``
+                  ``snapshot-save`` (the default) or ``savevm``.
 
         Raises:
             NameTaken: there is a snapshot of that name.
@@ -225,6 +227,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
         state: Run | None = None,
         hardware: HardwareOf = "now",
         after: bool = True,
+        by: LoadBy | None = None,
     ) -> Reverted:
         """Revert to a snapshot: new empty layers on its points become active. A running guest is ended for it.
 
@@ -240,13 +243,14 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
                 and running after a full snapshot.
             hardware: ``snapshot`` gives the machine the spec again that it had when the snapshot was taken.
             after: with a full snapshot, set the guest's clock and announce its network cards.
+            by: to test QEMU: ``loadvm`` or ``snapshot-load`` for snapshots inside the layers that the guest writes to.
 
         Raises:
             NotFoundError: there is none of that name.
             StateError: it is consumed, a job holds a disk, or its memory is of other hardware.
             StoreMismatch: QEMU's chains or the files are not the store's.
         """
-        request = asked.to_revert(snapshot, discard=discard, state=state, hardware=hardware, after=after)
+        request = asked.to_revert(snapshot, discard=discard, state=state, hardware=hardware, after=after, by=by)
         return await revert.run(self._context, self.name, request)
 
     async def push(self, name: str | None = None, *, description: str = "") -> Snapshot:
@@ -377,6 +381,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
         children: bool = False,
         metadata: bool = False,
         bandwidth: int = 0,
+        by: DeleteBy | None = None,
         report: Report = unreported,
     ) -> Deleted:
         """Delete snapshots, moving as few bytes as possible.
@@ -386,10 +391,11 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             children: also those that grew from them.
             metadata: only the names; the layers stay.
             bandwidth: bytes per second that each job copies at most; 0 is without limit.
+            by: to test QEMU: ``delvm`` for snapshots inside the layers that the guest writes to.
             report: told about each job's progress.
 
         Raises:
             NotFoundError: one is not there; nothing was deleted.
         """
-        request = asked.to_delete(names, children=children, metadata=metadata, bandwidth=bandwidth)
+        request = asked.to_delete(names, children=children, metadata=metadata, bandwidth=bandwidth, by=by)
         return outcomes.Deleted.of(await delete.run(self._context, self.name, request, report=report))

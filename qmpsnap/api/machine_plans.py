@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.spec import Format
+    from qmpsnap.model.operations.by import DeleteBy, LoadBy
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
     from qmpsnap.ops import save, stack
     from qmpsnap.ops.base.context import Context
@@ -220,14 +221,15 @@ class MachinePlans(MachineLife):
         state: Run | None = None,
         hardware: HardwareOf = "now",
         after: bool = True,
+        by: LoadBy | None = None,
     ) -> Plan[Preview, Reverted]:
         """What :meth:`revert` would do now."""
-        request = asked.to_revert(snapshot, discard=discard, state=state, hardware=hardware, after=after)
+        request = asked.to_revert(snapshot, discard=discard, state=state, hardware=hardware, after=after, by=by)
         return await self._plan(
             "revert",
             lambda context: revert.preview(context, self.name, request),
             plans.of_revert,
-            lambda vm, _: vm.revert(snapshot, discard=discard, state=state, hardware=hardware, after=after),
+            lambda vm, _: vm.revert(snapshot, discard=discard, state=state, hardware=hardware, after=after, by=by),
         )
 
     async def plan_push(self, name: str | None = None, *, description: str = "") -> Plan[CreatePlan, Snapshot]:
@@ -329,16 +331,21 @@ class MachinePlans(MachineLife):
         return plan
 
     async def plan_delete_snapshots(
-        self, *names: Snapshot | str, children: bool = False, metadata: bool = False, bandwidth: int = 0
+        self,
+        *names: Snapshot | str,
+        children: bool = False,
+        metadata: bool = False,
+        bandwidth: int = 0,
+        by: DeleteBy | None = None,
     ) -> Plan[DeletePlan, Deleted]:
         """What :meth:`delete_snapshots` would do now."""
-        request = asked.to_delete(names, children=children, metadata=metadata, bandwidth=bandwidth)
+        request = asked.to_delete(names, children=children, metadata=metadata, bandwidth=bandwidth, by=by)
         return await self._plan(
             "delete_snapshots",
             lambda context: delete.preview(context, self.name, request),
             plans.of_delete,
             lambda vm, report: vm.delete_snapshots(
-                *names, children=children, metadata=metadata, bandwidth=bandwidth, report=report
+                *names, children=children, metadata=metadata, bandwidth=bandwidth, by=by, report=report
             ),
         )
 

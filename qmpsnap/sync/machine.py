@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.machines.record import Machine, Process
     from qmpsnap.model.machines.spec import Format, MachineSpec
     from qmpsnap.model.machines.state import State
+    from qmpsnap.model.operations.by import DeleteBy, LoadBy
     from qmpsnap.model.operations.operation import Operation, ResizePlan
     from qmpsnap.ops.base.free_space import Shortage
     from qmpsnap.ops.check.check import Checked
@@ -334,9 +335,12 @@ class MachineHandle(MachinePlans):
         state: Run | None = None,
         hardware: HardwareOf = "now",
         after: bool = True,
+        by: LoadBy | None = None,
     ) -> Reverted:
         """Revert to a snapshot: new empty layers on its points become active. A running guest is ended for it."""
-        return self._call(self._handle.revert(snapshot, discard=discard, state=state, hardware=hardware, after=after))
+        return self._call(
+            self._handle.revert(snapshot, discard=discard, state=state, hardware=hardware, after=after, by=by)
+        )
 
     def push(self, name: str | None = None, *, description: str = "") -> Snapshot:
         """Take a snapshot as :meth:`snapshot` does, and mark it as one to come back to with :meth:`pop`."""
@@ -401,11 +405,12 @@ class MachineHandle(MachinePlans):
         children: bool = False,
         metadata: bool = False,
         bandwidth: int = 0,
+        by: DeleteBy | None = None,
         report: Report = unreported,
     ) -> Deleted:
         """Delete snapshots, moving as few bytes as possible."""
         return self._call(
             self._handle.delete_snapshots(
-                *names, children=children, metadata=metadata, bandwidth=bandwidth, report=report
+                *names, children=children, metadata=metadata, bandwidth=bandwidth, by=by, report=report
             )
         )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.spec import Format, MachineSpec
+    from qmpsnap.model.operations.by import DeleteBy, LoadBy
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, ResizePlan
     from qmpsnap.ops.fork.run import Forked
     from qmpsnap.ops.fork.run import Preview as ForkPreview
@@ -105,10 +106,11 @@ class MachinePlans(Delegating):
         state: Run | None = None,
         hardware: HardwareOf = "now",
         after: bool = True,
+        by: LoadBy | None = None,
     ) -> Plan[Preview, Reverted]:
         """What :meth:`revert` would do now."""
         return self._call(
-            self._handle.plan_revert(snapshot, discard=discard, state=state, hardware=hardware, after=after)
+            self._handle.plan_revert(snapshot, discard=discard, state=state, hardware=hardware, after=after, by=by)
         )
 
     def plan_push(self, name: str | None = None, *, description: str = "") -> Plan[CreatePlan, Snapshot]:
@@ -188,11 +190,16 @@ class MachinePlans(Delegating):
         )
 
     def plan_delete_snapshots(
-        self, *names: Snapshot | str, children: bool = False, metadata: bool = False, bandwidth: int = 0
+        self,
+        *names: Snapshot | str,
+        children: bool = False,
+        metadata: bool = False,
+        bandwidth: int = 0,
+        by: DeleteBy | None = None,
     ) -> Plan[DeletePlan, Deleted]:
         """What :meth:`delete_snapshots` would do now."""
         return self._call(
-            self._handle.plan_delete_snapshots(*names, children=children, metadata=metadata, bandwidth=bandwidth)
+            self._handle.plan_delete_snapshots(*names, children=children, metadata=metadata, bandwidth=bandwidth, by=by)
         )
 
     def plan_undefine(self, *, disks: undefine.Fate | None = None) -> Plan[Forgotten, list[str]]:

@@ -181,6 +181,14 @@ async def _internal(vm: qmpsnap.MachineHandle, _: Path) -> object:
     return await vm.snapshot("new", kind="internal")
 
 
+async def _savevm(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.snapshot("new", kind="internal", by="savevm")
+
+
+async def _loadvm(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.revert("before", by="loadvm", after=False)
+
+
 async def _internal_disks(vm: qmpsnap.MachineHandle, _: Path) -> object:
     return await vm.snapshot("new", kind="internal", memory=False)
 
@@ -544,6 +552,14 @@ SCENARIOS: dict[str, Scenario] = {
         happened=_taken,
         forward=((steps.RECORDED, "before"), (steps.RECORDED, "before")),
     ),
+    "create internal by savevm": Scenario(
+        column="create internal",
+        verb="internal",
+        act=_savevm,
+        start="running",
+        happened=_taken,
+        forward=((steps.RECORDED, "before"), (steps.RECORDED, "before")),
+    ),
     "create internal without memory": Scenario(
         column="create internal",
         verb="internal",
@@ -606,6 +622,9 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "revert in place": Scenario(
         column="revert", verb="load", act=_revert_to_memory, start="running", warm=_internal_before, expected=_LOADS
+    ),
+    "revert in place by loadvm": Scenario(
+        column="revert", verb="load", act=_loadvm, start="running", warm=_internal_before, expected=_LOADS
     ),
     "revert in place, discarding": Scenario(
         column="revert",

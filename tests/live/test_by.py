@@ -7,10 +7,11 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.errors import StateError, StoreMismatch, UsageError
+from qmpsnap.errors import QmpError, StateError, StoreMismatch, UsageError
 from qmpsnap.model.machines.spec import DiskSpec, Encryption, MachineSpec, Opened
 from qmpsnap.ops.session import file_nodes
-from tests.live.machine import MIB, fill, hold_invariants, snapshot_hashes, user_monitor
+from tests.live.machine import MIB, active_hash, fill, hold_invariants, snapshot_hashes, user_monitor
+from tests.live.test_internal import tag_hash
 
 pytestmark = pytest.mark.version
 
@@ -115,3 +116,100 @@ async def test_what_sync_would_open_otherwise_is_refused(q: qmpsnap.Controller, 
         record = replace(await vm.record(), spec=MachineSpec(name="x", disks=(disk,)))
         with pytest.raises(StateError, match=lost):
             file_nodes.require_inherited(record, ["vda"], command=SYNC, default="blockdev-snapshot")
+
+
+# --- inside the images ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def qcow2_spec() -> MachineSpec:
+    return MachineSpec(
+        name="still",
+        memory=64 * MIB,
+        disks=(DiskSpec(name="vda", size=16 * MIB), DiskSpec(name="vdb", size=16 * MIB)),
+        agent=False,
+    )
+
+
+async def test_savevm_loadvm_delvm(q: qmpsnap.Controller, qcow2_spec: MachineSpec) -> None:
+    vm = await q.define(qcow2_spec)
+    with pytest.raises(StateError, match="has no memory to save"):
+        await vm.snapshot("inside", kind="internal", by="savevm")
+    await vm.start()
+    await fill(vm, "vda", 1)
+    plan = await vm.plan_snapshot("inside", kind="internal", by="savevm")
+    assert {"execute": "human-monitor-command", "arguments": {"command-line": f"savevm {plan.details.tag}"}} in plan.qmp
+    taken = await vm.snapshot("inside", kind="internal", by="savevm")
+    assert taken.inside is not None
+    assert taken.inside.bytes > 0
+    assert taken.inside.layer in {point.layer for point in taken.points}
+    assert await vm.state() == "running"
+    held = await tag_hash(vm, taken.points[0].layer, str(taken.points[0].tag))
+    await fill(vm, "vda", 2)
+    process = (await vm.record()).process
+    for by in ("loadvm", "snapshot-load"):
+        done = await vm.revert("inside", discard=True, by=by, after=False)
+        assert (done.memory, done.state, done.kept) == (True, "running", None)
+    kept = (await vm.revert("inside", by="loadvm", state="paused", after=False)).kept
+    assert kept is not None
+    assert await vm.state() == "paused"
+    assert (await vm.record()).process == process
+    await hold_invariants(vm)
+    assert await active_hash(vm) == held
+    await vm.delete_snapshots("inside", kept.name, by="delvm")
+    async with user_monitor(vm) as qemu:
+        nodes: Any = await qemu.execute("query-named-block-nodes", {"flat": True})
+    assert [node["image"].get("snapshots") for node in nodes if node["image"].get("snapshots")] == []
+    await hold_invariants(vm)
+
+
+async def test_what_the_human_monitor_would_do_unasked_is_refused(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start(paused=True)
+    with pytest.raises(UsageError, match="always saves the memory"):
+        await vm.snapshot(kind="internal", by="savevm", memory=False)
+    with pytest.raises(UsageError, match="are not taken by savevm"):
+        await vm.snapshot(by="savevm")  # type: ignore[call-overload]
+    inside = await vm.snapshot("inside", kind="internal", by="savevm")
+    tag = inside.points[0].tag
+    with monkeypatch.context() as patch:
+        patch.setattr("qmpsnap.ops.internal.create.tag_of", lambda *_: tag)
+        with pytest.raises(StateError, match=f"savevm would replace the snapshot {tag}"):
+            await vm.snapshot("again", kind="internal", by="savevm")
+    assert [found.name for found in await vm.snapshots()] == ["inside"]
+    await vm.snapshot("above")
+    with pytest.raises(StateError, match="loadvm cannot load snapshot inside"):
+        await vm.revert("inside", by="loadvm")
+    with pytest.raises(StateError, match="delvm cannot delete snapshot inside"):
+        await vm.delete_snapshots("inside", by="delvm")
+    await hold_invariants(vm)
+
+
+async def test_savevm_refuses_raw_flash(q: qmpsnap.Controller, qcow2_spec: MachineSpec) -> None:
+    vm = await q.define(replace(qcow2_spec, firmware="uefi"))
+    await vm.start(paused=True)
+    with pytest.raises(StateError, match="savevm would put a snapshot into the flash"):
+        await vm.snapshot("inside", kind="internal", by="savevm")
+    assert await vm.snapshots() == ()
+
+
+async def test_a_loadvm_that_fails_leaves_the_disks_at_the_snapshot(
+    q: qmpsnap.Controller, qcow2_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await q.define(qcow2_spec)
+    await vm.start(paused=True)
+    await fill(vm, "vda", 1)
+    await vm.snapshot("inside", kind="internal", by="savevm")
+    await fill(vm, "vda", 2)
+
+    async def fails(*_: Any, **__: Any) -> None:
+        raise QmpError("QEMU's loadvm failed: Error")
+
+    monkeypatch.setattr("qmpsnap.qmp.human.execute", fails)
+    with pytest.raises(QmpError, match="loadvm failed") as told:
+        await vm.revert("inside", discard=True, by="loadvm")
+    assert told.value.effect == "applied"
+    assert (await vm.state(), (await vm.record()).current) == ("stopped", "inside")
+    await hold_invariants(vm)

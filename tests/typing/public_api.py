@@ -140,6 +140,12 @@ async def snapshots(vm: MachineHandle) -> None:
     assert_type(await vm.snapshot("sync", kind="full", by="blockdev-snapshot-sync"), Snapshot)
     assert_type(await vm.plan_snapshot("sync", by="blockdev-snapshot"), Plan[CreatePlan, Snapshot])
     await vm.snapshot(by="snapshot_blkdev")  # type: ignore[call-overload]
+    assert_type(await vm.snapshot("in", kind="internal", by="savevm"), Snapshot)
+    await vm.snapshot(kind="full", by="savevm")  # type: ignore[call-overload]
+    await vm.revert("in", by="loadvm")
+    await vm.revert("in", by="savevm")  # type: ignore[arg-type]
+    await vm.delete_snapshots("in", by="delvm")
+    await vm.delete_snapshots("in", by="loadvm")  # type: ignore[arg-type]
     await vm.snapshot(kind="volume", by="blockdev-snapshot")  # type: ignore[call-overload]
     assert_type(await vm.snapshot(quiesce="prefer", freeze_window=2), Snapshot)
     await vm.snapshot(quiesce="maybe")  # type: ignore[call-overload]

@@ -17,6 +17,12 @@ def register(verbs: Parsers) -> None:
     command.add_argument("names", metavar="NAME", nargs="+", help="the snapshots")
     command.add_argument("--children", action="store_true", help="also delete their descendants")
     command.add_argument("--metadata", action="store_true", help="delete only the names and keep the layers")
+    command.add_argument(
+        "--by",
+        choices=("blockdev-snapshot-delete-internal-sync", "delvm"),
+        default="blockdev-snapshot-delete-internal-sync",
+        help="to test QEMU: its command for internal snapshots",
+    )
     command.add_argument("--dry-run", action="store_true", help="only print the plan and its bytes")
     add_bandwidth(command)
     add_progress(command)
@@ -31,6 +37,7 @@ def _delete(arguments: argparse.Namespace) -> None:
         children=arguments.children,
         metadata=arguments.metadata,
         bandwidth=arguments.bandwidth,
+        by=arguments.by,
     )
     if arguments.dry_run:
         plan, _ = operating(lambda context: delete.preview(context, arguments.machine, request))

@@ -29,6 +29,9 @@ def register(verbs: Parsers) -> None:
         help="start with the present spec (default) or with that of the snapshot",
     )
     add_after(command)
+    command.add_argument(
+        "--by", choices=("snapshot-load", "loadvm"), help="to test QEMU: its command for internal snapshots"
+    )
     command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_format(command)
 
@@ -47,13 +50,15 @@ def _revert(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         plan = on_machine(
             arguments.machine,
-            lambda vm: vm.plan_revert(name, discard=discard, state=state, hardware=arguments.hardware),
+            lambda vm: vm.plan_revert(name, discard=discard, state=state, hardware=arguments.hardware, by=arguments.by),
         )
         print_preview(arguments.output, plan.details)
         return
     done = on_machine(
         arguments.machine,
-        lambda vm: vm.revert(name, discard=discard, state=state, hardware=arguments.hardware, after=after),
+        lambda vm: vm.revert(
+            name, discard=discard, state=state, hardware=arguments.hardware, after=after, by=arguments.by
+        ),
     )
     print_outcome(arguments, done)
 

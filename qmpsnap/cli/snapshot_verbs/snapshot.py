@@ -68,8 +68,8 @@ def _add_create(verbs: Parsers) -> None:
     command.add_argument("--freeze-window", type=float, metavar="S", help="maximum seconds to keep them frozen (5)")
     command.add_argument(
         "--by",
-        choices=("blockdev-snapshot", "blockdev-snapshot-sync"),
-        help="to test QEMU: the QMP command (blockdev-snapshot)",
+        choices=("blockdev-snapshot", "blockdev-snapshot-sync", "snapshot-save", "savevm"),
+        help="to test QEMU: its command (blockdev-snapshot; internal: snapshot-save)",
     )
     command.add_argument("--dry-run", action="store_true", help="only print the files and QMP commands")
     add_progress(command)

@@ -12,6 +12,7 @@ from qmpsnap.model.machines.nbd import NbdExport
 from qmpsnap.model.machines.record import Consent, Machine, Origin
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.operations.by import By, DeleteBy, LoadBy, SaveBy
 from qmpsnap.model.operations.copies import Copy, VolumeCopy
 from qmpsnap.model.operations.memory import Memory
 from qmpsnap.model.operations.undefine import UndefinePlan
@@ -24,10 +25,6 @@ OperationState = Literal["planned", "running", "settled", "failed", "unknown"]
 ``failed``: undone, with its error. ``unknown``: we stopped looking before the end; ``recover`` asks."""
 
 Ended = Literal["settled", "failed"]
-"""How an operation ends."""
-
-By = Literal["blockdev-snapshot", "blockdev-snapshot-sync"]
-"""The QMP command that puts an overlay on top: of a node that is open already, or of a file that it opens itself."""
 
 OPEN_STATES: tuple[OperationState, ...] = ("planned", "running", "unknown")
 
@@ -144,13 +141,13 @@ class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
 
     Attributes:
         tag: the snapshot's name inside the images.
-        live: a QEMU runs.
         layers: the active layer of each disk, by the disk's name.
         vmstate: the layer that takes the memory, too; None for the disks alone.
         variables: the UEFI variable store and where its copy goes.
         resume: the guest ran before and is paused meanwhile.
         change: the change to the store, without the size of the memory.
         quiesce: as in :class:`CreatePlan`.
+        by: the command that saves the memory; with ``savevm`` QEMU chooses which layer takes it.
     """
 
     machine: str
@@ -162,6 +159,7 @@ class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
     resume: bool
     change: Change
     quiesce: Quiesce = "skip"
+    by: SaveBy = "snapshot-save"
 
 
 class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
@@ -175,7 +173,7 @@ class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
         resume: the guest ran before, and is resumed if this fails.
         kept: how the present state is kept first; None if it is discarded.
         variables: the UEFI variable store and its replacement, in case the guest has to boot instead.
-        change: the change to the store, without the size of the memory that is kept.
+        by: the command for it; ``loadvm`` leaves no job behind that tells how it ended.
     """
 
     machine: str
@@ -188,6 +186,7 @@ class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
     kept: InternalPlan | None = None
     variables: tuple[str, str] | None = None
     change: Change
+    by: LoadBy = "snapshot-load"
 
 
 class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
@@ -225,7 +224,7 @@ class Removal(Struct, frozen=True, kw_only=True, tag="removal"):
     """Layers that nothing needs: the store forgets them first, then their files are removed.
 
     ``states`` and ``variables`` are files that only snapshots needed which are gone; ``tags`` are (disk, layer, tag) to
-    remove from inside an active layer.
+    remove from inside an active layer, ``by`` the command for it.
     """
 
     disk: str
@@ -234,6 +233,7 @@ class Removal(Struct, frozen=True, kw_only=True, tag="removal"):
     states: tuple[Vmstate, ...] = ()
     variables: tuple[str, ...] = ()
     tags: tuple[tuple[str, LayerId, str], ...] = ()
+    by: DeleteBy = "blockdev-snapshot-delete-internal-sync"
 
 
 class MergePlan(Struct, frozen=True, kw_only=True, tag="merge"):
@@ -346,7 +346,6 @@ class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):
     """Give a disk's active layer more bytes; the layers below keep theirs.
 
     Attributes:
-        layer: the active layer as it is.
         size: bytes that the guest sees afterwards.
         live: a QEMU runs; it does it and tells the guest. Else a helper QEMU that runs no guest.
         change: what becomes true.

@@ -20,8 +20,9 @@ from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import Hardware, Inside
 from qmpsnap.model.machines.record import Machine
-from qmpsnap.model.names import check_description
+from qmpsnap.model.names import OperationId, check_description
 from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.by import SaveBy
 from qmpsnap.model.operations.operation import Change, InternalPlan, Operation
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.model.tags import check_tags
@@ -36,8 +37,9 @@ from qmpsnap.ops.memory.strategy import RESERVE_MORE, require_saveable, resident
 from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.ops.session.session import begin, inputs, looking, require_agreement, working
-from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp import commands, human, jobs
 from qmpsnap.qmp.jobs import Report, unreported
+from qmpsnap.qmp.session import Monitor
 
 _OPENS = "open its images while it is stopped"
 
@@ -54,6 +56,7 @@ class InternalRequest(Struct, frozen=True, kw_only=True):
     disks: tuple[str, ...] | None = None
     memory: bool | None = None
     quiesce: QuiesceRequest = QuiesceRequest()
+    by: SaveBy = "snapshot-save"
 
 
 def plan(
@@ -78,8 +81,7 @@ def plan(
     if hardware:
         requests.require_all(machine, chosen, lacking=beside.unplugged)
     name = requests.snapshot_name(machine, chains, at.basis.snapshots, request.name)
-    # Not of the number alone: an image may have been another store's, and have that store's tags inside.
-    tag = f"qs-{serial}-{sha256(f'{machine.uuid}/{serial}/{at.now}'.encode()).hexdigest()[:8]}"
+    tag = tag_of(machine, serial, at.now)
     has_variables = machine.spec.firmware == "uefi" and not machine.adopted
     variables = str(at.home.variables(machine.name)) if has_variables else None
     kept = str(at.home.variables_copy(machine.name, serial)) if variables else None
@@ -111,7 +113,16 @@ def plan(
         resume=requests.may_run(at.mode) and bool(vmstate or variables),
         change=Change(snapshots=(snapshot,), current=name),
         quiesce=freezer.wish if freezer else request.quiesce.wish,
+        by=request.by,
     )
+
+
+def tag_of(machine: Machine, serial: OperationId, now: float) -> str:
+    """A snapshot's name inside the images.
+
+    Not of the number alone: an image may have been another store's, and have that store's tags inside.
+    """
+    return f"qs-{serial}-{sha256(f'{machine.uuid}/{serial}/{now}'.encode()).hexdigest()[:8]}"
 
 
 async def create(context: Context, name: str, request: InternalRequest, *, report: Report = unreported) -> Snapshot:
@@ -150,6 +161,8 @@ def _require_possible(request: InternalRequest) -> None:
             " frozen",
             hint="add " + option("memory", False) + ", or take a full snapshot",
         )
+    if request.by == "savevm" and request.memory is False:
+        raise UsageError("savevm always saves the memory", hint="omit " + option("memory", False))
 
 
 def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
@@ -159,8 +172,11 @@ def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
         return [("transaction", commands.internal_transaction([node], planned.tag)) for node in nodes]
     if planned.vmstate:
         job = tags.job_of(planned.change.snapshots[0].operation)
+        by_human = human.command(f"savevm {planned.tag}")
         arguments = tags.memory_arguments(job, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
-        act: list[tuple[str, dict[str, object]]] = [("snapshot-save", arguments)]
+        act: list[tuple[str, dict[str, object]]] = [
+            by_human if planned.by == "savevm" else ("snapshot-save", arguments)
+        ]
     else:
         act = [("transaction", commands.internal_transaction(nodes, planned.tag))]
     return [("stop", {}), *act, ("cont", {})] if planned.resume else act
@@ -186,7 +202,9 @@ async def _planner(
         "qmpsnap takes no internal snapshots of encrypted images",
         "take a snapshot with overlays: " + call("snapshot", session.machine.name),
     )
-    if request.memory and not session.qemu:
+    if request.by == "savevm" and session.qemu:
+        await _require_no_flash(session.machine, session.qemu)
+    if (request.memory or request.by == "savevm") and not session.qemu:
         raise StateError(
             f"machine {session.machine.name} is stopped and has no memory to save", machine=session.machine.name
         )
@@ -211,6 +229,18 @@ async def _planner(
     return make
 
 
+async def _require_no_flash(machine: Machine, qemu: Monitor) -> None:
+    """``savevm`` takes all that the guest can write to, and raw images hold no snapshot."""
+    for backend in await commands.query_block(qemu):
+        if backend.is_flash and backend.inserted and not backend.inserted.ro:
+            raise StateError(
+                f"savevm would put a snapshot into the flash {backend.shown} of machine {machine.name}, too"
+                f" ({backend.inserted.file})",
+                hint="use " + option("by", "snapshot-save"),
+                machine=machine.name,
+            )
+
+
 async def _carry_out(
     session: MachineSession,
     operation: Operation[InternalPlan],
@@ -220,6 +250,8 @@ async def _carry_out(
     report: Report,
 ) -> Snapshot:
     planned = operation.plan
+    if session.qemu and planned.by == "savevm":
+        await tags.require_free_tag(session.qemu, planned.tag)
     await session.context.astore.mark(operation.id, "running", step=steps.STARTED)
     pause_ms = None
     if session.qemu:
@@ -230,7 +262,7 @@ async def _carry_out(
         found = await tags.tag_stopped(session.context, session.machine, planned, chains)
     change = tags.settled(planned, found, pause_ms=pause_ms, freezer=freezer)
     await session.context.astore.settle(operation.id, planned.machine, change, step=steps.RECORDED)
-    if session.qemu and planned.vmstate:
+    if session.qemu and planned.vmstate and planned.by == "snapshot-save":
         await jobs.dismiss(session.qemu, tags.job_of(operation.id))
     await session.context.astore.mark(operation.id, "settled", step=steps.SETTLED)
     return change.snapshots[0]

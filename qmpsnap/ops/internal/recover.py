@@ -78,6 +78,8 @@ async def _remove(
 async def end_load(broken: Broken[LoadPlan], monitor: Monitor | None) -> Direction:
     """End a return to a snapshot inside the active layers: once its job was started, forward is the only way.
 
+    ``loadvm`` is no job, and nothing tells whether it was sent or how it ended: QEMU is ended.
+
     Where QEMU has ended or could not load the memory, the disks are rolled back here, which changes nothing where they
     are already, and the machine is stopped.
     """
@@ -86,7 +88,7 @@ async def end_load(broken: Broken[LoadPlan], monitor: Monitor | None) -> Directi
     if operation.step in {steps.PLANNED, steps.KEEPING}:
         return await _back(broken, monitor, planned)
     loaded = operation.step == steps.LOADED
-    if monitor and not loaded:
+    if monitor and not loaded and planned.by == "snapshot-load":
         if await jobs.find(monitor, job, deadline=jobs.MEMORY_DEADLINE) is None:
             return await _back(broken, monitor, planned)  # it never came to that
         loaded = await _job_over(broken, monitor, job)

@@ -8,6 +8,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.hint import option
 from qmpsnap.host.files import replace_durably, sync_folder
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import worker
@@ -20,7 +21,7 @@ from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.memory.save import RESUME_DEADLINE
 from qmpsnap.ops.session.quiesce import Freezer
-from qmpsnap.qmp import commands, jobs, runstate
+from qmpsnap.qmp import commands, human, jobs, runstate
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
@@ -41,10 +42,7 @@ async def _tag_held(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: F
             await require_held(qemu)
         await keep_variables(planned)
         if planned.vmstate:
-            await qemu.execute(
-                "snapshot-save", memory_arguments(job, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
-            )
-            await jobs.follow(qemu, job, report=report, deadline=jobs.MEMORY_DEADLINE)
+            await _save(qemu, job, planned, report)
         else:
             nodes = [node_name(layer) for layer in planned.layers.values()]
             with freezer.within():
@@ -53,6 +51,15 @@ async def _tag_held(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: F
         if planned.resume:
             await bounded(RESUME_DEADLINE, commands.control(qemu, "cont"))
     return (time.monotonic() - before) * 1000
+
+
+async def _save(qemu: Monitor, job: JobId, planned: InternalPlan, report: Report) -> None:
+    if planned.by == "savevm":
+        await human.execute(qemu, f"savevm {planned.tag}", deadline=jobs.MEMORY_DEADLINE)
+        return
+    arguments = memory_arguments(job, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
+    await qemu.execute("snapshot-save", arguments)
+    await jobs.follow(qemu, job, report=report, deadline=jobs.MEMORY_DEADLINE)
 
 
 async def require_held(qemu: Monitor) -> None:
@@ -155,12 +162,22 @@ def settled(
     snapshot = planned.change.snapshots[0]
     require_tags(planned.layers.values(), planned.tag, found)
     if snapshot.inside:
-        sizes = [one.vm_state_size for one in found[snapshot.inside.layer] if one.name == planned.tag]
-        snapshot = replace(snapshot, inside=replace(snapshot.inside, bytes=sizes[0]), level="ram")
+        layer, size = _memory_in(planned, snapshot.inside.layer, found)
+        snapshot = replace(snapshot, inside=replace(snapshot.inside, layer=layer, bytes=size), level="ram")
     if freezer:
         level = "fs" if freezer.reached else snapshot.level
         snapshot = replace(snapshot, level=level, unquiesced=freezer.why, frozen_ms=freezer.frozen_ms)
     return replace(planned.change, snapshots=(replace(snapshot, pause_ms=pause_ms),))
+
+
+def _memory_in(planned: InternalPlan, layer: LayerId, found: Mapping[str, Sequence[Tag]]) -> tuple[LayerId, int]:
+    """The layer that has the memory, and how many bytes: for ``savevm`` QEMU has chosen it."""
+    sizes = {
+        at.id: next(one.vm_state_size for one in found[node_name(at)] if one.name == planned.tag)
+        for at in planned.layers.values()
+    }
+    chosen = layer if planned.by == "snapshot-save" else max(sizes, key=lambda at: sizes[at])
+    return chosen, sizes[chosen]
 
 
 def settled_load(planned: LoadPlan, found: Mapping[str, Sequence[Tag]]) -> Change:
@@ -187,6 +204,40 @@ def memory_arguments(
     nodes = {layer.id: node_name(layer) for layer in layers.values()}
     assert vmstate
     return jobs.memory_arguments(job, tag=tag, vmstate=nodes[vmstate], nodes=list(nodes.values()))
+
+
+async def require_free_tag(qemu: Monitor, tag: str) -> None:
+    """Make sure that ``savevm`` replaces nothing: it deletes a snapshot of that name from every image, and never says.
+
+    Raises:
+        StateError: there is such a snapshot.
+    """
+    for node, inside in (await commands.query_tags(qemu)).items():
+        if any(tag == one.name for one in inside):
+            raise StateError(
+                f"savevm would replace the snapshot {tag} inside the image of node {node}",
+                hint="use " + option("by", "snapshot-save"),
+            )
+
+
+async def require_first(qemu: Monitor, planned: LoadPlan) -> None:
+    """Make sure that ``loadvm`` finds the memory: it looks for it in QEMU's first writable image alone."""
+    nodes = (backend.inserted for backend in await commands.query_block(qemu))
+    first = next((node.node_name for node in nodes if node and not node.ro), None)
+    if first != planned.vmstate:
+        raise StateError(
+            f"loadvm looks for the memory in {first}, but that of snapshot {planned.snapshot} is in {planned.vmstate}",
+            hint="use " + option("by", "snapshot-load"),
+            machine=planned.machine,
+        )
+
+
+async def delete_everywhere(qemu: Monitor, names: Iterable[str]) -> None:
+    """Remove snapshots from all images of a QEMU by ``delvm``, where any has them."""
+    found = await commands.query_tags(qemu)
+    for tag in dict.fromkeys(names):
+        if any(has_tag(found, node, tag) for node in found):
+            await human.execute(qemu, f"delvm {tag}")
 
 
 async def load_into(qemu: Monitor, job: JobId, *, tag: str, layers: Mapping[str, Layer], vmstate: LayerId) -> None:

@@ -247,6 +247,8 @@ async def remove_kept(session: MachineSession, removal: Removal) -> None:
             await remove(state.path, device=state.device, inode=state.inode, birth=state.birth)
     for path in removal.variables:
         await to_end(tags.forget_variables, path)
+    if removal.by == "delvm" and session.qemu:
+        await tags.delete_everywhere(session.qemu, [tag for *_, tag in removal.tags])
     for disk, layer, tag in removal.tags:
         await tags.remove_tag(session.context, session.machine, session.qemu, disk=disk, layer=layer, tag=tag)
 

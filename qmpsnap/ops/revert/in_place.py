@@ -18,6 +18,7 @@ from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Hardware
 from qmpsnap.model.names import JobId, LayerId, OperationId
 from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.by import LoadBy
 from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan, Operation, RevertPlan
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
@@ -36,7 +37,7 @@ from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.ops.session.session import begin
 from qmpsnap.ops.snapshot import create
 from qmpsnap.ops.snapshot.plan import CreateRequest
-from qmpsnap.qmp import commands, jobs
+from qmpsnap.qmp import commands, human, jobs
 from qmpsnap.qmp.jobs import unreported
 from qmpsnap.qmp.session import Monitor
 
@@ -48,7 +49,9 @@ def in_place(snapshot: Snapshot, live: Mapping[str, Chain]) -> bool:
     )
 
 
-def plan(at: PlanInputs, snapshot: Snapshot, *, hardware: Hardware, discard: bool, paused: bool) -> LoadPlan:
+def plan(
+    at: PlanInputs, snapshot: Snapshot, *, hardware: Hardware, discard: bool, paused: bool, by: LoadBy = "snapshot-load"
+) -> LoadPlan:
     """What will be done where :func:`in_place` holds; pure."""
     assert snapshot.inside
     machine, chains = at.machine, at.basis.chains
@@ -71,6 +74,7 @@ def plan(at: PlanInputs, snapshot: Snapshot, *, hardware: Hardware, discard: boo
         kept=kept,
         variables=(str(at.home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
         change=Change(snapshots=kept.change.snapshots if kept else (), current=snapshot.name),
+        by=by,
     )
 
 
@@ -79,7 +83,8 @@ def qmp_commands(planned: LoadPlan, serial: OperationId) -> list[tuple[str, dict
     found: list[tuple[str, dict[str, object]]] = [("stop", {})] if planned.resume else []
     if kept := planned.kept:
         found.append(("snapshot-save", _arguments(tags.keeping_job_of(serial), kept)))
-    found.append(("snapshot-load", _arguments(job_of(serial), planned)))
+    by_job = ("snapshot-load", _arguments(job_of(serial), planned))
+    found.append(human.command(f"loadvm {planned.tag}") if planned.by == "loadvm" else by_job)
     return found if planned.paused else [*found, ("cont", {})]
 
 
@@ -88,7 +93,7 @@ def _arguments(job: JobId, planned: InternalPlan | LoadPlan) -> dict[str, object
 
 
 async def planner(
-    session: MachineSession, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool
+    session: MachineSession, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool, by: LoadBy
 ) -> Callable[[PlanInputs], LoadPlan]:
     """How the plan is made, of the machine as it is now.
 
@@ -109,7 +114,7 @@ async def planner(
     require_fits(snapshot, hardware, machine=session.machine.name)
 
     def make(inputs: PlanInputs) -> LoadPlan:
-        planned = plan(inputs, snapshot, hardware=hardware, discard=discard, paused=paused)
+        planned = plan(inputs, snapshot, hardware=hardware, discard=discard, paused=paused, by=by)
         require_free([planned.kept.variables[1]] if planned.kept and planned.kept.variables else [])
         return planned
 
@@ -117,7 +122,7 @@ async def planner(
 
 
 async def load(
-    session: MachineSession, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool
+    session: MachineSession, at: Situation, snapshot: Snapshot, *, discard: bool, paused: bool, by: LoadBy
 ) -> Snapshot | None:
     """Go back in the QEMU that runs; returns the automatic snapshot of what ran before, None when that went.
 
@@ -130,7 +135,7 @@ async def load(
     # What the guard takes to start passes while the plan is made.
     runs = not paused or requests.may_run(await requests.mode_of(session.qemu))
     async with guarded(session.context, session.machine, when=runs) as guard_ready:
-        make = await planner(session, at, snapshot, discard=discard, paused=paused)
+        make = await planner(session, at, snapshot, discard=discard, paused=paused, by=by)
         operation = await begin(session, at.basis, make)
         async with recovery.attempting(session, operation):
             await guard_ready()
@@ -140,21 +145,29 @@ async def load(
 async def _carry_out(context: Context, qemu: Monitor, operation: Operation[LoadPlan]) -> Snapshot | None:
     planned = operation.plan
     tags.require_tags(planned.layers.values(), planned.tag, await commands.query_tags(qemu))
-    if planned.kept:
-        keeping = tags.keeping_job_of(operation.id)
+    by_human = planned.by == "loadvm"
+    if by_human:
+        await tags.require_first(qemu, planned)
+    if planned.kept or by_human:
         await context.astore.mark(operation.id, "running", step=steps.KEEPING)
         await commands.control(qemu, "stop")
         await tags.require_held(qemu)
+    if planned.kept:
+        keeping = tags.keeping_job_of(operation.id)
         await tags.tag_live(qemu, keeping, planned.kept, Freezer(), unreported)
         await jobs.dismiss(qemu, keeping)
     change = tags.settled_load(planned, await commands.query_tags(qemu))
     await context.astore.mark(operation.id, "running", step=steps.LOADING)
-    await commands.control(qemu, "stop")
-    await tags.require_held(qemu)
     loading = job_of(operation.id)
-    await tags.load_into(qemu, loading, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
+    if by_human:  # the guest is held already: from this step on there is only forward
+        await human.execute(qemu, f"loadvm {planned.tag}", deadline=jobs.MEMORY_DEADLINE)
+    else:
+        await commands.control(qemu, "stop")
+        await tags.require_held(qemu)
+        await tags.load_into(qemu, loading, tag=planned.tag, layers=planned.layers, vmstate=planned.vmstate)
     await context.astore.settle(operation.id, planned.machine, change, step=steps.LOADED)
-    await jobs.dismiss(qemu, loading)
+    if not by_human:
+        await jobs.dismiss(qemu, loading)
     if not planned.paused:
         await commands.control(qemu, "cont")
     await context.astore.mark(operation.id, "settled", step=steps.SETTLED)

@@ -13,6 +13,7 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot, require_snapshot
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import layer_id
+from qmpsnap.model.operations.by import LoadBy
 from qmpsnap.model.operations.copies import Copy, VolumeCopy
 from qmpsnap.model.operations.operation import Change, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.planning import unreferenced
@@ -37,6 +38,7 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
         file: where a full snapshot's state file lies now, if it was moved.
         hardware: ``snapshot`` makes the spec of its time the machine's spec again.
         after: tell the guest the time and the network where the machine is, once it runs on with memory.
+        by: the command that loads the snapshot in the running QEMU; refused where that cannot load it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
     file: str | None = None
     hardware: HardwareOf = "now"
     after: bool = True
+    by: LoadBy | None = None
 
 
 def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPlan:
@@ -61,6 +64,13 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
     machine, mode = inputs.machine, inputs.mode
     require_spec(machine, "start it on other layers")
     snapshot = target_of(at, request.name)
+    if request.by:
+        raise StateError(
+            f"{request.by} cannot load snapshot {snapshot.name} of machine {machine.name}: only a running QEMU can, and"
+            " of the snapshots that are inside the layers its guest writes to",
+            hint="omit " + option("by", request.by),
+            machine=machine.name,
+        )
     _require_thawed(machine.name, snapshot, request)
     overlays, copies, clones = _new(inputs, at, snapshot)
     new: tuple[Overlay | Copy | VolumeCopy, ...] = (*overlays, *copies, *clones)

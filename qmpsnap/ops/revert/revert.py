@@ -108,7 +108,8 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
         at = await planning_state.look(session, disks=(), counted=False)
         target, now = target_of(at, request.name), await inputs(session, at.basis)
         if qemu and changed_spec(machine, target, request) is None and in_place.in_place(target, at.live):
-            make = await in_place.planner(session, at, target, discard=request.discard, paused=request.run == "paused")
+            paused, by = request.run == "paused", request.by or "snapshot-load"
+            make = await in_place.planner(session, at, target, discard=request.discard, paused=paused, by=by)
             loaded = await to_read(make, now)
             commands = tuple(in_place.qmp_commands(loaded, now.serial))
             return Preview(plan=loaded, unwritten=False, commands=commands)
@@ -193,8 +194,8 @@ async def _may_load(context: Context, name: str, request: RevertRequest) -> bool
 
 
 async def _load(session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
-    paused = request.run == "paused"
-    kept = await in_place.load(session, at, target, discard=request.discard, paused=paused)
+    paused, by = request.run == "paused", request.by or "snapshot-load"
+    kept = await in_place.load(session, at, target, discard=request.discard, paused=paused, by=by)
     assert session.qemu
     state = await _said(contextlib.nullcontext(session.qemu))
     return Reverted(snapshot=target, kept=kept, removed=(), state=state, memory=True)

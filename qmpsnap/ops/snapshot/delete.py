@@ -11,6 +11,7 @@ from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.names import LayerId, job_id, layer_disk
+from qmpsnap.model.operations.by import DeleteBy
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.model.planning import merging as rules
 from qmpsnap.model.planning.merging import DiskReduction
@@ -22,6 +23,7 @@ from qmpsnap.ops.merge.commit import carry_out
 from qmpsnap.ops.merge.preflight import require_possible
 from qmpsnap.ops.session.planning_state import look, require_space
 from qmpsnap.ops.session.session import inputs, looking, working
+from qmpsnap.qmp import human
 from qmpsnap.qmp.jobs import Report, unreported
 
 
@@ -29,13 +31,15 @@ class DeleteRequest(Struct, frozen=True, kw_only=True):
     """Which snapshots to delete, and whether those that grew from them.
 
     ``metadata``: only the names and state files; the layers stay as they are and are shown as unreferenced.
-    ``bandwidth``: bytes per second that each job copies at most; 0 is without limit.
+    ``bandwidth``: bytes per second that each job copies at most; 0 is without limit. ``by``: the command that deletes
+    snapshots inside images; ``delvm`` deletes them from all images at once.
     """
 
     names: tuple[str, ...]
     children: bool = False
     metadata: bool = False
     bandwidth: int = 0
+    by: DeleteBy = "blockdev-snapshot-delete-internal-sync"
 
 
 class DeletePlan(Struct, frozen=True):
@@ -61,6 +65,7 @@ class DeletePlan(Struct, frozen=True):
 def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
     """What will be done; pure."""
     chosen = _choose(at, request)
+    _require_by(at, chosen, request)
     names = tuple(snapshot.name for snapshot in chosen)
     points = _points(chosen)
     hidden = [layer for layer in points if layer in at.forest.layers]
@@ -81,7 +86,7 @@ def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
     removed = {layer.id for reduction in reductions for step in reduction.steps for layer in step.removed}
     steps = tuple(step for reduction in reductions for step in reduction.steps)
     removed_with = None if request.metadata else {layer.id for step in steps for layer in step.removed}
-    kept = _kept(at, chosen, removed_with)
+    kept = tuple(replace(removal, by=request.by) for removal in _kept(at, chosen, removed_with))
     _require_attached(at, (*kept, *steps))
     return DeletePlan(
         names,
@@ -108,6 +113,8 @@ async def preview(
         serial = (await inputs(session, at.basis)).serial
         commands = []
         for step in made.plan.steps:
+            if isinstance(step, Removal) and step.by == "delvm":
+                commands += [human.command(f"delvm {tag}") for tag in dict.fromkeys(tag for *_, tag in step.tags)]
             if isinstance(step, Merge):
                 root = await job.root_of(session.qemu, step) if session.qemu and step.live else None
                 limit = made.plan.bandwidth
@@ -133,6 +140,21 @@ async def _plan(session: MachineSession, request: DeleteRequest) -> tuple[Situat
     await to_read(require_space, at, made.plan.steps, session.context.home.data)
     await require_possible(session, at, made.plan.steps)
     return at, made
+
+
+def _require_by(at: Situation, chosen: Sequence[Snapshot], request: DeleteRequest) -> None:
+    """Refuse what ``delvm`` would not delete: it knows of snapshots inside the images that the guest writes to."""
+    if request.by != "delvm":
+        return
+    active = {chain.active.id for chain in at.live.values()} if at.running else set()
+    for snapshot in chosen:
+        if request.metadata or any(point.tag is None or point.layer not in active for point in snapshot.points):
+            raise StateError(
+                f"delvm cannot delete snapshot {snapshot.name} of machine {at.machine}: only a running QEMU can, and of"
+                " the snapshots that are inside the layers its guest writes to",
+                hint="use " + option("by", "blockdev-snapshot-delete-internal-sync"),
+                machine=at.machine,
+            )
 
 
 def _require_attached(at: Situation, steps: Sequence[Merge | Removal]) -> None:

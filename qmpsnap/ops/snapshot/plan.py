@@ -18,9 +18,10 @@ from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import version_of
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId, check_description, layer_id
+from qmpsnap.model.operations.by import By
 from qmpsnap.model.operations.copies import VolumeCopy
 from qmpsnap.model.operations.memory import Means, Memory
-from qmpsnap.model.operations.operation import By, Change, CreatePlan, Overlay
+from qmpsnap.model.operations.operation import Change, CreatePlan, Overlay
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.tags import check_tags
 from qmpsnap.ops.base import requests, volumes

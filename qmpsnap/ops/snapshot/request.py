@@ -3,13 +3,13 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict, get_args
+from typing import Literal, TypedDict, cast, get_args
 
 from qmpsnap.errors import UsageError
 from qmpsnap.hint import option
 from qmpsnap.model.layers.snapshot import Quiesce
 from qmpsnap.model.layers.vmstate import Compression
-from qmpsnap.model.operations.operation import By
+from qmpsnap.model.operations.by import By, SaveBy
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.memory.strategy import MemoryRequest
@@ -30,21 +30,32 @@ class _Options(TypedDict, total=False):
     freeze_window: float
 
 
-class DiskOptions(_Options, total=False):
-    """The options of :meth:`qmpsnap.MachineHandle.snapshot`, which describes them, of a snapshot of the disks."""
-
+class _LayerOptions(_Options, total=False):
     files: Files | None
-    by: By | None
 
 
-class FullOptions(DiskOptions, total=False):
-    """Those of one with the guest's memory."""
-
+class _MemoryOptions(_LayerOptions, total=False):
     max_pause_ms: float | None
     compression: Compression
     degrade: bool
     volume: bool
     mixed: bool
+
+
+class _InternalOptions(_Options, total=False):
+    memory: bool | None
+
+
+class DiskOptions(_LayerOptions, total=False):
+    """The options of :meth:`qmpsnap.MachineHandle.snapshot`, which describes them, of a snapshot of the disks."""
+
+    by: By | None
+
+
+class FullOptions(_MemoryOptions, total=False):
+    """Those of one with the guest's memory."""
+
+    by: By | None
 
 
 class VolumeOptions(_Options, total=False):
@@ -53,14 +64,16 @@ class VolumeOptions(_Options, total=False):
     mixed: bool
 
 
-class InternalOptions(_Options, total=False):
+class InternalOptions(_InternalOptions, total=False):
     """Those of one inside the images."""
 
-    memory: bool | None
+    by: SaveBy | None
 
 
-class SnapshotOptions(FullOptions, InternalOptions, total=False):
+class SnapshotOptions(_MemoryOptions, _InternalOptions, total=False):
     """Those of any kind."""
+
+    by: By | SaveBy | None
 
 
 def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateRequest | InternalRequest:
@@ -78,6 +91,7 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
             disks=disks,
             memory=options.get("memory"),
             quiesce=freeze,
+            by=cast("SaveBy", options.get("by") or "snapshot-save"),
         )
         return requests.well_typed(inside)
     wanted = None
@@ -98,7 +112,7 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
         quiesce=freeze,
         volumes=_by_volume(kind, options),
         mixed=options.get("mixed", False),
-        by=options.get("by") or "blockdev-snapshot",
+        by=cast("By", options.get("by") or "blockdev-snapshot"),
     )
     return requests.well_typed(request)
 
@@ -120,8 +134,10 @@ def paths_of(files: Files | None) -> dict[str, str]:
 
 
 def _require_by(kind: Kind, options: SnapshotOptions) -> None:
-    if (by := options.get("by")) and (kind == "internal" or _by_volume(kind, options)):
-        raise UsageError(f"snapshots of kind {kind} are not taken by {by}", hint="omit " + option("by", by))
+    known = get_args(SaveBy if kind == "internal" else By) if not _by_volume(kind, options) else ()
+    if (by := options.get("by")) and by not in known:
+        hint = "use one of " + ", ".join(known) if known else "omit " + option("by", by)
+        raise UsageError(f"snapshots of kind {kind} are not taken by {by}", hint=hint)
 
 
 def _require_heeded(kind: Kind, options: SnapshotOptions) -> None:
