@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.spec import Format
-    from qmpsnap.model.operations.by import DeleteBy, LoadBy
+    from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.ops import save
     from qmpsnap.ops.fork import request as forks
     from qmpsnap.ops.fork.request import ForkRequest
@@ -143,6 +143,7 @@ def to_mirror(
     format: Format | None,  # noqa: A002 - as in a spec
     write_blocking: bool,
     bandwidth: int,
+    by: MirrorBy,
 ) -> MirrorRequest:
     """A copy."""
     return well_typed(
@@ -155,6 +156,7 @@ def to_mirror(
             format=format,
             write_blocking=write_blocking,
             bandwidth=limited(bandwidth),
+            by=by,
         )
     )
 

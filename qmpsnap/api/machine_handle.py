@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.spec import Format
-    from qmpsnap.model.operations.by import DeleteBy, LoadBy
+    from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.ops import save, stack
     from qmpsnap.ops.internal import create as internal
     from qmpsnap.ops.merge import commit
@@ -342,6 +342,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
         format: Format | None = None,  # noqa: A002 - as in a spec
         write_blocking: bool = False,
         bandwidth: int = 0,
+        by: MirrorBy = "blockdev-mirror",
         report: Report = unreported,
     ) -> Mirrored:
         """Copy a disk; the guest runs on, and no snapshot is harmed.
@@ -355,6 +356,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             format: of the copy; None is qcow2 for a new image, and what its header says for one that is there.
             write_blocking: the guest's writes wait for the copy, so that it cannot be outrun.
             bandwidth: bytes per second that the job copies at most; 0 is without limit.
+            by: to test QEMU: ``drive-mirror``, to the same verified file (``mode: existing``).
             report: told about the job's progress.
 
         Raises:
@@ -371,6 +373,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             format=format,
             write_blocking=write_blocking,
             bandwidth=bandwidth,
+            by=by,
         )
         return outcomes.Mirrored.of(await mirror.run(self._context, self.name, request, report=report))
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.spec import Format
-    from qmpsnap.model.operations.by import DeleteBy, LoadBy
+    from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan
     from qmpsnap.ops import save, stack
     from qmpsnap.ops.base.context import Context
@@ -292,10 +292,11 @@ class MachinePlans(MachineLife):
         format: Format | None = None,  # noqa: A002 - as in a spec
         write_blocking: bool = False,
         bandwidth: int = 0,
+        by: MirrorBy = "blockdev-mirror",
     ) -> Plan[MirrorPlan, Mirrored]:
         """What :meth:`mirror` would do now."""
         options: dict[str, Any] = {"mode": mode, "shallow": shallow, "reuse": reuse, "format": format}
-        options |= {"write_blocking": write_blocking, "bandwidth": bandwidth}
+        options |= {"write_blocking": write_blocking, "bandwidth": bandwidth, "by": by}
         request = asked.to_mirror(disk, target, **options)
         return await self._plan(
             "mirror",

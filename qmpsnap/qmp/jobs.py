@@ -129,6 +129,14 @@ def mirror_arguments(
     return "blockdev-mirror", arguments
 
 
+def drive_mirror(
+    arguments: dict[str, Any], *, target: NodeName, path: str, image_format: str
+) -> tuple[str, dict[str, Any]]:
+    """``drive-mirror`` with the arguments of ``blockdev-mirror``, to an image that QEMU opens itself."""
+    opened = {"target": path, "node-name": target, "format": image_format, "mode": "existing"}
+    return "drive-mirror", {**arguments, **opened}
+
+
 def memory_arguments(job: JobId, *, tag: str, vmstate: NodeName, nodes: Sequence[NodeName]) -> dict[str, Any]:
     """Arguments of ``snapshot-save`` and ``snapshot-load``: memory and disks under one tag inside the images.
 

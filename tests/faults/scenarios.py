@@ -258,6 +258,10 @@ async def _pivot(vm: qmpsnap.MachineHandle, place: Path) -> object:
     return await vm.mirror("vda", place / "copy", mode="pivot")
 
 
+async def _pivot_by_drive_mirror(vm: qmpsnap.MachineHandle, place: Path) -> object:
+    return await vm.mirror("vda", place / "copy", mode="pivot", by="drive-mirror")
+
+
 async def _pivot_shallow(vm: qmpsnap.MachineHandle, place: Path) -> object:
     return await vm.mirror("vda", place / "copy", mode="pivot", shallow=True)
 
@@ -662,6 +666,7 @@ SCENARIOS: dict[str, Scenario] = {
     **_named("mirror, pivot", _mirror(_pivot)),
     **_named("mirror, finish", _mirror(_finish)),
     **_running("mirror, pivot", _mirror(_pivot)),
+    "mirror by drive-mirror, pivot, paused": _mirror(_pivot_by_drive_mirror)["paused"],
     "resize, running": _resized("running", "vda"),
     "resize, stopped": _resized("stopped", "vdb"),
     "mirror, shallow pivot": Scenario(

@@ -10,7 +10,8 @@ import qmpsnap
 from qmpsnap.errors import QmpError, StateError, StoreMismatch, UsageError
 from qmpsnap.model.machines.spec import DiskSpec, Encryption, MachineSpec, Opened
 from qmpsnap.ops.session import file_nodes
-from tests.live.machine import MIB, active_hash, fill, hold_invariants, snapshot_hashes, user_monitor
+from tests.live.digest import raw_digest
+from tests.live.machine import MIB, active_hash, content_hash, fill, hold_invariants, snapshot_hashes, user_monitor
 from tests.live.test_internal import tag_hash
 
 pytestmark = pytest.mark.version
@@ -116,6 +117,48 @@ async def test_what_sync_would_open_otherwise_is_refused(q: qmpsnap.Controller, 
         record = replace(await vm.record(), spec=MachineSpec(name="x", disks=(disk,)))
         with pytest.raises(StateError, match=lost):
             file_nodes.require_inherited(record, ["vda"], command=SYNC, default="blockdev-snapshot")
+
+
+@pytest.mark.parametrize("start", ["paused", "stopped"])
+async def test_drive_mirror(q: qmpsnap.Controller, still_spec: MachineSpec, place: Path, start: str) -> None:
+    vm = await q.define(still_spec)
+    await vm.start(paused=True)
+    await fill(vm, "vda", 1)
+    await vm.snapshot("s1")
+    await fill(vm, "vda", 2, offset=MIB)
+    if start == "stopped":
+        await vm.stop(force=True)
+    held, hashes = await active_hash(vm), await snapshot_hashes(vm)
+    plan = await vm.plan_mirror("vda", place / "copy", mode="pivot", by="drive-mirror")
+    assert [command["execute"] for command in plan.qmp] == ["drive-mirror"]
+    await vm.mirror("vda", place / "finished.raw", mode="finish", format="raw", by="drive-mirror")
+    assert raw_digest(place / "finished.raw") == await content_hash(
+        vm, (await vm.add_layers(disks=["vda"]))[0].backing or ""
+    )
+    done = await vm.mirror("vda", place / "copy", mode="pivot", by="drive-mirror")
+    assert done.layer is not None
+    chain = (await vm.chains())[0]
+    assert [at.layer.path for at in chain.layers] == [str(place / "copy")]
+    process = (await vm.record()).process
+    assert (set(process.nodes) if process else set()) == ({f"{done.layer}.file"} if start == "paused" else set())
+    await hold_invariants(vm, hashes)
+    assert await active_hash(vm) == held
+    if start == "paused":
+        await vm.snapshot("s2")
+        await fill(vm, "vda", 3, offset=2 * MIB)
+        await vm.snapshot("s3")
+        await vm.commit("vda", base=done.layer, top="s3", consume=True)
+        await hold_invariants(vm)
+
+
+async def test_what_drive_mirror_refuses(q: qmpsnap.Controller, still_spec: MachineSpec, place: Path) -> None:
+    vm = await q.define(still_spec)
+    await vm.snapshot("s1")
+    with pytest.raises(UsageError, match="backing file of a shallow copy a second time"):
+        await vm.mirror("vda", place / "copy", mode="pivot", shallow=True, by="drive-mirror")
+    await vm.start(paused=True)
+    assert (await vm.record()).process is not None
+    await hold_invariants(vm)
 
 
 # --- inside the images ------------------------------------------------------------------------------------------------

@@ -142,6 +142,8 @@ async def snapshots(vm: MachineHandle) -> None:
     await vm.snapshot(by="snapshot_blkdev")  # type: ignore[call-overload]
     assert_type(await vm.snapshot("in", kind="internal", by="savevm"), Snapshot)
     await vm.snapshot(kind="full", by="savevm")  # type: ignore[call-overload]
+    assert_type(await vm.mirror("vda", "/copy", mode="pivot", by="drive-mirror"), Mirrored)
+    await vm.mirror("vda", "/copy", mode="pivot", by="blockdev-backup")  # type: ignore[arg-type]
     await vm.revert("in", by="loadvm")
     await vm.revert("in", by="savevm")  # type: ignore[arg-type]
     await vm.delete_snapshots("in", by="delvm")

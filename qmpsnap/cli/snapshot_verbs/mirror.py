@@ -33,6 +33,12 @@ def register(parsers: Parsers) -> None:
         command.add_argument(
             "--blocking", action="store_true", help="let guest writes wait for the copy (write-blocking)"
         )
+        command.add_argument(
+            "--by",
+            choices=("blockdev-mirror", "drive-mirror"),
+            default="blockdev-mirror",
+            help="to test QEMU: the QMP command (blockdev-mirror)",
+        )
         command.add_argument("--dry-run", action="store_true", help="only print the files, QMP commands and bytes")
         add_bandwidth(command)
         add_progress(command)
@@ -53,6 +59,7 @@ def _mirror(arguments: argparse.Namespace) -> None:
         format=arguments.format,
         write_blocking=arguments.blocking,
         bandwidth=arguments.bandwidth,
+        by=arguments.by,
     )
 
     if arguments.dry_run:

@@ -12,7 +12,7 @@ from qmpsnap.model.machines.nbd import NbdExport
 from qmpsnap.model.machines.record import Consent, Machine, Origin
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operations.by import By, DeleteBy, LoadBy, SaveBy
+from qmpsnap.model.operations.by import By, DeleteBy, LoadBy, MirrorBy, SaveBy
 from qmpsnap.model.operations.copies import Copy, VolumeCopy
 from qmpsnap.model.operations.memory import Memory
 from qmpsnap.model.operations.undefine import UndefinePlan
@@ -320,7 +320,6 @@ class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
         write_blocking: the guest's writes wait for the copy, so that it cannot be outrun.
         live: the job runs in the machine's own QEMU; else in a helper QEMU that runs no guest.
         chain: the live chain, base first.
-        moves: bytes to move, at most.
         removed: layers nobody needs after a pivot.
         change: what a pivot makes true, but for the target's identity; of a finish the store keeps nothing.
         bandwidth: bytes per second that the job copies at most; 0 is without limit.
@@ -340,6 +339,7 @@ class MirrorPlan(Struct, frozen=True, kw_only=True, tag="mirror"):
     nbd: NbdExport | None = None
     change: Change = Change()
     bandwidth: int = 0
+    by: MirrorBy = "blockdev-mirror"
 
 
 class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):

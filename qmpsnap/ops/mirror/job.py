@@ -16,10 +16,11 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.block.image import staged
 from qmpsnap.errors import ImageRefused, QmpError, StateError
+from qmpsnap.hint import option
 from qmpsnap.host.files import FileId
 from qmpsnap.host.threads import completed, to_read
 from qmpsnap.machine import worker
-from qmpsnap.machine.open_files import require_opened
+from qmpsnap.machine.open_files import require_opened, require_recorded
 from qmpsnap.model.layers.blockdev import layer_options, node_name
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
@@ -31,6 +32,7 @@ from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.jobs import beginning, cutover
 from qmpsnap.ops.jobs.blockjob import BlockJob, qemu_for
 from qmpsnap.ops.merge import job as merge
+from qmpsnap.ops.session import file_nodes
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import Report, unreported
@@ -112,6 +114,8 @@ class MirrorJob(BlockJob, frozen=True, kw_only=True):
         if monitor:
             wanted = expected(plan) if plan.mode == "pivot" else plan.chain
             await self.require_chain(monitor, wanted, known=(*plan.chain, plan.target))
+            if plan.by == "drive-mirror" and plan.live and plan.mode == "pivot":
+                await file_nodes.note(self.context, self.machine, monitor, [plan.target])
         if plan.mode == "pivot":
             await staged.make_durable(plan.target.path, self.identity)
             change = replace(plan.change, layers=(_identified(self),))
@@ -146,24 +150,25 @@ def qmp_commands(
 ) -> list[tuple[str, dict[str, object]]]:
     """The commands that open the target and start the job; pure."""
     node = node_name(plan.target)
+    start, arguments = jobs.mirror_arguments(
+        job,
+        source=node_name(plan.chain[-1]),
+        root=root,
+        target=node,
+        shallow=plan.shallow,
+        write_blocking=plan.write_blocking,
+        limit=plan.bandwidth,
+    )
+    if plan.by == "drive-mirror":
+        path, kind = plan.target.path, plan.target.format
+        return [jobs.drive_mirror(arguments, target=node, path=path, image_format=kind)]
     if plan.nbd:
         options = plan.nbd.options(node)
     else:
         backing = node_name(plan.chain[-2]) if plan.target.backing else None
         disk = machine.require_disk(plan.disk)
         options = layer_options(plan.target, disk, backing=backing, read_only=False)
-    return [
-        ("blockdev-add", options),
-        jobs.mirror_arguments(
-            job,
-            source=node_name(plan.chain[-1]),
-            root=root,
-            target=node,
-            shallow=plan.shallow,
-            write_blocking=plan.write_blocking,
-            limit=plan.bandwidth,
-        ),
-    ]
+    return [("blockdev-add", options), (start, arguments)]
 
 
 async def run(session: MachineSession, operation: Operation[MirrorPlan], *, report: Report = unreported) -> None:
@@ -207,12 +212,19 @@ async def _make(job: MirrorJob) -> MirrorJob:
 async def _start(job: MirrorJob, monitor: Monitor) -> None:
     """Let QEMU open the target and begin."""
     root = await root_of(monitor, job.step)
-    (_, options), (start, arguments) = qmp_commands(job.step, job.machine, job.id, root=root)
+    require_no_filter(job.step, root)
+    *opening, start = qmp_commands(job.step, job.machine, job.id, root=root)
     try:
-        await commands.blockdev_add(monitor, options)
-        await _require_size(monitor, job.step)
-        await to_read(_require_target, job)
-        await beginning.start(job, monitor, (start, arguments), mark=partial(job.mark, steps.STARTED))
+        for _, options in opening:
+            await commands.blockdev_add(monitor, options)
+            await _require_size(monitor, job.step)
+            await to_read(_require_target, job)
+        if not opening and not job.step.nbd:
+            await to_read(lambda: require_recorded([_identified(job)], machine=job.machine.name))
+        await beginning.start(job, monitor, start, mark=partial(job.mark, steps.STARTED))
+        if not opening:
+            await _require_size(monitor, job.step)
+            await to_read(_require_target, job)
     except QmpError as error:
         if 'Failed to get "' not in error.message:
             raise
@@ -227,6 +239,16 @@ async def root_of(monitor: Monitor, plan: MirrorPlan) -> NodeName | None:
     known = frozenset(layer.id for layer in plan.chain)
     found = graph.by_disk(await graph.read(monitor), known).get(plan.disk)
     return NodeName(found.above[0]) if found and found.above else None
+
+
+def require_no_filter(plan: MirrorPlan, root: NodeName | None) -> None:
+    """Refuse ``drive-mirror`` below a filter: QEMU would open the copy as that is open, not as the disk is."""
+    if plan.by == "drive-mirror" and root:
+        raise StateError(
+            f"drive-mirror would open the copy of disk {plan.disk} with the settings of the filter {root} above it",
+            hint="use " + option("by", "blockdev-mirror"),
+            machine=plan.machine,
+        )
 
 
 async def _go_over(job: MirrorJob, monitor: Monitor, info: JobInfo) -> None:

@@ -21,6 +21,7 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.nbd import NbdExport, is_uri, parse
 from qmpsnap.model.machines.spec import Format
 from qmpsnap.model.names import OperationId, job_id, layer_id
+from qmpsnap.model.operations.by import MirrorBy
 from qmpsnap.model.operations.operation import Change, MirrorPlan
 from qmpsnap.model.planning.merging import unneeded
 from qmpsnap.model.planning.state import Situation
@@ -29,7 +30,7 @@ from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.mirror import job
-from qmpsnap.ops.session import recovery
+from qmpsnap.ops.session import file_nodes, recovery
 from qmpsnap.ops.session.planning_state import look
 from qmpsnap.ops.session.session import begin, inputs, looking, working
 from qmpsnap.qmp.jobs import Report, unreported
@@ -49,6 +50,7 @@ class MirrorRequest(Struct, frozen=True, kw_only=True):
         format: of the target; None is qcow2 for a new image and what its header says for one that is there.
         write_blocking: the guest's writes wait for the copy, so that it cannot be outrun.
         bandwidth: bytes per second that the job copies at most; 0 is without limit.
+        by: the QMP command; with ``drive-mirror`` QEMU opens the copy itself.
     """
 
     disk: str
@@ -59,6 +61,7 @@ class MirrorRequest(Struct, frozen=True, kw_only=True):
     format: Format | None = None
     write_blocking: bool = False
     bandwidth: int = 0
+    by: MirrorBy = "blockdev-mirror"
 
 
 class Found(Struct, frozen=True):
@@ -116,6 +119,7 @@ def plan(
         nbd=export,
         change=change,
         bandwidth=request.bandwidth,
+        by=request.by,
     )
 
 
@@ -127,6 +131,8 @@ def _require_possible(request: MirrorRequest, export: NbdExport | None, below: L
         problem = "an NBD export has no backing file, which a shallow copy needs"
     elif export and kind != "raw":
         problem = "an NBD export holds raw data only"
+    elif below and request.by == "drive-mirror":
+        problem = "drive-mirror would open the backing file of a shallow copy a second time"
     elif below and kind == "raw":
         problem = "a raw image has no backing file, which a shallow copy needs"
     if problem:
@@ -169,6 +175,7 @@ async def preview(
         made = plan(at, at.live[request.disk], request, serial=serial, found=found)
         await _require_space(context, made, found)
         root = await job.root_of(session.qemu, made) if session.qemu else None
+        job.require_no_filter(made, root)
         commands = job.qmp_commands(made, session.machine, job_id(serial, request.disk), root=root)
         return made, [(command, session.machine.sent(arguments)) for command, arguments in commands]
 
@@ -207,6 +214,8 @@ async def _survey(session: MachineSession, request: MirrorRequest) -> tuple[Situ
             hint="name a new file, without " + option("reuse") + " or a format",
             machine=session.machine.name,
         )
+    if request.by == "drive-mirror":
+        file_nodes.require_inherited(session.machine, [request.disk], command="drive-mirror", default="blockdev-mirror")
     if request.mode == "pivot" and not session.qemu:
         require_spec(session.machine, "make it start on the copy")
     at = await look(session, disks=(request.disk,))
