@@ -364,17 +364,9 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             StateError: something is at the target, or another process has it open.
             HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
         """
-        request = asked.to_mirror(
-            disk,
-            target,
-            mode=mode,
-            shallow=shallow,
-            reuse=reuse,
-            format=format,
-            write_blocking=write_blocking,
-            bandwidth=bandwidth,
-            by=by,
-        )
+        options: dict[str, Any] = {"mode": mode, "shallow": shallow, "reuse": reuse, "format": format}
+        options |= {"write_blocking": write_blocking, "bandwidth": bandwidth, "by": by}
+        request = asked.to_mirror(disk, target, **options)
         return outcomes.Mirrored.of(await mirror.run(self._context, self.name, request, report=report))
 
     @job

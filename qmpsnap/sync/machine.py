@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.machines.record import Machine, Process
     from qmpsnap.model.machines.spec import Format, MachineSpec
     from qmpsnap.model.machines.state import State
-    from qmpsnap.model.operations.by import DeleteBy, LoadBy
+    from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.model.operations.operation import Operation, ResizePlan
     from qmpsnap.ops.base.free_space import Shortage
     from qmpsnap.ops.check.check import Checked
@@ -382,6 +382,7 @@ class MachineHandle(MachinePlans):
         format: Format | None = None,
         write_blocking: bool = False,
         bandwidth: int = 0,
+        by: MirrorBy = "blockdev-mirror",
         report: Report = unreported,
     ) -> Mirrored:
         """Copy a disk; the guest runs on, and no snapshot is harmed."""
@@ -395,6 +396,7 @@ class MachineHandle(MachinePlans):
                 format=format,
                 write_blocking=write_blocking,
                 bandwidth=bandwidth,
+                by=by,
                 report=report,
             )
         )

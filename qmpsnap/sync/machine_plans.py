@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.spec import Format, MachineSpec
-    from qmpsnap.model.operations.by import DeleteBy, LoadBy
+    from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, ResizePlan
     from qmpsnap.ops.fork.run import Forked
     from qmpsnap.ops.fork.run import Preview as ForkPreview
@@ -150,6 +150,7 @@ class MachinePlans(Delegating):
         format: Format | None = None,
         write_blocking: bool = False,
         bandwidth: int = 0,
+        by: MirrorBy = "blockdev-mirror",
     ) -> Plan[MirrorPlan, Mirrored]:
         """What :meth:`mirror` would do now."""
         return self._call(
@@ -162,6 +163,7 @@ class MachinePlans(Delegating):
                 format=format,
                 write_blocking=write_blocking,
                 bandwidth=bandwidth,
+                by=by,
             )
         )
 

@@ -110,7 +110,6 @@ class CreatePlan(Struct, frozen=True, kw_only=True, tag="create"):
 
     Attributes:
         live: a QEMU runs; the transaction is sent to it.
-        overlays: the new active layers.
         memory: how the memory is saved; None for the disks alone.
         quiesce: the guest's file systems may have been frozen for it; with ``require`` they must have been.
         variables: the UEFI variable store and where its copy goes.
@@ -140,7 +139,6 @@ class InternalPlan(Struct, frozen=True, kw_only=True, tag="internal"):
     """Take a snapshot inside the images: one tag in each disk's active layer.
 
     Attributes:
-        tag: the snapshot's name inside the images.
         layers: the active layer of each disk, by the disk's name.
         vmstate: the layer that takes the memory, too; None for the disks alone.
         variables: the UEFI variable store and where its copy goes.
@@ -169,7 +167,6 @@ class LoadPlan(Struct, frozen=True, kw_only=True, tag="load"):
         tag: its name inside the images.
         layers: the active layer of each disk, by the disk's name.
         vmstate: the layer that holds the memory.
-        paused: the guest's vCPUs stay stopped afterwards.
         resume: the guest ran before, and is resumed if this fails.
         kept: how the present state is kept first; None if it is discarded.
         variables: the UEFI variable store and its replacement, in case the guest has to boot instead.
@@ -348,7 +345,6 @@ class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):
     Attributes:
         size: bytes that the guest sees afterwards.
         live: a QEMU runs; it does it and tells the guest. Else a helper QEMU that runs no guest.
-        change: what becomes true.
     """
 
     machine: str
