@@ -15,14 +15,18 @@ if TYPE_CHECKING:
     from qmpsnap.api import plans
     from qmpsnap.api.plans import Plan
     from qmpsnap.model.layers.snapshot import Snapshot
+    from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import MachineSpec
     from qmpsnap.model.operations.operation import ResizePlan
     from qmpsnap.ops.lifecycle import change, resize
+    from qmpsnap.ops.lifecycle import rename as rename_machine
     from qmpsnap.ops.lifecycle.change import Changed
+    from qmpsnap.ops.lifecycle.rename import Renamed
     from qmpsnap.ops.snapshot import describe, rename
 else:
     plans = Later("api.plans")
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
+    rename_machine = Later("ops.lifecycle.rename")
     describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
 
 
@@ -66,6 +70,15 @@ class ChangePlans(MachinePlans):
             lambda context: change.preview(context, self.name, make, allow_extra=allow_extra),
             plans.of_set,
             lambda vm, _: vm.set(settings, allow_extra=allow_extra),
+        )
+
+    async def plan_rename(self, new: str) -> Plan[Renamed, Machine]:
+        """What :meth:`rename` would do now."""
+        return await self._plan(
+            "rename",
+            lambda context: rename_machine.preview(context, self.name, new),
+            plans.of_rename_machine,
+            lambda vm, _: vm.rename(new),
         )
 
     async def plan_resize(self, disk: str, size: int | str) -> Plan[ResizePlan, ResizePlan]:

@@ -1,4 +1,4 @@
-"""What a machine is, changed: its spec, the size of its disks, and what is said of its snapshots."""
+"""What a machine is, changed: its name and spec, the size of its disks, and what is said of its snapshots."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from qmpsnap.model.layers.snapshot import Snapshot
+    from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import MachineSpec
     from qmpsnap.model.operations.operation import ResizePlan
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.lifecycle import change, resize
+    from qmpsnap.ops.lifecycle import rename as rename_machine
     from qmpsnap.ops.lifecycle.change import Changed
     from qmpsnap.ops.snapshot import describe, rename
 else:
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
+    rename_machine = Later("ops.lifecycle.rename")
     describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
 
 
 @border
 class Changing:
-    """The part of a machine's handle that changes its spec, its disks, and what is said of its snapshots."""
+    """The part of a machine's handle that changes its name, its spec, its disks, and what is said of its snapshots."""
 
     name: str
     _context: Context
@@ -49,6 +52,27 @@ class Changing:
         """
         make = change.made(settings, guest_dir=self._context.home.guest)
         return await change.run(self._context, self.name, make, allow_extra=allow_extra)
+
+    async def rename(self, new: str) -> Machine:
+        """Give a stopped machine another name, and its folder with it; handles of the old name find it no more.
+
+        Its UUID, disks, snapshots and journal stay, and machines that are based on its images read them at their new
+        path: forks, and machines whose specs name one of them as a base.
+
+        Args:
+            new: the other name.
+
+        Returns:
+            The machine as it is recorded now.
+
+        Raises:
+            NameRefused: the new name is not allowed.
+            NameTaken: there is such a machine, or a folder of that name.
+            StateError: the machine, or another one that reads its images, runs; or it was adopted.
+            LockHeld: another controller works on one of them.
+            HostCannot: with the effect ``unknown``, an image or the store cannot be written; the next command goes on.
+        """
+        return await rename_machine.run(self._context, self.name, new)
 
     async def resize(self, disk: str, size: int | str) -> ResizePlan:
         """Let the guest see more bytes of a disk: of its active layer, as the layers below keep their size.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qmpsnap.ops.fork.upkeep import Pruned
     from qmpsnap.ops.lifecycle.change import Changed
     from qmpsnap.ops.lifecycle.dry_run import Forgotten
+    from qmpsnap.ops.lifecycle.rename import Renamed
     from qmpsnap.ops.revert.revert import Preview
     from qmpsnap.ops.snapshot.delete import DeletePlan
     from qmpsnap.ops.stack import PopPreview
@@ -199,6 +200,15 @@ def of_mirror(found: tuple[MirrorPlan, Sequence[Command]]) -> Shape[MirrorPlan]:
 def of_set(found: Changed) -> Shape[Changed]:
     """Another spec."""
     return Shape(summary=f"set {', '.join(key for key, *_ in found.changes) or 'nothing'}", details=found)
+
+
+def of_rename_machine(found: Renamed) -> Shape[Renamed]:
+    """Another name of a machine."""
+    return Shape(
+        summary=f"rename machine {found.plan.machine} to {found.plan.new}",
+        files=tuple(PlannedFile(action="overwrite", path=path) for path in found.rewritten),
+        details=found,
+    )
 
 
 def of_resize(found: tuple[ResizePlan, Command]) -> Shape[ResizePlan]:

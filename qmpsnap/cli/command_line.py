@@ -36,7 +36,7 @@ NOUNS: Final = {
     "snapshot_verbs.commit_stream": ("commit", "blockcommit", "stream", "pull", "blockpull"),
     "snapshot_verbs.mirror": ("mirror", "copy", "blockcopy"),
     "snapshot_verbs.job": ("job",),
-    "machine_verbs.change": ("set",),
+    "machine_verbs.change": ("set", "rename"),
     "machine_verbs.disk": ("resize", "blockresize"),
     "machine_verbs.check": ("check",),
     "machine_verbs.relocate": ("relocate",),

@@ -51,6 +51,10 @@ class MachineHandle(MachinePlans):
         """Give a stopped machine another spec; its disks and snapshots stay."""
         return self._call(self._handle.set(settings, allow_extra=allow_extra))
 
+    def rename(self, new: str) -> Machine:
+        """Give a stopped machine another name, and its folder with it; handles of the old name find it no more."""
+        return self._call(self._handle.rename(new))
+
     def resize(self, disk: str, size: int | str) -> ResizePlan:
         """Let the guest see more bytes of a disk: of its active layer, as the layers below keep their size."""
         return self._call(self._handle.resize(disk, size))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.chain import Layer
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
+    from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import Format, MachineSpec
     from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, ResizePlan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qmpsnap.ops.lifecycle import undefine
     from qmpsnap.ops.lifecycle.change import Changed
     from qmpsnap.ops.lifecycle.dry_run import Forgotten
+    from qmpsnap.ops.lifecycle.rename import Renamed
     from qmpsnap.ops.mirror.mirror import Mode
     from qmpsnap.ops.revert.plan import HardwareOf, Run
     from qmpsnap.ops.revert.revert import Preview, Reverted
@@ -228,6 +230,10 @@ class MachinePlans(Delegating):
     ) -> Plan[Changed, Changed]:
         """What :meth:`set` would do now."""
         return self._call(self._handle.plan_set(settings, allow_extra=allow_extra))
+
+    def plan_rename(self, new: str) -> Plan[Renamed, Machine]:
+        """What :meth:`rename` would do now."""
+        return self._call(self._handle.plan_rename(new))
 
     def plan_resize(self, disk: str, size: int | str) -> Plan[ResizePlan, ResizePlan]:
         """What :meth:`resize` would do now."""

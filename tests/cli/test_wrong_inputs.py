@@ -56,6 +56,7 @@ LINES = {
     "pull": "pull web vda --base fresh",
     "recover": "recover nobody",
     "relocate": "relocate --nonsense",
+    "rename": "rename web new",
     "resize": "resize web vda 2G",
     "restore": "restore web /nonexistent/state",
     "resume": "resume web",

@@ -51,6 +51,8 @@ async def _do(scenario: str, place: Path, recovering: bool) -> None:  # noqa: FB
         vm = await q.machine(NAME)
         if scenario == "undefine":
             await vm.undefine(disks="remove")
+        elif scenario == "rename of a machine":
+            await vm.rename("other")
         elif scenario in FORKS:
             await vm.fork("warm", "child", ephemeral=scenario == "ephemeral fork")
         elif recovering:

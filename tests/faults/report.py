@@ -22,7 +22,7 @@ COLUMNS = (
     "fork",
     "others",
 )
-"""The verbs; others: start, stop, rename, recover, relocate, check --repair."""
+"""The verbs; others: start, stop, rename of a snapshot and of a machine, recover, relocate, check --repair."""
 
 
 class Fault:

@@ -116,6 +116,10 @@ def test_a_machine_s_life(home: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [each["key"] for each in would["changes"]] == ["memory", "vda.cache"]
     assert told(capsys, "set still memory=80M vda.cache=none -o json")["changes"] == would["changes"]
 
+    moved = dry(capsys, home, "rename still quiet")
+    assert told(capsys, "rename still quiet -o json")["rewritten"] == moved["rewritten"]
+    told(capsys, "rename quiet still")
+
     resized = dry(capsys, home, "resize still vda +1M")
     assert resized["qmp"] == [
         {"execute": "block_resize", "arguments": {"node-name": resized["layer"], "size": 2 << 20}}

@@ -53,6 +53,7 @@ from qmpsnap.ops.fork.upkeep import Pruned, Shelved
 from qmpsnap.ops.lifecycle.adopt import Survey
 from qmpsnap.ops.lifecycle.change import Changed
 from qmpsnap.ops.lifecycle.dry_run import Forgotten
+from qmpsnap.ops.lifecycle.rename import Renamed
 from qmpsnap.ops.outside.compare import ChainView, LayerView
 from qmpsnap.ops.revert.revert import Preview, Reverted
 from qmpsnap.ops.snapshot.delete import DeletePlan
@@ -99,6 +100,7 @@ async def plans(vm: MachineHandle) -> None:
     assert_type(await vm.plan_save(name="evening"), Plan[CreatePlan, Snapshot])
     assert_type(await vm.plan_restore(discard=True), Plan[Preview, Reverted])
     assert_type(await vm.plan_undefine(disks="keep"), Plan[Forgotten, list[str]])
+    assert_type(await vm.plan_rename("other"), Plan[Renamed, Machine])
     assert_type(await vm.plan_rename_snapshot("before", "after"), Plan[None, Snapshot])
     assert_type(await vm.plan_describe_snapshot("before", tags={"k": "v"}), Plan[Snapshot, Snapshot])
     assert_type(await vm.plan_commit("vda", top="before", consume=True), Plan[MergePlan, Committed])
@@ -210,6 +212,7 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.set_speed(1 << 20), list[str])
     assert_type(await vm.wait(), list[Operation])
     assert_type(await vm.cancel(), list[Operation])
+    assert_type(await vm.rename("other"), Machine)
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
     assert_type(await vm.describe_snapshot("before", "text", tags={"k": "v"}, untag=["old"]), Snapshot)
     assert_type(await vm.set({"memory": "4G"}), Changed)

@@ -1,4 +1,4 @@
-"""A machine's spec, changed: ``set``, and ``define --update``."""
+"""A machine's spec and name, changed: ``set``, ``define --update`` and ``rename``."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,16 @@ from qmpsnap.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qmpsnap.api.machine_handle import MachineHandle
+    from qmpsnap.api.plans import Plan
+    from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import MachineSpec
     from qmpsnap.ops.lifecycle.change import Changed
+    from qmpsnap.ops.lifecycle.rename import Renamed
 
 
 def register(parsers: Parsers) -> None:
-    """Add the command."""
+    """Add the commands."""
     command = add_for_vm(parsers, "set", _set, help="change the spec of a stopped machine, which keeps its snapshots")
     command.add_argument(
         "settings", metavar="KEY=VALUE", nargs="+", help="as memory=4G or vda.cache=none; KEY= restores the default"
@@ -23,6 +27,42 @@ def register(parsers: Parsers) -> None:
     command.add_argument("--allow-extra", action="store_true", help="accept the spec's 'extra' QEMU arguments")
     command.add_argument("--dry-run", action="store_true", help="only print what would change")
     add_format(command)
+
+    command = add_for_vm(parsers, "rename", _rename, help="give a stopped machine another name")
+    command.add_argument("new", metavar="NEW", help="its new name")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be done")
+    add_format(command)
+
+
+def _rename(arguments: argparse.Namespace) -> None:
+    old, new = arguments.machine, arguments.new
+
+    async def act(vm: "MachineHandle") -> "Plan[Renamed, Machine]":
+        plan = await vm.plan_rename(new)
+        if not arguments.dry_run:
+            await vm.rename(new)
+        return plan
+
+    plan = on_machine(old, act)
+    rewritten, others = [file.path for file in plan.files], plan.details.plan.others
+    does = "would be" if arguments.dry_run else "is"
+    lines = [f"machine {old} {does} {new}" + ("; nothing was changed" if arguments.dry_run else " now")]
+    lines += [f"  {len(rewritten)} image(s) name their backing files at the new path"] if rewritten else []
+    lines += [f"  of these, some are of {', '.join(others)}"] if others else []
+    output.emit(
+        arguments.output,
+        document={
+            "machine": new,
+            "old": old,
+            "dry_run": arguments.dry_run,
+            "folder": plan.details.plan.new_folder,
+            "rewritten": rewritten,
+            "others": list(others),
+        },
+        names=[new],
+        table=lambda: "\n".join(lines),
+        done="" if arguments.dry_run else lines[0],
+    )
 
 
 def _set(arguments: argparse.Namespace) -> None:

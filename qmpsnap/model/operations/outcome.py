@@ -10,12 +10,14 @@ from qmpsnap.effect import Effect
 class Recorded(Struct, frozen=True):
     """What the store has of a machine that an operation can change.
 
-    Of each snapshot its state, by name; of each disk id and size in bytes of its layers, base first.
+    Of each snapshot its state, by name; of each disk id and size in bytes of its layers, base first. ``name``: its own;
+    None where an earlier release has not recorded it.
     """
 
     current: str | None = None
     snapshots: Mapping[str, str] = {}
     disks: Mapping[str, tuple[tuple[str, int], ...]] = {}
+    name: str | None = None
 
 
 def effect(before: Recorded, after: Recorded, *, settled: bool) -> Effect:
@@ -29,6 +31,8 @@ def left(before: Recorded, after: Recorded) -> str:
 
 
 def _differences(before: Recorded, after: Recorded) -> Iterator[str]:
+    if before.name and before.name != after.name:
+        yield f"the machine is {after.name}"
     yield from _of_snapshots(before, after)
     yield from _of_disks(before, after)
     if after.current != before.current and before.current in after.snapshots:

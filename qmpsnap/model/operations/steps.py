@@ -34,6 +34,8 @@ SWITCHED: Final = "switched"
 STARTING: Final = "starting"
 # resize
 RESIZING: Final = "resizing"
+# rename
+MOVING: Final = "moving"
 # phases of a block job
 MADE: Final = "made"
 FINALIZING: Final = "finalizing"
@@ -129,6 +131,14 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
         Step(PLANNED, "the image is untouched: roll back"),
         Step(RESIZING, "the image may have its new size: roll forward if its header has it, otherwise roll back"),
         Step(SETTLED, "the new size is recorded"),
+    ),
+    "rename": (
+        Step(PLANNED, "nothing has another name: roll back"),
+        Step(
+            MOVING,
+            "folder, headers and store may have the new name: roll forward if the folder has it, otherwise roll back",
+        ),
+        Step(SETTLED, "the machine has its new name"),
     ),
     "revert": (
         Step(PLANNED, "new layers may exist; the guest is untouched: roll back"),

@@ -23,6 +23,7 @@ from qmpsnap.model.operations.operation import (
     MirrorPlan,
     Operation,
     Plan,
+    RenamePlan,
     ResizePlan,
     RevertPlan,
 )
@@ -55,7 +56,8 @@ def require_unshared(machine: str, plan: Plan, forest: Forest, others: Sequence[
         )
     for layer in forest.layers.values():
         own = names_of([layer])
-        if own & mine.changes and (strangers := sorted(forest.machines_above(layer.id) - {machine})):
+        agreed = {machine, *(plan.others if isinstance(plan, RenamePlan) else ())}
+        if own & mine.changes and (strangers := sorted(forest.machines_above(layer.id) - agreed)):
             raise StateError(
                 f"layer {layer.id} ({layer.shown}) would change, but machine {', '.join(strangers)} reads it meanwhile",
                 hint="try again: a new plan leaves that layer alone",
@@ -131,6 +133,8 @@ def _changes(plan: Plan) -> frozenset[Name]:  # noqa: PLR0911 - one for each kin
             return names_of(plan.layers)
         case ResizePlan():
             return names_of([plan.layer])
+        case RenamePlan():
+            return names_of(plan.moved)
         case _:
             return frozenset()  # tags inside active layers, which only their own machine reads
 

@@ -27,6 +27,7 @@ from qmpsnap.model.operations.operation import (
     Operation,
     OperationState,
     Plan,
+    RenamePlan,
     ResizePlan,
     RevertPlan,
 )
@@ -51,6 +52,7 @@ ENDINGS: Final[Mapping[type[Plan], str]] = {
     LoadPlan: "qmpsnap.ops.internal.recover:end_load",
     MergePlan: "qmpsnap.ops.merge.recover:end",
     MirrorPlan: "qmpsnap.ops.mirror.recover:end",
+    RenamePlan: "qmpsnap.ops.lifecycle.rename:end",
     ResizePlan: "qmpsnap.ops.lifecycle.resize:end",
     RevertPlan: "qmpsnap.ops.revert.recover:end",
     UndefinePlan: "qmpsnap.ops.lifecycle.recover:end_undefine",

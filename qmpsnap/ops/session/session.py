@@ -153,6 +153,8 @@ def _begun(context: Context, name: str, *, removes: bool, alone: bool) -> _Begun
 async def _again(context: Context, name: str, *, removes: bool, alone: bool, runs: bool) -> Basis:
     """What the store says of a machine that something was to be done for first."""
     basis = await context.astore.basis(name, sharers=removes)
+    if basis.record is None:
+        await context.astore.machine(name)  # which says that it is none: an interrupted rename has ended
     if alone:
         await other_programs.retrying(lambda: blocking(_require_unspoilt, context, basis, runs=runs))
     return await context.astore.basis(name, sharers=removes)

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from qmpsnap.model.operations.operation import RenamePlan
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried, carried_all
 from qmpsnap.store.records import Records
 from qmpsnap.store.sqlite import journal, queries
@@ -73,6 +74,57 @@ class HomeTable:
                 sql.execute("DELETE FROM process")
             _write(sql, home)
 
+    def rename(self, plan: RenamePlan) -> None:
+        """Record the new name of a machine, whose folder and headers have it already; its journal goes along."""
+        with self._database.writing() as sql:
+            sql.execute("UPDATE machine SET name = ? WHERE name = ?", (plan.new, plan.machine))
+            self._rename_paths(sql, plan)
+            sql.execute(
+                "UPDATE machine SET origin = json_set(origin, '$.machine', ?1), generation = generation + 1"
+                " WHERE json_extract(origin, '$.machine') = ?2"
+                " AND json_extract(origin, '$.uuid') = (SELECT uuid FROM machine WHERE name = ?1)",
+                (plan.new, plan.machine),
+            )
+            for name in (plan.new, *plan.others):  # the records beside the images have the old paths
+                sql.execute("UPDATE machine SET generation = generation + 1 WHERE name = ?", (name,))
+            sql.execute("UPDATE operation SET machine = ? WHERE machine = ?", (plan.new, plan.machine))
+            sql.execute("UPDATE OR REPLACE pruned SET machine = ? WHERE machine = ?", (plan.new, plan.machine))
+            journal.unclaim(sql)
+
+    def _rename_paths(self, sql: sqlite3.Connection, plan: RenamePlan) -> None:
+        """Of layers and the files of snapshots, and the name in specs; paths in the machines' folder are relative."""
+        old, new = f"{plan.machine}/", f"{plan.new}/"
+
+        def text(value: Any) -> Any:
+            return carried_all(value, (plan.folder,), plan.new_folder)
+
+        def state(value: Any) -> Any:
+            return value | {"path": new + path.removeprefix(old)} if (path := value["path"]).startswith(old) else value
+
+        within = (new, len(old) + 1, old, f"{plan.machine}0")
+        sql.execute(
+            "UPDATE layer SET path = ? || substr(path, ?), version = version + 1"
+            " WHERE pool = 'machines' AND path >= ? AND path < ?",
+            within,
+        )
+        sql.execute(
+            "UPDATE snapshot SET variables = ? || substr(variables, ?), version = version + 1"
+            " WHERE variables >= ? AND variables < ?",
+            within,
+        )
+        _rewrite(sql, "snapshot", "vmstate", state)
+        for column in ("spec", "past", "consent"):
+            _rewrite(sql, "machine", column, text)
+        own = f" AND name = '{plan.new}'"  # a name has no quote in it
+        _rewrite(sql, "machine", "spec", lambda spec: spec | {"name": plan.new}, where=own)
+        _rewrite(
+            sql,
+            "machine",
+            "past",
+            lambda past: [each | {"spec": each["spec"] | {"name": plan.new}} for each in past],
+            where=own,
+        )
+
     def _ids(self, sql: sqlite3.Connection, to: Relocation) -> Ids:
         found: dict[tuple[int, int], tuple[int, int, int]] = {}
         for layer in to.layers:
@@ -118,6 +170,8 @@ def _rewrite(
     wanted = f"SELECT id, {column} FROM {table} WHERE {column} IS NOT NULL{where}"
     for number, text in sql.execute(wanted).fetchall():
         new = msgspec.json.encode(change(decoded(text))).decode()
+        if new == text:
+            continue
         sql.execute(f"UPDATE {table} SET {column} = ?, version = version + 1 WHERE id = ?", (new, number))
 
 

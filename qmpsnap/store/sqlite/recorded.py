@@ -35,4 +35,5 @@ def read(sql: sqlite3.Connection, machine: str) -> Recorded:
         current=current[0] if current else None,
         snapshots=dict(sql.execute(_SNAPSHOTS, (machine,)).fetchall()),
         disks={disk: tuple(layers) for disk, layers in disks.items()},
+        name=machine,
     )
