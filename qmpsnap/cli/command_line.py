@@ -37,6 +37,7 @@ NOUNS: Final = {
     "snapshot_verbs.mirror": ("mirror", "copy", "blockcopy"),
     "snapshot_verbs.job": ("job",),
     "machine_verbs.change": ("set", "rename"),
+    "machine_verbs.edit": ("edit",),
     "machine_verbs.disk": ("resize", "blockresize"),
     "machine_verbs.check": ("check",),
     "machine_verbs.relocate": ("relocate",),

@@ -21,6 +21,11 @@ def render(found: Imported, *, define: str = "") -> str:
     return "".join(f"{line}\n" for line in (*_head(found, define), *_machine(found.spec)))
 
 
+def of(spec: MachineSpec) -> str:
+    """The text of a spec alone."""
+    return "".join(f"{line}\n" for line in _machine(spec))
+
+
 def _head(found: Imported, define: str) -> Iterator[str]:
     yield from _comment(f"{found.origin}, as a machine of qmpsnap.")
     yield from _comment(

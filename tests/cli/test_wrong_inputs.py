@@ -37,6 +37,7 @@ LINES = {
     "define": "define /nonexistent/spec.yaml --allow /nonexistent",
     "demo": "demo --nonsense",  # a real one builds a guest
     "doctor": "doctor --nonsense",  # a real one asks the whole host
+    "edit": "edit web --yes --allow-extra",
     "exec": "exec --timeout 5 --wait 1 -i --env A=b --cwd /tmp web -- true",
     "fork": "fork web@fresh new -n 2 --ephemeral --identity keep -m text",
     "fstrim": "fstrim web --minimum 0 --timeout 5",
@@ -116,6 +117,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QMPSNAP_HOME", str(found.data))
         patch.setenv("QMPSNAP_QEMU", "/nonexistent/qemu")
+        patch.setenv("EDITOR", "true")
+        patch.delenv("VISUAL", raising=False)
         patch.setenv("QMPSNAP_QEMU_IMG", "/nonexistent/qemu-img")
         patch.chdir(tmp_path_factory.mktemp("work"))
         yield found

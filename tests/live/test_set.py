@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.errors import NameTaken, SpecError, StateError, UsageError
+from qmpsnap.errors import ImageRefused, NameTaken, SpecError, StateError, UsageError
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.lifecycle.change import require_changeable
 from tests.live.machine import MIB, context_of, hold_invariants
@@ -99,6 +99,9 @@ WRONG: list[tuple[dict[str, str], type[qmpsnap.QmpsnapError], str]] = [
     ({"uuid": "00000000-0000-4000-8000-000000000001"}, UsageError, "UUID"),
     ({"uefi-variables": "/x"}, UsageError, "uefi-variables"),
     ({"memory": "*x"}, SpecError, "aliases"),
+    ({"kernel": "/nonexistent/kernel"}, ImageRefused, "there is no kernel /nonexistent/kernel"),
+    ({"kernel": "/proc/self/exe", "initrd": "/dev"}, ImageRefused, "initrd /dev is not a file"),
+    ({"cdrom": "/nonexistent/x.iso"}, ImageRefused, "/nonexistent/x.iso"),
 ]
 
 
@@ -111,6 +114,18 @@ async def test_what_is_refused_changes_nothing(
     with pytest.raises(kind, match=said):
         await vm.set(settings)
     assert await vm.record() == before
+
+
+async def test_a_boot_file_that_has_gone_keeps_nobody_from_other_changes(q: qmpsnap.Controller, tmp_path: Path) -> None:
+    vm = await q.define(SPEC)
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(b"x")
+    await vm.set({"kernel": str(kernel)})
+    kernel.unlink()
+    assert (await vm.set({"memory": "70M"})).machine.spec.kernel == str(kernel)
+    await vm.set({"kernel": ""})
+    with pytest.raises(ImageRefused, match="there is no kernel"):
+        await vm.set({"kernel": str(kernel)})
 
 
 @pytest.mark.parametrize("key", ["device", "base", "image"])

@@ -82,7 +82,12 @@ def change(arguments: argparse.Namespace, settings: "Mapping[str, str] | Machine
         found = on_machine(arguments.machine, lambda vm: vm.plan_set(settings, allow_extra=allow)).details
     else:
         found = on_machine(arguments.machine, lambda vm: vm.set(settings, allow_extra=allow))
-    lines = _lines(found)
+    print_change(arguments, found, dry=dry)
+
+
+def print_change(arguments: argparse.Namespace, found: "Changed", *, dry: bool) -> None:
+    """What has changed, or with ``dry`` would."""
+    lines = lines_of(found)
     does = "would change" if dry else "changed"
     first = f"{does} machine {arguments.machine}" + ("; nothing was changed" if dry else "")
     output.emit(
@@ -94,7 +99,8 @@ def change(arguments: argparse.Namespace, settings: "Mapping[str, str] | Machine
     )
 
 
-def _lines(found: "Changed") -> list[str]:
+def lines_of(found: "Changed") -> list[str]:
+    """The changes for people, and what they mean for snapshots."""
     lines = [f"  {key}: {_shown(before)} -> {_shown(now)}" for key, before, now in found.changes]
     for name, why in found.unloadable:
         lines.append(f"the memory of snapshot {name} does not fit this hardware: {'; '.join(why)}")

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from qmpsnap.errors import StateError, UsageError
 from qmpsnap.hint import call
+from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import differences
 from qmpsnap.model.machines import spec_differences
@@ -21,7 +22,7 @@ from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.machine_session import MachineSession
-from qmpsnap.ops.lifecycle import define
+from qmpsnap.ops.lifecycle import boot_files, define
 from qmpsnap.ops.memory.load import hardware_to_start
 from qmpsnap.ops.session.session import looking, working
 
@@ -72,6 +73,7 @@ async def run(context: Context, name: str, make: Make, *, allow_extra: bool = Fa
 
     Raises:
         StateError: the machine runs, or is adopted, or its disks would be others.
+        ImageRefused: a new kernel, initrd or CD image is not there, or is none.
         UsageError: the spec has ``extra`` arguments that nobody has agreed to.
     """
     async with working(context, name, "set") as session:
@@ -100,6 +102,7 @@ async def _plan(session: MachineSession, make: Make, *, allow_extra: bool, keep:
             hint="stop it first: " + call("stop", machine.name),
             machine=machine.name,
         )
+    await to_read(lambda: boot_files.require(_news(machine.spec, spec), context.home))
     agreed = machine.consent
     if spec.extra != machine.spec.extra:
         agreed = Consent(extra=spec.extra, user=os.geteuid())
@@ -114,6 +117,16 @@ async def _plan(session: MachineSession, make: Make, *, allow_extra: bool, keep:
         machine=after,
         changes=tuple(spec_differences.changes(machine.spec, whole)),
         unloadable=tuple([each async for each in _unloadable(context, machine, after, snapshots)]),
+    )
+
+
+def _news(old: MachineSpec, new: MachineSpec) -> MachineSpec:
+    """The spec without those boot files that stay: one of them that has gone is the next start's to tell."""
+    return replace(
+        new,
+        kernel=new.kernel if new.kernel != old.kernel else None,
+        initrd=new.initrd if new.initrd != old.initrd else None,
+        cdrom=new.cdrom if new.cdrom != old.cdrom else None,
     )
 
 
