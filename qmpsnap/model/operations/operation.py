@@ -15,6 +15,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.by import By, DeleteBy, LoadBy, MirrorBy, SaveBy
 from qmpsnap.model.operations.copies import Copy, VolumeCopy
 from qmpsnap.model.operations.memory import Memory
+from qmpsnap.model.operations.rename import RenamePlan
 from qmpsnap.model.operations.undefine import UndefinePlan
 
 if TYPE_CHECKING:
@@ -353,26 +354,6 @@ class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):
     size: int
     live: bool
     change: Change
-
-
-class RenamePlan(Struct, frozen=True, kw_only=True, tag="rename"):
-    """Give a stopped machine another name, and its folder with it.
-
-    Attributes:
-        new: its name afterwards.
-        folder: the path of its folder; ``new_folder``: afterwards.
-        moved: every layer in that folder, as recorded before.
-        rewritten: the layers whose headers name one of those as their backing file, wherever they are.
-        others: the other machines that read such a layer.
-    """
-
-    machine: str
-    new: str
-    folder: str
-    new_folder: str
-    moved: tuple[Layer, ...]
-    rewritten: tuple[LayerId, ...]
-    others: tuple[str, ...]
 
 
 Plan = (

@@ -23,10 +23,10 @@ from qmpsnap.model.operations.operation import (
     MirrorPlan,
     Operation,
     Plan,
-    RenamePlan,
     ResizePlan,
     RevertPlan,
 )
+from qmpsnap.model.operations.rename import RenamePlan
 from qmpsnap.model.operations.undefine import UndefinePlan
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest

@@ -27,7 +27,8 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, check_name
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.operation import Operation, RenamePlan
+from qmpsnap.model.operations.operation import Operation
+from qmpsnap.model.operations.rename import RenamePlan
 from qmpsnap.model.planning.inputs import Basis
 from qmpsnap.model.planning.layer_graph import Forest
 from qmpsnap.model.relocation import carried

@@ -27,10 +27,10 @@ from qmpsnap.model.operations.operation import (
     Operation,
     OperationState,
     Plan,
-    RenamePlan,
     ResizePlan,
     RevertPlan,
 )
+from qmpsnap.model.operations.rename import RenamePlan
 from qmpsnap.model.operations.undefine import UndefinePlan
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from qmpsnap.model.operations.operation import RenamePlan
+from qmpsnap.model.operations.rename import RenamePlan
 from qmpsnap.model.relocation import HomeRecord, Relocation, carried, carried_all
 from qmpsnap.store.records import Records
 from qmpsnap.store.sqlite import journal, queries
