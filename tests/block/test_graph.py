@@ -14,7 +14,7 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.names import LayerId
 from qmpsnap.qmp.commands import BlockGraph, GraphEdge, GraphNode
 from qmpsnap.qmp.session import COMMAND_DEADLINE
-from tests.qmp.scripted import Deaf
+from tests.qmp.deaf import Deaf
 
 RECORDED = Path(__file__).parent / "graph-7.2.json"
 """Virtio disk ``a`` under a mirror job, scsi ``b``, sata ``c``, nvme ``d``, scsi ``e`` throttled; an empty CD."""

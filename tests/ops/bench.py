@@ -18,7 +18,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.ops.base.context import Context, this_host
 from qmpsnap.qmp.session import COMMAND_DEADLINE, Monitor
 from qmpsnap.store.store import Store
-from tests.qmp.scripted import Deaf
+from tests.qmp.deaf import Deaf
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ from qmpsnap.model.names import NodeName
 from qmpsnap.qmp import commands, migration, session
 from qmpsnap.qmp.commands import BlockGraph, GraphEdge, GraphNode, JobInfo, MachineType, RunStatus
 from qmpsnap.qmp.session import Monitor
-from tests.qmp.scripted import HELLO, Expect, Reply, scripted
+from qmpsnap.testing import HELLO, Expect, Reply, scripted
 
 Call = Callable[[Monitor], Awaitable[Any]]
 

@@ -10,7 +10,7 @@ from qmpsnap.errors import QemuGone
 from qmpsnap.qmp import session
 from qmpsnap.qmp.dial import dial
 from qmpsnap.qmp.unixsocket import SOCKET_PATH_LIMIT
-from tests.qmp.scripted import HELLO, Expect, Reply, scripted
+from qmpsnap.testing import HELLO, Expect, Reply, scripted
 
 
 def deep(tmp_path: Path, name: str = "qmp") -> Path:

@@ -21,7 +21,7 @@ from qmpsnap.qmp import jobs, session
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.qmp.jobs import JobStuck
 from qmpsnap.qmp.session import Session
-from tests.qmp.scripted import HELLO, Event, Expect, Refuse, Reply, Turn, scripted
+from qmpsnap.testing import HELLO, Event, Expect, Refuse, Reply, Turn, scripted
 
 JOB = JobId("qs.1.vda")
 

@@ -18,7 +18,7 @@ import pytest
 from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError
 from qmpsnap.qmp import session
-from tests.qmp.scripted import GREETING, HELLO, Close, Event, Expect, Raw, Refuse, Reply, Turn, scripted
+from qmpsnap.testing import GREETING, HELLO, Close, Event, Expect, Raw, Refuse, Reply, Turn, scripted
 
 LONG = 30.0
 """Seconds no test waits for."""
