@@ -22,7 +22,7 @@ from tests.live.machine import fill, hold_invariants
 from tests.live.test_adopt import Foreign, folder, launched  # noqa: F401
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PROGRAMS = sorted(path for path in EXAMPLES.iterdir() if path.suffix in {"", ".py"})
+PROGRAMS = sorted(path for path in EXAMPLES.iterdir() if path.is_file() and path.suffix in {"", ".py"})
 STILL = "name: {0}\nmemory: 64M\ndisks: [{{name: vda, size: 1M}}]\n"
 
 
@@ -176,3 +176,16 @@ def test_the_tour_holds_and_leaves_nothing(home: Path, small_guest: Path) -> Non
     assert re.search(r"the guest was paused for \d+\.\d ms \((background|stopped)\)", done.stdout)
     assert "(current, you are here)" in done.stdout
     assert not list(home.glob("qmpsnap-demo-*"))
+
+
+@pytest.mark.version
+def test_tests_of_the_suite_find_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(EXAMPLES / "pytest-suite", tmp_path / "suite")
+    assert "`pytest-suite`" in (EXAMPLES / "README.md").read_text()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    tests = [f"test_dirt.py::test_nobody_sees_it[{kind}-7]" for kind in ("files", "kernel", "daemons", "disk")]
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, cwd=tmp_path / "suite")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^guest: forked for each test, 4 times;", done.stdout, re.MULTILINE), done.stdout
+    assert not [*tmp_path.glob("qmpsnap-*")]
