@@ -25,6 +25,8 @@ from qmpsnap.ops.base import admission, free_space
 from qmpsnap.ops.base.context import Programs
 from qmpsnap.store.sqlite.backend import SqliteStore
 from qmpsnap.volumes.driver import Volume
+from qmpsnap.volumes.lvm import Lvm
+from qmpsnap.volumes.rbd import Rbd
 from qmpsnap.volumes.reflink import Reflink
 
 
@@ -62,6 +64,7 @@ async def _look(programs: Programs, home: Home, cache: Path) -> list[Ability]:
         await to_read(_store, home),
         await to_read(_births, home),
         await _volumes(home),
+        *await _other_volumes(),
         _scope(os.geteuid()),
         await to_read(_logs, home),
         *(_folder(name, path) for name, path in (("data", home.data), ("run", home.run))),
@@ -195,6 +198,19 @@ async def _volumes(home: Home) -> Ability:
         return Ability("volumes", "yes", f"reflink: the file system of {folder} can clone images")
     detail = f"reflink: {found.why}: snapshots of kind volume are refused there"
     return Ability("volumes", "limited", detail, found.remedy)
+
+
+async def _other_volumes() -> list[Ability]:
+    """Whether logical volumes and RBD images can be snapshotted, for machines that have such disks."""
+    lvm, rbd = await Lvm().probe(None), await Rbd().probe(None)
+    found = []
+    for name, ability, can in (
+        ("volumes-lvm", lvm, "LVM's programs can take snapshots of logical volumes"),
+        ("volumes-rbd", rbd, "Ceph's programs can take snapshots of RBD images"),
+    ):
+        no = f"{ability.why}: snapshots of kind volume are refused on such disks"
+        found.append(Ability(name, "yes" if ability.able else "limited", can if ability.able else no, ability.remedy))
+    return found
 
 
 def _scope(uid: int) -> Ability:

@@ -109,7 +109,8 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
         """Take a snapshot, all disks at one instant; a ``full`` one with the guest's memory of that same instant.
 
         An ``internal`` one is stored inside the qcow2 images, with its memory; the guest is paused while that is
-        written. Of a ``volume`` one the storage keeps the disks (a reflink on xfs or btrfs), and no chain grows.
+        written. Of a ``volume`` one the storage keeps the disks (a reflink on xfs or btrfs, LVM, Ceph), and no chain
+        grows.
 
         The guest does not notice a snapshot of its disks. For its memory it is paused for milliseconds, or for the
         whole save if the host supports nothing better.
@@ -134,6 +135,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
                 - ``by``: to test QEMU: the QMP command, ``blockdev-snapshot`` (the default) or
                   ``blockdev-snapshot-sync`` with ``mode: existing`` on the same verified file; with ``internal``
                   ``snapshot-save`` (the default) or ``savevm``.
+                - ``lvm_size``: how large thick LVM snapshots are: ``500M``, or ``10%`` of the disk; 20% by default.
 
         Raises:
             NameTaken: there is a snapshot of that name.

@@ -8,6 +8,7 @@ from qmpsnap.cli import output
 if TYPE_CHECKING:
     from qmpsnap.api.plans import Plan, Shape
     from qmpsnap.model.machines.record import Machine
+    from qmpsnap.model.operations.copies import VolumeCopy
     from qmpsnap.model.operations.operation import CreatePlan, DefinePlan, InternalPlan
     from qmpsnap.ops.fork.run import Preview
 
@@ -105,7 +106,11 @@ def print_plan(form: "output.Format", planned: "Plan[Any, Any] | Shape[Any]") ->
     name = plan.change.snapshots[0].name if plan.change.snapshots else None
     what = f"take snapshot {name} of" if name else "add layers to"
     files = [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
-    volumes = [{"disk": copy.disk, "create": copy.layer.path, "of": copy.source.path} for copy in plan.volumes]
+    copies = plan.volumes
+    volumes = [
+        {"disk": copy.disk, "create": copy.layer.path, "of": copy.source.path, "reserve": copy.reserve}
+        for copy in copies
+    ]
     commands = list(planned.qmp)
     saved = plan.memory
     memory = {"path": saved.path, "mode": saved.mode, "why": saved.why} if saved else None
@@ -113,7 +118,7 @@ def print_plan(form: "output.Format", planned: "Plan[Any, Any] | Shape[Any]") ->
     def text() -> str:
         lines = [f"would {what} machine {plan.machine}; nothing was changed", "files:"]
         lines += [f"  create {output.printable(f['create'])} on {output.printable(f['backing'])}" for f in files]
-        lines += [f"  snapshot {output.printable(v['create'])} of {output.printable(v['of'])}" for v in volumes]
+        lines += [_snapshot(copy) for copy in copies]
         if memory:
             lines += [f"  create {output.printable(memory['path'])} with the memory ({memory['mode']})"]
             lines += [f"  the guest would be paused for the whole save: {memory['why']}"] if memory["why"] else []
@@ -138,6 +143,13 @@ def print_plan(form: "output.Format", planned: "Plan[Any, Any] | Shape[Any]") ->
         names=[name] if name else [overlay.layer.id for overlay in plan.overlays],
         table=text,
     )
+
+
+def _snapshot(copy: "VolumeCopy") -> str:
+    line = f"  snapshot {output.printable(copy.layer.shown)} of {output.printable(copy.source.shown)}"
+    if not copy.reserve:
+        return line
+    return f"{line}, which takes {copy.reserve} bytes and is lost once the guest has overwritten more than that"
 
 
 def _freeze(plan: "CreatePlan | InternalPlan") -> list[str]:

@@ -9,12 +9,12 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from msgspec import Struct
 
-from qmpsnap.errors import HostCannot, ImageInUse, NotFoundError, StateError, StoreMismatch
+from qmpsnap.errors import HostCannot, ImageInUse, NotFoundError, StateError, StoreMismatch, UsageError
 from qmpsnap.host import files, storage_wait
 from qmpsnap.host.programs import uninterrupted
 from qmpsnap.host.threads import completed, to_end, to_read
@@ -56,12 +56,14 @@ class Lvm(Struct, frozen=True):
 
     async def probe(self, origin: Volume | None) -> Ability:
         """By the programs of this host, and the figures of the volume, its group and its pool."""
-        if (missing := await to_read(_missing)) or origin is None:
-            return missing or Ability()
-        if (place := Place.parse(origin.path)) is None:
+        place = Place.parse(origin.path) if origin else None
+        if origin and (place is None or place.group == "mapper" or not (origin.identity or "lvm:").startswith("lvm:")):
             return Ability(
                 why=f"{printable(origin.path)} is no logical volume", remedy="name the disk as /dev/GROUP/VOLUME"
             )
+        missing = await to_read(_missing)
+        if missing or origin is None or place is None:
+            return missing or Ability()
         volumes = await _volumes(place.group)
         return judge(place, _origin(volumes, place, origin), volumes, self.thick)
 
@@ -92,6 +94,13 @@ class Lvm(Struct, frozen=True):
                 raise HostCannot(why, hint=_enlarge(place))
             return await _made(lvm.thin_clone(place, name.text), place, name, source)
         return await _copied(place, snapshot.bytes, name)
+
+    async def activate(self, paths: Sequence[str]) -> None:
+        """Give snapshots their devices, which they lack after a boot; what cannot have one is left for its user."""
+        places = [place for path in paths if (place := Place.parse(path))]
+        for group in dict.fromkeys(place.group for place in places):
+            with contextlib.suppress(HostCannot):
+                await _run(lvm.activate([place for place in places if place.group == group]))
 
     async def remove(self, volume: Volume) -> None:
         """See :class:`~qmpsnap.volumes.driver.Driver`."""
@@ -124,6 +133,55 @@ class Lvm(Struct, frozen=True):
         if found.is_thin:
             return Size(own=found.mapped)
         return Size(own=found.size, full=found.full if found.is_thick_snapshot else None)
+
+
+async def dependents(volume: Volume) -> tuple[str, ...]:
+    """Paths of the thick snapshots that would go with a volume."""
+    place = _place(volume)
+    volumes = await _volumes(place.group)
+    found = volumes.get(place.volume)
+    names = [one.lv_name for one in volumes.values() if found and _needs(one, found)]
+    return tuple(Place(place.group, name).path for name in names)
+
+
+async def growable(volume: Volume, size: int) -> str:
+    """Why a volume cannot get that many bytes; empty where it can. LVM counts them in extents, by which it rounds up.
+
+    Raises:
+        UsageError: that is no whole number of extents.
+    """
+    place = _place(volume)
+    volumes = await _volumes(place.group)
+    found = _origin(volumes, place, volume)
+    if size % found.extent:
+        raise UsageError(
+            f"volume group {place.group} has extents of {found.extent} bytes, and {size} are no whole number of them",
+            hint=f"use {-(-size // found.extent) * found.extent}",
+        )
+    if refused := found.refusal():
+        return f"{place} {refused}"
+    if any(_needs(one, found) for one in volumes.values()):
+        return f"{place} has thick snapshots, with which LVM enlarges no active volume"
+    if not found.is_thin and found.free < size - found.size:
+        return f"volume group {place.group} has {found.free} bytes free, and {place} needs {size - found.size} more"
+    return ""
+
+
+async def grow(volume: Volume, size: int) -> None:
+    """Give a volume that many bytes; fine if it has them already."""
+    place = _place(volume)
+    if _origin(await _volumes(place.group), place, volume).size == size:
+        return
+    said = await _run(lvm.extend(place, size))
+    if _origin(await _volumes(place.group), place, volume).size != size:
+        raise HostCannot(f"lvextend did not enlarge {place}: {said or 'it does not say why'}")
+
+
+async def copied(snapshot: Volume) -> int:
+    """Bytes that a clone of a snapshot copies."""
+    place = _place(snapshot)
+    source = _origin(await _volumes(place.group), place, snapshot)
+    return 0 if source.is_thin else source.seen
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Volume groups and volumes are given as ``GROUP/VOLUME``, whose characters are ch
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Self
 
 import msgspec
@@ -167,8 +167,15 @@ def list_volumes(group: str) -> list[str]:
 
 
 def thin_snapshot(origin: Place, name: str) -> list[str]:
-    """One that nobody can write to, and that stays inactive until somebody asks for it."""
-    return [*_create(name), "--snapshot", "--permission", "r", "--setactivationskip", "y", "--", str(origin)]
+    """One that nobody can write to, active now; no boot activates it."""
+    active = ["--setactivationskip", "y", "--activate", "y", "--ignoreactivationskip"]
+    return [*_create(name), "--snapshot", "--permission", "r", *active, "--", str(origin)]
+
+
+def activate(places: Sequence[Place]) -> list[str]:
+    """Volumes of one group, also those that a boot skips."""
+    names = [str(place) for place in places]
+    return ["lvchange", "--activate", "y", "--ignoreactivationskip", "--", *names]
 
 
 def thick_snapshot(origin: Place, name: str, size: int) -> list[str]:
@@ -185,6 +192,11 @@ def thin_clone(snapshot: Place, name: str) -> list[str]:
 def plain_volume(group: str, name: str, size: int) -> list[str]:
     """One with any content."""
     return [*_create(name), "--wipesignatures", "n", "--zero", "n", "--size", f"{size}b", "--", group]
+
+
+def extend(place: Place, size: int) -> list[str]:
+    """A larger size."""
+    return ["lvextend", "--size", f"{size}b", "--", str(place)]
 
 
 def rename(place: Place, name: str) -> list[str]:
@@ -204,6 +216,17 @@ def _create(name: str) -> list[str]:
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
+def require_setting(setting: str) -> "re.Match[str]":
+    """The parts of a setting of :func:`thick_size`; ``UsageError`` where it is none."""
+    found = _THICK.fullmatch(setting)
+    if found is None:
+        raise UsageError(
+            f"{printable(setting)} is no size of a thick LVM snapshot",
+            hint="use a share of the disk, as 20%, or a size, as 500M, 10G or 1T",
+        )
+    return found
+
+
 def thick_size(setting: str, origin: int, extent: int) -> int:
     """Bytes of a thick snapshot, in whole extents; never more than it could use.
 
@@ -212,12 +235,7 @@ def thick_size(setting: str, origin: int, extent: int) -> int:
         origin: the origin's bytes.
         extent: the group's.
     """
-    found = _THICK.fullmatch(setting)
-    if found is None:
-        raise UsageError(
-            f"{printable(setting)} is no size of a thick LVM snapshot",
-            hint="use a share of the disk, as 20%, or a size, as 500M, 10G or 1T",
-        )
+    found = require_setting(setting)
     chunks = -(-origin // _CHUNK)
     whole = (chunks + -(-chunks // _MAPPED) + 2) * _CHUNK
     wanted = whole * int(found[1]) // 100 if found[1] else int(found[2]) * _SUFFIX[found[3]]

@@ -47,8 +47,9 @@ class Rbd(Struct, frozen=True):
 
     async def probe(self, origin: Volume | None) -> Ability:
         """Whether ``rbd`` is there and the image can have clones; asks the cluster about the origin alone."""
-        if shutil.which("rbd") is None:
-            return Ability(why="there is no program rbd", remedy="install Ceph's client programs (Debian: ceph-common)")
+        if lacking := [program for program in ("rbd", "ceph") if shutil.which(program) is None]:
+            remedy = "install Ceph's client programs (Debian: ceph-common)"
+            return Ability(why=f"there is no program {lacking[0]}", remedy=remedy)
         if origin is None:
             return Ability()
         image = _image(origin)

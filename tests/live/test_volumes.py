@@ -298,6 +298,8 @@ async def test_a_snapshot_that_was_removed_behind_our_back(q: qmpsnap.Controller
     [
         ({"kind": "disk", "volume": True}, "full"),
         ({"kind": "disk", "mixed": True}, "volume"),
+        ({"kind": "disk", "lvm_size": "20%"}, "volume"),
+        ({"kind": "volume", "lvm_size": "--yes"}, "no size of a thick LVM snapshot"),
         ({"kind": "volume", "files": {"vda": "/tmp/x"}}, "files"),
         ({"kind": "full", "volume": True, "degrade": True}, "degrade"),
         ({"kind": "volume", "max_pause_ms": 5}, "full"),

@@ -62,7 +62,7 @@ class Failing:
 def _driver(verb: str, when: When, *, after: int = 0) -> Iterator[Failing]:
     driver = Failing(verb, when, after=after)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(volumes, "driver_of", lambda _: driver)
+        patch.setattr(volumes, "driver_of", lambda *_, **__: driver)
         yield driver
 
 

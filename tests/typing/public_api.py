@@ -109,7 +109,7 @@ async def plans(vm: MachineHandle) -> None:
     assert_type(await vm.plan_delete_snapshots("a", "b", children=True), Plan[DeletePlan, Deleted])
     assert_type(await vm.plan_set(MachineSpec(name="web")), Plan[Changed, Changed])
     assert_type(await vm.plan_resize("vda", "+1G"), Plan[ResizePlan, ResizePlan])
-    assert_type(await vm.plan_snapshot(kind="volume", mixed=True), Plan[CreatePlan, Snapshot])
+    assert_type(await vm.plan_snapshot(kind="volume", mixed=True, lvm_size="20%"), Plan[CreatePlan, Snapshot])
     plan = await vm.plan_commit("vda")
     assert_type(plan.files, tuple[PlannedFile, ...])
     assert_type((plan.summary, plan.bytes), tuple[str, int])

@@ -100,7 +100,8 @@ def trouble(layer: Image) -> Trouble | None:
         with opened(layer.path, os.O_PATH if layer.storage == "file" else os.O_RDONLY) as descriptor:
             return None if is_recorded(layer, descriptor) else "replaced"
     except (FileNotFoundError, NotADirectoryError):
-        return "missing"
+        # A thin snapshot on a logical volume has no device until a verb needs it.
+        return None if layer.identity.startswith("lvm:") and "/qs-" in layer.path else "missing"
     except OSError as error:
         if error.errno == errno.ELOOP:  # a link that leads to no device any more
             return "replaced"

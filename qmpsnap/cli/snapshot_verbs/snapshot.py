@@ -48,6 +48,9 @@ def _add_create(verbs: Parsers) -> None:
     )
     command.add_argument("--volume", action="store_true", help="full: the disks' part by their storage")
     command.add_argument("--mixed", action="store_true", help="volume: overlays where the storage has no snapshots")
+    command.add_argument(
+        "--lvm-size", metavar="SIZE", help="volume: size of thick LVM snapshots, as 500M or 10%% of the disk (20%%)"
+    )
     command.add_argument("--disks", metavar="vda,vdb", help="only these disks")
     command.add_argument(
         "--file", metavar="DISK=PATH", action="append", default=[], help="create the overlay of DISK at PATH"
@@ -117,8 +120,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--no-snapshot and --kind {arguments.kind} exclude each other")
     if arguments.no_snapshot and (arguments.max_pause is not None or arguments.degrade or arguments.compress != "none"):
         raise UsageError("--no-snapshot takes neither --max-pause, --degrade nor --compress")
-    if arguments.no_snapshot and (arguments.volume or arguments.mixed):
-        raise UsageError("--no-snapshot takes neither --volume nor --mixed")
+    if arguments.no_snapshot and (arguments.volume or arguments.mixed or arguments.lvm_size):
+        raise UsageError("--no-snapshot takes neither --volume, --mixed nor --lvm-size")
     if arguments.no_snapshot and arguments.by:
         raise UsageError("--no-snapshot and --by exclude each other")
     if arguments.quiesce == "skip" and arguments.freeze_window is not None:
@@ -146,6 +149,7 @@ def _create(arguments: argparse.Namespace) -> None:
         "volume": arguments.volume,
         "mixed": arguments.mixed,
         "by": arguments.by,
+        "lvm_size": arguments.lvm_size,
     }
     if arguments.freeze_window is not None:
         options["freeze_window"] = arguments.freeze_window

@@ -17,9 +17,12 @@ class Copy(Struct, frozen=True, kw_only=True):
 class VolumeCopy(Struct, frozen=True, kw_only=True):
     """A copy of a disk's image that its storage makes: a snapshot, or a clone of one.
 
-    ``source`` is only read; nobody writes to it meanwhile. ``layer`` is the copy, on the same backing.
+    ``source`` is only read; nobody writes to it meanwhile. ``layer`` is the copy, on the same backing. ``thick``: how
+    large a thick LVM snapshot is to be, where that was said; ``reserve``: the bytes that it takes at once.
     """
 
     disk: str
     layer: Layer
     source: Layer
+    thick: str = ""
+    reserve: int = 0

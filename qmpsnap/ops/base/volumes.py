@@ -1,6 +1,7 @@
 """Which driver snapshots a layer, and its verbs for the layers of a plan."""
 
 import contextlib
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from msgspec import Struct
@@ -8,7 +9,7 @@ from msgspec import Struct
 from qmpsnap.block.image import create
 from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import HostCannot, ImageRefused, NotFoundError, StateError, StoreMismatch
-from qmpsnap.host.threads import to_end
+from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.record import Machine
@@ -18,15 +19,20 @@ from qmpsnap.ops.base import admission
 from qmpsnap.ops.base.context import Context
 from qmpsnap.volumes.driver import Ability, Driver, Volume
 from qmpsnap.volumes.names import Role, VolumeName, of_path
-from qmpsnap.volumes.reflink import Reflink
 
 
-def driver_of(layer: Layer) -> Driver:
-    """The driver for the storage that a layer lies on."""
+def driver_of(layer: Layer, *, thick: str = "") -> Driver:
+    """The driver for the storage that a layer lies on; ``thick``: the size of thick LVM snapshots, if not the usual."""
     if layer.storage == "rbd":
         from qmpsnap.volumes.rbd import Rbd  # seldom needed
 
         return Rbd()
+    if layer.storage == "host_device":
+        from qmpsnap.volumes.lvm import THICK, Lvm  # seldom needed
+
+        return Lvm(thick=thick or THICK)
+    from qmpsnap.volumes.reflink import Reflink  # only verbs of volumes need a driver
+
     return Reflink()
 
 
@@ -62,17 +68,17 @@ class Drivable(Struct, frozen=True):
     unable: Mapping[str, Ability] = {}
 
 
-async def probe(actives: Mapping[str, Layer]) -> Drivable:
-    """Ask the driver of each disk's active layer."""
-    found = {disk: await driver_of(layer).probe(volume_of(layer)) for disk, layer in actives.items()}
+async def probe(actives: Mapping[str, Layer], *, thick: str = "") -> Drivable:
+    """Ask the driver of each disk's active layer; ``thick`` as for :func:`driver_of`."""
+    found = {disk: await driver_of(layer, thick=thick).probe(volume_of(layer)) for disk, layer in actives.items()}
     return Drivable(
         {disk: ability for disk, ability in found.items() if ability.able},
         {disk: ability for disk, ability in found.items() if not ability.able},
     )
 
 
-def copied(source: Layer, layer: LayerId, name: VolumeName) -> VolumeCopy:
-    """The snapshot or clone of a layer that an operation will make; pure."""
+def copied(source: Layer, layer: LayerId, name: VolumeName, *, thick: str = "", reserve: int = 0) -> VolumeCopy:
+    """The snapshot or clone of a layer that an operation will make; pure. The rest as :class:`VolumeCopy` has it."""
     where = driver_of(source).where(volume_of(source), name)
     copy = Layer(
         id=layer,
@@ -82,7 +88,7 @@ def copied(source: Layer, layer: LayerId, name: VolumeName) -> VolumeCopy:
         virtual_size=source.virtual_size,
         storage=source.storage,
     )
-    return VolumeCopy(disk=name.disk, layer=copy, source=source)
+    return VolumeCopy(disk=name.disk, layer=copy, source=source, thick=thick, reserve=reserve)
 
 
 async def taken(machine: Machine, sources: Iterable[Layer]) -> frozenset[str]:
@@ -100,7 +106,7 @@ async def there(machine: Machine, layers: Iterable[Layer]) -> tuple[Volume, ...]
 
 
 async def _listed(machine: Machine, near: Layer) -> tuple[Volume, ...]:
-    if near.storage != "rbd":
+    if near.storage != "rbd" and not is_logical(near):
         return ()
     return await driver_of(near).list(volume_of(near), machine.uuid.replace("-", ""))
 
@@ -125,11 +131,66 @@ def latest_first(layers: Iterable[Layer]) -> list[Layer]:
     return sorted(layers, key=key)
 
 
-def require_independent(removed: Collection[Layer]) -> None:
-    """Refuse to remove volumes that others depend on; called in a thread. What goes with them does not count."""
-    images = [image for layer in removed if (image := RbdImage.parse(layer.path))]
-    if not images:
+async def activate(layers: Iterable[Layer]) -> None:
+    """Give snapshots on logical volumes their devices back: no boot activates the thin ones."""
+    paths = [one.path for one in layers if one.storage == "host_device" and is_snapshot(one)]
+    if not paths:
         return
+    from qmpsnap.volumes.lvm import Lvm  # seldom needed
+
+    if lacking := await to_read(lambda: [path for path in paths if not os.path.exists(path)]):  # noqa: PTH110
+        await Lvm().activate(lacking)
+
+
+async def moves(copies: Iterable[VolumeCopy]) -> int:
+    """Bytes that making clones copies: of thick LVM snapshots alone."""
+    of_devices = [copy.source for copy in copies if copy.source.storage == "host_device"]
+    if not of_devices:
+        return 0
+    from qmpsnap.volumes import lvm  # seldom needed
+
+    return sum([await lvm.copied(volume_of(source)) for source in of_devices])
+
+
+def is_logical(layer: Layer) -> bool:
+    """Whether a layer is a logical volume."""
+    return layer.storage == "host_device" and layer.identity.startswith("lvm:")
+
+
+async def require_growable(layer: Layer, size: int) -> None:
+    """Make sure that a logical volume can be enlarged; QEMU grows all others itself."""
+    if is_logical(layer):
+        from qmpsnap.volumes import lvm  # seldom needed
+
+        if why := await lvm.growable(volume_of(layer), size):
+            raise HostCannot(why)
+
+
+async def grow(layer: Layer, size: int) -> None:
+    """Enlarge a logical volume, which QEMU cannot; fine if that is done."""
+    if is_logical(layer):
+        from qmpsnap.volumes import lvm  # seldom needed
+
+        await lvm.grow(volume_of(layer), size)
+
+
+async def require_independent(removed: Collection[Layer]) -> None:
+    """Refuse to remove volumes that others depend on. What goes with them does not count."""
+    if images := [image for layer in removed if (image := RbdImage.parse(layer.path))]:
+        await to_read(_require_unread, images)
+    paths = {layer.path for layer in removed}
+    for layer in removed:
+        if layer.storage == "host_device":
+            from qmpsnap.volumes import lvm  # seldom needed
+
+            if others := [other for other in await lvm.dependents(volume_of(layer)) if other not in paths]:
+                raise StateError(
+                    f"{layer.shown} cannot be removed: it has snapshots: {', '.join(others)}",
+                    hint="remove these first",
+                )
+
+
+def _require_unread(images: Collection[RbdImage]) -> None:
     from qmpsnap.volumes import rbd  # seldom needed
 
     gone = {f"rbd:{image}" for image in images}
@@ -163,7 +224,7 @@ async def make(
     """Make all of them; what was made stays where one fails, for :func:`undo`."""
     made: dict[LayerId, Volume] = {}
     for copy in copies:
-        driver, source = driver_of(copy.source), volume_of(copy.source)
+        driver, source = driver_of(copy.source, thick=copy.thick), volume_of(copy.source)
         name = VolumeName.of(machine.uuid, operation, copy.disk, role)
         found = await (driver.snapshot(source, name) if role == "snapshot" else driver.clone(source, name))
         if found.path != copy.layer.path:

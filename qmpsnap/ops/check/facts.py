@@ -171,6 +171,7 @@ async def record(context: Context, name: str) -> Record:
 async def gather(context: Context, name: str, *, qemu: Monitor | None = None, own: bool = False) -> Facts:
     """Look at a machine without changing it; a QEMU that hangs is given up at its monitor's deadline."""
     before = await record(context, name)
+    await volumes.activate(before.forest.layers.values())
     for _ in range(LOOKS):
         busy = None if own else lock.holder(context.home.lock(name))
         asked, silent = await _ask(context, before, qemu)

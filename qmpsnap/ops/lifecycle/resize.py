@@ -20,7 +20,7 @@ from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Change, Operation, ResizePlan
 from qmpsnap.model.sizes import UNITS, in_bytes
-from qmpsnap.ops.base import luks
+from qmpsnap.ops.base import luks, volumes
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.session import recovery
@@ -117,13 +117,15 @@ async def _plan(session: MachineSession, chains: tuple[Chain, ...], request: Res
         await require_agreement(session, [chain], doing="resize its disks", wanted=(request.disk,))
     made = plan(machine.name, chain, request, live=session.qemu is not None)
     await to_read(_require_possible, chain, made)
+    await volumes.require_growable(made.layer, made.size)
     return made
 
 
 def _require_possible(chain: Chain, made: ResizePlan) -> None:
     require_recorded(chain.layers, machine=made.machine)
     require_size(made.layer)
-    access.require_writable(made.layer, size=made.size, ours=not made.live, shared=made.live)
+    size = 0 if volumes.is_logical(made.layer) else made.size
+    access.require_writable(made.layer, size=size, ours=not made.live, shared=made.live)
 
 
 async def _carry_out(session: MachineSession, chains: tuple[Chain, ...], operation: Operation[ResizePlan]) -> None:
@@ -142,6 +144,7 @@ async def _carry_out(session: MachineSession, chains: tuple[Chain, ...], operati
 async def _resize(context: Context, monitor: Monitor, operation: Operation[ResizePlan]) -> None:
     command, arguments = command_of(operation.plan)
     await context.astore.mark(operation.id, "running", step=steps.RESIZING)
+    await volumes.grow(operation.plan.layer, operation.plan.size)
     await monitor.execute(command, arguments)
 
 
@@ -157,6 +160,8 @@ async def end(broken: Broken[ResizePlan], qemu: Monitor | None) -> Direction:
         await worker.end_leftover(machine, context.home.run_dir(machine.name))
     found = await to_end(durable_size, made.layer)
     if found == made.size:
+        if qemu and volumes.is_logical(made.layer):  # it may not have been told that the volume has grown
+            await qemu.execute(*command_of(made))
         await context.astore.settle(broken.operation.id, machine.name, made.change)
         return "forward"
     if found != made.layer.virtual_size:

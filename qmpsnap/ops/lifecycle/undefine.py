@@ -100,7 +100,7 @@ async def require_possible(session: MachineSession, disks: Fate | None) -> None:
         await _refuse_loss(session.context, name)
     if disks == "remove":
         alone = await _alone(session.context, name)
-        await to_read(volumes.require_independent, alone)
+        await volumes.require_independent(alone)
         await other_programs.require_free([layer.path for layer in alone], machine=name, readers=True)
 
 

@@ -29,6 +29,7 @@ async def require_possible(session: MachineSession, at: Situation, steps: Sequen
     """
     try:
         await to_read(_look, at, steps)
+        await volumes.require_independent([layer for step in steps for layer in step.removed])
     except QmpsnapError as error:
         error.machine = session.machine.name
         raise
@@ -46,7 +47,6 @@ def _look(at: Situation, steps: Sequence[Merge | Removal]) -> None:
         for layer in step.removed:
             if layer.storage == "file":
                 _require_removable(layer.path)
-    volumes.require_independent([layer for step in steps for layer in step.removed])
 
 
 def _look_at_merge(step: Merge) -> None:

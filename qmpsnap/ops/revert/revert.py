@@ -114,14 +114,14 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
             commands = tuple(in_place.qmp_commands(loaded, now.serial))
             return Preview(plan=loaded, unwritten=False, commands=commands)
     planned = plan(now, at, request)
-    await to_read(volumes.require_independent, planned.removed)
+    await volumes.require_independent(planned.removed)
     consent.require(machine)
     await require_same_hardware(context, _as_started(machine, target, request), target)
     variables = str(context.home.variables(name)) if planned.keeps else None
     return Preview(
         plan=planned,
         unwritten=await to_read(nothing_written, planned, variables),
-        moves=sum(at.bytes.get(copy.source.id, 0) for copy in planned.copies),
+        moves=sum(at.bytes.get(copy.source.id, 0) for copy in planned.copies) + await volumes.moves(planned.clones),
         commands=(("quit", {}),) if planned.live else (),
     )
 
@@ -273,13 +273,14 @@ async def _open(
     session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest
 ) -> Operation[RevertPlan]:
     there = await volumes.taken(session.machine, (chain.active for chain in points(at, target)))
+    if request.discard and any(layer.storage != "file" for chain in at.live.values() for layer in chain.layers):
+        await volumes.require_independent(plan(await inputs(session, at.basis), at, request).removed)
 
     def make(inputs: PlanInputs) -> RevertPlan:
         planned = plan(inputs, at, request)
         files = [one.layer.path for one in planned.new if one.layer.storage == "file"]
         require_free([*files, *([planned.keeps] if planned.keeps else [])])
         volumes.require_free(planned.clones, there)
-        volumes.require_independent(planned.removed)
         _require_variables(session.context.home, planned)
         _require_space(session.context, session.machine, planned)
         return planned

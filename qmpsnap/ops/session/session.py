@@ -21,7 +21,7 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId
 from qmpsnap.model.operations.operation import DefinePlan, Operation, P
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
-from qmpsnap.ops.base import free_numbers, requests
+from qmpsnap.ops.base import free_numbers, requests, volumes
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, locked, require_folder, require_own, require_spec
 from qmpsnap.ops.base.machine_session import MachineSession
@@ -105,6 +105,7 @@ async def working(  # what a verb says of itself; the rest is for recovery
         if qemu and basis.record.names != begun.machine.names:  # recovery has learnt some
             await stack.aclose()
             qemu = await stack.enter_async_context(context.monitor(basis.record))
+        await volumes.activate(basis.forest.layers.values())
         if context.expects and not context.expects.met:
             context.expects.require(await context.astore.basis(name), await requests.mode_of(qemu))
         yield MachineSession(context, basis.record, qemu, basis)

@@ -39,6 +39,7 @@ from qmpsnap.ops.snapshot.plan import CreateRequest, expected, node_options, pla
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
+from qmpsnap.volumes.driver import Ability
 
 _STARTS = "make it start on a new layer"
 
@@ -162,7 +163,7 @@ async def _planner(
         else None
     )
 
-    by_volume = await _by_volume(session.machine, basis, request, beside) if request.volumes else frozenset[str]()
+    by_volume = await _by_volume(session.machine, basis, request, beside) if request.volumes else {}
     there = await volumes.taken(session.machine, (chain.active for chain in basis.chains if chain.disk in by_volume))
 
     def make(at: PlanInputs) -> CreatePlan:
@@ -184,11 +185,11 @@ async def _planner(
     return make
 
 
-async def _by_volume(machine: Machine, basis: Basis, request: CreateRequest, beside: Beside) -> frozenset[str]:
+async def _by_volume(machine: Machine, basis: Basis, request: CreateRequest, beside: Beside) -> dict[str, Ability]:
     """The disks of which the storage makes the snapshot; others are refused unless the snapshot may be mixed."""
     included = requests.disks(machine, request.disks, lacking=beside.unplugged)
     actives = {chain.disk: chain.active for chain in basis.chains if chain.disk in included}
-    found = await volumes.probe(actives)
+    found = await volumes.probe(actives, thick=request.lvm_size)
     unable: dict[str, tuple[str, str]] = {disk: (one.why, one.remedy) for disk, one in found.unable.items()}
     if machine.adopted:
         adopt = "first let the guest write to a layer of qmpsnap's: " + call("snapshot", machine.name)
@@ -207,7 +208,7 @@ async def _by_volume(machine: Machine, basis: Basis, request: CreateRequest, bes
             hint="take an ordinary snapshot: " + call("snapshot", machine.name),
             machine=machine.name,
         )
-    return frozenset(able)
+    return {disk: found.able[disk] for disk in able}
 
 
 def _elsewhere(machine: Machine, request: CreateRequest) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from msgspec import Struct
 from msgspec.structs import asdict, replace
@@ -30,6 +31,7 @@ from qmpsnap.ops.memory.strategy import MemoryRequest
 from qmpsnap.ops.session import file_nodes
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.qmp import commands, migration
+from qmpsnap.volumes.driver import Ability
 from qmpsnap.volumes.names import VolumeName
 
 
@@ -45,6 +47,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
         pushed: :mod:`qmpsnap.ops.stack` may go back to it and delete it.
         volumes: the storage makes the snapshot of each disk, and the new layers are committed back.
         mixed: with ``volumes``, disks whose storage cannot do that keep an ordinary frozen layer.
+        lvm_size: with ``volumes``, how large thick LVM snapshots are to be; empty for a share of the disk.
         hold: pause the guest for the copy of its UEFI variables, because it wrote to them during an attempt without.
         by: the QMP command that QEMU is sent; with ``blockdev-snapshot-sync`` it opens the new layers itself.
     """
@@ -60,6 +63,7 @@ class CreateRequest(Struct, frozen=True, kw_only=True):
     pushed: bool = False
     volumes: bool = False
     mixed: bool = False
+    lvm_size: str = ""
     hold: bool = False
     by: By = "blockdev-snapshot"
 
@@ -71,12 +75,12 @@ def plan(
     means: Means | None = None,
     freezer: Freezer | None = None,
     beside: Beside = NOTHING,
-    by_volume: Collection[str] = (),
+    by_volume: Mapping[str, Ability] = MappingProxyType({}),
 ) -> CreatePlan:
     """What will be done; pure.
 
     ``freezer``: what has become of the wish to freeze; None plans for what was asked. ``by_volume``: the disks of which
-    the storage makes the snapshot.
+    the storage makes the snapshot, and what that takes.
     """
     machine, chains, serial = at.machine, at.basis.chains, at.serial
     included = requests.disks(machine, request.disks, lacking=beside.unplugged)
@@ -86,7 +90,11 @@ def plan(
     _require_by(machine, request, included, mode=at.mode)
     folder, live = at.home.machine_dir(machine.name), at.mode != "stopped"
     taken = [chain for chain in chains if chain.disk in included]
-    copies = tuple(_copy(machine, chain, serial) for chain in taken if chain.disk in by_volume)
+    copies = tuple(
+        _copy(machine, chain, serial, request.lvm_size, by_volume[chain.disk])
+        for chain in taken
+        if chain.disk in by_volume
+    )
     overlays = tuple(
         _overlay(machine, chain, serial, str(folder), request.files.get(chain.disk), shield=chain.disk in by_volume)
         for chain in taken
@@ -200,9 +208,10 @@ def _require_by(machine: Machine, request: CreateRequest, included: Collection[s
     file_nodes.require_inherited(machine, sorted(included), command=request.by, default="blockdev-snapshot")
 
 
-def _copy(machine: Machine, chain: Chain, serial: OperationId) -> VolumeCopy:
+def _copy(machine: Machine, chain: Chain, serial: OperationId, thick: str, ability: Ability) -> VolumeCopy:
     name = VolumeName.of(machine.uuid, serial, chain.disk)
-    return volumes.copied(chain.active, layer_id(chain.disk, serial + 1), name)
+    layer = layer_id(chain.disk, serial + 1)
+    return volumes.copied(chain.active, layer, name, thick=thick, reserve=ability.reserve)
 
 
 def _overlay(

@@ -40,6 +40,7 @@ class _MemoryOptions(_LayerOptions, total=False):
     degrade: bool
     volume: bool
     mixed: bool
+    lvm_size: str | None
 
 
 class _InternalOptions(_Options, total=False):
@@ -62,6 +63,7 @@ class VolumeOptions(_Options, total=False):
     """Those of one by the storage of each disk."""
 
     mixed: bool
+    lvm_size: str | None
 
 
 class InternalOptions(_InternalOptions, total=False):
@@ -101,6 +103,10 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
             compression=options.get("compression", "none"),
             degrade=options.get("degrade", False),
         )
+    if size := options.get("lvm_size"):
+        from qmpsnap.volumes import lvm_report  # seldom needed
+
+        lvm_report.require_setting(size)
     files = paths_of(options.get("files"))
     request = CreateRequest(
         name=name,
@@ -113,6 +119,7 @@ def requested(kind: Kind, name: str | None, options: SnapshotOptions) -> CreateR
         volumes=_by_volume(kind, options),
         mixed=options.get("mixed", False),
         by=cast("By", options.get("by") or "blockdev-snapshot"),
+        lvm_size=options.get("lvm_size") or "",
     )
     return requests.well_typed(request)
 
@@ -160,8 +167,8 @@ def _require_heeded(kind: Kind, options: SnapshotOptions) -> None:
     elif options.get("volume") and options.get("degrade"):
         problem = "a snapshot whose disks are left to their storage cannot be kept without its memory"
         hint = "omit " + option("degrade") + ", or take the disks alone: " + option("kind", "volume")
-    elif options.get("mixed") and not _by_volume(kind, options):
-        problem = "only snapshots by the storage can be mixed with ordinary layers"
+    elif (options.get("mixed") or options.get("lvm_size")) and not _by_volume(kind, options):
+        problem = "only snapshots by the storage can be mixed with ordinary layers, or have a size on LVM"
         hint = "use " + option("kind", "volume")
     elif options.get("files") and _by_volume(kind, options):
         problem = "the overlays of a volume snapshot are committed back and take no files"
