@@ -14,7 +14,7 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.errors import QmpsnapError
-from qmpsnap.model.home import RECORD
+from qmpsnap.model.home import ACTIVE, RECORD
 from qmpsnap.model.operations.operation import OPEN_STATES, Operation
 from tests.live.machine import context_of
 
@@ -111,7 +111,7 @@ _WRITTEN = "written"
 
 def _is_told_of(path: Path) -> bool:
     """The machine's record says what the store says."""
-    return path.is_file() and not path.name.startswith(RECORD)
+    return path.is_file() and not path.name.startswith((RECORD, *ACTIVE))
 
 
 def differs(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

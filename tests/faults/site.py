@@ -15,7 +15,7 @@ import qmpsnap
 from qmpsnap.block.image import header
 from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import OperationPending
-from qmpsnap.model.home import RECORD
+from qmpsnap.model.home import ACTIVE, RECORD
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.faults import claims
@@ -129,7 +129,7 @@ async def _hash(vm: qmpsnap.MachineHandle, layer: Layer, *, tag: str | None = No
 
 def _inode(file: Path) -> int:
     """Which file it is; the machine's record is written anew when it says the same."""
-    return 0 if file.name == RECORD else file.stat().st_ino
+    return 0 if file.name in (RECORD, *ACTIVE) else file.stat().st_ino
 
 
 async def picture(vm: qmpsnap.MachineHandle, place: Path) -> dict[str, Any]:
