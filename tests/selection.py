@@ -10,13 +10,15 @@ import pytest
 
 T = TypeVar("T")
 
-QUARTER = os.environ.get("QMPSNAP_QUARTER", "")
-"""``0`` to ``3`` chooses a quarter of the tests that do not depend on QEMU's version, and half of those that do.
+PART = os.environ.get("QMPSNAP_PART", "")
+"""``0`` to ``7`` chooses an eighth of the tests that do not depend on QEMU's version, and a quarter of those that do.
 
-Two quarters one after the other have both halves. Empty runs all of them.
+Four parts one after the other have all that depend on it. Empty runs all of them.
 """
-GRID = 6
-"""Every how-manieth test of a grid is run, with a quarter or a number in :data:`GRID_AT`."""
+FREE, BOUND = 8, 4
+"""In how many parts the tests are that do not depend on QEMU's version, and those that do."""
+GRID = 10
+"""Every how-manieth test of a grid is run, with a part or a number in :data:`GRID_AT`."""
 GRID_AT = os.environ.get("QMPSNAP_GRID_AT", "")
 """With which of the first :data:`GRID` tests of a grid a run of all others begins; empty runs whole grids."""
 SLOW = Path(__file__).with_name("slow")
@@ -29,9 +31,9 @@ def seconds() -> dict[str, float]:
     return {test: float(took) for took, _, test in (line.partition(" ") for line in lines)}
 
 
-def in_quarter(test: str, quarter: int) -> bool:
-    """Whether this quarter has the test: four quarters have all of them, each in one."""
-    return zlib.crc32(test.encode()) % 4 == quarter
+def in_part(test: str, part: int, parts: int) -> bool:
+    """Whether this part has the test: so many one after the other have all of them, each in one."""
+    return zlib.crc32(test.encode()) // 8 % parts == part % parts
 
 
 def longest_first(tests: Sequence[str], took: Mapping[str, float]) -> list[int]:
@@ -44,28 +46,22 @@ def dealt(items: Sequence[T], hands: int) -> list[T]:
     return [item for hand in range(hands) for item in items[hand::hands]]
 
 
-def in_half(test: str, quarter: int) -> bool:
-    """Whether this quarter has the test, which depends on QEMU's version: the next one has those that it has not."""
-    return zlib.crc32(test.encode()) // 4 % 2 == quarter % 2
-
-
-def left_out(items: Sequence[pytest.Item], quarter: str, grid_at: str) -> set[str]:
+def left_out(items: Sequence[pytest.Item], part: str, grid_at: str) -> set[str]:
     """The tests that a run leaves out; the faults have a choice of their own."""
     free = [item for item in items if "/faults/" not in str(item.path)]
     grid = [item.nodeid for item in free if item.get_closest_marker("grid")]
     out: set[str] = set()
-    if quarter or grid_at:
-        out |= {test for place, test in enumerate(grid) if place % GRID != int(grid_at or quarter) % GRID}
-    for item in free if quarter else ():
-        has = in_half if item.get_closest_marker("version") else in_quarter
-        if not has(item.nodeid, int(quarter)):
+    if part or grid_at:
+        out |= {test for place, test in enumerate(grid) if place % GRID != int(grid_at or part) % GRID}
+    for item in free if part else ():
+        if not in_part(item.nodeid, int(part), BOUND if item.get_closest_marker("version") else FREE):
             out.add(item.nodeid)
     return out
 
 
 def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what this run need not have, and put the rest in order."""
-    out = left_out(items, QUARTER, GRID_AT)
+    out = left_out(items, PART, GRID_AT)
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])
     kept = [item for item in items if item.nodeid not in out]
     ordered = [kept[place] for place in longest_first([item.nodeid for item in kept], seconds())]

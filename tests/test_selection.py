@@ -1,6 +1,8 @@
-"""The choice of tests for a newer QEMU and their order: nothing is run twice, and four quarters have everything."""
+"""The choice of tests for a newer QEMU and their order: nothing is run twice, and all parts have everything."""
 
 from pathlib import Path
+
+import pytest
 
 from tests import selection, timings
 
@@ -14,17 +16,12 @@ REPORT = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
-def test_every_test_is_in_one_quarter() -> None:
-    quarters = [{test for test in TESTS if selection.in_quarter(test, quarter)} for quarter in range(4)]
-    assert sorted(test for quarter in quarters for test in quarter) == sorted(TESTS)
-    assert all(quarters)
-
-
-def test_every_test_that_depends_on_the_version_is_in_one_of_two_quarters() -> None:
-    for quarter in range(3):
-        halves = [{test for test in TESTS if selection.in_half(test, quarter + further)} for further in (0, 1)]
-        assert sorted(test for half in halves for test in half) == sorted(TESTS)
-        assert all(halves)
+@pytest.mark.parametrize("parts", [selection.FREE, selection.BOUND])
+@pytest.mark.parametrize("first", range(selection.FREE))
+def test_every_test_is_in_one_part(parts: int, first: int) -> None:
+    found = [{test for test in TESTS if selection.in_part(test, first + part, parts)} for part in range(parts)]
+    assert sorted(test for part in found for test in part) == sorted(TESTS)
+    assert all(found)
 
 
 def test_the_longest_begin_first_with_every_worker() -> None:
