@@ -144,8 +144,13 @@ async def test_snapshots_and_layers(q: Any, tmp_path: Path) -> None:
     await vm.apply(await vm.plan_resize("vda", "32M"))
     with pytest.raises(StateError):
         await vm.resize("vda", "32M")
+    with pytest.raises(NotFoundError):
+        await vm.set_speed(1 << 20)
     await vm.stop(force=True)
     assert (await vm.chains("vda"))[0].active.virtual_size == 32 * MIB
+    await vm.apply(await vm.plan_rename("moved"))
+    vm = await q.machine("moved")
+    assert (await vm.rename("back")).name == "back"
 
 
 async def test_back_and_forth(q: Any) -> None:
@@ -153,6 +158,8 @@ async def test_back_and_forth(q: Any) -> None:
     await vm.start(paused=True)
     assert (await vm.plan_push("a")).qmp
     before = await vm.push("a")
+    assert (await vm.plan_describe_snapshot(before, "first")).summary
+    assert (await vm.describe_snapshot(before, "first", tags={"k": "v"})).description == "first"
     assert (await vm.plan_revert(before)).files
     assert (await vm.revert(before, discard=True, state="paused")).snapshot.name == "a"
     assert (await vm.plan_pop()).summary

@@ -38,7 +38,8 @@ NO_CHANGE = frozenset(
             "fstrim",
             "recover",
         ),
-        *("tree", "chain", "check", "log", "snapshot list", "snapshot show", "job list", "job wait", "job cancel"),
+        *("tree", "chain", "check", "log", "snapshot list", "snapshot show", "job list"),
+        *("job wait", "job cancel", "job set-speed"),
         "template list",
         "machine export",
     }

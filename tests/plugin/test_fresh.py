@@ -150,7 +150,7 @@ def test_without_templates_the_machine_itself_is_taken_back_and_that_is_said(
 
 ENDS = {
     "-x": "assert False",
-    "Ctrl-C": "signal.raise_signal(signal.SIGINT)",
+    "Ctrl-C": "raise KeyboardInterrupt",
     "exit": "os._exit(3)",
     "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)",
     "timeout": "time.sleep(600)",

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def test_the_example_of_the_how_to_page_passes(pytester: pytest.Pytester, tempor
     example = re.search(r"<!-- run by .* -->\n```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert example
     pytester.makepyfile(example[1])
-    short = temporary / "t"  # a socket's path has 107 bytes at most
-    pytester.runpytest_subprocess("-p", "no:cacheprovider", f"--basetemp={short}").assert_outcomes(passed=1)
+    with tempfile.TemporaryDirectory(prefix="qs-", dir="/tmp") as short:  # a socket's path has 107 bytes at most
+        pytester.runpytest_subprocess("-p", "no:cacheprovider", f"--basetemp={short}/t").assert_outcomes(passed=1)
 
 
 @pytest.mark.live

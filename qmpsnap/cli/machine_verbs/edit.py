@@ -4,9 +4,7 @@ import argparse
 import os
 import shlex
 import signal
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +57,8 @@ def _edit(arguments: argparse.Namespace) -> None:
 
 
 def _file(name: str, text: str) -> Path:
+    import tempfile
+
     try:
         path = Path(tempfile.mkdtemp(prefix="qmpsnap-edit-")) / f"{name}.yaml"  # a folder of this user alone
         path.write_text(text)
@@ -69,6 +69,8 @@ def _file(name: str, text: str) -> Path:
 
 def _edited(path: Path) -> str:
     """The text as the editor leaves it. A Ctrl-C in there is the editor's."""
+    import subprocess
+
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     before = signal.signal(signal.SIGINT, lambda *_: None)  # unlike an ignored signal, it is the child's to heed
     try:
