@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import qmpsnap
 from qmpsnap.cli.hints import as_typed
 from qmpsnap.cli.main import main
-from qmpsnap.errors import DeadlinePassed, HostCannot, LockHeld, StateError, StoreMismatch, UsageError
+from qmpsnap.errors import HostCannot, LockHeld, StateError, StoreMismatch, UsageError
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base import free_space
 from qmpsnap.ops.merge import commit
@@ -34,9 +35,12 @@ async def test_jobs_and_state_while_another_process_works(
         with pytest.raises(LockHeld, match=rf"'stream' \(pid {process.pid} ") as held:
             await vm.wait()
         assert "kill -INT" in held.value.hint
-        with pytest.raises(DeadlinePassed) as silent:
-            await vm.chains()
-        assert "qmpsnap check still names a command" in as_typed(silent.value.hint)
+        (view,) = await vm.chains()
+        assert (view.running, view.busy, view.problems) == (False, job.waiting, ())
+        assert await anyio.to_thread.run_sync(main, ["chain", "still"]) == 0
+        assert f"in use by {job.waiting}; store and headers agree" in capfd.readouterr().out
+        assert await anyio.to_thread.run_sync(main, ["check", "still"]) == 0
+        assert f"machine-busy (I6): it is in use by {job.waiting}" in capfd.readouterr().out
     assert capfd.readouterr().err == ""
     assert await vm.jobs() == ()
 

@@ -36,13 +36,14 @@ def _chain(arguments: argparse.Namespace) -> int:
     problems = [problem for document in documents for problem in document["problems"]]
     for problem in problems:
         output.note(f"disagreement: {output.printable(problem)}")
-    return StoreMismatch.exit_code if problems else 0
+    return StoreMismatch.exit_code if problems and not any(view.busy for view in views) else 0
 
 
 def _document(view: "ChainView") -> dict[str, Any]:
     return {
         "disk": view.disk,
         "running": view.running,
+        "busy": view.busy,
         "layers": [
             {
                 "layer": at.layer.id,
@@ -73,5 +74,7 @@ def _text(document: dict[str, Any]) -> str:
         for at in document["layers"]
     ]
     asked = "store, QEMU and headers" if document["running"] else "stopped; store and headers"
+    if document["busy"]:
+        asked = f"in use by {document['busy']}; store and headers"
     agreed = "disagreement, see below" if document["problems"] else f"{asked} agree"
     return f"{document['disk']}: {agreed}\n" + output.table(("LAYER", "FORMAT", "BYTES", "SNAPSHOTS", "PATH"), rows)

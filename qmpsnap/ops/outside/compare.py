@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qmpsnap.block import graph
 from qmpsnap.block.graph import DiskGraph
@@ -21,6 +22,7 @@ from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.outside import unseen_qemu
 from qmpsnap.qmp import commands
+from qmpsnap.store import lock
 
 
 class LayerView(Struct, frozen=True, kw_only=True):
@@ -40,12 +42,17 @@ class LayerView(Struct, frozen=True, kw_only=True):
 
 
 class ChainView(Struct, frozen=True):
-    """One disk's layers, base first, and what is wrong with the chain as a whole; ``running``: QEMU was asked, too."""
+    """One disk's layers, base first, and what is wrong with the chain as a whole.
+
+    ``running``: QEMU was asked, too. It is not while a command works on the machine (``busy``), which may just be
+    changing the chain.
+    """
 
     disk: str
     layers: tuple[LayerView, ...]
     problems: tuple[str, ...]
     running: bool = False
+    busy: str | None = None
 
     @property
     def active(self) -> Layer:
@@ -59,18 +66,19 @@ class ChainView(Struct, frozen=True):
 
 
 async def chains(context: Context, name: str, disk: str | None = None) -> tuple[ChainView, ...]:
-    """The machine's live chains; asks QEMU if it runs and reads every header."""
+    """The machine's live chains; asks QEMU if it runs and nobody works on it, and reads every header."""
     machine = await context.astore.machine(name)
     recorded = [chain for chain in await context.astore.chains(name) if disk in (None, chain.disk)]
     if disk is not None and not recorded:
         machine.require_disk(disk)
     snapshots = await context.astore.snapshots(name)
-    running = await _ask_qemu(context, machine, recorded)
+    busy = await to_read(lock.holder, context.home.lock(name))
+    running = None if busy else await _ask_qemu(context, machine, recorded)
     views = []
     for chain in recorded:
         found = await to_read(headers, chain)
         in_qemu = None if running is None else running.get(chain.disk, DiskGraph((), (), ()))
-        views.append(view(chain, found, snapshots, in_qemu))
+        views.append(replace(view(chain, found, snapshots, in_qemu), busy=busy))
     return tuple(views)
 
 
