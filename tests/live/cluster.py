@@ -1,5 +1,6 @@
 """A Ceph cluster for tests, and the images in it."""
 
+import itertools
 import json
 import os
 import shutil
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 
 from qmpsnap.model.machines.rbd import RbdImage
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from tests.live.devices import run
 
 MIB = 1 << 20
+_NUMBERS = itertools.count(1)
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ceph-one-node"
 
 
@@ -30,6 +33,18 @@ def cluster() -> Iterator[Path]:
     finally:
         run(str(SCRIPT), "down", str(folder))
         folder.parent.rmdir()
+
+
+def new_image(conf: Path) -> RbdImage:
+    """One of 16 MiB that no other test has: a QEMU that was killed keeps its own from removal for half a minute."""
+    found = RbdImage(pool="rbd", image=f"web{next(_NUMBERS)}", conf=str(conf))
+    rbd(found, "create", "--size=16M")
+    return found
+
+
+def on_image(image: RbdImage, name: str = "web") -> MachineSpec:
+    """A machine with one disk, the image."""
+    return MachineSpec(name=name, memory=64 * MIB, disks=(DiskSpec(name="vda", rbd=image),))
 
 
 def require_module(image: RbdImage) -> None:

@@ -1,7 +1,6 @@
 """Disks that are images of a Ceph cluster: every verb on one, on a real cluster of one node."""
 
 import contextlib
-import itertools
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from qmpsnap.block.usage import survey
 from qmpsnap.errors import HostCannot, ImageInUse, ImageRefused, StateError, StorageHangs, StoreMismatch
 from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
-from tests.live.cluster import cluster, rbd, require_module
+from tests.live.cluster import cluster, new_image, on_image, rbd, require_module
 from tests.live.devices import run
 from tests.live.machine import MIB, active_hash, context_of, fill, hold_invariants, snapshot_hashes, user_monitor
 
@@ -34,20 +33,11 @@ def conf() -> Iterator[Path]:
         yield found
 
 
-NUMBERS = itertools.count(1)
-
-
 @pytest.fixture
 def image(conf: Path) -> RbdImage:
-    """One that no other test has: a QEMU that was killed keeps an image from being removed for half a minute."""
-    found = RbdImage(pool="rbd", image=f"web{next(NUMBERS)}", conf=str(conf))
-    rbd(found, "create", "--size=16M")
+    found = new_image(conf)
     require_module(found)
     return found
-
-
-def of(image: RbdImage, name: str = "web") -> MachineSpec:
-    return MachineSpec(name=name, memory=64 * MIB, disks=(DiskSpec(name="vda", rbd=image),))
 
 
 def content(image: RbdImage) -> bytes:
@@ -56,7 +46,7 @@ def content(image: RbdImage) -> bytes:
 
 
 async def test_an_image_has_its_place_in_the_store_and_in_qemu(q: qmpsnap.Controller, image: RbdImage) -> None:
-    vm, hashes, _ = await grown(q, of(image))
+    vm, hashes, _ = await grown(q, on_image(image))
     base = (await vm.chains())[0].layers[0].layer
     known = rbd(image, "info", "--format=json")["id"]
     assert (base.path, base.format, base.storage, base.virtual_size) == (image.filename, "raw", "rbd", 16 * MIB)
@@ -76,7 +66,7 @@ async def test_an_image_has_its_place_in_the_store_and_in_qemu(q: qmpsnap.Contro
 
 
 async def test_a_snapshot_of_an_image_is_reverted_to(q: qmpsnap.Controller, image: RbdImage) -> None:
-    vm, hashes, _ = await grown(q, of(image))
+    vm, hashes, _ = await grown(q, on_image(image))
     await vm.revert("s1")
     assert await active_hash(vm) == hashes["s1", "vda"]
     await vm.start(paused=True)
@@ -91,7 +81,7 @@ async def test_a_snapshot_of_an_image_is_reverted_to(q: qmpsnap.Controller, imag
 async def test_deleting_all_snapshots_leaves_all_data_in_the_image(
     q: qmpsnap.Controller, image: RbdImage, *, runs: bool
 ) -> None:
-    vm, _, now = await grown(q, of(image))
+    vm, _, now = await grown(q, on_image(image))
     if runs:
         await vm.start(paused=True)
     await vm.delete_snapshots("s1")
@@ -108,7 +98,7 @@ async def test_deleting_all_snapshots_leaves_all_data_in_the_image(
 
 @pytest.mark.parametrize("runs", [False, True])
 async def test_a_commit_goes_into_the_image(q: qmpsnap.Controller, image: RbdImage, *, runs: bool) -> None:
-    vm, _, now = await grown(q, of(image))
+    vm, _, now = await grown(q, on_image(image))
     if runs:
         await vm.start(paused=True)
     base = (await vm.chains())[0].layers[0].layer.id
@@ -121,7 +111,7 @@ async def test_a_commit_goes_into_the_image(q: qmpsnap.Controller, image: RbdIma
 async def test_a_stream_and_a_mirror_leave_the_image_as_it_is(
     q: qmpsnap.Controller, image: RbdImage, place: Path
 ) -> None:
-    vm, hashes, now = await grown(q, of(image))
+    vm, hashes, now = await grown(q, on_image(image))
     before = content(image)
     await vm.start(paused=True)
     await vm.mirror("vda", place / "copy.qcow2", mode="finish")
@@ -134,7 +124,7 @@ async def test_a_stream_and_a_mirror_leave_the_image_as_it_is(
 
 
 async def test_memory_is_saved_beside_an_image_and_no_tag_goes_into_it(q: qmpsnap.Controller, image: RbdImage) -> None:
-    vm = await q.define(of(image))
+    vm = await q.define(on_image(image))
     await vm.start()
     await vm.snapshot("full", kind="full")
     await fill(vm, "vda", 2)
@@ -142,13 +132,13 @@ async def test_memory_is_saved_beside_an_image_and_no_tag_goes_into_it(q: qmpsna
     await hold_invariants(vm, await snapshot_hashes(vm))
     await vm.stop(force=True)
     await vm.undefine(disks="remove")
-    vm = await q.define(of(image))
+    vm = await q.define(on_image(image))
     with pytest.raises(StateError, match="disk vda of machine web is raw: it cannot hold an internal snapshot"):
         await vm.snapshot("inside", kind="internal")
 
 
 async def test_a_clone_reads_what_lies_on_an_image(q: qmpsnap.Controller, image: RbdImage) -> None:
-    vm, hashes, _ = await grown(q, of(image))
+    vm, hashes, _ = await grown(q, on_image(image))
     first, second = (at.layer for at in (await vm.chains())[0].layers[:2])
     disk = DiskSpec(name="vda", base=second.path)
     clone = await q.define(MachineSpec(name="clone", memory=64 * MIB, disks=(disk,)))
@@ -164,7 +154,7 @@ async def test_a_clone_reads_what_lies_on_an_image(q: qmpsnap.Controller, image:
 
 
 async def test_a_store_is_rebuilt_with_its_images(home: Path, image: RbdImage) -> None:
-    await require_rebuilt(home, of(image))
+    await require_rebuilt(home, on_image(image))
 
 
 @pytest.mark.usefixtures("image")
@@ -172,7 +162,7 @@ async def test_a_namespace_and_a_user_are_part_of_the_name(q: qmpsnap.Controller
     run("rbd", "--conf", str(conf), "namespace", "create", "rbd/ns")
     own = RbdImage(pool="rbd", image="own", conf=str(conf), namespace="ns", user="admin")
     rbd(own, "create", "--size=16M")
-    vm, hashes, _ = await grown(q, of(own))
+    vm, hashes, _ = await grown(q, on_image(own))
     await vm.start(paused=True)
     await hold_invariants(vm, hashes)
 
@@ -203,7 +193,7 @@ async def test_an_image_of_somebody_elses_qemu_is_taken_over(
 
 
 async def test_another_image_of_that_name_is_not_used(q: qmpsnap.Controller, image: RbdImage) -> None:
-    vm, _, _ = await grown(q, of(image))
+    vm, _, _ = await grown(q, on_image(image))
     rbd(image, "rm", "--no-progress")
     with pytest.raises(StoreMismatch, match=f"rbd:{image}"):
         await vm.start()
@@ -216,7 +206,7 @@ async def test_another_image_of_that_name_is_not_used(q: qmpsnap.Controller, ima
 
 
 async def test_a_size_that_changes_is_told(q: qmpsnap.Controller, image: RbdImage) -> None:
-    vm = await q.define(of(image))
+    vm = await q.define(on_image(image))
     rbd(image, "resize", "--size=32M", "--no-progress")
     found = (await vm.check()).findings
     assert [(one.code, one.repairable) for one in found] == [("size-differs", True)]
@@ -229,7 +219,7 @@ async def test_a_size_that_changes_is_told(q: qmpsnap.Controller, image: RbdImag
 
 @pytest.mark.parametrize("runs", [False, True])
 async def test_an_image_grows(q: qmpsnap.Controller, image: RbdImage, *, runs: bool) -> None:
-    vm = await q.define(of(image))
+    vm = await q.define(on_image(image))
     if runs:
         await vm.start(paused=True)
     await vm.resize("vda", "32M")
@@ -242,7 +232,7 @@ async def test_an_image_grows(q: qmpsnap.Controller, image: RbdImage, *, runs: b
 async def test_a_list_of_snapshots_does_not_wait_for_a_cluster(
     q: qmpsnap.Controller, image: RbdImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vm, _, _ = await grown(q, of(image))
+    vm, _, _ = await grown(q, on_image(image))
     monkeypatch.setenv("PATH", "/nowhere")
     assert survey.look(survey.wanted(context_of(vm).store.images.read_by("web"), None)).word == "ok"
 
@@ -255,7 +245,7 @@ async def test_an_image_that_another_client_has_open_is_refused(
     q: qmpsnap.Controller, image: RbdImage, *, here: bool
 ) -> None:
     """A QEMU of this host is named; of any other client the cluster tells the address alone."""
-    vm = await q.define(of(image))
+    vm = await q.define(on_image(image))
     daemon = [
         "qemu-storage-daemon",
         "--blockdev",
@@ -272,12 +262,12 @@ async def test_an_image_that_another_client_has_open_is_refused(
             with pytest.raises(ImageInUse, match=rf"rbd:{image}.*is read by {who}"):
                 await verb
         with pytest.raises(StateError, match="which machine web writes to"):
-            await q.define(of(image, "two"))
+            await q.define(on_image(image, "two"))
         await vm.undefine(disks="keep")
         with pytest.raises(ImageInUse, match=f"rbd:{image}.*is read by {who}"):
-            await q.define(of(image))
+            await q.define(on_image(image))
     if here:  # it has closed its image, as one that is killed has not
-        await q.define(of(image))
+        await q.define(on_image(image))
 
 
 @contextlib.contextmanager
@@ -305,16 +295,16 @@ async def test_what_is_not_there_is_refused(
         (RbdImage(pool="rbd", image="web", namespace="no", conf=str(conf)), "namespace 'no' does not exist"),
     ):
         with pytest.raises(ImageRefused, match=said):
-            await q.define(of(absent))
+            await q.define(on_image(absent))
     with pytest.raises(HostCannot, match=r"rbd info of rbd:rbd/web failed: .*config"):
-        await q.define(of(RbdImage(pool="rbd", image="web", conf="/no/ceph.conf")))
+        await q.define(on_image(RbdImage(pool="rbd", image="web", conf="/no/ceph.conf")))
     programs = place / "bin"
     programs.mkdir()
     for program in ("qemu-system-x86_64", "qemu-img"):
         (programs / program).symlink_to(shutil.which(program) or "")
     monkeypatch.setenv("PATH", str(programs))
     with pytest.raises(HostCannot, match="rbd cannot be run") as caught:
-        await q.define(of(image))
+        await q.define(on_image(image))
     assert "ceph-common" in caught.value.hint
     assert not await q.machines()
 
@@ -322,7 +312,7 @@ async def test_what_is_not_there_is_refused(
 async def test_a_cluster_that_hangs_is_given_up(
     q: qmpsnap.Controller, image: RbdImage, conf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vm = await q.define(of(image))
+    vm = await q.define(on_image(image))
     osd = int((conf.parent / "osd.pid").read_text())
     monkeypatch.setenv("QMPSNAP_STORAGE_DEADLINE", "1")
     os.kill(osd, signal.SIGSTOP)

@@ -1,6 +1,5 @@
 """Snapshots by a Ceph cluster, of machines whose disks are its images: what they hold, and what depends on what."""
 
-import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -15,12 +14,10 @@ from qmpsnap.host import ceph
 from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.volumes.rbd import Rbd
-from tests.live.cluster import MIB, cluster, rbd, require_module
+from tests.live.cluster import MIB, cluster, new_image, on_image, rbd, require_module
 from tests.live.machine import Hashes, active_hash, context_of, fill, hold_invariants, snapshot_hashes
 
 pytestmark = [pytest.mark.xdist_group("ceph"), pytest.mark.timeout(600)]
-
-NUMBERS = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +28,14 @@ def conf() -> Iterator[Path]:
 
 @pytest.fixture
 def image(conf: Path) -> RbdImage:
-    """One that no other test has."""
-    found = RbdImage(pool="rbd", image=f"vol{next(NUMBERS)}", conf=str(conf))
-    rbd(found, "create", "--size=16M")
+    found = new_image(conf)
     require_module(found)
     return found
 
 
-def of(image: RbdImage, name: str = "web") -> MachineSpec:
-    return MachineSpec(name=name, memory=64 * MIB, disks=(DiskSpec(name="vda", rbd=image),))
-
-
 async def grown(q: qmpsnap.Controller, image: RbdImage) -> tuple[qmpsnap.MachineHandle, Hashes]:
     """A paused machine with two volume snapshots, and something of its own before each and after the last."""
-    vm = await q.define(of(image))
+    vm = await q.define(on_image(image))
     await vm.start(paused=True)
     for number, name in enumerate(("one", "two"), start=1):
         await fill(vm, "vda", number, offset=number * MIB)
@@ -141,7 +132,7 @@ async def test_another_machine_reads_a_snapshot(q: qmpsnap.Controller, image: Rb
 
 @pytest.mark.grid
 async def test_memory_and_image_are_of_one_instant(q: qmpsnap.Controller, image: RbdImage) -> None:
-    vm = await q.define(of(image))
+    vm = await q.define(on_image(image))
     await vm.start()
     taken = await vm.snapshot("full", kind="full", volume=True)
     assert taken.vmstate
@@ -210,7 +201,7 @@ async def test_a_cluster_that_hangs_loses_nothing(
 
 
 async def test_what_is_left_in_the_cluster_is_found(q: qmpsnap.Controller, image: RbdImage) -> None:
-    vm = await q.define(of(image))
+    vm = await q.define(on_image(image))
     taken = await vm.snapshot(kind="volume")
     await hold_invariants(vm)
     kept = RbdImage.parse(context_of(vm).store.layer(taken.points[0].layer).path)

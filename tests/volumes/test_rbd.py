@@ -1,6 +1,5 @@
 """The driver for RBD images, on a real cluster of one node."""
 
-import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from qmpsnap.model.names import OperationId
 from qmpsnap.volumes.driver import Volume
 from qmpsnap.volumes.names import Role, VolumeName, of_path
 from qmpsnap.volumes.rbd import WHOLE, Rbd
-from tests.live.cluster import cluster, rbd
+from tests.live.cluster import cluster, new_image, rbd
 from tests.live.devices import run
 
 pytestmark = pytest.mark.xdist_group("ceph")
@@ -23,7 +22,6 @@ pytestmark = pytest.mark.xdist_group("ceph")
 MACHINE = "0123456789abcdef0123456789abcdef"
 MIB = 1 << 20
 DRIVER = Rbd()
-NUMBERS = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +32,7 @@ def conf() -> Iterator[Path]:
 
 @pytest.fixture
 def image(conf: Path) -> RbdImage:
-    found = RbdImage(pool="rbd", image=f"web{next(NUMBERS)}", conf=str(conf))
-    rbd(found, "create", "--size=16M")
-    return found
+    return new_image(conf)
 
 
 @pytest.fixture
