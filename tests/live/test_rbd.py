@@ -242,10 +242,16 @@ async def test_a_list_of_snapshots_does_not_wait_for_a_cluster(
 
 @pytest.mark.parametrize("here", [True, False])
 async def test_an_image_that_another_client_has_open_is_refused(
-    q: qmpsnap.Controller, image: RbdImage, *, here: bool
+    q: qmpsnap.Controller, image: RbdImage, tmp_path: Path, *, here: bool
 ) -> None:
-    """A QEMU of this host is named; of any other client the cluster tells the address alone."""
+    """A QEMU of this host is named; of any other client the cluster tells the address alone.
+
+    A QEMU with an image of the same name in another cluster is neither.
+    """
     vm = await q.define(on_image(image))
+    other_conf = tmp_path / "other.conf"
+    other_conf.write_text("[global]\nfsid = 8f0c5c2e-1f0b-4f1c-9d39-0f3f3f0f7a11\n")
+    elsewhere = f"driver=rbd,node-name=n,pool={image.pool},image={image.image},conf={other_conf}"
     daemon = [
         "qemu-storage-daemon",
         "--blockdev",
@@ -254,7 +260,12 @@ async def test_an_image_that_another_client_has_open_is_refused(
         "stdio,id=c",
     ]
     argv = [*daemon, "--monitor", "c"] if here else ["rbd", *image.arguments, "watch"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other, ending(other):  # noqa: ASYNC220
+    with (
+        subprocess.Popen(["cat", "-", elsewhere], stdin=subprocess.PIPE) as stranger,  # noqa: ASYNC220
+        ending(stranger),
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other,  # noqa: ASYNC220
+        ending(other),
+    ):
         assert other.stdout
         other.stdout.read(1)
         who = rf"qemu-storage-da \(process {other.pid}\)" if here else r"Ceph client 127\.0\.0\.1"

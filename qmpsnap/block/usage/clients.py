@@ -2,13 +2,14 @@
 
 Whoever has an image open watches it, QEMU also where it only reads; who has written holds its exclusive lock. Neither
 tells the process. So QEMUs of this host are known by their arguments, and every watcher beyond them is another host's,
-or was killed: the cluster forgets such a one only after half a minute.
+or was killed: the cluster forgets such a one only after half a minute. Another cluster can have an image of the same
+pool and name, so the configurations are compared, too.
 """
 
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from qmpsnap.block.usage.users import Process
 from qmpsnap.host import ceph
@@ -55,7 +56,35 @@ def _here(image: RbdImage) -> Iterator[Process]:
             continue
         try:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if any(old.search(word) or all(name.search(word) for name in names) for word in words):
+            matching = [word for word in words if old.search(word) or all(name.search(word) for name in names)]
+            if any(_may_be_of(image, word) for word in matching):
                 yield Process((folder / "comm").read_text().strip(), int(folder.name), writes=False)
         except OSError:  # it has ended
             continue
+
+
+def _may_be_of(image: RbdImage, argument: str) -> bool:
+    """Whether an argument of QEMU that names such an image can mean this one's cluster: unless the two clusters differ.
+
+    A configuration that cannot be read, or does not tell its cluster, can be of any.
+    """
+    found = _CONF.search(argument)
+    theirs = next(filter(None, found.groups()), _DEFAULT) if found else _DEFAULT
+    ours = image.conf or _DEFAULT
+    if theirs == ours:
+        return True
+    one, other = _fsid(theirs), _fsid(ours)
+    return one is None or other is None or one == other
+
+
+_DEFAULT: Final = "/etc/ceph/ceph.conf"
+_CONF: Final = re.compile(r'"conf": ?"([^"]+)"|[:,.]conf=([^:,]+)|\Aconf=([^:,]+)')
+_FSID: Final = re.compile(r"^\s*fsid\s*=\s*(\S+)", re.MULTILINE)
+
+
+def _fsid(conf: str) -> str | None:
+    try:
+        found = _FSID.search(Path(conf).read_text(errors="replace"))
+    except (OSError, ValueError):
+        return None
+    return found[1].lower() if found else None
