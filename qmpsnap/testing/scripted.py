@@ -107,7 +107,8 @@ class Scripted:
                     return
                 await self._take(turn, reader, writer)
             self.told.set()
-            _require_nothing(self._heard + (await reader.read()).decode())
+            said = await self._hear(reader)  # it is not left to wait for an answer that never comes
+            _require_nothing(json.dumps(said) if said else self._heard)
         except BaseException as error:
             self.failure = error
             raise
