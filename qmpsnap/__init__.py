@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.machines.record import Machine, Process
     from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
     from qmpsnap.model.machines.state import State
+    from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import (
         CreatePlan,
         DefinePlan,
@@ -68,6 +69,7 @@ __all__ = [
     "DiskSpec",
     "Encryption",
     "Event",
+    "FlattenPlan",
     "Forgotten",
     "Forward",
     "InternalPlan",
@@ -122,6 +124,7 @@ _FROM = {
     "qmpsnap.api.machine_handle": ("MachineHandle",),
     "qmpsnap.model.layers.chain": ("Chain", "Layer"),
     "qmpsnap.model.machines.record": ("Machine", "Process"),
+    "qmpsnap.model.operations.flatten": ("FlattenPlan",),
     "qmpsnap.model.operations.operation": (
         "CreatePlan",
         "DefinePlan",

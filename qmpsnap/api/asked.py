@@ -63,13 +63,11 @@ def to_stream(disk: str, *, base: Snapshot | str | None, bandwidth: int) -> Stre
 
 
 def to_delete(
-    names: tuple[Snapshot | str, ...], *, children: bool, metadata: bool, bandwidth: int, by: DeleteBy | None
+    names: tuple[Snapshot | str, ...], *, bandwidth: int, by: DeleteBy | None, **options: bool
 ) -> DeleteRequest:
     """The end of snapshots."""
     given, chosen = tuple(map(name_of, names)), by or "blockdev-snapshot-delete-internal-sync"
-    request = delete.DeleteRequest(
-        names=given, children=children, metadata=metadata, bandwidth=limited(bandwidth), by=chosen
-    )
+    request = delete.DeleteRequest(names=given, bandwidth=limited(bandwidth), by=chosen, **options)
     return well_typed(request)
 
 

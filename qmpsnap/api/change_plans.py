@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import MachineSpec
+    from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import ResizePlan
     from qmpsnap.ops.lifecycle import change, resize
     from qmpsnap.ops.lifecycle import rename as rename_machine
     from qmpsnap.ops.lifecycle.change import Changed
     from qmpsnap.ops.lifecycle.rename import Renamed
+    from qmpsnap.ops.merge import flatten
     from qmpsnap.ops.snapshot import describe, rename
 else:
     plans = Later("api.plans")
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
-    rename_machine = Later("ops.lifecycle.rename")
+    flatten, rename_machine = Later("ops.merge.flatten"), Later("ops.lifecycle.rename")
     describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
 
 
@@ -89,4 +91,13 @@ class ChangePlans(MachinePlans):
             lambda context: resize.preview(context, self.name, request),
             plans.of_resize,
             lambda vm, _: vm.resize(disk, size),
+        )
+
+    async def plan_flatten(self, disk: str) -> Plan[FlattenPlan, FlattenPlan]:
+        """What :meth:`flatten` would do now."""
+        return await self._plan(
+            "flatten",
+            lambda context: flatten.preview(context, self.name, disk),
+            plans.of_flatten,
+            lambda vm, report: vm.flatten(disk, report=report),
         )

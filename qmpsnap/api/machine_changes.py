@@ -5,24 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qmpsnap.api import asked
+from qmpsnap.api.job import job
 from qmpsnap.api.later import Later
 from qmpsnap.host.borders import border
+from qmpsnap.qmp.jobs import Report, unreported
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from qmpsnap.api.job import Running
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import MachineSpec
+    from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import ResizePlan
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.lifecycle import change, resize
     from qmpsnap.ops.lifecycle import rename as rename_machine
     from qmpsnap.ops.lifecycle.change import Changed
+    from qmpsnap.ops.merge import flatten
     from qmpsnap.ops.snapshot import describe, rename
 else:
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
-    rename_machine = Later("ops.lifecycle.rename")
+    flatten, rename_machine = Later("ops.merge.flatten"), Later("ops.lifecycle.rename")
     describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
 
 
@@ -32,6 +37,7 @@ class Changing:
 
     name: str
     _context: Context
+    _running: Running
 
     async def set(self, settings: Mapping[str, str] | MachineSpec, *, allow_extra: bool = False) -> Changed:
         """Give a stopped machine another spec; its disks and snapshots stay.
@@ -91,6 +97,27 @@ class Changing:
             QmpError: QEMU refuses; the size is as before.
         """
         return await resize.run(self._context, self.name, resize.requested(disk, size))
+
+    @job
+    async def flatten(self, disk: str, *, report: Report = unreported) -> FlattenPlan:
+        """Let a clone in a Ceph cluster, as a revert makes one, have a copy of all that it reads of its snapshot.
+
+        Nothing depends on that snapshot then, which can be deleted. The guest runs on. Nothing is done where the image
+        is no clone. If it is interrupted, the same call copies the rest.
+
+        Args:
+            disk: its name.
+            report: told about the progress, in bytes of :attr:`~qmpsnap.FlattenPlan.bytes`.
+
+        Returns:
+            What was copied: the clones, their snapshots and the bytes, at most.
+
+        Raises:
+            NotFoundError: the machine has no such disk, or its image is gone.
+            StateError: the disk lies on no image of a cluster, or the image has snapshots that would keep the tie.
+            StorageHangs: the cluster does not answer any more.
+        """
+        return await flatten.run(self._context, self.name, disk, report=report)
 
     async def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now.

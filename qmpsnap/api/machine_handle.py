@@ -377,6 +377,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
         *names: Snapshot | str,
         children: bool = False,
         metadata: bool = False,
+        flatten: bool = False,
         bandwidth: int = 0,
         by: DeleteBy | None = None,
         report: Report = unreported,
@@ -387,12 +388,15 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             names: the snapshots, or their names.
             children: also those that grew from them.
             metadata: only the names; the layers stay.
+            flatten: clones in a Ceph cluster that depend on them get a copy of what they read, see :meth:`flatten`.
             bandwidth: bytes per second that each job copies at most; 0 is without limit.
             by: to test QEMU: ``delvm`` for snapshots inside the layers that the guest writes to.
             report: told about each job's progress.
 
         Raises:
             NotFoundError: one is not there; nothing was deleted.
+            StateError: clones in a Ceph cluster depend on one, or LVM snapshots.
         """
-        request = asked.to_delete(names, children=children, metadata=metadata, bandwidth=bandwidth, by=by)
+        how = {"children": children, "metadata": metadata, "flatten": flatten}
+        request = asked.to_delete(names, bandwidth=bandwidth, by=by, **how)
         return outcomes.Deleted.of(await delete.run(self._context, self.name, request, report=report))

@@ -336,18 +336,18 @@ class MachinePlans(MachineLife):
         *names: Snapshot | str,
         children: bool = False,
         metadata: bool = False,
+        flatten: bool = False,
         bandwidth: int = 0,
         by: DeleteBy | None = None,
     ) -> Plan[DeletePlan, Deleted]:
         """What :meth:`delete_snapshots` would do now."""
-        request = asked.to_delete(names, children=children, metadata=metadata, bandwidth=bandwidth, by=by)
+        how = {"children": children, "metadata": metadata, "flatten": flatten}
+        request = asked.to_delete(names, bandwidth=bandwidth, by=by, **how)
         return await self._plan(
             "delete_snapshots",
             lambda context: delete.preview(context, self.name, request),
             plans.of_delete,
-            lambda vm, report: vm.delete_snapshots(
-                *names, children=children, metadata=metadata, bandwidth=bandwidth, by=by, report=report
-            ),
+            lambda vm, report: vm.delete_snapshots(*names, bandwidth=bandwidth, by=by, report=report, **how),
         )
 
     async def plan_undefine(self, *, disks: undefine.Fate | None = None) -> Plan[Forgotten, list[str]]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.chain import Layer
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine
+    from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import CreatePlan, MergePlan, MirrorPlan, Overlay, Removal, ResizePlan
     from qmpsnap.model.planning.expectation import Expectation
     from qmpsnap.ops.fork.run import Preview as ForkPreview
@@ -220,6 +221,13 @@ def of_resize(found: tuple[ResizePlan, Command]) -> Shape[ResizePlan]:
         files=(PlannedFile(action="overwrite", path=plan.layer.path),),
         details=plan,
     )
+
+
+def of_flatten(found: FlattenPlan) -> Shape[FlattenPlan]:
+    """Data of their own for clones."""
+    what = ", ".join(f"{clone.layer.shown} of {clone.parent}" for clone in found.clones)
+    files = tuple(PlannedFile(action="overwrite", path=clone.layer.path) for clone in found.clones)
+    return Shape(summary=f"flatten {what or 'nothing'}", bytes=found.bytes, files=files, details=found)
 
 
 def of_delete(found: tuple[DeletePlan, Sequence[Command]]) -> Shape[DeletePlan]:

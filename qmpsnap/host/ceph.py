@@ -1,19 +1,32 @@
 """Images of a Ceph cluster, by what its programs say: JSON out, no shell, no key in an argument, bounded in time.
 
-Called in a thread, as everything that reads images: a cluster that does not answer has its program killed.
+Called in a thread, as everything that reads images: a cluster that does not answer has its program killed. Only what
+may take hours, :func:`followed`, is awaited.
 """
 
 import contextlib
 import errno
 import json
 import os
+import re
 import subprocess
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
+
+import anyio
 
 from qmpsnap.errors import HostCannot, ImageRefused, StorageHangs
 from qmpsnap.host import storage_wait
+from qmpsnap.host.programs import running
+from qmpsnap.host.threads import to_read
 
 _SAID: Final = 300
+_KEPT: Final = 4096
+_PERCENT: Final = re.compile(rb"(\d+)% complete")
+_SILENCE: Final = 30.0
+"""Seconds after which a cluster is asked whether it still answers: of a large image one percent may take as long."""
+_SILENCES: Final = 120
+"""So often; a cluster that is full answers, and takes no data."""
 
 
 class Failed(HostCannot):
@@ -137,6 +150,56 @@ def _pool(image: Image) -> tuple[str, int]:
     raise HostCannot(f"ceph osd dump does not name pool {image.pool}")
 
 
+async def followed(image: Image, *words: str, told: Callable[[int], None]) -> None:
+    """Let ``rbd`` do what takes as long as it takes, while the cluster answers; a cancelled caller has it killed.
+
+    ``told`` is given the percentage that is done.
+
+    Raises:
+        Failed: it says that it could not.
+        StorageHangs: it had nothing to say, and the cluster did not answer; what became of it is unknown.
+    """
+    argv, said, silences = ["rbd", *image.arguments, *words], b"", 0
+    how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "env": _environment()}
+    try:
+        async with running(argv, **how, start_new_session=True) as process:
+            assert process.stderr
+            while True:
+                with anyio.move_on_after(_SILENCE) as silent:
+                    try:
+                        said = (said + await process.stderr.receive())[-_KEPT:]
+                    except anyio.EndOfStream:
+                        break
+                    silences = 0
+                    if percents := _PERCENT.findall(said):
+                        told(int(percents[-1]))
+                if silent.cancelled_caught:
+                    silences += 1
+                    await _require_answer(argv, image, silences)
+            status = await process.wait()
+    except OSError as error:
+        raise _not_run(argv, error) from error
+    if status:
+        raise _failed(argv, image, status, said)
+
+
+async def _require_answer(argv: list[str], image: Image, silences: int) -> None:
+    """Make sure that a cluster still answers, and that what it is at has said something of late."""
+    why = f"it has said nothing for {silences * _SILENCE:g} s"
+    try:
+        await to_read(lambda: asked(image, "info", snapshot=False))
+        if silences < _SILENCES:
+            return
+    except StorageHangs as error:
+        why = error.message
+    raise StorageHangs(
+        f"{_command(argv)} of rbd:{image} does not go on: {why}",
+        path=f"rbd:{image}",
+        hint="check that cluster (ceph health)",
+        effect="unknown",
+    )
+
+
 def _asked(argv: list[str], image: Image) -> Any:
     """What a program answers, as JSON; killed once it has taken as long as storage may."""
     said = _run([*argv, "--format=json"], image, seconds=storage_wait.deadline())
@@ -154,7 +217,7 @@ def _run(argv: list[str], image: Image, *, seconds: float, changes: bool = False
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=seconds,
-            env={**os.environ, "LC_ALL": "C"},
+            env=_environment(),
             start_new_session=True,  # a Ctrl-C is ours to answer
         )
     except subprocess.TimeoutExpired as error:
@@ -165,16 +228,29 @@ def _run(argv: list[str], image: Image, *, seconds: float, changes: bool = False
             effect="unknown" if changes else "none",
         ) from error
     except OSError as error:
-        raise HostCannot(
-            f"{argv[0]} cannot be run: {error.strerror}",
-            hint="install Ceph's client programs (Debian: ceph-common)",
-        ) from error
+        raise _not_run(argv, error) from error
     if ended.returncode == 0:
         return ended.stdout
-    said = _last(ended.stderr) or f"exit {ended.returncode}"
     if argv[0] == "rbd" and ended.returncode == errno.ENOENT and not changes:
+        said = _last(ended.stderr) or f"exit {ended.returncode}"
         raise ImageRefused(f"there is no image rbd:{image}: {said}", hint=f"rbd {_lists(image)} lists the images")
-    raise Failed(f"{_command(argv)} of rbd:{image} failed: {said}", status=ended.returncode)
+    raise _failed(argv, image, ended.returncode, ended.stderr)
+
+
+def _environment() -> dict[str, str]:
+    """In English, whose sentences are looked for."""
+    return {**os.environ, "LC_ALL": "C"}
+
+
+def _not_run(argv: list[str], error: OSError) -> HostCannot:
+    return HostCannot(
+        f"{argv[0]} cannot be run: {error.strerror}", hint="install Ceph's client programs (Debian: ceph-common)"
+    )
+
+
+def _failed(argv: list[str], image: Image, status: int, stderr: bytes) -> Failed:
+    said = _last(stderr) or f"exit {status}"
+    return Failed(f"{_command(argv)} of rbd:{image} failed: {said}", status=status)
 
 
 def _command(argv: list[str]) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.machines.spec import Format, MachineSpec
     from qmpsnap.model.machines.state import State
     from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
+    from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import Operation, ResizePlan
     from qmpsnap.ops.base.free_space import Shortage
     from qmpsnap.ops.check.check import Checked
@@ -58,6 +59,10 @@ class MachineHandle(MachinePlans):
     def resize(self, disk: str, size: int | str) -> ResizePlan:
         """Let the guest see more bytes of a disk: of its active layer, as the layers below keep their size."""
         return self._call(self._handle.resize(disk, size))
+
+    def flatten(self, disk: str, *, report: Report = unreported) -> FlattenPlan:
+        """Let a clone in a Ceph cluster, as a revert makes one, have a copy of all that it reads of its snapshot."""
+        return self._call(self._handle.flatten(disk, report=report))
 
     def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now."""
@@ -410,6 +415,7 @@ class MachineHandle(MachinePlans):
         *names: Snapshot | str,
         children: bool = False,
         metadata: bool = False,
+        flatten: bool = False,
         bandwidth: int = 0,
         by: DeleteBy | None = None,
         report: Report = unreported,
@@ -417,6 +423,6 @@ class MachineHandle(MachinePlans):
         """Delete snapshots, moving as few bytes as possible."""
         return self._call(
             self._handle.delete_snapshots(
-                *names, children=children, metadata=metadata, bandwidth=bandwidth, by=by, report=report
+                *names, children=children, metadata=metadata, flatten=flatten, bandwidth=bandwidth, by=by, report=report
             )
         )

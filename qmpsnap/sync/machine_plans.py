@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import Format, MachineSpec
     from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
+    from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, ResizePlan
     from qmpsnap.ops.fork.run import Forked
     from qmpsnap.ops.fork.run import Preview as ForkPreview
@@ -198,12 +199,15 @@ class MachinePlans(Delegating):
         *names: Snapshot | str,
         children: bool = False,
         metadata: bool = False,
+        flatten: bool = False,
         bandwidth: int = 0,
         by: DeleteBy | None = None,
     ) -> Plan[DeletePlan, Deleted]:
         """What :meth:`delete_snapshots` would do now."""
         return self._call(
-            self._handle.plan_delete_snapshots(*names, children=children, metadata=metadata, bandwidth=bandwidth, by=by)
+            self._handle.plan_delete_snapshots(
+                *names, children=children, metadata=metadata, flatten=flatten, bandwidth=bandwidth, by=by
+            )
         )
 
     def plan_undefine(self, *, disks: undefine.Fate | None = None) -> Plan[Forgotten, list[str]]:
@@ -238,3 +242,7 @@ class MachinePlans(Delegating):
     def plan_resize(self, disk: str, size: int | str) -> Plan[ResizePlan, ResizePlan]:
         """What :meth:`resize` would do now."""
         return self._call(self._handle.plan_resize(disk, size))
+
+    def plan_flatten(self, disk: str) -> Plan[FlattenPlan, FlattenPlan]:
+        """What :meth:`flatten` would do now."""
+        return self._call(self._handle.plan_flatten(disk))

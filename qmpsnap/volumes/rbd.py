@@ -7,13 +7,13 @@ same pool and namespace; one whose making was interrupted lacks our mark.
 import contextlib
 import errno
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import ImageRefused, NotFoundError, StateError, StoreMismatch
+from qmpsnap.errors import ImageRefused, NotFoundError, StateError, StorageHangs, StoreMismatch
 from qmpsnap.host import ceph
 from qmpsnap.host.ceph import Failed
 from qmpsnap.host.threads import to_end, to_read
@@ -28,6 +28,7 @@ REMOVAL: Final = 600.0
 WHOLE: Final = "qmpsnap.whole"
 """The key in the metadata of a clone that is complete."""
 _LAYERING: Final = "layering"
+_DEEP: Final = "deep-flatten"
 
 
 class Rbd(Struct, frozen=True):
@@ -91,6 +92,64 @@ def dependents(image: RbdImage) -> tuple[str, ...]:
     if image.snapshot:
         return tuple(_child(one) for one in ceph.asked(image, "children"))
     return tuple(f"rbd:{replace(image, snapshot=str(one['name']))}" for one in ceph.snapshots(image))
+
+
+class Tie(Struct, frozen=True):
+    """What a clone still needs: the snapshot, as people read it, and the bytes of it that a flatten copies, at most."""
+
+    parent: str
+    moves: int
+
+
+def tie(volume: Volume) -> Tie | None:
+    """The snapshot that an image reads what was never written to it from; None where it has none. Asked in a thread.
+
+    Raises:
+        NotFoundError: the image is gone.
+        StateError: its own snapshots would keep the tie.
+    """
+    image = _image(volume)
+    found = _found(volume, image).said
+    if not (said := found.get("parent")):
+        return None
+    parent = RbdImage(
+        pool=str(said["pool"]),
+        namespace=str(said.get("pool_namespace") or "") or None,
+        image=str(said["image"]),
+        snapshot=str(said["snapshot"]),
+        conf=image.conf,
+        user=image.user,
+    )
+    if _DEEP not in found.get("features", ()) and (own := ceph.snapshots(image)):
+        raise StateError(
+            f"rbd:{image} has no feature {_DEEP}: its snapshots would still depend on rbd:{parent}:"
+            f" {', '.join(str(one['name']) for one in own)}",
+            hint="delete those snapshots first",
+        )
+    return Tie(f"rbd:{parent}", _read(parent, int(said["overlap"])))
+
+
+def _read(parent: RbdImage, overlap: int) -> int:
+    """Bytes of a snapshot that there is data in, by whole objects, of the first so many."""
+    try:
+        found = ceph.asked(parent, "diff", "--whole-object")
+    except StorageHangs:  # without the feature fast-diff each object of it is asked about
+        return overlap
+    return sum(max(0, min(overlap, int(one["offset"]) + int(one["length"])) - int(one["offset"])) for one in found)
+
+
+def is_tied(volume: Volume) -> bool:
+    """Whether an image has a parent; one that is gone has none. Asked in a thread."""
+    try:
+        return bool(_recorded(volume, _image(volume)).said.get("parent"))
+    except ImageRefused:
+        return False
+
+
+async def flatten(volume: Volume, *, told: Callable[[int], None]) -> None:
+    """Let an image have all data of its own; fine if it has. ``told`` is given the percentage that is done."""
+    if await to_read(is_tied, volume):
+        await ceph.followed(_image(volume), "flatten", told=told)
 
 
 def _image(volume: Volume) -> RbdImage:

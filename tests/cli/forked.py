@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import difflib  # noqa: F401 - loaded for an error's hint, by a user who may not be allowed to read Python's own folder
 import json
 import os
 import pkgutil

@@ -39,6 +39,7 @@ LINES = {
     "doctor": "doctor --nonsense",  # a real one asks the whole host
     "edit": "edit web --yes --allow-extra",
     "exec": "exec --timeout 5 --wait 1 -i --env A=b --cwd /tmp web -- true",
+    "flatten": "flatten web vda --progress plain",
     "fork": "fork web@fresh new -n 2 --ephemeral --identity keep -m text",
     "fstrim": "fstrim web --minimum 0 --timeout 5",
     "import argv": "import argv --define --dry-run --allow /nonexistent -- qemu-system-x86_64 -hda /nonexistent/x.img",
@@ -65,8 +66,8 @@ LINES = {
     "set": "set web memory=4G vda.cache=none",
     "show": "show web",
     "snapshot create": "snapshot create web fresh -m text --tag k=v --disks vda --max-pause 5 --kind full"
-    " --by blockdev-snapshot",
-    "snapshot delete": "snapshot delete web nothing",
+    " --by blockdev-snapshot --lvm-size 20%",
+    "snapshot delete": "snapshot delete web nothing --flatten",
     "snapshot describe": "snapshot describe web nothing text --tag k=v --untag w",
     "snapshot list": "snapshot list web --tag k=v",
     "snapshot pop": "snapshot pop web",

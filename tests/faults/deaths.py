@@ -53,6 +53,8 @@ async def _do(scenario: str, place: Path, recovering: bool) -> None:  # noqa: FB
             await vm.undefine(disks="remove")
         elif scenario == "rename of a machine":
             await vm.rename("other")
+        elif scenario == "flatten":
+            await vm.flatten("vda")
         elif scenario in FORKS:
             await vm.fork("warm", "child", ephemeral=scenario == "ephemeral fork")
         elif recovering:

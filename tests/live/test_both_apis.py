@@ -144,6 +144,10 @@ async def test_snapshots_and_layers(q: Any, tmp_path: Path) -> None:
     await vm.apply(await vm.plan_resize("vda", "32M"))
     with pytest.raises(StateError):
         await vm.resize("vda", "32M")
+    with pytest.raises(StateError, match="lies on no clone in a Ceph cluster"):
+        await vm.plan_flatten("vda")
+    with pytest.raises(StateError, match="lies on no clone in a Ceph cluster"):
+        await vm.flatten("vda")
     with pytest.raises(NotFoundError):
         await vm.set_speed(1 << 20)
     await vm.stop(force=True)

@@ -128,6 +128,9 @@ def test_a_machine_s_life(home: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert told(capsys, "resize still vda 2M -o json")["size"] == resized["size"] == 2 << 20
     assert main(["resize", "still", "vda", "1M", "--dry-run"]) == 4
 
+    assert main(["flatten", "still", "vda", "--dry-run"]) == main(["flatten", "still", "vda"]) == 4
+    assert "lies on no clone in a Ceph cluster" in capsys.readouterr().err
+
     told(capsys, "snapshot create still other")
     for fate, verb in (("--keep-disks", "kept"), ("--remove-disks", "removed")):
         would = dry(capsys, home, f"undefine still {fate}")

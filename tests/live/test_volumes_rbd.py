@@ -4,16 +4,24 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 import qmpsnap
+from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import HostCannot, NotFoundError, QmpsnapError, StateError, StorageHangs, StoreMismatch
-from qmpsnap.host import ceph
+from qmpsnap.host import ceph, programs
 from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.model.operations import steps
+from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.volumes.rbd import Rbd
+from tests.faults.deaths import controller_dies
+from tests.faults.site import NAME
+from tests.harness import watch
+from tests.harness.deaths import Point
 from tests.live.cluster import MIB, cluster, new_image, on_image, rbd, require_module
 from tests.live.machine import Hashes, active_hash, context_of, fill, hold_invariants, snapshot_hashes
 
@@ -96,6 +104,105 @@ async def test_a_snapshot_is_reverted_to_and_that_is_undone(q: qmpsnap.Controlle
     assert plan.bytes == 0
     assert ours(image, uuid) == []
     await hold_invariants(vm)
+
+
+async def test_a_clone_is_flattened_and_depends_on_nothing(q: qmpsnap.Controller, image: RbdImage) -> None:
+    vm, hashes = await grown(q, image)
+    await vm.revert("one", state="paused")
+    clone = RbdImage.parse((await vm.chains())[0].active.path)
+    assert clone
+    await fill(vm, "vda", 4, offset=4 * MIB)
+    await vm.snapshot("three", kind="volume")
+    plan = await vm.plan_flatten("vda")
+    assert plan.bytes == ceph.info(image).said["object_size"]  # all that snapshot one has lies in the first object
+    with pytest.raises(StateError, match="clones depend on it") as refused:
+        await vm.delete_snapshots("one")
+    assert as_typed(refused.value.hint) == "let these have a copy of what they read of it with --flatten"
+    told: list[JobInfo] = []
+    wanted = await vm.plan_delete_snapshots("one", flatten=True)
+    assert wanted.bytes == plan.bytes
+    assert "parent" in ceph.info(clone).said
+    done = await vm.delete_snapshots("one", flatten=True, report=told.append)
+    assert done.bytes == plan.bytes
+    assert (told[-1].type, told[-1].current_progress) == ("flatten", plan.bytes)
+    assert "parent" not in ceph.info(clone).said
+    assert data(clone) == [1, 0, 0, 4]
+    assert [one.verb for one in context_of(vm).store.operations(vm.name)][-2:] == ["flatten", "delete"]
+    assert (await vm.flatten("vda")).clones == ()
+    await hold_invariants(vm, {key: value for key, value in hashes.items() if key[0] == "two"})
+
+    # A revert makes the next one, whose tie its own snapshots keep if the cluster cannot take it from them.
+    await vm.revert("two", state="paused")
+    clone = RbdImage.parse((await vm.chains())[0].active.path)
+    assert clone
+    assert (await vm.apply(await vm.plan_flatten("vda"))).bytes == plan.bytes
+    assert data(clone) == [1, 2, 0, 0]
+    await vm.delete_snapshots("two")
+    await hold_invariants(vm)
+    await vm.stop(force=True)
+    old = replace(image, image=f"{image.image}-old")
+    rbd(replace(image, snapshot=None), "snap", "create", "--no-progress", "--snap=s")
+    rbd(image, "snap", "protect", "--snap=s")
+    rbd(image, "clone", "--snap=s", f"--dest={image.pool}/{old.image}", "--image-feature=layering")
+    other = await q.define(on_image(old, "other"))
+    await other.snapshot("own", kind="volume")
+    with pytest.raises(StateError, match="no feature deep-flatten: its snapshots would still depend on") as refused:
+        await other.flatten("vda")
+    assert refused.value.effect == "none"
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("step", [step.name for step in steps.STEPS["flatten"]])
+async def test_a_killed_flatten_is_done_again(q: qmpsnap.Controller, image: RbdImage, home: Path, step: str) -> None:
+    vm = await q.define(on_image(image, NAME))
+    await vm.start(paused=True)
+    await fill(vm, "vda", 1, offset=MIB)
+    await vm.snapshot("one", kind="volume")
+    await vm.revert("one", state="paused")
+    hashes = await snapshot_hashes(vm)
+    for when in watch.WHEN:
+        died = await controller_dies("flatten", home, Point("flatten", step, when))
+        assert died.died, died.said
+        await vm.recover()
+        last = context_of(vm).store.operations(vm.name)[-1]
+        done = {(steps.PLANNED, "before"): ("revert", "settled"), (steps.SETTLED, when): ("flatten", "settled")}
+        assert (last.verb, last.state) == done.get((step, when), ("flatten", "failed"))
+        await hold_invariants(vm, hashes)
+        if step == steps.SETTLED:
+            break
+    await vm.flatten("vda")
+    assert not (await vm.plan_flatten("vda")).details.clones
+    await hold_invariants(vm, hashes)
+
+
+@pytest.mark.grid
+async def test_a_flatten_is_given_up_where_the_cluster_hangs(
+    q: qmpsnap.Controller, image: RbdImage, conf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm, hashes = await grown(q, image)
+    await vm.revert("one", state="paused")
+    osd = int((conf.parent / "osd.pid").read_text())
+    real = programs.running
+
+    def hangs(*arguments: Any, **how: Any) -> Any:
+        os.kill(osd, signal.SIGSTOP)
+        return real(*arguments, **how)
+
+    monkeypatch.setattr(ceph, "running", hangs)
+    monkeypatch.setattr(ceph, "_SILENCE", 0.5)
+    monkeypatch.setenv("QMPSNAP_STORAGE_DEADLINE", "1")
+    try:
+        with pytest.raises(StorageHangs, match=r"flatten of .* does not go on: .* does not answer") as given:
+            await vm.flatten("vda")
+        assert given.value.effect == "unknown"
+    finally:
+        os.kill(osd, signal.SIGCONT)
+    monkeypatch.undo()
+    await vm.recover()
+    await hold_invariants(vm, hashes)
+    await vm.flatten("vda")
+    assert not (await vm.plan_flatten("vda")).details.clones
+    await hold_invariants(vm, hashes)
 
 
 @pytest.mark.grid

@@ -37,6 +37,7 @@ from qmpsnap.api.pool import ForkPool
 from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.record import Machine, Process
+from qmpsnap.model.operations.flatten import FlattenPlan
 from qmpsnap.model.operations.operation import (
     CreatePlan,
     DefinePlan,
@@ -109,6 +110,7 @@ async def plans(vm: MachineHandle) -> None:
     assert_type(await vm.plan_delete_snapshots("a", "b", children=True), Plan[DeletePlan, Deleted])
     assert_type(await vm.plan_set(MachineSpec(name="web")), Plan[Changed, Changed])
     assert_type(await vm.plan_resize("vda", "+1G"), Plan[ResizePlan, ResizePlan])
+    assert_type(await vm.plan_flatten("vda"), Plan[FlattenPlan, FlattenPlan])
     assert_type(await vm.plan_snapshot(kind="volume", mixed=True, lvm_size="20%"), Plan[CreatePlan, Snapshot])
     plan = await vm.plan_commit("vda")
     assert_type(plan.files, tuple[PlannedFile, ...])
@@ -217,6 +219,7 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.describe_snapshot("before", "text", tags={"k": "v"}, untag=["old"]), Snapshot)
     assert_type(await vm.set({"memory": "4G"}), Changed)
     assert_type(await vm.resize("vda", "+1G"), ResizePlan)
+    assert_type(await vm.flatten("vda"), FlattenPlan)
     assert_type(await vm.push("before", description="text"), Snapshot)
     assert_type(await vm.pop(discard=True), Reverted)
     await vm.revert("before", state="asleep")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add_bandwidth, add_for_vm, add_format, operating
+from qmpsnap.cli.machine_verbs.disk import clone_text, clones
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ def register(verbs: Parsers) -> None:
     command.add_argument("names", metavar="NAME", nargs="+", help="the snapshots")
     command.add_argument("--children", action="store_true", help="also delete their descendants")
     command.add_argument("--metadata", action="store_true", help="delete only the names and keep the layers")
+    command.add_argument(
+        "--flatten", action="store_true", help="let clones in a Ceph cluster that depend on them have a copy first"
+    )
     command.add_argument(
         "--by",
         choices=("blockdev-snapshot-delete-internal-sync", "delvm"),
@@ -36,6 +40,7 @@ def _delete(arguments: argparse.Namespace) -> None:
         names=tuple(arguments.names),
         children=arguments.children,
         metadata=arguments.metadata,
+        flatten=arguments.flatten,
         bandwidth=arguments.bandwidth,
         by=arguments.by,
     )
@@ -72,6 +77,7 @@ def document_of(plan: "DeletePlan") -> dict[str, Any]:
             for reduction in plan.reductions
         ],
         "hidden": [layer.id for layer in plan.kept],
+        "flattened": clones(plan.flattened),
         "bytes": plan.bytes,
     }
 
@@ -87,5 +93,6 @@ def text_of(document: dict[str, Any], *, dry_run: bool) -> str:
                 f"  {run['disk']} {chosen} {choice['how']}: all into {choice['keeper']}, {output.size(choice['bytes'])}"
             )
         lines += [f"  {run['disk']}    removes {path}" for path in run["removed"]]
+    lines += [f"  flattens {clone_text(clone)}" for clone in document["flattened"]]
     lines += [f"  keeps layer {layer}, which others read" for layer in document["hidden"]]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.by import By, DeleteBy, LoadBy, MirrorBy, SaveBy
 from qmpsnap.model.operations.copies import Copy, VolumeCopy
+from qmpsnap.model.operations.flatten import FlattenPlan
 from qmpsnap.model.operations.memory import Memory
 from qmpsnap.model.operations.rename import RenamePlan
 from qmpsnap.model.operations.undefine import UndefinePlan
@@ -358,7 +359,7 @@ class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):
 
 Plan = (
     DefinePlan | ForkPlan | UndefinePlan | ResizePlan | RenamePlan  # of machines
-    | CreatePlan | InternalPlan | LoadPlan | RevertPlan | MergePlan | MirrorPlan  # of snapshots
+    | CreatePlan | InternalPlan | LoadPlan | RevertPlan | MergePlan | MirrorPlan | FlattenPlan  # of snapshots
 )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ SWITCHED: Final = "switched"
 STARTING: Final = "starting"
 # resize
 RESIZING: Final = "resizing"
+# flatten
+COPYING: Final = "copying"
 # rename
 MOVING: Final = "moving"
 # phases of a block job
@@ -131,6 +133,15 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
         Step(PLANNED, "the image is untouched: roll back"),
         Step(RESIZING, "the image may have its new size: roll forward if its header has it, otherwise roll back"),
         Step(SETTLED, "the new size is recorded"),
+    ),
+    "flatten": (
+        Step(PLANNED, "no clone is touched: roll back"),
+        Step(
+            COPYING,
+            "clones may have got data of their own, which they read as before: roll forward if none has a parent any"
+            " more, otherwise roll back; another flatten copies only the rest",
+        ),
+        Step(SETTLED, "the clones have no parents"),
     ),
     "rename": (
         Step(PLANNED, "nothing has another name: roll back"),

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -59,6 +59,12 @@ def is_snapshot(layer: Layer) -> bool:
     """Whether the storage has made this layer as a snapshot."""
     name = of_path(layer.path)
     return name is not None and name.role == "snapshot"
+
+
+def is_clone_of(layer: Layer, machine: Machine) -> bool:
+    """Whether the storage has made this layer as a clone for that machine."""
+    name = of_path(layer.path)
+    return name is not None and (name.role, name.machine) == ("clone", machine.uuid.replace("-", ""))
 
 
 class Drivable(Struct, frozen=True):
@@ -174,10 +180,10 @@ async def grow(layer: Layer, size: int) -> None:
         await lvm.grow(volume_of(layer), size)
 
 
-async def require_independent(removed: Collection[Layer]) -> None:
-    """Refuse to remove volumes that others depend on. What goes with them does not count."""
-    if images := [image for layer in removed if (image := RbdImage.parse(layer.path))]:
-        await to_read(_require_unread, images)
+async def require_independent(removed: Collection[Layer], *, flattened: Collection[Layer] = ()) -> None:
+    """Refuse to remove volumes that others depend on. What goes with them, or is flattened first, does not count."""
+    if images := _images(removed):
+        await to_read(_require_unread, images, _images(flattened))
     paths = {layer.path for layer in removed}
     for layer in removed:
         if layer.storage == "host_device":
@@ -190,10 +196,54 @@ async def require_independent(removed: Collection[Layer]) -> None:
                 )
 
 
-def _require_unread(images: Collection[RbdImage]) -> None:
+Percent = Callable[[int], None]
+"""Told what share of a work is done."""
+
+
+async def tie(layer: Layer) -> tuple[str, int] | None:
+    """The snapshot that an image of a cluster is a clone of, and bytes of it that a flatten copies, at most."""
     from qmpsnap.volumes import rbd  # seldom needed
 
-    gone = {f"rbd:{image}" for image in images}
+    found = await to_read(rbd.tie, volume_of(layer))
+    return (found.parent, found.moves) if found else None
+
+
+async def is_tied(layer: Layer) -> bool:
+    """Whether such an image is a clone still; one that is gone is none."""
+    from qmpsnap.volumes import rbd  # seldom needed
+
+    return await to_read(rbd.is_tied, volume_of(layer))
+
+
+async def flatten(layer: Layer, *, told: Percent) -> None:
+    """Have the cluster copy what a clone reads of its parent; fine if it has none."""
+    from qmpsnap.volumes import rbd  # seldom needed
+
+    await rbd.flatten(volume_of(layer), told=told)
+
+
+def _images(layers: Iterable[Layer]) -> list[RbdImage]:
+    return [image for layer in layers if (image := RbdImage.parse(layer.path))]
+
+
+async def clones_of(removed: Collection[Layer], known: Iterable[Layer]) -> list[Layer]:
+    """The layers among those known that are clones of snapshots that are to be removed, and stay themselves."""
+    if not (images := [image for image in _images(removed) if image.snapshot]):
+        return []
+    from qmpsnap.volumes import rbd  # seldom needed
+
+    found: set[str] = set()
+    for image in images:
+        with contextlib.suppress(ImageRefused):  # it is gone already
+            found |= {*await to_read(rbd.dependents, image)}
+    paths = {layer.path for layer in removed}
+    return [layer for layer in known if layer.shown in found and layer.path not in paths]
+
+
+def _require_unread(images: Collection[RbdImage], free: Collection[RbdImage]) -> None:
+    from qmpsnap.volumes import rbd  # seldom needed
+
+    gone = {f"rbd:{image}" for image in (*images, *free)}
     for image in images:
         with contextlib.suppress(ImageRefused):  # it is gone already
             if others := [other for other in rbd.dependents(image) if other not in gone]:

@@ -1,7 +1,7 @@
 """What can be refused of a merge is asked before its operation is opened, with which names go and marks are made."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from qmpsnap.block.image import backing
@@ -10,6 +10,7 @@ from qmpsnap.block.usage import access
 from qmpsnap.errors import HostCannot, QmpsnapError
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine.open_files import require_recorded
+from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.operations.operation import Merge, Removal
 from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import volumes
@@ -17,11 +18,13 @@ from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.merge.job import rewritten
 
 
-async def require_possible(session: MachineSession, at: Situation, steps: Sequence[Merge | Removal]) -> None:
+async def require_possible(
+    session: MachineSession, at: Situation, steps: Sequence[Merge | Removal], *, flattened: Collection[Layer] = ()
+) -> None:
     """Refuse before anything begins what QEMU or the host would refuse.
 
     A QEMU that has the images open is not asked for their locks, which are its own: it refuses by itself, and as its
-    job stays to be seen, that is undone.
+    job stays to be seen, that is undone. ``flattened``: clones that will depend on nothing by then.
 
     Raises:
         StoreMismatch: the name of a layer that a merge reads or writes to leads to another file.
@@ -29,7 +32,7 @@ async def require_possible(session: MachineSession, at: Situation, steps: Sequen
     """
     try:
         await to_read(_look, at, steps)
-        await volumes.require_independent([layer for step in steps for layer in step.removed])
+        await volumes.require_independent([layer for step in steps for layer in step.removed], flattened=flattened)
     except QmpsnapError as error:
         error.machine = session.machine.name
         raise

@@ -16,6 +16,7 @@ from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.hint import call
 from qmpsnap.host.system_errors import translated
 from qmpsnap.machine import worker
+from qmpsnap.model.operations.flatten import FlattenPlan
 from qmpsnap.model.operations.operation import (
     CreatePlan,
     DefinePlan,
@@ -47,6 +48,7 @@ Ending = Callable[[Broken[Any], Monitor | None], Awaitable[Direction]]
 ENDINGS: Final[Mapping[type[Plan], str]] = {
     CreatePlan: "qmpsnap.ops.snapshot.recover:end",
     DefinePlan: "qmpsnap.ops.lifecycle.recover:end",
+    FlattenPlan: "qmpsnap.ops.merge.flatten:end",
     ForkPlan: "qmpsnap.ops.fork.recover:end",
     InternalPlan: "qmpsnap.ops.internal.recover:end_create",
     LoadPlan: "qmpsnap.ops.internal.recover:end_load",

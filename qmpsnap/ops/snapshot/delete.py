@@ -12,13 +12,15 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot, require_snapshot
 from qmpsnap.model.names import LayerId, job_id, layer_disk
 from qmpsnap.model.operations.by import DeleteBy
+from qmpsnap.model.operations.flatten import Clone, FlattenPlan
 from qmpsnap.model.operations.operation import Change, Merge, MergePlan, Removal
 from qmpsnap.model.planning import merging as rules
 from qmpsnap.model.planning.merging import DiskReduction
 from qmpsnap.model.planning.state import Situation
+from qmpsnap.ops.base import volumes
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.machine_session import MachineSession
-from qmpsnap.ops.merge import job
+from qmpsnap.ops.merge import flatten, job
 from qmpsnap.ops.merge.commit import carry_out
 from qmpsnap.ops.merge.preflight import require_possible
 from qmpsnap.ops.session.planning_state import look, require_space
@@ -32,13 +34,15 @@ class DeleteRequest(Struct, frozen=True, kw_only=True):
 
     ``metadata``: only the names and state files; the layers stay as they are and are shown as unreferenced.
     ``bandwidth``: bytes per second that each job copies at most; 0 is without limit. ``by``: the command that deletes
-    snapshots inside images; ``delvm`` deletes them from all images at once.
+    snapshots inside images; ``delvm`` deletes them from all images at once. ``flatten``: clones of the machine's that
+    depend on what is deleted get a copy of it first; without it they refuse that.
     """
 
     names: tuple[str, ...]
     children: bool = False
     metadata: bool = False
     bandwidth: int = 0
+    flatten: bool = False
     by: DeleteBy = "blockdev-snapshot-delete-internal-sync"
 
 
@@ -49,17 +53,20 @@ class DeletePlan(Struct, frozen=True):
         names: the snapshots that go.
         reductions: the ways there are, per run of layers, the chosen one first.
         kept: layers that stay, hidden, because others read them.
+        flattened: clones in a Ceph cluster that are to depend on these snapshots no more, before all else.
     """
 
     names: tuple[str, ...]
     reductions: tuple[DiskReduction, ...]
     kept: tuple[Layer, ...]
     plan: MergePlan
+    flattened: tuple[Clone, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Bytes to move, at most."""
-        return sum(step.moves for step in self.plan.steps if isinstance(step, Merge))
+        merged = sum(step.moves for step in self.plan.steps if isinstance(step, Merge))
+        return merged + sum(clone.moves for clone in self.flattened)
 
 
 def plan(at: Situation, request: DeleteRequest) -> DeletePlan:
@@ -130,16 +137,34 @@ async def run(context: Context, name: str, request: DeleteRequest, *, report: Re
     """
     async with working(context, name, "snapshot delete", removes=not request.metadata) as session:
         at, made = await _plan(session, request)
+        if flattened := made.flattened:
+            first = FlattenPlan(machine=name, clones=flattened)
+            await flatten.carry_out(session, at.basis, first, report=report)
+            at, made = await _plan(session, request)
         await carry_out(session, at.basis, made.plan, report=report)
-        return made
+        return replace(made, flattened=flattened)
 
 
 async def _plan(session: MachineSession, request: DeleteRequest) -> tuple[Situation, DeletePlan]:
     at = await look(session, disks=())
     made = plan(at, request)
     await to_read(require_space, at, made.plan.steps, session.context.home.data)
-    await require_possible(session, at, made.plan.steps)
+    clones = await _clones(session, at, made)
+    if request.flatten:
+        made = replace(made, flattened=await flatten.clones_of(clones))
+    try:
+        await require_possible(session, at, made.plan.steps, flattened=clones if request.flatten else ())
+    except StateError as error:
+        if clones and not request.flatten:
+            error.hint = "let these have a copy of what they read of it with " + option("flatten")
+        raise
     return at, made
+
+
+async def _clones(session: MachineSession, at: Situation, made: DeletePlan) -> list[Layer]:
+    """The machine's own clones that depend on what is to go."""
+    own = [layer for layer in at.forest.layers.values() if volumes.is_clone_of(layer, session.machine)]
+    return await volumes.clones_of([layer for step in made.plan.steps for layer in step.removed], own)
 
 
 def _require_by(at: Situation, chosen: Sequence[Snapshot], request: DeleteRequest) -> None:
