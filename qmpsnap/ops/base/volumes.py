@@ -27,7 +27,7 @@ def driver_of(layer: Layer, *, thick: str = "") -> Driver:
         from qmpsnap.volumes.rbd import Rbd  # seldom needed
 
         return Rbd()
-    if layer.storage == "host_device":
+    if layer.storage == "host_device":  # its probe refuses what is no logical volume
         from qmpsnap.volumes.lvm import THICK, Lvm  # seldom needed
 
         return Lvm(thick=thick or THICK)
@@ -139,8 +139,7 @@ def latest_first(layers: Iterable[Layer]) -> list[Layer]:
 
 async def activate(layers: Iterable[Layer]) -> None:
     """Give snapshots on logical volumes their devices back: no boot activates the thin ones."""
-    paths = [one.path for one in layers if one.storage == "host_device" and is_snapshot(one)]
-    if not paths:
+    if not (paths := logical_snapshots(layers)):
         return
     from qmpsnap.volumes.lvm import Lvm  # seldom needed
 
@@ -150,17 +149,22 @@ async def activate(layers: Iterable[Layer]) -> None:
 
 async def moves(copies: Iterable[VolumeCopy]) -> int:
     """Bytes that making clones copies: of thick LVM snapshots alone."""
-    of_devices = [copy.source for copy in copies if copy.source.storage == "host_device"]
-    if not of_devices:
+    logical = [copy.source for copy in copies if is_logical(copy.source)]
+    if not logical:
         return 0
     from qmpsnap.volumes import lvm  # seldom needed
 
-    return sum([await lvm.copied(volume_of(source)) for source in of_devices])
+    return sum([await lvm.copied(volume_of(source)) for source in logical])
 
 
 def is_logical(layer: Layer) -> bool:
-    """Whether a layer is a logical volume."""
+    """Whether a recorded layer is a logical volume: other block devices have other identities."""
     return layer.storage == "host_device" and layer.identity.startswith("lvm:")
+
+
+def logical_snapshots(layers: Iterable[Layer]) -> list[str]:
+    """Paths of the snapshots among layers that are logical volumes: none can be removed while a program has it open."""
+    return [layer.path for layer in layers if is_logical(layer) and is_snapshot(layer)]
 
 
 async def require_growable(layer: Layer, size: int) -> None:
@@ -186,7 +190,7 @@ async def require_independent(removed: Collection[Layer], *, flattened: Collecti
         await to_read(_require_unread, images, _images(flattened))
     paths = {layer.path for layer in removed}
     for layer in removed:
-        if layer.storage == "host_device":
+        if is_logical(layer):
             from qmpsnap.volumes import lvm  # seldom needed
 
             if others := [other for other in await lvm.dependents(volume_of(layer)) if other not in paths]:

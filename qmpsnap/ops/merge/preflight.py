@@ -16,6 +16,7 @@ from qmpsnap.model.planning.state import Situation
 from qmpsnap.ops.base import volumes
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.merge.job import rewritten
+from qmpsnap.ops.outside import other_programs
 
 
 async def require_possible(
@@ -32,7 +33,10 @@ async def require_possible(
     """
     try:
         await to_read(_look, at, steps)
-        await volumes.require_independent([layer for step in steps for layer in step.removed], flattened=flattened)
+        removed = [layer for step in steps for layer in step.removed]
+        await volumes.require_independent(removed, flattened=flattened)
+        if closed := volumes.logical_snapshots(removed):
+            await other_programs.require_free(closed, machine=session.machine.name, readers=True)
     except QmpsnapError as error:
         error.machine = session.machine.name
         raise

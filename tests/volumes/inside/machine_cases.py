@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qemu.qmp import QMPClient
 import qmpsnap
 from qmpsnap.errors import ImageInUse, ImageRefused, NotFoundError, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.ops.rebuild import rebuild
 
 from .conftest import GROUP, POOL, tool
 
@@ -110,6 +111,16 @@ async def machine(path: str, *, size: str | None = None) -> AsyncIterator[tuple[
         yield q, vm
 
 
+@contextmanager
+def reading(path: str) -> Iterator[int]:
+    """Another process that has a volume open; its number."""
+    descriptor = os.open(path, os.O_RDONLY)
+    with subprocess.Popen(["sleep", "600"], stdin=descriptor) as process:
+        os.close(descriptor)
+        yield process.pid
+        process.kill()
+
+
 def case(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[[], None]:
     def called() -> None:
         anyio.run(function)
@@ -175,6 +186,11 @@ async def _thick() -> None:
         kept = await path_of(vm, "one")
         assert (data(path), data(kept)) == ([1, 2, 0, 0], [1, 0, 0, 0])
         await whole(vm)
+        with reading(kept) as pid:
+            with pytest.raises(ImageInUse, match=rf"{kept}, .* is read by .*\(process {pid}\)") as busy:
+                await vm.delete_snapshots("one")
+            assert busy.value.effect == "none"
+        await whole(vm)
         plan = await vm.plan_revert("one")
         assert plan.bytes == 32 * MIB
         await vm.revert("one", state="paused")
@@ -238,6 +254,49 @@ async def _refused() -> None:
     assert names() == before
 
 
+async def _rebuilt() -> None:
+    path = made("web", thin=True)
+    async with machine(path) as (_, vm):
+        await vm.revert("one", state="paused")
+        await fill(vm, 3)
+        await vm.snapshot("two", kind="volume")
+        await vm.stop(force=True)
+        before, home = (await vm.snapshots(), await vm.chains()), vm._context.home
+    for file in home.data.glob("qmpsnap.db*"):
+        file.unlink()
+    done = await rebuild.run(home, set_aside=False)
+    assert ([(made.name, made.notes) for made in done.machines], done.left_out) == ([("web", ())], ())
+    async with qmpsnap.open() as q:
+        vm = await q.machine("web")
+        assert (await vm.snapshots(), await vm.chains()) == before
+        await whole(vm)
+        await vm.revert("one")
+        assert data(await active(vm)) == [1, 0, 0, 0]
+        await vm.undefine(disks="remove")
+    assert names() == {"web"}
+
+
+async def _pool_full() -> None:
+    path = made("web", thin=True)
+    async with machine(path) as (_, vm):
+        made("bulk", thin=True, size=168)
+        before = names()
+        for verb in (vm.snapshot("two", kind="volume"), vm.revert("one")):
+            with pytest.raises(QmpsnapError, match="less than 64 MiB are free") as refused:
+                await verb
+            assert refused.value.effect == "none"
+        assert names() == before
+        assert await active(vm) == path
+        assert await vm.is_running()
+        await whole(vm)
+        await fill(vm, 3)
+        tool("lvextend", "-L", "+128M", f"{GROUP}/{POOL}")
+        await vm.snapshot("two", kind="volume")
+        assert data(await path_of(vm, "two")) == [1, 2, 3, 0]
+        await vm.stop(force=True)
+        await vm.undefine(disks="remove")
+
+
 _KILLED = """
 import anyio, qmpsnap
 async def main():
@@ -279,4 +338,6 @@ async def _killed() -> None:
 test_thin_volumes = case(_thin)
 test_thick_volumes = case(_thick)
 test_what_is_refused_changes_nothing = case(_refused)
+test_a_pool_without_room_is_refused_before_anything = case(_pool_full)
+test_a_lost_store_is_made_again = case(_rebuilt)
 test_a_controller_that_is_killed_leaves_nothing_behind = case(_killed)
