@@ -18,18 +18,20 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block import graph
-from qmpsnap.errors import HostCannot, QmpsnapError, StateError
+from qmpsnap.errors import HostCannot, ImageRefused, QmpsnapError, StateError
 from qmpsnap.hint import call, option
+from qmpsnap.host import ceph
 from qmpsnap.host.files import sync_folder
 from qmpsnap.host.threads import to_end, to_read
 from qmpsnap.machine.qemu import monitor
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.record import Process
 from qmpsnap.model.names import LayerId, layer_disk, layer_id
 from qmpsnap.model.relocation import HomeRecord, carried_all
-from qmpsnap.ops.base import relocate
+from qmpsnap.ops.base import relocate, volumes
 from qmpsnap.ops.base.context import Context, Programs, this_host
 from qmpsnap.ops.session import stale_store
 from qmpsnap.qmp import commands
@@ -103,6 +105,8 @@ async def run(home: Home, *, set_aside: bool) -> Rebuild:
         # Again, now that nobody else can change them.
         records = await to_read(Records(home.machines).all)
         found = [await _look(home, _here(record, home)) for record in records]
+        with contextlib.suppress(QmpsnapError):  # told with what is not there
+            await volumes.activate([layer for record in records for layer in record.layers])
         return await to_end(_make, home, _place(home, records), found, known)
 
 
@@ -269,8 +273,21 @@ def _has_files(home: Home, name: str) -> bool:
 
 def _notes(record: Record) -> tuple[str, ...]:
     states = (snapshot.vmstate.path for snapshot in record.snapshots if snapshot.vmstate)
-    files = [*(layer.path for layer in record.layers), *states]
-    return tuple(f"{path} does not exist" for path in files if not os.path.lexists(path))
+    files = [*(layer.path for layer in record.layers if layer.storage != "rbd"), *states]
+    gone = [f"{path} does not exist" for path in files if not os.path.lexists(path)]
+    return (*gone, *_gone_from_clusters(record))
+
+
+def _gone_from_clusters(record: Record) -> Iterator[str]:
+    for layer in record.layers:
+        if image := RbdImage.parse(layer.path):
+            try:
+                ceph.info(image)
+            except ImageRefused:
+                yield f"{layer.shown} does not exist"
+            except QmpsnapError as error:
+                yield f"images in a cluster were not looked for: {error.message}"
+                return
 
 
 def _swap(home: Home, fresh: Path) -> str | None:

@@ -264,6 +264,8 @@ async def _rebuilt() -> None:
         before, home = (await vm.snapshots(), await vm.chains()), vm._context.home
     for file in home.data.glob("qmpsnap.db*"):
         file.unlink()
+    tool("vgchange", "-an", GROUP)
+    tool("vgchange", "-ay", GROUP)
     done = await rebuild.run(home, set_aside=False)
     assert ([(made.name, made.notes) for made in done.machines], done.left_out) == ([("web", ())], ())
     async with qmpsnap.open() as q:
