@@ -8,19 +8,17 @@ from pathlib import Path
 
 import anyio
 import pytest
-from anyio import to_thread
 from msgspec.structs import replace
 
 import qmpsnap
-from qmpsnap.block.image import content
 from qmpsnap.cli.hints import as_typed
 from qmpsnap.errors import HostCannot, OperationPending, StateError, StoreMismatch, UsageError
-from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.merge.job import MergeJob
 from qmpsnap.ops.snapshot import fold
 from qmpsnap.volumes import reflink
 from tests.harness import mounts
+from tests.live import counting
 from tests.live.booted import start_booted
 from tests.live.conftest import _kill_all_below
 from tests.live.machine import (
@@ -151,43 +149,38 @@ async def test_on_top_of_ordinary_snapshots(q: qmpsnap.Controller) -> None:
     await hold_invariants(vm, {key: found for key, found in hashes.items() if key[0] != "one"})
 
 
-COUNT = (
-    "n=0; while :; do n=$((n+1)); for d in vda vdb; do printf '%015d\\n' $n |"
-    " dd of=/dev/$d bs=16 seek=$n conv=notrunc,fsync 2>/dev/null; done; done"
-)
-
-
-async def _counter(vm: qmpsnap.MachineHandle, layer: Layer, folder: Path) -> int:
-    """The last record on a disk; every record before it must be there, and whole."""
-    copy = folder / "copy"
-    await content.copy_out(layer, copy, length=1 * MIB, qemu_img=context_of(vm).image.binary)
-    records = (await to_thread.run_sync(copy.read_bytes))[16:].rstrip(b"\0").decode().split()
-    assert records == [f"{number:015d}" for number in range(1, len(records) + 1)]
-    return len(records)
-
-
 async def test_the_disks_of_a_writing_guest_are_of_one_instant(
     q: qmpsnap.Controller, guest_spec: MachineSpec, tmp_path: Path
 ) -> None:
     vm = await q.define(replace(guest_spec, disks=(guest_spec.disks[0], RAW)))
     await start_booted(vm)
-    await vm.run(f"({COUNT}) >/dev/null 2>&1 &")
+    await counting.count(vm)
     for _ in range(20):
         await vm.snapshot(kind="volume")
         assert await _depths(vm) == [1, 1]
     await vm.stop(force=True)
-    counts = []
-    for snapshot in await vm.snapshots():
-        first, second = [context_of(vm).store.layer(point.layer) for point in snapshot.points]
-        counts.append((await _counter(vm, first, tmp_path), await _counter(vm, second, tmp_path)))
-    assert all(first - second in (0, 1) for first, second in counts), counts
-    assert counts == sorted(counts)
-    assert counts[0] < counts[-1]
-    last = counts[-1]
-    await vm.revert(snapshot.name)
+    counts = [await counting.counted(vm, snapshot, tmp_path) for snapshot in await vm.snapshots()]
+    counting.hold_one_instant(counts)
+    await vm.revert((await vm.snapshots())[-1].name)
     active = [chain.active for chain in context_of(vm).store.chains(vm.name)]
-    assert (await _counter(vm, active[0], tmp_path), await _counter(vm, active[1], tmp_path)) == last
+    assert [await counting.counter(vm, layer, tmp_path) for layer in active] == counts[-1]
     await hold_invariants(vm)
+
+
+@pytest.mark.grid
+async def test_the_file_systems_of_a_writing_guest_are_whole(
+    q: qmpsnap.Controller, guest_spec: MachineSpec, tmp_path: Path
+) -> None:
+    vm = await q.define(replace(guest_spec, disks=(guest_spec.disks[0], RAW)))
+    await start_booted(vm)
+    await counting.count(vm, in_files=True)
+    for _ in range(5):
+        taken = await vm.snapshot(kind="volume", quiesce="require")
+        assert taken.level == "fs"
+    await vm.stop(force=True)
+    counting.hold_one_instant(
+        [await counting.counted(vm, one, tmp_path, in_files=True) for one in await vm.snapshots()]
+    )
 
 
 RAW = DiskSpec(name="vdb", size=64 * MIB, format="raw")

@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from msgspec.structs import replace
@@ -16,14 +16,17 @@ from qmpsnap.host import ceph, programs
 from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.operations import steps
+from qmpsnap.ops.rebuild import rebuild
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.volumes.rbd import Rbd
 from tests.faults.deaths import controller_dies
 from tests.faults.site import NAME
 from tests.harness import watch
 from tests.harness.deaths import Point
+from tests.live import counting
 from tests.live.cluster import MIB, cluster, new_image, on_image, rbd, require_module
 from tests.live.machine import Hashes, active_hash, context_of, fill, hold_invariants, snapshot_hashes
+from tests.live.test_rebuild import at, lose
 
 pytestmark = [pytest.mark.xdist_group("ceph"), pytest.mark.timeout(600)]
 
@@ -251,6 +254,32 @@ async def test_memory_and_image_are_of_one_instant(q: qmpsnap.Controller, image:
     await hold_invariants(vm, hashes)
 
 
+@pytest.mark.grid
+@pytest.mark.parametrize("quiesce", ["skip", "require"])
+async def test_the_disks_of_a_writing_guest_are_of_one_instant(
+    q: qmpsnap.Controller,
+    image: RbdImage,
+    guest_spec: MachineSpec,
+    tmp_path: Path,
+    quiesce: Literal["skip", "require"],
+) -> None:
+    """A qcow2 file, which keeps a layer for each snapshot here, and an image of the cluster."""
+    vm = await q.define(replace(guest_spec, disks=(guest_spec.disks[0], DiskSpec(name="vdb", rbd=image))))
+    await vm.start()
+    in_files = quiesce == "require"
+    await counting.count(vm, in_files=in_files)
+    for _ in range(3 if in_files else 20):
+        taken = await vm.snapshot(kind="volume", mixed=True, quiesce=quiesce)
+        assert taken.level == ("fs" if in_files else "crash")
+    assert (await vm.chains("vdb"))[0].active.path == image.filename
+    await vm.stop(force=True)
+    counts = [await counting.counted(vm, one, tmp_path, in_files=in_files) for one in await vm.snapshots()]
+    counting.hold_one_instant(counts)
+    await vm.revert((await vm.snapshots())[-1].name)
+    active = [chain.active for chain in context_of(vm).store.chains(vm.name)]
+    assert [await counting.counter(vm, layer, tmp_path, in_file=in_files) for layer in active] == counts[-1]
+
+
 async def test_what_was_changed_behind_our_back_is_found(q: qmpsnap.Controller, image: RbdImage) -> None:
     vm, hashes = await grown(q, image)
     point = (await vm.snapshots())[0].points[0]
@@ -305,6 +334,27 @@ async def test_a_cluster_that_hangs_loses_nothing(
     await hold_invariants(vm, hashes)
     await vm.snapshot("four", kind="volume")
     await hold_invariants(vm, hashes)
+
+
+@pytest.mark.grid
+async def test_a_lost_store_is_made_again(image: RbdImage, home: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm, hashes = await grown(q, image)
+        await vm.revert("one", state="paused")
+        await fill(vm, "vda", 4, offset=4 * MIB)
+        await vm.snapshot("three", kind="volume")
+        await vm.stop(force=True)
+        before = (await vm.snapshots(), await vm.chains(), await snapshot_hashes(vm))
+    lose(home)
+    done = await rebuild.run(at(home), set_aside=False)
+    assert ([(made.name, made.notes) for made in done.machines], done.left_out) == ([("web", ())], ())
+    async with qmpsnap.open() as q:
+        vm = await q.machine("web")
+        assert (await vm.snapshots(), await vm.chains(), await snapshot_hashes(vm)) == before
+        await hold_invariants(vm, hashes)
+        await vm.revert("two")
+        await vm.delete_snapshots("one", flatten=True)
+        await hold_invariants(vm, {key: value for key, value in hashes.items() if key[0] == "two"})
 
 
 async def test_what_is_left_in_the_cluster_is_found(q: qmpsnap.Controller, image: RbdImage) -> None:
