@@ -95,6 +95,26 @@ async def test_what_a_running_machine_writes_to_is_asked_of_its_qemu(home: Path)
         await hold_invariants(vm)
 
 
+async def test_names_that_qemu_has_given_are_asked_of_it(home: Path) -> None:
+    async with qmpsnap.open() as q:
+        vm = await grown(q, "s1")
+        await vm.snapshot("s2", by="blockdev-snapshot-sync")
+        layer, process = (await vm.chains())[0].active.id, (await vm.record()).process
+        assert process
+        assert process.nodes.keys() == {f"{layer}.file"}
+    lose(home)
+    await rebuild.run(at(home), set_aside=False)
+    async with qmpsnap.open() as q:
+        vm = await q.machine("still")
+        assert (found := (await vm.record()).process)
+        assert found.nodes == process.nodes
+        await vm.snapshot("s3")
+        await fill(vm, "vda", 6, offset=6 * MIB)
+        await vm.snapshot("s4")
+        await vm.commit("vda", base=layer, top="s4", consume=True)  # which opens that layer anew
+        await hold_invariants(vm)
+
+
 async def test_clones_two_disks_and_chosen_places_come_back(home: Path, place: Path) -> None:
     async with qmpsnap.open() as q:
         vm = await q.define(replace(ONE_DISK, disks=(*ONE_DISK.disks, DiskSpec(name="vdb", size=MIB, format="raw"))))

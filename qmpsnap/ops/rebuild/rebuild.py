@@ -33,7 +33,7 @@ from qmpsnap.model.names import LayerId, layer_disk, layer_id
 from qmpsnap.model.relocation import HomeRecord, carried_all
 from qmpsnap.ops.base import relocate, volumes
 from qmpsnap.ops.base.context import Context, Programs, this_host
-from qmpsnap.ops.session import stale_store
+from qmpsnap.ops.session import file_nodes, stale_store
 from qmpsnap.qmp import commands
 from qmpsnap.store import health, owner
 from qmpsnap.store.lock import machine_lock
@@ -139,8 +139,10 @@ async def _look(home: Home, record: Record) -> _Found:
         return _Found(record)
     async with monitor(machine, home.run_dir(machine.name)) as qemu:
         nodes = {node.node_name for node in await commands.query_nodes(qemu)}
-        disks = graph.by_disk(await graph.read(qemu), frozenset(nodes))
-        process = replace(process, qemu_version=await commands.query_version(qemu))
+        read = await graph.read(qemu)
+        disks = graph.by_disk(read, frozenset(nodes))
+        version, named = await commands.query_version(qemu), file_nodes.foreign(read, record.layers)
+        process = replace(process, qemu_version=version, nodes=named)
     for disk, active in record.active.items():
         if disk in disks and disks[disk].nodes[-1:] != (active,):
             writes = disks[disk].nodes[-1] if disks[disk].nodes else "another node"

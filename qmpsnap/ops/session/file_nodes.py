@@ -15,6 +15,7 @@ from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.ops.base.context import Context
+from qmpsnap.qmp.commands import BlockGraph
 from qmpsnap.qmp.session import Monitor
 
 _INHERITED = frozenset({"discard", "cache"})
@@ -28,11 +29,15 @@ async def note(context: Context, machine: Machine, qemu: Monitor, layers: Iterab
     process = context.process(machine)
     if process is None:
         return
-    found = await graph.read(qemu)
-    names = {f"{node_name(layer)}.file": graph.child(found, node_name(layer), "file") for layer in layers}
-    given = {ours: name for ours, name in names.items() if name and name != ours}
+    given = foreign(await graph.read(qemu), layers)
     if not given.items() <= process.nodes.items():
         await context.astore.set_process(machine.name, replace(process, nodes={**process.nodes, **given}))
+
+
+def foreign(found: BlockGraph, layers: Iterable[Layer]) -> dict[str, str]:
+    """The nodes below these layers' that QEMU has named itself, by the names that we would have given them."""
+    names = {f"{node_name(layer)}.file": graph.child(found, node_name(layer), "file") for layer in layers}
+    return {ours: name for ours, name in names.items() if name and name != ours}
 
 
 def require_inherited(machine: Machine, disks: Iterable[str], *, command: str, default: str) -> None:
