@@ -164,7 +164,8 @@ class Shelf(Struct, frozen=True):
 
 def key_of(digest: str, hardware: Hardware, *, user: int | None) -> str:
     """The key of the template of a state with that digest, for that hardware and QEMU's user; pure."""
-    text = msgspec.json.encode((_FORMAT, digest, msgspec.structs.replace(hardware, uuid=""), user))
+    common = msgspec.structs.replace(hardware, uuid="", vmgenid="any" if hardware.vmgenid else "")
+    text = msgspec.json.encode((_FORMAT, digest, common, user))
     return hashlib.sha256(text).hexdigest()[:32]
 
 

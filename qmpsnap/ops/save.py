@@ -72,6 +72,7 @@ async def _wanted_back(context: Context, name: str, request: RestoreRequest) -> 
         run="paused" if request.paused else "running",
         file=request.file,
         after=request.after,
+        resume=True,
     )
 
 

@@ -177,6 +177,10 @@ class _Expansion(Struct, frozen=True):
     model: _CpuModel
 
 
+class _Property(Struct, frozen=True):
+    name: str
+
+
 class _Uuid(Struct, frozen=True):
     UUID: str
 
@@ -223,6 +227,17 @@ async def query_version(monitor: Monitor) -> str:
 async def query_machines(monitor: Monitor) -> tuple[MachineType, ...]:
     """The machine types this QEMU has (``query-machines``)."""
     return await ask(monitor, "query-machines", tuple[MachineType, ...])
+
+
+async def has_device(monitor: Monitor, name: str) -> bool:
+    """Whether this QEMU was built with that device (``device-list-properties``).
+
+    ``qom-list-types`` would load every module of QEMU that it finds, of another build as well, and 11.1 aborts then.
+    """
+    try:
+        return bool(await ask(monitor, "device-list-properties", tuple[_Property, ...], {"typename": name}))
+    except QmpError:
+        return False
 
 
 async def expand_cpu(monitor: Monitor, model: str) -> dict[str, bool | int | str]:

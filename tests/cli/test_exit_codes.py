@@ -74,7 +74,8 @@ def abilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a QEMU: what is refused below must be refused without running one."""
 
     async def ask(qemu: str, cache: Path, *, user: object = None) -> Abilities:
-        return Abilities(version="7.2.22", background_snapshot="", machine_types={"pc-q35-7.2": "q35"}, tcg_cpu="")
+        types: dict[str, str | None] = {"pc-q35-7.2": "q35"}
+        return Abilities(version="7.2.22", background_snapshot="", machine_types=types, tcg_cpu="", vmgenid=True)
 
     monkeypatch.setattr(probe, "ask", ask)
 

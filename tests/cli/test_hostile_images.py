@@ -64,7 +64,8 @@ def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QMPSNAP_QEMU_IMG", str(tool))
 
     async def ask(qemu: str, cache: Path, *, user: object = None) -> Abilities:
-        return Abilities(version="7.2.22", background_snapshot="", machine_types={"pc-q35-7.2": "q35"}, tcg_cpu="")
+        types: dict[str, str | None] = {"pc-q35-7.2": "q35"}
+        return Abilities(version="7.2.22", background_snapshot="", machine_types=types, tcg_cpu="", vmgenid=True)
 
     monkeypatch.setattr(probe, "ask", ask)
     return mark

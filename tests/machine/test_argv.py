@@ -22,6 +22,7 @@ from qmpsnap.model.names import LayerId
 PROFILES = Path(__file__).parents[2] / "launch" / "profiles"
 GOLDEN = Path(__file__).parent / "golden"
 UUID = "6a8c0f2e-5d1b-4c3a-9e7f-0123456789ab"
+GUID = "01234567-89ab-4cde-8f01-23456789abcd"
 FLASH = Firmware(code="/usr/share/OVMF/OVMF_CODE_4M.fd", vars="/machines/m/vars.fd")
 NAMES = sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
@@ -75,7 +76,8 @@ def drivers(argv: list[str]) -> list[tuple[str, str | None]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_profile_becomes_the_arguments_of_its_golden_file(name: str) -> None:
     spec = read(PROFILES / f"{name}.yaml", guest_dir=Path("/guest"), profile_dir=PROFILES)
-    argv = build("qemu-system-x86_64", spec, chains_of(spec), uuid=UUID, accel="tcg", firmware=FLASH)
+    guid = GUID if spec.takes_vmgenid else ""
+    argv = build("qemu-system-x86_64", spec, chains_of(spec), uuid=UUID, accel="tcg", firmware=FLASH, vmgenid=guid)
     text = "".join(f"{argument}\n" for argument in argv)
     golden = GOLDEN / f"{name}.argv"
     if os.environ.get("QMPSNAP_GOLDEN") == "write":

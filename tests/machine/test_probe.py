@@ -16,7 +16,9 @@ async def test_the_answer_is_kept_until_rights_change(tmp_path: Path, monkeypatc
 
     async def interrogate(_: str, *, user: object) -> Abilities:
         assert user is None
-        return Abilities(version="7.2.22", background_snapshot=answers.pop(0), machine_types={}, tcg_cpu="")
+        return Abilities(
+            version="7.2.22", background_snapshot=answers.pop(0), machine_types={}, tcg_cpu="", vmgenid=True
+        )
 
     monkeypatch.setattr(probe, "interrogate", interrogate)
     monkeypatch.setattr(probe, "_userfaultfd", lambda _: "-u0")

@@ -49,6 +49,12 @@ async def ask(tmp_path: Path, call: Call, said: Expect, answer: Any) -> Any:
             (MachineType("pc-q35-7.2", "q35"), MachineType("none")),
         ),
         (
+            lambda monitor: commands.has_device(monitor, "vmgenid"),
+            Expect("device-list-properties", {"typename": "vmgenid"}),
+            [{"name": "guid", "type": "str"}],
+            True,
+        ),
+        (
             commands.query_jobs,
             Expect("query-jobs"),
             [{"id": "qs.1.vda", "type": "commit", "status": "ready", "current-progress": 1}],

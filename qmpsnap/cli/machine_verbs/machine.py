@@ -183,6 +183,7 @@ def _of_machine(machine: Machine, state: str, process: Process | None) -> dict[s
         "machine_type": machine.spec.machine,
         "memory": machine.spec.memory,
         "cpus": machine.spec.cpus,
+        "vmgenid": machine.guid or None,
         "created": moment(machine.created),
         "current": machine.current,
     }

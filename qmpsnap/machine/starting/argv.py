@@ -76,6 +76,7 @@ def build(  # all that an argument list depends on
     exact: bool = False,
     ram: Ram | None = None,
     blank: bool = False,
+    vmgenid: str = "",
 ) -> list[str]:
     """The whole argument list, the binary (or the words that start it) first; pure.
 
@@ -83,7 +84,8 @@ def build(  # all that an argument list depends on
     needs ``tsc_khz``, to keep its clock right. ``secrets``: for each encrypted disk the descriptor, inherited by QEMU,
     from which it reads the key. ``incoming``: it waits for a state to be loaded; ``exact``: for that it refuses to
     start if it lacks a feature of the recorded CPU model. ``blank``: every disk is there, of its size and without
-    content or image. ``ValueError``: a disk has no chain or no key, or UEFI has no images.
+    content or image. ``vmgenid``: the GUID of that device; empty for none. ``ValueError``: a disk has no chain or no
+    key, or UEFI has no images.
     """
     return [
         *([binary] if isinstance(binary, str) else binary),
@@ -97,6 +99,7 @@ def build(  # all that an argument list depends on
         *_monitors(logs),
         *_display(spec),
         *_agent(spec),
+        *_vmgenid(vmgenid),
         *_secrets(spec, secrets),
         *_disks(spec, chains, blank=blank),
         *_cdrom(spec),
@@ -194,6 +197,11 @@ def _agent(spec: MachineSpec) -> Iterator[str]:
         "name": AGENT_PORT,
     }
     yield from _json("-device", port)
+
+
+def _vmgenid(guid: str) -> Iterator[str]:
+    if guid:
+        yield from _json("-device", {"driver": "vmgenid", "id": "qs-vmgenid", "guid": guid})
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------

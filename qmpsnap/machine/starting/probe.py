@@ -24,13 +24,14 @@ class Abilities(Struct, frozen=True, kw_only=True):
 
     ``background_snapshot`` is empty when RAM can be saved behind a running guest, else QEMU's own words why not.
     ``machine_types``: every one, with its alias or None. ``tcg_cpu``: what CPU ``max`` is under TCG, in words that
-    later QEMUs understand; empty where that cannot be told.
+    later QEMUs understand; empty where that cannot be told. ``vmgenid``: whether it has that device.
     """
 
     version: str
     background_snapshot: str
     machine_types: dict[str, str | None]
     tcg_cpu: str
+    vmgenid: bool
 
     def versioned(self, machine_type: str) -> str:
         """The versioned name behind an alias such as ``q35``; a full name is itself."""
@@ -127,7 +128,11 @@ async def _interview(monitor: session.Monitor) -> Abilities:
     except QmpError as error:
         background = error.message
     return Abilities(
-        version=version, background_snapshot=background, machine_types=types, tcg_cpu=await _tcg_cpu(monitor)
+        version=version,
+        background_snapshot=background,
+        machine_types=types,
+        tcg_cpu=await _tcg_cpu(monitor),
+        vmgenid=await commands.has_device(monitor, "vmgenid"),
     )
 
 

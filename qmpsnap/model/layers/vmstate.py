@@ -19,7 +19,8 @@ class Hardware(Struct, frozen=True, kw_only=True):
 
     ``qemu_version`` as ``10.0.13``: a state may be loaded by a later QEMU, never by an earlier one. ``machine_type``:
     versioned, as ``pc-q35-7.2``. ``cpu``: the model as QEMU was told, and for the ones that mean "what this host has"
-    the host's model as well. ``devices``: what the guest sees, one line each.
+    the host's model as well. ``devices``: what the guest sees, one line each. ``vmgenid``: the GUID of that device,
+    which QEMU does not save; empty without the device.
     """
 
     uuid: str
@@ -30,6 +31,7 @@ class Hardware(Struct, frozen=True, kw_only=True):
     cpus: int
     memory: int
     devices: tuple[str, ...]
+    vmgenid: str = ""
 
     @property
     def is_confined(self) -> bool:
@@ -82,7 +84,9 @@ class Inside(Struct, frozen=True, kw_only=True):
     hardware: Hardware
 
 
-def hardware_of(spec: MachineSpec, *, uuid: str, accel: str, qemu_version: str, host_cpu: str) -> Hardware:
+def hardware_of(
+    spec: MachineSpec, *, uuid: str, accel: str, qemu_version: str, host_cpu: str, vmgenid: str = ""
+) -> Hardware:
     """The hardware that a spec describes, on this host."""
     cpu = spec.cpu_under(accel)
     disks = (
@@ -110,6 +114,7 @@ def hardware_of(spec: MachineSpec, *, uuid: str, accel: str, qemu_version: str, 
             f"display {spec.display}",
             *(f"extra {argument}" for argument in spec.extra),
         ),
+        vmgenid=vmgenid,
     )
 
 
@@ -118,7 +123,10 @@ def _write_cache(cache: str) -> str:
 
 
 def differences(saved: Hardware, now: Hardware) -> tuple[str, ...]:
-    """Why a state cannot be loaded into the hardware there is now, one phrase each; empty when it can."""
+    """Why a state cannot be loaded into the hardware there is now, one phrase each; empty when it can.
+
+    The GUID of a ``vmgenid`` device is meant to be another one.
+    """
     found = [
         f"{what} {then}, now {here}"
         for what, then, here in (
@@ -135,11 +143,16 @@ def differences(saved: Hardware, now: Hardware) -> tuple[str, ...]:
         found.append(f"QEMU {saved.qemu_version}, now the older {now.qemu_version}")
     elif saved.is_confined and version_of(now.qemu_version)[:2] != version_of(saved.qemu_version)[:2]:
         found.append(f"CPU {saved.cpu} of QEMU {saved.qemu_version}, now of {now.qemu_version}")
-    gone = [f"device {line!r}, now missing" for line in saved.devices if line not in now.devices]
-    new = [f"no device {line!r}, now present" for line in now.devices if line not in saved.devices]
-    if not gone and not new and saved.devices != now.devices:
+    had, has = _devices(saved), _devices(now)
+    gone = [f"device {line!r}, now missing" for line in had if line not in has]
+    new = [f"no device {line!r}, now present" for line in has if line not in had]
+    if not gone and not new and had != has:
         new = ["devices in another order"]
     return (*found, *gone, *new)
+
+
+def _devices(hardware: Hardware) -> tuple[str, ...]:
+    return (*hardware.devices, "vmgenid") if hardware.vmgenid else hardware.devices
 
 
 _LONG = 80

@@ -77,6 +77,18 @@ class Origin(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"{self.machine}@{self.snapshot}"
 
 
+class Vmgenid(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The generation ID that QEMU's ``vmgenid`` device shows the guest.
+
+    Attributes:
+        guid: another one after each revert, and in each fork: what a guest must not repeat, it makes anew.
+        resting: the operation that saved the machine, as long as no QEMU was started since; 0 otherwise.
+    """
+
+    guid: str
+    resting: OperationId = OperationId(0)
+
+
 class Past(Struct, frozen=True, kw_only=True):
     """A spec that a machine had; ``until``: the first operation that it had another one for."""
 
@@ -94,6 +106,7 @@ class Machine(Struct, frozen=True, kw_only=True):
         consent: to the spec's ``extra`` arguments; None where nobody has agreed to any.
         origin: of a fork; None of any other machine.
         past: the specs it had before, oldest first, as far as snapshots were taken with them.
+        vmgenid: None of a machine that an earlier release has defined, and of an adopted one.
     """
 
     name: str
@@ -107,6 +120,12 @@ class Machine(Struct, frozen=True, kw_only=True):
     consent: Consent | None = None
     origin: Origin | None = None
     past: tuple[Past, ...] = ()
+    vmgenid: Vmgenid | None = None
+
+    @property
+    def guid(self) -> str:
+        """What its ``vmgenid`` device has; empty where it has no such device."""
+        return self.vmgenid.guid if self.vmgenid and self.spec.takes_vmgenid else ""
 
     def spec_at(self, operation: OperationId) -> MachineSpec:
         """The spec that it had for that operation."""

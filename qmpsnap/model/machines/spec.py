@@ -4,6 +4,7 @@
 from it.
 """
 
+import re
 from typing import Any, Literal, Self
 
 from msgspec import Struct
@@ -21,6 +22,9 @@ Cache = Literal["writeback", "none", "writethrough", "directsync", "unsafe"]
 NicKind = Literal["user", "tap", "bridge"]
 NicModel = Literal["virtio", "e1000", "e1000e", "rtl8139", "vmxnet3"]
 Display = Literal["none", "vnc"]
+
+_PC = re.compile(r"pc-(q35|i440fx)-(?:(\d+)\.(\d+))?")
+_VMGENID_SINCE = (2, 9)
 
 
 class Encryption(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -153,6 +157,21 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     def recorded(self) -> Self:
         """As a machine has it: without what only ``define`` goes by."""
         return replace(self, uuid="", uefi_variables=None)
+
+    @property
+    def takes_vmgenid(self) -> bool:
+        """Whether a guest of this machine type can find a ``vmgenid`` device, which ``extra`` may have added already.
+
+        A microvm has no ACPI table to announce it, and an old PC no way to tell QEMU where the guest keeps the GUID.
+        """
+        if any("vmgenid" in argument for argument in self.extra):
+            return False
+        if self.machine in ("q35", "pc"):
+            return True
+        if not (found := _PC.match(self.machine)):
+            return False
+        board, major, minor = found.groups()
+        return board == "q35" if major is None else (int(major), int(minor)) >= _VMGENID_SINCE
 
     def cpu_under(self, accel: str) -> str:
         """The CPU model with that accelerator, as QEMU is told it."""

@@ -9,7 +9,7 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Quiesce, Snapshot
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.nbd import NbdExport
-from qmpsnap.model.machines.record import Consent, Machine, Origin
+from qmpsnap.model.machines.record import Consent, Machine, Origin, Vmgenid
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.by import By, DeleteBy, LoadBy, MirrorBy, SaveBy
@@ -43,6 +43,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
         consent: what somebody has agreed to now; None leaves what there is.
         origin: what is known of a fork's identity now; None leaves what there is.
         spec: the machine's new spec; the one before is kept for the snapshots that were taken with it.
+        vmgenid: the guest's generation ID from now on; None leaves what there is.
     """
 
     define: Machine | None = None
@@ -56,6 +57,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     consent: Consent | None = None
     origin: Origin | None = None
     spec: MachineSpec | None = None
+    vmgenid: Vmgenid | None = None
 
 
 class Overlay(Struct, frozen=True, kw_only=True):

@@ -197,6 +197,7 @@ async def _in_qemu(
         exact=True,
         ram=Ram(ram, shared=True),
         blank=True,
+        vmgenid=identity if source.machine.guid else "",
     )
     process = await qemu.launch(
         arguments,

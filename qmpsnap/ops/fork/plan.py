@@ -13,6 +13,7 @@ from qmpsnap.model.machines.spec import MachineSpec, NicSpec
 from qmpsnap.model.names import LayerId, layer_id
 from qmpsnap.model.operations.operation import Change, ForkPlan, Overlay
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
+from qmpsnap.ops.base import vmgenid
 from qmpsnap.ops.fork.request import ForkRequest
 
 
@@ -42,6 +43,7 @@ def machine(
         created=time.time(),
         consent=parent.consent,
         origin=origin,
+        vmgenid=vmgenid.new() if parent.vmgenid else None,
     )
 
 

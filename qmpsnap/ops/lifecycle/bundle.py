@@ -28,7 +28,7 @@ from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId, check_name, layer_disk, layer_id, tag_number
 from qmpsnap.model.operations.operation import Change, DefinePlan, Operation
 from qmpsnap.model.planning.inputs import PlanInputs
-from qmpsnap.ops.base import free_space, luks
+from qmpsnap.ops.base import free_space, luks, vmgenid
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, forget_places, locked, require_folder, require_spec
 from qmpsnap.ops.base.free_space import Need
@@ -173,8 +173,15 @@ async def _record(context: Context, name: str, found: Unpacked, *, allow_extra: 
             f"machine {name} has 'extra' QEMU arguments, which can override every protection",
             hint="accept them with " + option("allow_extra"),
         )
-    uuid, consent = old.machine.uuid, define.agreed(spec)
-    machine = Machine(name=name, uuid=uuid, host=context.host, spec=spec, created=time.time(), consent=consent)
+    machine = Machine(
+        name=name,
+        uuid=old.machine.uuid,
+        host=context.host,
+        spec=spec,
+        created=time.time(),
+        consent=define.agreed(spec),
+        vmgenid=vmgenid.new() if old.machine.vmgenid else None,  # its memory has the device, or has not
+    )
     move: dict[str, str] = {}
 
     def make(at: PlanInputs) -> DefinePlan:

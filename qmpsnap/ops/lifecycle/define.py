@@ -25,7 +25,7 @@ from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.model.timestamps import moment
-from qmpsnap.ops.base import luks
+from qmpsnap.ops.base import luks, vmgenid
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, forget_places, locked, require_folder
 from qmpsnap.ops.base.machine_session import MachineSession
@@ -207,6 +207,8 @@ async def _record(
 ) -> Machine:
     basis = await context.astore.basis(spec.name)
     machine, sources = await survey(context, spec, allowed)
+    abilities = await probe.ask(context.qemu, context.home.cache, user=context.run_as)
+    machine = replace(machine, vmgenid=vmgenid.new() if abilities.vmgenid else None)
 
     def make(at: PlanInputs) -> DefinePlan:
         planned = plan(machine, sources, serial=at.serial, home=at.home, variables=firmware is not None)

@@ -18,7 +18,7 @@ from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.record import Machine, Process
 from qmpsnap.model.names import JobId, LayerId
 from qmpsnap.model.planning.layer_graph import Writer
-from qmpsnap.ops.base import admission, consent, luks, requests
+from qmpsnap.ops.base import admission, consent, luks, requests, vmgenid
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context, locked, require_own, require_spec
 from qmpsnap.ops.internal import tags
@@ -56,6 +56,7 @@ async def bring_up(
     """Start the QEMU of a machine that is ours and stopped, on the store's chains, and record it."""
     consent.require(machine)
     chains = await context.astore.chains(machine.name)
+    await vmgenid.wake(context, machine)
     surroundings.require_room(chains, machine=machine.name)
     await to_read(lambda: boot_files.require(machine.spec, context.home))
     await to_end(require_files, machine, chains)
@@ -84,6 +85,7 @@ async def bring_up(
             logs=str(log_dir),
             exact=loading is not None,
             ram=ram,
+            vmgenid=machine.guid,
         )
         process = await launch(
             arguments,

@@ -51,7 +51,14 @@ async def hardware_now(context: Context, machine: Machine, qemu: Monitor | None 
 
 async def _hardware(machine: Machine, *, accel: str, qemu_version: str) -> Hardware:
     cpu = await to_read(host_cpu)
-    return hardware_of(machine.spec, uuid=machine.uuid, accel=accel, qemu_version=qemu_version, host_cpu=cpu)
+    return hardware_of(
+        machine.spec,
+        uuid=machine.uuid,
+        accel=accel,
+        qemu_version=qemu_version,
+        host_cpu=cpu,
+        vmgenid=machine.guid,
+    )
 
 
 async def require_same_hardware(context: Context, machine: Machine, snapshot: Snapshot) -> None:

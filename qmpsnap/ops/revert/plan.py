@@ -19,7 +19,7 @@ from qmpsnap.model.operations.operation import Change, Overlay, RevertPlan, Unwr
 from qmpsnap.model.planning import unreferenced
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
-from qmpsnap.ops.base import requests, volumes
+from qmpsnap.ops.base import requests, vmgenid, volumes
 from qmpsnap.ops.base.context import require_spec
 from qmpsnap.ops.base.overlays import overlay_on
 from qmpsnap.volumes.names import VolumeName
@@ -39,6 +39,7 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
         hardware: ``snapshot`` makes the spec of its time the machine's spec again.
         after: tell the guest the time and the network where the machine is, once it runs on with memory.
         by: the command that loads the snapshot in the running QEMU; refused where that cannot load it.
+        resume: it goes on where it was saved: its generation ID stays, unless it has run since.
     """
 
     name: str
@@ -48,6 +49,7 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
     hardware: HardwareOf = "now"
     after: bool = True
     by: LoadBy | None = None
+    resume: bool = False
 
 
 def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPlan:
@@ -79,6 +81,7 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
         active={one.disk: one.layer.id for one in new},
         current=snapshot.name,
         spec=changed_spec(machine, snapshot, request),
+        vmgenid=vmgenid.after_revert(machine, snapshot, resumes=request.resume and mode == "stopped"),
     )
     memory = snapshot.inside.layer if snapshot.inside else None
     planned = RevertPlan(

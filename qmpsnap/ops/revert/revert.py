@@ -29,7 +29,7 @@ from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
-from qmpsnap.ops.base import consent, free_space, luks, volumes
+from qmpsnap.ops.base import consent, free_space, luks, vmgenid, volumes
 from qmpsnap.ops.base.context import Context, guarded, in_thread
 from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.base.machine_session import MachineSession
@@ -57,7 +57,7 @@ class Reverted(Struct, frozen=True, kw_only=True):
         state: how the machine is now, in QEMU's word as it was asked: ``running``, ``paused``, ``suspended`` for a
             guest that slept when its memory was saved ...; or ``stopped``.
         memory: the guest goes on where it was; else it boots.
-        notes: what the guest could not be told afterwards, one sentence each.
+        notes: what the guest could not be told, one sentence each.
         detached: devices that somebody had attached to the QEMU that was ended; the machine does not have them.
         clock_error_ms: how far the guest's clock is ahead of the host's now that it was set, less than 0 where it is
             behind; None where it was not set, or nobody knows.
@@ -164,7 +164,7 @@ async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
             done = replace(done, detached=await _detached(context, session.machine, before))
     if done.memory and done.state == "running" and request.after:
         told = await post_resume.tell(context, await context.astore.machine(name))
-        return replace(done, notes=told.notes, clock_error_ms=told.clock_error_ms)
+        return replace(done, notes=(*done.notes, *told.notes), clock_error_ms=told.clock_error_ms)
     return done
 
 
@@ -198,7 +198,8 @@ async def _load(session: MachineSession, at: Situation, target: Snapshot, reques
     kept = await in_place.load(session, at, target, discard=request.discard, paused=paused, by=by)
     assert session.qemu
     state = await _said(contextlib.nullcontext(session.qemu))
-    return Reverted(snapshot=target, kept=kept, removed=(), state=state, memory=True)
+    notes = vmgenid.unchanged(session.machine)
+    return Reverted(snapshot=target, kept=kept, removed=(), state=state, memory=True, notes=notes)
 
 
 async def _said(asking: AbstractAsyncContextManager[Monitor | None]) -> State:

@@ -19,7 +19,7 @@ from qmpsnap.model.names import NodeName
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.memory import Memory
 from qmpsnap.model.operations.operation import Change, CreatePlan, Ended, Operation
-from qmpsnap.ops.base import overlay_paths, volumes
+from qmpsnap.ops.base import overlay_paths, vmgenid, volumes
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
@@ -276,7 +276,10 @@ async def quit_saved(
     """End the QEMU of a machine that was saved."""
     await require_ended(context.process(machine), qemu, machine=machine.name, effect="applied")
     await context.astore.set_process(machine.name, None)
-    await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
+    if resting := vmgenid.saved(machine, operation.id):
+        await context.astore.settle(operation.id, machine.name, Change(vmgenid=resting))
+    else:
+        await context.astore.mark(operation.id, "settled", step=steps.SETTLED)
 
 
 def _finished(operation: Operation, memory: Memory) -> Vmstate | None:

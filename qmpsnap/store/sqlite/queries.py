@@ -47,7 +47,7 @@ LISTED = (
 EPHEMERAL = "SELECT name FROM machine WHERE json_extract(origin, '$.ephemeral') ORDER BY name"
 MACHINE = (
     "SELECT machine.name, uuid, host, spec, machine.created, snapshot.name, adopted, consent,"
-    " origin, past, pid, start_ticks, boot_id, started, accel, qemu_version, nodes FROM machine"
+    " origin, past, vmgenid, pid, start_ticks, boot_id, started, accel, qemu_version, nodes FROM machine"
     " LEFT JOIN snapshot ON snapshot.id = machine.current LEFT JOIN process ON process.machine = machine.id"
 )
 OF_OPERATION = (

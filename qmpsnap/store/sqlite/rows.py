@@ -11,7 +11,7 @@ from qmpsnap.errors import NameTaken, NotFoundError
 from qmpsnap.hint import call
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.machines.adoption import Adoption
-from qmpsnap.model.machines.record import Consent, Machine, Origin, Past, Process
+from qmpsnap.model.machines.record import Consent, Machine, Origin, Past, Process, Vmgenid
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.text import nearest
@@ -21,7 +21,7 @@ from qmpsnap.store.sqlite.json_values import decoded
 
 def read_machine(row: sqlite3.Row) -> Machine:
     """A row of the machine query as a value."""
-    name, uuid, host, spec, created, current, adopted, consent, origin, past, *process = row
+    name, uuid, host, spec, created, current, adopted, consent, origin, past, vmgenid, *process = row
     return Machine(
         name=name,
         uuid=uuid,
@@ -34,6 +34,7 @@ def read_machine(row: sqlite3.Row) -> Machine:
         consent=decoded(consent, Consent) if consent else None,
         origin=decoded(origin, Origin) if origin else None,
         past=decoded(past, tuple[Past, ...]) if past else (),
+        vmgenid=decoded(vmgenid, Vmgenid) if vmgenid else None,
     )
 
 
@@ -91,8 +92,8 @@ def insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
     """Add a machine, or ``NameTaken``."""
     try:
         sql.execute(
-            "INSERT INTO machine (name, uuid, host, spec, created, adopted, consent, origin, past)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO machine (name, uuid, host, spec, created, adopted, consent, origin, past, vmgenid)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 machine.name, machine.uuid, machine.host,
                 msgspec.json.encode(machine.spec).decode(), machine.created,
@@ -100,6 +101,7 @@ def insert_machine(sql: sqlite3.Connection, machine: Machine) -> None:
                 msgspec.json.encode(machine.consent).decode() if machine.consent else None,
                 msgspec.json.encode(machine.origin).decode() if machine.origin else None,
                 msgspec.json.encode(machine.past).decode() if machine.past else None,
+                msgspec.json.encode(machine.vmgenid).decode() if machine.vmgenid else None,
             ),
         )  # fmt: skip
     except sqlite3.IntegrityError as error:
@@ -120,6 +122,13 @@ def put_origin(sql: sqlite3.Connection, machine: int, origin: Origin | None) -> 
     if origin:
         text = msgspec.json.encode(origin).decode()
         sql.execute("UPDATE machine SET origin = ?, version = version + 1 WHERE id = ?", (text, machine))
+
+
+def put_vmgenid(sql: sqlite3.Connection, machine: int, vmgenid: Vmgenid | None) -> None:
+    """Record the guest's generation ID; None leaves what there is."""
+    if vmgenid:
+        text = msgspec.json.encode(vmgenid).decode()
+        sql.execute("UPDATE machine SET vmgenid = ?, version = version + 1 WHERE id = ?", (text, machine))
 
 
 def put_spec(sql: sqlite3.Connection, machine: int, spec: MachineSpec | None, *, until: OperationId) -> None:

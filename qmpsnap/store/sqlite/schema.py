@@ -158,6 +158,9 @@ MIGRATIONS: tuple[str, ...] = (
     """
     ALTER TABLE process ADD COLUMN nodes TEXT NOT NULL DEFAULT '{}';
     """,
+    """
+    ALTER TABLE machine ADD COLUMN vmgenid TEXT;
+    """,
 )
 
 
