@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpsnap.api import asked
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
     from qmpsnap.api.plans import Plan
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine
-    from qmpsnap.model.machines.spec import MachineSpec
+    from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import ResizePlan
+    from qmpsnap.ops.devices import attach, detach
+    from qmpsnap.ops.devices.attach import Attached
+    from qmpsnap.ops.devices.detach import Detached
     from qmpsnap.ops.lifecycle import change, resize
     from qmpsnap.ops.lifecycle import rename as rename_machine
     from qmpsnap.ops.lifecycle.change import Changed
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from qmpsnap.ops.snapshot import describe, rename
 else:
     plans = Later("api.plans")
+    attach, detach = Later("ops.devices.attach"), Later("ops.devices.detach")
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
     flatten, rename_machine = Later("ops.merge.flatten"), Later("ops.lifecycle.rename")
     describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
@@ -100,4 +105,25 @@ class ChangePlans(MachinePlans):
             lambda context: flatten.preview(context, self.name, disk),
             plans.of_flatten,
             lambda vm, report: vm.flatten(disk, report=report),
+        )
+
+    async def plan_attach_disk(
+        self, disk: Mapping[str, object] | DiskSpec, *, folders: Sequence[Path] = ()
+    ) -> Plan[Attached, Attached]:
+        """What :meth:`attach_disk` would do now."""
+        make = attach.wanted(disk, folder=Path.cwd(), guest_dir=self._context.home.guest)
+        return await self._plan(
+            "attach_disk",
+            lambda context: attach.preview(context, self.name, make, folders=folders),
+            plans.of_attach,
+            lambda vm, _: vm.attach_disk(disk, folders=folders),
+        )
+
+    async def plan_detach_disk(self, disk: str) -> Plan[Detached, Detached]:
+        """What :meth:`detach_disk` would do now."""
+        return await self._plan(
+            "detach_disk",
+            lambda context: detach.preview(context, self.name, disk),
+            plans.of_detach,
+            lambda vm, _: vm.detach_disk(disk),
         )

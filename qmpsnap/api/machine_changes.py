@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpsnap.api import asked
@@ -16,16 +17,20 @@ if TYPE_CHECKING:
     from qmpsnap.api.job import Running
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine
-    from qmpsnap.model.machines.spec import MachineSpec
+    from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import ResizePlan
     from qmpsnap.ops.base.context import Context
+    from qmpsnap.ops.devices import attach, detach
+    from qmpsnap.ops.devices.attach import Attached
+    from qmpsnap.ops.devices.detach import Detached
     from qmpsnap.ops.lifecycle import change, resize
     from qmpsnap.ops.lifecycle import rename as rename_machine
     from qmpsnap.ops.lifecycle.change import Changed
     from qmpsnap.ops.merge import flatten
     from qmpsnap.ops.snapshot import describe, rename
 else:
+    attach, detach = Later("ops.devices.attach"), Later("ops.devices.detach")
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
     flatten, rename_machine = Later("ops.merge.flatten"), Later("ops.lifecycle.rename")
     describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
@@ -118,6 +123,44 @@ class Changing:
             StorageHangs: the cluster does not answer any more.
         """
         return await flatten.run(self._context, self.name, disk, report=report)
+
+    async def attach_disk(self, disk: Mapping[str, object] | DiskSpec, *, folders: Sequence[Path] = ()) -> Attached:
+        """Give a stopped machine one more disk; its snapshots stay.
+
+        Snapshots from before do not include the disk: a revert to one of them leaves it as it is. Those with memory
+        need the hardware of their time for it, with which the machine does not have the disk.
+
+        Args:
+            disk: as a spec file describes one (``{"image": "/srv/data.qcow2"}``, ``{"size": "10G"}``); where it has no
+                name, it gets the next free one.
+            folders: further folders that its images may lie in.
+
+        Returns:
+            The disk, and the snapshots whose memory does not fit the new hardware.
+
+        Raises:
+            SpecError: a key or value is none that a disk can have.
+            NameTaken: a snapshot has another disk of that name.
+            ImageRefused: an image is not what is said of it, or not in an allowed folder.
+            StateError: the machine runs, or somebody else writes to the image.
+        """
+        make = attach.wanted(disk, folder=Path.cwd(), guest_dir=self._context.home.guest)
+        return await attach.run(self._context, self.name, make, folders=folders)
+
+    async def detach_disk(self, disk: str) -> Detached:
+        """Take a disk from a stopped machine; no file is removed, and snapshots that include it stay.
+
+        If the guest wrote to a layer that qmpsnap created, an automatic snapshot keeps that layer.
+        A revert to a snapshot with ``hardware="snapshot"`` brings the disks of its time back.
+
+        Args:
+            disk: its name.
+
+        Raises:
+            NotFoundError: the machine has no such disk.
+            StateError: the machine runs.
+        """
+        return await detach.run(self._context, self.name, disk)
 
     async def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import CreatePlan, MergePlan, MirrorPlan, Overlay, Removal, ResizePlan
     from qmpsnap.model.planning.expectation import Expectation
+    from qmpsnap.ops.devices.attach import Attached
+    from qmpsnap.ops.devices.detach import Detached
     from qmpsnap.ops.fork.run import Preview as ForkPreview
     from qmpsnap.ops.fork.upkeep import Pruned
     from qmpsnap.ops.lifecycle.change import Changed
@@ -228,6 +230,23 @@ def of_flatten(found: FlattenPlan) -> Shape[FlattenPlan]:
     what = ", ".join(f"{clone.layer.shown} of {clone.parent}" for clone in found.clones)
     files = tuple(PlannedFile(action="overwrite", path=clone.layer.path) for clone in found.clones)
     return Shape(summary=f"flatten {what or 'nothing'}", bytes=found.bytes, files=files, details=found)
+
+
+def of_attach(found: Attached) -> Shape[Attached]:
+    """One more disk."""
+    plan = found.plan
+    made = {layer.path for layer in plan.created}
+    there = [layer for layer in plan.change.layers if layer.path not in made]
+    files = [_created(layer.path) for layer in plan.images]
+    files += [*_overlays(plan.overlays), *(PlannedFile(action="read", path=layer.path) for layer in there)]
+    return Shape(summary=f"attach disk {plan.disk.name}", files=tuple(files), details=found)
+
+
+def of_detach(found: Detached) -> Shape[Detached]:
+    """A disk less."""
+    kept = f", keeping it as {found.kept}" if found.kept else ""
+    files = tuple(PlannedFile(action="keep", path=layer.path) for layer in found.plan.layers)
+    return Shape(summary=f"detach disk {found.disk}{kept}", files=files, details=found)
 
 
 def of_delete(found: tuple[DeletePlan, Sequence[Command]]) -> Shape[DeletePlan]:

@@ -38,7 +38,7 @@ NOUNS: Final = {
     "snapshot_verbs.job": ("job",),
     "machine_verbs.change": ("set", "rename"),
     "machine_verbs.edit": ("edit",),
-    "machine_verbs.disk": ("resize", "blockresize", "flatten"),
+    "machine_verbs.disk": ("disk", "resize", "blockresize", "flatten"),
     "machine_verbs.check": ("check",),
     "machine_verbs.relocate": ("relocate",),
     "machine_verbs.log": ("log",),

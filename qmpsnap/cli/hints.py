@@ -5,9 +5,11 @@ from typing import Final
 from qmpsnap.hint import Call, Option, parts_of
 
 _COMMANDS: Final = {
+    "attach_disk": "disk attach",
     "cancel": "job cancel",
     "chains": "chain",
     "delete_snapshots": "snapshot delete",
+    "detach_disk": "disk detach",
     "describe_snapshot": "snapshot describe",
     "import_argv": "import argv",
     "import_libvirt": "import libvirt",

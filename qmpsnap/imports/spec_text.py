@@ -82,7 +82,7 @@ def _plain(value: MachineSpec) -> dict[str, Any]:
             return {key.replace("_", "-"): named(inner) for key, inner in found.items()}
         return [named(inner) for inner in found] if isinstance(found, list | tuple) else found
 
-    plain: dict[str, Any] = named(msgspec.to_builtins(value))
+    plain: dict[str, Any] = named(msgspec.to_builtins(value.unplugged()))
     plain.pop("tcg-cpu", None)
     return plain
 

@@ -72,7 +72,7 @@ async def working_on(
     folder = run_dir / FOLDER
     make_private(folder, "run folder")
     await to_read(lambda: require_recorded(chain.layers, machine=machine.name))
-    disk = machine.require_disk(chain.disk)
+    disk = machine.require_layers_of(chain.disk)
     spec = MachineSpec(
         name=machine.name,
         machine="q35",

@@ -6,6 +6,7 @@ Written by tests/api/sync_api.py from the source of ``qmpsnap.api``, whose docst
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from qmpsnap.qmp.jobs import unreported
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.record import Machine, Process
-    from qmpsnap.model.machines.spec import Format, MachineSpec
+    from qmpsnap.model.machines.spec import DiskSpec, Format, MachineSpec
     from qmpsnap.model.machines.state import State
     from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import Operation, ResizePlan
     from qmpsnap.ops.base.free_space import Shortage
     from qmpsnap.ops.check.check import Checked
+    from qmpsnap.ops.devices.attach import Attached
+    from qmpsnap.ops.devices.detach import Detached
     from qmpsnap.ops.fork.run import Forked
     from qmpsnap.ops.jobs.at_work import MachineJob
     from qmpsnap.ops.lifecycle import undefine
@@ -63,6 +66,14 @@ class MachineHandle(MachinePlans):
     def flatten(self, disk: str, *, report: Report = unreported) -> FlattenPlan:
         """Let a clone in a Ceph cluster, as a revert makes one, have a copy of all that it reads of its snapshot."""
         return self._call(self._handle.flatten(disk, report=report))
+
+    def attach_disk(self, disk: Mapping[str, object] | DiskSpec, *, folders: Sequence[Path] = ()) -> Attached:
+        """Give a stopped machine one more disk; its snapshots stay."""
+        return self._call(self._handle.attach_disk(disk, folders=folders))
+
+    def detach_disk(self, disk: str) -> Detached:
+        """Take a disk from a stopped machine; no file is removed, and snapshots that include it stay."""
+        return self._call(self._handle.detach_disk(disk))
 
     def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now."""

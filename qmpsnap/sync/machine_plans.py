@@ -5,6 +5,7 @@ Written by tests/api/sync_api.py from the source of ``qmpsnap.api``, whose docst
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from qmpsnap.qmp.jobs import unreported
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.record import Machine
-    from qmpsnap.model.machines.spec import Format, MachineSpec
+    from qmpsnap.model.machines.spec import DiskSpec, Format, MachineSpec
     from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, ResizePlan
+    from qmpsnap.ops.devices.attach import Attached
+    from qmpsnap.ops.devices.detach import Detached
     from qmpsnap.ops.fork.run import Forked
     from qmpsnap.ops.fork.run import Preview as ForkPreview
     from qmpsnap.ops.lifecycle import undefine
@@ -246,3 +249,13 @@ class MachinePlans(Delegating):
     def plan_flatten(self, disk: str) -> Plan[FlattenPlan, FlattenPlan]:
         """What :meth:`flatten` would do now."""
         return self._call(self._handle.plan_flatten(disk))
+
+    def plan_attach_disk(
+        self, disk: Mapping[str, object] | DiskSpec, *, folders: Sequence[Path] = ()
+    ) -> Plan[Attached, Attached]:
+        """What :meth:`attach_disk` would do now."""
+        return self._call(self._handle.plan_attach_disk(disk, folders=folders))
+
+    def plan_detach_disk(self, disk: str) -> Plan[Detached, Detached]:
+        """What :meth:`detach_disk` would do now."""
+        return self._call(self._handle.plan_detach_disk(disk))

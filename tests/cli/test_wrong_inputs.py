@@ -36,6 +36,8 @@ LINES = {
     "copy": f"copy web vda {COPY} --finish",
     "define": "define /nonexistent/spec.yaml --allow /nonexistent",
     "demo": "demo --nonsense",  # a real one builds a guest
+    "disk attach": "disk attach web /nonexistent/data.img --name vdb --format raw --bus scsi --allow /nonexistent",
+    "disk detach": "disk detach web vdx",
     "doctor": "doctor --nonsense",  # a real one asks the whole host
     "edit": "edit web --yes --allow-extra",
     "exec": "exec --timeout 5 --wait 1 -i --env A=b --cwd /tmp web -- true",

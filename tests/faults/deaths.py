@@ -55,6 +55,10 @@ async def _do(scenario: str, place: Path, recovering: bool) -> None:  # noqa: FB
             await vm.rename("other")
         elif scenario == "flatten":
             await vm.flatten("vda")
+        elif scenario == "disk-attach":
+            await vm.attach_disk({"size": "1M"})
+        elif scenario == "disk-detach":
+            await vm.detach_disk("vdb")
         elif scenario in FORKS:
             await vm.fork("warm", "child", ephemeral=scenario == "ephemeral fork")
         elif recovering:

@@ -22,7 +22,8 @@ COLUMNS = (
     "fork",
     "others",
 )
-"""The verbs; others: start, stop, rename of a snapshot and of a machine, recover, relocate, check --repair."""
+"""The verbs; others: start, stop, rename of a snapshot and of a machine, disk attach and detach, recover, relocate,
+check --repair."""
 
 
 class Fault:

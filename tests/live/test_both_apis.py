@@ -152,6 +152,10 @@ async def test_snapshots_and_layers(q: Any, tmp_path: Path) -> None:
         await vm.set_speed(1 << 20)
     await vm.stop(force=True)
     assert (await vm.chains("vda"))[0].active.virtual_size == 32 * MIB
+    new = await vm.apply(await vm.plan_attach_disk({"size": "1M"}))
+    assert (new.disk.name, (await vm.plan_detach_disk("vdb")).files[0].path) == ("vdb", new.path)
+    assert (await vm.detach_disk("vdb")).kept
+    assert (await vm.attach_disk({"size": "1M"})).disk.name == "vdc"
     await vm.apply(await vm.plan_rename("moved"))
     vm = await q.machine("moved")
     assert (await vm.rename("back")).name == "back"

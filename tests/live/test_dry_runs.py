@@ -130,6 +130,10 @@ def test_a_machine_s_life(home: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
     assert main(["flatten", "still", "vda", "--dry-run"]) == main(["flatten", "still", "vda"]) == 4
     assert "lies on no clone in a Ceph cluster" in capsys.readouterr().err
+    would = dry(capsys, home, "disk attach still --size 1M")
+    assert told(capsys, "disk attach still --size 1M -o json")["created"] == would["created"]
+    would = dry(capsys, home, "disk detach still vdb")
+    assert told(capsys, "disk detach still vdb -o json")["kept"] == would["kept"]
 
     told(capsys, "snapshot create still other")
     for fate, verb in (("--keep-disks", "kept"), ("--remove-disks", "removed")):

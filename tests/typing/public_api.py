@@ -48,6 +48,8 @@ from qmpsnap.model.operations.operation import (
     ResizePlan,
 )
 from qmpsnap.ops.check.check import Checked
+from qmpsnap.ops.devices.attach import Attached
+from qmpsnap.ops.devices.detach import Detached
 from qmpsnap.ops.fork.run import Forked
 from qmpsnap.ops.fork.run import Preview as ForkPreview
 from qmpsnap.ops.fork.upkeep import Pruned, Shelved
@@ -109,6 +111,8 @@ async def plans(vm: MachineHandle) -> None:
     assert_type(await vm.plan_mirror("vda", Path("/srv/copy"), mode="finish"), Plan[MirrorPlan, Mirrored])
     assert_type(await vm.plan_delete_snapshots("a", "b", children=True), Plan[DeletePlan, Deleted])
     assert_type(await vm.plan_set(MachineSpec(name="web")), Plan[Changed, Changed])
+    assert_type(await vm.plan_attach_disk({"size": "1G"}), Plan[Attached, Attached])
+    assert_type(await vm.plan_detach_disk("vdb"), Plan[Detached, Detached])
     assert_type(await vm.plan_resize("vda", "+1G"), Plan[ResizePlan, ResizePlan])
     assert_type(await vm.plan_flatten("vda"), Plan[FlattenPlan, FlattenPlan])
     assert_type(await vm.plan_snapshot(kind="volume", mixed=True, lvm_size="20%"), Plan[CreatePlan, Snapshot])
@@ -218,6 +222,9 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
     assert_type(await vm.describe_snapshot("before", "text", tags={"k": "v"}, untag=["old"]), Snapshot)
     assert_type(await vm.set({"memory": "4G"}), Changed)
+    assert_type(await vm.attach_disk({"image": Path("/srv/data.qcow2")}, folders=[Path("/srv")]), Attached)
+    assert_type(await vm.attach_disk(DiskSpec(name="vdb", size=1 << 30)), Attached)
+    assert_type(await vm.detach_disk("vdb"), Detached)
     assert_type(await vm.resize("vda", "+1G"), ResizePlan)
     assert_type(await vm.flatten("vda"), FlattenPlan)
     assert_type(await vm.push("before", description="text"), Snapshot)

@@ -98,14 +98,27 @@ def changed(spec: MachineSpec, settings: Mapping[str, str], *, folder: Path, gue
         where.pop(name, None)
         if text:
             where[name] = compose(text, key).value
-    return replace(
-        _machine(_readable(of_program(plain, f"machine {spec.name}"), folder, guest_dir)), tcg_cpu=spec.tcg_cpu
-    )
+    found = _machine(_readable(of_program(plain, f"machine {spec.name}"), folder, guest_dir))
+    return replace(found, tcg_cpu=spec.tcg_cpu).plugged_as(spec)
+
+
+def extended(spec: MachineSpec, disk: Mapping[str, Any], *, folder: Path, guest_dir: Path) -> MachineSpec:
+    """The machine with one more disk, which is described as in a file."""
+    plain = _plain(spec)
+    try:
+        new = msgspec.to_builtins(dict(disk), enc_hook=os.fspath)
+    except TypeError as error:
+        raise SpecError(f"the disk has a value of an impossible type: {error}") from error
+    plain["disks"] = [*plain.get("disks", ()), {key.replace("-", "_"): value for key, value in new.items()}]
+    found = _machine(_readable(of_program(plain, f"machine {spec.name}"), folder, guest_dir))
+    return replace(found, tcg_cpu=spec.tcg_cpu).plugged_as(spec)
 
 
 def _plain(spec: MachineSpec) -> dict[str, Any]:
     """What a file would say of it."""
     plain: dict[str, Any] = msgspec.to_builtins(spec, enc_hook=os.fspath)
+    for disk in plain.get("disks", ()):
+        disk.pop("address", None)
     plain.pop("tcg_cpu", None)  # that of the machine whose spec was taken: define records its own
     if type(spec.memory) is int:
         plain["memory"] = f"{spec.memory}B"  # a file's plain number is MiB

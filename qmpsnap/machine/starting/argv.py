@@ -101,9 +101,7 @@ def build(  # all that an argument list depends on
         *_agent(spec),
         *_vmgenid(vmgenid),
         *_secrets(spec, secrets),
-        *_disks(spec, chains, blank=blank),
-        *_cdrom(spec),
-        *_nics(spec, uuid),
+        *_devices(spec, chains, uuid, blank=blank),
         *spec.extra,
     ]
 
@@ -217,19 +215,47 @@ def _secrets(spec: MachineSpec, secrets: Mapping[str, int]) -> Iterator[str]:
         yield from _json("-object", {"qom-type": "secret", "id": secret_id(disk.name), "file": file})
 
 
-def _disks(spec: MachineSpec, chains: Sequence[Chain], *, blank: bool) -> Iterator[str]:
-    by_disk = {chain.disk: chain for chain in chains}
-    used: dict[str, int] = {}  # how many disks each bus has so far
-    for position, disk in enumerate(spec.disks):
+def _devices(spec: MachineSpec, chains: Sequence[Chain], uuid: str, *, blank: bool) -> Iterator[str]:
+    """Disks and cards. QEMU gives PCI slots in this order: what was attached later comes last, and moves no other."""
+    controllers: set[str] = set()
+    defined = [disk for disk in spec.disks if not is_attached(disk)]
+    yield from _disks(spec, defined, chains, controllers, blank=blank)
+    yield from _cdrom(spec)
+    yield from _nics(spec, uuid)
+    yield from _disks(spec, [disk for disk in spec.disks if disk not in defined], chains, controllers, blank=blank)
+
+
+def is_attached(disk: DiskSpec) -> bool:
+    """Whether a disk came to its machine after that was defined."""
+    return disk.address is not None and not disk.address.isdigit()
+
+
+def places(disks: Sequence[DiskSpec]) -> dict[str, int]:
+    """The place of each disk on its bus: by its address, or as the so-manieth of those that have none there."""
+    found: dict[str, int] = {}
+    used: dict[str, int] = {}
+    for disk in disks:
+        if disk.address and disk.address.removeprefix("+").isdigit():
+            found[disk.name] = int(disk.address)
+        else:
+            found[disk.name] = used.get(disk.bus, 0)
+            used[disk.bus] = found[disk.name] + 1
+    return found
+
+
+def _disks(
+    spec: MachineSpec, disks: Sequence[DiskSpec], chains: Sequence[Chain], controllers: set[str], *, blank: bool
+) -> Iterator[str]:
+    by_disk, placed = {chain.disk: chain for chain in chains}, places(spec.disks)
+    for disk in disks:
         chain = by_disk.get(disk.name)
         if chain is None:
             raise ValueError(f"disk {disk.name} of machine {spec.name} has no chain")
         for options in [blank_options(chain.active, disk)] if blank else chain_options(chain, disk):
             yield from _json("-blockdev", options)
-        place = used.get(disk.bus, 0)
-        used[disk.bus] = place + 1
-        controller, device = _attached(spec, disk, place)
-        if controller:
+        controller, device = _attached(spec, disk, placed[disk.name])
+        if controller and controller["id"] not in controllers:
+            controllers.add(controller["id"])
             yield from _json("-device", controller)
         device |= {
             "id": disk.name,
@@ -237,7 +263,7 @@ def _disks(spec: MachineSpec, chains: Sequence[Chain], *, blank: bool) -> Iterat
             "serial": disk.name,  # the guest finds its disks by name under /dev/disk/by-id
             "write-cache": "off" if disk.cache in ("writethrough", "directsync") else "on",
         }
-        if position == 0 and spec.kernel is None:
+        if disk is spec.disks[0] and spec.kernel is None:
             device["bootindex"] = 1
         yield from _json("-device", device)
 
@@ -265,7 +291,7 @@ def _cdrom(spec: MachineSpec) -> Iterator[str]:
 
 
 def _attached(spec: MachineSpec, disk: DiskSpec, place: int) -> tuple[Device | None, Device]:
-    """The controller to add first, if any, and the disk's device as the ``place``-th one of its bus.
+    """The controller that it needs, if any, and the disk's device as the ``place``-th one of its bus.
 
     Our own ids have a hyphen, which a disk's name cannot have.
     """
@@ -280,14 +306,14 @@ def _attached(spec: MachineSpec, disk: DiskSpec, place: int) -> tuple[Device | N
         case "scsi":
             controller = {"driver": _virtio("scsi", spec), "id": "qs-scsi"}
             device = {"driver": "scsi-hd", "bus": "qs-scsi.0", "channel": 0, "scsi-id": place, "lun": 0}
-            return (None if place else controller), device
+            return controller, device
         case "sata":
             number, port = divmod(place, SATA_PORTS)
             # q35 brings the first controller itself.
             if number == 0 and (spec.machine == "q35" or spec.machine.startswith("pc-q35-")):
                 return None, {"driver": "ide-hd", "bus": f"ide.{port}", "unit": 0}
             controller = {"driver": "ich9-ahci", "id": f"qs-sata{number}"}
-            return (None if port else controller), {"driver": "ide-hd", "bus": f"qs-sata{number}.{port}", "unit": 0}
+            return controller, {"driver": "ide-hd", "bus": f"qs-sata{number}.{port}", "unit": 0}
 
 
 # --- network cards ----------------------------------------------------------------------------------------------------

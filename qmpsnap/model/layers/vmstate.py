@@ -90,7 +90,8 @@ def hardware_of(
     """The hardware that a spec describes, on this host."""
     cpu = spec.cpu_under(accel)
     disks = (
-        f"disk {disk.name} on {disk.bus}{', read-only' if disk.read_only else ''}{_write_cache(disk.cache)}"
+        f"disk {disk.name} on {disk.bus}{_at(disk.address)}{', read-only' if disk.read_only else ''}"
+        + _write_cache(disk.cache)
         for disk in spec.disks
     )
     nics = (
@@ -116,6 +117,10 @@ def hardware_of(
         ),
         vmgenid=vmgenid,
     )
+
+
+def _at(address: str | None) -> str:
+    return "" if address is None else f" at {address or 'the end'}"
 
 
 def _write_cache(cache: str) -> str:

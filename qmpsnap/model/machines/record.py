@@ -144,6 +144,15 @@ class Machine(Struct, frozen=True, kw_only=True):
         """Arguments of a QMP command with the names that the machine's QEMU has for our layers."""
         return names.sent(arguments) if (names := self.names) else arguments
 
+    def disk_of_layers(self, name: str) -> DiskSpec | None:
+        """The disk of that name that it has, or had when a snapshot was taken: its layers are opened so."""
+        specs = (self.spec, *(past.spec for past in reversed(self.past)))
+        return next((disk for spec in specs if (disk := spec.disk(name))), None)
+
+    def require_layers_of(self, name: str) -> DiskSpec:
+        """As :meth:`disk_of_layers`, of a disk that the machine has or had."""
+        return self.disk_of_layers(name) or self.require_disk(name)
+
     def require_disk(self, name: str) -> DiskSpec:
         """The disk of that name."""
         if disk := self.spec.disk(name):

@@ -66,6 +66,8 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
         encryption: its images are encrypted; None for plain ones.
         own: ``image`` is qmpsnap's from now on: written to by merges, and removed when nothing reads it any more.
         opened: how an adopted QEMU has it open; no spec file has this.
+        address: where it is, if that is not by its position among the disks: a number on its controller, or for a PCI
+            device its bus, empty for a place after all others. No spec file has this.
     """
 
     name: str
@@ -83,6 +85,7 @@ class DiskSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     own: bool = False
     encryption: Encryption | None = None
     opened: Opened | None = None
+    address: str | None = None
 
     @property
     def existing(self) -> str | None:
@@ -176,6 +179,20 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     def cpu_under(self, accel: str) -> str:
         """The CPU model with that accelerator, as QEMU is told it."""
         return self.cpu or ("host" if accel == "kvm" else self.tcg_cpu or "max")
+
+    def unplugged(self) -> Self:
+        """Without what no spec file has: where the disks are."""
+        return replace(self, disks=tuple(replace(disk, address=None) for disk in self.disks))
+
+    def plugged_as(self, old: Self) -> Self:
+        """With each disk where it is in another spec of the machine."""
+        places = {disk.name: (disk.bus, disk.address) for disk in old.disks}
+
+        def placed(disk: DiskSpec) -> DiskSpec:
+            bus, address = places.get(disk.name, ("", None))
+            return replace(disk, address=address) if bus == disk.bus else disk
+
+        return replace(self, disks=tuple(placed(disk) for disk in self.disks))
 
     def disk(self, name: str) -> DiskSpec | None:
         """The disk of that name, or None."""

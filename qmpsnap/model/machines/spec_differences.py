@@ -36,8 +36,8 @@ def _told(value: object) -> object:
 
 
 def _flat(spec: MachineSpec) -> dict[str, object]:
-    plain = msgspec.to_builtins(spec)
-    plain.pop("tcg_cpu", None)  # which nobody writes
+    plain = msgspec.to_builtins(spec.unplugged())
+    plain.pop("tcg_cpu", None)  # which nobody writes, as where the disks are
     disks = plain.pop("disks", ())
     found = {key.replace("_", "-"): value for key, value in plain.items()}
     return found | {f"{disk['name']}.{key.replace('_', '-')}": value for disk in disks for key, value in disk.items()}

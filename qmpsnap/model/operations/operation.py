@@ -2,18 +2,19 @@
 
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import Struct
 
 from qmpsnap.effect import Effect
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.layers.snapshot import Quiesce, Snapshot
+from qmpsnap.model.layers.snapshot import Quiesce
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.nbd import NbdExport
-from qmpsnap.model.machines.record import Consent, Machine, Origin, Vmgenid
-from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.by import By, DeleteBy, LoadBy, MirrorBy, SaveBy
+from qmpsnap.model.operations.change import Change as Change  # noqa: PLC0414 - others have it from here
+from qmpsnap.model.operations.change import Overlay as Overlay  # noqa: PLC0414
 from qmpsnap.model.operations.copies import Copy, VolumeCopy
+from qmpsnap.model.operations.devices import AttachPlan, DetachPlan
 from qmpsnap.model.operations.flatten import FlattenPlan
 from qmpsnap.model.operations.memory import Memory
 from qmpsnap.model.operations.rename import RenamePlan
@@ -29,48 +30,6 @@ OperationState = Literal["planned", "running", "settled", "failed", "unknown"]
 Ended = Literal["settled", "failed"]
 
 OPEN_STATES: tuple[OperationState, ...] = ("planned", "running", "unknown")
-
-
-class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one operation does to the record, applied in one SQL transaction; what is known by id or name is replaced.
-
-    Attributes:
-        active: for each disk named, its new active layer.
-        renamed: old name to new name of snapshots, done after ``snapshots``.
-        removed_snapshots: snapshots that grew from one grow from its parent then.
-        removed_layers: nobody may need them any more.
-        current: the machine's new current snapshot; unset leaves it.
-        consent: what somebody has agreed to now; None leaves what there is.
-        origin: what is known of a fork's identity now; None leaves what there is.
-        spec: the machine's new spec; the one before is kept for the snapshots that were taken with it.
-        vmgenid: the guest's generation ID from now on; None leaves what there is.
-    """
-
-    define: Machine | None = None
-    layers: tuple[Layer, ...] = ()
-    active: dict[str, LayerId] = {}
-    snapshots: tuple[Snapshot, ...] = ()
-    renamed: dict[str, str] = {}
-    removed_snapshots: tuple[str, ...] = ()
-    removed_layers: tuple[LayerId, ...] = ()
-    current: str | UnsetType | None = UNSET
-    consent: Consent | None = None
-    origin: Origin | None = None
-    spec: MachineSpec | None = None
-    vmgenid: Vmgenid | None = None
-
-
-class Overlay(Struct, frozen=True, kw_only=True):
-    """A new empty layer for one disk.
-
-    ``part``: a name of ours that the file has, too, until the operation settles, where a user has chosen its place:
-    what is there is ours only if it is the same file. None in the machine's own folder.
-    """
-
-    disk: str
-    layer: Layer
-    backing: Layer
-    part: str | None = None
 
 
 class DefinePlan(Struct, frozen=True, kw_only=True, tag="define"):
@@ -360,7 +319,7 @@ class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):
 
 
 Plan = (
-    DefinePlan | ForkPlan | UndefinePlan | ResizePlan | RenamePlan  # of machines
+    DefinePlan | ForkPlan | UndefinePlan | ResizePlan | RenamePlan | AttachPlan | DetachPlan  # of machines
     | CreatePlan | InternalPlan | LoadPlan | RevertPlan | MergePlan | MirrorPlan | FlattenPlan  # of snapshots
 )  # fmt: skip
 

@@ -51,6 +51,9 @@ def _of_snapshots(before: Recorded, after: Recorded) -> Iterator[str]:
 
 
 def _of_disks(before: Recorded, after: Recorded) -> Iterator[str]:
+    for disk in before.disks:
+        if disk not in after.disks:
+            yield f"disk {disk} is detached"
     for disk, layers in after.disks.items():
         old = before.disks.get(disk, ())
         if not layers or not old or layers[-1][0] != old[-1][0]:

@@ -143,6 +143,14 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
         ),
         Step(SETTLED, "the clones have no parents"),
     ),
+    "disk-attach": (
+        Step(PLANNED, "an unused image may exist: roll back"),
+        Step(SETTLED, "the machine has the disk"),
+    ),
+    "disk-detach": (
+        Step(PLANNED, "nothing is changed: roll back"),
+        Step(SETTLED, "the machine has the disk no more; its files stay"),
+    ),
     "rename": (
         Step(PLANNED, "nothing has another name: roll back"),
         Step(

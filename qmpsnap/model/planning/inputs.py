@@ -42,11 +42,12 @@ class Basis(Struct, frozen=True, kw_only=True):
         kept = (s for s in snapshots if s.name not in parents)
         forest = self.forest.apply(self.name, change)
         tops = {w.disk: w.layer for w in forest.writers if w.machine == self.name}
+        disks = [disk.name for disk in change.spec.disks] if change.spec else [chain.disk for chain in self.chains]
         return replace(
             self,
             forest=forest,
             snapshots=tuple(replace(s, parent=_surviving(s.parent, parents)) for s in kept),
-            chains=tuple(forest.chain(chain.disk, tops[chain.disk]) for chain in self.chains),
+            chains=tuple(forest.chain(disk, tops[disk]) for disk in disks if disk in tops),
         )
 
 

@@ -128,7 +128,8 @@ class Forest(Struct, frozen=True, dict=True):
         layers = {**self.layers, **{layer.id: layer for layer in change.layers}}
         for gone in change.removed_layers:
             del layers[gone]
-        writers = [w for w in self.writers if not (w.machine == machine and w.disk in change.active)]
+        disks = {*change.active, *change.removed_disks}
+        writers = [w for w in self.writers if not (w.machine == machine and w.disk in disks)]
         writers += [Writer(machine, disk, layer) for disk, layer in change.active.items()]
         replaced = {snapshot.name for snapshot in change.snapshots}
         kept = [r for r in self.references if not (r.machine == machine and r.snapshot in replaced)]

@@ -15,6 +15,7 @@ from qmpsnap.hint import call
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.rbd import PREFIX, shown
 from qmpsnap.model.names import LayerId
+from qmpsnap.model.operations.devices import AttachPlan
 from qmpsnap.model.operations.operation import (
     CreatePlan,
     DefinePlan,
@@ -99,7 +100,7 @@ def require_unused(machine: str, gone: Sequence[Layer], forest: Forest, others: 
 
 def uses(plan: Plan, forest: Forest) -> Uses:
     """What a plan does to files; of what it removes, also after the store has forgotten it."""
-    if isinstance(plan, DefinePlan):
+    if isinstance(plan, DefinePlan | AttachPlan):
         return _define(plan, forest)
     return Uses(changes=_changes(plan))
 
@@ -158,9 +159,10 @@ def rewritten(step: Merge) -> tuple[Layer, ...]:
     return (step.into, *above, *step.rebased, *step.removed)
 
 
-def _define(plan: DefinePlan, forest: Forest) -> Uses:
-    """A new machine makes its images and writes to those it has taken over; it reads all that is below."""
-    disks = plan.change.define.spec.disks if plan.change.define else ()
+def _define(plan: DefinePlan | AttachPlan, forest: Forest) -> Uses:
+    """A new machine or disk makes its images, writes to those it has taken over, and reads all that is below."""
+    new_machine = plan.change.define if isinstance(plan, DefinePlan) else None
+    disks = (plan.disk,) if isinstance(plan, AttachPlan) else new_machine.spec.disks if new_machine else ()
     taken = {plan.change.active[disk.name] for disk in disks if not disk.read_only and disk.name in plan.change.active}
     made = {layer.id for layer in plan.created}
     new = plan.change.layers
@@ -172,8 +174,8 @@ def _define(plan: DefinePlan, forest: Forest) -> Uses:
 
 
 def needed(plan: Plan) -> list[LayerId]:
-    """The layers that the store has to have for a new machine to be built on them."""
-    if not isinstance(plan, DefinePlan):
+    """The layers that the store has to have for a new machine, or a new disk, to be built on them."""
+    if not isinstance(plan, DefinePlan | AttachPlan):
         return []
     new = {layer.id for layer in plan.change.layers}
     wanted = [*(layer.backing for layer in plan.change.layers), *plan.change.active.values()]

@@ -61,7 +61,7 @@ async def all_files(context: Context, machine: Machine, chains: Sequence[Chain],
 def _admit_all(context: Context, machine: Machine, chains: Sequence[Chain], firmware: Firmware | None) -> None:
     user, home = context.run_as, context.home
     assert user
-    active = {chain.active.id for chain in chains if not machine.require_disk(chain.disk).read_only}
+    active = {chain.active.id for chain in chains if not machine.require_layers_of(chain.disk).read_only}
     layers = {layer.id: layer for chain in chains for layer in chain.layers}
     own = [layer for layer in layers.values() if layer.owned and layer.storage == "file"]
     shared = {layer.id for layer in own if _is_anothers(home.machines, machine.name, layer)}

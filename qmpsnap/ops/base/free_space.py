@@ -86,7 +86,7 @@ def of_overlays(machine: Machine, overlays: Iterable[Overlay]) -> list[Need]:
     """What new empty layers need."""
     needs = []
     for overlay in overlays:
-        header = LUKS_HEADER if machine.require_disk(overlay.disk).encryption else 0
+        header = LUKS_HEADER if machine.require_layers_of(overlay.disk).encryption else 0
         wanted = of_image(overlay.layer.virtual_size) + header
         needs.append(Need(str(Path(overlay.layer.path).parent), wanted, "a new layer"))
     return needs

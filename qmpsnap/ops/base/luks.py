@@ -43,7 +43,7 @@ async def for_layer(context: Context, machine: Machine, layer: Layer) -> AsyncIt
 
     ``UsageError``: it is not to be had; also for a key in a file that cannot be read.
     """
-    disk = machine.spec.disk(layer.id.rsplit("-", 1)[0])
+    disk = machine.disk_of_layers(layer.id.rsplit("-", 1)[0])
     if disk is None or disk.encryption is None:
         yield None
         return
@@ -58,7 +58,7 @@ async def for_layer(context: Context, machine: Machine, layer: Layer) -> AsyncIt
 async def require(context: Context, machine: Machine, chains: Iterable[Chain]) -> None:
     """Make sure that the keys at hand open the machine's disks, before a QEMU ends that has them open."""
     for chain in chains:
-        async with for_images(context, machine.name, machine.require_disk(chain.disk)) as key:
+        async with for_images(context, machine.name, machine.require_layers_of(chain.disk)) as key:
             if key is not None:
                 await encrypted.require_key(chain.active.path, key, qemu_img=context.image.binary)
 
@@ -92,7 +92,7 @@ async def worker_on(context: Context, machine: Machine, chain: Chain) -> AsyncIt
     run_dir = context.home.run_dir(machine.name)
     await admission.all_files(context, machine, [chain], None)
     async with (
-        for_qemu(context, machine, [machine.require_disk(chain.disk)]) as secrets,
+        for_qemu(context, machine, [machine.require_layers_of(chain.disk)]) as secrets,
         worker.working_on(
             chain, machine, qemu=context.qemu, run_dir=run_dir, secrets=secrets, user=context.run_as
         ) as session,

@@ -62,7 +62,7 @@ async def make_overlays(context: Context, machine: Machine, overlays: Sequence[O
 
     async def make(overlay: Overlay) -> None:
         path, size = overlay.part or overlay.layer.path, overlay.layer.virtual_size
-        async with luks.for_images(context, machine.name, machine.require_disk(overlay.disk)) as key:
+        async with luks.for_images(context, machine.name, machine.require_layers_of(overlay.disk)) as key:
             headers[overlay.layer.id] = await context.image.create_overlay(
                 path, backing=overlay.backing, virtual_size=size, key=key
             )

@@ -90,7 +90,8 @@ def snapshot_name(
 def layered(machine: Machine, chains: Iterable[Chain]) -> frozenset[str]:
     """What the layers of a machine are called after: its disks, and those of others from whom it has layers."""
     others = {layer_disk(layer) for chain in chains for layer in chain.ids}
-    return frozenset({disk.name for disk in machine.spec.disks} | {disk for disk in others if disk})
+    specs = (machine.spec, *(past.spec for past in machine.past))
+    return frozenset({disk.name for spec in specs for disk in spec.disks} | {disk for disk in others if disk})
 
 
 def free_name(prefix: str, taken: Collection[str], *, layered: Collection[str]) -> str:

@@ -285,7 +285,8 @@ def _spec(name: str, old: Record, home: Home) -> MachineSpec:
     )
     spec = replace(old.machine.spec, name=name, disks=disks, tcg_cpu="")
     cpu = old.machine.spec.tcg_cpu if old.machine.spec.tcg_cpu.isprintable() else ""  # one word of QEMU's, whatever
-    return replace(specfile.checked(spec, folder=Path("/"), guest_dir=home.guest), tcg_cpu=cpu)
+    found = specfile.checked(spec, folder=Path("/"), guest_dir=home.guest)
+    return replace(found, tcg_cpu=cpu).plugged_as(old.machine.spec)
 
 
 def _require_images(old: Record, staged: dict[str, str]) -> None:
@@ -328,7 +329,7 @@ async def _publish(context: Context, operation: Operation[DefinePlan], move: dic
 
 async def _point_to(context: Context, machine: Machine, layer: Layer, backing: Layer | None) -> None:
     """Let a layer's header name the layer below where that lies now."""
-    disk = machine.spec.disk(layer_disk(layer.id) or "")
+    disk = machine.disk_of_layers(layer_disk(layer.id) or "")
     async with contextlib.AsyncExitStack() as stack:
         key = await stack.enter_async_context(luks.for_images(context, machine.name, disk)) if disk else None
         await set_backing(layer, backing, qemu_img=context.image.binary, key=key)

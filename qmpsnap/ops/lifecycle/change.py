@@ -42,7 +42,7 @@ def made(settings: Mapping[str, str] | MachineSpec, *, guest_dir: Path) -> Make:
 
     if isinstance(settings, MachineSpec):
         whole = specfile.checked(settings, folder=Path.cwd(), guest_dir=guest_dir)
-        return lambda old: replace(whole, tcg_cpu=old.tcg_cpu)
+        return lambda old: replace(whole, tcg_cpu=old.tcg_cpu).plugged_as(old)
     if found := sorted(settings.keys() & _ONCE):
         raise UsageError(f"{found[0]!r} is for new machines", hint="set other keys, or define another machine")
     return lambda old: specfile.changed(old, settings, folder=Path.cwd(), guest_dir=guest_dir)
@@ -116,7 +116,7 @@ async def _plan(session: MachineSession, make: Make, *, allow_extra: bool, keep:
     return Changed(
         machine=after,
         changes=tuple(spec_differences.changes(machine.spec, whole)),
-        unloadable=tuple([each async for each in _unloadable(context, machine, after, snapshots)]),
+        unloadable=tuple([each async for each in unloadable(context, machine, after, snapshots)]),
     )
 
 
@@ -161,9 +161,10 @@ def _require_same_content(machine: str, before: DiskSpec, after: DiskSpec) -> No
             raise UsageError(f"{key} of disk {before.name} of machine {machine} cannot be changed", hint=hint)
 
 
-async def _unloadable(
+async def unloadable(
     context: Context, machine: Machine, after: Machine, snapshots: tuple[Snapshot, ...]
 ) -> AsyncIterator[tuple[str, tuple[str, ...]]]:
+    """The snapshots whose memory fits a machine as it is, and no more as it is to be; and why not."""
     with_memory = [snapshot for snapshot in snapshots if snapshot.hardware]
     if not with_memory:
         return

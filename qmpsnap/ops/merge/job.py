@@ -214,7 +214,7 @@ async def _rewrite(job: MergeJob, pairs: Sequence[tuple[Layer, Layer | None]]) -
     """Let each first layer's header name the second as its backing."""
     if not pairs:
         return
-    disk = job.machine.require_disk(job.step.disk)
+    disk = job.machine.require_layers_of(job.step.disk)
     async with luks.for_images(job.context, job.machine.name, disk) as key:
         for layer, backing in pairs:
             await set_backing(layer, backing, qemu_img=job.context.image.binary, key=key)
@@ -332,7 +332,7 @@ async def _place(monitor: Monitor, step: Merge, layer: Layer) -> _Place | None:
 async def _reopen(
     monitor: Monitor, machine: Machine, step: Merge, layer: Layer, *, below: NodeName | None, read_only: bool
 ) -> None:
-    options = layer_options(layer, machine.require_disk(step.disk), backing=below, read_only=read_only)
+    options = layer_options(layer, machine.require_layers_of(step.disk), backing=below, read_only=read_only)
     file: str | None = f"{node_name(layer)}.file"
     if machine.adopted and layer.id in machine.adopted.nodes:  # its owner names his nodes as he likes
         file = graph.child(await graph.read(monitor), node_name(layer), "file")

@@ -65,7 +65,9 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
     """
     machine, mode = inputs.machine, inputs.mode
     require_spec(machine, "start it on other layers")
-    snapshot = target_of(at, request.name)
+    snapshot = target_of(at, request.name, machine=machine, hardware=request.hardware)
+    spec = changed_spec(machine, snapshot, request) or machine.spec
+    _require_disks(at, snapshot, spec)
     if request.by:
         raise StateError(
             f"{request.by} cannot load snapshot {snapshot.name} of machine {machine.name}: only a running QEMU can, and"
@@ -74,7 +76,8 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
             machine=machine.name,
         )
     _require_thawed(machine.name, snapshot, request)
-    overlays, copies, clones = _new(inputs, at, snapshot)
+    overlays, copies, clones = _new(inputs, at, snapshot, spec)
+    gone = tuple(disk for disk in at.live if not spec.disk(disk))
     new: tuple[Overlay | Copy | VolumeCopy, ...] = (*overlays, *copies, *clones)
     switched = Change(
         layers=tuple(one.layer for one in new),
@@ -82,6 +85,7 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
         current=snapshot.name,
         spec=changed_spec(machine, snapshot, request),
         vmgenid=vmgenid.after_revert(machine, snapshot, resumes=request.resume and mode == "stopped"),
+        removed_disks=gone,
     )
     memory = snapshot.inside.layer if snapshot.inside else None
     planned = RevertPlan(
@@ -99,7 +103,7 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
         inside=next((copy.layer.id for copy in copies if memory and copy.source.id == memory), None),
         variables=(str(inputs.home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
     )
-    old = {one.disk: at.live[one.disk] for one in new}
+    old = {disk: at.live[disk] for disk in (*(one.disk for one in new), *gone) if disk in at.live}
     if request.discard:
         return _discarding(planned, at.after(switched), old.values())
     return _keeping(planned, inputs, at, snapshot, old)
@@ -122,7 +126,7 @@ def _require_thawed(machine: str, snapshot: Snapshot, request: RevertRequest) ->
 
 
 def _new(
-    inputs: PlanInputs, at: Situation, snapshot: Snapshot
+    inputs: PlanInputs, at: Situation, snapshot: Snapshot, spec: MachineSpec
 ) -> tuple[tuple[Overlay, ...], tuple[Copy, ...], tuple[VolumeCopy, ...]]:
     """Cases 1 and 2: the new active layers."""
     folder = str(inputs.home.machine_dir(inputs.machine.name))
@@ -130,7 +134,7 @@ def _new(
     overlays: list[Overlay] = []
     copies: list[Copy] = []
     clones: list[VolumeCopy] = []
-    for chain in points(at, snapshot):
+    for chain in points(at, snapshot, spec):
         if volumes.is_snapshot(chain.active):
             name = VolumeName.of(inputs.machine.uuid, inputs.serial, chain.disk, "clone")
             clones.append(volumes.copied(chain.active, layer_id(chain.disk, inputs.serial), name))
@@ -176,7 +180,7 @@ def _keeping(
     )
     active, after = tuple(chain.active for chain in old.values()), at.after(switched)
     unwritten = None
-    if all(unreferenced.may_go(after, layer) for layer in active):
+    if not switched.removed_disks and all(unreferenced.may_go(after, layer) for layer in active):
         change = replace(switched, removed_layers=tuple(layer.id for layer in active))
         unwritten = Unwritten(layers=active, change=change, variables=_variables_below(at, active))
     return replace(planned, change=replace(switched, snapshots=(kept,)), unwritten=unwritten)
@@ -201,14 +205,33 @@ def _variables_below(at: Situation, active: tuple[Layer, ...]) -> tuple[str, ...
     return tuple(found.variables for found in there if found.variables)
 
 
-def points(at: Situation, snapshot: Snapshot) -> tuple[Chain, ...]:
-    """The chains that a snapshot's points are the tops of, in the order of the machine's disks."""
-    return tuple(at.forest.chain(disk, point.layer) for disk in at.live if (point := snapshot.point(disk)))
+def points(at: Situation, snapshot: Snapshot, spec: MachineSpec) -> tuple[Chain, ...]:
+    """The chains that a snapshot's points are the tops of, in the order of the spec's disks."""
+    disks = (disk.name for disk in spec.disks)
+    return tuple(at.forest.chain(disk, point.layer) for disk in disks if (point := snapshot.point(disk)))
 
 
-def target_of(at: Situation, name: str) -> Snapshot:
+def left_out(snapshot: Snapshot, spec: MachineSpec) -> tuple[str, ...]:
+    """The disks of a snapshot that a machine of that spec does not have: their layers stay as they are."""
+    return tuple(point.disk for point in snapshot.points if not spec.disk(point.disk))
+
+
+def _require_disks(at: Situation, snapshot: Snapshot, spec: MachineSpec) -> None:
+    """Make sure that each disk of the machine to be is there: it stays, or the snapshot has it."""
+    for disk in spec.disks:
+        if disk.name not in at.live and snapshot.point(disk.name) is None:
+            raise StateError(
+                f"machine {at.machine} had a disk {disk.name} when snapshot {snapshot.name} was taken, which the"
+                " snapshot does not include and the machine has no more",
+                hint="attach a disk of that name first",
+                machine=at.machine,
+            )
+
+
+def target_of(at: Situation, name: str, *, machine: Machine, hardware: HardwareOf = "now") -> Snapshot:
     """The snapshot of that name, once it is one that can be reverted to."""
     snapshot = require_snapshot(at.snapshots, name, machine=at.machine)
+    spec = machine.spec_at(snapshot.operation) if hardware == "snapshot" else machine.spec
     if snapshot.state == "consumed":
         raise StateError(
             f"snapshot {name} of machine {at.machine} was invalidated by a commit",
@@ -221,9 +244,9 @@ def target_of(at: Situation, name: str) -> Snapshot:
             hint=call("check", at.machine) + " names the image; if only its time changed, restore that (touch -d)",
             machine=at.machine,
         )
-    for chain in points(at, snapshot):
-        point = snapshot.point(chain.disk)
-        if point and point.tag and at.live[chain.disk].active.id == chain.active.id:
+    for chain in points(at, snapshot, spec):
+        point, live = snapshot.point(chain.disk), at.live.get(chain.disk)
+        if point and point.tag and live and live.active.id == chain.active.id:
             continue  # its own layer, which is frozen or idle before it is read
         if writers := at.forest.writers_of(chain.active.id):
             raise StateError(

@@ -39,7 +39,7 @@ from qmpsnap.ops.memory import post_resume
 from qmpsnap.ops.memory.load import Loading, require_same_hardware
 from qmpsnap.ops.revert import in_place
 from qmpsnap.ops.revert.cutover import nothing_written, switch
-from qmpsnap.ops.revert.plan import RevertRequest, changed_spec, plan, points, target_of
+from qmpsnap.ops.revert.plan import RevertRequest, changed_spec, left_out, plan, points, target_of
 from qmpsnap.ops.session import planning_state, quiesce, recovery
 from qmpsnap.ops.session.session import begin, inputs, looking, working
 from qmpsnap.qmp import commands
@@ -57,7 +57,8 @@ class Reverted(Struct, frozen=True, kw_only=True):
         state: how the machine is now, in QEMU's word as it was asked: ``running``, ``paused``, ``suspended`` for a
             guest that slept when its memory was saved ...; or ``stopped``.
         memory: the guest goes on where it was; else it boots.
-        notes: what the guest could not be told, one sentence each.
+        notes: disks of the snapshot that the machine does not have, and what the guest could not be told afterwards,
+            one sentence each.
         detached: devices that somebody had attached to the QEMU that was ended; the machine does not have them.
         clock_error_ms: how far the guest's clock is ahead of the host's now that it was set, less than 0 where it is
             behind; None where it was not set, or nobody knows.
@@ -106,7 +107,7 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
     async with looking(context, name, removes=True) as session:
         machine, qemu = session.machine, session.qemu
         at = await planning_state.look(session, disks=(), counted=False)
-        target, now = target_of(at, request.name), await inputs(session, at.basis)
+        target, now = _target(session, at, request), await inputs(session, at.basis)
         if qemu and changed_spec(machine, target, request) is None and in_place.in_place(target, at.live):
             paused, by = request.run == "paused", request.by or "snapshot-load"
             make = await in_place.planner(session, at, target, discard=request.discard, paused=paused, by=by)
@@ -154,18 +155,29 @@ async def run(context: Context, name: str, request: RevertRequest) -> Reverted:
 async def _run(context: Context, name: str, request: RevertRequest) -> Reverted:
     async with working(context, name, "snapshot revert", removes=True) as session:
         at = await planning_state.look(session, disks=(), counted=False)
-        target = target_of(at, request.name)
+        target = _target(session, at, request)
         same = changed_spec(session.machine, target, request) is None
         if session.qemu and same and in_place.in_place(target, at.live):
             done = await _load(session, at, target, request)
         else:
             before = await commands.query_block(session.qemu) if session.qemu else ()
             done = await _switch(session, at, target, request)
-            done = replace(done, detached=await _detached(context, session.machine, before))
+            done = replace(
+                done,
+                detached=await _detached(context, session.machine, before),
+                notes=_left_out(target, _as_started(session.machine, target, request)),
+            )
     if done.memory and done.state == "running" and request.after:
         told = await post_resume.tell(context, await context.astore.machine(name))
         return replace(done, notes=(*done.notes, *told.notes), clock_error_ms=told.clock_error_ms)
     return done
+
+
+def _left_out(target: Snapshot, machine: Machine) -> tuple[str, ...]:
+    return tuple(
+        f"disk {disk}, which snapshot {target.name} includes, is no disk of machine {machine.name} any more"
+        for disk in left_out(target, machine.spec)
+    )
 
 
 async def _detached(context: Context, machine: Machine, before: Sequence[Backend]) -> tuple[Outside, ...]:
@@ -218,7 +230,7 @@ async def _said(asking: AbstractAsyncContextManager[Monitor | None]) -> State:
 async def _require_possible(session: MachineSession, request: RevertRequest) -> None:
     """Refuse what would be refused later, before a layer is put on top for it."""
     at = await planning_state.look(session, disks=(), counted=False)
-    target = target_of(at, request.name)
+    target = _target(session, at, request)
     await _examine(session, at, target, request)
     now, folder = await inputs(session, at.basis), str(session.context.home.machine_dir(session.machine.name))
     planned = plan(now, at, request)
@@ -235,14 +247,21 @@ def _as_started(machine: Machine, target: Snapshot, request: RevertRequest) -> M
     return replace(machine, spec=changed_spec(machine, target, request) or machine.spec)
 
 
+def _target(session: MachineSession, at: Situation, request: RevertRequest) -> Snapshot:
+    return target_of(at, request.name, machine=session.machine, hardware=request.hardware)
+
+
 async def _examine(session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest) -> None:
     """The guest ends only for layers that it can be started on again."""
     machine = _as_started(session.machine, target, request)
     consent.require(machine)
     await require_same_hardware(session.context, machine, target)
-    await to_read(power.require_files, session.machine, points(at, target))
+    there = points(at, target, machine.spec)
+    await to_read(power.require_files, session.machine, there)
     await to_read(_require_kept, session.machine, target)
-    await luks.require(session.context, session.machine, at.live.values())
+    stay = [chain for disk, chain in at.live.items() if machine.spec.disk(disk)]
+    new = [chain for chain in there if chain.disk not in at.live]
+    await luks.require(session.context, session.machine, [*stay, *new])
 
 
 async def _switch(session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest) -> Reverted:
@@ -273,7 +292,8 @@ async def _memory(snapshot: Snapshot, request: RevertRequest) -> AsyncIterator[L
 async def _open(
     session: MachineSession, at: Situation, target: Snapshot, request: RevertRequest
 ) -> Operation[RevertPlan]:
-    there = await volumes.taken(session.machine, (chain.active for chain in points(at, target)))
+    spec = _as_started(session.machine, target, request).spec
+    there = await volumes.taken(session.machine, (chain.active for chain in points(at, target, spec)))
     if request.discard and any(layer.storage != "file" for chain in at.live.values() for layer in chain.layers):
         await volumes.require_independent(plan(await inputs(session, at.basis), at, request).removed)
 

@@ -369,6 +369,7 @@ class SqliteStore:
         for name in change.removed_snapshots:
             rows.remove_snapshot(sql, number, name)
         rows.put_spec(sql, number, change.spec, until=OperationId(journal.next_serial(sql)))  # kept for these snapshots
+        rows.remove_disks(sql, number, change.removed_disks)
         self._layers.remove(sql, change.removed_layers)
 
     def _portable(self, snapshot: Snapshot) -> Snapshot:

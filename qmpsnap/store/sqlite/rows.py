@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -146,6 +146,12 @@ def put_spec(sql: sqlite3.Connection, machine: int, spec: MachineSpec | None, *,
         "UPDATE machine SET spec = ?, past = ?, version = version + 1 WHERE id = ?",
         (msgspec.json.encode(spec).decode(), msgspec.json.encode(past).decode() if past else None, machine),
     )
+    if [disk.name for disk in spec.disks] == [disk.name for disk in before.spec.disks]:
+        return
+    sql.executemany(
+        "UPDATE disk SET position = ?, version = version + 1 WHERE machine = ? AND name = ? AND position <> ?",
+        [(position, machine, disk.name, position) for position, disk in enumerate(spec.disks)],
+    )
 
 
 def put_active(sql: sqlite3.Connection, machine: int, active: Mapping[str, LayerId]) -> None:
@@ -156,6 +162,11 @@ def put_active(sql: sqlite3.Connection, machine: int, active: Mapping[str, Layer
             " DO UPDATE SET active = excluded.active, version = version + 1",
             (machine, disk, position, layer),
         )
+
+
+def remove_disks(sql: sqlite3.Connection, machine: int, disks: Iterable[str]) -> None:
+    """Forget disks that the machine has no more; their layers stay."""
+    sql.executemany("DELETE FROM disk WHERE machine = ? AND name = ?", [(machine, disk) for disk in disks])
 
 
 def put_process(sql: sqlite3.Connection, machine: int, process: Process | None) -> None:

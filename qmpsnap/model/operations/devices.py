@@ -1,0 +1,48 @@
+"""Plans that give a machine one more disk, or take one from it."""
+
+from msgspec import Struct
+
+from qmpsnap.model.layers.chain import Layer
+from qmpsnap.model.machines.spec import DiskSpec
+from qmpsnap.model.operations.change import Change, Overlay
+
+
+class AttachPlan(Struct, frozen=True, kw_only=True, tag="disk-attach"):
+    """Give a machine one more disk.
+
+    Attributes:
+        disk: as the machine's spec has it afterwards.
+        images: the new image, for a disk that begins empty.
+        overlays: the new overlay, for one on a base.
+        change: the new spec, and the layers that are new to the store.
+    """
+
+    machine: str
+    disk: DiskSpec
+    images: tuple[Layer, ...]
+    overlays: tuple[Overlay, ...]
+    change: Change
+
+    @property
+    def created(self) -> tuple[Layer, ...]:
+        """Every layer whose file this plan makes."""
+        return (*self.images, *(overlay.layer for overlay in self.overlays))
+
+
+class DetachPlan(Struct, frozen=True, kw_only=True, tag="disk-detach"):
+    """Take a disk from a machine; no file is removed.
+
+    Attributes:
+        layers: its chain, base first.
+        change: the new spec, and the automatic snapshot that keeps an active layer of our own.
+    """
+
+    machine: str
+    disk: str
+    layers: tuple[Layer, ...]
+    change: Change
+
+    @property
+    def kept(self) -> str | None:
+        """Name of the automatic snapshot that keeps what the guest wrote; None for an image that is not ours."""
+        return self.change.snapshots[0].name if self.change.snapshots else None
