@@ -157,6 +157,7 @@ def _rest(given: Sequence[Given], board: Parameters) -> Iterator[str]:
         told = one.parameters if one.option == "device" else {}
         is_read = one.option in _READ or one.option in argv_disks.OPTIONS or one.option in argv_cards.OPTIONS
         is_read = is_read or bool(told.keys() & {"drive", "netdev"}) or told.get("name") == AGENT
+        is_read = is_read or told.get("driver") == "vmgenid"  # a machine that is defined has one of its own
         if is_read or one.option in _OURS or (one.option, one.value) == ("rtc", "base=utc"):
             continue
         yield one.shown

@@ -39,7 +39,7 @@ def test_a_whole_command_line() -> None:
         " -device virtio-blk-pci,drive=root,id=vda,bootindex=1"
         " -netdev user,id=n0,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=udp::53-:53 -device virtio-net-pci,netdev=n0,"
         "mac=52:54:00:AA:00:01 -device virtserialport,chardev=q,name=org.qemu.guest_agent.0 -vnc :1"
-        " -kernel boot/vmlinuz -append 'root=/dev/vda quiet' -rtc base=utc"
+        " -kernel boot/vmlinuz -append 'root=/dev/vda quiet' -rtc base=utc -device vmgenid,guid=auto"
     )
     assert found.spec == MachineSpec(
         name="web",
