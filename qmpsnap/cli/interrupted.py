@@ -1,9 +1,10 @@
 """What Ctrl-C or a limit of this process has left: the journal knows what became of the operation we were at."""
 
 import os
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from qmpsnap.cli.common import reading
+from qmpsnap.effect import Effect
 from qmpsnap.errors import HostCannot, Interrupted, QmpsnapError
 from qmpsnap.model.operations.operation import OPEN_STATES, Operation
 
@@ -22,15 +23,24 @@ def limited(machine: str | None, what: str) -> HostCannot:
     return _told(HostCannot(what, hint="qmpsnap doctor; ulimit -a", machine=machine), machine)
 
 
-def left_open(machine: str, process: int) -> tuple[str, str | None]:
-    """What became of the operation that this process was at, and its number if it was at one."""
+class Left(NamedTuple):
+    """What a process has left: the number of its operation, and that one's effect where it has ended."""
+
+    said: str
+    operation: str | None = None
+    effect: Effect | None = None
+
+
+def left_open(machine: str, process: int) -> Left:
+    """What became of the operation that this process was at."""
     try:
         operation = _last(machine)
     except _CANNOT_TELL:
-        return "whether an operation is open is unknown", None
+        return Left("whether an operation is open is unknown")
     if operation is None or operation.pid != process:
-        return "no operation is open", None
-    return f"operation {operation.id} ({operation.verb}) {_became(operation)}", str(operation.id)
+        return Left("no operation is open")
+    said = f"operation {operation.id} ({operation.verb}) {_became(operation)}"
+    return Left(said, str(operation.id), None if operation.state in OPEN_STATES else _effect(operation))
 
 
 def _told(error: E, machine: str | None) -> E:
@@ -48,8 +58,12 @@ def _told(error: E, machine: str | None) -> E:
     if operation.state in OPEN_STATES:
         error.effect, error.hint = "unknown", f"qmpsnap recover {machine} completes or undoes it"
     else:
-        error.effect = operation.effect or ("applied" if operation.state == "settled" else "none")
+        error.effect = _effect(operation)
     return error
+
+
+def _effect(operation: Operation) -> Effect:
+    return operation.effect or ("applied" if operation.state == "settled" else "none")
 
 
 def _last(machine: str) -> Operation | None:

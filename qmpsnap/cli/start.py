@@ -1,12 +1,14 @@
-"""The console script: what Ctrl-C does until a command's own process has taken over.
+"""The console script: what Ctrl-C, SIGTERM and SIGHUP do until a command's own process has taken over.
 
-While the command line is loaded nothing has begun, and SIGINT ends the process as it ends any other. From then on the
+While the command line is loaded nothing has begun, and they end the process as they end any other. From then on the
 first one is a ``KeyboardInterrupt``, and the report of what it left is not interrupted by a second one: that ends the
-process.
+process. A shell starts background jobs with SIGINT ignored, and then nothing but SIGKILL could end them: it is heeded
+all the same. An ignored SIGHUP or SIGTERM (``nohup``) stays ignored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -27,14 +29,18 @@ _AGAIN = 0.001
 
 def run() -> NoReturn:
     """Load the command line and run it."""
-    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else whoever started us wants it ignored
-    if heeded:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from qmpsnap.cli import main
 
-    if heeded:
-        signal.signal(signal.SIGINT, _first)
+    for number in interrupting():
+        signal.signal(number, _first)
     main.run()
+
+
+def interrupting() -> tuple[signal.Signals, ...]:
+    """The signals that interrupt a command: those that nobody has ignored before it began."""
+    others = (signal.SIGTERM, signal.SIGHUP)
+    return signal.SIGINT, *(number for number in others if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 def postponed(frame: FrameType | None) -> bool:
@@ -58,10 +64,12 @@ def _first(number: int, frame: FrameType | None) -> None:
         return
     heard = time.monotonic()
 
-    def second(_number: int, _frame: FrameType | None) -> None:
-        if time.monotonic() - heard > SAME:
-            os.write(2, b"qmpsnap: interrupted twice and ended at once\n")
+    def second(number: int, _frame: FrameType | None) -> None:
+        if number != signal.SIGHUP and time.monotonic() - heard > SAME:
+            with contextlib.suppress(OSError):
+                os.write(2, b"qmpsnap: interrupted twice and ended at once\n")
             os._exit(128 + signal.SIGINT)
 
-    signal.signal(signal.SIGINT, second)
+    for each in interrupting():
+        signal.signal(each, second)
     signal.default_int_handler(number, frame)

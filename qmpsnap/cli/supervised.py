@@ -2,8 +2,8 @@
 
 A thread that waits for storage that hangs cannot always be ended, nor the process that it is in, not even by kill -9.
 So the process that was started works in a child, and only watches it: it ends when the child has ended or says that it
-has, when the child's first thread hangs, or at a second Ctrl-C. The child ends with it, as soon as the kernel lets it;
-until then it keeps its locks, so that nobody works beside a request that may still be carried out.
+has, when the child's first thread hangs, or at a second Ctrl-C or SIGTERM. The child ends with it, as soon as the
+kernel lets it; until then it keeps its locks, so that nobody works beside a request that may still be carried out.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from qmpsnap.cli import output
-from qmpsnap.cli.start import SAME, postponed
+from qmpsnap.cli.start import SAME, interrupting, postponed
 from qmpsnap.errors import Interrupted, QmpsnapError, StorageHangs
 from qmpsnap.host import storage_wait
 from qmpsnap.host.outstanding import briefly, helpers, storage_hangs
@@ -26,7 +26,9 @@ _LOOK: Final = 1.0
 """Seconds between two looks at the child's first thread."""
 _BY_KERNEL: Final = 0x80
 """SI_KERNEL, the ``si_code`` of what a terminal sends; all of its foreground group get that."""
-_READING: Final = 2.0
+_ENDING: Final = 0.4
+"""Seconds in which a child that nothing holds up has ended: then the journal has its last word."""
+_READING: Final = 0.5
 """Seconds for the store, which may be what hangs."""
 
 
@@ -63,7 +65,7 @@ def split() -> None:
         stream.flush()
     told, answer = os.pipe()
     watched, life = os.pipe()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGCHLD))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*interrupting(), signal.SIGCHLD))
     try:
         child = os.fork()
     except OSError:  # no more processes: then without
@@ -74,6 +76,8 @@ def split() -> None:
         _Parent(child, told, life).supervise()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio replaces no other
+    for number in interrupting()[1:]:
+        signal.signal(number, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
     if child == 0:
         signal.signal(signal.SIGINT, _Once(signal.default_int_handler))
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -151,9 +155,9 @@ class _Parent:
         """Wait for the end of the child, and end as it did."""
         while True:
             self._end_as_child()
-            heard = signal.sigtimedwait((signal.SIGINT, signal.SIGCHLD), _LOOK)
-            if heard and heard.si_signo == signal.SIGINT:
-                self._interrupt(forward=heard.si_code != _BY_KERNEL)
+            heard = signal.sigtimedwait((*interrupting(), signal.SIGCHLD), _LOOK)
+            if heard and heard.si_signo != signal.SIGCHLD:
+                self._interrupt(heard)
             elif not heard and (wait := self._watch.hangs(storage_wait.deadline())):
                 self._give_up(wait)
 
@@ -170,14 +174,24 @@ class _Parent:
         if pid and os.WIFEXITED(status):
             os._exit(os.waitstatus_to_exitcode(status))
 
-    def _interrupt(self, *, forward: bool) -> None:
+    def _interrupt(self, heard: signal.struct_siginfo) -> None:
         now = time.monotonic()
         if not self._interrupted:
             self._interrupted = now
-            if forward:
+            if heard.si_signo != signal.SIGINT or heard.si_code != _BY_KERNEL:
                 os.kill(self._child, signal.SIGINT)
-        elif now - self._interrupted > SAME:
+        # A terminal that goes away may say so twice, and so may the shell in it: that is no second wish.
+        elif heard.si_signo != signal.SIGHUP and now - self._interrupted > SAME:
             self._end_at_once(Interrupted("interrupted twice and ended at once"))
+
+    def _has_ended(self) -> bool:
+        """Whether the child ends soon, so that nothing it has recorded is recorded later; it has closed its streams."""
+        end = time.monotonic() + _ENDING
+        while time.monotonic() < end:
+            if os.waitid(os.P_PID, self._child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return True
+            time.sleep(SAME / 10)
+        return False
 
     def _give_up(self, wait: storage_wait.Wait) -> None:
         self._end_at_once(storage_hangs(wait, storage_wait.deadline(), effect="unknown"))
@@ -186,19 +200,20 @@ class _Parent:
         """End without the child, and say what it leaves open."""
         wait = storage_wait.waits_of(self._child)
         os.close(self._life)
-        time.sleep(SAME)  # it closes the streams, which others may wait for the end of
-        from qmpsnap.cli.interrupted import left_open
+        ended = self._has_ended()
+        from qmpsnap.cli.interrupted import Left, left_open
 
         machine = _session.machine
         error.machine, error.effect = machine, "unknown"
         if machine:
-            said, operation = briefly(
-                lambda: left_open(machine, self._child), ("whether an operation is open is unknown", None),
-                seconds=_READING,
-            )  # fmt: skip
-            error.add(said)
-            error.operation = operation
-            error.hint = f"qmpsnap recover {machine} completes or undoes it"
+            unknown = Left("whether an operation is open is unknown")
+            left = briefly(lambda: left_open(machine, self._child), unknown, seconds=_READING)
+            error.add(left.said)
+            error.operation = left.operation
+            if left.effect and ended:
+                error.effect = left.effect
+            else:
+                error.hint = f"qmpsnap recover {machine} completes or undoes it"
         if wait and not isinstance(error, StorageHangs):
             error.add(f"process {self._child} keeps the lock until {wait} is answered")
         output.report(error, _session.form)

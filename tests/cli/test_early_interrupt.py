@@ -19,10 +19,10 @@ class At:
     def find_spec(self, name, path=None, target=None):
         if name in left:
             left.remove(name)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would have it ignored
-left, sys.argv = sys.argv[1:], ["qmpsnap", "snapshot", "delete", "web", "s"]
+number = signal.Signals[sys.argv[1]]
+left, sys.argv = sys.argv[2:], ["qmpsnap", "snapshot", "delete", "web", "s"]
 from qmpsnap.cli.start import run
 sys.meta_path.insert(0, At())
 run()
@@ -36,9 +36,19 @@ IN_THE_REPORT = ("-", "qmpsnap.cli.interrupted", "qmpsnap.cli.common", "sqlite3"
 @pytest.mark.parametrize("second", IN_THE_REPORT)
 @pytest.mark.parametrize("first", [*BEFORE, *LATER])
 def test_no_traceback(first: str, second: str, tmp_path: Path) -> None:
+    hold_early(signal.SIGINT, first, second, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("first", [BEFORE[-1], *LATER])
+def test_other_signals_are_heeded_as_sigint_is(number: signal.Signals, first: str, tmp_path: Path) -> None:
+    hold_early(number, first, "-", tmp_path)
+
+
+def hold_early(number: signal.Signals, first: str, second: str, tmp_path: Path) -> None:
     environment = {**os.environ, "QMPSNAP_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, first, second],
+        [sys.executable, "-c", INTERRUPTED, number.name, first, second],
         env=environment,
         check=False,
         capture_output=True,
@@ -48,7 +58,7 @@ def test_no_traceback(first: str, second: str, tmp_path: Path) -> None:
     assert (done.stdout, "Traceback" in done.stderr) == ("", False), done.stderr
     if done.returncode == 3:  # it came when the answer was there
         assert (first in LATER, "no machine 'web'" in done.stderr) == (True, True), done
-    elif done.returncode != -signal.SIGINT:
+    elif done.returncode != -number:
         assert (done.returncode, "interrupted" in done.stderr) == (128 + signal.SIGINT, True), done
 
 
