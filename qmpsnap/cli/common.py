@@ -165,4 +165,5 @@ def operating(act: Callable[["Context"], Awaitable[T]], *, make: bool = False) -
             await forks.sweep(context)
             return await act(context)
 
+    supervised.by_asyncio()
     return anyio.run(main)

@@ -107,12 +107,23 @@ class _Once:
 
     def __init__(self, handler: Callable[[int, FrameType | None], object]) -> None:
         self._handler = handler
-        self._heard = False
+        self.heard = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self._heard and not postponed(frame):
-            self._heard = True
+        if not self.heard and not postponed(frame):
+            self.heard = True
             self._handler(number, frame)
+
+
+def by_asyncio() -> None:
+    """In the child, before asyncio: let asyncio replace the handler of SIGINT, which it does with Python's own alone.
+
+    asyncio's cancels the first task. An exception from amid its loop would cancel the monitor's tasks as well, and
+    nobody could end the job that QEMU is at.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, _Once) and not handler.heard:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def once() -> None:
