@@ -182,6 +182,15 @@ class MachineLife(MachineGuest):
             lambda: briefly(lambda: free_space.shortage(chains), (free_space.UNKNOWN,), seconds=free_space.PATIENCE)
         )
 
+    async def misfits(self) -> tuple[str, ...]:
+        """What a start of the machine would lack on this host, a sentence each: KVM, a CPU model, memory, a port.
+
+        Raises:
+            NotFoundError: the machine was undefined.
+            HostCannot: QEMU cannot be asked for its CPU models.
+        """
+        return await power.misfits(self._context, await self.record())
+
     async def left_out(self) -> tuple[str, ...]:
         """A sentence on what the guest writes to and no snapshot holds: the UEFI variables of an adopted machine.
 

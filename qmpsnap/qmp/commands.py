@@ -193,6 +193,12 @@ class _Kvm(Struct, frozen=True):
     enabled: bool
 
 
+class _CpuDefinition(Struct, frozen=True, rename="kebab"):
+    """The part of QAPI ``CpuDefinitionInfo`` we use."""
+
+    name: str
+
+
 class MachineType(Struct, frozen=True):
     """The part of QAPI ``MachineInfo`` we use; ``alias`` is set on the newest version of a family."""
 
@@ -238,6 +244,11 @@ async def has_device(monitor: Monitor, name: str) -> bool:
         return bool(await ask(monitor, "device-list-properties", tuple[_Property, ...], {"typename": name}))
     except QmpError:
         return False
+
+
+async def query_cpu_models(monitor: Monitor) -> tuple[str, ...]:
+    """The names of the CPU models that this QEMU has (``query-cpu-definitions``)."""
+    return tuple(found.name for found in await ask(monitor, "query-cpu-definitions", tuple[_CpuDefinition, ...]))
 
 
 async def expand_cpu(monitor: Monitor, model: str) -> dict[str, bool | int | str]:

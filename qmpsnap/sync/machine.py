@@ -240,6 +240,10 @@ class MachineHandle(MachinePlans):
         """The file systems that may fill up under the guest; QEMU pauses a guest that hits the end of one."""
         return self._call(self._handle.shortage())
 
+    def misfits(self) -> tuple[str, ...]:
+        """What a start of the machine would lack on this host, a sentence each: KVM, a CPU model, memory, a port."""
+        return self._call(self._handle.misfits())
+
     def left_out(self) -> tuple[str, ...]:
         """A sentence on what the guest writes to and no snapshot holds: the UEFI variables of an adopted machine."""
         return self._call(self._handle.left_out())

@@ -75,7 +75,14 @@ def abilities(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def ask(qemu: str, cache: Path, *, user: object = None) -> Abilities:
         types: dict[str, str | None] = {"pc-q35-7.2": "q35"}
-        return Abilities(version="7.2.22", background_snapshot="", machine_types=types, tcg_cpu="", vmgenid=True)
+        return Abilities(
+            version="7.2.22",
+            background_snapshot="",
+            machine_types=types,
+            tcg_cpu="",
+            vmgenid=True,
+            cpu_models=(),
+        )
 
     monkeypatch.setattr(probe, "ask", ask)
 

@@ -106,7 +106,7 @@ async def test_a_machine_from_beginning_to_end(q: Any, tmp_path: Path) -> None:
     await vm.pause()
     assert (await anext(events)).state == "paused"
     assert (await vm.record()).name == "still"
-    assert await vm.shortage() == await vm.left_out() == ()
+    assert await vm.shortage() == await vm.left_out() == await vm.misfits() == ()
     assert await vm.jobs() == ()
     assert await vm.wait() == await vm.cancel() == []
     assert (await vm.check()).findings == ()

@@ -10,7 +10,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
 from qmpsnap.machine import templates
-from qmpsnap.machine.starting import argv
+from qmpsnap.machine.starting import argv, host_fit
 from qmpsnap.model.machines.spec import MachineSpec, NicSpec
 from tests.live import test_full
 from tests.live.booted import BOOT, start_booted
@@ -158,6 +158,7 @@ async def test_twins_are_kept_off_a_network_that_they_share_until_they_have_an_i
 ) -> None:
     # The test's host need have no bridge: to QEMU the backend is another, and to qmpsnap it is shared.
     monkeypatch.setattr(argv, "_backend", lambda _: {"type": "user"})
+    monkeypatch.setattr(host_fit, "_nic", lambda *_: iter(()))
     vm = await q.define(replace(guest_spec, nics=(NicSpec(kind="bridge", bridge="br0"),)))
     await vm.start()
     await vm.run("true", timeout=BOOT)

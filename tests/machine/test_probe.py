@@ -17,7 +17,12 @@ async def test_the_answer_is_kept_until_rights_change(tmp_path: Path, monkeypatc
     async def interrogate(_: str, *, user: object) -> Abilities:
         assert user is None
         return Abilities(
-            version="7.2.22", background_snapshot=answers.pop(0), machine_types={}, tcg_cpu="", vmgenid=True
+            version="7.2.22",
+            background_snapshot=answers.pop(0),
+            machine_types={},
+            tcg_cpu="",
+            vmgenid=True,
+            cpu_models=(),
         )
 
     monkeypatch.setattr(probe, "interrogate", interrogate)

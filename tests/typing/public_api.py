@@ -200,6 +200,7 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.is_running(), bool)
     assert_type(await vm.state(), State)
     assert_type(await vm.shortage(), tuple[Shortage, ...])
+    assert_type(await vm.misfits(), tuple[str, ...])
     assert_type(await vm.left_out(), tuple[str, ...])
     await vm.pause()
     assert_type(await vm.resume(), State)

@@ -73,6 +73,7 @@ def a_machine(vm: MachineHandle) -> None:
     assert_type(vm.state(), State)
     assert_type(vm.resume(), State)
     assert_type(vm.shortage(), tuple[Shortage, ...])
+    assert_type(vm.misfits(), tuple[str, ...])
     assert_type(vm.events(interval=1), Iterator[Event])
     assert_type(vm.run("uname -s"), Completed[str])
     assert_type(vm.run(["uname"], encoding=None, timeout=5), Completed[bytes])

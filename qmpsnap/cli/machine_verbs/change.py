@@ -8,7 +8,7 @@ from qmpsnap.cli.common import Parsers, add_for_vm, add_format, on_machine
 from qmpsnap.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.api.plans import Plan
@@ -80,9 +80,20 @@ def change(arguments: argparse.Namespace, settings: "Mapping[str, str] | Machine
     dry, allow = arguments.dry_run, arguments.allow_extra
     if dry:
         found = on_machine(arguments.machine, lambda vm: vm.plan_set(settings, allow_extra=allow)).details
-    else:
-        found = on_machine(arguments.machine, lambda vm: vm.set(settings, allow_extra=allow))
-    print_change(arguments, found, dry=dry)
+        print_change(arguments, found, dry=True)
+        return
+
+    async def act(vm: "MachineHandle") -> "tuple[Changed, tuple[str, ...]]":
+        return await vm.set(settings, allow_extra=allow), await vm.misfits()
+
+    found, misfits = on_machine(arguments.machine, act)
+    print_change(arguments, found, dry=False)
+    tell_misfits(misfits)
+
+
+def tell_misfits(sentences: "Iterable[str]") -> None:
+    """Say what a start of the machine would lack on this host."""
+    output.warn(f"a start would be refused: {sentence}" for sentence in sentences)
 
 
 def print_change(arguments: argparse.Namespace, found: "Changed", *, dry: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add_for_vm, add_format, home, on_machine, reading
-from qmpsnap.cli.machine_verbs.change import lines_of, print_change
+from qmpsnap.cli.machine_verbs.change import lines_of, print_change, tell_misfits
 from qmpsnap.errors import HostCannot, QmpsnapError
 
 if TYPE_CHECKING:
@@ -97,17 +97,18 @@ def _parsed(text: str, path: Path) -> "MachineSpec":
 
 
 def _apply(arguments: argparse.Namespace, spec: "MachineSpec") -> None:
-    async def act(vm: "MachineHandle") -> "tuple[Changed, bool]":
+    async def act(vm: "MachineHandle") -> "tuple[Changed, tuple[str, ...] | None]":
         plan = await vm.plan_set(spec, allow_extra=arguments.allow_extra)
         if arguments.dry_run or not plan.details.changes:
-            return plan.details, False
+            return plan.details, None
         output.note("\n".join([f"this would change machine {arguments.machine}:", *lines_of(plan.details)]))
         if not arguments.yes and sys.stdin.isatty() and not _agreed():
-            return plan.details, False
-        return await vm.apply(plan), True
+            return plan.details, None
+        return await vm.apply(plan), await vm.misfits()
 
-    found, made = on_machine(arguments.machine, act)
-    print_change(arguments, found, dry=not made)
+    found, misfits = on_machine(arguments.machine, act)
+    print_change(arguments, found, dry=misfits is None)
+    tell_misfits(misfits or ())
 
 
 def _agreed() -> bool:

@@ -90,13 +90,16 @@ def _define(arguments: argparse.Namespace) -> None:
         print_definition(arguments.output, plan.details)
         return
 
-    async def act(controller: "Controller") -> Machine:
+    async def act(controller: "Controller") -> tuple[Machine, tuple[str, ...]]:
         vm = await controller.define(arguments.spec, folders=folders, allow_extra=arguments.allow_extra)
-        return await vm.record()
+        return await vm.record(), await vm.misfits()
 
-    machine = controlling(act, make=True)
+    from qmpsnap.cli.machine_verbs.change import tell_misfits
+
+    machine, misfits = controlling(act, make=True)
     output.note(f"machine {machine.name} defined ({machine.spec.machine}); start it with qmpsnap start {machine.name}")
     print_defined(arguments.output, machine)
+    tell_misfits(misfits)
     if any(disk.image for disk in machine.spec.disks):
         image_notes.tell_cost(machine.name)
 

@@ -53,15 +53,22 @@ async def choose(accel: Accel, *, qemu: str, cache: Path, user: RunAs | None = N
 
 def kvm_obstacle(*, device: Path = KVM, cpuinfo: Path = CPUINFO, user: RunAs | None = None) -> str:
     """Why KVM cannot be had on this host without even trying; empty when nothing speaks against it."""
+    if found := device_obstacle(device, user=user):
+        return found
+    flags = {word for line in cpuinfo.read_text().splitlines() if line.startswith("flags") for word in line.split()}
+    if not flags & {"vmx", "svm"}:
+        return f"{device} exists, but the CPU has neither vmx nor svm"
+    return ""
+
+
+def device_obstacle(device: Path = KVM, *, user: RunAs | None = None) -> str:
+    """Why QEMU could not open KVM's device; empty when it could."""
     if not device.exists():
         return f"{device} is missing"
     if not os.access(device, os.R_OK | os.W_OK):
         return f"{device} cannot be opened by this user"
     if user and (remedy := obstacle(user, str(device), write=True)):
         return f"{device} cannot be opened by QEMU's user {user.name}: {remedy}"
-    flags = {word for line in cpuinfo.read_text().splitlines() if line.startswith("flags") for word in line.split()}
-    if not flags & {"vmx", "svm"}:
-        return f"{device} exists, but the CPU has neither vmx nor svm"
     return ""
 
 

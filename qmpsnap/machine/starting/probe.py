@@ -24,7 +24,8 @@ class Abilities(Struct, frozen=True, kw_only=True):
 
     ``background_snapshot`` is empty when RAM can be saved behind a running guest, else QEMU's own words why not.
     ``machine_types``: every one, with its alias or None. ``tcg_cpu``: what CPU ``max`` is under TCG, in words that
-    later QEMUs understand; empty where that cannot be told. ``vmgenid``: whether it has that device.
+    later QEMUs understand; empty where that cannot be told. ``vmgenid``: whether it has that device. ``cpu_models``:
+    the names of all.
     """
 
     version: str
@@ -32,6 +33,7 @@ class Abilities(Struct, frozen=True, kw_only=True):
     machine_types: dict[str, str | None]
     tcg_cpu: str
     vmgenid: bool
+    cpu_models: tuple[str, ...]
 
     def versioned(self, machine_type: str) -> str:
         """The versioned name behind an alias such as ``q35``; a full name is itself."""
@@ -133,6 +135,7 @@ async def _interview(monitor: session.Monitor) -> Abilities:
         machine_types=types,
         tcg_cpu=await _tcg_cpu(monitor),
         vmgenid=await commands.has_device(monitor, "vmgenid"),
+        cpu_models=await commands.query_cpu_models(monitor),
     )
 
 

@@ -11,7 +11,7 @@ from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine.config.firmware import code_of
 from qmpsnap.machine.open_files import require_opened
 from qmpsnap.machine.qemu import end, launch, monitor, still_runs, wait_end
-from qmpsnap.machine.starting import accel, alive, argv, logs, scope, surroundings
+from qmpsnap.machine.starting import accel, alive, argv, host_fit, logs, probe, scope, surroundings
 from qmpsnap.machine.starting.privileges import Privileges
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -50,6 +50,20 @@ async def start(context: Context, name: str, *, paused: bool = False, allow_extr
         return await bring_up(context, machine, paused=paused)
 
 
+async def misfits(context: Context, machine: Machine) -> tuple[str, ...]:
+    """What this host lacks for a start of the machine, a sentence each; nothing of one that somebody else starts."""
+    if machine.adopted:
+        return ()
+    abilities = await _abilities(context, machine)
+    accelerator = None if machine.spec.accel == "auto" else machine.spec.accel
+    found = await to_read(lambda: tuple(host_fit.look(machine.spec, abilities, runs=accelerator, user=context.run_as)))
+    return tuple(map(str, found))
+
+
+async def _abilities(context: Context, machine: Machine) -> probe.Abilities | None:
+    return await probe.ask(context.qemu, context.home.cache, user=context.run_as) if machine.spec.cpu else None
+
+
 async def bring_up(
     context: Context, machine: Machine, *, paused: bool, loading: Loading | LoadingInside | None = None
 ) -> Process:
@@ -62,6 +76,8 @@ async def bring_up(
     await to_end(require_files, machine, chains)
     await blocking(_require_alone, context, machine, chains)
     choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache, user=context.run_as)
+    abilities = await _abilities(context, machine)
+    await to_read(lambda: host_fit.require(machine.spec, abilities, runs=choice.accel, user=context.run_as))
     firmware = None
     if machine.spec.firmware == "uefi":
         variables = str(context.home.variables(machine.name))
