@@ -80,9 +80,14 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
+        from qmpsnap.cli import virsh
+
         if found := _CHOICE.search(message):
-            message += nearest(found[1], re.findall(r"[\w-]+", found[2]))
-        raise UsageError(message, hint=f"see {self.prog} --help")
+            known = re.findall(r"[\w-]+", found[2])
+            if said := virsh.answer(found[1], known):
+                raise UsageError(f"unknown command {found[1]!r}", hint=said)
+            message += nearest(found[1], known)
+        raise UsageError(message, hint=virsh.answers(message) or f"see {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ARG002 - argparse's own
         # argparse leaves what it prints in a buffer; all that it prints here is an answer: --help, --version.

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpsnap.cli import output
+from qmpsnap.cli import output, virsh
 from qmpsnap.cli.common import Parsers, add_for_vm, add_format, on_machine, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
@@ -51,6 +51,7 @@ def register(parsers: Parsers) -> None:
         command.add_argument("size", metavar="SIZE", help="new size, as 20G, or +5G for so much more")
         command.add_argument("--dry-run", action="store_true", help="only print the QMP command")
         add_format(command)
+        virsh.add_harmless(command, name)
     command = add_for_vm(parsers, "flatten", _flatten, help="let a clone in a Ceph cluster have all data of its own")
     command.add_argument("disk", metavar="DISK", help="the disk")
     command.add_argument("--dry-run", action="store_true", help="only print the clone, its snapshot and the bytes")

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from qmpsnap.cli import output
+from qmpsnap.cli import output, virsh
 from qmpsnap.cli.common import Parsers, add_bandwidth, add_for_vm, add_format, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
@@ -22,24 +22,25 @@ def register(parsers: Parsers) -> None:
         command.add_argument("--base", metavar="L", help="layer or snapshot to merge into (lowest layer)")
         command.add_argument("--top", metavar="L", help="highest layer or snapshot to merge (active layer)")
         command.add_argument("--consume", action="store_true", help="accept that the commit invalidates snapshots")
-        _finish(command)
+        _finish(command, name)
     for name in ("stream", "pull", "blockpull"):
         help_ = _alias(name, "stream", "merge the layers below into the active layer, keeping all snapshots")
         command = add_for_vm(parsers, name, _stream, help=help_)
         command.add_argument("--base", metavar="L", help="layer or snapshot to stop above (merge all layers)")
-        _finish(command)
+        _finish(command, name)
 
 
 def _alias(name: str, real: str, help_: str) -> str:
     return help_ if name == real else f"the same as {real}: {help_}"
 
 
-def _finish(command: argparse.ArgumentParser) -> None:
+def _finish(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("disk", metavar="DISK", help="the disk")
     command.add_argument("--dry-run", action="store_true", help="only print the layers, QMP command and bytes")
     add_bandwidth(command)
     add_progress(command)
     add_format(command)
+    virsh.add_harmless(command, name)
 
 
 def _commit(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from qmpsnap.cli import output
+from qmpsnap.cli import output, virsh
 from qmpsnap.cli.common import Parsers, add_bandwidth, add_for_vm, add_format, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
@@ -43,6 +43,7 @@ def register(parsers: Parsers) -> None:
         add_bandwidth(command)
         add_progress(command)
         add_format(command)
+        virsh.add_harmless(command, name)
 
 
 def _mirror(arguments: argparse.Namespace) -> None:
