@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.bench import commit, compare, fork, pause, volume
+from tests.bench import commit, compare, fork, parts, pause, volume
 from tests.bench.program import ROOT, ProgramFailed
 from tests.harness.processes import kill_qemus
 
@@ -16,11 +16,12 @@ from tests.harness.processes import kill_qemus
 def main() -> int:
     """Run what was asked for; returns the exit code."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    kinds = parser.add_subparsers(required=True, metavar="compare|commit|fork|pause|volume")
+    kinds = parser.add_subparsers(required=True, metavar="compare|commit|fork|parts|pause|volume")
     for name, module, about in (
         ("compare", compare, "everything, beside libvirt and a bare QMP script"),
         ("commit", commit, "a commit of the active layer"),
         ("fork", fork, "how soon a fork runs and answers, and the memory of many"),
+        ("parts", parts, "where library calls spend their time"),
         ("pause", pause, "how long a full snapshot holds the guest"),
         ("volume", volume, "how long a volume snapshot does, and the guest's longest read and write meanwhile"),
     ):

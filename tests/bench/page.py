@@ -7,7 +7,7 @@ from tests.bench.program import ROOT
 from tests.bench.report import CELLS, Line, cells
 
 PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- begin: scripts/bench compare --write -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- begin: scripts/bench {kind} --write -->\n", "<!-- end -->\n"
 
 ABOUT = """\
 Measured on {date}: {cpu}, {cores} cores, Linux {kernel}, load {load} (15 minutes, at the end).
@@ -17,9 +17,16 @@ QEMU {qemu} under {accelerator}, libvirt {libvirt}, Python {python}, qmpsnap {qm
 
 def write(found: Sequence[Line], about: Mapping[str, Any]) -> None:
     """Put these results in place of those that the page has."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
+    put("compare", text(found, about))
+
+
+def put(kind: str, text: str) -> None:
+    """Put what one kind of ``scripts/bench`` has printed in place of what the page has of it."""
+    begin = BEGIN.format(kind=kind)
+    before, found, rest = PAGE.read_text().partition(begin)
+    assert found, f"{PAGE} has no {begin}"
     after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}{text(found, about)}{END}{after}")
+    PAGE.write_text(f"{before}{begin}{text}{END}{after}")
 
 
 def text(found: Sequence[Line], about: Mapping[str, Any]) -> str:

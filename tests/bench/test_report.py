@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.bench import page, report
+from tests.bench import page, parts, report
 from tests.bench.compare import GROUPS, MEASURES
 from tests.bench.measure import Results
 from tests.bench.report import Line, Spread, figure
@@ -68,8 +68,14 @@ def test_figures_have_three_digits_at_most() -> None:
 def test_the_page_has_every_row_with_its_limit() -> None:
     """The page is from the rows as they are now: ``scripts/bench compare --write``."""
     text = page.PAGE.read_text()
-    table = text.partition(page.BEGIN)[2].partition(page.END)[0]
+    table = text.partition(page.BEGIN.format(kind="compare"))[2].partition(page.END)[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
     found = [(row[0], row[1], row[3], row[6]) for row in rows[1:]]
     wanted = [report.cells(Line(row, None, None)) for row in ROWS]
     assert found == [(row[0], row[1], row[3], row[6]) for row in wanted]
+
+
+def test_what_is_in_no_part_is_the_rest() -> None:
+    took = {"in all": 10.0, **dict.fromkeys(parts.PARTS, 1.0)}
+    row = parts.table({"start": took}).splitlines()[-1]
+    assert row == "| start | 10.0 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | 5.0 |"
