@@ -41,10 +41,10 @@ if TYPE_CHECKING:
         Operation,
         ResizePlan,
     )
+    from qmpsnap.ops.adoption.adopt import Adopted, Survey
     from qmpsnap.ops.base.free_space import Shortage, ShortageKind
     from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.jobs.at_work import MachineJob
-    from qmpsnap.ops.lifecycle.adopt import Adopted, Survey
     from qmpsnap.ops.lifecycle.dry_run import Forgotten
     from qmpsnap.ops.outside.compare import ChainView
     from qmpsnap.ops.revert.revert import Preview, Reverted
@@ -136,7 +136,7 @@ _FROM = {
     ),
     "qmpsnap.model.layers.snapshot": ("Snapshot",),
     "qmpsnap.model.machines.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
-    "qmpsnap.ops.lifecycle.adopt": ("Adopted", "Survey"),
+    "qmpsnap.ops.adoption.adopt": ("Adopted", "Survey"),
     "qmpsnap.ops.check.check": ("Checked",),
     "qmpsnap.ops.outside.compare": ("ChainView",),
     "qmpsnap.ops.snapshot.delete": ("DeletePlan",),

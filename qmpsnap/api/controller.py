@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from qmpsnap.api import plans
     from qmpsnap.api.plans import Plan
     from qmpsnap.model.operations.operation import DefinePlan, Operation
+    from qmpsnap.ops.adoption import adopt
+    from qmpsnap.ops.adoption.adopt import Survey
     from qmpsnap.ops.base.context import Context
-    from qmpsnap.ops.lifecycle import adopt, define, dry_run
-    from qmpsnap.ops.lifecycle.adopt import Survey
+    from qmpsnap.ops.lifecycle import define, dry_run
 else:
     plans = Later("api.plans")
-    adopt, define, dry_run = Later("ops.lifecycle.adopt"), Later("ops.lifecycle.define"), Later("ops.lifecycle.dry_run")
+    adopt, define, dry_run = Later("ops.adoption.adopt"), Later("ops.lifecycle.define"), Later("ops.lifecycle.dry_run")
 
 R = TypeVar("R")
 

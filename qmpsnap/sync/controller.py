@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qmpsnap.api.plans import Plan
     from qmpsnap.model.machines.spec import MachineSpec
     from qmpsnap.model.operations.operation import DefinePlan, Operation
+    from qmpsnap.ops.adoption.adopt import Survey
     from qmpsnap.ops.fork.upkeep import Pruned, Shelved
-    from qmpsnap.ops.lifecycle.adopt import Survey
     from qmpsnap.sync.machine import MachineHandle
 
 R = TypeVar("R")

@@ -67,7 +67,7 @@ def test_a_create_loads_no_other_verb(environment: dict[str, str]) -> None:
     others = [
         *OTHERS[2:],
         "qmpsnap.ops.check.check",
-        "qmpsnap.ops.lifecycle.adopt",
+        "qmpsnap.ops.adoption.adopt",
         "qmpsnap.cli.snapshot_verbs.revert",
     ]
     assert [name for name in others if name in loaded] == []

@@ -20,7 +20,7 @@ from qmpsnap.block.image import header
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, ImageInUse, ImageRefused, NameTaken, QemuGone, StateError, StoreMismatch
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
-from qmpsnap.ops.lifecycle import adopt
+from qmpsnap.ops.adoption import adopt
 from qmpsnap.ops.merge import commit
 from qmpsnap.ops.merge.commit import CommitRequest
 from tests.live.machine import MIB, content_hash, fill, hold_invariants

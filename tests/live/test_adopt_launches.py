@@ -17,7 +17,7 @@ import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import StateError
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
-from qmpsnap.ops.lifecycle import adopt
+from qmpsnap.ops.adoption import adopt
 from tests.live.machine import MIB, hold_invariants, user_monitor
 from tests.live.test_adopt import Foreign, folder, launched, run  # noqa: F401
 

@@ -13,8 +13,8 @@ from qmpsnap.model.machines.adoption import FOREIGN, Adoption
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId, NodeName, OperationId
-from qmpsnap.ops.lifecycle import adopt
-from qmpsnap.ops.lifecycle.adopt import AdoptedDisk, Survey
+from qmpsnap.ops.adoption import adopt
+from qmpsnap.ops.adoption.adopt import AdoptedDisk, Survey
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.qmp.commands import Backend, BlockGraph, GraphEdge, GraphNode, ImageInfo, NodeInfo
 

@@ -47,13 +47,13 @@ from qmpsnap.model.operations.operation import (
     Operation,
     ResizePlan,
 )
+from qmpsnap.ops.adoption.adopt import Survey
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.devices.attach import Attached
 from qmpsnap.ops.devices.detach import Detached
 from qmpsnap.ops.fork.run import Forked
 from qmpsnap.ops.fork.run import Preview as ForkPreview
 from qmpsnap.ops.fork.upkeep import Pruned, Shelved
-from qmpsnap.ops.lifecycle.adopt import Survey
 from qmpsnap.ops.lifecycle.change import Changed
 from qmpsnap.ops.lifecycle.dry_run import Forgotten
 from qmpsnap.ops.lifecycle.rename import Renamed

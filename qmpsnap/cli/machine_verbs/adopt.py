@@ -57,7 +57,7 @@ def _adopt(arguments: argparse.Namespace) -> None:
     if arguments.allow or arguments.spec:
         raise UsageError("--allow and --spec need --image")
 
-    from qmpsnap.ops.lifecycle import adopt
+    from qmpsnap.ops.adoption import adopt
 
     async def act(context: "Context") -> "adopt.Adopted":
         if not arguments.dry_run:

@@ -200,7 +200,7 @@ def _finish(arguments: argparse.Namespace, found: "Imported") -> None:
 
 def _define(arguments: argparse.Namespace, found: "Imported") -> None:
     from qmpsnap.machine.config import specfile
-    from qmpsnap.ops.lifecycle import take_over
+    from qmpsnap.ops.adoption import take_over
 
     folders = [Path(folder) for folder in arguments.allow]
     from msgspec.structs import replace

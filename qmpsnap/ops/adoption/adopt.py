@@ -29,8 +29,9 @@ from qmpsnap.model.machines.spec import Cache, DiskSpec, MachineSpec, Opened
 from qmpsnap.model.names import DISK_NAME, LayerId, NodeName, OperationId, check_name
 from qmpsnap.model.operations.operation import DefinePlan
 from qmpsnap.model.text import printable
+from qmpsnap.ops.adoption import adopt_files
 from qmpsnap.ops.base.context import Context, forget_places, locked
-from qmpsnap.ops.lifecycle import adopt_files, define, disk_sources
+from qmpsnap.ops.lifecycle import define, disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session.session import require_settled
 from qmpsnap.qmp import commands, session

@@ -18,10 +18,10 @@ from qmpsnap.machine import originals
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.operation import DefinePlan
+from qmpsnap.ops.adoption.earlier_snapshots import Below, Disk, Taken, choose
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.lifecycle import define, dry_run
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
-from qmpsnap.ops.lifecycle.earlier_snapshots import Below, Disk, Taken, choose
 
 
 class Done(Struct, frozen=True):

@@ -1,0 +1,1 @@
+"""Ways in: machines that something else has launched or managed until now."""
