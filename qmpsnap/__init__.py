@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.api.controller import open_controller as open  # noqa: A004 - reads as qmpsnap.open()
     from qmpsnap.api.events import Event, JobChanged, ShortageChanged, StateChanged
-    from qmpsnap.api.following import progress
-    from qmpsnap.api.job import Job
+    from qmpsnap.api.job import Job, progress
     from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.api.outcomes import Committed, Deleted, Mirrored, Streamed
     from qmpsnap.api.plans import Plan, PlannedFile
@@ -113,11 +112,10 @@ __all__ = [
 _FROM = {
     "qmpsnap.api.controller": ("Controller",),
     "qmpsnap.errors": ("ProcessError", "QmpsnapError"),
-    "qmpsnap.api.following": ("progress",),
     "qmpsnap.api.events": ("Event", "JobChanged", "ShortageChanged", "StateChanged"),
     "qmpsnap.model.machines.state": ("State",),
     "qmpsnap.ops.base.free_space": ("Shortage", "ShortageKind"),
-    "qmpsnap.api.job": ("Job",),
+    "qmpsnap.api.job": ("Job", "progress"),
     "qmpsnap.api.outcomes": ("Committed", "Deleted", "Mirrored", "Streamed"),
     "qmpsnap.api.plans": ("Plan", "PlannedFile"),
     "qmpsnap.machine.agent": ("Completed", "Trimmed"),

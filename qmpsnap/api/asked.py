@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpsnap.api.later import Later
+from qmpsnap.later import Later
 from qmpsnap.ops.base.requests import limited, well_typed
 
 if TYPE_CHECKING:

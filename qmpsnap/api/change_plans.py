@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpsnap.api import asked
-from qmpsnap.api.later import Later
 from qmpsnap.api.machine_plans import MachinePlans
 from qmpsnap.host.borders import border
+from qmpsnap.later import Later
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmpsnap.api import forks, old_names
 from qmpsnap.api.job import Running, end_all
-from qmpsnap.api.later import Later
 from qmpsnap.api.machine_handle import MachineHandle
 from qmpsnap.errors import NameTaken, NotFoundError, UsageError
 from qmpsnap.host.borders import border
+from qmpsnap.later import Later
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.ops.base.context import opened
 from qmpsnap.qmp.jobs import unreported

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from qmpsnap.api import asked, old_names
-from qmpsnap.api.later import Later
-from qmpsnap.api.pool import ForkPool
 from qmpsnap.host.borders import border
+from qmpsnap.later import Later
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.ops.base import requests
 
@@ -19,10 +18,12 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from qmpsnap.api import plans
+    from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.api.plans import Plan
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.fork import ephemeral, run, upkeep
     from qmpsnap.ops.fork import pool as pools
+    from qmpsnap.ops.fork.pool import Pool
     from qmpsnap.ops.fork.run import Forked
     from qmpsnap.ops.fork.upkeep import Pruned, Shelved
 else:
@@ -141,3 +142,34 @@ class Forking:
             request = replace(request, floor=floor)
         async with pools.opened(self._context, self.name, requests.well_typed(request)) as found:
             yield ForkPool(self._context, found)
+
+
+class ForkPool:
+    """Forks that wait, from :meth:`qmpsnap.MachineHandle.pool`."""
+
+    def __init__(self, context: Context, pool: Pool) -> None:
+        self._context, self._pool = context, pool
+
+    def __repr__(self) -> str:
+        return f"<ForkPool with {self.waiting} waiting>"
+
+    @property
+    def waiting(self) -> int:
+        """How many are ready now."""
+        return self._pool.waiting
+
+    async def memory(self) -> int:
+        """Bytes of memory that those take up, their share of what they have in common included (PSS)."""
+        return await self._pool.memory()
+
+    @asynccontextmanager
+    async def take(self) -> AsyncIterator[MachineHandle]:
+        """A fork for the block, running; it is removed behind the block, and another one made ready.
+
+        Raises:
+            QmpsnapError: no fork can be made any more.
+        """
+        from qmpsnap.api.machine_handle import MachineHandle
+
+        async with self._pool.take() as name:
+            yield MachineHandle(self._context, name)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from qmpsnap.api import asked
 from qmpsnap.api.job import job
-from qmpsnap.api.later import Later
 from qmpsnap.host.borders import border
+from qmpsnap.later import Later
 from qmpsnap.qmp.jobs import Report, unreported
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from qmpsnap.api.later import Later
 from qmpsnap.api.machine_base import MachineBase
 from qmpsnap.api.old_names import was
 from qmpsnap.errors import StateError
 from qmpsnap.host.borders import border
 from qmpsnap.host.threads import to_end
+from qmpsnap.later import Later
 from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.ops.base import requests
 

@@ -9,10 +9,10 @@ from qmpsnap.api import asked
 from qmpsnap.api.change_plans import ChangePlans
 from qmpsnap.api.forks import Forking
 from qmpsnap.api.job import Job, job
-from qmpsnap.api.later import Later
 from qmpsnap.api.machine_changes import Changing
 from qmpsnap.api.old_names import OldPreviews
 from qmpsnap.host.borders import border
+from qmpsnap.later import Later
 from qmpsnap.ops.base.requests import limited
 from qmpsnap.qmp.jobs import unreported
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from qmpsnap.api import forks
 from qmpsnap.api.job import job
-from qmpsnap.api.later import Later
 from qmpsnap.api.machine_guest import MachineGuest
 from qmpsnap.errors import QmpsnapError
 from qmpsnap.host.borders import border
 from qmpsnap.host.outstanding import briefly
 from qmpsnap.host.threads import to_read
+from qmpsnap.later import Later
 from qmpsnap.model.machines.state import State
 from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.async_store import blocking

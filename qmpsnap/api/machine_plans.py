@@ -8,10 +8,10 @@ from msgspec.structs import replace
 
 from qmpsnap.api import asked
 from qmpsnap.api.job import Job
-from qmpsnap.api.later import Later
 from qmpsnap.api.machine_life import MachineLife
 from qmpsnap.errors import UsageError
 from qmpsnap.host.borders import border
+from qmpsnap.later import Later
 from qmpsnap.model.planning.expectation import Expectation
 from qmpsnap.qmp.jobs import unreported
 

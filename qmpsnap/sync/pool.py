@@ -10,7 +10,7 @@ from qmpsnap.sync.runner import Held
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qmpsnap.api.pool import ForkPool as AsyncPool
+    from qmpsnap.api.forks import ForkPool as AsyncPool
     from qmpsnap.sync.machine import MachineHandle
     from qmpsnap.sync.runner import Runner
 

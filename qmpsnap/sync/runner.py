@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import anyio
 from anyio import lowlevel
 
+from qmpsnap.api.forks import ForkPool as AsyncPool
 from qmpsnap.api.machine_handle import MachineHandle as AsyncHandle
-from qmpsnap.api.pool import ForkPool as AsyncPool
 
 if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal

@@ -85,12 +85,12 @@ def module(key: str) -> str:
             for node in source.methods(name):
                 bodies.append(_method(node, wanted.letter))
                 imports |= {source.imports[used] for used in _names(node) if used in source.imports}
+                imports |= {"from qmpsnap.sync.pool import ForkPool"} if "ForkPool" in _names(node) else set()
                 block = _is_block(node)
                 imports |= {"from collections.abc import Iterator"} if _generates(node) or block else set()
                 imports |= {"from contextlib import contextmanager"} if block else set()
     imports.discard("from qmpsnap.api.machine_handle import MachineHandle")
     imports.discard("from collections.abc import AsyncIterator")
-    imports = {line.replace("qmpsnap.api.pool", "qmpsnap.sync.pool") for line in imports}
     typed = sorted(imports - _RUNTIME)
     typed += ["from qmpsnap.sync.machine import MachineHandle"] if wanted.letter == "q" else []
     return (

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,3 +44,12 @@ def test_the_files_that_it_names_are_there() -> None:
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
     folders = {str(path.parent.relative_to(ROOT)) + "/" for path in ROOT.glob("qmpsnap/**/__init__.py")}
     assert sorted(folders - named - {"qmpsnap/"}) == [], "folders that the page does not mention"
+
+
+def test_no_folder_and_no_module_is_too_large_to_see_through() -> None:
+    """A reason for a longer module stands in its first line; those that are written by a program have one."""
+    modules = [path for path in (ROOT / "qmpsnap").rglob("*.py") if path.name != "__init__.py"]
+    crowded = {folder: number for folder, number in Counter(path.parent for path in modules).items() if number > 16}
+    assert crowded == {}
+    long = {path.name: size for path in modules if (size := len(path.read_text().splitlines())) > 400}
+    assert {name for name in long if not (ROOT / "qmpsnap" / "sync" / name).exists()} == set()

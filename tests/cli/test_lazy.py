@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qmpsnap.api.later import Later
 from qmpsnap.cli.command_line import NOUNS
+from qmpsnap.later import Later
 from qmpsnap.model.home import Home
 from tests.cli import seeded
 

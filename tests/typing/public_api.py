@@ -33,7 +33,7 @@ from qmpsnap import (
     StateChanged,
     Streamed,
 )
-from qmpsnap.api.pool import ForkPool
+from qmpsnap.api.forks import ForkPool
 from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.record import Machine, Process

@@ -183,8 +183,7 @@ class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
 class Removal(Struct, frozen=True, kw_only=True, tag="removal"):
     """Layers that nothing needs: the store forgets them first, then their files are removed.
 
-    ``states`` and ``variables`` are files that only snapshots needed which are gone; ``tags`` are (disk, layer, tag) to
-    remove from inside an active layer, ``by`` the command for it.
+    ``states``, ``variables``: files of deleted snapshots. ``tags``: (disk, layer, tag) in active layers; by ``by``.
     """
 
     disk: str

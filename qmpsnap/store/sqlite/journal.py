@@ -7,6 +7,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable
+from typing import Final
 
 import msgspec
 
@@ -18,7 +19,7 @@ from qmpsnap.model.operations.operation import OPEN_STATES, Operation, Operation
 from qmpsnap.model.operations.outcome import Recorded
 from qmpsnap.model.planning import sharing
 from qmpsnap.model.planning.sharing import Name
-from qmpsnap.store.sqlite import frozen_files, pruning, queries, recorded
+from qmpsnap.store.sqlite import frozen_files, pruning, queries
 from qmpsnap.store.sqlite.json_values import decoded
 
 _FIELDS = Operation.__struct_fields__
@@ -53,7 +54,7 @@ def insert(
         id=serial, machine=plan.machine, verb=verb_of(plan), state="planned", step=steps.PLANNED, plan=plan,
         started=now, updated=now, pid=os.getpid(),
     )  # fmt: skip
-    of, before = operation, recorded.read(connection, plan.machine)
+    of, before = operation, _content(connection, plan.machine)
     connection.execute(
         f"INSERT INTO operation ({_COLUMNS}, before, claimed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1)",
         (
@@ -122,7 +123,7 @@ def _record_outcome(connection: sqlite3.Connection, operation: OperationId, *, s
     machine, text = connection.execute("SELECT machine, before FROM operation WHERE id = ?", (operation,)).fetchone()
     if text is None:
         return
-    before, after = decoded(text, Recorded), recorded.read(connection, machine)
+    before, after = decoded(text, Recorded), _content(connection, machine)
     connection.execute(
         "UPDATE operation SET effect = ?, outcome = ?, before = NULL WHERE id = ?",
         (outcome.effect(before, after, settled=settled), outcome.left(before, after) or None, operation),
@@ -171,4 +172,40 @@ def _read(rows: Iterable[sqlite3.Row]) -> tuple[Operation, ...]:
     return tuple(
         Operation(**dict(zip(_FIELDS, (*row[:_PLAN], decoded(row[_PLAN], Plan), *row[_PLAN + 1 :]), strict=True)))
         for row in rows
+    )
+
+
+# --- what an outcome is derived from ---------------------------------------------------------------------------------
+
+_SNAPSHOTS: Final = (
+    "SELECT snapshot.name, snapshot.state FROM snapshot JOIN machine ON machine.id = snapshot.machine"
+    " WHERE machine.name = ? ORDER BY snapshot.id"
+)
+_CURRENT: Final = (
+    "SELECT snapshot.name FROM machine JOIN snapshot ON snapshot.id = machine.current WHERE machine.name = ?"
+)
+_LAYERS: Final = """
+    WITH RECURSIVE chain (disk, position, id, depth) AS (
+        SELECT disk.name, disk.position, disk.active, 0 FROM disk JOIN machine ON machine.id = disk.machine
+        WHERE machine.name = ?
+        UNION ALL
+        SELECT chain.disk, chain.position, layer.backing, depth + 1 FROM chain JOIN layer ON layer.id = chain.id
+        WHERE layer.backing IS NOT NULL
+    )
+    SELECT chain.disk, layer.id, layer.virtual_size FROM chain JOIN layer ON layer.id = chain.id
+    ORDER BY chain.position, chain.disk, chain.depth DESC
+"""
+
+
+def _content(sql: sqlite3.Connection, machine: str) -> Recorded:
+    """What the store has of a machine, from which an outcome is derived; empty if it does not exist."""
+    current = sql.execute(_CURRENT, (machine,)).fetchone()
+    disks: dict[str, list[tuple[str, int]]] = {}
+    for disk, layer, size in sql.execute(_LAYERS, (machine,)):
+        disks.setdefault(disk, []).append((layer, size))
+    return Recorded(
+        current=current[0] if current else None,
+        snapshots=dict(sql.execute(_SNAPSHOTS, (machine,)).fetchall()),
+        disks={disk: tuple(layers) for disk, layers in disks.items()},
+        name=machine,
     )
