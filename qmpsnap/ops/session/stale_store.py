@@ -138,7 +138,7 @@ def _numbered(name: str) -> tuple[str, int] | None:
     """The disk and the number that the name of a layer's file tells: of one that we or the storage has made."""
     if found := LAYER_FILE.fullmatch(name):
         return found[1], int(found[2])
-    volume = of_path(name)
+    volume = None if name.endswith(".part") else of_path(name)  # what was in the making is nobody's layer
     return (volume.disk, volume.operation) if volume and volume.role == "clone" else None
 
 
