@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -323,6 +324,19 @@ async def test_what_is_left_beside_an_image_is_found(q: qmpsnap.Controller, plac
         file.write_bytes(b"")
     found = {(finding.code, finding.file) for finding in (await vm.check()).findings}
     assert found == {("unreferenced-file", str(left)), ("part-left", str(part))}
+
+
+async def test_a_clone_in_the_making_is_no_sign_of_an_old_store(q: qmpsnap.Controller) -> None:
+    """What a revert leaves that can neither make its clone nor remove what there is of it."""
+    vm = await q.define(TWO)
+    taken = await vm.snapshot("s1", kind="volume")
+    below = (await vm.chains())[0].active.path
+    name = Path(context_of(vm).store.layer(taken.points[0].layer).path).name
+    part = Path(below).with_name(f"{name.replace('qs-', 'qc-').replace(f'-{taken.operation}-', '-900-')}.part")
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below, str(part)]
+    subprocess.run(argv, check=True)  # noqa: ASYNC221
+    await vm.snapshot("s2")
+    assert {(finding.code, finding.file) for finding in (await vm.check()).findings} == {("part-left", str(part))}
 
 
 async def test_the_dry_run_tells_what_is_made(q: qmpsnap.Controller) -> None:
