@@ -364,11 +364,10 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
         Raises:
             ImageRefused: the image to reuse does not fit.
             StateError: something is at the target, or another process has it open.
-            HostCannot: not enough space; if it runs out on the way, the job is paused and can go on.
+            HostCannot: not enough space (on the way: the job is paused and can go on).
         """
-        options: dict[str, Any] = {"mode": mode, "shallow": shallow, "reuse": reuse, "format": format}
-        options |= {"write_blocking": write_blocking, "bandwidth": bandwidth, "by": by}
-        request = asked.to_mirror(disk, target, **options)
+        copied: dict[str, Any] = {"mode": mode, "shallow": shallow, "reuse": reuse, "format": format}
+        request = asked.to_mirror(disk, target, **copied, write_blocking=write_blocking, bandwidth=bandwidth, by=by)
         return outcomes.Mirrored.of(await mirror.run(self._context, self.name, request, report=report))
 
     @job
@@ -388,7 +387,7 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             names: the snapshots, or their names.
             children: also those that grew from them.
             metadata: only the names; the layers stay.
-            flatten: clones in a Ceph cluster that depend on them get a copy of what they read, see :meth:`flatten`.
+            flatten: first, as :meth:`flatten`, clones in a Ceph cluster that depend on them.
             bandwidth: bytes per second that each job copies at most; 0 is without limit.
             by: to test QEMU: ``delvm`` for snapshots inside the layers that the guest writes to.
             report: told about each job's progress.
@@ -397,6 +396,5 @@ class MachineHandle(ChangePlans, Forking, Changing, OldPreviews):
             NotFoundError: one is not there; nothing was deleted.
             StateError: clones in a Ceph cluster depend on one, or LVM snapshots.
         """
-        how = {"children": children, "metadata": metadata, "flatten": flatten}
-        request = asked.to_delete(names, bandwidth=bandwidth, by=by, **how)
-        return outcomes.Deleted.of(await delete.run(self._context, self.name, request, report=report))
+        how = asked.to_delete(names, children=children, metadata=metadata, flatten=flatten, bandwidth=bandwidth, by=by)
+        return outcomes.Deleted.of(await delete.run(self._context, self.name, how, report=report))

@@ -5,7 +5,6 @@ says becomes a ``QmpError``, never an ``AttributeError`` further up.
 """
 
 import re
-from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
@@ -326,39 +325,6 @@ async def blockdev_del(monitor: Monitor, node: NodeName) -> None:
 def block_resize(node: NodeName, size: int) -> tuple[str, dict[str, Any]]:
     """``block_resize`` and its arguments: the guest sees ``size`` bytes of the image from then on, and is told."""
     return "block_resize", {"node-name": node, "size": size}
-
-
-def snapshot_transaction(pairs: Sequence[tuple[NodeName, NodeName]]) -> dict[str, Any]:
-    """Arguments of the ``transaction`` that puts the overlay of each (node, overlay) on that node: all or none."""
-    return {
-        "actions": [
-            {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}} for node, overlay in pairs
-        ]
-    }
-
-
-def sync_transaction(overlays: Sequence[tuple[NodeName, NodeName, str]]) -> dict[str, Any]:
-    """The same of each (node, overlay, its qcow2 file), which QEMU opens itself (``blockdev-snapshot-sync``)."""
-    return {
-        "actions": [
-            {
-                "type": "blockdev-snapshot-sync",
-                "data": {
-                    "node-name": node,
-                    "snapshot-node-name": overlay,
-                    "snapshot-file": path,
-                    "format": "qcow2",
-                    "mode": "existing",
-                },
-            }
-            for node, overlay, path in overlays
-        ]
-    }
-
-
-def internal_transaction(nodes: Sequence[NodeName], tag: str) -> dict[str, Any]:
-    """Arguments of the ``transaction`` that puts a tag into each node's image (``blockdev-snapshot-internal-sync``)."""
-    return {"actions": [{"type": "blockdev-snapshot-internal-sync", "data": {"device": n, "name": tag}} for n in nodes]}
 
 
 async def query_tags(monitor: Monitor) -> dict[str, tuple[Tag, ...]]:

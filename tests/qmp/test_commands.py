@@ -8,7 +8,7 @@ import pytest
 
 from qmpsnap.errors import QmpError
 from qmpsnap.model.names import NodeName
-from qmpsnap.qmp import commands, migration, session
+from qmpsnap.qmp import commands, migration, session, transactions
 from qmpsnap.qmp.commands import BlockGraph, GraphEdge, GraphNode, JobInfo, MachineType, RunStatus
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.testing import HELLO, Expect, Reply, scripted
@@ -91,7 +91,8 @@ async def ask(tmp_path: Path, call: Call, said: Expect, answer: Any) -> Any:
         ),
         (
             lambda monitor: commands.transaction(
-                monitor, commands.snapshot_transaction([(NodeName("a"), NodeName("b")), (NodeName("c"), NodeName("d"))])
+                monitor,
+                transactions.snapshot_transaction([(NodeName("a"), NodeName("b")), (NodeName("c"), NodeName("d"))]),
             ),
             Expect(
                 "transaction",

@@ -37,7 +37,7 @@ from qmpsnap.ops.memory.strategy import RESERVE_MORE, require_saveable, resident
 from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.ops.session.session import begin, inputs, looking, require_agreement, working
-from qmpsnap.qmp import commands, human, jobs
+from qmpsnap.qmp import commands, human, jobs, transactions
 from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 
@@ -169,7 +169,7 @@ def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
     """The exact QMP commands of a plan, in order; a stopped machine's go to a QEMU without a guest, disk by disk."""
     nodes = [node_name(layer) for layer in planned.layers.values()]
     if not planned.live:
-        return [("transaction", commands.internal_transaction([node], planned.tag)) for node in nodes]
+        return [("transaction", transactions.internal_transaction([node], planned.tag)) for node in nodes]
     if planned.vmstate:
         job = tags.job_of(planned.change.snapshots[0].operation)
         by_human = human.command(f"savevm {planned.tag}")
@@ -178,7 +178,7 @@ def qmp_commands(planned: InternalPlan) -> list[tuple[str, dict[str, object]]]:
             by_human if planned.by == "savevm" else ("snapshot-save", arguments)
         ]
     else:
-        act = [("transaction", commands.internal_transaction(nodes, planned.tag))]
+        act = [("transaction", transactions.internal_transaction(nodes, planned.tag))]
     return [("stop", {}), *act, ("cont", {})] if planned.resume else act
 
 

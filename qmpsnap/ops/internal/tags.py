@@ -21,7 +21,7 @@ from qmpsnap.ops.base import luks
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.memory.save import RESUME_DEADLINE
 from qmpsnap.ops.session.quiesce import Freezer
-from qmpsnap.qmp import commands, human, jobs, runstate
+from qmpsnap.qmp import commands, human, jobs, runstate, transactions
 from qmpsnap.qmp.commands import Tag
 from qmpsnap.qmp.jobs import Report
 from qmpsnap.qmp.session import Monitor
@@ -46,7 +46,7 @@ async def _tag_held(qemu: Monitor, job: JobId, planned: InternalPlan, freezer: F
         else:
             nodes = [node_name(layer) for layer in planned.layers.values()]
             with freezer.within():
-                await commands.transaction(qemu, commands.internal_transaction(nodes, planned.tag))
+                await commands.transaction(qemu, transactions.internal_transaction(nodes, planned.tag))
     finally:
         if planned.resume:
             await bounded(RESUME_DEADLINE, commands.control(qemu, "cont"))
@@ -108,7 +108,7 @@ async def tag_stopped(
         if chain.disk not in planned.layers:
             continue
         async with open_in(context, machine, None, chain) as qemu:
-            arguments = commands.internal_transaction([node_name(chain.active)], planned.tag)
+            arguments = transactions.internal_transaction([node_name(chain.active)], planned.tag)
             await commands.transaction(qemu, arguments)
             found |= await commands.query_tags(qemu)
     return found

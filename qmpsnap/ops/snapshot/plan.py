@@ -30,7 +30,7 @@ from qmpsnap.ops.base.overlays import overlay_on
 from qmpsnap.ops.memory.strategy import MemoryRequest
 from qmpsnap.ops.session import file_nodes
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
-from qmpsnap.qmp import commands, migration
+from qmpsnap.qmp import migration, transactions
 from qmpsnap.volumes.driver import Ability
 from qmpsnap.volumes.names import VolumeName
 
@@ -189,11 +189,11 @@ def expected(chains: Sequence[Chain], plan: CreatePlan) -> tuple[Chain, ...]:
 def transaction_of(plan: CreatePlan) -> dict[str, object]:
     """The arguments of the transaction that puts every overlay on top."""
     if plan.by == "blockdev-snapshot-sync":
-        return commands.sync_transaction(
+        return transactions.sync_transaction(
             [(node_name(one.backing), node_name(one.layer), one.layer.path) for one in plan.overlays]
         )
     pairs = [(node_name(overlay.backing), node_name(overlay.layer)) for overlay in plan.overlays]
-    return commands.snapshot_transaction(pairs)
+    return transactions.snapshot_transaction(pairs)
 
 
 def _require_by(machine: Machine, request: CreateRequest, included: Collection[str], *, mode: str) -> None:
