@@ -26,9 +26,15 @@ SHARED = "QMPSNAP_TESTS_SHARED"
 """Names a folder that all workers of one session share, for what is made once."""
 
 
-hypothesis.settings.register_profile("same", derandomize=True, print_blob=True)
-if RANDOM not in os.environ:
-    hypothesis.settings.load_profile("same")
+for _profile in ("new", "same"):  # how quick the host is decides nothing
+    hypothesis.settings.register_profile(
+        _profile,
+        derandomize=_profile == "same",
+        print_blob=True,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile("new" if RANDOM in os.environ else "same")
 
 
 def pytest_configure(config: pytest.Config) -> None:
