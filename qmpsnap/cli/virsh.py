@@ -1,4 +1,4 @@
-"""Words of virsh: those that change nothing are accepted, and the others are answered with ours."""
+"""Words of others, virsh's above all: those that change nothing are accepted, the others answered with ours."""
 
 import argparse
 import re
@@ -47,8 +47,19 @@ VERBS: Final = {
     "setmaxmem": "set VM memory=4G",
     "setvcpus": "set VM cpus=2",
     "qemu-agent-command": "exec VM -- PROGRAM",
+    "attach-disk": "disk attach VM FILE",
+    "detach-disk": "disk detach VM DISK",
 }
 """virsh's commands that have another name here."""
+
+SHORT: Final = {
+    "revert": "snapshot revert VM NAME",
+    "delete": "snapshot delete VM NAME",
+    "attach": "disk attach VM FILE",
+    "detach": "disk detach VM DISK",
+    "export": "machine export VM --to FILE",
+}
+"""Verbs that are typed without the noun before them."""
 
 OPTIONS: Final = {
     "--active": "leave it out: a commit goes from the active layer down unless --top names a lower one",
@@ -95,9 +106,11 @@ def add_harmless(command: argparse.ArgumentParser, name: str) -> None:
 
 
 def answer(word: str, known: Iterable[str]) -> str:
-    """What a command of virsh is called here; empty if it is none, or not of those that are chosen from."""
+    """What a command of virsh, or one without its noun, is called here; empty if it is none that is chosen from."""
     if (ours := VERBS.get(word)) and ours.split()[0] in known:
         return f"virsh's {word} is qmpsnap {ours}"
+    if (ours := SHORT.get(word)) and ours.split()[0] in known:
+        return f"it is qmpsnap {ours}"
     return ""
 
 

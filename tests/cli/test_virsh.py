@@ -36,13 +36,20 @@ def test_another_name_is_answered_with_ours(verb: str) -> None:
     assert refused.value.hint == f"virsh's {verb} is qmpsnap {virsh.VERBS[verb]}"
 
 
+@pytest.mark.parametrize("verb", virsh.SHORT)
+def test_a_verb_without_its_noun_is_answered_with_both(verb: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown command '{verb}'") as refused:
+        parser(verb).parse_args([verb, "web"])
+    assert refused.value.hint == f"it is qmpsnap {virsh.SHORT[verb]}"
+
+
 def test_the_names_that_are_answered_with_exist() -> None:
     known = {command for commands in NOUNS.values() for command in commands}
-    for line in virsh.VERBS.values():
+    for line in (*virsh.VERBS.values(), *virsh.SHORT.values()):
         for words in map(shlex.split, re.split(", (?:or |then )?", line)):
             given = [word.replace("VM", "web").replace("SPEC", "web.yaml").replace("BYTES", "10M") for word in words]
             assert "run" in parser(*given[:2]).parse_args(given)
-    assert not known & virsh.VERBS.keys()
+    assert not known & (virsh.VERBS.keys() | virsh.SHORT.keys())
 
 
 def test_a_word_of_nobody_is_not_answered() -> None:
