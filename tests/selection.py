@@ -19,6 +19,8 @@ FREE, BOUND = 8, 4
 """In how many parts the tests are that do not depend on QEMU's version, and those that do."""
 GRID = 10
 """Every how-manieth test of a grid is run, with a part or a number in :data:`GRID_AT`."""
+LONG, TURNS = 10, 2
+"""Seconds (in :data:`SLOW`) from which on a test is in one of so many runs on the system's QEMU with a number below."""
 GRID_AT = os.environ.get("QMPSNAP_GRID_AT", "")
 """With which of the first :data:`GRID` tests of a grid a run of all others begins; empty runs whole grids."""
 SLOW = Path(__file__).with_name("slow")
@@ -53,6 +55,9 @@ def left_out(items: Sequence[pytest.Item], part: str, grid_at: str) -> set[str]:
     out: set[str] = set()
     if part or grid_at:
         out |= {test for place, test in enumerate(grid) if place % GRID != int(grid_at or part) % GRID}
+    took = seconds() if grid_at and not part else {}
+    long = [item.nodeid for item in free if took.get(item.nodeid, 0) >= LONG and "/outsider/" not in item.nodeid]
+    out |= {test for test in long if not in_part(test, int(grid_at), TURNS)}
     for item in free if part else ():
         if not in_part(item.nodeid, int(part), BOUND if item.get_closest_marker("version") else FREE):
             out.add(item.nodeid)

@@ -1,6 +1,8 @@
 """The choice of tests for a newer QEMU and their order: nothing is run twice, and all parts have everything."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -32,6 +34,17 @@ def test_the_longest_begin_first_with_every_worker() -> None:
     dealt = selection.dealt(order, 3)
     assert sorted(dealt) == list(range(len(TESTS)))
     assert [dealt[place] for place in (0, 40, 80)] == order[:3]  # where xdist cuts the list in three
+
+
+def test_what_takes_long_is_in_every_second_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "seconds", lambda: dict.fromkeys(TESTS[:50], 10.0) | {TESTS[60]: 9.0})
+    items: Any = [SimpleNamespace(nodeid=test, path=Path(test), get_closest_marker=lambda _: None) for test in TESTS]
+    first, second = (selection.left_out(items, "", grid) for grid in ("4", "5"))
+    assert first | second == set(TESTS[:50])
+    assert not first & second
+    assert first
+    assert second
+    assert selection.left_out(items, "", "") == set()
 
 
 def test_a_report_is_read_and_the_slow_are_kept(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ __all__ = ["fault", "home", "place", "q"]
 
 SAMPLE = 6
 """Every how-manieth case of the short form is in the sample."""
+MANY = 40
+"""Cases of one module from which on CI takes half of them."""
 
 mutants.apply()
 
@@ -38,12 +40,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _short(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The cases marked ``short``; in CI one of those with the same ``one_of``, which by the commit's hash."""
-    marked = [(item, mark.kwargs.get("one_of", item)) for item in items if (mark := item.get_closest_marker("short"))]
+    """The cases marked ``short``.
+
+    In CI one of those with the same ``one_of``, and of a module with more than :data:`MANY` others every second; which,
+    the commit's hash chooses.
+    """
+    marked = [(item, mark.kwargs.get("one_of")) for item in items if (mark := item.get_closest_marker("short"))]
     if not GRID_AT:
         return [item for item, _ in marked]
-    groups: dict[object, list[pytest.Item]] = {}
+    groups: dict[tuple[object, object], list[pytest.Item]] = {}
     for item, group in marked:
         groups.setdefault((item.path, group), []).append(item)
-    chosen = {id(found[int(GRID_AT) % len(found)]) for found in groups.values()}
+    turn, chosen = int(GRID_AT), set[int]()
+    for (_, group), found in groups.items():
+        taken = [found[turn % len(found)]] if group else found[turn % 2 :: 2] if len(found) > MANY else found
+        chosen |= {id(item) for item in taken}
     return [item for item, _ in marked if id(item) in chosen]
