@@ -22,6 +22,8 @@ class At:
             os.kill(os.getpid(), number)
 
 number = signal.Signals[sys.argv[1]]
+if number != signal.SIGINT:
+    signal.signal(number, signal.SIG_DFL)  # the tests themselves may run below nohup
 left, sys.argv = sys.argv[2:], ["qmpsnap", "snapshot", "delete", "web", "s"]
 from qmpsnap.cli.start import run
 sys.meta_path.insert(0, At())
