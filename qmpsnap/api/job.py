@@ -286,7 +286,7 @@ async def progress(act: Callable[[Report], Awaitable[T]]) -> AsyncIterator[Follo
         QmpsnapError: as the verb does.
     """
     warnings.warn("qmpsnap.progress: iterate over progress() of the job instead", DeprecationWarning, stacklevel=3)
-    send, receive = anyio.create_memory_object_stream[JobInfo](_WAITING)
+    send, receive = anyio.create_memory_object_stream["JobInfo"](_WAITING)
     following = Following[T](receive)
     failure: list[Exception] = []
     raised: Exception | None = None
