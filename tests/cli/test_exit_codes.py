@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from qmpsnap.cli.main import main
-from qmpsnap.machine.starting import probe
-from qmpsnap.machine.starting.probe import Abilities
 from qmpsnap.model.home import Home
-from tests.cli import seeded
+from tests.cli import assumed_qemu, seeded
 
 KEYS = {"schema", "code", "message", "hint", "effect", "machine", "operation", "qmp_class"}
 UNKNOWN = {
@@ -72,19 +70,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 @pytest.fixture
 def abilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a QEMU: what is refused below must be refused without running one."""
-
-    async def ask(qemu: str, cache: Path, *, user: object = None) -> Abilities:
-        types: dict[str, str | None] = {"pc-q35-7.2": "q35"}
-        return Abilities(
-            version="7.2.22",
-            background_snapshot="",
-            machine_types=types,
-            tcg_cpu="",
-            vmgenid=True,
-            cpu_models=(),
-        )
-
-    monkeypatch.setattr(probe, "ask", ask)
+    assumed_qemu.assume(monkeypatch)
 
 
 def listing(folder: Path) -> set[str]:

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 
 from qmpsnap.cli.main import main
-from qmpsnap.machine.starting import probe
-from qmpsnap.machine.starting.probe import Abilities
 from qmpsnap.model.home import Home
 from tests.block.images import CLUSTER, extension, image
-from tests.cli import seeded
+from tests.cli import assumed_qemu, seeded
 
 QCOW2 = extension(0xE2792ACA, b"qcow2")
 
@@ -63,18 +61,7 @@ def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("QMPSNAP_QEMU", str(tool))
     monkeypatch.setenv("QMPSNAP_QEMU_IMG", str(tool))
 
-    async def ask(qemu: str, cache: Path, *, user: object = None) -> Abilities:
-        types: dict[str, str | None] = {"pc-q35-7.2": "q35"}
-        return Abilities(
-            version="7.2.22",
-            background_snapshot="",
-            machine_types=types,
-            tcg_cpu="",
-            vmgenid=True,
-            cpu_models=(),
-        )
-
-    monkeypatch.setattr(probe, "ask", ask)
+    assumed_qemu.assume(monkeypatch)
     return mark
 
 
