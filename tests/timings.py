@@ -30,7 +30,7 @@ class Case(Struct, frozen=True):
     @property
     def kind(self) -> str:
         """The folder of tests that it is in."""
-        return self.test.split("/")[1]
+        return self.test.partition("::")[0].split("/")[1]
 
 
 def cases(reports: Iterable[Path]) -> Iterator[Case]:
