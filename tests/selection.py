@@ -11,18 +11,18 @@ import pytest
 T = TypeVar("T")
 
 PART = os.environ.get("QMPSNAP_PART", "")
-"""``0`` to ``7`` chooses an eighth of the tests that do not depend on QEMU's version, and a quarter of those that do.
+"""``0`` to ``11`` chooses a twelfth of the tests that do not depend on QEMU's version, and a sixth of those that do.
 
-Four parts one after the other have all that depend on it. Empty runs all of them.
+Six parts one after the other have all that depend on it. Empty runs all of them.
 """
-FREE, BOUND = 8, 4
+FREE, BOUND = 12, 6
 """In how many parts the tests are that do not depend on QEMU's version, and those that do."""
 GRID = 10
 """Every how-manieth test of a grid is run, with a part or a number in :data:`GRID_AT`."""
-LONG, TURNS = 10, 2
+TURNS = {3: 2, 10: 3, 40: 4}
 """Seconds (in :data:`SLOW`) from which on a test is in one of so many runs on the system's QEMU with a number below."""
 GRID_AT = os.environ.get("QMPSNAP_GRID_AT", "")
-"""With which of the first :data:`GRID` tests of a grid a run of all others begins; empty runs whole grids."""
+"""The number of a run that leaves tests out, which chooses them; empty runs everything."""
 SLOW = Path(__file__).with_name("slow")
 """What took a second or more when it was last measured: seconds, a space and the test, one a line."""
 
@@ -56,8 +56,10 @@ def left_out(items: Sequence[pytest.Item], part: str, grid_at: str) -> set[str]:
     if part or grid_at:
         out |= {test for place, test in enumerate(grid) if place % GRID != int(grid_at or part) % GRID}
     took = seconds() if grid_at and not part else {}
-    long = [item.nodeid for item in free if took.get(item.nodeid, 0) >= LONG and "/outsider/" not in item.nodeid]
-    out |= {test for test in long if not in_part(test, int(grid_at), TURNS)}
+    for test in (item.nodeid for item in free if "/outsider/" not in item.nodeid):
+        turns = max((turns for least, turns in TURNS.items() if took.get(test, 0) >= least), default=1)
+        if turns > 1 and not in_part(test, int(grid_at), turns):
+            out.add(test)
     for item in free if part else ():
         if not in_part(item.nodeid, int(part), BOUND if item.get_closest_marker("version") else FREE):
             out.add(item.nodeid)

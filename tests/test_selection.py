@@ -36,14 +36,13 @@ def test_the_longest_begin_first_with_every_worker() -> None:
     assert [dealt[place] for place in (0, 40, 80)] == order[:3]  # where xdist cuts the list in three
 
 
-def test_what_takes_long_is_in_every_second_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "seconds", lambda: dict.fromkeys(TESTS[:50], 10.0) | {TESTS[60]: 9.0})
+@pytest.mark.parametrize(("took", "turns"), selection.TURNS.items())
+def test_what_takes_long_is_in_one_of_some_runs(took: float, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "seconds", lambda: dict.fromkeys(TESTS[:80], took) | {TESTS[90]: 2.0})
     items: Any = [SimpleNamespace(nodeid=test, path=Path(test), get_closest_marker=lambda _: None) for test in TESTS]
-    first, second = (selection.left_out(items, "", grid) for grid in ("4", "5"))
-    assert first | second == set(TESTS[:50])
-    assert not first & second
-    assert first
-    assert second
+    runs = [set(TESTS) - selection.left_out(items, "", str(100 + run)) for run in range(turns)]
+    assert all(set(TESTS[80:]) < run for run in runs)
+    assert sorted(test for run in runs for test in run & set(TESTS[:80])) == sorted(TESTS[:80])
     assert selection.left_out(items, "", "") == set()
 
 
