@@ -123,8 +123,9 @@ def qmpsnap(*words: str, code: int = 0) -> None:
 
 def in_guest(script: str) -> str:
     """Run a shell script in the guest; returns its output."""
-    print(f"$ qmpsnap exec demo -- sh -c {shlex.quote(script)}", flush=True)
-    output = command("exec", "demo", "--", "sh", "-c", script, check=True, stdout=subprocess.PIPE).stdout
+    patient = ("--timeout", "600")  # a busy host may take minutes to boot the guest
+    print(f"$ qmpsnap exec {' '.join(patient)} demo -- sh -c {shlex.quote(script)}", flush=True)
+    output = command("exec", *patient, "demo", "--", "sh", "-c", script, check=True, stdout=subprocess.PIPE).stdout
     print(output, end="", flush=True)
     return output.strip()
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import difflib
 import os
 import re
 import shlex
@@ -60,7 +61,9 @@ def hold_page(name: str, home: Path, small_guest: Path, capsys: pytest.CaptureFi
     if os.environ.get("QMPSNAP_GOLDEN") == "write":
         path.write_text(played)
         pytest.fail(f"wrote {path}: read the difference, then run without QMPSNAP_GOLDEN")
-    assert _comparable(page) == _comparable(played)
+    shown, printed = _comparable(page), _comparable(played)
+    if shown != printed:
+        pytest.fail("\n".join(difflib.unified_diff(shown.splitlines(), printed.splitlines(), "shown", "printed", n=1)))
 
 
 def _comparable(page: str) -> str:
