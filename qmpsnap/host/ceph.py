@@ -21,6 +21,7 @@ from qmpsnap.host.programs import running
 from qmpsnap.host.threads import to_read
 
 _SAID: Final = 300
+_UNREACHED: Final = b"connect to the cluster"
 _KEPT: Final = 4096
 _PERCENT: Final = re.compile(rb"(\d+)% complete")
 _SILENCE: Final = 30.0
@@ -231,6 +232,11 @@ def _run(argv: list[str], image: Image, *, seconds: float, changes: bool = False
         raise _not_run(argv, error) from error
     if ended.returncode == 0:
         return ended.stdout
+    if _UNREACHED in ended.stderr:  # with the status of what is missing: it has no configuration, or no monitor there
+        raise HostCannot(
+            f"the Ceph cluster of rbd:{image} cannot be reached: {_last(ended.stderr)}",
+            hint="check its configuration and the network (" + " ".join(["ceph", *image.client, "health"]) + ")",
+        )
     if argv[0] == "rbd" and ended.returncode == errno.ENOENT and not changes:
         said = _last(ended.stderr) or f"exit {ended.returncode}"
         raise ImageRefused(f"there is no image rbd:{image}: {said}", hint=f"rbd {_lists(image)} lists the images")

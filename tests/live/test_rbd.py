@@ -309,6 +309,8 @@ async def test_what_is_not_there_is_refused(
             await q.define(on_image(absent))
     with pytest.raises(HostCannot, match=r"rbd info of rbd:rbd/web failed: .*config"):
         await q.define(on_image(RbdImage(pool="rbd", image="web", conf="/no/ceph.conf")))
+    with pytest.raises(HostCannot, match="the Ceph cluster of rbd:rbd/web cannot be reached"):  # not a missing image
+        await q.define(on_image(RbdImage(pool="rbd", image="web", conf="/dev/null")))
     programs = place / "bin"
     programs.mkdir()
     for program in ("qemu-system-x86_64", "qemu-img"):
