@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.chain import Chain, Layer
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine, Process
-    from qmpsnap.model.machines.spec import DiskSpec, Encryption, Forward, MachineSpec, NicSpec
+    from qmpsnap.model.machines.spec import CloudInit, DiskSpec, Encryption, Forward, MachineSpec, NicSpec
     from qmpsnap.model.machines.state import State
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import (
@@ -58,6 +58,7 @@ __all__ = [
     "Chain",
     "ChainView",
     "Checked",
+    "CloudInit",
     "Committed",
     "Completed",
     "Controller",
@@ -133,7 +134,7 @@ _FROM = {
         "ResizePlan",
     ),
     "qmpsnap.model.layers.snapshot": ("Snapshot",),
-    "qmpsnap.model.machines.spec": ("DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
+    "qmpsnap.model.machines.spec": ("CloudInit", "DiskSpec", "Encryption", "Forward", "MachineSpec", "NicSpec"),
     "qmpsnap.ops.adoption.adopt": ("Adopted", "Survey"),
     "qmpsnap.ops.check.check": ("Checked",),
     "qmpsnap.ops.outside.compare": ("ChainView",),

@@ -7,9 +7,10 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import ImageRefused, QmpsnapError
-from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import CloudInit, DiskSpec, MachineSpec
 from tests.live.machine import MIB, fill, hold_invariants, user_monitor
 from tests.live.test_import import image
+from tests.machine import iso9660
 
 
 async def test_a_disk_grows_beyond_its_base(q: qmpsnap.Controller, place: Path) -> None:
@@ -60,12 +61,60 @@ async def test_a_cdrom_is_there_and_in_no_snapshot(machine: str, q: qmpsnap.Cont
         await vm.start(paused=True)
 
 
+@pytest.mark.version
+@pytest.mark.parametrize("machine", ["q35", "microvm"])
+async def test_cloud_init_is_told_anew_at_each_start(machine: str, q: qmpsnap.Controller, place: Path) -> None:
+    (place / "user.yaml").write_text("#cloud-config\n{}\n")
+    spec = MachineSpec(
+        name="cloud",
+        machine=machine,
+        memory=64 * MIB,
+        disks=(DiskSpec(name="vda", size=MIB),),
+        cloud_init=CloudInit(user_data=str(place / "user.yaml")),
+    )
+    vm = await q.define(spec)
+    await vm.start(paused=True)
+    own = f'instance-id: {(await vm.record()).uuid}\nlocal-hostname: "cloud"\n'
+    assert await told(vm) == {"user-data": "#cloud-config\n{}\n", "meta-data": own}
+    assert [point.disk for point in (await vm.snapshot("s1")).points] == ["vda"]
+    assert (await vm.save(name="with-memory")).outside == ()
+    (place / "user.yaml").write_text("#!/bin/sh\n")
+    (place / "net.yaml").write_text("version: 2\n")
+    changed = await vm.set({"cloud-init.network": str(place / "net.yaml")})
+    assert (changed.changes, changed.unloadable) == ((("cloud-init.network", None, str(place / "net.yaml")),), ())
+    assert (await vm.restore(paused=True)).snapshot.name == "with-memory"
+    assert await told(vm) == {"user-data": "#!/bin/sh\n", "meta-data": own, "network-config": "version: 2\n"}
+    await hold_invariants(vm)
+    await vm.stop(force=True)
+    assert [name for name, _ in (await vm.set({"cloud-init": ""})).unloadable] == ["with-memory"]
+    await vm.start(paused=True)
+    assert await told(vm) is None
+    await vm.stop(force=True)
+
+
+async def told(vm: qmpsnap.MachineHandle) -> dict[str, str] | None:
+    """The files on the disk that cloud-init looks at, as its QEMU has them; None without one."""
+    async with user_monitor(vm) as qemu:
+        backends: Any = await qemu.execute("query-block")
+    for drive in backends:
+        if "qs-seed" in str(drive):
+            process = (await vm.record()).process
+            assert drive["inserted"]["ro"]
+            assert process
+            path = drive["inserted"]["file"].replace("self", str(process.pid))
+            return {name: content.decode() for name, content in iso9660.files(Path(path).read_bytes()).items()}
+    return None
+
+
 MISSING: dict[str, dict[str, Any]] = {
     "there is no kernel /nonexistent/vmlinuz": {"kernel": "/nonexistent/vmlinuz"},
     "there is no initrd /nonexistent/initrd": {"kernel": "/proc/version", "initrd": "/nonexistent/initrd"},
     "the kernel /proc is not a file": {"kernel": "/proc"},
     "the small guest is not built: there is no kernel": {"kernel": "@guest/vmlinux"},
     "there is no image /nonexistent/a.iso": {"cdrom": "/nonexistent/a.iso"},
+    "there is no user-data /nonexistent/u": {"cloud_init": CloudInit(user_data="/nonexistent/u")},
+    "the meta-data /proc is not a file": {"cloud_init": CloudInit(user_data="/proc/version", meta_data="/proc")},
+    "the user-data /bin/bash is larger than 1 MiB": {"cloud_init": CloudInit(user_data="/bin/bash")},
 }
 
 

@@ -121,6 +121,14 @@ class NicShape(Shape, frozen=True):
     bridge: Annotated[str, Interface] | None = None
 
 
+class CloudInitShape(Shape, frozen=True):
+    """``cloud-init``."""
+
+    user_data: FilePath
+    meta_data: FilePath | None = None
+    network: FilePath | None = None
+
+
 class MachineShape(Shape, frozen=True):
     """The whole spec."""
 
@@ -140,6 +148,7 @@ class MachineShape(Shape, frozen=True):
     uefi_variables: FilePath | None = None
     disks: tuple[DiskShape, ...] = ()
     cdrom: FilePath | None = None
+    cloud_init: CloudInitShape | None = None
     nics: tuple[NicShape, ...] = ()
     agent: bool = True
     display: Display = "none"

@@ -32,12 +32,16 @@ _FLAGS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": Fa
 _FORWARD: Final = re.compile(r"(?:([0-9.]+):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?")
 _PATHS: Final = (
     "kernel", "initrd", "image", "base", "device", "secret-file", "conf", "uefi-code", "uefi-variables", "cdrom",
+    "user-data", "meta-data", "network",
 )  # fmt: skip
+SEED: Final = "cloud-init"
+"""A key whose own keys can be set one by one, as those of a disk."""
 _CONTENT: Final = ("size", "image", "base", "device", "rbd")
 _HINTS: Final = {
     "name": "as in 'name: web' for a machine, 'name: vda' for a disk",
     "host": "as in '{host: 2222, guest: 22}'",
     "guest": "as in '{host: 2222, guest: 22}'",
+    "user-data": "as in 'cloud-init: {user-data: user-data.yaml}'",
     "size": UNITS,
     "memory": UNITS,
     "pool": "as in 'rbd: {pool: rbd, image: web}'",
@@ -86,12 +90,15 @@ def checked(spec: MachineSpec, *, folder: Path, guest_dir: Path) -> MachineSpec:
 def changed(spec: MachineSpec, settings: Mapping[str, str], *, folder: Path, guest_dir: Path) -> MachineSpec:
     """The machine with other values under some keys, each written as in a file: ``memory``, or ``vda.cache`` of a disk.
 
+    The files of ``cloud-init`` are ``cloud-init.user-data`` and so on.
     An empty value takes the key away, so that its default counts.
     """
     plain = _plain(spec)
     for key, text in settings.items():
         disk, _, own = key.rpartition(".")
         disks = {each["name"]: each for each in plain.get("disks", ())}
+        if disk == SEED:
+            disks[SEED] = plain.setdefault("cloud_init", {})
         if disk and disk not in disks:
             raise SpecError(f"machine {spec.name} has no disk {shorten(disk)!r}", hint=f"its disks: {', '.join(disks)}")
         where, name = disks[disk] if disk else plain, own.replace("-", "_")

@@ -35,6 +35,8 @@ IDE_PLACES: Final = 4
 """Disks that the two channels of a pc machine take."""
 CDROM: Final = "qs-cdrom"
 """Node and device of the CD-ROM drive."""
+SEED: Final = "qs-seed"
+"""Node and device of the disk that has what cloud-init is told."""
 TSC_KHZ: Final = 2_000_000
 """Assumed where the host's is unknown: a guest whose clock is somewhat off, rather than one that does not boot."""
 
@@ -77,6 +79,7 @@ def build(  # all that an argument list depends on
     ram: Ram | None = None,
     blank: bool = False,
     vmgenid: str = "",
+    seed: int | None = None,
 ) -> list[str]:
     """The whole argument list, the binary (or the words that start it) first; pure.
 
@@ -84,8 +87,8 @@ def build(  # all that an argument list depends on
     needs ``tsc_khz``, to keep its clock right. ``secrets``: for each encrypted disk the descriptor, inherited by QEMU,
     from which it reads the key. ``incoming``: it waits for a state to be loaded; ``exact``: for that it refuses to
     start if it lacks a feature of the recorded CPU model. ``blank``: every disk is there, of its size and without
-    content or image. ``vmgenid``: the GUID of that device; empty for none. ``ValueError``: a disk has no chain or no
-    key, or UEFI has no images.
+    content or image. ``vmgenid``: the GUID of that device; empty for none. ``seed``: the descriptor, inherited by QEMU,
+    of the image for cloud-init. ``ValueError``: a disk has no chain or no key, UEFI has no images, or cloud-init none.
     """
     return [
         *([binary] if isinstance(binary, str) else binary),
@@ -102,6 +105,7 @@ def build(  # all that an argument list depends on
         *_vmgenid(vmgenid),
         *_secrets(spec, secrets),
         *_devices(spec, chains, uuid, blank=blank),
+        *_seed(spec, seed),
         *spec.extra,
     ]
 
@@ -288,6 +292,16 @@ def _cdrom(spec: MachineSpec) -> Iterator[str]:
     if spec.kernel is None:
         device["bootindex"] = 2  # an installer, as long as the first disk is empty
     yield from _json("-device", device)
+
+
+def _seed(spec: MachineSpec, descriptor: int | None) -> Iterator[str]:
+    """A virtio disk, as kernels for clouds lack the drivers of every other; last, so that no other device moves."""
+    if not spec.cloud_init:
+        return
+    if descriptor is None:
+        raise ValueError(f"machine {spec.name} has no image of what cloud-init is told")
+    yield from _json("-blockdev", _flash(SEED, f"/proc/self/fd/{descriptor}", read_only=True))
+    yield from _json("-device", {"driver": _virtio("blk", spec), "id": SEED, "drive": SEED, "serial": "cidata"})
 
 
 def _attached(spec: MachineSpec, disk: DiskSpec, place: int) -> tuple[Device | None, Device]:

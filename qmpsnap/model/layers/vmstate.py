@@ -112,6 +112,7 @@ def hardware_of(
             *nics,
             *(["agent's port"] if spec.agent else []),
             *(["CD-ROM drive"] if spec.cdrom else []),
+            *(["disk of cloud-init"] if spec.cloud_init else []),
             f"display {spec.display}",
             *(f"extra {argument}" for argument in spec.extra),
         ),

@@ -118,6 +118,17 @@ class NicSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     bridge: str | None = None
 
 
+class CloudInit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Absolute paths of what cloud-init in the guest is told (its data source NoCloud), read anew at each start.
+
+    Without ``meta_data`` the machine's UUID is the instance's id, and the machine's name the host's.
+    """
+
+    user_data: str
+    meta_data: str | None = None
+    network: str | None = None
+
+
 class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole machine. Sizes are bytes; paths are absolute.
 
@@ -130,6 +141,7 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         extra: further QEMU arguments, refused unless ``define --allow-extra``.
         uuid: of the machine to be; the recorded machine has it beside its spec, which says nothing of it.
         cdrom: absolute path of an ISO image in a CD-ROM drive; no snapshot includes it.
+        cloud_init: what cloud-init in the guest is told, on a read-only disk that no snapshot includes.
         uefi_code: absolute path of the firmware; None: this host's.
         uefi_variables: absolute path of the variable store that ``define`` copies; None: the firmware's template.
     """
@@ -149,6 +161,7 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     uefi_variables: str | None = None
     disks: tuple[DiskSpec, ...] = ()
     cdrom: str | None = None
+    cloud_init: CloudInit | None = None
     nics: tuple[NicSpec, ...] = ()
     agent: bool = True
     display: Display = "none"

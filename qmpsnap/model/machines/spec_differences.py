@@ -38,9 +38,11 @@ def _told(value: object) -> object:
 def _flat(spec: MachineSpec) -> dict[str, object]:
     plain = msgspec.to_builtins(spec.unplugged())
     plain.pop("tcg_cpu", None)  # which nobody writes, as where the disks are
-    disks = plain.pop("disks", ())
+    parts = {disk["name"]: disk for disk in plain.pop("disks", ())} | {"cloud-init": plain.pop("cloud_init", {})}
     found = {key.replace("_", "-"): value for key, value in plain.items()}
-    return found | {f"{disk['name']}.{key.replace('_', '-')}": value for disk in disks for key, value in disk.items()}
+    return found | {
+        f"{name}.{key.replace('_', '-')}": value for name, part in parts.items() for key, value in part.items()
+    }
 
 
 def _same_type(recorded: str, wanted: str) -> bool:

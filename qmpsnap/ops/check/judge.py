@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.graph import FILTERS
 from qmpsnap.host.files import same_file
-from qmpsnap.machine.starting.argv import CDROM
+from qmpsnap.machine.starting.argv import CDROM, SEED
 from qmpsnap.model.finding import Finding
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.machines.rbd import shown
@@ -30,7 +30,7 @@ FAILED = frozenset({"io-error", "internal-error", "guest-panicked"})
 OUR_NODE = re.compile(r"[a-z][a-z0-9]{0,15}-\d+(\.file)?\Z")
 """A node that bears a layer's id, or the file below one."""
 
-_FLASH = frozenset({"uefi-code", "uefi-vars", "uefi-code.file", "uefi-vars.file", CDROM, f"{CDROM}.file"})
+_FLASH = frozenset({f"{node}{end}" for node in ("uefi-code", "uefi-vars", CDROM, SEED) for end in ("", ".file")})
 
 
 def judge(at: Facts) -> list[Finding]:

@@ -18,7 +18,7 @@ from qmpsnap.host import acl
 from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine import qemu, statefile, templates
 from qmpsnap.machine.config import firmware as uefi
-from qmpsnap.machine.starting import accel, argv
+from qmpsnap.machine.starting import accel, argv, seed
 from qmpsnap.machine.starting import process as processes
 from qmpsnap.machine.starting.argv import Ram
 from qmpsnap.machine.starting.privileges import Privileges, admit
@@ -185,28 +185,30 @@ async def _in_qemu(
     spec = replace(source.machine.spec, nics=tuple(replace(nic, forwards=()) for nic in source.machine.spec.nics))
     stand_in = replace(source.machine, uuid=identity, spec=spec, process=None)
     choice = await accel.choose(spec.accel, qemu=context.qemu, cache=context.home.cache, user=context.run_as)
-    arguments = argv.build(
-        context.qemu,
-        spec,
-        source.chains,
-        uuid=identity,
-        accel=choice.accel,
-        incoming=True,
-        firmware=_firmware(spec, folder),
-        tsc_khz=accel.tsc_khz(),
-        exact=True,
-        ram=Ram(ram, shared=True),
-        blank=True,
-        vmgenid=identity if source.machine.guid else "",
-    )
-    process = await qemu.launch(
-        arguments,
-        stand_in,
-        folder,
-        accel=choice.accel,
-        inherited=[ram],
-        rights=Privileges.of(spec, context.run_as),
-    )
+    with seed.inherited(await to_read(lambda: seed.content(spec, identity))) as seeded:
+        arguments = argv.build(
+            context.qemu,
+            spec,
+            source.chains,
+            uuid=identity,
+            accel=choice.accel,
+            incoming=True,
+            firmware=_firmware(spec, folder),
+            tsc_khz=accel.tsc_khz(),
+            exact=True,
+            ram=Ram(ram, shared=True),
+            blank=True,
+            vmgenid=identity if source.machine.guid else "",
+            seed=seeded,
+        )
+        process = await qemu.launch(
+            arguments,
+            stand_in,
+            folder,
+            accel=choice.accel,
+            inherited=[ram, *([seeded] if seeded else [])],
+            rights=Privileges.of(spec, context.run_as),
+        )
     try:
         async with qemu.monitor(stand_in, folder) as monitor:
             await load(monitor, loading)

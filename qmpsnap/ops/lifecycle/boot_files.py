@@ -1,4 +1,4 @@
-"""The files besides disks that a machine starts with: kernel, initrd and CD image, looked at before QEMU opens them."""
+"""The files besides disks that a machine starts with, looked at before QEMU: kernel, initrd, CD image, cloud-init's."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from qmpsnap.block.image import header
 from qmpsnap.block.image.header import printable
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.files import opened
+from qmpsnap.machine.starting import seed
 from qmpsnap.model.home import Home
 from qmpsnap.model.machines.spec import MachineSpec
 
@@ -16,7 +17,7 @@ def require(spec: MachineSpec, home: Home, *, allowed: Sequence[Path] | None = N
     """Make sure that they are there, and a CD image in one of the folders ``allowed``.
 
     Raises:
-        ImageRefused: one is not there or no plain file, or the CD image is no raw one.
+        ImageRefused: one is not there or no plain file, the CD image is no raw one, or one of cloud-init's too large.
         HostCannot: one cannot be read, or the small guest is not built.
     """
     for what, path in (("kernel", spec.kernel), ("initrd", spec.initrd)):
@@ -24,6 +25,7 @@ def require(spec: MachineSpec, home: Home, *, allowed: Sequence[Path] | None = N
             _require_file(what, Path(path), home)
     if spec.cdrom:
         header.require(spec.cdrom, format="raw", allowed=allowed)
+    seed.content(spec, "")
 
 
 def _require_file(what: str, path: Path, home: Home) -> None:

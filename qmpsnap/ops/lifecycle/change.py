@@ -73,7 +73,7 @@ async def run(context: Context, name: str, make: Make, *, allow_extra: bool = Fa
 
     Raises:
         StateError: the machine runs, or is adopted, or its disks would be others.
-        ImageRefused: a new kernel, initrd or CD image is not there, or is none.
+        ImageRefused: a new kernel, initrd, CD image or file for cloud-init is not there, or is none.
         UsageError: the spec has ``extra`` arguments that nobody has agreed to.
     """
     async with working(context, name, "set") as session:
@@ -127,6 +127,7 @@ def _news(old: MachineSpec, new: MachineSpec) -> MachineSpec:
         kernel=new.kernel if new.kernel != old.kernel else None,
         initrd=new.initrd if new.initrd != old.initrd else None,
         cdrom=new.cdrom if new.cdrom != old.cdrom else None,
+        cloud_init=new.cloud_init if new.cloud_init != old.cloud_init else None,
     )
 
 

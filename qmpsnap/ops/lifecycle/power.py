@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from msgspec import Struct
 
@@ -11,7 +12,7 @@ from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine.config.firmware import code_of
 from qmpsnap.machine.open_files import require_opened
 from qmpsnap.machine.qemu import end, launch, monitor, still_runs, wait_end
-from qmpsnap.machine.starting import accel, alive, argv, host_fit, logs, probe, scope, surroundings
+from qmpsnap.machine.starting import accel, alive, argv, host_fit, logs, probe, scope, seed, surroundings
 from qmpsnap.machine.starting.privileges import Privileges
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -82,35 +83,18 @@ async def bring_up(
     if machine.spec.firmware == "uefi":
         variables = str(context.home.variables(machine.name))
         firmware = argv.Firmware(code=code_of(machine.spec), vars=variables)
-    log_dir = context.home.log_dir(machine.name)
-    await blocking(logs.prepare, log_dir)
+    await blocking(logs.prepare, context.home.log_dir(machine.name))
     await admission.all_files(context, machine, chains, firmware)
-    ram = loading.ram if isinstance(loading, Loading) else None
-    async with luks.for_qemu(context, machine, machine.spec.disks) as secrets:
-        arguments = argv.build(
-            context.qemu,
-            machine.spec,
-            chains,
-            uuid=machine.uuid,
-            accel=choice.accel,
-            paused=paused or loading is not None,
-            incoming=isinstance(loading, Loading),
-            firmware=firmware,
-            tsc_khz=accel.tsc_khz(),
-            secrets=secrets,
-            logs=str(log_dir),
-            exact=loading is not None,
-            ram=ram,
-            vmgenid=machine.guid,
-        )
-        process = await launch(
-            arguments,
+    with seed.inherited(await to_read(lambda: seed.content(machine.spec, machine.uuid))) as seeded:
+        process = await _launched(
+            context,
             machine,
-            context.home.run_dir(machine.name),
-            accel=choice.accel,
-            inherited=[*secrets.values(), *([ram.descriptor] if ram else [])],
-            rights=Privileges.of(machine.spec, context.run_as),
-            logs=log_dir,
+            chains,
+            runs=choice.accel,
+            paused=paused,
+            loading=loading,
+            firmware=firmware,
+            seeded=seeded,
         )
     try:
         layers = [layer for chain in chains for layer in chain.layers]
@@ -124,6 +108,48 @@ async def bring_up(
     if loading:
         await _load(context, machine, process, loading, paused=paused)
     return process
+
+
+async def _launched(
+    context: Context,
+    machine: Machine,
+    chains: Sequence[Chain],
+    *,
+    runs: Literal["kvm", "tcg"],
+    paused: bool,
+    loading: Loading | LoadingInside | None,
+    firmware: argv.Firmware | None,
+    seeded: int | None,
+) -> Process:
+    """The machine's new QEMU."""
+    ram = loading.ram if isinstance(loading, Loading) else None
+    async with luks.for_qemu(context, machine, machine.spec.disks) as secrets:
+        arguments = argv.build(
+            context.qemu,
+            machine.spec,
+            chains,
+            uuid=machine.uuid,
+            accel=runs,
+            paused=paused or loading is not None,
+            incoming=isinstance(loading, Loading),
+            firmware=firmware,
+            tsc_khz=accel.tsc_khz(),
+            secrets=secrets,
+            logs=str(context.home.log_dir(machine.name)),
+            exact=loading is not None,
+            ram=ram,
+            vmgenid=machine.guid,
+            seed=seeded,
+        )
+        return await launch(
+            arguments,
+            machine,
+            context.home.run_dir(machine.name),
+            accel=runs,
+            inherited=[*secrets.values(), *([ram.descriptor] if ram else []), *([seeded] if seeded else [])],
+            rights=Privileges.of(machine.spec, context.run_as),
+            logs=context.home.log_dir(machine.name),
+        )
 
 
 async def _load(
