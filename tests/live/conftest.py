@@ -15,6 +15,7 @@ from qmpsnap.model.home import Home
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.qmp import jobs
 from tests.live.machine import MIB
+from tests.volumes import guest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +42,13 @@ def small_guest() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def debian() -> Path:
+    """Kernel, initrd and file system (``root.raw``) of a small Debian, which the first that asks builds."""
+    _require("mmdebstrap", "scripts/setup installs it")
+    return guest.image()
 
 
 @pytest.fixture

@@ -3,14 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import qmpsnap
 from qmpsnap.errors import ImageRefused, QmpsnapError
+from qmpsnap.machine.starting.run_files import CONSOLE_LOG
 from qmpsnap.model.machines.spec import CloudInit, DiskSpec, MachineSpec
 from tests.live.machine import MIB, fill, hold_invariants, user_monitor
 from tests.live.test_import import image
 from tests.machine import iso9660
+from tests.volumes.guest import DEADLINE
 
 
 async def test_a_disk_grows_beyond_its_base(q: qmpsnap.Controller, place: Path) -> None:
@@ -90,6 +93,31 @@ async def test_cloud_init_is_told_anew_at_each_start(machine: str, q: qmpsnap.Co
     await vm.start(paused=True)
     assert await told(vm) is None
     await vm.stop(force=True)
+
+
+@pytest.mark.grid
+@pytest.mark.timeout(DEADLINE + 900)  # the image may have to be built first
+async def test_debian_mounts_what_cloud_init_is_told(debian: Path, q: qmpsnap.Controller, place: Path) -> None:
+    (place / "user.yaml").write_text("#cloud-config\nhostname: told-by-its-spec\n")
+    found = "mount -o ro LABEL=cidata /mnt && ls -1 /mnt && cat /mnt/user-data && echo that is all"
+    spec = MachineSpec(
+        name="cloud",
+        kernel=str(debian / "vmlinuz"),
+        initrd=str(debian / "initrd"),
+        append=f'root=/dev/vda ro console=ttyS0 quiet panic=-1 init=/bin/sh -- -c "{found}; sleep 1000"',
+        memory=256 * MIB,
+        disks=(DiskSpec(name="vda", base=str(debian / "root.raw"), format="raw"),),
+        cloud_init=CloudInit(user_data=str(place / "user.yaml")),
+    )
+    vm = await q.define(spec, folders=[debian])
+    await vm.start()
+    console = q.context.home.log_dir("cloud") / CONSOLE_LOG
+    with anyio.fail_after(DEADLINE):
+        while b"that is all" not in console.read_bytes():
+            await anyio.sleep(0.2)
+    said = console.read_text().replace("\r", "")
+    await vm.stop(force=True)
+    assert "meta-data\nuser-data\n#cloud-config\nhostname: told-by-its-spec\nthat is all\n" in said
 
 
 async def told(vm: qmpsnap.MachineHandle) -> dict[str, str] | None:
