@@ -119,11 +119,11 @@ class ChangePlans(MachinePlans):
             lambda vm, _: vm.attach_disk(disk, folders=folders),
         )
 
-    async def plan_detach_disk(self, disk: str) -> Plan[Detached, Detached]:
+    async def plan_detach_disk(self, disk: str, *, timeout: float = 30.0) -> Plan[Detached, Detached]:
         """What :meth:`detach_disk` would do now."""
         return await self._plan(
             "detach_disk",
             lambda context: detach.preview(context, self.name, disk),
             plans.of_detach,
-            lambda vm, _: vm.detach_disk(disk),
+            lambda vm, _: vm.detach_disk(disk, timeout=timeout),
         )

@@ -125,7 +125,10 @@ class Changing:
         return await flatten.run(self._context, self.name, disk, report=report)
 
     async def attach_disk(self, disk: Mapping[str, object] | DiskSpec, *, folders: Sequence[Path] = ()) -> Attached:
-        """Give a stopped machine one more disk; its snapshots stay.
+        """Give a machine one more disk; its snapshots stay. A running QEMU plugs it in (QAPI ``device_add``).
+
+        While it runs, a PCI device (bus ``virtio`` or ``nvme``) needs a free PCIe root port, of which a newly defined
+        machine has some, and a SCSI disk a controller. The disk's place is recorded for later starts.
 
         Snapshots from before do not include the disk: a revert to one of them leaves it as it is. Those with memory
         need the hardware of their time for it, with which the machine does not have the disk.
@@ -142,25 +145,33 @@ class Changing:
             SpecError: a key or value is none that a disk can have.
             NameTaken: a snapshot has another disk of that name.
             ImageRefused: an image is not what is said of it, or not in an allowed folder.
-            StateError: the machine runs, or somebody else writes to the image.
+            StateError: the machine runs and cannot take the disk, or somebody else writes to the image.
+            QmpError: QEMU refuses; nothing is changed.
         """
         make = attach.wanted(disk, folder=Path.cwd(), guest_dir=self._context.home.guest)
         return await attach.run(self._context, self.name, make, folders=folders)
 
-    async def detach_disk(self, disk: str) -> Detached:
-        """Take a disk from a stopped machine; no file is removed, and snapshots that include it stay.
+    async def detach_disk(self, disk: str, *, timeout: float = 30.0) -> Detached:
+        """Take a disk from a machine; no file is removed, and snapshots that include it stay.
+
+        A running QEMU asks its guest to let go of the disk (QAPI ``device_del``) and is waited for
+        (``DEVICE_DELETED``). A disk that QEMU has lost already is detached at once.
 
         If the guest wrote to a layer that qmpsnap created, an automatic snapshot keeps that layer.
         A revert to a snapshot with ``hardware="snapshot"`` brings the disks of its time back.
 
         Args:
             disk: its name.
+            timeout: seconds that the guest of a running machine is waited for.
 
         Raises:
             NotFoundError: the machine has no such disk.
-            StateError: the machine runs.
+            StateError: the machine runs, and this disk can only be taken from a stopped one.
+            QmpError: the guest refuses (``DEVICE_UNPLUG_GUEST_ERROR``).
+            DeadlinePassed: the guest has not answered. The disk stays, but the guest may let go of it later; then the
+                next call ends it.
         """
-        return await detach.run(self._context, self.name, disk)
+        return await detach.run(self._context, self.name, disk, timeout=timeout)
 
     async def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now.

@@ -239,14 +239,15 @@ def of_attach(found: Attached) -> Shape[Attached]:
     there = [layer for layer in plan.change.layers if layer.path not in made]
     files = [_created(layer.path) for layer in plan.images]
     files += [*_overlays(plan.overlays), *(PlannedFile(action="read", path=layer.path) for layer in there)]
-    return Shape(summary=f"attach disk {plan.disk.name}", files=tuple(files), details=found)
+    qmp = _sent(found.commands)
+    return Shape(summary=f"attach disk {plan.disk.name}", qmp=qmp, files=tuple(files), details=found)
 
 
 def of_detach(found: Detached) -> Shape[Detached]:
     """A disk less."""
     kept = f", keeping it as {found.kept}" if found.kept else ""
     files = tuple(PlannedFile(action="keep", path=layer.path) for layer in found.plan.layers)
-    return Shape(summary=f"detach disk {found.disk}{kept}", files=files, details=found)
+    return Shape(summary=f"detach disk {found.disk}{kept}", qmp=_sent(found.commands), files=files, details=found)
 
 
 def of_delete(found: tuple[DeletePlan, Sequence[Command]]) -> Shape[DeletePlan]:

@@ -79,7 +79,11 @@ async def working_on(
         accel="tcg",
         memory=MEMORY,
         # Not as its owner's QEMU has it open: image locks tell whether that one has been started again.
-        disks=(replace(disk, size=1 << 20, image=None, base=None, bus="virtio", read_only=False, opened=None),),
+        disks=(
+            replace(
+                disk, size=1 << 20, image=None, base=None, bus="virtio", read_only=False, opened=None, address=None
+            ),
+        ),
         agent=False,
     )
     arguments = argv.build(qemu, spec, [chain], uuid=machine.uuid, accel="tcg", paused=True, secrets=secrets)

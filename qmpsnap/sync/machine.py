@@ -68,12 +68,12 @@ class MachineHandle(MachinePlans):
         return self._call(self._handle.flatten(disk, report=report))
 
     def attach_disk(self, disk: Mapping[str, object] | DiskSpec, *, folders: Sequence[Path] = ()) -> Attached:
-        """Give a stopped machine one more disk; its snapshots stay."""
+        """Give a machine one more disk; its snapshots stay. A running QEMU plugs it in (QAPI ``device_add``)."""
         return self._call(self._handle.attach_disk(disk, folders=folders))
 
-    def detach_disk(self, disk: str) -> Detached:
-        """Take a disk from a stopped machine; no file is removed, and snapshots that include it stay."""
-        return self._call(self._handle.detach_disk(disk))
+    def detach_disk(self, disk: str, *, timeout: float = 30.0) -> Detached:
+        """Take a disk from a machine; no file is removed, and snapshots that include it stay."""
+        return self._call(self._handle.detach_disk(disk, timeout=timeout))
 
     def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now."""

@@ -256,6 +256,6 @@ class MachinePlans(Delegating):
         """What :meth:`attach_disk` would do now."""
         return self._call(self._handle.plan_attach_disk(disk, folders=folders))
 
-    def plan_detach_disk(self, disk: str) -> Plan[Detached, Detached]:
+    def plan_detach_disk(self, disk: str, *, timeout: float = 30.0) -> Plan[Detached, Detached]:
         """What :meth:`detach_disk` would do now."""
-        return self._call(self._handle.plan_detach_disk(disk))
+        return self._call(self._handle.plan_detach_disk(disk, timeout=timeout))

@@ -56,7 +56,7 @@ async def _do(scenario: str, place: Path, recovering: bool) -> None:  # noqa: FB
         elif scenario == "flatten":
             await vm.flatten("vda")
         elif scenario == "disk-attach":
-            await vm.attach_disk({"size": "1M"})
+            await vm.attach_disk({"size": "1M", "bus": "scsi"})
         elif scenario == "disk-detach":
             await vm.detach_disk("vdb")
         elif scenario in FORKS:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output, virsh
-from qmpsnap.cli.common import Parsers, add_for_vm, add_format, on_machine, operating
+from qmpsnap.cli.common import Parsers, add_for_vm, add_format, amount, on_machine, operating
 from qmpsnap.cli.progress import add_progress, reporting
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def register(parsers: Parsers) -> None:
     """Add the commands, and the name virsh has for one."""
     group = parsers.add_parser("disk", help="attach, detach", description="The disks of a machine.")
     verbs = group.add_subparsers(title="verbs", metavar="VERB", required=True)
-    command = add_for_vm(verbs, "attach", _attach, help="give a stopped machine one more disk")
+    command = add_for_vm(verbs, "attach", _attach, help="give a machine one more disk, also while it runs")
     command.add_argument("file", metavar="FILE", nargs="?", help="an existing image or block device")
     command.add_argument("--size", metavar="SIZE", help="size of a new image, or beside --base of its overlay")
     command.add_argument("--base", action="store_true", help="FILE, or VM@SNAPSHOT, stays read-only under an overlay")
@@ -39,8 +39,13 @@ def register(parsers: Parsers) -> None:
     command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_format(command)
 
-    command = add_for_vm(verbs, "detach", _detach, help="take a disk from a stopped machine; no file is removed")
+    command = add_for_vm(
+        verbs, "detach", _detach, help="take a disk from a machine, also while it runs; no file is removed"
+    )
     command.add_argument("disk", metavar="DISK", help="the disk")
+    command.add_argument(
+        "--timeout", type=amount, default=30.0, metavar="SECONDS", help="how long a running guest is waited for (30)"
+    )
     command.add_argument("--dry-run", action="store_true", help="only print what would be done")
     add_format(command)
 
@@ -74,7 +79,7 @@ def _attach(arguments: argparse.Namespace) -> None:
         arguments.output,
         document=describe_attached(arguments.machine, found) | {"dry_run": arguments.dry_run},
         names=[found.disk.name],
-        table=lambda: "\n".join([first, *_unloadable(arguments.machine, found.unloadable)]),
+        table=lambda: "\n".join([first, *_dry(arguments, found), *_unloadable(arguments.machine, found.unloadable)]),
         done="" if arguments.dry_run else first,
     )
 
@@ -106,7 +111,7 @@ def _detach(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         found = on_machine(name, lambda vm: vm.plan_detach_disk(disk)).details
     else:
-        found = on_machine(name, lambda vm: vm.detach_disk(disk))
+        found = on_machine(name, lambda vm: vm.detach_disk(disk, timeout=arguments.timeout))
     does = "would detach" if arguments.dry_run else "detached"
     end = "; nothing was changed" if arguments.dry_run else ""
     first = f"{does} disk {disk} from machine {name}{end}"
@@ -116,9 +121,13 @@ def _detach(arguments: argparse.Namespace) -> None:
         arguments.output,
         document=describe_detached(name, found) | {"dry_run": arguments.dry_run},
         names=[disk],
-        table=lambda: "\n".join([first, *rest, *_unloadable(name, found.unloadable)]),
+        table=lambda: "\n".join([first, *rest, *_dry(arguments, found), *_unloadable(name, found.unloadable)]),
         done="" if arguments.dry_run else first,
     )
+
+
+def _dry(arguments: argparse.Namespace, found: "Attached | Detached") -> list[str]:
+    return [f"  {json.dumps(each)}" for each in _sent(found.commands)] if arguments.dry_run else []
 
 
 def describe_attached(machine: str, found: "Attached") -> dict[str, Any]:
@@ -129,6 +138,8 @@ def describe_attached(machine: str, found: "Attached") -> dict[str, Any]:
         "bus": found.disk.bus,
         "path": found.path,
         "created": [layer.path for layer in found.plan.created],
+        "live": found.plan.live,
+        "qmp": _sent(found.commands),
         "unloadable": _why(found.unloadable),
     }
 
@@ -140,8 +151,14 @@ def describe_detached(machine: str, found: "Detached") -> dict[str, Any]:
         "disk": found.disk,
         "path": found.path,
         "kept": found.kept,
+        "live": found.plan.live,
+        "qmp": _sent(found.commands),
         "unloadable": _why(found.unloadable),
     }
+
+
+def _sent(commands: "Iterable[tuple[str, dict[str, Any]]]") -> list[dict[str, Any]]:
+    return [{"execute": command, "arguments": given} for command, given in commands]
 
 
 def _why(unloadable: "Iterable[tuple[str, tuple[str, ...]]]") -> list[dict[str, Any]]:

@@ -154,3 +154,4 @@ class MachineShape(Shape, frozen=True):
     display: Display = "none"
     extra: tuple[str, ...] = ()
     identity_hook: str = ""
+    root_ports: Annotated[int, Meta(ge=0, le=16, description="a whole number from 0 to 16")] | None = None

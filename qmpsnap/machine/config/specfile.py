@@ -20,7 +20,7 @@ from qmpsnap.hint import call
 from qmpsnap.machine.config.document import Document, compose, load, of_program, shorten
 from qmpsnap.machine.config.shapes import MIB, DiskShape, ForwardShape, MachineShape, NicShape
 from qmpsnap.machine.starting.argv import IDE_PLACES, cdrom_bus
-from qmpsnap.model.machines.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec, has_pcie
 from qmpsnap.model.names import SNAPSHOT_OF
 from qmpsnap.model.sizes import UNITS, in_bytes
 from qmpsnap.model.text import nearest
@@ -311,6 +311,8 @@ def _require_agreement(document: Document, spec: MachineShape) -> None:
 
 
 def _require_buses(document: Document, spec: MachineShape) -> None:
+    if spec.root_ports and not has_pcie(spec.machine):
+        document.refuse("$.root-ports", f"machine {spec.machine} has no PCIe root ports", "use 'machine: q35'")
     if spec.cdrom and cdrom_bus(spec.machine, [disk.bus for disk in spec.disks]) is None:
         found = f"machine {spec.machine} has no bus for a CD-ROM drive that its disks leave free"
         document.refuse("$.cdrom", found, "leave 'cdrom' out, or let a disk be on another 'bus'")

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 from msgspec import Struct
 
+from qmpsnap.machine.starting.root_ports import PORT, is_attached, places, root_ports
 from qmpsnap.machine.starting.run_files import (
     AGENT_SOCKET,
     CONSOLE_LOG,
@@ -222,29 +223,13 @@ def _secrets(spec: MachineSpec, secrets: Mapping[str, int]) -> Iterator[str]:
 def _devices(spec: MachineSpec, chains: Sequence[Chain], uuid: str, *, blank: bool) -> Iterator[str]:
     """Disks and cards. QEMU gives PCI slots in this order: what was attached later comes last, and moves no other."""
     controllers: set[str] = set()
+    for port in root_ports(spec):
+        yield from _json("-device", port)
     defined = [disk for disk in spec.disks if not is_attached(disk)]
     yield from _disks(spec, defined, chains, controllers, blank=blank)
     yield from _cdrom(spec)
     yield from _nics(spec, uuid)
     yield from _disks(spec, [disk for disk in spec.disks if disk not in defined], chains, controllers, blank=blank)
-
-
-def is_attached(disk: DiskSpec) -> bool:
-    """Whether a disk came to its machine after that was defined."""
-    return disk.address is not None and not disk.address.isdigit()
-
-
-def places(disks: Sequence[DiskSpec]) -> dict[str, int]:
-    """The place of each disk on its bus: by its address, or as the so-manieth of those that have none there."""
-    found: dict[str, int] = {}
-    used: dict[str, int] = {}
-    for disk in disks:
-        if disk.address and disk.address.removeprefix("+").isdigit():
-            found[disk.name] = int(disk.address)
-        else:
-            found[disk.name] = used.get(disk.bus, 0)
-            used[disk.bus] = found[disk.name] + 1
-    return found
 
 
 def _disks(
@@ -257,19 +242,27 @@ def _disks(
             raise ValueError(f"disk {disk.name} of machine {spec.name} has no chain")
         for options in [blank_options(chain.active, disk)] if blank else chain_options(chain, disk):
             yield from _json("-blockdev", options)
-        controller, device = _attached(spec, disk, placed[disk.name])
+        controller, device = disk_device(spec, disk, node_name(chain.active), placed[disk.name])
         if controller and controller["id"] not in controllers:
             controllers.add(controller["id"])
             yield from _json("-device", controller)
-        device |= {
-            "id": disk.name,
-            "drive": node_name(chain.active),
-            "serial": disk.name,  # the guest finds its disks by name under /dev/disk/by-id
-            "write-cache": "off" if disk.cache in ("writethrough", "directsync") else "on",
-        }
-        if disk is spec.disks[0] and spec.kernel is None:
-            device["bootindex"] = 1
         yield from _json("-device", device)
+
+
+def disk_device(spec: MachineSpec, disk: DiskSpec, node: str, place: int) -> tuple[Device | None, Device]:
+    """The controller that a disk needs, if any, and the disk's device with the image that is that node."""
+    controller, device = _attached(spec, disk, place)
+    if disk.address and disk.address.startswith(PORT):
+        device["bus"] = disk.address
+    device |= {
+        "id": disk.name,
+        "drive": node,
+        "serial": disk.name,  # the guest finds its disks by name under /dev/disk/by-id
+        "write-cache": "off" if disk.cache in ("writethrough", "directsync") else "on",
+    }
+    if disk is spec.disks[0] and spec.kernel is None:
+        device["bootindex"] = 1
+    return controller, device
 
 
 def cdrom_bus(machine: str, buses: Sequence[str]) -> tuple[str, int] | None:

@@ -113,6 +113,7 @@ def hardware_of(
             *(["agent's port"] if spec.agent else []),
             *(["CD-ROM drive"] if spec.cdrom else []),
             *(["disk of cloud-init"] if spec.cloud_init else []),
+            *([f"{spec.root_ports} PCIe root ports"] if spec.root_ports else []),
             f"display {spec.display}",
             *(f"extra {argument}" for argument in spec.extra),
         ),

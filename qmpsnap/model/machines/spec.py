@@ -129,6 +129,11 @@ class CloudInit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, o
     network: str | None = None
 
 
+def has_pcie(machine: str) -> bool:
+    """Whether a machine type has PCIe, whose root complex takes no device while QEMU runs: root ports do."""
+    return machine == "q35" or machine.startswith("pc-q35-")
+
+
 class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A whole machine. Sizes are bytes; paths are absolute.
 
@@ -144,6 +149,8 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         cloud_init: what cloud-init in the guest is told, on a read-only disk that no snapshot includes.
         uefi_code: absolute path of the firmware; None: this host's.
         uefi_variables: absolute path of the variable store that ``define`` copies; None: the firmware's template.
+        root_ports: how many PCIe root ports it has for disks that are attached while it runs; None: ``define`` chooses,
+            and a machine that an earlier release has defined has none.
     """
 
     name: str
@@ -168,6 +175,7 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     extra: tuple[str, ...] = ()
     tcg_cpu: str = ""
     identity_hook: str = ""
+    root_ports: int | None = None
 
     @property
     def recorded(self) -> Self:
@@ -198,14 +206,15 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         return replace(self, disks=tuple(replace(disk, address=None) for disk in self.disks))
 
     def plugged_as(self, old: Self) -> Self:
-        """With each disk where it is in another spec of the machine."""
+        """With each disk where it is in another spec of the machine, and as many ports unless it says how many."""
         places = {disk.name: (disk.bus, disk.address) for disk in old.disks}
 
         def placed(disk: DiskSpec) -> DiskSpec:
             bus, address = places.get(disk.name, ("", None))
             return replace(disk, address=address) if bus == disk.bus else disk
 
-        return replace(self, disks=tuple(placed(disk) for disk in self.disks))
+        ports = old.root_ports if self.root_ports is None else self.root_ports
+        return replace(self, disks=tuple(placed(disk) for disk in self.disks), root_ports=ports)
 
     def disk(self, name: str) -> DiskSpec | None:
         """The disk of that name, or None."""

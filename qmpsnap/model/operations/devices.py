@@ -14,6 +14,8 @@ class AttachPlan(Struct, frozen=True, kw_only=True, tag="disk-attach"):
         disk: as the machine's spec has it afterwards.
         images: the new image, for a disk that begins empty.
         overlays: the new overlay, for one on a base.
+        layers: its chain, base first.
+        live: a QEMU runs, into which it is plugged.
         change: the new spec, and the layers that are new to the store.
     """
 
@@ -21,6 +23,8 @@ class AttachPlan(Struct, frozen=True, kw_only=True, tag="disk-attach"):
     disk: DiskSpec
     images: tuple[Layer, ...]
     overlays: tuple[Overlay, ...]
+    layers: tuple[Layer, ...]
+    live: bool
     change: Change
 
     @property
@@ -34,12 +38,14 @@ class DetachPlan(Struct, frozen=True, kw_only=True, tag="disk-detach"):
 
     Attributes:
         layers: its chain, base first.
+        live: a QEMU runs, whose guest has to let go of it.
         change: the new spec, and the automatic snapshot that keeps an active layer of our own.
     """
 
     machine: str
     disk: str
     layers: tuple[Layer, ...]
+    live: bool
     change: Change
 
     @property

@@ -36,6 +36,10 @@ STARTING: Final = "starting"
 RESIZING: Final = "resizing"
 # flatten
 COPYING: Final = "copying"
+# disk-attach
+PLUGGING: Final = "plugging"
+# disk-detach
+UNPLUGGING: Final = "unplugging"
 # rename
 MOVING: Final = "moving"
 # phases of a block job
@@ -145,10 +149,15 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
     ),
     "disk-attach": (
         Step(PLANNED, "an unused image may exist: roll back"),
+        Step(
+            PLUGGING,
+            "QEMU may have the nodes and the device: roll back if it runs and lacks the device, otherwise forward",
+        ),
         Step(SETTLED, "the machine has the disk"),
     ),
     "disk-detach": (
         Step(PLANNED, "nothing is changed: roll back"),
+        Step(UNPLUGGING, "the guest may have let go of the disk: roll forward if QEMU has it no more, otherwise back"),
         Step(SETTLED, "the machine has the disk no more; its files stay"),
     ),
     "rename": (

@@ -1,7 +1,8 @@
-"""``disk attach``: a stopped machine gets one more disk, behind those it has.
+"""``disk attach``: a machine gets one more disk, behind those it has; a running QEMU by ``device_add``.
 
-Its images are made or taken over as ``define`` does it; then the spec has the disk. Snapshots from before do not
-include it, and a revert to one of them leaves it as it is, or with the hardware of that time takes it away again.
+Its images are made or taken over as ``define`` does it; then QEMU has the disk, and the spec has it with its place.
+Snapshots from before do not include it, and a revert to one of them leaves it as it is, or with the hardware of that
+time takes it away again.
 """
 
 import string
@@ -14,29 +15,35 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from qmpsnap.block.image.qcow2 import Header
-from qmpsnap.errors import NameTaken, StateError
-from qmpsnap.hint import call, option
+from qmpsnap.errors import NameTaken
+from qmpsnap.hint import option
 from qmpsnap.host import files
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.machine.starting.argv import places
+from qmpsnap.machine.open_files import require_opened, require_recorded
+from qmpsnap.machine.starting.root_ports import free_port, places
+from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.model.names import LayerId
+from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.devices import AttachPlan
 from qmpsnap.model.operations.operation import Change, Operation
 from qmpsnap.model.planning.inputs import PlanInputs
-from qmpsnap.ops.base import free_space, luks
+from qmpsnap.model.planning.layer_graph import based
+from qmpsnap.ops.base import admission, free_space, luks
 from qmpsnap.ops.base.context import Context, require_folder, require_spec
 from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.base.machine_session import MachineSession
-from qmpsnap.ops.base.overlays import identified, make_overlays, remove_new, require_free
+from qmpsnap.ops.base.overlays import headers_of, identified, make_overlays, remove_new, require_free
+from qmpsnap.ops.devices.plugging import Command, close, plug, plug_commands, require_pluggable
 from qmpsnap.ops.lifecycle import change, define, disk_sources
 from qmpsnap.ops.lifecycle.bases import resolved
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.ops.session.session import begin, inputs, looking, working
+from qmpsnap.qmp import devices
 from qmpsnap.qmp.session import Monitor
 
 Wanted = Callable[[Machine, Sequence[Snapshot]], MachineSpec]
@@ -61,6 +68,11 @@ class Attached(Struct, frozen=True, kw_only=True):
     disk: DiskSpec
     path: str
     unloadable: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @property
+    def commands(self) -> list[Command]:
+        """The exact QMP commands to the QEMU that runs, in order; none for a stopped machine."""
+        return plug_commands(self.plan) if self.plan.live else []
 
 
 def wanted(disk: Mapping[str, object] | DiskSpec, *, folder: Path, guest_dir: Path) -> Wanted:
@@ -91,10 +103,11 @@ def free_name(machine: Machine, snapshots: Sequence[Snapshot]) -> str:
     return next((name for name in names if name not in used), "")
 
 
-def placed(disks: Sequence[DiskSpec], disk: DiskSpec) -> DiskSpec:
+def placed(spec: MachineSpec, disk: DiskSpec) -> DiskSpec:
     """The new disk where no other one is, and where its coming moves none; pure."""
+    disks = spec.disks
     if disk.bus in BY_SLOT:
-        return replace(disk, address="")
+        return replace(disk, address=free_port(spec) or "")
     found = places(disks)
     used = {found[other.name] for other in disks if other.bus == disk.bus}
     free = next(number for number in range(len(used) + 1) if number not in used)
@@ -111,8 +124,18 @@ def plan(inputs: PlanInputs, spec: MachineSpec, source: DiskSource) -> AttachPla
         disk=disk,
         images=made.images,
         overlays=made.overlays,
+        layers=_chain(made.change, made.change.active[disk.name], source),
+        live=inputs.mode != "stopped",
         change=Change(layers=made.change.layers, active=made.change.active, spec=spec),
     )
+
+
+def _chain(made: Change, active: LayerId, source: DiskSource) -> tuple[Layer, ...]:
+    known = {layer.id: layer for layer in (*filter(None, source.known), *made.layers)}
+    found = [known[active]]
+    while found[-1].backing:
+        found.append(known[found[-1].backing])
+    return based(reversed(found))
 
 
 class _Found(Struct, frozen=True):
@@ -133,10 +156,12 @@ async def preview(context: Context, name: str, make: Wanted, *, folders: Sequenc
 
 
 async def run(context: Context, name: str, make: Wanted, *, folders: Sequence[Path] = ()) -> Attached:
-    """Give a stopped machine one more disk; returns it once its images and the record are durable.
+    """Give a machine one more disk; returns it once its images and the record are durable.
 
     Raises:
-        StateError: the machine runs or is adopted, or somebody else writes to the image.
+        StateError: the machine is adopted, or runs and its QEMU cannot take the disk; or somebody else writes to the
+            image.
+        QmpError: QEMU refuses it; nothing is changed.
         NameTaken: it has, or a snapshot of it has, another disk of that name.
         ImageRefused: an image is not what the request says, or not in an allowed folder.
     """
@@ -162,10 +187,11 @@ def _alone(spec: MachineSpec) -> MachineSpec:
 async def _look(session: MachineSession, make: Wanted, folders: Sequence[Path]) -> _Found:
     context, machine, snapshots = session.context, session.machine, session.basis.snapshots
     require_spec(machine, "attach a disk")
-    require_stopped(session, "attach")
     spec = make(machine, snapshots)
     whole = await resolved(context, _alone(spec))
-    disk = placed(machine.spec.disks, whole.disks[-1])
+    disk = placed(machine.spec, whole.disks[-1])
+    if session.qemu:
+        require_pluggable(session, disk, doing="attach")
     known = {Path(layer.path).parent for layer in session.basis.forest.layers.values() if layer.storage == "file"}
     allowed = (context.home.data, *context.home.images, *known, *folders)
     source = (await disk_sources.read(context, replace(spec, disks=(disk,)), allowed))[disk.name]
@@ -174,17 +200,6 @@ async def _look(session: MachineSession, make: Wanted, folders: Sequence[Path]) 
     after = replace(machine, spec=spec)
     lost = tuple([each async for each in change.unloadable(context, machine, after, snapshots)])
     return _Found(spec, source, lost)
-
-
-def require_stopped(session: MachineSession, what: str) -> None:
-    """Refuse for a machine that runs."""
-    if session.qemu:
-        name = session.machine.name
-        raise StateError(
-            f"machine {name} runs, and its disks can only be {what}ed while it is stopped",
-            hint="stop it first: " + call("stop", name),
-            machine=name,
-        )
 
 
 def _require_name(session: MachineSession, name: str, source: DiskSource) -> None:
@@ -215,9 +230,7 @@ def _require_possible(session: MachineSession, planned: AttachPlan) -> None:
 
 
 def _answer(planned: AttachPlan, found: _Found) -> Attached:
-    disk, active = planned.disk, planned.change.active[planned.disk.name]
-    layers = {layer.id: layer for layer in (*planned.change.layers, *filter(None, found.source.known))}
-    return Attached(plan=planned, disk=disk, path=layers[active].path, unloadable=found.unloadable)
+    return Attached(plan=planned, disk=planned.disk, path=planned.layers[-1].path, unloadable=found.unloadable)
 
 
 async def _carry_out(session: MachineSession, operation: Operation[AttachPlan]) -> None:
@@ -233,12 +246,28 @@ async def _carry_out(session: MachineSession, operation: Operation[AttachPlan]) 
                 layer.path, format=layer.format, virtual_size=layer.virtual_size, key=key
             )
     headers |= await make_overlays(context, machine, planned.overlays)
-    await context.astore.settle(operation.id, machine.name, identified(planned.change, headers))
+    change = identified(planned.change, headers)
+    if session.qemu:
+        made = {layer.id: layer for layer in change.layers}
+        chain = Chain(planned.disk.name, tuple(made.get(layer.id, layer) for layer in planned.layers))
+        await admission.all_files(context, machine, [chain], None)
+        await to_read(lambda: require_recorded(chain.layers, machine=machine.name))
+        await context.astore.mark(operation.id, "running", step=steps.PLUGGING)
+        await plug(session.qemu, planned)
+        await to_read(lambda: require_opened(context.process(machine), chain.layers, machine=machine.name))
+    await context.astore.settle(operation.id, machine.name, change)
 
 
-async def end(broken: Broken[AttachPlan], _: Monitor | None) -> Direction:
-    """Undo an attachment that did not settle: no guest can have used its images."""
-    planned = broken.operation.plan
+async def end(broken: Broken[AttachPlan], qemu: Monitor | None) -> Direction:
+    """Undo an attachment that did not settle, unless QEMU has the disk, or had it: then a guest may have used it."""
+    context, planned = broken.context, broken.operation.plan
+    if broken.operation.step == steps.PLUGGING:
+        if qemu is None or planned.disk.name in await devices.plugged(qemu):
+            headers = await to_end(headers_of, planned.created)
+            change = identified(planned.change, headers)
+            await context.astore.settle(broken.operation.id, planned.machine, change)
+            return "forward"
+        await close(qemu, planned.layers)
     await remove_new([*planned.images, *planned.overlays])
     await broken.mark_failed()
     return "back"

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from qmpsnap.errors import StateError, UsageError
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_read
+from qmpsnap.machine.starting.root_ports import without_lost
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import differences
 from qmpsnap.model.machines import spec_differences
@@ -87,7 +88,7 @@ async def run(context: Context, name: str, make: Make, *, allow_extra: bool = Fa
 async def _plan(session: MachineSession, make: Make, *, allow_extra: bool, keep: bool) -> Changed:
     context, machine = session.context, session.machine
     require_spec(machine, "change its hardware")
-    spec = make(machine.spec)
+    spec = without_lost(make(machine.spec))
     if spec.uuid not in ("", machine.uuid):
         raise UsageError(
             f"the UUID of machine {machine.name} is {machine.uuid} and cannot be changed",

@@ -20,7 +20,7 @@ from qmpsnap.machine.starting.argv import Firmware
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.record import Consent, Machine
-from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, has_pcie
 from qmpsnap.model.names import LayerId, OperationId, layer_id
 from qmpsnap.model.operations.operation import Change, DefinePlan, Operation, Overlay
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
@@ -34,6 +34,9 @@ from qmpsnap.ops.lifecycle import bases, boot_files, disk_sources
 from qmpsnap.ops.lifecycle.disk_sources import DiskSource
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.session import begin
+
+ROOT_PORTS = 4
+"""Of a new machine whose spec does not say how many."""
 
 Amend = Callable[[DefinePlan, Mapping[str, DiskSource], OperationId], DefinePlan]
 """What else a plan does, once it is known what lies under the disks; may look at files."""
@@ -133,7 +136,7 @@ async def run(
         ImageRefused: an image is not what the spec says, or not in an allowed folder.
         StateError: an image is written to by another machine.
     """
-    spec, firmware = await complete(context, spec, allow_extra=allow_extra)
+    spec, firmware = await complete(context, with_ports(spec), allow_extra=allow_extra)
     was_there = context.home.run_dir(spec.name).exists()  # a QEMU that this store does not know may live in it
     async with locked(context, spec.name, "define"):
         await end_earlier(context, spec.name)
@@ -144,6 +147,12 @@ async def run(
             # Refused or failed, there is no machine: what was made to work on it goes as well.
             forget_places(context.home, spec.name, run=not was_there)
             raise
+
+
+def with_ports(spec: MachineSpec) -> MachineSpec:
+    """The spec of a new machine, with root ports for what is attached to it later."""
+    number = ROOT_PORTS if has_pcie(spec.machine) else 0
+    return replace(spec, root_ports=number) if spec.root_ports is None else spec
 
 
 async def complete(

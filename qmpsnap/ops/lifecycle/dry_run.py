@@ -31,7 +31,7 @@ async def defined(
     amend: define.Amend = define.as_it_is,
 ) -> DefinePlan:
     """The plan that :func:`qmpsnap.ops.lifecycle.define.run` would follow now; refused as that would be."""
-    spec, firmware = await define.complete(context, spec, allow_extra=allow_extra, keep=False)
+    spec, firmware = await define.complete(context, define.with_ports(spec), allow_extra=allow_extra, keep=False)
     await require_settled(context, spec.name)
     await define.require_new(context, spec.name)
     machine, sources = await define.survey(context, spec, (context.home.data, *context.home.images, *folders))
