@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qmpsnap.api.controller import Controller
     from qmpsnap.api.controller import open_controller as open  # noqa: A004 - reads as qmpsnap.open()
     from qmpsnap.api.events import Event, JobChanged, ShortageChanged, StateChanged
+    from qmpsnap.api.forks import ForkPool
     from qmpsnap.api.job import Job, progress
     from qmpsnap.api.machine_handle import MachineHandle
     from qmpsnap.api.outcomes import Committed, Deleted, Mirrored, Streamed
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from qmpsnap.ops.adoption.adopt import Adopted, Survey
     from qmpsnap.ops.base.free_space import Shortage, ShortageKind
     from qmpsnap.ops.check.check import Checked
+    from qmpsnap.ops.fork.run import Forked
+    from qmpsnap.ops.fork.upkeep import Pruned, Shelved
     from qmpsnap.ops.jobs.at_work import MachineJob
     from qmpsnap.ops.lifecycle.dry_run import Forgotten
     from qmpsnap.ops.outside.compare import ChainView
@@ -71,6 +74,8 @@ __all__ = [
     "Event",
     "FlattenPlan",
     "Forgotten",
+    "ForkPool",
+    "Forked",
     "Forward",
     "InternalPlan",
     "Job",
@@ -92,9 +97,11 @@ __all__ = [
     "Preview",
     "Process",
     "ProcessError",
+    "Pruned",
     "QmpsnapError",
     "ResizePlan",
     "Reverted",
+    "Shelved",
     "Shortage",
     "ShortageChanged",
     "ShortageKind",
@@ -116,6 +123,9 @@ _FROM = {
     "qmpsnap.api.events": ("Event", "JobChanged", "ShortageChanged", "StateChanged"),
     "qmpsnap.model.machines.state": ("State",),
     "qmpsnap.ops.base.free_space": ("Shortage", "ShortageKind"),
+    "qmpsnap.api.forks": ("ForkPool",),
+    "qmpsnap.ops.fork.run": ("Forked",),
+    "qmpsnap.ops.fork.upkeep": ("Pruned", "Shelved"),
     "qmpsnap.api.job": ("Job", "progress"),
     "qmpsnap.api.outcomes": ("Committed", "Deleted", "Mirrored", "Streamed"),
     "qmpsnap.api.plans": ("Plan", "PlannedFile"),

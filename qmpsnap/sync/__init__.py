@@ -23,13 +23,14 @@ from anyio.from_thread import start_blocking_portal
 from qmpsnap.api.controller import open_controller
 from qmpsnap.sync.controller import Controller
 from qmpsnap.sync.machine import MachineHandle
+from qmpsnap.sync.pool import ForkPool
 from qmpsnap.sync.runner import Runner
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Controller", "MachineHandle", "open"]
+__all__ = ["Controller", "ForkPool", "MachineHandle", "open"]
 
 
 @contextmanager

@@ -39,12 +39,18 @@ VALUES = (
     qmpsnap.Mirrored,
     qmpsnap.Deleted,
     qmpsnap.Reverted,
+    qmpsnap.Forked,
+    qmpsnap.ForkPool,
+    qmpsnap.Shelved,
+    qmpsnap.Pruned,
     qmpsnap.State,
     qmpsnap.Shortage,
     qmpsnap.StateChanged,
     qmpsnap.JobChanged,
     qmpsnap.ShortageChanged,
 )
+
+_BEGIN = {"block": "async with", "function": ""}
 
 
 def page() -> str:
@@ -125,7 +131,7 @@ def _value(of: type) -> list[str]:
         if isinstance(value, property) and not name.startswith("_") and value.__doc__:
             items[name] = inspect.cleandoc(value.__doc__).replace("\n", " ")
         elif inspect.isfunction(value) and not name.startswith("_") and value.__doc__:
-            begin = "async for" if name == "progress" else "await" if inspect.iscoroutinefunction(value) else ""
+            begin = "async for" if name == "progress" else _BEGIN.get(kind(value), "await")
             items[f"{begin} {name}()".strip()] = " ".join(inspect.cleandoc(value.__doc__).split())
     for name, text in items.items():
         lines += _item(f"`{name}`: ", text)

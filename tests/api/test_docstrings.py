@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
+import qmpsnap
 from tests.api.described import CLASSES, described, kind, parameters, public
 
-METHODS = {f"{letter}.{name}": method for letter, of in CLASSES.items() for name, method in public(of).items()}
+DESCRIBED = CLASSES | {"pool": qmpsnap.ForkPool}
+METHODS = {f"{letter}.{name}": method for letter, of in DESCRIBED.items() for name, method in public(of).items()}
 PLANS = {name for name in METHODS if ".plan_" in name}
 """Their arguments and errors are those of the method that they are plans of."""
-HARMLESS = {"q.read_spec", "q.machines"}
+HARMLESS = {"q.read_spec", "q.machines", "pool.memory"}
 """They raise what any call may raise, or say it at once."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import qmpsnap
-from qmpsnap.sync import Controller, MachineHandle
+from qmpsnap.sync import Controller, ForkPool, MachineHandle
 from tests.api import python_page, sync_api
 from tests.api.described import public
 
@@ -37,7 +37,10 @@ def test_the_synchronous_api_is_that_of_the_other(name: str) -> None:
     hold(ROOT / "qmpsnap" / "sync" / f"{name}.py", formatted(sync_api.module(name)))
 
 
-@pytest.mark.parametrize(("of", "twin"), [(qmpsnap.Controller, Controller), (qmpsnap.MachineHandle, MachineHandle)])
+@pytest.mark.parametrize(
+    ("of", "twin"),
+    [(qmpsnap.Controller, Controller), (qmpsnap.MachineHandle, MachineHandle), (qmpsnap.ForkPool, ForkPool)],
+)
 def test_every_method_has_a_twin(of: type, twin: type) -> None:
     def given(method: Callable[..., Any]) -> list[str]:
         return [str(one) for one in inspect.signature(method).parameters.values()]

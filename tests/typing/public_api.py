@@ -14,6 +14,8 @@ from qmpsnap import (
     Controller,
     Deleted,
     DiskSpec,
+    Forked,
+    ForkPool,
     Job,
     JobChanged,
     JobInfo,
@@ -25,7 +27,9 @@ from qmpsnap import (
     Plan,
     PlannedFile,
     ProcessError,
+    Pruned,
     QmpsnapError,
+    Shelved,
     Shortage,
     ShortageChanged,
     Snapshot,
@@ -33,7 +37,6 @@ from qmpsnap import (
     StateChanged,
     Streamed,
 )
-from qmpsnap.api.forks import ForkPool
 from qmpsnap.machine.agent import Completed, Trimmed
 from qmpsnap.model.layers.vmstate import Vmstate
 from qmpsnap.model.machines.record import Machine, Process
@@ -51,9 +54,7 @@ from qmpsnap.ops.adoption.adopt import Survey
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.devices.attach import Attached
 from qmpsnap.ops.devices.detach import Detached
-from qmpsnap.ops.fork.run import Forked
 from qmpsnap.ops.fork.run import Preview as ForkPreview
-from qmpsnap.ops.fork.upkeep import Pruned, Shelved
 from qmpsnap.ops.lifecycle.change import Changed
 from qmpsnap.ops.lifecycle.dry_run import Forgotten
 from qmpsnap.ops.lifecycle.rename import Renamed

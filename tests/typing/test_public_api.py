@@ -53,7 +53,7 @@ def test_the_package_says_that_it_is_typed() -> None:
     assert (Path(qmpsnap.__file__).parent / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("of", [qmpsnap.Controller, qmpsnap.MachineHandle])
+@pytest.mark.parametrize("of", [qmpsnap.Controller, qmpsnap.MachineHandle, qmpsnap.ForkPool])
 def test_every_public_method_is_in_the_typed_program(of: type) -> None:
     program = CHECKED.read_text()
     assert [name for name in public(of) if f".{name}(" not in program] == []

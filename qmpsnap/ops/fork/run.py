@@ -43,8 +43,9 @@ class Forked(Struct, frozen=True, kw_only=True):
     """What a fork is now.
 
     Attributes:
-        machine: as recorded.
-        snapshot: that it went on from; ``taken`` says whether it was taken for this.
+        machine: as recorded; ``machine.origin`` says whether its identity is ``fresh``, or why it is a ``twin``.
+        snapshot: that it went on from.
+        taken: whether that was taken for this.
         background: why the memory of its own full snapshots cannot be saved while it runs; empty if it can.
     """
 
@@ -54,8 +55,14 @@ class Forked(Struct, frozen=True, kw_only=True):
     background: str = ""
 
 
-async def run(context: Context, parent: str, request: ForkRequest) -> list[Forked]:
+async def run(context: Context, parent: str, request: ForkRequest, *, begun: set[str] | None = None) -> list[Forked]:
     """Fork a machine.
+
+    Args:
+        context: where.
+        parent: the machine.
+        request: what is asked for.
+        begun: the names of forks of which there may be something are added to it.
 
     Raises:
         NotFoundError: no such machine or snapshot.
@@ -68,7 +75,7 @@ async def run(context: Context, parent: str, request: ForkRequest) -> list[Forke
     made: dict[str, Machine] = {}
     try:
         source = await source_of(context, parent, request.snapshot or taken or "")
-        await _all(context, source, wanted, request, made)
+        await _all(context, source, wanted, request, made=made, begun=set() if begun is None else begun)
         if request.identity == "fresh":
             _require_fresh(made.values())
     except QmpsnapError as error:
@@ -96,17 +103,24 @@ async def _wanted(context: Context, parent: str, request: ForkRequest) -> Iterat
 
 
 async def _all(
-    context: Context, source: Source, wanted: Iterator[str], request: ForkRequest, made: dict[str, Machine]
+    context: Context,
+    source: Source,
+    wanted: Iterator[str],
+    request: ForkRequest,
+    *,
+    made: dict[str, Machine],
+    begun: set[str],
 ) -> None:
     limit = anyio.CapacityLimiter(AT_ONCE)
 
     async def fork() -> None:
         async with limit:
             while True:
-                name = next(wanted)
+                begun.add(name := next(wanted))
                 try:
                     made[name] = await _one(context, source, name, request)
                 except (NameTaken, LockHeld):
+                    begun.remove(name)
                     if request.name:
                         raise
                 else:

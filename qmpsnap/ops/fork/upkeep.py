@@ -17,6 +17,8 @@ class Shelved(Struct, frozen=True, kw_only=True):
     """A template and where it lies.
 
     Attributes:
+        template: what it says of itself: ``source`` is the snapshot, as ``web@warm``, ``created`` the time.
+        folder: path of its folder.
         bytes: of memory or disk that its files occupy.
         forks: names of this store's machines that map it.
         used: when it was last needed, in seconds since the epoch.
@@ -32,7 +34,12 @@ class Shelved(Struct, frozen=True, kw_only=True):
 
 
 class Pruned(Struct, frozen=True, kw_only=True):
-    """What was removed, and what running forks keep."""
+    """What was removed, and what running forks keep.
+
+    Attributes:
+        removed: templates that nothing uses.
+        kept: templates that running forks map.
+    """
 
     removed: tuple[Shelved, ...]
     kept: tuple[Shelved, ...]
