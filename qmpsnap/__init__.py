@@ -15,7 +15,7 @@ errors they raise. A name is imported when it is first used, so that short comma
 
 TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
 if TYPE_CHECKING:
-    from qmpsnap import errors
+    from qmpsnap import errors, sync
     from qmpsnap.api.controller import Controller
     from qmpsnap.api.controller import open_controller as open  # noqa: A004 - reads as qmpsnap.open()
     from qmpsnap.api.events import Event, JobChanged, ShortageChanged, StateChanged
@@ -115,6 +115,7 @@ __all__ = [
     "errors",
     "open",
     "progress",
+    "sync",
 ]
 
 _FROM = {
@@ -157,7 +158,8 @@ _FROM = {
     "qmpsnap.qmp.commands": ("JobInfo",),
 }
 _WHERE = {name: (module, name) for module, names in _FROM.items() for name in names}
-_WHERE |= {"errors": ("qmpsnap.errors", ""), "open": ("qmpsnap.api.controller", "open_controller")}
+_WHERE |= {"errors": ("qmpsnap.errors", ""), "sync": ("qmpsnap.sync", "")}
+_WHERE |= {"open": ("qmpsnap.api.controller", "open_controller")}
 
 
 if not TYPE_CHECKING:  # a type checker would conclude from it that every name exists

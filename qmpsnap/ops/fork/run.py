@@ -40,7 +40,7 @@ AT_ONCE = 8
 
 
 class Forked(Struct, frozen=True, kw_only=True):
-    """What a fork is now.
+    """A fork, as it is now.
 
     Attributes:
         machine: as recorded; ``machine.origin`` says whether its identity is ``fresh``, or why it is a ``twin``.
@@ -116,7 +116,10 @@ async def _all(
     async def fork() -> None:
         async with limit:
             while True:
-                begun.add(name := next(wanted))
+                name = next(wanted)
+                if name in begun:  # the same caller makes it beside this one
+                    continue
+                begun.add(name)
                 try:
                     made[name] = await _one(context, source, name, request)
                 except (NameTaken, LockHeld):

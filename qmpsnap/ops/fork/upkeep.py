@@ -17,7 +17,7 @@ class Shelved(Struct, frozen=True, kw_only=True):
     """A template and where it lies.
 
     Attributes:
-        template: what it says of itself: ``source`` is the snapshot, as ``web@warm``, ``created`` the time.
+        template: its ``source`` is the snapshot that it was made of first, as ``web@warm``; ``created`` is a time.
         folder: path of its folder.
         bytes: of memory or disk that its files occupy.
         forks: names of this store's machines that map it.

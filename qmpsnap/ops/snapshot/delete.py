@@ -177,7 +177,7 @@ def _require_by(at: Situation, chosen: Sequence[Snapshot], request: DeleteReques
             raise StateError(
                 f"delvm cannot delete snapshot {snapshot.name} of machine {at.machine}: only a running QEMU can, and of"
                 " the snapshots that are inside the layers its guest writes to",
-                hint="use " + option("by", "blockdev-snapshot-delete-internal-sync"),
+                hint="omit " + option("by", request.by),
                 machine=at.machine,
             )
 
