@@ -65,6 +65,8 @@ async def test_a_pool_ends_with_its_block_however_that_ends(q: qmpsnap.Controlle
         with pytest.raises(NotFoundError, match="no snapshot 'nothing'"):
             async with vm.pool("nothing", fresh=False):
                 pass
+        async with vm.pool("warm", size=1, fresh=False) as another, another.take() as theirs:
+            assert theirs.name != machine.name
         assert await machine.state() == "running"
     with pytest.raises(HostCannot, match="are available"):
         async with vm.pool("warm", floor=1 << 50):

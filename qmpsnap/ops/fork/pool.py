@@ -56,6 +56,7 @@ class Pool:
         self._changed = anyio.Condition()
         self._error: QmpsnapError | None = None
         self._tasks: TaskGroup | None = None
+        self._begun: set[str] = set()
 
     @property
     def waiting(self) -> int:
@@ -96,8 +97,15 @@ class Pool:
                 await guest.execute("guest-exec", {"path": "date", "arg": ["-u", "-s", f"@{round(time.time())}"]})
 
     async def _remove(self, name: str) -> None:
-        with contextlib.suppress(QmpsnapError):  # the next command does it
+        with anyio.CancelScope(shield=True):  # another pool may have the name next
             await end(self._context, name)
+            self._begun.discard(name)
+
+    async def end_all(self) -> None:
+        """Remove every fork of this pool, in whatever state of being made or removed it is."""
+        async with anyio.create_task_group() as tasks:
+            for name in self._begun.intersection(await self._context.astore.ephemeral()):
+                tasks.start_soon(end, self._context, name)
 
     async def fill(self, tasks: TaskGroup) -> None:
         """Begin to make forks ready, and return once there is a first one.
@@ -138,7 +146,7 @@ class Pool:
             paused=True,
             identity="fresh" if self._request.fresh else "keep",
         )
-        (fork,) = await run.run(self._context, self._parent, wanted)
+        (fork,) = await run.run(self._context, self._parent, wanted, begun=self._begun)
         if not self._request.fresh:
             await self._warm(fork.machine.name)
         return fork.machine.name
@@ -181,19 +189,9 @@ async def opened(context: Context, parent: str, request: PoolRequest) -> AsyncIt
                 tasks.cancel_scope.cancel()
     finally:
         with anyio.CancelScope(shield=True):
-            await _end_all(context, parent, request.snapshot)
+            await pool.end_all()
     if failure:
         raise failure
-
-
-async def _end_all(context: Context, parent: str, snapshot: str) -> None:
-    """Remove every fork of the snapshot that this process owns."""
-    async with anyio.create_task_group() as tasks:
-        for name in await context.astore.ephemeral():
-            origin = (await context.astore.machine(name)).origin
-            is_mine = origin and origin.owner and origin.owner.pid == os.getpid()
-            if origin and is_mine and (origin.machine, origin.snapshot) == (parent, snapshot):
-                tasks.start_soon(end, context, name)
 
 
 async def end(context: Context, name: str) -> None:
