@@ -201,7 +201,7 @@ def choose(home: Home, size: int) -> Shelf:
             shelf.is_own() or not os.path.lexists(shelf.folder)
         ):  # else another user has taken its name
             return _made(shelf)
-    if size > _free(last.folder):
+    if size > free(last.folder):
         raise HostCannot(
             f"{last.folder} has no room for the template of {size >> 20} MiB of memory",
             hint="free some space there, or name another folder in QMPSNAP_TEMPLATES",
@@ -211,7 +211,7 @@ def choose(home: Home, size: int) -> Shelf:
 
 def roomy(size: int) -> bool:
     """Whether a template of that size can be kept in memory: it takes at most half of what is free."""
-    return is_memory(MEMORY) and size <= _free(MEMORY) // 2 and size <= available() // 2
+    return is_memory(MEMORY) and size <= free(MEMORY) // 2 and size <= available() // 2
 
 
 def _made(shelf: Shelf) -> Shelf:
@@ -227,7 +227,8 @@ def _made(shelf: Shelf) -> Shelf:
     return shelf
 
 
-def _free(folder: Path) -> int:
+def free(folder: Path) -> int:
+    """Bytes that are free there."""
     while not folder.is_dir():
         folder = folder.parent
     found = os.statvfs(folder)

@@ -4,15 +4,15 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import DeadlinePassed, HostCannot, QmpError
+from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, QmpError
 from qmpsnap.hint import call
 from qmpsnap.host import acl
 from qmpsnap.host.threads import completed, to_end, to_read
@@ -39,6 +39,8 @@ DEADLINE = 300.0
 """Seconds that others may make templates before this one."""
 TRIES = 3
 """Times that a template is made which is not there afterwards: somebody prunes or evicts it."""
+_FULL = 64 << 10
+"""Bytes below which a file system counts as full."""
 _POLL = 0.05
 """Seconds between two looks at a folder in which another process makes a template."""
 
@@ -141,7 +143,10 @@ async def _bake(context: Context, source: Source, shelf: Shelf) -> None:
             if context.run_as:  # its QEMU works in that folder, and opens the memory anew, by its descriptor
                 await to_end(admit, str(shelf.folder), context.run_as.uid, acl.ENTER)
                 await to_end(admit, str(folder / templates.RAM), context.run_as.uid, acl.READ | acl.WRITE)
-            await _in_qemu(context, source, identity, folder, Loading(source.state, state), ram=ram, devices=devices)
+            with _telling_no_space(shelf):
+                await _in_qemu(
+                    context, source, identity, folder, Loading(source.state, state), ram=ram, devices=devices
+                )
             nothing = Seen(0, 0, 0, 0, 0)
             about = Template(
                 key=source.key,
@@ -157,6 +162,20 @@ async def _bake(context: Context, source: Source, shelf: Shelf) -> None:
     except BaseException:
         await completed(to_end(shelf.remove, name))
         raise
+
+
+@contextmanager
+def _telling_no_space(shelf: Shelf) -> Iterator[None]:
+    """QEMU dies of SIGBUS where it cannot write the memory that it has mapped, and cannot say why."""
+    try:
+        yield
+    except QemuGone as error:
+        if templates.free(shelf.folder) >= _FULL:
+            raise
+        raise HostCannot(
+            f"{shelf.folder} has become full: QEMU cannot write a template there",
+            hint="free some space there, or name another folder in QMPSNAP_TEMPLATES",
+        ) from error
 
 
 def _make_room(shelf: Shelf, size: int) -> None:
