@@ -25,6 +25,8 @@ from msgspec import Struct
 
 import qmpsnap
 from qmpsnap.errors import NotFoundError, QmpsnapError
+from qmpsnap.machine import templates
+from qmpsnap.ops.fork import upkeep
 from qmpsnap.qmp import status_poll
 from tests.cli import forked
 from tests.faults import claims, site
@@ -33,6 +35,7 @@ from tests.faults.upkeep import AGAIN, ALL, MOVED
 from tests.faults.verbs import OTHER
 from tests.harness import failing, watch
 from tests.harness.processes import kill_qemus, no_guards
+from tests.live.machine import hold_invariants
 
 CAN = {
     "fsync": (errno.EIO, errno.ENOSPC),
@@ -53,6 +56,9 @@ TOGETHER = {
     errno.ENOSPC: "write pwrite fallocate link create",
 }
 """Calls that fail for ever where one of them does; with another number only that call."""
+
+
+TEMPLATES = "templates"
 
 
 class Request(Struct, frozen=True):
@@ -142,6 +148,7 @@ class Machine:
 
     def make(self) -> None:
         """Make it, unless it is as it was."""
+        shutil.rmtree(self.folder / TEMPLATES, ignore_errors=True)  # what a case has baked, the next one has to bake
         if self.before:
             return
         self.end()
@@ -157,6 +164,7 @@ class Machine:
     def _go_to(self, folder: Path) -> None:
         self.folder, self.place = folder, folder / "elsewhere"
         os.environ["QMPSNAP_HOME"] = str(folder)
+        os.environ["QMPSNAP_TEMPLATES"] = str(folder / TEMPLATES)
 
     async def _ready(self) -> Any:
         async with qmpsnap.open() as q:
@@ -221,6 +229,12 @@ class Machine:
             assert await scenario.happened(vm, self.place), "it says that it was done"
         with contextlib.suppress(NotFoundError):
             await qmpsnap.Controller(vm._context).recover(OTHER)
+            if self._name == "fork":
+                await hold_invariants(qmpsnap.MachineHandle(vm._context, OTHER))
+        (shelf,) = templates.shelves(vm._context.home)
+        if shelf.folder.is_dir():  # what could not be removed, either
+            await upkeep.prune(vm._context)
+        assert not shelf.unfinished(), "part of a template is left"
         if error and self._name in AGAIN:
             await scenario.act(vm, self.place)
         try:

@@ -17,6 +17,7 @@ from tests.harness.deaths import WAIT, Call, Death, Point
 deaths.preload(__name__)
 
 FORKS = ("fork", "ephemeral fork")
+POOL = "pool"
 
 
 async def controller_dies(
@@ -59,6 +60,9 @@ async def _do(scenario: str, place: Path, recovering: bool) -> None:  # noqa: FB
             await vm.attach_disk({"size": "1M", "bus": "scsi"})
         elif scenario == "disk-detach":
             await vm.detach_disk("vdb")
+        elif scenario == POOL:
+            async with vm.pool("warm", size=2, fresh=False) as pool, pool.take():
+                pass
         elif scenario in FORKS:
             await vm.fork("warm", "child", ephemeral=scenario == "ephemeral fork")
         elif recovering:

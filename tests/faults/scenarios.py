@@ -241,6 +241,10 @@ async def _delete(vm: qmpsnap.MachineHandle, _: Path) -> object:
     return await vm.delete_snapshots("s1")
 
 
+async def _delvm(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.delete_snapshots("before", by="delvm")
+
+
 async def _delete_two(vm: qmpsnap.MachineHandle, _: Path) -> object:
     return await vm.delete_snapshots("before", "s2")
 
@@ -653,6 +657,15 @@ SCENARIOS: dict[str, Scenario] = {
         without=_UNDONE | {"N:started", "N:finalizing"},
         idle=_ALL,
         expected=Expected(loses=frozenset({"auto-4"})),
+    ),
+    "delete by delvm": Scenario(
+        column="delete",
+        verb="delete",
+        act=_delvm,
+        start="running",
+        warm=_internal_before,
+        without=_UNDONE | {"N:started", "N:finalizing"},
+        expected=Expected(loses=frozenset({"before"})),
     ),
     "delete of a full and another": Scenario(
         column="delete",

@@ -202,7 +202,7 @@ async def test_the_monitor_is_lost(q: qmpsnap.Controller, place: Path, fault: Fa
 
 
 @contextmanager
-def _short_deadlines(stopped: list[int]) -> Iterator[None]:
+def short_deadlines(stopped: list[int]) -> Iterator[None]:
     """From the moment QEMU is stopped nobody waits for long."""
     execute, connect = Session.execute, session.connect
 
@@ -234,7 +234,7 @@ async def test_qemu_is_stopped(q: qmpsnap.Controller, place: Path, fault: Fault,
             stopped.extend(_stop(vm))
 
     try:
-        with _short_deadlines(stopped), watch.watching(hook):
+        with short_deadlines(stopped), watch.watching(hook):
             await ends_by_itself(lambda: scenario.act(vm, place))
         assert stopped
     finally:

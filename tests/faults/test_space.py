@@ -27,12 +27,12 @@ def mounted(home: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     if os.geteuid():
         pytest.skip("a small file system can only be mounted by root: this fault is not run")
     places = [home]
-    _mount(home)
+    mount(home)
     try:
         if request.param == "store":
             for name in APART:
                 (home / name).mkdir(mode=0o700)
-                _mount(home / name)
+                mount(home / name)
                 places.append(home / name)
         (home / "elsewhere").mkdir(exist_ok=True)
         yield home
@@ -42,12 +42,13 @@ def mounted(home: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
             subprocess.run(["umount", "-l", place], check=True)
 
 
-def _mount(place: Path) -> None:
-    options = f"size={SIZE},mode=0700"
+def mount(place: Path, size: str = SIZE) -> None:
+    """Make it a file system of its own, in memory."""
+    options = f"size={size},mode=0700"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "qmpsnap-faults", place], check=True)
 
 
-def _fill(folder: Path, *, free: int) -> Path:
+def fill(folder: Path, *, free: int) -> Path:
     """Leave ``free`` bytes; returns the file that takes the rest."""
     ballast = folder / "ballast"
     found = os.statvfs(folder)
@@ -73,7 +74,7 @@ async def test_no_space(mounted: Path, fault: Fault, request: pytest.FixtureRequ
     async with qmpsnap.open() as q:
         vm = await ready(q, scenario, place)
         before = await site.look(vm)
-        ballast = _fill(mounted, free=free << 10)
+        ballast = fill(mounted, free=free << 10)
         try:
             if not await ends_by_itself(lambda: scenario.act(vm, place)):
                 fault.too_late()  # what is left is enough

@@ -17,7 +17,7 @@ from qmpsnap.ops.base import relocate
 from qmpsnap.ops.base.context import opened
 from tests.faults.scenarios import SCENARIOS, Scenario
 from tests.faults.site import NAME, TWO
-from tests.faults.verbs import VERBS
+from tests.faults.verbs import OTHER, VERBS
 from tests.harness import watch
 from tests.live.machine import context_of
 
@@ -95,12 +95,29 @@ UPKEEP: dict[str, Scenario] = {
     "relocate": Scenario(column="others", verb="", act=_relocate, prepare=_a_copy, spec=TWO, happened=_is_in_order),
     "relocate of a moved home": Scenario(column="others", verb="", act=_relocate, happened=_is_in_order),
 }
+
+
+async def _warm(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.snapshot("warm", kind="full")
+
+
+async def _fork(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    return await vm.fork("warm", OTHER, paused=True)
+
+
+async def _is_forked(vm: qmpsnap.MachineHandle, _: Path) -> bool:
+    return (await qmpsnap.MachineHandle(context_of(vm), OTHER).state()) == "paused"
+
+
+FORK: dict[str, Scenario] = {
+    "fork": Scenario(column="fork", verb="fork", act=_fork, start="running", warm=_warm, happened=_is_forked)
+}
 MOVED = {"relocate of a moved home"}
 """The home is moved before the verb."""
 AGAIN = set(UPKEEP) - {"push"}
 """What is begun by these is ended by doing it again."""
 
-ALL: dict[str, Scenario] = {name: found for name, found in SCENARIOS.items() if not found.ends} | VERBS | UPKEEP
+ALL: dict[str, Scenario] = {name: found for name, found in SCENARIOS.items() if not found.ends} | VERBS | UPKEEP | FORK
 
 if __name__ == "__main__":
     anyio.run(_dies)
