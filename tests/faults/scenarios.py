@@ -1,8 +1,9 @@
 """The verbs as faults meet them: how the machine is made ready, what is done, and by which steps it comes."""
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from msgspec import Struct
@@ -11,12 +12,14 @@ from msgspec.structs import replace
 import qmpsnap
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.operations import steps
+from qmpsnap.ops.base import volumes
 from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.volumes.names import of_path
 from tests.faults import site
 from tests.faults.site import KIB, ONE, TWO, Expected
 from tests.harness.watch import WHEN, When
+from tests.live.machine import fill
 from tests.volumes import copying
 
 Act = Callable[[qmpsnap.MachineHandle, Path], Awaitable[object]]
@@ -144,6 +147,21 @@ def _by_storage(act: Act) -> Act:
 @_by_storage
 async def _volume(vm: qmpsnap.MachineHandle, _: Path) -> object:
     return await vm.snapshot("new", kind="volume")
+
+
+@_by_storage
+async def _volume_of_a_writing_guest(vm: qmpsnap.MachineHandle, _: Path) -> object:
+    """While the storage works the guest writes what is there already, so that the commit has something to copy."""
+    real = volumes.make
+
+    async def make(*arguments: Any) -> Any:
+        with contextlib.suppress(AssertionError):  # the write itself has met the fault
+            await fill(vm, "vda", 3, offset=3 * 64 * KIB, length=64 * KIB)
+        return await real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(volumes, "make", make)
+        return await vm.snapshot("new", kind="volume")
 
 
 @_by_storage
@@ -511,7 +529,7 @@ SCENARIOS: dict[str, Scenario] = {
     "commit after a snapshot by volume": Scenario(
         column="create",
         verb="commit",
-        act=_volume,
+        act=_volume_of_a_writing_guest,
         spec=TWO,
         start="paused",
         without=_UNDONE,
