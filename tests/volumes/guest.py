@@ -14,12 +14,20 @@ from pathlib import Path
 from tests.harness import wheel
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 1200
-"""Seconds; a quiet host needs a quarter of it."""
+DEADLINE = 1800
+"""Seconds; a quiet host needs a tenth of it."""
 ROOM = 1 << 30
 """Bytes of the disk for volume groups, in a file with holes."""
 _BACK = 64 << 20
+_APPEND = "root=/dev/vda rw console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
+"""On a busy host the kernel's test of the timer fails, and it panics."""
 _SHELL = """\
+cat >/etc/lvm/lvmlocal.conf <<'END'
+devices { filter = [ "a|^/dev/vdd$|", "r|.*|" ] use_devicesfile = 0 hints = "none" }
+backup { backup = 0 archive = 0 }
+global { thin_check_executable = "" use_lvmpolld = 0 event_activation = 0 }
+activation { monitoring = 0 }
+END
 export PYTHONPATH=/tmp/work/site PYTHONDONTWRITEBYTECODE=1
 printf '%s\\n' '#!/usr/bin/python3' 'from qmpsnap.cli.start import run' 'run()' >/usr/local/bin/qmpsnap
 chmod 755 /usr/local/bin/qmpsnap
@@ -48,9 +56,9 @@ def run(script: str, work: Path) -> Path:
         with (work / name).open("wb") as file:
             file.truncate(size)
     words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-    words += ["-accel", "tcg,thread=multi", "-smp", "2", "-m", "1G", "-cpu", "max"]
+    words += ["-accel", "tcg,thread=multi", "-smp", "2", "-m", "1G", "-cpu", "max,la57=off"]
     words += ["-kernel", str(made / "vmlinuz"), "-initrd", str(made / "initrd")]
-    words += ["-append", "root=/dev/vda rw console=ttyS0 quiet panic=-1", "-serial", f"file:{work / 'console'}"]
+    words += ["-append", _APPEND, "-serial", f"file:{work / 'console'}"]
     for path, options in (
         (made / "root.raw", "snapshot=on"),
         (work / "in.tar", "readonly=on"),

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,9 @@ def group() -> None:
 
 @pytest.fixture(autouse=True)
 def volumes() -> Iterator[None]:
-    tool("lvcreate", "-y", "--type", "thin-pool", "-n", POOL, "-L", "256M", GROUP)
+    """The pool is made once: that takes longer than all that most cases do."""
+    if not Path(f"/dev/mapper/{GROUP}-{POOL}").exists():
+        tool("lvcreate", "-y", "--type", "thin-pool", "-n", POOL, "-L", "256M", GROUP)
     yield
-    tool("lvremove", "-y", GROUP)
+    tool("lvremove", "-y", "--select", f"lv_name!={POOL} && lv_role!={{thickorigin}}", GROUP)
+    tool("lvremove", "-y", "--select", f"lv_name!={POOL}", GROUP)
