@@ -268,6 +268,8 @@ def of_revert(found: Preview) -> Shape[Preview]:
     files: list[PlannedFile] = []
     if isinstance(plan, RevertPlan):
         files += [*_overlays(plan.overlays), *(_created(copy.layer.path) for copy in plan.copies)]
+        files += [_created(clone.layer.path) for clone in plan.clones]
+        files += [PlannedFile(action="overwrite", path=merge.layer.path) for merge in plan.merges]
     kept = f", keeping the present state as {found.kept}" if found.kept else ""
     inside = " in the running QEMU" if isinstance(plan, LoadPlan) else ""
     return Shape(

@@ -52,7 +52,7 @@ class Lvm(Struct, frozen=True):
 
     def where(self, near: Volume, name: VolumeName) -> str:
         """In the same volume group."""
-        return _place(near).path.rpartition("/")[0] + f"/{name.text}"
+        return place_of(near).path.rpartition("/")[0] + f"/{name.text}"
 
     async def probe(self, origin: Volume | None) -> Ability:
         """By the programs of this host, and the figures of the volume, its group and its pool."""
@@ -64,14 +64,14 @@ class Lvm(Struct, frozen=True):
         missing = await to_read(_missing)
         if missing or origin is None or place is None:
             return missing or Ability()
-        volumes = await _volumes(place.group)
-        return judge(place, _origin(volumes, place, origin), volumes, self.thick)
+        volumes = await listed(place.group)
+        return judge(place, origin_of(volumes, place, origin), volumes, self.thick)
 
     async def snapshot(self, origin: Volume, name: VolumeName) -> Volume:
         """See :class:`~qmpsnap.volumes.driver.Driver`."""
-        place = _place(origin)
-        volumes = await _volumes(place.group)
-        source = _origin(volumes, place, origin)
+        place = place_of(origin)
+        volumes = await listed(place.group)
+        source = origin_of(volumes, place, origin)
         if not (ability := judge(place, source, volumes, self.thick)).able:
             raise HostCannot(ability.why, hint=ability.remedy)
         _require_free(volumes, place, name.text)
@@ -79,20 +79,20 @@ class Lvm(Struct, frozen=True):
             argv = lvm.thin_snapshot(place, name.text)
         else:
             argv = lvm.thick_snapshot(place, name.text, lvm.thick_size(self.thick, source.size, source.extent))
-        return await _made(argv, place, name, source)
+        return await made(argv, place, name, source)
 
     async def clone(self, snapshot: Volume, name: VolumeName) -> Volume:
         """See :class:`~qmpsnap.volumes.driver.Driver`; of a thick snapshot all its bytes are copied."""
-        place = _place(snapshot)
-        volumes = await _volumes(place.group)
-        source = _origin(volumes, place, snapshot)
+        place = place_of(snapshot)
+        volumes = await listed(place.group)
+        source = origin_of(volumes, place, snapshot)
         if source.is_invalid:
             raise StateError(f"the snapshot {place} has run full, and its content is lost")
         _require_free(volumes, place, name.text)
         if source.is_thin:
             if why := _pool_full(place, source, volumes):
                 raise HostCannot(why, hint=_enlarge(place))
-            return await _made(lvm.thin_clone(place, name.text), place, name, source)
+            return await made(lvm.thin_clone(place, name.text), place, name, source)
         return await _copied(place, snapshot.bytes, name)
 
     async def activate(self, paths: Sequence[str]) -> None:
@@ -100,12 +100,12 @@ class Lvm(Struct, frozen=True):
         places = [place for path in paths if (place := Place.parse(path))]
         for group in dict.fromkeys(place.group for place in places):
             with contextlib.suppress(HostCannot):
-                await _run(lvm.activate([place for place in places if place.group == group]))
+                await run(lvm.activate([place for place in places if place.group == group]))
 
     async def remove(self, volume: Volume) -> None:
         """See :class:`~qmpsnap.volumes.driver.Driver`."""
-        place = _place(volume)
-        volumes = await _volumes(place.group)
+        place = place_of(volume)
+        volumes = await listed(place.group)
         found = volumes.get(place.volume)
         if found is None:
             return
@@ -117,19 +117,19 @@ class Lvm(Struct, frozen=True):
             raise StateError(f"{place} has snapshots of its own: {', '.join(above)}", hint="remove those first")
         if found.is_open:
             raise ImageInUse(f"{place} is open in another program, or mounted", hint=f"lsof {place.path} names it")
-        said = await _run(lvm.remove(place.group, found.lv_uuid))
-        if any(one.lv_uuid == found.lv_uuid for one in (await _volumes(place.group)).values()):
+        said = await run(lvm.remove(place.group, found.lv_uuid))
+        if any(one.lv_uuid == found.lv_uuid for one in (await listed(place.group)).values()):
             raise HostCannot(f"lvremove did not remove {place}: {said or 'it does not say why'}", effect="unknown")
 
     async def list(self, near: Volume, machine: str) -> tuple[Volume, ...]:
         """See :class:`~qmpsnap.volumes.driver.Driver`."""
-        group = _place(near).group
-        return tuple(_volume(group, one, name) for name, one in lvm.ours(await _volumes(group), machine))
+        group = place_of(near).group
+        return tuple(_volume(group, one, name) for name, one in lvm.ours(await listed(group), machine))
 
     async def size(self, volume: Volume) -> Size:
         """Of a thin one the blocks that it has in the pool, others' as well; of a thick one its reserve."""
-        place = _place(volume)
-        found = _origin(await _volumes(place.group), place, volume)
+        place = place_of(volume)
+        found = origin_of(await listed(place.group), place, volume)
         if found.is_thin:
             return Size(own=found.mapped)
         return Size(own=found.size, full=found.full if found.is_thick_snapshot else None)
@@ -137,8 +137,8 @@ class Lvm(Struct, frozen=True):
 
 async def dependents(volume: Volume) -> tuple[str, ...]:
     """Paths of the thick snapshots that would go with a volume."""
-    place = _place(volume)
-    volumes = await _volumes(place.group)
+    place = place_of(volume)
+    volumes = await listed(place.group)
     found = volumes.get(place.volume)
     names = [one.lv_name for one in volumes.values() if found and _needs(one, found)]
     return tuple(Place(place.group, name).path for name in names)
@@ -150,9 +150,9 @@ async def growable(volume: Volume, size: int) -> str:
     Raises:
         UsageError: that is no whole number of extents.
     """
-    place = _place(volume)
-    volumes = await _volumes(place.group)
-    found = _origin(volumes, place, volume)
+    place = place_of(volume)
+    volumes = await listed(place.group)
+    found = origin_of(volumes, place, volume)
     if size % found.extent:
         raise UsageError(
             f"volume group {place.group} has extents of {found.extent} bytes, and {size} are no whole number of them",
@@ -169,18 +169,18 @@ async def growable(volume: Volume, size: int) -> str:
 
 async def grow(volume: Volume, size: int) -> None:
     """Give a volume that many bytes; fine if it has them already."""
-    place = _place(volume)
-    if _origin(await _volumes(place.group), place, volume).size == size:
+    place = place_of(volume)
+    if origin_of(await listed(place.group), place, volume).size == size:
         return
-    said = await _run(lvm.extend(place, size))
-    if _origin(await _volumes(place.group), place, volume).size != size:
+    said = await run(lvm.extend(place, size))
+    if origin_of(await listed(place.group), place, volume).size != size:
         raise HostCannot(f"lvextend did not enlarge {place}: {said or 'it does not say why'}")
 
 
 async def copied(snapshot: Volume) -> int:
     """Bytes that a clone of a snapshot copies."""
-    place = _place(snapshot)
-    source = _origin(await _volumes(place.group), place, snapshot)
+    place = place_of(snapshot)
+    source = origin_of(await listed(place.group), place, snapshot)
     return 0 if source.is_thin else source.seen
 
 
@@ -243,14 +243,15 @@ def _needs(volume: LogicalVolume, origin: LogicalVolume) -> bool:
     return volume.is_thick_snapshot and volume.origin_uuid == origin.lv_uuid
 
 
-def _place(volume: Volume) -> Place:
+def place_of(volume: Volume) -> Place:
+    """Its group and name."""
     place = Place.parse(volume.path)
     if place is None:
         raise NotFoundError(f"{printable(volume.path)} is no logical volume", hint="its name is /dev/GROUP/VOLUME")
     return place
 
 
-def _origin(volumes: Volumes, place: Place, recorded: Volume) -> LogicalVolume:
+def origin_of(volumes: Volumes, place: Place, recorded: Volume) -> LogicalVolume:
     """The volume of that name, which has to be the recorded one."""
     found = volumes.get(place.volume)
     if found is None:
@@ -286,10 +287,10 @@ def _volume(group: str, found: LogicalVolume, name: VolumeName) -> Volume:
 # --- doing ------------------------------------------------------------------------------------------------------------
 
 
-async def _made(argv: list[str], place: Place, name: VolumeName, source: LogicalVolume) -> Volume:
+async def made(argv: list[str], place: Place, name: VolumeName, source: LogicalVolume) -> Volume:
     """Have a snapshot made, and make sure that it is one of that volume."""
-    said = await _run(argv)
-    found = (await _volumes(place.group)).get(name.text)
+    said = await run(argv)
+    found = (await listed(place.group)).get(name.text)
     if said or found is None:
         raise HostCannot(
             f"lvcreate made no snapshot of {place}: {said or 'it does not say why'}",
@@ -303,21 +304,21 @@ async def _made(argv: list[str], place: Place, name: VolumeName, source: Logical
 async def _copied(source: Place, size: int, name: VolumeName) -> Volume:
     """A copy, under a name of its own until it is whole."""
     part = Place(source.group, name.text + PART)
-    said = await _run(lvm.plain_volume(part.group, part.volume, size))
-    made = (await _volumes(part.group)).get(part.volume)
-    if made is None or said:
+    said = await run(lvm.plain_volume(part.group, part.volume, size))
+    new = (await listed(part.group)).get(part.volume)
+    if new is None or said:
         raise HostCannot(
-            f"lvcreate made no volume {part}: {said or 'it does not say why'}", effect="unknown" if made else "none"
+            f"lvcreate made no volume {part}: {said or 'it does not say why'}", effect="unknown" if new else "none"
         )
     try:
         for start in range(0, size, _CHUNK):
             await to_end(_copy, source.path, part.path, start, min(start + _CHUNK, size))
-        said = await _run(lvm.rename(part, name.text))
+        said = await run(lvm.rename(part, name.text))
     except BaseException:
-        await completed(_run(lvm.remove(part.group, made.lv_uuid)))
+        await completed(run(lvm.remove(part.group, new.lv_uuid)))
         raise
-    found = (await _volumes(part.group)).get(name.text)
-    if found is None or found.lv_uuid != made.lv_uuid:
+    found = (await listed(part.group)).get(name.text)
+    if found is None or found.lv_uuid != new.lv_uuid:
         raise HostCannot(f"lvrename did not rename {part}: {said or 'it does not say why'}", effect="unknown")
     return _volume(part.group, found, name)
 
@@ -344,7 +345,7 @@ def _opened(path: str, access: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-async def _volumes(group: str) -> Volumes:
+async def listed(group: str) -> Volumes:
     """All volumes of a group."""
     done = await _ended(lvm.list_volumes(group))
     if done.returncode:
@@ -355,7 +356,7 @@ async def _volumes(group: str) -> Volumes:
     return lvm.parse(done.stdout)
 
 
-async def _run(argv: list[str]) -> str:
+async def run(argv: list[str]) -> str:
     """What a program says of its failure; empty where it has succeeded."""
     done = await _ended(argv)
     return "" if done.returncode == 0 else lvm.last_line(done.stderr)

@@ -112,6 +112,11 @@ class LogicalVolume(Struct, frozen=True, kw_only=True):
         return self.is_thick_snapshot and self.lv_attr[4] in "IS"
 
     @property
+    def is_merging(self) -> bool:
+        """Whether a snapshot is being merged into it, which is not listed any more."""
+        return self.lv_attr[0] == "O"
+
+    @property
     def is_open(self) -> bool:
         """Whether a process or another device has it open."""
         return self.lv_attr[5] == "o"
@@ -197,6 +202,16 @@ def plain_volume(group: str, name: str, size: int) -> list[str]:
 def extend(place: Place, size: int) -> list[str]:
     """A larger size."""
     return ["lvextend", "--size", f"{size}b", "--", str(place)]
+
+
+def merge(snapshot: Place) -> list[str]:
+    """Into its origin; a process that it leaves behind removes the snapshot at the end."""
+    return ["lvconvert", "--yes", "--merge", "--background", "--interval", "1", "--", str(snapshot)]
+
+
+def poll(origin: Place) -> list[str]:
+    """Have a process watch a merge that nobody watches any more."""
+    return ["lvchange", "--poll", "y", "--", str(origin)]
 
 
 def rename(place: Place, name: str) -> list[str]:

@@ -13,6 +13,7 @@ from tests.faults.scenarios import SCENARIOS
 from tests.faults.site import NAME, TWO
 from tests.harness import deaths
 from tests.harness.deaths import WAIT, Call, Death, Point
+from tests.volumes import copying
 
 deaths.preload(__name__)
 
@@ -56,6 +57,9 @@ async def _do(scenario: str, place: Path, recovering: bool) -> None:  # noqa: FB
             await vm.rename("other")
         elif scenario == "flatten":
             await vm.flatten("vda")
+        elif scenario == "revert by merging":
+            with copying.merging():
+                await vm.revert("before", discard=True)
         elif scenario == "disk-attach":
             await vm.attach_disk({"size": "1M", "bus": "scsi"})
         elif scenario == "disk-detach":

@@ -10,12 +10,14 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image.create import ImageTool
 from qmpsnap.cli.hints import as_typed
+from qmpsnap.cli.snapshot_verbs.revert import document_of, text_of
 from qmpsnap.errors import NotFoundError, OperationPending, StateError
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Point, Snapshot
 from qmpsnap.model.layers.vmstate import Inside, hardware_of
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId
+from qmpsnap.model.operations.copies import VolumeMerge
 from qmpsnap.model.operations.operation import Change, DefinePlan, RevertPlan
 from qmpsnap.model.planning.inputs import Basis, PlanInputs
 from qmpsnap.model.planning.layer_graph import Forest, Reference, Writer
@@ -250,6 +252,25 @@ def test_a_tag_is_taken_out_into_a_copy_with_the_same_backing() -> None:
     ]
     assert planned.change.active == {"vda": planned.copies[0].layer.id}
     assert planned.inside is None
+
+
+def test_a_volume_that_its_snapshot_is_merged_into_stays_the_active_one() -> None:
+    own = replace(chain("vda", 5).active, path="/dev/vg0/web", format="raw")
+    volume = replace(own, storage="host_device", identity="lvm:a")
+    kept = replace(volume, id=LayerId("vda-9"), path=f"/dev/vg0/qs-{'0' * 32}-9-vda", identity="lvm:b")
+    at = situation(
+        (Chain(disk="vda", layers=(volume,)), LIVE[1]), (snapshot("a", "vda-9", "vdb-2"), LISTED[1]), more=(kept,)
+    )
+    assert revert_plan.merge_pairs(at, at.snapshots[0], machine().spec) == ((volume, kept),)
+    merge = VolumeMerge(disk="vda", layer=volume, snapshot=kept, reserve=MIB, moves=7)
+    inputs = PlanInputs(basis=at.basis, serial=OperationId(17), home=home_at(Path("/q")), mode="live")
+    planned = revert_plan.plan(inputs, at, RevertRequest(name="a", discard=True), merges=(merge,))
+    assert (planned.merges, planned.clones, [one.disk for one in planned.overlays]) == ((merge,), (), ["vdb"])
+    assert (planned.change.active, planned.change.layers[-1]) == ({"vdb": "vdb-17"}, kept)
+    assert "vda-5" not in planned.change.removed_layers
+    text = text_of(document_of(Preview(plan=planned, unwritten=False, moves=7)))
+    assert f"  merge {kept.path} into /dev/vg0/web, and take it anew" in text.splitlines()
+    assert text.endswith("bytes to move: 7")
 
 
 def test_a_point_that_somebody_writes_to_is_refused() -> None:

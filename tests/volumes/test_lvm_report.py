@@ -112,6 +112,8 @@ def test_arguments_end_with_names_that_are_no_options() -> None:
         lvm.thin_clone(Place("vg0", name), name),
         lvm.plain_volume("vg0", name, 8 * MIB),
         lvm.rename(THICK, name),
+        lvm.merge(Place("vg0", name)),
+        lvm.poll(THICK),
         lvm.remove("vg0", uuid),
     ):
         at = argv.index("--")

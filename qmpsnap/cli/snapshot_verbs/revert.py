@@ -120,6 +120,7 @@ def document_of(found: "Preview") -> dict[str, Any]:
     if isinstance(plan, RevertPlan):
         files += [{"create": overlay.layer.path, "backing": overlay.backing.path} for overlay in plan.overlays]
         files += [{"create": clone.layer.path, "clone": clone.source.path} for clone in plan.clones]
+        files += [{"overwrite": merge.layer.path, "merge": merge.snapshot.path} for merge in plan.merges]
         files += [{"create": copy.layer.path, "copy": copy.source.path, "tag": copy.tag} for copy in plan.copies]
     start = ("paused" if plan.paused else "running") if isinstance(plan, RevertPlan) and plan.restart else None
     return {
@@ -146,7 +147,7 @@ def text_of(plan: dict[str, Any]) -> str:
         after = f"then QEMU would be started, {plan['start']}"
     lines = [f"would revert machine {plan['machine']} to {plan['snapshot']}; nothing was changed"]
     lines += ["files:"] if files or removed else ["no files"]
-    lines += [f"  create {output.printable(f['create'])} {_from(f)}" for f in files]
+    lines += [f"  {_file(f)}" for f in files]
     lines += [f"  remove {output.printable(path)}" for path in removed]
     lines += [f"snapshot {plan['kept']} would keep the present state"] if plan["kept"] else []
     lines += ["QMP commands:" if commands else "no QMP command: the machine is stopped"]
@@ -154,6 +155,12 @@ def text_of(plan: dict[str, Any]) -> str:
     lines += [after]
     lines += [f"with the memory in {output.printable(memory)}"] if memory else []
     return "\n".join([*lines, f"bytes to move: {plan['bytes']}"])
+
+
+def _file(file: dict[str, str]) -> str:
+    if "merge" in file:
+        return f"merge {output.printable(file['merge'])} into {output.printable(file['overwrite'])}, and take it anew"
+    return f"create {output.printable(file['create'])} {_from(file)}"
 
 
 def _from(file: dict[str, str]) -> str:

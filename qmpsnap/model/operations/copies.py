@@ -1,4 +1,4 @@
-"""New layers that are copies of others."""
+"""New layers that are copies of others; and an old one that gets its snapshot's content back."""
 
 from msgspec import Struct
 
@@ -26,3 +26,17 @@ class VolumeCopy(Struct, frozen=True, kw_only=True):
     source: Layer
     thick: str = ""
     reserve: int = 0
+
+
+class VolumeMerge(Struct, frozen=True, kw_only=True):
+    """A disk's active layer whose storage gives it the content of one of its snapshots again, in place.
+
+    The ``snapshot`` is taken anew then, with ``reserve`` bytes, and has another identity. ``moves``: bytes to copy, at
+    most.
+    """
+
+    disk: str
+    layer: Layer
+    snapshot: Layer
+    reserve: int
+    moves: int

@@ -13,7 +13,7 @@ from qmpsnap.model.names import LayerId, OperationId
 from qmpsnap.model.operations.by import By, DeleteBy, LoadBy, MirrorBy, SaveBy
 from qmpsnap.model.operations.change import Change as Change  # noqa: PLC0414 - others have it from here
 from qmpsnap.model.operations.change import Overlay as Overlay  # noqa: PLC0414
-from qmpsnap.model.operations.copies import Copy, VolumeCopy
+from qmpsnap.model.operations.copies import Copy, VolumeCopy, VolumeMerge
 from qmpsnap.model.operations.devices import AttachPlan, DetachPlan
 from qmpsnap.model.operations.flatten import FlattenPlan
 from qmpsnap.model.operations.memory import Memory
@@ -238,6 +238,7 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
         vmstate: the memory in a file that it goes on with.
         copies: new active layers that are copies, where the snapshot is inside an image.
         clones: new active layers that the storage clones, where the snapshot is one of the storage.
+        merges: active layers that stay, and into which the storage merges the snapshot.
         inside: the copy, among those, with memory that it goes on with. With neither it boots.
         variables: the UEFI variable store and what it is replaced with.
         unwritten: what becomes true instead when the old active layers are empty; None where that does not matter.
@@ -255,6 +256,7 @@ class RevertPlan(Struct, frozen=True, kw_only=True, tag="revert"):
     vmstate: Vmstate | None = None
     copies: tuple[Copy, ...] = ()
     clones: tuple[VolumeCopy, ...] = ()
+    merges: tuple[VolumeMerge, ...] = ()
     inside: LayerId | None = None
     variables: tuple[str, str] | None = None
 

@@ -30,6 +30,7 @@ LOADING: Final = "loading"
 LOADED: Final = "loaded"
 # revert
 STOPPING: Final = "stopping"
+MERGING: Final = "merging"
 SWITCHED: Final = "switched"
 STARTING: Final = "starting"
 # resize
@@ -171,6 +172,11 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
     "revert": (
         Step(PLANNED, "new layers may exist; the guest is untouched: roll back"),
         Step(STOPPING, "QEMU may have ended: roll forward and leave the machine stopped"),
+        Step(
+            MERGING,
+            "volumes may have got the content of their snapshots, which may lack: merge the rest, take these anew and"
+            " roll forward",
+        ),
         Step(SWITCHED, "the machine is at the snapshot; unneeded files may be left: roll forward"),
         Step(STARTING, "QEMU may be starting: roll forward; a QEMU that has loaded its memory keeps running"),
         Step(SETTLED, "nothing is left to do"),

@@ -124,6 +124,7 @@ def _changes(plan: Plan) -> frozenset[Name]:  # noqa: PLR0911 - one for each kin
         case RevertPlan():
             files = [
                 *(new.layer for new in plan.new),
+                *(layer for merge in plan.merges for layer in (merge.layer, merge.snapshot)),
                 *plan.removed,
                 *(plan.unwritten.layers if plan.unwritten else ()),
             ]

@@ -14,7 +14,7 @@ from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.machines.rbd import RbdImage
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import LayerId, OperationId
-from qmpsnap.model.operations.copies import VolumeCopy
+from qmpsnap.model.operations.copies import VolumeCopy, VolumeMerge
 from qmpsnap.ops.base import admission
 from qmpsnap.ops.base.context import Context
 from qmpsnap.volumes.driver import Ability, Driver, Volume
@@ -287,6 +287,29 @@ async def make(
     files = [copy.layer.path for copy in copies if copy.layer.storage == "file"]
     await admission.new_files(context, machine, files)
     return made
+
+
+async def mergeable(active: Layer, snapshot: Layer) -> VolumeMerge | None:
+    """The merge that gives an active layer its snapshot's content at less cost than a clone; None where none does."""
+    if not (is_logical(active) and is_logical(snapshot) and is_snapshot(snapshot)):
+        return None
+    from qmpsnap.volumes import lvm_merge  # seldom needed
+
+    found = await lvm_merge.mergeable(volume_of(snapshot), volume_of(active))
+    name = of_path(snapshot.path)
+    if found is None or name is None:
+        return None
+    return VolumeMerge(disk=name.disk, layer=active, snapshot=snapshot, reserve=found.reserve, moves=found.moves)
+
+
+async def merge(merges: Iterable[VolumeMerge]) -> dict[LayerId, Volume]:
+    """Do them, or what is left of them; returns the snapshots as they were taken anew."""
+    from qmpsnap.volumes import lvm_merge  # seldom needed
+
+    return {
+        one.snapshot.id: await lvm_merge.merge(volume_of(one.snapshot), volume_of(one.layer), reserve=one.reserve)
+        for one in merges
+    }
 
 
 async def whole(machine: Machine, operation: OperationId, copies: Sequence[VolumeCopy]) -> dict[LayerId, Volume] | None:

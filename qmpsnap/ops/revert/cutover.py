@@ -1,15 +1,17 @@
 """The part of a revert from which there is only forward; the run and a later recovery take the same way.
 
-``stopping``: QEMU ends -> the UEFI variable store is kept and replaced -> the record changes, in one SQL transaction
-(``switched``) -> files that nobody needs go.
+``stopping``: QEMU ends -> the UEFI variable store is kept and replaced -> volumes get their snapshots' content
+(``merging``) -> the record changes, in one SQL transaction (``switched``) -> files that nobody needs go.
 """
 
 from pathlib import Path
 
 from qmpsnap.block.image import header
 from qmpsnap.errors import HostCannot, ImageRefused
+from qmpsnap.host.files import Identified
 from qmpsnap.host.threads import to_end
 from qmpsnap.machine.qemu import require_ended
+from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import Operation, RevertPlan
 from qmpsnap.ops.base import volumes
@@ -35,7 +37,11 @@ async def switch(session: MachineSession, operation: Operation[RevertPlan]) -> N
     empty = await to_end(nothing_written, plan, plan.keeps)
     change = plan.unwritten.change if plan.unwritten and empty else plan.change
     await to_end(require_planned, plan.overlays)
-    headers = await to_end(headers_of, [one.layer for one in plan.new])
+    headers: dict[LayerId, Identified] = {**await to_end(headers_of, [one.layer for one in plan.new])}
+    if plan.merges:
+        anew = [merge.snapshot.id for merge in plan.merges]
+        await context.astore.mark(operation.id, "running", step=steps.MERGING, writes=anew)
+        headers |= await volumes.merge(plan.merges)
     change = identified(change, headers)
     if plan.variables:
         mine, kept = plan.variables

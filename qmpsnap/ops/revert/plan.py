@@ -1,6 +1,6 @@
 """What a revert will do: pure, but for what it is given."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -14,7 +14,7 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import layer_id
 from qmpsnap.model.operations.by import LoadBy
-from qmpsnap.model.operations.copies import Copy, VolumeCopy
+from qmpsnap.model.operations.copies import Copy, VolumeCopy, VolumeMerge
 from qmpsnap.model.operations.operation import Change, Overlay, RevertPlan, Unwritten
 from qmpsnap.model.planning import unreferenced
 from qmpsnap.model.planning.inputs import PlanInputs
@@ -52,12 +52,15 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
     resume: bool = False
 
 
-def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPlan:
+def plan(
+    inputs: PlanInputs, at: Situation, request: RevertRequest, *, merges: Sequence[VolumeMerge] = ()
+) -> RevertPlan:
     """The plan of a revert; pure. Disks that the snapshot does not include are unchanged.
 
     The snapshot's points decide which layers become active, the request decides about the layers that were active:
 
-    1. A point without a tag gets a new overlay on its layer; one that the storage has made is cloned by it instead.
+    1. A point without a tag gets a new overlay on its layer; one that the storage has made is cloned by it instead, or
+       merged into the active layer where that is among ``merges``.
     2. A point with a tag, inside an image, is copied out of it into a new layer.
     3. ``discard``: the old active layers are removed, and layers below them that nothing needs then.
     4. Otherwise they are kept as an automatic snapshot; but
@@ -76,11 +79,12 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
             machine=machine.name,
         )
     _require_thawed(machine.name, snapshot, request)
-    overlays, copies, clones = _new(inputs, at, snapshot, spec)
+    merged = frozenset(merge.disk for merge in merges)
+    overlays, copies, clones = _new(inputs, at, snapshot, spec, merged=merged)
     gone = tuple(disk for disk in at.live if not spec.disk(disk))
     new: tuple[Overlay | Copy | VolumeCopy, ...] = (*overlays, *copies, *clones)
     switched = Change(
-        layers=tuple(one.layer for one in new),
+        layers=(*(one.layer for one in new), *(merge.snapshot for merge in merges)),
         active={one.disk: one.layer.id for one in new},
         current=snapshot.name,
         spec=changed_spec(machine, snapshot, request),
@@ -100,6 +104,7 @@ def plan(inputs: PlanInputs, at: Situation, request: RevertRequest) -> RevertPla
         vmstate=snapshot.vmstate,
         copies=copies,
         clones=clones,
+        merges=tuple(merges),
         inside=next((copy.layer.id for copy in copies if memory and copy.source.id == memory), None),
         variables=(str(inputs.home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
     )
@@ -126,7 +131,7 @@ def _require_thawed(machine: str, snapshot: Snapshot, request: RevertRequest) ->
 
 
 def _new(
-    inputs: PlanInputs, at: Situation, snapshot: Snapshot, spec: MachineSpec
+    inputs: PlanInputs, at: Situation, snapshot: Snapshot, spec: MachineSpec, *, merged: Collection[str]
 ) -> tuple[tuple[Overlay, ...], tuple[Copy, ...], tuple[VolumeCopy, ...]]:
     """Cases 1 and 2: the new active layers."""
     folder = str(inputs.home.machine_dir(inputs.machine.name))
@@ -135,6 +140,8 @@ def _new(
     copies: list[Copy] = []
     clones: list[VolumeCopy] = []
     for chain in points(at, snapshot, spec):
+        if chain.disk in merged:
+            continue
         if volumes.is_snapshot(chain.active):
             name = VolumeName.of(inputs.machine.uuid, inputs.serial, chain.disk, "clone")
             clones.append(volumes.copied(chain.active, layer_id(chain.disk, inputs.serial), name))
@@ -209,6 +216,18 @@ def points(at: Situation, snapshot: Snapshot, spec: MachineSpec) -> tuple[Chain,
     """The chains that a snapshot's points are the tops of, in the order of the spec's disks."""
     disks = (disk.name for disk in spec.disks)
     return tuple(at.forest.chain(disk, point.layer) for disk in disks if (point := snapshot.point(disk)))
+
+
+def merge_pairs(at: Situation, snapshot: Snapshot, spec: MachineSpec) -> tuple[tuple[Layer, Layer], ...]:
+    """Active layers with the volume snapshots of theirs that a merge may give them back: nobody else reads these."""
+    pairs = [
+        (at.live[chain.disk].active, chain.active) for chain in points(at, snapshot, spec) if chain.disk in at.live
+    ]
+    return tuple(
+        (active, wanted)
+        for active, wanted in pairs
+        if volumes.is_snapshot(wanted) and active.backing == wanted.backing and not at.forest.children(wanted.id)
+    )
 
 
 def left_out(snapshot: Snapshot, spec: MachineSpec) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ async def end(broken: Broken[RevertPlan], monitor: Monitor | None) -> Direction:
         await volumes.undo(broken.machine, operation.id, plan.clones)
         await broken.mark_failed()
         return "back"
-    if operation.step == steps.STOPPING:
+    if operation.step in (steps.STOPPING, steps.MERGING):
         await switch(MachineSession(broken.context, broken.machine, monitor), operation)
         monitor = None
     elif operation.step == steps.SWITCHED:

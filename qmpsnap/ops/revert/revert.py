@@ -1,9 +1,9 @@
 """``snapshot revert``: new empty overlays on a snapshot's points become active; the old ones are kept or removed.
 
 Order: plan -> journal -> overlays made, the guest still running -> ``stopping`` -> QEMU ends -> the UEFI variable store
-is kept and replaced -> the record changes (``switched``) -> unneeded files are removed -> ``starting`` -> QEMU starts
-on the new layers, with the snapshot's memory if it has one -> settled. Before ``stopping`` an interrupted revert is
-rolled back and the guest has noticed nothing; after it, it is rolled forward.
+is kept and replaced -> volumes are merged (``merging``) -> the record changes (``switched``) -> unneeded files are
+removed -> ``starting`` -> QEMU starts on the new layers, with the snapshot's memory if it has one -> settled. Before
+``stopping`` an interrupted revert is rolled back and the guest has noticed nothing; after it, it is rolled forward.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.state import State
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations import steps
+from qmpsnap.model.operations.copies import VolumeMerge
 from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
@@ -39,7 +40,7 @@ from qmpsnap.ops.memory import post_resume
 from qmpsnap.ops.memory.load import Loading, require_same_hardware
 from qmpsnap.ops.revert import in_place
 from qmpsnap.ops.revert.cutover import nothing_written, switch
-from qmpsnap.ops.revert.plan import RevertRequest, changed_spec, left_out, plan, points, target_of
+from qmpsnap.ops.revert.plan import RevertRequest, changed_spec, left_out, merge_pairs, plan, points, target_of
 from qmpsnap.ops.session import planning_state, quiesce, recovery
 from qmpsnap.ops.session.session import begin, inputs, looking, working
 from qmpsnap.qmp import commands
@@ -114,7 +115,7 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
             loaded = await to_read(make, now)
             commands = tuple(in_place.qmp_commands(loaded, now.serial))
             return Preview(plan=loaded, unwritten=False, commands=commands)
-    planned = plan(now, at, request)
+    planned = plan(now, at, request, merges=await _merges(machine, at, target, request))
     await volumes.require_independent(planned.removed)
     consent.require(machine)
     await require_same_hardware(context, _as_started(machine, target, request), target)
@@ -122,7 +123,9 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
     return Preview(
         plan=planned,
         unwritten=await to_read(nothing_written, planned, variables),
-        moves=sum(at.bytes.get(copy.source.id, 0) for copy in planned.copies) + await volumes.moves(planned.clones),
+        moves=sum(at.bytes.get(copy.source.id, 0) for copy in planned.copies)
+        + sum(merge.moves for merge in planned.merges)
+        + await volumes.moves(planned.clones),
         commands=(("quit", {}),) if planned.live else (),
     )
 
@@ -233,7 +236,7 @@ async def _require_possible(session: MachineSession, request: RevertRequest) -> 
     target = _target(session, at, request)
     await _examine(session, at, target, request)
     now, folder = await inputs(session, at.basis), str(session.context.home.machine_dir(session.machine.name))
-    planned = plan(now, at, request)
+    planned = plan(now, at, request, merges=await _merges(session.machine, at, target, request))
     _require_variables(session.context.home, planned)
     busy = in_place.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
     chains = [at.live[disk] for disk in busy]
@@ -294,11 +297,13 @@ async def _open(
 ) -> Operation[RevertPlan]:
     spec = _as_started(session.machine, target, request).spec
     there = await volumes.taken(session.machine, (chain.active for chain in points(at, target, spec)))
+    merges = await _merges(session.machine, at, target, request)
     if request.discard and any(layer.storage != "file" for chain in at.live.values() for layer in chain.layers):
-        await volumes.require_independent(plan(await inputs(session, at.basis), at, request).removed)
+        now = await inputs(session, at.basis)
+        await volumes.require_independent(plan(now, at, request, merges=merges).removed)
 
     def make(inputs: PlanInputs) -> RevertPlan:
-        planned = plan(inputs, at, request)
+        planned = plan(inputs, at, request, merges=merges)
         files = [one.layer.path for one in planned.new if one.layer.storage == "file"]
         require_free([*files, *([planned.keeps] if planned.keeps else [])])
         volumes.require_free(planned.clones, there)
@@ -307,6 +312,13 @@ async def _open(
         return planned
 
     return await begin(session, at.basis, make)
+
+
+async def _merges(machine: Machine, at: Situation, target: Snapshot, request: RevertRequest) -> tuple[VolumeMerge, ...]:
+    """The active layers that get their snapshot's content by a merge, which is destructive: only with ``discard``."""
+    pairs = merge_pairs(at, target, _as_started(machine, target, request).spec) if request.discard else ()
+    found = [await volumes.mergeable(active, wanted) for active, wanted in pairs]
+    return tuple(merge for merge in found if merge)
 
 
 def _require_space(context: Context, machine: Machine, planned: RevertPlan, also: Iterable[Need] = ()) -> None:

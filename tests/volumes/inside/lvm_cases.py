@@ -13,6 +13,7 @@ import pytest
 
 from qmpsnap.errors import HostCannot, ImageInUse, NotFoundError, QmpsnapError, StateError, StoreMismatch
 from qmpsnap.model.names import OperationId
+from qmpsnap.volumes import lvm_merge
 from qmpsnap.volumes.driver import Volume
 from qmpsnap.volumes.lvm import Lvm
 from qmpsnap.volumes.names import VolumeName
@@ -144,6 +145,35 @@ def test_a_thick_snapshot_that_has_run_full_is_invalid() -> None:
         do(DRIVER.clone, kept, name(18, "clone"))
     do(DRIVER.remove, found)
     assert names() == {"thick"}
+
+
+def test_a_thick_snapshot_is_merged_into_its_origin_and_taken_anew() -> None:
+    origin = thick()
+    write(origin.path, b"a", 1, 3)
+    kept = do(Lvm(thick="40%").snapshot, origin, name(17))
+    write(origin.path, b"b", 1, 3)
+    found = do(lvm_merge.mergeable, kept, origin)
+    assert found
+    assert (found.reserve, 3 * MIB <= found.moves < 4 * MIB) == (16 * MIB, True)
+    merge = partial(lvm_merge.merge, kept, origin, reserve=found.reserve)
+    descriptor = os.open(kept.path, os.O_RDONLY)
+    assert do(lvm_merge.mergeable, kept, origin) is None
+    with pytest.raises(ImageInUse, match="is open"):
+        do(merge)
+    os.close(descriptor)
+    tool("udevadm", "settle")
+    anew = do(merge)
+    assert (anew.path, anew.bytes, anew.name, anew.identity != kept.identity) == (
+        kept.path, kept.bytes, kept.name, True
+    )  # fmt: skip
+    write(origin.path, b"c", 1)
+    assert [read(path, at) for path in (origin.path, kept.path) for at in (1, 3)] == [b"c", b"a", b"a", b"a"]
+    assert do(merge) == anew  # as after an interruption: it is done
+    tool("lvconvert", "--merge", kept.path.removeprefix("/dev/"))
+    again = do(merge)  # the snapshot is gone, and lacks
+    assert (read(origin.path, 1), again.path, do(DRIVER.size, again).own) == (b"a", kept.path, 16 * MIB)
+    do(Lvm(thick="4M").snapshot, origin, name(18))
+    assert do(lvm_merge.mergeable, again, origin) is None  # it could be filled by the merge
 
 
 def test_what_is_no_snapshot_yet_is_a_part() -> None:
