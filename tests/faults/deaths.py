@@ -51,28 +51,39 @@ async def _do(scenario: str, place: Path, recovering: bool) -> None:  # noqa: FB
             await q.define(TWO)
             return
         vm = await q.machine(NAME)
-        if scenario == "undefine":
-            await vm.undefine(disks="remove")
-        elif scenario == "rename of a machine":
-            await vm.rename("other")
-        elif scenario == "flatten":
-            await vm.flatten("vda")
-        elif scenario == "revert by merging":
-            with copying.merging():
-                await vm.revert("before", discard=True)
-        elif scenario == "disk-attach":
-            await vm.attach_disk({"size": "1M", "bus": "scsi"})
-        elif scenario == "disk-detach":
-            await vm.detach_disk("vdb")
-        elif scenario == POOL:
-            async with vm.pool("warm", size=2, fresh=False) as pool, pool.take():
-                pass
-        elif scenario in FORKS:
-            await vm.fork("warm", "child", ephemeral=scenario == "ephemeral fork")
-        elif recovering:
+        if recovering:
             await vm.recover()
+        elif act := OTHERS.get(scenario):
+            await act(vm)
         else:
             await SCENARIOS[scenario].act(vm, place)
+
+
+async def _merges(vm: qmpsnap.MachineHandle) -> None:
+    with copying.merging():
+        await vm.revert("before", discard=True)
+
+
+async def _forked(vm: qmpsnap.MachineHandle, *, ephemeral: bool) -> None:
+    await vm.fork("warm", "child", ephemeral=ephemeral)
+
+
+async def _pooled(vm: qmpsnap.MachineHandle) -> None:
+    async with vm.pool("warm", size=2, fresh=False) as pool, pool.take():
+        pass
+
+
+OTHERS: dict[str, Callable[[qmpsnap.MachineHandle], Awaitable[object]]] = {
+    "undefine": lambda vm: vm.undefine(disks="remove"),
+    "rename of a machine": lambda vm: vm.rename("other"),
+    "flatten": lambda vm: vm.flatten("vda"),
+    "revert by merging": _merges,
+    "disk-attach": lambda vm: vm.attach_disk({"size": "1M", "bus": "scsi"}),
+    POOL: _pooled,
+    "disk-detach": lambda vm: vm.detach_disk("vdb"),
+    **{name: partial(_forked, ephemeral=name == "ephemeral fork") for name in FORKS},
+}
+"""Verbs that are no scenarios."""
 
 
 async def ends_by_itself(act: Callable[[], Awaitable[object]]) -> str:
