@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ async def _calls(
                 depth += 1
             found[f"snapshot of the disks, depth {wanted}"] = await _parts(
                 spent, rounds, lambda: vm.snapshot("s"), lambda: vm.delete_snapshots("s")
+            )
+    async with guests.started(q, guests.still("merged")) as merged:
+        for verb, call in (("commit", merged.commit), ("stream", merged.stream)):
+            found[f"{verb} of an empty layer"] = await _parts(
+                spent, rounds, partial(call, "vda"), merged.add_layers, first=merged.add_layers
             )
     vm = await q.define(guests.still("starts"))
     found["start under -S"] = await _parts(spent, rounds, lambda: vm.start(paused=True), lambda: vm.stop(force=True))

@@ -33,12 +33,16 @@ class Row:
         return measure or self.measure, way
 
 
+_FLOOR = 55 / 40
+"""The goal is 55 ms where the interpreter alone takes 40; on another host both are other."""
+
+
 def _reading(measure: str, command: str) -> tuple[Row, ...]:
     large, small = "in a store of 10,000 snapshots", ("qmpsnap", "with 10 snapshots")
     ratio, most = _LARGE.get(measure, (None, None))
     return (
         Row(measure, f"`{command}`", against=SNAPSHOT_LIST, ratio=2.5),
-        Row(measure, f"`{command}`", against=("floor/python", "the interpreter alone"), most=55, quantity="cpu"),
+        Row(measure, f"`{command}`", against=("floor/python", "the interpreter alone"), ratio=_FLOOR, quantity="cpu"),
         Row(measure, f"`{command}` {large}", way="large", against=small, ratio=ratio, most=most),
         Row(measure, f"`{command}` {large}", way="large", against=small, most=60, quantity="memory"),
     )
