@@ -18,14 +18,28 @@ from msgspec.structs import replace
 from qemu.qmp import ConnectError, QMPClient
 
 import qmpsnap
-from qmpsnap.machine import templates
+from qmpsnap.machine import agent, templates
+from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.model.layers.vmstate import version_of
+from qmpsnap.ops.fork import bake, upkeep
+from qmpsnap.ops.fork import run as forking
+from qmpsnap.ops.fork.identity import ANSWER
 from qmpsnap.ops.fork.pool import pss
 from tests.bench import guests
 from tests.bench.guests import MIB
 
 RATIO, MEDIAN_MS = 1.6, 200.0
 """What a fork may take: times the bare script, and milliseconds, on a quiet host under TCG."""
+POOL_MS, POOL_P99_MS = 80.0, 200.0
+"""Milliseconds until a test has a machine from a pool and that one's first answer."""
+GROWTH = 1.2
+"""Times the smallest guest's fork that one of the largest may take."""
+HUNDRED = 100
+LOADED_MIB, ANSWERED_MIB = 4096.0, 4915.0
+"""What a hundred forks of 256 MiB may take up, loaded and waiting, and after a first command."""
+
+BAKES = 3
+"""Times that a template is made."""
 
 Times = dict[str, list[float]]
 
@@ -56,6 +70,7 @@ def _shelf(folder: Path) -> Path:
 
 async def _all(folder: Path, rounds: int, sizes: Sequence[int], counts: Sequence[int]) -> bool:
     slow, first = False, True
+    forks: list[float] = []
     async with qmpsnap.open() as q:
         for size in sizes:
             vm = await q.define(replace(guests.booting(f"guest{size}"), memory=size * MIB))
@@ -63,13 +78,18 @@ async def _all(folder: Path, rounds: int, sizes: Sequence[int], counts: Sequence
             guests.answers(guests.agent_of(vm.name))
             await vm.snapshot("warm", kind="full")
             print(f"\n{size} MiB of memory, QEMU {(await _process(vm)).qemu_version}, load {os.getloadavg()[0]:.1f}")
-            slow |= await _forks(folder, vm, rounds)
+            is_slow, fork = await _forks(folder, vm, rounds)
+            forks.append(fork)
             await _others(vm, rounds)
-            await _pool(vm, rounds)
+            slow |= is_slow | await _pool(vm, rounds)
             if first:
-                await _memory(vm, counts)
+                slow |= await _memory(vm, counts)
             first = False
             await vm.stop(force=True)
+    if len(sizes) > 1:
+        growth = forks[-1] / forks[0]
+        print(f"\n  {f'fork to running, {sizes[-1]} MiB to {sizes[0]}':44} {growth:8.2f}   (limit: {GROWTH:g})")
+        slow |= growth > GROWTH
     return slow
 
 
@@ -82,11 +102,12 @@ async def _process(vm: qmpsnap.MachineHandle) -> qmpsnap.Process:
 # --- one fork ---------------------------------------------------------------------------------------------------------
 
 
-async def _forks(folder: Path, vm: qmpsnap.MachineHandle, rounds: int) -> bool:
+async def _forks(folder: Path, vm: qmpsnap.MachineHandle, rounds: int) -> tuple[bool, float]:
+    """Whether they are slow, and what a fork takes."""
     q = vm._context
-    since = time.monotonic()
+    baking = await _baking(vm)
+    _say("bake alone", baking)
     await vm.fork("warm", "pattern", paused=True)
-    _say("the first fork, which bakes", [_ms(since)])
     pattern = qmpsnap.MachineHandle(q, "pattern")
     script = await _script(folder, pattern)
     times: Times = {}
@@ -103,7 +124,23 @@ async def _forks(folder: Path, vm: qmpsnap.MachineHandle, rounds: int) -> bool:
         _say(name, found)
     fork, bare = (statistics.median(times[name]) for name in ("fork to running", "bare script to running"))
     print(f"  {'ratio':44} {fork / bare:8.2f}   (limits: {RATIO:g} and {MEDIAN_MS:g} ms)")
-    return fork > MEDIAN_MS or fork / bare > RATIO
+    return fork > MEDIAN_MS or fork / bare > RATIO, fork
+
+
+async def _baking(vm: qmpsnap.MachineHandle) -> list[float]:
+    """What the template takes, which every snapshot's first fork makes."""
+    found: list[float] = []
+
+    async def baking() -> None:
+        pass
+
+    source = await forking.source_of(vm._context, vm.name, "warm")
+    for _ in range(BAKES):
+        await upkeep.prune(vm._context, all=True)
+        since = time.monotonic()
+        async with bake.template_of(vm._context, source, baking=baking):
+            found.append(_ms(since))
+    return found
 
 
 async def _fork(vm: qmpsnap.MachineHandle, times: Times) -> None:
@@ -193,6 +230,9 @@ async def _bare(script: Script, times: Times) -> None:
             await asyncio.sleep(0.001)
         await qemu.execute("cont")
         times.setdefault("bare script to running", []).append(_ms(since))
+        async with agent.connect(folder / AGENT_SOCKET, machine="bare", deadline=ANSWER) as guest:
+            await guest.run(["true"], deadline=ANSWER)
+        times.setdefault("bare script to the agent's first answer", []).append(_ms(since))
         await qemu.disconnect()
     finally:
         process.kill()
@@ -222,7 +262,7 @@ async def _others(vm: qmpsnap.MachineHandle, rounds: int) -> None:
 # --- pools and memory -------------------------------------------------------------------------------------------------
 
 
-async def _pool(vm: qmpsnap.MachineHandle, rounds: int) -> None:
+async def _pool(vm: qmpsnap.MachineHandle, rounds: int) -> bool:
     times: Times = {}
     async with vm.pool("warm", size=4) as pool:
         for refill in ("idle", "running"):
@@ -236,23 +276,36 @@ async def _pool(vm: qmpsnap.MachineHandle, rounds: int) -> None:
                     times.setdefault(f"and its first answer, refill {refill}", []).append(_ms(since))
     for name, found in times.items():
         _say(name, found)
+    answers = [found for name, found in times.items() if "answer" in name]
+    print(f"  {'limits of the first answer from a pool':44} {POOL_MS:8.0f} ms  p99 {POOL_P99_MS:8.0f}")
+    return any(statistics.median(found) > POOL_MS or _p99(found) > POOL_P99_MS for found in answers)
 
 
-async def _memory(vm: qmpsnap.MachineHandle, counts: Iterable[int]) -> None:
+async def _memory(vm: qmpsnap.MachineHandle, counts: Iterable[int]) -> bool:
+    slow = False
     names: list[str] = []
     context = vm._context
     for count in counts:
         made = await vm.fork("warm", count=count - len(names), ephemeral=True, paused=True)
         names += [fork.machine.name for fork in made]
-        print(f"  {f'PSS of {count} forks, loaded and waiting':44} {await _pss(context, names):8.0f} MiB")
+        slow |= await _tell_pss(context, names, "loaded and waiting", LOADED_MIB)
     forks = [qmpsnap.MachineHandle(context, name) for name in names]
     for fork in forks:
         await fork.resume()
         await fork.run(["true"])
         await fork.pause()
-    print(f"  {f'PSS of {len(names)} forks after a first command':44} {await _pss(context, names):8.0f} MiB")
+    slow |= await _tell_pss(context, names, "after a first command", ANSWERED_MIB)
     for fork in forks:
         await fork.stop(force=True)
+    return slow
+
+
+async def _tell_pss(context: Any, names: Sequence[str], when: str, limit: float) -> bool:
+    """Print it; returns whether it is too much."""
+    found = await _pss(context, names)
+    limited = f"   (limit: {limit:.0f} MiB)" if len(names) == HUNDRED else ""
+    print(f"  {f'PSS of {len(names)} forks, {when}':44} {found:8.0f} MiB{limited}")
+    return bool(limited) and found > limit
 
 
 async def _pss(context: Any, names: Sequence[str]) -> float:
@@ -264,6 +317,10 @@ def _ms(since: float) -> float:
     return (time.monotonic() - since) * 1000
 
 
+def _p99(found: Sequence[float]) -> float:
+    return sorted(found)[max(0, -(-len(found) * 99 // 100) - 1)]
+
+
 def _say(name: str, found: Sequence[float]) -> None:
-    worst = sorted(found)[max(0, -(-len(found) * 99 // 100) - 1)]
-    print(f"  {name:44} {statistics.median(found):8.0f} ms  p99 {worst:8.0f}  best {min(found):8.0f}  ({len(found)})")
+    middle, worst, best = statistics.median(found), _p99(found), min(found)
+    print(f"  {name:44} {middle:8.0f} ms  p99 {worst:8.0f}  best {best:8.0f}  ({len(found)})")
