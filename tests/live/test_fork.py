@@ -37,6 +37,12 @@ async def said(vm: qmpsnap.MachineHandle, command: str) -> str:
     return (await vm.run(command)).stdout
 
 
+async def who(vm: qmpsnap.MachineHandle) -> list[str]:
+    """What no two machines may have alike: hostname, random numbers, and the generation."""
+    names = await said(vm, "hostname; head -c 32 /dev/urandom | sha256sum")
+    return [*names.splitlines(), (await vm.record()).guid]
+
+
 async def warm(q: qmpsnap.Controller, spec: MachineSpec) -> tuple[qmpsnap.MachineHandle, str]:
     """A running guest with noise in its memory, its full snapshot `warm`, and the digest of the noise."""
     vm = await q.define(spec)
@@ -122,16 +128,17 @@ async def test_a_guest_that_counts_is_branched_and_each_branch_is_consistent(
     q: qmpsnap.Controller, guest_spec: MachineSpec, branches: int
 ) -> None:
     vm = await test_full.booted(q, guest_spec)
-    numbers: set[str] = set()
-    for _ in range(branches):
-        (fork,) = await vm.fork(identity="fresh", ephemeral=True)
+    identities: list[list[str]] = []
+    for number in range(branches):
+        (fork,) = await vm.fork(name=f"branch-{number}", identity="fresh", ephemeral=True)
         child = await q.machine(fork.machine.name)
         await test_full.counted(child, await test_full.count(child) + 2)  # it goes on where it was
         await test_full.require_a_whole_disk(child)
-        numbers.add(await said(child, "head -c 32 /dev/urandom | sha256sum"))
+        identities.append(await who(child))
         await child.stop(force=True)
         await vm.delete_snapshots(fork.snapshot.name)
-    assert len(numbers) == branches
+    identities.append(await who(vm))
+    assert [len(set(alike)) for alike in zip(*identities, strict=True)] == [branches + 1] * 3
     await test_full.counted(vm, await test_full.count(vm) + 2)
     await test_full.require_a_whole_disk(vm)
     await hold_invariants(vm)
