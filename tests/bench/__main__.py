@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.bench import commit, compare, fork, parts, pause, volume
+from tests.bench import commit, compare, fork, parts, pause, suite, volume
 from tests.bench.program import ROOT, ProgramFailed
 from tests.harness.processes import kill_qemus
 
@@ -16,13 +16,14 @@ from tests.harness.processes import kill_qemus
 def main() -> int:
     """Run what was asked for; returns the exit code."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    kinds = parser.add_subparsers(required=True, metavar="compare|commit|fork|parts|pause|volume")
+    kinds = parser.add_subparsers(required=True, metavar="compare|commit|fork|parts|pause|suite|volume")
     for name, module, about in (
         ("compare", compare, "everything, beside libvirt and a bare QMP script"),
         ("commit", commit, "a commit of the active layer"),
         ("fork", fork, "how soon a fork runs and answers, and the memory of many"),
         ("parts", parts, "where library calls spend their time"),
         ("pause", pause, "how long a full snapshot holds the guest"),
+        ("suite", suite, "what a test takes that gets a fork, beside a load and a boot for each"),
         ("volume", volume, "how long a volume snapshot does, and the guest's longest read and write meanwhile"),
     ):
         kind = kinds.add_parser(name, help=about)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.bench import page, parts, report
+from qmpsnap.pytest_plugin.told import Told, lines
+from tests.bench import page, parts, report, suite
 from tests.bench.compare import GROUPS, MEASURES
 from tests.bench.measure import Results
 from tests.bench.report import Line, Spread, figure
@@ -79,3 +80,11 @@ def test_what_is_in_no_part_is_the_rest() -> None:
     took = {"in all": 10.0, **dict.fromkeys(parts.PARTS, 1.0)}
     row = parts.table({"start": took}).splitlines()[-1]
     assert row == "| start | 10.0 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | 5.0 |"
+
+
+@pytest.mark.parametrize("way", suite.WAYS)
+def test_what_the_plugin_says_of_its_machines_is_understood(way: str) -> None:
+    (line,) = lines([Told("guest", way, "", [0.25, 0.5, 0.75])])
+    found = suite.READY.search(f"...\n{line}\n3 passed")
+    assert found
+    assert found.groups() == ("3", "0.50", "0.75")
