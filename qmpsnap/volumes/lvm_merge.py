@@ -18,6 +18,8 @@ from qmpsnap.volumes.lvm_report import LogicalVolume
 
 _INTERVAL: Final = 0.5
 """Seconds between two looks at a merge."""
+_RETRY: Final = 10.0
+"""Seconds that udev has to close a volume which it looks at as QEMU has closed it; and until a merge is begun again."""
 _PATIENCE: Final = 60.0
 """Seconds without any progress of a merge, after which it is left to itself."""
 
@@ -55,28 +57,39 @@ async def merge(snapshot: Volume, origin: Volume, *, reserve: int) -> Volume:
         HostCannot: one of LVM's programs failed, or the merge does not proceed.
     """
     place, above = place_of(snapshot), place_of(origin)
-    volumes = await listed(place.group)
-    source = origin_of(volumes, above, origin)
-    found = volumes.get(place.volume)
+    found, source = await _closed(snapshot, origin)
     if found and found.identity == snapshot.identity:
-        for one in (found, source):
-            if one.is_open:
-                raise ImageInUse(
-                    f"{place.group}/{one.lv_name} is open in another program, and cannot be merged",
-                    effect="unknown",
-                    hint=f"lsof /dev/{place.group}/{one.lv_name} names it",
-                )
         if said := await run(lvm_report.merge(place)):
             raise HostCannot(f"lvconvert did not merge {place}: {said}", effect="unknown")
         found = None
     elif source.is_merging:
-        await run(lvm_report.poll(above))  # whoever watched it may have died
+        await run(lvm_report.refresh(above))  # whoever watched it may have died
     source = await _merged(origin, source)
     assert snapshot.name
     if found is None or found.origin_uuid != source.lv_uuid:
         argv = lvm_report.thick_snapshot(above, place.volume, reserve)
         return await made(argv, above, snapshot.name, source)
     return await _known(snapshot)
+
+
+async def _closed(snapshot: Volume, origin: Volume) -> tuple[LogicalVolume | None, LogicalVolume]:
+    """The snapshot, where it is listed, and its origin; where both are to be merged nobody has one of them open."""
+    place, since = place_of(snapshot), time.monotonic()
+    while True:
+        volumes = await listed(place.group)
+        found, source = volumes.get(place.volume), origin_of(volumes, place_of(origin), origin)
+        if found is None or found.identity != snapshot.identity:
+            return found, source
+        used = [one.lv_name for one in (found, source) if one.is_open]
+        if not used:
+            return found, source
+        if time.monotonic() - since > _RETRY:
+            raise ImageInUse(
+                f"{place.group}/{used[0]} is open in another program, and cannot be merged",
+                effect="unknown",
+                hint=f"lsof /dev/{place.group}/{used[0]} names it",
+            )
+        await anyio.sleep(_INTERVAL)
 
 
 async def _known(snapshot: Volume) -> Volume:
@@ -87,9 +100,13 @@ async def _known(snapshot: Volume) -> Volume:
 
 
 async def _merged(origin: Volume, source: LogicalVolume) -> LogicalVolume:
-    """The origin, once nothing is being merged into it."""
+    """The origin, once nothing is being merged into it.
+
+    LVM defers a merge where one of both is open in that instant, until a refresh finds them closed.
+    """
     place = place_of(origin)
     left, since = source.data_percent, time.monotonic()
+    begun = since
     while True:
         found = origin_of(await listed(place.group), place, origin)
         if not found.is_merging:
@@ -102,4 +119,7 @@ async def _merged(origin: Volume, source: LogicalVolume) -> LogicalVolume:
                 effect="unknown",
                 hint=f"lvs -a {place.group} shows it",
             )
+        elif time.monotonic() - begun > _RETRY:
+            await run(lvm_report.refresh(place))
+            begun = time.monotonic()
         await anyio.sleep(_INTERVAL)

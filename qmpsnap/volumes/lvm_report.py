@@ -209,9 +209,9 @@ def merge(snapshot: Place) -> list[str]:
     return ["lvconvert", "--yes", "--merge", "--background", "--interval", "1", "--", str(snapshot)]
 
 
-def poll(origin: Place) -> list[str]:
-    """Have a process watch a merge that nobody watches any more."""
-    return ["lvchange", "--poll", "y", "--", str(origin)]
+def refresh(origin: Place) -> list[str]:
+    """Begin a merge that was deferred, and have a process watch it."""
+    return ["lvchange", "--refresh", "--", str(origin)]
 
 
 def rename(place: Place, name: str) -> list[str]:

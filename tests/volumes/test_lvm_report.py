@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from qmpsnap.errors import HostCannot, UsageError
+from qmpsnap.errors import HostCannot, ImageInUse, UsageError
 from qmpsnap.model.names import OperationId
+from qmpsnap.volumes import lvm as lvm_driver
+from qmpsnap.volumes import lvm_merge
 from qmpsnap.volumes import lvm_report as lvm
 from qmpsnap.volumes.driver import Volume
 from qmpsnap.volumes.lvm import Lvm, judge
@@ -113,7 +115,7 @@ def test_arguments_end_with_names_that_are_no_options() -> None:
         lvm.plain_volume("vg0", name, 8 * MIB),
         lvm.rename(THICK, name),
         lvm.merge(Place("vg0", name)),
-        lvm.poll(THICK),
+        lvm.refresh(THICK),
         lvm.remove("vg0", uuid),
     ):
         at = argv.index("--")
@@ -139,3 +141,43 @@ async def test_the_driver_says_what_this_host_lacks(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "only root" in (await Lvm().probe(None)).why
     assert "only root" in (await Lvm().probe(Volume(path="/dev/vg0/thin"))).why
+
+
+async def test_a_merge_waits_for_who_has_a_volume_open_and_is_begun_again_where_it_is_deferred(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = VolumeName.of(MACHINE, OperationId(17), "vdb")
+    found = recorded("lvs")
+    origin = found["thick"]
+    kept = replace(found[name.text], origin_uuid=origin.lv_uuid, lv_attr="sri-a-s---")
+    anew = replace(kept, lv_uuid="n-e-w")
+    opened, merging = replace(origin, lv_attr="owi-aos---"), replace(origin, lv_attr="Owi-a-s---")
+    looks: list[tuple[LogicalVolume, ...]] = [(opened, kept)]
+    ran: list[list[str]] = []
+
+    async def listed(_: str) -> dict[str, LogicalVolume]:
+        look = looks.pop(0) if len(looks) > 1 else looks[0]
+        return {one.lv_name: one for one in look}
+
+    async def run(argv: list[str]) -> str:
+        ran.append(argv)
+        return ""
+
+    for module in (lvm_merge, lvm_driver):
+        monkeypatch.setattr(module, "listed", listed)
+        monkeypatch.setattr(module, "run", run)
+    for limit, seconds in (("_INTERVAL", 0.001), ("_RETRY", 0.0005)):
+        monkeypatch.setattr(lvm_merge, limit, seconds)
+    volume = Volume(path=f"/dev/vg0/{name.text}", identity=kept.identity, name=name)
+    with pytest.raises(ImageInUse, match="vg0/thick is open"):
+        await lvm_merge.merge(volume, Volume(path="/dev/vg0/thick", identity=origin.identity), reserve=8 * MIB)
+    monkeypatch.setattr(lvm_merge, "_RETRY", 5.0)
+    looks[:] = [(opened, kept), (origin, kept), (merging,), (origin,), (origin, anew)]
+    made = await lvm_merge.merge(volume, Volume(path="/dev/vg0/thick", identity=origin.identity), reserve=8 * MIB)
+    assert (made.path, made.identity, [argv[0] for argv in ran]) == (
+        volume.path, anew.identity, ["lvconvert", "lvcreate"]
+    )  # fmt: skip
+    monkeypatch.setattr(lvm_merge, "_RETRY", 0.0005)
+    looks[:] = [(merging,), (merging,), (merging,), (origin,), (origin, anew)]
+    await lvm_merge.merge(volume, Volume(path="/dev/vg0/thick", identity=origin.identity), reserve=8 * MIB)
+    assert {argv[1] for argv in ran[2:-1]} == {"--refresh"}
