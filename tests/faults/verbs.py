@@ -158,6 +158,7 @@ VERBS: dict[str, Scenario] = {
         column="revert",
         verb="revert",
         act=_restore,
+        without=frozenset({"merging"}),
         start="paused",
         warm=_saved,
         expected=Expected(goes_to="saved-4", ends=True),

@@ -84,6 +84,19 @@ class Foreign:
             assert self.process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        self._has_its_images()
+
+    def _has_its_images(self) -> None:
+        """Wait for the answer to a command: sockets are there, and QEMU greets, before it opens its images."""
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(60)
+            while monitor.connect_ex(str(self.folder / "own.sock")):  # a socket is there before anybody listens on it
+                assert self.process.poll() is None
+                time.sleep(0.01)
+            monitor.sendall(b'{"execute": "qmp_capabilities"}')
+            answers = monitor.makefile()
+            assert "QMP" in answers.readline()
+            assert "return" in answers.readline()
 
     @asynccontextmanager
     async def monitor(self) -> AsyncIterator[QMPClient]:
