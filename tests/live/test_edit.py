@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ SPEC = "name: still\nmemory: 64M\ndisks: [{name: vda, size: 1M}, {name: vdb, siz
 
 
 @pytest.fixture
-def still(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+def still(tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for the texts that are kept
     spec = tmp_path / "s.yaml"
     spec.write_text(SPEC)
     assert main(["define", str(spec)]) == 0
@@ -72,7 +74,11 @@ def test_nothing_is_changed_without_a_change(
     monkeypatch.setenv("EDITOR", "false")
     assert main(["edit", "still"]) == 9
     assert "the editor 'false' failed: exit code 1" in (err := capsys.readouterr().err)
-    assert kept(err).exists()
+    assert "kept in" not in err  # as nothing was edited
+    assert not list(Path(tempfile.gettempdir()).glob("qmpsnap-edit-*"))
+    monkeypatch.setenv("EDITOR", 'sh -c \'echo "# mine" >>"$0"; false\'')
+    assert main(["edit", "still"]) == 9
+    assert kept(capsys.readouterr().err).read_text().endswith("# mine\n")
     monkeypatch.setenv("VISUAL", "/nonexistent/editor")
     assert main(["edit", "still"]) == 9
     assert everything(still) == before

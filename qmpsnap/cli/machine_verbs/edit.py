@@ -50,8 +50,22 @@ def _edit(arguments: argparse.Namespace) -> None:
         else:
             _apply(arguments, _parsed(after, path))
     except QmpsnapError:
-        output.note(f"the edited text is kept in {path}")
+        if _was_edited(path, before):
+            output.note(f"the edited text is kept in {path}")
+        else:
+            _remove(path)
         raise
+    _remove(path)
+
+
+def _was_edited(path: Path, before: str) -> bool:
+    try:
+        return path.read_bytes() != before.encode()
+    except OSError:  # by its editor
+        return True
+
+
+def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.parent.rmdir()
 
