@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import subprocess
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,7 +13,7 @@ import qmpsnap
 from tests.bench import creating, guests, many, memory, merging, page, reading, report, starting
 from tests.bench.libvirt import libvirt
 from tests.bench.measure import Results
-from tests.bench.program import PYTHON, ROOT, ProgramFailed, say
+from tests.bench.program import ProgramFailed, say
 from tests.bench.rows import ROWS
 from tests.bench.setting import Setting
 
@@ -42,8 +41,6 @@ def run(folder: Path, given: argparse.Namespace) -> int:
     if given.write and set(given.only) != set(MEASURES):
         raise ProgramFailed("the page has all rows: --write cannot go with --only")
     since = time.monotonic()
-    # Both sides are timed as installed programs: compiled once, not at every start.
-    subprocess.run([PYTHON, "-m", "compileall", "-q", ROOT / "qmpsnap"], check=True)
     wanted = {*given.only}
     if wanted & {*reading.VERBS}:
         wanted.add("floor")

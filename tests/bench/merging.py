@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import qmpsnap
+from qmpsnap import Layer
 from tests.bench import guests
 from tests.bench.measure import Way, clock
 from tests.bench.program import PYTHON, QEMU_IMG, QMPSNAP, Sample, fill, run
@@ -36,12 +37,7 @@ def _ours(at: Setting, q: qmpsnap.Controller, verb: str, *, by: str) -> Way:
     """On a machine of qmpsnap's, made for it."""
 
     async def way() -> Sample:
-        vm = await q.define(guests.still("big", size=MIB << 20))
-        await vm.add_layers()
-        below, top = (view.layer for view in (await vm.chains())[0].layers)
-        _write(at, Path((top if verb == "commit" else below).path))
-        await vm.start(paused=True)
-        os.sync()  # what the set-up has written must not be waited for by what is timed
+        vm, below, top = await started(q, verb, at.folder / "random")
         argv: list[str | Path] = [QMPSNAP, verb, "big", "vda"]
         if by == "bare":
             gone, left = (top, below) if verb == "commit" else (below, top)
@@ -58,6 +54,17 @@ def _ours(at: Setting, q: qmpsnap.Controller, verb: str, *, by: str) -> Way:
     return way
 
 
+async def started(q: qmpsnap.Controller, verb: str, random: Path) -> tuple[qmpsnap.MachineHandle, Layer, Layer]:
+    """A machine under -S whose layer to be merged has the random bytes, and its two layers, the active one last."""
+    vm = await q.define(guests.still("big", size=MIB << 20))
+    await vm.add_layers()
+    below, top = (view.layer for view in (await vm.chains())[0].layers)
+    _write(random, Path((top if verb == "commit" else below).path))
+    await vm.start(paused=True)
+    os.sync()  # what the set-up has written must not be waited for by what is timed
+    return vm, below, top
+
+
 def _virsh(at: Setting, verb: str) -> Way:
     """On a domain of libvirt's, whose images are made for it."""
 
@@ -66,10 +73,10 @@ def _virsh(at: Setting, verb: str) -> Way:
         base, top = folder / "base.qcow2", folder / "top.qcow2"
         subprocess.run([QEMU_IMG, "create", "-q", "-f", "qcow2", base, f"{MIB}M"], check=True)
         if verb == "stream":
-            _write(at, base)
+            _write(at.folder / "random", base)
         subprocess.run([QEMU_IMG, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top], check=True)
         if verb == "commit":
-            _write(at, top)
+            _write(at.folder / "random", top)
         at.virt.define("big", top, memory=64, accel=at.accel)
         at.virt.virsh("start", "big", "--paused")
         os.sync()
@@ -86,8 +93,7 @@ def _virsh(at: Setting, verb: str) -> Way:
     return way
 
 
-def _write(at: Setting, image: Path) -> None:
-    random = at.folder / "random"
+def _write(random: Path, image: Path) -> None:
     subprocess.run([QEMU_IMG, "convert", "-n", "-f", "raw", "-O", "qcow2", random, image], check=True)
 
 

@@ -1,4 +1,4 @@
-"""``scripts/bench parts``: where a library call spends its time, by what it waits for.
+"""``scripts/bench parts``: where a library call spends its time, by what it waits for, and a command's start.
 
 Waiting is added up over the call's tasks and threads: what is done at the same time counts twice.
 """
@@ -20,11 +20,11 @@ import pytest
 
 import qmpsnap
 from qmpsnap.qmp import session
-from tests.bench import guests, page
-from tests.bench.program import say
+from tests.bench import guests, loading, merging, page
+from tests.bench.program import fill, say
 
 QMP, EVENTS = "QMP", "jobs and events"
-PARTS = (QMP, EVENTS, "SQL", "fsync", "programs")
+PARTS = (QMP, EVENTS, "SQL", "fsync", "removal", "programs")
 DEPTHS = (1, 10, 100, 200)
 Call = Callable[[], Awaitable[object]]
 
@@ -32,25 +32,28 @@ Call = Callable[[], Awaitable[object]]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What ``parts`` takes."""
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="times each is run (10)")
-    parser.add_argument("--write", action="store_true", help="write the second table of docs/performance.md anew")
+    parser.add_argument("--write", action="store_true", help="write the other tables of docs/performance.md anew")
 
 
 def run(folder: Path, given: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
-    del folder
     found: dict[str, Mapping[str, float]] = {}
-    anyio.run(_measure, given.rounds, found)
-    text = table(found)
+    random = folder / "random"
+    fill(random, merging.MIB)
+    anyio.run(_measure, given.rounds, random, found)
+    text = table(found) + "\n" + loading.table(given.rounds)
     print(text, end="")
     if given.write:
         page.put("parts", text)
     return 0
 
 
-async def _measure(rounds: int, found: dict[str, Mapping[str, float]]) -> None:
+async def _measure(rounds: int, random: Path, found: dict[str, Mapping[str, float]]) -> None:
     with _accounts() as spent:
         async with qmpsnap.open() as q:
             await _calls(q, rounds, spent, found)
+            for verb in ("commit", "stream"):
+                found[f"{verb} of 1 GiB"] = await _large(q, verb, random, max(2, rounds // 3), spent)
 
 
 async def _calls(
@@ -105,6 +108,29 @@ async def _parts(
     }
 
 
+async def _large(
+    q: qmpsnap.Controller, verb: str, random: Path, rounds: int, spent: dict[str, float]
+) -> Mapping[str, float]:
+    made: list[qmpsnap.MachineHandle] = []
+
+    async def make() -> None:
+        made.append((await merging.started(q, verb, random))[0])
+
+    async def anew() -> None:
+        vm = made.pop()
+        await vm.stop(force=True)
+        await vm.undefine(disks="remove")
+        await make()
+
+    def call() -> Awaitable[object]:
+        return made[-1].commit("vda") if verb == "commit" else made[-1].stream("vda")
+
+    took = await _parts(spent, rounds, call, anew, first=make)
+    await made[-1].stop(force=True)
+    await made[-1].undefine(disks="remove")
+    return took
+
+
 @contextmanager
 def _accounts() -> Iterator[dict[str, float]]:
     """Seconds spent in each part, by all tasks and threads."""
@@ -153,6 +179,7 @@ def _accounts() -> Iterator[dict[str, float]]:
         patch.setattr(sqlite3, "connect", lambda *a, **o: real_open(*a, **{**o, "factory": Connection}))
         for name in ("fsync", "fdatasync"):
             patch.setattr(os, name, timed("fsync", getattr(os, name)))
+        patch.setattr(os, "unlink", timed("removal", os.unlink))
         patch.setattr(subprocess.Popen, "__init__", timed("programs", subprocess.Popen.__init__))
         yield spent
 

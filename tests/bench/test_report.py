@@ -3,7 +3,7 @@
 import pytest
 
 from qmpsnap.pytest_plugin.told import Told, lines
-from tests.bench import page, parts, report, suite
+from tests.bench import loading, page, parts, report, suite
 from tests.bench.compare import GROUPS, MEASURES
 from tests.bench.measure import Results
 from tests.bench.report import Line, Spread, figure
@@ -79,7 +79,20 @@ def test_the_page_has_every_row_with_its_limit() -> None:
 def test_what_is_in_no_part_is_the_rest() -> None:
     took = {"in all": 10.0, **dict.fromkeys(parts.PARTS, 1.0)}
     row = parts.table({"start": took}).splitlines()[-1]
-    assert row == "| start | 10.0 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | 5.0 |"
+    assert row == "| start | 10.0 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 | 4.0 |"
+
+
+@pytest.mark.parametrize(
+    ("module", "whose"),
+    [
+        ("qmpsnap.cli.main", "qmpsnap"),
+        ("_ssl", "asyncio and OpenSSL"),
+        ("qemu.qmp", "qemu.qmp"),
+        ("re", loading.OTHERS),
+    ],
+)
+def test_modules_are_counted_by_their_package(module: str, whose: str) -> None:
+    assert loading.group(module) == whose
 
 
 @pytest.mark.parametrize("way", suite.WAYS)
