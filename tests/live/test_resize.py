@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.block.image import header
 from qmpsnap.errors import HostCannot, NotFoundError, StateError, UsageError
 from qmpsnap.host.files import opened
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.model.operations.by import LoadBy
 from tests.live.machine import MIB, context_of, hold_invariants, user_monitor
 
 pytestmark = pytest.mark.version
@@ -65,6 +67,26 @@ async def test_each_layer_keeps_its_size_and_revert_brings_it_back(q: qmpsnap.Co
     await vm.delete_snapshots("large", "small")
     await hold_invariants(vm)
     assert (await vm.check()).findings == ()
+
+
+@pytest.mark.parametrize("by", ["snapshot-load", "loadvm", None])
+async def test_a_snapshot_inside_the_layer_brings_its_size_back(q: qmpsnap.Controller, by: LoadBy | None) -> None:
+    """In the QEMU that runs, and taken out into a layer of its own where none does."""
+    vm = await q.define(replace(SPEC, disks=SPEC.disks[::2]))
+    if by:
+        await vm.start(paused=True)
+    await vm.snapshot("small", kind="internal")
+    await vm.resize("vda", 4 * MIB)
+    await vm.snapshot("large", kind="internal")
+    for name, size in (("small", MIB), ("large", 4 * MIB), ("small", MIB)):
+        await vm.revert(name, by=by)
+        found = await sizes(vm)
+        assert (found["vda"][-1], found["vdc"][-1]) == (size, MIB)
+        await hold_invariants(vm)
+    if by:
+        async with user_monitor(vm) as monitor:
+            drives: Any = await monitor.execute("query-block")
+        assert {drive["inserted"]["image"]["virtual-size"] for drive in drives} == {MIB}
 
 
 async def test_what_is_refused_changes_nothing(q: qmpsnap.Controller) -> None:

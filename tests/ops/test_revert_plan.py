@@ -264,7 +264,7 @@ def test_a_volume_that_its_snapshot_is_merged_into_stays_the_active_one() -> Non
     assert revert_plan.merge_pairs(at, at.snapshots[0], machine().spec) == ((volume, kept),)
     merge = VolumeMerge(disk="vda", layer=volume, snapshot=kept, reserve=MIB, moves=7)
     inputs = PlanInputs(basis=at.basis, serial=OperationId(17), home=home_at(Path("/q")), mode="live")
-    planned = revert_plan.plan(inputs, at, RevertRequest(name="a", discard=True), merges=(merge,))
+    planned = revert_plan.plan(inputs, at, RevertRequest(name="a", discard=True), revert_plan.Storage((merge,)))
     assert (planned.merges, planned.clones, [one.disk for one in planned.overlays]) == ((merge,), (), ["vdb"])
     assert (planned.change.active, planned.change.layers[-1]) == ({"vdb": "vdb-17"}, kept)
     assert "vda-5" not in planned.change.removed_layers

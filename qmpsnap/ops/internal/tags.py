@@ -7,6 +7,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from qmpsnap.block.image import snapshot_table
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.hint import option
 from qmpsnap.host.files import replace_durably, sync_folder
@@ -14,6 +15,7 @@ from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import worker
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
+from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import JobId, LayerId, OperationId, job_id
 from qmpsnap.model.operations.operation import Change, InternalPlan, LoadPlan
@@ -178,6 +180,14 @@ def _memory_in(planned: InternalPlan, layer: LayerId, found: Mapping[str, Sequen
     }
     chosen = layer if planned.by == "snapshot-save" else max(sizes, key=lambda at: sizes[at])
     return chosen, sizes[chosen]
+
+
+def sizes(snapshot: Snapshot, chains: Iterable[Chain]) -> dict[str, int]:
+    """The size in bytes that disks had with the snapshot inside the active layers of these chains, where it is told."""
+    tags = {(point.disk, point.layer): point.tag for point in snapshot.points}
+    found = {chain.disk: (chain.active, tags.get((chain.disk, chain.active.id))) for chain in chains}
+    read = {disk: snapshot_table.size(layer, tag) for disk, (layer, tag) in found.items() if tag}
+    return {disk: size for disk, size in read.items() if size is not None}
 
 
 def settled_load(planned: LoadPlan, found: Mapping[str, Sequence[Tag]]) -> Change:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from qmpsnap.block import graph
 from qmpsnap.errors import StateError
 from qmpsnap.hint import call
+from qmpsnap.host.threads import to_read
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Hardware
@@ -50,9 +51,16 @@ def in_place(snapshot: Snapshot, live: Mapping[str, Chain]) -> bool:
 
 
 def plan(
-    at: PlanInputs, snapshot: Snapshot, *, hardware: Hardware, discard: bool, paused: bool, by: LoadBy = "snapshot-load"
+    at: PlanInputs,
+    snapshot: Snapshot,
+    *,
+    hardware: Hardware,
+    sizes: Mapping[str, int],
+    discard: bool,
+    paused: bool,
+    by: LoadBy = "snapshot-load",
 ) -> LoadPlan:
-    """What will be done where :func:`in_place` holds; pure."""
+    """What will be done where :func:`in_place` holds; pure. Disks get back the ``sizes`` that they had."""
     assert snapshot.inside
     machine, chains = at.machine, at.basis.chains
     active = {chain.disk: chain.active for chain in chains}
@@ -73,7 +81,15 @@ def plan(
         resume=requests.may_run(at.mode),
         kept=kept,
         variables=(str(at.home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
-        change=Change(snapshots=kept.change.snapshots if kept else (), current=snapshot.name),
+        change=Change(
+            layers=tuple(
+                replace(active[disk], virtual_size=size)
+                for disk, size in sizes.items()
+                if size != active[disk].virtual_size
+            ),
+            snapshots=kept.change.snapshots if kept else (),
+            current=snapshot.name,
+        ),
         by=by,
     )
 
@@ -112,9 +128,10 @@ async def planner(
     )
     hardware = await hardware_now(session.context, session.machine, session.qemu)
     require_fits(snapshot, hardware, machine=session.machine.name)
+    sizes = await to_read(tags.sizes, snapshot, at.live.values())
 
     def make(inputs: PlanInputs) -> LoadPlan:
-        planned = plan(inputs, snapshot, hardware=hardware, discard=discard, paused=paused, by=by)
+        planned = plan(inputs, snapshot, hardware=hardware, sizes=sizes, discard=discard, paused=paused, by=by)
         require_free([planned.kept.variables[1]] if planned.kept and planned.kept.variables else [])
         return planned
 

@@ -1,7 +1,7 @@
 """What a revert will do: pure, but for what it is given."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -52,16 +52,24 @@ class RevertRequest(Struct, frozen=True, kw_only=True):
     resume: bool = False
 
 
-def plan(
-    inputs: PlanInputs, at: Situation, request: RevertRequest, *, merges: Sequence[VolumeMerge] = ()
-) -> RevertPlan:
+class Storage(NamedTuple):
+    """What only images and volumes can tell: merges that these do, and the sizes (bytes) that disks had with tags."""
+
+    merges: Sequence[VolumeMerge] = ()
+    sizes: Mapping[str, int] = {}
+
+
+NOTHING_TOLD = Storage()
+
+
+def plan(inputs: PlanInputs, at: Situation, request: RevertRequest, storage: Storage = NOTHING_TOLD) -> RevertPlan:
     """The plan of a revert; pure. Disks that the snapshot does not include are unchanged.
 
     The snapshot's points decide which layers become active, the request decides about the layers that were active:
 
     1. A point without a tag gets a new overlay on its layer; one that the storage has made is cloned by it instead, or
-       merged into the active layer where that is among ``merges``.
-    2. A point with a tag, inside an image, is copied out of it into a new layer.
+       merged into the active layer where the storage does that.
+    2. A point with a tag, inside an image, is copied out of it into a new layer, which has the size of that time.
     3. ``discard``: the old active layers are removed, and layers below them that nothing needs then.
     4. Otherwise they are kept as an automatic snapshot; but
     5. if nothing was written to them, which is known once QEMU has ended, they are removed.
@@ -79,12 +87,11 @@ def plan(
             machine=machine.name,
         )
     _require_thawed(machine.name, snapshot, request)
-    merged = frozenset(merge.disk for merge in merges)
-    overlays, copies, clones = _new(inputs, at, snapshot, spec, merged=merged)
+    overlays, copies, clones = _new(inputs, at, snapshot, spec, storage)
     gone = tuple(disk for disk in at.live if not spec.disk(disk))
     new: tuple[Overlay | Copy | VolumeCopy, ...] = (*overlays, *copies, *clones)
     switched = Change(
-        layers=(*(one.layer for one in new), *(merge.snapshot for merge in merges)),
+        layers=(*(one.layer for one in new), *(merge.snapshot for merge in storage.merges)),
         active={one.disk: one.layer.id for one in new},
         current=snapshot.name,
         spec=changed_spec(machine, snapshot, request),
@@ -104,7 +111,7 @@ def plan(
         vmstate=snapshot.vmstate,
         copies=copies,
         clones=clones,
-        merges=tuple(merges),
+        merges=tuple(storage.merges),
         inside=next((copy.layer.id for copy in copies if memory and copy.source.id == memory), None),
         variables=(str(inputs.home.variables(machine.name)), snapshot.variables) if snapshot.variables else None,
     )
@@ -131,11 +138,12 @@ def _require_thawed(machine: str, snapshot: Snapshot, request: RevertRequest) ->
 
 
 def _new(
-    inputs: PlanInputs, at: Situation, snapshot: Snapshot, spec: MachineSpec, *, merged: Collection[str]
+    inputs: PlanInputs, at: Situation, snapshot: Snapshot, spec: MachineSpec, storage: Storage
 ) -> tuple[tuple[Overlay, ...], tuple[Copy, ...], tuple[VolumeCopy, ...]]:
     """Cases 1 and 2: the new active layers."""
     folder = str(inputs.home.machine_dir(inputs.machine.name))
     tags = {point.disk: point.tag for point in snapshot.points}
+    merged = {merge.disk for merge in storage.merges}
     overlays: list[Overlay] = []
     copies: list[Copy] = []
     clones: list[VolumeCopy] = []
@@ -148,7 +156,8 @@ def _new(
             continue
         layer = overlay_on(chain, inputs.serial, folder)
         if tag := tags[chain.disk]:
-            layer = replace(layer, backing=chain.active.backing)
+            size = storage.sizes.get(chain.disk, layer.virtual_size)
+            layer = replace(layer, backing=chain.active.backing, virtual_size=size)
             copies.append(Copy(disk=chain.disk, layer=layer, source=chain.active, tag=tag))
         else:
             overlays.append(Overlay(disk=chain.disk, layer=layer, backing=chain.active))

@@ -26,7 +26,6 @@ from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.machines.state import State
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations import steps
-from qmpsnap.model.operations.copies import VolumeMerge
 from qmpsnap.model.operations.operation import LoadPlan, Operation, Overlay, RevertPlan
 from qmpsnap.model.planning.inputs import PlanInputs
 from qmpsnap.model.planning.state import Situation
@@ -35,12 +34,13 @@ from qmpsnap.ops.base.context import Context, guarded, in_thread
 from qmpsnap.ops.base.free_space import Need
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import make_overlays, overlay_on, require_free
+from qmpsnap.ops.internal import tags
 from qmpsnap.ops.lifecycle import power
 from qmpsnap.ops.memory import post_resume
 from qmpsnap.ops.memory.load import Loading, require_same_hardware
 from qmpsnap.ops.revert import in_place
 from qmpsnap.ops.revert.cutover import nothing_written, switch
-from qmpsnap.ops.revert.plan import RevertRequest, changed_spec, left_out, merge_pairs, plan, points, target_of
+from qmpsnap.ops.revert.plan import RevertRequest, Storage, changed_spec, left_out, merge_pairs, plan, points, target_of
 from qmpsnap.ops.session import planning_state, quiesce, recovery
 from qmpsnap.ops.session.session import begin, inputs, looking, working
 from qmpsnap.qmp import commands
@@ -115,7 +115,7 @@ async def preview(context: Context, name: str, request: RevertRequest) -> Previe
             loaded = await to_read(make, now)
             commands = tuple(in_place.qmp_commands(loaded, now.serial))
             return Preview(plan=loaded, unwritten=False, commands=commands)
-    planned = plan(now, at, request, merges=await _merges(machine, at, target, request))
+    planned = plan(now, at, request, await _storage(machine, at, target, request))
     await volumes.require_independent(planned.removed)
     consent.require(machine)
     await require_same_hardware(context, _as_started(machine, target, request), target)
@@ -236,7 +236,7 @@ async def _require_possible(session: MachineSession, request: RevertRequest) -> 
     target = _target(session, at, request)
     await _examine(session, at, target, request)
     now, folder = await inputs(session, at.basis), str(session.context.home.machine_dir(session.machine.name))
-    planned = plan(now, at, request, merges=await _merges(session.machine, at, target, request))
+    planned = plan(now, at, request, await _storage(session.machine, at, target, request))
     _require_variables(session.context.home, planned)
     busy = in_place.inner(target, {disk: chain.active.id for disk, chain in at.live.items()})
     chains = [at.live[disk] for disk in busy]
@@ -297,13 +297,13 @@ async def _open(
 ) -> Operation[RevertPlan]:
     spec = _as_started(session.machine, target, request).spec
     there = await volumes.taken(session.machine, (chain.active for chain in points(at, target, spec)))
-    merges = await _merges(session.machine, at, target, request)
+    storage = await _storage(session.machine, at, target, request)
     if request.discard and any(layer.storage != "file" for chain in at.live.values() for layer in chain.layers):
         now = await inputs(session, at.basis)
-        await volumes.require_independent(plan(now, at, request, merges=merges).removed)
+        await volumes.require_independent(plan(now, at, request, storage).removed)
 
     def make(inputs: PlanInputs) -> RevertPlan:
-        planned = plan(inputs, at, request, merges=merges)
+        planned = plan(inputs, at, request, storage)
         files = [one.layer.path for one in planned.new if one.layer.storage == "file"]
         require_free([*files, *([planned.keeps] if planned.keeps else [])])
         volumes.require_free(planned.clones, there)
@@ -314,11 +314,13 @@ async def _open(
     return await begin(session, at.basis, make)
 
 
-async def _merges(machine: Machine, at: Situation, target: Snapshot, request: RevertRequest) -> tuple[VolumeMerge, ...]:
-    """The active layers that get their snapshot's content by a merge, which is destructive: only with ``discard``."""
-    pairs = merge_pairs(at, target, _as_started(machine, target, request).spec) if request.discard else ()
+async def _storage(machine: Machine, at: Situation, target: Snapshot, request: RevertRequest) -> Storage:
+    """Merges are destructive: only with ``discard``."""
+    spec = _as_started(machine, target, request).spec
+    pairs = merge_pairs(at, target, spec) if request.discard else ()
     found = [await volumes.mergeable(active, wanted) for active, wanted in pairs]
-    return tuple(merge for merge in found if merge)
+    sizes = await to_read(tags.sizes, target, points(at, target, spec))
+    return Storage([merge for merge in found if merge], sizes)
 
 
 def _require_space(context: Context, machine: Machine, planned: RevertPlan, also: Iterable[Need] = ()) -> None:
