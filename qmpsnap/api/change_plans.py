@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from qmpsnap.api.plans import Plan
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine
-    from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+    from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import ResizePlan
-    from qmpsnap.ops.devices import attach, detach
+    from qmpsnap.ops.devices import attach, detach, nics
     from qmpsnap.ops.devices.attach import Attached
     from qmpsnap.ops.devices.detach import Detached
+    from qmpsnap.ops.devices.nics import Nic
     from qmpsnap.ops.lifecycle import change, resize
     from qmpsnap.ops.lifecycle import rename as rename_machine
     from qmpsnap.ops.lifecycle.change import Changed
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 else:
     plans = Later("api.plans")
     attach, detach = Later("ops.devices.attach"), Later("ops.devices.detach")
+    nics = Later("ops.devices.nics")
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
     flatten, rename_machine = Later("ops.merge.flatten"), Later("ops.lifecycle.rename")
     describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
@@ -126,4 +128,23 @@ class ChangePlans(MachinePlans):
             lambda context: detach.preview(context, self.name, disk),
             plans.of_detach,
             lambda vm, _: vm.detach_disk(disk, timeout=timeout),
+        )
+
+    async def plan_attach_nic(self, nic: Mapping[str, object] | NicSpec) -> Plan[Nic, Nic]:
+        """What :meth:`attach_nic` would do now."""
+        make = nics.wanted(nic, folder=Path.cwd(), guest_dir=self._context.home.guest)
+        return await self._plan(
+            "attach_nic",
+            lambda context: nics.preview_attach(context, self.name, make),
+            plans.of_nic("attach"),
+            lambda vm, _: vm.attach_nic(nic),
+        )
+
+    async def plan_detach_nic(self, nic: str | int, *, timeout: float = 30.0) -> Plan[Nic, Nic]:
+        """What :meth:`detach_nic` would do now."""
+        return await self._plan(
+            "detach_nic",
+            lambda context: nics.preview_detach(context, self.name, nic),
+            plans.of_nic("detach"),
+            lambda vm, _: vm.detach_nic(nic, timeout=timeout),
         )

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from qmpsnap.api.job import Running
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine
-    from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+    from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import ResizePlan
     from qmpsnap.ops.base.context import Context
-    from qmpsnap.ops.devices import attach, detach
+    from qmpsnap.ops.devices import attach, detach, nics
     from qmpsnap.ops.devices.attach import Attached
     from qmpsnap.ops.devices.detach import Detached
+    from qmpsnap.ops.devices.nics import Nic
     from qmpsnap.ops.lifecycle import change, resize
     from qmpsnap.ops.lifecycle import rename as rename_machine
     from qmpsnap.ops.lifecycle.change import Changed
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qmpsnap.ops.snapshot import describe, rename
 else:
     attach, detach = Later("ops.devices.attach"), Later("ops.devices.detach")
+    nics = Later("ops.devices.nics")
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
     flatten, rename_machine = Later("ops.merge.flatten"), Later("ops.lifecycle.rename")
     describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
@@ -172,6 +174,43 @@ class Changing:
                 next call ends it.
         """
         return await detach.run(self._context, self.name, disk, timeout=timeout)
+
+    async def attach_nic(self, nic: Mapping[str, object] | NicSpec) -> Nic:
+        """Give a machine one more network card; a running QEMU plugs it in (QAPI ``netdev_add``, ``device_add``).
+
+        While it runs, the card needs a free PCIe root port. Its place is recorded for later starts.
+
+        Args:
+            nic: as a spec file describes one (``{"kind": "tap", "ifname": "tap1"}``; ``{}`` is a user-mode card).
+
+        Returns:
+            The card with its number and MAC address, and the snapshots whose memory does not fit the new hardware.
+
+        Raises:
+            SpecError: a key or value is none that a card can have.
+            StateError: the machine runs and cannot take the card.
+            QmpError: QEMU refuses; nothing is changed.
+        """
+        make = nics.wanted(nic, folder=Path.cwd(), guest_dir=self._context.home.guest)
+        return await nics.attach(self._context, self.name, make)
+
+    async def detach_nic(self, nic: str | int, *, timeout: float = 30.0) -> Nic:
+        """Take a network card from a machine; a running guest is asked and waited for (QAPI ``device_del``).
+
+        The other cards keep their MAC addresses.
+
+        Args:
+            nic: its number, or its MAC address.
+            timeout: seconds that the guest of a running machine is waited for.
+
+        Raises:
+            NotFoundError: the machine has no such card.
+            StateError: the machine runs, and this card can only be taken from a stopped one.
+            QmpError: the guest refuses (``DEVICE_UNPLUG_GUEST_ERROR``).
+            DeadlinePassed: the guest has not answered. The card stays, but the guest may let go of it later; then the
+                next call ends it.
+        """
+        return await nics.detach(self._context, self.name, nic, timeout=timeout)
 
     async def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.planning.expectation import Expectation
     from qmpsnap.ops.devices.attach import Attached
     from qmpsnap.ops.devices.detach import Detached
+    from qmpsnap.ops.devices.nics import Nic
     from qmpsnap.ops.fork.run import Preview as ForkPreview
     from qmpsnap.ops.fork.upkeep import Pruned
     from qmpsnap.ops.lifecycle.change import Changed
@@ -248,6 +249,13 @@ def of_detach(found: Detached) -> Shape[Detached]:
     kept = f", keeping it as {found.kept}" if found.kept else ""
     files = tuple(PlannedFile(action="keep", path=layer.path) for layer in found.plan.layers)
     return Shape(summary=f"detach disk {found.disk}{kept}", qmp=_sent(found.commands), files=files, details=found)
+
+
+def of_nic(doing: Literal["attach", "detach"]) -> Callable[[Nic], Shape[Nic]]:
+    """A network card more, or less."""
+    return lambda found: Shape(
+        summary=f"{doing} network card {found.number} ({found.mac})", qmp=_sent(found.commands), details=found
+    )
 
 
 def of_delete(found: tuple[DeletePlan, Sequence[Command]]) -> Shape[DeletePlan]:

@@ -39,6 +39,7 @@ NOUNS: Final = {
     "machine_verbs.change": ("set", "rename"),
     "machine_verbs.edit": ("edit",),
     "machine_verbs.disk": ("disk", "resize", "blockresize", "flatten"),
+    "machine_verbs.nic": ("nic",),
     "machine_verbs.check": ("check",),
     "machine_verbs.relocate": ("relocate",),
     "machine_verbs.log": ("log",),

@@ -6,10 +6,12 @@ from qmpsnap.hint import Call, Option, parts_of
 
 _COMMANDS: Final = {
     "attach_disk": "disk attach",
+    "attach_nic": "nic attach",
     "cancel": "job cancel",
     "chains": "chain",
     "delete_snapshots": "snapshot delete",
     "detach_disk": "disk detach",
+    "detach_nic": "nic detach",
     "describe_snapshot": "snapshot describe",
     "import_argv": "import argv",
     "import_libvirt": "import libvirt",

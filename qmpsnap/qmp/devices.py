@@ -1,5 +1,6 @@
 """Devices that are plugged into a running QEMU, and unplugged again once its guest has let go of them."""
 
+import contextlib
 from typing import Any, Final
 
 import anyio
@@ -30,6 +31,17 @@ def add(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def remove(device: str) -> tuple[str, dict[str, Any]]:
     """The command that asks the guest to let go of a device."""
     return "device_del", {"id": device}
+
+
+def remove_netdev(backend: str) -> tuple[str, dict[str, Any]]:
+    """The command that removes what a network card was connected to."""
+    return "netdev_del", {"id": backend}
+
+
+async def drop_netdev(monitor: Monitor, backend: str) -> None:
+    """Remove what a network card was connected to (``netdev_del``); fine where that is gone."""
+    with contextlib.suppress(QmpError):
+        await monitor.execute(*remove_netdev(backend))
 
 
 async def plugged(monitor: Monitor) -> frozenset[str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.record import Machine, Process
-    from qmpsnap.model.machines.spec import DiskSpec, Format, MachineSpec
+    from qmpsnap.model.machines.spec import DiskSpec, Format, MachineSpec, NicSpec
     from qmpsnap.model.machines.state import State
     from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.model.operations.flatten import FlattenPlan
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.devices.attach import Attached
     from qmpsnap.ops.devices.detach import Detached
+    from qmpsnap.ops.devices.nics import Nic
     from qmpsnap.ops.fork.run import Forked
     from qmpsnap.ops.jobs.at_work import MachineJob
     from qmpsnap.ops.lifecycle import undefine
@@ -74,6 +75,14 @@ class MachineHandle(MachinePlans):
     def detach_disk(self, disk: str, *, timeout: float = 30.0) -> Detached:
         """Take a disk from a machine; no file is removed, and snapshots that include it stay."""
         return self._call(self._handle.detach_disk(disk, timeout=timeout))
+
+    def attach_nic(self, nic: Mapping[str, object] | NicSpec) -> Nic:
+        """Give a machine one more network card; a running QEMU plugs it in (QAPI ``netdev_add``, ``device_add``)."""
+        return self._call(self._handle.attach_nic(nic))
+
+    def detach_nic(self, nic: str | int, *, timeout: float = 30.0) -> Nic:
+        """Take a network card from a machine; a running guest is asked and waited for (QAPI ``device_del``)."""
+        return self._call(self._handle.detach_nic(nic, timeout=timeout))
 
     def rename_snapshot(self, old: str, new: str) -> Snapshot:
         """Give a snapshot another name; returns it as it is now."""

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.layers.vmstate import Compression
     from qmpsnap.model.machines.record import Machine
-    from qmpsnap.model.machines.spec import DiskSpec, Format, MachineSpec
+    from qmpsnap.model.machines.spec import DiskSpec, Format, MachineSpec, NicSpec
     from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, ResizePlan
     from qmpsnap.ops.devices.attach import Attached
     from qmpsnap.ops.devices.detach import Detached
+    from qmpsnap.ops.devices.nics import Nic
     from qmpsnap.ops.fork.run import Forked
     from qmpsnap.ops.fork.run import Preview as ForkPreview
     from qmpsnap.ops.lifecycle import undefine
@@ -259,3 +260,11 @@ class MachinePlans(Delegating):
     def plan_detach_disk(self, disk: str, *, timeout: float = 30.0) -> Plan[Detached, Detached]:
         """What :meth:`detach_disk` would do now."""
         return self._call(self._handle.plan_detach_disk(disk, timeout=timeout))
+
+    def plan_attach_nic(self, nic: Mapping[str, object] | NicSpec) -> Plan[Nic, Nic]:
+        """What :meth:`attach_nic` would do now."""
+        return self._call(self._handle.plan_attach_nic(nic))
+
+    def plan_detach_nic(self, nic: str | int, *, timeout: float = 30.0) -> Plan[Nic, Nic]:
+        """What :meth:`detach_nic` would do now."""
+        return self._call(self._handle.plan_detach_nic(nic, timeout=timeout))

@@ -85,6 +85,8 @@ LINES = {
     "tree": "tree web --tag k",
     "undefine": "undefine web",
     "wakeup": "wakeup web",
+    "nic attach": "nic attach web --kind user --model e1000 --mac 52:54:00:00:00:01 --forward 2222:22",
+    "nic detach": "nic detach web 7 --timeout 1",
 }
 TELLS = frozenset({"check", "doctor"})
 """Whose answer is what is wrong."""

@@ -81,6 +81,8 @@ OTHERS: dict[str, Callable[[qmpsnap.MachineHandle], Awaitable[object]]] = {
     "disk-attach": lambda vm: vm.attach_disk({"size": "1M", "bus": "scsi"}),
     POOL: _pooled,
     "disk-detach": lambda vm: vm.detach_disk("vdb"),
+    "nic-attach": lambda vm: vm.attach_nic({}),
+    "nic-detach": lambda vm: vm.detach_nic(0, timeout=0.1),
     **{name: partial(_forked, ephemeral=name == "ephemeral fork") for name in FORKS},
 }
 """Verbs that are no scenarios."""

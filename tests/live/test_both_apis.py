@@ -156,6 +156,10 @@ async def test_snapshots_and_layers(q: Any, tmp_path: Path) -> None:
     assert (new.disk.name, (await vm.plan_detach_disk("vdb")).files[0].path) == ("vdb", new.path)
     assert (await vm.detach_disk("vdb")).kept
     assert (await vm.attach_disk({"size": "1M"})).disk.name == "vdc"
+    nic = await vm.apply(await vm.plan_attach_nic({}))
+    assert (await vm.plan_detach_nic(nic.mac)).summary
+    assert (await vm.detach_nic(nic.number)).mac == nic.mac
+    assert (await vm.attach_nic({"model": "e1000"})).plan.nic.model == "e1000"
     await vm.apply(await vm.plan_rename("moved"))
     vm = await q.machine("moved")
     assert (await vm.rename("back")).name == "back"

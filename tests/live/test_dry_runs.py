@@ -130,11 +130,7 @@ def test_a_machine_s_life(home: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
     assert main(["flatten", "still", "vda", "--dry-run"]) == main(["flatten", "still", "vda"]) == 4
     assert "lies on no clone in a Ceph cluster" in capsys.readouterr().err
-    would = dry(capsys, home, "disk attach still --size 1M")
-    assert told(capsys, "disk attach still --size 1M -o json")["created"] == would["created"]
-    would = dry(capsys, home, "disk detach still vdb")
-    assert told(capsys, "disk detach still vdb -o json")["kept"] == would["kept"]
-
+    _devices_come_and_go(home, capsys)
     told(capsys, "snapshot create still other")
     for fate, verb in (("--keep-disks", "kept"), ("--remove-disks", "removed")):
         would = dry(capsys, home, f"undefine still {fate}")
@@ -143,6 +139,22 @@ def test_a_machine_s_life(home: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     done = told(capsys, "undefine still --remove-disks -o json")
     assert (sorted(done["removed"]), done["kept"]) == (sorted(would["removed"]), [])
+
+
+def _devices_come_and_go(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    would = dry(capsys, home, "disk attach still --size 1M")
+    assert told(capsys, "disk attach still --size 1M -o json")["created"] == would["created"]
+    would = dry(capsys, home, "disk detach still vdb")
+    assert told(capsys, "disk detach still vdb -o json")["kept"] == would["kept"]
+    would = dry(capsys, home, "nic attach still --forward 2222:22")
+    assert told(capsys, "nic attach still --forward 2222:22 -o json")["mac"] == would["mac"]
+    card = {"nic": 0, "mac": would["mac"], "kind": "user", "model": "virtio"}
+    assert told(capsys, "show still -o json")["nics"] == [card]
+    assert f"nics:         0 (user, {would['mac']})" in told(capsys, "show still")
+    assert main(["nic", "attach", "still", "--ifname", "no such"]) == 2
+    assert "an interface's name such as tap0" in capsys.readouterr().err
+    would = dry(capsys, home, "nic detach still 0")
+    assert told(capsys, "nic detach still 0 -o json")["nic"] == would["nic"]
 
 
 def test_images_that_would_be_adopted(home: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,7 @@ from qmpsnap.ops.adoption.adopt import Survey
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.devices.attach import Attached
 from qmpsnap.ops.devices.detach import Detached
+from qmpsnap.ops.devices.nics import Nic
 from qmpsnap.ops.fork.run import Preview as ForkPreview
 from qmpsnap.ops.lifecycle.change import Changed
 from qmpsnap.ops.lifecycle.dry_run import Forgotten
@@ -114,6 +115,8 @@ async def plans(vm: MachineHandle) -> None:
     assert_type(await vm.plan_set(MachineSpec(name="web")), Plan[Changed, Changed])
     assert_type(await vm.plan_attach_disk({"size": "1G"}), Plan[Attached, Attached])
     assert_type(await vm.plan_detach_disk("vdb"), Plan[Detached, Detached])
+    assert_type(await vm.plan_attach_nic({"kind": "user"}), Plan[Nic, Nic])
+    assert_type(await vm.plan_detach_nic(0), Plan[Nic, Nic])
     assert_type(await vm.plan_resize("vda", "+1G"), Plan[ResizePlan, ResizePlan])
     assert_type(await vm.plan_flatten("vda"), Plan[FlattenPlan, FlattenPlan])
     assert_type(await vm.plan_snapshot(kind="volume", mixed=True, lvm_size="20%"), Plan[CreatePlan, Snapshot])
@@ -227,6 +230,8 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.attach_disk({"image": Path("/srv/data.qcow2")}, folders=[Path("/srv")]), Attached)
     assert_type(await vm.attach_disk(DiskSpec(name="vdb", size=1 << 30)), Attached)
     assert_type(await vm.detach_disk("vdb"), Detached)
+    assert_type(await vm.attach_nic({}), Nic)
+    assert_type(await vm.detach_nic("52:54:00:00:00:01", timeout=5), Nic)
     assert_type(await vm.resize("vda", "+1G"), ResizePlan)
     assert_type(await vm.flatten("vda"), FlattenPlan)
     assert_type(await vm.push("before", description="text"), Snapshot)

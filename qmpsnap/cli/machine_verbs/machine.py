@@ -152,6 +152,7 @@ def _show(arguments: argparse.Namespace) -> None:
         ],
         "snapshots": [snapshot.name for snapshot in snapshots],
         "images": look.word if look else "not asked",
+        "nics": _nics(machine),
         "origin": _origin(machine),
     }
     output.emit(arguments.output, document=document, names=[machine.name], table=lambda: _show_text(document))
@@ -192,13 +193,23 @@ def _of_machine(machine: Machine, state: str, process: Process | None) -> dict[s
     }
 
 
+def _nics(machine: Machine) -> list[dict[str, Any]]:
+    """The network cards, with the numbers by which they are detached."""
+    if not machine.spec.nics:
+        return []
+    from qmpsnap.machine.starting import argv
+    from qmpsnap.model.machines.spec import numbered
+
+    return [
+        {"nic": number, "mac": argv.mac(nic, machine.uuid, number), "kind": nic.kind, "model": nic.model}
+        for number, nic in numbered(machine.spec.nics)
+    ]
+
+
 def _origin(machine: Machine) -> dict[str, Any] | None:
     """What a fork went on from, and what its guest takes for its own until it boots again."""
     if (origin := machine.origin) is None:
         return None
-    from qmpsnap.machine.starting import argv
-
-    macs = [argv.mac(nic, machine.uuid, number) for number, nic in enumerate(machine.spec.nics)]
     return {
         "machine": origin.machine,
         "snapshot": origin.snapshot,
@@ -206,14 +217,17 @@ def _origin(machine: Machine) -> dict[str, Any] | None:
         "lacks": list(origin.lacks),
         "ephemeral": origin.ephemeral,
         "guest_uuid": origin.uuid,
-        "macs": macs,
+        "macs": [nic["mac"] for nic in _nics(machine)],
     }
 
 
 def _show_text(document: dict[str, Any]) -> str:
-    plain = {key: value for key, value in document.items() if key not in ("disks", "snapshots", "memory", "origin")}
+    apart = ("disks", "snapshots", "memory", "nics", "origin")
+    plain = {key: value for key, value in document.items() if key not in apart}
     plain["memory"] = output.size(document["memory"])
     plain["snapshots"] = ", ".join(document["snapshots"]) or "none"
+    if document["nics"]:
+        plain["nics"] = ", ".join(f"{nic['nic']} ({nic['kind']}, {nic['mac']})" for nic in document["nics"])
     if origin := document["origin"]:
         plain["fork of"] = f"{origin['machine']}@{origin['snapshot']}{' (ephemeral)' if origin['ephemeral'] else ''}"
         plain["identity"] = "; ".join([origin["identity"], *origin["lacks"]])

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import inspect
@@ -109,14 +109,16 @@ def changed(spec: MachineSpec, settings: Mapping[str, str], *, folder: Path, gue
     return replace(found, tcg_cpu=spec.tcg_cpu).plugged_as(spec)
 
 
-def extended(spec: MachineSpec, disk: Mapping[str, Any], *, folder: Path, guest_dir: Path) -> MachineSpec:
-    """The machine with one more disk, which is described as in a file."""
+def extended(
+    spec: MachineSpec, device: Mapping[str, Any], *, of: Literal["disks", "nics"], folder: Path, guest_dir: Path
+) -> MachineSpec:
+    """The machine with one more disk or network card, which is described as in a file."""
     plain = _plain(spec)
     try:
-        new = msgspec.to_builtins(dict(disk), enc_hook=os.fspath)
+        new = msgspec.to_builtins(dict(device), enc_hook=os.fspath)
     except TypeError as error:
-        raise SpecError(f"the disk has a value of an impossible type: {error}") from error
-    plain["disks"] = [*plain.get("disks", ()), {key.replace("-", "_"): value for key, value in new.items()}]
+        raise SpecError(f"an item of {of!r} has a value of an impossible type: {error}") from error
+    plain[of] = [*plain.get(of, ()), {key.replace("-", "_"): value for key, value in new.items()}]
     found = _machine(_readable(of_program(plain, f"machine {spec.name}"), folder, guest_dir))
     return replace(found, tcg_cpu=spec.tcg_cpu).plugged_as(spec)
 
@@ -124,8 +126,9 @@ def extended(spec: MachineSpec, disk: Mapping[str, Any], *, folder: Path, guest_
 def _plain(spec: MachineSpec) -> dict[str, Any]:
     """What a file would say of it."""
     plain: dict[str, Any] = msgspec.to_builtins(spec, enc_hook=os.fspath)
-    for disk in plain.get("disks", ()):
-        disk.pop("address", None)
+    for device in (*plain.get("disks", ()), *plain.get("nics", ())):
+        device.pop("address", None)
+        device.pop("number", None)
     plain.pop("tcg_cpu", None)  # that of the machine whose spec was taken: define records its own
     if type(spec.memory) is int:
         plain["memory"] = f"{spec.memory}B"  # a file's plain number is MiB

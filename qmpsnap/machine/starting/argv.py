@@ -25,7 +25,7 @@ from qmpsnap.machine.starting.run_files import (
 from qmpsnap.model.layers.blockdev import blank_options, chain_options, node_name
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.secret import secret_id
-from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec, numbered
 
 AGENT_CHARDEV: Final = "agent"
 AGENT_PORT: Final = "org.qemu.guest_agent.0"
@@ -228,7 +228,8 @@ def _devices(spec: MachineSpec, chains: Sequence[Chain], uuid: str, *, blank: bo
     defined = [disk for disk in spec.disks if not is_attached(disk)]
     yield from _disks(spec, defined, chains, controllers, blank=blank)
     yield from _cdrom(spec)
-    yield from _nics(spec, uuid)
+    yield from _nics(spec, uuid, attached=False)
+    yield from _nics(spec, uuid, attached=True)
     yield from _disks(spec, [disk for disk in spec.disks if disk not in defined], chains, controllers, blank=blank)
 
 
@@ -341,18 +342,27 @@ def mac(nic: NicSpec, uuid: str, number: int) -> str:
     return nic.mac or _mac(uuid, number)
 
 
-def _nics(spec: MachineSpec, uuid: str) -> Iterator[str]:
-    for number, nic in enumerate(spec.nics):
-        device = {
-            "driver": _virtio("net", spec) if nic.model == "virtio" else nic.model,
-            "id": card(number),
-            "netdev": cable(number),
-            "mac": mac(nic, uuid, number),
-        }
-        if not _is_microvm(spec):
-            device["romfile"] = ""  # no network boot, and no ROM package to need
-        yield from _json("-netdev", {"id": cable(number)} | _backend(nic))
-        yield from _json("-device", device)
+def _nics(spec: MachineSpec, uuid: str, *, attached: bool) -> Iterator[str]:
+    for number, nic in numbered(spec.nics):
+        if (nic.address is not None) is attached:
+            backend, device = nic_device(spec, nic, number, uuid)
+            yield from _json("-netdev", backend)
+            yield from _json("-device", device)
+
+
+def nic_device(spec: MachineSpec, nic: NicSpec, number: int, uuid: str) -> tuple[Device, Device]:
+    """What a network card is connected to, and its device."""
+    device = {
+        "driver": _virtio("net", spec) if nic.model == "virtio" else nic.model,
+        "id": card(number),
+        "netdev": cable(number),
+        "mac": mac(nic, uuid, number),
+    }
+    if nic.address:
+        device["bus"] = nic.address
+    if not _is_microvm(spec):
+        device["romfile"] = ""  # no network boot, and no ROM package to need
+    return {"id": cable(number)} | _backend(nic), device
 
 
 def _backend(nic: NicSpec) -> Device:

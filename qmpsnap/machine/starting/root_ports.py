@@ -1,11 +1,14 @@
-"""The PCIe root ports of a machine, into which disks are plugged while it runs, and the places of disks; pure."""
+"""The PCIe root ports of a machine, into which disks and network cards are plugged while it runs; pure.
+
+Places of disks on controllers, too.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from msgspec.structs import replace
 
-from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
+from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
 
 PORT: Final = "qs-port"
 """What the ids of PCIe root ports begin with; their numbers follow."""
@@ -30,15 +33,19 @@ def root_ports(spec: MachineSpec) -> Iterator[dict[str, Any]]:
 
 def free_port(spec: MachineSpec) -> str | None:
     """A root port that has no device; None where there is none."""
-    used = {disk.address for disk in spec.disks}
+    used = {disk.address for disk in spec.disks} | {nic.address for nic in spec.nics}
     return next((port for port in _names(spec) if port not in used), None)
 
 
 def without_lost(spec: MachineSpec) -> MachineSpec:
-    """The spec with disks behind the others whose root port it has no more."""
+    """The spec with disks and network cards behind the others whose root port it has no more."""
     there = _names(spec)
-    lost = [disk.name for disk in spec.disks if (disk.address or "").startswith(PORT) and disk.address not in there]
-    return replace(spec, disks=tuple(replace(disk, address="") if disk.name in lost else disk for disk in spec.disks))
+
+    def lost(device: DiskSpec | NicSpec) -> bool:
+        return (device.address or "").startswith(PORT) and device.address not in there
+
+    disks = tuple(replace(disk, address="") if lost(disk) else disk for disk in spec.disks)
+    return replace(spec, disks=disks, nics=tuple(replace(nic, address="") if lost(nic) else nic for nic in spec.nics))
 
 
 def is_attached(disk: DiskSpec) -> bool:

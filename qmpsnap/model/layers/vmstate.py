@@ -4,7 +4,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from qmpsnap.model.machines.spec import MachineSpec
+from qmpsnap.model.machines.spec import MachineSpec, numbered
 from qmpsnap.model.names import LayerId, OperationId
 
 SaveMode = Literal["background", "stopped"]
@@ -95,8 +95,9 @@ def hardware_of(
         for disk in spec.disks
     )
     nics = (
-        f"network card {number} {nic.mac or 'of its own MAC'}{'' if nic.model == 'virtio' else ', ' + nic.model}"
-        for number, nic in enumerate(spec.nics)
+        f"network card {number} {nic.mac or 'of its own MAC'}{_at(nic.address)}"
+        + ("" if nic.model == "virtio" else ", " + nic.model)
+        for number, nic in numbered(spec.nics)
     )
     return Hardware(
         uuid=uuid,

@@ -5,6 +5,7 @@ from it.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 from msgspec import Struct
@@ -108,7 +109,11 @@ class Forward(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
 
 
 class NicSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One network card. ``user`` needs no rights; ``tap`` wants ``ifname``, ``bridge`` wants ``bridge``."""
+    """One network card. ``user`` needs no rights; ``tap`` wants ``ifname``, ``bridge`` wants ``bridge``.
+
+    No spec file has ``number``, by which QEMU knows it and from which its own MAC is made (None: its position among the
+    cards), and ``address``, as a disk has it.
+    """
 
     kind: NicKind = "user"
     model: NicModel = "virtio"
@@ -116,6 +121,40 @@ class NicSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     forwards: tuple[Forward, ...] = ()
     ifname: str | None = None
     bridge: str | None = None
+    number: int | None = None
+    address: str | None = None
+
+
+def numbered(nics: Iterable[NicSpec]) -> tuple[tuple[int, NicSpec], ...]:
+    """Network cards with their numbers."""
+    return tuple((at if nic.number is None else nic.number, nic) for at, nic in enumerate(nics))
+
+
+def _unplugged(nic: NicSpec) -> NicSpec:
+    return replace(nic, number=None, address=None)
+
+
+def _as_before(nics: tuple[NicSpec, ...], old: tuple[NicSpec, ...]) -> tuple[NicSpec, ...]:
+    """Network cards with the numbers and places that they have in another spec of the machine.
+
+    As many as before are the same, one after the other; otherwise those are that are described as before. As long as
+    no card was attached or detached, their numbers are their positions.
+    """
+    if len(nics) == len(old):
+        return tuple(replace(nic, number=was.number, address=was.address) for nic, was in zip(nics, old, strict=True))
+    if all(was.number is None for was in old):
+        return nics
+    left = [replace(was, number=number) for number, was in numbered(old)]
+    free = 1 + max(was.number or 0 for was in left)
+    found = []
+    for nic in nics:
+        was = next((was for was in left if _unplugged(was) == nic), None)
+        if was:
+            left.remove(was)
+        else:
+            was, free = replace(nic, number=free), free + 1
+        found.append(was)
+    return tuple(found)
 
 
 class CloudInit(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -149,8 +188,8 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         cloud_init: what cloud-init in the guest is told, on a read-only disk that no snapshot includes.
         uefi_code: absolute path of the firmware; None: this host's.
         uefi_variables: absolute path of the variable store that ``define`` copies; None: the firmware's template.
-        root_ports: how many PCIe root ports it has for disks that are attached while it runs; None: ``define`` chooses,
-            and a machine that an earlier release has defined has none.
+        root_ports: how many PCIe root ports it has for disks and network cards that are attached while it runs; None:
+            ``define`` chooses, and a machine that an earlier release has defined has none.
     """
 
     name: str
@@ -202,19 +241,21 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         return self.cpu or ("host" if accel == "kvm" else self.tcg_cpu or "max")
 
     def unplugged(self) -> Self:
-        """Without what no spec file has: where the disks are."""
-        return replace(self, disks=tuple(replace(disk, address=None) for disk in self.disks))
+        """Without what no spec file has: where disks and network cards are."""
+        disks = tuple(replace(disk, address=None) for disk in self.disks)
+        return replace(self, disks=disks, nics=tuple(_unplugged(nic) for nic in self.nics))
 
     def plugged_as(self, old: Self) -> Self:
-        """With each disk where it is in another spec of the machine, and as many ports unless it says how many."""
+        """With disks and network cards where they are in another spec of the machine, and as many ports by default."""
         places = {disk.name: (disk.bus, disk.address) for disk in old.disks}
 
         def placed(disk: DiskSpec) -> DiskSpec:
             bus, address = places.get(disk.name, ("", None))
             return replace(disk, address=address) if bus == disk.bus else disk
 
+        nics = _as_before(self.nics, old.nics)
         ports = old.root_ports if self.root_ports is None else self.root_ports
-        return replace(self, disks=tuple(placed(disk) for disk in self.disks), root_ports=ports)
+        return replace(self, disks=tuple(placed(disk) for disk in self.disks), nics=nics, root_ports=ports)
 
     def disk(self, name: str) -> DiskSpec | None:
         """The disk of that name, or None."""

@@ -1,9 +1,9 @@
-"""Plans that give a machine one more disk, or take one from it."""
+"""Plans that give a machine one more disk or network card, or take one from it."""
 
 from msgspec import Struct
 
 from qmpsnap.model.layers.chain import Layer
-from qmpsnap.model.machines.spec import DiskSpec
+from qmpsnap.model.machines.spec import DiskSpec, NicSpec
 from qmpsnap.model.operations.change import Change, Overlay
 
 
@@ -52,3 +52,30 @@ class DetachPlan(Struct, frozen=True, kw_only=True, tag="disk-detach"):
     def kept(self) -> str | None:
         """Name of the automatic snapshot that keeps what the guest wrote; None for an image that is not ours."""
         return self.change.snapshots[0].name if self.change.snapshots else None
+
+
+class AttachNicPlan(Struct, frozen=True, kw_only=True, tag="nic-attach"):
+    """Give a machine one more network card.
+
+    Attributes:
+        number: by which QEMU knows it.
+        nic: as the machine's spec has it afterwards.
+        live: a QEMU runs, into which it is plugged.
+        change: the new spec.
+    """
+
+    machine: str
+    number: int
+    nic: NicSpec
+    live: bool
+    change: Change
+
+
+class DetachNicPlan(Struct, frozen=True, kw_only=True, tag="nic-detach"):
+    """Take a network card from a machine; as :class:`AttachNicPlan`."""
+
+    machine: str
+    number: int
+    nic: NicSpec
+    live: bool
+    change: Change

@@ -14,7 +14,7 @@ from qmpsnap.model.operations.by import By, DeleteBy, LoadBy, MirrorBy, SaveBy
 from qmpsnap.model.operations.change import Change as Change  # noqa: PLC0414 - others have it from here
 from qmpsnap.model.operations.change import Overlay as Overlay  # noqa: PLC0414
 from qmpsnap.model.operations.copies import Copy, VolumeCopy, VolumeMerge
-from qmpsnap.model.operations.devices import AttachPlan, DetachPlan
+from qmpsnap.model.operations.devices import AttachNicPlan, AttachPlan, DetachNicPlan, DetachPlan
 from qmpsnap.model.operations.flatten import FlattenPlan
 from qmpsnap.model.operations.memory import Memory
 from qmpsnap.model.operations.rename import RenamePlan
@@ -320,7 +320,8 @@ class ResizePlan(Struct, frozen=True, kw_only=True, tag="resize"):
 
 
 Plan = (
-    DefinePlan | ForkPlan | UndefinePlan | ResizePlan | RenamePlan | AttachPlan | DetachPlan  # of machines
+    DefinePlan | ForkPlan | UndefinePlan | ResizePlan | RenamePlan  # of machines
+    | AttachPlan | DetachPlan | AttachNicPlan | DetachNicPlan  # of their devices
     | CreatePlan | InternalPlan | LoadPlan | RevertPlan | MergePlan | MirrorPlan | FlattenPlan  # of snapshots
 )  # fmt: skip
 

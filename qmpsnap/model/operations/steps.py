@@ -161,6 +161,16 @@ STEPS: Final[dict[str, tuple[Step, ...]]] = {
         Step(UNPLUGGING, "the guest may have let go of the disk: roll forward if QEMU has it no more, otherwise back"),
         Step(SETTLED, "the machine has the disk no more; its files stay"),
     ),
+    "nic-attach": (
+        Step(PLANNED, "nothing is changed: roll back"),
+        Step(PLUGGING, "QEMU may have the card: roll back if it runs without it, otherwise forward"),
+        Step(SETTLED, "the machine has the network card"),
+    ),
+    "nic-detach": (
+        Step(PLANNED, "nothing is changed: roll back"),
+        Step(UNPLUGGING, "the guest may have let go of the card: roll forward if QEMU has it no more, otherwise back"),
+        Step(SETTLED, "the machine has the network card no more"),
+    ),
     "rename": (
         Step(PLANNED, "nothing has another name: roll back"),
         Step(

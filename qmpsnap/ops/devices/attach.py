@@ -83,7 +83,7 @@ def wanted(disk: Mapping[str, object] | DiskSpec, *, folder: Path, guest_dir: Pa
 
     def make(machine: Machine, snapshots: Sequence[Snapshot]) -> MachineSpec:
         name = given.get("name") or free_name(machine, snapshots)
-        return specfile.extended(machine.spec, given | {"name": name}, folder=folder, guest_dir=guest_dir)
+        return specfile.extended(machine.spec, given | {"name": name}, of="disks", folder=folder, guest_dir=guest_dir)
 
     return make
 

@@ -9,6 +9,7 @@ from qmpsnap.machine import agent, identity
 from qmpsnap.machine.starting import argv
 from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.model.machines.record import Machine
+from qmpsnap.model.machines.spec import numbered
 from qmpsnap.model.operations.operation import Change
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.memory import post_resume
@@ -32,7 +33,7 @@ async def renew(context: Context, machine: Machine, parent: Machine) -> Machine:
         assert qemu
         addresses = [
             (old, argv.mac(nic, machine.uuid, number))
-            for number, nic in enumerate(machine.spec.nics)
+            for number, nic in numbered(machine.spec.nics)
             if (old := await commands.mac_of(qemu, argv.card(number)))
         ]
         try:
@@ -66,7 +67,7 @@ async def _in_guest(context: Context, machine: Machine, addresses: Sequence[tupl
 async def _unchanged(qemu: Monitor, machine: Machine, parent: Machine) -> list[str]:
     """The cards with an address that is not theirs, as QEMU sees them: what the guest says of itself is not enough."""
     found = []
-    for number, nic in enumerate(machine.spec.nics):
+    for number, nic in numbered(machine.spec.nics):
         now, own = await commands.mac_of(qemu, argv.card(number)), argv.mac(nic, machine.uuid, number)
         if now not in (None, own):
             found.append(f"network card {number} still has the address {now} of {parent.name}")
@@ -75,6 +76,6 @@ async def _unchanged(qemu: Monitor, machine: Machine, parent: Machine) -> list[s
 
 async def _connect(qemu: Monitor, machine: Machine) -> None:
     if any(nic.kind != "user" for nic in machine.spec.nics):
-        for number in range(len(machine.spec.nics)):
+        for number, _ in numbered(machine.spec.nics):
             await commands.set_link(qemu, argv.cable(number), up=True)
         await commands.announce_self(qemu)

@@ -17,6 +17,7 @@ from qmpsnap.machine.starting.privileges import Privileges
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.machines.record import Machine, Process
+from qmpsnap.model.machines.spec import numbered
 from qmpsnap.model.names import JobId, LayerId
 from qmpsnap.model.planning.layer_graph import Writer
 from qmpsnap.ops.base import admission, consent, luks, requests, vmgenid
@@ -173,7 +174,7 @@ async def _load(
 async def _isolate(qemu: Monitor, machine: Machine) -> None:
     """Keep a guest with another one's addresses off every network that it shares with others."""
     if machine.origin and machine.origin.identity == "twin":
-        for number, nic in enumerate(machine.spec.nics):
+        for number, nic in numbered(machine.spec.nics):
             if nic.kind != "user":
                 await commands.set_link(qemu, argv.cable(number), up=False)
 

@@ -16,7 +16,7 @@ from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.hint import call
 from qmpsnap.host.system_errors import translated
 from qmpsnap.machine import worker
-from qmpsnap.model.operations.devices import AttachPlan, DetachPlan
+from qmpsnap.model.operations.devices import AttachNicPlan, AttachPlan, DetachNicPlan, DetachPlan
 from qmpsnap.model.operations.flatten import FlattenPlan
 from qmpsnap.model.operations.operation import (
     CreatePlan,
@@ -47,9 +47,11 @@ GivenUp = Callable[[Operation, QmpsnapError], object]
 Ending = Callable[[Broken[Any], Monitor | None], Awaitable[Direction]]
 
 ENDINGS: Final[Mapping[type[Plan], str]] = {
+    AttachNicPlan: "qmpsnap.ops.devices.nics:end_attach",
     AttachPlan: "qmpsnap.ops.devices.attach:end",
     CreatePlan: "qmpsnap.ops.snapshot.recover:end",
     DefinePlan: "qmpsnap.ops.lifecycle.recover:end",
+    DetachNicPlan: "qmpsnap.ops.devices.nics:end_detach",
     FlattenPlan: "qmpsnap.ops.merge.flatten:end",
     DetachPlan: "qmpsnap.ops.devices.detach:end",
     ForkPlan: "qmpsnap.ops.fork.recover:end",
