@@ -146,6 +146,16 @@ KINDS: Final[dict[str, Kind]] = {
         "The guest writes to a device that is no disk of the machine: no snapshot includes it, and a revert"
         " detaches it.",
     ),
+    "device-attached": Kind(
+        "I5",
+        "Somebody has plugged a device into QEMU that is not the machine's: memory is not saved beside it, as no other"
+        " QEMU would have it, and the next start lacks it.",
+    ),
+    "nic-unplugged": Kind(
+        "I5",
+        "QEMU has no device for a network card of the machine: memory is neither saved nor loaded without it. The next"
+        " start attaches it again, unless it is detached from the machine, too.",
+    ),
     "operation-open": Kind("I6", "An interrupted operation has not been recovered yet.", "It is recovered."),
     "machine-busy": Kind("I6", "Another controller is working on the machine; check again when it is done."),
     "worker-left": Kind("I6", "A helper QEMU is still running without a user.", "It is ended."),

@@ -1,6 +1,7 @@
 """Devices that are plugged into a running QEMU, and unplugged again once its guest has let go of them."""
 
 import contextlib
+import re
 from typing import Any, Final
 
 import anyio
@@ -12,6 +13,7 @@ from qmpsnap.qmp.session import Monitor
 
 _PERIPHERAL: Final = "/machine/peripheral"
 """Where QEMU's object model has the devices that were given an id."""
+_CHILD: Final = re.compile("child<(.*)>")
 _REFUSED: Final = "DEVICE_UNPLUG_GUEST_ERROR"
 _PENDING: Final = "in the process of unplug"
 """What QEMU says where the guest was asked before and has not answered."""
@@ -21,6 +23,7 @@ _LOOK: Final = 1.0
 
 class _Property(Struct, frozen=True):
     name: str
+    type: str
 
 
 def add(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -46,10 +49,13 @@ async def drop_netdev(monitor: Monitor, backend: str) -> None:
 
 async def plugged(monitor: Monitor) -> frozenset[str]:
     """The ids of the devices that QEMU has (``qom-list``)."""
-    return frozenset(found.name for found in await ask(monitor, "qom-list", tuple[_Property, ...], _PLACE))
+    return frozenset(await drivers(monitor))
 
 
-_PLACE: Final = {"path": _PERIPHERAL}
+async def drivers(monitor: Monitor) -> dict[str, str]:
+    """By id: the driver of each device that QEMU has under one (``qom-list``)."""
+    found = await ask(monitor, "qom-list", tuple[_Property, ...], {"path": _PERIPHERAL})
+    return {each.name: match[1] for each in found if (match := _CHILD.fullmatch(each.type))}
 
 
 async def unplug(monitor: Monitor, device: str, *, timeout: float) -> None:  # noqa: ASYNC109 - the guest's

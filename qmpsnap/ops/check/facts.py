@@ -35,7 +35,8 @@ from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.check import entries
 from qmpsnap.ops.check import references as named
 from qmpsnap.ops.check.entries import Entry
-from qmpsnap.ops.outside import compare
+from qmpsnap.ops.outside import compare, other_devices
+from qmpsnap.ops.outside.other_devices import Devices
 from qmpsnap.ops.session import stale_store
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
@@ -65,7 +66,8 @@ class Asked(Struct, frozen=True, kw_only=True):
 
     ``files``: device and inode of what its process has open, and of what its nodes name. ``frozen``: the agent says
     that the guest's file systems are; None where it was not asked or did not answer. ``agent``: a guest's agent
-    listens. ``beside``: where QEMU's devices are not the machine's disks.
+    listens. ``beside``: where QEMU's drives are not the machine's disks. ``devices``: where its others are not the
+    machine's.
     """
 
     status: str
@@ -76,6 +78,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     agent: bool
     frozen: bool | None = None
     beside: Beside = NOTHING
+    devices: Devices = Devices()
 
 
 class Facts(Struct, frozen=True, kw_only=True):
@@ -239,6 +242,7 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
         files=await to_read(_opened, context.process(at.machine), nodes),
         agent=listening,
         beside=await graph.beside(qemu, await graph.read(qemu), at.chains),
+        devices=await other_devices.look(at.machine, qemu),
         frozen=await freeze_state(context, at.machine) if listening and status.running else None,
     )
 

@@ -19,7 +19,7 @@ from qmpsnap.model.machines.rbd import shown
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.planning.layer_graph import Writer
 from qmpsnap.ops.check.facts import Facts
-from qmpsnap.ops.outside import compare
+from qmpsnap.ops.outside import compare, other_devices
 from qmpsnap.store.owner import Flaw
 
 UNSETTLED = frozenset({"postmigrate", "finish-migrate", "save-vm", "restore-vm", "inmigrate", "colo"})
@@ -243,12 +243,21 @@ def _nodes(at: Facts) -> Iterator[Finding]:
 
 
 def _attached(at: Facts) -> Iterator[Finding]:
-    """What the guest writes to that no snapshot has, but for what an adoption has left out and said so."""
+    """Devices that others have added or taken: what the guest writes to that no snapshot has, other ones, cards.
+
+    An adoption has told of what it has left out.
+    """
     assert at.asked is not None
     known = at.record.machine.adopted.left_out if at.record.machine.adopted else ()
     for other in at.asked.beside.others:
         if other.name not in known:
             yield at.finding("disk-attached", other.sentence, file=other.file)
+    told = {other.name for other in at.asked.beside.others}
+    for name, driver in at.asked.devices.plugged:
+        if name not in told:
+            yield at.finding("device-attached", f"QEMU has device {name} ({driver}), which somebody has plugged in")
+    for number in at.asked.devices.cards:
+        yield at.finding("nic-unplugged", other_devices.lost(at.record.machine, number))
 
 
 def _worker(at: Facts) -> Iterator[Finding]:

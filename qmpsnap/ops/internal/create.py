@@ -34,6 +34,7 @@ from qmpsnap.ops.base.overlays import require_free
 from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory.load import hardware_now
 from qmpsnap.ops.memory.strategy import RESERVE_MORE, require_saveable, resident_bytes
+from qmpsnap.ops.outside import other_devices
 from qmpsnap.ops.session import quiesce, recovery
 from qmpsnap.ops.session.quiesce import Freezer, QuiesceRequest
 from qmpsnap.ops.session.session import begin, inputs, looking, require_agreement, working
@@ -212,6 +213,7 @@ async def _planner(
     if session.qemu and request.memory is not False:
         again = "take its disks alone: " + call("snapshot", session.machine.name, kind="internal", memory=False)
         await require_saveable(session.machine, session.qemu, basis.chains, hint=again)
+        await other_devices.require_same(session.machine, session.qemu, hint=again, only_cards=True)
         hardware = await hardware_now(session.context, session.machine, session.qemu)
 
     def make(at: PlanInputs) -> InternalPlan:

@@ -20,6 +20,7 @@ from qmpsnap.model.operations.memory import Means
 from qmpsnap.ops.base import luks, requests
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.memory.load import hardware_now
+from qmpsnap.ops.outside import other_devices
 from qmpsnap.qmp import commands, migration
 from qmpsnap.qmp.commands import RunStatus
 from qmpsnap.qmp.session import Monitor
@@ -137,7 +138,9 @@ async def _require_unhindered(machine: Machine, qemu: Monitor, chains: Sequence[
             hint="wait until it has ended",
             machine=machine.name,
         )
-    await require_saveable(machine, qemu, chains, hint="take its disks alone: " + call("snapshot", machine.name))
+    alone = "take its disks alone: " + call("snapshot", machine.name)
+    await require_saveable(machine, qemu, chains, hint=alone)
+    await other_devices.require_same(machine, qemu, hint=alone)
     if request.compression != "none":
         statefile.zstandard_package()
 

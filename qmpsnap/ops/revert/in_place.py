@@ -33,6 +33,7 @@ from qmpsnap.ops.internal.create import InternalRequest
 from qmpsnap.ops.internal.tags import job_of
 from qmpsnap.ops.lifecycle.power import LoadingInside
 from qmpsnap.ops.memory.load import hardware_now, require_fits
+from qmpsnap.ops.outside import other_devices
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.quiesce import Freezer
 from qmpsnap.ops.session.session import begin
@@ -120,6 +121,8 @@ async def planner(
     await graph.require_no_other(
         session.qemu, tuple(at.live.values()), machine=session.machine.name, hint="then try again"
     )
+    stop = "start anew: " + call("stop", session.machine.name, force=True)
+    await other_devices.require_same(session.machine, session.qemu, hint=stop, only_cards=True)
     await requests.require_told(
         session.machine,
         session.qemu,
