@@ -68,15 +68,19 @@ async def run(
     timeout: float,
     encoding: str | None,
     stdin: bytes = b"",
+    output: agent_files.Hear | None = None,
 ) -> Completed[str] | Completed[bytes]:
-    """Run a command, and decode its output."""
+    """Run a command, and decode its output, unless ``output`` is given that."""
     if encoding is not None:
         try:
             codecs.lookup(encoding)
         except LookupError as error:
             raise UsageError(str(error), hint="use encoding='utf-8', or None for bytes") from error
     async with connect(timeout) as guest:
-        done = await guest.run(words, deadline=timeout, stdin=stdin)
+        if output:
+            done = await agent_files.heard(guest, words, output, deadline=timeout, stdin=stdin)
+        else:
+            done = await guest.run(words, deadline=timeout, stdin=stdin)
     if encoding is None:
         return done
     return Completed[str](

@@ -6,7 +6,7 @@ import time
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from qmpsnap.api.machine_base import MachineBase
 from qmpsnap.api.old_names import was
@@ -19,7 +19,7 @@ from qmpsnap.ops.base import requests
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from qmpsnap.api import guest_commands
     from qmpsnap.machine import agent, agent_files
@@ -48,6 +48,7 @@ class MachineGuest(MachineBase):
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         wait: float | None = None,
+        output: Callable[[Literal["stdout", "stderr"], bytes], object] | None = None,
     ) -> Completed[str]: ...
 
     @overload
@@ -63,6 +64,7 @@ class MachineGuest(MachineBase):
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         wait: float | None = None,
+        output: Callable[[Literal["stdout", "stderr"], bytes], object] | None = None,
     ) -> Completed[bytes]: ...
 
     @was(deadline="timeout")
@@ -78,6 +80,7 @@ class MachineGuest(MachineBase):
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         wait: float | None = None,
+        output: Callable[[Literal["stdout", "stderr"], bytes], object] | None = None,
     ) -> Completed[str] | Completed[bytes]:
         """Run a command in the guest through its agent.
 
@@ -92,6 +95,9 @@ class MachineGuest(MachineBase):
             cwd: absolute path of the folder in the guest in which it runs; needs a ``/bin/sh`` in the guest.
             wait: seconds to wait for an agent where nothing in the guest has opened its port (QMP ``query-chardev``,
                 ``frontend-open``). By default a second, or until ``timeout`` seconds after QEMU was started.
+            output: is called with what it says while it runs: ``"stdout"`` or ``"stderr"``, and bytes. Then there is no
+                limit, and the result has none of it. Files in the guest have it meanwhile (``mktemp -d``), so it needs
+                a ``/bin/sh`` there. A command that is not waited for any more, as when this raises, gets ``SIGPIPE``.
 
         Raises:
             ProcessError: with ``check``: it ended with another status than 0.
@@ -103,9 +109,8 @@ class MachineGuest(MachineBase):
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         words = guest_commands.surrounded(words, env=env or {}, cwd=cwd)
         given = stdin.encode() if isinstance(stdin, str) else stdin
-        done = await guest_commands.run(
-            partial(self._agent, wait=wait), words, timeout=timeout, encoding=encoding, stdin=given
-        )
+        connect = partial(self._agent, wait=wait)
+        done = await guest_commands.run(connect, words, timeout=timeout, encoding=encoding, stdin=given, output=output)
         if check and done.exit_status:
             raise guest_commands.failed(command, done, machine=self.name)
         if not allow_truncated:

@@ -213,6 +213,19 @@ class Agent:
 
         The program is not ended by the ``deadline``, which is in seconds for the whole.
         """
+        end = anyio.current_time() + deadline
+        pid = await self.begin(command, stdin=stdin, deadline=deadline)
+        pause = 0.005
+        while (left := end - anyio.current_time()) > 0:
+            if done := await self.ended(pid, deadline=left):
+                return done
+            await anyio.sleep(pause)
+            pause = min(pause * 1.5, 0.25)
+        hint = "it keeps running in the guest; wait longer with " + option("timeout", "SECONDS")
+        raise self.late(deadline, command[0], hint=hint)
+
+    async def begin(self, command: Sequence[str], *, stdin: bytes = b"", deadline: float) -> object:
+        """Start a program in the guest (``guest-exec``); returns its id there."""
         if len(stdin) > STDIN_LIMIT:
             raise UsageError(
                 f"standard input has {len(stdin)} bytes, but a guest command is given at most {STDIN_LIMIT}",
@@ -222,21 +235,16 @@ class Agent:
         arguments: dict[str, Any] = {"path": command[0], "arg": list(command[1:]), "capture-output": True}
         if stdin:
             arguments["input-data"] = base64.b64encode(stdin).decode()
-        end = anyio.current_time() + deadline
         started = await self.execute("guest-exec", arguments, deadline=deadline)
-        pid = started.get("pid") if isinstance(started, dict) else None
-        pause = 0.005
-        while (left := end - anyio.current_time()) > 0:
-            try:
-                status = await self.execute("guest-exec-status", {"pid": pid}, deadline=left)
-            except DeadlinePassed:  # of one look, which is no deadline that anybody has set
-                break
-            if isinstance(status, dict) and status.get("exited"):
-                return self._completed(status)
-            await anyio.sleep(pause)
-            pause = min(pause * 1.5, 0.25)
-        hint = "it keeps running in the guest; wait longer with " + option("timeout", "SECONDS")
-        raise self.late(deadline, command[0], hint=hint)
+        return started.get("pid") if isinstance(started, dict) else None
+
+    async def ended(self, pid: object, *, deadline: float) -> Completed[bytes] | None:
+        """What a program said, once it has ended (``guest-exec-status``); None while it runs, or nobody answers."""
+        try:
+            status = await self.execute("guest-exec-status", {"pid": pid}, deadline=deadline)
+        except DeadlinePassed:  # of one look, which is no deadline that anybody has set
+            return None
+        return self._completed(status) if isinstance(status, dict) and status.get("exited") else None
 
     def _completed(self, status: dict[str, Any]) -> Completed[bytes]:
         try:

@@ -14,7 +14,7 @@ from qmpsnap.sync.machine_plans import MachinePlans
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Literal, Unpack
 
     from qmpsnap.api.events import Event
@@ -148,6 +148,7 @@ class MachineHandle(MachinePlans):
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         wait: float | None = None,
+        output: Callable[[Literal["stdout", "stderr"], bytes], object] | None = None,
     ) -> Completed[str]: ...
 
     @overload
@@ -163,6 +164,7 @@ class MachineHandle(MachinePlans):
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         wait: float | None = None,
+        output: Callable[[Literal["stdout", "stderr"], bytes], object] | None = None,
     ) -> Completed[bytes]: ...
 
     def run(
@@ -177,6 +179,7 @@ class MachineHandle(MachinePlans):
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         wait: float | None = None,
+        output: Callable[[Literal["stdout", "stderr"], bytes], object] | None = None,
     ) -> Completed[str] | Completed[bytes]:
         """Run a command in the guest through its agent."""
         return self._call(
@@ -190,6 +193,7 @@ class MachineHandle(MachinePlans):
                 env=env,
                 cwd=cwd,
                 wait=wait,
+                output=output,
             )
         )
 

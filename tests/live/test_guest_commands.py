@@ -55,6 +55,33 @@ async def test_a_command_has_input_variables_and_a_folder(vm: qmpsnap.MachineHan
             await vm.run("true", **wrong)
 
 
+async def test_output_is_heard_while_the_command_runs(vm: qmpsnap.MachineHandle) -> None:
+    parts: list[tuple[str, bytes]] = []
+    size = (16 << 20) + 1  # more than the agent keeps
+    line = f"echo err >&2; head -c {size} /dev/zero; exit 3"
+    done = await vm.run(line, output=lambda stream, part: parts.append((stream, part)), check=False, timeout=300)
+    assert (done.exit_status, done.stdout, done.truncated) == (3, "", ())
+    assert b"".join(part for stream, part in parts if stream == "stdout") == bytes(size)
+    assert [part for stream, part in parts if stream == "stderr"] == [b"err\n"]
+
+    class EnoughError(Exception):
+        pass
+
+    def enough(stream: str, part: bytes) -> None:
+        raise EnoughError(stream, part)
+
+    with anyio.fail_after(300), pytest.raises(EnoughError, match=r"stdout.*first"):
+        await vm.run("echo first; exec sleep 1000000", output=enough, timeout=600)
+    with pytest.raises(DeadlinePassed, match="did not finish sleep"):
+        await vm.run(["sleep", "1000000"], output=enough, timeout=2)
+    left = await vm.run("pgrep sleep; ls -d /tmp/tmp.*", check=False)
+    assert left.stdout == ""
+    line = f"{sys.executable} -m qmpsnap exec --stream guest sh -c 'echo out; exec yes' | head -n 1"
+    with anyio.fail_after(300):
+        shown = await anyio.run_process(["bash", "-c", line])
+    assert (shown.stdout, shown.stderr) == (b"out\n", b"")
+
+
 async def test_standard_input_is_passed_on_where_that_is_asked_for(vm: qmpsnap.MachineHandle) -> None:
     line = "printf 'said\\0x' | {0} exec {1} guest -- cat; echo never heard | {0} exec guest -- cat -; "
     line += "{0} exec --env A=1 --env 'B=x y' --cwd /tmp guest sh -c 'echo $A $B; pwd' --timeout 5 -o json"

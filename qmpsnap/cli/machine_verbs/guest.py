@@ -20,6 +20,9 @@ def register(parsers: Parsers) -> None:
         action="store_true",
         help="accept output truncated to the agent's 16 MiB of stdout and of stderr",
     )
+    command.add_argument(
+        "--stream", action="store_true", help="print the output as it comes, all of it; needs a shell in the guest"
+    )
     command.add_argument("-i", "--stdin", action="store_true", help="pass standard input on to the command")
     command.add_argument(
         "--env", action="append", type=_variable, default=[], metavar="NAME=VALUE", help="set a variable of the command"
@@ -91,6 +94,7 @@ def _exec(arguments: argparse.Namespace) -> int:
             env=dict(arguments.env),
             cwd=arguments.cwd,
             wait=arguments.wait,
+            output=_pass_on if arguments.stream else None,
         ),
     )
     try:
@@ -108,6 +112,20 @@ def _exec(arguments: argparse.Namespace) -> int:
     if not arguments.allow_truncated:
         done.require_whole(arguments.machine)
     return int(done.exit_status)
+
+
+def _pass_on(stream: str, part: bytes) -> None:
+    """Print what a command says that runs on."""
+    try:
+        output.pass_on(*((part, b"") if stream == "stdout" else (b"", part)))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise HostCannot(
+            f"the command runs in the guest, but its output cannot be written: {error.strerror}",
+            hint="free some space for the output, or redirect it",
+            effect="unknown",
+        ) from error
 
 
 def _stdin() -> bytes:
