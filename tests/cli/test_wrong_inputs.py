@@ -56,6 +56,8 @@ LINES = {
     "log": "log web",
     "machine export": "machine export web --to /nonexistent/web.bundle",
     "mirror": f"mirror web vda {COPY} --pivot",
+    "nic attach": "nic attach nobody --kind user --model e1000 --mac 52:54:00:00:00:01 --forward 2222:22",
+    "nic detach": "nic detach web 7 --timeout 1",
     "pause": "pause web",
     "pull": "pull web vda --base fresh",
     "recover": "recover nobody",
@@ -85,8 +87,6 @@ LINES = {
     "tree": "tree web --tag k",
     "undefine": "undefine web",
     "wakeup": "wakeup web",
-    "nic attach": "nic attach web --kind user --model e1000 --mac 52:54:00:00:00:01 --forward 2222:22",
-    "nic detach": "nic detach web 7 --timeout 1",
 }
 TELLS = frozenset({"check", "doctor"})
 """Whose answer is what is wrong."""
