@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import ResizePlan
+    from qmpsnap.ops.adoption import take
+    from qmpsnap.ops.adoption.take import TakePlan
     from qmpsnap.ops.devices import attach, detach, nics
     from qmpsnap.ops.devices.attach import Attached
     from qmpsnap.ops.devices.detach import Detached
@@ -37,6 +39,7 @@ else:
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
     flatten, rename_machine = Later("ops.merge.flatten"), Later("ops.lifecycle.rename")
     describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
+    take = Later("ops.adoption.take")
 
 
 @border
@@ -79,6 +82,15 @@ class ChangePlans(MachinePlans):
             lambda context: change.preview(context, self.name, make, allow_extra=allow_extra),
             plans.of_set,
             lambda vm, _: vm.set(settings, allow_extra=allow_extra),
+        )
+
+    async def plan_take(self, spec: MachineSpec, *, allow_extra: bool = False) -> Plan[TakePlan, TakePlan]:
+        """What :meth:`take` would do now."""
+        return await self._plan(
+            "take",
+            lambda context: take.preview(context, self.name, spec, allow_extra=allow_extra),
+            plans.of_take,
+            lambda vm, _: vm.take(spec, allow_extra=allow_extra),
         )
 
     async def plan_rename(self, new: str) -> Plan[Renamed, Machine]:

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from qmpsnap.api.job import Running
+    from qmpsnap.imports.found import Imported
     from qmpsnap.model.layers.snapshot import Snapshot
     from qmpsnap.model.machines.record import Machine
     from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import ResizePlan
+    from qmpsnap.ops.adoption import take
+    from qmpsnap.ops.adoption.take import TakePlan
     from qmpsnap.ops.base.context import Context
     from qmpsnap.ops.devices import attach, detach, nics
     from qmpsnap.ops.devices.attach import Attached
@@ -36,6 +39,7 @@ else:
     change, resize = Later("ops.lifecycle.change"), Later("ops.lifecycle.resize")
     flatten, rename_machine = Later("ops.merge.flatten"), Later("ops.lifecycle.rename")
     describe, rename = Later("ops.snapshot.describe"), Later("ops.snapshot.rename")
+    take = Later("ops.adoption.take")
 
 
 @border
@@ -65,6 +69,40 @@ class Changing:
         """
         make = change.made(settings, guest_dir=self._context.home.guest)
         return await change.run(self._context, self.name, make, allow_extra=allow_extra)
+
+    async def launched_as(self) -> Imported:
+        """What the command line of an adopted machine's QEMU says, as a proposal for :meth:`take`.
+
+        The guest may have changed that command line, if it has broken out of QEMU. Read the spec before you take it.
+
+        Returns:
+            The spec, with the disks that the machine has; what differs from the original and what was left out.
+
+        Raises:
+            StateError: the machine was not adopted, or its QEMU has ended.
+            UsageError: the command line is none of a QEMU of x86, or some of its options are in files.
+        """
+        return await take.proposed(self._context, self.name)
+
+    async def take(self, spec: MachineSpec, *, allow_extra: bool = False) -> TakePlan:
+        """Let qmpsnap launch an adopted machine, by this spec; its snapshots stay.
+
+        The QEMU that its owner launched is left alone. Once it has ended, :meth:`start`, :meth:`revert` and all the
+        rest work as for a machine that was defined, and its owner must not launch it any more.
+
+        Args:
+            spec: with the machine's name and disks, as :meth:`launched_as` has it.
+            allow_extra: accept the spec's ``extra`` QEMU arguments.
+
+        Returns:
+            The spec as it is recorded, and the process that has to end first.
+
+        Raises:
+            StateError: the machine was not adopted.
+            UsageError: the spec is another machine's, has other disks, or ``extra`` arguments that nobody accepted.
+            ImageRefused: a kernel, initrd, CD image or file for cloud-init is not there, or is none.
+        """
+        return await take.run(self._context, self.name, spec, allow_extra=allow_extra)
 
     async def rename(self, new: str) -> Machine:
         """Give a stopped machine another name, and its folder with it; handles of the old name find it no more.

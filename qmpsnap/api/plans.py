@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import CreatePlan, MergePlan, MirrorPlan, Overlay, Removal, ResizePlan
     from qmpsnap.model.planning.expectation import Expectation
+    from qmpsnap.ops.adoption.take import TakePlan
     from qmpsnap.ops.devices.attach import Attached
     from qmpsnap.ops.devices.detach import Detached
     from qmpsnap.ops.devices.nics import Nic
@@ -204,6 +205,13 @@ def of_mirror(found: tuple[MirrorPlan, Sequence[Command]]) -> Shape[MirrorPlan]:
 def of_set(found: Changed) -> Shape[Changed]:
     """Another spec."""
     return Shape(summary=f"set {', '.join(key for key, *_ in found.changes) or 'nothing'}", details=found)
+
+
+def of_take(found: TakePlan) -> Shape[TakePlan]:
+    """A machine taken from its owner."""
+    copied = [PlannedFile(action="read", path=found.variables)] if found.variables else []
+    after = f" once process {found.waits_for} has ended" if found.waits_for else ""
+    return Shape(summary=f"take machine {found.machine}{after}", files=tuple(copied), details=found)
 
 
 def of_rename_machine(found: Renamed) -> Shape[Renamed]:

@@ -17,6 +17,7 @@ _COMMANDS: Final = {
     "import_libvirt": "import libvirt",
     "import_proxmox": "import proxmox",
     "jobs": "job list",
+    "launched_as": "adopt",
     "pop": "snapshot pop",
     "prune_templates": "template prune",
     "push": "snapshot push",
@@ -27,6 +28,7 @@ _COMMANDS: Final = {
     "snapshot": "snapshot create",
     "snapshots": "snapshot list",
     "state": "show",
+    "take": "adopt",
     "templates": "template list",
     "wait": "job wait",
 }
@@ -38,8 +40,12 @@ _OPTIONS: Final = {
     "folders": "--allow",
     "max_pause_ms": "--max-pause",
     "socket": "--qmp",
+    "spec": "--take",
 }
 """Options that are called otherwise than the keyword that does the same."""
+
+_IMPLIED: Final = {"launched_as": "--spec"}
+"""What makes a command the one that does the same as a method."""
 
 _VALUES: Final = {
     ("disks", "keep"): "--keep-disks",
@@ -59,7 +65,8 @@ def as_typed(text: str) -> str:
 def _typed(part: Call | Option) -> str:
     if isinstance(part, Call):
         name = _COMMANDS.get(part.verb, part.verb)
-        return " ".join(filter(None, ("qmpsnap", name, part.machine, *part.arguments, *map(_option, part.options))))
+        options = (*map(_option, part.options), _IMPLIED.get(part.verb))
+        return " ".join(filter(None, ("qmpsnap", name, part.machine, *part.arguments, *options)))
     return _option(part)
 
 

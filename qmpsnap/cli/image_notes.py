@@ -26,7 +26,9 @@ def tell_owner(name: str) -> None:
     if not os.path.lexists(file):  # the file of adopted machines; most are none
         return
     with answering() as store:
-        chains = store.chains(name)
+        machine, chains = store.machine(name), store.chains(name)
+    if machine.adopted and machine.adopted.taken:  # nobody else is to start it
+        return
     active = ", ".join(f"{output.printable(chain.active.path)} ({chain.disk})" for chain in chains)
     output.note(f"{name} was adopted: its next start has to open {active}; an image below is part of snapshots")
     output.note(f"  its start script finds these names in {file}")

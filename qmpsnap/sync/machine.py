@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from qmpsnap.api.events import Event
     from qmpsnap.api.outcomes import Committed, Deleted, Mirrored, Streamed
+    from qmpsnap.imports.found import Imported
     from qmpsnap.machine.agent import Completed, Trimmed
     from qmpsnap.model.layers.chain import Layer
     from qmpsnap.model.layers.snapshot import Snapshot
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import Operation, ResizePlan
+    from qmpsnap.ops.adoption.take import TakePlan
     from qmpsnap.ops.base.free_space import Shortage
     from qmpsnap.ops.check.check import Checked
     from qmpsnap.ops.devices.attach import Attached
@@ -55,6 +57,14 @@ class MachineHandle(MachinePlans):
     def set(self, settings: Mapping[str, str] | MachineSpec, *, allow_extra: bool = False) -> Changed:
         """Give a stopped machine another spec; its disks and snapshots stay."""
         return self._call(self._handle.set(settings, allow_extra=allow_extra))
+
+    def launched_as(self) -> Imported:
+        """What the command line of an adopted machine's QEMU says, as a proposal for :meth:`take`."""
+        return self._call(self._handle.launched_as())
+
+    def take(self, spec: MachineSpec, *, allow_extra: bool = False) -> TakePlan:
+        """Let qmpsnap launch an adopted machine, by this spec; its snapshots stay."""
+        return self._call(self._handle.take(spec, allow_extra=allow_extra))
 
     def rename(self, new: str) -> Machine:
         """Give a stopped machine another name, and its folder with it; handles of the old name find it no more."""

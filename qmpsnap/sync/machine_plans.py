@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qmpsnap.model.operations.by import DeleteBy, LoadBy, MirrorBy
     from qmpsnap.model.operations.flatten import FlattenPlan
     from qmpsnap.model.operations.operation import CreatePlan, InternalPlan, MergePlan, MirrorPlan, ResizePlan
+    from qmpsnap.ops.adoption.take import TakePlan
     from qmpsnap.ops.devices.attach import Attached
     from qmpsnap.ops.devices.detach import Detached
     from qmpsnap.ops.devices.nics import Nic
@@ -238,6 +239,10 @@ class MachinePlans(Delegating):
     ) -> Plan[Changed, Changed]:
         """What :meth:`set` would do now."""
         return self._call(self._handle.plan_set(settings, allow_extra=allow_extra))
+
+    def plan_take(self, spec: MachineSpec, *, allow_extra: bool = False) -> Plan[TakePlan, TakePlan]:
+        """What :meth:`take` would do now."""
+        return self._call(self._handle.plan_take(spec, allow_extra=allow_extra))
 
     def plan_rename(self, new: str) -> Plan[Renamed, Machine]:
         """What :meth:`rename` would do now."""

@@ -24,7 +24,7 @@ from tests.cli.test_help import LEAVES, families
 
 COPY = "/nonexistent/copy.qcow2"
 LINES = {
-    "adopt": "adopt new --qmp /nonexistent/qmp.sock",
+    "adopt": "adopt new --take /nonexistent/spec.yaml --allow-extra",
     "blockcommit": "blockcommit web vda --base fresh",
     "blockcopy": f"blockcopy web vda {COPY} --finish",
     "blockresize": "blockresize web vda 2G",

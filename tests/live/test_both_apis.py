@@ -198,7 +198,10 @@ async def test_a_guest(q: Any, guest_spec: MachineSpec, tmp_path: Path) -> None:
 async def test_a_qemu_of_somebody_else(q: Any, launched: Any) -> None:
     theirs: Foreign = launched(FORMS["drive"])
     assert (await q.plan_adopt("theirs", theirs.socket)).files
-    assert (await q.adopt("theirs", theirs.socket)).name == "theirs"
+    vm = await q.adopt("theirs", theirs.socket)
+    spec = (await vm.launched_as()).spec
+    assert (await vm.plan_take(spec)).summary
+    assert (await vm.take(spec)).waits_for == theirs.process.pid
 
 
 def test_every_method_is_called() -> None:

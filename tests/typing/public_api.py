@@ -51,6 +51,7 @@ from qmpsnap.model.operations.operation import (
     ResizePlan,
 )
 from qmpsnap.ops.adoption.adopt import Survey
+from qmpsnap.ops.adoption.take import TakePlan
 from qmpsnap.ops.check.check import Checked
 from qmpsnap.ops.devices.attach import Attached
 from qmpsnap.ops.devices.detach import Detached
@@ -113,6 +114,7 @@ async def plans(vm: MachineHandle) -> None:
     assert_type(await vm.plan_mirror("vda", Path("/srv/copy"), mode="finish"), Plan[MirrorPlan, Mirrored])
     assert_type(await vm.plan_delete_snapshots("a", "b", children=True), Plan[DeletePlan, Deleted])
     assert_type(await vm.plan_set(MachineSpec(name="web")), Plan[Changed, Changed])
+    assert_type(await vm.plan_take((await vm.launched_as()).spec), Plan[TakePlan, TakePlan])
     assert_type(await vm.plan_attach_disk({"size": "1G"}), Plan[Attached, Attached])
     assert_type(await vm.plan_detach_disk("vdb"), Plan[Detached, Detached])
     assert_type(await vm.plan_attach_nic({"kind": "user"}), Plan[Nic, Nic])
@@ -227,6 +229,7 @@ async def a_machine(vm: MachineHandle) -> None:
     assert_type(await vm.rename_snapshot("before", "after"), Snapshot)
     assert_type(await vm.describe_snapshot("before", "text", tags={"k": "v"}, untag=["old"]), Snapshot)
     assert_type(await vm.set({"memory": "4G"}), Changed)
+    assert_type(await vm.take(MachineSpec(name="web"), allow_extra=True), TakePlan)
     assert_type(await vm.attach_disk({"image": Path("/srv/data.qcow2")}, folders=[Path("/srv")]), Attached)
     assert_type(await vm.attach_disk(DiskSpec(name="vdb", size=1 << 30)), Attached)
     assert_type(await vm.detach_disk("vdb"), Detached)

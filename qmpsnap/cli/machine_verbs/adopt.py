@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from qmpsnap.block.image.header import conversion
 from qmpsnap.cli import image_notes, output
-from qmpsnap.cli.common import Parsers, add, add_format, controlling, operating
+from qmpsnap.cli.common import Parsers, add, add_format, controlling, on_machine, operating
 from qmpsnap.errors import UsageError
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
@@ -21,9 +21,18 @@ if TYPE_CHECKING:
 
     from qmpsnap.api.controller import Controller
     from qmpsnap.model.machines.record import Machine
+    from qmpsnap.ops.adoption.take import TakePlan
     from qmpsnap.ops.base.context import Context
 
 _IMAGE = re.compile(r"(?P<disk>[^=/]+)=(?P<path>.+?)(?:,format=(?P<format>[a-z0-9_-]+))?", flags=re.DOTALL)
+_SOURCES = ("qmp", "image", "take")
+_FITTING = {
+    "allow": ("image",),
+    "allow_extra": ("take",),
+    "own": ("qmp", "image"),
+    "spec": ("spec", "image"),
+}
+"""By option what it goes with; ``spec`` alone is of an adopted machine."""
 _QEMUS = {"vhd": "vpc"}
 """Formats that QEMU calls otherwise than people do."""
 
@@ -31,8 +40,8 @@ _QEMUS = {"vhd": "vpc"}
 def register(parsers: Parsers) -> None:
     """Add the command."""
     command = add(parsers, "adopt", _adopt, help="make a machine of a running QEMU, or of existing images")
-    command.add_argument("name", metavar="NAME", help="name of the new machine")
-    source = command.add_mutually_exclusive_group(required=True)
+    command.add_argument("name", metavar="NAME", help="name of the new machine; with --take, of an adopted one")
+    source = command.add_mutually_exclusive_group()
     source.add_argument("--qmp", metavar="SOCKET", help="QMP socket of the running QEMU, without another client")
     source.add_argument(
         "--image",
@@ -40,23 +49,37 @@ def register(parsers: Parsers) -> None:
         action="append",
         help="top image of an existing chain, as a disk of a stopped machine; repeatable",
     )
+    source.add_argument(
+        "--take", metavar="SPEC.yaml", help="launch an adopted machine by this spec, once its owner's QEMU has ended"
+    )
     command.add_argument(
         "--own", action="store_true", help="let qmpsnap write to and remove the images that the guest writes to now"
     )
     command.add_argument("--allow", metavar="DIR", action="append", default=[], help="also allow backing files in DIR")
-    command.add_argument("--spec", action="store_true", help="with --image: print a spec to edit, and define nothing")
-    command.add_argument("--dry-run", action="store_true", help="only print what would be adopted")
+    command.add_argument(
+        "--spec",
+        action="store_true",
+        help="only print a spec to edit: of the images, or for --take of the QEMU of an adopted machine",
+    )
+    command.add_argument("--allow-extra", action="store_true", help="with --take: accept its 'extra' QEMU arguments")
+    command.add_argument("--dry-run", action="store_true", help="only print what would be adopted or taken")
     add_format(command)
 
 
 def _adopt(arguments: argparse.Namespace) -> None:
     check_name(arguments.name, "machine")
-    if arguments.image:
-        _import(arguments)
-        return
-    if arguments.allow or arguments.spec:
-        raise UsageError("--allow and --spec need --image")
+    given = next((source for source in _SOURCES if getattr(arguments, source)), None)
+    source = given or ("spec" if arguments.spec else None)
+    for option, sources in _FITTING.items():
+        if getattr(arguments, option) and source not in sources:
+            named = " or ".join(f"--{each}" for each in sources if each != option)
+            raise UsageError(f"--{option.replace('_', '-')} needs {named}")
+    if source is None:
+        raise UsageError("--qmp, --image, --take or --spec is needed", hint="--qmp SOCKET adopts a running QEMU")
+    {"image": _import, "qmp": _running, "spec": _propose, "take": _take}[source](arguments)
 
+
+def _running(arguments: argparse.Namespace) -> None:
     from qmpsnap.ops.adoption import adopt
 
     async def act(context: "Context") -> "adopt.Adopted":
@@ -131,6 +154,61 @@ def _import(arguments: argparse.Namespace) -> None:
     output.hint(output.printable(f"for other hardware, edit a spec and define that instead: {line}"))
     if not arguments.dry_run:
         image_notes.tell_cost(arguments.name)
+
+
+def _propose(arguments: argparse.Namespace) -> None:
+    """The command line of an adopted machine's QEMU as a spec, which people read before they agree to it."""
+    from qmpsnap.imports import spec_text
+
+    found = on_machine(arguments.name, lambda vm: vm.launched_as())
+    command = f"qmpsnap adopt {arguments.name} --take SPEC.yaml"
+    text = spec_text.render(found, define=command).replace("# Define it: ", "# Take it: ", 1)
+    output.emit(
+        arguments.output,
+        document={
+            "machine": arguments.name,
+            "spec": text,
+            "changed": list(found.changed),
+            "left_out": list(found.left_out),
+            "runs": found.runs,
+        },
+        names=[arguments.name],
+        table=text.rstrip,
+    )
+
+
+def _take(arguments: argparse.Namespace) -> None:
+    name, allow = arguments.name, arguments.allow_extra
+
+    async def act(controller: "Controller") -> "TakePlan":
+        spec, vm = controller.read_spec(arguments.take), await controller.machine(name)
+        if arguments.dry_run:
+            return (await vm.plan_take(spec, allow_extra=allow)).details
+        return await vm.take(spec, allow_extra=allow)
+
+    done = controlling(act)
+    does = "would be" if arguments.dry_run else "is"
+    after = f" once process {done.waits_for} has ended" if done.waits_for else ""
+    line = f"machine {name} {does} launched by qmpsnap{after}"
+    output.emit(
+        arguments.output,
+        document={
+            "machine": name,
+            "dry_run": arguments.dry_run,
+            "waits_for": done.waits_for,
+            "machine_type": done.spec.machine,
+            "variables": done.variables,
+            "disks": [{"disk": disk.name, "bus": disk.bus} for disk in done.spec.disks],
+            "extra": list(done.spec.extra),
+        },
+        names=[name],
+        table=lambda: f"{line}; nothing was changed" if arguments.dry_run else "",
+        done="" if arguments.dry_run else line,
+    )
+    if arguments.dry_run:
+        return
+    output.note(f"{line}; its owner must not launch it any more")
+    output.hint(f"qmpsnap stop {name}, then qmpsnap start {name}" if done.waits_for else f"qmpsnap start {name}")
 
 
 def _print_spec(form: "output.Format", spec: MachineSpec, folders: "Sequence[str]") -> None:

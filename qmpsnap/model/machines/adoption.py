@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
+from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId, NodeName
 
 _NODE_KEYS: Final = frozenset(
@@ -58,7 +59,19 @@ class Names(Struct, frozen=True):
         return _named(answer, ours)
 
 
-class Adoption(Struct, frozen=True, kw_only=True):
+class Taken(Struct, frozen=True, kw_only=True):
+    """That qmpsnap launches an adopted machine's QEMU itself, once the one that runs has ended.
+
+    ``variables``: the owner's store of UEFI variables, of which the machine gets a copy then; None with a BIOS.
+    ``vmgenid``: it gets a generation ID, too.
+    """
+
+    spec: MachineSpec
+    variables: str | None = None
+    vmgenid: bool = False
+
+
+class Adoption(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What there is to know of such a QEMU.
 
     Attributes:
@@ -66,6 +79,7 @@ class Adoption(Struct, frozen=True, kw_only=True):
         disks: disk to the name of its backend in the block graph: the drive's id, or the device's id or path.
         nodes: of the layers that it had open when it was adopted. Those that we add are named by their ids there, too.
         left_out: devices that the guest writes to and that were no disks to be taken over.
+        taken: what the machine is once this QEMU has ended; None as long as only its owner launches it.
     """
 
     socket: str
@@ -73,6 +87,7 @@ class Adoption(Struct, frozen=True, kw_only=True):
     disks: dict[str, str]
     nodes: dict[LayerId, NodeName]
     left_out: tuple[str, ...] = ()
+    taken: Taken | None = None
 
     @property
     def names(self) -> Names:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qmpsnap.errors import NotFoundError
 from qmpsnap.model.machines.adoption import Adoption, Names
@@ -126,6 +127,12 @@ class Machine(Struct, frozen=True, kw_only=True):
     def guid(self) -> str:
         """What its ``vmgenid`` device has; empty where it has no such device."""
         return self.vmgenid.guid if self.vmgenid and self.spec.takes_vmgenid else ""
+
+    @property
+    def own(self) -> "Machine":
+        """As it is once its QEMU has ended: one that was taken from its owner is no longer adopted then."""
+        taken = self.adopted.taken if self.adopted else None
+        return replace(self, adopted=None, process=None, spec=taken.spec) if taken else self
 
     def spec_at(self, operation: OperationId) -> MachineSpec:
         """The spec that it had for that operation."""

@@ -4,6 +4,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot
+from qmpsnap.model.machines.adoption import Adoption
 from qmpsnap.model.machines.record import Consent, Machine, Origin, Vmgenid
 from qmpsnap.model.machines.spec import MachineSpec
 from qmpsnap.model.names import LayerId
@@ -22,6 +23,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
         origin: what is known of a fork's identity now; None leaves what there is.
         spec: the machine's new spec; the one before is kept for the snapshots that were taken with it.
         vmgenid: the guest's generation ID from now on; None leaves what there is.
+        adopted: how somebody else's QEMU of the machine is spoken to, None for one of our own; unset leaves it.
         removed_disks: names of disks that it has no more; their layers stay where others need them.
     """
 
@@ -38,6 +40,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     spec: MachineSpec | None = None
     removed_disks: tuple[str, ...] = ()
     vmgenid: Vmgenid | None = None
+    adopted: Adoption | UnsetType | None = UNSET
 
 
 class Overlay(Struct, frozen=True, kw_only=True):

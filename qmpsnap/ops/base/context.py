@@ -107,7 +107,7 @@ class Context(Struct, frozen=True, kw_only=True):
             if not error.hint:
                 raise
             error.hint = "QEMU has ended: " + call("start", machine.name) + f"; its output is in {_log(self, machine)}"
-            if machine.adopted:
+            if machine.adopted and not machine.adopted.taken:
                 error.hint = "QEMU has ended; launch it again as before"
             raise
 
@@ -302,11 +302,21 @@ def require_folder(home: Home, machine: str) -> None:
 
 def require_spec(machine: Machine, what: str) -> None:
     """Refuse what takes a QEMU that we can start, for a machine that was adopted."""
+    if machine.adopted and machine.adopted.taken:
+        raise StateError(
+            f"the QEMU of machine {machine.name} was launched by its owner: until it has ended, qmpsnap cannot {what}",
+            hint="end it: " + call("stop", machine.name),
+            machine=machine.name,
+        )
     if machine.adopted:
         raise StateError(
             f"machine {machine.name} was adopted: qmpsnap does not launch its QEMU, has no spec of it and"
             f" cannot {what}",
-            hint="launch its QEMU on the active layers that " + call("chains", machine.name) + " shows",
+            hint="let qmpsnap launch it: "
+            + call("take", machine.name, spec="SPEC")
+            + "; or launch it on the active layers that "
+            + call("chains", machine.name)
+            + " shows",
             machine=machine.name,
         )
 

@@ -277,6 +277,8 @@ def _files(context: Context, at: Record) -> Facts:
     ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted, str(home.record(name))]
     if at.machine.adopted:
         ours += map(str, home.active(name))
+        if at.machine.own.spec.firmware == "uefi":  # a death has left it, as its owner's QEMU had ended
+            ours.append(str(home.variables(name)))
     outside = [path for path in ours if Path(path).parent != home.machine_dir(name)]
     beside = (*entries.parts_beside(outside), *entries.volumes_beside(images, at.machine.uuid))
     folder = entries.once((*entries.within(home.machine_dir(name)), *beside))

@@ -28,7 +28,7 @@ def by_store(store: Store, home: Home) -> frozenset[str]:
     names = {layer.path for layer in store.forest().layers.values()}
     for machine in machines:
         names.update(_paths(machine))
-        if machine.spec.firmware == "uefi":
+        if machine.own.spec.firmware == "uefi":
             names.add(str(home.variables(machine.name)))
         for snapshot in store.snapshots(machine.name):
             names.update(_paths(snapshot))

@@ -224,6 +224,10 @@ async def stop(context: Context, name: str, *, force: bool = False, timeout: flo
             )
         with contextlib.suppress(HostCannot):  # that it has ended is seen without the record, as after a boot
             await context.astore.set_process(name, None)
+            if machine.adopted:
+                from qmpsnap.ops.session import taken  # of few machines
+
+                await blocking(lambda: taken.settle(context, context.store.machine(name)))
 
 
 async def _ask(context: Context, machine: Machine, process: Process, wait: float, *, force: bool) -> bool:

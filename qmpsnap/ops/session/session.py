@@ -101,6 +101,8 @@ async def working(  # what a verb says of itself; the rest is for recovery
         runs = qemu is not None
         if begun.unended or (alone and begun.alone_beside is not runs):
             basis = await _again(context, name, removes=removes, alone=alone, runs=runs)
+        if qemu is None:
+            basis = await _own(context, basis, removes=removes)
         assert basis.record
         if qemu and basis.record.names != begun.machine.names:  # recovery has learnt some
             await stack.aclose()
@@ -161,6 +163,17 @@ async def _again(context: Context, name: str, *, removes: bool, alone: bool, run
     return await context.astore.basis(name, sharers=removes)
 
 
+async def _own(context: Context, basis: Basis, *, removes: bool) -> Basis:
+    """What the store says of a stopped machine, once one that was taken from its owner is recorded as our own."""
+    record = basis.record
+    if record and record.adopted:
+        from qmpsnap.ops.session import taken  # of few machines
+
+        if await blocking(taken.settle, context, record):
+            return await context.astore.basis(basis.name, sharers=removes)
+    return basis
+
+
 def read_fitting(context: Context, name: str, *, removes: bool = False) -> tuple[Basis, tuple[Operation, ...]]:
     """What the store says of a machine, whose disks it is not older than, and the operations that are open."""
     with context.store.at_once():
@@ -200,12 +213,13 @@ async def looking(
     await require_settled(context, name)
     assert basis.record
     async with context.monitor(basis.record, look=True) as qemu:
+        record = basis.record if qemu else basis.record.own
         if context.expects:
             context.expects.see(await context.astore.basis(name), await requests.mode_of(qemu))
         if alone:
             runs = qemu is not None
             await other_programs.retrying(lambda: to_end(lambda: _require_alone(context, basis, runs=runs)))
-        yield MachineSession(context, basis.record, qemu, basis)
+        yield MachineSession(context, record, qemu, replace(basis, record=record))
 
 
 async def require_settled(context: Context, name: str) -> None:

@@ -359,6 +359,7 @@ class SqliteStore:
         rows.put_consent(sql, number, change.consent)
         rows.put_origin(sql, number, change.origin)
         rows.put_vmgenid(sql, number, change.vmgenid)
+        rows.put_adopted(sql, number, change.adopted)
         for snapshot in change.snapshots:
             rows.put_snapshot(sql, number, self._portable(snapshot))
         for old, new in change.renamed.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from qmpsnap.errors import NameTaken, NotFoundError
 from qmpsnap.hint import call
@@ -129,6 +130,14 @@ def put_vmgenid(sql: sqlite3.Connection, machine: int, vmgenid: Vmgenid | None) 
     if vmgenid:
         text = msgspec.json.encode(vmgenid).decode()
         sql.execute("UPDATE machine SET vmgenid = ?, version = version + 1 WHERE id = ?", (text, machine))
+
+
+def put_adopted(sql: sqlite3.Connection, machine: int, adopted: Adoption | UnsetType | None) -> None:
+    """Record how somebody else's QEMU is spoken to, None for one of our own; unset leaves what there is."""
+    if adopted is UNSET:
+        return
+    text = msgspec.json.encode(adopted).decode() if adopted else None
+    sql.execute("UPDATE machine SET adopted = ?, version = version + 1 WHERE id = ?", (text, machine))
 
 
 def put_spec(sql: sqlite3.Connection, machine: int, spec: MachineSpec | None, *, until: OperationId) -> None:
