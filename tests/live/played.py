@@ -25,7 +25,12 @@ SHOWN_HOME = "/srv/qs"
 BLOCK = re.compile(
     r"<!-- (?P<file>\S+) -->\n```(?:yaml|xml|ini)\n(?P<content>.*?)```|```console\n(?P<console>.*?)```", re.DOTALL
 )
-QEMU_IMG = os.environ.get("QMPSNAP_QEMU_IMG") or "qemu-img"
+OTHERS = {
+    "qemu-img": os.environ.get("QMPSNAP_QEMU_IMG"),
+    "qemu-system-x86_64": os.environ.get("QMPSNAP_QEMU"),
+    **dict.fromkeys(("mkdir", "mv", "tar")),
+}
+"""Programs that pages type besides qmpsnap: other managers', and those that move files."""
 
 
 def hold_page(name: str, home: Path, small_guest: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,17 +47,27 @@ def hold_page(name: str, home: Path, small_guest: Path, capsys: pytest.CaptureFi
         return "```console\n" + "".join(f"{line}\n{typed(line)}" for line in lines) + "```"
 
     def typed(line: str) -> str:
-        command, *words = shlex.split(line.removeprefix("$ ").replace(SHOWN_HOME, str(home)))
-        if command in ("mkdir", "qemu-img"):  # of another manager's doing
-            program = QEMU_IMG if command == "qemu-img" else command
-            done = subprocess.run([program, *words], check=True, capture_output=True, text=True)
+        line, _, file = line.removeprefix("$ ").replace(SHOWN_HOME, str(home)).partition(" > ")
+        command, *words = shlex.split(line)
+        if command == "export":  # which the fixture of the home undoes
+            key, _, value = words[0].partition("=")
+            os.environ[key] = value
+            return ""
+        if command in OTHERS:
+            done = subprocess.run([OTHERS[command] or command, *words], check=True, stdout=subprocess.PIPE, text=True)
             return done.stdout.replace(str(home), SHOWN_HOME)
         assert command == "qmpsnap"
         capsys.readouterr()
         code = main(words)
         printed = capsys.readouterr()
+        if file:
+            Path(file).write_text(printed.out)
+            printed = printed._replace(out="")
         end = f"(exit {code})\n" if code else ""
-        return (printed.err + printed.out + end).replace(str(home), SHOWN_HOME)
+        said = (printed.err + printed.out + end).replace(str(home), SHOWN_HOME)
+        # A first column of paths has become narrower than its heading.
+        heading = rf"^([A-Z]+ *) {{{len(str(home)) - len(SHOWN_HOME)}}}( +[A-Z].*\n{SHOWN_HOME})"
+        return re.sub(heading, r"\1\2", said, flags=re.MULTILINE)
 
     page = path.read_text()
     with contextlib.chdir(home):
@@ -69,6 +84,7 @@ def hold_page(name: str, home: Path, small_guest: Path, capsys: pytest.CaptureFi
 def _comparable(page: str) -> str:
     # How often a job is reported while it runs is chance; its line of the end is what counts.
     page = re.sub(r"^qs\.\d+\.\w+ [\w-]+: (?!concluded).*\n", "", page, flags=re.MULTILINE)
+    page = re.sub(r"(?<=process )\d+|(?<=^uuid: )[0-9a-f-]{36}$", "CHANCE", page, flags=re.MULTILINE)
     return steady(page, Path(SHOWN_HOME))
 
 

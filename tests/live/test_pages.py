@@ -1,4 +1,4 @@
-"""The pages that show whole terminals, typed on booted guests."""
+"""The pages that show whole terminals, typed from top to bottom."""
 
 from pathlib import Path
 
@@ -6,7 +6,13 @@ import pytest
 
 from tests.live.played import hold_page
 
-PAGES = ("tutorial/first-machine.md", "how-to/from-libvirt.md", "how-to/from-proxmox-incus.md")
+PAGES = (
+    "tutorial/first-machine.md",
+    "how-to/adopt-a-running-qemu.md",
+    "how-to/from-libvirt.md",
+    "how-to/from-proxmox-incus.md",
+    "how-to/move-house.md",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
