@@ -168,6 +168,7 @@ class ForkPool:
 
         Raises:
             QmpsnapError: no fork can be made any more.
+            HostCannot: none is ready, and the host has not the memory for another one.
         """
         from qmpsnap.api.machine_handle import MachineHandle
 

@@ -8,6 +8,7 @@ import pytest
 import qmpsnap
 from qmpsnap.errors import HostCannot, NotFoundError
 from qmpsnap.model.machines.spec import MachineSpec
+from qmpsnap.ops.fork import pool as pools
 from tests.harness.processes import qemus
 from tests.live.booted import start_booted
 from tests.live.machine import ONE_DISK, context_of, hold_invariants
@@ -73,3 +74,27 @@ async def test_a_pool_ends_with_its_block_however_that_ends(q: qmpsnap.Controlle
             pass
     assert await names(q) == ["still"]
     assert len(qemus(context_of(vm).home.data)) == 1
+
+
+async def test_nobody_waits_for_a_fork_that_the_host_has_no_memory_for(
+    q: qmpsnap.Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await q.define(ONE_DISK)
+    await vm.start()
+    await vm.snapshot("warm", kind="full")
+    there = [1 << 40]
+    monkeypatch.setattr(pools, "available", lambda: there[0])
+    monkeypatch.setattr(pools, "_LOOK", 0.01)
+    async with vm.pool("warm", size=1, fresh=False) as pool:
+        there[0] = 0
+        async with pool.take():
+            with anyio.move_on_after(0.5) as scope:  # this one's memory will be given back
+                async with pool.take():
+                    pass
+            assert scope.cancelled_caught
+        with pytest.raises(HostCannot, match="no fork of snapshot warm is ready"):
+            async with pool.take():
+                pass
+        there[0] = 1 << 40
+        async with pool.take() as machine:
+            assert await machine.state() == "running"

@@ -57,6 +57,8 @@ class Pool:
         self._error: QmpsnapError | None = None
         self._tasks: TaskGroup | None = None
         self._begun: set[str] = set()
+        self._made_now = self._taken = 0
+        self._short = False
 
     @property
     def waiting(self) -> int:
@@ -73,11 +75,9 @@ class Pool:
     async def take(self) -> AsyncIterator[str]:
         """A fork that runs, for the block; it is removed behind the block."""
         async with self._changed:
-            while not self._ready:
-                if self._error:
-                    raise self._error
-                await self._changed.wait()
+            await self._one_ready()
             name = self._ready.popleft()
+        self._taken += 1
         self._slots.release()
         try:
             await self._let_run(name)
@@ -85,6 +85,20 @@ class Pool:
         finally:
             if self._tasks:
                 self._tasks.start_soon(self._remove, name)
+
+    async def _one_ready(self) -> None:
+        """Wait for a fork that is ready; no longer than there is one to come, or memory to be given back for it."""
+        while not self._ready:
+            if self._error:
+                raise self._error
+            if self._short and not self._made_now and not self._taken and not self._may_grow():
+                raise HostCannot(
+                    f"no fork of snapshot {self._request.snapshot} is ready, and none can be made: of"
+                    f" {available() >> 20} MiB of memory that are available, a fork needs {OWN >> 20} and the pool"
+                    f" leaves {self._request.floor >> 20} to others",
+                    hint="free some memory, or use a smaller floor",
+                )
+            await self._changed.wait()
 
     async def _let_run(self, name: str) -> None:
         machine = await self._context.astore.machine(name)
@@ -100,6 +114,7 @@ class Pool:
         with anyio.CancelScope(shield=True):  # another pool may have the name next
             await end(self._context, name)
             self._begun.discard(name)
+            self._taken -= 1
 
     async def end_all(self) -> None:
         """Remove every fork of this pool, in whatever state of being made or removed it is."""
@@ -118,24 +133,31 @@ class Pool:
         for _ in range(min(FILLERS, self._request.size)):
             tasks.start_soon(self._filling)
         async with self._changed:
-            while not self._ready and self._error is None:
-                await self._changed.wait()
-        if self._error and not self._ready:
-            raise self._error
+            await self._one_ready()
 
     async def _filling(self) -> None:
         while self._error is None:
             await self._slots.acquire()
-            while available() < self._request.floor + OWN:
+            while not self._may_grow():
+                self._short = True
+                await self._tell()
                 await anyio.sleep(_LOOK)
+            self._short = False
+            self._made_now += 1
             try:
-                name = await self._made()
+                self._ready.append(await self._made())
             except QmpsnapError as error:
                 self._error = error
-            else:
-                self._ready.append(name)
-            async with self._changed:
-                self._changed.notify_all()
+            finally:
+                self._made_now -= 1
+            await self._tell()
+
+    def _may_grow(self) -> bool:
+        return available() >= self._request.floor + OWN
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
 
     async def _made(self) -> str:
         owner = processes.existing(os.getpid())
