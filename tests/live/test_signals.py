@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from typing import Any, Final
@@ -28,6 +28,8 @@ AGAIN: Final = 0.25
 """Seconds until the second signal, which counts as another one then."""
 WAIT: Final = 200.0
 
+TWICE: Final = b"interrupted twice and ended at once"
+
 SIGNALS: dict[str, tuple[signal.Signals, ...]] = {
     "INT": (signal.SIGINT,),
     "TERM": (signal.SIGTERM,),
@@ -43,10 +45,11 @@ LINES: dict[str, Callable[[Path, int], list[str]]] = {
 
 
 class Outcome(Struct, frozen=True):
-    """How a command ended; ``told``: its error as JSON, if there was one."""
+    """How a command ended; ``told``: its error as JSON, if there was one; ``said``: all that it wrote to stderr."""
 
     code: int
     told: dict[str, Any]
+    said: bytes
 
 
 Facts = tuple[Any, ...]
@@ -79,7 +82,9 @@ async def disturbed(words: list[str], how: str, after: float) -> Outcome:
             await anyio.sleep(after)
             for number in SIGNALS.get(how, ()):
                 if process.returncode is None:
-                    process.send_signal(number)
+                    with suppress(ProcessLookupError):
+                        # Popen would look first whether it has ended, and asyncio would not hear of its exit code.
+                        os.kill(process.pid, number)
                     await anyio.sleep(AGAIN)
             for stream in (process.stdout, process.stderr):
                 if stream and how == ("stdout closed" if stream is process.stdout else "stderr closed"):
@@ -90,8 +95,10 @@ async def disturbed(words: list[str], how: str, after: float) -> Outcome:
             await process.wait()
     lines = [line for line in said.decode().splitlines() if line.startswith("{")]
     assert process.returncode is not None
+    if b"Traceback" in said and b"qmpsnap/" not in said:  # Python itself was being loaded
+        return Outcome(-signal.SIGINT, {}, said)
     assert b"Traceback" not in said, said
-    return Outcome(process.returncode, json.loads("".join(lines)) if lines else {})
+    return Outcome(process.returncode, json.loads("".join(lines)) if lines else {}, said)
 
 
 async def hold_truth(vm: qmpsnap.MachineHandle, outcome: Outcome, before: Facts, *, how: str) -> None:
@@ -105,6 +112,9 @@ async def hold_truth(vm: qmpsnap.MachineHandle, outcome: Outcome, before: Facts,
     assert how in SIGNALS, outcome
     if outcome.code in {-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP}:  # it was being loaded
         assert (left, await facts(vm)) == ((), before)
+        return
+    if (how, outcome.code) == ("INT twice", 130) and TWICE in outcome.said:  # before the work had a process of its own
+        await _ended(vm)
         return
     effect = outcome.told.get("effect")
     assert (outcome.code, outcome.told.get("code")) == (130, "interrupted"), outcome

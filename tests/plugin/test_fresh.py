@@ -201,7 +201,8 @@ def test_nothing_is_left_of_a_session_that_is_ended_from_outside(
             time.sleep(600)
         """
     )
-    argv = [sys.executable, "-m", "pytest", *QUIET, *(["-n", str(workers)] if workers else [])]
+    argv = ["env", "--default-signal=INT"]  # which is ignored where a shell has started this in the background
+    argv += [sys.executable, "-m", "pytest", *QUIET, *(["-n", str(workers)] if workers else [])]
     session = subprocess.Popen(argv, cwd=pytester.path, stdout=subprocess.DEVNULL, start_new_session=True)
     end = time.monotonic() + 120
     while not working_in(reaped):
