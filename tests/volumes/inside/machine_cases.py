@@ -1,132 +1,31 @@
 """In the guest: machines whose disks are logical volumes, in a QEMU that stands still."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
-from qemu.qmp import QMPClient
 
 import qmpsnap
-from qmpsnap.errors import ImageInUse, ImageRefused, NotFoundError, QmpsnapError, StateError, StoreMismatch
+from qmpsnap.errors import (
+    ImageInUse,
+    ImageRefused,
+    NotFoundError,
+    QmpsnapError,
+    StateError,
+    StoreMismatch,
+)
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.rebuild import rebuild
 
 from .conftest import GROUP, POOL, tool
+from .machine import MIB, active, case, data, fill, home, machine, made, names, of, path_of, reading, whole
 
-MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="h-", dir="/tmp"))
-    monkeypatch.setenv("QMPSNAP_HOME", str(folder))
-    yield folder
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if f"{folder}/".encode() in (process / "cmdline").read_bytes():
-                os.kill(int(process.name), signal.SIGKILL)
-    tool("udevadm", "settle")
-    shutil.rmtree(folder)
-
-
-def made(lv: str, *, thin: bool, size: int = 32) -> str:
-    """A volume of zeros."""
-    if thin:
-        tool("lvcreate", "-y", "-V", f"{size}M", "--thinpool", f"{GROUP}/{POOL}", "-n", lv)
-    else:
-        tool("lvcreate", "-y", "-L", f"{size}M", "-n", lv, GROUP)
-    path = f"/dev/{GROUP}/{lv}"
-    with Path(path).open("r+b") as device:
-        device.write(b"\0" * size * MIB)
-    return path
-
-
-def of(path: str, name: str = "web") -> MachineSpec:
-    return MachineSpec(name=name, memory=32 * MIB, disks=(DiskSpec(name="vda", device=path),), agent=False)
-
-
-async def fill(vm: qmpsnap.MachineHandle, number: int) -> None:
-    """A MiB of that byte, in the MiB of that number."""
-    client = QMPClient(vm.name)
-    await client.connect(str(vm._context.home.run_dir(vm.name) / "user.sock"))
-    try:
-        backends: Any = await client.execute("query-block")
-        (qdev,) = (found["qdev"] for found in backends if "vda" in str(found.get("qdev", "")).split("/"))
-        line = f'qemu-io -d {qdev} "write -P {number} {number * MIB} {MIB}"'
-        said = await client.execute("human-monitor-command", {"command-line": line})
-        assert not said, said
-    finally:
-        await client.disconnect()
-
-
-def data(path: str) -> list[int]:
-    """The first byte of each MiB from the second to the fifth, by the device itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        return [os.pread(descriptor, 1, number * MIB)[0] for number in range(1, 5)]
-    finally:
-        os.close(descriptor)
-
-
-def names() -> set[str]:
-    return set(tool("lvs", "--noheadings", "-o", "lv_name", GROUP).split()) - {POOL}
-
-
-async def path_of(vm: qmpsnap.MachineHandle, name: str) -> str:
-    """Where the snapshot of the disk lies."""
-    snapshot = next(one for one in await vm.snapshots() if one.name == name)
-    return vm._context.store.layer(snapshot.points[0].layer).path
-
-
-async def active(vm: qmpsnap.MachineHandle) -> str:
-    (chain,) = await vm.chains()
-    assert len(chain.layers) == 1
-    return chain.active.path
-
-
-async def whole(vm: qmpsnap.MachineHandle) -> None:
-    found = (await vm.check()).findings
-    assert found == (), found
-
-
-@asynccontextmanager
-async def machine(path: str, *, size: str | None = None) -> AsyncIterator[tuple[Any, qmpsnap.MachineHandle]]:
-    """One with a volume snapshot ``one`` before the second write."""
-    async with qmpsnap.open() as q:
-        vm = await q.define(of(path))
-        await vm.start(paused=True)
-        await fill(vm, 1)
-        await vm.snapshot("one", kind="volume", lvm_size=size)
-        await fill(vm, 2)
-        yield q, vm
-
-
-@contextmanager
-def reading(path: str) -> Iterator[int]:
-    """Another process that has a volume open; its number."""
-    descriptor = os.open(path, os.O_RDONLY)
-    with subprocess.Popen(["sleep", "600"], stdin=descriptor) as process:
-        os.close(descriptor)
-        yield process.pid
-        process.kill()
-
-
-def case(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    def called() -> None:
-        anyio.run(function)
-
-    called.__name__ = function.__name__
-    return called
+__all__ = ["home"]
 
 
 async def _thin() -> None:
@@ -282,7 +181,7 @@ async def _rebuilt() -> None:
 async def _pool_full() -> None:
     path = made("web", thin=True)
     async with machine(path) as (_, vm):
-        made("bulk", thin=True, size=168)
+        tool("dd", "if=/dev/zero", f"of={made('bulk', thin=True, size=200)}", "bs=1M", "count=200", "oflag=direct")
         before = names()
         for verb in (vm.snapshot("two", kind="volume"), vm.revert("one")):
             with pytest.raises(QmpsnapError, match="less than 64 MiB are free") as refused:
@@ -298,33 +197,40 @@ async def _pool_full() -> None:
         assert data(await path_of(vm, "two")) == [1, 2, 3, 0]
         await vm.stop(force=True)
         await vm.undefine(disks="remove")
+    tool("lvremove", "-y", f"{GROUP}/{POOL}")  # the next case has one of the usual size
 
 
-_KILLED = """
+_VERB = """
 import anyio, qmpsnap
 async def main():
     async with qmpsnap.open() as q:
-        await (await q.machine("web")).snapshot("two", kind="volume")
+        await (await q.machine("web")).{verb}
 anyio.run(main)
 """
 
 
-async def _killed() -> None:
-    path = made("web", thin=True)
+async def dies(verb: str, program: str) -> None:
+    """A controller that does the verb dies right after one of LVM's programs has worked for it."""
     folder = Path(tempfile.mkdtemp())
-    slow = folder / "lvcreate"
+    slow = folder / program
     slow.write_text(
-        '#!/bin/sh\n/sbin/lvcreate "$@" || exit\necho $$ >"$0.pid"\nmv "$0.pid" "$0.done"\nexec sleep 600\n'
+        f'#!/bin/sh\n/sbin/{program} "$@" || exit\necho $$ >"$0.pid"\nmv "$0.pid" "$0.done"\nexec sleep 600\n'
     )
     slow.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    with subprocess.Popen([sys.executable, "-c", _VERB.format(verb=verb)], env=environment) as process:  # noqa: ASYNC220
+        with anyio.fail_after(400):
+            while not Path(f"{slow}.done").exists():
+                assert process.poll() is None
+                await anyio.sleep(0.2)
+        process.kill()
+    os.kill(int(Path(f"{slow}.done").read_text()), signal.SIGKILL)
+
+
+async def _killed() -> None:
+    path = made("web", thin=True)
     async with machine(path) as (_, vm):
-        environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
-        with subprocess.Popen([sys.executable, "-c", _KILLED], env=environment) as process:  # noqa: ASYNC220
-            with anyio.fail_after(200):
-                while not Path(f"{slow}.done").exists():
-                    await anyio.sleep(0.2)
-            process.kill()
-        os.kill(int(Path(f"{slow}.done").read_text()), signal.SIGKILL)
+        await dies('snapshot("two", kind="volume")', "lvcreate")
         await fill(vm, 3)
         await vm.recover()
         assert [one.name for one in await vm.snapshots()] in (["one"], ["one", "two"])
@@ -338,9 +244,36 @@ async def _killed() -> None:
     assert names() == {"web"}
 
 
+async def _merged() -> None:
+    path = made("web", thin=False)
+    async with machine(path, size="50%") as (_, vm):
+        kept = await path_of(vm, "one")
+        plan = await vm.plan_revert("one", discard=True)
+        assert MIB <= plan.bytes < 2 * MIB
+        assert [(file.action, file.path) for file in plan.files] == [("overwrite", path)]
+        with reading(kept):  # a merge would wait until it is closed
+            assert (await vm.plan_revert("one", discard=True)).bytes == 32 * MIB
+        await vm.revert("one", discard=True, state="paused")
+        assert (await active(vm), data(path), data(kept)) == (path, [1, 0, 0, 0], [1, 0, 0, 0])
+        await whole(vm)
+        for program in ("lvconvert", "lvcreate"):
+            await fill(vm, 3)
+            assert (data(path), data(kept)) == ([1, 0, 3, 0], [1, 0, 0, 0])
+            await dies('revert("one", discard=True, state="paused")', program)
+            await vm.recover()
+            assert (data(path), data(kept)) == ([1, 0, 0, 0], [1, 0, 0, 0])
+            assert [one.name for one in await vm.snapshots()] == ["one"]
+            await whole(vm)
+            await vm.start(paused=True)
+        await vm.stop(force=True)
+        await vm.undefine(disks="remove")
+    assert names() == {"web"}
+
+
 test_thin_volumes = case(_thin)
 test_thick_volumes = case(_thick)
 test_what_is_refused_changes_nothing = case(_refused)
 test_a_pool_without_room_is_refused_before_anything = case(_pool_full)
 test_a_lost_store_is_made_again = case(_rebuilt)
 test_a_controller_that_is_killed_leaves_nothing_behind = case(_killed)
+test_a_thick_snapshot_is_merged_where_the_present_state_is_discarded = case(_merged)
