@@ -1,10 +1,21 @@
 """In the guest: a volume group, and volumes of it that are gone after each case."""
 
+import inspect
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from qmpsnap.machine import qemu
+from qmpsnap.machine.starting import probe
+from qmpsnap.qmp import session
+
+# A QEMU that is emulated takes a minute to start on a busy host.
+qemu.LAUNCH_DEADLINE = 300.0
+vars(probe)["LAUNCH_DEADLINE"] = 300.0
+for function in (session.connect, qemu.monitor):
+    inspect.unwrap(function).__kwdefaults__["deadline"] = 60.0
 
 GROUP = "vg0"
 POOL = "pool"
