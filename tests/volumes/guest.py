@@ -1,8 +1,8 @@
 """The guest with the logical volume manager: what is copied in, how it is run, and what comes back.
 
 Emulated, without a network, its own disk unchanged: a second disk has an archive of what is copied in, a third one
-takes what comes back, a fourth is for volume groups. ``python -m tests.volumes.guest SCRIPT`` runs a shell script in it
-and shows what it prints.
+takes what comes back, a fourth is for volume groups, a fifth one is an xfs. ``python -m tests.volumes.guest SCRIPT``
+runs a shell script in it and shows what it prints.
 """
 
 import subprocess
@@ -22,8 +22,9 @@ _BACK = 64 << 20
 _APPEND = "root=/dev/vda rw console=ttyS0 quiet panic=-1 mitigations=off no_timer_check"
 """On a busy host the kernel's test of the timer fails, and it panics."""
 _SHELL = """\
-cat >/etc/lvm/lvmlocal.conf <<'END'
-devices { filter = [ "a|^/dev/vdd$|", "r|.*|" ] use_devicesfile = 0 hints = "none" }
+cat >/etc/lvm/lvm.conf <<'END'
+devices { filter = [ "a|^/dev/vdd$|", "r|.*|" ] use_devicesfile = 0 hints = "none"
+  md_component_detection = 0 multipath_component_detection = 0 }
 backup { backup = 0 archive = 0 }
 global { thin_check_executable = "" use_lvmpolld = 0 event_activation = 0 }
 activation { monitoring = 0 }
@@ -52,9 +53,10 @@ def run(script: str, work: Path) -> Path:
         archive.add(wheel.installed(work / "wheel"), "site")
         archive.add(ROOT / "tests/volumes/inside", "inside")
         archive.add(work / "run", "run")
-    for name, size in (("back.tar", _BACK), ("room", ROOM)):
+    for name, size in (("back.tar", _BACK), ("room", ROOM), ("xfs", ROOM)):
         with (work / name).open("wb") as file:
             file.truncate(size)
+    subprocess.run(["mkfs.xfs", "-q", work / "xfs"], check=True, stdin=subprocess.DEVNULL)
     words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     words += ["-accel", "tcg,thread=multi", "-smp", "2", "-m", "1G", "-cpu", "max,la57=off"]
     words += ["-kernel", str(made / "vmlinuz"), "-initrd", str(made / "initrd")]
@@ -64,6 +66,7 @@ def run(script: str, work: Path) -> Path:
         (work / "in.tar", "readonly=on"),
         (work / "back.tar", "cache=unsafe"),
         (work / "room", "cache=unsafe"),
+        (work / "xfs", "cache=unsafe"),
     ):
         words += ["-drive", f"if=virtio,format=raw,file={path},{options}"]
     subprocess.run(words, check=True, stdin=subprocess.DEVNULL, timeout=DEADLINE)
