@@ -17,7 +17,7 @@ from tests.bench.setting import Setting
 MEASURES = ("commit-1g", "stream-1g")
 MIB = 1024
 SCRIPT = Path(__file__).with_name("bare.py")
-SHARE = 0.4
+SHARE = 0.3
 
 
 async def measure(at: Setting) -> None:
