@@ -35,7 +35,8 @@ def bootable(root: Path, work: Path) -> Path:
         subprocess.run(["dpkg-deb", "-x", package, work / "grub"], check=True)
     modules = work / "grub/usr/lib/grub/i386-pc"
     (work / "early.cfg").write_text(CONFIG)
-    words = [work / "grub/usr/bin/grub-mkimage", "-O", "i386-pc", "-d", modules, "-p", "/boot/grub", "-c", "early.cfg"]
+    words: list[str | Path] = [work / "grub/usr/bin/grub-mkimage"]
+    words += ["-O", "i386-pc", "-d", modules, "-p", "/boot/grub", "-c", "early.cfg"]
     subprocess.run([*words, "-o", "core.img", "biosdisk", "part_msdos", "ext2", "linux"], cwd=work, check=True)
     size = root.stat().st_size
     partition = struct.pack("<B3sB3sII", 0x80, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", START, size // SECTOR)
