@@ -76,7 +76,7 @@ class Changing:
         The guest may have changed that command line, if it has broken out of QEMU. Read the spec before you take it.
 
         Returns:
-            The spec, with the disks that the machine has; what differs from the original and what was left out.
+            The spec, with the disks that the machine has, the differences to the original, and the options left out.
 
         Raises:
             StateError: the machine was not adopted, or its QEMU has ended.
