@@ -51,7 +51,7 @@ def of(path: str, name: str = "web") -> MachineSpec:
 
 
 async def fill(vm: qmpsnap.MachineHandle, number: int) -> None:
-    """A MiB of that byte, in the MiB of that number."""
+    """A MiB of that byte, in the MiB of that number; it has reached the volume afterwards, and takes room there."""
     client = QMPClient(vm.name)
     await client.connect(str(vm._context.home.run_dir(vm.name) / "user.sock"))
     try:
@@ -62,6 +62,7 @@ async def fill(vm: qmpsnap.MachineHandle, number: int) -> None:
         assert not said, said
     finally:
         await client.disconnect()
+    os.sync()
 
 
 def data(path: str) -> list[int]:

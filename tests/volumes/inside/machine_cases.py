@@ -105,9 +105,9 @@ async def _thick() -> None:
             await vm.revert("one", discard=True)
         for number in (5, 6, 7, 8, 9):
             await fill(vm, number)
-        os.sync()  # only what has reached the volume takes its snapshot's room
-        (found,) = (await vm.check()).findings
-        assert (found.code, found.file) == ("volume-invalid", await path_of(vm, "small"))
+        found = (await vm.check()).findings
+        assert "volume-invalid" in {one.code for one in found}
+        assert {one.file for one in found} == {await path_of(vm, "small")}, found
         with pytest.raises(QmpsnapError, match=r"run full|cannot be read") as refused:
             await vm.revert("small")
         assert refused.value.effect == "none"
@@ -231,14 +231,18 @@ async def _pool_fills() -> None:
         assert [one.name for one in await vm.snapshots()] == ["one", "two"]
         assert data(await path_of(vm, "two")) == [1, 2, 0, 0]
         tool("lvextend", "-L", "+64M", f"{GROUP}/{POOL}")
-        try:
+        with pytest.raises(OperationPending):
             await vm.recover()
-        except OperationPending:
+        with pytest.raises(
+            QmpsnapError, match="a write failed"
+        ):
             await vm.wait()
+        await vm.cancel()
+        await vm.stop(force=True)
+        await vm.commit("vda")
         assert await active(vm) == path
         assert data(path) == [1, 2, 3, 0]
         await whole(vm)
-        await vm.stop(force=True)
         await vm.undefine(disks="remove")
     tool("lvremove", "-y", f"{GROUP}/{POOL}")  # the next case has one of the usual size
 
