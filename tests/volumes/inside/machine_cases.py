@@ -233,9 +233,7 @@ async def _pool_fills() -> None:
         tool("lvextend", "-L", "+64M", f"{GROUP}/{POOL}")
         with pytest.raises(OperationPending):
             await vm.recover()
-        with pytest.raises(
-            QmpsnapError, match="a write failed"
-        ):
+        with pytest.raises(QmpsnapError, match="a write failed"):
             await vm.wait()
         await vm.cancel()
         await vm.stop(force=True)
