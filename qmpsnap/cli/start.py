@@ -8,15 +8,16 @@ all the same. An ignored SIGHUP or SIGTERM (``nohup``) stays ignored.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import time
 
 TYPE_CHECKING = False  # as typing has it, which costs a tenth of a reading verb
 if TYPE_CHECKING:
+    import signal
     from types import FrameType
     from typing import NoReturn
+else:
+    import _signal as signal  # the same without its enums: Ctrl-C while those are loaded would be a traceback
 
 SAME = 0.1
 """Seconds within which two SIGINTs are one: ``timeout`` sends it to its process and to the group."""
@@ -66,8 +67,10 @@ def _first(number: int, frame: FrameType | None) -> None:
 
     def second(number: int, _frame: FrameType | None) -> None:
         if number != signal.SIGHUP and time.monotonic() - heard > SAME:
-            with contextlib.suppress(OSError):
+            try:  # noqa: SIM105 - contextlib would have to be loaded
                 os.write(2, b"qmpsnap: interrupted twice and ended at once\n")
+            except OSError:
+                pass
             os._exit(128 + signal.SIGINT)
 
     for each in interrupting():
