@@ -181,7 +181,8 @@ def below(process: int) -> list[int]:
     found = [process]
     for pid in found:
         for thread in storage_wait.threads(pid):
-            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
     return found
 
 

@@ -11,12 +11,6 @@ from qmpsnap.machine import qemu
 from qmpsnap.machine.starting import probe
 from qmpsnap.qmp import session
 
-# A QEMU that is emulated takes a minute to start on a busy host.
-qemu.LAUNCH_DEADLINE = 300.0
-vars(probe)["LAUNCH_DEADLINE"] = 300.0
-for function in (session.connect, qemu.monitor):
-    inspect.unwrap(function).__kwdefaults__["deadline"] = 60.0
-
 GROUP = "vg0"
 POOL = "pool"
 
@@ -26,6 +20,15 @@ def tool(*words: str) -> str:
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     assert done.returncode == 0, (words, done.stdout, done.stderr)
     return done.stdout.strip()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> None:
+    """A QEMU that is emulated takes a minute to start on a busy host: here alone, so not when this file is loaded."""
+    qemu.LAUNCH_DEADLINE = 300.0
+    vars(probe)["LAUNCH_DEADLINE"] = 300.0
+    for function in (session.connect, qemu.monitor):
+        inspect.unwrap(function).__kwdefaults__["deadline"] = 60.0
 
 
 @pytest.fixture(scope="session", autouse=True)
