@@ -58,7 +58,6 @@ class Pool:
         self._tasks: TaskGroup | None = None
         self._begun: set[str] = set()
         self._made_now = self._taken = 0
-        self._short = False
 
     @property
     def waiting(self) -> int:
@@ -91,7 +90,7 @@ class Pool:
         while not self._ready:
             if self._error:
                 raise self._error
-            if self._short and not self._made_now and not self._taken and not self._may_grow():
+            if not (self._made_now or self._taken or self._may_grow()):
                 raise HostCannot(
                     f"no fork of snapshot {self._request.snapshot} is ready, and none can be made: of"
                     f" {available() >> 20} MiB of memory that are available, a fork needs {OWN >> 20} and the pool"
@@ -139,10 +138,8 @@ class Pool:
         while self._error is None:
             await self._slots.acquire()
             while not self._may_grow():
-                self._short = True
                 await self._tell()
                 await anyio.sleep(_LOOK)
-            self._short = False
             self._made_now += 1
             try:
                 self._ready.append(await self._made())
