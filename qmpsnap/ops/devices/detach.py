@@ -10,8 +10,6 @@ disk can come back. Images that are not ours, and that no snapshot needs, are fo
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import DeadlinePassed
-from qmpsnap.hint import call
 from qmpsnap.machine.starting.root_ports import places
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Point, Snapshot
@@ -26,7 +24,7 @@ from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.devices.attach import BY_SLOT
-from qmpsnap.ops.devices.plugging import Command, close, require_pluggable, unplug_commands
+from qmpsnap.ops.devices.plugging import Command, close, require_pluggable, unplug, unplug_commands
 from qmpsnap.ops.lifecycle import change
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.pending import Broken, Direction
@@ -137,13 +135,7 @@ async def run(context: Context, name: str, disk: str, *, timeout: float = TIMEOU
 async def _unplug(session: MachineSession, qemu: Monitor, operation: Operation[DetachPlan], seconds: float) -> None:
     planned = operation.plan
     await session.context.astore.mark(operation.id, "running", step=steps.UNPLUGGING)
-    if planned.disk in await devices.plugged(qemu):
-        try:
-            await devices.unplug(qemu, planned.disk, timeout=seconds)
-        except DeadlinePassed as error:
-            error.hint = "it may still do so: try again later, or stop the machine first: "
-            error.hint += call("stop", planned.machine)
-            raise
+    await unplug(qemu, planned.disk, machine=planned.machine, seconds=seconds)
     await close(qemu, planned.layers)
 
 

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qmpsnap.errors import DeadlinePassed, NotFoundError, QmpError, SpecError, StateError
+from qmpsnap.errors import NotFoundError, QmpError, SpecError, StateError
 from qmpsnap.hint import call
 from qmpsnap.machine.starting import argv
 from qmpsnap.machine.starting.argv import card, nic_device
@@ -27,7 +27,7 @@ from qmpsnap.ops.base import requests
 from qmpsnap.ops.base.context import Context, require_spec
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.devices.detach import TIMEOUT
-from qmpsnap.ops.devices.plugging import Command
+from qmpsnap.ops.devices.plugging import Command, unplug
 from qmpsnap.ops.lifecycle import change
 from qmpsnap.ops.session import recovery
 from qmpsnap.ops.session.pending import Broken, Direction
@@ -224,13 +224,7 @@ def _unplug_commands(planned: DetachNicPlan) -> list[Command]:
 async def _unplug(session: MachineSession, qemu: Monitor, operation: Operation[DetachNicPlan], seconds: float) -> None:
     planned = operation.plan
     await session.context.astore.mark(operation.id, "running", step=steps.UNPLUGGING)
-    if card(planned.number) in await devices.plugged(qemu):
-        try:
-            await devices.unplug(qemu, card(planned.number), timeout=seconds)
-        except DeadlinePassed as error:
-            error.hint = "it may still do so: try again later, or stop the machine first: "
-            error.hint += call("stop", planned.machine)
-            raise
+    await unplug(qemu, card(planned.number), machine=planned.machine, seconds=seconds)
     await devices.drop_netdev(qemu, argv.cable(planned.number))
 
 

@@ -1,11 +1,11 @@
-"""What QEMU is told as a disk is plugged in or has been unplugged: its nodes and its device."""
+"""What QEMU is told as a device is plugged in or unplugged, and of a disk its nodes."""
 
 from typing import Any
 
 import anyio
 
 from qmpsnap.block import graph
-from qmpsnap.errors import StateError
+from qmpsnap.errors import DeadlinePassed, StateError
 from qmpsnap.hint import call
 from qmpsnap.machine.starting.argv import disk_device
 from qmpsnap.machine.starting.root_ports import PORT, places
@@ -71,6 +71,22 @@ def unplug_commands(planned: DetachPlan) -> list[Command]:
     """The commands that have a disk unplugged and close its images."""
     nodes: list[Command] = [("blockdev-del", {"node-name": node_name(layer)}) for layer in reversed(planned.layers)]
     return [devices.remove(planned.disk), *nodes]
+
+
+async def unplug(qemu: Monitor, device: str, *, machine: str, seconds: float) -> None:
+    """Have the guest let go of a device; one that QEMU has no more is not asked for.
+
+    Raises:
+        QmpError: the guest refuses.
+        DeadlinePassed: it has not answered within so many seconds; it may still do so.
+    """
+    if device not in await devices.plugged(qemu):
+        return
+    try:
+        await devices.unplug(qemu, device, timeout=seconds)
+    except DeadlinePassed as error:
+        error.hint = "it may still do so: try again later, or stop the machine first: " + call("stop", machine)
+        raise
 
 
 async def close(qemu: Monitor, layers: tuple[Layer, ...]) -> None:
