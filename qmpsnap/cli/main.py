@@ -49,14 +49,11 @@ def main(argv: Sequence[str] | None = None, *, alone: bool = False) -> int:
         supervised.about(machine, form)
         return int(arguments.run(arguments) or 0)
     except QmpsnapError as error:
-        output.report(error, form)
-        return error.exit_code
+        return _told(error, form)
     except KeyboardInterrupt:
         from qmpsnap.cli.interrupted import interrupted
 
-        left = interrupted(machine)
-        output.report(left, form)
-        return left.exit_code
+        return _told(interrupted(machine), form)
     except BrokenPipeError:
         from signal import SIGPIPE
 
@@ -64,9 +61,15 @@ def main(argv: Sequence[str] | None = None, *, alone: bool = False) -> int:
     except Exception as error:
         if (what := system_errors.refused(error)) is None:
             raise
-        told = _left(machine, what)
-        output.report(told, form)
-        return told.exit_code
+        return _told(_left(machine, what), form)
+
+
+def _told(error: QmpsnapError, form: output.Format) -> int:
+    """Report an error, unless the process that watches this one has reported the end already; returns the exit code."""
+    supervised = sys.modules.get("qmpsnap.cli.supervised")
+    if supervised is None or supervised.may_report():
+        output.report(error, form)
+    return error.exit_code
 
 
 def _left(machine: str | None, what: str) -> HostCannot:

@@ -41,6 +41,8 @@ class _Session:
         self.form: output.Format = "table"
         self.answer = -1
         """In the child: the descriptor to which it writes its exit code."""
+        self.word = -1
+        """The descriptor of a pipe with one byte, which both processes have: who reads it reports how this ends."""
 
 
 _session = _Session()
@@ -65,6 +67,9 @@ def split() -> None:
         stream.flush()
     told, answer = os.pipe()
     watched, life = os.pipe()
+    _session.word, given = os.pipe()
+    os.write(given, b"1")
+    os.close(given)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*interrupting(), signal.SIGCHLD))
     try:
         child = os.fork()
@@ -87,6 +92,11 @@ def split() -> None:
         _session.answer = answer
         with contextlib.suppress(RuntimeError):  # no more threads: then it is only killed
             threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+
+
+def may_report() -> bool:
+    """Whether this process reports how the command ends, and no other has or will; asked once."""
+    return _session.word < 0 or bool(os.read(_session.word, 1))
 
 
 def end(code: int) -> None:
@@ -204,11 +214,20 @@ class _Parent:
             time.sleep(SAME / 10)
         return False
 
+    def _end_reported(self, code: int) -> NoReturn:
+        end = time.monotonic() + _ENDING
+        while time.monotonic() < end:
+            self._end_as_child()
+            time.sleep(SAME / 10)
+        os._exit(code)
+
     def _give_up(self, wait: storage_wait.Wait) -> None:
         self._end_at_once(storage_hangs(wait, storage_wait.deadline(), effect="unknown"))
 
     def _end_at_once(self, error: QmpsnapError) -> NoReturn:
-        """End without the child, and say what it leaves open."""
+        """End without the child, and say what it leaves open; one that is just reporting its own end is let do so."""
+        if not may_report():
+            self._end_reported(error.exit_code)
         wait = storage_wait.waits_of(self._child)
         os.close(self._life)
         ended = self._has_ended()

@@ -163,6 +163,41 @@ async def test_the_outcome_told_is_the_outcome_there_is(
         await hold_invariants(vm)
 
 
+TELLS_SLOWLY = """
+import sys, time
+from qmpsnap.cli import main, output
+report = output.report
+def slowly(error, form):
+    report(error, form)
+    time.sleep(2)
+output.report = slowly
+main.run()
+"""
+
+
+async def test_an_end_is_reported_once(q: qmpsnap.Controller) -> None:
+    """The second SIGINT comes while the process that works reports the first one."""
+    vm = await q.define(ONE_DISK)
+    await vm.start()
+    await fill(vm, "vda", 1, length=4 * MIB)
+    await vm.snapshot("s")
+    words = ["stream", "still", "vda", "--bandwidth", "1K", "--progress", "none", "-o", "json"]
+    async with await anyio.open_process([sys.executable, "-c", TELLS_SLOWLY, *words], stderr=PIPE) as process:
+        with anyio.fail_after(WAIT):
+            while not await vm.jobs():
+                await anyio.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr
+            said = await process.stderr.receive()
+            await anyio.sleep(AGAIN)
+            process.send_signal(signal.SIGINT)
+            async for part in process.stderr:
+                said += part
+            assert await process.wait() == 130
+    (told,) = said.splitlines()
+    assert (json.loads(told)["code"], json.loads(told)["effect"]) == ("interrupted", "none")
+
+
 IGNORED = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
