@@ -212,14 +212,20 @@ class MachineLife(MachineGuest):
 
     @job
     async def wait(self, *, report: Report = unreported) -> list[Operation]:
-        """See every job of an interrupted operation to its end; returns those operations as they were.
+        """See every job of an operation to its end.
+
+        While another controller waits for the jobs, its operations are awaited and returned as they have ended. An
+        interrupted operation is completed, and returned as it was.
 
         Raises:
-            LockHeld: another controller works on the machine.
+            LockHeld: another controller works on the machine and has no job.
             OperationPending: one cannot be ended now.
             HostCannot: a job is paused, as there is no space.
         """
         pending = await blocking(lambda: self._context.store.operations(self.name, only_open=True))
+        ended = await at_work.wait(self._context, await self.record(), pending, report=report)
+        if ended is not None:
+            return ended
         async with working(self._context, self.name, "job wait", alone=False, unfinished="carry on", report=report):
             return list(pending)
 

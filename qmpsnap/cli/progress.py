@@ -1,15 +1,17 @@
-"""Progress of jobs on stderr: a bar on a terminal, lines elsewhere, objects when asked."""
+"""Progress of jobs on stderr: a bar on a terminal, lines elsewhere, objects when asked; or none, in the background."""
 
 import argparse
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, TextIO, cast
+from typing import TYPE_CHECKING, Final, Literal, TextIO, cast
 
-from qmpsnap.cli import output
+from qmpsnap.cli import output, supervised
+from qmpsnap.hint import call
 
 if TYPE_CHECKING:
     from qmpsnap.qmp.commands import JobInfo
@@ -19,6 +21,9 @@ Mode = Literal["auto", "tty", "plain", "json", "none"]
 
 PLAIN_SECONDS = 5.0
 """Seconds between two lines of plain progress; changes of state are told at once."""
+
+_AT_WORK: Final = frozenset({"running", "ready", "pending"})
+"""States (QAPI ``JobStatus``) of a job that QEMU has begun."""
 
 
 def add_progress(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +36,20 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_detach(parser: argparse.ArgumentParser) -> None:
+    """``--detach``, for the commands of one machine whose block jobs may take hours."""
+    parser.add_argument(
+        "--detach", action="store_true", help="return as soon as the job runs, and see it to its end in the background"
+    )
+
+
 @contextmanager
-def reporting(mode: Mode) -> Iterator["Report"]:
+def reporting(arguments: argparse.Namespace) -> Iterator["Report"]:
     """Something to tell about jobs, for the length of the block."""
+    mode: Mode = arguments.progress
+    if getattr(arguments, "detach", False):
+        yield _Detaching(arguments.machine, arguments.output)
+        return
     if mode == "auto":
         mode = "tty" if sys.stderr.isatty() else "plain"
     if mode == "none":
@@ -51,6 +67,29 @@ def _report_json(job: "JobInfo") -> None:
     told = {"job": job.id, "type": job.type, "state": job.status}
     figures = {"bytes": job.current_progress, "total": job.total_progress}
     output.aside(json.dumps({"schema": output.SCHEMA, **told, **figures}) + "\n")
+
+
+class _Detaching:
+    """Leaves the job to this process alone once it runs, and lets the command end."""
+
+    def __init__(self, machine: str, form: "output.Format") -> None:
+        self._machine, self._form = machine, form
+        self._left = False
+
+    def __call__(self, job: "JobInfo") -> None:
+        if self._left or job.status not in _AT_WORK:
+            return
+        self._left = True
+        text = f"job {job.id} ({job.type}) of machine {self._machine} goes on in process {os.getpid()}"
+        output.emit(
+            self._form,
+            document={"machine": self._machine, "job": job.id, "type": job.type, "process": os.getpid()},
+            names=[job.id],
+            table=lambda: text,
+            done=text,
+        )
+        output.hint(call("wait", self._machine))
+        supervised.leave()
 
 
 class _Plain:

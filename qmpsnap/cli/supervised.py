@@ -43,6 +43,8 @@ class _Session:
         """In the child: the descriptor to which it writes its exit code."""
         self.word = -1
         """The descriptor of a pipe with one byte, which both processes have: who reads it reports how this ends."""
+        self.left = False
+        """In the child: the command has ended, and it goes on by itself."""
 
 
 _session = _Session()
@@ -99,17 +101,36 @@ def may_report() -> bool:
     return _session.word < 0 or bool(os.read(_session.word, 1))
 
 
+def leave() -> None:
+    """In the child: let the command end with exit code 0, and go on without it and without its terminal."""
+    if _session.answer < 0:  # there could be no child
+        return
+    _session.left = True
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os.setsid()
+    _let_go_of_streams()
+    _tell_parent(0)
+
+
 def end(code: int) -> None:
     """In the child: end with that exit code, whatever its threads wait for."""
+    if _session.left:
+        _end_after_helpers(code)
     if _session.answer < 0:
         return
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     _let_go_of_streams()
+    _tell_parent(code)
+    _end_after_helpers(code)
+
+
+def _tell_parent(code: int) -> None:
     os.write(_session.answer, bytes([code & 0xFF]))
     os.kill(os.getppid(), signal.SIGCHLD)  # else it would hear of our end only when the last thread has ended
-    _end_after_helpers(code)
 
 
 class _Once:
@@ -144,8 +165,10 @@ def once() -> None:
 
 
 def _end_with(life: int) -> None:
-    """The child's thread that ends it as soon as its parent has ended, or asks for it."""
+    """The child's thread that ends it as soon as its parent has ended, or asks for it, unless it has left that."""
     os.read(life, 1)
+    if _session.left:
+        return
     _let_go_of_streams()
     _end_after_helpers(128 + signal.SIGINT)
 

@@ -63,7 +63,7 @@ SHORT: Final = {
 
 OPTIONS: Final = {
     "--active": "leave it out: a commit goes from the active layer down unless --top names a lower one",
-    "--async": "put & behind the command; qmpsnap job list VM shows the job",
+    "--async": "--detach",
     "--atomic": "leave it out: a snapshot of several disks always is of one instant, or of none",
     "--buf-size": "leave it out",
     "--bytes": "leave it out: a number without a unit is bytes",

@@ -276,7 +276,7 @@ class MachineHandle(MachinePlans):
         return self._call(self._handle.jobs())
 
     def wait(self, *, report: Report = unreported) -> list[Operation]:
-        """See every job of an interrupted operation to its end; returns those operations as they were."""
+        """See every job of an operation to its end."""
         return self._call(self._handle.wait(report=report))
 
     def cancel(self) -> list[Operation]:

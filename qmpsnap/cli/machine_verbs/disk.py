@@ -217,7 +217,7 @@ def _flatten(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         plan = operating(lambda context: flatten.preview(context, machine, disk))
     else:
-        with reporting(arguments.progress) as report:
+        with reporting(arguments) as report:
             plan = operating(lambda context: flatten.run(context, machine, disk, report=report))
     done = "would flatten" if arguments.dry_run else "flattened"
     lines = [f"{done} {clone_text(clone)}" for clone in clones(plan.clones)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output, virsh
 from qmpsnap.cli.common import Parsers, add_bandwidth, add_for_vm, add_format, operating
-from qmpsnap.cli.progress import add_progress, reporting
+from qmpsnap.cli.progress import add_detach, add_progress, reporting
 
 if TYPE_CHECKING:
     from qmpsnap.model.operations.operation import Merge, MergePlan
@@ -39,6 +39,7 @@ def _finish(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("--dry-run", action="store_true", help="only print the layers, QMP command and bytes")
     add_bandwidth(command)
     add_progress(command)
+    add_detach(command)
     add_format(command)
     virsh.add_harmless(command, name)
 
@@ -70,7 +71,7 @@ def _merge(arguments: argparse.Namespace, request: "Request") -> None:
         document = describe(plan) | {"qmp": [{"execute": command[0], "arguments": command[1]}]}
         lines = [f"would {text(document)}; nothing was changed", f"  {json.dumps(document['qmp'][0])}"]
     else:
-        with reporting(arguments.progress) as report:
+        with reporting(arguments) as report:
             plan = operating(lambda context: commit.run(context, arguments.machine, request, report=report))
         document = describe(plan)
         lines = [text(document)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add_bandwidth, add_for_vm, add_format, operating
 from qmpsnap.cli.machine_verbs.disk import clone_text, clones
-from qmpsnap.cli.progress import add_progress, reporting
+from qmpsnap.cli.progress import add_detach, add_progress, reporting
 
 if TYPE_CHECKING:
     from qmpsnap.ops.snapshot.delete import DeletePlan
@@ -30,6 +30,7 @@ def register(verbs: Parsers) -> None:
     command.add_argument("--dry-run", action="store_true", help="only print the plan and its bytes")
     add_bandwidth(command)
     add_progress(command)
+    add_detach(command)
     add_format(command)
 
 
@@ -47,7 +48,7 @@ def _delete(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         plan, _ = operating(lambda context: delete.preview(context, arguments.machine, request))
     else:
-        with reporting(arguments.progress) as report:
+        with reporting(arguments) as report:
             plan = operating(lambda context: delete.run(context, arguments.machine, request, report=report))
     document = document_of(plan)
     output.emit(

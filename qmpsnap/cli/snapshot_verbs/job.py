@@ -6,6 +6,7 @@ from typing import Any
 from qmpsnap.cli import output
 from qmpsnap.cli.common import Parsers, add_for_vm, add_format, bandwidth, on_machine
 from qmpsnap.cli.progress import add_progress, reporting
+from qmpsnap.errors import QmpError
 
 
 def register(parsers: Parsers) -> None:
@@ -14,7 +15,7 @@ def register(parsers: Parsers) -> None:
     verbs = noun.add_subparsers(title="verbs", metavar="VERB", required=True)
     command = add_for_vm(verbs, "list", _list, help="list the jobs of a machine, their progress and who waits for them")
     add_format(command)
-    command = add_for_vm(verbs, "wait", _wait, help="wait for the jobs of an interrupted operation")
+    command = add_for_vm(verbs, "wait", _wait, help="wait for the jobs of an operation, also of one at work")
     add_progress(command)
     add_for_vm(verbs, "cancel", _cancel, help="cancel the jobs of an operation, also of one at work; the chain stays")
     command = add_for_vm(verbs, "set-speed", _set_speed, help="limit what the jobs of an operation copy per second")
@@ -65,9 +66,15 @@ def _row(job: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _wait(arguments: argparse.Namespace) -> None:
-    with reporting(arguments.progress) as report:
+    with reporting(arguments) as report:
         operations = on_machine(arguments.machine, lambda vm: vm.wait(report=report))
-    _tell(arguments.machine, operations, "is complete")
+    failed = [operation for operation in operations if operation.state == "failed"]
+    _tell(arguments.machine, [operation for operation in operations if operation not in failed], "is complete")
+    for operation in failed:  # another command was at it
+        raise QmpError(
+            f"operation {operation.id} ({operation.verb}) has failed: {operation.error or 'it was undone'}",
+            machine=arguments.machine,
+        )
 
 
 def _cancel(arguments: argparse.Namespace) -> None:

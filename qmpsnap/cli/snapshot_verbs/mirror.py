@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpsnap.cli import output, virsh
 from qmpsnap.cli.common import Parsers, add_bandwidth, add_for_vm, add_format, operating
-from qmpsnap.cli.progress import add_progress, reporting
+from qmpsnap.cli.progress import add_detach, add_progress, reporting
 
 if TYPE_CHECKING:
     from qmpsnap.model.operations.operation import MirrorPlan
@@ -42,6 +42,7 @@ def register(parsers: Parsers) -> None:
         command.add_argument("--dry-run", action="store_true", help="only print the files, QMP commands and bytes")
         add_bandwidth(command)
         add_progress(command)
+        add_detach(command)
         add_format(command)
         virsh.add_harmless(command, name)
 
@@ -69,7 +70,7 @@ def _mirror(arguments: argparse.Namespace) -> None:
         document = describe(plan) | {"qmp": told}
         lines = [f"would {text(document)}; nothing was changed", *(f"  {json.dumps(each)}" for each in told)]
     else:
-        with reporting(arguments.progress) as report:
+        with reporting(arguments) as report:
             plan = operating(lambda context: mirror.run(context, arguments.machine, request, report=report))
         document = describe(plan)
         lines = [text(document)]

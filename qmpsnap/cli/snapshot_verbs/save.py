@@ -37,7 +37,7 @@ def _save(arguments: argparse.Namespace) -> None:
         plan = on_machine(arguments.machine, lambda vm: vm.plan_save(arguments.file, **asked))
         print_plan(arguments.output, plan)
         return
-    with reporting(arguments.progress) as report:
+    with reporting(arguments) as report:
         snapshot = on_machine(arguments.machine, lambda vm: vm.save(arguments.file, **asked, report=report))
     assert snapshot.vmstate
     memory = f"{output.printable(snapshot.vmstate.path)} ({output.size(snapshot.vmstate.bytes)})"

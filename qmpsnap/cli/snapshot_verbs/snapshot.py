@@ -157,7 +157,7 @@ def _create(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _preview(arguments, options)
         return
-    with reporting(arguments.progress) as report:
+    with reporting(arguments) as report:
 
         async def act(vm: "MachineHandle") -> tuple[Snapshot, tuple[str, ...]]:
             taken = await vm.snapshot(arguments.name, kind=arguments.kind, report=report, **options)

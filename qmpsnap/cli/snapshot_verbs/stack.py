@@ -51,7 +51,7 @@ def _pop(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _preview_pop(arguments)
         return
-    with reporting(arguments.progress) as report:
+    with reporting(arguments) as report:
         done = on_machine(
             arguments.machine,
             lambda vm: vm.pop(discard=arguments.discard, bandwidth=arguments.bandwidth, report=report),

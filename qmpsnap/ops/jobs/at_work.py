@@ -1,9 +1,11 @@
-"""A machine's jobs wherever they run, without its lock: listed, cancelled and throttled while a command waits for them.
+"""A machine's jobs wherever they run, without its lock: listed, awaited, cancelled and throttled.
 
-The command that waits has our monitor, so the user's is asked: one client at a time, as with any monitor. What a job's
-end means is left to that command, or to recovery.
+A command that waits for them has our monitor, so the user's is asked: one client at a time, as with any monitor. What
+a job's end means is left to that command, or to recovery.
 """
 
+import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,7 +13,7 @@ from typing import Final, Literal
 
 import anyio
 
-from qmpsnap.errors import DeadlinePassed, NotFoundError, QemuGone, StateError
+from qmpsnap.errors import DeadlinePassed, NotFoundError, QemuGone, QmpsnapError, StateError
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import worker
@@ -23,6 +25,7 @@ from qmpsnap.model.operations.operation import OPEN_STATES, Operation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
+from qmpsnap.qmp.jobs import Report, unreported
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import lock
 
@@ -35,6 +38,8 @@ ENDED: Final = 60.0
 """Seconds in which a command whose job was cancelled has ended its operation."""
 
 _LOOK: Final = 0.1
+_REPORT: Final = 1.0
+"""Seconds between two reports of a job that another command is at: each takes the user's monitor for a moment."""
 _BLOCK_JOBS: Final = frozenset({"commit", "stream", "mirror"})
 _AT_WORK: Final = frozenset({"created", "running", "paused", "ready", "standby"})
 """States (QAPI ``JobStatus``) of a job that still copies."""
@@ -98,6 +103,28 @@ async def cancel(context: Context, machine: Machine, pending: Sequence[Operation
             await jobs.abort(qemu, JobId(info.id))
             cancelled.add(operation.id)
     return await _ended(context, machine, cancelled) if cancelled else None
+
+
+async def wait(
+    context: Context, machine: Machine, pending: Sequence[Operation], *, report: Report
+) -> list[Operation] | None:
+    """Wait for operations that another command is at; returns them as they have ended.
+
+    None where there is no such command, or it has ended without them: then they are as any that were interrupted.
+    """
+    numbers = {operation.id for operation in pending}
+    told = -math.inf
+    while pending and await to_read(lock.holder, context.home.lock(machine.name)) is not None:
+        if ended := await _all_ended(context, machine, numbers):
+            return ended
+        if report is not unreported and anyio.current_time() - told >= _REPORT:
+            told = anyio.current_time()
+            with contextlib.suppress(QmpsnapError):  # another client has the monitor, or QEMU is ending
+                for job in await listed(context, machine):
+                    if job.operation in numbers:
+                        report(job)
+        await anyio.sleep(_LOOK)
+    return await _all_ended(context, machine, numbers)
 
 
 async def set_speed(context: Context, machine: Machine, limit: int) -> list[str]:
@@ -195,14 +222,18 @@ def _require_at_work(machine: Machine, info: JobInfo) -> None:
 
 async def _ended(context: Context, machine: Machine, numbers: Collection[OperationId]) -> list[Operation]:
     with anyio.move_on_after(ENDED):
-        while True:
-            found = [one for one in await context.astore.operations(machine.name) if one.id in numbers]
-            if not any(one.state in OPEN_STATES for one in found):
-                return found
+        while (found := await _all_ended(context, machine, numbers)) is None:
             await anyio.sleep(_LOOK)
+        return found
     raise DeadlinePassed(
         f"the job is cancelled, but its command did not end the operation within {ENDED:g} s",
         hint=call("recover", machine.name) + " once the command has ended",
         effect="unknown",
         machine=machine.name,
     )
+
+
+async def _all_ended(context: Context, machine: Machine, numbers: Collection[OperationId]) -> list[Operation] | None:
+    """The operations of these numbers; None while one of them is open, or there are none."""
+    found = [one for one in await context.astore.operations(machine.name) if one.id in numbers]
+    return None if any(one.state in OPEN_STATES for one in found) else found or None
