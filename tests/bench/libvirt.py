@@ -148,7 +148,7 @@ def libvirt(folder: Path) -> Iterator[Libvirt]:
     Args:
         folder: an empty one of its own.
     """
-    _install()
+    install()
     _lay_out(folder)
     # Whoever kills the measurement ends the first process of the namespace, and with that all of them.
     apart = ("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -170,14 +170,19 @@ def libvirt(folder: Path) -> Iterator[Libvirt]:
         daemon.wait()
 
 
-def _install() -> None:
+def install() -> None:
+    """Have the packages of :data:`NEEDS`; raises ``ProgramFailed``."""
     packages = [package for thing, package in NEEDS.items() if not (Path(thing).exists() or shutil.which(thing))]
     if os.geteuid() != 0:
         raise ProgramFailed("libvirtd needs root")
     if packages:
         say(f"installing {' '.join(packages)}")
-        printed("apt-get", "update")
-        printed("apt-get", "install", "-y", "--no-install-recommends", *packages)
+        install = ("apt-get", "-o", "DPkg::Lock::Timeout=300", "install", "-y", "--no-install-recommends", *packages)
+        try:
+            printed(*install)
+        except ProgramFailed:  # the package lists are too old
+            printed("apt-get", "update")
+            printed(*install)
 
 
 def _lay_out(folder: Path) -> None:
