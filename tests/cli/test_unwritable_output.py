@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 
@@ -120,7 +121,7 @@ def test_progress_that_nobody_reads_stops_no_job(mode: progress.Mode, monkeypatc
     os.close(reader)
     with open(writer, "w") as stderr:  # noqa: PTH123
         monkeypatch.setattr(sys, "stderr", stderr)
-        with progress.reporting(mode) as report:
+        with progress.reporting(Namespace(progress=mode)) as report:
             for status in ("running", "concluded"):
                 report(JobInfo(id="qs.1.vda", type="commit", status=status, current_progress=1, total_progress=2))
 

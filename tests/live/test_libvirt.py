@@ -53,23 +53,23 @@ async def test_a_domain_with_two_external_snapshots(
         files.append(place / f"web.{name}")
         words = ("--disk-only", "--atomic", "--diskspec", f"vda,file={files[-1]}")
         daemon.virsh("snapshot-create-as", "web", name, f"what {name} is", *words)
-        line = f'qemu-io -d {DEVICE} "write -P {mark} {mark}M 1M"'
-        said = daemon.virsh("qemu-monitor-command", "web", "--hmp", line)
+        write = f'qemu-io -d {DEVICE} "write -P {mark} {mark}M 1M"'
+        said = daemon.virsh("qemu-monitor-command", "web", "--hmp", write)
         assert not said.strip(), "what is done is told to QEMU's output"
     running = described(daemon, place / "running.xml", "dumpxml", "web")
     domain = described(daemon, place / "web.xml", "dumpxml", "web", "--inactive")
-    words = f"--define --allow {place}"
+    line = f"--define --allow {place}"
     for name in ("fresh", "upgraded"):
-        words += f" --snapshot {described(daemon, place / f'{name}.xml', 'snapshot-dumpxml', 'web', name)}"
+        line += f" --snapshot {described(daemon, place / f'{name}.xml', 'snapshot-dumpxml', 'web', name)}"
 
     for file, why in ((running, "its XML has a domain id"), (domain, "has its UUID")):
-        assert await to_thread.run_sync(main, f"import libvirt {file} {words}".split()) == StateError.exit_code
+        assert await to_thread.run_sync(main, f"import libvirt {file} {line}".split()) == StateError.exit_code
         assert why in capsys.readouterr().err
     daemon.virsh("destroy", "web")
     content = [marks(file) for file in files]
     assert content == [[0, 1, 0, 0, 0], [0, 1, 2, 0, 0], [0, 1, 2, 3, 0]]
 
-    done = await typed(capsys, f"import libvirt {domain} {words} -o json")
+    done = await typed(capsys, f"import libvirt {domain} {line} -o json")
     assert done["snapshots"] == ["fresh", "upgraded"]
     vm = await q.machine("web")
     assert (await vm.record()).uuid in domain.read_text()
