@@ -1,9 +1,11 @@
-"""A file system that hangs on request: ``hangfs.py BACKING MOUNT HANG``, with Debian's python3-fusepy.
+"""A file system that hangs or fails on request: ``hangfs.py BACKING MOUNT HANG``, with Debian's python3-fusepy.
 
 What lies in BACKING is seen at MOUNT. While there is a file HANG, the operations that it names wait, as of a server
-that does not answer: open, getattr, read, write, fsync, unlink, create, readdir, rename, statfs, all.
+that does not answer: open, getattr, read, write, fsync, unlink, create, readdir, rename, statfs, all. With ``!`` behind
+its name, an operation fails (EIO).
 """
 
+import errno
 import os
 import sys
 import time
@@ -14,13 +16,15 @@ BACKING, MOUNT, HANG = sys.argv[1:4]
 
 
 def wait(operation):
-    """Until the file does not name this operation any more."""
+    """Until the file does not name this operation any more; or fail."""
     while True:
         try:
             with open(HANG) as said:
                 words = said.read().split()
         except OSError:
             return
+        if f"{operation}!" in words:
+            raise OSError(errno.EIO, operation)
         if "all" not in words and operation not in words:
             return
         time.sleep(0.02)

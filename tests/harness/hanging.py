@@ -23,7 +23,7 @@ class Storage:
 
     @contextmanager
     def hang(self, operations: str) -> Iterator[None]:
-        """For the block, these operations (:mod:`tests.harness.hangfs`) are not answered."""
+        """For the block, these operations (:mod:`tests.harness.hangfs`) are not answered, or fail."""
         fresh = self._asked.with_suffix(".new")
         fresh.write_text(operations)
         fresh.replace(self._asked)

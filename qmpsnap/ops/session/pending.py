@@ -44,10 +44,15 @@ class Broken(Struct, Generic[P_co], frozen=True, kw_only=True):
     def pending(self, why: str) -> OperationPending:
         """It cannot be ended now."""
         of = self.operation
+        stop: str = ""
+        if self.context.process(self.machine) and not self.machine.adopted:
+            stop = "; if QEMU goes on failing, as it does once a flush has failed, first "
+            stop += call("stop", of.machine, force=True)
         return OperationPending(
             f"operation {of.id} ({of.verb}) on machine {of.machine} cannot be recovered now: {why}",
             hint="fix that, then "
             + call("recover", of.machine)
+            + stop
             + "; or give it up with "
             + call("undefine", of.machine, disks="keep"),
             machine=of.machine,
