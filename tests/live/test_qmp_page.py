@@ -22,7 +22,7 @@ pytestmark = pytest.mark.version
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "qmp.md"
 TABLE = re.compile(r"<!-- qmp -->\n(?P<rows>.*?)<!-- end -->", re.DOTALL)
 VERSIONS: Final = ("7.2", "10.0", "11.1")
-QUESTION: Final = re.compile(r"query-|x-debug-query|qom-get")
+QUESTION: Final = re.compile(r"query-|x-debug-query|qom-get|qom-list")
 SPEC = MachineSpec(name="still", memory=16 * MIB, disks=(DiskSpec(name="vda", size=16 * MIB),), agent=False)
 Act = Callable[[qmpsnap.MachineHandle, Path], Awaitable[object]]
 Sent = dict[str, dict[str, frozenset[str]]]
