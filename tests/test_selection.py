@@ -38,7 +38,7 @@ def test_the_longest_begin_first_with_every_worker() -> None:
 
 @pytest.mark.parametrize(("took", "turns"), selection.TURNS.items())
 def test_what_takes_long_is_in_one_of_some_runs(took: float, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "seconds", lambda: dict.fromkeys(TESTS[:80], took) | {TESTS[90]: 2.0})
+    monkeypatch.setattr(selection, "seconds", lambda: dict.fromkeys(TESTS[:80], took) | {TESTS[90]: 1.0})
     items: Any = [SimpleNamespace(nodeid=test, path=Path(test), get_closest_marker=lambda _: None) for test in TESTS]
     runs = [set(TESTS) - selection.left_out(items, "", str(100 + run)) for run in range(turns)]
     assert all(set(TESTS[80:]) < run for run in runs)
