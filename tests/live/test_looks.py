@@ -33,8 +33,11 @@ async def test_jobs_and_state_while_another_process_works(
         assert await vm.state() in ("paused", "prelaunch")
         assert f"'stream' (pid {process.pid} " in str(job.waiting)
         with pytest.raises(LockHeld, match=rf"'stream' \(pid {process.pid} ") as held:
-            await vm.wait()
+            await vm.recover()
         assert "kill -INT" in held.value.hint
+        with anyio.move_on_after(0.5) as waiting:
+            await vm.wait()
+        assert waiting.cancelled_caught, "it waits for that process"
         (view,) = await vm.chains()
         assert (view.running, view.busy, view.problems) == (False, job.waiting, ())
         assert await anyio.to_thread.run_sync(main, ["chain", "still"]) == 0
