@@ -18,7 +18,7 @@ from qmpsnap.machine.starting import alive
 from tests.live.machine import MIB, ONE_DISK, fill, hold_invariants
 
 QMPSNAP = (sys.executable, "-m", "qmpsnap")
-SLOW = ("--bandwidth", "1M", "--detach", "-o", "json")
+SLOW = ("--bandwidth", "1K", "--detach", "-o", "json")
 WAIT = 60.0
 
 

@@ -33,7 +33,7 @@ async def test_qemu_has_to_end_once_a_flush_has_failed(home: Path) -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(fail)
                 with pytest.raises(JobStuck, match="is paused: a write failed"):
-                    await vm.commit("vda", consume=True, bandwidth=MIB)
+                    await vm.commit("vda", consume=True, bandwidth=1024)
             failing.close()
             with pytest.raises(JobStuck):  # the disk works again, and QEMU does not ask it
                 await vm.wait()
