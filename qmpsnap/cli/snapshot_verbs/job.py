@@ -70,9 +70,9 @@ def _wait(arguments: argparse.Namespace) -> None:
         operations = on_machine(arguments.machine, lambda vm: vm.wait(report=report))
     failed = [operation for operation in operations if operation.state == "failed"]
     _tell(arguments.machine, [operation for operation in operations if operation not in failed], "is complete")
-    for operation in failed:  # another command was at it
+    if failed:  # another command was at it
         raise QmpError(
-            f"operation {operation.id} ({operation.verb}) has failed: {operation.error or 'it was undone'}",
+            f"operation {failed[0].id} ({failed[0].verb}) has failed: {failed[0].error or 'it was undone'}",
             machine=arguments.machine,
         )
 

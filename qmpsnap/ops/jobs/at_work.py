@@ -21,7 +21,7 @@ from qmpsnap.machine.qemu import monitor
 from qmpsnap.machine.starting.run_files import QMP_SOCKET, USER_SOCKET
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import JobId, OperationId
-from qmpsnap.model.operations.operation import OPEN_STATES, Operation
+from qmpsnap.model.operations.operation import Operation
 from qmpsnap.ops.base.context import Context
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.commands import JobInfo
@@ -235,5 +235,6 @@ async def _ended(context: Context, machine: Machine, numbers: Collection[Operati
 
 async def _all_ended(context: Context, machine: Machine, numbers: Collection[OperationId]) -> list[Operation] | None:
     """The operations of these numbers; None while one of them is open, or there are none."""
-    found = [one for one in await context.astore.operations(machine.name) if one.id in numbers]
-    return None if any(one.state in OPEN_STATES for one in found) else found or None
+    if any(one.id in numbers for one in await context.astore.operations(machine.name, only_open=True)):
+        return None  # asked again and again, of a journal that may be long
+    return [one for one in await context.astore.operations(machine.name) if one.id in numbers] or None
