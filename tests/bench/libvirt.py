@@ -98,8 +98,17 @@ class Libvirt:
         """The version of libvirt."""
         return self.virsh("version", "--daemon").split("Running against daemon: ")[1].strip()
 
-    def define(self, name: str, disk: Path, *, memory: int, accel: str, boots: bool = False) -> None:
-        """Define a domain like one of qmpsnap's machines; its second monitor and its agent have sockets of ours."""
+    def define(self, name: str, disk: Path, *, memory: int, accel: str, boots: bool = False, qemu: str = QEMU) -> None:
+        """Define a domain like one of qmpsnap's machines; its second monitor and its agent have sockets of ours.
+
+        Args:
+            name: of the domain.
+            disk: its image.
+            memory: in MiB.
+            accel: ``tcg`` or ``kvm``.
+            boots: whether the guest of the tests boots in it.
+            qemu: the program; libvirt fails to ask QEMUs that are much newer than itself what they can do.
+        """
         guest = home().guest
         kernel = f"<kernel>{guest}/vmlinux</kernel><initrd>{guest}/initrd</initrd><cmdline>{APPEND}</cmdline>"
         sockets = [
@@ -115,7 +124,7 @@ class Libvirt:
             memory=memory,
             kernel=kernel if boots else "",
             cpu="maximum" if accel == "tcg" else "host-passthrough",
-            qemu=shutil.which(QEMU),
+            qemu=shutil.which(qemu),
             disk=escape(str(disk)),
             folder=escape(str(self.folder)),
             extra="".join(f"<qemu:arg value='{word}'/>" for word in sockets),

@@ -19,6 +19,9 @@ from tests.live.test_import import QEMU_IMG, image, typed
 DEVICE = "/machine/peripheral/virtio-disk0/virtio-backend"
 """How QEMU knows the device of libvirt's first virtio disk."""
 
+SYSTEMS = "/usr/bin/qemu-system-x86_64"
+"""The QEMU that the system's libvirt is made for; Debian 12's cannot ask 11.1 what it can do."""
+
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Libvirt]:
@@ -46,7 +49,7 @@ async def test_a_domain_with_two_external_snapshots(
     q: qmpsnap.Controller, place: Path, daemon: Libvirt, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = image(place / "web.qcow2", mark=1)
-    daemon.define("web", base, memory=64, accel="tcg")
+    daemon.define("web", base, memory=64, accel="tcg", qemu=SYSTEMS)
     daemon.virsh("start", "web", "--paused")
     files = [base]
     for mark, name in ((2, "fresh"), (3, "upgraded")):
