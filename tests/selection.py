@@ -19,7 +19,7 @@ FREE, BOUND = 12, 6
 """In how many parts the tests are that do not depend on QEMU's version, and those that do."""
 GRID = 10
 """Every how-manieth test of a grid is run, with a part or a number in :data:`GRID_AT`."""
-TURNS = {2: 2, 8: 3, 20: 4}
+TURNS = {2: 3, 8: 5, 20: 6}
 """Seconds (in :data:`SLOW`) from which on a test is in one of so many runs on the system's QEMU with a number below."""
 GRID_AT = os.environ.get("QMPSNAP_GRID_AT", "")
 """The number of a run that leaves tests out, which chooses them; empty runs everything."""

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _short(items: list[pytest.Item]) -> list[pytest.Item]:
     """The cases marked ``short``.
 
-    In CI one of those with the same ``one_of``, and of a module with more than :data:`MANY` others every third; which,
+    In CI one of those with the same ``one_of``, and of a module with more than :data:`MANY` others every fourth; which,
     the commit's hash chooses.
     """
     marked = [(item, mark.kwargs.get("one_of")) for item in items if (mark := item.get_closest_marker("short"))]
@@ -53,6 +53,6 @@ def _short(items: list[pytest.Item]) -> list[pytest.Item]:
         groups.setdefault((item.path, group), []).append(item)
     turn, chosen = int(GRID_AT), set[int]()
     for (_, group), found in groups.items():
-        taken = [found[turn % len(found)]] if group else found[turn % 3 :: 3] if len(found) > MANY else found
+        taken = [found[turn % len(found)]] if group else found[turn % 4 :: 4] if len(found) > MANY else found
         chosen |= {id(item) for item in taken}
     return [item for item, _ in marked if id(item) in chosen]
