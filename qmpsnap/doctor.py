@@ -60,6 +60,7 @@ async def _look(programs: Programs, home: Home, cache: Path) -> list[Ability]:
         await _accelerator(programs.qemu, cache),
         await _image_tool(programs.image),
         _firmware(),
+        _tpm(),
         _guest(home),
         await to_read(_store, home),
         await to_read(_births, home),
@@ -138,6 +139,12 @@ def _firmware() -> Ability:
         return Ability("uefi", "yes", find_firmware().code)
     except HostCannot as error:
         return Ability("uefi", "limited", "no firmware images: specs with 'firmware: uefi' are refused", error.hint)
+
+
+def _tpm() -> Ability:
+    if program := shutil.which("swtpm"):
+        return Ability("tpm", "yes", program)
+    return Ability("tpm", "limited", "no swtpm: machines with a TPM do not start", "apt-get install swtpm")
 
 
 def _guest(home: Home) -> Ability:

@@ -131,7 +131,9 @@ KINDS: Final[dict[str, Kind]] = {
         "It is removed; the next fork makes another one.",
     ),
     "variables-missing": Kind(
-        "I1", "The file with the machine's UEFI variables, or a snapshot's copy of it, does not exist."
+        "I1",
+        "The file with the machine's UEFI variables, or a snapshot's copy of them or of the TPM's state, does not"
+        " exist.",
     ),
     "writable-shared": Kind("I4", "An active layer has another reader, whose content would change with it."),
     "writable-frozen": Kind("I4", "QEMU has a frozen layer open for writing."),
@@ -158,7 +160,11 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "operation-open": Kind("I6", "An interrupted operation has not been recovered yet.", "It is recovered."),
     "machine-busy": Kind("I6", "Another controller is working on the machine; check again when it is done."),
-    "worker-left": Kind("I6", "A helper QEMU is still running without a user.", "It is ended."),
+    "worker-left": Kind(
+        "I6",
+        "A helper is still running without a user: a QEMU without a guest, or a TPM without its QEMU.",
+        "It is ended.",
+    ),
     "job-left": Kind(
         "I6", "QEMU has a job that belongs to no open operation.", "A concluded job of qmpsnap's is dismissed."
     ),
@@ -167,6 +173,11 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "guest-frozen": Kind("I10", "The guest's file systems are frozen: its programs block.", "They are thawed."),
     "guest-held": Kind("I10", "QEMU has paused the guest, after a migration or because a disk request failed."),
+    "tpm-ended": Kind(
+        "I10",
+        "The program that emulates the guest's TPM has ended: the TPM fails, and memory is not saved without it, until"
+        " the machine is stopped and started. Its state on the disk is as it was.",
+    ),
     "monitor-silent": Kind("I10", "QEMU runs but does not answer; its open images could not be checked."),
 }
 """Every code there is; docs/reference/findings.md lists them."""

@@ -11,6 +11,10 @@ from qmpsnap.model.names import OperationId
 
 RECORD = places.RECORD
 ACTIVE = places.ACTIVE
+VARIABLES = "vars.fd"
+"""A machine's own UEFI variable store."""
+WITH_TPM = "+tpm"
+"""How the name of a copy of it ends, without its suffix, where the state of the machine's TPM is beside it."""
 
 
 class Home(Struct, frozen=True, kw_only=True):
@@ -93,15 +97,15 @@ class Home(Struct, frozen=True, kw_only=True):
 
     def variables(self, machine: str) -> Path:
         """The machine's own UEFI variable store, where it has one."""
-        return self.machine_dir(machine) / "vars.fd"
+        return self.machine_dir(machine) / VARIABLES
 
-    def variables_copy(self, machine: str, operation: OperationId) -> Path:
-        """Where that operation copies the UEFI variable store to."""
-        return self.machine_dir(machine) / f"vars-{operation}.fd"
+    def variables_copy(self, machine: str, operation: OperationId, *, tpm: bool) -> Path:
+        """Where that operation copies the UEFI variable store to; with the state of a TPM beside it."""
+        return self.machine_dir(machine) / f"vars-{operation}{WITH_TPM if tpm else ''}.fd"
 
-    def variables_taken(self, machine: str, operation: OperationId) -> Path:
+    def variables_taken(self, machine: str, operation: OperationId, *, tpm: bool) -> Path:
         """Where that ``snapshot create`` copies it to: not what was active before a revert, but what it has taken."""
-        return self.machine_dir(machine) / f"vars-at-{operation}.fd"
+        return self.machine_dir(machine) / f"vars-at-{operation}{WITH_TPM if tpm else ''}.fd"
 
     def run_dir(self, machine: str) -> Path:
         """The folder of one machine's sockets; QEMU's working directory."""

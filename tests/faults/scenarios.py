@@ -17,7 +17,7 @@ from qmpsnap.qmp import jobs
 from qmpsnap.qmp.commands import JobInfo
 from qmpsnap.volumes.names import of_path
 from tests.faults import site
-from tests.faults.site import KIB, ONE, TWO, Expected
+from tests.faults.site import KIB, ONE, TWO, WITH_TPM, Expected
 from tests.harness.watch import WHEN, When
 from tests.live.machine import fill
 from tests.volumes import copying
@@ -425,6 +425,16 @@ SCENARIOS: dict[str, Scenario] = {
         happened=_taken,
         forward=((steps.SETTLED, "before"), (steps.TRANSACTION, "after")),
     ),
+    "create beside a TPM, paused": Scenario(
+        column="create",
+        verb="create",
+        act=_snapshot,
+        spec=WITH_TPM,
+        start="paused",
+        without=_NO_MEMORY,
+        happened=_taken,
+        forward=((steps.SETTLED, "before"), (steps.TRANSACTION, "after")),
+    ),
     "create by blockdev-snapshot-sync, paused": Scenario(
         column="create",
         verb="create",
@@ -614,6 +624,18 @@ SCENARIOS: dict[str, Scenario] = {
         without=_NO_MERGING,
         act=_revert,
         spec=TWO,
+        start="paused",
+        idle=_ENDED,
+        expected=Expected(goes_to="s1", ends=True),
+        happened=_gone_back,
+        forward=((steps.STOPPING, "after"), (steps.STOPPING, "after")),
+    ),
+    "revert beside a TPM, paused": Scenario(
+        column="revert",
+        verb="revert",
+        without=_NO_MERGING,
+        act=_revert,
+        spec=WITH_TPM,
         start="paused",
         idle=_ENDED,
         expected=Expected(goes_to="s1", ends=True),

@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 from anyio import to_thread
 from msgspec import Struct
+from msgspec.structs import replace
 
 import qmpsnap
 from qmpsnap.block.image import header
@@ -30,6 +31,7 @@ TWO = MachineSpec(
     disks=(DiskSpec(name="vda", size=SIZE), DiskSpec(name="vdb", size=SIZE, format="raw")),
     agent=False,
 )
+WITH_TPM = replace(ONE, firmware="uefi", tpm=True)
 NAME = "still"
 WAIT = 200.0
 """Seconds for the whole verdict, which takes one on an idle host."""

@@ -97,9 +97,9 @@ async def test_a_running_guest_is_held_only_if_it_has_to_be(
     assert await held_times(vm, "quiet") == 0
     read = nvram._content
 
-    def read_and_write(path: str) -> bytes:
+    def read_and_write(path: str) -> tuple[bytes, bytes]:
         content = read(path)
-        put(vm, content[-1] + 1 & 0xFF)
+        put(vm, content[0][-1] + 1 & 0xFF)
         return content
 
     with monkeypatch.context() as patched:  # a guest that does nothing else writes between any two looks
@@ -149,7 +149,7 @@ async def test_a_lost_store_does_not_lose_them(home: Path, uefi_spec: MachineSpe
 
 
 AFTER: dict[str, Call] = {
-    "the copy": Call("qmpsnap.ops.internal.tags", "copy_variables", "after", 1),
+    "the copy": Call("qmpsnap.machine.firmware_files", "copy_variables", "after", 1),
     "the transaction": Call("qmpsnap.qmp.commands", "transaction", "after", 1),
 }
 

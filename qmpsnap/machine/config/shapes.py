@@ -146,6 +146,7 @@ class MachineShape(Shape, frozen=True):
     firmware: Firmware = "bios"
     uefi_code: FilePath | None = None
     uefi_variables: FilePath | None = None
+    tpm: bool = False
     disks: tuple[DiskShape, ...] = ()
     cdrom: FilePath | None = None
     cloud_init: CloudInitShape | None = None

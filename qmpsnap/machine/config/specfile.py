@@ -297,9 +297,9 @@ def _require_agreement(document: Document, spec: MachineShape) -> None:
         document.refuse(at("initrd", "append"), "'initrd' and 'append' need a 'kernel'")
     if spec.accel == "tcg" and spec.cpu.split(",")[0] == "host":
         document.refuse(at("cpu"), "cpu 'host' needs KVM", "leave 'cpu' out, or set 'accel: kvm'")
-    if spec.firmware != "uefi" and (spec.uefi_code or spec.uefi_variables):
-        found = "'uefi-code' and 'uefi-variables' need 'firmware: uefi'"
-        document.refuse(at("uefi-code", "uefi-variables"), found)
+    if spec.firmware != "uefi" and (spec.uefi_code or spec.uefi_variables or spec.tpm):
+        key = "tpm" if spec.tpm else "uefi-code" if spec.uefi_code else "uefi-variables"
+        document.refuse(at(key), f"{key!r} needs 'firmware: uefi'")
     if spec.machine != "microvm":
         return
     if spec.firmware == "uefi":

@@ -81,6 +81,7 @@ def build(  # all that an argument list depends on
     blank: bool = False,
     vmgenid: str = "",
     seed: int | None = None,
+    tpm: int | None = None,
 ) -> list[str]:
     """The whole argument list, the binary (or the words that start it) first; pure.
 
@@ -89,7 +90,8 @@ def build(  # all that an argument list depends on
     from which it reads the key. ``incoming``: it waits for a state to be loaded; ``exact``: for that it refuses to
     start if it lacks a feature of the recorded CPU model. ``blank``: every disk is there, of its size and without
     content or image. ``vmgenid``: the GUID of that device; empty for none. ``seed``: the descriptor, inherited by QEMU,
-    of the image for cloud-init. ``ValueError``: a disk has no chain or no key, UEFI has no images, or cloud-init none.
+    of the image for cloud-init; ``tpm``: that of the connection to the emulator of the guest's TPM. ``ValueError``: a
+    disk has no chain or no key, UEFI or cloud-init no images, or the TPM no connection.
     """
     return [
         *([binary] if isinstance(binary, str) else binary),
@@ -104,6 +106,7 @@ def build(  # all that an argument list depends on
         *_display(spec),
         *_agent(spec),
         *_vmgenid(vmgenid),
+        *_tpm(spec, tpm),
         *_secrets(spec, secrets),
         *_devices(spec, chains, uuid, blank=blank),
         *_seed(spec, seed),
@@ -205,6 +208,15 @@ def _agent(spec: MachineSpec) -> Iterator[str]:
 def _vmgenid(guid: str) -> Iterator[str]:
     if guid:
         yield from _json("-device", {"driver": "vmgenid", "id": "qs-vmgenid", "guid": guid})
+
+
+def _tpm(spec: MachineSpec, descriptor: int | None) -> Iterator[str]:
+    if not spec.tpm:
+        return
+    if descriptor is None:
+        raise ValueError(f"machine {spec.name} has no emulator of its TPM")
+    yield from ("-chardev", f"socket,id=qs-tpm,fd={descriptor}", "-tpmdev", "emulator,id=qs-tpm,chardev=qs-tpm")
+    yield from _json("-device", {"driver": "tpm-crb", "id": "qs-tpm-crb", "tpmdev": "qs-tpm"})
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------

@@ -49,19 +49,25 @@ def unit(machine: str, pid: int) -> str:
     return f"qmpsnap-{machine}-{pid}.scope"
 
 
-def call(asked: Manager, machine: str, pid: int) -> list[str]:
-    """The call that makes the scope and moves the process into it (``StartTransientUnit``); pure."""
+def call(asked: Manager, machine: str, *pids: int) -> list[str]:
+    """The call that makes the scope of a QEMU and moves processes into it (``StartTransientUnit``); pure.
+
+    The QEMU is the first of them.
+    """
     return [
         *(PROGRAM, f"--{asked}", "call", "org.freedesktop.systemd1", "/org/freedesktop/systemd1"),
-        *("org.freedesktop.systemd1.Manager", "StartTransientUnit", "ssa(sv)a(sa(sv))", unit(machine, pid), "fail"),
+        *("org.freedesktop.systemd1.Manager", "StartTransientUnit", "ssa(sv)a(sa(sv))", unit(machine, pids[0]), "fail"),
         *("3", "Description", "s", f"QEMU of qmpsnap's machine {machine}"),
-        *("PIDs", "au", "1", str(pid), "CollectMode", "s", "inactive-or-failed"),
+        *("PIDs", "au", str(len(pids)), *map(str, pids), "CollectMode", "s", "inactive-or-failed"),
         "0",
     ]
 
 
-async def enter(machine: str, process: Process) -> None:
-    """Move a QEMU into a scope of its own, if systemd is there and answers in time; :func:`group` tells what became."""
+async def enter(machine: str, process: Process, *helpers: int) -> None:
+    """Move a QEMU, and helpers that it needs, into a scope of its own, if systemd is there and answers in time.
+
+    :func:`group` tells what became of it.
+    """
     import shutil
 
     uid = os.geteuid()
@@ -74,7 +80,7 @@ async def enter(machine: str, process: Process) -> None:
     with anyio.move_on_after(DEADLINE):
         try:
             done = await anyio.run_process(
-                call(asked, machine, process.pid),
+                call(asked, machine, process.pid, *helpers),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

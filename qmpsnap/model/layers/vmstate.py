@@ -111,6 +111,7 @@ def hardware_of(
             f"firmware {spec.firmware}",
             *disks,
             *nics,
+            *(["TPM"] if spec.tpm else []),
             *(["agent's port"] if spec.agent else []),
             *(["CD-ROM drive"] if spec.cdrom else []),
             *(["disk of cloud-init"] if spec.cloud_init else []),

@@ -188,6 +188,7 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         cloud_init: what cloud-init in the guest is told, on a read-only disk that no snapshot includes.
         uefi_code: absolute path of the firmware; None: this host's.
         uefi_variables: absolute path of the variable store that ``define`` copies; None: the firmware's template.
+        tpm: give the guest a TPM 2.0, whose state goes along with the UEFI variables: with snapshots and reverts.
         root_ports: how many PCIe root ports it has for disks and network cards that are attached while it runs; None:
             ``define`` chooses, and a machine that an earlier release has defined has none.
     """
@@ -205,6 +206,7 @@ class MachineSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     firmware: Firmware = "bios"
     uefi_code: str | None = None
     uefi_variables: str | None = None
+    tpm: bool = False
     disks: tuple[DiskSpec, ...] = ()
     cdrom: str | None = None
     cloud_init: CloudInit | None = None

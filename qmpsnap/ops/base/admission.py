@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qmpsnap.host import acl
+from qmpsnap.host.files import make_folder
 from qmpsnap.host.threads import to_end
+from qmpsnap.machine import firmware_files
 from qmpsnap.machine.starting import accel, privileges, probe
 from qmpsnap.machine.starting.argv import Firmware
 from qmpsnap.machine.starting.privileges import RunAs
@@ -71,6 +73,8 @@ def _admit_all(context: Context, machine: Machine, chains: Sequence[Chain], firm
     if firmware:
         privileges.admit(firmware.vars, user.uid, READ_WRITE)
         files += [firmware.vars, firmware.code]
+        if machine.spec.tpm:
+            _admit_tpm(firmware.vars, user.uid)
     files += [path for path in (machine.spec.kernel, machine.spec.initrd, machine.spec.cdrom) if path]
     folders = [str(home.run_dir(machine.name)), str(home.log_dir(machine.name))]  # QEMU asks for their whole path
     for folder in _folders([*files, *folders], (home.data, home.cache, home.run)):
@@ -78,6 +82,15 @@ def _admit_all(context: Context, machine: Machine, chains: Sequence[Chain], firm
     writable = {layers[layer].path for layer in active} | ({firmware.vars} if firmware else set())
     for path in files:
         privileges.require_access(user, path, machine=machine.name, write=path in writable)
+
+
+def _admit_tpm(variables: str, user: int) -> None:
+    """The emulator of a TPM runs as the same user, makes files in its folder, and takes no state but its own."""
+    folder = firmware_files.tpm_folder(variables)
+    make_folder(folder)
+    privileges.admit(folder, user, READ_WRITE | acl.ENTER)
+    if (state := folder / firmware_files.STATE).exists():
+        os.chown(state, user, -1)
 
 
 def _is_anothers(machines: Path, machine: str, layer: Layer) -> bool:

@@ -18,7 +18,7 @@ from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, Sta
 from qmpsnap.host.files import Inode, same_file
 from qmpsnap.host.threads import to_read
 from qmpsnap.host.value import replaced
-from qmpsnap.machine import adopted, agent, statefile, worker
+from qmpsnap.machine import adopted, agent, firmware_files, statefile, worker
 from qmpsnap.machine.starting import alive
 from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.model.finding import Finding
@@ -37,7 +37,7 @@ from qmpsnap.ops.check import references as named
 from qmpsnap.ops.check.entries import Entry
 from qmpsnap.ops.outside import compare, other_devices
 from qmpsnap.ops.outside.other_devices import Devices
-from qmpsnap.ops.session import stale_store
+from qmpsnap.ops.session import recovery, stale_store
 from qmpsnap.qmp import commands
 from qmpsnap.qmp.commands import JobInfo, NodeInfo
 from qmpsnap.qmp.session import Monitor
@@ -67,7 +67,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     ``files``: device and inode of what its process has open, and of what its nodes name. ``frozen``: the agent says
     that the guest's file systems are; None where it was not asked or did not answer. ``agent``: a guest's agent
     listens. ``beside``: where QEMU's drives are not the machine's disks. ``devices``: where its others are not the
-    machine's.
+    machine's. ``tpm``: the emulator of its TPM, if it has one, runs.
     """
 
     status: str
@@ -79,6 +79,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     frozen: bool | None = None
     beside: Beside = NOTHING
     devices: Devices = Devices()
+    tpm: bool = True
 
 
 class Facts(Struct, frozen=True, kw_only=True):
@@ -100,7 +101,7 @@ class Facts(Struct, frozen=True, kw_only=True):
         tags: of each layer that a point with a tag lies in; None where they cannot be read.
         states: of each state file: what is wrong with it, as (code, sentence); None when nothing is.
         asked: None when the machine is stopped, or QEMU is ``silent``, for that reason.
-        worker: a helper QEMU runs.
+        helper: a worker runs, or the emulator of a TPM without its QEMU.
         overwritten: the frozen layers that something has written to since they were frozen.
         users: of each image that somebody else has open for writing: who.
         volumes: what the machine's name is on in volume groups and clusters, as far as these answer.
@@ -123,7 +124,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     lost: tuple[str, ...] = ()
     asked: Asked | None = None
     silent: str | None = None
-    worker: bool = False
+    helper: bool = False
     overwritten: tuple[LayerId, ...] = ()
     users: Mapping[LayerId, User] = MappingProxyType({})
     volumes: tuple[Volume, ...] = ()
@@ -200,7 +201,7 @@ async def gather(context: Context, name: str, *, qemu: Monitor | None = None, ow
         lost=lost,
         asked=asked,
         silent=silent,
-        worker=worker.find(before.machine, context.home.run_dir(name)) is not None,
+        helper=recovery.helper_left(context, before.machine),
         users=seen.users,
         overwritten=tuple(seen.changed),
         volumes=made,
@@ -234,6 +235,7 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
     if any(job.type == "stream" and job.status == "concluded" for job in jobs):
         raise StateError("a concluded stream job is not dismissed: QEMU 7.2 would crash when asked for its nodes")
     nodes = await commands.query_nodes(qemu)
+    tpm = firmware_files.tpm_folder(context.home.variables(at.machine.name))
     return Asked(
         status=status.status,
         nodes=nodes,
@@ -244,6 +246,7 @@ async def _answers(context: Context, at: Record, qemu: Monitor) -> Asked:
         beside=await graph.beside(qemu, await graph.read(qemu), at.chains),
         devices=await other_devices.look(at.machine, qemu),
         frozen=await freeze_state(context, at.machine) if listening and status.running else None,
+        tpm=not at.machine.spec.tpm or await to_read(firmware_files.tpm_runs, tpm),
     )
 
 
@@ -270,11 +273,13 @@ def _files(context: Context, at: Record) -> Facts:
     home, name = context.home, at.machine.name
     layers = layers_of(at, str(home.machine_dir(name)))
     states = {found.vmstate.path: found.vmstate for found in at.snapshots if found.vmstate}
-    wanted = {found.variables for found in at.snapshots if found.variables}
+    kept = {found.variables for found in at.snapshots if found.variables}
+    wanted = {path for variables in kept for path in firmware_files.copies(variables)}
     if at.machine.spec.firmware == "uefi" and not at.machine.adopted:
         wanted.add(str(home.variables(name)))
     images = [layer.path for layer in layers if Path(layer.path).parent != home.machine_dir(name)]
-    ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted, str(home.record(name))]
+    tpm = str(firmware_files.tpm_folder(home.variables(name)))
+    ours = [*(layer.path for layer in layers if layer.owned), *states, *wanted, tpm, str(home.record(name))]
     if at.machine.adopted:
         ours += map(str, home.active(name))
         if at.machine.own.spec.firmware == "uefi":  # a death has left it, as its owner's QEMU had ended

@@ -18,7 +18,7 @@ from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.machines.rbd import shown
 from qmpsnap.model.names import JobId, NodeName
 from qmpsnap.model.planning.layer_graph import Writer
-from qmpsnap.ops.check.facts import Facts
+from qmpsnap.ops.check.facts import Asked, Facts
 from qmpsnap.ops.outside import compare, other_devices
 from qmpsnap.store.owner import Flaw
 
@@ -43,7 +43,7 @@ def judge(at: Facts) -> list[Finding]:
     found = [*_older(at), *_layers(at), *_snapshots(at), *_users(at), *_writers(at), *_private(at), *_described(at)]
     if at.record.open:
         return [*_operations(at), *found]
-    return [*found, *_files(at), *_volumes(at), *_qemu(at), *_worker(at)]
+    return [*found, *_files(at), *_volumes(at), *_qemu(at), *_helper(at)]
 
 
 def _older(at: Facts) -> Iterator[Finding]:
@@ -211,8 +211,15 @@ def _qemu(at: Facts) -> Iterator[Finding]:
         ours = job.id.startswith("qs.") and job.status == "concluded"
         left = at.finding("job-left", f"job {job.id} ({job.type}) is {job.status}", repairable=ours)
         yield replace(left, job=JobId(job.id))
+    yield from _guest(at, asked)
+
+
+def _guest(at: Facts, asked: Asked) -> Iterator[Finding]:
+    """I10: the guest goes on, with all that it needs."""
     if asked.frozen:
         yield at.finding("guest-frozen", "the guest agent reports frozen file systems", repairable=True)
+    if not asked.tpm:
+        yield at.finding("tpm-ended", "swtpm has ended, and the guest's TPM with it, until the machine is started anew")
     if asked.status in UNSETTLED | FAILED:
         yield at.finding("guest-held", f"QEMU's run state is {asked.status}")
 
@@ -260,6 +267,7 @@ def _attached(at: Facts) -> Iterator[Finding]:
         yield at.finding("nic-unplugged", other_devices.lost(at.record.machine, number))
 
 
-def _worker(at: Facts) -> Iterator[Finding]:
-    if at.worker:
-        yield at.finding("worker-left", "a QEMU without a guest still has the machine's images open", repairable=True)
+def _helper(at: Facts) -> Iterator[Finding]:
+    if at.helper:
+        text = "a helper still has files of the machine open: a QEMU without a guest, or a TPM without its QEMU"
+        yield at.finding("worker-left", text, repairable=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 
 from qmpsnap.host.files import Inode, inode_of
-from qmpsnap.model.home import Home
+from qmpsnap.machine import firmware_files
+from qmpsnap.model.home import WITH_TPM, Home
 from qmpsnap.store.store import Store
 
 _LINKS = 40
@@ -30,10 +31,12 @@ def by_store(store: Store, home: Home) -> frozenset[str]:
         names.update(_paths(machine))
         if machine.own.spec.firmware == "uefi":
             names.add(str(home.variables(machine.name)))
+            names.add(str(firmware_files.tpm_folder(home.variables(machine.name))))
         for snapshot in store.snapshots(machine.name):
             names.update(_paths(snapshot))
         for operation in store.operations(machine.name, only_open=True):
             names.update(_paths(operation.plan))
+    names |= {each for name in names if name.endswith(f"{WITH_TPM}.fd") for each in firmware_files.copies(name)}
     return frozenset(names)
 
 

@@ -12,7 +12,7 @@ from qmpsnap.block.image import verify
 from qmpsnap.errors import HostCannot, QmpsnapError, StoreMismatch
 from qmpsnap.host.files import inode_of, opened
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import agent, worker
+from qmpsnap.machine import agent
 from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.machine.templates import Shelf
 from qmpsnap.model.finding import Finding
@@ -25,6 +25,7 @@ from qmpsnap.ops.check import quarantine
 from qmpsnap.ops.check.entries import Entry
 from qmpsnap.ops.check.facts import AGENT_DEADLINE, Facts
 from qmpsnap.ops.check.quarantine import Moved
+from qmpsnap.ops.session import recovery
 from qmpsnap.qmp import commands, jobs
 from qmpsnap.qmp.session import Monitor
 from qmpsnap.store import owner
@@ -72,7 +73,7 @@ async def _one(context: Context, at: Facts, qemu: Monitor | None, finding: Findi
         case "size-differs":
             await _record_size(context, at, finding)
         case "worker-left":
-            await worker.end_leftover(machine, context.home.run_dir(machine.name))
+            await recovery.end_helpers(context, machine)
         case "guest-frozen":
             await _thaw(context, machine)
         case _ if qemu:

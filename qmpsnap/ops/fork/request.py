@@ -61,9 +61,9 @@ def require_sensible(request: ForkRequest) -> None:
 def require_forkable(machine: Machine) -> None:
     """Refuse machines whose guest cannot be there twice."""
     require_spec(machine, "fork it")
-    if any("tpm" in argument for argument in machine.spec.extra):
+    if machine.spec.tpm or any("tpm" in argument for argument in machine.spec.extra):
         raise StateError(
-            f"machine {machine.name} has a TPM ('extra'), and its forks would have the same keys in theirs",
+            f"machine {machine.name} has a TPM, and its forks would have the same keys in theirs",
             hint="make a linked clone of its disks with 'base:' in a spec instead",
             machine=machine.name,
         )

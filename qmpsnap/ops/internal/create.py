@@ -85,7 +85,7 @@ def plan(
     tag = tag_of(machine, serial, at.now)
     has_variables = machine.spec.firmware == "uefi" and not machine.adopted
     variables = str(at.home.variables(machine.name)) if has_variables else None
-    kept = str(at.home.variables_copy(machine.name, serial)) if variables else None
+    kept = str(at.home.variables_copy(machine.name, serial, tpm=machine.spec.tpm)) if variables else None
     vmstate = next(iter(layers.values())).id if hardware else None
     snapshot = Snapshot(
         name=name,
@@ -212,7 +212,7 @@ async def _planner(
     hardware = None
     if session.qemu and request.memory is not False:
         again = "take its disks alone: " + call("snapshot", session.machine.name, kind="internal", memory=False)
-        await require_saveable(session.machine, session.qemu, basis.chains, hint=again)
+        await require_saveable(session.context.home, session.machine, session.qemu, basis.chains, hint=again)
         await other_devices.require_same(session.machine, session.qemu, hint=again, only_cards=True)
         hardware = await hardware_now(session.context, session.machine, session.qemu)
 

@@ -5,6 +5,7 @@ import contextlib
 from qmpsnap.block.image import internal_snapshots
 from qmpsnap.errors import QmpError
 from qmpsnap.host.threads import to_end
+from qmpsnap.machine import firmware_files
 from qmpsnap.machine.qemu import end
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.names import JobId
@@ -72,7 +73,7 @@ async def _remove(
             async with tagging.open_in(context, machine, monitor, chain) as qemu:
                 await commands.delete_tag(qemu, node, planned.tag)
     if planned.variables:
-        await to_end(tagging.forget_variables, planned.variables[1])
+        await to_end(firmware_files.forget_variables, planned.variables[1])
 
 
 async def end_load(broken: Broken[LoadPlan], monitor: Monitor | None) -> Direction:
@@ -141,7 +142,7 @@ async def _roll_back(broken: Broken, monitor: Monitor | None, planned: LoadPlan)
         await internal_snapshots.go_to(layer, planned.tag, qemu_img=broken.context.image.binary)
     if planned.variables:
         mine, kept = planned.variables
-        await to_end(tagging.copy_variables, kept, mine)
+        await to_end(firmware_files.copy_variables, kept, mine)
 
 
 async def _job_over(broken: Broken, monitor: Monitor, job: JobId) -> bool:

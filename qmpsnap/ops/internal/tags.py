@@ -3,16 +3,15 @@
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from msgspec.structs import replace
 
 from qmpsnap.block.image import snapshot_table
-from qmpsnap.errors import HostCannot, StateError, StoreMismatch
+from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.hint import option
-from qmpsnap.host.files import replace_durably, sync_folder
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import worker
+from qmpsnap.machine.firmware_files import copy_variables
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot
@@ -74,31 +73,6 @@ async def keep_variables(planned: InternalPlan) -> None:
     """Copy the UEFI variable store, if there is one."""
     if planned.variables:
         await to_end(copy_variables, *planned.variables)
-
-
-def copy_variables(source: str, target: str) -> None:
-    """Copy a UEFI variable store durably over whatever ``target`` was."""
-    try:
-        replace_durably(target, Path(source).read_bytes())
-    except OSError as error:
-        raise HostCannot(f"the variable store {source} cannot be copied: {error.strerror}") from error
-
-
-def copy_variables_once(source: str, target: str) -> None:
-    """The same, unless that was done already: by now ``source`` may have been replaced."""
-    if not Path(target).exists():
-        copy_variables(source, target)
-        return
-    try:
-        sync_folder(Path(target).parent)  # the process that made it may have died right before
-    except OSError as error:
-        raise HostCannot(f"the folder of {target} cannot be synced: {error.strerror}") from error
-
-
-def forget_variables(path: str) -> None:
-    """Remove a copy of a variable store, an unfinished one, too."""
-    for name in (path, f"{path}.part"):
-        Path(name).unlink(missing_ok=True)
 
 
 async def tag_stopped(

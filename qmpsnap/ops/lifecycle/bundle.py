@@ -18,7 +18,7 @@ from qmpsnap.hint import call, option
 from qmpsnap.host import files
 from qmpsnap.host.files import FileId, sync_folder
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.machine import bundle
+from qmpsnap.machine import bundle, firmware_files
 from qmpsnap.machine.bundle import Source, Unpacked
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
@@ -78,10 +78,13 @@ async def export(context: Context, name: str, target: Path) -> int:
         for snapshot in record.snapshots:
             if snapshot.vmstate:
                 named[snapshot.vmstate.path] = Source(snapshot.vmstate.path, snapshot.vmstate)
-            if snapshot.variables:
-                named[snapshot.variables] = Source(snapshot.variables)
+            for copy in firmware_files.copies(snapshot.variables) if snapshot.variables else ():
+                named[copy] = Source(copy)
         if record.machine.spec.firmware == "uefi":
-            named[""] = Source(str(context.home.variables(name)))
+            own = context.home.variables(name)
+            named[""] = Source(str(own))
+            if (state := firmware_files.tpm_folder(own) / firmware_files.STATE).exists():
+                named[firmware_files.FOLDER] = Source(str(state))
         await to_read(_require_files, record, name)
         await other_programs.require_free([layer.path for layer in record.layers], machine=name)
         contents = msgspec.json.encode(Contents(record=record, files=tuple(named)))
@@ -233,6 +236,8 @@ def plan(machine: Machine, old: Record, staged: dict[str, str], at: PlanInputs, 
     ]
     if "" in staged:
         placed("", at.home.variables(machine.name))
+    if firmware_files.FOLDER in staged:
+        placed(firmware_files.FOLDER, firmware_files.tpm_folder(at.home.variables(machine.name)) / firmware_files.STATE)
     return DefinePlan(
         machine=machine.name,
         images=(),
@@ -262,7 +267,11 @@ def _snapshot(
         path, file = placed(state.path, at.home.machine_dir(machine) / f"memory-{number}.vmstate")
         state = replace(state, path=path, device=file.device, inode=file.inode, birth=file.birth)
     if variables:
-        variables, _ = placed(variables, at.home.variables_copy(machine, number))
+        old = firmware_files.copies(variables)
+        new = firmware_files.copies(str(at.home.variables_copy(machine, number, tpm=len(old) > 1)))
+        for source, target in zip(old, new, strict=True):
+            placed(source, Path(target))
+        variables = new[0]
     return replace(
         one,
         points=tuple(replace(point, layer=ids[point.layer]) for point in one.points),
@@ -294,7 +303,8 @@ def _require_images(old: Record, staged: dict[str, str]) -> None:
     known = {layer.id for layer in old.layers}
     needed = [*old.active.values(), *(point.layer for one in old.snapshots for point in one.points)]
     needed += [layer.backing for layer in old.layers if layer.backing]
-    paths = [*(layer.path for layer in old.layers), *filter(None, (one.variables for one in old.snapshots))]
+    paths = [layer.path for layer in old.layers]
+    paths += [path for one in old.snapshots if one.variables for path in firmware_files.copies(one.variables)]
     paths += [one.vmstate.path for one in old.snapshots if one.vmstate]
     disks = {disk.name for disk in old.machine.spec.disks}
     if not known.issuperset(needed) or not staged.keys() >= {*paths} or disks != old.active.keys():
@@ -315,8 +325,10 @@ async def _publish(context: Context, operation: Operation[DefinePlan], move: dic
     def publish() -> None:
         files.make_folder(folder)
         for part, path in move.items():
+            files.make_folder(Path(path).parent)
             Path(part).rename(path)
-        sync_folder(folder)
+        for each in {Path(path).parent for path in move.values()}:
+            sync_folder(each)
 
     await to_end(publish)
     layers = {layer.id: layer for layer in planned.change.layers}

@@ -12,7 +12,7 @@ from qmpsnap.host.threads import completed, to_end, to_read
 from qmpsnap.machine.config.firmware import code_of
 from qmpsnap.machine.open_files import require_opened
 from qmpsnap.machine.qemu import end, launch, monitor, still_runs, wait_end
-from qmpsnap.machine.starting import accel, alive, argv, host_fit, logs, probe, scope, seed, surroundings
+from qmpsnap.machine.starting import accel, alive, argv, host_fit, logs, probe, scope, seed, surroundings, tpm
 from qmpsnap.machine.starting.privileges import Privileges
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
@@ -80,13 +80,14 @@ async def bring_up(
     choice = await accel.choose(machine.spec.accel, qemu=context.qemu, cache=context.home.cache, user=context.run_as)
     abilities = await _abilities(context, machine)
     await to_read(lambda: host_fit.require(machine.spec, abilities, runs=choice.accel, user=context.run_as))
+    variables = context.home.variables(machine.name)
     firmware = None
     if machine.spec.firmware == "uefi":
-        variables = str(context.home.variables(machine.name))
-        firmware = argv.Firmware(code=code_of(machine.spec), vars=variables)
+        firmware = argv.Firmware(code=code_of(machine.spec), vars=str(variables))
     await blocking(logs.prepare, context.home.log_dir(machine.name))
     await admission.all_files(context, machine, chains, firmware)
-    with seed.inherited(await to_read(lambda: seed.content(machine.spec, machine.uuid))) as seeded:
+    wanted = variables if machine.spec.tpm else None
+    async with tpm.emulated(wanted, machine=machine.name, rights=Privileges.bare(context.run_as)) as emulator:
         process = await _launched(
             context,
             machine,
@@ -95,7 +96,7 @@ async def bring_up(
             paused=paused,
             loading=loading,
             firmware=firmware,
-            seeded=seeded,
+            emulator=emulator,
         )
     try:
         layers = [layer for chain in chains for layer in chain.layers]
@@ -105,7 +106,7 @@ async def bring_up(
         # Nobody has heard of it yet: what fails here must not leave a QEMU that nobody counts on.
         await completed(end(process, None))
         raise
-    await scope.enter(machine.name, process)
+    await scope.enter(machine.name, process, *([emulator.pid] if emulator else []))
     if loading:
         await _load(context, machine, process, loading, paused=paused)
     return process
@@ -120,37 +121,42 @@ async def _launched(
     paused: bool,
     loading: Loading | LoadingInside | None,
     firmware: argv.Firmware | None,
-    seeded: int | None,
+    emulator: tpm.Emulator | None,
 ) -> Process:
     """The machine's new QEMU."""
     ram = loading.ram if isinstance(loading, Loading) else None
+    image = await to_read(lambda: seed.content(machine.spec, machine.uuid))
+    channel = emulator.connection if emulator else None
     async with luks.for_qemu(context, machine, machine.spec.disks) as secrets:
-        arguments = argv.build(
-            context.qemu,
-            machine.spec,
-            chains,
-            uuid=machine.uuid,
-            accel=runs,
-            paused=paused or loading is not None,
-            incoming=isinstance(loading, Loading),
-            firmware=firmware,
-            tsc_khz=accel.tsc_khz(),
-            secrets=secrets,
-            logs=str(context.home.log_dir(machine.name)),
-            exact=loading is not None,
-            ram=ram,
-            vmgenid=machine.guid,
-            seed=seeded,
-        )
-        return await launch(
-            arguments,
-            machine,
-            context.home.run_dir(machine.name),
-            accel=runs,
-            inherited=[*secrets.values(), *([ram.descriptor] if ram else []), *([seeded] if seeded else [])],
-            rights=Privileges.of(machine.spec, context.run_as),
-            logs=context.home.log_dir(machine.name),
-        )
+        with seed.inherited(image) as seeded:
+            arguments = argv.build(
+                context.qemu,
+                machine.spec,
+                chains,
+                uuid=machine.uuid,
+                accel=runs,
+                paused=paused or loading is not None,
+                incoming=isinstance(loading, Loading),
+                firmware=firmware,
+                tsc_khz=accel.tsc_khz(),
+                secrets=secrets,
+                logs=str(context.home.log_dir(machine.name)),
+                exact=loading is not None,
+                ram=ram,
+                vmgenid=machine.guid,
+                seed=seeded,
+                tpm=channel,
+            )
+            inherited = [*secrets.values(), ram.descriptor if ram else None, seeded, channel]
+            return await launch(
+                arguments,
+                machine,
+                context.home.run_dir(machine.name),
+                accel=runs,
+                inherited=[descriptor for descriptor in inherited if descriptor is not None],
+                rights=Privileges.of(machine.spec, context.run_as),
+                logs=context.home.log_dir(machine.name),
+            )
 
 
 async def _load(

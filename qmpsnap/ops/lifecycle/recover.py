@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 from qmpsnap.block.image.create import remove, sync_folders
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host.threads import to_end
+from qmpsnap.machine.firmware_files import forget_variables, remove_tpm
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate
@@ -16,7 +17,6 @@ from qmpsnap.ops.base import volumes
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import remove_new
-from qmpsnap.ops.internal.tags import forget_variables
 from qmpsnap.ops.session.pending import Broken, Direction
 from qmpsnap.qmp.session import Monitor
 
@@ -105,5 +105,6 @@ def remove_folder(home: Home, machine: str, *, variables: bool = True) -> None:
         return  # what it leads to is not ours
     if variables:
         home.variables(machine).unlink(missing_ok=True)
+        remove_tpm(home.variables(machine))
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -12,6 +12,8 @@ from qmpsnap.errors import QmpError, StateError, UsageError
 from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
+from qmpsnap.machine.firmware_files import tpm_folder, tpm_runs
+from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Snapshot
 from qmpsnap.model.layers.vmstate import Compression, Hardware, SaveMode, version_of
@@ -82,7 +84,7 @@ async def choose(
             hint="take its disks alone: " + call("snapshot", machine.name),
             machine=machine.name,
         )
-    await _require_unhindered(machine, qemu, chains, request)
+    await _require_unhindered(context.home, machine, qemu, chains, request)
     version = version_of(await commands.query_version(qemu))
     status = await commands.query_status(qemu)
     running = status.live
@@ -117,7 +119,9 @@ async def choose(
     )
 
 
-async def _require_unhindered(machine: Machine, qemu: Monitor, chains: Sequence[Chain], request: MemoryRequest) -> None:
+async def _require_unhindered(
+    home: Home, machine: Machine, qemu: Monitor, chains: Sequence[Chain], request: MemoryRequest
+) -> None:
     require_spec(machine, "load its memory again")
     luks.require_plain(
         machine,
@@ -139,18 +143,25 @@ async def _require_unhindered(machine: Machine, qemu: Monitor, chains: Sequence[
             machine=machine.name,
         )
     alone = "take its disks alone: " + call("snapshot", machine.name)
-    await require_saveable(machine, qemu, chains, hint=alone)
+    await require_saveable(home, machine, qemu, chains, hint=alone)
     await other_devices.require_same(machine, qemu, hint=alone)
     if request.compression != "none":
         statefile.zstandard_package()
 
 
-async def require_saveable(machine: Machine, qemu: Monitor, chains: Sequence[Chain], *, hint: str) -> None:
+async def require_saveable(home: Home, machine: Machine, qemu: Monitor, chains: Sequence[Chain], *, hint: str) -> None:
     """Make sure that no device stands in the way of saving memory, in a file or inside an image.
 
-    Raises ``StateError`` for another node that the guest writes to, or a suspended guest that QEMU would not record.
+    Raises ``StateError`` for another node that the guest writes to, a suspended guest that QEMU would not record, or a
+    TPM whose emulator has ended.
     """
     await requests.require_told(machine, qemu, doing="save its memory", hint=hint)
+    if machine.spec.tpm and not await to_read(tpm_runs, tpm_folder(home.variables(machine.name))):
+        raise StateError(
+            f"the TPM of machine {machine.name} cannot be saved: its emulator, swtpm, has ended",
+            hint=hint,
+            machine=machine.name,
+        )
     if reasons := (await migration.query(qemu)).blocked_reasons:
         raise StateError(
             f"QEMU cannot save the memory of machine {machine.name}: {'; '.join(reasons)}",

@@ -22,6 +22,7 @@ from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end
+from qmpsnap.machine import firmware_files
 from qmpsnap.machine.open_files import require_recorded
 from qmpsnap.model.layers.blockdev import layer_options, node_name
 from qmpsnap.model.layers.chain import Layer
@@ -246,7 +247,7 @@ async def remove_kept(session: MachineSession, removal: Removal) -> None:
         with contextlib.suppress(StoreMismatch):
             await remove(state.path, device=state.device, inode=state.inode, birth=state.birth)
     for path in removal.variables:
-        await to_end(tags.forget_variables, path)
+        await to_end(firmware_files.forget_variables, path)
     if removal.by == "delvm" and session.qemu:
         await tags.delete_everywhere(session.qemu, [tag for *_, tag in removal.tags])
     for disk, layer, tag in removal.tags:

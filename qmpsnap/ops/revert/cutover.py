@@ -10,6 +10,8 @@ from qmpsnap.block.image import header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.files import Identified
 from qmpsnap.host.threads import to_end
+from qmpsnap.machine import firmware_files
+from qmpsnap.machine.firmware_files import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.machine.qemu import require_ended
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations import steps
@@ -19,7 +21,6 @@ from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.machine_session import MachineSession
 from qmpsnap.ops.base.overlays import headers_of, identified, require_planned
-from qmpsnap.ops.internal.tags import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.ops.outside import layer_changes
 
 
@@ -81,5 +82,5 @@ def nothing_written(plan: RevertPlan, variables: str | None) -> bool:
 
 
 def _reads_like(path: str, copies: tuple[str, ...]) -> bool:
-    content = Path(path).read_bytes()
-    return any(Path(copy).read_bytes() == content for copy in copies if Path(copy).is_file())
+    content = firmware_files.content(path)
+    return any(firmware_files.content(copy) == content for copy in copies if Path(copy).is_file())

@@ -192,7 +192,7 @@ def _keeping(
         mode=inputs.mode,
         points=tuple(Point(disk=disk, layer=chain.active.id) for disk, chain in old.items()),
         operation=serial,
-        variables=str(inputs.home.variables_copy(machine.name, serial)) if replaces else None,
+        variables=str(inputs.home.variables_copy(machine.name, serial, tpm=machine.spec.tpm)) if replaces else None,
     )
     active, after = tuple(chain.active for chain in old.values()), at.after(switched)
     unwritten = None

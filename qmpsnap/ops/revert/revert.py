@@ -18,7 +18,7 @@ from qmpsnap.block.image import internal_snapshots
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StoreMismatch
 from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
-from qmpsnap.machine import statefile
+from qmpsnap.machine import firmware_files, statefile
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Outside, Snapshot
@@ -392,9 +392,10 @@ def _require_variables(home: Home, planned: RevertPlan) -> None:
 
 def _require_kept(machine: Machine, snapshot: Snapshot) -> None:
     """Make sure that the copy of the variable store is there before anything is ended for it."""
-    if snapshot.variables and not Path(snapshot.variables).is_file():
-        raise StoreMismatch(
-            f"{snapshot.variables}, the variable store of snapshot {snapshot.name}, does not exist",
-            hint="put a copy of it back",
-            machine=machine.name,
-        )
+    for path in firmware_files.copies(snapshot.variables) if snapshot.variables else ():
+        if not Path(path).is_file():
+            raise StoreMismatch(
+                f"{path}, which snapshot {snapshot.name} has of the guest's firmware, does not exist",
+                hint="put a copy of it back",
+                machine=machine.name,
+            )

@@ -15,7 +15,9 @@ from qmpsnap.effect import Effect
 from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.hint import call
 from qmpsnap.host.system_errors import translated
-from qmpsnap.machine import worker
+from qmpsnap.host.threads import to_end
+from qmpsnap.machine import firmware_files, worker
+from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.devices import AttachNicPlan, AttachPlan, DetachNicPlan, DetachPlan
 from qmpsnap.model.operations.flatten import FlattenPlan
 from qmpsnap.model.operations.operation import (
@@ -109,9 +111,24 @@ async def end_open(
             told = broken.pending(error.message)
             told.claim("unknown")  # it may have got as far as to remove a file
             raise told from error
-    if pending or worker.find(machine, run_dir):  # left by a process that died before its job began, or once it settled
-        await worker.end_leftover(machine, run_dir)
+    if pending or helper_left(context, machine):  # left by a process that died before its job began, or once it settled
+        await end_helpers(context, machine)
     return list(pending)
+
+
+def helper_left(context: Context, machine: Machine) -> bool:
+    """Whether a worker runs, or the emulator of a TPM whose QEMU has ended or was never there."""
+    if worker.find(machine, context.home.run_dir(machine.name)):
+        return True
+    folder = firmware_files.tpm_folder(context.home.variables(machine.name))
+    return machine.spec.tpm and context.process(machine) is None and firmware_files.tpm_runs(folder)
+
+
+async def end_helpers(context: Context, machine: Machine) -> None:
+    """End what :func:`helper_left` finds."""
+    await worker.end_leftover(machine, context.home.run_dir(machine.name))
+    if machine.spec.tpm and context.process(machine) is None:
+        await to_end(firmware_files.end_left, firmware_files.tpm_folder(context.home.variables(machine.name)))
 
 
 @asynccontextmanager

@@ -15,7 +15,6 @@ from qmpsnap.block.graph import Beside
 from qmpsnap.errors import HostCannot, ImageInUse, LockHeld, NumberTaken, OperationPending
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.machine import worker
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.names import OperationId
@@ -139,7 +138,7 @@ def _begun(context: Context, name: str, *, removes: bool, alone: bool) -> _Begun
     """
     basis, pending = read_fitting(context, name, removes=removes)
     begun = _Begun(basis, unended=bool(pending))
-    if begun.unended or worker.find(begun.machine, context.home.run_dir(name)):
+    if begun.unended or recovery.helper_left(context, begun.machine):
         return replace(begun, unended=True)
     with contextlib.suppress(HostCannot):  # what is behind by a change without an operation
         context.store.records.keep(name)

@@ -1,4 +1,4 @@
-"""The UEFI variable store at the instant of the disks' snapshot: raw flash cannot be part of a transaction.
+"""The UEFI variable store, and a TPM's state, at the instant of the disks' snapshot: no transaction has them.
 
 The copy is made first and is valid if the store still equals it after the transaction. A guest that keeps writing to
 its variables is paused for copy and transaction instead. So is a guest that wrote to them in between, when the snapshot
@@ -15,11 +15,11 @@ from qmpsnap.block.image.header import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
 from qmpsnap.hint import call
 from qmpsnap.host.threads import bounded, to_end
+from qmpsnap.machine import firmware_files
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import CreatePlan, Operation
 from qmpsnap.ops.base.context import Context
-from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory.save import RESUME_DEADLINE
 from qmpsnap.qmp import commands, runstate
 from qmpsnap.qmp.session import Monitor
@@ -61,7 +61,7 @@ async def is_still(path: Path) -> bool:
 async def copy(copied: Copied | None) -> None:
     """Make the copy, or make it again where the store has changed since; durable."""
     if copied and not await to_end(_read_alike, *copied):
-        await to_end(tags.copy_variables, *copied)
+        await to_end(firmware_files.copy_variables, *copied)
 
 
 async def have_moved(copied: Copied | None) -> bool:
@@ -113,15 +113,15 @@ async def left_out(context: Context, machine: Machine) -> tuple[str, ...]:
     return (text,) if files else ()
 
 
-def _content(path: str) -> bytes:
+def _content(path: str) -> tuple[bytes, bytes]:
     try:
-        return Path(path).read_bytes()
+        return firmware_files.content(path)
     except OSError as error:
         raise HostCannot(f"the variable store {path} cannot be read: {error.strerror}") from error
 
 
 def _read_alike(source: str, target: str) -> bool:
     try:
-        return Path(source).read_bytes() == Path(target).read_bytes()
+        return firmware_files.content(source) == firmware_files.content(target)
     except OSError:
         return False

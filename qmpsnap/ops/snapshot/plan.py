@@ -149,7 +149,7 @@ def _variables(machine: Machine, home: Home, serial: OperationId, request: Creat
     """The UEFI variable store and the path of its copy; memory contains it, but ``degrade`` may keep only the disks."""
     if machine.spec.firmware != "uefi" or machine.adopted or (request.memory and not request.memory.degrade):
         return None
-    return str(home.variables(machine.name)), str(home.variables_taken(machine.name, serial))
+    return str(home.variables(machine.name)), str(home.variables_taken(machine.name, serial, tpm=machine.spec.tpm))
 
 
 def _memory(request: MemoryRequest, means: Means, serial: OperationId, folder: Path) -> Memory:

@@ -10,7 +10,7 @@ from qmpsnap.block.image.create import remove
 from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import statefile
+from qmpsnap.machine import firmware_files, statefile
 from qmpsnap.machine.qemu import require_ended
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.vmstate import Vmstate
@@ -23,7 +23,6 @@ from qmpsnap.ops.base import overlay_paths, vmgenid, volumes
 from qmpsnap.ops.base.async_store import blocking
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.base.overlays import headers_of, identified, remove_new
-from qmpsnap.ops.internal import tags
 from qmpsnap.ops.memory import save as saving
 from qmpsnap.ops.outside import layer_changes
 from qmpsnap.ops.session import external_writers, file_nodes, quiesce
@@ -93,7 +92,7 @@ async def _learn_names(broken: Broken[CreatePlan], monitor: Monitor | None, plan
 
 async def _forget_copy(plan: CreatePlan) -> None:
     if plan.variables:
-        await to_end(tags.forget_variables, plan.variables[1])
+        await to_end(firmware_files.forget_variables, plan.variables[1])
 
 
 async def _forward(broken: Broken[CreatePlan], monitor: Monitor | None, plan: CreatePlan, *, proven: bool) -> Direction:
