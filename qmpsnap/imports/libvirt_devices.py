@@ -53,8 +53,16 @@ def add(spec: MachineSpec, root: Element, differences: Differences) -> MachineSp
     disks.sort(key=lambda found: found[0])  # the first is booted
     spec = replace(spec, cdrom=_cdrom(devices, spec.machine, [disk.bus for _, disk in disks], differences))
     agent = any(device.tag == "channel" and device.first("target").get("name") == AGENT for device in devices)
-    differences.left_out += _others(devices)
-    return replace(spec, disks=tuple(disk for _, disk in disks), nics=tuple(cards), agent=agent)
+    tpm = spec.firmware == "uefi" and any(map(_is_emulated_tpm, devices))
+    if tpm:
+        differences.changed.append("the TPM is a new one: the state of libvirt's is left out")
+    differences.left_out += _others([device for device in devices if not (tpm and _is_emulated_tpm(device))])
+    return replace(spec, disks=tuple(disk for _, disk in disks), nics=tuple(cards), agent=agent, tpm=tpm)
+
+
+def _is_emulated_tpm(device: Element) -> bool:
+    backend = device.first("backend")
+    return device.tag == "tpm" and backend.get("type") == "emulator" and backend.get("version") in ("", "2.0")
 
 
 def _order(device: Element) -> int:
@@ -172,7 +180,7 @@ def _others(devices: list[Element]) -> Iterator[str]:
         if device.tag == "emulator":
             counted[f"emulator {device.text}"] += 1
             continue
-        label = named(device)
+        label = f"tpm {device.first('backend').get('type')}" if device.tag == "tpm" else named(device)
         target = device.first("target").get("name")
         counted[f"{label} {target}" if target and device.tag == "channel" else label] += 1
     yield from (f"{label} ({count} times)" if count > 1 else label for label, count in counted.items())

@@ -85,6 +85,9 @@ def read(data: bytes, source: str, *, storage: Mapping[str, str], name: str | No
     if main.get("bios") == "ovmf":
         volume, _ = _parts(main.get("efidisk0", ""))
         spec = replace(spec, firmware="uefi", uefi_variables=places.path(volume) if volume else None)
+        if "tpmstate0" in main:
+            spec = replace(spec, tpm=True)
+            changed.append("the TPM is a new one: the state of Proxmox' is left out")
     places.require_known()
     if "vmstate" in main:
         left_out.append("vmstate: the memory that the guest was suspended with; it boots")

@@ -59,6 +59,16 @@ def test_a_domain_that_libvirt_has_printed() -> None:
     assert "controller type=pci model=pcie-root-port (9 times)" in found.left_out
 
 
+@pytest.mark.parametrize("backend", ["emulator", "passthrough"])
+def test_an_emulated_tpm_becomes_a_new_one(backend: str) -> None:
+    taken = backend == "emulator"
+    tpm = f"<devices><tpm model='tpm-crb'><backend type='{backend}' version='2.0'/></tpm>"
+    found = libvirt.read(edited(("<devices>", tpm)), "web.xml")
+    assert found.spec.tpm is taken
+    assert (f"tpm {backend}" in found.left_out) is not taken
+    assert any("the TPM is a new one" in change for change in found.changed) is taken
+
+
 def test_it_is_read_from_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for form in ("table", "json", "name"):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(recorded("web.xml"))))

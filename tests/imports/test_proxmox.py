@@ -64,6 +64,13 @@ def test_a_whole_configuration() -> None:
     assert "section [PENDING]" in found.left_out
 
 
+def test_a_tpm_becomes_a_new_one() -> None:
+    found = read(f"tpmstate0: local:100/vm-100-disk-5.raw,size=4M,version=v2.0\n{PROXMOX}")
+    assert found.spec.tpm
+    assert "the TPM is a new one: the state of Proxmox' is left out" in found.changed
+    assert "\ntpm: true\n" in spec_text.render(found)
+
+
 def test_no_secret_is_printed() -> None:
     assert "supersecret" in PROXMOX
     found = read(f"args: -object secret,data=supersecret\nsshkeys: supersecret\n{PROXMOX}")
