@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from qmpsnap.imports.argv_words import Given, Parameters, Places
 from qmpsnap.imports.found import disk_name
-from qmpsnap.machine.starting.argv import cdrom_bus
+from qmpsnap.machine.starting.root_ports import cdrom_bus
 from qmpsnap.model.machines.spec import Bus, Cache, DiskSpec, Format
 
 OPTIONS: Final = frozenset({"blockdev", "cdrom", "drive", "hda", "hdb", "hdc", "hdd", "pflash", "fda", "fdb"})

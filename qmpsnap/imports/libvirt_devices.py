@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from qmpsnap.imports.found import disk_name
 from qmpsnap.imports.xml_tree import Element
-from qmpsnap.machine.starting.argv import cdrom_bus
+from qmpsnap.machine.starting.root_ports import cdrom_bus
 from qmpsnap.model.machines.spec import Bus, Cache, DiskSpec, MachineSpec, NicModel, NicSpec
 
 AGENT: Final = "org.qemu.guest_agent.0"

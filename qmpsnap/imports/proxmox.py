@@ -21,7 +21,7 @@ from qmpsnap.imports.found import (
     plain_name,
     text_of,
 )
-from qmpsnap.machine.starting.argv import cdrom_bus
+from qmpsnap.machine.starting.root_ports import cdrom_bus
 from qmpsnap.model.machines.spec import Bus, Cache, DiskSpec, MachineSpec, NicModel, NicSpec
 
 Options = dict[str, str]

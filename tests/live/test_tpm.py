@@ -11,7 +11,7 @@ import pytest
 
 import qmpsnap
 from qmpsnap.errors import HostCannot, QmpsnapError, StateError
-from qmpsnap.machine import firmware_files
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.machine.starting.privileges import VARIABLE
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.lifecycle import bundle as bundles
@@ -227,7 +227,7 @@ async def test_a_death_before_qemu_is_there_leaves_none(q: qmpsnap.Controller, h
     await hold_invariants(vm)
 
 
-COPY = ("qmpsnap.machine.firmware_files", "replace_durably")
+COPY = ("qmpsnap.machine.config.firmware_files", "replace_durably")
 
 
 @pytest.mark.parametrize("count", range(1, 5))

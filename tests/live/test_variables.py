@@ -182,7 +182,7 @@ async def test_a_lost_store_does_not_lose_it(home: Path, uefi_spec: MachineSpec)
 
 # --- deaths -----------------------------------------------------------------------------------------------------------
 
-COPY = ("qmpsnap.machine.firmware_files", "copy_variables")
+COPY = ("qmpsnap.machine.config.firmware_files", "copy_variables")
 REPLACE = ("qmpsnap.ops.revert.cutover", "copy_variables")
 SETTLE = ("qmpsnap.store.sqlite.backend", "SqliteStore.settle")
 FORWARD: dict[str, Call] = {

@@ -149,7 +149,7 @@ async def test_a_lost_store_does_not_lose_them(home: Path, uefi_spec: MachineSpe
 
 
 AFTER: dict[str, Call] = {
-    "the copy": Call("qmpsnap.machine.firmware_files", "copy_variables", "after", 1),
+    "the copy": Call("qmpsnap.machine.config.firmware_files", "copy_variables", "after", 1),
     "the transaction": Call("qmpsnap.qmp.commands", "transaction", "after", 1),
 }
 

@@ -19,7 +19,7 @@ from qmpsnap.errors import SpecError
 from qmpsnap.hint import call
 from qmpsnap.machine.config.document import Document, compose, load, of_program, shorten
 from qmpsnap.machine.config.shapes import MIB, DiskShape, ForwardShape, MachineShape, NicShape
-from qmpsnap.machine.starting.argv import IDE_PLACES, cdrom_bus
+from qmpsnap.machine.starting.root_ports import IDE_PLACES, cdrom_bus
 from qmpsnap.model.machines.spec import MachineSpec, has_pcie
 from qmpsnap.model.names import SNAPSHOT_OF
 from qmpsnap.model.sizes import UNITS, in_bytes

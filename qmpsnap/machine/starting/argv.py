@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from msgspec import Struct
 
-from qmpsnap.machine.starting.root_ports import PORT, is_attached, places, root_ports
+from qmpsnap.machine.starting.root_ports import PORT, SATA_PORTS, cdrom_bus, is_attached, places, root_ports
 from qmpsnap.machine.starting.run_files import (
     AGENT_SOCKET,
     CONSOLE_LOG,
@@ -30,10 +30,6 @@ from qmpsnap.model.machines.spec import DiskSpec, MachineSpec, NicSpec, numbered
 AGENT_CHARDEV: Final = "agent"
 AGENT_PORT: Final = "org.qemu.guest_agent.0"
 
-SATA_PORTS: Final = 6
-"""Ports of one ICH9 AHCI controller."""
-IDE_PLACES: Final = 4
-"""Disks that the two channels of a pc machine take."""
 CDROM: Final = "qs-cdrom"
 """Node and device of the CD-ROM drive."""
 SEED: Final = "qs-seed"
@@ -90,8 +86,8 @@ def build(  # all that an argument list depends on
     from which it reads the key. ``incoming``: it waits for a state to be loaded; ``exact``: for that it refuses to
     start if it lacks a feature of the recorded CPU model. ``blank``: every disk is there, of its size and without
     content or image. ``vmgenid``: the GUID of that device; empty for none. ``seed``: the descriptor, inherited by QEMU,
-    of the image for cloud-init; ``tpm``: that of the connection to the emulator of the guest's TPM. ``ValueError``: a
-    disk has no chain or no key, UEFI or cloud-init no images, or the TPM no connection.
+    of the image for cloud-init; ``tpm``: that of the connection to the TPM's emulator. ``ValueError``: a disk has no
+    chain or no key, or UEFI or cloud-init no images.
     """
     return [
         *([binary] if isinstance(binary, str) else binary),
@@ -211,12 +207,9 @@ def _vmgenid(guid: str) -> Iterator[str]:
 
 
 def _tpm(spec: MachineSpec, descriptor: int | None) -> Iterator[str]:
-    if not spec.tpm:
-        return
-    if descriptor is None:
-        raise ValueError(f"machine {spec.name} has no emulator of its TPM")
-    yield from ("-chardev", f"socket,id=qs-tpm,fd={descriptor}", "-tpmdev", "emulator,id=qs-tpm,chardev=qs-tpm")
-    yield from _json("-device", {"driver": "tpm-crb", "id": "qs-tpm-crb", "tpmdev": "qs-tpm"})
+    if spec.tpm:
+        yield from ("-chardev", f"socket,id=qs-tpm,fd={descriptor}", "-tpmdev", "emulator,id=qs-tpm,chardev=qs-tpm")
+        yield from _json("-device", {"driver": "tpm-crb", "id": "qs-tpm-crb", "tpmdev": "qs-tpm"})
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------
@@ -276,15 +269,6 @@ def disk_device(spec: MachineSpec, disk: DiskSpec, node: str, place: int) -> tup
     if disk is spec.disks[0] and spec.kernel is None:
         device["bootindex"] = 1
     return controller, device
-
-
-def cdrom_bus(machine: str, buses: Sequence[str]) -> tuple[str, int] | None:
-    """Where a machine has its CD-ROM drive: the last place of the controller that it brings, where no disk is."""
-    if machine == "q35" or machine.startswith("pc-q35-"):
-        return (f"ide.{SATA_PORTS - 1}", 0) if buses.count("sata") < SATA_PORTS else None
-    if machine == "pc" or machine.startswith("pc-i440fx-"):
-        return ("ide.1", 1) if buses.count("ide") < IDE_PLACES else None
-    return None
 
 
 def _cdrom(spec: MachineSpec) -> Iterator[str]:

@@ -15,6 +15,10 @@ PORT: Final = "qs-port"
 _SLOT: Final = 0x1D
 """The slot of the first eight root ports; those after them have the slot below. QEMU itself gives slots from 1 up."""
 _FUNCTIONS: Final = 8
+SATA_PORTS: Final = 6
+"""Ports of one ICH9 AHCI controller."""
+IDE_PLACES: Final = 4
+"""Disks that the two channels of a pc machine take."""
 
 
 def root_ports(spec: MachineSpec) -> Iterator[dict[str, Any]]:
@@ -68,3 +72,12 @@ def places(disks: Sequence[DiskSpec]) -> dict[str, int]:
 
 def _names(spec: MachineSpec) -> list[str]:
     return [f"{PORT}{number}" for number in range(spec.root_ports or 0)]
+
+
+def cdrom_bus(machine: str, buses: Sequence[str]) -> tuple[str, int] | None:
+    """Where a machine has its CD-ROM drive: the last place of the controller that it brings, where no disk is."""
+    if machine == "q35" or machine.startswith("pc-q35-"):
+        return (f"ide.{SATA_PORTS - 1}", 0) if buses.count("sata") < SATA_PORTS else None
+    if machine == "pc" or machine.startswith("pc-i440fx-"):
+        return ("ide.1", 1) if buses.count("ide") < IDE_PLACES else None
+    return None

@@ -13,7 +13,7 @@ from msgspec import Struct
 from qmpsnap.errors import HostCannot
 from qmpsnap.host import files
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import firmware_files
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.machine.starting import surroundings
 from qmpsnap.machine.starting.privileges import Privileges
 
@@ -62,12 +62,9 @@ def _begin(program: str, folder: Path, connection: int, machine: str, rights: Pr
         with firmware_files.tpm_held(folder) as lock:
             firmware_files.clear_leftovers(folder)
             inherited = f"/proc/self/fd/{lock}"  # whatever commas its path has
-            argv = [
-                *(program, "socket", "--tpm2", "--daemon", "--terminate"),
-                *("--ctrl", f"type=unixio,clientfd={connection}"),
-                *("--tpmstate", f"dir={inherited},mode=0600"),
-                *("--seccomp", "action=kill", "--pid", f"file={inherited}/{firmware_files.PID}"),
-            ]
+            argv = [program, "socket", "--tpm2", "--daemon", "--terminate", "--seccomp", "action=kill"]
+            argv += ["--ctrl", f"type=unixio,clientfd={connection}", "--tpmstate", f"dir={inherited},mode=0600"]
+            argv += ["--pid", f"file={inherited}/{firmware_files.PID}"]
 
             def call() -> "subprocess.CompletedProcess[bytes]":
                 with surroundings.unblocked():

@@ -11,7 +11,7 @@ from pathlib import Path
 from qmpsnap.host import acl
 from qmpsnap.host.files import make_folder
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import firmware_files
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.machine.starting import accel, privileges, probe
 from qmpsnap.machine.starting.argv import Firmware
 from qmpsnap.machine.starting.privileges import RunAs

@@ -18,7 +18,8 @@ from qmpsnap.errors import HostCannot, ImageRefused, QemuGone, QmpsnapError, Sta
 from qmpsnap.host.files import Inode, same_file
 from qmpsnap.host.threads import to_read
 from qmpsnap.host.value import replaced
-from qmpsnap.machine import adopted, agent, firmware_files, statefile, worker
+from qmpsnap.machine import adopted, agent, statefile, worker
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.machine.starting import alive
 from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.model.finding import Finding

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from qmpsnap.host.files import Inode, inode_of
-from qmpsnap.machine import firmware_files
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.model.home import WITH_TPM, Home
 from qmpsnap.store.store import Store
 

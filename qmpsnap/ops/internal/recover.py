@@ -5,7 +5,7 @@ import contextlib
 from qmpsnap.block.image import internal_snapshots
 from qmpsnap.errors import QmpError
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import firmware_files
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.machine.qemu import end
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.names import JobId

@@ -11,7 +11,7 @@ from qmpsnap.errors import StateError, StoreMismatch
 from qmpsnap.hint import option
 from qmpsnap.host.threads import bounded, to_end
 from qmpsnap.machine import worker
-from qmpsnap.machine.firmware_files import copy_variables
+from qmpsnap.machine.config.firmware_files import copy_variables
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.chain import Chain, Layer
 from qmpsnap.model.layers.snapshot import Snapshot

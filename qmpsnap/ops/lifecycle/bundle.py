@@ -18,8 +18,9 @@ from qmpsnap.hint import call, option
 from qmpsnap.host import files
 from qmpsnap.host.files import FileId, sync_folder
 from qmpsnap.host.threads import to_end, to_read
-from qmpsnap.machine import bundle, firmware_files
+from qmpsnap.machine import bundle
 from qmpsnap.machine.bundle import Source, Unpacked
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Snapshot

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from qmpsnap.block.image.create import remove, sync_folders
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine.firmware_files import forget_variables, remove_tpm
+from qmpsnap.machine.config.firmware_files import forget_variables, remove_tpm
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.vmstate import Vmstate

@@ -12,7 +12,7 @@ from qmpsnap.errors import QmpError, StateError, UsageError
 from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
 from qmpsnap.machine import statefile
-from qmpsnap.machine.firmware_files import tpm_folder, tpm_runs
+from qmpsnap.machine.config.firmware_files import tpm_folder, tpm_runs
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Chain
 from qmpsnap.model.layers.snapshot import Snapshot

@@ -22,7 +22,7 @@ from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import OperationPending, QmpError, StoreMismatch
 from qmpsnap.hint import call
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import firmware_files
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.machine.open_files import require_recorded
 from qmpsnap.model.layers.blockdev import layer_options, node_name
 from qmpsnap.model.layers.chain import Layer

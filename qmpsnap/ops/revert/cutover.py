@@ -10,8 +10,8 @@ from qmpsnap.block.image import header
 from qmpsnap.errors import HostCannot, ImageRefused
 from qmpsnap.host.files import Identified
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import firmware_files
-from qmpsnap.machine.firmware_files import copy_variables, copy_variables_once, forget_variables
+from qmpsnap.machine.config import firmware_files
+from qmpsnap.machine.config.firmware_files import copy_variables, copy_variables_once, forget_variables
 from qmpsnap.machine.qemu import require_ended
 from qmpsnap.model.names import LayerId
 from qmpsnap.model.operations import steps

@@ -18,7 +18,8 @@ from qmpsnap.block.image import internal_snapshots
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpsnapError, StoreMismatch
 from qmpsnap.hint import call, option
 from qmpsnap.host.threads import to_read
-from qmpsnap.machine import firmware_files, statefile
+from qmpsnap.machine import statefile
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.model.home import Home
 from qmpsnap.model.layers.chain import Layer
 from qmpsnap.model.layers.snapshot import Outside, Snapshot
@@ -324,8 +325,7 @@ async def _storage(machine: Machine, at: Situation, target: Snapshot, request: R
 
 
 def _require_space(context: Context, machine: Machine, planned: RevertPlan, also: Iterable[Need] = ()) -> None:
-    needs = [*_needs(machine, planned, context.home), *also]
-    free_space.require(needs, machine=machine.name, hint="free some space there")
+    free_space.require([*_needs(machine, planned, context.home), *also], machine=machine.name, hint="free some space")
 
 
 def _needs(machine: Machine, planned: RevertPlan, home: Home) -> list[Need]:
@@ -392,10 +392,9 @@ def _require_variables(home: Home, planned: RevertPlan) -> None:
 
 def _require_kept(machine: Machine, snapshot: Snapshot) -> None:
     """Make sure that the copy of the variable store is there before anything is ended for it."""
-    for path in firmware_files.copies(snapshot.variables) if snapshot.variables else ():
-        if not Path(path).is_file():
-            raise StoreMismatch(
-                f"{path}, which snapshot {snapshot.name} has of the guest's firmware, does not exist",
-                hint="put a copy of it back",
-                machine=machine.name,
-            )
+    for path in firmware_files.missing(snapshot.variables):
+        raise StoreMismatch(
+            f"{path}, which snapshot {snapshot.name} has of the guest's firmware, does not exist",
+            hint="put a copy of it back",
+            machine=machine.name,
+        )

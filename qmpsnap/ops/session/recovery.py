@@ -16,7 +16,8 @@ from qmpsnap.errors import HostCannot, OperationPending, QemuGone, QmpsnapError
 from qmpsnap.hint import call
 from qmpsnap.host.system_errors import translated
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import firmware_files, worker
+from qmpsnap.machine import worker
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations.devices import AttachNicPlan, AttachPlan, DetachNicPlan, DetachPlan
 from qmpsnap.model.operations.flatten import FlattenPlan

@@ -15,7 +15,7 @@ from qmpsnap.block.image.header import printable
 from qmpsnap.errors import DeadlinePassed, HostCannot, QemuGone, StateError
 from qmpsnap.hint import call
 from qmpsnap.host.threads import bounded, to_end
-from qmpsnap.machine import firmware_files
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.model.machines.record import Machine
 from qmpsnap.model.operations import steps
 from qmpsnap.model.operations.operation import CreatePlan, Operation

@@ -10,7 +10,8 @@ from qmpsnap.block.image.create import remove
 from qmpsnap.block.image.staged import require_folder
 from qmpsnap.errors import HostCannot, StateError, StoreMismatch
 from qmpsnap.host.threads import to_end
-from qmpsnap.machine import firmware_files, statefile
+from qmpsnap.machine import statefile
+from qmpsnap.machine.config import firmware_files
 from qmpsnap.machine.qemu import require_ended
 from qmpsnap.model.layers.blockdev import node_name
 from qmpsnap.model.layers.vmstate import Vmstate

@@ -50,6 +50,11 @@ def copies(variables: str) -> tuple[str, ...]:
     return (variables, str(state)) if state else (variables,)
 
 
+def missing(variables: str | None) -> tuple[str, ...]:
+    """Which files of a copy are not there."""
+    return tuple(path for path in copies(variables) if not Path(path).is_file()) if variables else ()
+
+
 def content(variables: str | Path) -> tuple[bytes, bytes]:
     """Variables and TPM state, which is empty where there is none; raises ``OSError``."""
     return Path(variables).read_bytes(), _state(variables)
