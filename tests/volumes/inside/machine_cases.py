@@ -15,12 +15,14 @@ from qmpsnap.errors import (
     ImageInUse,
     ImageRefused,
     NotFoundError,
+    OperationPending,
     QmpsnapError,
     StateError,
     StoreMismatch,
 )
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.rebuild import rebuild
+from qmpsnap.qmp.jobs import JobStuck
 
 from .conftest import GROUP, POOL, tool
 from .machine import MIB, active, case, data, fill, home, machine, made, names, of, path_of, reading, whole
@@ -197,7 +199,51 @@ async def _pool_full() -> None:
         assert data(await path_of(vm, "two")) == [1, 2, 3, 0]
         await vm.stop(force=True)
         await vm.undefine(disks="remove")
-    tool("lvremove", "-y", f"{GROUP}/{POOL}")  # the next case has one of the usual size
+    tool("lvremove", "-y", f"{GROUP}/{POOL}")  # whoever comes next makes one of the usual size
+
+
+async def _pool_fills() -> None:
+    """While the storage works the pool runs full, so that what was written meanwhile has no room in the volume."""
+    tool("lvchange", "--errorwhenfull", "y", f"{GROUP}/{POOL}")
+    path, bulk = made("web", thin=True), made("bulk", thin=True, size=300)
+    folder = Path(tempfile.mkdtemp())
+    slow = folder / "lvcreate"
+    slow.write_text('#!/bin/sh\n/sbin/lvcreate "$@" || exit\n: >"$0.done"\nuntil [ -e "$0.go" ]; do sleep 0.1; done\n')
+    slow.chmod(0o755)
+    failed: list[QmpsnapError] = []
+    async with machine(path) as (_, vm):
+
+        async def snapshot() -> None:
+            with pytest.raises(QmpsnapError, match="snapshot two is taken, but an overlay") as left:
+                await vm.snapshot("two", kind="volume")
+            failed.append(left.value)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", str(folder), prepend=os.pathsep)
+            async with anyio.create_task_group() as group:
+                group.start_soon(snapshot)
+                with anyio.fail_after(400):
+                    while not Path(f"{slow}.done").exists():
+                        await anyio.sleep(0.2)
+                await fill(vm, 3)
+                subprocess.run(["dd", "if=/dev/zero", f"of={bulk}", "bs=1M", "oflag=direct"], check=False)  # noqa: ASYNC221
+                Path(f"{slow}.go").touch()
+        assert failed[0].exit_code == 8
+        assert [one.name for one in await vm.snapshots()] == ["one", "two"]
+        assert data(await path_of(vm, "two")) == [1, 2, 0, 0]
+        tool("lvextend", "-L", "+64M", f"{GROUP}/{POOL}")
+        with pytest.raises(JobStuck, match="a write failed"):  # the flush that failed is never tried again
+            await vm.wait()
+        with pytest.raises(OperationPending):
+            await vm.cancel()
+        await vm.stop(force=True)
+        await vm.recover()
+        await vm.commit("vda")
+        assert await active(vm) == path
+        assert data(path) == [1, 2, 3, 0]
+        await whole(vm)
+        await vm.undefine(disks="remove")
+    tool("lvremove", "-y", f"{GROUP}/{POOL}")  # whoever comes next makes one of the usual size
 
 
 _VERB = """
@@ -274,6 +320,7 @@ test_thin_volumes = case(_thin)
 test_thick_volumes = case(_thick)
 test_what_is_refused_changes_nothing = case(_refused)
 test_a_pool_without_room_is_refused_before_anything = case(_pool_full)
+test_a_pool_that_runs_full_loses_nothing = case(_pool_fills)
 test_a_lost_store_is_made_again = case(_rebuilt)
 test_a_controller_that_is_killed_leaves_nothing_behind = case(_killed)
 test_a_thick_snapshot_is_merged_where_the_present_state_is_discarded = case(_merged)
