@@ -20,6 +20,7 @@ from tests.harness.deaths import Call, die_at
 from tests.live.machine import MIB, context_of, hold_invariants
 from tests.live.test_rebuild import at, lose
 
+pytestmark = pytest.mark.version
 SPEC = MachineSpec(
     name="still", memory=256 * MIB, firmware="uefi", tpm=True, disks=(DiskSpec(name="vda", size=2 * MIB),)
 )

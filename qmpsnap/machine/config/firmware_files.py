@@ -129,7 +129,7 @@ def tpm_runs(folder: Path) -> bool:
     """Whether an emulator works in the folder."""
     try:
         with opened_folder(folder) as descriptor:
-            return not _locked(descriptor)
+            return not _locked(descriptor, fcntl.LOCK_SH)  # who else looks keeps nobody from it
     except OSError:
         return False
 
@@ -185,9 +185,9 @@ def _kill(folder: Path) -> None:
             os.close(handle)
 
 
-def _locked(descriptor: int) -> bool:
+def _locked(descriptor: int, how: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -1,5 +1,6 @@
 """A guest's TPM: swtpm, started for each QEMU and connected to it by a pair of sockets, with whose end it ends."""
 
+import os
 import shutil
 import socket
 import subprocess
@@ -74,6 +75,7 @@ def _begin(program: str, folder: Path, connection: int, machine: str, rights: Pr
                         stdin=subprocess.DEVNULL,
                         capture_output=True,
                         timeout=DEADLINE,
+                        env=surroundings.environment(os.environ),
                         start_new_session=True,
                         umask=0o077,
                         pass_fds=[connection, lock],
