@@ -10,15 +10,17 @@ import psutil
 import pytest
 
 import qmpsnap
-from qmpsnap.errors import HostCannot, QmpsnapError, StateError
+from qmpsnap.errors import QmpsnapError, StateError
 from qmpsnap.machine.config import firmware_files
-from qmpsnap.machine.starting.privileges import VARIABLE
 from qmpsnap.model.machines.spec import DiskSpec, MachineSpec
 from qmpsnap.ops.lifecycle import bundle as bundles
 from qmpsnap.ops.rebuild import rebuild
 from tests.harness.deaths import Call, die_at
 from tests.live.machine import MIB, context_of, hold_invariants
 from tests.live.test_rebuild import at, lose
+from tests.live.test_run_as import USER, as_nobody
+
+__all__ = ["as_nobody"]
 
 pytestmark = pytest.mark.version
 SPEC = MachineSpec(
@@ -257,17 +259,13 @@ async def test_it_is_found_again_by_a_rebuilt_store(home: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run QEMU as another user")
-async def test_it_is_the_user_s_of_its_qemu(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "nobody")
+async def test_it_is_the_user_s_of_its_qemu(as_nobody: Path) -> None:
     async with qmpsnap.open() as q:
         vm = await q.define(SPEC)
         await vm.snapshot("fresh")
-        try:
-            await vm.start()
-        except HostCannot as error:
-            pytest.skip(error.message)
-        (emulator,) = emulators(home)
-        assert emulator.username() == "nobody"
+        await vm.start()
+        (emulator,) = emulators(as_nobody)
+        assert emulator.username() == USER
         first = mark(vm)
         await vm.snapshot("s", kind="full")
         await vm.stop(force=True)

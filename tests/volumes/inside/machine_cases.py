@@ -238,7 +238,6 @@ async def _pool_fills() -> None:
             await vm.cancel()
         await vm.stop(force=True)
         await vm.recover()
-        await vm.commit("vda")
         assert await active(vm) == path
         assert data(path) == [1, 2, 3, 0]
         await whole(vm)
