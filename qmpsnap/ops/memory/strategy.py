@@ -159,7 +159,7 @@ async def require_saveable(home: Home, machine: Machine, qemu: Monitor, chains: 
     if machine.spec.tpm and not await to_read(tpm_runs, tpm_folder(home.variables(machine.name))):
         raise StateError(
             f"the TPM of machine {machine.name} cannot be saved: its emulator, swtpm, has ended",
-            hint=hint,
+            hint="start it anew: " + call("stop", machine.name) + ", " + call("start", machine.name) + "; or " + hint,
             machine=machine.name,
         )
     if reasons := (await migration.query(qemu)).blocked_reasons:
