@@ -84,6 +84,9 @@ class MachineGuest(MachineBase):
     ) -> Completed[str] | Completed[bytes]:
         """Run a command in the guest through its agent.
 
+        The connection to the agent stays open for a second, for the next command of this process; other programs wait
+        for it.
+
         Args:
             command: program and arguments, or a line for the guest's ``/bin/sh``.
             timeout: seconds to wait for its end.
@@ -206,5 +209,5 @@ class MachineGuest(MachineBase):
             booting = process.started + seconds - time.time() if process else 0.0
             wait = max(guest_commands.WAIT, booting)
         port = agent.Port(partial(guest_commands.listens, self._context, machine), wait)
-        async with agent.connect(socket, machine=self.name, deadline=seconds, port=port) as guest:
+        async with agent.connect(socket, machine=self.name, deadline=seconds, port=port, keep=agent.KEEP) as guest:
             yield guest

@@ -11,7 +11,7 @@ import json
 import socket
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, UsageError
 from qmpsnap.hint import call, option
+from qmpsnap.qmp import parked
 from qmpsnap.qmp.dial import dial
 
 REPLY_LIMIT = 64 << 20
@@ -33,6 +34,11 @@ CAPTURED = 16 << 20
 STDIN_LIMIT = 32 << 20
 """Bytes of standard input that a command can be given: the agent's parser takes 64 MiB of JSON at once."""
 
+KEEP = 1.0
+"""Seconds that a connection is kept for the next command of this process.
+
+The agent looks for a new one every 100 ms only; a command alone takes less.
+"""
 _AT_ONCE = 0.5
 """Seconds in which an agent that runs has answered on a host that is not busy; then QEMU is asked for its port."""
 _PORT = 0.1
@@ -307,16 +313,37 @@ class Agent:
 
 
 @asynccontextmanager
-async def connect(path: Path, *, machine: str, deadline: float = 10, port: Port | None = None) -> AsyncIterator[Agent]:
+async def connect(
+    path: Path, *, machine: str, deadline: float = 10, port: Port | None = None, keep: float = 0
+) -> AsyncIterator[Agent]:
     """A conversation with the agent behind the socket at ``path``, synchronised, closed with the block.
 
     QEMU's agent channel has one client at a time; the agent must have answered after ``deadline`` seconds. Where a
-    ``port`` is given that nothing in the guest opens, it is not waited for longer than that says.
+    ``port`` is given that nothing in the guest opens, it is not waited for longer than that says. After a block that
+    has ended well the next conversation of this process finds the connection open for ``keep`` seconds.
     """
     begun = anyio.current_time()
+    async with AsyncExitStack() as stack:
+        agent = None
+        if kept := parked.taken(path):
+            agent = Agent(await stack.enter_async_context(await UNIXSocketStream.from_socket(kept)), machine)
+            try:
+                await _synchronise(agent, port, begun=begun, deadline=deadline)
+            except QemuGone:  # this one has ended, and there may be another
+                agent = None
+        if agent is None:
+            endpoint = await _dialled(path, machine=machine, deadline=deadline)
+            agent = Agent(await stack.enter_async_context(await UNIXSocketStream.from_socket(endpoint)), machine)
+            await _synchronise(agent, port, begun=begun, deadline=deadline)
+        yield agent
+        if keep:
+            parked.keep(path, agent.channel.dup(), keep)
+
+
+async def _dialled(path: Path, *, machine: str, deadline: float) -> socket.socket:
     try:
         with anyio.fail_after(deadline):
-            endpoint = await dial(path)
+            return await dial(path)
     except TimeoutError as error:
         raise DeadlinePassed(
             f"the agent's channel of machine {machine} was not free within {deadline:g} s",
@@ -329,11 +356,11 @@ async def connect(path: Path, *, machine: str, deadline: float = 10, port: Port 
             hint="the spec needs 'agent: true'; " + call("state", machine) + " shows the state",
             machine=machine,
         ) from error
-    async with await UNIXSocketStream.from_socket(endpoint) as stream:
-        agent = Agent(stream, machine)
-        if port is None or not await _answers_at_once(agent, port, begun=begun, deadline=deadline):
-            await agent.synchronise(deadline=max(_PORT, begun + deadline - anyio.current_time()))
-        yield agent
+
+
+async def _synchronise(agent: Agent, port: Port | None, *, begun: float, deadline: float) -> None:
+    if port is None or not await _answers_at_once(agent, port, begun=begun, deadline=deadline):
+        await agent.synchronise(deadline=max(_PORT, begun + deadline - anyio.current_time()))
 
 
 async def _answers_at_once(agent: Agent, port: Port, *, begun: float, deadline: float) -> bool:

@@ -38,6 +38,8 @@ HUNDRED = 100
 LOADED_MIB, ANSWERED_MIB = 4096.0, 4915.0
 """What a hundred forks of 256 MiB may take up, loaded and waiting, and after a first command."""
 
+SIZE = 4
+"""Forks that a pool has waiting."""
 BAKES = 3
 """Times that a template is made."""
 
@@ -264,11 +266,11 @@ async def _others(vm: qmpsnap.MachineHandle, rounds: int) -> None:
 
 async def _pool(vm: qmpsnap.MachineHandle, rounds: int) -> bool:
     times: Times = {}
-    async with vm.pool("warm", size=4) as pool:
+    async with vm.pool("warm", size=SIZE) as pool:
         for refill in ("idle", "running"):
             for _ in range(rounds):
-                while refill == "idle" and pool.waiting < 4:
-                    await anyio.sleep(0.05)
+                while pool.waiting < (SIZE if refill == "idle" else 1):  # an empty pool is not warm
+                    await anyio.sleep(0.01)
                 since = time.monotonic()
                 async with pool.take() as machine:
                     times.setdefault(f"from a pool, refill {refill}", []).append(_ms(since))

@@ -3,16 +3,20 @@
 import contextlib
 import hashlib
 import random
+import socket
 import sys
 from pathlib import Path
 
 import anyio
 import pytest
+from anyio import to_thread
 
 import qmpsnap
 from qmpsnap.cli.main import main
 from qmpsnap.errors import DeadlinePassed, HostCannot, ProcessError, QmpError, StateError, UsageError
+from qmpsnap.machine import agent
 from qmpsnap.model.machines.spec import MachineSpec
+from qmpsnap.qmp.dial import dial
 from tests.live.booted import start_booted
 
 
@@ -155,3 +159,29 @@ async def test_files_that_cannot_be_had_leave_nothing(vm: qmpsnap.MachineHandle,
     await vm.pause()
     with pytest.raises(StateError, match="is not running"):
         await vm.get("/etc/passwd", target)
+
+
+async def test_the_next_command_finds_the_connection_open(
+    vm: qmpsnap.MachineHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest's agent looks for a new one every 100 ms only."""
+    dialled = []
+
+    async def counted(path: Path) -> socket.socket:
+        dialled.append(path)
+        return await dial(path)
+
+    monkeypatch.setattr("qmpsnap.machine.agent.dial", counted)
+    monkeypatch.setattr(agent, "KEEP", 3600)
+    for _ in range(3):
+        await vm.run(["true"])
+    assert len(dialled) == 1
+    assert await to_thread.run_sync(main, ["exec", "guest", "--", "true"]) == 0
+    await vm.run(["true"])
+    assert len(dialled) == 3
+    monkeypatch.setattr(agent, "KEEP", 0.5)
+    await vm.run(["true"])
+    words = (sys.executable, "-m", "qmpsnap", "exec", "guest", "--", "true")
+    assert (await anyio.run_process(words, check=False)).returncode == 0, "another process waits for it"
+    await vm.run(["true"])
+    assert len(dialled) == 4

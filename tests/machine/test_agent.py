@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from qmpsnap.errors import DeadlinePassed, QemuGone, QmpError, QmpsnapError, UsageError
 from qmpsnap.machine import agent
 from qmpsnap.machine.agent import Agent, Completed, Trimmed
+from qmpsnap.qmp import parked
 
 LONG = 30.0
 """Seconds no test waits for."""
@@ -111,6 +112,32 @@ async def test_the_first_words_are_a_delimiter_and_a_random_number(path: Path) -
             assert script.raw.startswith(b'\xff{"execute": "guest-sync-delimited"')
             numbers.append(script.asked[0][1]["id"])
     assert numbers[0] != numbers[1]
+
+
+async def test_a_kept_connection_that_has_ended_is_replaced(path: Path) -> None:
+    async with scripted(path, synced, HANG_UP) as script, agent.connect(path, machine="web", keep=LONG):
+        pass
+    async with scripted(path, synced) as again, agent.connect(path, machine="web"):
+        assert [command for command, _ in again.asked] == ["guest-sync-delimited"]
+    assert len(script.asked) == 1
+
+
+async def test_after_a_conversation_that_failed_none_is_kept(path: Path) -> None:
+    async with scripted(path, synced) as script:
+        with pytest.raises(UsageError):
+            async with agent.connect(path, machine="web", keep=LONG):
+                raise UsageError("in the midst")
+        assert parked.taken(path) is None
+    assert len(script.asked) == 1
+
+
+async def test_a_kept_connection_is_let_go_in_time(path: Path) -> None:
+    async with scripted(path, synced):
+        async with agent.connect(path, machine="web", keep=0.01):
+            pass
+        with anyio.fail_after(LONG):
+            while path in parked._parked:
+                await anyio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ async def _in_guest(context: Context, machine: Machine, addresses: Sequence[tupl
     socket = context.home.run_dir(machine.name) / AGENT_SOCKET
     changed = [(old, new) for old, new in addresses if old != new]
     command = identity.command(machine.name, hook=machine.spec.identity_hook, addresses=changed)
-    async with agent.connect(socket, machine=machine.name, deadline=ANSWER) as guest:
+    async with agent.connect(socket, machine=machine.name, deadline=ANSWER, keep=agent.KEEP) as guest:
         done = await guest.run(command, deadline=DEADLINE, stdin=identity.seed())
         lacks = [line.strip()[:_QUOTED] for line in done.stdout.decode(errors="replace").splitlines()]
         if done.exit_status:

@@ -25,12 +25,14 @@ from qmpsnap.machine.starting.run_files import AGENT_SOCKET
 from qmpsnap.ops.base.context import Context
 from qmpsnap.ops.fork import ephemeral, identity, run
 from qmpsnap.ops.fork.request import ForkRequest
-from qmpsnap.qmp import commands
+from qmpsnap.qmp import commands, parked
 
 FLOOR = 512 << 20
 """Bytes of memory that a pool leaves to the rest of the host."""
 OWN = 48 << 20
 """Bytes of memory that a waiting fork has to itself, most of it what TCG has translated."""
+WAITS = 3600.0
+"""Seconds that a fork may wait without getting slower."""
 FILLERS = 2
 """Forks that are made ready side by side."""
 _LOOK = 1.0
@@ -106,7 +108,7 @@ class Pool:
                 await commands.control(qemu, "cont")
         socket = self._context.home.run_dir(name) / AGENT_SOCKET
         with contextlib.suppress(QmpsnapError):  # a guest without an agent, or without this program, keeps its time
-            async with agent.connect(socket, machine=name) as guest:
+            async with agent.connect(socket, machine=name, keep=agent.KEEP) as guest:
                 await guest.execute("guest-exec", {"path": "date", "arg": ["-u", "-s", f"@{round(time.time())}"]})
 
     async def _remove(self, name: str) -> None:
@@ -168,7 +170,14 @@ class Pool:
         (fork,) = await run.run(self._context, self._parent, wanted, begun=self._begun)
         if not self._request.fresh:
             await self._warm(fork.machine.name)
+        self._hold_agent(fork.machine.name)
         return fork.machine.name
+
+    def _hold_agent(self, name: str) -> None:
+        """Keep the connection by which the fork was made ready: a new one would cost whoever takes it 100 ms."""
+        socket = self._context.home.run_dir(name) / AGENT_SOCKET
+        if kept := parked.taken(socket):
+            parked.keep(socket, kept, WAITS)
 
     async def _warm(self, name: str) -> None:
         """Let a twin answer once."""
@@ -178,7 +187,7 @@ class Pool:
                 await commands.control(qemu, "cont")
                 socket = self._context.home.run_dir(name) / AGENT_SOCKET
                 with contextlib.suppress(QmpsnapError):
-                    async with agent.connect(socket, machine=name, deadline=identity.ANSWER) as guest:
+                    async with agent.connect(socket, machine=name, deadline=identity.ANSWER, keep=agent.KEEP) as guest:
                         await guest.run(["true"], deadline=identity.ANSWER)
                 await commands.control(qemu, "stop")
 
@@ -215,6 +224,7 @@ async def opened(context: Context, parent: str, request: PoolRequest) -> AsyncIt
 
 async def end(context: Context, name: str) -> None:
     """End a fork's QEMU, without asking it, and remove the fork."""
+    parked.let_go(context.home.run_dir(name) / AGENT_SOCKET)
     with contextlib.suppress(QmpsnapError):
         if process := context.process(await context.astore.machine(name)):
             await qemus.end(process, None)
