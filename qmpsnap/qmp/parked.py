@@ -1,48 +1,57 @@
 """Connections that stay open for a moment, for whoever needs the same one next."""
 
-import asyncio
-import contextlib
+import os
 import socket
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
 
 class _Parked(NamedTuple):
-    loop: asyncio.AbstractEventLoop
-    endpoint: socket.socket
-    holding: "asyncio.Task[None]"
+    descriptor: int
+    timer: threading.Timer | None
 
 
 _parked: dict[Path, _Parked] = {}
+_lock = threading.Lock()
 
 
-def keep(path: Path, endpoint: socket.socket, seconds: float) -> None:
-    """Keep the connection to the socket at ``path`` for so many seconds, at most as long as the event loop."""
+def keep(path: Path, endpoint: socket.socket, seconds: float | None) -> None:
+    """Keep the connection to the socket at ``path`` for so many seconds, whatever its event loop does meanwhile.
+
+    None keeps it until it is taken or let go.
+    """
     let_go(path)
-    loop = asyncio.get_running_loop()
-    _parked[path] = _Parked(loop, endpoint, loop.create_task(_hold(path, endpoint, seconds)))
+    found = _Parked(endpoint.detach(), None)
+    if seconds is not None:
+        found = found._replace(timer=threading.Timer(seconds, lambda: _end(path, found)))
+    with _lock:
+        _parked[path] = found
+    if found.timer:
+        found.timer.daemon = True
+        found.timer.start()
 
 
 def taken(path: Path) -> socket.socket | None:
     """The connection that is kept, for the caller alone from now on."""
-    found = _parked.pop(path, None)
+    with _lock:
+        found = _parked.pop(path, None)
     if found is None:
         return None
-    if found.loop is asyncio.get_running_loop():
-        return found.endpoint
-    found.endpoint.close()  # another thread's or a former loop's
-    return None
+    if found.timer:
+        found.timer.cancel()
+    return socket.socket(fileno=found.descriptor)
 
 
 def let_go(path: Path) -> None:
     """Close the connection, if one is kept."""
-    if found := _parked.pop(path, None):
-        found.endpoint.close()
+    if endpoint := taken(path):
+        endpoint.close()
 
 
-async def _hold(path: Path, endpoint: socket.socket, seconds: float) -> None:
-    with contextlib.suppress(asyncio.CancelledError):  # the loop ends
-        await asyncio.sleep(seconds)
-    found = _parked.get(path)
-    if found and found.endpoint is endpoint:
-        let_go(path)
+def _end(path: Path, found: _Parked) -> None:
+    with _lock:
+        if _parked.get(path) is not found:
+            return
+        del _parked[path]
+    os.close(found.descriptor)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import random
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -178,10 +179,11 @@ async def test_the_next_command_finds_the_connection_open(
     assert len(dialled) == 1
     assert await to_thread.run_sync(main, ["exec", "guest", "--", "true"]) == 0
     await vm.run(["true"])
-    assert len(dialled) == 3
+    assert len(dialled) == 1, "threads share it"
     monkeypatch.setattr(agent, "KEEP", 0.5)
     await vm.run(["true"])
     words = (sys.executable, "-m", "qmpsnap", "exec", "guest", "--", "true")
-    assert (await anyio.run_process(words, check=False)).returncode == 0, "another process waits for it"
+    done = subprocess.run(words, check=False)  # noqa: ASYNC221 - this loop does nothing meanwhile
+    assert done.returncode == 0, "another process waits for it"
     await vm.run(["true"])
-    assert len(dialled) == 4
+    assert len(dialled) == 2

@@ -31,8 +31,6 @@ FLOOR = 512 << 20
 """Bytes of memory that a pool leaves to the rest of the host."""
 OWN = 48 << 20
 """Bytes of memory that a waiting fork has to itself, most of it what TCG has translated."""
-WAITS = 3600.0
-"""Seconds that a fork may wait without getting slower."""
 FILLERS = 2
 """Forks that are made ready side by side."""
 _LOOK = 1.0
@@ -177,7 +175,7 @@ class Pool:
         """Keep the connection by which the fork was made ready: a new one would cost whoever takes it 100 ms."""
         socket = self._context.home.run_dir(name) / AGENT_SOCKET
         if kept := parked.taken(socket):
-            parked.keep(socket, kept, WAITS)
+            parked.keep(socket, kept, None)
 
     async def _warm(self, name: str) -> None:
         """Let a twin answer once."""
